@@ -1,0 +1,1 @@
+"""WHERE a run happens: the command line, Ray sessions, preflight."""

@@ -1,0 +1,1 @@
+"""Kubernetes manifests, shipped as package data."""

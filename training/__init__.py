@@ -1,0 +1,1 @@
+"""ONE run: recipe, data, model, method, loop, checkpoints, result."""

@@ -1,0 +1,26 @@
+"""The errors finray raises on purpose; the command line maps each to an exit code.
+
+Each takes a single message, so that it survives the pickling between Ray processes.
+"""
+
+
+class FinrayError(Exception):
+    """Root of all errors that finray raises on purpose."""
+
+    exit_code = 1
+
+
+class InputError(FinrayError, ValueError):
+    """The recipe, the data or the arguments are wrong. Exit code 2."""
+
+    exit_code = 2
+
+
+class RunError(FinrayError, RuntimeError):
+    """The run itself failed. Exit code 1."""
+
+
+class Interrupted(FinrayError):
+    """The user stopped the run; what was reached is saved. Exit code 130."""
+
+    exit_code = 130

@@ -1,0 +1,1 @@
+"""The methods of fine-tuning, one module each."""

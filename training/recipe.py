@@ -1,0 +1,280 @@
+"""The recipe: everything a run is, validated and frozen before anything heavy is imported.
+
+`load_recipe` reads a YAML file and `key=value` overrides; `Recipe` is what the rest of finray
+receives. The docstring under a field is that field's documentation in `finray schema`.
+"""
+
+import math
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from .errors import InputError
+from .recipe_file import read_recipe_file, validate
+
+PositiveInt = Annotated[int, Field(ge=1)]
+Share = Annotated[float, Field(ge=0.0, le=1.0)]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False
+    )
+
+
+class ModelSettings(_Section):
+    base: str
+    """Hub id, or a folder (relative to the recipe's folder) as transformers writes it."""
+    revision: str | None = None
+    """Commit, tag or branch of a hub model."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Compute type. auto: bfloat16 where a GPU has it, else float16; float32 on a CPU."""
+    attention: Literal["auto", "sdpa", "eager", "flash_attention_2"] = "auto"
+    """Attention kernel; auto lets transformers choose."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, about a third more time."""
+
+
+class LoraAdapter(_Section):
+    kind: Literal["lora"] = "lora"
+    rank: PositiveInt = 16
+    """Rank of the update."""
+    alpha: Annotated[float, Field(gt=0)] = 32
+    """The update is scaled by alpha / rank."""
+    dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    """Dropout on the adapter's input."""
+    targets: Literal["all-linear"] | list[str] = "all-linear"
+    """Modules that get an adapter: every linear layer but the head, or names of modules."""
+
+
+class SftMethod(_Section):
+    kind: Literal["sft"] = "sft"
+    train_on: Literal["completions", "all"] = "completions"
+    """Tokens that bear loss: the assistant's turns (or the completion), or everything."""
+
+
+class PretrainMethod(_Section):
+    kind: Literal["pretrain"] = "pretrain"
+    init: Literal["weights", "random"] = "weights"
+    """weights: continue from the base's weights. random: only its configuration is used."""
+
+
+Method = Annotated[SftMethod | PretrainMethod, Field(discriminator="kind")]
+
+RowFormat = Literal["auto", "messages", "alpaca", "sharegpt", "prompt_completion", "text"]
+
+
+class Source(_Section):
+    path: str
+    """File, glob or folder (relative to the recipe's folder), or a URI: s3://, gs://, hf://."""
+    format: RowFormat = "auto"
+    """Shape of the rows; auto looks at the first ones."""
+    weight: Annotated[float, Field(gt=0.0)] = 1.0
+    """How often each row is taken: 2 takes each twice, 0.5 every other one (by its hash)."""
+
+
+class DataSettings(_Section):
+    train: Annotated[list[Source], Field(min_length=1)]
+    eval: list[Source] = []
+    """Held-out data. Instead of it, `holdout` sets a share of the training rows aside."""
+    holdout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    """Share of the training rows held out for evaluation, chosen by their hash."""
+    max_length: Annotated[int, Field(ge=8)] = 2048
+    """Longest sequence, in tokens."""
+    overlong: Literal["drop", "truncate"] = "drop"
+    """A row longer than max_length is dropped (and counted) or cut at its end. Plain text is
+    split into several sequences instead."""
+    packing: bool = True
+    """Put several documents into one row of max_length tokens, isolated from each other."""
+    chat_template: str | None = None
+    """chatml, a Jinja file (relative to the recipe's folder) or inline Jinja; otherwise the
+    tokenizer's own template."""
+    max_bad_rows: Share = 0.01
+    """Largest share of unreadable rows; above it the run stops. Bad rows go to quarantine."""
+
+    @model_validator(mode="after")
+    def _one_source_of_evaluation(self) -> Self:
+        if self.eval and self.holdout > 0:
+            raise ValueError("eval and holdout contradict each other; keep one of them")
+        return self
+
+
+class OptimSettings(_Section):
+    learning_rate: Annotated[float, Field(gt=0.0)] = 2e-4
+    epochs: Annotated[float, Field(gt=0.0)] | None = None
+    """Passes over the training sequences; 1 where neither epochs nor max_steps is given."""
+    max_steps: PositiveInt | None = None
+    """Optimizer steps, instead of epochs."""
+    batch_size: PositiveInt = 32
+    """Sequences in one optimizer step, over all workers."""
+    micro_batch_size: PositiveInt = 4
+    """Sequences in one forward pass of one worker."""
+    schedule: Literal["constant", "linear", "cosine"] = "cosine"
+    warmup_ratio: Share = 0.03
+    """Share of the steps in which the learning rate rises from zero."""
+    weight_decay: Annotated[float, Field(ge=0.0)] = 0.0
+    max_grad_norm: Annotated[float, Field(ge=0.0)] = 1.0
+    """Gradients are clipped to this norm; 0 does not clip."""
+    beta1: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.9
+    beta2: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.999
+
+    @model_validator(mode="after")
+    def _one_duration(self) -> Self:
+        if self.epochs is not None and self.max_steps is not None:
+            raise ValueError("epochs and max_steps contradict each other; keep one of them")
+        return self
+
+    def total_steps(self, sequences: int) -> int:
+        """Optimizer steps of the run over `sequences` training sequences.
+
+        Every sequence is seen at least `epochs` times: a last batch that an epoch does not fill
+        is topped up from the next epoch's order.
+        """
+        if self.max_steps is not None:
+            return self.max_steps
+        epochs = 1.0 if self.epochs is None else self.epochs
+        return max(1, math.ceil(round(epochs * sequences, 6) / self.batch_size))
+
+
+class ScaleSettings(_Section):
+    workers: Annotated[int, Field(ge=0)] = 1
+    """Ray Train workers; 0 trains in this process, without Ray."""
+    gpus_per_worker: Literal["auto"] | Annotated[float, Field(ge=0.0)] = "auto"
+    """auto: one where the cluster has GPUs, none where it has not."""
+    cpus_per_worker: PositiveInt = 1
+    max_failures: Annotated[int, Field(ge=0)] = 3
+    """Restarts of the worker group after a failure, from the last good checkpoint."""
+
+
+class CheckpointSettings(_Section):
+    every_steps: PositiveInt = 100
+    keep: PositiveInt = 2
+    """Checkpoints kept: the last so many, and the one with the lowest eval_loss."""
+
+
+class EvalSettings(_Section):
+    every_steps: PositiveInt | None = None
+    """Held-out loss every so many steps; it is always measured at the end."""
+    samples: Annotated[int, Field(ge=0)] = 0
+    """Held-out prompts answered greedily before and after training: exact match, and samples
+    for the report."""
+    max_new_tokens: PositiveInt = 128
+    """Longest answer, in tokens."""
+
+
+class LogSettings(_Section):
+    every_steps: PositiveInt = 10
+    to: list[Literal["tensorboard"]] = ["tensorboard"]
+
+
+class Recipe(_Section):
+    """One run, from the data to the result."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$")]
+    """The run's name: letters, digits, '.', '_' and '-', at most 63. Its folder is
+    <storage>/<name>."""
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+    model: ModelSettings
+    adapter: LoraAdapter | None = None
+    """Absent: full fine-tuning."""
+    method: Method = SftMethod()
+    data: DataSettings
+    optim: OptimSettings = OptimSettings()
+    scale: ScaleSettings = ScaleSettings()
+    checkpoint: CheckpointSettings = CheckpointSettings()
+    eval: EvalSettings = EvalSettings()
+    log: LogSettings = LogSettings()
+    storage: str = "runs"
+    """Folder (relative to where the command runs) or a URI that all nodes reach."""
+
+    @model_validator(mode="after")
+    def _settings_agree(self) -> Self:
+        held_out = bool(self.data.eval) or self.data.holdout > 0
+        if self.eval.every_steps is not None and not held_out:
+            raise ValueError("eval.every_steps needs held-out data: set data.eval or data.holdout")
+        if self.eval.samples > 0 and not held_out:
+            raise ValueError("eval.samples needs held-out data: set data.eval or data.holdout")
+        if isinstance(self.method, PretrainMethod):
+            if self.eval.samples > 0:
+                raise ValueError("eval.samples needs prompts, which method pretrain does not have")
+            if self.method.init == "random" and self.adapter is not None:
+                raise ValueError("method.init random contradicts an adapter on frozen weights")
+        if self.optim.micro_batch_size > self.optim.batch_size:
+            raise ValueError(
+                f"optim.micro_batch_size {self.optim.micro_batch_size} is larger than "
+                f"optim.batch_size {self.optim.batch_size}"
+            )
+        if self.scale.workers > self.optim.batch_size:
+            raise ValueError(
+                f"scale.workers {self.scale.workers} is larger than optim.batch_size "
+                f"{self.optim.batch_size}: some workers would have nothing to do"
+            )
+        return self
+
+
+def load_recipe(path: Path, overrides: tuple[str, ...] = ()) -> Recipe:
+    """Read, override and validate a recipe; its input paths become absolute.
+
+    Args:
+        path: the YAML file.
+        overrides: `dotted.key=value` strings; the value is parsed as YAML.
+
+    Raises:
+        InputError: with file:line and key of every fault found.
+    """
+    document = read_recipe_file(path, overrides)
+    recipe = validate(Recipe, document)
+    return _resolve(recipe, path.resolve().parent)
+
+
+def recipe_from_dict(values: dict[str, Any]) -> Recipe:
+    """Rebuild a recipe that `Recipe.model_dump` wrote (run folders, Ray workers)."""
+    return Recipe.model_validate(values)
+
+
+def _resolve(recipe: Recipe, folder: Path) -> Recipe:
+    """Make the recipe independent of the current folder, as Ray's workers run elsewhere."""
+
+    def absolute(source: Source) -> Source:
+        return source.model_copy(update={"path": resolve_path(source.path, folder)})
+
+    data = recipe.data.model_copy(
+        update={
+            "train": [absolute(source) for source in recipe.data.train],
+            "eval": [absolute(source) for source in recipe.data.eval],
+            "chat_template": _read_template(recipe.data.chat_template, folder),
+        }
+    )
+    base = recipe.model.base
+    if base.startswith((".", "/", "~")) or (folder / base).is_dir():
+        base = resolve_path(base, folder)
+    return recipe.model_copy(
+        update={
+            "data": data,
+            "model": recipe.model.model_copy(update={"base": base}),
+            "storage": resolve_path(recipe.storage, Path.cwd()),
+        }
+    )
+
+
+def resolve_path(path: str, folder: Path) -> str:
+    """An absolute path; URIs stay as they are."""
+    if "://" in path:
+        return path
+    expanded = Path(path).expanduser()
+    return str(expanded if expanded.is_absolute() else (folder / expanded).absolute())
+
+
+def _read_template(template: str | None, folder: Path) -> str | None:
+    """Inline Jinja and the name chatml stay; a file is read, so that it travels with the recipe."""
+    if template is None or template == "chatml" or "{" in template:
+        return template
+    file = Path(resolve_path(template, folder))
+    try:
+        return file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(
+            f"data.chat_template: cannot read {file}: {error}; give 'chatml', the path of a "
+            "Jinja file, or inline Jinja"
+        ) from None

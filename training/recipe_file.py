@@ -1,0 +1,187 @@
+"""Reading YAML so that every fault can be told with its file, line and key."""
+
+import difflib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar, get_args
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from .errors import InputError
+
+Key = tuple[str | int, ...]
+Settings = TypeVar("Settings", bound=BaseModel)
+
+
+@dataclass(frozen=True)
+class Document:
+    """Values of a YAML file (with overrides applied), and where each key stands."""
+
+    values: dict[str, Any]
+    places: dict[Key, str]
+
+    def place(self, key: Key) -> str:
+        """file:line of a key, or of its nearest parent that is written down."""
+        while key and key not in self.places:
+            key = key[:-1]
+        return self.places[key]
+
+
+def read_recipe_file(path: Path, overrides: tuple[str, ...] = ()) -> Document:
+    """Parse the file and apply `dotted.key=value` overrides.
+
+    Raises:
+        InputError: for a file that cannot be read, is no YAML mapping, or repeats a key, and for
+            an override that is not `key=value`.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
+        raise InputError(f"{path}: cannot read the file: {reason}") from None
+    try:
+        root = yaml.compose(text, Loader=yaml.SafeLoader)
+        values = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f"{path}:{mark.line + 1}" if mark else str(path)
+        problem = getattr(error, "problem", None) or "not valid YAML"
+        raise InputError(f"{where}: not valid YAML: {problem}") from None
+    if not isinstance(values, dict) or root is None:
+        raise InputError(f"{path}: expected a mapping of settings, such as 'name: my-run'")
+    places: dict[Key, str] = {(): str(path)}
+    places.update(_places(root, str(path), ()))
+    document = Document(values, places)
+    for override in overrides:
+        _apply(document, override)
+    return document
+
+
+def validate(settings: type[Settings], document: Document) -> Settings:
+    """Build `settings`, telling every fault in one InputError, one line each."""
+    try:
+        return settings.model_validate(document.values)
+    except ValidationError as error:
+        lines = [_tell(settings, document, dict(fault)) for fault in error.errors()]
+        raise InputError("\n".join(dict.fromkeys(lines))) from None
+
+
+def _places(node: yaml.Node, file: str, key: Key) -> Iterator[tuple[Key, str]]:
+    if isinstance(node, yaml.MappingNode):
+        seen: dict[str, int] = {}
+        for key_node, value_node in node.value:
+            name = str(key_node.value)
+            line = key_node.start_mark.line + 1
+            if name in seen:
+                dotted = ".".join(map(str, (*key, name)))
+                raise InputError(f"{file}:{line}: {dotted}: already set on line {seen[name]}")
+            seen[name] = line
+            yield (*key, name), f"{file}:{line}"
+            yield from _places(value_node, file, (*key, name))
+    elif isinstance(node, yaml.SequenceNode):
+        for index, item in enumerate(node.value):
+            yield (*key, index), f"{file}:{item.start_mark.line + 1}"
+            yield from _places(item, file, (*key, index))
+
+
+def _apply(document: Document, override: str) -> None:
+    dotted, separator, text = override.partition("=")
+    if not separator or not dotted:
+        raise InputError(f"--set {override}: expected key=value, such as optim.learning_rate=1e-4")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise InputError(f"--set {override}: the value is not valid YAML") from None
+    key: Key = tuple(int(part) if part.isdigit() else part for part in dotted.split("."))
+    target: Any = document.values
+    for depth, part in enumerate(key[:-1]):
+        if isinstance(target, dict) and target.get(str(part)) is None:
+            target[str(part)] = {}
+        target = _child(target, part, override, ".".join(map(str, key[: depth + 1])))
+    last = key[-1]
+    if isinstance(target, list) and isinstance(last, int) and last < len(target):
+        target[last] = value
+    elif isinstance(target, dict):
+        target[str(last)] = value
+    else:
+        raise InputError(f"--set {override}: there is no such place in the recipe")
+    for depth in range(1, len(key) + 1):
+        document.places.setdefault(key[:depth], f"--set {override}")
+    document.places[key] = f"--set {override}"
+
+
+def _child(target: Any, part: str | int, override: str, dotted: str) -> Any:
+    if isinstance(target, dict):
+        return target[str(part)]
+    if isinstance(target, list) and isinstance(part, int) and part < len(target):
+        return target[part]
+    raise InputError(f"--set {override}: {dotted} is not a section of the recipe")
+
+
+def _tell(settings: type[BaseModel], document: Document, fault: dict[str, Any]) -> str:
+    """One fault as `file:line: key: what is wrong; what would be right`."""
+    key = _written_key(document, fault["loc"])
+    dotted = ".".join(map(str, key)) or "recipe"
+    place = document.place(key)
+    kind = fault["type"]
+    if kind == "extra_forbidden":
+        return f"{place}: {dotted}: unknown key{_suggestion(settings, key)}"
+    if kind == "missing":
+        return f"{place}: {dotted}: missing, and it has no default"
+    if kind in ("union_tag_invalid", "union_tag_not_found"):
+        expected = str(fault.get("ctx", {}).get("expected_tags", ""))
+        return f"{place}: {dotted}.kind: expected one of {expected}"
+    message = str(fault["msg"]).removeprefix("Value error, ")
+    if kind == "value_error":
+        return f"{place}: {message}" if not key else f"{place}: {dotted}: {message}"
+    return f"{place}: {dotted}: {message[:1].lower()}{message[1:]}, found {fault['input']!r}"
+
+
+def _written_key(document: Document, location: tuple[str | int, ...]) -> Key:
+    """pydantic's location without the names of union members, which nobody wrote."""
+    key: list[str | int] = []
+    value: Any = document.values
+    for index, part in enumerate(location):
+        is_last = index == len(location) - 1
+        if isinstance(value, dict) and (part in value or is_last):
+            key.append(part)
+            value = value.get(part)
+        elif isinstance(value, list) and isinstance(part, int) and part < len(value):
+            key.append(part)
+            value = value[part]
+    return tuple(key)
+
+
+def _suggestion(settings: type[BaseModel], key: Key) -> str:
+    """The nearest known key: among the siblings first, then anywhere in the recipe."""
+    known = list(_known_keys(settings))
+    pattern = tuple("*" if isinstance(part, int) else part for part in key)
+    siblings = [name[-1] for name in known if name[:-1] == pattern[:-1]]
+    wanted = str(key[-1])
+    near = difflib.get_close_matches(wanted, siblings, n=1, cutoff=0.6)
+    if near:
+        return f"; did you mean {near[0]!r}?"
+    anywhere = {name[-1]: ".".join(name) for name in known}
+    near = difflib.get_close_matches(wanted, anywhere, n=1, cutoff=0.75)
+    if near:
+        return f"; did you mean {anywhere[near[0]]!r}?"
+    return f"; known here: {', '.join(siblings)}" if siblings else ""
+
+
+def _known_keys(settings: type[BaseModel]) -> Iterator[tuple[str, ...]]:
+    for name, field in settings.model_fields.items():
+        yield (name,)
+        for model, many in _models_in(field.annotation):
+            prefix = (name, "*") if many else (name,)
+            yield from ((*prefix, *rest) for rest in _known_keys(model))
+
+
+def _models_in(annotation: Any, many: bool = False) -> Iterator[tuple[type[BaseModel], bool]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield annotation, many
+        return
+    inside_list = many or getattr(annotation, "__origin__", None) is list
+    for argument in get_args(annotation):
+        yield from _models_in(argument, inside_list)

@@ -1,0 +1,147 @@
+"""Folders on a disk or in an object store, behind one small class.
+
+Whatever finray keeps (prepared data, checkpoints, a run's files) is written through `Folder`,
+so that every write has the same promise: a reader sees the old file or the new one, never half.
+"""
+
+import os
+import shutil
+import uuid
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from pyarrow import fs as pafs
+
+from .errors import InputError
+
+
+@lru_cache(maxsize=64)
+def _open(uri: str) -> tuple[Any, str]:
+    """(filesystem, path) of a URI or of an absolute local path."""
+    try:
+        if uri.startswith("hf://"):
+            from huggingface_hub import HfFileSystem
+
+            return pafs.PyFileSystem(pafs.FSSpecHandler(HfFileSystem())), uri.removeprefix("hf://")
+        filesystem, path = pafs.FileSystem.from_uri(uri)
+    except (ValueError, OSError) as error:
+        raise InputError(f"cannot open storage {uri}: {error}") from None
+    return filesystem, path
+
+
+@dataclass(frozen=True)
+class Folder:
+    """A folder named by an absolute local path or a URI that pyarrow.fs opens."""
+
+    uri: str
+
+    @property
+    def filesystem(self) -> Any:
+        """The pyarrow filesystem that holds the folder."""
+        return _open(self.uri)[0]
+
+    @property
+    def path(self) -> str:
+        """The folder's path inside its filesystem."""
+        return str(_open(self.uri)[1]).rstrip("/")
+
+    @property
+    def local(self) -> Path | None:
+        """The folder on this machine's disk; None for an object store."""
+        is_local = self.filesystem.type_name == "local"
+        return Path(self.path) if is_local else None
+
+    def __truediv__(self, name: str) -> "Folder":
+        return Folder(f"{self.uri.rstrip('/')}/{name}")
+
+    def __str__(self) -> str:
+        return self.uri
+
+    def file(self, name: str) -> str:
+        """Path of a file inside the filesystem, for pyarrow's own readers and writers."""
+        return f"{self.path}/{name}"
+
+    def create(self) -> "Folder":
+        """Make the folder where it does not exist yet."""
+        self.filesystem.create_dir(self.path, recursive=True)
+        return self
+
+    def exists(self, name: str = "") -> bool:
+        """Whether the folder, or a file or folder inside it, exists."""
+        path = self.file(name) if name else self.path
+        return bool(self.filesystem.get_file_info(path).type != pafs.FileType.NotFound)
+
+    def names(self) -> list[str]:
+        """Names of the files and folders directly inside, sorted; empty where there is none."""
+        selector = pafs.FileSelector(self.path, allow_not_found=True)
+        return sorted(info.base_name for info in self.filesystem.get_file_info(selector))
+
+    def files(self) -> list[str]:
+        """Relative paths of all files below the folder, sorted."""
+        selector = pafs.FileSelector(self.path, allow_not_found=True, recursive=True)
+        return sorted(
+            os.path.relpath(info.path, self.path)
+            for info in self.filesystem.get_file_info(selector)
+            if info.type == pafs.FileType.File
+        )
+
+    def read(self, name: str) -> bytes:
+        """A file's bytes.
+
+        Raises:
+            FileNotFoundError: where there is no such file.
+        """
+        with self.filesystem.open_input_stream(self.file(name)) as stream:
+            return bytes(stream.read())
+
+    def write(self, name: str, content: bytes) -> None:
+        """Write a file whole: a reader, or a crash, sees the old content or the new."""
+        if self.local is None:
+            with self.filesystem.open_output_stream(self.file(name)) as stream:
+                stream.write(content)
+            return
+        target = self.local / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}")
+        try:
+            with temporary.open("wb") as stream:
+                stream.write(content)
+                stream.flush()
+                os.fsync(stream.fileno())
+            temporary.replace(target)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+    def upload(self, source: Path) -> None:
+        """Copy every file below a local folder into this one."""
+        if self.local is not None:
+            shutil.copytree(source, self.local, dirs_exist_ok=True)
+            return
+        self.create()
+        pafs.copy_files(
+            str(source),
+            self.path,
+            source_filesystem=pafs.LocalFileSystem(),
+            destination_filesystem=self.filesystem,
+        )
+
+    def download(self, target: Path) -> None:
+        """Copy every file below this folder into a local one."""
+        target.mkdir(parents=True, exist_ok=True)
+        pafs.copy_files(
+            self.path,
+            str(target),
+            source_filesystem=self.filesystem,
+            destination_filesystem=pafs.LocalFileSystem(),
+        )
+
+    def delete(self, name: str = "") -> None:
+        """Delete a file or folder inside, or this folder; one that is gone already is fine."""
+        path = self.file(name) if name else self.path
+        kind = self.filesystem.get_file_info(path).type
+        if kind == pafs.FileType.Directory:
+            self.filesystem.delete_dir(path)
+        elif kind == pafs.FileType.File:
+            self.filesystem.delete_file(path)

@@ -1,0 +1,1 @@
+"""MANY runs: sweeps over recipes."""
