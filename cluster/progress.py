@@ -1,0 +1,225 @@
+"""What `finray train` shows while a run goes on.
+
+The run's folder is the source of truth: the worker that writes metrics.jsonl may be on another
+machine. So the display watches the folder and needs nothing from the run itself.
+"""
+
+import threading
+import time
+from collections import deque
+from types import TracebackType
+from typing import Any, Self
+
+from rich.console import Console
+
+from ..training import figures
+from ..training.errors import InputError
+from ..training.run_folder import METRICS_FILE, Record, parse_record, read_run
+from ..training.storage import Folder
+from .progress_display import Display, LiveDisplay, PlainDisplay, State
+
+TICK = 0.25
+"""Seconds between two looks at whether something is due."""
+LOCAL_POLL = 0.5
+REMOTE_POLL = 5.0
+WINDOW = 20
+"""Logged steps over which the speed, and with it the time left, is measured."""
+
+
+class ProgressWatcher:
+    """Shows a run's progress while the block runs; the last lines are shown before it ends.
+
+    On a terminal: one live line, with evaluations above it. Elsewhere: plain lines.
+
+    Args:
+        folder: the run's folder; where it is known only later, `watch` takes it.
+        console: where to write; stderr by default, so that stdout stays the command's result.
+        poll_seconds: how often the folder is read; by default as its kind of storage bears.
+    """
+
+    def __init__(
+        self,
+        folder: Folder | None = None,
+        console: Console | None = None,
+        poll_seconds: float | None = None,
+    ) -> None:
+        console = console or Console(stderr=True)
+        live = console.is_terminal and not console.is_dumb_terminal
+        self._state = State()
+        self._display: Display = (LiveDisplay if live else PlainDisplay)(console, self._state)
+        self._poll_seconds = poll_seconds
+        self._run: _WatchedRun | None = None
+        self._stop = threading.Event()
+        self._lock = threading.Lock()
+        """Held while the state changes or the display draws it."""
+        self._thread = threading.Thread(target=self._watch, name="finray-progress", daemon=True)
+        if folder is not None:
+            self.watch(folder)
+
+    def __enter__(self) -> Self:
+        self._display.start()
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._stop.set()
+        self._thread.join()
+        with self._lock:
+            if self._run is not None:
+                self._run.poll()
+            self._display.close()
+
+    def watch(self, folder: Folder) -> None:
+        """From now on tell what this run's folder gains; what it holds already is not told."""
+        run = _WatchedRun(folder, self._state, self._display)
+        run.poll(quiet=True)
+        with self._lock:
+            self._run = run
+        self.phase("starting the workers and loading the model")
+
+    def phase(self, text: str) -> None:
+        """What the run is doing outside its steps: 'loading model'. The next step ends it."""
+        with self._lock:
+            self._state.phase = figures.one_line(text)
+            self._display.changed()
+            self._display.tick()
+
+    def _watch(self) -> None:
+        next_poll = 0.0
+        while not self._stop.wait(TICK):
+            with self._lock:
+                if self._run is not None and time.monotonic() >= next_poll:
+                    self._run.poll()
+                    next_poll = time.monotonic() + (self._poll_seconds or self._run.poll_seconds)
+                self._display.tick()
+
+
+class _WatchedRun:
+    """One run's folder: what it gained at each poll goes into the state and onto the display."""
+
+    def __init__(self, folder: Folder, state: State, display: Display) -> None:
+        self._folder = folder
+        self._state = state
+        self._display = display
+        self._tail = MetricsTail(folder)
+        self._speed = Speed()
+        self._told: set[tuple[object, ...]] = set()
+        self._restarts = 0
+        self.poll_seconds = REMOTE_POLL if folder.local is None else LOCAL_POLL
+
+    def poll(self, quiet: bool = False) -> None:
+        try:
+            run = read_run(self._folder) or {}
+            lines, started_again = self._tail.poll()
+        except (OSError, InputError):
+            return  # a display never ends a run: a store that is away is read at the next poll
+        self._take_run(run, quiet)
+        if started_again:
+            self._speed = Speed()
+        for line in lines:
+            self._take_line(line, quiet)
+
+    def _take_run(self, run: Record, quiet: bool) -> None:
+        self._state.total = run.get("total_steps")
+        restarts = run.get("restarts") or []
+        for restart in restarts[self._restarts :]:
+            reason = figures.one_line(str(restart.get("reason") or "unknown reason"))
+            if not quiet:
+                self._display.note(f"restart at step {restart.get('step')}: {reason}")
+        self._restarts = len(restarts)
+
+    def _take_line(self, line: Record, quiet: bool) -> None:
+        if not figures.is_number(line.get("step")):
+            return
+        if "eval_loss" in line or "exact_match" in line:
+            self._take_evaluation(line, quiet)
+        if "loss" in line:
+            self._speed.add(int(line["step"]), line.get("seconds"))
+            self._state.take(line, None if quiet else self._speed.seconds_per_step())
+        if not quiet:
+            # the base model is measured at step 0, before there is a loss to show
+            self._state.phase = "training" if self._state.step is None else ""
+            self._display.changed()
+
+    def _take_evaluation(self, line: Record, quiet: bool) -> None:
+        """Tell an evaluation once, also where a restart has the file read again."""
+        known = (line["step"], line.get("eval_loss"), line.get("exact_match"))
+        if known not in self._told and not quiet:
+            self._display.note(evaluation_text(line))
+        self._told.add(known)
+
+
+class MetricsTail:
+    """The lines that metrics.jsonl gained since the last look."""
+
+    def __init__(self, folder: Folder) -> None:
+        self._folder = folder
+        self._offset = 0
+        self._before = b""
+        """The bytes just before the offset: where they differ, it is another file by now."""
+
+    def poll(self) -> tuple[list[Record], bool]:
+        """(whole new lines, whether the file began anew since the last look).
+
+        A resumed run cuts the file back to its checkpoint, so it may be shorter than it was, or
+        already longer again.
+        """
+        path = self._folder.file(METRICS_FILE)
+        try:
+            file = self._folder.filesystem.open_input_file(path)
+        except (FileNotFoundError, NotADirectoryError):
+            return [], False
+        with file:
+            start = self._offset - len(self._before)
+            file.seek(min(start, file.size()))
+            content = bytes(file.read())
+            again = not content.startswith(self._before)
+            if again:
+                self._offset, self._before = 0, b""
+                file.seek(0)
+                content = bytes(file.read())
+        content = content[len(self._before) :]
+        whole = content[: content.rfind(b"\n") + 1]
+        self._offset += len(whole)
+        self._before = (self._before + whole)[-64:]
+        records = [parse_record(line) for line in whole.splitlines()]
+        return [record for record in records if record is not None], again
+
+
+class Speed:
+    """Seconds a step takes, over the last `WINDOW` logged steps."""
+
+    def __init__(self) -> None:
+        self._seen: deque[tuple[int, float]] = deque([(0, 0.0)], maxlen=WINDOW)
+
+    def add(self, step: int, seconds: Any) -> None:
+        """Take a logged step and the seconds that all steps up to it took."""
+        if not figures.is_number(seconds):
+            return
+        if self._seen and (step <= self._seen[-1][0] or seconds <= self._seen[-1][1]):
+            self._seen.clear()  # a restart, from an earlier step
+        self._seen.append((step, seconds))
+
+    def seconds_per_step(self) -> float | None:
+        """None where too little is known."""
+        if len(self._seen) < 2:
+            return None
+        (first, started), (last, now) = self._seen[0], self._seen[-1]
+        return (now - started) / (last - first)
+
+
+def evaluation_text(line: Record) -> str:
+    """An evaluation line of metrics.jsonl: step 100  held-out loss 1.234  exact match 45.0%."""
+    parts = [f"step {figures.count(line.get('step'))}"]
+    if "eval_loss" in line:
+        parts.append(f"held-out loss {figures.loss(line['eval_loss'])}")
+    if "eval_token_accuracy" in line:
+        parts.append(f"token accuracy {figures.percent(line['eval_token_accuracy'])}")
+    if "exact_match" in line:
+        parts.append(f"exact match {figures.percent(line['exact_match'])}")
+    return "  ".join(parts)

@@ -1,0 +1,185 @@
+"""The two ways in which progress is drawn: one live line on a terminal, plain lines elsewhere."""
+
+import math
+import sys
+import time
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from rich.console import Console, RenderableType
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.spinner import Spinner
+from rich.table import Table
+from rich.text import Text
+
+from ..training import figures
+
+PLAIN_SECONDS = 1.0
+"""Plain lines come at most this often; evaluations always."""
+BAR_FROM_COLUMNS = 90
+"""Narrower terminals show no bar."""
+
+
+@dataclass
+class State:
+    """What is known of the run at this moment."""
+
+    phase: str = ""
+    step: int | None = None
+    total: Any = None
+    loss: Any = None
+    learning_rate: Any = None
+    tokens_per_second: Any = None
+    left: float | None = None
+    """Seconds to the end, as of `since`."""
+    since: float = 0.0
+
+    def take(self, line: dict[str, Any], seconds_per_step: float | None) -> None:
+        """Show a logged step."""
+        self.step = int(line["step"])
+        # in the file null stands for a loss that is not a number
+        self.loss = math.nan if line["loss"] is None else line["loss"]
+        self.learning_rate = line.get("learning_rate")
+        self.tokens_per_second = line.get("tokens_per_second")
+        self.left, self.since = None, time.monotonic()
+        if seconds_per_step is not None and figures.is_number(self.total):
+            self.left = seconds_per_step * (self.total - self.step)
+
+    @property
+    def at_end(self) -> bool:
+        """Whether the last step is done: what is left is to evaluate and to save."""
+        return figures.is_number(self.total) and self.step is not None and self.step >= self.total
+
+    def step_text(self) -> str:
+        """step 120/400"""
+        total = f"/{self.total:.0f}" if figures.is_number(self.total) else ""
+        return f"step {self.step}{total}"
+
+    def values(self) -> list[str]:
+        """loss, learning rate, speed and time left, as far as they are known."""
+        parts = [f"loss {figures.loss(self.loss)}"]
+        if figures.is_number(self.learning_rate):
+            parts.append(f"lr {figures.exponent(self.learning_rate)}")
+        if figures.is_number(self.tokens_per_second):
+            parts.append(f"{figures.count(self.tokens_per_second)} tok/s")
+        if self.left is not None and not self.at_end:
+            # between two logged steps the time left runs down by the clock
+            left = max(0.0, self.left - (time.monotonic() - self.since))
+            parts.append(f"{figures.duration(left)} left")
+        return parts
+
+
+class Display(Protocol):
+    """Draws a state. The watcher calls one method at a time, from several threads."""
+
+    def __init__(self, console: Console, state: State) -> None: ...
+    def start(self) -> None:
+        """Begin to draw."""
+
+    def changed(self) -> None:
+        """The state is another one."""
+
+    def note(self, text: str) -> None:
+        """A line that stays: an evaluation, a restart."""
+
+    def tick(self) -> None:
+        """A moment has passed."""
+
+    def close(self) -> None:
+        """Draw what is not drawn yet, and end."""
+
+
+class PlainDisplay:
+    """Plain lines, for logs: no control sequences."""
+
+    def __init__(self, console: Console, state: State) -> None:
+        self._console = console
+        self._state = state
+        self._pending = ""
+        self._next = 0.0
+
+    def start(self) -> None:
+        """Nothing to prepare."""
+
+    def changed(self) -> None:
+        """Keep a line until it is due; a newer one takes its place."""
+        if self._state.phase:
+            self._pending = self._state.phase
+        else:
+            self._pending = "  ".join([self._state.step_text(), *self._state.values()])
+
+    def note(self, text: str) -> None:
+        """Print a line now; the one that waits keeps waiting."""
+        self._print(text)
+
+    def tick(self) -> None:
+        """Print the line that waits, where a second has passed since the last one."""
+        if time.monotonic() >= self._next:
+            self._flush()
+
+    def close(self) -> None:
+        """Print the line that waits."""
+        self._flush()
+
+    def _flush(self) -> None:
+        line, self._pending = self._pending, ""
+        if line:
+            self._print(line)
+            self._next = time.monotonic() + PLAIN_SECONDS
+
+    def _print(self, line: str) -> None:
+        self._console.file.write(line + "\n")
+        self._console.file.flush()
+
+
+class LiveDisplay:
+    """One line that redraws itself, under everything else that is printed."""
+
+    def __init__(self, console: Console, state: State) -> None:
+        self._console = console
+        self._state = state
+        self._spinner = Spinner("dots", style="cyan")
+        self._closed = False
+        self._live = Live(
+            get_renderable=self._line,
+            console=console,
+            refresh_per_second=8,
+            # a piped stdout holds the command's result and is not ours to take
+            redirect_stdout=sys.stdout.isatty(),
+        )
+
+    def start(self) -> None:
+        """Take the terminal's last line."""
+        self._live.start()
+
+    def changed(self) -> None:
+        """The next refresh draws it."""
+
+    def note(self, text: str) -> None:
+        """Print a line above the live one."""
+        self._console.print(Text(text, style="green", overflow="fold"))
+
+    def tick(self) -> None:
+        """Refreshing is rich's own clock's."""
+
+    def close(self) -> None:
+        """Leave the last state on the screen."""
+        self._closed = True
+        self._live.transient = self._state.step is None and not self._state.phase
+        self._live.stop()
+
+    def _line(self) -> RenderableType:
+        state = self._state
+        row = Table.grid(padding=(0, 2, 0, 0))
+        if state.step is None or (state.phase and not self._closed):
+            phase = Text(state.phase or "starting", no_wrap=True, overflow="ellipsis")
+            row.add_row(Text("·") if self._closed else self._spinner, phase)
+            return row
+        cells: list[RenderableType] = [Text(state.step_text(), style="bold", no_wrap=True)]
+        if figures.is_number(state.total) and self._console.width >= BAR_FROM_COLUMNS:
+            cells.append(ProgressBar(total=state.total, completed=state.step, width=24))
+        finishing = ["finishing"] if state.at_end and not self._closed else []
+        values = "  ".join([*state.values(), *finishing])
+        row.add_row(*cells, Text(values, no_wrap=True, overflow="ellipsis"))
+        return row

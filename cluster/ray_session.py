@@ -1,0 +1,52 @@
+"""Opening Ray for a command: a cluster of this machine's own, or one that is there already."""
+
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from ..training.recipe import ScaleSettings
+
+# Set before Ray is imported: it reads them then.
+_QUIET = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
+}
+
+
+@contextmanager
+def ray_session(
+    scale: ScaleSettings, address: str | None, env: dict[str, str], verbose: bool
+) -> Iterator[None]:
+    """Ray for as long as the context lasts.
+
+    Args:
+        scale: what a cluster of this machine's own must hold, in logical CPUs.
+        address: a running cluster; None starts one here (or joins $RAY_ADDRESS, as in a job).
+        env: environment variables of all workers.
+        verbose: pass on what workers print.
+    """
+    for name, value in _QUIET.items():
+        os.environ.setdefault(name, value)
+    import ray
+
+    where = address or os.environ.get("RAY_ADDRESS") or "local"
+    level = logging.INFO if verbose else logging.ERROR
+    logging.getLogger("ray").setLevel(level)
+    options = {}
+    if where == "local":
+        needed = scale.workers * scale.cpus_per_worker + 2
+        options = {"num_cpus": max(os.cpu_count() or 1, needed), "include_dashboard": False}
+    ray.init(
+        address=where,
+        runtime_env={"env_vars": env},
+        log_to_driver=verbose,
+        logging_level=level,
+        **options,
+    )
+    try:
+        yield
+    finally:
+        ray.shutdown()

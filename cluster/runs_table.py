@@ -1,0 +1,115 @@
+"""The table of `finray runs`."""
+
+import json
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from typing import Any
+
+from ..training import figures
+from ..training.run_folder import Record
+
+SILENT_SECONDS = 120.0
+"""A run that says it is running gives a sign of life more often than this."""
+
+HEADERS = (
+    "name",
+    "status",
+    "method",
+    "step",
+    "loss",
+    "eval loss",
+    "match",
+    "tokens",
+    "started",
+)
+LEFT_ALIGNED = 3
+"""So many columns hold words; the others hold numbers."""
+
+
+def render_runs(
+    runs: Sequence[tuple[str, Record]], as_json: bool, now: datetime | None = None
+) -> str:
+    """The runs of a storage, the one started last at the end; text in columns, or a JSON list.
+
+    Args:
+        runs: (name, run record), as `list_runs` gives them.
+        now: the time to reckon ages from, with its zone; by default this moment.
+    """
+    now = now or datetime.now(UTC)
+    ordered = sorted(runs, key=lambda run: (str(run[1].get("started_at") or ""), run[0]))
+    entries = [_entry(name, record, now) for name, record in ordered]
+    if as_json:
+        return json.dumps(entries, indent=2)
+    if not entries:
+        return "no runs here yet"
+    return _columns([HEADERS, *(_row(entry) for entry in entries)])
+
+
+def _entry(name: str, record: Record, now: datetime) -> Record:
+    """What is shown of a run, as plain values; what is not known is None."""
+    metrics = record.get("metrics") or {}
+    status = str(record.get("status") or "unknown")
+    silent = _age(record.get("updated_at"), now)
+    if status == "running" and silent is not None and silent > SILENT_SECONDS:
+        status = "running?"
+    return {
+        "name": name,
+        "status": status,
+        "method": record.get("method"),
+        "step": _number(record.get("step")),
+        "total_steps": _number(record.get("total_steps")),
+        "loss": _number(metrics.get("loss")),
+        "eval_loss": _number(metrics.get("eval_loss")),
+        "exact_match": _number(metrics.get("exact_match")),
+        "tokens": _number(record.get("tokens")),
+        "started_at": record.get("started_at"),
+        "age_seconds": _age(record.get("started_at"), now),
+        "silent_seconds": silent,
+    }
+
+
+def _row(entry: Record) -> tuple[str, ...]:
+    status = entry["status"]
+    if status == "running?":
+        status += f" silent {figures.duration(entry['silent_seconds'])}"
+    step = figures.count(entry["step"])
+    if entry["total_steps"] is not None:
+        step += f"/{figures.count(entry['total_steps'])}"
+    age = entry["age_seconds"]
+    return (
+        figures.one_line(entry["name"]),
+        figures.one_line(status),
+        figures.one_line(str(entry["method"] or figures.MISSING)),
+        step,
+        figures.loss(entry["loss"]),
+        figures.loss(entry["eval_loss"]),
+        figures.percent(entry["exact_match"]),
+        figures.short_count(entry["tokens"]),
+        figures.MISSING if age is None else f"{figures.duration(age)} ago",
+    )
+
+
+def _columns(rows: Sequence[Sequence[str]]) -> str:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = []
+    for row in rows:
+        cells = [
+            cell.ljust(width) if index < LEFT_ALIGNED else cell.rjust(width)
+            for index, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ]
+        lines.append("  ".join(cells).rstrip())
+    return "\n".join(lines)
+
+
+def _number(value: Any) -> float | None:
+    return value if figures.is_number(value) else None
+
+
+def _age(iso: Any, now: datetime) -> float | None:
+    """Seconds since an ISO time; one without a zone is in UTC."""
+    try:
+        time = datetime.fromisoformat(str(iso))
+    except ValueError:
+        return None
+    time = time if time.tzinfo else time.replace(tzinfo=UTC)
+    return max(0.0, (now - time).total_seconds())

@@ -1,0 +1,141 @@
+"""What `finray train` prints at its end."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from rich.cells import cell_len, set_cell_size
+
+from ..training import figures
+from ..training.errors import InputError
+from ..training.run_folder import (
+    METRICS_FILE,
+    REPORT_FILE,
+    RUN_FILE,
+    Record,
+    is_match,
+    read_run,
+    read_samples,
+)
+from ..training.storage import Folder
+
+WIDTH = 80
+SAMPLES = 3
+_BOLD, _DIM, _GREEN, _RED = "1", "2", "32", "31"
+
+
+def render_summary(folder: Folder, *, colour: bool = False) -> str:
+    """How a run ended, what it gained, and where its results lie; lines of at most 80 columns
+    but for paths and errors.
+
+    Args:
+        folder: the run's folder.
+        colour: whether to use a terminal's colours; the words say the same without.
+
+    Raises:
+        InputError: the folder holds no run, or one of its files is damaged.
+    """
+    run = read_run(folder)
+    if run is None:
+        raise InputError(f"{folder} holds no run: there is no {RUN_FILE}")
+    paint = _Paint(colour)
+    blocks = [
+        _headline(run, paint),
+        _error(run),
+        _gains(run, paint),
+        *_samples(read_samples(folder)[:SAMPLES], paint),
+        _places(folder, run, paint),
+    ]
+    return "\n\n".join("\n".join(block) for block in blocks if block)
+
+
+class _Paint:
+    def __init__(self, colour: bool) -> None:
+        self._colour = colour
+
+    def __call__(self, text: str, code: str) -> str:
+        return f"\x1b[{code}m{text}\x1b[0m" if self._colour else text
+
+
+def _headline(run: Record, paint: _Paint) -> list[str]:
+    """support-lora finished: 400 steps, 1,234,567 tokens, 12m03s"""
+    status = str(run.get("status") or "unknown")
+    step, total = run.get("step"), run.get("total_steps")
+    steps = f"{figures.count(step)} steps"
+    if status != "finished" and figures.is_number(total):
+        steps = f"step {figures.count(step)} of {figures.count(total)}"
+    facts = [steps, f"{figures.count(run.get('tokens'))} tokens"]
+    facts.append(figures.duration(run.get("wall_seconds")))
+    known = [fact for fact in facts if figures.MISSING not in fact]
+    colour = {"finished": _GREEN, "failed": _RED}.get(status, _BOLD)
+    name = paint(figures.one_line(str(run.get("name") or "run")), _BOLD)
+    return [f"{name} {paint(status, colour)}" + (f": {', '.join(known)}" if known else "")]
+
+
+def _error(run: Record) -> list[str]:
+    lines = str(run.get("error") or "").strip().splitlines()
+    return [f"  {figures.one_line(line)}".rstrip() for line in lines]
+
+
+def _gains(run: Record, paint: _Paint) -> list[str]:
+    """Base against tuned, as far as either was measured."""
+    before, after = run.get("before") or {}, run.get("metrics") or {}
+    rows = [
+        (label, before.get(key), after.get(key), key == "exact_match")
+        for label, key in (("exact match", "exact_match"), ("held-out loss", "eval_loss"))
+        if figures.is_number(before.get(key)) or figures.is_number(after.get(key))
+    ]
+    if not rows:
+        return [f"  training loss {figures.loss(after.get('loss'))}"] if "loss" in after else []
+    lines = [paint(f"  {'':13}  {'base':>8}  {'tuned':>8}  {'change':>8}", _DIM)]
+    for label, old, new, share in rows:
+        write = figures.percent if share else figures.loss
+        cells = f"  {label:13}  {write(old):>8}  {write(new):>8}"
+        lines.append(f"{cells}  {_difference(old, new, share):>8}".rstrip())
+    return lines
+
+
+def _difference(old: Any, new: Any, share: bool) -> str:
+    """A loss's difference, or percentage points."""
+    if not (figures.is_number(old) and figures.is_number(new)):
+        return ""
+    return f"{100 * (new - old):+.1f}" if share else f"{new - old:+.3f}"
+
+
+def _samples(samples: Sequence[Record], paint: _Paint) -> list[list[str]]:
+    return [_sample(sample, paint) for sample in samples]
+
+
+def _sample(sample: Record, paint: _Paint) -> list[str]:
+    reference = sample.get("reference")
+    rows = [("prompt", sample.get("prompt")), ("reference", reference)]
+    lines = [
+        f"  {paint(label.ljust(9), _DIM)}  {shorten(str(text))}"
+        for label, text in rows
+        if text is not None
+    ]
+    for label, text in (("base", sample.get("before")), ("tuned", sample.get("after"))):
+        if text is None:
+            continue
+        mark = paint("  ✓", _GREEN) if is_match(text, reference) else ""
+        lines.append(f"  {paint(label.ljust(9), _DIM)}  {shorten(text) or '(empty)'}{mark}")
+    return lines
+
+
+def shorten(text: str, columns: int = WIDTH - 16) -> str:
+    """One line of at most so many columns; a cut is marked with …"""
+    line = figures.one_line(text)
+    if cell_len(line) <= columns:
+        return line
+    return set_cell_size(line, columns - 1).rstrip() + "…"
+
+
+def _places(folder: Folder, run: Record, paint: _Paint) -> list[str]:
+    names = [("report", REPORT_FILE), ("metrics", METRICS_FILE)]
+    result = run.get("result")
+    if result:
+        names.insert(0, (str(result), str(result)))
+    return [
+        f"  {paint(label.ljust(9), _DIM)}  {folder / name}"
+        for label, name in names
+        if folder.exists(name)
+    ]

@@ -1,0 +1,106 @@
+"""Checkpoints: a good one is found, a damaged one is named, the last good one is kept."""
+
+from pathlib import Path
+
+import pytest
+
+from finray.training import checkpoint
+from finray.training.errors import RunError
+from finray.training.storage import Folder
+
+
+def save(
+    root: Folder, scratch: Path, step: int, *, world_size: int = 1, loss: float | None = None
+) -> None:
+    for rank in range(world_size):
+        staged = scratch / f"{step}-{rank}"
+        staged.mkdir()
+        if rank == 0:
+            (staged / "weights.safetensors").write_bytes(bytes([step % 256]) * 100)
+        (staged / f"rng_state_{rank}.pth").write_bytes(b"rng")
+        metrics = {} if loss is None else {"eval_loss": loss}
+        checkpoint.write_manifest(staged, rank, world_size, metrics)
+        checkpoint.publish(staged, root / checkpoint.checkpoint_name(step), rank)
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Folder:
+    return Folder(str(tmp_path / "checkpoints"))
+
+
+def test_none_yet(root: Folder) -> None:
+    assert checkpoint.choose(root) == checkpoint.Choice(None, 0, ())
+    assert checkpoint.rotate(root, 1) == []
+
+
+def test_the_newest_good_one_is_chosen(root: Folder, tmp_path: Path) -> None:
+    for step in (5, 10, 100):
+        save(root, tmp_path, step, world_size=2)
+    assert checkpoint.choose(root) == checkpoint.Choice("step-00000100", 100, ())
+
+
+@pytest.mark.parametrize("name", ["weights.safetensors", "rng_state_1.pth", "rank-0.json"])
+@pytest.mark.parametrize("how", ["truncated", "flipped", "emptied"])
+def test_a_damaged_one_is_named_and_passed_over(
+    root: Folder, tmp_path: Path, name: str, how: str
+) -> None:
+    for step in (5, 10):
+        save(root, tmp_path, step, world_size=2)
+    content = bytearray(root.read(f"step-00000010/{name}"))
+    if how == "flipped":
+        content[0] ^= 1
+    root.write(f"step-00000010/{name}", bytes(content[:-1] if how == "truncated" else content))
+    if how == "emptied":
+        root.write(f"step-00000010/{name}", b"")
+    choice = checkpoint.choose(root)
+    assert choice.step == 5
+    assert len(choice.passed_over) == 1
+    assert "step-00000010: damaged" in choice.passed_over[0] and name in choice.passed_over[0]
+
+
+def test_a_missing_file_is_damage(root: Folder, tmp_path: Path) -> None:
+    save(root, tmp_path, 5)
+    save(root, tmp_path, 10)
+    root.delete("step-00000010/weights.safetensors")
+    assert "weights.safetensors is missing" in checkpoint.choose(root).passed_over[0]
+
+
+def test_a_save_that_was_cut_off_is_unfinished(root: Folder, tmp_path: Path) -> None:
+    save(root, tmp_path, 5, world_size=2)
+    save(root, tmp_path, 10, world_size=2)
+    root.delete("step-00000010/rank-1.json")
+    choice = checkpoint.choose(root)
+    assert choice.step == 5 and "unfinished" in choice.passed_over[0]
+
+
+def test_a_first_save_cut_off_starts_anew(root: Folder, tmp_path: Path) -> None:
+    save(root, tmp_path, 5)
+    root.delete("step-00000005/rank-0.json")
+    choice = checkpoint.choose(root)
+    assert choice.name is None and "unfinished" in choice.passed_over[0]
+
+
+def test_all_damaged_stops(root: Folder, tmp_path: Path) -> None:
+    for step in (5, 10):
+        save(root, tmp_path, step)
+        root.write(f"step-{step:08d}/weights.safetensors", b"")
+    with pytest.raises(RunError, match=r"all checkpoints(.|\n)*step-00000010(.|\n)*step-00000005"):
+        checkpoint.choose(root)
+
+
+def test_rotation_keeps_the_last_and_the_best(root: Folder, tmp_path: Path) -> None:
+    for step, loss in ((1, 3.0), (2, 1.0), (3, 2.0), (4, None), (5, 2.5)):
+        save(root, tmp_path, step, loss=loss)
+    assert checkpoint.rotate(root, 2) == ["step-00000001", "step-00000003"]
+    assert checkpoint.best(root) == "step-00000002"
+    assert root.names() == ["step-00000002", "step-00000004", "step-00000005"]
+
+
+def test_rotation_never_counts_an_unfinished_one(root: Folder, tmp_path: Path) -> None:
+    for step in (1, 2, 3):
+        save(root, tmp_path, step)
+    root.delete("step-00000003/rank-0.json")
+    assert checkpoint.rotate(root, 1) == ["step-00000001"]
+    assert root.names() == ["step-00000002", "step-00000003"]
+    save(root, tmp_path, 4)
+    assert checkpoint.rotate(root, 1) == ["step-00000002", "step-00000003"]

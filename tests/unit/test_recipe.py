@@ -1,0 +1,162 @@
+"""The recipe: what is accepted, and how each fault is told."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+
+from finray.training.errors import InputError
+from finray.training.recipe import OptimSettings, Recipe, load_recipe, recipe_from_dict
+
+GOOD = """\
+name: support
+model: {base: some/model}
+data:
+  train: [{path: rows.jsonl}]
+"""
+
+
+def write(folder: Path, text: str) -> Path:
+    path = folder / "recipe.yaml"
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def refusal(folder: Path, text: str, *overrides: str) -> str:
+    with pytest.raises(InputError) as caught:
+        load_recipe(write(folder, text), overrides)
+    return str(caught.value)
+
+
+def test_defaults_and_resolved_paths(tmp_path: Path) -> None:
+    recipe = load_recipe(write(tmp_path, GOOD))
+    assert recipe.method.kind == "sft"
+    assert recipe.adapter is None
+    assert recipe.model.base == "some/model"
+    assert recipe.data.train[0].path == str(tmp_path / "rows.jsonl")
+    assert recipe.storage == str(Path.cwd() / "runs")
+
+
+def test_a_local_base_is_found_beside_the_recipe(tmp_path: Path) -> None:
+    (tmp_path / "base").mkdir()
+    text = GOOD.replace("some/model", "base")
+    assert load_recipe(write(tmp_path, text)).model.base == str(tmp_path / "base")
+
+
+def test_uris_stay(tmp_path: Path) -> None:
+    text = GOOD.replace("rows.jsonl", "s3://bucket/rows.jsonl") + "storage: gs://bucket/runs\n"
+    recipe = load_recipe(write(tmp_path, text))
+    assert recipe.data.train[0].path == "s3://bucket/rows.jsonl"
+    assert recipe.storage == "gs://bucket/runs"
+
+
+@pytest.mark.parametrize(
+    ("addition", "line", "told"),
+    [
+        ("optim: {learnin_rate: 1e-4}\n", 5, "did you mean 'learning_rate'?"),
+        ("adaptr: {rank: 4}\n", 5, "did you mean 'adapter'?"),
+        ("learning_rate: 1e-4\n", 5, "did you mean 'optim.learning_rate'?"),
+        ("optim:\n  batch_size: many\n", 6, "optim.batch_size: "),
+        ("optim: {epochs: 1, max_steps: 3}\n", 5, "epochs and max_steps contradict"),
+        ("method: {kind: sftt}\n", 5, "expected one of 'sft', 'pretrain'"),
+        ("eval: {every_steps: 10}\n", 1, "needs held-out data"),
+        ("optim: {batch_size: 2, micro_batch_size: 4}\n", 1, "is larger than"),
+        ("scale: {workers: 64}\n", 1, "scale.workers 64 is larger"),
+        ("seed: -1\n", 5, "seed: "),
+        ("name: again\n", 5, "already set on line 1"),
+    ],
+)
+def test_each_fault_is_told_with_its_place(
+    tmp_path: Path, addition: str, line: int, told: str
+) -> None:
+    message = refusal(tmp_path, GOOD + addition)
+    where = f"{tmp_path / 'recipe.yaml'}:{line}:" if line > 1 else str(tmp_path / "recipe.yaml")
+    assert message.startswith(where)
+    assert told in message
+
+
+def test_all_faults_are_told_at_once(tmp_path: Path) -> None:
+    message = refusal(tmp_path, GOOD + "adaptr: {}\noptim: {batch_size: many}\n")
+    assert len(message.splitlines()) == 2
+
+
+def test_missing_key_and_broken_yaml(tmp_path: Path) -> None:
+    assert "model: missing" in refusal(tmp_path, "name: x\ndata: {train: [{path: a}]}\n")
+    assert "not valid YAML" in refusal(tmp_path, "name: [x\n")
+    assert "expected a mapping" in refusal(tmp_path, "- a\n")
+    with pytest.raises(InputError, match="cannot read the file"):
+        load_recipe(tmp_path / "absent.yaml")
+
+
+def test_overrides(tmp_path: Path) -> None:
+    path = write(tmp_path, GOOD)
+    overrides = ("optim.learning_rate=1e-3", "adapter.rank=4", "data.train.0.weight=2")
+    recipe = load_recipe(path, overrides)
+    assert recipe.optim.learning_rate == 1e-3
+    assert recipe.adapter is not None and recipe.adapter.rank == 4
+    assert recipe.data.train[0].weight == 2
+    assert "--set optim.learnin=1: optim.learnin: unknown key; did you mean" in refusal(
+        tmp_path, GOOD, "optim.learnin=1"
+    )
+    assert "expected key=value" in refusal(tmp_path, GOOD, "optim.learning_rate")
+    assert "no such place" in refusal(tmp_path, GOOD, "name.first=x")
+
+
+def test_chat_template_file_travels_with_the_recipe(tmp_path: Path) -> None:
+    (tmp_path / "t.jinja").write_text("{{ messages }}", encoding="utf-8")
+    text = GOOD.replace("data:\n", "data:\n  chat_template: t.jinja\n")
+    assert load_recipe(write(tmp_path, text)).data.chat_template == "{{ messages }}"
+    assert "cannot read" in refusal(tmp_path, text.replace("t.jinja", "u.jinja"))
+
+
+@given(
+    st.fixed_dictionaries(
+        {},
+        optional={
+            "learning_rate": st.floats(1e-8, 1.0),
+            "batch_size": st.integers(4, 512),
+            "schedule": st.sampled_from(["constant", "linear", "cosine"]),
+            "epochs": st.floats(0.1, 10),
+        },
+    ),
+    st.integers(1, 64) | st.none(),
+)
+def test_a_recipe_survives_being_written_as_yaml(
+    optim: dict[str, object], rank: int | None
+) -> None:
+    values = {
+        "name": "x",
+        "model": {"base": "b"},
+        "adapter": None if rank is None else {"rank": rank},
+        "data": {"train": [{"path": "/a"}]},
+        "optim": optim,
+    }
+    recipe = Recipe.model_validate(values)
+    text = yaml.safe_dump(recipe.model_dump(mode="json"))
+    assert recipe_from_dict(yaml.safe_load(text)) == recipe
+
+
+@given(st.integers(1, 10_000), st.integers(1, 64), st.floats(0.25, 4))
+def test_every_sequence_is_seen_epochs_times(sequences: int, batch: int, epochs: float) -> None:
+    optim = OptimSettings(batch_size=batch, micro_batch_size=1, epochs=epochs)
+    steps = optim.total_steps(sequences)
+    assert steps * batch >= round(epochs * sequences, 6)
+    assert (steps - 1) * batch < epochs * sequences
+
+
+def test_refusing_a_recipe_imports_nothing_heavy(tmp_path: Path) -> None:
+    write(tmp_path, GOOD + "adaptr: {}\n")
+    script = (
+        "import sys; from finray.cluster.cli import main; code = main(['check', 'recipe.yaml']);"
+        "heavy = {'torch', 'ray', 'transformers', 'pandas'} & set(sys.modules);"
+        "assert code == 2, code; assert not heavy, heavy"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert "unknown key" in done.stderr and "Traceback" not in done.stderr

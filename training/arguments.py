@@ -1,0 +1,51 @@
+"""From the recipe to transformers' TrainingArguments."""
+
+import math
+from pathlib import Path
+
+import torch
+from transformers import TrainingArguments
+
+from .data.batching import accumulation_steps
+from .device import choose_dtype
+from .recipe import Recipe
+
+_SCHEDULES = {"constant": "constant_with_warmup", "linear": "linear", "cosine": "cosine"}
+
+
+def training_arguments(
+    recipe: Recipe, total_steps: int, world_size: int, scratch: Path
+) -> TrainingArguments:
+    """Settings of the Trainer's step; data, logging, evaluation and saving are finray's own."""
+    optim = recipe.optim
+    dtype = choose_dtype(recipe.model)
+    return TrainingArguments(
+        output_dir=str(scratch / "trainer"),
+        seed=recipe.seed,
+        max_steps=total_steps,
+        per_device_train_batch_size=optim.micro_batch_size,
+        gradient_accumulation_steps=accumulation_steps(
+            optim.batch_size, optim.micro_batch_size, world_size
+        ),
+        learning_rate=optim.learning_rate,
+        lr_scheduler_type=_SCHEDULES[optim.schedule],
+        warmup_steps=math.floor(optim.warmup_ratio * total_steps),
+        weight_decay=optim.weight_decay,
+        max_grad_norm=optim.max_grad_norm,
+        adam_beta1=optim.beta1,
+        adam_beta2=optim.beta2,
+        optim="adamw_torch",
+        bf16=dtype == "bfloat16",
+        fp16=dtype == "float16",
+        use_cpu=not torch.cuda.is_available(),
+        activation_checkpointing=recipe.model.gradient_checkpointing,
+        activation_checkpointing_kwargs={"use_reentrant": False},
+        ddp_find_unused_parameters=False,
+        ignore_data_skip=True,  # the stream itself starts at the checkpoint's position
+        logging_nan_inf_filter=False,
+        logging_strategy="no",
+        save_strategy="no",
+        eval_strategy="no",
+        report_to=[],
+        disable_tqdm=True,
+    )

@@ -1,0 +1,179 @@
+"""Checkpoints that can be trusted: written, verified, rotated.
+
+A checkpoint is a folder `checkpoints/step-00000100` that transformers can resume from, plus one
+`rank-<r>.json` per rank with the SHA-256 of every file which that rank wrote. A rank's manifest
+is published after its files: a checkpoint without all its manifests was never finished, one
+whose hashes differ is damaged.
+"""
+
+import hashlib
+import json
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .errors import RunError
+from .storage import Folder
+
+_NAME = re.compile(r"step-(\d{8})")
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Where to resume from: a good checkpoint or none, and what was passed over."""
+
+    name: str | None
+    step: int
+    passed_over: tuple[str, ...]
+    """One line each: checkpoint and what is wrong with it."""
+
+
+def checkpoint_name(step: int) -> str:
+    """Name of the folder of a step's checkpoint."""
+    return f"step-{step:08d}"
+
+
+def write_manifest(staged: Path, rank: int, world_size: int, metrics: dict[str, float]) -> None:
+    """Write `rank-<r>.json` over all files that this rank has staged."""
+    files = {
+        path.relative_to(staged).as_posix(): _sha256(path.read_bytes())
+        for path in sorted(staged.rglob("*"))
+        if path.is_file()
+    }
+    manifest = {"world_size": world_size, "metrics": metrics, "files": files}
+    (staged / _manifest_name(rank)).write_text(json.dumps(manifest), encoding="utf-8")
+
+
+def publish(staged: Path, target: Folder, rank: int) -> None:
+    """Copy a rank's staged files into the checkpoint, its manifest last."""
+    manifest = staged / _manifest_name(rank)
+    content = manifest.read_bytes()
+    manifest.unlink()
+    target.upload(staged)
+    target.write(manifest.name, content)
+
+
+def choose(checkpoints: Folder) -> Choice:
+    """The newest checkpoint whose every hash holds.
+
+    Raises:
+        RunError: where finished checkpoints exist and all of them are damaged.
+    """
+    passed_over: list[str] = []
+    damaged = 0
+    for name in reversed(_names(checkpoints)):
+        folder = checkpoints / name
+        manifests = _manifests(folder)
+        if manifests is None:
+            passed_over.append(f"{name}: unfinished, the save was cut off")
+            continue
+        fault = _fault(folder, manifests)
+        if fault is None:
+            return Choice(name, _step(name), tuple(passed_over))
+        damaged += 1
+        passed_over.append(f"{name}: damaged, {fault}")
+    if damaged:
+        raise RunError(
+            f"all checkpoints in {checkpoints} are damaged:\n  "
+            + "\n  ".join(passed_over)
+            + "\nRestore one of them from a backup, or delete the run's folder to start anew."
+        )
+    return Choice(None, 0, tuple(passed_over))
+
+
+def rotate(checkpoints: Folder, keep: int) -> list[str]:
+    """Delete all but the last `keep` finished checkpoints and the one of lowest eval_loss.
+
+    An unfinished checkpoint older than a finished one is a leftover, and deleted too.
+
+    Returns:
+        Names of what was deleted.
+    """
+    finished: dict[str, float | None] = {}
+    for name in _names(checkpoints):
+        manifests = _manifests(checkpoints / name)
+        if manifests is not None:
+            finished[name] = _eval_loss(manifests[0])
+    if not finished:
+        return []
+    kept = set(list(finished)[-keep:])
+    losses = {name: loss for name, loss in finished.items() if loss is not None}
+    if losses:
+        kept.add(min(losses, key=lambda name: losses[name]))
+    newest = max(finished)
+    old = [name for name in _names(checkpoints) if name not in kept and name < newest]
+    for name in old:
+        checkpoints.delete(name)
+    return old
+
+
+def best(checkpoints: Folder) -> str | None:
+    """Name of the finished checkpoint with the lowest eval_loss."""
+    losses: dict[str, float] = {}
+    for name in _names(checkpoints):
+        manifests = _manifests(checkpoints / name)
+        loss = _eval_loss(manifests[0]) if manifests else None
+        if loss is not None:
+            losses[name] = loss
+    return min(losses, key=lambda name: losses[name]) if losses else None
+
+
+def _eval_loss(manifest: dict[str, Any]) -> float | None:
+    """The held-out loss noted with a checkpoint; a manifest that cannot be read has none."""
+    loss = manifest.get("metrics", {}).get("eval_loss")
+    return None if loss is None else float(loss)
+
+
+def _names(checkpoints: Folder) -> list[str]:
+    return [name for name in checkpoints.names() if _NAME.fullmatch(name)]
+
+
+def _step(name: str) -> int:
+    match = _NAME.fullmatch(name)
+    assert match is not None
+    return int(match.group(1))
+
+
+def _manifest_name(rank: int) -> str:
+    return f"rank-{rank}.json"
+
+
+def _manifests(folder: Folder) -> list[dict[str, Any]] | None:
+    """All ranks' manifests, an empty one for what cannot be parsed; None for an unfinished save."""
+    present = {name for name in folder.names() if re.fullmatch(r"rank-\d+\.json", name)}
+    if _manifest_name(0) not in present:
+        return None
+    first = _parse(folder.read(_manifest_name(0)))
+    world_size = int(first.get("world_size", 1))
+    wanted = [_manifest_name(rank) for rank in range(world_size)]
+    if not present.issuperset(wanted):
+        return None
+    return [first, *(_parse(folder.read(name)) for name in wanted[1:])]
+
+
+def _parse(content: bytes) -> dict[str, Any]:
+    try:
+        manifest = json.loads(content)
+    except ValueError:
+        return {}
+    return manifest if isinstance(manifest, dict) and "files" in manifest else {}
+
+
+def _fault(folder: Folder, manifests: Iterable[dict[str, Any]]) -> str | None:
+    for rank, manifest in enumerate(manifests):
+        if not manifest:
+            return f"{_manifest_name(rank)} cannot be read"
+        for name, digest in manifest["files"].items():
+            try:
+                content = folder.read(name)
+            except FileNotFoundError:
+                return f"{name} is missing"
+            if _sha256(content) != digest:
+                return f"{name} ({len(content)} bytes) differs from what was saved"
+    return None
+
+
+def _sha256(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()

@@ -1,0 +1,149 @@
+"""The second pass over the data: token files become files of packed sequences."""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from ..storage import Folder
+from .packing import Indices, one_each, pack
+from .prepared import ROW_GROUP, SEQUENCE_SCHEMA, Split
+from .tokenising import TokenGroup
+
+# Documents packed together. More would fill sequences no better, and take more memory.
+_GROUP_TOKENS = 4_000_000
+_GROUP_DOCUMENTS = 65_536
+
+
+@dataclass(frozen=True)
+class Part:
+    """A row group of tokens, and the number of its chunk's first row within the split."""
+
+    tokens: TokenGroup
+    first_row: int
+
+
+@dataclass(frozen=True)
+class AssembleItem:
+    """What one task of the second pass works on."""
+
+    split: str
+    number: int
+    parts: tuple[Part, ...]
+
+
+@dataclass(frozen=True)
+class SequenceFile:
+    """A file of sequences that a task wrote."""
+
+    split: str
+    name: str
+    row_groups: tuple[int, ...]
+    documents: int
+    tokens: int
+    trainable_tokens: int
+
+
+def assemble_items(split: str, parts: Iterable[Part]) -> Iterator[AssembleItem]:
+    """Consecutive parts, as many together as one task packs."""
+    taken: list[Part] = []
+    documents = tokens = number = 0
+    for part in parts:
+        taken.append(part)
+        documents += part.tokens.documents
+        tokens += part.tokens.tokens
+        if tokens >= _GROUP_TOKENS or documents >= _GROUP_DOCUMENTS:
+            yield AssembleItem(split, number, tuple(taken))
+            taken, documents, tokens, number = [], 0, 0, number + 1
+    if taken:
+        yield AssembleItem(split, number, tuple(taken))
+
+
+@dataclass(frozen=True)
+class AssembleTask:
+    """Packs the documents of some parts, shuffles the sequences, writes them."""
+
+    attempt: Folder
+    capacity: int
+    packing: bool
+    seed: int
+
+    def __call__(self, item: AssembleItem) -> SequenceFile:
+        table = pa.concat_tables(self._read(part) for part in item.parts).combine_chunks()
+        lengths = _sizes(table["input_ids"])
+        bins = pack(lengths, self.capacity) if self.packing else one_each(len(lengths))
+        sizes = np.diff(bins.offsets)
+        shuffled = np.random.default_rng((self.seed, item.number)).permutation(len(bins))
+        # Documents of the shuffled bins, one after another.
+        offsets = np.concatenate(([0], np.cumsum(sizes[shuffled])))
+        shift = np.repeat(bins.offsets[:-1][shuffled] - offsets[:-1], sizes[shuffled])
+        documents = bins.documents[np.arange(len(lengths)) + shift]
+        sequences = _sequences(table, documents, offsets)
+        name = f"{item.split}/{item.number:06d}.parquet"
+        pq.write_table(
+            sequences,
+            self.attempt.file(name),
+            filesystem=self.attempt.filesystem,
+            row_group_size=ROW_GROUP,
+            compression="zstd",
+            use_dictionary=False,
+        )
+        full, rest = divmod(len(bins), ROW_GROUP)
+        return SequenceFile(
+            split=item.split,
+            name=name,
+            row_groups=(ROW_GROUP,) * full + ((rest,) if rest else ()),
+            documents=len(lengths),
+            tokens=int(lengths.sum()),
+            trainable_tokens=_flat(sequences["trainable"]).true_count,
+        )
+
+    def _read(self, part: Part) -> pa.Table:
+        source = self.attempt.file(part.tokens.file)
+        with pq.ParquetFile(source, filesystem=self.attempt.filesystem) as parquet:
+            table = parquet.read_row_group(part.tokens.group)
+        rows = pa.array(table["row"].to_numpy() + part.first_row)
+        return table.set_column(0, "row", rows)
+
+
+def split_of(files: list[SequenceFile], capacity: int) -> Split | None:
+    """What the files of a split add up to; None where there are none."""
+    if not files:
+        return None
+    return Split(
+        files=tuple(file.name for file in files),
+        row_groups=tuple(file.row_groups for file in files),
+        sequences=sum(sum(file.row_groups) for file in files),
+        documents=sum(file.documents for file in files),
+        tokens=sum(file.tokens for file in files),
+        trainable_tokens=sum(file.trainable_tokens for file in files),
+        capacity=capacity,
+    )
+
+
+def _sequences(table: pa.Table, documents: Indices, offsets: Indices) -> pa.Table:
+    """Sequences of documents[offsets[s]:offsets[s + 1]], as columns."""
+    taken = table.take(pa.array(documents))
+    lengths = _sizes(taken["input_ids"])
+    token_offsets = np.concatenate(([0], np.cumsum(lengths, dtype=np.int64)))[offsets]
+    columns = [
+        pa.ListArray.from_arrays(token_offsets.astype(np.int32), _flat(taken["input_ids"])),
+        pa.ListArray.from_arrays(offsets.astype(np.int32), lengths),
+        pa.ListArray.from_arrays(token_offsets.astype(np.int32), _flat(taken["trainable"])),
+        pa.ListArray.from_arrays(offsets.astype(np.int32), _flat(taken["row"])),
+    ]
+    return pa.table(columns, schema=SEQUENCE_SCHEMA)
+
+
+def _sizes(lists: Any) -> Any:
+    """Length of each list of a column, int32."""
+    return pa.compute.list_value_length(lists).to_numpy()
+
+
+def _flat(column: Any) -> Any:
+    """A column's values as one array, lists joined."""
+    joined = column.combine_chunks()
+    return joined.flatten() if pa.types.is_list(joined.type) else joined

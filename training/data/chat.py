@@ -1,0 +1,128 @@
+"""Chat templates: a conversation as one text, and which parts of it an assistant writes."""
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from ..errors import InputError
+from .formats import Conversation, Message, RowError
+
+CHATML = (
+    "{% for message in messages %}"
+    "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+"""The template that `data.chat_template: chatml` names."""
+CHATML_TOKENS = ("<|im_start|>", "<|im_end|>")
+
+Span = tuple[int, int]
+"""Characters [start, stop) of a rendered text."""
+
+_GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
+
+
+class UnstableTemplate(RowError):
+    """The template renders a turn differently once others follow it, so that the prefix method
+    cannot tell which characters the assistant wrote."""
+
+
+class ChatTemplate:
+    """A Jinja chat template with the special tokens of a tokenizer."""
+
+    def __init__(self, source: str, special_tokens: dict[str, Any]) -> None:
+        self.source = source
+        self._special_tokens = special_tokens
+        self._is_marked = bool(_GENERATION.search(source))
+
+    def render(self, messages: Sequence[Message], add_generation_prompt: bool = False) -> str:
+        """The text of some messages.
+
+        Raises:
+            RowError: where the template refuses these messages.
+            InputError: where the template is not valid Jinja.
+        """
+        return self._render(messages, add_generation_prompt)[0]
+
+    def render_with_spans(self, conversation: Conversation) -> tuple[str, list[Span]]:
+        """The text, and the spans of the assistant's turns that bear loss.
+
+        A template with {% generation %} blocks says itself where they are. Otherwise a turn is
+        what rendering up to it adds to the prompt before it.
+
+        Raises:
+            UnstableTemplate: where that does not hold.
+            RowError, InputError: as `render`.
+        """
+        if self._is_marked:
+            text, spans = self._render(conversation.messages, False)
+            trained = conversation.messages[conversation.first_trained :]
+            turns = sum(message["role"] == "assistant" for message in trained)
+            return text, spans[-turns:]
+        text = self.render(conversation.messages)
+        turns_at = [
+            index
+            for index, message in enumerate(conversation.messages)
+            if message["role"] == "assistant" and index >= conversation.first_trained
+        ]
+        return text, [self._turn_span(text, conversation.messages, at) for at in turns_at]
+
+    def _turn_span(self, text: str, messages: tuple[Message, ...], at: int) -> Span:
+        before = self.render(messages[:at], add_generation_prompt=True)
+        upto = text if at + 1 == len(messages) else self.render(messages[: at + 1])
+        if not (upto.startswith(before) and text.startswith(upto)):
+            raise UnstableTemplate(
+                f"the chat template rewrites earlier turns (here message {at + 1} of "
+                f"{len(messages)}), so the assistant's words cannot be told from the prompt; set "
+                "data.chat_template to chatml, or to a template that marks them with "
+                "{% generation %} … {% endgeneration %}, or method.train_on: all"
+            )
+        return len(before), len(upto)
+
+    def _render(
+        self, messages: Sequence[Message], add_generation_prompt: bool
+    ) -> tuple[str, list[Span]]:
+        from jinja2 import TemplateError, TemplateSyntaxError
+        from transformers.utils.chat_template_utils import render_jinja_template
+
+        try:
+            texts, spans = render_jinja_template(
+                conversations=[list(messages)],
+                chat_template=self.source,
+                add_generation_prompt=add_generation_prompt,
+                return_assistant_tokens_mask=self._is_marked,
+                **self._special_tokens,
+            )
+        except TemplateSyntaxError as error:
+            raise InputError(
+                f"data.chat_template: not valid Jinja, line {error.lineno}: {error.message}"
+            ) from None
+        except (TemplateError, TypeError) as error:
+            raise RowError(f"the chat template refuses this conversation: {error}") from None
+        return texts[0], spans[0] if self._is_marked else []
+
+
+def chat_template_of(tokenizer: Any, wanted: str | None) -> ChatTemplate:
+    """The recipe's template, or the tokenizer's own.
+
+    Raises:
+        InputError: where the tokenizer has none, or lacks the tokens of chatml.
+    """
+    if wanted == "chatml":
+        known = tokenizer.get_vocab()
+        missing = [token for token in CHATML_TOKENS if token not in known]
+        if missing:
+            raise InputError(
+                f"data.chat_template: chatml needs the tokens {' and '.join(missing)}, which this "
+                "tokenizer does not have; give a template made of its own special tokens"
+            )
+        return ChatTemplate(CHATML, tokenizer.special_tokens_map)
+    if wanted is not None:
+        return ChatTemplate(wanted, tokenizer.special_tokens_map)
+    try:
+        return ChatTemplate(tokenizer.get_chat_template(), tokenizer.special_tokens_map)
+    except ValueError:
+        raise InputError(
+            "the data holds conversations, and the tokenizer has no chat template; "
+            "set data.chat_template to chatml, a Jinja file or inline Jinja"
+        ) from None

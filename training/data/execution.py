@@ -1,0 +1,68 @@
+"""Where the tasks of a preparation run: in this process, or on Ray Data."""
+
+import pickle
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Protocol, TypeVar
+
+import pyarrow as pa
+
+from ..errors import InputError
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+
+class RunTasks(Protocol):
+    """Applies a task to items, and yields the results in the order of the items."""
+
+    def __call__(self, task: Callable[[T], R], items: Sequence[T]) -> Iterator[R]: ...
+
+
+def run_in_process(task: Callable[[T], R], items: Sequence[T]) -> Iterator[R]:
+    """One item after the other, in this thread."""
+    return map(task, items)
+
+
+def run_on_ray_data(task: Callable[[T], R], items: Sequence[T]) -> Iterator[R]:
+    """Each item in a task of Ray Data, anywhere in the cluster; Ray must be initialised.
+
+    Task, items and results are pickled; the heavy output is what tasks write themselves.
+
+    Raises:
+        InputError: as a task raised it.
+    """
+    if not items:
+        return
+    import ray.data
+
+    context = ray.data.DataContext.get_current().copy()
+    context.enable_progress_bars = False
+    context.execution_options.preserve_order = True
+    context.execution_options.verbose_progress = False
+    with ray.data.DataContext.current(context):
+        results = ray.data.from_items(
+            [{"item": pickle.dumps(item)} for item in items], override_num_blocks=len(items)
+        ).map_batches(_Call(task), batch_size=1, batch_format="pyarrow")
+        batches = iter(
+            results.iter_batches(batch_size=1, batch_format="pyarrow", prefetch_batches=0)
+        )
+    for batch in batches:
+        outcome = pickle.loads(batch["result"][0].as_py())
+        if isinstance(outcome, InputError):
+            raise outcome
+        yield outcome
+
+
+class _Call:
+    """A task as Ray Data calls it: a row with a pickled item in, one with a pickled result out."""
+
+    def __init__(self, task: Callable[[Any], Any]) -> None:
+        self._task = task
+
+    def __call__(self, batch: pa.Table) -> pa.Table:
+        try:
+            outcome = self._task(pickle.loads(batch["item"][0].as_py()))
+        except InputError as error:
+            # Returned, as Ray would wrap it in errors of its own.
+            outcome = error
+        return pa.table({"result": pa.array([pickle.dumps(outcome)], pa.large_binary())})

@@ -1,0 +1,97 @@
+"""The name of a prepared data set: a hash of everything that decides its content."""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from ..recipe import ModelSettings, Recipe
+from .rendering import RenderSettings
+from .resolving import ResolvedSource, resolve_source
+from .sources import SourceFile, file_kind
+from .tokenizer_files import model_folder, tokenizer_files
+
+FORMAT_VERSION = 1
+"""Raised when the same inputs would be prepared differently."""
+
+_BLOCK = 2**20
+
+
+@dataclass(frozen=True)
+class ResolvedData:
+    """A recipe's sources, resolved."""
+
+    train: tuple[ResolvedSource, ...]
+    eval: tuple[ResolvedSource, ...]
+
+
+def resolve_data(recipe: Recipe) -> ResolvedData:
+    """Find the files of all sources, and the formats of their rows.
+
+    Raises:
+        InputError: as `resolve_source`.
+    """
+    return ResolvedData(
+        tuple(map(resolve_source, recipe.data.train)), tuple(map(resolve_source, recipe.data.eval))
+    )
+
+
+def fingerprint(recipe: Recipe, data: ResolvedData | None = None) -> str:
+    """16 hex digits over the content of the sources and the tokenizer, and the settings that
+    decide how rows become sequences.
+
+    A local file counts with its content, a remote object with its size and time of change. Paths
+    do not count, nor does anything about training.
+
+    Args:
+        recipe: the recipe.
+        data: its sources, where they are resolved already.
+
+    Raises:
+        InputError: for sources or a model that cannot be found.
+    """
+    data = data or resolve_data(recipe)
+    render = asdict(RenderSettings.of(recipe))
+    del render["base"], render["revision"]
+    facts = {
+        "version": FORMAT_VERSION,
+        "train": _describe(data.train),
+        "eval": _describe(data.eval),
+        "render": render,
+        "method": recipe.method.kind,
+        "packing": recipe.data.packing,
+        "holdout": recipe.data.holdout,
+        "tokenizer": _describe_tokenizer(recipe.model),
+    }
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _describe(sources: Sequence[ResolvedSource]) -> list[object]:
+    with ThreadPoolExecutor() as pool:
+        return [
+            [source.format, source.weight, list(pool.map(_describe_file, source.files))]
+            for source in sources
+        ]
+
+
+def _describe_file(file: SourceFile) -> list[object]:
+    kind = file_kind(file)
+    if file.is_local:
+        return [kind, file.is_compressed, _hash(Path(file.uri))]
+    return [kind, file.is_compressed, file.size, file.modified_ns]
+
+
+def _describe_tokenizer(model: ModelSettings) -> dict[str, str]:
+    folder = model_folder(model)
+    assert folder is not None
+    return {file.name: _hash(file) for file in tokenizer_files(folder)}
+
+
+def _hash(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as stream:
+        while block := stream.read(_BLOCK):
+            digest.update(block)
+    return digest.hexdigest()

@@ -1,0 +1,246 @@
+"""The shapes in which people keep training rows, brought to three: a conversation, a prompt with
+its completion, plain text."""
+
+import hashlib
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from ..errors import InputError
+from .reading import Row
+
+KnownFormat = Literal["messages", "alpaca", "sharegpt", "prompt_completion", "text"]
+Message = dict[str, str]
+"""`role` (system, user, assistant or tool) and `content`."""
+
+WANTED: dict[KnownFormat, str] = {
+    "messages": "messages: a list of {role, content}",
+    "sharegpt": "conversations: a list of {from, value} or {role, content}",
+    "alpaca": "instruction and output (optionally input, system, history)",
+    "prompt_completion": "prompt, and completion or response",
+    "text": "text or content",
+}
+_KEYS: dict[KnownFormat, tuple[tuple[str, ...], ...]] = {
+    "messages": (("messages",),),
+    "sharegpt": (("conversations",),),
+    "alpaca": (("instruction", "output"),),
+    "prompt_completion": (("prompt", "completion"), ("prompt", "response")),
+    "text": (("text",), ("content",)),
+}
+_ROLES = {
+    "system": "system",
+    "user": "user",
+    "assistant": "assistant",
+    "tool": "tool",
+    "human": "user",
+    "gpt": "assistant",
+    "chatgpt": "assistant",
+    "bot": "assistant",
+    "model": "assistant",
+    "developer": "system",
+    "function_call": "assistant",
+    "function": "tool",
+    "observation": "tool",
+}
+
+
+class RowError(ValueError):
+    """A row does not have the shape of its format."""
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """Turns to be rendered with the chat template."""
+
+    messages: tuple[Message, ...]
+    first_trained: int = 0
+    """Assistant turns before this message are context that bears no loss."""
+
+    @property
+    def size(self) -> int:
+        """Characters, about."""
+        return sum(len(message["content"]) for message in self.messages)
+
+
+@dataclass(frozen=True)
+class Completion:
+    """A prompt and what follows it, both verbatim."""
+
+    prompt: str
+    completion: str
+
+    @property
+    def size(self) -> int:
+        """Characters."""
+        return len(self.prompt) + len(self.completion)
+
+
+@dataclass(frozen=True)
+class Text:
+    """Plain text."""
+
+    text: str
+
+    @property
+    def size(self) -> int:
+        """Characters."""
+        return len(self.text)
+
+
+Normalised = Conversation | Completion | Text
+
+
+def detect_format(rows: Sequence[tuple[str, Row]]) -> KnownFormat:
+    """The format that most of the first rows fit.
+
+    Args:
+        rows: (file:line, row) pairs, at least one.
+
+    Raises:
+        InputError: where no format fits any of them.
+    """
+    fits = {
+        name: sum(_has_keys(row, alternatives) for _, row in rows)
+        for name, alternatives in _KEYS.items()
+    }
+    best = max(fits, key=lambda name: fits[name])
+    if fits[best] == 0:
+        place, row = rows[0]
+        keys = ", ".join(map(str, row)) or "none"
+        wanted = "\n".join(f"  {name}: {keys}" for name, keys in WANTED.items())
+        raise InputError(f"{place}: no known row format has these keys: {keys}; known:\n{wanted}")
+    return best
+
+
+def normalise(row: Row, row_format: KnownFormat) -> Normalised:
+    """Bring a row of a known format to one of the three shapes.
+
+    Raises:
+        RowError: for missing keys, nulls, wrong types, empty contents, unknown roles, and
+            conversations without an assistant turn.
+    """
+    return _NORMALISERS[row_format](row)
+
+
+def share_of(row: Normalised, purpose: str) -> float:
+    """A number in [0, 1) drawn from the row's content: equal rows draw equal numbers."""
+    digest = hashlib.blake2b(digest_size=8, person=purpose.encode())
+    for part in _contents(row):
+        digest.update(part.encode())
+        digest.update(b"\0")
+    return int.from_bytes(digest.digest(), "big") / 2**64
+
+
+def _contents(row: Normalised) -> Iterable[str]:
+    if isinstance(row, Text):
+        return (row.text,)
+    if isinstance(row, Completion):
+        return (row.prompt, row.completion)
+    return (part for message in row.messages for part in message.values())
+
+
+def _has_keys(row: Row, alternatives: tuple[tuple[str, ...], ...]) -> bool:
+    return any(all(key in row for key in keys) for keys in alternatives)
+
+
+def _text(value: Any, name: str) -> str:
+    if value is None:
+        raise RowError(f"{name} is null; expected text")
+    if not isinstance(value, str):
+        raise RowError(f"{name} is of type {type(value).__name__}; expected text")
+    if not value.strip():
+        raise RowError(f"{name} is empty; expected text")
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError:
+        raise RowError(f"{name} holds half of a surrogate pair, which is no character") from None
+    return value
+
+
+def _required(row: Row, *names: str) -> str:
+    """The text under the first of these names that the row has."""
+    for name in names:
+        if name in row:
+            return _text(row[name], name)
+    raise RowError(f"{' or '.join(names)} is missing")
+
+
+def _optional(row: Row, name: str) -> str:
+    """The text under a name; empty where it is missing, null or empty."""
+    value = row.get(name)
+    return "" if value is None or value == "" else _text(value, name)
+
+
+def _turns(value: Any, name: str) -> list[Message]:
+    if not isinstance(value, list):
+        found = "null" if value is None else type(value).__name__
+        raise RowError(f"{name} is {found}; expected a list of messages")
+    if not value:
+        raise RowError(f"{name} is an empty list; expected messages")
+    return [_turn(item, f"{name}[{index}]") for index, item in enumerate(value)]
+
+
+def _turn(item: Any, name: str) -> Message:
+    if not isinstance(item, dict):
+        raise RowError(f"{name} is of type {type(item).__name__}; expected {{role, content}}")
+    role_key, content_key = ("from", "value") if "from" in item else ("role", "content")
+    role = item.get(role_key)
+    if not isinstance(role, str) or role not in _ROLES:
+        raise RowError(f"{name}.{role_key} is {role!r}; expected system, user, assistant or tool")
+    if content_key not in item:
+        raise RowError(f"{name}.{content_key} is missing")
+    return {"role": _ROLES[role], "content": _text(item[content_key], f"{name}.{content_key}")}
+
+
+def _conversation(messages: list[Message], first_trained: int = 0) -> Conversation:
+    if not any(message["role"] == "assistant" for message in messages[first_trained:]):
+        raise RowError("there is no assistant turn to learn from")
+    return Conversation(tuple(messages), first_trained)
+
+
+def _from_messages(row: Row) -> Normalised:
+    return _conversation(_turns(row.get("messages"), "messages"))
+
+
+def _from_sharegpt(row: Row) -> Normalised:
+    turns = _turns(row.get("conversations"), "conversations")
+    system = _optional(row, "system")
+    if system and turns[0]["role"] != "system":
+        turns.insert(0, {"role": "system", "content": system})
+    return _conversation(turns)
+
+
+def _from_alpaca(row: Row) -> Normalised:
+    instruction, output = _required(row, "instruction"), _required(row, "output")
+    system, more = _optional(row, "system"), _optional(row, "input")
+    messages = [{"role": "system", "content": system}] if system else []
+    for index, pair in enumerate(row.get("history") or []):
+        if not isinstance(pair, list) or len(pair) != 2:
+            raise RowError(f"history[{index}] is not a pair of a question and an answer")
+        for role, said in zip(("user", "assistant"), pair, strict=True):
+            messages.append({"role": role, "content": _text(said, f"history[{index}]")})
+    question = f"{instruction}\n\n{more}" if more else instruction
+    messages.append({"role": "user", "content": question})
+    messages.append({"role": "assistant", "content": output})
+    return _conversation(messages)
+
+
+def _from_prompt_completion(row: Row) -> Normalised:
+    name = "completion" if "completion" in row else "response"
+    if not isinstance(row.get("prompt"), list):
+        return Completion(_required(row, "prompt"), _required(row, "completion", "response"))
+    prompt = _turns(row["prompt"], "prompt")
+    return _conversation(prompt + _turns(row.get(name), name), first_trained=len(prompt))
+
+
+def _from_text(row: Row) -> Normalised:
+    return Text(_required(row, "text", "content"))
+
+
+_NORMALISERS: dict[KnownFormat, Callable[[Row], Normalised]] = {
+    "messages": _from_messages,
+    "sharegpt": _from_sharegpt,
+    "alpaca": _from_alpaca,
+    "prompt_completion": _from_prompt_completion,
+    "text": _from_text,
+}

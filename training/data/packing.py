@@ -1,0 +1,114 @@
+"""Best-fit-decreasing bin packing: documents into sequences of a fixed capacity."""
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+Indices = NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Bins:
+    """Which documents share a sequence."""
+
+    documents: Indices
+    """Every document's index once, bin after bin."""
+    offsets: Indices
+    """Bin b holds documents[offsets[b]:offsets[b + 1]]; one more offset than bins."""
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+
+def pack(lengths: NDArray[np.int32], capacity: int) -> Bins:
+    """Pack documents, the longest first, each into the fullest bin that still takes it.
+
+    Documents of equal length are placed together: the bin that fits best takes as many of them
+    as it can, so that the work grows with the number of distinct lengths. Deterministic.
+
+    Args:
+        lengths: tokens of each document, 1 ≤ length ≤ capacity.
+        capacity: tokens of a bin.
+    """
+    assert lengths.size == 0 or (lengths.min() >= 1 and lengths.max() <= capacity)
+    order = np.argsort(-lengths.astype(np.int64), kind="stable")
+    distinct, counts = np.unique(lengths, return_counts=True)
+    space = _Space(capacity)
+    placed = [
+        space.place(int(length), int(count))
+        for length, count in zip(distinct[::-1], counts[::-1], strict=True)
+    ]
+    bin_of = np.concatenate(placed) if placed else np.zeros(0, np.int64)
+    documents = order[np.argsort(bin_of, kind="stable")]
+    sizes = np.bincount(bin_of, minlength=space.bins)
+    return Bins(documents, np.concatenate(([0], np.cumsum(sizes))))
+
+
+def one_each(count: int) -> Bins:
+    """Every document in a bin of its own."""
+    return Bins(np.arange(count), np.arange(count + 1))
+
+
+class _Space:
+    """Bins by the space that is left in them."""
+
+    def __init__(self, capacity: int) -> None:
+        self._capacity = capacity
+        self._open: dict[int, list[Indices]] = {}
+        self._spaces = 0
+        """Bit s is set where some bin has exactly s tokens left: its search is one shift."""
+        self.bins = 0
+
+    def place(self, length: int, count: int) -> Indices:
+        """Bins of `count` documents of one length."""
+        parts = []
+        while count > 0:
+            candidates = self._spaces >> length
+            if candidates:
+                left = length + (candidates & -candidates).bit_length() - 1
+                part = self._fill(left, length, count)
+            else:
+                part = self._open_bins(length, count)
+            parts.append(part)
+            count -= len(part)
+        return np.concatenate(parts)
+
+    def _open_bins(self, length: int, count: int) -> Indices:
+        each = self._capacity // length
+        wanted = -(-count // each)
+        new = np.arange(self.bins, self.bins + wanted)
+        self.bins += wanted
+        return self._put(new, self._capacity, length, count)
+
+    def _fill(self, left: int, length: int, count: int) -> Indices:
+        wanted = -(-count // (left // length))
+        return self._put(self._take(left, wanted), left, length, count)
+
+    def _put(self, bins: Indices, left: int, length: int, count: int) -> Indices:
+        """Up to `left // length` documents into each bin; the last one may get fewer."""
+        each = left // length
+        count = min(count, each * len(bins))
+        in_last = count - each * (len(bins) - 1)
+        self._give(left - each * length, bins[:-1])
+        self._give(left - in_last * length, bins[-1:])
+        return np.repeat(bins, each)[:count]
+
+    def _take(self, left: int, wanted: int) -> Indices:
+        stack = self._open[left]
+        parts: list[Indices] = []
+        while wanted > 0 and stack:
+            top = stack.pop()
+            if len(top) > wanted:
+                stack.append(top[wanted:])
+                top = top[:wanted]
+            parts.append(top)
+            wanted -= len(top)
+        if not stack:
+            self._spaces &= ~(1 << left)
+        return np.concatenate(parts)
+
+    def _give(self, left: int, bins: Indices) -> None:
+        if left > 0 and len(bins) > 0:
+            self._open.setdefault(left, []).append(bins)
+            self._spaces |= 1 << left

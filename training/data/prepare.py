@@ -1,0 +1,327 @@
+"""Preparing the data: read, normalise, tokenise, pack, and keep the result by its fingerprint."""
+
+import hashlib
+import json
+import time
+import uuid
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from pyarrow import fs as pafs
+
+from ..errors import InputError
+from ..recipe import PretrainMethod, Recipe
+from ..storage import Folder
+from .assembling import AssembleTask, Part, SequenceFile, assemble_items, split_of
+from .execution import RunTasks
+from .fingerprint import ResolvedData, fingerprint, resolve_data
+from .prepared import (
+    QUARANTINE,
+    SAMPLE_SCHEMA,
+    SAMPLES,
+    Histogram,
+    Manifest,
+    Prepared,
+    SourceSummary,
+    open_prepared,
+    publish,
+)
+from .rendering import Prompt, RenderSettings
+from .sources import plan_chunks
+from .tokenising import (
+    BAD_ROW,
+    SAMPLES_KEPT,
+    TOKENS,
+    ChunkItem,
+    ChunkResult,
+    TokeniseTask,
+    length_edges,
+)
+from .tokenizer_files import model_folder
+
+_STALE_SECONDS = 24 * 3600
+_QUARANTINED = 10_000
+"""Bad rows that are written down; all are counted."""
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a preparation is."""
+
+    phase: Literal["tokenise", "pack"]
+    done: int
+    """Tasks of this phase that are finished."""
+    total: int
+    rows: int
+    """Rows read so far."""
+    tokens: int
+    """Tokens written so far in this phase."""
+
+
+OnProgress = Callable[[Progress], None]
+
+
+def prepare(
+    recipe: Recipe, folder: Folder, run_tasks: RunTasks, on_progress: OnProgress
+) -> Prepared:
+    """Prepare a recipe's data, or find it prepared.
+
+    Everything is written to an attempt's own folder, and becomes visible when the manifest that
+    names it is written: what a killed process leaves behind is never read, and of two processes
+    that prepare the same data one result is kept.
+
+    Args:
+        recipe: the recipe, its paths absolute.
+        folder: <storage>/prepared.
+        run_tasks: where the work is done.
+        on_progress: told after every finished task.
+
+    Raises:
+        InputError: for wrong sources or rows, too many bad rows, and where no sequence is left.
+    """
+    started = time.monotonic()
+    data = resolve_data(recipe)
+    key = fingerprint(recipe, data)
+    home = folder / key
+    prepared = open_prepared(home)
+    if prepared is None:
+        attempt = (home / uuid.uuid4().hex).create()
+        try:
+            work = _Preparation(recipe, data, attempt, run_tasks, on_progress)
+            manifest = work.run(key, started)
+            attempt.delete(TOKENS)
+            prepared = publish(home, manifest)
+        except BaseException:
+            _clear(attempt, keep=QUARANTINE)
+            raise
+        if prepared.manifest.attempt != manifest.attempt:
+            attempt.delete()
+        elif attempt.exists(QUARANTINE):
+            home.write(QUARANTINE, attempt.read(QUARANTINE))
+    _remove_stale(home, prepared.manifest.attempt)
+    manifest = prepared.manifest
+    bad = manifest.dropped.get(BAD_ROW, 0)
+    _check_bad_rows(recipe, bad, manifest.rows_read, home)
+    return prepared
+
+
+class _Preparation:
+    """One attempt: the running totals of its two passes."""
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        data: ResolvedData,
+        attempt: Folder,
+        run_tasks: RunTasks,
+        on_progress: OnProgress,
+    ) -> None:
+        self._recipe = recipe
+        self._data = data
+        self._attempt = attempt
+        self._run_tasks = run_tasks
+        self._on_progress = on_progress
+        self._rows = 0
+        self._source_rows: Counter[tuple[str, int]] = Counter()
+        self._dropped: Counter[str] = Counter()
+        self._histogram = np.zeros(len(length_edges(recipe.data.max_length)), np.int64)
+        self._parts: dict[str, list[Part]] = {"train": [], "eval": []}
+        self._samples: list[tuple[int, Prompt]] = []
+        self._quarantine: list[bytes] = []
+
+    def run(self, key: str, started: float) -> Manifest:
+        """Both passes; everything but the manifest is on disk afterwards."""
+        for name in (TOKENS, "train", "eval"):
+            (self._attempt / name).create()
+        self._tokenise()
+        if self._quarantine:
+            self._attempt.write(QUARANTINE, b"".join(self._quarantine))
+        _check_bad_rows(self._recipe, self._dropped[BAD_ROW], self._rows, self._attempt)
+        self._check_not_empty()
+        files = self._assemble(int(hashlib.sha256(key.encode()).hexdigest()[:8], 16))
+        self._write_samples()
+        return self._manifest(key, files, started)
+
+    def _tokenise(self) -> None:
+        items = _chunk_items(self._data)
+        task = TokeniseTask(
+            render=_worker_settings(self._recipe),
+            attempt=self._attempt,
+            holdout=self._recipe.data.holdout,
+            with_samples=not isinstance(self._recipe.method, PretrainMethod),
+        )
+        lines = tokens = 0
+        rows = {"train": 0, "eval": 0}
+        chunks = [item for item, _ in items]
+        for done, result in enumerate(self._run_tasks(task, chunks), start=1):
+            split, source = result.item.split, items[done - 1][1]
+            lines = 0 if result.item.chunk.start == 0 else lines
+            self._collect(result, lines, rows[split])
+            lines += result.lines
+            rows[split] += result.rows
+            self._source_rows[split, source] += result.rows
+            tokens += sum(group.tokens for part in result.groups.values() for group in part)
+            self._on_progress(Progress("tokenise", done, len(items), self._rows, tokens))
+
+    def _collect(self, result: ChunkResult, lines_before: int, rows_before: int) -> None:
+        self._rows += result.rows
+        self._dropped.update(result.dropped)
+        self._histogram += result.histogram
+        for split, groups in result.groups.items():
+            self._parts[split].extend(Part(group, rows_before) for group in groups)
+        room = SAMPLES_KEPT - len(self._samples)
+        self._samples += [(rows_before + row, prompt) for row, prompt in result.samples[:room]]
+        for bad in result.bad_rows[: _QUARANTINED - len(self._quarantine)]:
+            entry = {
+                "file": result.item.chunk.file.uri,
+                "line": lines_before + bad.line,
+                "reason": bad.reason,
+                "row": bad.raw,
+            }
+            self._quarantine.append(json.dumps(entry).encode() + b"\n")
+
+    def _assemble(self, seed: int) -> list[SequenceFile]:
+        data = self._recipe.data
+        task = AssembleTask(self._attempt, data.max_length, data.packing, seed)
+        items = [
+            item for split in self._parts for item in assemble_items(split, self._parts[split])
+        ]
+        files: list[SequenceFile] = []
+        for file in self._run_tasks(task, items):
+            files.append(file)
+            tokens = sum(file.tokens for file in files)
+            self._on_progress(Progress("pack", len(files), len(items), self._rows, tokens))
+        return files
+
+    def _check_not_empty(self) -> None:
+        data = self._recipe.data
+        held_out = bool(data.eval) or data.holdout > 0
+        if not self._parts["train"]:
+            raise InputError(f"data.train: no sequence is left to train on: {self._told_drops()}")
+        if held_out and not self._parts["eval"]:
+            setting = "data.eval" if data.eval else f"data.holdout {data.holdout:g}"
+            raise InputError(
+                f"{setting}: no sequence is left to evaluate on: {self._told_drops()}; "
+                "give more data, or a larger share"
+            )
+
+    def _told_drops(self) -> str:
+        told = ", ".join(f"{reason} {count}" for reason, count in self._dropped.items())
+        return f"{self._rows} rows read, dropped: {told or 'none'}" + (
+            f" (data.max_length is {self._recipe.data.max_length})"
+            if self._dropped["overlong"]
+            else ""
+        )
+
+    def _write_samples(self) -> None:
+        if not self._samples:
+            return
+        columns = {
+            "row": [row for row, _ in self._samples],
+            "prompt": [prompt.text for _, prompt in self._samples],
+            "reference": [prompt.reference for _, prompt in self._samples],
+            "prompt_ids": [prompt.input_ids for _, prompt in self._samples],
+        }
+        table = pa.table(columns, schema=SAMPLE_SCHEMA)
+        pq.write_table(
+            table,
+            self._attempt.file(SAMPLES),
+            filesystem=self._attempt.filesystem,
+            compression="zstd",
+        )
+
+    def _manifest(self, key: str, files: list[SequenceFile], started: float) -> Manifest:
+        data = self._recipe.data
+        splits = {
+            split: split_of([file for file in files if file.split == split], data.max_length)
+            for split in self._parts
+        }
+        assert splits["train"] is not None
+        return Manifest(
+            fingerprint=key,
+            attempt=self._attempt.uri.rsplit("/", 1)[-1],
+            train=splits["train"],
+            eval=splits["eval"],
+            rows_read=self._rows,
+            dropped=dict(self._dropped),
+            length_histogram=Histogram(
+                tuple(map(int, length_edges(data.max_length))), tuple(map(int, self._histogram))
+            ),
+            sources=tuple(
+                SourceSummary(
+                    source.path,
+                    split,
+                    source.format,
+                    len(source.files),
+                    self._source_rows[split, n],
+                )
+                for split, sources in (("train", self._data.train), ("eval", self._data.eval))
+                for n, source in enumerate(sources)
+            ),
+            samples=len(self._samples),
+            max_length=data.max_length,
+            packing=data.packing,
+            created_at=datetime.now(UTC).isoformat(timespec="seconds"),
+            seconds=round(time.monotonic() - started, 3),
+        )
+
+
+def _worker_settings(recipe: Recipe) -> RenderSettings:
+    """Settings under which every worker loads the very tokenizer that the fingerprint counted."""
+    settings = RenderSettings.of(recipe)
+    if Path(recipe.model.base).is_absolute():
+        return settings
+    snapshot = model_folder(recipe.model)
+    assert snapshot is not None
+    return replace(settings, revision=snapshot.name)
+
+
+def _chunk_items(data: ResolvedData) -> list[tuple[ChunkItem, int]]:
+    """Every chunk, with the number of its source within the split."""
+    items: list[tuple[ChunkItem, int]] = []
+    for split, sources in (("train", data.train), ("eval", data.eval)):
+        for number, source in enumerate(sources):
+            for file in source.files:
+                for chunk in plan_chunks(file):
+                    item = ChunkItem(len(items), chunk, source.format, split, source.weight)
+                    items.append((item, number))
+    return items
+
+
+def _check_bad_rows(recipe: Recipe, bad: int, rows: int, folder: Folder) -> None:
+    limit = recipe.data.max_bad_rows
+    if bad <= limit * rows:
+        return
+    first = [json.loads(line) for line in folder.read(QUARANTINE).splitlines()[:3]]
+    examples = "\n".join(f"  {row['file']}:{row['line']}: {row['reason']}" for row in first)
+    raise InputError(
+        f"{bad} of {rows} rows ({bad / rows:.1%}) cannot be used; data.max_bad_rows allows "
+        f"{limit:.1%}. The first ones:\n{examples}\nAll of them: {folder}/{QUARANTINE}"
+    )
+
+
+def _clear(attempt: Folder, keep: str) -> None:
+    """Delete a failed attempt; its list of bad rows stays for the user."""
+    for name in attempt.names():
+        if name != keep:
+            attempt.delete(name)
+    if not attempt.exists(keep):
+        attempt.delete()
+
+
+def _remove_stale(home: Folder, current: str) -> None:
+    """Delete what killed processes left behind, once it is a day old."""
+    entries = home.filesystem.get_file_info(pafs.FileSelector(home.path))
+    folders = [info for info in entries if info.type == pafs.FileType.Directory]
+    for name in (info.base_name for info in folders if info.base_name != current):
+        inside = pafs.FileSelector((home / name).path, recursive=True, allow_not_found=True)
+        times = [info.mtime_ns or 0 for info in home.filesystem.get_file_info(inside)]
+        if times and max(times) / 1e9 < time.time() - _STALE_SECONDS:
+            home.delete(name)

@@ -1,0 +1,294 @@
+"""The rows of a chunk, each with its line number; what cannot be read becomes a `BadRow`."""
+
+import codecs
+import csv
+import io
+import json
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from ..errors import InputError
+from .sources import Chunk, SourceFile, parquet_metadata
+
+_BLOCK = 2**20
+_LARGEST_ELEMENT = 64 * 2**20
+_SHOWN = 300
+
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class BadRow:
+    """A row that cannot be used."""
+
+    reason: str
+    raw: str
+    """What was found, shortened."""
+
+
+@dataclass(frozen=True)
+class ChunkContent:
+    """What a chunk holds."""
+
+    rows: Iterator[tuple[int, Row | BadRow]]
+    """(line, row) pairs. Lines count from 1 at the chunk's first line; Parquet rows likewise."""
+    lines: int
+    """Lines (or Parquet rows) of the chunk, where a file can have several chunks; else 0."""
+
+
+def read_chunk(chunk: Chunk) -> ChunkContent:
+    """Open a chunk and iterate its rows.
+
+    Raises:
+        InputError: while iterating, for a JSON array, CSV, Parquet or compressed file that is
+            damaged: what follows the damage is lost, so it is no matter of single rows.
+    """
+    if chunk.kind == "parquet":
+        metadata = parquet_metadata(chunk.file)
+        groups = range(chunk.start, chunk.stop)
+        count = sum(metadata.row_group(group).num_rows for group in groups)
+        return ChunkContent(_parquet_rows(chunk), count)
+    if chunk.kind == "array":
+        return ChunkContent(_guard(chunk.file, _array_rows(chunk.file)), 0)
+    if chunk.kind in ("csv", "tsv"):
+        delimiter = "," if chunk.kind == "csv" else "\t"
+        return ChunkContent(_guard(chunk.file, _csv_rows(chunk.file, delimiter)), 0)
+    if chunk.file.is_compressed:
+        return ChunkContent(_guard(chunk.file, _line_rows(_stream_lines(chunk.file))), 0)
+    content = _line_range(chunk)
+    lines = content.count(b"\n") + (0 if content.endswith(b"\n") or not content else 1)
+    return ChunkContent(_line_rows(io.BytesIO(content)), lines)
+
+
+def first_line(chunk: Chunk) -> int:
+    """Number of the chunk's first line (or Parquet row) in its file; reads what precedes it."""
+    if chunk.start == 0:
+        return 1
+    if chunk.kind == "parquet":
+        metadata = parquet_metadata(chunk.file)
+        return 1 + sum(int(metadata.row_group(group).num_rows) for group in range(chunk.start))
+    line = 1
+    with chunk.file.open() as stream:
+        remaining = _line_start(stream, chunk.start, chunk.file.size)
+        stream.seek(0)
+        while remaining > 0:
+            block = stream.read(min(_BLOCK, remaining))
+            line += block.count(b"\n")
+            remaining -= len(block)
+    return line
+
+
+def shorten(text: str) -> str:
+    """At most a few hundred characters of a row, for messages and the quarantine."""
+    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}… ({len(text)} characters)"
+
+
+def _guard(
+    file: SourceFile, rows: Iterator[tuple[int, Row | BadRow]]
+) -> Iterator[tuple[int, Row | BadRow]]:
+    try:
+        yield from rows
+    except OSError as error:
+        raise InputError(f"{file.uri}: the file is damaged or cannot be read: {error}") from None
+
+
+def _line_range(chunk: Chunk) -> bytes:
+    """The lines that begin in [start, stop)."""
+    with chunk.file.open() as stream:
+        start = _line_start(stream, chunk.start, chunk.file.size)
+        stop = _line_start(stream, chunk.stop, chunk.file.size)
+        stream.seek(start)
+        return bytes(stream.read(stop - start))
+
+
+def _line_start(stream: Any, position: int, size: int) -> int:
+    """Where the first line begins that begins at or after `position`."""
+    if position == 0:
+        return 0
+    stream.seek(position - 1)
+    position -= 1
+    while position < size:
+        block = stream.read(_BLOCK)
+        if not block:
+            break
+        found = block.find(b"\n")
+        if found >= 0:
+            return int(position + found + 1)
+        position += len(block)
+    return size
+
+
+def _stream_lines(file: SourceFile) -> Iterator[bytes]:
+    with file.open_text() as stream:
+        rest = b""
+        while block := stream.read(_BLOCK):
+            *lines, rest = (rest + block).split(b"\n")
+            yield from lines
+        yield rest
+
+
+def _line_rows(lines: Iterator[bytes] | io.BytesIO) -> Iterator[tuple[int, Row | BadRow]]:
+    for number, line in enumerate(lines, start=1):
+        text = line.strip().removeprefix(codecs.BOM_UTF8)
+        if text:
+            yield number, _parse_line(text)
+
+
+def _parse_line(line: bytes) -> Row | BadRow:
+    try:
+        text = line.decode("utf-8")
+    except UnicodeDecodeError as error:
+        shown = shorten(line.decode("utf-8", "backslashreplace"))
+        return BadRow(f"not UTF-8 text at byte {error.start + 1} of the line", shown)
+    try:
+        row = json.loads(text)
+    except RecursionError:
+        return BadRow("not usable JSON: nested too deeply", shorten(text))
+    except ValueError as error:
+        return BadRow(f"not valid JSON: {error}", shorten(text))
+    return _object_or_bad(row, text)
+
+
+def _object_or_bad(row: Any, text: str) -> Row | BadRow:
+    if isinstance(row, dict):
+        return row
+    return BadRow(f"expected a JSON object, found {type(row).__name__}", shorten(text))
+
+
+def _array_rows(file: SourceFile) -> Iterator[tuple[int, Row | BadRow]]:
+    """Elements of a JSON array, decoded from a sliding window of its text."""
+    window = _Window(file)
+    window.skip_space()
+    window.expect("[")
+    window.skip_space()
+    if window.peek() == "]":
+        return
+    while True:
+        window.skip_space()
+        line, text, row = window.element()
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError:
+            shown = text.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+            yield line, BadRow("not UTF-8 text", shorten(shown))
+        else:
+            yield line, _object_or_bad(row, text)
+        window.skip_space()
+        if window.peek() == "]":
+            return
+        window.expect(",")
+
+
+class _Window:
+    """A part of a text file that slides forward, and the line number of its position."""
+
+    def __init__(self, file: SourceFile) -> None:
+        self._file = file
+        self._stream = file.open_text()
+        # Bytes that are not UTF-8 pass as lone surrogates, and condemn their own row only.
+        self._utf8 = codecs.getincrementaldecoder("utf-8-sig")(errors="surrogateescape")
+        self._json = json.JSONDecoder()
+        self._text = ""
+        self._position = 0
+        self._line = 1
+        self._ended = False
+
+    def peek(self) -> str:
+        """The next character; empty at the end."""
+        while self._position >= len(self._text) and not self._ended:
+            self._read_more()
+        return self._text[self._position : self._position + 1]
+
+    def skip_space(self) -> None:
+        while (character := self.peek()) and character in " \t\r\n":
+            self._line += character == "\n"
+            self._position += 1
+
+    def expect(self, character: str) -> None:
+        found = self.peek()
+        if found != character:
+            self._fail(f"expected '{character}', found {found!r}" if found else "the file ends")
+        self._position += 1
+
+    def element(self) -> tuple[int, str, Any]:
+        """(line, text, value) of the next element."""
+        while True:
+            try:
+                value, end = self._json.raw_decode(self._text, self._position)
+            except RecursionError:
+                self._fail("nested too deeply")
+            except ValueError as error:
+                if self._ended or len(self._text) - self._position > _LARGEST_ELEMENT:
+                    self._fail(str(error))
+                self._read_more()
+            else:
+                line, text = self._line, self._text[self._position : end]
+                self._line += text.count("\n")
+                self._position = end
+                return line, text, value
+
+    def _read_more(self) -> None:
+        """Drop what is behind, and double what is ahead (at least a block)."""
+        self._text = self._text[self._position :]
+        self._position = 0
+        block = self._stream.read(max(_BLOCK, len(self._text)))
+        self._ended = not block
+        self._text += self._utf8.decode(block, final=self._ended)
+
+    def _fail(self, reason: str) -> None:
+        raise InputError(
+            f"{self._file.uri}:{self._line}: the JSON array cannot be read on from here: {reason}; "
+            "repair it, or write one object a line as .jsonl"
+        )
+
+
+def _csv_rows(file: SourceFile, delimiter: str) -> Iterator[tuple[int, Row | BadRow]]:
+    csv.field_size_limit(sys.maxsize)  # the default of 128 KiB refuses long documents
+    with file.open_text() as stream:
+        text = io.TextIOWrapper(stream, encoding="utf-8-sig", errors="surrogateescape", newline="")
+        reader = csv.reader(text, delimiter=delimiter, strict=True)
+        header: list[str] | None = None
+        while True:
+            line = reader.line_num + 1
+            try:
+                cells = next(reader)
+            except StopIteration:
+                return
+            except csv.Error as error:
+                raise InputError(f"{file.uri}:{line}: not valid CSV: {error}") from None
+            if header is None:
+                header = cells
+            elif cells:
+                yield line, _csv_row(header, cells)
+
+
+def _csv_row(header: list[str], cells: list[str]) -> Row | BadRow:
+    shown = " | ".join(cells)
+    try:
+        shown.encode("utf-8")
+    except UnicodeEncodeError:
+        raw = shown.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+        return BadRow("not UTF-8 text", shorten(raw))
+    if len(cells) != len(header):
+        reason = f"{len(cells)} cells, where the header has {len(header)}"
+        return BadRow(reason, shorten(shown))
+    return dict(zip(header, cells, strict=True))
+
+
+def _parquet_rows(chunk: Chunk) -> Iterator[tuple[int, Row | BadRow]]:
+    groups = list(range(chunk.start, chunk.stop))
+    number = 0
+    try:
+        with chunk.file.open() as stream:
+            parquet = pq.ParquetFile(stream)
+            for batch in parquet.iter_batches(batch_size=512, row_groups=groups):
+                for row in batch.to_pylist():
+                    number += 1
+                    yield number, row
+    except (pa.ArrowInvalid, OSError) as error:
+        raise InputError(f"{chunk.file.uri}: the Parquet file is damaged: {error}") from None

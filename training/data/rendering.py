@@ -1,0 +1,243 @@
+"""From normalised rows to tokens, and which of them bear loss."""
+
+from bisect import bisect_left, bisect_right
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from operator import itemgetter
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..errors import InputError
+from ..recipe import PretrainMethod, Recipe
+from .chat import ChatTemplate, Span, chat_template_of
+from .formats import Completion, Conversation, Normalised, RowError, Text
+
+OVERLONG = "overlong"
+NO_TRAINABLE_TOKEN = "no_trainable_token"
+
+
+@dataclass(frozen=True)
+class RenderSettings:
+    """What decides how a row becomes tokens."""
+
+    base: str
+    revision: str | None
+    chat_template: str | None
+    train_on_all: bool
+    split_overlong: bool
+    """Cut everything that is too long into pieces, as continued pretraining does."""
+    max_length: int
+    overlong: Literal["drop", "truncate"]
+
+    @classmethod
+    def of(cls, recipe: Recipe) -> "RenderSettings":
+        is_pretraining = isinstance(recipe.method, PretrainMethod)
+        return cls(
+            base=recipe.model.base,
+            revision=recipe.model.revision,
+            chat_template=recipe.data.chat_template,
+            train_on_all=isinstance(recipe.method, PretrainMethod)
+            or recipe.method.train_on == "all",
+            split_overlong=is_pretraining,
+            max_length=recipe.data.max_length,
+            overlong=recipe.data.overlong,
+        )
+
+
+@dataclass(frozen=True)
+class Document:
+    """What is trained on as a whole, isolated from its neighbours in a sequence."""
+
+    input_ids: NDArray[np.int32]
+    """Shape (tokens,)."""
+    trainable: NDArray[np.bool_]
+    """Shape (tokens,): bears loss. The first never does: nothing precedes it to predict it from."""
+
+
+@dataclass(frozen=True)
+class Rendered:
+    """What became of a row: documents, or the reason why there are none."""
+
+    documents: tuple[Document, ...] = ()
+    tokens: int = 0
+    """Tokens of the whole row, before anything was cut."""
+    dropped: str | None = None
+    error: RowError | None = None
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A held-out question with its answer."""
+
+    text: str
+    input_ids: NDArray[np.int32]
+    reference: str
+
+
+@dataclass(frozen=True)
+class _Draft:
+    """A row's text before it is tokenised."""
+
+    text: str
+    spans: list[Span] | None
+    """Characters that bear loss; None means all."""
+    is_bare: bool
+    """Special tokens at both ends are not part of the text yet."""
+    can_split: bool
+
+
+class Renderer:
+    """A tokenizer with its chat template, and the settings for rows."""
+
+    def __init__(self, tokenizer: Any, settings: RenderSettings) -> None:
+        if not tokenizer.is_fast:
+            raise InputError(
+                f"model.base: the tokenizer of {settings.base} ({type(tokenizer).__name__}) gives "
+                "no character offsets; a fast tokenizer (tokenizer.json) is needed"
+            )
+        self._tokenizer = tokenizer
+        self._settings = settings
+        self._encoder = tokenizer.backend_tokenizer
+        self._encoder.no_truncation()
+        self._encoder.no_padding()
+        bos = tokenizer.bos_token_id
+        adds_bos = bos is not None and tokenizer("a")["input_ids"][:1] == [bos]
+        self._lead: list[int] = [bos] if adds_bos else []
+
+    @cached_property
+    def template(self) -> ChatTemplate:
+        """The chat template; it is looked for when a conversation needs it."""
+        return chat_template_of(self._tokenizer, self._settings.chat_template)
+
+    def render(self, rows: Sequence[Normalised]) -> list[Rendered]:
+        """Tokenise rows in one call of the tokenizer, which works in parallel inside.
+
+        Raises:
+            InputError: where the tokenizer lacks a chat template or an end-of-sequence token that
+                the rows need.
+        """
+        drafts = [self._draft(row) for row in rows]
+        texts = [draft.text for draft in drafts if isinstance(draft, _Draft)]
+        encodings = iter(self._encoder.encode_batch(texts, add_special_tokens=False))
+        return [
+            self._finish(draft, next(encodings))
+            if isinstance(draft, _Draft)
+            else Rendered(error=draft)
+            for draft in drafts
+        ]
+
+    def prompt(self, row: Normalised) -> Prompt | None:
+        """The question of a row and its reference answer; None for plain text.
+
+        Raises:
+            RowError: where the chat template refuses the conversation.
+        """
+        if isinstance(row, Text):
+            return None
+        if isinstance(row, Completion):
+            return self._prompt(row.prompt, row.completion, self._lead)
+        roles = [message["role"] for message in row.messages]
+        last = len(roles) - 1 - roles[::-1].index("assistant")
+        text = self.template.render(row.messages[:last], add_generation_prompt=True)
+        return self._prompt(text, row.messages[last]["content"], [])
+
+    def _prompt(self, text: str, reference: str, lead: list[int]) -> Prompt:
+        ids = lead + self._encoder.encode(text, add_special_tokens=False).ids
+        return Prompt(text, np.array(ids, np.int32), reference)
+
+    def _draft(self, row: Normalised) -> _Draft | RowError:
+        everything, can_split = self._settings.train_on_all, self._settings.split_overlong
+        if isinstance(row, Text):
+            return _Draft(row.text, None, is_bare=True, can_split=True)
+        if isinstance(row, Completion):
+            text = row.prompt + row.completion
+            spans = None if everything else [(len(row.prompt), len(text))]
+            return _Draft(text, spans, is_bare=True, can_split=can_split)
+        return self._draft_conversation(row)
+
+    def _draft_conversation(self, row: Conversation) -> _Draft | RowError:
+        can_split = self._settings.split_overlong
+        try:
+            if self._settings.train_on_all:
+                text = self.template.render(row.messages)
+                return _Draft(text, None, is_bare=False, can_split=can_split)
+            text, spans = self.template.render_with_spans(row)
+        except RowError as error:
+            return error
+        return _Draft(text, spans, is_bare=False, can_split=can_split)
+
+    @cached_property
+    def _tail(self) -> list[int]:
+        eos = self._tokenizer.eos_token_id
+        if eos is None:
+            raise InputError(
+                f"model.base: the tokenizer of {self._settings.base} has no end-of-sequence token, "
+                "which must follow a text or completion; set eos_token in tokenizer_config.json"
+            )
+        return [eos]
+
+    def _finish(self, draft: _Draft, encoding: Any) -> Rendered:
+        lead, tail = (self._lead, self._tail) if draft.is_bare else ([], [])
+        input_ids = np.array(lead + encoding.ids + tail, np.int32)
+        if draft.spans is None:
+            trainable = np.ones(len(input_ids), np.bool_)
+        else:
+            trainable = np.zeros(len(input_ids), np.bool_)
+            for first, last in _token_ranges(encoding.offsets, draft.spans):
+                trainable[len(lead) + first : len(lead) + last] = True
+            trainable[len(input_ids) - len(tail) :] = True
+        return self._fit(input_ids, trainable, draft.can_split)
+
+    def _fit(
+        self, input_ids: NDArray[np.int32], trainable: NDArray[np.bool_], can_split: bool
+    ) -> Rendered:
+        tokens, limit = len(input_ids), self._settings.max_length
+        if tokens > limit and not can_split:
+            if self._settings.overlong == "drop":
+                return Rendered(tokens=tokens, dropped=OVERLONG)
+            input_ids, trainable = input_ids[:limit], trainable[:limit]
+        documents = []
+        for start in range(0, len(input_ids), limit):
+            mask = trainable[start : start + limit]
+            mask[0] = False
+            if mask.any():
+                documents.append(Document(input_ids[start : start + limit], mask))
+        if not documents:
+            return Rendered(tokens=tokens, dropped=NO_TRAINABLE_TOKEN)
+        return Rendered(tuple(documents), tokens)
+
+
+@lru_cache(maxsize=2)
+def load_renderer(settings: RenderSettings) -> Renderer:
+    """The renderer of this process; a tokenizer takes a second to load.
+
+    Raises:
+        InputError: where the tokenizer cannot be loaded, or gives no offsets.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(settings.base, revision=settings.revision)
+    except (OSError, ValueError) as error:
+        raise InputError(
+            f"model.base: cannot load the tokenizer of {settings.base}: {error}"
+        ) from None
+    return Renderer(tokenizer, settings)
+
+
+def _token_ranges(offsets: list[Span], spans: list[Span]) -> list[tuple[int, int]]:
+    """Ranges of the tokens that lie wholly within each span of characters.
+
+    A token that trimmed its only space away has an empty offset (n, n). At the start of a span it
+    belongs to what precedes.
+    """
+    return [
+        (
+            bisect_left(offsets, (start, start + 1)),
+            bisect_right(offsets, stop, key=itemgetter(1)),
+        )
+        for start, stop in spans
+    ]

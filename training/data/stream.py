@@ -1,0 +1,225 @@
+"""The order in which prepared sequences are trained on, and one worker's slice of it.
+
+The order is a pure function of (prepared data, seed, epoch). Global position p means the same
+sequence for any number of workers: step s takes positions [s*B, (s+1)*B) of batch size B, and
+each worker a contiguous part of them. Nothing is drawn at random twice: a stream that starts at
+position p yields exactly what an older one would have yielded from there.
+
+An epoch shuffles the row groups of the Parquet files, joins every WINDOW_GROUPS of them to a
+window, and shuffles the rows inside each window: shuffled well, yet read group by group.
+"""
+
+import logging
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from ..storage import Folder
+from .prepared import Split
+
+WINDOW_GROUPS = 32
+COLUMNS = ("input_ids", "lengths", "trainable", "rows")
+
+
+@dataclass(frozen=True)
+class Sequence:
+    """One row of training: one document, or several packed ones."""
+
+    input_ids: NDArray[np.int32]
+    """Shape (tokens,)."""
+    lengths: NDArray[np.int32]
+    """Tokens of each document; their sum is the length of `input_ids`."""
+    trainable: NDArray[np.bool_]
+    """Shape (tokens,): which tokens bear loss."""
+    rows: NDArray[np.int64]
+    """The documents' row numbers in the source data."""
+
+
+@dataclass(frozen=True)
+class Window:
+    """Some row groups of one epoch that are read and shuffled together."""
+
+    epoch: int
+    index: int
+    start: int
+    """Global position of the window's first sequence."""
+    groups: tuple[tuple[int, int], ...]
+    """(file, row group) pairs, in reading order."""
+    size: int
+
+
+@dataclass(frozen=True)
+class Slice:
+    """What one worker sees of the stream, from one step to another."""
+
+    folder: Folder
+    """The attempt folder that holds the split's files."""
+    split: Split
+    seed: int
+    batch_size: int
+    rank: int
+    world_size: int
+    start_step: int
+    stop_step: int
+
+    def windows(self) -> Iterator[Window]:
+        """The windows that hold positions of these steps, in order."""
+        first, last = self.start_step * self.batch_size, self.stop_step * self.batch_size
+        epoch = first // self.split.sequences
+        while epoch * self.split.sequences < last:
+            for window in epoch_windows(self.split, self.seed, epoch):
+                if window.start < last and window.start + window.size > first:
+                    yield window
+            epoch += 1
+
+    def read(self, window: Window) -> pa.Table:
+        """This worker's rows of a window, in the order of their positions."""
+        first, last = self.start_step * self.batch_size, self.stop_step * self.batch_size
+        order = window_order(window, self.seed)
+        positions = window.start + np.arange(window.size)
+        mine = (positions >= first) & (positions < last)
+        mine &= owner(positions % self.batch_size, self.batch_size, self.world_size) == self.rank
+        table = _read_groups(self.folder, self.split, window)
+        return table.take(pa.array(order[mine]))
+
+
+@lru_cache(maxsize=4)
+def epoch_windows(split: Split, seed: int, epoch: int) -> tuple[Window, ...]:
+    """The windows of an epoch; their sizes add up to the split's sequences."""
+    groups = [
+        (file, group, rows)
+        for file, sizes in enumerate(split.row_groups)
+        for group, rows in enumerate(sizes)
+    ]
+    shuffled = np.random.default_rng((seed, epoch)).permutation(len(groups))
+    windows: list[Window] = []
+    start = epoch * split.sequences
+    for index, first in enumerate(range(0, len(groups), WINDOW_GROUPS)):
+        chosen = [groups[i] for i in shuffled[first : first + WINDOW_GROUPS]]
+        size = sum(rows for _, _, rows in chosen)
+        pairs = tuple((file, group) for file, group, _ in chosen)
+        windows.append(Window(epoch, index, start, pairs, size))
+        start += size
+    return tuple(windows)
+
+
+def window_order(window: Window, seed: int) -> NDArray[np.int64]:
+    """Row numbers (in reading order) of a window, in the order of their positions."""
+    return np.random.default_rng((seed, window.epoch, window.index)).permutation(window.size)
+
+
+def owner(places: NDArray[np.int64], batch_size: int, world_size: int) -> NDArray[np.int64]:
+    """Rank that trains on each place (0 ≤ place < batch_size) of a batch.
+
+    Parts are contiguous and differ by at most one sequence.
+    """
+    counts = [share(batch_size, rank, world_size) for rank in range(world_size)]
+    owners: NDArray[np.int64] = np.repeat(np.arange(world_size), counts)[places]
+    return owners
+
+
+def share(batch_size: int, rank: int, world_size: int) -> int:
+    """Sequences of each global batch that a rank trains on."""
+    return batch_size // world_size + (1 if rank < batch_size % world_size else 0)
+
+
+def _read_groups(folder: Folder, split: Split, window: Window) -> pa.Table:
+    tables = []
+    for file, group in window.groups:
+        with pq.ParquetFile(
+            folder.file(split.files[file]), filesystem=folder.filesystem
+        ) as parquet:
+            tables.append(parquet.read_row_group(group, columns=list(COLUMNS)))
+    return pa.concat_tables(tables)
+
+
+def stream(part: Slice, on_ray: bool) -> Iterator[Sequence]:
+    """The slice's sequences in order, read ahead of their use.
+
+    Args:
+        part: which sequences.
+        on_ray: read in Ray Data tasks anywhere in the cluster; otherwise in a thread here.
+    """
+    tables = _read_on_ray(part) if on_ray else _read_in_thread(part)
+    for table in tables:
+        yield from _sequences(table)
+
+
+def every_sequence(folder: Folder, split: Split, rank: int, world_size: int) -> Iterator[Sequence]:
+    """Each sequence of a split once, in its stored order, shared out among the workers."""
+    start = 0
+    for file, sizes in enumerate(split.row_groups):
+        for group, size in enumerate(sizes):
+            window = Window(0, 0, start, ((file, group),), size)
+            mine = np.arange((rank - start) % world_size, size, world_size)
+            start += size
+            if mine.size:
+                yield from _sequences(_read_groups(folder, split, window).take(pa.array(mine)))
+
+
+def _read_in_thread(part: Slice) -> Iterator[pa.Table]:
+    with ThreadPoolExecutor(1) as pool:
+        ahead = None
+        for window in part.windows():
+            ready, ahead = ahead, pool.submit(part.read, window)
+            if ready is not None:
+                yield ready.result()
+        if ahead is not None:
+            yield ahead.result()
+
+
+def _read_on_ray(part: Slice) -> Iterator[pa.Table]:
+    """One Ray Data task per window, in order; rows of coming windows wait in the object store."""
+    import ray.data
+
+    windows = list(part.windows())
+    if not windows:
+        return
+    context = ray.data.DataContext.get_current()
+    context.execution_options.preserve_order = True
+    context.enable_progress_bars = False
+    context.execution_options.verbose_progress = False
+    # The trainer takes its time: neither a pause nor a slow consumer is a fault.
+    context.execution_no_progress_timeout_s = -1
+    context.issue_detectors_config.detectors = []
+    logging.getLogger("ray.data").setLevel(logging.WARNING)
+    rows = ray.data.from_items(
+        [{"window": index} for index in range(len(windows))],
+        override_num_blocks=len(windows),
+    ).map_batches(
+        _WindowTask(part, windows),
+        batch_size=1,
+        batch_format="pyarrow",
+        num_cpus=0.1,
+    )
+    yield from rows.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=1)
+
+
+class _WindowTask:
+    """Reads the window that a row of the task list names."""
+
+    def __init__(self, part: Slice, windows: list[Window]) -> None:
+        self._part = part
+        self._windows = windows
+
+    def __call__(self, batch: pa.Table) -> pa.Table:
+        return self._part.read(self._windows[batch["window"][0].as_py()])
+
+
+def _sequences(table: pa.Table) -> Iterator[Sequence]:
+    columns: list[Any] = [table[name].combine_chunks() for name in COLUMNS]
+    for row in range(table.num_rows):
+        ids, lengths, trainable, rows = (column[row].values for column in columns)
+        yield Sequence(
+            ids.to_numpy(),
+            lengths.to_numpy(),
+            trainable.to_numpy(zero_copy_only=False),
+            rows.to_numpy(),
+        )

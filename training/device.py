@@ -1,0 +1,65 @@
+"""What this process computes on, and in which number type."""
+
+import subprocess
+import sys
+from typing import TYPE_CHECKING, Literal
+
+from .errors import InputError
+
+if TYPE_CHECKING:
+    import torch
+
+    from .recipe import ModelSettings
+
+DtypeName = Literal["float32", "bfloat16", "float16"]
+
+# oneDNN then leaves out AMX, which some virtual CPUs announce and fault on.
+SAFE_ISA = {"ONEDNN_MAX_CPU_ISA": "AVX512_CORE_BF16"}
+
+_BF16_PROBE = """
+import torch
+a = torch.randn(64, 64, dtype=torch.bfloat16, requires_grad=True)
+(a @ a).sum().backward()
+"""
+
+
+def choose_dtype(settings: "ModelSettings") -> DtypeName:
+    """The compute type: what the recipe says, or the best that the device can do.
+
+    Raises:
+        InputError: for float16 without a GPU.
+    """
+    import torch
+
+    if settings.dtype == "float16" and not torch.cuda.is_available():
+        raise InputError(
+            "model.dtype: float16 trains on a GPU only, and there is none; use auto, float32 or "
+            "bfloat16"
+        )
+    if settings.dtype != "auto":
+        return settings.dtype
+    if not torch.cuda.is_available():
+        return "float32"
+    return "bfloat16" if torch.cuda.is_bf16_supported() else "float16"
+
+
+def torch_dtype(name: DtypeName) -> "torch.dtype":
+    """torch's own name of a number type."""
+    import torch
+
+    return {
+        "float32": torch.float32,
+        "bfloat16": torch.bfloat16,
+        "float16": torch.float16,
+    }[name]
+
+
+def probe_bfloat16() -> dict[str, str]:
+    """Environment variables that bfloat16 on this machine's CPU needs; mostly none.
+
+    A matrix product is tried in a child process, because on some virtual CPUs it ends the process
+    with an illegal instruction. Call it before torch is imported here.
+    """
+    command = [sys.executable, "-c", _BF16_PROBE]
+    died = subprocess.run(command, check=False, capture_output=True, timeout=120).returncode < 0
+    return SAFE_ISA if died else {}

@@ -1,0 +1,67 @@
+"""Numbers as people read them: the report, the progress line and the tables write them alike."""
+
+import math
+from typing import Any, TypeGuard
+
+MISSING = "–"
+
+
+def is_number(value: Any) -> TypeGuard[float]:
+    """Whether a value from a JSON file is a finite number."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def loss(value: Any) -> str:
+    """1.234; 0.00123 below a hundredth; 'nan' where a loss is there and not a number."""
+    if not is_number(value):
+        return "nan" if isinstance(value, float) else MISSING
+    return f"{value:.3f}" if value == 0 or abs(value) >= 0.01 else f"{value:.3g}"
+
+
+def percent(share: Any) -> str:
+    """A share in [0, 1] as 87.5%."""
+    return f"{100 * share:.1f}%" if is_number(share) else MISSING
+
+
+def count(number: Any) -> str:
+    """1,234,567."""
+    return f"{number:,.0f}" if is_number(number) else MISSING
+
+
+def short_count(number: Any) -> str:
+    """Three digits: 950, 12.3k, 1.23M, 7B."""
+    if not is_number(number):
+        return MISSING
+    size = abs(number)
+    for scale, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if size >= scale * 0.9995:
+            return f"{number / scale:.3g}{unit}"
+    return f"{number:.3g}"
+
+
+def exponent(number: Any) -> str:
+    """A learning rate: 1.9e-04."""
+    return f"{number:.1e}" if is_number(number) else MISSING
+
+
+def duration(seconds: Any) -> str:
+    """45s, 2m10s, 3h05m, 2d04h."""
+    if not is_number(seconds):
+        return MISSING
+    whole = max(0, round(seconds))
+    minutes, second = divmod(whole, 60)
+    hours, minute = divmod(minutes, 60)
+    days, hour = divmod(hours, 24)
+    if days:
+        return f"{days}d{hour:02}h"
+    if hours:
+        return f"{hours}h{minute:02}m"
+    return f"{minutes}m{second:02}s" if minutes else f"{second}s"
+
+
+def one_line(text: str) -> str:
+    """Text for one line of a terminal: white space folded, control characters dropped.
+
+    A model's answer may hold escape sequences; printed raw they would act on the terminal.
+    """
+    return "".join(letter for letter in " ".join(text.split()) if letter.isprintable())

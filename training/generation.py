@@ -1,0 +1,81 @@
+"""Greedy answers to held-out prompts, before and after training."""
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from .model import Model
+from .run_folder import is_match
+
+_BATCH = 32
+
+
+@torch.no_grad()
+def answer(
+    model: Model,
+    tokenizer: Any,
+    prompts: list[list[int]],
+    max_new_tokens: int,
+    rank: int,
+    world_size: int,
+) -> list[str]:
+    """Greedy completions of all prompts, shared out among the workers.
+
+    Args:
+        prompts: token ids of each prompt, ending where the answer begins.
+
+    Returns:
+        One text per prompt, the same on every rank.
+    """
+    mine = list(range(rank, len(prompts), world_size))
+    # Neighbours in length share a batch, so that little of it is padding.
+    mine.sort(key=lambda index: len(prompts[index]))
+    training = model.training
+    model.eval()
+    answers: dict[int, str] = {}
+    for first in range(0, len(mine), _BATCH):
+        chosen = mine[first : first + _BATCH]
+        texts = _generate(model, tokenizer, [prompts[i] for i in chosen], max_new_tokens)
+        answers.update(zip(chosen, texts, strict=True))
+    model.train(training)
+    for part in _gather(answers, world_size):
+        answers.update(part)
+    return [answers[index] for index in range(len(prompts))]
+
+
+def _generate(
+    model: Model, tokenizer: Any, prompts: list[list[int]], max_new_tokens: int
+) -> list[str]:
+    longest = max(len(prompt) for prompt in prompts)
+    ids = torch.full((len(prompts), longest), tokenizer.pad_token_id)
+    mask = torch.zeros_like(ids)
+    for row, prompt in enumerate(prompts):
+        ids[row, longest - len(prompt) :] = torch.tensor(prompt)
+        mask[row, longest - len(prompt) :] = 1
+    device = next(model.parameters()).device
+    generated = model.generate(
+        input_ids=ids.to(device),
+        attention_mask=mask.to(device),
+        max_new_tokens=max_new_tokens,
+        do_sample=False,
+        use_cache=True,
+        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    texts: list[str] = tokenizer.batch_decode(generated[:, longest:], skip_special_tokens=True)
+    return texts
+
+
+def _gather(answers: dict[int, str], world_size: int) -> list[dict[int, str]]:
+    if world_size == 1:
+        return []
+    parts: list[Any] = [None] * world_size
+    dist.all_gather_object(parts, answers)
+    return parts
+
+
+def exact_match(answers: list[str], references: list[str]) -> float:
+    """Share of the answers that are their reference."""
+    pairs = list(zip(answers, references, strict=True))
+    return sum(is_match(answer, reference) for answer, reference in pairs) / len(pairs)

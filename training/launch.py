@@ -1,0 +1,121 @@
+"""Starting the workers of a run: in this process, or as a Ray Train worker group."""
+
+import threading
+from typing import Any
+
+from .errors import InputError, RunError
+from .loop import Job, Outcome, run_worker
+from .recipe import ScaleSettings
+from .run_folder import CHECKPOINTS_FOLDER
+from .session import STOP_FILE, LocalSession, RaySession
+from .stop import Stop
+from .storage import Folder
+
+# Ray Train's own notes would be believed over the checkpoints themselves, and refuse a folder
+# from which one was deleted. finray reads the checkpoints.
+_RAY_NOTES = "checkpoint_manager_snapshot.json"
+
+
+def launch_here(job: Job, stop: Stop) -> Outcome:
+    """Train in this process, without Ray."""
+    stop.armed = True
+    return run_worker(job, LocalSession(Folder(job["run"]), stop.requested))
+
+
+def launch_on_ray(job: Job, scale: ScaleSettings, stop: Stop) -> Outcome:
+    """Train in a Ray Train worker group on the initialised Ray.
+
+    Raises:
+        InputError: the cluster can never hold the workers.
+        RunError: the workers failed more often than `max_failures`.
+    """
+    trainer = _make_trainer(job, scale)
+    results: list[Any] = []
+
+    def fit() -> None:
+        try:
+            results.append(trainer.fit())
+        except Exception as error:  # noqa: BLE001 - carried to the waiting thread
+            results.append(error)
+
+    # In a thread of its own, so that Ray leaves the signal handlers to finray.
+    thread = threading.Thread(target=fit, name="ray-train", daemon=True)
+    stop.armed = True
+    thread.start()
+    told = False
+    while thread.is_alive():
+        thread.join(0.2)
+        if stop.requested.is_set() and not told:
+            Folder(job["run"]).write(STOP_FILE, b"")
+            told = True
+    if isinstance(results[0], Exception):
+        raise RunError(_cause(results[0])) from results[0]
+    outcome: Outcome = results[0].return_value
+    return outcome
+
+
+def _make_trainer(job: Job, scale: ScaleSettings) -> Any:
+    import ray.train
+    from ray.train.torch import TorchTrainer
+
+    run = Folder(job["run"])
+    (run / CHECKPOINTS_FOLDER).delete(_RAY_NOTES)
+    gpus = _gpus_per_worker(scale)
+    _check_fits(scale, gpus)
+    resources = {"CPU": float(scale.cpus_per_worker)}
+    if gpus:
+        resources["GPU"] = gpus
+    return TorchTrainer(
+        _ray_worker,
+        train_loop_config=dict(job),
+        scaling_config=ray.train.ScalingConfig(
+            num_workers=scale.workers, use_gpu=gpus > 0, resources_per_worker=resources
+        ),
+        run_config=ray.train.RunConfig(
+            name=CHECKPOINTS_FOLDER,
+            storage_path=run.uri,
+            failure_config=ray.train.FailureConfig(
+                max_failures=scale.max_failures, controller_failure_limit=3
+            ),
+        ),
+    )
+
+
+def _ray_worker(job: dict[str, Any]) -> Outcome:
+    told = Job(recipe=job["recipe"], run=job["run"], prepared=job["prepared"])
+    return run_worker(told, RaySession(Folder(job["run"])))
+
+
+def _gpus_per_worker(scale: ScaleSettings) -> float:
+    import ray
+
+    if scale.gpus_per_worker != "auto":
+        return float(scale.gpus_per_worker)
+    return 1.0 if ray.cluster_resources().get("GPU", 0) > 0 else 0.0
+
+
+def _check_fits(scale: ScaleSettings, gpus: float) -> None:
+    """Ray would wait for ever for what the cluster does not have."""
+    import ray
+
+    have = ray.cluster_resources()
+    # One CPU stays free: the tasks that stream the data need it.
+    wanted = {"CPU": scale.workers * scale.cpus_per_worker + 1.0, "GPU": scale.workers * gpus}
+    for kind, amount in wanted.items():
+        if have.get(kind, 0.0) < amount:
+            note = " (one of them for the data tasks)" if kind == "CPU" else ""
+            raise InputError(
+                f"scale: {scale.workers} workers need {amount:g} {kind}s{note}, and the cluster "
+                f"has {have.get(kind, 0.0):g}; lower scale.workers or add nodes"
+            )
+
+
+def _cause(error: Exception) -> str:
+    """The first failed worker's own error, without Ray's wrapping."""
+    import ray.train
+
+    if isinstance(error, ray.train.WorkerGroupError) and error.worker_failures:
+        rank, failure = sorted(error.worker_failures.items())[0]
+        lines = [line for line in str(failure).splitlines() if line.strip()]
+        return f"worker {rank} failed: {lines[-1] if lines else type(failure).__name__}"
+    return str(error)

@@ -1,0 +1,308 @@
+"""One worker's part of a run, the same in this process and in a Ray Train worker.
+
+    choose a checkpoint → load the model → measure the base → train → measure the result → write it
+
+Every rank walks through this together; rank 0 also keeps the books and writes the result.
+"""
+
+import json
+import tempfile
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Literal, TypedDict
+
+import torch.distributed as dist
+import transformers
+
+from . import checkpoint
+from .arguments import training_arguments
+from .books import Books, as_number
+from .data.batching import Batch, accumulation_steps, in_batches, microbatches
+from .data.prepared import open_prepared
+from .data.stream import Slice, every_sequence, share, stream
+from .device import choose_dtype
+from .errors import FinrayError, RunError
+from .generation import answer, exact_match
+from .model import count_parameters, load_model, load_tokenizer, save_result
+from .position import Clock, Position
+from .recipe import recipe_from_dict
+from .run_folder import CHECKPOINTS_FOLDER
+from .session import Session
+from .storage import Folder
+from .trainer import StepMeasures, StreamTrainer
+
+POSITION_FILE = "position.json"
+
+
+class Job(TypedDict):
+    """What a worker is told; plain values, so that any process can read it."""
+
+    recipe: dict[str, Any]
+    run: str
+    """URI of the run's folder."""
+    prepared: str
+    """URI of the prepared data set."""
+
+
+class Outcome(TypedDict):
+    """How a worker's part ended."""
+
+    status: Literal["finished", "stopped", "failed"]
+    error: str | None
+    exit_code: int
+
+
+def run_worker(job: Job, session: Session) -> Outcome:
+    """Train; an error that a restart would only repeat is returned, not raised."""
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    try:
+        with tempfile.TemporaryDirectory(prefix="finray-") as scratch:
+            finished = _Worker(job, session, Path(scratch)).run()
+    except FinrayError as error:
+        return Outcome(status="failed", error=str(error), exit_code=error.exit_code)
+    if finished:
+        return Outcome(status="finished", error=None, exit_code=0)
+    return Outcome(status="stopped", error=None, exit_code=130)
+
+
+class _Worker:
+    def __init__(self, job: Job, session: Session, scratch: Path) -> None:
+        self.recipe = recipe_from_dict(job["recipe"])
+        self.run_folder = Folder(job["run"])
+        self.checkpoints = self.run_folder / CHECKPOINTS_FOLDER
+        self.session = session
+        self.scratch = scratch
+        prepared = open_prepared(Folder(job["prepared"]))
+        if prepared is None:
+            raise RunError(f"the prepared data set {job['prepared']} is gone")
+        self.prepared = prepared
+        self.total_steps = self.recipe.optim.total_steps(prepared.manifest.train.sequences)
+        self.position = Position()
+        self.held_out: dict[str, float] = {}
+        self.stopped = False
+
+    def run(self) -> bool:
+        """Returns whether the run got to its end (and was not asked to stop)."""
+        choice = self._agree_on_checkpoint()
+        transformers.set_seed(self.recipe.seed)
+        self.tokenizer = load_tokenizer(self.recipe)
+        self.model = load_model(self.recipe)
+        checkpoint_path = self._fetch(choice)
+        self.trainer = self._make_trainer()
+        self.books = self._open_books(choice)
+        if checkpoint_path is None:
+            self._measure_base()
+        self.clock = Clock(self.position)
+        if self.position.step < self.total_steps:
+            self.trainer.train(resume_from_checkpoint=checkpoint_path)
+        else:  # only the end was missing
+            self.trainer.load_weights(str(checkpoint_path))
+        if not self.stopped:
+            self._finish()
+        return not self.stopped
+
+    # the start
+
+    def _agree_on_checkpoint(self) -> checkpoint.Choice:
+        """Rank 0 looks, all hear: they resume from the same checkpoint, or fail together."""
+        found: list[checkpoint.Choice | FinrayError | None] = [None]
+        if self.session.rank == 0:
+            try:
+                found = [checkpoint.choose(self.checkpoints)]
+            except FinrayError as error:
+                found = [error]
+        if self.session.world_size > 1:
+            dist.broadcast_object_list(found, src=0)
+        if isinstance(found[0], FinrayError):
+            raise found[0]
+        assert found[0] is not None
+        return found[0]
+
+    def _fetch(self, choice: checkpoint.Choice) -> str | None:
+        """Bring the checkpoint to this node and take up its position."""
+        if choice.name is None:
+            return None
+        folder = self.checkpoints / choice.name
+        local = folder.local
+        if local is None:
+            local = self.scratch / choice.name
+            folder.download(local)
+        self.position = Position(**json.loads((local / POSITION_FILE).read_bytes()))
+        return str(local)
+
+    def _make_trainer(self) -> StreamTrainer:
+        return StreamTrainer(
+            self.model,
+            training_arguments(
+                self.recipe, self.total_steps, self.session.world_size, self.scratch
+            ),
+            batches=self._training_batches,
+            after_step=self._after_step,
+            is_logged=self._is_logged,
+            stop_requested=self.session.stop_requested,
+        )
+
+    def _open_books(self, choice: checkpoint.Choice) -> Books | None:
+        if self.session.rank != 0:
+            return None
+        books = Books(self.run_folder, self.recipe, self.position.step)
+        facts = {
+            "total_steps": self.total_steps,
+            "parameters": count_parameters(self.model),
+            "device": self.trainer.args.device.type,
+            "dtype": choose_dtype(self.recipe.model),
+        }
+        books.open(choice, self.session.world_size, facts)
+        return books
+
+    # the data
+
+    def _training_batches(self) -> Iterator[Batch]:
+        optim, session = self.recipe.optim, self.session
+        part = Slice(
+            folder=self.prepared.files,
+            split=self.prepared.manifest.train,
+            seed=self.recipe.seed,
+            batch_size=optim.batch_size,
+            rank=session.rank,
+            world_size=session.world_size,
+            start_step=self.position.step,
+            stop_step=self.total_steps,
+        )
+        return microbatches(
+            stream(part, on_ray=session.on_ray),
+            share(optim.batch_size, session.rank, session.world_size),
+            optim.micro_batch_size,
+            accumulation_steps(optim.batch_size, optim.micro_batch_size, session.world_size),
+        )
+
+    def _held_out_batches(self) -> Iterator[Batch]:
+        split = self.prepared.manifest.eval
+        assert split is not None
+        folder, session = self.prepared.files, self.session
+        sequences = every_sequence(folder, split, session.rank, session.world_size)
+        return in_batches(sequences, self.recipe.optim.micro_batch_size)
+
+    # after every step
+
+    def _is_saved(self, step: int) -> bool:
+        return step % self.recipe.checkpoint.every_steps == 0 or step == self.total_steps
+
+    def _is_logged(self, step: int) -> bool:
+        # A checkpoint is always logged: a resumed run then averages over the same steps.
+        return step % self.recipe.log.every_steps == 0 or self._is_saved(step)
+
+    def _is_evaluated(self, step: int) -> bool:
+        every = self.recipe.eval.every_steps
+        due = step == self.total_steps or (every is not None and step % every == 0)
+        return due and self.prepared.manifest.eval is not None
+
+    def _after_step(self, measures: StepMeasures) -> bool:
+        """Log, evaluate and save what is due; returns whether training ends here."""
+        step, counts = measures.step, self.trainer.counts
+        self.position.step = step
+        self.position.tokens += counts.tokens
+        if self._is_logged(step) or counts.stop:
+            self._log(measures)
+        if self._is_evaluated(step):
+            with self.clock.paused():
+                self._evaluate()
+        if self._is_saved(step) or counts.stop:
+            with self.clock.paused():
+                self._save()
+        self.stopped = counts.stop and step < self.total_steps
+        return self.stopped
+
+    def _epoch(self) -> float:
+        seen = self.position.step * self.recipe.optim.batch_size
+        return round(seen / self.prepared.manifest.train.sequences, 4)
+
+    def _log(self, measures: StepMeasures) -> None:
+        loss = self.trainer.take_loss(measures.step - self.clock.step)
+        accuracy = self.trainer.take_measures()
+        speed = self.clock.lap(self.position)
+        if self.books is not None:
+            self.books.logged(
+                {
+                    "step": measures.step,
+                    "epoch": self._epoch(),
+                    "loss": loss,
+                    "learning_rate": measures.learning_rate,
+                    "grad_norm": as_number(measures.grad_norm),
+                    "tokens": self.position.tokens,
+                    "tokens_per_second": round(speed, 1),
+                    "seconds": round(self.position.seconds, 3),
+                    **accuracy,
+                }
+            )
+
+    def _evaluate(self) -> None:
+        measured = self.trainer.held_out_loss(self._held_out_batches())
+        self.held_out = {"step": self.position.step, **measured}
+        if self.books is not None:
+            self.books.logged({"epoch": self._epoch(), **self.held_out})
+
+    def _save(self) -> None:
+        session, step = self.session, self.position.step
+        staged = Path(tempfile.mkdtemp(prefix="checkpoint-", dir=self.scratch))
+        self.trainer.write_state(staged)
+        if session.rank == 0:
+            (staged / POSITION_FILE).write_text(json.dumps(asdict(self.position)))
+        fresh = self.held_out.get("step") == step
+        metrics = {"eval_loss": self.held_out["eval_loss"]} if fresh else {}
+        checkpoint.write_manifest(staged, session.rank, session.world_size, metrics)
+        session.commit(step, staged, metrics)
+        if self.books is not None:
+            checkpoint.rotate(self.checkpoints, self.recipe.checkpoint.keep)
+            self.books.note_progress(step, self.position.tokens)
+
+    # before and after
+
+    def _measure_base(self) -> None:
+        """Held-out loss and answers of the model as it is before the first step."""
+        if self.prepared.manifest.eval is None:
+            return
+        measured = self.trainer.held_out_loss(self._held_out_batches())
+        measured.update(self._answer("before"))
+        if self.books is not None:
+            self.books.measured_base(measured)
+
+    def _answer(self, when: str) -> dict[str, float]:
+        """Answer the held-out samples greedily; their exact match, where there are any."""
+        samples = self.prepared.samples(self.recipe.eval.samples)
+        if not samples:
+            return {}
+        answers = answer(
+            self.model,
+            self.tokenizer,
+            [sample.prompt_ids for sample in samples],
+            self.recipe.eval.max_new_tokens,
+            self.session.rank,
+            self.session.world_size,
+        )
+        if self.books is not None:
+            texts = [
+                {"row": sample.row, "prompt": sample.prompt, "reference": sample.reference}
+                for sample in samples
+            ]
+            self.books.answered(texts, answers, when)
+        return {"exact_match": exact_match(answers, [sample.reference for sample in samples])}
+
+    def _finish(self) -> None:
+        """Measure the trained model and write it."""
+        step = self.position.step
+        if self._is_evaluated(step) and self.held_out.get("step") != step:
+            self._evaluate()
+        matches = self._answer("after")
+        if self.books is None:
+            return
+        if matches:
+            self.books.logged({"step": step, "epoch": self._epoch(), **matches})
+        name = "model" if self.recipe.adapter is None else "adapter"
+        save_result(self.model, self.tokenizer, self.scratch / name)
+        self.run_folder.delete(name)
+        (self.run_folder / name).upload(self.scratch / name)
+        self.books.note_progress(step, self.position.tokens)
+        self.books.finished(name)

@@ -1,0 +1,85 @@
+"""metrics.jsonl (and TensorBoard), written by rank 0 while the run goes on."""
+
+import json
+import math
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from .run_folder import METRICS_FILE
+from .storage import Folder
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
+
+TENSORBOARD = "tensorboard"
+_UPLOAD_SECONDS = 10.0
+
+
+class MetricsLog:
+    """Appends a line per logged step.
+
+    On a disk every line is there at once; an object store cannot append, so the file is written
+    anew at most every ten seconds, and by `flush`.
+
+    Args:
+        folder: the run's folder.
+        after_step: lines of later steps belong to a part of the run that a crash undid, and are
+            removed.
+        tensorboard: whether to write event files too (on a disk only).
+    """
+
+    def __init__(self, folder: Folder, after_step: int, tensorboard: bool) -> None:
+        self._folder = folder
+        self._lines = _kept_lines(folder, after_step)
+        folder.write(METRICS_FILE, "".join(self._lines).encode())
+        self._written_at = time.monotonic()
+        self._wants_tensorboard = tensorboard and folder.local is not None
+        self._tensorboard: SummaryWriter | None = None
+        self._after_step = after_step
+
+    def add(self, values: dict[str, float]) -> None:
+        """Log one line; `step` is among the values."""
+        finite = {name: v if math.isfinite(v) else None for name, v in values.items()}
+        line = json.dumps(finite, allow_nan=False) + "\n"
+        local = self._folder.local
+        if local is not None:
+            with (local / METRICS_FILE).open("a", encoding="utf-8") as stream:
+                stream.write(line)
+        else:
+            self._lines.append(line)
+            if time.monotonic() - self._written_at > _UPLOAD_SECONDS:
+                self.flush()
+        if self._wants_tensorboard and local is not None:
+            self._to_tensorboard(local, values)
+
+    def flush(self) -> None:
+        """Write everything logged so far."""
+        if self._folder.local is None:
+            self._folder.write(METRICS_FILE, "".join(self._lines).encode())
+            self._written_at = time.monotonic()
+        if self._tensorboard is not None:
+            self._tensorboard.flush()
+
+    def _to_tensorboard(self, local: Path, values: dict[str, float]) -> None:
+        if self._tensorboard is None:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._tensorboard = SummaryWriter(
+                str(local / TENSORBOARD), purge_step=self._after_step + 1
+            )
+        for name, value in values.items():
+            if name not in ("step", "epoch") and math.isfinite(value):
+                self._tensorboard.add_scalar(name, value, int(values["step"]))
+
+
+def _kept_lines(folder: Folder, after_step: int) -> list[str]:
+    """The whole lines up to a step; a line cut off by a crash is dropped."""
+    if not folder.exists(METRICS_FILE):
+        return []
+    lines = folder.read(METRICS_FILE).decode("utf-8", errors="replace").splitlines(keepends=True)
+    return [
+        line
+        for line in lines
+        if line.endswith("\n") and 0 < after_step >= int(json.loads(line)["step"])
+    ]

@@ -1,0 +1,344 @@
+"""report.html: one page about a run, for people; everything in one file.
+
+The page is a pure function of the run's folder. Its template escapes whatever it prints, as
+prompts and answers are other people's text.
+"""
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import yaml
+from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
+from markupsafe import Markup
+
+from . import figures
+from .charts import Chart, Format, Histogram, Point, histogram, line_chart
+from .errors import InputError
+from .run_folder import (
+    RECIPE_FILE,
+    REPORT_FILE,
+    RUN_FILE,
+    Record,
+    is_match,
+    read_metrics,
+    read_run,
+    read_samples,
+)
+from .storage import Folder
+
+METHODS = {
+    "sft": "Supervised fine-tuning",
+    "pretrain": "Continued pretraining",
+    "dpo": "Direct preference optimisation",
+    "reward": "Reward model",
+    "grpo": "Group-relative policy optimisation",
+}
+SAMPLES_OPEN = 4
+"""Samples shown at once; the others open on a click."""
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A key figure: `before` is empty where there is nothing to compare with."""
+
+    label: str
+    value: str
+    before: str = ""
+
+
+@dataclass(frozen=True)
+class Answer:
+    label: str
+    text: str
+    matches: bool
+
+
+@dataclass(frozen=True)
+class Sample:
+    row: str
+    prompt: str
+    answers: list[Answer]
+
+
+Pairs = list[tuple[str, str]]
+
+
+def write_report(folder: Folder) -> None:
+    """Write report.html into a run's folder. Raises what `render_report` raises."""
+    # a lone surrogate in a model's answer has no UTF-8
+    folder.write(REPORT_FILE, render_report(folder).encode("utf-8", "replace"))
+
+
+def render_report(folder: Folder) -> str:
+    """The page, from what the run's folder holds so far.
+
+    Raises:
+        InputError: the folder holds no run, or one of its files is damaged.
+    """
+    run = read_run(folder)
+    if run is None:
+        raise InputError(f"{folder} holds no run: there is no {RUN_FILE}")
+    metrics = read_metrics(folder)
+    recipe_text, recipe = _read_recipe(folder)
+    samples = [_sample(sample) for sample in read_samples(folder)]
+    loss, *others = _charts(metrics)
+    return _template().render(
+        css=_asset("report.css"),
+        script=_asset("report.js"),
+        status=str(run.get("status") or "unknown"),
+        error=str(run.get("error") or "").strip(),
+        name=str(run.get("name") or folder.uri.rstrip("/").rsplit("/", 1)[-1]),
+        subject=_subject(run, recipe),
+        result=f"{folder / str(run['result'])}" if run.get("result") else "",
+        progress=_progress(run),
+        key_figures=_key_figures(run, metrics),
+        loss=loss,
+        charts=[chart for chart in others if chart is not None],
+        matched=_matched(samples),
+        shown=samples[:SAMPLES_OPEN],
+        more=samples[SAMPLES_OPEN:],
+        data=_data(run),
+        lengths=_lengths(run),
+        settings=_settings(recipe),
+        recipe_text=recipe_text,
+        facts=_facts(run),
+        restarts=_restarts(run),
+    )
+
+
+@lru_cache(maxsize=1)
+def _template() -> Template:
+    environment = Environment(
+        autoescape=True,
+        undefined=StrictUndefined,
+        loader=FileSystemLoader(Path(__file__).parent),
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    return environment.get_template("report.html")
+
+
+def _asset(name: str) -> Markup:
+    """Our own style or script, which goes into the page as it is."""
+    return Markup((Path(__file__).parent / name).read_text(encoding="utf-8"))
+
+
+def _read_recipe(folder: Folder) -> tuple[str, Record]:
+    try:
+        text = folder.read(RECIPE_FILE).decode("utf-8")
+        recipe = yaml.safe_load(text)
+    except FileNotFoundError:
+        return "", {}
+    except (UnicodeDecodeError, yaml.YAMLError) as error:
+        raise InputError(f"{folder / RECIPE_FILE}: not a YAML file: {error}") from None
+    return text, recipe if isinstance(recipe, dict) else {}
+
+
+def _subject(run: Record, recipe: Record) -> Pairs:
+    """What was done to which model, under the title."""
+    method = str(run.get("method") or "")
+    model = recipe.get("model") or {}
+    adapter = recipe.get("adapter")
+    done = [METHODS.get(method, method)]
+    if adapter:
+        done.append(f"{adapter.get('kind')}, rank {adapter.get('rank')}")
+    elif recipe:
+        done.append("every parameter")
+    pairs = [("Method", " · ".join(part for part in done if part))]
+    pairs.append(("Base model", str(model.get("base") or run.get("base") or "")))
+    return [(label, text) for label, text in pairs if text]
+
+
+def _progress(run: Record) -> tuple[str, float] | None:
+    """('step 120 of 400', per cent) of a run that has not come to its end."""
+    step, total = run.get("step"), run.get("total_steps")
+    if run.get("status") == "finished" or not figures.is_number(step):
+        return None
+    if not figures.is_number(total) or total <= 0:
+        return f"step {figures.count(step)}", 0.0
+    text = f"step {figures.count(step)} of {figures.count(total)}"
+    return text, min(100.0, 100 * step / total)
+
+
+def _key_figures(run: Record, metrics: Sequence[Record]) -> list[Figure]:
+    before, after = run.get("before") or {}, run.get("metrics") or {}
+    shown: list[Figure] = []
+    if figures.is_number(after.get("eval_loss")):
+        shown.append(_change("Held-out loss", before, after, "eval_loss"))
+    else:
+        # in the file null stands for a loss that is not a number
+        lines = [line["loss"] for line in metrics if "loss" in line]
+        losses = [math.nan if loss is None else loss for loss in lines]
+        ends = {"loss": losses[0]} if len(losses) > 1 else {}
+        last = {"loss": losses[-1] if losses else after.get("loss")}
+        shown.append(_change("Training loss", ends, last, "loss"))
+    if figures.is_number(after.get("exact_match")):
+        shown.append(_change("Exact match", before, after, "exact_match"))
+    shown.append(Figure("Tokens trained on", figures.short_count(run.get("tokens"))))
+    speeds = sorted(value for _, value in _series(metrics, "tokens_per_second") if value)
+    median = speeds[len(speeds) // 2] if speeds else None
+    shown.append(Figure("Tokens a second", figures.short_count(median)))
+    shown.append(Figure("Wall time", figures.duration(run.get("wall_seconds"))))
+    return shown
+
+
+def _change(label: str, before: Record, after: Record, key: str) -> Figure:
+    write = figures.percent if key == "exact_match" else figures.loss
+    old = before.get(key)
+    return Figure(label, write(after.get(key)), write(old) if figures.is_number(old) else "")
+
+
+def _charts(metrics: Sequence[Record]) -> list[Chart | None]:
+    """The loss, then the smaller ones."""
+
+    def chart(title: str, key: str, format: Format, **how: bool) -> Chart | None:
+        held_out = _series(metrics, f"eval_{key}")
+        return line_chart(title, _series(metrics, key), held_out=held_out, format=format, **how)
+
+    return [
+        chart("Loss", "loss", "loss"),
+        chart("Learning rate", "learning_rate", "exponent", from_zero=True, noisy=False),
+        chart("Tokens a second", "tokens_per_second", "count", from_zero=True),
+        chart("Gradient norm", "grad_norm", "loss", from_zero=True),
+        chart("Token accuracy", "token_accuracy", "percent"),
+    ]
+
+
+def _series(metrics: Sequence[Record], key: str) -> list[Point]:
+    """(step, value) by rising step; of a step that a restart ran again, the later line."""
+    values = {
+        line["step"]: line[key]
+        for line in metrics
+        if key in line and figures.is_number(line.get("step"))
+    }
+    return [
+        (float(step), float(value) if figures.is_number(value) else None)
+        for step, value in sorted(values.items())
+    ]
+
+
+def _sample(sample: Record) -> Sample:
+    reference = sample.get("reference")
+    answers = [Answer("Reference", str(reference), False)] if reference is not None else []
+    for label, key in (("Base model", "before"), ("Tuned", "after")):
+        text = sample.get(key)
+        if text is not None:
+            answers.append(Answer(label, str(text), is_match(str(text), reference)))
+    return Sample(str(sample.get("row", "")), str(sample.get("prompt", "")), answers)
+
+
+def _matched(samples: Sequence[Sample]) -> str:
+    tuned = [answer for sample in samples for answer in sample.answers if answer.label == "Tuned"]
+    if not tuned:
+        return ""
+    matching = sum(answer.matches for answer in tuned)
+    return f"{matching} of {len(tuned)} tuned answers are the reference, word for word."
+
+
+def _data(run: Record) -> list[tuple[str, Pairs]]:
+    """Titled groups of data statistics."""
+    data = run.get("data") or {}
+    groups: list[tuple[str, Pairs]] = []
+    for title, key in (("Training", "train"), ("Held-out", "eval")):
+        if data.get(key):
+            groups.append((title, _split(data[key])))
+    dropped = data.get("dropped") or {}
+    if figures.is_number(data.get("rows_read")):
+        rows = [("Read", figures.count(data["rows_read"]))]
+        rows += [(f"Dropped: {reason}", figures.count(n)) for reason, n in dropped.items()]
+        groups.insert(0, ("Rows", rows if dropped else [*rows, ("Dropped", "0")]))
+    sources = [
+        (str(source.get("path", "")), f"{figures.count(source.get('rows'))} rows, {form}")
+        for source in data.get("sources") or []
+        for form in [str(source.get("format", "unknown format"))]
+    ]
+    return [*groups, ("Sources", sources)] if sources else groups
+
+
+def _split(split: Record) -> Pairs:
+    pairs = [
+        ("Sequences", figures.count(split.get("sequences"))),
+        ("Documents", figures.count(split.get("documents"))),
+        ("Tokens", figures.count(split.get("tokens"))),
+        ("Trainable tokens", figures.count(split.get("trainable_tokens"))),
+        ("Fill", figures.percent(split.get("fill"))),
+    ]
+    return [(label, text) for label, text in pairs if text != figures.MISSING]
+
+
+def _lengths(run: Record) -> Histogram | None:
+    lengths = (run.get("data") or {}).get("length_histogram") or {}
+    return histogram(lengths.get("edges") or [], lengths.get("counts") or [])
+
+
+def _settings(recipe: Record) -> list[tuple[str, Pairs]]:
+    """The recipe's sections as titled (setting, value) pairs, the bare settings first."""
+    bare = {key: value for key, value in recipe.items() if not isinstance(value, dict)}
+    sections = {key: value for key, value in recipe.items() if isinstance(value, dict)}
+    groups = {"recipe": bare, **sections} if bare else sections
+    return [
+        (title, [(str(key), _setting(value)) for key, value in values.items()])
+        for title, values in groups.items()
+    ]
+
+
+def _setting(value: Any) -> str:
+    if isinstance(value, list):
+        return "\n".join(_setting(item) for item in value) if value else "none"
+    if isinstance(value, dict):
+        return ", ".join(
+            _setting(item) if key == "path" else f"{key} {_setting(item)}"
+            for key, item in value.items()
+        )
+    if value is None:
+        return "none"
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def _facts(run: Record) -> Pairs:
+    """Where and when the run ran."""
+    parameters = run.get("parameters") or {}
+    worlds = run.get("world_sizes") or []
+    pairs: list[tuple[str, Any]] = [
+        ("Started", _time(run.get("started_at"))),
+        ("Finished", _time(run.get("finished_at"))),
+        ("Last sign of life", "" if run.get("finished_at") else _time(run.get("updated_at"))),
+        ("Workers", ", then ".join(str(size) for size in worlds)),
+        ("Device", run.get("device")),
+        ("Compute type", run.get("dtype")),
+        ("Parameters", figures.count(parameters.get("total"))),
+        ("Trainable", _trainable(parameters)),
+        ("Prepared data", run.get("prepared")),
+        *((run.get("versions") or {}).items()),
+    ]
+    return [(label, str(text)) for label, text in pairs if text and text != figures.MISSING]
+
+
+def _time(iso: Any) -> str:
+    """2026-05-02 09:12:44 UTC; text that is no ISO time stays as it is."""
+    try:
+        time = datetime.fromisoformat(str(iso or ""))
+    except ValueError:
+        return str(iso or "")
+    time = time.replace(tzinfo=UTC) if time.tzinfo is None else time.astimezone(UTC)
+    return f"{time:%Y-%m-%d %H:%M:%S} UTC"
+
+
+def _restarts(run: Record) -> Pairs:
+    return [
+        (figures.count(restart.get("step")), str(restart.get("reason") or "unknown reason"))
+        for restart in run.get("restarts") or []
+    ]
+
+
+def _trainable(parameters: Record) -> str:
+    total, trainable = parameters.get("total"), parameters.get("trainable")
+    if not (figures.is_number(total) and figures.is_number(trainable)) or not total:
+        return ""
+    return f"{figures.count(trainable)} ({100 * trainable / total:.3g}%)"

@@ -1,0 +1,219 @@
+"""One run from the driver's side: prepare, launch the workers, tell how it ended.
+
+    inspect → prepare → compare with an earlier attempt → train → report
+
+Whatever can be wrong is found in the first three, before a model is loaded.
+"""
+
+import json
+import platform
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.metadata import version
+from typing import Any
+
+import yaml
+
+from .books import now, update_run
+from .checkpoint import best
+from .data.execution import run_in_process, run_on_ray_data
+from .data.inspection import inspect_data
+from .data.prepare import Progress, prepare
+from .data.prepared import Manifest, Prepared
+from .errors import FinrayError, InputError, Interrupted, RunError
+from .launch import launch_here, launch_on_ray
+from .loop import Job, Outcome
+from .recipe import Recipe, recipe_from_dict
+from .report import write_report
+from .run_folder import CHECKPOINTS_FOLDER, PREPARED_FOLDER, RECIPE_FILE, Record, read_run
+from .session import STOP_FILE
+from .stop import Stop
+from .storage import Folder
+
+# A resumed run may change these; anything else would change its result.
+_FREE_ON_RESUME = ("scale", "checkpoint", "eval", "log", "storage", "optim.micro_batch_size")
+
+
+@dataclass(frozen=True)
+class Listener:
+    """How a run tells the outside what it does."""
+
+    phase: Callable[[str], None]
+    """Called with a few words, such as "loading the model"."""
+    on_start: Callable[[Folder], None]
+    """Called with the run's folder when the workers start: metrics will come."""
+
+
+def run_folder(recipe: Recipe) -> Folder:
+    """Where the run lives: <storage>/<name>."""
+    return Folder(recipe.storage) / recipe.name
+
+
+def train(recipe: Recipe, listener: Listener, stop: Stop) -> Record:
+    """Carry the run to its end, from wherever it stands; returns run.json.
+
+    With workers, Ray is initialised already.
+
+    Raises:
+        InputError: the recipe, the data or an earlier attempt forbid it.
+        RunError: the run failed; what was reached is in its folder.
+        Interrupted: `stop` was requested; what was reached is saved.
+    """
+    folder = run_folder(recipe)
+    earlier = read_run(folder)
+    if earlier is not None:
+        _check_same(recipe, folder)
+        if earlier.get("status") == "finished":
+            return earlier
+    prepared = prepare_data(recipe, listener)
+    _check_enough(recipe, prepared)
+    _check_same_data(prepared, folder, earlier)
+    _open(recipe, folder, prepared, earlier)
+    listener.on_start(folder)
+    started = time.monotonic()
+    try:
+        outcome = _launch(recipe, folder, prepared, stop)
+    except BaseException as error:
+        _close(folder, "failed", str(error) or type(error).__name__, time.monotonic() - started)
+        raise
+    _close(folder, outcome["status"], outcome["error"], time.monotonic() - started)
+    _raise_outcome(outcome, folder)
+    record = read_run(folder)
+    assert record is not None
+    return record
+
+
+def prepare_data(recipe: Recipe, listener: Listener) -> Prepared:
+    """The recipe's prepared data set, made now where it is not there yet.
+
+    Raises:
+        InputError: see `inspect_data` and `prepare`.
+    """
+    inspect_data(recipe)
+
+    def progress(state: Progress) -> None:
+        listener.phase(f"preparing data: {state.phase} {state.done}/{state.total}")
+
+    run_tasks = run_on_ray_data if recipe.scale.workers else run_in_process
+    return prepare(recipe, Folder(recipe.storage) / PREPARED_FOLDER, run_tasks, progress)
+
+
+def _check_enough(recipe: Recipe, prepared: Prepared) -> None:
+    sequences = prepared.manifest.train.sequences
+    if sequences < recipe.optim.batch_size:
+        packed = " (packed)" if recipe.data.packing else ""
+        raise InputError(
+            f"optim.batch_size: {recipe.optim.batch_size} sequences make one step, and the data "
+            f"gives only {sequences}{packed}; lower batch_size to at most {sequences}"
+        )
+
+
+def _check_same(recipe: Recipe, folder: Folder) -> None:
+    """Refuse to go on with settings that would make it another run."""
+    written = yaml.safe_load(folder.read(RECIPE_FILE))
+    before = _flat(recipe_from_dict(written).model_dump(mode="json"))
+    after = _flat(recipe.model_dump(mode="json"))
+    changes = [
+        f"  {key}: {before.get(key)!r} there, {after.get(key)!r} now"
+        for key in sorted(before.keys() | after.keys())
+        if before.get(key) != after.get(key) and not key.startswith(_FREE_ON_RESUME)
+    ]
+    if changes:
+        raise InputError(
+            f"{folder} holds a run with other settings:\n" + "\n".join(changes) + "\n"
+            "Give this one another name, or delete that folder."
+        )
+
+
+def _check_same_data(prepared: Prepared, folder: Folder, earlier: Record | None) -> None:
+    fingerprint = prepared.manifest.fingerprint
+    if earlier is None or earlier.get("prepared") == fingerprint:
+        return
+    if any(name.startswith("step-") for name in (folder / CHECKPOINTS_FOLDER).names()):
+        raise InputError(
+            f"the data changed since {folder} was started (it was {earlier.get('prepared')}, it "
+            f"is {fingerprint}): its checkpoints belong to the old data. Restore the data, give "
+            "this run another name, or delete that folder."
+        )
+
+
+def _flat(values: Any, prefix: str = "") -> dict[str, Any]:
+    if isinstance(values, dict):
+        items = values.items()
+    elif isinstance(values, list) and any(isinstance(item, dict) for item in values):
+        items = {str(index): item for index, item in enumerate(values)}.items()
+    else:
+        return {prefix: values}
+    flat: dict[str, Any] = {}
+    for key, value in items:
+        flat.update(_flat(value, f"{prefix}.{key}" if prefix else str(key)))
+    return flat
+
+
+def _open(recipe: Recipe, folder: Folder, prepared: Prepared, earlier: Record | None) -> None:
+    folder.create()
+    folder.delete(STOP_FILE)
+    text = yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    folder.write(RECIPE_FILE, text.encode())
+
+    def change(record: Record) -> None:
+        record.setdefault("started_at", now())
+        record.setdefault("step", 0)
+        record.setdefault("tokens", 0)
+        record.setdefault("metrics", {})
+        record.update(
+            status="running",
+            name=recipe.name,
+            method=recipe.method.kind,
+            base=recipe.model.base,
+            versions=_versions(),
+            prepared=prepared.manifest.fingerprint,
+            data=data_summary(prepared.manifest),
+            error=None,
+            finished_at=None,
+        )
+
+    update_run(folder, change)
+
+
+def _close(folder: Folder, status: str, error: str | None, seconds: float) -> None:
+    def change(record: Record) -> None:
+        record["status"] = status
+        record["error"] = error
+        record["finished_at"] = now()
+        record["wall_seconds"] = round(record.get("wall_seconds", 0.0) + seconds, 2)
+        record["best_checkpoint"] = best(folder / CHECKPOINTS_FOLDER)
+
+    update_run(folder, change)
+    write_report(folder)
+
+
+def _launch(recipe: Recipe, folder: Folder, prepared: Prepared, stop: Stop) -> Outcome:
+    job = Job(recipe=recipe.model_dump(mode="json"), run=folder.uri, prepared=prepared.folder.uri)
+    if recipe.scale.workers == 0:
+        return launch_here(job, stop)
+    return launch_on_ray(job, recipe.scale, stop)
+
+
+def _raise_outcome(outcome: Outcome, folder: Folder) -> None:
+    if outcome["status"] == "stopped":
+        raise Interrupted(f"stopped and saved; the same command goes on from there ({folder})")
+    if outcome["status"] == "failed":
+        kind: type[FinrayError] = InputError if outcome["exit_code"] == 2 else RunError
+        raise kind(str(outcome["error"]))
+
+
+def data_summary(manifest: Manifest) -> Record:
+    """What people want to know of a prepared data set, as plain values."""
+    summary: Record = json.loads(manifest.to_json())
+    for name, split in (("train", manifest.train), ("eval", manifest.eval)):
+        if split is not None:
+            del summary[name]["files"], summary[name]["row_groups"]
+            summary[name]["fill"] = round(split.fill, 4)
+    return summary
+
+
+def _versions() -> dict[str, str]:
+    names = ("finray", "ray", "torch", "transformers", "peft")
+    return {"python": platform.python_version(), **{name: version(name) for name in names}}

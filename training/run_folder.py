@@ -1,0 +1,128 @@
+"""The files of a run's folder: their names, and how each is read and written."""
+
+import json
+import math
+from collections.abc import Iterable
+from typing import Any
+
+from .errors import InputError
+from .storage import Folder
+
+RECIPE_FILE = "recipe.yaml"
+RUN_FILE = "run.json"
+METRICS_FILE = "metrics.jsonl"
+SAMPLES_FILE = "samples.jsonl"
+REPORT_FILE = "report.html"
+CHECKPOINTS_FOLDER = "checkpoints"
+PREPARED_FOLDER = "prepared"
+"""Inside a storage, beside the runs: prepared data, which runs share."""
+
+Record = dict[str, Any]
+"""A JSON object."""
+
+
+def read_run(folder: Folder) -> Record | None:
+    """What is known of the run; None where the folder holds no run.
+
+    Raises:
+        InputError: run.json is not a JSON object.
+    """
+    content = _read(folder, RUN_FILE)
+    return None if content is None else _parse(content, f"{folder / RUN_FILE}")
+
+
+def write_run(folder: Folder, record: Record) -> None:
+    """Replace run.json. NaN and infinity become null, as JSON has neither."""
+    text = json.dumps(_finite(record), indent=2, ensure_ascii=False, allow_nan=False)
+    folder.write(RUN_FILE, _encode(text + "\n"))
+
+
+def read_metrics(folder: Folder) -> list[Record]:
+    """The lines of metrics.jsonl, oldest first; none where there is no file.
+
+    A last line without its newline may be half-written: it counts where it is whole already.
+
+    Raises:
+        InputError: another line is not a JSON object; the message names it.
+    """
+    return _read_lines(folder, METRICS_FILE)
+
+
+def read_samples(folder: Folder) -> list[Record]:
+    """The lines of samples.jsonl; errors as `read_metrics`."""
+    return _read_lines(folder, SAMPLES_FILE)
+
+
+def write_samples(folder: Folder, samples: Iterable[Record]) -> None:
+    """Replace samples.jsonl."""
+    lines = (
+        json.dumps(_finite(sample), ensure_ascii=False, allow_nan=False) + "\n"
+        for sample in samples
+    )
+    folder.write(SAMPLES_FILE, _encode("".join(lines)))
+
+
+def list_runs(storage: Folder) -> list[tuple[str, Record]]:
+    """(name, run record) of every run in a storage, by name.
+
+    Raises:
+        InputError: a run.json is not a JSON object.
+    """
+    names = [name for name in storage.names() if name != PREPARED_FOLDER]
+    records = ((name, read_run(storage / name)) for name in names)
+    return [(name, record) for name, record in records if record is not None]
+
+
+def is_match(answer: str | None, reference: str | None) -> bool:
+    """Whether a sample's answer is the reference, but for white space around it."""
+    return answer is not None and reference is not None and answer.strip() == reference.strip()
+
+
+def _read(folder: Folder, name: str) -> bytes | None:
+    try:
+        return folder.read(name)
+    except (FileNotFoundError, NotADirectoryError):  # a stray file beside the runs is no folder
+        return None
+
+
+def _read_lines(folder: Folder, name: str) -> list[Record]:
+    *whole, last = (_read(folder, name) or b"").split(b"\n")
+    records = [
+        _parse(line, f"{folder / name}:{number}")
+        for number, line in enumerate(whole, start=1)
+        if line.strip()
+    ]
+    torn = parse_record(last)
+    return records if torn is None else [*records, torn]
+
+
+def parse_record(line: bytes) -> Record | None:
+    """A JSON object; None for anything else, such as half a line."""
+    try:
+        value = json.loads(line)
+    except ValueError:  # of JSON or of UTF-8
+        return None
+    return value if isinstance(value, dict) else None
+
+
+def _parse(content: bytes, where: str) -> Record:
+    record = parse_record(content)
+    if record is None:
+        excerpt = content[:80].decode("utf-8", "replace").strip()
+        raise InputError(f"{where}: expected a JSON object, found: {excerpt!r}")
+    return record
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return value
+
+
+def _encode(text: str) -> bytes:
+    """UTF-8; a lone surrogate, which a model can emit, becomes its JSON escape."""
+    return text.encode("utf-8", "backslashreplace")
