@@ -23,7 +23,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     from ..training.errors import FinrayError
     from . import commands
+    from .quiet import quiet_libraries
 
+    quiet_libraries()
     try:
         run = getattr(commands, options.command)
         run(options)

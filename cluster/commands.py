@@ -59,7 +59,7 @@ def train(options: argparse.Namespace) -> None:
     else:
         from .summary import render_summary
 
-        print(render_summary(run_folder(recipe)))
+        print(render_summary(run_folder(recipe), colour=sys.stdout.isatty()))
 
 
 def runs(options: argparse.Namespace) -> None:

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import version
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
@@ -22,14 +22,15 @@ from .data.inspection import inspect_data
 from .data.prepare import Progress, prepare
 from .data.prepared import Manifest, Prepared
 from .errors import FinrayError, InputError, Interrupted, RunError
-from .launch import launch_here, launch_on_ray
-from .loop import Job, Outcome
 from .recipe import Recipe, recipe_from_dict
 from .report import write_report
 from .run_folder import CHECKPOINTS_FOLDER, PREPARED_FOLDER, RECIPE_FILE, Record, read_run
 from .session import STOP_FILE
 from .stop import Stop
 from .storage import Folder
+
+if TYPE_CHECKING:
+    from .loop import Outcome
 
 # A resumed run may change these; anything else would change its result.
 _FREE_ON_RESUME = ("scale", "checkpoint", "eval", "log", "storage", "optim.micro_batch_size")
@@ -78,6 +79,7 @@ def train(recipe: Recipe, listener: Listener, stop: Stop) -> Record:
         _close(folder, "failed", str(error) or type(error).__name__, time.monotonic() - started)
         raise
     _close(folder, outcome["status"], outcome["error"], time.monotonic() - started)
+    write_report(folder)
     _raise_outcome(outcome, folder)
     record = read_run(folder)
     assert record is not None
@@ -186,17 +188,20 @@ def _close(folder: Folder, status: str, error: str | None, seconds: float) -> No
         record["best_checkpoint"] = best(folder / CHECKPOINTS_FOLDER)
 
     update_run(folder, change)
-    write_report(folder)
 
 
-def _launch(recipe: Recipe, folder: Folder, prepared: Prepared, stop: Stop) -> Outcome:
+def _launch(recipe: Recipe, folder: Folder, prepared: Prepared, stop: Stop) -> "Outcome":
+    # Torch is loaded only now, after everything that can be refused without it.
+    from .launch import launch_here, launch_on_ray
+    from .loop import Job
+
     job = Job(recipe=recipe.model_dump(mode="json"), run=folder.uri, prepared=prepared.folder.uri)
     if recipe.scale.workers == 0:
         return launch_here(job, stop)
     return launch_on_ray(job, recipe.scale, stop)
 
 
-def _raise_outcome(outcome: Outcome, folder: Folder) -> None:
+def _raise_outcome(outcome: "Outcome", folder: Folder) -> None:
     if outcome["status"] == "stopped":
         raise Interrupted(f"stopped and saved; the same command goes on from there ({folder})")
     if outcome["status"] == "failed":

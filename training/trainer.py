@@ -191,7 +191,7 @@ class StreamTrainer(Trainer):
         the Trainer's state; every rank its random generators.
         """
         if self.args.process_index == 0:
-            self.save_model(str(folder))
+            self.model.save_pretrained(folder)
             self._save_optimizer_and_scheduler(str(folder))
             self._save_scaler(str(folder))
             self.state.save_to_json(str(folder / "trainer_state.json"))

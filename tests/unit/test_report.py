@@ -165,7 +165,12 @@ def test_of_a_step_run_twice_the_later_line_counts(tmp_path: Path) -> None:
     again = [{"step": 15, "loss": 2.75}, {"step": 20, "loss": 2.5}, {"step": 30, "loss": 2.25}]
     metrics = [*steps([3.0, 2.0, 1.0]), *again]
     page = Page(render_report(make_run(tmp_path, metrics)))
-    assert [point[3] for point in page.lines(0)[0]["points"]] == ["3.000", "2.750", "2.500", "2.250"]
+    assert [point[3] for point in page.lines(0)[0]["points"]] == [
+        "3.000",
+        "2.750",
+        "2.500",
+        "2.250",
+    ]
 
 
 def test_key_figures_compare_before_and_after(tmp_path: Path) -> None:

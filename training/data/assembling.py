@@ -13,9 +13,10 @@ from .packing import Indices, one_each, pack
 from .prepared import ROW_GROUP, SEQUENCE_SCHEMA, Split
 from .tokenising import TokenGroup
 
-# Documents packed together. More would fill sequences no better, and take more memory.
-_GROUP_TOKENS = 4_000_000
-_GROUP_DOCUMENTS = 65_536
+# Packed together: enough that the last sequences, which nothing fills, do not count. More would
+# take more memory.
+_GROUP_TOKENS = 2_000_000
+_GROUP_SEQUENCES = 256
 
 
 @dataclass(frozen=True)
@@ -47,17 +48,17 @@ class SequenceFile:
     trainable_tokens: int
 
 
-def assemble_items(split: str, parts: Iterable[Part]) -> Iterator[AssembleItem]:
+def assemble_items(split: str, parts: Iterable[Part], capacity: int) -> Iterator[AssembleItem]:
     """Consecutive parts, as many together as one task packs."""
+    limit = max(_GROUP_TOKENS, _GROUP_SEQUENCES * capacity)
     taken: list[Part] = []
-    documents = tokens = number = 0
+    tokens = number = 0
     for part in parts:
         taken.append(part)
-        documents += part.tokens.documents
         tokens += part.tokens.tokens
-        if tokens >= _GROUP_TOKENS or documents >= _GROUP_DOCUMENTS:
+        if tokens >= limit:
             yield AssembleItem(split, number, tuple(taken))
-            taken, documents, tokens, number = [], 0, 0, number + 1
+            taken, tokens, number = [], 0, number + 1
     if taken:
         yield AssembleItem(split, number, tuple(taken))
 

@@ -1,7 +1,7 @@
 """Chat templates: a conversation as one text, and which parts of it an assistant writes."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from typing import Any
 
 from ..errors import InputError
@@ -14,7 +14,12 @@ CHATML = (
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 """The template that `data.chat_template: chatml` names."""
-CHATML_TOKENS = ("<|im_start|>", "<|im_end|>")
+_CHATML_TOKENS = ("<|im_start|>", "<|im_end|>")
+
+NO_TEMPLATE = (
+    "data.chat_template: the data holds conversations, and the tokenizer has no chat template; "
+    "set it to chatml, a Jinja file or inline Jinja"
+)
 
 Span = tuple[int, int]
 """Characters [start, stop) of a rendered text."""
@@ -109,20 +114,25 @@ def chat_template_of(tokenizer: Any, wanted: str | None) -> ChatTemplate:
         InputError: where the tokenizer has none, or lacks the tokens of chatml.
     """
     if wanted == "chatml":
-        known = tokenizer.get_vocab()
-        missing = [token for token in CHATML_TOKENS if token not in known]
-        if missing:
-            raise InputError(
-                f"data.chat_template: chatml needs the tokens {' and '.join(missing)}, which this "
-                "tokenizer does not have; give a template made of its own special tokens"
-            )
+        check_chatml(tokenizer.get_vocab())
         return ChatTemplate(CHATML, tokenizer.special_tokens_map)
     if wanted is not None:
         return ChatTemplate(wanted, tokenizer.special_tokens_map)
     try:
         return ChatTemplate(tokenizer.get_chat_template(), tokenizer.special_tokens_map)
     except ValueError:
+        raise InputError(NO_TEMPLATE) from None
+
+
+def check_chatml(vocabulary: Container[str]) -> None:
+    """Refuse chatml for a tokenizer that would spell out its markers letter by letter.
+
+    Raises:
+        InputError: where a marker is no token of the vocabulary.
+    """
+    missing = [token for token in _CHATML_TOKENS if token not in vocabulary]
+    if missing:
         raise InputError(
-            "the data holds conversations, and the tokenizer has no chat template; "
-            "set data.chat_template to chatml, a Jinja file or inline Jinja"
-        ) from None
+            f"data.chat_template: chatml needs the tokens {' and '.join(missing)}, which this "
+            "tokenizer does not have; give a template made of its own special tokens"
+        )

@@ -1,7 +1,9 @@
 """Where the tasks of a preparation run: in this process, or on Ray Data."""
 
+import logging
 import pickle
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, Protocol, TypeVar
 
 import pyarrow as pa
@@ -39,18 +41,25 @@ def run_on_ray_data(task: Callable[[T], R], items: Sequence[T]) -> Iterator[R]:
     context.enable_progress_bars = False
     context.execution_options.preserve_order = True
     context.execution_options.verbose_progress = False
-    with ray.data.DataContext.current(context):
+    with ray.data.DataContext.current(context), _only_errors(logging.getLogger("ray.data")):
         results = ray.data.from_items(
             [{"item": pickle.dumps(item)} for item in items], override_num_blocks=len(items)
         ).map_batches(_Call(task), batch_size=1, batch_format="pyarrow")
-        batches = iter(
-            results.iter_batches(batch_size=1, batch_format="pyarrow", prefetch_batches=0)
-        )
-    for batch in batches:
-        outcome = pickle.loads(batch["result"][0].as_py())
-        if isinstance(outcome, InputError):
-            raise outcome
-        yield outcome
+        for batch in results.iter_batches(batch_size=1, batch_format="pyarrow", prefetch_batches=0):
+            outcome = pickle.loads(batch["result"][0].as_py())
+            if isinstance(outcome, InputError):
+                raise outcome
+            yield outcome
+
+
+@contextmanager
+def _only_errors(logger: logging.Logger) -> Iterator[None]:
+    before = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
 
 
 class _Call:

@@ -4,12 +4,12 @@ import hashlib
 import json
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 
 from ..recipe import ModelSettings, Recipe
 from .rendering import RenderSettings
-from .resolving import ResolvedSource, resolve_source
+from .resolving import ResolvedData, ResolvedSource, resolve_data
 from .sources import SourceFile, file_kind
 from .tokenizer_files import model_folder, tokenizer_files
 
@@ -17,25 +17,6 @@ FORMAT_VERSION = 1
 """Raised when the same inputs would be prepared differently."""
 
 _BLOCK = 2**20
-
-
-@dataclass(frozen=True)
-class ResolvedData:
-    """A recipe's sources, resolved."""
-
-    train: tuple[ResolvedSource, ...]
-    eval: tuple[ResolvedSource, ...]
-
-
-def resolve_data(recipe: Recipe) -> ResolvedData:
-    """Find the files of all sources, and the formats of their rows.
-
-    Raises:
-        InputError: as `resolve_source`.
-    """
-    return ResolvedData(
-        tuple(map(resolve_source, recipe.data.train)), tuple(map(resolve_source, recipe.data.eval))
-    )
 
 
 def fingerprint(recipe: Recipe, data: ResolvedData | None = None) -> str:

@@ -2,7 +2,7 @@
 its completion, plain text."""
 
 import hashlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -57,9 +57,9 @@ class Conversation:
     """Assistant turns before this message are context that bears no loss."""
 
     @property
-    def size(self) -> int:
-        """Characters, about."""
-        return sum(len(message["content"]) for message in self.messages)
+    def contents(self) -> tuple[str, ...]:
+        """Every text of the row, with the roles that tell them apart."""
+        return tuple(part for message in self.messages for part in message.values())
 
 
 @dataclass(frozen=True)
@@ -70,9 +70,9 @@ class Completion:
     completion: str
 
     @property
-    def size(self) -> int:
-        """Characters."""
-        return len(self.prompt) + len(self.completion)
+    def contents(self) -> tuple[str, ...]:
+        """Every text of the row."""
+        return (self.prompt, self.completion)
 
 
 @dataclass(frozen=True)
@@ -82,16 +82,16 @@ class Text:
     text: str
 
     @property
-    def size(self) -> int:
-        """Characters."""
-        return len(self.text)
+    def contents(self) -> tuple[str, ...]:
+        """Every text of the row."""
+        return (self.text,)
 
 
 Normalised = Conversation | Completion | Text
 
 
 def detect_format(rows: Sequence[tuple[str, Row]]) -> KnownFormat:
-    """The format that most of the first rows fit.
+    """The first format that at least half of these rows fit, else the one that most fit.
 
     Args:
         rows: (file:line, row) pairs, at least one.
@@ -103,7 +103,8 @@ def detect_format(rows: Sequence[tuple[str, Row]]) -> KnownFormat:
         name: sum(_has_keys(row, alternatives) for _, row in rows)
         for name, alternatives in _KEYS.items()
     }
-    best = max(fits, key=lambda name: fits[name])
+    common = [name for name, count in fits.items() if 2 * count >= len(rows)]
+    best = common[0] if common else max(fits, key=lambda name: fits[name])
     if fits[best] == 0:
         place, row = rows[0]
         keys = ", ".join(map(str, row)) or "none"
@@ -125,18 +126,10 @@ def normalise(row: Row, row_format: KnownFormat) -> Normalised:
 def share_of(row: Normalised, purpose: str) -> float:
     """A number in [0, 1) drawn from the row's content: equal rows draw equal numbers."""
     digest = hashlib.blake2b(digest_size=8, person=purpose.encode())
-    for part in _contents(row):
+    for part in row.contents:
         digest.update(part.encode())
         digest.update(b"\0")
     return int.from_bytes(digest.digest(), "big") / 2**64
-
-
-def _contents(row: Normalised) -> Iterable[str]:
-    if isinstance(row, Text):
-        return (row.text,)
-    if isinstance(row, Completion):
-        return (row.prompt, row.completion)
-    return (part for message in row.messages for part in message.values())
 
 
 def _has_keys(row: Row, alternatives: tuple[tuple[str, ...], ...]) -> bool:
@@ -214,7 +207,10 @@ def _from_alpaca(row: Row) -> Normalised:
     instruction, output = _required(row, "instruction"), _required(row, "output")
     system, more = _optional(row, "system"), _optional(row, "input")
     messages = [{"role": "system", "content": system}] if system else []
-    for index, pair in enumerate(row.get("history") or []):
+    history = row.get("history") or []
+    if not isinstance(history, list):
+        raise RowError(f"history is {type(history).__name__}; expected a list of pairs")
+    for index, pair in enumerate(history):
         if not isinstance(pair, list) or len(pair) != 2:
             raise RowError(f"history[{index}] is not a pair of a question and an answer")
         for role, said in zip(("user", "assistant"), pair, strict=True):

@@ -21,7 +21,7 @@ from ..recipe import PretrainMethod, Recipe
 from ..storage import Folder
 from .assembling import AssembleTask, Part, SequenceFile, assemble_items, split_of
 from .execution import RunTasks
-from .fingerprint import ResolvedData, fingerprint, resolve_data
+from .fingerprint import fingerprint
 from .prepared import (
     QUARANTINE,
     SAMPLE_SCHEMA,
@@ -34,6 +34,7 @@ from .prepared import (
     publish,
 )
 from .rendering import Prompt, RenderSettings
+from .resolving import ResolvedData, resolve_data
 from .sources import plan_chunks
 from .tokenising import (
     BAD_ROW,
@@ -131,7 +132,7 @@ class _Preparation:
         self._rows = 0
         self._source_rows: Counter[tuple[str, int]] = Counter()
         self._dropped: Counter[str] = Counter()
-        self._histogram = np.zeros(len(length_edges(recipe.data.max_length)), np.int64)
+        self._histogram = np.zeros(len(length_edges(recipe.data.max_length)) - 1, np.int64)
         self._parts: dict[str, list[Part]] = {"train": [], "eval": []}
         self._samples: list[tuple[int, Prompt]] = []
         self._quarantine: list[bytes] = []
@@ -191,7 +192,9 @@ class _Preparation:
         data = self._recipe.data
         task = AssembleTask(self._attempt, data.max_length, data.packing, seed)
         items = [
-            item for split in self._parts for item in assemble_items(split, self._parts[split])
+            item
+            for split, parts in self._parts.items()
+            for item in assemble_items(split, parts, data.max_length)
         ]
         files: list[SequenceFile] = []
         for file in self._run_tasks(task, items):

@@ -68,11 +68,12 @@ class Split:
 
 @dataclass(frozen=True)
 class Histogram:
-    """Lengths of the rows in tokens, before any was dropped or cut."""
+    """Lengths of the documents in tokens."""
 
     edges: tuple[int, ...]
-    """Bin i counts lengths in [edges[i], edges[i + 1]); the last bin has no upper edge."""
+    """Bin i counts lengths in [edges[i], edges[i + 1]); the last bin has its upper edge too."""
     counts: tuple[int, ...]
+    """One fewer than edges."""
 
 
 @dataclass(frozen=True)
@@ -109,6 +110,15 @@ class Manifest:
     """UTC, ISO 8601."""
     seconds: float
     """Time the preparation took."""
+
+    def summary(self) -> dict[str, Any]:
+        """The manifest without the lists of files, and with each split's fill: for people."""
+        told = asdict(self)
+        for name, split in (("train", self.train), ("eval", self.eval)):
+            if split is not None:
+                del told[name]["files"], told[name]["row_groups"]
+                told[name]["fill"] = round(split.fill, 4)
+        return told
 
     def to_json(self) -> bytes:
         return json.dumps(asdict(self), indent=2).encode()

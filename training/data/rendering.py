@@ -62,8 +62,6 @@ class Rendered:
     """What became of a row: documents, or the reason why there are none."""
 
     documents: tuple[Document, ...] = ()
-    tokens: int = 0
-    """Tokens of the whole row, before anything was cut."""
     dropped: str | None = None
     error: RowError | None = None
 
@@ -194,10 +192,10 @@ class Renderer:
     def _fit(
         self, input_ids: NDArray[np.int32], trainable: NDArray[np.bool_], can_split: bool
     ) -> Rendered:
-        tokens, limit = len(input_ids), self._settings.max_length
-        if tokens > limit and not can_split:
+        limit = self._settings.max_length
+        if len(input_ids) > limit and not can_split:
             if self._settings.overlong == "drop":
-                return Rendered(tokens=tokens, dropped=OVERLONG)
+                return Rendered(dropped=OVERLONG)
             input_ids, trainable = input_ids[:limit], trainable[:limit]
         documents = []
         for start in range(0, len(input_ids), limit):
@@ -206,8 +204,8 @@ class Renderer:
             if mask.any():
                 documents.append(Document(input_ids[start : start + limit], mask))
         if not documents:
-            return Rendered(tokens=tokens, dropped=NO_TRAINABLE_TOKEN)
-        return Rendered(tuple(documents), tokens)
+            return Rendered(dropped=NO_TRAINABLE_TOKEN)
+        return Rendered(tuple(documents))
 
 
 @lru_cache(maxsize=2)

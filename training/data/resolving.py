@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from itertools import islice
 
 from ..errors import InputError
-from ..recipe import Source
+from ..recipe import Recipe, Source
 from .formats import KnownFormat, detect_format
 from .reading import BadRow, Row, read_chunk
 from .sources import SourceFile, expand, plan_chunks
@@ -23,6 +23,25 @@ class ResolvedSource:
     format: KnownFormat
 
 
+@dataclass(frozen=True)
+class ResolvedData:
+    """A recipe's sources, resolved."""
+
+    train: tuple[ResolvedSource, ...]
+    eval: tuple[ResolvedSource, ...]
+
+
+def resolve_data(recipe: Recipe) -> ResolvedData:
+    """Find the files of all sources, and the formats of their rows.
+
+    Raises:
+        InputError: as `resolve_source`.
+    """
+    return ResolvedData(
+        tuple(map(resolve_source, recipe.data.train)), tuple(map(resolve_source, recipe.data.eval))
+    )
+
+
 def resolve_source(source: Source) -> ResolvedSource:
     """Find a source's files and detect its format.
 
@@ -34,12 +53,8 @@ def resolve_source(source: Source) -> ResolvedSource:
     return ResolvedSource(source.path, source.weight, files, _format(source, files))
 
 
-def first_rows(files: tuple[SourceFile, ...], count: int) -> Iterator[tuple[str, Row | BadRow]]:
-    """(file:line, row) of the first rows of a source."""
-    return islice(_all_rows(files), count)
-
-
-def _all_rows(files: tuple[SourceFile, ...]) -> Iterator[tuple[str, Row | BadRow]]:
+def all_rows(files: tuple[SourceFile, ...]) -> Iterator[tuple[str, Row | BadRow]]:
+    """(file:line, row) of a source's rows, read as far as they are asked for."""
     for file in files:
         before = 0
         for chunk in plan_chunks(file):
@@ -52,7 +67,7 @@ def _all_rows(files: tuple[SourceFile, ...]) -> Iterator[tuple[str, Row | BadRow
 def _format(source: Source, files: tuple[SourceFile, ...]) -> KnownFormat:
     if source.format != "auto":
         return source.format
-    rows = list(first_rows(files, _ROWS_LOOKED_AT))
+    rows = list(islice(all_rows(files), _ROWS_LOOKED_AT))
     good = [(place, row) for place, row in rows if not isinstance(row, BadRow)]
     if good:
         return detect_format(good)

@@ -58,7 +58,6 @@ class TokenGroup:
     file: str
     """Relative to the attempt's folder."""
     group: int
-    documents: int
     tokens: int
 
 
@@ -80,7 +79,7 @@ class ChunkResult:
     lines: int
     """Lines of the chunk, to number those of the next one."""
     histogram: NDArray[np.int64]
-    """Rows by their length, one count for each edge."""
+    """Documents by their length: one count fewer than edges."""
     rows: int = 0
     bad_rows: list[Quarantined] = field(default_factory=list)
     """The first ones; `dropped` counts them all."""
@@ -103,8 +102,8 @@ class _Pending:
 
 
 def length_edges(max_length: int) -> NDArray[np.int64]:
-    """Lower edges of the length histogram's bins; the last one takes whatever is overlong."""
-    return np.unique(np.linspace(1, max_length + 1, 33).astype(np.int64))
+    """Edges of the length histogram's bins."""
+    return np.unique(np.linspace(0, max_length, 33).astype(np.int64))
 
 
 @dataclass(frozen=True)
@@ -121,10 +120,10 @@ class TokeniseTask:
     def __call__(self, item: ChunkItem) -> ChunkResult:
         content = read_chunk(item.chunk)
         edges = length_edges(self.render.max_length)
-        result = ChunkResult(item, content.lines, np.zeros(len(edges), np.int64))
+        result = ChunkResult(item, content.lines, np.zeros(len(edges) - 1, np.int64))
         renderer = load_renderer(self.render)
         writers = {
-            split: _TokenFile(self.attempt, f"{TOKENS}/{split}-{item.number:06d}.parquet")
+            split: TokenFile(self.attempt, f"{TOKENS}/{split}-{item.number:06d}.parquet")
             for split in ("train", "eval")
         }
         try:
@@ -161,7 +160,7 @@ class TokeniseTask:
         renderer: Renderer,
         pending: list[_Pending],
         result: ChunkResult,
-        writers: dict[str, "_TokenFile"],
+        writers: dict[str, "TokenFile"],
     ) -> None:
         rendered = renderer.render([one.normalised for one in pending])
         for one, outcome in zip(pending, rendered, strict=True):
@@ -174,9 +173,8 @@ class TokeniseTask:
                 for _ in range(one.copies):
                     writers[one.split].add(one.index, document)
             self._sample(renderer, one, outcome, result)
-        lengths = [outcome.tokens for outcome in rendered if outcome.error is None]
-        bins = np.searchsorted(length_edges(self.render.max_length), lengths, side="right") - 1
-        np.add.at(result.histogram, np.maximum(bins, 0), 1)
+        lengths = [len(document.input_ids) for one in rendered for document in one.documents]
+        result.histogram += np.histogram(lengths, length_edges(self.render.max_length))[0]
         for writer in writers.values():
             writer.flush()
 
@@ -190,7 +188,7 @@ class TokeniseTask:
                 result.samples.append((one.index, prompt))
 
 
-class _TokenFile:
+class TokenFile:
     """A Parquet file of documents, made when the first one is written."""
 
     def __init__(self, attempt: Folder, name: str) -> None:
@@ -228,7 +226,7 @@ class _TokenFile:
             pa.ListArray.from_arrays(offsets, trainable),
         ]
         self._writer.write_table(pa.table(columns, schema=_TOKEN_SCHEMA))
-        group = TokenGroup(self._name, len(self.groups), len(lengths), len(ids))
+        group = TokenGroup(self._name, len(self.groups), len(ids))
         self.groups.append(group)
         self._rows, self._documents = [], []
 
@@ -242,7 +240,7 @@ def _slices(pending: Iterable[_Pending]) -> Iterable[list[_Pending]]:
     size = 0
     for one in pending:
         part.append(one)
-        size += one.normalised.size
+        size += sum(map(len, one.normalised.contents))
         if size >= _SLICE_CHARACTERS or len(part) >= _SLICE_ROWS:
             yield part
             part, size = [], 0

@@ -1,0 +1,172 @@
+"""The real command in child processes, and what its runs leave behind."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import psutil
+import yaml
+from safetensors.numpy import load_file
+
+
+@dataclass
+class Command:
+    """A running `finray`, with all its processes in a session of their own."""
+
+    process: subprocess.Popen[bytes]
+    log: Path
+    family: set[psutil.Process] = field(default_factory=set)
+
+    def output(self) -> str:
+        return self.log.read_text(encoding="utf-8", errors="replace")
+
+    def watch_family(self) -> set[psutil.Process]:
+        """All descendants seen so far."""
+        with suppress(psutil.NoSuchProcess):
+            self.family |= set(psutil.Process(self.process.pid).children(recursive=True))
+        return self.family
+
+    def wait(self, seconds: float = 240) -> int:
+        """The exit code."""
+        try:
+            return self.process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            raise AssertionError(f"still running after {seconds} s:\n{self.output()}") from None
+
+    def interrupt(self) -> None:
+        """What Ctrl-C in a terminal does: SIGINT to the whole process group."""
+        os.killpg(self.process.pid, signal.SIGINT)
+
+    def kill(self) -> None:
+        """SIGKILL to the driver alone, as the kernel's memory killer does."""
+        self.watch_family()
+        self.process.kill()
+        self.process.wait(30)
+
+    def survivors(self, seconds: float) -> list[psutil.Process]:
+        """Descendants that are still there after a while."""
+        _, alive = psutil.wait_procs(list(self.family), timeout=seconds)
+        return [process for process in alive if process.status() != psutil.STATUS_ZOMBIE]
+
+
+class Finray:
+    """Starts the command in a folder, and ends what is left of it."""
+
+    def __init__(self, folder: Path, model: Path, data: Path) -> None:
+        self.folder = folder
+        self.model = model
+        self.data = data
+        self._started: list[Command] = []
+
+    def recipe(self, **changes: Any) -> Path:
+        """A recipe of 60 short steps with dropout, in the folder; `changes` by dotted key."""
+        values: dict[str, Any] = {
+            "name": "run",
+            "model": {"base": str(self.model)},
+            "adapter": {"rank": 4, "dropout": 0.1},
+            "data": {"train": [{"path": str(self.data)}], "max_length": 128, "packing": False},
+            "optim": {
+                "batch_size": 8,
+                "micro_batch_size": 2,
+                "learning_rate": 1e-2,
+                "max_steps": 60,
+            },
+            "checkpoint": {"every_steps": 5, "keep": 3},
+            "log": {"every_steps": 1, "to": []},
+            "scale": {"workers": 0},
+            "storage": "runs",
+        }
+        for key, value in changes.items():
+            section = values
+            *parents, last = key.split("__")
+            for parent in parents:
+                section = section.setdefault(parent, {})
+            section[last] = value
+        path = self.folder / f"{values['name']}.yaml"
+        path.write_text(yaml.safe_dump(values), encoding="utf-8")
+        return path
+
+    def start(self, *arguments: str | Path) -> Command:
+        log = self.folder / f"output-{len(self._started)}.txt"
+        with log.open("wb") as stream:
+            process = subprocess.Popen(
+                [sys.executable, "-m", "finray.cluster.cli", *map(str, arguments)],
+                cwd=self.folder,
+                stdin=subprocess.DEVNULL,
+                stdout=stream,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+                env={**os.environ, "COLUMNS": "100"},
+            )
+        self._started.append(Command(process, log))
+        return self._started[-1]
+
+    def run(self, *arguments: str | Path, code: int = 0) -> str:
+        """Run to the end; returns what was printed."""
+        command = self.start(*arguments)
+        found = command.wait()
+        assert found == code, f"exit code {found}, expected {code}:\n{command.output()}"
+        return command.output()
+
+    def end_all(self) -> None:
+        for command in self._started:
+            command.watch_family()
+            for process in {*command.family}:
+                with suppress(psutil.NoSuchProcess):
+                    process.kill()
+            if command.process.poll() is None:
+                command.process.kill()
+                command.process.wait(30)
+
+
+def wait_until(condition: Callable[[], bool], what: str, seconds: float = 180) -> None:
+    """Poll often: some moments are short."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, f"not within {seconds} s: {what}"
+        time.sleep(0.002)
+
+
+def metrics(run: Path) -> list[dict[str, Any]]:
+    path = run / "metrics.jsonl"
+    if not path.exists():
+        return []
+    lines = path.read_text(encoding="utf-8").split("\n")[:-1]
+    return [json.loads(line) for line in lines]
+
+
+def reached(run: Path, step: int) -> bool:
+    return any(line["step"] >= step for line in metrics(run))
+
+
+def losses(run: Path) -> dict[int, float]:
+    """Training loss by step; a step logged twice is a fault."""
+    found: dict[int, float] = {}
+    for line in metrics(run):
+        if "loss" in line:
+            assert line["step"] not in found, f"step {line['step']} is logged twice"
+            found[line["step"]] = line["loss"]
+    return found
+
+
+def assert_same_result(run: Path, reference: Path) -> None:
+    """Final weights equal bit for bit, and every step's loss."""
+    name = "adapter/adapter_model.safetensors"
+    ours, theirs = load_file(run / name), load_file(reference / name)
+    assert ours.keys() == theirs.keys() and ours
+    for key, value in ours.items():
+        assert (value == theirs[key]).all(), f"{key} differs"
+    assert losses(run) == losses(reference)
+
+
+def record(run: Path) -> dict[str, Any]:
+    values: dict[str, Any] = json.loads((run / "run.json").read_text(encoding="utf-8"))
+    return values

@@ -1,0 +1,103 @@
+"""The fingerprint changes when the prepared data would, and only then."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from finray.training.data.fingerprint import fingerprint
+from finray.training.errors import InputError
+
+from .conftest import MakeRecipe, chat_row, write_jsonl
+
+ROWS = [chat_row(f"q {n}", "a") for n in range(3)]
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    return write_jsonl(tmp_path / "a.jsonl", ROWS)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"max_length": 32},
+        {"packing": False},
+        {"overlong": "truncate"},
+        {"holdout": 0.5},
+        {"chat_template": "chatml"},
+        {"method": {"kind": "pretrain"}},
+        {"method": {"kind": "sft", "train_on": "all"}},
+    ],
+)
+def test_settings_that_matter(data: Path, make_recipe: MakeRecipe, change: dict[str, Any]) -> None:
+    assert fingerprint(make_recipe(train=data)) != fingerprint(make_recipe(train=data, **change))
+
+
+def test_sources_matter(data: Path, tmp_path: Path, make_recipe: MakeRecipe) -> None:
+    other = write_jsonl(tmp_path / "b.jsonl", ROWS[::-1])
+    source = {"path": str(data)}
+    prints = [
+        fingerprint(make_recipe(**settings))
+        for settings in (
+            {"train": data},
+            {"train": other},
+            {"train": [{**source, "weight": 2.0}]},
+            {"train": [source, {"path": str(other)}]},
+            {"train": [{"path": str(other)}, source]},
+            {"train": data, "eval": other},
+            {"train": [{**source, "format": "sharegpt"}]},
+        )
+    ]
+    assert len(set(prints)) == len(prints)
+    assert all(len(key) == 16 and int(key, 16) >= 0 for key in prints)
+
+
+def test_what_does_not_matter(data: Path, tmp_path: Path, make_recipe: MakeRecipe) -> None:
+    key = fingerprint(make_recipe(train=data))
+    copy = shutil.copy(data, tmp_path / "copy.jsonl")
+    os.utime(data, (1, 1))
+    recipe = make_recipe(train=copy, optim={"learning_rate": 1.0}, max_bad_rows=0.5)
+    assert fingerprint(recipe.model_copy(update={"seed": 7, "name": "other"})) == key
+    named = make_recipe(train=[{"path": str(data), "format": "messages"}])
+    assert fingerprint(named) == key
+
+
+def test_the_tokenizer_matters_and_the_weights_do_not(
+    data: Path, tmp_path: Path, model: Path, make_recipe: MakeRecipe
+) -> None:
+    key = fingerprint(make_recipe(train=data))
+    moved = tmp_path / "moved"
+    shutil.copytree(model, moved)
+    (moved / "model.safetensors").write_bytes(b"weights")
+    (moved / "config.json").write_text("{}")
+    recipe = make_recipe(train=data, base=moved)
+    assert fingerprint(recipe) == key
+    changed = json.loads((moved / "tokenizer_config.json").read_text())
+    changed["eos_token"] = "<|pad|>"
+    (moved / "tokenizer_config.json").write_text(json.dumps(changed))
+    assert fingerprint(recipe) != key
+
+
+def test_content_matters(data: Path, make_recipe: MakeRecipe) -> None:
+    recipe = make_recipe(train=data)
+    key = fingerprint(recipe)
+    before = data.stat()
+    text = data.read_text()
+    data.write_text(text.replace("q 1", "q 7"))
+    os.utime(data, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert fingerprint(recipe) != key
+    data.write_text(text)
+    assert fingerprint(recipe) == key
+
+
+def test_missing_model_is_told(data: Path, make_recipe: MakeRecipe) -> None:
+    with pytest.raises(InputError, match=r"model\.base: there is no folder /nowhere"):
+        fingerprint(make_recipe(train=data, base="/nowhere"))
+    with pytest.raises(InputError, match=r"model\.base: cannot fetch no-such/model from the hub"):
+        fingerprint(make_recipe(train=data, base="no-such/model"))
+    with pytest.raises(InputError, match="neither a folder nor a hub id"):
+        fingerprint(make_recipe(train=data, base="not/a/hub/id"))

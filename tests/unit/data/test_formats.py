@@ -1,0 +1,144 @@
+"""Row formats: detection, normalisation, and what is refused."""
+
+from typing import Any
+
+import pytest
+
+from finray.training.data.formats import (
+    Completion,
+    Conversation,
+    KnownFormat,
+    RowError,
+    Text,
+    detect_format,
+    normalise,
+    share_of,
+)
+from finray.training.errors import InputError
+
+USER = {"role": "user", "content": "q"}
+ASSISTANT = {"role": "assistant", "content": "a"}
+SYSTEM = {"role": "system", "content": "s"}
+
+ROWS: list[tuple[KnownFormat, dict[str, Any], Any]] = [
+    ("messages", {"messages": [SYSTEM, USER, ASSISTANT], "id": 1}, (SYSTEM, USER, ASSISTANT)),
+    (
+        "sharegpt",
+        {
+            "conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}],
+            "system": "s",
+        },
+        (SYSTEM, USER, ASSISTANT),
+    ),
+    ("sharegpt", {"conversations": [USER, ASSISTANT], "system": ""}, (USER, ASSISTANT)),
+    (
+        "sharegpt",
+        {
+            "conversations": [
+                {"from": "human", "value": "q"},
+                {"from": "function_call", "value": "f"},
+                {"from": "observation", "value": "o"},
+                {"from": "gpt", "value": "a"},
+            ]
+        },
+        (
+            USER,
+            {"role": "assistant", "content": "f"},
+            {"role": "tool", "content": "o"},
+            ASSISTANT,
+        ),
+    ),
+    ("alpaca", {"instruction": "q", "output": "a", "text": "ignored"}, (USER, ASSISTANT)),
+    (
+        "alpaca",
+        {"instruction": "q", "input": "more", "output": "a", "system": "s", "history": None},
+        (SYSTEM, {"role": "user", "content": "q\n\nmore"}, ASSISTANT),
+    ),
+    (
+        "alpaca",
+        {"instruction": "q", "input": "", "output": "a", "history": [["q", "a"]]},
+        (USER, ASSISTANT, USER, ASSISTANT),
+    ),
+]
+
+
+@pytest.mark.parametrize(("row_format", "row", "messages"), ROWS)
+def test_conversations(row_format: KnownFormat, row: dict[str, Any], messages: Any) -> None:
+    assert detect_format([("f:1", row)]) == row_format
+    assert normalise(row, row_format) == Conversation(messages)
+
+
+@pytest.mark.parametrize("key", ["completion", "response"])
+def test_prompt_completion(key: str) -> None:
+    row = {"prompt": "q", key: "a"}
+    assert detect_format([("f:1", row)]) == "prompt_completion"
+    assert normalise(row, "prompt_completion") == Completion("q", "a")
+    turns = {"prompt": [USER, ASSISTANT, USER], key: [ASSISTANT]}
+    expected = Conversation((USER, ASSISTANT, USER, ASSISTANT), first_trained=3)
+    assert normalise(turns, "prompt_completion") == expected
+
+
+@pytest.mark.parametrize("key", ["text", "content"])
+def test_text(key: str) -> None:
+    row = {key: " t\n", "url": None}
+    assert detect_format([("f:1", row)]) == "text"
+    assert normalise(row, "text") == Text(" t\n")
+
+
+def test_detection_goes_by_most_rows() -> None:
+    rows = [("f:1", {"text": "x"}), *[("f:2", {"messages": [], "text": ""})] * 3]
+    assert detect_format(rows) == "messages"
+
+
+def test_unknown_format_tells_keys_and_what_is_known() -> None:
+    with pytest.raises(InputError) as caught:
+        detect_format([("f.jsonl:7", {"question": 1, "answer": 2})])
+    told = str(caught.value)
+    assert told.startswith("f.jsonl:7: ")
+    assert "question, answer" in told
+    for name in ("messages", "sharegpt", "alpaca", "prompt_completion", "text"):
+        assert f"{name}: " in told
+
+
+@pytest.mark.parametrize(
+    ("row_format", "row", "told"),
+    [
+        ("messages", {}, "messages is null; expected a list"),
+        ("messages", {"messages": None}, "messages is null"),
+        ("messages", {"messages": "hi"}, "messages is str"),
+        ("messages", {"messages": []}, "empty list"),
+        ("messages", {"messages": ["hi"]}, r"messages\[0\] is of type str"),
+        ("messages", {"messages": [USER]}, "no assistant turn"),
+        ("messages", {"messages": [{"role": "wizard", "content": "x"}]}, "'wizard'; expected sys"),
+        ("messages", {"messages": [{"role": None, "content": "x"}]}, r"\[0\]\.role is None"),
+        ("messages", {"messages": [{"role": "user"}]}, r"\[0\]\.content is missing"),
+        ("messages", {"messages": [USER, {**ASSISTANT, "content": None}]}, "content is null"),
+        ("messages", {"messages": [USER, {**ASSISTANT, "content": " \n"}]}, "content is empty"),
+        ("messages", {"messages": [USER, {**ASSISTANT, "content": ["x"]}]}, "of type list"),
+        ("sharegpt", {"conversations": [{"from": "human", "value": 3}]}, "of type int"),
+        ("alpaca", {"instruction": "q", "output": None}, "output is null"),
+        ("alpaca", {"output": "a"}, "instruction is missing"),
+        ("alpaca", {"instruction": "q", "output": "a", "input": 5}, "input is of type int"),
+        ("alpaca", {"instruction": "q", "output": "a", "history": ["x"]}, r"history\[0\]"),
+        ("alpaca", {"instruction": "q", "output": "a", "history": "x"}, "history is str"),
+        ("prompt_completion", {"prompt": "q"}, "completion or response is missing"),
+        ("prompt_completion", {"prompt": "q", "completion": ""}, "completion is empty"),
+        ("prompt_completion", {"prompt": [USER], "completion": "a"}, "completion is str"),
+        ("prompt_completion", {"prompt": [ASSISTANT], "completion": [USER]}, "no assistant turn"),
+        ("text", {"text": 1.5}, "of type float"),
+        ("text", {"text": "half \ud83d pair"}, "surrogate"),
+        ("text", {"body": "x"}, "text or content is missing"),
+    ],
+)
+def test_refused(row_format: KnownFormat, row: dict[str, Any], told: str) -> None:
+    with pytest.raises(RowError, match=told):
+        normalise(row, row_format)
+
+
+def test_shares_depend_on_content_and_purpose_alone() -> None:
+    draws = [share_of(Text(str(n)), "holdout") for n in range(2000)]
+    assert draws == [share_of(Text(str(n)), "holdout") for n in range(2000)]
+    assert all(0 <= draw < 1 for draw in draws)
+    assert abs(sum(draw < 0.1 for draw in draws) / 2000 - 0.1) < 0.03
+    assert share_of(Text("x"), "holdout") != share_of(Text("x"), "weight")
+    assert share_of(Completion("ab", "c"), "weight") != share_of(Completion("a", "bc"), "weight")

@@ -1,0 +1,108 @@
+"""Finding a source's files, and splitting them."""
+
+import gzip
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from finray.training.data.sources import CHUNK_BYTES, expand, file_kind, plan_chunks
+from finray.training.errors import InputError
+from finray.training.recipe import Source
+
+
+def names(path: Path | str) -> list[str]:
+    return [file.name for file in expand(Source(path=str(path)))]
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    for name in ("b.jsonl", "a.csv", "deep/er/c.json", "deep/d.jsonl.gz", "README.md"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("{}")
+    for name in (".hidden.jsonl", "_SUCCESS.json", ".cache/x.jsonl"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("{}")
+    return tmp_path
+
+
+def test_file_folder_and_globs(folder: Path) -> None:
+    assert names(folder / "b.jsonl") == ["b.jsonl"]
+    assert names(folder) == ["a.csv", "b.jsonl", "deep/d.jsonl.gz", "deep/er/c.json"]
+    assert names(f"{folder}/") == names(folder)
+    assert names(folder / "*.jsonl") == ["b.jsonl"]
+    assert names(folder / "*") == ["a.csv", "b.jsonl"]
+    assert names(folder / "**" / "*.json*") == ["b.jsonl", "deep/d.jsonl.gz", "deep/er/c.json"]
+    assert names(folder / "d*p" / "[a-d].jsonl.gz") == ["deep/d.jsonl.gz"]
+
+
+def test_a_name_with_brackets_is_a_file_where_it_exists(folder: Path) -> None:
+    (folder / "x[1].jsonl").write_text("{}")
+    assert names(folder / "x[1].jsonl") == ["x[1].jsonl"]
+
+
+def test_uri_of_a_local_file(folder: Path) -> None:
+    assert names(f"file://{folder}/b.jsonl") == ["b.jsonl"]
+
+
+@pytest.mark.parametrize(
+    ("path", "told"),
+    [
+        ("none.jsonl", "there is no such file"),
+        ("*.parquet", "matches no data file"),
+        ("README.md", "unknown kind of file"),
+        ("empty", "holds no data files"),
+    ],
+)
+def test_missing_files_are_told(folder: Path, path: str, told: str) -> None:
+    (folder / "empty").mkdir()
+    with pytest.raises(InputError, match=told) as caught:
+        names(folder / path)
+    assert str(folder / path) in str(caught.value)
+    assert ".jsonl" in str(caught.value)
+
+
+def test_empty_file_is_told(folder: Path) -> None:
+    (folder / "deep" / "empty.jsonl").touch()
+    with pytest.raises(InputError, match=r"deep/empty\.jsonl: the file is empty"):
+        names(folder)
+
+
+def test_store_that_is_no_store_is_told() -> None:
+    with pytest.raises(InputError, match="nostore"):
+        names("nostore://bucket/a.jsonl")
+
+
+@pytest.mark.parametrize(("text", "kind"), [(' \n\n[{"a": 1}]', "array"), ('\n{"a": 1}', "lines")])
+def test_json_is_looked_into(tmp_path: Path, text: str, kind: str) -> None:
+    plain, packed = tmp_path / "a.json", tmp_path / "b.json.gz"
+    plain.write_text(text, encoding="utf-8-sig")
+    packed.write_bytes(gzip.compress(text.encode()))
+    for path in (plain, packed):
+        assert file_kind(expand(Source(path=str(path)))[0]) == kind
+
+
+def test_chunks_cover_a_file_once(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b"x" * (2 * CHUNK_BYTES + 5))
+    ranges = [(c.start, c.stop) for c in plan_chunks(expand(Source(path=str(path)))[0])]
+    last = 2 * CHUNK_BYTES
+    assert ranges == [(0, CHUNK_BYTES), (CHUNK_BYTES, last), (last, last + 5)]
+
+
+def test_parquet_chunks_are_row_groups(tmp_path: Path) -> None:
+    path = tmp_path / "a.parquet"
+    table = pa.table({"n": pa.array(range(2_000_000), pa.int64())})
+    pq.write_table(table, path, row_group_size=300_000)
+    chunks = plan_chunks(expand(Source(path=str(path)))[0])
+    assert [c.start for c in chunks] == [0, *(c.stop for c in chunks[:-1])]
+    assert chunks[-1].stop == 7
+    assert len(chunks) > 1
+
+
+def test_damaged_parquet_is_told(tmp_path: Path) -> None:
+    path = tmp_path / "a.parquet"
+    path.write_bytes(b"PAR1 but not really")
+    with pytest.raises(InputError, match=r"a\.parquet: not a Parquet file"):
+        plan_chunks(expand(Source(path=str(path)))[0])
