@@ -16,7 +16,8 @@ from transformers import (
 from .data.chat import CHATML
 from .device import choose_dtype, torch_dtype
 from .errors import InputError
-from .recipe import LoraAdapter, ModelSettings, PretrainMethod, Recipe
+from .methods import method_of
+from .recipe import LoraAdapter, ModelSettings, Recipe
 
 Model: TypeAlias = PreTrainedModel | PeftModel
 
@@ -42,7 +43,7 @@ def load_model(recipe: Recipe) -> Model:
     Raises:
         InputError: for weights that cannot be read, and for adapter targets that match nothing.
     """
-    if isinstance(recipe.method, PretrainMethod) and recipe.method.init == "random":
+    if method_of(recipe).starts_at_random(recipe.method):
         model: Model = AutoModelForCausalLM.from_config(
             AutoConfig.from_pretrained(recipe.model.base, revision=recipe.model.revision),
             dtype=torch.float32,

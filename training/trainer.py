@@ -125,7 +125,8 @@ class StreamTrainer(Trainer):
         loss = token_loss(logits, inputs.targets)
         if self._is_logged(self.state.global_step + 1):
             self._measured.append(_measures(logits.detach(), inputs.targets))
-        return loss / num_items_in_batch * self.args.world_size
+        share: torch.Tensor = loss / num_items_in_batch * self.args.world_size
+        return share
 
     def kept_logits(self, model: torch.nn.Module, batch: Batch) -> torch.Tensor:
         """Logits of the columns that bear loss: (sequences, columns, vocabulary)."""

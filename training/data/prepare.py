@@ -87,29 +87,34 @@ def prepare(
     Raises:
         InputError: for wrong sources or rows, too many bad rows, and where no sequence is left.
     """
-    started = time.monotonic()
     data = resolve_data(recipe)
     key = fingerprint(recipe, data)
     home = folder / key
     prepared = open_prepared(home)
     if prepared is None:
         attempt = (home / uuid.uuid4().hex).create()
-        try:
-            work = _Preparation(recipe, data, attempt, run_tasks, on_progress)
-            manifest = work.run(key, started)
-            attempt.delete(TOKENS)
-            prepared = publish(home, manifest)
-        except BaseException:
-            _clear(attempt, keep=QUARANTINE)
-            raise
-        if prepared.manifest.attempt != manifest.attempt:
-            attempt.delete()
-        elif attempt.exists(QUARANTINE):
-            home.write(QUARANTINE, attempt.read(QUARANTINE))
-    _remove_stale(home, prepared.manifest.attempt)
+        work = _Preparation(recipe, data, attempt, run_tasks, on_progress)
+        prepared = _carry_out(work, key, home, attempt)
     manifest = prepared.manifest
-    bad = manifest.dropped.get(BAD_ROW, 0)
-    _check_bad_rows(recipe, bad, manifest.rows_read, home)
+    _remove_stale(home, manifest.attempt)
+    _check_bad_rows(recipe, manifest.dropped.get(BAD_ROW, 0), manifest.rows_read, home)
+    return prepared
+
+
+def _carry_out(work: "_Preparation", key: str, home: Folder, attempt: Folder) -> Prepared:
+    """Run an attempt and publish it; where another was faster, that one is the result."""
+    try:
+        manifest = work.run(key)
+        attempt.delete(TOKENS)
+        if attempt.exists(QUARANTINE):
+            home.write(QUARANTINE, attempt.read(QUARANTINE))
+    except BaseException:
+        _clear(attempt, keep=QUARANTINE)
+        raise
+    # Outside of the clause above: what may be published already must not be cleared.
+    prepared = publish(home, manifest)
+    if prepared.manifest.attempt != manifest.attempt:
+        attempt.delete()
     return prepared
 
 
@@ -137,8 +142,9 @@ class _Preparation:
         self._samples: list[tuple[int, Prompt]] = []
         self._quarantine: list[bytes] = []
 
-    def run(self, key: str, started: float) -> Manifest:
+    def run(self, key: str) -> Manifest:
         """Both passes; everything but the manifest is on disk afterwards."""
+        started = time.monotonic()
         for name in (TOKENS, "train", "eval"):
             (self._attempt / name).create()
         self._tokenise()

@@ -162,7 +162,11 @@ def _object_or_bad(row: Any, text: str) -> Row | BadRow:
 
 def _array_rows(file: SourceFile) -> Iterator[tuple[int, Row | BadRow]]:
     """Elements of a JSON array, decoded from a sliding window of its text."""
-    window = _Window(file)
+    with file.open_text() as stream:
+        yield from _elements(_Window(file, stream))
+
+
+def _elements(window: "_Window") -> Iterator[tuple[int, Row | BadRow]]:
     window.skip_space()
     window.expect("[")
     window.skip_space()
@@ -187,9 +191,9 @@ def _array_rows(file: SourceFile) -> Iterator[tuple[int, Row | BadRow]]:
 class _Window:
     """A part of a text file that slides forward, and the line number of its position."""
 
-    def __init__(self, file: SourceFile) -> None:
+    def __init__(self, file: SourceFile, stream: Any) -> None:
         self._file = file
-        self._stream = file.open_text()
+        self._stream = stream
         # Bytes that are not UTF-8 pass as lone surrogates, and condemn their own row only.
         self._utf8 = codecs.getincrementaldecoder("utf-8-sig")(errors="surrogateescape")
         self._json = json.JSONDecoder()

@@ -1,0 +1,108 @@
+"""Ray Data does what this process does: the same prepared data, the same stream."""
+
+import json
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+
+from finray.training.data.execution import run_in_process, run_on_ray_data
+from finray.training.data.prepare import Progress, prepare
+from finray.training.data.prepared import Prepared
+from finray.training.data.stream import Slice, share, stream
+from finray.training.errors import InputError
+from finray.training.recipe import Recipe
+from finray.training.storage import Folder
+
+pytestmark = [
+    pytest.mark.timeout(300),
+    # Ray Data and pandas warn of their own deprecations while tasks run.
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore::FutureWarning"),
+    pytest.mark.filterwarnings("ignore::ResourceWarning"),
+]
+BATCH = 12
+
+
+def silent(_: Progress) -> None:
+    """Nobody watches."""
+
+
+def make_recipe(model: Path, files: list[Path], storage: Path) -> Recipe:
+    return Recipe.model_validate(
+        {
+            "name": "x",
+            "model": {"base": str(model)},
+            "data": {
+                "train": [{"path": str(file)} for file in files],
+                "holdout": 0.1,
+                "max_length": 128,
+                "packing": False,
+            },
+            "storage": str(storage),
+        }
+    )
+
+
+@pytest.fixture(scope="module")
+def prepared(
+    tiny_model: Path, chat_file: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Prepared:
+    storage = tmp_path_factory.mktemp("here")
+    recipe = make_recipe(tiny_model, [chat_file], storage)
+    return prepare(recipe, Folder(str(storage)), run_in_process, silent)
+
+
+def rows(prepared: Prepared) -> list[dict[str, object]]:
+    return [
+        row
+        for split in (prepared.manifest.train, prepared.manifest.eval)
+        if split is not None
+        for file in split.files
+        for row in pq.read_table(prepared.files.file(file)).to_pylist()
+    ]
+
+
+@pytest.mark.usefixtures("local_ray")
+def test_ray_data_prepares_the_same(
+    prepared: Prepared, tiny_model: Path, chat_file: Path, tmp_path: Path
+) -> None:
+    recipe = make_recipe(tiny_model, [chat_file], tmp_path)
+    calls: list[Progress] = []
+    on_ray = prepare(recipe, Folder(str(tmp_path)), run_on_ray_data, calls.append)
+    assert on_ray.manifest.fingerprint == prepared.manifest.fingerprint
+    assert rows(on_ray) == rows(prepared) and calls
+    calls.clear()
+    prepare(recipe, Folder(str(tmp_path)), run_on_ray_data, calls.append)
+    assert not calls, "the second preparation did work"
+
+
+@pytest.mark.usefixtures("local_ray")
+def test_a_bad_row_in_a_task_is_told_as_in_this_process(tiny_model: Path, tmp_path: Path) -> None:
+    bad = tmp_path / "bad.jsonl"
+    good = json.dumps({"prompt": "a", "completion": "b"}) + "\n"
+    bad.write_text(good * 10 + "{oops\n" * 10, encoding="utf-8")
+    recipe = make_recipe(tiny_model, [bad], tmp_path)
+    with pytest.raises(InputError, match=r"bad\.jsonl:11"):
+        prepare(recipe, Folder(str(tmp_path)), run_on_ray_data, silent)
+
+
+@pytest.mark.usefixtures("local_ray")
+@pytest.mark.parametrize(("world_size", "start"), [(1, 0), (2, 0), (3, 0), (3, 25)])
+def test_ray_data_streams_the_same_order(prepared: Prepared, world_size: int, start: int) -> None:
+    """Sample ids of steps start..30 (over an epoch and a half), from every rank's stream."""
+
+    def part(rank: int, size: int, first: int) -> Slice:
+        split = prepared.manifest.train
+        return Slice(prepared.files, split, 3, BATCH, rank, size, first, 30)
+
+    alone = [int(s.rows[0]) for s in stream(part(0, 1, 0), on_ray=False)]
+    streams = [stream(part(rank, world_size, start), on_ray=True) for rank in range(world_size)]
+    together = [
+        int(next(streams[rank]).rows[0])
+        for _ in range(start, 30)
+        for rank in range(world_size)
+        for _ in range(share(BATCH, rank, world_size))
+    ]
+    assert together == alone[start * BATCH :]
+    assert all(next(each, None) is None for each in streams)
