@@ -81,7 +81,7 @@ def render(outlook: dict[str, Any]) -> str:
 
 
 def render_data(summary: dict[str, Any]) -> str:
-    """A prepared data set's figures for people; `summary` as `data_summary` gives it."""
+    """A prepared data set's figures for people; `summary` as `Manifest.summary` gives it."""
     dropped = ", ".join(f"{count:,} {reason}" for reason, count in summary["dropped"].items())
     lines = [f"  {'rows read':10}  {figures.count(summary['rows_read'])}"]
     lines.append(f"  {'dropped':10}  {dropped or 'none'}")

@@ -21,14 +21,14 @@ def check(options: argparse.Namespace) -> None:
 def prepare(options: argparse.Namespace) -> None:
     """Prepare a recipe's data."""
     from ..training.data.inspection import inspect_data
-    from ..training.run import Listener, data_summary, prepare_data
+    from ..training.run import Listener, prepare_data
     from .progress import ProgressWatcher
 
     recipe = _recipe(options)
     inspect_data(recipe)
     with _ray(recipe, options), ProgressWatcher() as watcher:
         prepared = prepare_data(recipe, Listener(watcher.phase, watcher.watch))
-    summary = data_summary(prepared.manifest)
+    summary = prepared.manifest.summary()
     if options.json:
         print(json.dumps({"folder": str(prepared.folder), **summary}, indent=2))
     else:

@@ -24,3 +24,9 @@ class Interrupted(FinrayError):
     """The user stopped the run; what was reached is saved. Exit code 130."""
 
     exit_code = 130
+
+
+def last_line(error: Exception) -> str:
+    """What went wrong, of an error that carries another process's traceback."""
+    lines = [line for line in str(error).splitlines() if line.strip()]
+    return lines[-1] if lines else type(error).__name__

@@ -61,10 +61,19 @@ def _generate(
         do_sample=False,
         use_cache=True,
         pad_token_id=tokenizer.pad_token_id,
-        eos_token_id=tokenizer.eos_token_id,
+        eos_token_id=_stop_tokens(model, tokenizer),
     )
     texts: list[str] = tokenizer.batch_decode(generated[:, longest:], skip_special_tokens=True)
     return texts
+
+
+def _stop_tokens(model: Model, tokenizer: Any) -> list[int]:
+    """Tokens that end an answer: the tokenizer's, the model's, and ChatML's end of a turn."""
+    named = model.generation_config.eos_token_id
+    tokens = {tokenizer.eos_token_id, *(named if isinstance(named, list) else [named])}
+    if "<|im_end|>" in (tokenizer.chat_template or ""):
+        tokens.add(tokenizer.get_vocab().get("<|im_end|>"))
+    return sorted(token for token in tokens if token is not None)
 
 
 def _gather(answers: dict[int, str], world_size: int) -> list[dict[int, str]]:

@@ -3,7 +3,7 @@
 import threading
 from typing import Any
 
-from .errors import InputError, RunError
+from .errors import InputError, RunError, last_line
 from .loop import Job, Outcome, run_worker
 from .recipe import ScaleSettings
 from .run_folder import CHECKPOINTS_FOLDER
@@ -116,6 +116,5 @@ def _cause(error: Exception) -> str:
 
     if isinstance(error, ray.train.WorkerGroupError) and error.worker_failures:
         rank, failure = sorted(error.worker_failures.items())[0]
-        lines = [line for line in str(failure).splitlines() if line.strip()]
-        return f"worker {rank} failed: {lines[-1] if lines else type(failure).__name__}"
+        return f"worker {rank} failed: {last_line(failure)}"
     return str(error)

@@ -5,7 +5,6 @@
 Whatever can be wrong is found in the first three, before a model is loaded.
 """
 
-import json
 import platform
 import time
 from collections.abc import Callable
@@ -20,8 +19,8 @@ from .checkpoint import best
 from .data.execution import run_in_process, run_on_ray_data
 from .data.inspection import inspect_data
 from .data.prepare import Progress, prepare
-from .data.prepared import Manifest, Prepared
-from .errors import FinrayError, InputError, Interrupted, RunError
+from .data.prepared import Prepared
+from .errors import FinrayError, InputError, Interrupted, RunError, last_line
 from .recipe import Recipe, recipe_from_dict
 from .report import write_report
 from .run_folder import CHECKPOINTS_FOLDER, PREPARED_FOLDER, RECIPE_FILE, Record, read_run
@@ -97,8 +96,15 @@ def prepare_data(recipe: Recipe, listener: Listener) -> Prepared:
     def progress(state: Progress) -> None:
         listener.phase(f"preparing data: {state.phase} {state.done}/{state.total}")
 
-    run_tasks = run_on_ray_data if recipe.scale.workers else run_in_process
-    return prepare(recipe, Folder(recipe.storage) / PREPARED_FOLDER, run_tasks, progress)
+    folder = Folder(recipe.storage) / PREPARED_FOLDER
+    if recipe.scale.workers == 0:
+        return prepare(recipe, folder, run_in_process, progress)
+    import ray.exceptions
+
+    try:
+        return prepare(recipe, folder, run_on_ray_data, progress)
+    except ray.exceptions.RayError as error:
+        raise RunError(f"a data task failed: {last_line(error)}") from error
 
 
 def _check_enough(recipe: Recipe, prepared: Prepared) -> None:
@@ -171,7 +177,7 @@ def _open(recipe: Recipe, folder: Folder, prepared: Prepared, earlier: Record | 
             base=recipe.model.base,
             versions=_versions(),
             prepared=prepared.manifest.fingerprint,
-            data=data_summary(prepared.manifest),
+            data=prepared.manifest.summary(),
             error=None,
             finished_at=None,
         )
@@ -207,16 +213,6 @@ def _raise_outcome(outcome: "Outcome", folder: Folder) -> None:
     if outcome["status"] == "failed":
         kind: type[FinrayError] = InputError if outcome["exit_code"] == 2 else RunError
         raise kind(str(outcome["error"]))
-
-
-def data_summary(manifest: Manifest) -> Record:
-    """What people want to know of a prepared data set, as plain values."""
-    summary: Record = json.loads(manifest.to_json())
-    for name, split in (("train", manifest.train), ("eval", manifest.eval)):
-        if split is not None:
-            del summary[name]["files"], summary[name]["row_groups"]
-            summary[name]["fill"] = round(split.fill, 4)
-    return summary
 
 
 def _versions() -> dict[str, str]:

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import InputError
-from ..recipe import PretrainMethod, Recipe
+from ..methods import method_of
+from ..recipe import Recipe
 from .chat import NO_TEMPLATE, check_chatml
 from .formats import Conversation, KnownFormat, Normalised, RowError, Text, normalise
 from .reading import BadRow, Row
@@ -207,7 +208,7 @@ def _check_enough(
     recipe: Recipe, sources: Sequence[ResolvedSource], looks: Sequence[_Look]
 ) -> None:
     """A set has at most as many sequences as rows, unless long texts are split."""
-    can_split = isinstance(recipe.method, PretrainMethod) or any(
+    can_split = method_of(recipe).splits_overlong or any(
         isinstance(row, Text) for look in looks for row in look.rows
     )
     if can_split or not all(look.inspection.is_exact for look in looks):

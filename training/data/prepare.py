@@ -17,7 +17,8 @@ import pyarrow.parquet as pq
 from pyarrow import fs as pafs
 
 from ..errors import InputError
-from ..recipe import PretrainMethod, Recipe
+from ..methods import method_of
+from ..recipe import Recipe
 from ..storage import Folder
 from .assembling import AssembleTask, Part, SequenceFile, assemble_items, split_of
 from .execution import RunTasks
@@ -162,7 +163,7 @@ class _Preparation:
             render=_worker_settings(self._recipe),
             attempt=self._attempt,
             holdout=self._recipe.data.holdout,
-            with_samples=not isinstance(self._recipe.method, PretrainMethod),
+            with_samples=method_of(self._recipe).has_answers,
         )
         lines = tokens = 0
         rows = {"train": 0, "eval": 0}

@@ -11,7 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import InputError
-from ..recipe import PretrainMethod, Recipe
+from ..methods import method_of
+from ..recipe import Recipe
 from .chat import ChatTemplate, Span, chat_template_of
 from .formats import Completion, Conversation, Normalised, RowError, Text
 
@@ -34,14 +35,13 @@ class RenderSettings:
 
     @classmethod
     def of(cls, recipe: Recipe) -> "RenderSettings":
-        is_pretraining = isinstance(recipe.method, PretrainMethod)
+        method = method_of(recipe)
         return cls(
             base=recipe.model.base,
             revision=recipe.model.revision,
             chat_template=recipe.data.chat_template,
-            train_on_all=isinstance(recipe.method, PretrainMethod)
-            or recipe.method.train_on == "all",
-            split_overlong=is_pretraining,
+            train_on_all=method.trains_on_all(recipe.method),
+            split_overlong=method.splits_overlong,
             max_length=recipe.data.max_length,
             overlong=recipe.data.overlong,
         )
