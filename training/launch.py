@@ -73,7 +73,8 @@ def _make_trainer(job: Job, scale: ScaleSettings) -> Any:
         ),
         run_config=ray.train.RunConfig(
             name=CHECKPOINTS_FOLDER,
-            storage_path=run.uri,
+            storage_path=run.path,
+            storage_filesystem=run.filesystem,
             failure_config=ray.train.FailureConfig(
                 max_failures=scale.max_failures, controller_failure_limit=3
             ),

@@ -93,7 +93,7 @@ def render_report(folder: Folder) -> str:
         script=_asset("report.js"),
         status=str(run.get("status") or "unknown"),
         error=str(run.get("error") or "").strip(),
-        name=str(run.get("name") or folder.uri.rstrip("/").rsplit("/", 1)[-1]),
+        name=str(run.get("name") or folder.name),
         subject=_subject(run, recipe),
         result=f"{folder / str(run['result'])}" if run.get("result") else "",
         progress=_progress(run),

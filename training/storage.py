@@ -17,18 +17,31 @@ from pyarrow import fs as pafs
 from .errors import InputError
 
 
-@lru_cache(maxsize=64)
-def _open(uri: str) -> tuple[Any, str]:
-    """(filesystem, path) of a URI or of an absolute local path."""
+@lru_cache(maxsize=16)
+def _filesystem(root: str) -> tuple[Any, str]:
+    """(filesystem, path) of the root of a URI, opened once: a client is slow to make."""
     try:
-        if uri.startswith("hf://"):
+        if root.startswith("hf://"):
             from huggingface_hub import HfFileSystem
 
-            return pafs.PyFileSystem(pafs.FSSpecHandler(HfFileSystem())), uri.removeprefix("hf://")
-        filesystem, path = pafs.FileSystem.from_uri(uri)
+            return pafs.PyFileSystem(pafs.FSSpecHandler(HfFileSystem())), ""
+        filesystem, path = pafs.FileSystem.from_uri(root)
     except (ValueError, OSError) as error:
-        raise InputError(f"cannot open storage {uri}: {error}") from None
-    return filesystem, path
+        raise InputError(f"cannot open storage {root}: {error}") from None
+    return filesystem, str(path)
+
+
+def _open(uri: str) -> tuple[Any, str]:
+    """(filesystem, path) of a URI or of an absolute local path."""
+    if "://" not in uri:
+        return _filesystem("/")[0], uri
+    address, question, query = uri.partition("?")
+    scheme, _, rest = address.partition("://")
+    host, _, below = ("", "", rest) if scheme == "hf" else rest.partition("/")
+    filesystem, root = _filesystem(
+        f"{scheme}://{host}{'/' if scheme == 'file' else ''}{question}{query}"
+    )
+    return filesystem, f"{root.rstrip('/')}/{below}".rstrip("/") if root else below
 
 
 @dataclass(frozen=True)
@@ -48,13 +61,19 @@ class Folder:
         return str(_open(self.uri)[1]).rstrip("/")
 
     @property
+    def name(self) -> str:
+        """The folder's own name."""
+        return self.path.rpartition("/")[2]
+
+    @property
     def local(self) -> Path | None:
         """The folder on this machine's disk; None for an object store."""
         is_local = self.filesystem.type_name == "local"
         return Path(self.path) if is_local else None
 
     def __truediv__(self, name: str) -> "Folder":
-        return Folder(f"{self.uri.rstrip('/')}/{name}")
+        address, question, query = self.uri.partition("?")
+        return Folder(f"{address.rstrip('/')}/{name}{question}{query}")
 
     def __str__(self) -> str:
         return self.uri

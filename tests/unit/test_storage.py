@@ -54,3 +54,13 @@ def test_a_failed_write_leaves_the_old_content(
 def test_an_unknown_scheme_is_refused() -> None:
     with pytest.raises(InputError, match="cannot open storage"):
         Folder("nope://x").names()
+
+
+def test_children_of_a_uri_keep_its_query() -> None:
+    root = Folder("s3://bucket/runs?endpoint_override=127.0.0.1:9&scheme=http&region=us-east-1")
+    child = root / "a" / "b"
+    assert child.path == "bucket/runs/a/b" and child.name == "b"
+    assert child.uri.endswith(
+        "/runs/a/b?endpoint_override=127.0.0.1:9&scheme=http&region=us-east-1"
+    )
+    assert child.filesystem is root.filesystem

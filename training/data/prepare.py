@@ -256,7 +256,7 @@ class _Preparation:
         assert splits["train"] is not None
         return Manifest(
             fingerprint=key,
-            attempt=self._attempt.uri.rsplit("/", 1)[-1],
+            attempt=self._attempt.name,
             train=splits["train"],
             eval=splits["eval"],
             rows_read=self._rows,

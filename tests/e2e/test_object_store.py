@@ -1,0 +1,86 @@
+"""A run whose storage is an object store, spoken to over S3's own protocol."""
+
+import json
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import closing
+
+import pytest
+from harness import Finray, losses, wait_until
+from pyarrow.fs import FileSelector, S3FileSystem
+from safetensors.numpy import load
+
+KEYS = {
+    "AWS_ACCESS_KEY_ID": "test",
+    "AWS_SECRET_ACCESS_KEY": "test",
+    "AWS_EC2_METADATA_DISABLED": "true",
+}
+
+
+@pytest.fixture
+def store(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[S3FileSystem, str]]:
+    """(filesystem, query of its URIs) of a server on loopback, with an empty bucket."""
+    for name, value in KEYS.items():
+        monkeypatch.setenv(name, value)
+    with closing(socket.socket()) as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "moto.server", "--host", "127.0.0.1", "--port", str(port)]
+    server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        _wait_for(port)
+        filesystem = S3FileSystem(
+            endpoint_override=f"127.0.0.1:{port}",
+            scheme="http",
+            region="us-east-1",
+            allow_bucket_creation=True,
+        )
+        filesystem.create_dir("bucket")
+        yield filesystem, f"endpoint_override=127.0.0.1:{port}&scheme=http&region=us-east-1"
+    finally:
+        server.kill()
+        server.wait(30)
+
+
+def _wait_for(port: int) -> None:
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        with closing(socket.socket()) as probe:
+            if probe.connect_ex(("127.0.0.1", port)) == 0:
+                return
+        time.sleep(0.1)
+    raise AssertionError("the object store did not start")
+
+
+def test_stop_and_resume_in_an_object_store(
+    finray: Finray, store: tuple[S3FileSystem, str]
+) -> None:
+    filesystem, query = store
+    finray.run("train", finray.recipe(name="disk"))
+    recipe = finray.recipe(storage=f"s3://bucket/runs?{query}")
+
+    def names() -> list[str]:
+        selector = FileSelector("bucket/runs/run", recursive=True, allow_not_found=True)
+        return [info.path for info in filesystem.get_file_info(selector)]
+
+    command = finray.start("train", recipe)
+    wait_until(lambda: any(name.endswith("rank-0.json") for name in names()), "a checkpoint")
+    command.interrupt()
+    assert command.wait() == 130, command.output()
+    output = finray.run("train", recipe)
+    assert "resumed from step-" in output
+
+    def content(name: str) -> bytes:
+        with filesystem.open_input_stream(f"bucket/runs/run/{name}") as stream:
+            return bytes(stream.read())
+
+    on_disk = finray.folder / "runs" / "disk"
+    ours = load(content("adapter/adapter_model.safetensors"))
+    theirs = load((on_disk / "adapter/adapter_model.safetensors").read_bytes())
+    assert all((ours[key] == theirs[key]).all() for key in theirs)
+    lines = [json.loads(line) for line in content("metrics.jsonl").splitlines()]
+    assert {line["step"]: line["loss"] for line in lines if "loss" in line} == losses(on_disk)
+    assert any(name.endswith("report.html") for name in names())
