@@ -24,7 +24,7 @@ from .data.stream import Slice, every_sequence, share, stream
 from .device import choose_dtype
 from .errors import FinrayError, RunError
 from .generation import answer, exact_match
-from .model import count_parameters, load_model, load_tokenizer, save_result
+from .model import check_isolation, count_parameters, load_model, load_tokenizer, save_result
 from .position import Clock, Position
 from .recipe import recipe_from_dict
 from .run_folder import CHECKPOINTS_FOLDER
@@ -89,6 +89,8 @@ class _Worker:
         transformers.set_seed(self.recipe.seed)
         self.tokenizer = load_tokenizer(self.recipe)
         self.model = load_model(self.recipe)
+        if self.recipe.data.packing:
+            check_isolation(self.model)
         checkpoint_path = self._fetch(choice)
         self.trainer = self._make_trainer()
         self.books = self._open_books(choice)

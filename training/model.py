@@ -1,5 +1,6 @@
 """The model of a run: base weights, tokenizer, adapter."""
 
+import inspect
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -108,6 +109,42 @@ def _check_targets(model: Model, targets: list[str]) -> None:
                 f"adapter.targets: {target!r} matches no module of the model; its linear "
                 f"layers are {', '.join(sorted(linear))}"
             )
+
+
+def forward_arguments(model: Model) -> frozenset[str]:
+    """Names that the base model's forward takes."""
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    return frozenset(inspect.signature(base.forward).parameters)
+
+
+@torch.no_grad()
+def check_isolation(model: Model) -> None:
+    """Try whether documents packed into one sequence leave each other alone.
+
+    Attention does, by its positions; convolutions and recurrences between tokens do not.
+
+    Raises:
+        InputError: where a document's logits depend on its neighbour.
+    """
+    if "position_ids" in forward_arguments(model):
+        device = next(model.parameters()).device
+        tokens = torch.arange(3, 19, device=device)[None] % model.config.vocab_size
+        positions = torch.arange(8, device=device)[None]
+        training = model.training
+        model.eval()
+        alone = model(input_ids=tokens[:, 8:], position_ids=positions, use_cache=False).logits
+        both = model(
+            input_ids=tokens, position_ids=torch.cat([positions] * 2, dim=1), use_cache=False
+        ).logits[:, 8:]
+        model.train(training)
+        # Far above what rounding does, far below what a trained neighbour does.
+        tolerance = 1e-4 if alone.dtype == torch.float32 else 0.2
+        if (alone - both).abs().max() <= tolerance * alone.std():
+            return
+    raise InputError(
+        f"data.packing: a {model.config.model_type} model mixes the documents that are packed "
+        "into one sequence; set data.packing: false"
+    )
 
 
 def count_parameters(model: torch.nn.Module) -> dict[str, int]:

@@ -4,7 +4,6 @@ The optimizer step is the Trainer's own: autocast, accumulation, clipping, sched
 are the data, the loss over a global batch, and what happens after a step.
 """
 
-import inspect
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import islice
@@ -14,12 +13,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from peft import PeftModel
 from transformers import Trainer, TrainingArguments
 
 from .data.batching import IGNORED, Batch
 from .errors import RunError
-from .model import Model
+from .model import Model, forward_arguments
 
 
 @dataclass
@@ -68,7 +66,7 @@ class StreamTrainer(Trainer):
         self._after_step = after_step
         self._is_logged = is_logged
         self._stop_requested = stop_requested
-        self._keeps_logits = keeps_logits(model)
+        self._forward = forward_arguments(model)
         self._handled_step = 0
         self._tr_loss: torch.Tensor
         self._measured: list[torch.Tensor] = []
@@ -130,11 +128,10 @@ class StreamTrainer(Trainer):
 
     def kept_logits(self, model: torch.nn.Module, batch: Batch) -> torch.Tensor:
         """Logits of the columns that bear loss: (sequences, columns, vocabulary)."""
-        if self._keeps_logits:
-            kept: torch.Tensor = model(**batch.inputs, use_cache=False).logits
-            return kept
-        inputs = {name: value for name, value in batch.inputs.items() if name != "logits_to_keep"}
+        inputs = {name: value for name, value in batch.inputs.items() if name in self._forward}
         logits: torch.Tensor = model(**inputs, use_cache=False).logits
+        if "logits_to_keep" in self._forward:
+            return logits
         return logits[:, batch.inputs["logits_to_keep"]]
 
     def _maybe_log_save_evaluate(
@@ -231,12 +228,6 @@ class _Microbatches:
 
     def __iter__(self) -> Iterator[Batch]:
         return self._batches()
-
-
-def keeps_logits(model: Model) -> bool:
-    """Whether the model can compute the logits of some positions only."""
-    base = model.get_base_model() if isinstance(model, PeftModel) else model
-    return "logits_to_keep" in inspect.signature(base.forward).parameters
 
 
 def token_loss(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:

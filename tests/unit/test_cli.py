@@ -1,0 +1,144 @@
+"""Refusals by the command itself: exit code 2, one message, nothing started, nothing left."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from finray.cluster.cli import main
+
+
+class Runner:
+    """Calls the command in this process and reads what it printed."""
+
+    def __init__(self, folder: Path, model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        self.folder = folder
+        self.model = model
+        self._capsys = capsys
+
+    def recipe(self, **changes: Any) -> Path:
+        values: dict[str, Any] = {
+            "name": "run",
+            "model": {"base": str(self.model)},
+            "data": {"train": [{"path": "rows.jsonl"}], "max_length": 128},
+            "scale": {"workers": 0},
+        }
+        for key, value in changes.items():
+            section, _, name = key.partition("__")
+            if name:
+                values.setdefault(section, {})[name] = value
+            else:
+                values[section] = value
+        path = self.folder / "recipe.yaml"
+        path.write_text(yaml.safe_dump(values), encoding="utf-8")
+        return path
+
+    def rows(self, lines: list[str], name: str = "rows.jsonl") -> None:
+        (self.folder / name).write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+    def __call__(self, *arguments: str | Path, code: int) -> str:
+        found = main([str(argument) for argument in arguments])
+        out, err = self._capsys.readouterr()
+        assert found == code, err
+        assert "Traceback" not in err
+        return err if code else out
+
+
+CHAT = json.dumps(
+    {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}
+)
+
+
+@pytest.fixture
+def finray(
+    tmp_path: Path,
+    tiny_model: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> Runner:
+    monkeypatch.chdir(tmp_path)
+    runner = Runner(tmp_path, tiny_model, capsys)
+    runner.rows([CHAT] * 64)
+    return runner
+
+
+@pytest.mark.parametrize("command", ["check", "train", "prepare"])
+def test_a_misspelt_key(finray: Runner, command: str) -> None:
+    told = finray(command, finray.recipe(optim__learnin_rate=1), code=2)
+    assert "recipe.yaml:" in told and "did you mean 'learning_rate'?" in told
+    assert not (finray.folder / "runs").exists()
+
+
+def test_a_missing_and_an_empty_file(finray: Runner) -> None:
+    path = finray.recipe(data__train=[{"path": "absent.jsonl"}])
+    assert "absent.jsonl" in finray("train", path, code=2)
+    (finray.folder / "empty.jsonl").write_bytes(b"")
+    path = finray.recipe(data__train=[{"path": "empty.jsonl"}])
+    assert "empty" in finray("train", path, code=2)
+
+
+def test_rows_that_fit_no_format(finray: Runner) -> None:
+    finray.rows(['{"colour": "red"}'] * 64)
+    told = finray("train", finray.recipe(), code=2)
+    assert "rows.jsonl:1" in told and "colour" in told and "messages" in told
+
+
+def test_bad_rows_above_the_share(finray: Runner) -> None:
+    finray.rows([CHAT] * 300 + ["{oops"] * 10)
+    told = finray("train", finray.recipe(), code=2)
+    assert "rows.jsonl:301" in told and "quarantine" in told
+
+
+def test_a_model_without_tokenizer_or_template(finray: Runner) -> None:
+    bare = finray.folder / "bare"
+    bare.mkdir()
+    shutil.copy(finray.model / "config.json", bare)
+    assert "tokenizer" in finray("train", finray.recipe(model__base=str(bare)), code=2)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(finray.model / name, bare)
+    told = finray("train", finray.recipe(model__base=str(bare)), code=2)
+    assert "chat template" in told and "data.chat_template" in told
+
+
+def test_max_length_beyond_the_model(finray: Runner) -> None:
+    told = finray("train", finray.recipe(data__max_length=4096), code=2)
+    assert "4096" in told and "128" in told
+
+
+def test_fewer_rows_than_a_batch(finray: Runner) -> None:
+    told = finray("train", finray.recipe(optim__batch_size=100), code=2)
+    assert "batch_size" in told and "64" in told
+
+
+def test_check_tells_what_would_happen(finray: Runner) -> None:
+    path = finray.recipe(adapter__rank=4, data__packing=False)
+    outlook = json.loads(finray("check", path, "--json", code=0))
+    assert outlook["steps"] == 2 and outlook["sources"][0]["rows"] == 64
+    assert 0 < outlook["parameters"]["trainable"] < outlook["parameters"]["total"]
+    assert "64 rows of messages" in finray("check", path, code=0)
+
+
+def test_prepare_then_check_is_exact(finray: Runner) -> None:
+    path = finray.recipe()
+    summary = json.loads(finray("prepare", path, "--json", code=0))
+    outlook = json.loads(finray("check", path, "--json", code=0))
+    assert outlook["data"]["is_exact"]
+    assert outlook["data"]["tokens"] == summary["train"]["tokens"]
+
+
+def test_targets_that_match_nothing(finray: Runner) -> None:
+    told = finray("check", finray.recipe(adapter__targets=["q_prj"]), code=2)
+    assert "'q_prj' matches no module" in told and "q_proj" in told
+
+
+def test_schema_documents_every_setting(finray: Runner) -> None:
+    schema = json.loads(finray("schema", code=0))
+    rank = schema["$defs"]["LoraAdapter"]["properties"]["rank"]
+    assert rank["description"] == "Rank of the update."
+
+
+def test_report_of_no_run(finray: Runner) -> None:
+    assert "holds no run" in finray("report", "nowhere", code=2)
