@@ -19,6 +19,8 @@ from .data.batching import IGNORED, Batch
 from .errors import RunError
 from .model import Model, forward_arguments
 
+_SLICE = 32
+
 
 @dataclass
 class Counts:
@@ -119,10 +121,10 @@ class StreamTrainer(Trainer):
         the gradient is that of one process that sees the whole batch.
         """
         assert num_items_in_batch is not None
-        logits = self.kept_logits(model, inputs)
-        loss = token_loss(logits, inputs.targets)
+        log_probabilities = to_log_probabilities(self.kept_logits(model, inputs))
+        loss = token_loss(log_probabilities, inputs.targets)
         if self._is_logged(self.state.global_step + 1):
-            self._measured.append(_measures(logits.detach(), inputs.targets))
+            self._measured.append(measure(log_probabilities.detach(), inputs.targets))
         share: torch.Tensor = loss / num_items_in_batch * self.args.world_size
         return share
 
@@ -209,9 +211,9 @@ class StreamTrainer(Trainer):
         with self.accelerator.autocast():
             for batch in batches:
                 here = batch.to(self.args.device)
-                logits = self.kept_logits(model, here)
-                correct, _, count = _measures(logits, here.targets)
-                total += torch.stack([token_loss(logits, here.targets).double(), correct, count])
+                log_probabilities = to_log_probabilities(self.kept_logits(model, here))
+                loss = token_loss(log_probabilities, here.targets).double()
+                total += torch.stack([loss, *measure(log_probabilities, here.targets)[[0, 2]]])
         model.train(training)
         if self.args.world_size > 1:
             dist.all_reduce(total)
@@ -230,18 +232,25 @@ class _Microbatches:
         return self._batches()
 
 
-def token_loss(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+def to_log_probabilities(logits: torch.Tensor) -> torch.Tensor:
+    """Log-softmax in float32, flattened to (tokens, vocabulary); loss and measures share it."""
+    return F.log_softmax(logits.flatten(0, 1).float(), dim=-1)
+
+
+def token_loss(log_probabilities: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     """Sum of the cross-entropies (nats) of all targets that are not IGNORED."""
-    return F.cross_entropy(
-        logits.flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORED, reduction="sum"
-    )
+    return F.nll_loss(log_probabilities, targets.flatten(), ignore_index=IGNORED, reduction="sum")
 
 
 @torch.no_grad()
-def _measures(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """(correct tokens, sum of entropies, tokens) as float64."""
-    wanted = targets != IGNORED
-    chosen = logits[wanted].float()
-    correct = (chosen.argmax(-1) == targets[wanted]).sum()
-    entropy = torch.special.entr(chosen.softmax(-1)).sum()
-    return torch.stack([correct.double(), entropy.double(), wanted.sum().double()])
+def measure(log_probabilities: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """(correct tokens, sum of entropies in nats, tokens) as float64, of targets not IGNORED."""
+    flat = targets.flatten()
+    wanted = flat != IGNORED
+    chosen = log_probabilities.gather(1, flat.clamp(min=0)[:, None]).squeeze(1)
+    correct = (chosen >= log_probabilities.amax(-1)) & wanted
+    # In slices that stay in the processor's cache: the whole would be written out twice.
+    entropies = torch.cat(
+        [-torch.linalg.vecdot(rows.exp(), rows) for rows in torch.split(log_probabilities, _SLICE)]
+    )
+    return torch.stack([correct.sum(), entropies[wanted].sum(), wanted.sum()]).double()

@@ -11,10 +11,16 @@ from torch import multiprocessing
 from transformers import AutoModelForCausalLM, TrainerCallback
 
 from finray.training.arguments import training_arguments
-from finray.training.data.batching import Batch, accumulation_steps, collate, microbatches
+from finray.training.data.batching import IGNORED, Batch, accumulation_steps, collate, microbatches
 from finray.training.data.stream import Sequence, share
 from finray.training.recipe import Recipe
-from finray.training.trainer import StepMeasures, StreamTrainer, token_loss
+from finray.training.trainer import (
+    StepMeasures,
+    StreamTrainer,
+    measure,
+    to_log_probabilities,
+    token_loss,
+)
 
 BATCH = 8
 
@@ -92,9 +98,8 @@ def test_packed_equals_unpacked(tiny_model: Path, attention: str) -> None:
     )
     sequences = make_sequences(4)
     batch = collate(sequences)
-    loss = (
-        token_loss(model(**batch.inputs, use_cache=False).logits, batch.targets) / batch.trainable
-    )
+    logits = model(**batch.inputs, use_cache=False).logits
+    loss = token_loss(to_log_probabilities(logits), batch.targets) / batch.trainable
     loss.backward()
     packed = gradients(model)
     model.zero_grad()
@@ -224,7 +229,22 @@ def test_a_batch_without_loss_has_no_gradient(model: Any) -> None:
     )
     batch: Batch = collate([nothing])
     own = copy.deepcopy(model)
-    loss = token_loss(own(**batch.inputs, use_cache=False).logits, batch.targets)
+    logits = own(**batch.inputs, use_cache=False).logits
+    loss = token_loss(to_log_probabilities(logits), batch.targets)
     loss.backward()
     assert float(loss.detach()) == 0.0
     assert all(float(gradient.abs().max()) == 0.0 for gradient in gradients(own).values())
+
+
+def test_measures_against_their_definitions() -> None:
+    torch.manual_seed(0)
+    logits = torch.randn(2, 50, 17)
+    targets = torch.randint(0, 17, (2, 50))
+    targets[:, ::5] = logits[:, ::5].argmax(-1)
+    targets[0, :20] = IGNORED
+    correct, entropy, count = measure(to_log_probabilities(logits), targets).tolist()
+    wanted = targets != IGNORED
+    distribution = torch.distributions.Categorical(logits=logits[wanted])
+    assert count == int(wanted.sum())
+    assert correct == int((logits.argmax(-1) == targets)[wanted].sum()) > 0
+    assert entropy == pytest.approx(float(distribution.entropy().sum()), rel=1e-5)

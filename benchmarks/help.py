@@ -1,0 +1,47 @@
+"""CPU time of `finray --help`, beside that of a Python that does nothing.
+
+User and system time of the child process, so that other processes hardly disturb it.
+"""
+
+import os
+import subprocess
+import sys
+import time
+from functools import partial
+
+from measure import Asked, Figure, conclude, finray_command, parse_options, take_turns
+
+
+def cpu_seconds(command: list[str]) -> dict[str, float]:
+    """CPU and wall time of a command, in seconds."""
+    started = time.perf_counter()
+    child = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    _, status, usage = os.wait4(child.pid, 0)
+    child.returncode = os.waitstatus_to_exitcode(status)
+    if child.returncode != 0:
+        raise RuntimeError(f"{command} ended with {child.returncode}")
+    return {"cpu": usage.ru_utime + usage.ru_stime, "wall": time.perf_counter() - started}
+
+
+def main() -> None:
+    """Measure and write."""
+    options, _ = parse_options(__doc__, repetitions=15)
+    commands = {
+        "finray --help": [*finray_command(), "--help"],
+        "python": [sys.executable, "-c", ""],
+    }
+    contenders = {name: partial(cpu_seconds, command) for name, command in commands.items()}
+    take_turns(contenders, 1)  # files come into the page cache, modules are compiled
+    turns = take_turns(contenders, options.repetitions)
+    seconds = {
+        f"{name}, {clock} seconds": [one[clock] for one in measured]
+        for name, measured in turns.items()
+        for clock in ("cpu", "wall")
+    }
+    used = tuple(seconds["finray --help, cpu seconds"])
+    figures = [Figure("CPU time of finray --help", used, Asked("at most", 0.25, " s"), " s")]
+    conclude("help", options, figures, seconds, {})
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,248 @@
+"""What every benchmark needs: interleaved repetitions, medians, and a result on disk and on screen.
+
+Contenders take turns (A B A B ...), so that a machine which slows down slows all of them; a ratio
+is taken within each turn, and the median of the ratios is the figure.
+"""
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+HERE = Path(__file__).resolve().parent
+RESULTS = HERE / "results"
+PACKAGES = ("finray", "torch", "transformers", "peft", "trl", "ray")
+
+T = TypeVar("T")
+
+
+class Void(Exception):
+    """The contenders did not do the same work, so a comparison would mean nothing."""
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A bound that a figure should keep."""
+
+    direction: Literal["at least", "at most"]
+    value: float
+    unit: str = ""
+
+    def met_by(self, measured: float) -> bool:
+        """Whether a figure keeps the bound."""
+        if self.direction == "at least":
+            return measured >= self.value
+        return measured <= self.value
+
+    def __str__(self) -> str:
+        return f"{self.direction} {self.value:g}{self.unit}"
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One number that a benchmark is run for, from its values in every repetition."""
+
+    name: str
+    values: tuple[float, ...]
+    asked: Asked | None = None
+    unit: str = ""
+
+    def to_dict(self) -> dict[str, Any]:
+        """As it is written into the results."""
+        median = statistics.median(self.values)
+        return {
+            "figure": self.name,
+            "asked": None if self.asked is None else str(self.asked),
+            "measured": round(median, 4),
+            "lowest": round(min(self.values), 4),
+            "highest": round(max(self.values), 4),
+            "unit": self.unit,
+            "met": None if self.asked is None else self.asked.met_by(median),
+        }
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the command line said."""
+
+    quick: bool
+    repetitions: int
+    threads: int
+
+
+def parse_options(
+    document: str,
+    repetitions: int = 5,
+    add: Callable[[argparse.ArgumentParser], None] | None = None,
+) -> tuple[Options, argparse.Namespace]:
+    """Parse the arguments that all benchmarks share, and those that `add` adds."""
+    parser = argparse.ArgumentParser(
+        description=document, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--quick", action="store_true", help="small sizes, one repetition")
+    parser.add_argument("--repetitions", type=int, help=f"default: {repetitions}, with --quick 1")
+    parser.add_argument("--threads", type=int, default=2, help="torch's threads (default: 2)")
+    if add is not None:
+        add(parser)
+    given = parser.parse_args()
+    count = given.repetitions or (1 if given.quick else repetitions)
+    return Options(given.quick, count, given.threads), given
+
+
+def take_turns(contenders: Mapping[str, Callable[[], T]], repetitions: int) -> dict[str, list[T]]:
+    """Call all contenders one after the other, and that `repetitions` times."""
+    measured: dict[str, list[T]] = {name: [] for name in contenders}
+    for turn in range(repetitions):
+        for name, contender in contenders.items():
+            started = time.perf_counter()
+            measured[name].append(contender())
+            seconds = time.perf_counter() - started
+            print(f"  {turn + 1}/{repetitions} {name}: {seconds:.1f} s", file=sys.stderr)
+    return measured
+
+
+def ratios(over: list[float], under: list[float]) -> tuple[float, ...]:
+    """The quotient of each repetition."""
+    return tuple(a / b for a, b in zip(over, under, strict=True))
+
+
+def run_child(script: str, *arguments: str, threads: int | None = None) -> Any:
+    """Run a script of this folder in a process of its own; returns the JSON of its last line.
+
+    Raises:
+        RuntimeError: where it failed, with what it printed.
+    """
+    env = child_environment()
+    if threads is not None:
+        env["OMP_NUM_THREADS"] = str(threads)
+    child = subprocess.run(
+        [sys.executable, str(HERE / script), *arguments],
+        check=False,
+        capture_output=True,
+        text=True,
+        env=env,
+    )
+    if child.returncode != 0:
+        raise RuntimeError(f"{script} {' '.join(arguments)} failed:\n{child.stderr[-4000:]}")
+    return json.loads(child.stdout.strip().splitlines()[-1])
+
+
+def child_environment() -> dict[str, str]:
+    """This environment, kept away from hubs and trackers."""
+    return {**os.environ, "HF_HUB_OFFLINE": "1", "WANDB_MODE": "disabled"}
+
+
+def finray_command() -> list[str]:
+    """The installed command of this Python."""
+    script = Path(sys.executable).parent / "finray"
+    return [str(script)] if script.exists() else [sys.executable, "-m", "finray.cluster.cli"]
+
+
+def tell(result: Any) -> None:
+    """Print a child's result where `run_child` looks for it."""
+    print(json.dumps(result), flush=True)
+
+
+@contextmanager
+def scratch() -> Iterator[Path]:
+    """A temporary folder, removed afterwards."""
+    with tempfile.TemporaryDirectory(prefix="finray-benchmark-") as folder:
+        yield Path(folder)
+
+
+def environment(threads: int | None) -> dict[str, Any]:
+    """The machine and the versions that a result was measured with."""
+    return {
+        "cpu": _cpu_model(),
+        "cores": os.cpu_count(),
+        "torch_threads": threads,
+        "load_average": round(os.getloadavg()[0], 2),
+        "python": platform.python_version(),
+        **{name: version(name) for name in PACKAGES},
+    }
+
+
+def _cpu_model() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor()
+
+
+def conclude(
+    name: str,
+    options: Options,
+    figures: list[Figure],
+    repetitions: Mapping[str, list[float]],
+    settings: dict[str, Any],
+) -> None:
+    """Write a benchmark's result and print its tables.
+
+    Args:
+        name: of the benchmark.
+        options: what the command line said.
+        figures: what it was run for.
+        repetitions: each contender's values, in order.
+        settings: sizes that the values depend on.
+    """
+    told = [figure.to_dict() for figure in figures]
+    result = {
+        "benchmark": name,
+        "quick": options.quick,
+        "environment": environment(options.threads),
+        "settings": settings,
+        "medians": {key: round(statistics.median(v), 4) for key, v in repetitions.items()},
+        "repetitions": {key: [round(x, 4) for x in v] for key, v in repetitions.items()},
+        "figures": told,
+    }
+    RESULTS.mkdir(exist_ok=True)
+    path = result_path(name, options.quick)
+    path.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    rows = [[key, f"{statistics.median(v):,.4g}"] for key, v in repetitions.items()]
+    print(f"\n{name}: medians of {options.repetitions}")
+    print(table(["contender", "median"], rows))
+    print(table(FIGURE_COLUMNS, [figure_row(figure) for figure in told]))
+    print(f"written to {path.relative_to(HERE.parent)}")
+
+
+def result_path(name: str, quick: bool) -> Path:
+    """Where a result is; quick ones lie beside the full ones and are not kept."""
+    return RESULTS / f"{name}{'.quick' if quick else ''}.json"
+
+
+FIGURE_COLUMNS = ["figure", "asked", "measured", "spread", "met"]
+
+
+def figure_row(figure: dict[str, Any]) -> list[str]:
+    """A figure of a result as a row of a table."""
+    unit = figure["unit"]
+    return [
+        figure["figure"],
+        figure["asked"] or "-",
+        f"{figure['measured']:.3g}{unit}",
+        f"{figure['lowest']:.3g}-{figure['highest']:.3g}",
+        {None: "-", True: "yes", False: "NO"}[figure["met"]],
+    ]
+
+
+def table(columns: list[str], rows: list[list[str]]) -> str:
+    """A Markdown table that reads well as plain text."""
+    widths = [max(map(len, cells)) for cells in zip(columns, *rows, strict=True)]
+
+    def line(cells: list[str]) -> str:
+        padded = [cell.ljust(width) for cell, width in zip(cells, widths, strict=True)]
+        return "| " + " | ".join(padded) + " |"
+
+    rule = "|" + "|".join("-" * (width + 2) for width in widths) + "|"
+    return "\n".join([line(columns), rule, *map(line, rows)])

@@ -1,0 +1,182 @@
+"""Seconds from the command to the first optimizer step: `finray train --local` against a script.
+
+finray starts with nothing prepared (and once more with the data prepared); the script reads,
+tokenises and trains the same rows with transformers' Trainer and peft. Steps are tiny, so that
+what is measured is the way to the first one. Each contender is killed once it got there.
+"""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from bare_finetune import FIRST_STEP, MAX_LENGTH
+from material import Words, save_llama, save_tokenizer, texts_of, write_rows
+from measure import (
+    HERE,
+    Asked,
+    Figure,
+    child_environment,
+    conclude,
+    finray_command,
+    parse_options,
+    ratios,
+    scratch,
+    take_turns,
+)
+
+FULL = {"rows": 2_000, "vocabulary": 8_000, "hidden": 128, "layers": 4}
+QUICK = {"rows": 500, "vocabulary": 2_000, "hidden": 64, "layers": 2}
+POLL_SECONDS = 0.005
+LONGEST_WAIT = 300.0
+
+
+@dataclass(frozen=True)
+class Seconds:
+    """What it took to get to the first step."""
+
+    wall: float
+    cpu: float
+
+
+def make_inputs(folder: Path, sizes: dict[str, int]) -> None:
+    """Model, rows and recipe."""
+    rows = list(islice(Words().conversations(mean_words=40), sizes["rows"]))
+    write_rows(folder / "rows.jsonl", rows)
+    size = save_tokenizer(folder / "model", texts_of(rows), sizes["vocabulary"])
+    save_llama(folder / "model", size, sizes["hidden"], sizes["layers"], MAX_LENGTH)
+    recipe: dict[str, Any] = {
+        "name": "start",
+        "model": {"base": "model"},
+        "adapter": {"kind": "lora"},
+        # One document a row, as the script has it: the same work in the first step.
+        "data": {"train": [{"path": "rows.jsonl"}], "max_length": MAX_LENGTH, "packing": False},
+        "optim": {"batch_size": 8, "micro_batch_size": 4, "max_steps": 1000},
+        "log": {"every_steps": 1},
+    }
+    (folder / "recipe.yaml").write_text(json.dumps(recipe), encoding="utf-8")
+
+
+def start(command: list[str], folder: Path, threads: int) -> subprocess.Popen[bytes]:
+    """A command in a process group of its own."""
+    return subprocess.Popen(
+        command,
+        cwd=folder,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+        env={**child_environment(), "OMP_NUM_THREADS": str(threads)},
+    )
+
+
+def end(child: subprocess.Popen[bytes]) -> float:
+    """Kill a command and whatever it started; returns the seconds of CPU time it used."""
+    with suppress(ProcessLookupError):
+        os.killpg(child.pid, signal.SIGKILL)
+    _, status, usage = os.wait4(child.pid, 0)
+    child.returncode = os.waitstatus_to_exitcode(status)
+    assert child.stdout is not None
+    child.stdout.close()
+    return usage.ru_utime + usage.ru_stime
+
+
+def has_exited(child: subprocess.Popen[bytes]) -> bool:
+    """Whether it ended by itself; it stays to be waited for."""
+    return os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
+
+
+def finray_seconds(folder: Path, storage: Path, name: str, threads: int) -> Seconds:
+    """Until metrics.jsonl has its first line."""
+    metrics = storage / name / "metrics.jsonl"
+    settings = ["--set", f"storage={storage}", "--set", f"name={name}"]
+    command = [*finray_command(), "train", "recipe.yaml", "--local", *settings]
+    started = time.perf_counter()
+    child = start(command, folder, threads)
+    reached = False
+    while not (reached := metrics.exists() and metrics.stat().st_size > 0):
+        if has_exited(child) or time.perf_counter() - started > LONGEST_WAIT:
+            break
+        time.sleep(POLL_SECONDS)
+    wall = time.perf_counter() - started
+    cpu = end(child)
+    if not reached:
+        raise RuntimeError(f"finray made no step within {wall:.0f} s")
+    return Seconds(wall, cpu)
+
+
+def cold_seconds(folder: Path, threads: int) -> Seconds:
+    """finray with a storage that holds nothing."""
+    storage = folder / "runs"
+    shutil.rmtree(storage, ignore_errors=True)
+    return finray_seconds(folder, storage, "cold", threads)
+
+
+def prepared_seconds(folder: Path, threads: int) -> Seconds:
+    """finray with the data that the cold start before it has prepared."""
+    storage = folder / "runs"
+    shutil.rmtree(storage / "warm", ignore_errors=True)
+    return finray_seconds(folder, storage, "warm", threads)
+
+
+def script_seconds(folder: Path, threads: int) -> Seconds:
+    """Until the script says so."""
+    command = [sys.executable, str(HERE / "bare_finetune.py"), "model", "rows.jsonl", "output"]
+    started = time.perf_counter()
+    child = start(command, folder, threads)
+    assert child.stdout is not None
+    reached = any(FIRST_STEP.encode() in line for line in child.stdout)
+    wall = time.perf_counter() - started
+    cpu = end(child)
+    if not reached:
+        raise RuntimeError("the script made no step")
+    return Seconds(wall, cpu)
+
+
+def main() -> None:
+    """Measure and write."""
+    options, _ = parse_options(__doc__)
+    sizes = QUICK if options.quick else FULL
+    with scratch() as folder:
+        make_inputs(folder, sizes)
+        contenders = {
+            "finray": partial(cold_seconds, folder, options.threads),
+            "finray, data prepared": partial(prepared_seconds, folder, options.threads),
+            "script": partial(script_seconds, folder, options.threads),
+        }
+        if not options.quick:
+            take_turns(contenders, 1)  # files come into the page cache, modules are compiled
+        turns = take_turns(contenders, options.repetitions)
+    seconds = {name: [one.wall for one in all_] for name, all_ in turns.items()}
+    cpu = {name: [one.cpu for one in all_] for name, all_ in turns.items()}
+    figures = [
+        Figure(
+            "time to the first step, finray --local / script",
+            ratios(seconds["finray"], seconds["script"]),
+            Asked("at most", 1.5),
+        ),
+        Figure(
+            "time to the first step, finray --local with data prepared / script",
+            ratios(seconds["finray, data prepared"], seconds["script"]),
+        ),
+        # Beside the wall clock, as other processes hardly disturb it.
+        Figure(
+            "CPU time to the first step, finray --local / script",
+            ratios(cpu["finray"], cpu["script"]),
+        ),
+    ]
+    seconds |= {f"{name}, CPU time": values for name, values in cpu.items()}
+    conclude("start", options, figures, seconds, dict(sizes))
+
+
+if __name__ == "__main__":
+    main()
