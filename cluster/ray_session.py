@@ -8,11 +8,13 @@ from contextlib import contextmanager
 from ..training.recipe import ScaleSettings
 
 # Set before Ray is imported: it reads them then.
-_QUIET = {
+_ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
+    # Ray runs its workers at nice 15: next to anything else they would hardly train.
+    "RAY_worker_niceness": "0",
 }
 
 
@@ -28,7 +30,7 @@ def ray_session(
         env: environment variables of all workers.
         verbose: pass on what workers print.
     """
-    for name, value in _QUIET.items():
+    for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     import ray
 
