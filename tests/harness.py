@@ -47,7 +47,6 @@ class Command:
 
     def kill(self) -> None:
         """SIGKILL to the driver alone, as the kernel's memory killer does."""
-        self.watch_family()
         self.process.kill()
         self.process.wait(30)
 
@@ -132,7 +131,7 @@ def wait_until(condition: Callable[[], bool], what: str, seconds: float = 180) -
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, f"not within {seconds} s: {what}"
-        time.sleep(0.002)
+        time.sleep(0.0005)
 
 
 def metrics(run: Path) -> list[dict[str, Any]]:

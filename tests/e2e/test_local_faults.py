@@ -27,7 +27,7 @@ def kill_after(finray: Finray, recipe: Path, step: int) -> None:
 def test_sigkill_in_the_middle_of_a_save(finray: Finray, undisturbed: Path) -> None:
     recipe = finray.recipe()
     run = finray.folder / "runs" / "run"
-    for _ in range(5):
+    for _ in range(10):
         command = finray.start("train", recipe)
         known = {path.name for path in (run / "checkpoints").glob("step-*")}
         unfinished: list[Path] = []

@@ -60,6 +60,7 @@ def test_sigkill_of_the_driver(finray: Finray, undisturbed: Path) -> None:
     run = finray.folder / "runs" / "run"
     command = finray.start("train", recipe)
     wait_until(lambda: reached(run, 17), "step 17")
+    command.watch_family()
     command.kill()
     # Ray's own agents notice later; what could still write into the run must be gone.
     training = [process for process in command.survivors(30) if "Train" in process.name()]
