@@ -355,11 +355,11 @@ CONTENDERS: dict[str, Callable[[Job], Measured]] = {
 
 @contextmanager
 def watched_ids(wanted: bool) -> Iterator[Callable[[], str]]:
-    """Hash whatever goes into an embedding; yields how to ask for the hash so far."""
+    """Hash what goes into an embedding in training; yields how to ask for the hash so far."""
     digest = hashlib.sha256()
 
     def note(module: torch.nn.Module, inputs: tuple[Any, ...]) -> None:
-        if isinstance(module, torch.nn.Embedding):
+        if isinstance(module, torch.nn.Embedding) and module.training:
             digest.update(str(tuple(inputs[0].shape)).encode())
             digest.update(inputs[0].cpu().numpy().tobytes())
 

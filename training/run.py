@@ -75,7 +75,8 @@ def train(recipe: Recipe, listener: Listener, stop: Stop) -> Record:
     try:
         outcome = _launch(recipe, folder, prepared, stop)
     except BaseException as error:
-        _close(folder, "failed", str(error) or type(error).__name__, time.monotonic() - started)
+        status = "stopped" if isinstance(error, KeyboardInterrupt) else "failed"
+        _close(folder, status, str(error) or type(error).__name__, time.monotonic() - started)
         raise
     _close(folder, outcome["status"], outcome["error"], time.monotonic() - started)
     write_report(folder)
