@@ -18,7 +18,7 @@ from throughput import prepared_job, run
 FILE = "alpaca_en_demo.json"
 DEFAULT_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 LENGTH = 1024
-FULL = {"vocabulary": 8_000, "hidden": 256, "layers": 6, "batch": 4, "micro": 4}
+FULL = {"vocabulary": 8_000, "hidden": 128, "layers": 3, "batch": 2, "micro": 2}
 QUICK = {"vocabulary": 2_000, "hidden": 128, "layers": 2, "batch": 2, "micro": 2}
 LOG_EVERY = 10
 FINRAY_STEPS, FINRAY_WARMUP = 15, 4
