@@ -34,7 +34,7 @@ def examine(recipe: Recipe) -> dict[str, Any]:
         ],
         "data": data,
         "batch_size": recipe.optim.batch_size,
-        "steps": None if sequences is None else recipe.optim.total_steps(sequences),
+        "steps": None if sequences is None else recipe.total_steps(sequences),
         "parameters": _parameters(recipe, inspection),
         "folder": f"{recipe.storage}/{recipe.name}",
     }
@@ -125,7 +125,7 @@ def _estimated(recipe: Recipe, inspection: Inspection) -> dict[str, Any]:
     tokens = round(sum((source.tokens or 0) * weight for source, weight in pairs))
     rows = round(sum(source.rows * weight for source, weight in pairs))
     packed = max(1, round(tokens / (recipe.data.max_length * _TYPICAL_FILL)))
-    sequences = min(packed, rows) if recipe.data.packing else rows
+    sequences = min(packed, rows) if recipe.packs else rows
     return {"is_exact": False, "tokens": tokens, "sequences": sequences}
 
 

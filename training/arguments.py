@@ -13,6 +13,13 @@ from .recipe import Recipe
 _SCHEDULES = {"constant": "constant_with_warmup", "linear": "linear", "cosine": "cosine"}
 
 
+def accumulation(recipe: Recipe, world_size: int) -> int:
+    """Microbatches of one optimizer step on every worker."""
+    optim = recipe.optim
+    rows = recipe.rows_per_step
+    return accumulation_steps(rows, optim.micro_batch_size, world_size, optim.batch_size // rows)
+
+
 def training_arguments(
     recipe: Recipe, total_steps: int, world_size: int, scratch: Path
 ) -> TrainingArguments:
@@ -24,9 +31,7 @@ def training_arguments(
         seed=recipe.seed,
         max_steps=total_steps,
         per_device_train_batch_size=optim.micro_batch_size,
-        gradient_accumulation_steps=accumulation_steps(
-            optim.batch_size, optim.micro_batch_size, world_size
-        ),
+        gradient_accumulation_steps=accumulation(recipe, world_size),
         learning_rate=optim.learning_rate,
         lr_scheduler_type=_SCHEDULES[optim.schedule],
         warmup_steps=math.floor(optim.warmup_ratio * total_steps),

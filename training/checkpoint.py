@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import RunError
+from .methods import Metric
 from .storage import Folder
 
 _NAME = re.compile(r"step-(\d{8})")
@@ -83,8 +84,8 @@ def choose(checkpoints: Folder) -> Choice:
     return Choice(None, 0, tuple(passed_over))
 
 
-def rotate(checkpoints: Folder, keep: int) -> list[str]:
-    """Delete all but the last `keep` finished checkpoints and the one of lowest eval_loss.
+def rotate(checkpoints: Folder, keep: int, watched: Metric) -> list[str]:
+    """Delete all but the last `keep` finished checkpoints and the best one.
 
     An unfinished checkpoint older than a finished one is a leftover, and deleted too.
 
@@ -95,13 +96,13 @@ def rotate(checkpoints: Folder, keep: int) -> list[str]:
     for name in _names(checkpoints):
         manifests = _manifests(checkpoints / name)
         if manifests is not None:
-            finished[name] = _eval_loss(manifests[0])
+            finished[name] = _value(manifests[0], watched)
     if not finished:
         return []
     kept = set(list(finished)[-keep:])
-    losses = {name: loss for name, loss in finished.items() if loss is not None}
-    if losses:
-        kept.add(min(losses, key=lambda name: losses[name]))
+    best_one = _best(finished, watched)
+    if best_one is not None:
+        kept.add(best_one)
     newest = max(finished)
     old = [name for name in _names(checkpoints) if name not in kept and name < newest]
     for name in old:
@@ -109,21 +110,29 @@ def rotate(checkpoints: Folder, keep: int) -> list[str]:
     return old
 
 
-def best(checkpoints: Folder) -> str | None:
-    """Name of the finished checkpoint with the lowest eval_loss."""
-    losses: dict[str, float] = {}
+def best(checkpoints: Folder, watched: Metric) -> str | None:
+    """Name of the finished checkpoint that was best on held-out data."""
+    values: dict[str, float | None] = {}
     for name in _names(checkpoints):
         manifests = _manifests(checkpoints / name)
-        loss = _eval_loss(manifests[0]) if manifests else None
-        if loss is not None:
-            losses[name] = loss
-    return min(losses, key=lambda name: losses[name]) if losses else None
+        values[name] = _value(manifests[0], watched) if manifests else None
+    return _best(values, watched)
 
 
-def _eval_loss(manifest: dict[str, Any]) -> float | None:
-    """The held-out loss noted with a checkpoint; a manifest that cannot be read has none."""
-    loss = manifest.get("metrics", {}).get("eval_loss")
-    return None if loss is None else float(loss)
+def _best(values: dict[str, float | None], watched: Metric) -> str | None:
+    """The first of the best names; names without a value are out."""
+    found: str | None = None
+    top = 0.0
+    for name, value in values.items():
+        if value is not None and (found is None or watched.better(value, top)):
+            found, top = name, value
+    return found
+
+
+def _value(manifest: dict[str, Any], watched: Metric) -> float | None:
+    """The figure noted with a checkpoint; a manifest that cannot be read has none."""
+    value = manifest.get("metrics", {}).get(watched.name)
+    return None if value is None else float(value)
 
 
 def _names(checkpoints: Folder) -> list[str]:

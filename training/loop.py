@@ -16,15 +16,17 @@ import torch.distributed as dist
 import transformers
 
 from . import checkpoint
-from .arguments import training_arguments
+from .arguments import accumulation, training_arguments
 from .books import Books, as_number
-from .data.batching import Batch, accumulation_steps, in_batches, microbatches
+from .data.batching import Rows, in_batches, microbatches
 from .data.prepared import open_prepared
 from .data.stream import Slice, every_sequence, share, stream
 from .device import choose_dtype
 from .errors import FinrayError, RunError
 from .generation import answer, exact_match
+from .methods import method_of
 from .model import check_isolation, count_parameters, load_model, load_tokenizer, save_result
+from .objectives.objective import Setup
 from .position import Clock, Position
 from .recipe import recipe_from_dict
 from .run_folder import CHECKPOINTS_FOLDER
@@ -78,7 +80,8 @@ class _Worker:
         if prepared is None:
             raise RunError(f"the prepared data set {job['prepared']} is gone")
         self.prepared = prepared
-        self.total_steps = self.recipe.optim.total_steps(prepared.manifest.train.sequences)
+        self.method = method_of(self.recipe)
+        self.total_steps = self.recipe.total_steps(prepared.manifest.train.sequences)
         self.position = Position()
         self.held_out: dict[str, float] = {}
         self.stopped = False
@@ -89,7 +92,7 @@ class _Worker:
         transformers.set_seed(self.recipe.seed)
         self.tokenizer = load_tokenizer(self.recipe)
         self.model = load_model(self.recipe)
-        if self.recipe.data.packing:
+        if self.recipe.packs:
             check_isolation(self.model)
         checkpoint_path = self._fetch(choice)
         self.trainer = self._make_trainer()
@@ -135,12 +138,23 @@ class _Worker:
         return str(local)
 
     def _make_trainer(self) -> StreamTrainer:
+        session = self.session
+        objective = self.method.objective(
+            Setup(
+                recipe=self.recipe,
+                model=self.model,
+                tokenizer=self.tokenizer,
+                prepared=self.prepared,
+                rank=session.rank,
+                world_size=session.world_size,
+            )
+        )
         return StreamTrainer(
             self.model,
-            training_arguments(
-                self.recipe, self.total_steps, self.session.world_size, self.scratch
-            ),
-            batches=self._training_batches,
+            training_arguments(self.recipe, self.total_steps, session.world_size, self.scratch),
+            objective=objective,
+            passes=self.recipe.method.passes,
+            rows=self._training_rows,
             after_step=self._after_step,
             is_logged=self._is_logged,
             stop_requested=self.session.stop_requested,
@@ -161,26 +175,27 @@ class _Worker:
 
     # the data
 
-    def _training_batches(self) -> Iterator[Batch]:
-        optim, session = self.recipe.optim, self.session
+    def _training_rows(self) -> Iterator[Rows]:
+        recipe, session = self.recipe, self.session
+        per_step, passes = recipe.rows_per_step, recipe.method.passes
         part = Slice(
             folder=self.prepared.files,
             split=self.prepared.manifest.train,
-            seed=self.recipe.seed,
-            batch_size=optim.batch_size,
+            seed=recipe.seed,
+            batch_size=per_step,
             rank=session.rank,
             world_size=session.world_size,
-            start_step=self.position.step,
-            stop_step=self.total_steps,
+            start_step=self.position.step // passes,
+            stop_step=-(-self.total_steps // passes),
         )
         return microbatches(
             stream(part, on_ray=session.on_ray),
-            share(optim.batch_size, session.rank, session.world_size),
-            optim.micro_batch_size,
-            accumulation_steps(optim.batch_size, optim.micro_batch_size, session.world_size),
+            share(per_step, session.rank, session.world_size),
+            recipe.optim.micro_batch_size,
+            accumulation(recipe, session.world_size),
         )
 
-    def _held_out_batches(self) -> Iterator[Batch]:
+    def _held_out_rows(self) -> Iterator[Rows]:
         split = self.prepared.manifest.eval
         assert split is not None
         folder, session = self.prepared.files, self.session
@@ -218,8 +233,7 @@ class _Worker:
         return self.stopped
 
     def _epoch(self) -> float:
-        seen = self.position.step * self.recipe.optim.batch_size
-        return round(seen / self.prepared.manifest.train.sequences, 4)
+        return self.recipe.epoch_at(self.position.step, self.prepared.manifest.train.sequences)
 
     def _log(self, measures: StepMeasures) -> None:
         loss = self.trainer.take_loss(measures.step - self.clock.step)
@@ -241,7 +255,7 @@ class _Worker:
             )
 
     def _evaluate(self) -> None:
-        measured = self.trainer.held_out_loss(self._held_out_batches())
+        measured = self.trainer.held_out(self._held_out_rows())
         self.held_out = {"step": self.position.step, **measured}
         if self.books is not None:
             self.books.logged({"epoch": self._epoch(), **self.held_out})
@@ -252,12 +266,13 @@ class _Worker:
         self.trainer.write_state(staged)
         if session.rank == 0:
             (staged / POSITION_FILE).write_text(json.dumps(asdict(self.position)))
-        fresh = self.held_out.get("step") == step
-        metrics = {"eval_loss": self.held_out["eval_loss"]} if fresh else {}
+        watched = self.method.watched
+        fresh = self.held_out.get("step") == step and watched.name in self.held_out
+        metrics = {watched.name: self.held_out[watched.name]} if fresh else {}
         checkpoint.write_manifest(staged, session.rank, session.world_size, metrics)
         session.commit(step, staged, metrics)
         if self.books is not None:
-            checkpoint.rotate(self.checkpoints, self.recipe.checkpoint.keep)
+            checkpoint.rotate(self.checkpoints, self.recipe.checkpoint.keep, watched)
             self.books.note_progress(step, self.position.tokens)
 
     # before and after
@@ -266,7 +281,7 @@ class _Worker:
         """Held-out loss and answers of the model as it is before the first step."""
         if self.prepared.manifest.eval is None:
             return
-        measured = self.trainer.held_out_loss(self._held_out_batches())
+        measured = self.trainer.held_out(self._held_out_rows())
         measured.update(self._answer("before"))
         if self.books is not None:
             self.books.measured_base(measured)

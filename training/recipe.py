@@ -8,22 +8,15 @@ import math
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
 from .errors import InputError
+from .method_settings import Method, PretrainMethod, SftMethod
 from .recipe_file import read_recipe_file, validate
-
-PositiveInt = Annotated[int, Field(ge=1)]
-Share = Annotated[float, Field(ge=0.0, le=1.0)]
+from .section import PositiveInt, Section, Share
 
 
-class _Section(BaseModel):
-    model_config = ConfigDict(
-        extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False
-    )
-
-
-class ModelSettings(_Section):
+class ModelSettings(Section):
     base: str
     """Hub id, or a folder (relative to the recipe's folder) as transformers writes it."""
     revision: str | None = None
@@ -36,7 +29,7 @@ class ModelSettings(_Section):
     """Recompute activations in the backward pass: less memory, about a third more time."""
 
 
-class LoraAdapter(_Section):
+class LoraAdapter(Section):
     kind: Literal["lora"] = "lora"
     rank: PositiveInt = 16
     """Rank of the update."""
@@ -48,24 +41,12 @@ class LoraAdapter(_Section):
     """Modules that get an adapter: every linear layer but the head, or names of modules."""
 
 
-class SftMethod(_Section):
-    kind: Literal["sft"] = "sft"
-    train_on: Literal["completions", "all"] = "completions"
-    """Tokens that bear loss: the assistant's turns (or the completion), or everything."""
+RowFormat = Literal[
+    "auto", "preference", "messages", "alpaca", "sharegpt", "prompt_completion", "text"
+]
 
 
-class PretrainMethod(_Section):
-    kind: Literal["pretrain"] = "pretrain"
-    init: Literal["weights", "random"] = "weights"
-    """weights: continue from the base's weights. random: only its configuration is used."""
-
-
-Method = Annotated[SftMethod | PretrainMethod, Field(discriminator="kind")]
-
-RowFormat = Literal["auto", "messages", "alpaca", "sharegpt", "prompt_completion", "text"]
-
-
-class Source(_Section):
+class Source(Section):
     path: str
     """File, glob or folder (relative to the recipe's folder), or a URI: s3://, gs://, hf://."""
     format: RowFormat = "auto"
@@ -74,7 +55,7 @@ class Source(_Section):
     """How often each row is taken: 2 takes each twice, 0.5 every other one (by its hash)."""
 
 
-class DataSettings(_Section):
+class DataSettings(Section):
     train: Annotated[list[Source], Field(min_length=1)]
     eval: list[Source] = []
     """Held-out data. Instead of it, `holdout` sets a share of the training rows aside."""
@@ -85,8 +66,9 @@ class DataSettings(_Section):
     overlong: Literal["drop", "truncate"] = "drop"
     """A row longer than max_length is dropped (and counted) or cut at its end. Plain text is
     split into several sequences instead."""
-    packing: bool = True
-    """Put several documents into one row of max_length tokens, isolated from each other."""
+    packing: Literal["auto"] | bool = "auto"
+    """Put several documents into one row of max_length tokens, isolated from each other. auto:
+    wherever the method takes single documents."""
     chat_template: str | None = None
     """chatml, a Jinja file (relative to the recipe's folder) or inline Jinja; otherwise the
     tokenizer's own template."""
@@ -100,7 +82,7 @@ class DataSettings(_Section):
         return self
 
 
-class OptimSettings(_Section):
+class OptimSettings(Section):
     learning_rate: Annotated[float, Field(gt=0.0)] = 2e-4
     epochs: Annotated[float, Field(gt=0.0)] | None = None
     """Passes over the training sequences; 1 where neither epochs nor max_steps is given."""
@@ -125,19 +107,8 @@ class OptimSettings(_Section):
             raise ValueError("epochs and max_steps contradict each other; keep one of them")
         return self
 
-    def total_steps(self, sequences: int) -> int:
-        """Optimizer steps of the run over `sequences` training sequences.
 
-        Every sequence is seen at least `epochs` times: a last batch that an epoch does not fill
-        is topped up from the next epoch's order.
-        """
-        if self.max_steps is not None:
-            return self.max_steps
-        epochs = 1.0 if self.epochs is None else self.epochs
-        return max(1, math.ceil(round(epochs * sequences, 6) / self.batch_size))
-
-
-class ScaleSettings(_Section):
+class ScaleSettings(Section):
     workers: Annotated[int, Field(ge=0)] = 1
     """Ray Train workers; 0 trains in this process, without Ray."""
     gpus_per_worker: Literal["auto"] | Annotated[float, Field(ge=0.0)] = "auto"
@@ -147,13 +118,13 @@ class ScaleSettings(_Section):
     """Restarts of the worker group after a failure, from the last good checkpoint."""
 
 
-class CheckpointSettings(_Section):
+class CheckpointSettings(Section):
     every_steps: PositiveInt = 100
     keep: PositiveInt = 2
-    """Checkpoints kept: the last so many, and the one with the lowest eval_loss."""
+    """Checkpoints kept: the last so many, and the one that is best on held-out data."""
 
 
-class EvalSettings(_Section):
+class EvalSettings(Section):
     every_steps: PositiveInt | None = None
     """Held-out loss every so many steps; it is always measured at the end."""
     samples: Annotated[int, Field(ge=0)] = 0
@@ -163,12 +134,12 @@ class EvalSettings(_Section):
     """Longest answer, in tokens."""
 
 
-class LogSettings(_Section):
+class LogSettings(Section):
     every_steps: PositiveInt = 10
     to: list[Literal["tensorboard"]] = ["tensorboard"]
 
 
-class Recipe(_Section):
+class Recipe(Section):
     """One run, from the data to the result."""
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$")]
@@ -195,11 +166,22 @@ class Recipe(_Section):
             raise ValueError("eval.every_steps needs held-out data: set data.eval or data.holdout")
         if self.eval.samples > 0 and not held_out:
             raise ValueError("eval.samples needs held-out data: set data.eval or data.holdout")
-        if isinstance(self.method, PretrainMethod):
-            if self.eval.samples > 0:
-                raise ValueError("eval.samples needs prompts, which method pretrain does not have")
-            if self.method.init == "random" and self.adapter is not None:
-                raise ValueError("method.init random contradicts an adapter on frozen weights")
+        kind = self.method.kind
+        if self.eval.samples > 0 and not self.method.has_answers:
+            raise ValueError(
+                f"eval.samples needs prompts with answers, which method {kind} does not have"
+            )
+        if self.data.packing is True and not self.method.packs:
+            raise ValueError(
+                f"data.packing: method {kind} does not take single documents, which alone can "
+                "be packed; leave it out"
+            )
+        if (
+            isinstance(self.method, PretrainMethod)
+            and self.method.init == "random"
+            and self.adapter is not None
+        ):
+            raise ValueError("method.init random contradicts an adapter on frozen weights")
         if self.optim.micro_batch_size > self.optim.batch_size:
             raise ValueError(
                 f"optim.micro_batch_size {self.optim.micro_batch_size} is larger than "
@@ -211,6 +193,32 @@ class Recipe(_Section):
                 f"{self.optim.batch_size}: some workers would have nothing to do"
             )
         return self
+
+    @property
+    def packs(self) -> bool:
+        """Whether several documents share a sequence."""
+        return self.method.packs if self.data.packing == "auto" else self.data.packing
+
+    @property
+    def rows_per_step(self) -> int:
+        """Rows of the stream (sequences, pairs, prompts) that an optimizer step learns from."""
+        return self.method.rows_per_step(self.optim.batch_size)
+
+    def total_steps(self, rows: int) -> int:
+        """Optimizer steps of the run over `rows` training rows.
+
+        Every row is seen at least `optim.epochs` times: a last batch that an epoch does not fill
+        is topped up from the next epoch's order.
+        """
+        if self.optim.max_steps is not None:
+            return self.optim.max_steps
+        epochs = 1.0 if self.optim.epochs is None else self.optim.epochs
+        batches = max(1, math.ceil(round(epochs * rows, 6) / self.rows_per_step))
+        return batches * self.method.passes
+
+    def epoch_at(self, step: int, rows: int) -> float:
+        """Passes over `rows` training rows after an optimizer step."""
+        return round(step / self.method.passes * self.rows_per_step / rows, 4)
 
 
 def load_recipe(path: Path, overrides: tuple[str, ...] = ()) -> Recipe:

@@ -21,6 +21,7 @@ from .data.inspection import inspect_data
 from .data.prepare import Progress, prepare
 from .data.prepared import Prepared
 from .errors import FinrayError, InputError, Interrupted, RunError, last_line
+from .methods import method_of
 from .recipe import Recipe, recipe_from_dict
 from .report import write_report
 from .run_folder import CHECKPOINTS_FOLDER, PREPARED_FOLDER, RECIPE_FILE, Record, read_run
@@ -76,9 +77,10 @@ def train(recipe: Recipe, listener: Listener, stop: Stop) -> Record:
         outcome = _launch(recipe, folder, prepared, stop)
     except BaseException as error:
         status = "stopped" if isinstance(error, KeyboardInterrupt) else "failed"
-        _close(folder, status, str(error) or type(error).__name__, time.monotonic() - started)
+        told = str(error) or type(error).__name__
+        _close(recipe, folder, status, told, time.monotonic() - started)
         raise
-    _close(folder, outcome["status"], outcome["error"], time.monotonic() - started)
+    _close(recipe, folder, outcome["status"], outcome["error"], time.monotonic() - started)
     write_report(folder)
     _raise_outcome(outcome, folder)
     record = read_run(folder)
@@ -110,11 +112,12 @@ def prepare_data(recipe: Recipe, listener: Listener) -> Prepared:
 
 def _check_enough(recipe: Recipe, prepared: Prepared) -> None:
     sequences = prepared.manifest.train.sequences
-    if sequences < recipe.optim.batch_size:
-        packed = " (packed)" if recipe.data.packing else ""
+    if sequences < recipe.rows_per_step:
+        packed = " (packed)" if recipe.packs else ""
         raise InputError(
-            f"optim.batch_size: {recipe.optim.batch_size} sequences make one step, and the data "
-            f"gives only {sequences}{packed}; lower batch_size to at most {sequences}"
+            f"optim.batch_size: {recipe.optim.batch_size} takes {recipe.rows_per_step} sequences "
+            f"a step, and the data gives only {sequences}{packed}; lower batch_size, or give more "
+            "data"
         )
 
 
@@ -186,13 +189,13 @@ def _open(recipe: Recipe, folder: Folder, prepared: Prepared, earlier: Record | 
     update_run(folder, change)
 
 
-def _close(folder: Folder, status: str, error: str | None, seconds: float) -> None:
+def _close(recipe: Recipe, folder: Folder, status: str, error: str | None, seconds: float) -> None:
     def change(record: Record) -> None:
         record["status"] = status
         record["error"] = error
         record["finished_at"] = now()
         record["wall_seconds"] = round(record.get("wall_seconds", 0.0) + seconds, 2)
-        record["best_checkpoint"] = best(folder / CHECKPOINTS_FOLDER)
+        record["best_checkpoint"] = best(folder / CHECKPOINTS_FOLDER, method_of(recipe).watched)
 
     update_run(folder, change)
 

@@ -1,7 +1,7 @@
 """transformers' Trainer, fed by finray's stream and stripped of what a step does not need.
 
 The optimizer step is the Trainer's own: autocast, accumulation, clipping, scheduler, DDP. Ours
-are the data, the loss over a global batch, and what happens after a step.
+are the data, the method's loss over a global batch, and what happens after a step.
 """
 
 from collections.abc import Callable, Iterator
@@ -12,21 +12,20 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from transformers import Trainer, TrainingArguments
 
-from .data.batching import IGNORED, Batch
+from .data.batching import Batch, Rows
 from .errors import RunError
-from .model import Model, forward_arguments
-
-_SLICE = 32
+from .model import Model
+from .objectives.objective import Objective
 
 
 @dataclass
 class Counts:
     """What one optimizer step saw, over all workers."""
 
-    trainable: int
+    units: int
+    """What the loss is averaged over: tokens that bear loss, pairs, …"""
     tokens: int
     stop: bool
     """Somebody asked for the run to stop after this step."""
@@ -42,12 +41,14 @@ class StepMeasures:
 
 
 class StreamTrainer(Trainer):
-    """A Trainer whose batches come from an iterator of `Batch`.
+    """A Trainer whose rows come from a stream, and whose loss from a method's objective.
 
     Args:
         model: what to train.
         args: transformers' settings; its own logging, evaluation and saving are off.
-        batches: makes the iterator over all remaining microbatches of this worker.
+        objective: the method's.
+        passes: optimizer steps on the same rows.
+        rows: makes the iterator over the rows of all this worker's remaining microbatches.
         after_step: called after every optimizer step; returns True to end the training.
         is_logged: whether a step (counted from 1) will be logged.
         stop_requested: whether this worker was asked to stop.
@@ -58,17 +59,21 @@ class StreamTrainer(Trainer):
         model: Model,
         args: TrainingArguments,
         *,
-        batches: Callable[[], Iterator[Batch]],
+        objective: Objective,
+        passes: int,
+        rows: Callable[[], Iterator[Rows]],
         after_step: Callable[[StepMeasures], bool],
         is_logged: Callable[[int], bool],
         stop_requested: Callable[[], bool],
     ) -> None:
         super().__init__(model=model, args=args)
-        self._batches = batches
+        self._objective = objective
+        self._passes = passes
+        self._rows = rows
+        self._current: list[Batch] = []
         self._after_step = after_step
         self._is_logged = is_logged
         self._stop_requested = stop_requested
-        self._forward = forward_arguments(model)
         self._handled_step = 0
         self._tr_loss: torch.Tensor
         self._measured: list[torch.Tensor] = []
@@ -78,25 +83,31 @@ class StreamTrainer(Trainer):
 
     def get_train_dataloader(self) -> Any:
         """This worker's microbatches, without a length: `max_steps` ends the training."""
-        return _Microbatches(self._batches)
+        return _Microbatches(self._rows)
 
     def get_batch_samples(
-        self, epoch_iterator: Iterator[Batch], num_batches: int, device: torch.device
+        self, epoch_iterator: Iterator[Rows], num_batches: int, device: torch.device
     ) -> tuple[list[Batch], torch.Tensor]:
-        """The microbatches of one step, and the trainable tokens of the whole global batch."""
-        batches = list(islice(epoch_iterator, num_batches))
+        """The microbatches of one step, and the units of the whole global batch."""
+        step = self.state.global_step
+        if step % self._passes == 0:
+            microbatches = list(islice(epoch_iterator, num_batches))
+            with torch.no_grad(), self.compute_loss_context_manager():
+                self._current = self._objective.batches(step, microbatches)
         counts = torch.tensor(
             [
-                sum(batch.trainable for batch in batches),
-                sum(batch.tokens for batch in batches),
+                sum(batch.units for batch in self._current),
+                sum(batch.tokens for batch in self._current),
                 int(self._stop_requested()),
             ]
         )
         if self._cpu_group is not None:
             dist.all_reduce(counts, group=self._cpu_group)
-        trainable, tokens, stop = counts.tolist()
-        self.counts = Counts(trainable, tokens, stop > 0)
-        return batches, torch.tensor(max(trainable, 1), device=device)
+        units, tokens, stop = counts.tolist()
+        # Rows that will be trained on again are not left half-way: nothing keeps them.
+        may_stop = (step + 1) % self._passes == 0
+        self.counts = Counts(units, tokens, stop > 0 and may_stop)
+        return self._current, torch.tensor(max(units, 1), device=device)
 
     def _prepare_inputs(self, inputs: Batch) -> Batch:
         return inputs.to(self.args.device)
@@ -115,26 +126,17 @@ class StreamTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> torch.Tensor:
-        """Sum of the token losses over the trainable tokens of the global batch.
+        """The objective's losses over the units of the global batch.
 
         DDP averages gradients over the workers, so each worker's share is scaled by their number:
         the gradient is that of one process that sees the whole batch.
         """
         assert num_items_in_batch is not None
-        log_probabilities = to_log_probabilities(self.kept_logits(model, inputs))
-        loss = token_loss(log_probabilities, inputs.targets)
-        if self._is_logged(self.state.global_step + 1):
-            self._measured.append(measure(log_probabilities.detach(), inputs.targets))
-        share: torch.Tensor = loss / num_items_in_batch * self.args.world_size
+        loss = self._objective.loss(model, inputs, self._is_logged(self.state.global_step + 1))
+        if loss.measures is not None:
+            self._measured.append(loss.measures)
+        share: torch.Tensor = loss.total / num_items_in_batch * self.args.world_size
         return share
-
-    def kept_logits(self, model: torch.nn.Module, batch: Batch) -> torch.Tensor:
-        """Logits of the columns that bear loss: (sequences, columns, vocabulary)."""
-        inputs = {name: value for name, value in batch.inputs.items() if name in self._forward}
-        logits: torch.Tensor = model(**inputs, use_cache=False).logits
-        if "logits_to_keep" in self._forward:
-            return logits
-        return logits[:, batch.inputs["logits_to_keep"]]
 
     def _maybe_log_save_evaluate(
         self,
@@ -173,16 +175,14 @@ class StreamTrainer(Trainer):
         return loss
 
     def take_measures(self) -> dict[str, float]:
-        """token_accuracy and entropy (nats) of the logged step, over all workers."""
+        """The objective's measures of the logged step, over all workers."""
         if not self._measured:
             return {}
         total = torch.stack(self._measured).sum(0)
         self._measured = []
         if self.args.world_size > 1:
             dist.all_reduce(total)
-        correct, entropy, count = total.tolist()
-        count = max(count, 1.0)
-        return {"token_accuracy": correct / count, "entropy": entropy / count}
+        return _means(self._objective.measures, total)
 
     def write_state(self, folder: Path) -> None:
         """Write this rank's part of a checkpoint that `train` can resume from.
@@ -202,55 +202,31 @@ class StreamTrainer(Trainer):
         self._load_from_checkpoint(folder)
 
     @torch.no_grad()
-    def held_out_loss(self, batches: Iterator[Batch]) -> dict[str, float]:
-        """eval_loss and eval_token_accuracy over all workers' batches."""
+    def held_out(self, microbatches: Iterator[Rows]) -> dict[str, float]:
+        """eval_loss and the objective's measures, over all workers' held-out rows."""
         model = self.model
         training = model.training
         model.eval()
-        total = torch.zeros(3, dtype=torch.float64, device=self.args.device)
-        with self.accelerator.autocast():
-            for batch in batches:
-                here = batch.to(self.args.device)
-                log_probabilities = to_log_probabilities(self.kept_logits(model, here))
-                loss = token_loss(log_probabilities, here.targets).double()
-                total += torch.stack([loss, *measure(log_probabilities, here.targets)[[0, 2]]])
+        with self.compute_loss_context_manager():
+            total = self._objective.held_out(microbatches, self.args.device)
         model.train(training)
         if self.args.world_size > 1:
             dist.all_reduce(total)
-        loss, correct_sum, count_sum = total.tolist()
-        count_sum = max(count_sum, 1.0)
-        return {"eval_loss": loss / count_sum, "eval_token_accuracy": correct_sum / count_sum}
+        names = ("loss", *self._objective.measures)
+        return {f"eval_{name}": mean for name, mean in _means(names, total).items()}
+
+
+def _means(names: tuple[str, ...], total: torch.Tensor) -> dict[str, float]:
+    """Mean of each measure that was taken at all; `total` holds sums and counts."""
+    pairs = zip(names, total.tolist(), strict=True)
+    return {name: sum_ / count for name, (sum_, count) in pairs if count > 0}
 
 
 class _Microbatches:
     """Re-iterable without a length, as the Trainer asks of a stream."""
 
-    def __init__(self, batches: Callable[[], Iterator[Batch]]) -> None:
-        self._batches = batches
+    def __init__(self, rows: Callable[[], Iterator[Rows]]) -> None:
+        self._rows = rows
 
-    def __iter__(self) -> Iterator[Batch]:
-        return self._batches()
-
-
-def to_log_probabilities(logits: torch.Tensor) -> torch.Tensor:
-    """Log-softmax in float32, flattened to (tokens, vocabulary); loss and measures share it."""
-    return F.log_softmax(logits.flatten(0, 1).float(), dim=-1)
-
-
-def token_loss(log_probabilities: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """Sum of the cross-entropies (nats) of all targets that are not IGNORED."""
-    return F.nll_loss(log_probabilities, targets.flatten(), ignore_index=IGNORED, reduction="sum")
-
-
-@torch.no_grad()
-def measure(log_probabilities: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """(correct tokens, sum of entropies in nats, tokens) as float64, of targets not IGNORED."""
-    flat = targets.flatten()
-    wanted = flat != IGNORED
-    chosen = log_probabilities.gather(1, flat.clamp(min=0)[:, None]).squeeze(1)
-    correct = (chosen >= log_probabilities.amax(-1)) & wanted
-    # In slices that stay in the processor's cache: the whole would be written out twice.
-    entropies = torch.cat(
-        [-torch.linalg.vecdot(rows.exp(), rows) for rows in torch.split(log_probabilities, _SLICE)]
-    )
-    return torch.stack([correct.sum(), entropies[wanted].sum(), wanted.sum()]).double()
+    def __iter__(self) -> Iterator[Rows]:
+        return self._rows()

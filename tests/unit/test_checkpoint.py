@@ -6,7 +6,10 @@ import pytest
 
 from finray.training import checkpoint
 from finray.training.errors import RunError
+from finray.training.methods import Metric
 from finray.training.storage import Folder
+
+WATCHED = Metric("eval_loss", "min")
 
 
 def save(
@@ -30,7 +33,7 @@ def root(tmp_path: Path) -> Folder:
 
 def test_none_yet(root: Folder) -> None:
     assert checkpoint.choose(root) == checkpoint.Choice(None, 0, ())
-    assert checkpoint.rotate(root, 1) == []
+    assert checkpoint.rotate(root, 1, WATCHED) == []
 
 
 def test_the_newest_good_one_is_chosen(root: Folder, tmp_path: Path) -> None:
@@ -91,8 +94,8 @@ def test_all_damaged_stops(root: Folder, tmp_path: Path) -> None:
 def test_rotation_keeps_the_last_and_the_best(root: Folder, tmp_path: Path) -> None:
     for step, loss in ((1, 3.0), (2, 1.0), (3, 2.0), (4, None), (5, 2.5)):
         save(root, tmp_path, step, loss=loss)
-    assert checkpoint.rotate(root, 2) == ["step-00000001", "step-00000003"]
-    assert checkpoint.best(root) == "step-00000002"
+    assert checkpoint.rotate(root, 2, WATCHED) == ["step-00000001", "step-00000003"]
+    assert checkpoint.best(root, WATCHED) == "step-00000002"
     assert root.names() == ["step-00000002", "step-00000004", "step-00000005"]
 
 
@@ -100,7 +103,7 @@ def test_rotation_never_counts_an_unfinished_one(root: Folder, tmp_path: Path) -
     for step in (1, 2, 3):
         save(root, tmp_path, step)
     root.delete("step-00000003/rank-0.json")
-    assert checkpoint.rotate(root, 1) == ["step-00000001"]
+    assert checkpoint.rotate(root, 1, WATCHED) == ["step-00000001"]
     assert root.names() == ["step-00000002", "step-00000003"]
     save(root, tmp_path, 4)
-    assert checkpoint.rotate(root, 1) == ["step-00000002", "step-00000003"]
+    assert checkpoint.rotate(root, 1, WATCHED) == ["step-00000002", "step-00000003"]

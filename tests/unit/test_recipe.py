@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from finray.training.errors import InputError
-from finray.training.recipe import OptimSettings, Recipe, load_recipe, recipe_from_dict
+from finray.training.recipe import Recipe, load_recipe, recipe_from_dict
 
 GOOD = """\
 name: support
@@ -142,8 +142,13 @@ def test_a_recipe_survives_being_written_as_yaml(
 
 @given(st.integers(1, 10_000), st.integers(1, 64), st.floats(0.25, 4))
 def test_every_sequence_is_seen_epochs_times(sequences: int, batch: int, epochs: float) -> None:
-    optim = OptimSettings(batch_size=batch, micro_batch_size=1, epochs=epochs)
-    steps = optim.total_steps(sequences)
+    values = {
+        "name": "x",
+        "model": {"base": "b"},
+        "data": {"train": [{"path": "/a"}]},
+        "optim": {"batch_size": batch, "micro_batch_size": 1, "epochs": epochs},
+    }
+    steps = Recipe.model_validate(values).total_steps(sequences)
     assert steps * batch >= round(epochs * sequences, 6)
     assert (steps - 1) * batch < epochs * sequences
 

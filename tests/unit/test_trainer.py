@@ -3,6 +3,7 @@
 import copy
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -12,15 +13,18 @@ from transformers import AutoModelForCausalLM, TrainerCallback
 
 from finray.training.arguments import training_arguments
 from finray.training.data.batching import IGNORED, Batch, accumulation_steps, collate, microbatches
+from finray.training.data.prepared import Prepared
 from finray.training.data.stream import Sequence, share
-from finray.training.recipe import Recipe
-from finray.training.trainer import (
-    StepMeasures,
-    StreamTrainer,
+from finray.training.objectives.objective import Setup
+from finray.training.objectives.tokens import (
+    TokenObjective,
     measure,
     to_log_probabilities,
     token_loss,
 )
+from finray.training.recipe import Recipe
+from finray.training.storage import Folder
+from finray.training.trainer import StepMeasures, StreamTrainer
 
 BATCH = 8
 
@@ -99,7 +103,7 @@ def test_packed_equals_unpacked(tiny_model: Path, attention: str) -> None:
     sequences = make_sequences(4)
     batch = collate(sequences)
     logits = model(**batch.inputs, use_cache=False).logits
-    loss = token_loss(to_log_probabilities(logits), batch.targets) / batch.trainable
+    loss = token_loss(to_log_probabilities(logits), batch.targets) / batch.units
     loss.backward()
     packed = gradients(model)
     model.zero_grad()
@@ -149,21 +153,27 @@ def one_step(
     micro = settings.optim.micro_batch_size
     losses: list[float] = []
 
-    def batches() -> Any:
+    objective = TokenObjective(
+        Setup(settings, model, None, Prepared(Folder(str(scratch)), Mock()), rank, world_size)
+    )
+
+    def rows() -> Any:
         return microbatches(
             iter(mine), len(mine), micro, accumulation_steps(BATCH, micro, world_size)
         )
 
     def after_step(_: StepMeasures) -> bool:
         losses.append(trainer.take_loss(1))
-        assert trainer.counts.trainable == sum(int(s.trainable.sum()) for s in sequences)
+        assert trainer.counts.units == sum(int(s.trainable.sum()) for s in sequences)
         assert trainer.counts.tokens == sum(len(s.input_ids) for s in sequences)
         return False
 
     trainer = StreamTrainer(
         model,
         training_arguments(settings, 1, world_size, scratch),
-        batches=batches,
+        objective=objective,
+        passes=1,
+        rows=rows,
         after_step=after_step,
         is_logged=lambda step: True,
         stop_requested=lambda: False,
@@ -242,7 +252,7 @@ def test_measures_against_their_definitions() -> None:
     targets = torch.randint(0, 17, (2, 50))
     targets[:, ::5] = logits[:, ::5].argmax(-1)
     targets[0, :20] = IGNORED
-    correct, entropy, count = measure(to_log_probabilities(logits), targets).tolist()
+    (correct, count), (entropy, _) = measure(to_log_probabilities(logits), targets).tolist()
     wanted = targets != IGNORED
     distribution = torch.distributions.Categorical(logits=logits[wanted])
     assert count == int(wanted.sum())

@@ -130,11 +130,13 @@ def _sequences(table: pa.Table, documents: Indices, offsets: Indices) -> pa.Tabl
     taken = table.take(pa.array(documents))
     lengths = _sizes(taken["input_ids"])
     token_offsets = np.concatenate(([0], np.cumsum(lengths, dtype=np.int64)))[offsets]
+    texts = np.concatenate(([0], np.cumsum(_sizes(taken["lengths"]), dtype=np.int64)))[offsets]
     columns = [
         pa.ListArray.from_arrays(token_offsets.astype(np.int32), _flat(taken["input_ids"])),
-        pa.ListArray.from_arrays(offsets.astype(np.int32), lengths),
+        pa.ListArray.from_arrays(texts.astype(np.int32), _flat(taken["lengths"])),
         pa.ListArray.from_arrays(token_offsets.astype(np.int32), _flat(taken["trainable"])),
         pa.ListArray.from_arrays(offsets.astype(np.int32), _flat(taken["row"])),
+        taken["extra"].take(pa.array(offsets[:-1])),
     ]
     return pa.table(columns, schema=SEQUENCE_SCHEMA)
 

@@ -1,8 +1,8 @@
-"""From sequences to the tensors of one forward pass."""
+"""From rows of the stream to the tensors of one forward pass."""
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from itertools import islice
 
 import numpy as np
@@ -12,6 +12,9 @@ from numpy.typing import NDArray
 from .stream import Sequence, share
 
 IGNORED = -100
+
+Rows = list[Sequence]
+"""The rows of one forward pass; at least one, which may be NOTHING."""
 
 
 @dataclass(frozen=True)
@@ -25,54 +28,69 @@ class Batch:
     """Shape (sequences, columns): the token that follows each kept column, or IGNORED."""
     tokens: int
     """Tokens without padding."""
-    trainable: int
-    """Tokens that bear loss."""
+    units: int
+    """What the loss is averaged over: tokens that bear loss, pairs, …"""
+    rows: NDArray[np.int64]
+    """Row numbers in the source data."""
+    extra: dict[str, torch.Tensor] = field(default_factory=dict)
+    """What else the method's loss needs."""
 
     def to(self, device: torch.device) -> "Batch":
         """The batch on another device."""
-        inputs = {name: tensor.to(device) for name, tensor in self.inputs.items()}
-        return Batch(inputs, self.targets.to(device), self.tokens, self.trainable)
+        return replace(
+            self,
+            inputs={name: tensor.to(device) for name, tensor in self.inputs.items()},
+            targets=self.targets.to(device),
+            extra={name: tensor.to(device) for name, tensor in self.extra.items()},
+        )
 
 
-def accumulation_steps(batch_size: int, micro_batch_size: int, world_size: int) -> int:
-    """Microbatches of one optimizer step: the same number on every rank."""
-    return math.ceil(share(batch_size, 0, world_size) / micro_batch_size)
+def accumulation_steps(
+    rows: int, micro_batch_size: int, world_size: int, sequences_per_row: int = 1
+) -> int:
+    """Microbatches of one optimizer step over `rows`: the same number on every rank."""
+    return math.ceil(share(rows, 0, world_size) * sequences_per_row / micro_batch_size)
 
 
 def microbatches(
     sequences: Iterator[Sequence], own_share: int, micro_batch_size: int, accumulation: int
-) -> Iterator[Batch]:
-    """Group a worker's sequences into exactly `accumulation` microbatches a step.
+) -> Iterator[Rows]:
+    """Group a worker's rows into exactly `accumulation` microbatches a step.
 
-    Where the batch does not divide evenly, a worker's last microbatch is smaller, or two tokens
-    that bear no loss, so that all workers take the same number of passes.
+    Where the batch does not divide evenly, a worker's last microbatch is smaller, or NOTHING, so
+    that all workers take the same number of passes.
     """
     while step := list(islice(sequences, own_share)):
         for index in range(accumulation):
             part = step[index * micro_batch_size : (index + 1) * micro_batch_size]
-            yield collate(part or [_NOTHING])
+            yield part or [NOTHING]
 
 
-def in_batches(sequences: Iterator[Sequence], size: int) -> Iterator[Batch]:
-    """Batches of `size` sequences; the last may be smaller."""
+def in_batches(sequences: Iterator[Sequence], size: int) -> Iterator[Rows]:
+    """Groups of `size` rows; the last may be smaller."""
     while part := list(islice(sequences, size)):
-        yield collate(part)
+        yield part
 
 
-_NOTHING = Sequence(
+NOTHING = Sequence(
     np.zeros(2, np.int32), np.array([2], np.int32), np.zeros(2, np.bool_), np.zeros(0, np.int64)
 )
+"""Two tokens that bear no loss, and belong to no row."""
 
 
-def collate(sequences: list[Sequence]) -> Batch:
+def collate(sequences: Rows, pad: int = 0) -> Batch:
     """Tensors for one forward pass, padded at the end to the longest sequence.
 
     Positions restart with every document, and transformers isolates documents by that; there is
     no attention mask. Padding carries on its last document, whose tokens cannot look ahead at it.
+
+    Args:
+        sequences: at least one.
+        pad: the token that pads.
     """
     longest = max(len(sequence.input_ids) for sequence in sequences)
     shape = (len(sequences), longest)
-    input_ids = np.zeros(shape, np.int64)
+    input_ids = np.full(shape, pad, np.int64)
     labels = np.full(shape, IGNORED, np.int64)
     positions = np.zeros(shape, np.int64)
     for row, sequence in enumerate(sequences):
@@ -93,7 +111,30 @@ def collate(sequences: list[Sequence]) -> Batch:
         },
         targets=torch.from_numpy(targets),
         tokens=sum(int(s.lengths.sum()) for s in sequences if s.rows.size),
-        trainable=int((targets != IGNORED).sum()),
+        units=int((targets != IGNORED).sum()),
+        rows=np.concatenate([sequence.rows for sequence in sequences]),
+    )
+
+
+def collate_pairs(pairs: Rows, pad: int = 0) -> Batch:
+    """Both texts of every pair: all first ones, then all second ones. Its unit is a pair.
+
+    `extra["weight"]` (pairs,) is 0 for a pair that is NOTHING, 1 for others.
+    """
+    halves = [_halves(pair) for pair in pairs]
+    batch = collate([half[0] for half in halves] + [half[1] for half in halves], pad)
+    weight = torch.tensor([float(pair.rows.size > 0) for pair in pairs])
+    rows = np.concatenate([pair.rows for pair in pairs])
+    return replace(batch, units=int(weight.sum()), rows=rows, extra={"weight": weight})
+
+
+def _halves(pair: Sequence) -> tuple[Sequence, Sequence]:
+    if not pair.rows.size:
+        return pair, pair
+    cut = int(pair.lengths[0])
+    return (
+        Sequence(pair.input_ids[:cut], pair.lengths[:1], pair.trainable[:cut], pair.rows),
+        Sequence(pair.input_ids[cut:], pair.lengths[1:], pair.trainable[cut:], pair.rows),
     )
 
 

@@ -5,7 +5,7 @@ from collections.abc import Container, Sequence
 from typing import Any
 
 from ..errors import InputError
-from .formats import Conversation, Message, RowError
+from .shapes import Conversation, Message, RowError
 
 CHATML = (
     "{% for message in messages %}"

@@ -13,7 +13,7 @@ from .resolving import ResolvedData, ResolvedSource, resolve_data
 from .sources import SourceFile, file_kind
 from .tokenizer_files import model_folder, tokenizer_files
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 """Raised when the same inputs would be prepared differently."""
 
 _BLOCK = 2**20
@@ -42,7 +42,7 @@ def fingerprint(recipe: Recipe, data: ResolvedData | None = None) -> str:
         "eval": _describe(data.eval),
         "render": render,
         "method": recipe.method.kind,
-        "packing": recipe.data.packing,
+        "packing": recipe.packs,
         "holdout": recipe.data.holdout,
         "tokenizer": _describe_tokenizer(recipe.model),
     }

@@ -1,19 +1,15 @@
-"""The shapes in which people keep training rows, brought to three: a conversation, a prompt with
-its completion, plain text."""
+"""The formats in which people keep training rows, brought to the shapes that finray knows."""
 
-import hashlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any, Literal
 
 from ..errors import InputError
 from .reading import Row
+from .shapes import Answer, Completion, Conversation, Message, Normalised, Pair, RowError, Text
 
-KnownFormat = Literal["messages", "alpaca", "sharegpt", "prompt_completion", "text"]
-Message = dict[str, str]
-"""`role` (system, user, assistant or tool) and `content`."""
-
+KnownFormat = Literal["preference", "messages", "alpaca", "sharegpt", "prompt_completion", "text"]
 WANTED: dict[KnownFormat, str] = {
+    "preference": "prompt, chosen and rejected",
     "messages": "messages: a list of {role, content}",
     "sharegpt": "conversations: a list of {from, value} or {role, content}",
     "alpaca": "instruction and output (optionally input, system, history)",
@@ -21,6 +17,7 @@ WANTED: dict[KnownFormat, str] = {
     "text": "text or content",
 }
 _KEYS: dict[KnownFormat, tuple[tuple[str, ...], ...]] = {
+    "preference": (("prompt", "chosen", "rejected"),),
     "messages": (("messages",),),
     "sharegpt": (("conversations",),),
     "alpaca": (("instruction", "output"),),
@@ -42,52 +39,6 @@ _ROLES = {
     "function": "tool",
     "observation": "tool",
 }
-
-
-class RowError(ValueError):
-    """A row does not have the shape of its format."""
-
-
-@dataclass(frozen=True)
-class Conversation:
-    """Turns to be rendered with the chat template."""
-
-    messages: tuple[Message, ...]
-    first_trained: int = 0
-    """Assistant turns before this message are context that bears no loss."""
-
-    @property
-    def contents(self) -> tuple[str, ...]:
-        """Every text of the row, with the roles that tell them apart."""
-        return tuple(part for message in self.messages for part in message.values())
-
-
-@dataclass(frozen=True)
-class Completion:
-    """A prompt and what follows it, both verbatim."""
-
-    prompt: str
-    completion: str
-
-    @property
-    def contents(self) -> tuple[str, ...]:
-        """Every text of the row."""
-        return (self.prompt, self.completion)
-
-
-@dataclass(frozen=True)
-class Text:
-    """Plain text."""
-
-    text: str
-
-    @property
-    def contents(self) -> tuple[str, ...]:
-        """Every text of the row."""
-        return (self.text,)
-
-
-Normalised = Conversation | Completion | Text
 
 
 def detect_format(rows: Sequence[tuple[str, Row]]) -> KnownFormat:
@@ -121,15 +72,6 @@ def normalise(row: Row, row_format: KnownFormat) -> Normalised:
             conversations without an assistant turn.
     """
     return _NORMALISERS[row_format](row)
-
-
-def share_of(row: Normalised, purpose: str) -> float:
-    """A number in [0, 1) drawn from the row's content: equal rows draw equal numbers."""
-    digest = hashlib.blake2b(digest_size=8, person=purpose.encode())
-    for part in row.contents:
-        digest.update(part.encode())
-        digest.update(b"\0")
-    return int.from_bytes(digest.digest(), "big") / 2**64
 
 
 def _has_keys(row: Row, alternatives: tuple[tuple[str, ...], ...]) -> bool:
@@ -229,11 +171,25 @@ def _from_prompt_completion(row: Row) -> Normalised:
     return _conversation(prompt + _turns(row.get(name), name), first_trained=len(prompt))
 
 
+def _from_preference(row: Row) -> Normalised:
+    chosen, rejected = (_answer(row, name) for name in ("chosen", "rejected"))
+    return Pair(chosen, rejected)
+
+
+def _answer(row: Row, name: str) -> Answer:
+    """The prompt with the answer under a name."""
+    if not isinstance(row.get("prompt"), list):
+        return Completion(_required(row, "prompt"), _required(row, name))
+    prompt = _turns(row["prompt"], "prompt")
+    return _conversation(prompt + _turns(row.get(name), name), first_trained=len(prompt))
+
+
 def _from_text(row: Row) -> Normalised:
     return Text(_required(row, "text", "content"))
 
 
 _NORMALISERS: dict[KnownFormat, Callable[[Row], Normalised]] = {
+    "preference": _from_preference,
     "messages": _from_messages,
     "sharegpt": _from_sharegpt,
     "alpaca": _from_alpaca,

@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import InputError
-from ..methods import method_of
+from ..methods import METHODS, check_shape, method_of
 from ..recipe import Recipe
 from .chat import NO_TEMPLATE, check_chatml
-from .formats import Conversation, KnownFormat, Normalised, RowError, Text, normalise
+from .formats import KnownFormat, normalise
 from .reading import BadRow, Row
 from .resolving import ResolvedSource, all_rows, resolve_source
+from .shapes import Normalised, RowError, Text, is_chat, parts_of
 from .sources import file_kind, parquet_metadata
 from .tokenizer_files import has_vocabulary, model_folder
 
@@ -72,17 +73,18 @@ def inspect_data(recipe: Recipe) -> Inspection:
         _check_model(folder, recipe)
     tokenizer = _tokenizer(folder)
     counted = size <= _COUNTED_BYTES
-    looks = [_look(source, counted, tokenizer) for source in (*train, *held_out)]
+    kind = recipe.method.kind
+    looks = [_look(source, kind, counted, tokenizer) for source in (*train, *held_out)]
     _check_template(recipe, folder, tokenizer, looks)
     _check_enough(recipe, train, looks[: len(train)])
     inspections = tuple(look.inspection for look in looks)
     return Inspection(inspections[: len(train)], inspections[len(train) :], folder)
 
 
-def _look(source: ResolvedSource, counted: bool, tokenizer: Any) -> _Look:
+def _look(source: ResolvedSource, method: str, counted: bool, tokenizer: Any) -> _Look:
     rows = all_rows(source.files)
     first = list(islice(rows, _ROWS_CHECKED))
-    usable = _usable(source, first)
+    usable = _usable(source, method, first)
     is_parquet = [file_kind(file) == "parquet" for file in source.files]
     if all(is_parquet):
         count, is_exact = sum(parquet_metadata(file).num_rows for file in source.files), True
@@ -104,7 +106,7 @@ def _look(source: ResolvedSource, counted: bool, tokenizer: Any) -> _Look:
 
 
 def _usable(
-    source: ResolvedSource, first: Sequence[tuple[str, Row | BadRow]]
+    source: ResolvedSource, method: str, first: Sequence[tuple[str, Row | BadRow]]
 ) -> tuple[Normalised, ...]:
     """The normalised rows; an InputError where there are none."""
     usable: list[Normalised] = []
@@ -113,7 +115,9 @@ def _usable(
         try:
             if isinstance(row, BadRow):
                 raise RowError(row.reason)
-            usable.append(normalise(row, source.format))
+            normalised = normalise(row, source.format)
+            check_shape(normalised, method)
+            usable.append(METHODS[method].adapt(normalised))
         except RowError as error:
             fault = fault or f"{place}: {error}"
     if not usable:
@@ -188,7 +192,7 @@ def _positions(config: dict[str, Any]) -> float | None:
 def _check_template(
     recipe: Recipe, folder: Path | None, tokenizer: Any, looks: Sequence[_Look]
 ) -> None:
-    has_chats = any(isinstance(row, Conversation) for look in looks for row in look.rows)
+    has_chats = any(is_chat(part) for look in looks for row in look.rows for part in parts_of(row))
     if not has_chats or folder is None:
         return
     if recipe.data.chat_template == "chatml" and tokenizer is not None:
@@ -217,10 +221,11 @@ def _check_enough(
         look.inspection.rows * source.weight for source, look in zip(sources, looks, strict=True)
     )
     left = round(rows * (1 - recipe.data.holdout))
-    if left < recipe.optim.batch_size:
+    if left < recipe.rows_per_step:
         raise InputError(
-            f"optim.batch_size: {recipe.optim.batch_size} sequences make one step, and the data "
-            f"gives only {left} rows to train on; lower batch_size, or give more data"
+            f"optim.batch_size: {recipe.optim.batch_size} takes {recipe.rows_per_step} rows a "
+            f"step, and the data gives only {left} rows to train on; lower batch_size, or give "
+            "more data"
         )
 
 

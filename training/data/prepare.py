@@ -17,7 +17,6 @@ import pyarrow.parquet as pq
 from pyarrow import fs as pafs
 
 from ..errors import InputError
-from ..methods import method_of
 from ..recipe import Recipe
 from ..storage import Folder
 from .assembling import AssembleTask, Part, SequenceFile, assemble_items, split_of
@@ -161,9 +160,10 @@ class _Preparation:
         items = _chunk_items(self._data)
         task = TokeniseTask(
             render=_worker_settings(self._recipe),
+            method=self._recipe.method.kind,
             attempt=self._attempt,
             holdout=self._recipe.data.holdout,
-            with_samples=method_of(self._recipe).has_answers,
+            with_samples=self._recipe.method.has_answers,
         )
         lines = tokens = 0
         rows = {"train": 0, "eval": 0}
@@ -197,7 +197,7 @@ class _Preparation:
 
     def _assemble(self, seed: int) -> list[SequenceFile]:
         data = self._recipe.data
-        task = AssembleTask(self._attempt, data.max_length, data.packing, seed)
+        task = AssembleTask(self._attempt, data.max_length, self._recipe.packs, seed)
         items = [
             item
             for split, parts in self._parts.items()
@@ -250,7 +250,10 @@ class _Preparation:
     def _manifest(self, key: str, files: list[SequenceFile], started: float) -> Manifest:
         data = self._recipe.data
         splits = {
-            split: split_of([file for file in files if file.split == split], data.max_length)
+            split: split_of(
+                [file for file in files if file.split == split],
+                data.max_length * self._recipe.method.texts,
+            )
             for split in self._parts
         }
         assert splits["train"] is not None
@@ -277,7 +280,7 @@ class _Preparation:
             ),
             samples=len(self._samples),
             max_length=data.max_length,
-            packing=data.packing,
+            packing=self._recipe.packs,
             created_at=datetime.now(UTC).isoformat(timespec="seconds"),
             seconds=round(time.monotonic() - started, 3),
         )

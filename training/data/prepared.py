@@ -30,10 +30,12 @@ SEQUENCE_SCHEMA = pa.schema(
         ("lengths", pa.list_(pa.int32())),
         ("trainable", pa.list_(pa.bool_())),
         ("rows", pa.list_(pa.int64())),
+        ("extra", pa.string()),
     ]
 )
 """A row is a sequence: its tokens, its documents' lengths, which tokens bear loss, and each
-document's row number within the split, in the order of sources, files and rows."""
+document's row number within the split, in the order of sources, files and rows. A row may be one
+document of several texts, such as a pair's; `extra` is what else its method wants, as JSON."""
 
 SAMPLE_SCHEMA = pa.schema(
     [

@@ -1,7 +1,7 @@
 """From normalised rows to tokens, and which of them bear loss."""
 
 from bisect import bisect_left, bisect_right
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from operator import itemgetter
@@ -14,7 +14,17 @@ from ..errors import InputError
 from ..methods import method_of
 from ..recipe import Recipe
 from .chat import ChatTemplate, Span, chat_template_of
-from .formats import Completion, Conversation, Normalised, RowError, Text
+from .shapes import (
+    Completion,
+    Conversation,
+    Normalised,
+    Part,
+    Question,
+    RowError,
+    Text,
+    parts_of,
+    question_of,
+)
 
 OVERLONG = "overlong"
 NO_TRAINABLE_TOKEN = "no_trainable_token"
@@ -54,7 +64,10 @@ class Document:
     input_ids: NDArray[np.int32]
     """Shape (tokens,)."""
     trainable: NDArray[np.bool_]
-    """Shape (tokens,): bears loss. The first never does: nothing precedes it to predict it from."""
+    """Shape (tokens,): bears loss. A text's first never does: nothing precedes it to predict it
+    from."""
+    lengths: tuple[int, ...]
+    """Tokens of each of its texts: one, or a pair's two."""
 
 
 @dataclass(frozen=True)
@@ -85,6 +98,12 @@ class _Draft:
     is_bare: bool
     """Special tokens at both ends are not part of the text yet."""
     can_split: bool
+    is_open: bool = False
+    """A prompt: nothing ends it, and nothing of it bears loss."""
+
+
+_Tokens = tuple[NDArray[np.int32], NDArray[np.bool_]]
+"""(input_ids, trainable), both of shape (tokens,)."""
 
 
 class Renderer:
@@ -117,14 +136,14 @@ class Renderer:
             InputError: where the tokenizer lacks a chat template or an end-of-sequence token that
                 the rows need.
         """
-        drafts = [self._draft(row) for row in rows]
-        texts = [draft.text for draft in drafts if isinstance(draft, _Draft)]
+        drafts = [self._drafts(row) for row in rows]
+        texts = [part.text for parts in drafts if isinstance(parts, list) for part in parts]
         encodings = iter(self._encoder.encode_batch(texts, add_special_tokens=False))
         return [
-            self._finish(draft, next(encodings))
-            if isinstance(draft, _Draft)
-            else Rendered(error=draft)
-            for draft in drafts
+            self._fit([(part, *self._tokens(part, next(encodings))) for part in parts])
+            if isinstance(parts, list)
+            else Rendered(error=parts)
+            for parts in drafts
         ]
 
     def prompt(self, row: Normalised) -> Prompt | None:
@@ -133,21 +152,26 @@ class Renderer:
         Raises:
             RowError: where the chat template refuses the conversation.
         """
-        if isinstance(row, Text):
+        part = parts_of(row)[0]
+        if isinstance(part, Text):
             return None
-        if isinstance(row, Completion):
-            return self._prompt(row.prompt, row.completion, self._lead)
-        roles = [message["role"] for message in row.messages]
-        last = len(roles) - 1 - roles[::-1].index("assistant")
-        text = self.template.render(row.messages[:last], add_generation_prompt=True)
-        return self._prompt(text, row.messages[last]["content"], [])
+        question = part if isinstance(part, Question) else question_of(part)
+        if question.reference is None:
+            return None
+        draft = self._draft_question(question)
+        ids, _ = self._tokens(draft, self._encoder.encode(draft.text, add_special_tokens=False))
+        return Prompt(draft.text, ids, question.reference)
 
-    def _prompt(self, text: str, reference: str, lead: list[int]) -> Prompt:
-        ids = lead + self._encoder.encode(text, add_special_tokens=False).ids
-        return Prompt(text, np.array(ids, np.int32), reference)
+    def _drafts(self, row: Normalised) -> list[_Draft] | RowError:
+        try:
+            return [self._draft(part) for part in parts_of(row)]
+        except RowError as error:
+            return error
 
-    def _draft(self, row: Normalised) -> _Draft | RowError:
+    def _draft(self, row: Part) -> _Draft:
         everything, can_split = self._settings.train_on_all, self._settings.split_overlong
+        if isinstance(row, Question):
+            return self._draft_question(row)
         if isinstance(row, Text):
             return _Draft(row.text, None, is_bare=True, can_split=True)
         if isinstance(row, Completion):
@@ -156,16 +180,19 @@ class Renderer:
             return _Draft(text, spans, is_bare=True, can_split=can_split)
         return self._draft_conversation(row)
 
-    def _draft_conversation(self, row: Conversation) -> _Draft | RowError:
+    def _draft_conversation(self, row: Conversation) -> _Draft:
         can_split = self._settings.split_overlong
-        try:
-            if self._settings.train_on_all:
-                text = self.template.render(row.messages)
-                return _Draft(text, None, is_bare=False, can_split=can_split)
-            text, spans = self.template.render_with_spans(row)
-        except RowError as error:
-            return error
+        if self._settings.train_on_all:
+            text = self.template.render(row.messages)
+            return _Draft(text, None, is_bare=False, can_split=can_split)
+        text, spans = self.template.render_with_spans(row)
         return _Draft(text, spans, is_bare=False, can_split=can_split)
+
+    def _draft_question(self, row: Question) -> _Draft:
+        if isinstance(row.prompt, str):
+            return _Draft(row.prompt, [], is_bare=True, can_split=False, is_open=True)
+        text = self.template.render(row.prompt, add_generation_prompt=True)
+        return _Draft(text, [], is_bare=False, can_split=False, is_open=True)
 
     @cached_property
     def _tail(self) -> list[int]:
@@ -177,8 +204,10 @@ class Renderer:
             )
         return [eos]
 
-    def _finish(self, draft: _Draft, encoding: Any) -> Rendered:
-        lead, tail = (self._lead, self._tail) if draft.is_bare else ([], [])
+    def _tokens(self, draft: _Draft, encoding: Any) -> _Tokens:
+        """A text's tokens, and which of them bear loss."""
+        lead = self._lead if draft.is_bare else []
+        tail = self._tail if draft.is_bare and not draft.is_open else []
         input_ids = np.array(lead + encoding.ids + tail, np.int32)
         if draft.spans is None:
             trainable = np.ones(len(input_ids), np.bool_)
@@ -187,25 +216,48 @@ class Renderer:
             for first, last in _token_ranges(encoding.offsets, draft.spans):
                 trainable[len(lead) + first : len(lead) + last] = True
             trainable[len(input_ids) - len(tail) :] = True
-        return self._fit(input_ids, trainable, draft.can_split)
+        return input_ids, trainable
 
-    def _fit(
-        self, input_ids: NDArray[np.int32], trainable: NDArray[np.bool_], can_split: bool
-    ) -> Rendered:
+    def _fit(self, parts: list[tuple[_Draft, NDArray[np.int32], NDArray[np.bool_]]]) -> Rendered:
+        """The document of a row's texts; several where a single long text may be split."""
         limit = self._settings.max_length
-        if len(input_ids) > limit and not can_split:
-            if self._settings.overlong == "drop":
+        if parts[0][0].can_split and len(parts) == 1:
+            return _as_rendered([_joined([piece]) for piece in _pieces(*parts[0][1:], limit)])
+        cuts_allowed = self._settings.overlong == "truncate"
+        cut: list[_Tokens] = []
+        for draft, input_ids, trainable in parts:
+            # The end of a prompt is what it asks.
+            if len(input_ids) > limit and (draft.is_open or not cuts_allowed):
                 return Rendered(dropped=OVERLONG)
-            input_ids, trainable = input_ids[:limit], trainable[:limit]
-        documents = []
-        for start in range(0, len(input_ids), limit):
-            mask = trainable[start : start + limit]
+            mask = trainable[:limit]
             mask[0] = False
-            if mask.any():
-                documents.append(Document(input_ids[start : start + limit], mask))
-        if not documents:
-            return Rendered(dropped=NO_TRAINABLE_TOKEN)
-        return Rendered(tuple(documents))
+            if not (mask.any() or draft.is_open):
+                return Rendered(dropped=NO_TRAINABLE_TOKEN)
+            cut.append((input_ids[:limit], mask))
+        return Rendered((_joined(cut),))
+
+
+def _pieces(
+    input_ids: NDArray[np.int32], trainable: NDArray[np.bool_], limit: int
+) -> Iterator[_Tokens]:
+    """Consecutive parts of at most `limit` tokens that bear any loss."""
+    for start in range(0, len(input_ids), limit):
+        mask = trainable[start : start + limit]
+        mask[0] = False
+        if mask.any():
+            yield input_ids[start : start + limit], mask
+
+
+def _joined(parts: list[_Tokens]) -> Document:
+    return Document(
+        np.concatenate([input_ids for input_ids, _ in parts]),
+        np.concatenate([trainable for _, trainable in parts]),
+        tuple(len(input_ids) for input_ids, _ in parts),
+    )
+
+
+def _as_rendered(documents: list[Document]) -> Rendered:
+    return Rendered(tuple(documents)) if documents else Rendered(dropped=NO_TRAINABLE_TOKEN)
 
 
 @lru_cache(maxsize=2)

@@ -25,21 +25,23 @@ from ..storage import Folder
 from .prepared import Split
 
 WINDOW_GROUPS = 32
-COLUMNS = ("input_ids", "lengths", "trainable", "rows")
+COLUMNS = ("input_ids", "lengths", "trainable", "rows", "extra")
 
 
 @dataclass(frozen=True)
 class Sequence:
-    """One row of training: one document, or several packed ones."""
+    """One row of training: one document, several packed ones, or the two texts of a pair."""
 
     input_ids: NDArray[np.int32]
     """Shape (tokens,)."""
     lengths: NDArray[np.int32]
-    """Tokens of each document; their sum is the length of `input_ids`."""
+    """Tokens of each document (or text); their sum is the length of `input_ids`."""
     trainable: NDArray[np.bool_]
     """Shape (tokens,): which tokens bear loss."""
     rows: NDArray[np.int64]
     """The documents' row numbers in the source data."""
+    extra: str | None = None
+    """What else its method wants of the row, as JSON."""
 
 
 @dataclass(frozen=True)
@@ -216,10 +218,11 @@ class _WindowTask:
 def _sequences(table: pa.Table) -> Iterator[Sequence]:
     columns: list[Any] = [table[name].combine_chunks() for name in COLUMNS]
     for row in range(table.num_rows):
-        ids, lengths, trainable, rows = (column[row].values for column in columns)
+        ids, lengths, trainable, rows = (column[row].values for column in columns[:-1])
         yield Sequence(
             ids.to_numpy(),
             lengths.to_numpy(),
             trainable.to_numpy(zero_copy_only=False),
             rows.to_numpy(),
+            columns[-1][row].as_py(),
         )

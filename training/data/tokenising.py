@@ -12,11 +12,13 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from ..errors import InputError
+from ..methods import METHODS, Method, check_shape
 from ..storage import Folder
 from .chat import UnstableTemplate
-from .formats import KnownFormat, Normalised, RowError, normalise, share_of
+from .formats import KnownFormat, normalise
 from .reading import BadRow, Row, first_line, read_chunk, shorten
 from .rendering import Document, Prompt, Rendered, Renderer, RenderSettings, load_renderer
+from .shapes import Normalised, RowError, share_of
 from .sources import Chunk
 
 BAD_ROW = "bad_row"
@@ -34,7 +36,9 @@ _TOKEN_SCHEMA = pa.schema(
     [
         ("row", pa.int64()),
         ("input_ids", pa.list_(pa.int32())),
+        ("lengths", pa.list_(pa.int32())),
         ("trainable", pa.list_(pa.bool_())),
+        ("extra", pa.string()),
     ]
 )
 
@@ -99,6 +103,8 @@ class _Pending:
     copies: int
     row: Row
     normalised: Normalised
+    """As its method tokenises it."""
+    extra: str | None
 
 
 def length_edges(max_length: int) -> NDArray[np.int64]:
@@ -111,6 +117,8 @@ class TokeniseTask:
     """Reads, normalises, renders and tokenises a chunk; writes its documents."""
 
     render: RenderSettings
+    method: str
+    """Its kind."""
     attempt: Folder
     holdout: float
     """Share of the training rows that go to the evaluation split."""
@@ -119,6 +127,7 @@ class TokeniseTask:
 
     def __call__(self, item: ChunkItem) -> ChunkResult:
         content = read_chunk(item.chunk)
+        method = METHODS[self.method]
         edges = length_edges(self.render.max_length)
         result = ChunkResult(item, content.lines, np.zeros(len(edges) - 1, np.int64))
         renderer = load_renderer(self.render)
@@ -127,7 +136,7 @@ class TokeniseTask:
             for split in ("train", "eval")
         }
         try:
-            for pending in _slices(self._usable(item, content.rows, result)):
+            for pending in _slices(self._usable(item, method, content.rows, result)):
                 self._render(renderer, pending, result, writers)
         finally:
             for writer in writers.values():
@@ -137,7 +146,11 @@ class TokeniseTask:
         return result
 
     def _usable(
-        self, item: ChunkItem, rows: Iterable[tuple[int, Row | BadRow]], result: ChunkResult
+        self,
+        item: ChunkItem,
+        method: Method,
+        rows: Iterable[tuple[int, Row | BadRow]],
+        result: ChunkResult,
     ) -> Iterable[_Pending]:
         for index, (line, row) in enumerate(rows):
             result.rows += 1
@@ -146,6 +159,7 @@ class TokeniseTask:
                 continue
             try:
                 normalised = normalise(row, item.format)
+                check_shape(normalised, self.method)
             except RowError as error:
                 _quarantine(result, line, str(error), _shown(row))
                 continue
@@ -153,7 +167,10 @@ class TokeniseTask:
             split = "eval" if held_out else item.split
             copies = _copies(normalised, item.weight)
             if copies > 0:
-                yield _Pending(index, line, split, copies, row, normalised)
+                extra = method.extra(row, normalised)
+                told = None if extra is None else json.dumps(extra)
+                normalised = method.adapt(normalised)
+                yield _Pending(index, line, split, copies, row, normalised, told)
 
     def _render(
         self,
@@ -171,9 +188,11 @@ class TokeniseTask:
                 result.dropped[outcome.dropped] += 1
             for document in outcome.documents:
                 for _ in range(one.copies):
-                    writers[one.split].add(one.index, document)
+                    writers[one.split].add(one.index, document, one.extra)
             self._sample(renderer, one, outcome, result)
-        lengths = [len(document.input_ids) for one in rendered for document in one.documents]
+        lengths = [
+            size for one in rendered for document in one.documents for size in document.lengths
+        ]
         result.histogram += np.histogram(lengths, length_edges(self.render.max_length))[0]
         for writer in writers.values():
             writer.flush()
@@ -197,11 +216,20 @@ class TokenFile:
         self._writer: Any = None
         self._rows: list[int] = []
         self._documents: list[Document] = []
+        self._extras: list[str | None] = []
         self.groups: list[TokenGroup] = []
 
-    def add(self, row: int, document: Document) -> None:
+    def add(self, row: int, document: Document, extra: str | None) -> None:
+        """Write a document with the next flush.
+
+        Args:
+            row: its number within the chunk.
+            document: its tokens.
+            extra: what else its method wants of the row, as JSON.
+        """
         self._rows.append(row)
         self._documents.append(document)
+        self._extras.append(extra)
 
     def flush(self) -> None:
         """Write what was added as one row group."""
@@ -223,12 +251,14 @@ class TokenFile:
         columns = [
             pa.array(self._rows, pa.int64()),
             pa.ListArray.from_arrays(offsets, ids),
+            pa.array([document.lengths for document in self._documents], pa.list_(pa.int32())),
             pa.ListArray.from_arrays(offsets, trainable),
+            pa.array(self._extras, pa.string()),
         ]
         self._writer.write_table(pa.table(columns, schema=_TOKEN_SCHEMA))
         group = TokenGroup(self._name, len(self.groups), len(ids))
         self.groups.append(group)
-        self._rows, self._documents = [], []
+        self._rows, self._documents, self._extras = [], [], []
 
     def close(self) -> None:
         if self._writer is not None:

@@ -1,14 +1,35 @@
 """The methods of fine-tuning.
 
-To add one: a settings variant in `training.recipe`, a module here, an entry in METHODS.
+To add one: a settings variant in `training.method_settings`, a module here, an entry in METHODS,
+an objective in `training.objectives`.
 """
 
+from ..data.shapes import SHAPES, Normalised, RowError
 from ..recipe import Recipe
-from . import pretrain, sft
-from .method import Method
+from . import dpo, pretrain, sft
+from .method import Method, Metric
 
-METHODS = {"sft": sft.METHOD, "pretrain": pretrain.METHOD}
+METHODS = {"sft": sft.METHOD, "pretrain": pretrain.METHOD, "dpo": dpo.METHOD}
 """By the recipe's `method.kind`."""
+
+
+def check_shape(row: Normalised, kind: str) -> None:
+    """Refuse a row that a method does not learn from.
+
+    Raises:
+        RowError: naming the shapes that it does.
+    """
+    wanted = METHODS[kind].shapes
+    if not isinstance(row, wanted):
+        others = [name for name, method in METHODS.items() if isinstance(row, method.shapes)]
+        raise RowError(
+            f"method {kind} learns from {_told(wanted)}, and this is one of the "
+            f"{SHAPES[type(row)]}, for method {' or '.join(others)}"
+        )
+
+
+def _told(shapes: tuple[type[Normalised], ...]) -> str:
+    return " or ".join(SHAPES[shape] for shape in shapes)
 
 
 def method_of(recipe: Recipe) -> Method:
@@ -16,4 +37,4 @@ def method_of(recipe: Recipe) -> Method:
     return METHODS[recipe.method.kind]
 
 
-__all__ = ["METHODS", "Method", "method_of"]
+__all__ = ["METHODS", "Method", "Metric", "check_shape", "method_of"]

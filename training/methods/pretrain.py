@@ -1,7 +1,9 @@
 """Pretraining, from scratch or continued: predict every token of plain text."""
 
-from ..recipe import PretrainMethod
+from ..data.shapes import Completion, Conversation, Text
+from ..method_settings import PretrainMethod
 from .method import Method
+from .sft import token_objective
 
 
 def _starts_at_random(settings: PretrainMethod) -> bool:
@@ -9,8 +11,10 @@ def _starts_at_random(settings: PretrainMethod) -> bool:
 
 
 METHOD = Method(
+    shapes=(Conversation, Completion, Text),
+    objective=token_objective,
+    measures=("token_accuracy", "entropy"),
     splits_overlong=True,
-    has_answers=False,
     trains_on_all=lambda _: True,
     starts_at_random=_starts_at_random,
 )

@@ -1,7 +1,20 @@
 """Supervised fine-tuning: imitate the answers."""
 
-from ..recipe import SftMethod
+from typing import TYPE_CHECKING
+
+from ..data.shapes import Completion, Conversation, Text
+from ..method_settings import SftMethod
 from .method import Method
+
+if TYPE_CHECKING:
+    from ..objectives.objective import Objective, Setup
+
+
+def token_objective(setup: "Setup") -> "Objective":
+    """The next token's cross-entropy."""
+    from ..objectives.tokens import TokenObjective
+
+    return TokenObjective(setup)
 
 
 def _trains_on_all(settings: SftMethod) -> bool:
@@ -9,8 +22,8 @@ def _trains_on_all(settings: SftMethod) -> bool:
 
 
 METHOD = Method(
-    splits_overlong=False,
-    has_answers=True,
+    shapes=(Conversation, Completion, Text),
+    objective=token_objective,
+    measures=("token_accuracy", "entropy"),
     trains_on_all=_trains_on_all,
-    starts_at_random=lambda _: False,
 )

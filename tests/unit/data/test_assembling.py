@@ -37,9 +37,9 @@ def test_documents_of_several_parts_stay_whole(tmp_path: Path) -> None:
         for row in range(50):
             size = int(generator.integers(1, 40))
             ids = generator.integers(0, 1000, size).astype(np.int32)
-            document = Document(ids, generator.random(size) < 0.5)
+            document = Document(ids, generator.random(size) < 0.5, (size,))
             written[first_row + row] = document
-            file.add(row, document)
+            file.add(row, document, None)
             if row % 20 == 19:
                 file.flush()
         file.flush()

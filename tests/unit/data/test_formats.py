@@ -4,16 +4,8 @@ from typing import Any
 
 import pytest
 
-from finray.training.data.formats import (
-    Completion,
-    Conversation,
-    KnownFormat,
-    RowError,
-    Text,
-    detect_format,
-    normalise,
-    share_of,
-)
+from finray.training.data.formats import KnownFormat, detect_format, normalise
+from finray.training.data.shapes import Completion, Conversation, RowError, Text, share_of
 from finray.training.errors import InputError
 
 USER = {"role": "user", "content": "q"}

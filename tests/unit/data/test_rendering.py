@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from finray.training.data.chat import ChatTemplate, UnstableTemplate
-from finray.training.data.formats import Completion, Conversation, RowError, Text
 from finray.training.data.rendering import Document, Renderer
+from finray.training.data.shapes import Completion, Conversation, RowError, Text
 from finray.training.errors import InputError
 
 MARKED = (

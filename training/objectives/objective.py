@@ -1,0 +1,98 @@
+"""What every method's objective can do, and what most of them do alike."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ..data.batching import Batch, Rows, collate
+from ..data.prepared import Prepared
+from ..model import Model, forward_arguments
+from ..recipe import Recipe
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What an objective is made of."""
+
+    recipe: Recipe
+    model: Model
+    """The model that is trained, as it is before the first step, not wrapped by DDP."""
+    tokenizer: Any
+    prepared: Prepared
+    rank: int
+    world_size: int
+
+
+@dataclass(frozen=True)
+class Loss:
+    """What a forward pass gave."""
+
+    total: torch.Tensor
+    """Sum of the losses over the batch's units, with its graph."""
+    measures: torch.Tensor | None
+    """(measures, 2) in float64: sum and count of each, where they were asked for."""
+
+
+class Objective:
+    """From the rows of a step to a loss. A method overrides what it does differently.
+
+    All ranks call the same functions in the same order, so that they may talk to each other.
+    """
+
+    measures: tuple[str, ...] = ()
+    """Names of what `loss` measures."""
+
+    def __init__(self, setup: Setup) -> None:
+        self.recipe = setup.recipe
+        self.model = setup.model
+        self._forward = forward_arguments(setup.model)
+
+    def collate(self, rows: Rows) -> Batch:
+        """Tensors for one forward pass."""
+        return collate(rows)
+
+    def batches(self, step: int, microbatches: list[Rows]) -> list[Batch]:
+        """This worker's forward passes of one optimizer step, as many as it has microbatches.
+
+        Called without a graph, under autocast, before the step.
+
+        Args:
+            step: the step, counted from 0.
+            microbatches: the step's rows.
+        """
+        return [self.collate(rows) for rows in microbatches]
+
+    def loss(self, model: torch.nn.Module, batch: Batch, measured: bool) -> Loss:
+        """The loss of a batch.
+
+        Args:
+            model: the model, wrapped as it is trained.
+            batch: on the model's device.
+            measured: whether the measures are wanted too.
+        """
+        raise NotImplementedError
+
+    def held_out(self, microbatches: Iterator[Rows], device: torch.device) -> torch.Tensor:
+        """Measure this worker's share of the held-out rows; called without a graph.
+
+        Returns:
+            (1 + measures, 2) in float64: sum and count of the loss, then of each measure.
+        """
+        total = torch.zeros(1 + len(self.measures), 2, dtype=torch.float64, device=device)
+        for rows in microbatches:
+            batch = self.collate(rows).to(device)
+            loss = self.loss(self.model, batch, measured=True)
+            assert loss.measures is not None
+            total[0] += torch.stack([loss.total.double(), loss.total.new_tensor(batch.units)])
+            total[1:] += loss.measures
+        return total
+
+    def kept_logits(self, model: torch.nn.Module, batch: Batch) -> torch.Tensor:
+        """Logits of the columns that bear loss: (sequences, columns, vocabulary)."""
+        inputs = {name: value for name, value in batch.inputs.items() if name in self._forward}
+        logits: torch.Tensor = model(**inputs, use_cache=False).logits
+        if "logits_to_keep" in self._forward:
+            return logits
+        return logits[:, batch.inputs["logits_to_keep"]]

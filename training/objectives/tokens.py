@@ -1,0 +1,47 @@
+"""The next token's cross-entropy: supervised fine-tuning and pretraining."""
+
+import torch
+import torch.nn.functional as F
+
+from ..data.batching import IGNORED, Batch
+from .objective import Loss, Objective
+
+_SLICE = 32
+
+
+class TokenObjective(Objective):
+    """Sum of the token losses; its unit is a token that bears loss."""
+
+    measures = ("token_accuracy", "entropy")
+
+    def loss(self, model: torch.nn.Module, batch: Batch, measured: bool) -> Loss:
+        """Cross-entropy in nats, summed over the trainable tokens."""
+        log_probabilities = to_log_probabilities(self.kept_logits(model, batch))
+        total = token_loss(log_probabilities, batch.targets)
+        measures = measure(log_probabilities.detach(), batch.targets) if measured else None
+        return Loss(total, measures)
+
+
+def to_log_probabilities(logits: torch.Tensor) -> torch.Tensor:
+    """Log-softmax in float32, flattened to (tokens, vocabulary); loss and measures share it."""
+    return F.log_softmax(logits.flatten(0, 1).float(), dim=-1)
+
+
+def token_loss(log_probabilities: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Sum of the cross-entropies (nats) of all targets that are not IGNORED."""
+    return F.nll_loss(log_probabilities, targets.flatten(), ignore_index=IGNORED, reduction="sum")
+
+
+@torch.no_grad()
+def measure(log_probabilities: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """[[correct tokens, tokens], [sum of entropies in nats, tokens]], of targets not IGNORED."""
+    flat = targets.flatten()
+    wanted = flat != IGNORED
+    chosen = log_probabilities.gather(1, flat.clamp(min=0)[:, None]).squeeze(1)
+    correct = (chosen >= log_probabilities.amax(-1)) & wanted
+    # In slices that stay in the processor's cache: the whole would be written out twice.
+    entropies = torch.cat(
+        [-torch.linalg.vecdot(rows.exp(), rows) for rows in torch.split(log_probabilities, _SLICE)]
+    )
+    count = wanted.sum()
+    return torch.stack([correct.sum(), count, entropies[wanted].sum(), count]).double().view(2, 2)
