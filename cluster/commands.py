@@ -7,7 +7,8 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-from ..training.recipe import Recipe, load_recipe, resolve_path
+from ..training.paths import resolve_path
+from ..training.recipe import Recipe, load_recipe
 
 
 def check(options: argparse.Namespace) -> None:

@@ -153,7 +153,7 @@ class _Worker:
             self.model,
             training_arguments(self.recipe, self.total_steps, session.world_size, self.scratch),
             objective=objective,
-            passes=self.recipe.method.passes,
+            passes=self.recipe.method.repeats,
             rows=self._training_rows,
             after_step=self._after_step,
             is_logged=self._is_logged,
@@ -177,7 +177,7 @@ class _Worker:
 
     def _training_rows(self) -> Iterator[Rows]:
         recipe, session = self.recipe, self.session
-        per_step, passes = recipe.rows_per_step, recipe.method.passes
+        per_step, passes = recipe.rows_per_step, recipe.method.repeats
         part = Slice(
             folder=self.prepared.files,
             split=self.prepared.manifest.train,

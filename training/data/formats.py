@@ -5,15 +5,28 @@ from typing import Any, Literal
 
 from ..errors import InputError
 from .reading import Row
-from .shapes import Answer, Completion, Conversation, Message, Normalised, Pair, RowError, Text
+from .shapes import (
+    Answer,
+    Completion,
+    Conversation,
+    Message,
+    Normalised,
+    Pair,
+    Question,
+    RowError,
+    Text,
+)
 
-KnownFormat = Literal["preference", "messages", "alpaca", "sharegpt", "prompt_completion", "text"]
+KnownFormat = Literal[
+    "preference", "messages", "alpaca", "sharegpt", "prompt_completion", "prompt", "text"
+]
 WANTED: dict[KnownFormat, str] = {
     "preference": "prompt, chosen and rejected",
     "messages": "messages: a list of {role, content}",
     "sharegpt": "conversations: a list of {from, value} or {role, content}",
     "alpaca": "instruction and output (optionally input, system, history)",
     "prompt_completion": "prompt, and completion or response",
+    "prompt": "prompt alone",
     "text": "text or content",
 }
 _KEYS: dict[KnownFormat, tuple[tuple[str, ...], ...]] = {
@@ -22,6 +35,7 @@ _KEYS: dict[KnownFormat, tuple[tuple[str, ...], ...]] = {
     "sharegpt": (("conversations",),),
     "alpaca": (("instruction", "output"),),
     "prompt_completion": (("prompt", "completion"), ("prompt", "response")),
+    "prompt": (("prompt",),),
     "text": (("text",), ("content",)),
 }
 _ROLES = {
@@ -171,6 +185,12 @@ def _from_prompt_completion(row: Row) -> Normalised:
     return _conversation(prompt + _turns(row.get(name), name), first_trained=len(prompt))
 
 
+def _from_prompt(row: Row) -> Normalised:
+    if not isinstance(row.get("prompt"), list):
+        return Question(_required(row, "prompt"))
+    return Question(tuple(_turns(row["prompt"], "prompt")))
+
+
 def _from_preference(row: Row) -> Normalised:
     chosen, rejected = (_answer(row, name) for name in ("chosen", "rejected"))
     return Pair(chosen, rejected)
@@ -194,5 +214,6 @@ _NORMALISERS: dict[KnownFormat, Callable[[Row], Normalised]] = {
     "sharegpt": _from_sharegpt,
     "alpaca": _from_alpaca,
     "prompt_completion": _from_prompt_completion,
+    "prompt": _from_prompt,
     "text": _from_text,
 }

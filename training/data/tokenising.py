@@ -160,6 +160,7 @@ class TokeniseTask:
             try:
                 normalised = normalise(row, item.format)
                 check_shape(normalised, self.method)
+                adapted = method.adapt(normalised)
             except RowError as error:
                 _quarantine(result, line, str(error), _shown(row))
                 continue
@@ -169,8 +170,7 @@ class TokeniseTask:
             if copies > 0:
                 extra = method.extra(row, normalised)
                 told = None if extra is None else json.dumps(extra)
-                normalised = method.adapt(normalised)
-                yield _Pending(index, line, split, copies, row, normalised, told)
+                yield _Pending(index, line, split, copies, row, adapted, told)
 
     def _render(
         self,
