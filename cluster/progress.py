@@ -14,6 +14,7 @@ from rich.console import Console
 
 from ..training import figures
 from ..training.errors import InputError
+from ..training.measures import HEADLINES, shown
 from ..training.run_folder import METRICS_FILE, Record, parse_record, read_run
 from ..training.storage import Folder
 from .progress_display import Display, LiveDisplay, PlainDisplay, State
@@ -136,7 +137,7 @@ class _WatchedRun:
     def _take_line(self, line: Record, quiet: bool) -> None:
         if not figures.is_number(line.get("step")):
             return
-        if "eval_loss" in line or "exact_match" in line:
+        if not line.keys().isdisjoint(HEADLINES):
             self._take_evaluation(line, quiet)
         if "loss" in line:
             self._speed.add(int(line["step"]), line.get("seconds"))
@@ -148,7 +149,7 @@ class _WatchedRun:
 
     def _take_evaluation(self, line: Record, quiet: bool) -> None:
         """Tell an evaluation once, also where a restart has the file read again."""
-        known = (line["step"], line.get("eval_loss"), line.get("exact_match"))
+        known = (line["step"], *(line.get(name) for name in HEADLINES))
         if known not in self._told and not quiet:
             self._display.note(evaluation_text(line))
         self._told.add(known)
@@ -216,10 +217,10 @@ class Speed:
 def evaluation_text(line: Record) -> str:
     """An evaluation line of metrics.jsonl: step 100  held-out loss 1.234  exact match 45.0%."""
     parts = [f"step {figures.count(line.get('step'))}"]
-    if "eval_loss" in line:
-        parts.append(f"held-out loss {figures.loss(line['eval_loss'])}")
-    if "eval_token_accuracy" in line:
-        parts.append(f"token accuracy {figures.percent(line['eval_token_accuracy'])}")
-    if "exact_match" in line:
-        parts.append(f"exact match {figures.percent(line['exact_match'])}")
+    for name in ("eval_loss", "eval_token_accuracy", *HEADLINES):
+        if name in line:
+            measure = shown(name)
+            part = f"{measure.title} {measure.write(line[name])}"
+            if part not in parts:
+                parts.append(part)
     return "  ".join(parts)

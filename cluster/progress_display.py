@@ -29,6 +29,7 @@ class State:
     step: int | None = None
     total: Any = None
     loss: Any = None
+    reward: Any = None
     learning_rate: Any = None
     tokens_per_second: Any = None
     left: float | None = None
@@ -40,6 +41,7 @@ class State:
         self.step = int(line["step"])
         # in the file null stands for a loss that is not a number
         self.loss = math.nan if line["loss"] is None else line["loss"]
+        self.reward = line.get("reward")
         self.learning_rate = line.get("learning_rate")
         self.tokens_per_second = line.get("tokens_per_second")
         self.left, self.since = None, time.monotonic()
@@ -59,6 +61,8 @@ class State:
     def values(self) -> list[str]:
         """loss, learning rate, speed and time left, as far as they are known."""
         parts = [f"loss {figures.loss(self.loss)}"]
+        if figures.is_number(self.reward):
+            parts.append(f"reward {figures.loss(self.reward)}")
         if figures.is_number(self.learning_rate):
             parts.append(f"lr {figures.exponent(self.learning_rate)}")
         if figures.is_number(self.tokens_per_second):

@@ -19,6 +19,7 @@ HEADERS = (
     "loss",
     "eval loss",
     "match",
+    "reward",
     "tokens",
     "started",
 )
@@ -61,6 +62,8 @@ def _entry(name: str, record: Record, now: datetime) -> Record:
         "loss": _number(metrics.get("loss")),
         "eval_loss": _number(metrics.get("eval_loss")),
         "exact_match": _number(metrics.get("exact_match")),
+        "eval_reward": _number(metrics.get("eval_reward")),
+        "eval_reward_accuracy": _number(metrics.get("eval_reward_accuracy")),
         "tokens": _number(record.get("tokens")),
         "started_at": record.get("started_at"),
         "age_seconds": _age(record.get("started_at"), now),
@@ -84,9 +87,17 @@ def _row(entry: Record) -> tuple[str, ...]:
         figures.loss(entry["loss"]),
         figures.loss(entry["eval_loss"]),
         figures.percent(entry["exact_match"]),
+        _reward(entry),
         figures.short_count(entry["tokens"]),
         figures.MISSING if age is None else f"{figures.duration(age)} ago",
     )
+
+
+def _reward(entry: Record) -> str:
+    """Of held-out prompts; for pairs, how often the chosen answer is preferred."""
+    if entry["eval_reward"] is not None:
+        return figures.loss(entry["eval_reward"])
+    return figures.percent(entry["eval_reward_accuracy"])
 
 
 def _columns(rows: Sequence[Sequence[str]]) -> str:

@@ -1,12 +1,12 @@
 """What `finray train` prints at its end."""
 
 from collections.abc import Sequence
-from typing import Any
 
 from rich.cells import cell_len, set_cell_size
 
 from ..training import figures
 from ..training.errors import InputError
+from ..training.measures import HEADLINES, shown
 from ..training.run_folder import (
     METRICS_FILE,
     REPORT_FILE,
@@ -80,25 +80,18 @@ def _gains(run: Record, paint: _Paint) -> list[str]:
     """Base against tuned, as far as either was measured."""
     before, after = run.get("before") or {}, run.get("metrics") or {}
     rows = [
-        (label, before.get(key), after.get(key), key == "exact_match")
-        for label, key in (("exact match", "exact_match"), ("held-out loss", "eval_loss"))
+        (shown(key), before.get(key), after.get(key))
+        for key in HEADLINES
         if figures.is_number(before.get(key)) or figures.is_number(after.get(key))
     ]
     if not rows:
         return [f"  training loss {figures.loss(after.get('loss'))}"] if "loss" in after else []
-    lines = [paint(f"  {'':13}  {'base':>8}  {'tuned':>8}  {'change':>8}", _DIM)]
-    for label, old, new, share in rows:
-        write = figures.percent if share else figures.loss
-        cells = f"  {label:13}  {write(old):>8}  {write(new):>8}"
-        lines.append(f"{cells}  {_difference(old, new, share):>8}".rstrip())
+    width = max(len(measure.title) for measure, _, _ in rows)
+    lines = [paint(f"  {'':{width}}  {'base':>8}  {'tuned':>8}  {'change':>8}", _DIM)]
+    for measure, old, new in rows:
+        cells = f"  {measure.title:{width}}  {measure.write(old):>8}  {measure.write(new):>8}"
+        lines.append(f"{cells}  {measure.difference(old, new):>8}".rstrip())
     return lines
-
-
-def _difference(old: Any, new: Any, share: bool) -> str:
-    """A loss's difference, or percentage points."""
-    if not (figures.is_number(old) and figures.is_number(new)):
-        return ""
-    return f"{100 * (new - old):+.1f}" if share else f"{new - old:+.3f}"
 
 
 def _samples(samples: Sequence[Record], paint: _Paint) -> list[list[str]]:

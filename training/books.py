@@ -44,10 +44,11 @@ class Books:
         update_run(self._folder, change)
 
     def logged(self, line: dict[str, float]) -> None:
-        """Add a line to metrics.jsonl; losses and matches are remembered for run.json."""
+        """Add a line to metrics.jsonl; the loss and what tells how good the model is are
+        remembered for run.json."""
         self._metrics.add(line)
-        names = ("loss", "eval_loss", "exact_match")
-        self._latest.update({name: line[name] for name in names if name in line})
+        told = {name for name in line if name.startswith("eval_")} | {"loss", "exact_match"}
+        self._latest.update({name: line[name] for name in line if name in told})
         if time.monotonic() - self._noted_at > _HEARTBEAT_SECONDS:
             self.note_progress(int(line["step"]), None)
 

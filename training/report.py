@@ -17,9 +17,10 @@ import yaml
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 from markupsafe import Markup
 
-from . import figures
+from . import figures, measures
 from .charts import Chart, Format, Histogram, Point, histogram, line_chart
 from .errors import InputError
+from .measures import HEADLINES
 from .run_folder import (
     RECIPE_FILE,
     REPORT_FILE,
@@ -36,9 +37,26 @@ METHODS = {
     "sft": "Supervised fine-tuning",
     "pretrain": "Continued pretraining",
     "dpo": "Direct preference optimisation",
+    "kto": "Kahneman–Tversky optimisation",
+    "orpo": "Odds-ratio preference optimisation",
+    "cpo": "Contrastive preference optimisation",
+    "simpo": "Simple preference optimisation",
     "reward": "Reward model",
     "grpo": "Group-relative policy optimisation",
+    "rloo": "REINFORCE leave-one-out",
 }
+_COMMON = {
+    "step",
+    "epoch",
+    "loss",
+    "learning_rate",
+    "grad_norm",
+    "tokens",
+    "tokens_per_second",
+    "seconds",
+    "exact_match",
+}
+"""Columns of metrics.jsonl that every method has."""
 SAMPLES_OPEN = 4
 """Samples shown at once; the others open on a click."""
 
@@ -169,17 +187,15 @@ def _progress(run: Record) -> tuple[str, float] | None:
 def _key_figures(run: Record, metrics: Sequence[Record]) -> list[Figure]:
     before, after = run.get("before") or {}, run.get("metrics") or {}
     shown: list[Figure] = []
-    if figures.is_number(after.get("eval_loss")):
-        shown.append(_change("Held-out loss", before, after, "eval_loss"))
-    else:
+    told = [key for key in HEADLINES if figures.is_number(after.get(key))]
+    shown += [_change(before, after, key) for key in told]
+    if not told:
         # in the file null stands for a loss that is not a number
         lines = [line["loss"] for line in metrics if "loss" in line]
         losses = [math.nan if loss is None else loss for loss in lines]
         ends = {"loss": losses[0]} if len(losses) > 1 else {}
         last = {"loss": losses[-1] if losses else after.get("loss")}
-        shown.append(_change("Training loss", ends, last, "loss"))
-    if figures.is_number(after.get("exact_match")):
-        shown.append(_change("Exact match", before, after, "exact_match"))
+        shown.append(_change(ends, last, "loss"))
     shown.append(Figure("Tokens trained on", figures.short_count(run.get("tokens"))))
     speeds = sorted(value for _, value in _series(metrics, "tokens_per_second") if value)
     median = speeds[len(speeds) // 2] if speeds else None
@@ -188,10 +204,15 @@ def _key_figures(run: Record, metrics: Sequence[Record]) -> list[Figure]:
     return shown
 
 
-def _change(label: str, before: Record, after: Record, key: str) -> Figure:
-    write = figures.percent if key == "exact_match" else figures.loss
-    old = before.get(key)
-    return Figure(label, write(after.get(key)), write(old) if figures.is_number(old) else "")
+def _change(before: Record, after: Record, key: str) -> Figure:
+    measure, old = measures.shown(key), before.get(key)
+    label = _capital("training loss" if key == "loss" else measure.title)
+    known = measure.write(old) if figures.is_number(old) else ""
+    return Figure(label, measure.write(after.get(key)), known)
+
+
+def _capital(text: str) -> str:
+    return text[:1].upper() + text[1:]
 
 
 def _charts(metrics: Sequence[Record]) -> list[Chart | None]:
@@ -206,8 +227,17 @@ def _charts(metrics: Sequence[Record]) -> list[Chart | None]:
         chart("Learning rate", "learning_rate", "exponent", from_zero=True, noisy=False),
         chart("Tokens a second", "tokens_per_second", "count", from_zero=True),
         chart("Gradient norm", "grad_norm", "loss", from_zero=True),
-        chart("Token accuracy", "token_accuracy", "percent"),
+        *(
+            chart(_capital(measures.shown(name).title), name, measures.shown(name).format)
+            for name in _measured(metrics)
+        ),
     ]
+
+
+def _measured(metrics: Sequence[Record]) -> list[str]:
+    """The method's own measures, in the order in which they are logged."""
+    names = (name.removeprefix("eval_") for line in metrics for name in line)
+    return [name for name in dict.fromkeys(names) if name not in _COMMON]
 
 
 def _series(metrics: Sequence[Record], key: str) -> list[Point]:

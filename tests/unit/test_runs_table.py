@@ -24,10 +24,22 @@ def test_columns_and_order() -> None:
         ("b-old", run(started_at=ago(days=2), metrics=metrics, tokens=1_536_000)),
     ]
     header, old, new = render_runs(runs, as_json=False, now=NOW).splitlines()
-    assert header.split() == "name status method step loss eval loss match tokens started".split()
-    assert old.split() == "b-old finished sft 400/400 0.470 0.552 87.1% 1.54M 2d00h ago".split()
-    assert new.split() == "a-new failed sft 7/400 – – – – 1h00m ago".split()
+    assert (
+        header.split()
+        == "name status method step loss eval loss match reward tokens started".split()
+    )
+    assert old.split() == "b-old finished sft 400/400 0.470 0.552 87.1% – 1.54M 2d00h ago".split()
+    assert new.split() == "a-new failed sft 7/400 – – – – – 1h00m ago".split()
     assert len({len(line) for line in (header, old, new)}) == 1, "the columns line up"
+
+
+def test_a_reward_or_a_preference_has_its_column() -> None:
+    runs = [
+        ("policy", run(metrics={"eval_reward": 0.75, "eval_reward_accuracy": 0.5})),
+        ("pairs", run(metrics={"eval_loss": 0.3, "eval_reward_accuracy": 0.9})),
+    ]
+    pairs, policy = render_runs(runs, as_json=False, now=NOW).splitlines()[1:]
+    assert " 0.750 " in policy and "90.0%" in pairs
 
 
 def test_a_silent_run_is_doubted() -> None:
