@@ -139,7 +139,7 @@ class _Worker:
 
     def _make_trainer(self) -> StreamTrainer:
         session = self.session
-        objective = self.method.objective(
+        self.objective = self.method.objective(
             Setup(
                 recipe=self.recipe,
                 model=self.model,
@@ -152,7 +152,7 @@ class _Worker:
         return StreamTrainer(
             self.model,
             training_arguments(self.recipe, self.total_steps, session.world_size, self.scratch),
-            objective=objective,
+            objective=self.objective,
             passes=self.recipe.method.repeats,
             rows=self._training_rows,
             after_step=self._after_step,
@@ -253,6 +253,7 @@ class _Worker:
                     **accuracy,
                 }
             )
+            self.books.sampled(measures.step, self.objective.examples())
 
     def _evaluate(self) -> None:
         measured = self.trainer.held_out(self._held_out_rows())

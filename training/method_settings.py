@@ -1,11 +1,14 @@
 """The methods' settings: a variant for each kind, and what the rest must know of it early."""
 
-from typing import Annotated, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from pydantic import Field
 
 from .reward_settings import Reward
 from .section import PositiveInt, Section
+
+if TYPE_CHECKING:
+    from .recipe import Recipe
 
 
 class MethodSettings(Section):
@@ -31,14 +34,8 @@ class MethodSettings(Section):
         """Optimizer steps on the same rows, before the next ones are taken."""
         return 1
 
-    def contradiction(self, batch_size: int, max_length: int, saved_every: int) -> str | None:
-        """What is wrong between the method's settings and others of the recipe, if anything.
-
-        Args:
-            batch_size: optim.batch_size.
-            max_length: data.max_length.
-            saved_every: checkpoint.every_steps.
-        """
+    def contradiction(self, recipe: "Recipe") -> str | None:
+        """What is wrong between the method's settings and others of the recipe, if anything."""
         return None
 
 
@@ -118,9 +115,10 @@ class OnlineMethod(MethodSettings):
         """By how much the ratio may exceed 1."""
         return self.epsilon if self.epsilon_high is None else self.epsilon_high
 
-    def contradiction(self, batch_size: int, max_length: int, saved_every: int) -> str | None:
+    def contradiction(self, recipe: "Recipe") -> str | None:
         """Completions that do not fit their batch, their sequence or their checkpoint."""
         names = [reward.name for reward in self.rewards]
+        batch_size, max_length = recipe.optim.batch_size, recipe.data.max_length
         if len(set(names)) < len(names):
             return f"method.rewards: two have the same name, which measures go by: {names}"
         if batch_size % self.generations:
@@ -133,10 +131,15 @@ class OnlineMethod(MethodSettings):
                 f"method.max_completion {self.max_completion} leaves no room for a prompt: "
                 f"data.max_length {max_length} counts both"
             )
-        if saved_every % self.passes:
+        if recipe.checkpoint.every_steps % self.passes:
             return (
-                f"checkpoint.every_steps {saved_every} must be a multiple of method.passes "
-                f"{self.passes}: completions are not kept in a checkpoint"
+                f"checkpoint.every_steps {recipe.checkpoint.every_steps} must be a multiple of "
+                f"method.passes {self.passes}: completions are not kept in a checkpoint"
+            )
+        if self.rollout == "vllm" and recipe.adapter is None:
+            return (
+                "method.rollout vllm needs an adapter, which is what vLLM is handed before every "
+                "rollout; add the section adapter, or set method.rollout: transformers"
             )
         return None
 

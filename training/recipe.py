@@ -189,9 +189,7 @@ class Recipe(Section):
                 f"optim.micro_batch_size {self.optim.micro_batch_size} is larger than "
                 f"optim.batch_size {self.optim.batch_size}"
             )
-        told = self.method.contradiction(
-            self.optim.batch_size, self.data.max_length, self.checkpoint.every_steps
-        )
+        told = self.method.contradiction(self)
         if told is not None:
             raise ValueError(told)
         if self.scale.workers > self.rows_per_step:

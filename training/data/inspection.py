@@ -10,6 +10,7 @@ from typing import Any
 from ..errors import InputError
 from ..methods import METHODS, check_shape, method_of
 from ..recipe import Recipe
+from ..rewards.checking import check_rewards
 from .chat import NO_TEMPLATE, check_chatml
 from .formats import KnownFormat, normalise
 from .reading import BadRow, Row
@@ -63,8 +64,10 @@ def inspect_data(recipe: Recipe) -> Inspection:
     Raises:
         InputError: for missing, empty or unreadable sources, unknown formats, a source whose
             first rows are all bad, less data than a batch, and a model folder that lacks its
-            configuration, tokenizer, chat template or room for data.max_length tokens.
+            configuration, tokenizer, chat template or room for data.max_length tokens; and as
+            `check_rewards`.
     """
+    check_rewards(recipe)
     train = [resolve_source(source) for source in recipe.data.train]
     held_out = [resolve_source(source) for source in recipe.data.eval]
     size = sum(file.size for source in (*train, *held_out) for file in source.files)

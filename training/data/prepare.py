@@ -248,7 +248,7 @@ class _Preparation:
         )
 
     def _manifest(self, key: str, files: list[SequenceFile], started: float) -> Manifest:
-        data = self._recipe.data
+        edges = length_edges(self._recipe.row_length)
         splits = {
             split: split_of(
                 [file for file in files if file.split == split],
@@ -264,10 +264,7 @@ class _Preparation:
             eval=splits["eval"],
             rows_read=self._rows,
             dropped=dict(self._dropped),
-            length_histogram=Histogram(
-                tuple(map(int, length_edges(self._recipe.row_length))),
-                tuple(map(int, self._histogram)),
-            ),
+            length_histogram=Histogram(tuple(map(int, edges)), tuple(map(int, self._histogram))),
             sources=tuple(
                 SourceSummary(
                     source.path,

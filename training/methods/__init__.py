@@ -6,10 +6,16 @@ an objective in `training.objectives`.
 
 from ..data.shapes import SHAPES, Normalised, RowError
 from ..recipe import Recipe
-from . import dpo, pretrain, sft
+from . import dpo, online, pretrain, sft
 from .method import Method, Metric
 
-METHODS = {"sft": sft.METHOD, "pretrain": pretrain.METHOD, "dpo": dpo.METHOD}
+METHODS = {
+    "sft": sft.METHOD,
+    "pretrain": pretrain.METHOD,
+    "dpo": dpo.METHOD,
+    "grpo": online.GRPO,
+    "rloo": online.RLOO,
+}
 """By the recipe's `method.kind`."""
 
 
