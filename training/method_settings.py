@@ -136,7 +136,7 @@ class OnlineMethod(MethodSettings):
                 f"checkpoint.every_steps {recipe.checkpoint.every_steps} must be a multiple of "
                 f"method.passes {self.passes}: completions are not kept in a checkpoint"
             )
-        if self.rollout == "vllm" and recipe.adapter is None:
+        if self.rollout == "vllm" and not recipe.trains_adapter:
             return (
                 "method.rollout vllm needs an adapter, which is what vLLM is handed before every "
                 "rollout; add the section adapter, or set method.rollout: transformers"
