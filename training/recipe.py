@@ -42,7 +42,14 @@ class LoraAdapter(Section):
 
 
 RowFormat = Literal[
-    "auto", "preference", "messages", "alpaca", "sharegpt", "prompt_completion", "text"
+    "auto",
+    "preference",
+    "labelled",
+    "messages",
+    "alpaca",
+    "sharegpt",
+    "prompt_completion",
+    "text",
 ]
 
 

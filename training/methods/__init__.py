@@ -13,12 +13,19 @@ METHODS = {"sft": sft.METHOD, "pretrain": pretrain.METHOD, "dpo": dpo.METHOD}
 """By the recipe's `method.kind`."""
 
 
-def check_shape(row: Normalised, kind: str) -> None:
-    """Refuse a row that a method does not learn from.
+def examples_of(row: Normalised, kind: str) -> tuple[Normalised, ...]:
+    """What a method learns from in a row of the data.
 
     Raises:
-        RowError: naming the shapes that it does.
+        RowError: for a row of a shape that it does not learn from.
     """
+    examples = METHODS[kind].split(row)
+    for example in examples:
+        _check_shape(example, kind)
+    return examples
+
+
+def _check_shape(row: Normalised, kind: str) -> None:
     wanted = METHODS[kind].shapes
     if not isinstance(row, wanted):
         others = [name for name, method in METHODS.items() if isinstance(row, method.shapes)]
@@ -37,4 +44,4 @@ def method_of(recipe: Recipe) -> Method:
     return METHODS[recipe.method.kind]
 
 
-__all__ = ["METHODS", "Method", "Metric", "check_shape", "method_of"]
+__all__ = ["METHODS", "Method", "Metric", "examples_of", "method_of"]
