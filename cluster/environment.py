@@ -12,7 +12,8 @@ def worker_environment(recipe: Recipe) -> dict[str, str]:
     Only a run that asks for bfloat16 is probed: `auto` uses it on GPUs alone.
     """
     env = {"TOKENIZERS_PARALLELISM": os.environ.get("TOKENIZERS_PARALLELISM", "true")}
-    if recipe.model.dtype == "bfloat16" and not SAFE_ISA.keys() <= os.environ.keys():
+    asked = {recipe.model.dtype, "auto" if recipe.adapter is None else recipe.adapter.dtype}
+    if "bfloat16" in asked and not SAFE_ISA.keys() <= os.environ.keys():
         env.update(probe_bfloat16())
     os.environ.update(env)
     return env

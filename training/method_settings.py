@@ -1,10 +1,13 @@
 """The methods' settings: a variant for each kind, and what the rest must know of it early."""
 
-from typing import Annotated, ClassVar, Literal, Self
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
 from .section import PositiveInt, Section
+
+if TYPE_CHECKING:
+    from .recipe import Recipe
 
 
 Positive = Annotated[float, Field(gt=0.0)]
@@ -60,6 +63,10 @@ class MethodSettings(Section):
         """Optimizer steps on the same rows, before the next ones are taken."""
         return 1
 
+    def contradiction(self, recipe: "Recipe") -> str | None:
+        """What is wrong between the method's settings and others of the recipe, if anything."""
+        return None
+
 
 class SftMethod(MethodSettings):
     packs: ClassVar[bool] = True
@@ -102,7 +109,8 @@ class DpoMethod(PairSettings):
     divergence_alpha: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.5
     """The alpha of divergence alpha."""
     reference_model: str | None = None
-    """Hub id, model folder or finished run of the reference; absent: the model as this run starts."""
+    """Hub id, model folder or finished run of the reference; absent: the model as this run
+    starts."""
     precompute_reference: bool = False
     """Compute the reference's log-probabilities once, before the first step, and keep them with
     the prepared data."""
@@ -140,7 +148,14 @@ class KtoMethod(MethodSettings):
     undesirable_weight: Positive = 1.0
     """Weight of answers whose label is false."""
     reference_model: str | None = None
-    """Hub id, model folder or finished run of the reference; absent: the model as this run starts."""
+    """Hub id, model folder or finished run of the reference; absent: the model as this run
+    starts."""
+
+    def contradiction(self, recipe: "Recipe") -> str | None:
+        """A batch of one answer has no other answer to estimate the divergence with."""
+        if self.loss == "kto" and recipe.optim.batch_size < 2:
+            return "optim.batch_size: method kto compares answers of a batch; take at least 2"
+        return None
 
 
 class OrpoMethod(PairSettings):

@@ -20,6 +20,7 @@ from .data.execution import run_in_process, run_on_ray_data
 from .data.inspection import inspect_data
 from .data.prepare import Progress, prepare
 from .data.prepared import Prepared
+from .data.tokenizer_files import model_folder
 from .errors import FinrayError, InputError, Interrupted, RunError, last_line
 from .methods import method_of
 from .recipe import Recipe, recipe_from_dict
@@ -67,6 +68,7 @@ def train(recipe: Recipe, listener: Listener, stop: Stop) -> Record:
         _check_same(recipe, folder)
         if earlier.get("status") == "finished":
             return earlier
+    _check_modules(recipe)
     prepared = prepare_data(recipe, listener)
     _check_enough(recipe, prepared)
     _check_same_data(prepared, folder, earlier)
@@ -108,6 +110,29 @@ def prepare_data(recipe: Recipe, listener: Listener) -> Prepared:
         return prepare(recipe, folder, run_on_ray_data, progress)
     except ray.exceptions.RayError as error:
         raise RunError(f"a data task failed: {last_line(error)}") from error
+
+
+def _check_modules(recipe: Recipe) -> None:
+    """Look for the modules that a recipe names, in a model without weights.
+
+    Only where it names any, as this loads torch, and where the model's configuration is on this
+    machine; a worker looks in any case.
+
+    Raises:
+        InputError: a name matches nothing.
+    """
+    adapter = recipe.adapter
+    names_any = recipe.freeze is not None or (
+        adapter is not None
+        and (
+            adapter.targets != "all-linear"
+            or bool(adapter.modules_to_save or adapter.rank_pattern or adapter.alpha_pattern)
+        )
+    )
+    if names_any and model_folder(recipe.model, only_cached=True) is not None:
+        from .model import count_without_weights
+
+        count_without_weights(recipe, method_of(recipe).head)
 
 
 def _check_enough(recipe: Recipe, prepared: Prepared) -> None:

@@ -6,10 +6,19 @@ an objective in `training.objectives`.
 
 from ..data.shapes import SHAPES, Normalised, RowError
 from ..recipe import Recipe
-from . import dpo, pretrain, sft
+from . import cpo, dpo, kto, orpo, pretrain, reward, sft
 from .method import Method, Metric
 
-METHODS = {"sft": sft.METHOD, "pretrain": pretrain.METHOD, "dpo": dpo.METHOD}
+METHODS = {
+    "sft": sft.METHOD,
+    "pretrain": pretrain.METHOD,
+    "dpo": dpo.METHOD,
+    "kto": kto.METHOD,
+    "orpo": orpo.METHOD,
+    "cpo": cpo.METHOD,
+    "simpo": cpo.METHOD,
+    "reward": reward.METHOD,
+}
 """By the recipe's `method.kind`."""
 
 
