@@ -177,7 +177,7 @@ def check_isolation(model: Model) -> None:
 
 @contextmanager
 def evaluating(model: torch.nn.Module) -> Iterator[None]:
-    """Inside, dropout is off."""
+    """Inside, the model drops nothing out, and keeps no activations for a backward pass."""
     training = model.training
     model.eval()
     try:

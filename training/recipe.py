@@ -20,7 +20,15 @@ from .reward_settings import resolve_reward
 from .section import PositiveInt, Section, Share
 
 RowFormat = Literal[
-    "auto", "preference", "messages", "alpaca", "sharegpt", "prompt_completion", "prompt", "text"
+    "auto",
+    "preference",
+    "labelled",
+    "messages",
+    "alpaca",
+    "sharegpt",
+    "prompt_completion",
+    "prompt",
+    "text",
 ]
 
 
@@ -149,6 +157,8 @@ class Recipe(Section):
         if self.eval.samples > 0 and not held_out:
             raise ValueError("eval.samples needs held-out data: set data.eval or data.holdout")
         kind = self.method.kind
+        if (told := self.method.contradiction(self)) is not None:
+            raise ValueError(told)
         if self.eval.samples > 0 and not self.method.has_answers:
             raise ValueError(
                 f"eval.samples needs prompts with answers, which method {kind} does not have"
@@ -163,9 +173,6 @@ class Recipe(Section):
                 f"optim.micro_batch_size {self.optim.micro_batch_size} is larger than "
                 f"optim.batch_size {self.optim.batch_size}"
             )
-        told = self.method.contradiction(self)
-        if told is not None:
-            raise ValueError(told)
         if self.scale.workers > self.rows_per_step:
             raise ValueError(
                 f"scale.workers {self.scale.workers} is larger than the {self.rows_per_step} rows "

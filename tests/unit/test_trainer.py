@@ -154,7 +154,15 @@ def one_step(
     losses: list[float] = []
 
     objective = TokenObjective(
-        Setup(settings, model, None, Prepared(Folder(str(scratch)), Mock()), rank, world_size)
+        Setup(
+            settings,
+            model,
+            None,
+            Prepared(Folder(str(scratch)), Mock()),
+            rank,
+            world_size,
+            torch.device("cpu"),
+        )
     )
 
     def rows() -> Any:

@@ -1,8 +1,6 @@
 """What GRPO and RLOO share: completions are sampled and judged before a step, then learnt from."""
 
-import copy
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any, ClassVar
 
@@ -15,14 +13,16 @@ from ..data import stream
 from ..data.batching import IGNORED, NOTHING, Batch, Rows, collate
 from ..errors import FinrayError
 from ..method_settings import GrpoMethod, RlooMethod
-from ..model import Model, evaluating
+from ..model import evaluating
 from ..rewards.loading import load_judges
 from ..rollouts.local import LocalRollouts
 from ..rollouts.rollout import Request, Rollout, Rollouts
 from .advantages import standard_deviation
 from .judging import Judged, Judging, measure, sampled_measures
+from .log_probabilities import token_log_probabilities
 from .objective import Objective, Setup
-from .policy import divergence, token_log_probabilities
+from .policy import divergence
+from .references import Reference
 
 _HELD_OUT = 2**32
 """In place of a step: held-out prompts are answered with the same numbers every time."""
@@ -41,12 +41,13 @@ class OnlineObjective(Objective):
         super().__init__(setup)
         assert isinstance(setup.recipe.method, GrpoMethod | RlooMethod)
         self.settings: GrpoMethod | RlooMethod = setup.recipe.method
-        self.world_size = setup.world_size
         self.measures = (*sampled_measures(self.settings), *self.policy_measures)
         self._tokenizer = setup.tokenizer
         self._is_shown = setup.rank == 0
         self._shown: list[dict[str, Any]] = []
-        self._reference = _reference(setup.model, self.settings)
+        # Beside an adapter it costs nothing, and held-out divergence is worth knowing.
+        is_known = self.settings.beta > 0 or isinstance(setup.model, PeftModel)
+        self._reference = Reference(setup, None) if is_known else None
         rows = setup.recipe.rows_per_step
         before = (stream.share(rows, rank, setup.world_size) for rank in range(setup.rank))
         self._first_place = sum(before)
@@ -94,10 +95,10 @@ class OnlineObjective(Objective):
             self._part(rows[first : first + size], rollouts[first : first + size])
             for first in range(0, size * len(microbatches), size)
         ]
-        rewards = judged.total.to(self._device).view(-1, generations)
+        rewards = judged.total.to(self.device).view(-1, generations)
         deviations = standard_deviation(rewards)
         advantages = self.advantages(rewards, _divergences(parts, len(rows))).flatten().float()
-        sampled = measure(judged, deviations.cpu(), rollouts).to(self._device)
+        sampled = measure(judged, deviations.cpu(), rollouts).to(self.device)
         self._show(requests, judged, advantages)
         return [
             self._with_advantages(
@@ -110,7 +111,7 @@ class OnlineObjective(Objective):
         """Completions and what they are worth; the workers fail together."""
         failure: FinrayError | None = None
         try:
-            sampler, judging = self._tools_of(self._device)
+            sampler, judging = self._made_tools()
             rollouts = sampler.sample(requests)
             judged = judging.judge(rows, rollouts)
         except FinrayError as error:
@@ -118,10 +119,10 @@ class OnlineObjective(Objective):
         _raise_together(failure, self.world_size)
         return rollouts, judged
 
-    def _tools_of(self, device: torch.device) -> tuple[Rollouts, Judging]:
-        """Made when the model has come to its device."""
+    def _made_tools(self) -> tuple[Rollouts, Judging]:
+        """Made when they are needed: what fails in them fails on all workers together."""
         if self._tools is None:
-            judges = load_judges(self.recipe, self._tokenizer, device)
+            judges = load_judges(self.recipe, self._tokenizer, self.device)
             rollouts: Rollouts
             if self.settings.rollout == "vllm":
                 from ..rollouts.vllm import VllmRollouts
@@ -133,21 +134,16 @@ class OnlineObjective(Objective):
             self._tools = rollouts, Judging(judges, self._tokenizer)
         return self._tools
 
-    @property
-    def _device(self) -> torch.device:
-        device: torch.device = next(self.model.parameters()).device
-        return device
-
     def _part(self, rows: Rows, rollouts: Sequence[Rollout]) -> Batch:
         """A forward pass on the model's device, with the log-probabilities that are needed."""
         made = [self._sequence(*pair) for pair in zip(rows, rollouts, strict=True)]
-        batch = collate(made or [NOTHING], self._tokenizer.pad_token_id).to(self._device)
+        batch = collate(made or [NOTHING], self._tokenizer.pad_token_id).to(self.device)
         extra: dict[str, torch.Tensor] = {}
         with evaluating(self.model):
             if self.needs_old:
                 extra["old"] = self.log_probabilities(self.model, batch)
-            if self.settings.beta > 0:
-                extra["reference"] = self._reference_log_probabilities(batch)
+            if self._reference is not None and self.settings.beta > 0:
+                extra["reference"] = self._reference(self.log_probabilities, batch)
         return replace(batch, extra=extra)
 
     def _sequence(self, row: stream.Sequence, rollout: Rollout) -> stream.Sequence:
@@ -173,15 +169,11 @@ class OnlineObjective(Objective):
     # log-probabilities
 
     def log_probabilities(self, model: torch.nn.Module, batch: Batch) -> torch.Tensor:
-        """Of the completions' tokens: (sequences, columns), 0 where nothing bears loss."""
-        logits = self.kept_logits(model, batch)
-        return token_log_probabilities(logits, batch.targets, self.settings.temperature)
-
-    def _reference_log_probabilities(self, batch: Batch) -> torch.Tensor:
-        assert self._reference is not None
-        reference = self._reference.to(self._device)
-        with reference.disable_adapter() if isinstance(reference, PeftModel) else nullcontext():
-            return self.log_probabilities(reference, batch)
+        """Of the completions' tokens, at the sampling's temperature: (sequences, columns) in
+        float32, 0 where nothing bears loss."""
+        logits, temperature = self.kept_logits(model, batch), self.settings.temperature
+        scaled = logits if temperature == 1.0 else logits / temperature
+        return token_log_probabilities(scaled, batch.targets)
 
     # after it
 
@@ -220,12 +212,14 @@ class OnlineObjective(Objective):
         sampled = measure(judged, torch.zeros(0), rollouts).to(device)
         kl = torch.zeros(2, dtype=torch.float64, device=device)
         size = self.recipe.optim.micro_batch_size
-        for first in range(0, len(rows) if self._reference is not None else 0, size):
+        for first in range(0, len(rows), size):
+            if self._reference is None:
+                break
             pairs = zip(rows[first : first + size], rollouts[first : first + size], strict=True)
             made = [self._sequence(*pair) for pair in pairs]
             batch = collate(made, self._tokenizer.pad_token_id).to(device)
             policy = self.log_probabilities(self.model, batch)
-            kl += self._kl(batch, policy, self._reference_log_probabilities(batch))
+            kl += self._kl(batch, policy, self._reference(self.log_probabilities, batch))
         nothing = torch.zeros(1, 2, dtype=torch.float64, device=device)
         return torch.cat([nothing, sampled, kl[None], nothing])
 
@@ -247,15 +241,6 @@ class OnlineObjective(Objective):
             for index in range(min(len(requests), _SHOWN_PROMPTS * generations))
             if self._is_shown and index % generations < _SHOWN_COMPLETIONS
         ]
-
-
-def _reference(model: Model, settings: GrpoMethod | RlooMethod) -> Model | None:
-    """The model before its training: under the adapter, or a copy where there is none."""
-    if isinstance(model, PeftModel):
-        return model
-    if settings.beta == 0:
-        return None
-    return copy.deepcopy(model).eval().requires_grad_(False)
 
 
 def _divergences(parts: list[Batch], count: int) -> torch.Tensor | None:

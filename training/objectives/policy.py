@@ -1,23 +1,6 @@
-"""Log-probabilities of sampled tokens, and how far two policies are apart."""
+"""How far two policies are apart, and how much of a gain a step may take at once."""
 
 import torch
-
-from ..data.batching import IGNORED
-
-
-def token_log_probabilities(
-    logits: torch.Tensor, targets: torch.Tensor, temperature: float
-) -> torch.Tensor:
-    """Log-probability (nats) of each target: (sequences, columns) in float32, 0 where IGNORED.
-
-    Args:
-        logits: (sequences, columns, vocabulary).
-        targets: (sequences, columns).
-        temperature: that of the sampling; the policy is what is sampled from.
-    """
-    scaled = logits.float() / temperature
-    chosen = scaled.gather(2, targets.clamp(min=0)[..., None]).squeeze(2)
-    return (chosen - scaled.logsumexp(-1)).masked_fill(targets == IGNORED, 0.0)
 
 
 def divergence(policy: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
