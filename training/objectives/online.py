@@ -83,11 +83,7 @@ class OnlineObjective(Objective):
         """Sample, judge, and compute what is known before the step."""
         prompts = [row for part in microbatches for row in part if row.rows.size]
         generations = self.settings.generations
-        requests = [
-            Request(row.input_ids.tolist(), (self.recipe.seed, step, self._first_place + place, n))
-            for place, row in enumerate(prompts)
-            for n in range(generations)
-        ]
+        requests = self.requests(step, prompts)
         rows = [row for row in prompts for _ in range(generations)]
         rollouts, judged = self._rollouts(requests, rows)
         size = self.recipe.optim.micro_batch_size
@@ -105,6 +101,18 @@ class OnlineObjective(Objective):
                 part, advantages[index * size : (index + 1) * size], sampled * (index == 0)
             )
             for index, part in enumerate(parts)
+        ]
+
+    def requests(self, step: int, prompts: Rows) -> list[Request]:
+        """What is asked of the model in a step: every prompt's generations, one after another.
+
+        A completion's numbers go by its prompt's place in the global batch, so that another
+        number of workers draws the same.
+        """
+        return [
+            Request(row.input_ids.tolist(), (self.recipe.seed, step, self._first_place + place, n))
+            for place, row in enumerate(prompts)
+            for n in range(self.settings.generations)
         ]
 
     def _rollouts(self, requests: list[Request], rows: Rows) -> tuple[list[Rollout], Judged]:
