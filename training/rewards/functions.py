@@ -50,11 +50,11 @@ class FunctionJudge:
 
     def judge(self, completions: Completions) -> Judgement:
         """Call the function once for all; one by one where that fails."""
-        try:
-            return Judgement(self._call(completions))
-        except _Unusable as error:
-            if not self._may_fail:
-                raise RunError(self._told(completions, error)) from None
+        found = self._tried(completions)
+        if not isinstance(found, _Unusable):
+            return Judgement(found)
+        if not self._may_fail:
+            raise RunError(self._told(completions, found))
         values = [self._alone(completions.only(index)) for index in range(len(completions))]
         failed = sum(isinstance(value, _Unusable) for value in values)
         return Judgement([None if isinstance(v, _Unusable) else v for v in values], failed)
@@ -75,11 +75,15 @@ class FunctionJudge:
             raise _Unusable(f"it returned {len(values)} rewards for {len(completions)} completions")
         return [_as_reward(value, index) for index, value in enumerate(values)]
 
-    def _alone(self, one: Completions) -> float | _Unusable | None:
+    def _tried(self, completions: Completions) -> list[float | None] | _Unusable:
         try:
-            return self._call(one)[0]
+            return self._call(completions)
         except _Unusable as error:
             return error
+
+    def _alone(self, one: Completions) -> float | _Unusable | None:
+        found = self._tried(one)
+        return found if isinstance(found, _Unusable) else found[0]
 
     def _told(self, completions: Completions, error: _Unusable) -> str:
         """The message with the completion at fault."""

@@ -17,7 +17,7 @@ def online_recipe(tiny_model: Path) -> Callable[..., Recipe]:
     """A recipe of 20 steps of two prompts each; `method` settings, and `optim` ones."""
 
     def make(method: dict[str, Any], **optim: Any) -> Recipe:
-        settings = {"learning_rate": 3e-3, "schedule": "constant", "warmup_ratio": 0.0}
+        settings = {"learning_rate": 1e-3, "schedule": "constant", "warmup_ratio": 0.0}
         return Recipe.model_validate(
             {
                 "name": "x",

@@ -14,11 +14,17 @@ from finray.training.recipe import Recipe
 
 CASES: dict[str, dict[str, Any]] = {
     "grpo": {"kind": "grpo"},
-    "grpo-kl": {"kind": "grpo", "beta": 0.05, "loss": "grpo", "temperature": 0.8},
+    "grpo-kl": {"kind": "grpo", "beta": 0.5, "loss": "grpo", "temperature": 0.8},
     "grpo-passes": {"kind": "grpo", "passes": 2, "epsilon": 0.01, "epsilon_high": 0.02},
     "grpo-batch": {"kind": "grpo", "loss": "dr_grpo", "scale_rewards": "batch"},
     "grpo-truncated": {"kind": "grpo", "loss": "bnpo", "mask_truncated": True, "max_completion": 6},
-    "grpo-none": {"kind": "grpo", "scale_rewards": "none", "beta": 0.02, "passes": 2},
+    "grpo-all": {
+        "kind": "grpo",
+        "scale_rewards": "none",
+        "beta": 0.02,
+        "passes": 2,
+        "epsilon": 0.005,
+    },
     "rloo": {"kind": "rloo", "beta": 0.05},
     "rloo-passes": {"kind": "rloo", "beta": 0.05, "passes": 2, "epsilon": 0.02},
     "rloo-free": {"kind": "rloo", "beta": 0.0, "normalize_advantages": True},
@@ -41,7 +47,8 @@ def reference_losses(recipe: Recipe, ours: Trained, model: Any, tokenizer: Any, 
         def _generate_single_turn(self, prompt_ids: Any, *_: Any, **__: Any) -> Any:
             requests, rollouts = next(waiting)
             assert [list(ids) for ids in prompt_ids] == [one.prompt_ids for one in requests]
-            return [rollout.ids for rollout in rollouts], None
+            ids = [rollout.ids for rollout in rollouts]
+            return (ids, None) if is_grpo else ids
 
         def training_step(self, *arguments: Any, **more: Any) -> Any:
             loss = super().training_step(*arguments, **more)
@@ -92,6 +99,10 @@ def reference_losses(recipe: Recipe, ours: Trained, model: Any, tokenizer: Any, 
     return [sum(losses[at : at + accumulated]) for at in range(0, len(losses), accumulated)]
 
 
+def _flat(model: Any) -> torch.Tensor:
+    return torch.cat([parameter.detach().flatten() for parameter in model.parameters()])
+
+
 # TRL's own warnings are not finray's.
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("case", CASES)
@@ -114,11 +125,10 @@ def test_the_first_20_losses(
     expected = reference_losses(recipe, ours, theirs, tokenizer, tmp_path / "trl")
     assert len(ours.losses) == len(expected) == 20
     assert ours.losses == pytest.approx(expected, abs=1e-4)
-    assert max(map(abs, expected)) > 1e-3
+    # Without clipping and divergence, RLOO's loss is 0 by construction: its weights tell.
+    assert case in ("rloo", "rloo-free") or max(map(abs, expected)) > 1e-3
     assert {len(one.ids) for _, rollouts in ours.sampled for one in rollouts} > {1, 2, 3}
-    for name, weight in own.state_dict().items():
-        torch.testing.assert_close(weight, theirs.state_dict()[name], atol=2e-3, rtol=0)
-    moved = own.state_dict()["model.embed_tokens.weight"] - model.get_input_embeddings().weight
-    assert moved.abs().max() > 0.02
+    start, ended, wanted = (_flat(one) for one in (model, own, theirs))
+    assert (ended - wanted).norm() < 0.02 * (wanted - start).norm()
     if recipe.method.repeats > 1:
         assert max(step["clipped"] for step in ours.measures) > 0
