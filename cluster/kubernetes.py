@@ -49,8 +49,9 @@ def render(recipe: Recipe, target: Target, environment: Mapping[str, str] = os.e
         environment: variables whose values must not appear in the manifests.
 
     Raises:
-        InputError: the target is not valid, or the recipe holds a secret, names a path of this machine, trains without
-            workers, asks for GPUs that the overlay does not have, or is too large.
+        InputError: the target is not valid, or the recipe holds a secret, names a path of this
+            machine, trains without workers, asks for GPUs that the overlay does not have, or is
+            too large.
     """
     _check(target)
     check_no_secret(recipe, _CREDENTIALS, environment)

@@ -38,8 +38,7 @@ def check_no_secret(recipe: Recipe, remedy: str, environment: Mapping[str, str])
     values = {
         f"the value of ${name}": value
         for name, value in environment.items()
-        if _SECRET_NAME.search(name)
-        and len(value) >= _SHORTEST_SECRET
+        if _SECRET_NAME.search(name) and len(value) >= _SHORTEST_SECRET
     }
     faults = []
     for key, text in _strings(recipe.model_dump(mode="json")):
