@@ -77,7 +77,7 @@ def render(recipe: Recipe, target: Target, environment: Mapping[str, str] = os.e
         _disruption_budget(metadata),
         _ray_job(metadata, recipe.name, cluster),
     ]
-    return yaml.dump_all(manifests, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=100)
+    return yaml.dump_all(manifests, Dumper=_Dumper, sort_keys=False, width=100)
 
 
 def object_name(run: str) -> str:
@@ -169,7 +169,8 @@ def _leave_out_claim(cluster: Manifest) -> None:
 
 
 def _config_map(metadata: Manifest, recipe: Recipe) -> Manifest:
-    text = yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    # Escaped: written as it is, U+0085 would be read back as a line's end.
+    text = yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=False)
     size = len(text.encode())
     if size > LARGEST_RECIPE:
         raise InputError(
