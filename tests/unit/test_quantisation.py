@@ -61,6 +61,7 @@ def test_nf4_weighs_half_a_byte(tiny_model: Path) -> None:
 @pytest.mark.parametrize(("quantize", "kind"), [("nf4", Linear4bit), ("int8", Linear8bitLt)])
 def test_the_base_stays_as_it_is(tiny_model: Path, quantize: str, kind: type) -> None:
     """Training, an evaluation, and training again: the weights are the same, gradients flow."""
+    torch.manual_seed(0)
     model = load_model(recipe(tiny_model, quantize))
     assert layers(model, kind)
     before = frozen(model)
@@ -72,13 +73,13 @@ def test_the_base_stays_as_it_is(tiny_model: Path, quantize: str, kind: type) ->
         loss = model(input_ids=TOKENS, labels=TOKENS).loss
         loss.backward()
         assert all(w.grad is not None and w.grad.isfinite().all() for w in trained)
-        optimizer.step()
-        optimizer.zero_grad()
         losses.append(float(loss.detach()))
         model.eval()
         with torch.no_grad():
             evaluated = float(model(input_ids=TOKENS, labels=TOKENS).loss)
-        assert evaluated < losses[-1]
+        assert evaluated == pytest.approx(losses[-1], abs=2e-3)
+        optimizer.step()
+        optimizer.zero_grad()
     assert losses[-1] < losses[0] - 0.1
     for name, weight in frozen(model).items():
         assert weight.dtype == before[name].dtype
