@@ -16,6 +16,7 @@ examples:
   finray train recipe.yaml --local
   finray runs
   finray k8s render recipe.yaml --overlay gpu | kubectl create -f -
+  finray export runs/my-run --to my-model --merge
 """
 
 
@@ -84,6 +85,12 @@ def _parser() -> argparse.ArgumentParser:
     kubernetes = commands.add_parser("k8s", help="run on Kubernetes")
     _add_render(kubernetes.add_subparsers(metavar="COMMAND", required=True))
 
+    _add_export(
+        commands.add_parser(
+            "export", help="write a finished run's result as a folder that loads without finray"
+        )
+    )
+
     commands.add_parser("schema", help="print the recipe's JSON schema, for editors")
     return parser
 
@@ -99,6 +106,18 @@ def _add_render(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
     render.add_argument("--image", help="of all pods (default: finray:cpu or finray:gpu)")
     render.add_argument("--memory", help="of a worker's pod, such as 64Gi (default: the overlay's)")
     render.add_argument("--to", metavar="FILE", type=Path, help="write there (default: stdout)")
+
+
+def _add_export(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run", metavar="RUN", help="a run's folder or URI")
+    parser.add_argument("--to", metavar="DIR", type=Path, required=True, help="a new folder")
+    parser.add_argument("--merge", action="store_true", help="merge the adapter into its base")
+    parser.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16", "float16"),
+        help="type of a whole model's weights (default: the base's)",
+    )
+    _add_json(parser)
 
 
 def _add_recipe(parser: argparse.ArgumentParser) -> None:

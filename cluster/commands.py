@@ -74,14 +74,11 @@ def runs(options: argparse.Namespace) -> None:
 
 def report(options: argparse.Namespace) -> None:
     """Write a run's report anew."""
-    from ..training.errors import InputError
     from ..training.report import write_report
-    from ..training.run_folder import REPORT_FILE, read_run
+    from ..training.run_folder import REPORT_FILE
     from ..training.storage import Folder
 
     folder = Folder(resolve_path(options.run, Path.cwd()))
-    if read_run(folder) is None:
-        raise InputError(f"{folder} holds no run (it has no run.json)")
     write_report(folder)
     print(folder / REPORT_FILE)
 
@@ -100,6 +97,21 @@ def k8s_render(options: argparse.Namespace) -> None:
         options.to.write_text(text, encoding="utf-8")
     except OSError as error:
         raise InputError(f"--to {options.to}: cannot write the file: {error.strerror}") from None
+
+
+def export(options: argparse.Namespace) -> None:
+    """Write a finished run's result as a folder that loads without finray."""
+    from ..training.export.export import export as write_export
+    from ..training.storage import Folder
+    from .export_display import export_progress, render_exported
+
+    run = Folder(resolve_path(options.run, Path.cwd()))
+    target = Path(resolve_path(str(options.to), Path.cwd()))
+    with export_progress() as progress:
+        exported = write_export(
+            run, target, merge=options.merge, dtype=options.dtype, progress=progress
+        )
+    print(render_exported(exported, as_json=options.json))
 
 
 def schema(_: argparse.Namespace) -> None:

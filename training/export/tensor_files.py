@@ -4,6 +4,7 @@ Nothing here holds more than one tensor: a model may be larger than memory.
 """
 
 import json
+import shutil
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from math import prod
@@ -125,9 +126,15 @@ def write_model_files(
         outputs: what to write; each is made once, written and forgotten.
         progress: told after every tensor.
         shard_bytes: largest size of a file.
+
+    Raises:
+        InputError: where the disk has no room for them.
     """
     shards = _in_shards(outputs, shard_bytes)
     total = sum(output.info.bytes for output in outputs)
+    free = shutil.disk_usage(folder).free
+    if total > free:
+        raise InputError(f"{folder.parent}: the model takes {total:,} bytes, and {free:,} are free")
     done = 0
     weight_map: dict[str, str] = {}
     for number, shard in enumerate(shards, start=1):
