@@ -5,9 +5,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from rich.console import Console
+from rich.filesize import decimal
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
-from ..training import figures
 from ..training.export.export import Exported
 
 KINDS = {
@@ -43,7 +43,7 @@ def render_exported(exported: Exported, as_json: bool) -> str:
             "bytes": exported.bytes,
         }
         return json.dumps(values, indent=2)
-    size = f"{exported.files} files, {figures.short_count(exported.bytes)}B"
+    size = f"{exported.files} files, {decimal(exported.bytes)}"
     lines = [f"{exported.folder}: {KINDS[result.kind]} ({size})", ""]
     lines += [f"  {line}" for line in result.two_lines(exported.folder)]
     return "\n".join(lines)
