@@ -6,6 +6,7 @@ import sys
 import tempfile
 from collections import namedtuple
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -94,8 +95,8 @@ def peak():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 base, adapter, small_base, small_adapter, out = map(Path, sys.argv[1:])
-(out / "small").mkdir()
-merge(small_base, small_adapter, out / "small", lambda *_: None)  # loads what there is to load
+(out / "once").mkdir()
+merge(small_base, small_adapter, out / "once", lambda *_: None)  # loads what there is to load
 before = peak()
 (out / "large").mkdir()
 merge(base, adapter, out / "large", lambda *_: None, shard_bytes=50_000_000)
@@ -115,24 +116,17 @@ def make_base(folder: Path, layers: int) -> Path:
         architectures=["LlamaForCausalLM"],
     )
     config.save_pretrained(folder)
-    shapes = {"model.embed_tokens": (1000, HIDDEN), "lm_head": (1000, HIDDEN)}
-    shapes |= linear_layers(layers)
-    norms = [f"model.layers.{n}.{kind}_layernorm" for n in range(layers) for kind in NORMS]
-    sizes: dict[str, tuple[int, ...]] = {
-        **shapes,
-        **dict.fromkeys([*norms, "model.norm"], (HIDDEN,)),
-    }
+    sizes: dict[str, tuple[int, ...]] = {"model.norm": (HIDDEN,), **linear_layers(layers)}
+    sizes |= dict.fromkeys(["model.embed_tokens", "lm_head"], (1000, HIDDEN))
+    for number in range(layers):
+        for kind in ("input", "post_attention"):
+            sizes[f"model.layers.{number}.{kind}_layernorm"] = (HIDDEN,)
     parts = [
-        Output(
-            f"{name}.weight", TensorInfo(size, torch.float32), lambda size=size: torch.randn(size)
-        )  # type: ignore[misc]
+        Output(f"{name}.weight", TensorInfo(size, torch.float32), partial(torch.randn, size))
         for name, size in sizes.items()
     ]
     write_model_files(folder, parts, lambda _, __: None, shard_bytes=50_000_000)
     return folder
-
-
-NORMS = ("input", "post_attention")
 
 
 def linear_layers(layers: int) -> dict[str, tuple[int, int]]:
