@@ -85,11 +85,10 @@ def _parser() -> argparse.ArgumentParser:
     kubernetes = commands.add_parser("k8s", help="run on Kubernetes")
     _add_render(kubernetes.add_subparsers(metavar="COMMAND", required=True))
 
-    _add_export(
-        commands.add_parser(
-            "export", help="write a finished run's result as a folder that loads without finray"
-        )
+    export = commands.add_parser(
+        "export", help="write a finished run's result as a folder that loads without finray"
     )
+    _add_export(export)
 
     commands.add_parser("schema", help="print the recipe's JSON schema, for editors")
     return parser

@@ -146,3 +146,14 @@ def test_schema_documents_every_setting(finray: Runner) -> None:
 
 def test_report_of_no_run(finray: Runner) -> None:
     assert "holds no run" in finray("report", "nowhere", code=2)
+
+
+def test_export_of_no_run(finray: Runner) -> None:
+    assert "holds no run" in finray("export", "nowhere", "--to", "out", "--merge", code=2)
+    assert not (finray.folder / "out").exists()
+
+
+def test_export_needs_a_place(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main(["export", "runs/run"])
+    assert "--to" in capsys.readouterr().err

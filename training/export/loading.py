@@ -1,5 +1,6 @@
 """Python that loads an exported result with transformers and PEFT alone."""
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -47,12 +48,12 @@ class Loadable:
         """The lines that load it from a folder, without imports."""
         if self.kind != "adapter":
             return [
-                f"model = {self.model_class}.from_pretrained({str(folder)!r})",
-                f"tokenizer = AutoTokenizer.from_pretrained({str(folder)!r})",
+                f"model = {self.model_class}.from_pretrained({_quoted(str(folder))})",
+                f"tokenizer = AutoTokenizer.from_pretrained({_quoted(str(folder))})",
             ]
         return [
-            self._base_line(repr(self.base)),
-            f"model = PeftModel.from_pretrained(base, {str(folder)!r})",
+            self._base_line(_quoted(self.base)),
+            f"model = PeftModel.from_pretrained(base, {_quoted(str(folder))})",
         ]
 
     def program(self) -> str:
@@ -62,7 +63,7 @@ class Loadable:
     def _base_line(self, base: str) -> str:
         arguments = [base]
         if self.base_is_public and self.revision is not None:
-            arguments.append(f"revision={self.revision!r}")
+            arguments.append(f"revision={_quoted(self.revision)}")
         if self.is_classifier:
             arguments.append(f"num_labels={self.labels}")
         if self.quantize != "none":
@@ -86,7 +87,7 @@ class Loadable:
         lines = ['folder = "."  # this folder; or its path, or its hub id']
         lines.append("tokenizer = AutoTokenizer.from_pretrained(folder)")
         if self.kind == "adapter":
-            name = repr(self.base)
+            name = _quoted(self.base)
             if not self.base_is_public:
                 lines.append("name = PeftConfig.from_pretrained(folder).base_model_name_or_path")
                 name = "name"
@@ -130,3 +131,8 @@ class Loadable:
             'inputs = tokenizer(text, return_tensors="pt", add_special_tokens=False)',
             "print(model(**inputs.to(model.device)).logits)",
         ]
+
+
+def _quoted(text: str) -> str:
+    """A string of Python, in the style of the rest."""
+    return json.dumps(text, ensure_ascii=False)

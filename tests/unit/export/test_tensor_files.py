@@ -85,22 +85,24 @@ def test_a_full_disk_is_told_before(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 HIDDEN, WIDE, LAYERS = 512, 2048, 20
+SHARD = 50_000_000
 
 MERGES = """
-import resource, sys
+import re, sys
 from pathlib import Path
 from finray.training.export.merge import merge
 
-def peak():
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+def resident(which):
+    return int(re.search(which + r":\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) * 1024
 
 base, adapter, small_base, small_adapter, out = map(Path, sys.argv[1:])
 (out / "once").mkdir()
 merge(small_base, small_adapter, out / "once", lambda *_: None)  # loads what there is to load
-before = peak()
+Path("/proc/self/clear_refs").write_text("5")  # the peak so far is that of the imports
+before = resident("VmRSS")
 (out / "large").mkdir()
 merge(base, adapter, out / "large", lambda *_: None, shard_bytes=50_000_000)
-print(peak() - before)
+print(resident("VmHWM") - before)
 """
 
 
@@ -125,7 +127,7 @@ def make_base(folder: Path, layers: int) -> Path:
         Output(f"{name}.weight", TensorInfo(size, torch.float32), partial(torch.randn, size))
         for name, size in sizes.items()
     ]
-    write_model_files(folder, parts, lambda _, __: None, shard_bytes=50_000_000)
+    write_model_files(folder, parts, lambda _, __: None, shard_bytes=SHARD)
     return folder
 
 
@@ -149,7 +151,7 @@ def make_adapter(folder: Path, layers: int) -> Path:
 
 
 def test_memory_of_a_merge(tmp_path: Path) -> None:
-    """340 MB of weights pass through a process that grows by a few of its largest tensors."""
+    """340 MB of weights pass through a process that grows by less than one shard."""
     paths = [
         make_base(tmp_path / "base", LAYERS),
         make_adapter(tmp_path / "adapter", LAYERS),
@@ -161,7 +163,6 @@ def test_memory_of_a_merge(tmp_path: Path) -> None:
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     index = json.loads((tmp_path / "large" / "model.safetensors.index.json").read_bytes())
-    total, largest = index["metadata"]["total_size"], 4 * HIDDEN * WIDE
-    assert total > 335_000_000
-    print("grown by", int(done.stdout), "of", total)
-    assert int(done.stdout) < 8 * largest < total / 10
+    assert index["metadata"]["total_size"] > 335_000_000
+    # Of which one tensor is at most 4 MB; 30 MB were measured, with the adapter.
+    assert int(done.stdout) < SHARD
