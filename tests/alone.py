@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,16 +28,17 @@ import torch
 import transformers
 from peft import PeftModel
 
-told = json.loads(sys.argv[1])
-tokenizer = transformers.AutoTokenizer.from_pretrained(told["folder"])
-make = getattr(transformers, told["class"])
-model = make.from_pretrained(told["base"] or told["folder"], dtype=told["dtype"], **told["more"])
-if told["base"]:
-    model = PeftModel.from_pretrained(model, told["folder"])
-model.eval()
-with torch.no_grad():
-    logits = model(input_ids=torch.tensor([told["ids"]])).logits
-np.save(told["out"], logits.float().numpy())
+ids, dtype, out, results = json.loads(sys.argv[1])
+found = []
+for result in results:
+    transformers.AutoTokenizer.from_pretrained(result["folder"])
+    make = getattr(transformers, result["class"])
+    model = make.from_pretrained(result["whole"], dtype=dtype, **result["more"])
+    if result["whole"] != result["folder"]:
+        model = PeftModel.from_pretrained(model, result["folder"])
+    with torch.no_grad():
+        found.append(model.eval()(input_ids=torch.tensor([ids])).logits.float().numpy())
+np.savez(out, *found)
 """
 
 
@@ -56,39 +58,32 @@ def run_alone(program: str, *arguments: str, folder: Path) -> str:
 
 
 def loads_alone(
-    folder: Path, ids: list[int], scratch: Path, dtype: str = "auto", **more: object
-) -> NDArray[np.float32]:
-    """Logits that a result computes when transformers and PEFT load it, by themselves.
+    *folders: Path, ids: list[int], scratch: Path, dtype: str = "auto"
+) -> list[NDArray[np.float32]]:
+    """Logits that results compute when transformers and PEFT load them, by themselves.
 
     Args:
-        folder: adapter/, model/ or an export; for an adapter, the base that its configuration
-            names is loaded under it. Causal models and sequence classifiers.
+        folders: adapter/, model/ or exports of causal models and of sequence classifiers; under an
+            adapter the base is loaded that its configuration names.
         ids: one text's tokens.
         scratch: where the logits are put down.
         dtype: type in which the (base) model's weights are loaded.
-        more: arguments for the (base) model's `from_pretrained`.
     """
-    config = folder / "adapter_config.json"
-    base = ""
-    if config.exists():
-        told = json.loads(config.read_text(encoding="utf-8"))
-        base, is_classifier = told["base_model_name_or_path"], told["task_type"] == "SEQ_CLS"
-        if is_classifier:
-            more.setdefault("num_labels", 1)
+    out = scratch / "logits.npz"
+    told = json.dumps([ids, dtype, str(out), [_how_to_load(folder) for folder in folders]])
+    run_alone(_LOGITS, told, folder=scratch)
+    with np.load(out) as found:
+        return [found[name] for name in found.files]
+
+
+def _how_to_load(folder: Path) -> dict[str, Any]:
+    whole, more = str(folder), {}
+    if (folder / "adapter_config.json").exists():
+        config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+        whole, scores = config["base_model_name_or_path"], config["task_type"] == "SEQ_CLS"
+        more = {"num_labels": 1} if scores else {}
     else:
-        told = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        is_classifier = told["architectures"][0].endswith("ForSequenceClassification")
-    kind = "SequenceClassification" if is_classifier else "CausalLM"
-    out = scratch / f"logits-{len(list(scratch.iterdir()))}.npy"
-    what = {
-        "folder": str(folder),
-        "base": base,
-        "class": f"AutoModelFor{kind}",
-        "ids": ids,
-        "dtype": dtype,
-        "more": more,
-        "out": str(out),
-    }
-    run_alone(_LOGITS, json.dumps(what), folder=scratch)
-    logits: NDArray[np.float32] = np.load(out)
-    return logits
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        scores = config["architectures"][0].endswith("ForSequenceClassification")
+    kind = "SequenceClassification" if scores else "CausalLM"
+    return {"folder": str(folder), "whole": whole, "class": f"AutoModelFor{kind}", "more": more}

@@ -10,6 +10,9 @@ import yaml
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
+from finray.training.base_identity import write_base
+from finray.training.model_settings import ModelSettings
+
 RECORD: dict[str, Any] = {
     "status": "finished",
     "name": "support",
@@ -66,6 +69,7 @@ def finished_run(
         shutil.copytree(base, run / "model")
     else:
         _write_adapter(base, run / "adapter", what == "score")
+        write_base(ModelSettings(base=name or str(base)), run / "adapter")
     return run
 
 

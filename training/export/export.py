@@ -9,9 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..base_identity import BASE_FILE, base_digest
 from ..data.tokenizer_files import model_folder, tokenizer_files
 from ..errors import InputError, RunError
-from ..recipe import ModelSettings
+from ..existing_adapter import CONFIG_FILE as ADAPTER_CONFIG
+from ..existing_adapter import WEIGHTS_FILE
+from ..model_settings import ModelSettings
 from ..run_folder import Record, existing_run, read_recipe
 from ..storage import Folder
 from .loading import Loadable
@@ -21,7 +24,6 @@ if TYPE_CHECKING:
     from ..device import DtypeName
 
 CARD_FILE = "README.md"
-ADAPTER_CONFIG = "adapter_config.json"
 MODEL_CONFIG = "config.json"
 GENERATION_CONFIG = "generation_config.json"
 
@@ -78,7 +80,7 @@ def export(
         else:
             shutil.copytree(trained, staged, dirs_exist_ok=True)
             if name == "adapter":
-                _name_base(staged / ADAPTER_CONFIG, settings)
+                _name_base(staged, settings)
         result = _describe(name, merge, settings, trained)
         card = render_card(record, recipe, result)
         (staged / CARD_FILE).write_text(card, encoding="utf-8")
@@ -144,6 +146,7 @@ def _merge(
 
     from .merge import merge
 
+    _check_base(base, adapter)
     merge(
         base,
         adapter,
@@ -174,11 +177,26 @@ def _copy(files: list[Path], target: Path) -> None:
             shutil.copy(file, target)
 
 
-def _name_base(path: Path, settings: Record) -> None:
+def _name_base(adapter: Path, settings: Record) -> None:
     """Let PEFT's own configuration lead to the base that the recipe names."""
-    config = _read_json(path)
-    config.update(base_model_name_or_path=settings["base"], revision=settings.get("revision"))
-    path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    base = settings["base"]
+    _change_json(
+        adapter / ADAPTER_CONFIG,
+        base_model_name_or_path=base,
+        revision=settings.get("revision"),
+    )
+    if (adapter / BASE_FILE).is_file() and Path(base).is_absolute():
+        _change_json(adapter / BASE_FILE, base=Path(base).name)
+
+
+def _check_base(base: Path, adapter: Path) -> None:
+    """Refuse a base whose weights are others than when the adapter was trained."""
+    note = adapter / BASE_FILE
+    noted = _read_json(note).get("digest") if note.is_file() else None
+    if noted is not None and base_digest(base) not in (noted, None):
+        raise InputError(
+            f"{base}: the base's weights changed since the adapter was trained over them"
+        )
 
 
 def _describe(name: str, merge: bool, settings: Record, trained: Path) -> Loadable:
@@ -207,7 +225,7 @@ def _score_outputs(adapter: Path) -> int:
     """Rows of the score head that lies with an adapter."""
     from safetensors import safe_open
 
-    with safe_open(adapter / "adapter_model.safetensors", framework="np") as file:
+    with safe_open(adapter / WEIGHTS_FILE, framework="np") as file:
         head = next(name for name in file.keys() if name.endswith("score.weight"))  # noqa: SIM118
         return int(file.get_slice(head).get_shape()[0])
 
@@ -215,3 +233,8 @@ def _score_outputs(adapter: Path) -> int:
 def _read_json(path: Path) -> dict[str, Any]:
     values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     return values
+
+
+def _change_json(path: Path, **values: Any) -> None:
+    changed = {**_read_json(path), **values}
+    path.write_text(json.dumps(changed, indent=2, sort_keys=True) + "\n", encoding="utf-8")

@@ -15,9 +15,8 @@ from peft.utils.other import get_pattern_key
 from safetensors import safe_open
 
 from ..errors import InputError
+from ..existing_adapter import WEIGHTS_FILE
 
-CONFIG_FILE = "adapter_config.json"
-WEIGHTS_FILE = "adapter_model.safetensors"
 _PREFIX = "base_model.model."
 _A = (".lora_A.weight", ".lora_embedding_A")
 _B = (".lora_B.weight", ".lora_embedding_B")
@@ -66,6 +65,8 @@ class Adapter:
             raise InputError(f"{folder}: a {config.peft_type} adapter cannot be merged")
         _check_mergeable(config)
         self.task = str(config.task_type)
+        self.keeps_ties = bool(config.ensure_weight_tying)
+        """Weights that the base shares were trained as one; both names hold the same."""
         self._config: Any = config
         self.updates: dict[str, Update] = {}
         """By module, as the model names it."""

@@ -102,7 +102,9 @@ class _Plan:
         self.compute_dtype = compute_dtype
         self.names = skeleton.names_of(files.info)
         self.quantised = skeleton.quantised() if quantize != "none" else frozenset()
-        self.unties = any(adapter.touches(name) for pair in skeleton.tied.items() for name in pair)
+        pairs = skeleton.tied.items()
+        touched = any(adapter.touches(name) for pair in pairs for name in pair)
+        self.unties = touched and not adapter.keeps_ties
         """Whether weights that the base shares are no longer equal."""
 
     def outputs(self, dtype: torch.dtype | None) -> Iterator[Output]:
@@ -128,8 +130,8 @@ class _Plan:
         """Parameters that are not stored in the base's files: a score head, an untied head."""
         tied = self.skeleton.tied
         added = set(tied) if self.unties else set()
-        needed = {tied[name] for name in added} | (self.adapter.changed() - added)
-        for name in needed - stored.keys():
+        needed = {tied[name] for name in added} | (self.adapter.changed() - tied.keys())
+        for name in sorted(needed - stored.keys()):
             if name not in self.adapter.replacements or not self.skeleton.has(name):
                 raise InputError(
                     f"the adapter changes {name}, which the base's files do not hold as a tensor "

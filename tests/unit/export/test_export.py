@@ -10,7 +10,7 @@ import torch
 import yaml
 from finished_run import finished_run
 from huggingface_hub import ModelCard, ModelCardData
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from finray.training.errors import InputError, RunError
 from finray.training.export.export import export
@@ -127,6 +127,14 @@ def test_a_base_that_is_gone(tiny_model: Path, tmp_path: Path) -> None:
     shutil.rmtree(base)
     assert f"there is no folder {base}" in refusal(run, merge=True)
     assert exported(run).is_dir()  # the adapter alone needs no base
+
+
+def test_a_base_that_changed(tiny_model: Path, tmp_path: Path) -> None:
+    base = shutil.copytree(tiny_model, tmp_path / "base")
+    run = finished_run(tmp_path, base)
+    weights = load_file(base / "model.safetensors")
+    save_file({name: value + 1 for name, value in weights.items()}, base / "model.safetensors")
+    assert "weights changed since the adapter was trained" in refusal(run, merge=True)
 
 
 def test_a_folder_in_use_is_left_alone(tiny_model: Path, tmp_path: Path) -> None:

@@ -198,6 +198,25 @@ def test_tied_weights_stay_tied(tmp_path: Path) -> None:
     assert_close(logits(model), logits(unmerged(base, adapter)))
 
 
+TIED_AS_ONE: dict[str, dict[str, Any]] = {
+    "saved": {"target_modules": Q_AND_UP, "modules_to_save": ["embed_tokens"]},
+    "adapted": {"target_modules": ["embed_tokens", "q_proj"]},
+}
+
+
+@pytest.mark.parametrize("case", TIED_AS_ONE)
+def test_tied_weights_that_are_trained_as_one(case: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    base = save(llama(tied=True), tmp_path / "base")
+    settings = {**TIED_AS_ONE[case], "ensure_weight_tying": True}
+    adapter = adapt(base, tmp_path / "adapter", **settings)
+    target = tmp_path / "merged"
+    target.mkdir()
+    merge(base, adapter, target, quiet)
+    assert TensorFiles(target).info == TensorFiles(base).info
+    assert_close(logits(load(target)), logits(unmerged(base, adapter)))
+
+
 def test_names_of_an_older_file(tmp_path: Path) -> None:
     """GPT-2's own files were written from the model without its head."""
     torch.manual_seed(0)
@@ -352,7 +371,7 @@ def test_another_base_is_refused(tmp_path: Path) -> None:
     other = save(LlamaForCausalLM(config), tmp_path / "other")
     with pytest.raises(InputError, match=r"another base model.*of shape \(32, 48\), .*\(64, 48\)"):
         merge(other, adapter, tmp_path, quiet)
-    with pytest.raises(InputError, match=r"changes .*q_proj.weight, which the base's files"):
+    with pytest.raises(InputError, match=r"changes .*down_proj.weight, which the base's files"):
         merge(save(gpt2(), tmp_path / "gpt2"), adapter, tmp_path, quiet)
 
 
