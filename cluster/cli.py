@@ -14,6 +14,7 @@ examples:
   finray check recipe.yaml
   finray train recipe.yaml --set optim.learning_rate=1e-4
   finray train recipe.yaml --local
+  finray job submit recipe.yaml --address http://head:8265 --wait
   finray runs
   finray k8s render recipe.yaml --overlay gpu | kubectl create -f -
 """
@@ -23,6 +24,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; returns its exit code."""
     options = _parser().parse_args(arguments)
     from ..training.errors import FinrayError
+    from ..training.secrets import redact
     from . import commands
     from .environment import set_environment
     from .quiet import quiet_libraries
@@ -33,7 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         run = getattr(commands, options.command)
         run(options)
     except FinrayError as error:
-        print(f"finray: {error}", file=sys.stderr)
+        print(f"finray: {redact(str(error))}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
         print("finray: interrupted", file=sys.stderr)
@@ -74,6 +76,8 @@ def _parser() -> argparse.ArgumentParser:
     _add_ray(train)
     _add_json(train)
 
+    _add_job(commands.add_parser("job", help="run recipes on a cluster as Ray jobs"))
+
     runs = commands.add_parser("runs", help="list the runs of a storage")
     runs.add_argument("--storage", default="runs", help="folder or URI (default: runs)")
     _add_json(runs)
@@ -99,6 +103,44 @@ def _add_render(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
     render.add_argument("--image", help="of all pods (default: finray:cpu or finray:gpu)")
     render.add_argument("--memory", help="of a worker's pod, such as 64Gi (default: the overlay's)")
     render.add_argument("--to", metavar="FILE", type=Path, help="write there (default: stdout)")
+
+
+def _add_job(parser: argparse.ArgumentParser) -> None:
+    verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
+    submit = verbs.add_parser("submit", help="send a recipe and its files, and run it there")
+    _add_recipe(submit)
+    submit.add_argument("--wait", action="store_true", help="show its log until it ends")
+    submit.add_argument(
+        "--on-cluster",
+        metavar="FOLDER",
+        action="append",
+        default=[],
+        help="a folder of the cluster's nodes: what lies below does not travel (may be repeated)",
+    )
+    submit.add_argument(
+        "--max-mib", type=float, default=100.0, help="largest sum of files that travel"
+    )
+    submit.add_argument(
+        "--python", help="the head's interpreter (default: the one that runs Ray's workers)"
+    )
+    listing = verbs.add_parser("list", help="list the cluster's runs")
+    status = verbs.add_parser("status", help="how a run's last attempt stands")
+    logs = verbs.add_parser("logs", help="print what a run has printed")
+    logs.add_argument("-f", "--follow", action="store_true", help="until it ends")
+    stop = verbs.add_parser("stop", help="let a run save, and end it")
+    fetch = verbs.add_parser("fetch", help="bring a run's figures, report and result here")
+    fetch.add_argument("--to", type=Path, help="folder (default: runs/NAME)")
+    for verb in (status, logs, stop, fetch):
+        verb.add_argument("name", metavar="NAME", help="the run's name")
+    for verb in (submit, listing, status, logs, stop, fetch):
+        verb.add_argument(
+            "--address",
+            metavar="URL",
+            default="http://127.0.0.1:8265",
+            help="the cluster's dashboard (default: http://127.0.0.1:8265)",
+        )
+    for verb in (submit, listing, status):
+        _add_json(verb)
 
 
 def _add_recipe(parser: argparse.ArgumentParser) -> None:

@@ -14,7 +14,7 @@ def check(options: argparse.Namespace) -> None:
     """Validate a recipe and its data, and tell what a run would do."""
     from .check import examine, render
 
-    outlook = examine(_recipe(options))
+    outlook = examine(recipe_of(options))
     print(json.dumps(outlook, indent=2) if options.json else render(outlook))
 
 
@@ -24,7 +24,7 @@ def prepare(options: argparse.Namespace) -> None:
     from ..training.run import Listener, prepare_data
     from .progress import ProgressWatcher
 
-    recipe = _recipe(options)
+    recipe = recipe_of(options)
     inspect_data(recipe)
     with _ray(recipe, options), ProgressWatcher() as watcher:
         prepared = prepare_data(recipe, Listener(watcher.phase, watcher.watch))
@@ -44,7 +44,7 @@ def train(options: argparse.Namespace) -> None:
     from ..training.stop import Stop
     from .interrupts import graceful_interrupts
 
-    recipe = _recipe(options)
+    recipe = recipe_of(options)
     inspect_data(recipe)
     stop = Stop()
     with graceful_interrupts(stop), _ray(recipe, options):
@@ -60,6 +60,13 @@ def train(options: argparse.Namespace) -> None:
         from .summary import render_summary
 
         print(render_summary(run_folder(recipe), colour=sys.stdout.isatty()))
+
+
+def job(options: argparse.Namespace) -> None:
+    """Run recipes on a cluster as Ray jobs."""
+    from . import job_commands
+
+    getattr(job_commands, options.verb)(options)
 
 
 def runs(options: argparse.Namespace) -> None:
@@ -107,7 +114,8 @@ def schema(_: argparse.Namespace) -> None:
     print(json.dumps(Recipe.model_json_schema(), indent=2))
 
 
-def _recipe(options: argparse.Namespace) -> Recipe:
+def recipe_of(options: argparse.Namespace) -> Recipe:
+    """The recipe that the arguments name, with their overrides."""
     local = ("scale.workers=0",) if options.local else ()
     return load_recipe(options.recipe, (*options.overrides, *local))
 

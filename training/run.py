@@ -27,6 +27,7 @@ from .methods import method_of
 from .recipe import Recipe, recipe_from_dict
 from .report import write_report
 from .run_folder import CHECKPOINTS_FOLDER, PREPARED_FOLDER, RECIPE_FILE, Record, read_run
+from .secrets import redact
 from .session import STOP_FILE
 from .stop import Stop
 from .storage import Folder
@@ -228,7 +229,7 @@ def _open(recipe: Recipe, folder: Folder, prepared: Prepared) -> None:
 def _close(recipe: Recipe, folder: Folder, status: str, error: str | None, seconds: float) -> None:
     def change(record: Record) -> None:
         record["status"] = status
-        record["error"] = error
+        record["error"] = None if error is None else redact(error)
         record["finished_at"] = now()
         record["wall_seconds"] = round(record.get("wall_seconds", 0.0) + seconds, 2)
         record["best_checkpoint"] = best(folder / CHECKPOINTS_FOLDER, method_of(recipe).watched)
