@@ -62,6 +62,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     _add_recipe(check)
     _add_local(check)
+    _add_ray(check)
+    _add_waiting(check)
     _add_json(check)
 
     prepare = commands.add_parser("prepare", help="prepare a recipe's data, without training")
@@ -74,6 +76,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_recipe(train)
     _add_local(train)
     _add_ray(train)
+    _add_waiting(train)
     _add_json(train)
 
     _add_job(commands.add_parser("job", help="run recipes on a cluster as Ray jobs"))
@@ -117,6 +120,7 @@ def _add_job(parser: argparse.ArgumentParser) -> None:
         default=[],
         help="a folder of the cluster's nodes: what lies below does not travel (may be repeated)",
     )
+    _add_waiting(submit)
     submit.add_argument(
         "--max-mib", type=float, default=100.0, help="largest sum of files that travel"
     )
@@ -166,6 +170,16 @@ def _add_ray(parser: argparse.ArgumentParser) -> None:
         "--address", help="a running Ray cluster (default: one of this machine's own)"
     )
     parser.add_argument("--verbose", action="store_true", help="pass on what Ray's workers print")
+
+
+def _add_waiting(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--wait-for-nodes",
+        metavar="SECONDS",
+        type=float,
+        default=0.0,
+        help="how long an autoscaler has to bring what is missing (default: 0)",
+    )
 
 
 def _add_json(parser: argparse.ArgumentParser) -> None:

@@ -19,7 +19,9 @@ def submit(options: argparse.Namespace) -> None:
     if not options.on_cluster:
         inspect_data(recipe)
     cluster = Cluster(options.address)
-    submitted = cluster.submit(recipe, tuple(options.on_cluster), options.max_mib, options.python)
+    submitted = cluster.submit(
+        recipe, tuple(options.on_cluster), options.max_mib, options.python, options.wait_for_nodes
+    )
     job = submitted.job
     for note in submitted.notes:
         print(note, file=sys.stderr)

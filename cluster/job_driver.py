@@ -29,16 +29,17 @@ _COMPLETE = "complete"
 
 
 def main(arguments: Sequence[str]) -> int:
-    """`train DIGEST`, or `pack STORAGE NAME`; returns the exit code."""
+    """`train DIGEST [OPTION …]`, or `pack STORAGE NAME`; returns the exit code."""
     from .cli import main as finray
 
     verb, *rest = arguments
     if verb == "pack":
         return pack(Folder(rest[0]) / rest[1])
-    recipe = unpack(Path.cwd(), rest[0])
+    digest, *options = rest
+    recipe = unpack(Path.cwd(), digest)
     path = Path.cwd() / f"resolved-{os.getpid()}.yaml"
     path.write_text(yaml.safe_dump(recipe.model_dump(mode="json")), encoding="utf-8")
-    return finray(["train", str(path), "--address", "auto"])
+    return finray(["train", str(path), "--address", "auto", *options])
 
 
 def unpack(folder: Path, digest: str) -> Recipe:

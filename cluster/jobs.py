@@ -82,8 +82,8 @@ class Cluster:
         with self._told():
             from ray.job_submission import JobSubmissionClient
 
-            for name in ("dashboard_sdk", "job.sdk"):
-                logging.getLogger(f"ray.dashboard.modules.{name}").setLevel(logging.WARNING)
+            for name in ("dashboard.modules.dashboard_sdk", "_private.runtime_env.packaging"):
+                logging.getLogger(f"ray.{name}").setLevel(logging.WARNING)
             self._client = JobSubmissionClient(address)
 
     def submit(
@@ -92,6 +92,7 @@ class Cluster:
         on_cluster: tuple[str, ...] = (),
         limit_mib: float = LIMIT_MIB,
         python: str | None = None,
+        wait_for_nodes: float = 0.0,
     ) -> Submitted:
         """Submit a run, unless it is under way or done.
 
@@ -100,6 +101,7 @@ class Cluster:
             on_cluster: folders of the nodes; paths below them do not travel.
             limit_mib: largest sum of the files that travel, in MiB.
             python: the interpreter on the head; None finds the one that runs Ray's workers.
+            wait_for_nodes: seconds that an autoscaler has to bring what is missing.
 
         Raises:
             InputError: as `staging.stage`, and where a run of this name with another recipe or
@@ -121,7 +123,8 @@ class Cluster:
             attempt = 1 if last is None else last.attempt + 1
             id = recipe.name if attempt == 1 else f"{recipe.name}~{attempt}"
             facts = {_RUN: recipe.name, _STORAGE: recipe.storage, _DIGEST: staged.digest}
-            self._start(id, f"train {staged.digest}", Path(folder), facts, python)
+            what = f"train {staged.digest} --wait-for-nodes {wait_for_nodes:g}"
+            self._start(id, what, Path(folder), facts, python)
         return Submitted(self.job(recipe.name), True, staged.notes)
 
     def jobs(self) -> list[Job]:

@@ -8,6 +8,7 @@ import hashlib
 import shutil
 import subprocess
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 
 import yaml
@@ -84,6 +85,10 @@ def stage(
 def add_finray(folder: Path) -> None:
     """Put finray itself and the launcher into a folder that travels."""
     (folder / LAUNCHER).write_text(_LAUNCH, encoding="utf-8")
+    # Where it is not installed, its version is asked for all the same.
+    metadata = folder / "finray.dist-info" / "METADATA"
+    metadata.parent.mkdir()
+    metadata.write_text(f"Metadata-Version: 2.1\nName: finray\nVersion: {version('finray')}\n")
     root = Path(__file__).resolve().parents[1]
     for package in _PACKAGES:
         shutil.copytree(root / package, folder / "finray" / package, ignore=_LEFT_OUT)
