@@ -71,7 +71,10 @@ def stage(
             "eval": [parcel.source(source, "data.eval") for source in recipe.data.eval],
         }
     )
-    model = recipe.model.model_copy(update={"base": parcel.model(recipe.model.base)})
+    folders = {"base": parcel.folder(recipe.model.base, "model.base", "model")}
+    if recipe.model.adapter is not None:
+        folders["adapter"] = parcel.folder(recipe.model.adapter, "model.adapter", "adapter")
+    model = recipe.model.model_copy(update=folders)
     travelling = recipe.model_copy(update={"data": data, "model": model})
     parcel.check_size(limit_mib)
     parcel.check_storage(recipe)
@@ -117,21 +120,21 @@ class _Parcel:
             self._copy_source(source, key)
         return source.model_copy(update={"path": self._sent[source.path]})
 
-    def model(self, base: str) -> str:
-        """The model as the cluster finds it."""
-        if not Path(base).is_absolute() or self._stays(base):
-            return base
-        if not Path(base).is_dir():
+    def folder(self, path: str, key: str, name: str) -> str:
+        """A folder of a model or an adapter as the cluster finds it; a hub id stays."""
+        if not Path(path).is_absolute() or self._stays(path):
+            return path
+        if not Path(path).is_dir():
             raise InputError(
-                f"model.base: there is no folder {base} on this machine; where it is one of the "
-                f"cluster's, say so: --on-cluster {base}"
+                f"{key}: there is no folder {path} on this machine; where it is one of the "
+                f"cluster's, say so: --on-cluster {path}"
             )
-        files = [file for file in sorted(Path(base).iterdir()) if file.is_file()]
-        self._sizes[f"model.base {base}"] = sum(file.stat().st_size for file in files)
-        self._sent[base] = f"./{INPUTS_FOLDER}/model"
+        files = [file for file in sorted(Path(path).iterdir()) if file.is_file()]
+        self._sizes[f"{key} {path}"] = sum(file.stat().st_size for file in files)
+        self._sent[path] = f"./{INPUTS_FOLDER}/{name}"
         for file in files:
-            self._link(file, self._inputs / "model" / file.name)
-        return self._sent[base]
+            self._link(file, self._inputs / name / file.name)
+        return self._sent[path]
 
     def check_size(self, limit_mib: float) -> None:
         """Refuse what is too big to travel, the biggest first."""
@@ -150,12 +153,13 @@ class _Parcel:
     def check_storage(self, recipe: Recipe) -> None:
         """Refuse a storage that could not hold what travels, and tell where results go."""
         is_store = "://" in recipe.storage
-        if is_store and recipe.model.base in self._sent:
-            raise InputError(
-                f"model.base: the folder {recipe.model.base} travels only to a storage that is a "
-                f"folder, and this one is {recipe.storage}; give a hub id, or a folder of the "
-                "nodes with --on-cluster"
-            )
+        for path in (recipe.model.base, recipe.model.adapter):
+            if is_store and path in self._sent:
+                raise InputError(
+                    f"model: the folder {path} travels only to a storage that is a folder, and "
+                    f"this one is {recipe.storage}; give a hub id, or a folder of the nodes with "
+                    "--on-cluster"
+                )
         if is_store and self._sent and "?" in recipe.storage:
             raise InputError(
                 "data: local files do not travel to a storage whose URI has a query; put them "
