@@ -81,6 +81,10 @@ def _parser() -> argparse.ArgumentParser:
 
     _add_job(commands.add_parser("job", help="run recipes on a cluster as Ray jobs"))
 
+    _add_cluster(
+        commands.add_parser("cluster", help="start, end and examine a cluster of one's machines")
+    )
+
     runs = commands.add_parser("runs", help="list the runs of a storage")
     runs.add_argument("--storage", default="runs", help="folder or URI (default: runs)")
     _add_json(runs)
@@ -137,14 +141,38 @@ def _add_job(parser: argparse.ArgumentParser) -> None:
     for verb in (status, logs, stop, fetch):
         verb.add_argument("name", metavar="NAME", help="the run's name")
     for verb in (submit, listing, status, logs, stop, fetch):
-        verb.add_argument(
-            "--address",
-            metavar="URL",
-            default="http://127.0.0.1:8265",
-            help="the cluster's dashboard (default: http://127.0.0.1:8265)",
-        )
+        _add_dashboard(verb)
     for verb in (submit, listing, status):
         _add_json(verb)
+
+
+def _add_cluster(parser: argparse.ArgumentParser) -> None:
+    verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
+    up = verbs.add_parser("up", help="start a head here, and tell how nodes join it")
+    up.add_argument("--port", type=int, default=6379, help="of the head (default: 6379)")
+    up.add_argument("--dashboard-port", type=int, default=8265, help="on localhost (default: 8265)")
+    up.add_argument(
+        "--start-option",
+        metavar="OPTION",
+        action="append",
+        default=[],
+        help="passed on to ray start, such as --num-cpus=0 (may be repeated)",
+    )
+    verbs.add_parser("down", help="end the head that was started here, and its node")
+    status = verbs.add_parser("status", help="whether the head started here runs, and its nodes")
+    doctor = verbs.add_parser("doctor", help="examine every node of a running cluster")
+    doctor.add_argument("--storage", help="a folder or URI that every node must write and read")
+    _add_dashboard(doctor)
+    _add_json(status)
+
+
+def _add_dashboard(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--address",
+        metavar="URL",
+        default="http://127.0.0.1:8265",
+        help="the cluster's dashboard (default: http://127.0.0.1:8265)",
+    )
 
 
 def _add_recipe(parser: argparse.ArgumentParser) -> None:

@@ -79,6 +79,13 @@ def job(options: argparse.Namespace) -> None:
     getattr(job_commands, options.verb)(options)
 
 
+def cluster(options: argparse.Namespace) -> None:
+    """Start, end and examine a cluster of one's own machines."""
+    from . import cluster_commands
+
+    getattr(cluster_commands, options.verb)(options)
+
+
 def runs(options: argparse.Namespace) -> None:
     """List the runs of a storage."""
     from ..training.run_folder import list_runs

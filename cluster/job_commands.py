@@ -7,7 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from ..training.data.inspection import inspect_data
-from ..training.errors import RunError
+from ..training.errors import InputError, RunError
 from .commands import recipe_of
 from .jobs import ACTIVE, Cluster, Job
 from .runs_table import columns
@@ -35,8 +35,9 @@ def submit(options: argparse.Namespace) -> None:
     if options.wait:
         job = cluster.follow(job, sys.stderr.write)
     print(json.dumps(asdict(job), indent=2) if options.json else _line(job))
-    if options.wait and job.status != "SUCCEEDED":
-        raise RunError(f"{job.run} {job.status}: {job.message}")
+    if options.wait and job.status not in (*ACTIVE, "SUCCEEDED"):
+        kind = InputError if job.exit_code == InputError.exit_code else RunError
+        raise kind(f"{job.run} {job.status}; finray job logs {job.run} tells why")
 
 
 def list(options: argparse.Namespace) -> None:

@@ -29,12 +29,16 @@ _COMPLETE = "complete"
 
 
 def main(arguments: Sequence[str]) -> int:
-    """`train DIGEST [OPTION …]`, or `pack STORAGE NAME`; returns the exit code."""
+    """`train DIGEST [OPTION …]`, `pack STORAGE NAME`, or `doctor [STORAGE]`; returns the exit code."""
     from .cli import main as finray
 
     verb, *rest = arguments
     if verb == "pack":
         return pack(Folder(rest[0]) / rest[1])
+    if verb == "doctor":
+        from .doctor import main as examine
+
+        return examine(rest[0] if rest else None)
     digest, *options = rest
     recipe = unpack(Path.cwd(), digest)
     path = Path.cwd() / f"resolved-{os.getpid()}.yaml"

@@ -44,6 +44,8 @@ class Job:
     status: str
     """PENDING, RUNNING, SUCCEEDED, FAILED or STOPPED."""
     message: str
+    exit_code: int | None
+    """Of `finray train` there; None while it runs."""
     started_ms: int
     """Since 1970."""
 
@@ -186,24 +188,28 @@ class Cluster:
         Raises:
             RunError: the cluster could not read them.
         """
-        with tempfile.TemporaryDirectory(prefix="finray-job-") as folder:
-            add_finray(Path(folder))
-            id = f"{job.run}~fetch~{time.time_ns()}"
-            what = f"pack {shlex.quote(job.storage)} {job.run}"
-            self._start(id, what, Path(folder), {}, None)
-        with self._told():
-            while str(self._client.get_job_status(id).value) in ACTIVE:
-                time.sleep(POLL_SECONDS / 2)
-            status, log = self._client.get_job_status(id).value, self._client.get_job_logs(id)
-            self._client.delete_job(id)
+        code, log = self.run(f"{job.run}~fetch", f"pack {shlex.quote(job.storage)} {job.run}")
         content = _packed(log)
         if content is None:
-            raise RunError(f"cannot fetch {job.run} ({status}): {_last_lines(log)}")
+            raise RunError(f"cannot fetch {job.run} (exit code {code}): {_last_lines(log)}")
         with tarfile.open(fileobj=io.BytesIO(content)) as archive:
             names = archive.getnames()
             archive.extractall(target, filter="data")
         assert RUN_FILE in names
         return names
+
+    def run(self, name: str, what: str) -> tuple[int, str]:
+        """Let `job_driver` do something short; returns its exit code and what it printed."""
+        with tempfile.TemporaryDirectory(prefix="finray-job-") as folder:
+            add_finray(Path(folder))
+            id = f"{name}~{time.time_ns()}"
+            self._start(id, what, Path(folder), {}, None)
+        with self._told():
+            while (detail := self._client.get_job_info(id)).status.value in ACTIVE:
+                time.sleep(POLL_SECONDS / 2)
+            log = str(self._client.get_job_logs(id))
+            self._client.delete_job(id)
+        return detail.driver_exit_code or 0, log
 
     def _start(
         self, id: str, what: str, folder: Path, facts: dict[str, str], python: str | None
@@ -256,7 +262,8 @@ def _job(detail: Any) -> Job:
         storage=facts[_STORAGE],
         digest=facts[_DIGEST],
         status=str(detail.status.value),
-        message=detail.message or "",
+        message=(detail.message or "").partition(", last available logs")[0],
+        exit_code=detail.driver_exit_code,
         started_ms=detail.start_time or 0,
     )
 

@@ -22,7 +22,8 @@ from ..training.capacity import (
 from ..training.data.tokenizer_files import has_vocabulary, model_folder
 from ..training.device import probe_bfloat16
 from ..training.errors import InputError, RunError, last_line
-from ..training.recipe import ModelSettings, Recipe
+from ..training.model_settings import ModelSettings
+from ..training.recipe import Recipe
 from ..training.secrets import redact
 from ..training.storage import Folder
 from ..training.versions import installed_versions
@@ -49,26 +50,25 @@ class Preflight:
     lines: tuple[Line, ...]
     worker_env: dict[str, str]
 
-    def render(self) -> str:
-        """A table for people."""
-        marks = {True: "good", False: "FAILS"}
-        return "\n".join(
-            f"  {line.name:10}  {marks[line.is_good]:5}  {line.text}" for line in self.lines
-        )
-
     def demand_good(self) -> None:
         """Raise an InputError with the whole table, where something failed."""
         if not all(line.is_good for line in self.lines):
-            raise InputError(f"the cluster cannot run this recipe:\n{self.render()}")
+            raise InputError(f"the cluster cannot run this recipe:\n{render_lines(self.lines)}")
+
+
+def render_lines(lines: Sequence[Line]) -> str:
+    """What was tried, as a table for people."""
+    marks = {True: "good", False: "FAILS"}
+    return "\n".join(f"  {line.name:10}  {marks[line.is_good]:5}  {line.text}" for line in lines)
 
 
 @dataclass(frozen=True)
 class _Answer:
-    """What one node told of itself; a text where something failed."""
+    """What one node told of itself."""
 
     versions: dict[str, str]
     model: str | None
-    storage: str | None
+    """Why it cannot be read."""
     env: dict[str, str]
 
 
@@ -85,12 +85,12 @@ def preflight(
     fit = _fit(recipe, wait_seconds, tell)
     if not fit.is_good:
         return Preflight((fit,), {})
-    answers, seen = _ask_all(recipe)
+    answers = _ask_all(recipe)
     lines: tuple[Line, ...] = (
         fit,
         _versions_line(answers),
         _model_line(recipe, answers),
-        _storage_line(recipe, answers, seen),
+        try_storage(recipe.storage),
     )
     env: dict[str, str] = {}
     for answer in answers.values():
@@ -138,26 +138,44 @@ def _ask_autoscaler(wanted: Demand) -> None:
     request_resources(bundles=[*([wanted.worker] * wanted.workers), {"CPU": 1}])
 
 
-def _ask_all(recipe: Recipe) -> tuple[dict[str, _Answer], dict[str, list[str]]]:
-    """Every node's answer, and the names of the files that each node sees afterwards."""
+def _ask_all(recipe: Recipe) -> dict[str, _Answer]:
+    """What the driver and every node tell."""
+    names = node_names()
+    answers = on_every_node(_look, names, lambda id: (recipe.model,))
+    return {_DRIVER: _look(recipe.model), **{names[id]: answers[id] for id in names}}
+
+
+def node_names() -> dict[str, str]:
+    """Each living node's id, and what messages call it."""
     import ray
 
-    nodes = {node["NodeID"]: node["NodeName"] for node in ray.nodes() if node["Alive"]}
-    probe = Folder(recipe.storage) / f".probe-{uuid.uuid4().hex[:12]}"
+    alive = (node for node in ray.nodes() if node["Alive"])
+    return {node["NodeID"]: f"{node['NodeName']} ({node['NodeID'][:6]})" for node in alive}
+
+
+def try_storage(storage: str) -> Line:
+    """Whether the driver and all nodes write into the storage, and read what the others wrote."""
+    names = node_names()
+    probe = Folder(storage) / f".probe-{uuid.uuid4().hex[:12]}"
     try:
-        answers = {_DRIVER: _look(recipe.model, probe, _DRIVER)}
-        asked = on_every_node(_look, nodes, lambda id: (recipe.model, probe, id))
-        answers.update({id: asked[id] for id in nodes})
-        seen: dict[str, list[str]] = {_DRIVER: probe.names()}
-        seen.update(on_every_node(_see, nodes, lambda id: (probe,)))
+        faults = {_DRIVER: _write(probe, _DRIVER)}
+        faults.update(on_every_node(_write, names, lambda id: (probe, id)))
+        seen = {_DRIVER: _see(probe), **on_every_node(_see, names, lambda id: (probe,))}
     finally:
-        with suppress(OSError):  # a storage that cannot be written is told by its own line
+        with suppress(OSError, InputError):  # the line tells of a storage that is out of reach
             probe.delete()
-    names = {**{id: f"{name} ({id[:6]})" for id, name in nodes.items()}, _DRIVER: _DRIVER}
-    known = {
-        names[id]: [names[other] for other in found if other in names] for id, found in seen.items()
-    }
-    return {names[id]: answer for id, answer in answers.items()}, known
+    names[_DRIVER] = _DRIVER
+    told = [f"{names[id]}: {fault}" for id, fault in faults.items() if fault]
+    told += [
+        f"{names[id]} does not see what {names[other]} wrote"
+        for id, found in seen.items()
+        for other in names
+        if not told and other not in found
+    ]
+    if not told:
+        return Line("storage", True, f"{storage}: written by every node, read by all")
+    cure = "give a folder that all nodes share, s3:// or gs://"
+    return Line("storage", False, f"{storage}: {'; '.join(told)}; {cure}")
 
 
 def on_every_node(
@@ -194,20 +212,22 @@ def on_every_node(
     return results
 
 
-def _look(model: ModelSettings, probe: Folder, name: str) -> _Answer:
-    """Runs on a node: what it has, and whether it can write."""
-    storage = None
-    try:
-        probe.create()
-        probe.write(name, b"")
-    except (OSError, InputError) as error:
-        storage = redact(last_line(error))
+def _look(model: ModelSettings) -> _Answer:
+    """Runs on a node: what it has."""
     return _Answer(
         versions=installed_versions(),
         model=_unreadable(model),
-        storage=storage,
         env=probe_bfloat16() if model.dtype == "bfloat16" else {},
     )
+
+
+def _write(probe: Folder, name: str) -> str | None:
+    """Runs on a node: leave a file; returns why that failed."""
+    try:
+        probe.create().write(name, b"")
+    except (OSError, InputError) as error:
+        return redact(last_line(error))
+    return None
 
 
 def _see(probe: Folder) -> list[str]:
@@ -246,19 +266,3 @@ def _versions_line(answers: dict[str, _Answer]) -> Line:
 def _model_line(recipe: Recipe, answers: dict[str, _Answer]) -> Line:
     faults = [f"{node}: {answer.model}" for node, answer in answers.items() if answer.model]
     return Line("model", not faults, "; ".join(faults) or f"{recipe.model.base} on every node")
-
-
-def _storage_line(recipe: Recipe, answers: dict[str, _Answer], seen: dict[str, list[str]]) -> Line:
-    unwritable = [f"{node}: {answer.storage}" for node, answer in answers.items() if answer.storage]
-    if unwritable:
-        return Line("storage", False, f"{recipe.storage}: " + "; ".join(unwritable))
-    blind = [
-        f"{node} does not see what {other} wrote"
-        for node, found in seen.items()
-        for other in answers
-        if other not in found
-    ]
-    if blind:
-        cure = "give a folder that all nodes share, s3:// or gs://"
-        return Line("storage", False, f"{recipe.storage}: {'; '.join(blind)}; {cure}")
-    return Line("storage", True, f"{recipe.storage}: written by every node, read by all")

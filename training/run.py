@@ -79,17 +79,22 @@ def train(
     with held(folder.create(), stop.requested, listener.phase) as stale:
         if stale is not None:
             listener.phase(f"taking over from {stale}")
-        return _carry_out(recipe, folder, prepared, listener, stop)
+        return _carry_out(recipe, folder, prepared, listener, stop, worker_env or {})
 
 
 def _carry_out(
-    recipe: Recipe, folder: Folder, prepared: Prepared, listener: Listener, stop: Stop
+    recipe: Recipe,
+    folder: Folder,
+    prepared: Prepared,
+    listener: Listener,
+    stop: Stop,
+    worker_env: dict[str, str],
 ) -> Record:
     _open(recipe, folder, prepared)
     listener.on_start(folder)
     started = time.monotonic()
     try:
-        outcome = _launch(recipe, folder, prepared, stop, worker_env or {})
+        outcome = _launch(recipe, folder, prepared, stop, worker_env)
     except BaseException as error:
         status = "stopped" if isinstance(error, KeyboardInterrupt) else "failed"
         told = str(error) or type(error).__name__
