@@ -31,8 +31,8 @@ def main(storage: str | None) -> int:
     """Print the findings; exit code 2 where one is bad."""
     import ray
 
-    ray.init(address="auto", log_to_driver=False, logging_level="error")
-    lines = examine(storage)
+    context = ray.init(address="auto", log_to_driver=False, logging_level="error")
+    lines = [*examine(storage), _dashboard(f"http://{context.dashboard_url}")]
     print(render_lines(lines))
     return 0 if all(line.is_good for line in lines) else InputError.exit_code
 
@@ -53,7 +53,7 @@ def examine(storage: str | None) -> list[Line]:
         after = time.time()
         skews[id] = max(before - nodes[id].clock, nodes[id].clock - after, 0.0)
     lines = [_node_line(names[id], addresses[id], node, skews[id]) for id, node in nodes.items()]
-    lines += [_versions(names, nodes), _dashboard()]
+    lines.append(_versions(names, nodes))
     return lines if storage is None else [*lines, try_storage(storage)]
 
 
@@ -107,10 +107,7 @@ def _versions(names: dict[str, str], nodes: dict[str, _Node]) -> Line:
     return Line("versions", not faults, "; ".join(faults) or f"{same} on every node")
 
 
-def _dashboard() -> Line:
-    import ray
-
-    url = f"http://{ray._private.worker.get_dashboard_url()}"
+def _dashboard(url: str) -> Line:
     if knock(url) == "token":
         return Line("dashboard", True, f"{url} wants a token")
     return Line(

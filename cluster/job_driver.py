@@ -29,7 +29,7 @@ _COMPLETE = "complete"
 
 
 def main(arguments: Sequence[str]) -> int:
-    """`train DIGEST [OPTION …]`, `pack STORAGE NAME`, or `doctor [STORAGE]`; returns the exit code."""
+    """`train DIGEST [OPTION …]`, `pack STORAGE NAME`, or `doctor [STORAGE]`: the exit code."""
     from .cli import main as finray
 
     verb, *rest = arguments
