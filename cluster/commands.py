@@ -56,7 +56,8 @@ def train(options: argparse.Namespace) -> None:
     recipe = recipe_of(options)
     inspect_data(recipe)
     stop = Stop()
-    with graceful_interrupts(stop), _ray(recipe, options):
+    # Ray takes SIGTERM for itself when it starts; a run that is told to end saves first.
+    with _ray(recipe, options), graceful_interrupts(stop):
         worker_env = _preflight(recipe, options).worker_env
         from ..training.run import Listener, run_folder
         from ..training.run import train as carry_out

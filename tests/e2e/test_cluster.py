@@ -105,7 +105,11 @@ def test_a_run_is_submitted_once_and_fetched(cluster: Cluster) -> None:
 
 def test_stop_saves_and_the_same_submission_resumes(cluster: Cluster) -> None:
     recipe = cluster.finray.recipe(
-        name="stopped", scale__workers=1, optim__max_steps=400, checkpoint__every_steps=300
+        name="stopped",
+        scale__workers=1,
+        optim__max_steps=400,
+        optim__micro_batch_size=1,
+        checkpoint__every_steps=300,
     )
     run = cluster.finray.folder / "runs" / "stopped"
     cluster.job("submit", recipe)
