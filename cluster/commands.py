@@ -20,7 +20,7 @@ def check(options: argparse.Namespace) -> None:
     """Validate a recipe and its data, and tell what a run would do."""
     from .check import examine, render
 
-    recipe = recipe_of(options)
+    recipe = _recipe(options)
     outlook = examine(recipe)
     if options.address and recipe.scale.workers:
         outlook["cluster"] = _preflight_of(recipe, options)
@@ -33,7 +33,7 @@ def prepare(options: argparse.Namespace) -> None:
     from ..training.run import Listener, prepare_data
     from .progress import ProgressWatcher
 
-    recipe = recipe_of(options)
+    recipe = _recipe(options)
     inspect_data(recipe)
     with _ray(recipe, options), ProgressWatcher() as watcher:
         prepared = prepare_data(recipe, Listener(watcher.phase, watcher.watch))
@@ -53,7 +53,7 @@ def train(options: argparse.Namespace) -> None:
     from ..training.stop import Stop
     from .interrupts import graceful_interrupts
 
-    recipe = recipe_of(options)
+    recipe = _recipe(options)
     inspect_data(recipe)
     stop = Stop()
     # Ray takes SIGTERM for itself when it starts; a run that is told to end saves first.
@@ -132,8 +132,7 @@ def schema(_: argparse.Namespace) -> None:
     print(json.dumps(Recipe.model_json_schema(), indent=2))
 
 
-def recipe_of(options: argparse.Namespace) -> Recipe:
-    """The recipe that the arguments name, with their overrides."""
+def _recipe(options: argparse.Namespace) -> Recipe:
     local = ("scale.workers=0",) if options.local else ()
     return load_recipe(options.recipe, (*options.overrides, *local))
 

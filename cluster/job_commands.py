@@ -8,14 +8,14 @@ from pathlib import Path
 
 from ..training.data.inspection import inspect_data
 from ..training.errors import InputError, RunError
-from .commands import recipe_of
+from ..training.recipe import load_recipe
 from .jobs import ACTIVE, Cluster, Job
 from .runs_table import columns
 
 
 def submit(options: argparse.Namespace) -> None:
     """Send a recipe and its files, and run it."""
-    recipe = recipe_of(options)
+    recipe = load_recipe(options.recipe, tuple(options.overrides))
     if not options.on_cluster:
         inspect_data(recipe)
     cluster = Cluster(options.address)
