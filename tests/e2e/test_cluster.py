@@ -107,7 +107,7 @@ def test_stop_saves_and_the_same_submission_resumes(cluster: Cluster) -> None:
     recipe = cluster.finray.recipe(
         name="stopped",
         scale__workers=1,
-        optim__max_steps=400,
+        optim__max_steps=250,
         optim__micro_batch_size=1,
         checkpoint__every_steps=300,
     )
@@ -118,12 +118,12 @@ def test_stop_saves_and_the_same_submission_resumes(cluster: Cluster) -> None:
     assert record(run)["status"] == "stopped"
     assert cluster.status("stopped")["status"] == "STOPPED"
     saved = record(run)["step"]
-    assert 5 <= saved < 400
+    assert 5 <= saved < 250
     told = cluster.job("submit", recipe, "--wait")
     assert "submitted stopped again, as stopped~2" in told
     assert record(run)["status"] == "finished"
     assert record(run)["restarts"][0]["step"] == saved
-    assert sorted(losses(run)) == list(range(1, 401))
+    assert sorted(losses(run)) == list(range(1, 251))
 
 
 def test_what_never_fits_is_told_at_once(cluster: Cluster) -> None:
