@@ -266,7 +266,7 @@ def _check_no_secret(document: Document) -> None:
     lines = [
         f"{document.place(key)}: {'.'.join(map(str, key))}: holds a secret, which would be kept "
         "with the run; take it out, and set it in the environment instead (HF_TOKEN, "
-        "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY)"
+        "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY; on Kubernetes the Secret finray-credentials)"
         for key in secret_places(document.values)
     ]
     if lines:
