@@ -15,7 +15,7 @@ _TOKENS = re.compile(
     r"\b(hf_[A-Za-z0-9]{16,}|wandb_v1_[A-Za-z0-9_]{16,}|AKIA[0-9A-Z]{16}|gh[pousr]_[A-Za-z0-9]{30,}"
     r"|sk-[A-Za-z0-9_-]{20,})\b"
 )
-_USER_INFO = re.compile(r"(?<=://)[^/\s@?#]+:[^/\s@?#]*(?=@)")
+_USER_INFO = re.compile(r"(?<=://)[^\s@]*:[^\s@]*(?=@)")
 _QUERY = re.compile(
     r"(?<=[?&])((?:[\w-]*(?:token|secret|password|access_key|api_key|signature|credential)[\w-]*)=)"
     r"[^&\s'\"]+",

@@ -25,8 +25,6 @@ HUB_TOKEN = "hf_" + "a1B2" * 6
     ],
 )
 def test_known_forms(text: str, secret: str) -> None:
-    if "/x@" in text:
-        text = text.replace("/x@", "%2Fx@")
     assert secret not in redact(text) and HIDDEN in redact(text)
 
 
