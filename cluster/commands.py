@@ -2,19 +2,28 @@
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from ..training.recipe import Recipe, load_recipe, resolve_path
+
+if TYPE_CHECKING:
+    from .preflight import Preflight
 
 
 def check(options: argparse.Namespace) -> None:
     """Validate a recipe and its data, and tell what a run would do."""
     from .check import examine, render
 
-    outlook = examine(_recipe(options))
+    recipe = _recipe(options)
+    outlook = examine(recipe)
+    if options.address and recipe.scale.workers:
+        outlook["cluster"] = _preflight_of(recipe, options)
     print(json.dumps(outlook, indent=2) if options.json else render(outlook))
 
 
@@ -47,19 +56,35 @@ def train(options: argparse.Namespace) -> None:
     recipe = _recipe(options)
     inspect_data(recipe)
     stop = Stop()
-    with graceful_interrupts(stop), _ray(recipe, options):
+    # Ray takes SIGTERM for itself when it starts; a run that is told to end saves first.
+    with _ray(recipe, options), graceful_interrupts(stop):
+        worker_env = _preflight(recipe, options).worker_env
         from ..training.run import Listener, run_folder
         from ..training.run import train as carry_out
         from .progress import ProgressWatcher
 
         with ProgressWatcher() as watcher:
-            record = carry_out(recipe, Listener(watcher.phase, watcher.watch), stop)
+            record = carry_out(recipe, Listener(watcher.phase, watcher.watch), stop, worker_env)
     if options.json:
         print(json.dumps(record, indent=2))
     else:
         from .summary import render_summary
 
         print(render_summary(run_folder(recipe), colour=sys.stdout.isatty()))
+
+
+def job(options: argparse.Namespace) -> None:
+    """Run recipes on a cluster as Ray jobs."""
+    from . import job_commands
+
+    getattr(job_commands, options.verb)(options)
+
+
+def cluster(options: argparse.Namespace) -> None:
+    """Start, end and examine a cluster of one's own machines."""
+    from . import cluster_commands
+
+    getattr(cluster_commands, options.verb)(options)
 
 
 def runs(options: argparse.Namespace) -> None:
@@ -122,6 +147,26 @@ def schema(_: argparse.Namespace) -> None:
 def _recipe(options: argparse.Namespace) -> Recipe:
     local = ("scale.workers=0",) if options.local else ()
     return load_recipe(options.recipe, (*options.overrides, *local))
+
+
+def _preflight_of(recipe: Recipe, options: argparse.Namespace) -> list[dict[str, Any]]:
+    """What a running cluster says to the recipe, as plain values."""
+    with _ray(recipe, options):
+        return [asdict(line) for line in _preflight(recipe, options).lines]
+
+
+def _preflight(recipe: Recipe, options: argparse.Namespace) -> "Preflight":
+    """Try a running cluster; one that was started here for the run needs no trial."""
+    from .preflight import Preflight, preflight
+
+    if not recipe.scale.workers or not (options.address or os.environ.get("RAY_ADDRESS")):
+        return Preflight((), {})
+    print("trying the cluster", file=sys.stderr)
+    tried = preflight(
+        recipe, options.wait_for_nodes, lambda text: print(text, file=sys.stderr, flush=True)
+    )
+    tried.demand_good()
+    return tried
 
 
 @contextmanager

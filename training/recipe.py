@@ -14,7 +14,8 @@ from .errors import InputError
 from .existing_adapter import find_adapter
 from .method_settings import Method, PretrainMethod, SftMethod
 from .model_settings import FreezeSettings, LoraAdapter, ModelSettings
-from .recipe_file import read_recipe_file, validate
+from .recipe_file import Document, read_recipe_file, validate
+from .secrets import secret_places
 from .section import PositiveInt, Section, Share
 
 RowFormat = Literal[
@@ -252,11 +253,24 @@ def load_recipe(path: Path, overrides: tuple[str, ...] = ()) -> Recipe:
         overrides: `dotted.key=value` strings; the value is parsed as YAML.
 
     Raises:
-        InputError: with file:line and key of every fault found.
+        InputError: with file:line and key of every fault found, and for a secret in a setting.
     """
     document = read_recipe_file(path, overrides)
+    _check_no_secret(document)
     recipe = validate(Recipe, document)
     return _resolve(recipe, path.resolve().parent)
+
+
+def _check_no_secret(document: Document) -> None:
+    """A run's folder and a job's metadata hold the recipe, for all who reach them."""
+    lines = [
+        f"{document.place(key)}: {'.'.join(map(str, key))}: holds a secret, which would be kept "
+        "with the run; take it out, and set it in the environment instead (HF_TOKEN, "
+        "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY; on Kubernetes the Secret finray-credentials)"
+        for key in secret_places(document.values)
+    ]
+    if lines:
+        raise InputError("\n".join(lines))
 
 
 def recipe_from_dict(values: dict[str, Any]) -> Recipe:
