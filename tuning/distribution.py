@@ -4,7 +4,9 @@ import json
 import math
 from typing import Annotated, Any, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
+
+from ..training.section import Section
 
 Scalar = None | bool | int | float | str
 Bounds = Annotated[tuple[float, float], Field(description="[lowest, highest], both included")]
@@ -14,12 +16,8 @@ _RANGES = ("uniform", "log_uniform", "int_uniform", "log_int_uniform")
 _KINDS = ("choice", *_RANGES, "times")
 
 
-class Distribution(BaseModel):
-    """Where the values of one key come from: exactly one of the first six settings."""
-
-    model_config = ConfigDict(
-        extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False
-    )
+class Distribution(Section):
+    """Where the values of one key come from: exactly one of choice, the ranges and times."""
 
     choice: Annotated[list[Any], Field(min_length=1)] | None = None
     """One of these values; a whole section (a mapping) can be a value too."""
@@ -106,11 +104,13 @@ class Distribution(BaseModel):
         return [int(value) for value in values] if self.is_integer else values
 
     def typical_values(self) -> list[Any]:
-        """All choices; of a range the ends and the middle."""
+        """All choices; of a range the ends and two values between them, neither of them round."""
         if self.choice is not None:
             return list(self.choice)
         low, high = self.bounds
-        return [low, self.middle(), high]
+        inner = self.nearest(low + 0.381966 * (high - low))
+        values = [self.nearest(low), inner, self.middle(), self.nearest(high)]
+        return list(dict.fromkeys(values))
 
     def middle(self) -> Any:
         """The middle choice, or the middle of the range (in the logarithm where it is one)."""
@@ -121,7 +121,10 @@ class Distribution(BaseModel):
         return self.nearest(value)
 
     def nearest(self, value: float) -> Any:
-        """The value of a range that comes closest."""
+        """The number in a range, or among the choices, that comes closest."""
+        if self.choice is not None:
+            numbers = [one for one in self.choice if _is_number(one)]
+            return min(numbers, key=lambda one: abs(one - value)) if numbers else self.middle()
         low, high = self.bounds
         value = min(max(value, low), high)
         if self.step is not None:
@@ -132,9 +135,11 @@ class Distribution(BaseModel):
         """Whether the value can come from here."""
         if self.choice is not None:
             return as_label(value) in self.labels()
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            return False
-        return math.isclose(self.nearest(value), value, rel_tol=1e-9)
+        return _is_number(value) and math.isclose(self.nearest(value), value, rel_tol=1e-9)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def as_label(value: Any) -> Scalar:

@@ -8,11 +8,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from ..training.errors import InputError
-from ..training.recipe import Name, PositiveInt, Recipe, load_recipe, resolve_path, resolve_recipe
-from ..training.recipe_file import Document, read_recipe_file, validate
+from ..training.recipe import Name, Recipe, load_recipe, resolve_path, resolve_recipe
+from ..training.recipe_file import (
+    Change,
+    Document,
+    apply_changes,
+    read_recipe_file,
+    validate,
+)
+from ..training.section import PositiveInt, Section
 from .distribution import Distribution
 
 _UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
@@ -20,20 +27,16 @@ _UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 
 def _to_seconds(value: Any) -> Any:
     """Seconds of a number or of text such as 90s, 30m, 1.5h or 2d."""
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([smhd])\s*", value) if isinstance(value, str) else 0
+    match = (
+        re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([smhd])\s*", value) if isinstance(value, str) else 0
+    )
     return float(match[1]) * _UNITS[match[2]] if match else value
 
 
 Seconds = Annotated[float, Field(gt=0), BeforeValidator(_to_seconds)]
 
 
-class _Section(BaseModel):
-    model_config = ConfigDict(
-        extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False
-    )
-
-
-class Objective(_Section):
+class Objective(Section):
     metric: str
     """What the run reports, such as eval_loss, or a size: adapter_bytes, trainable_parameters."""
     mode: Literal["min", "max"] | None = None
@@ -45,7 +48,7 @@ def _as_objectives(value: Any) -> Any:
     return [{"metric": one} if isinstance(one, str) else one for one in several]
 
 
-class Pruning(_Section):
+class Pruning(Section):
     kind: Literal["auto", "asha", "median", "none"] = "auto"
     """Which trials are stopped early. asha: those outside the best 1/reduction at a rung, a number
     of trained tokens (asynchronous successive halving). median: those worse than the median of
@@ -57,7 +60,7 @@ class Pruning(_Section):
     """The first rung; by default so that two more follow before a whole trial's tokens."""
 
 
-class StopWhen(_Section):
+class StopWhen(Section):
     value: float | None = None
     """A trial's objective is at least this good."""
     trials_without_gain: PositiveInt | None = None
@@ -66,7 +69,7 @@ class StopWhen(_Section):
     """So many tokens are trained, over all trials."""
 
 
-class Retrain(_Section):
+class Retrain(Section):
     seeds: Annotated[list[Annotated[int, Field(ge=0, lt=2**32)]], Field(min_length=1)] = [0, 1, 2]
     """The best recipe is run once more with each of them."""
     data: Literal["train", "all"] = "all"
@@ -76,7 +79,7 @@ class Retrain(_Section):
 Search = dict[str, Distribution]
 
 
-class Sweep(_Section):
+class Sweep(Section):
     """Many runs of one recipe with different settings."""
 
     name: Name
@@ -174,21 +177,16 @@ def load_sweep(
 def _base_recipe(
     sweep: Sweep, document: Document, folder: Path, overrides: tuple[str, ...]
 ) -> Recipe:
-    # YAML of what YAML was: the override is parsed back to the same value.
-    changes = tuple(f"{key}={_as_yaml(value)}" for key, value in sweep.set.items())
+    changes = [
+        Change(key, value, f"{document.place(('set', key))}: set")
+        for key, value in sweep.set.items()
+    ]
     if isinstance(sweep.recipe, str):
         file = Path(resolve_path(sweep.recipe, folder))
         if not file.is_file():
             place = document.place(("recipe",))
             raise InputError(f"{place}: recipe: there is no file {file}")
-        return load_recipe(file, (*changes, *overrides))
-    values = {"name": sweep.name, **sweep.recipe}
-    inline = document.section("recipe", values)
-    inline.override((*changes, *overrides))
+        return load_recipe(file, [*changes, *overrides])
+    inline = document.section("recipe", {"name": sweep.name})
+    apply_changes(inline, [*changes, *overrides])
     return resolve_recipe(validate(Recipe, inline), folder)
-
-
-def _as_yaml(value: Any) -> str:
-    import json
-
-    return json.dumps(value)
