@@ -50,7 +50,7 @@ class Job(TypedDict):
 class Outcome(TypedDict):
     """How a worker's part ended."""
 
-    status: Literal["finished", "stopped", "failed"]
+    status: Literal["finished", "stopped", "failed", "pruned"]
     error: str | None
     exit_code: int
 

@@ -169,27 +169,37 @@ class Space:
         return len(refused), refused[:_TOLD]
 
     def data_settings(self) -> list[Settings]:
-        """The base's setting, and every one that prepares other data.
+        """A setting for each prepared data set that trials need.
 
         Raises:
             InputError: where a key that decides the data has endlessly many values.
         """
-        rest = self.complete({})
-        values = {key: self[key].every_value() for key in self.searched if _may_decide_data(key)}
-        for key in [key for key, each in values.items() if each is None]:
-            # Of a method and a model only named choices decide the data, not numbers.
-            if key.startswith("data."):
+        keys = self._data_keys()
+        for key in self.searched:
+            if key.startswith("data.") and key not in keys:
                 raise InputError(
                     f"{self._place(key)}: search.{key}: data is prepared before the first trial, "
                     "so its values must be countable; use choice, int_uniform or step"
                 )
-            del values[key]
-        found = [rest]
-        for combination in itertools.product(*(each or [] for each in values.values())):
-            settings = self.complete(dict(zip(values, combination, strict=True)))
-            if settings not in found:
-                found.append(settings)
-        return found
+        values = [self[key].every_value() or [] for key in keys]
+        settings = [
+            self.complete(dict(zip(keys, combination, strict=True)))
+            for combination in itertools.product(*values)
+        ]
+        return list({self.data_key(each): each for each in settings}.values())
+
+    def _data_keys(self) -> list[str]:
+        """Of a method and a model only countable values decide the data, not a number like beta."""
+        sections = ("data", "model", "method")
+        return [
+            key
+            for key in self.searched
+            if key.partition(".")[0] in sections and self[key].every_value() is not None
+        ]
+
+    def data_key(self, settings: Settings) -> str:
+        """Equal for settings that prepare the same data."""
+        return repr([(key, settings[key]) for key in self._data_keys() if key in settings])
 
     def is_active(self, key: str, settings: Settings) -> bool:
         """Whether a key is searched beside these values of the keys before it."""
@@ -300,7 +310,3 @@ def _suggest(trial: Suggests, key: str, distribution: Distribution) -> Any:
         step = int(distribution.step or 1)
         return trial.suggest_int(key, int(low), int(high), step=step, log=distribution.is_log)
     return trial.suggest_float(key, low, high, step=distribution.step, log=distribution.is_log)
-
-
-def _may_decide_data(key: str) -> bool:
-    return key.partition(".")[0] in ("data", "model", "method")

@@ -133,13 +133,10 @@ class SweepStudy:
         Returns:
             None where no further setting is found that is valid and was not tried yet.
         """
-        if self._unfinished:
-            number = self._unfinished.pop(0)
-            return Assignment(number, self._space.suggest(self._open[number]))
         for _ in range(_TRIES):
-            if only_queued and not self._frozen((TrialState.WAITING,)):
+            trial = self._next(only_queued)
+            if trial is None:
                 return None
-            trial = self.optuna.ask()
             settings = self._space.suggest(trial)
             reason = self._refusal(trial.number, settings)
             if reason is None:
@@ -149,6 +146,18 @@ class SweepStudy:
             trial.set_user_attr("excluded", reason)
             self.optuna.tell(trial, state=TrialState.FAIL)
         return None
+
+    @property
+    def has_unfinished(self) -> bool:
+        """Whether trials that an earlier attempt left running wait to be taken up."""
+        return bool(self._unfinished)
+
+    def _next(self, only_queued: bool) -> optuna.Trial | None:
+        if self._unfinished:
+            return self._open[self._unfinished.pop(0)]
+        if only_queued and not self._frozen((TrialState.WAITING,)):
+            return None
+        return self.optuna.ask()
 
     def report(self, number: int, tokens: int, value: float) -> bool:
         """Note the objective after so many trained tokens; returns whether to prune the trial."""
@@ -197,7 +206,7 @@ class SweepStudy:
         if not own:
             return []
         if len(self.metrics) == 1:
-            finished = [trial for trial in self._frozen((TrialState.COMPLETE,))]
+            finished = self._frozen((TrialState.COMPLETE,))
             front = [trial for trial in finished if trial.number in own]
         else:
             front = [trial for trial in self.optuna.best_trials if trial.number in own]
@@ -222,9 +231,9 @@ class SweepStudy:
     def _refusal(self, number: int, settings: Settings) -> str | None:
         for other in self._frozen((TrialState.COMPLETE, TrialState.PRUNED, TrialState.RUNNING)):
             attributes = other.user_attrs
-            if other.number != number and attributes.get("settings") == settings:
-                if "earlier" not in attributes:
-                    return f"the settings of trial {other.number}"
+            is_own = other.number != number and "earlier" not in attributes
+            if is_own and attributes.get("settings") == settings:
+                return f"the settings of trial {other.number}"
         try:
             self._space.recipe(settings)
         except InputError as error:
@@ -276,7 +285,7 @@ def earlier_trials(folder: Folder, space: Space, metrics: Sequence[Metric]) -> l
     for trial in study.get_trials(states=(TrialState.COMPLETE, TrialState.PRUNED)):
         distributions = _distributions(trial, space)
         if "settings" in trial.user_attrs and distributions is not None:
-            settings = {key: value for key, value in trial.user_attrs["settings"].items()}
+            settings = trial.user_attrs["settings"]
             found.append(
                 optuna.trial.create_trial(
                     state=trial.state,
