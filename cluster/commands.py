@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
+from ..training.errors import InputError
 from ..training.recipe import Recipe, load_recipe, resolve_path
 
 
@@ -62,6 +63,19 @@ def train(options: argparse.Namespace) -> None:
         print(render_summary(run_folder(recipe), colour=sys.stdout.isatty()))
 
 
+def tune(options: argparse.Namespace) -> None:
+    """Search for good settings, go on with an unfinished sweep, or show one."""
+    from .tune_command import run_sweep, show_sweep
+
+    words = options.sweep
+    if words[0] == "show" and len(words) == 2:
+        show_sweep(words[1], options)
+    elif len(words) == 1:
+        run_sweep(Path(words[0]), options)
+    else:
+        raise InputError(f"tune {' '.join(words)}: expected SWEEP, or show and SWEEP or its folder")
+
+
 def runs(options: argparse.Namespace) -> None:
     """List the runs of a storage."""
     from ..training.run_folder import list_runs
@@ -74,7 +88,6 @@ def runs(options: argparse.Namespace) -> None:
 
 def report(options: argparse.Namespace) -> None:
     """Write a run's report anew."""
-    from ..training.errors import InputError
     from ..training.report import write_report
     from ..training.run_folder import REPORT_FILE, read_run
     from ..training.storage import Folder
@@ -107,5 +120,6 @@ def _ray(recipe: Recipe, options: argparse.Namespace) -> Iterator[None]:
             from .ray_session import ray_session
 
             print("starting Ray", file=sys.stderr)
-            stack.enter_context(ray_session(recipe.scale, options.address, env, options.verbose))
+            needed = recipe.scale.workers * recipe.scale.cpus_per_worker + 2
+            stack.enter_context(ray_session(needed, options.address, env, options.verbose))
         yield

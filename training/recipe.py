@@ -16,7 +16,6 @@ from .method_settings import Method, PretrainMethod, SftMethod
 from .recipe_file import Change, read_recipe_file, validate
 from .section import PositiveInt, Section, Share
 
-
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$")]
 
 

@@ -159,14 +159,15 @@ class SweepStudy:
             return None
         return self.optuna.ask()
 
-    def report(self, number: int, tokens: int, value: float) -> bool:
-        """Note the objective after so many trained tokens; returns whether to prune the trial."""
+    def report(self, number: int, tokens: int, value: float, is_last: bool) -> bool:
+        """Note the objective after so many trained tokens; returns whether to prune the trial,
+        which a trial at its end never is."""
         trial = self._open[number]
         known = self._frozen_one(number).intermediate_values
         if len(self.metrics) > 1 or tokens in known:
             return False
         trial.report(value, tokens)
-        return trial.should_prune()
+        return not is_last and trial.should_prune()
 
     def finish(self, number: int, measures: Record) -> str | None:
         """Tell the result of a whole trial; returns what is wrong with it, if anything is."""
@@ -241,7 +242,8 @@ class SweepStudy:
         return None
 
     def _frozen(self, states: tuple[TrialState, ...] | None) -> list[FrozenTrial]:
-        return self.optuna.get_trials(deepcopy=False, states=states)
+        trials: list[FrozenTrial] = self.optuna.get_trials(deepcopy=False, states=states)
+        return trials
 
     def _frozen_one(self, number: int) -> FrozenTrial:
         return self._frozen(None)[number]

@@ -27,9 +27,9 @@ _UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 
 def _to_seconds(value: Any) -> Any:
     """Seconds of a number or of text such as 90s, 30m, 1.5h or 2d."""
-    match = (
-        re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([smhd])\s*", value) if isinstance(value, str) else 0
-    )
+    if not isinstance(value, str):
+        return value
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)([smhd])", value.replace(" ", ""))
     return float(match[1]) * _UNITS[match[2]] if match else value
 
 
@@ -142,6 +142,8 @@ class LoadedSweep:
     sweep: Sweep
     recipe: Recipe
     document: Document
+    folder: Path
+    """The sweep file's folder."""
 
     def place(self, *key: str | int) -> str:
         """file:line of a key of the sweep."""
@@ -171,7 +173,7 @@ def load_sweep(
         }
     )
     recipe = _base_recipe(sweep, document, folder, recipe_overrides)
-    return LoadedSweep(sweep, recipe, document)
+    return LoadedSweep(sweep, recipe, document, folder)
 
 
 def _base_recipe(

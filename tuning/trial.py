@@ -32,14 +32,15 @@ class TrialConfig(TypedDict):
     sweep: str
     """URI of the sweep's folder; a stop file there ends the trial with a save."""
     watched: list[str]
-    """A measurement with one of these is reported."""
+    """A measurement with one of these is reported; trials are judged by the first."""
+    total_steps: int
 
 
 class Pruned(Exception):
     """Raised inside a trial's training when the driver has given it up."""
 
 
-class TrialSlot(tune.Trainable):  # type: ignore[misc]
+class TrialSlot(tune.Trainable):
     """Ray Tune's side of a slot: each `step` returns the trial's next report."""
 
     def setup(self, config: TrialConfig) -> None:
@@ -95,7 +96,13 @@ class RunningTrial:
             Pruned: the driver does not want the trial any more.
         """
         if any(name in measures for name in self._config["watched"]):
-            self._reports.put({**self._about("running"), "measures": dict(measures)})
+            name = self._config["watched"][0]
+            report = {
+                "tokens": measures["tokens"],
+                "value": measures.get(name),
+                "is_last": measures["step"] >= self._config["total_steps"],
+            }
+            self._reports.put({**self._about("running"), **report, "measures": dict(measures)})
             self._permits.acquire()
         if self._given_up.is_set():
             raise Pruned
