@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 from ..training import figures
 from ..training.run_folder import Record
 from ..training.storage import Folder
-from ..tuning.record import BEST_FILE, REPORT_FILE
+from ..tuning.record import BEST_FILE, REPORT_FILE, saved_share
 from .runs_table import columns
 
 if TYPE_CHECKING:
@@ -33,16 +33,6 @@ def render_ending(ending: "Ending", record: Record) -> str:
     total = record["settings"]["trials"]
     text = figures.one_line(ending.text)
     return f"trial {ending.number} {ending.state}: {text} ({best}{ended} of at most {total})"
-
-
-def saved_share(record: Record) -> float | None:
-    """Of the tokens that all trials would have taken without pruning, the share not spent."""
-    ended = [row for row in record["trials"] if row["state"] in ("finished", "pruned")]
-    whole = len(ended) * record.get("trial_tokens", 0)
-    if not whole:
-        return None
-    share: float = 1 - sum(row["tokens"] for row in ended) / whole
-    return max(0.0, share)
 
 
 def _headline(record: Record) -> str:

@@ -38,6 +38,16 @@ def write_sweep(folder: Folder, record: Record) -> None:
     folder.write(SWEEP_FILE, text.encode() + b"\n")
 
 
+def saved_share(record: Record) -> float | None:
+    """Of the tokens that all trials would have taken without pruning, the share not spent."""
+    ended = [row for row in record["trials"] if row["state"] in ("finished", "pruned")]
+    whole = len(ended) * record.get("trial_tokens", 0)
+    if not whole:
+        return None
+    share: float = 1 - sum(row["tokens"] for row in ended) / whole
+    return max(0.0, share)
+
+
 def trial_name(number: int) -> str:
     """Name of a trial's run."""
     return f"trial-{number:04d}"

@@ -243,7 +243,7 @@ class _Tuning:
         if self._study.best():
             export_best(self._plan, self._record)
         write_sweep(self._folder, self._record)
-        write_report(self._folder, self._study, self._record)
+        write_report(self._folder, self._study.optuna, self._record)
         if conductor.error is not None:
             raise conductor.error
         if interrupted:
