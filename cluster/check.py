@@ -6,6 +6,7 @@ from ..training import figures
 from ..training.data.fingerprint import fingerprint
 from ..training.data.inspection import Inspection, SourceInspection, inspect_data
 from ..training.data.prepared import Prepared, open_prepared
+from ..training.methods import method_of
 from ..training.recipe import Recipe
 from ..training.run_folder import PREPARED_FOLDER
 from ..training.storage import Folder
@@ -135,4 +136,4 @@ def _parameters(recipe: Recipe, inspection: Inspection) -> dict[str, int] | None
         return None
     from ..training.model import count_without_weights
 
-    return count_without_weights(recipe)
+    return count_without_weights(recipe, method_of(recipe).head)

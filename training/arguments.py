@@ -7,7 +7,7 @@ import torch
 from transformers import TrainingArguments
 
 from .data.batching import accumulation_steps
-from .device import choose_dtype
+from .device import choose_dtype, needs_autocast
 from .recipe import Recipe
 
 _SCHEDULES = {"constant": "constant_with_warmup", "linear": "linear", "cosine": "cosine"}
@@ -25,7 +25,7 @@ def training_arguments(
 ) -> TrainingArguments:
     """Settings of the Trainer's step; data, logging, evaluation and saving are finray's own."""
     optim = recipe.optim
-    dtype = choose_dtype(recipe.model)
+    autocast_type = choose_dtype(recipe.model) if needs_autocast(recipe) else None
     return TrainingArguments(
         output_dir=str(scratch / "trainer"),
         seed=recipe.seed,
@@ -40,8 +40,8 @@ def training_arguments(
         adam_beta1=optim.beta1,
         adam_beta2=optim.beta2,
         optim="adamw_torch",
-        bf16=dtype == "bfloat16",
-        fp16=dtype == "float16",
+        bf16=autocast_type == "bfloat16",
+        fp16=autocast_type == "float16",
         use_cpu=not torch.cuda.is_available(),
         activation_checkpointing=recipe.model.gradient_checkpointing,
         activation_checkpointing_kwargs={"use_reentrant": False},

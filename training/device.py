@@ -9,7 +9,8 @@ from .errors import InputError
 if TYPE_CHECKING:
     import torch
 
-    from .recipe import ModelSettings
+    from .model_settings import ModelSettings
+    from .recipe import Recipe
 
 DtypeName = Literal["float32", "bfloat16", "float16"]
 
@@ -41,6 +42,34 @@ def choose_dtype(settings: "ModelSettings") -> DtypeName:
     if not torch.cuda.is_available():
         return "float32"
     return "bfloat16" if torch.cuda.is_bf16_supported() else "float16"
+
+
+def choose_adapter_dtype(recipe: "Recipe") -> DtypeName:
+    """The type of an adapter's weights: what the recipe says, or one that trains well.
+
+    That is bfloat16 where the model computes in it: its activations take half the memory of
+    float32's, and the optimizer keeps float32 copies. Gradients in float16 cannot be unscaled.
+
+    Raises:
+        InputError: for bfloat16 beside a model that computes in float16.
+    """
+    compute = choose_dtype(recipe.model)
+    asked = "auto" if recipe.adapter is None else recipe.adapter.dtype
+    if asked == "auto":
+        return "bfloat16" if compute == "bfloat16" else "float32"
+    if asked == "bfloat16" and compute == "float16":
+        raise InputError(
+            "adapter.dtype: bfloat16 does not go with a model that computes in float16; use auto "
+            "or float32"
+        )
+    return asked
+
+
+def needs_autocast(recipe: "Recipe") -> bool:
+    """Whether trained weights are of a higher type than the one that the model computes in."""
+    compute = choose_dtype(recipe.model)
+    trained = choose_adapter_dtype(recipe) if recipe.trains_adapter else "float32"
+    return compute not in ("float32", trained)
 
 
 def torch_dtype(name: DtypeName) -> "torch.dtype":

@@ -23,13 +23,15 @@ from .data.prepared import open_prepared
 from .data.stream import Slice, every_sequence, share, stream
 from .device import choose_dtype
 from .errors import FinrayError, RunError
+from .existing_adapter import RESULT_FOLDER
 from .generation import answer, exact_match
 from .methods import method_of
-from .model import check_isolation, count_parameters, load_model, load_tokenizer, save_result
+from .model import check_isolation, count_parameters, load_model, load_tokenizer
 from .objectives.objective import Setup
 from .position import Clock, Position
 from .recipe import recipe_from_dict
 from .run_folder import CHECKPOINTS_FOLDER
+from .saving import save_result
 from .session import Session
 from .storage import Folder
 from .trainer import StepMeasures, StreamTrainer
@@ -91,7 +93,7 @@ class _Worker:
         choice = self._agree_on_checkpoint()
         transformers.set_seed(self.recipe.seed)
         self.tokenizer = load_tokenizer(self.recipe)
-        self.model = load_model(self.recipe)
+        self.model = load_model(self.recipe, self.method.head)
         if self.recipe.packs:
             check_isolation(self.model)
         checkpoint_path = self._fetch(choice)
@@ -158,6 +160,7 @@ class _Worker:
             after_step=self._after_step,
             is_logged=self._is_logged,
             stop_requested=self.session.stop_requested,
+            lora_plus_ratio=self.recipe.optim.lora_plus_ratio,
         )
 
     def _open_books(self, choice: checkpoint.Choice) -> Books | None:
@@ -295,14 +298,15 @@ class _Worker:
         samples = self.prepared.samples(self.recipe.eval.samples)
         if not samples:
             return {}
-        answers = answer(
-            self.model,
-            self.tokenizer,
-            [sample.prompt_ids for sample in samples],
-            self.recipe.eval.max_new_tokens,
-            self.session.rank,
-            self.session.world_size,
-        )
+        with self.trainer.compute_loss_context_manager():
+            answers = answer(
+                self.model,
+                self.tokenizer,
+                [sample.prompt_ids for sample in samples],
+                self.recipe.eval.max_new_tokens,
+                self.session.rank,
+                self.session.world_size,
+            )
         if self.books is not None:
             texts = [
                 {"row": sample.row, "prompt": sample.prompt, "reference": sample.reference}
@@ -321,8 +325,8 @@ class _Worker:
             return
         if matches:
             self.books.logged({"step": step, "epoch": self._epoch(), **matches})
-        name = "model" if self.recipe.adapter is None else "adapter"
-        save_result(self.model, self.tokenizer, self.scratch / name)
+        name = RESULT_FOLDER if self.recipe.trains_adapter else "model"
+        save_result(self.recipe, self.model, self.tokenizer, self.scratch / name)
         self.run_folder.delete(name)
         (self.run_folder / name).upload(self.scratch / name)
         self.books.note_progress(step, self.position.tokens)

@@ -5,22 +5,32 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import PeftModel
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
     AutoTokenizer,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 
+from . import loftq
+from .adapter import Head, cast_trained, existing_adapter, new_adapter
 from .data.chat import CHATML
-from .device import choose_dtype, torch_dtype
+from .device import choose_adapter_dtype, choose_dtype, torch_dtype
 from .errors import InputError
+from .freezing import freeze
+from .kept_base import put_base, take_base
 from .methods import method_of
-from .recipe import LoraAdapter, ModelSettings, Recipe
+from .model_settings import ModelSettings
+from .quantisation import is_exact_by_row, numel, prepare_for_training, quantisation_config
+from .recipe import Recipe
+from .reference import add_reference, is_copy
 
 Model: TypeAlias = PreTrainedModel | PeftModel
+
+_AUTO_CLASSES = {"causal": AutoModelForCausalLM, "score": AutoModelForSequenceClassification}
 
 
 def load_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
@@ -35,80 +45,103 @@ def load_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def load_model(recipe: Recipe) -> Model:
-    """The model to train, on the CPU, with its adapter where the recipe has one.
+def load_model(recipe: Recipe, head: Head = "causal") -> Model:
+    """The model to train, with its adapter where the recipe has one.
 
-    Weights that are trained are float32 (lower types are used by autocast); frozen ones are kept
-    in the compute type.
+    It lies on the CPU, but for a quantised base, which lies on this process's GPU where it has
+    one. Weights of the base that are trained are float32 (lower types are used by autocast), an
+    adapter's as `choose_adapter_dtype` says; frozen ones beside an adapter have the compute type.
+
+    Args:
+        recipe: the run's.
+        head: causal puts out logits of the next token; score one number of the whole text, with
+            a fresh linear layer `score` that is trained and saved.
 
     Raises:
-        InputError: for weights that cannot be read, and for adapter targets that match nothing.
+        InputError: for weights that cannot be read, and for names of modules or parameters that
+            match nothing.
     """
-    if method_of(recipe).starts_at_random(recipe.method):
-        model: Model = AutoModelForCausalLM.from_config(
-            AutoConfig.from_pretrained(recipe.model.base, revision=recipe.model.revision),
-            dtype=torch.float32,
-            **_attention(recipe.model),
-        )
+    if _starts_at_random(recipe):
+        model = _random_model(recipe, head)
     else:
-        model = _load_base(recipe)
+        kept = take_base(recipe) if head == "causal" else None
+        model = kept or _load_base(recipe, head)
     model.config.use_cache = False
-    if recipe.adapter is not None:
-        model = add_adapter(model, recipe.adapter)
+    if head == "score":
+        model.config.pad_token_id = load_tokenizer(recipe).pad_token_id
+    if recipe.trains_adapter:
+        adapted = _with_adapter(model, recipe, head)
+        if head == "causal":
+            put_base(recipe, adapted)
+        return adapted
+    if recipe.freeze is not None:
+        freeze(model, recipe.freeze)
     return model
 
 
-def _load_base(recipe: Recipe) -> PreTrainedModel:
-    settings = recipe.model
-    frozen = recipe.adapter is not None
-    dtype = torch_dtype(choose_dtype(settings)) if frozen else torch.float32
+def _starts_at_random(recipe: Recipe) -> bool:
+    return method_of(recipe).starts_at_random(recipe.method)
+
+
+def _random_model(recipe: Recipe, head: Head) -> PreTrainedModel:
+    config = AutoConfig.from_pretrained(
+        recipe.model.base, revision=recipe.model.revision, **_labels(head)
+    )
+    attention = _attention(recipe.model)
+    return _AUTO_CLASSES[head].from_config(config, dtype=torch.float32, **attention)
+
+
+def _load_base(recipe: Recipe, head: Head) -> PreTrainedModel:
+    dtype = torch_dtype(choose_dtype(recipe.model)) if recipe.trains_adapter else torch.float32
+    model = _load_weights(
+        recipe.model, head, dtype=dtype, quantization_config=quantisation_config(recipe.model)
+    )
+    prepare_for_training(model)
+    return model
+
+
+def _load_weights(settings: ModelSettings, head: Head, **more: Any) -> PreTrainedModel:
     try:
-        return AutoModelForCausalLM.from_pretrained(
+        return _AUTO_CLASSES[head].from_pretrained(
             settings.base,
             revision=settings.revision,
-            dtype=dtype,
             use_safetensors=True,
             **_attention(settings),
+            **_labels(head),
+            **more,
         )
     except OSError as error:
         raise InputError(f"model.base: cannot load {settings.base}: {error}") from error
+
+
+def _with_adapter(model: PreTrainedModel, recipe: Recipe, head: Head) -> PeftModel:
+    """The frozen model under the recipe's adapter, as it is before the first step."""
+    dtype = torch_dtype(choose_adapter_dtype(recipe))
+    adapted = _attach(model, recipe, head)
+    if recipe.adapter is not None and recipe.adapter.init == "loftq":
+        full = _load_weights(recipe.model, head, dtype=torch.float32)
+        loftq.initialise(adapted, full)
+    cast_trained(adapted, dtype)
+    if recipe.adapter is not None and recipe.adapter.changes_base:
+        add_reference(adapted, recipe)  # the result is the difference from it
+    return adapted
+
+
+def _attach(
+    model: PreTrainedModel, recipe: Recipe, head: Head, *, weights: bool = True
+) -> PeftModel:
+    if recipe.model.adapter is not None:
+        return existing_adapter(model, Path(recipe.model.adapter), head, weights=weights)
+    assert recipe.adapter is not None
+    return new_adapter(model, recipe.adapter, head, weights=weights)
 
 
 def _attention(settings: ModelSettings) -> dict[str, Any]:
     return {} if settings.attention == "auto" else {"attn_implementation": settings.attention}
 
 
-def add_adapter(model: Model, settings: LoraAdapter) -> PeftModel:
-    """Freeze the model and put a LoRA adapter beside its target modules.
-
-    Raises:
-        InputError: where a target matches no module; the names that exist are listed.
-    """
-    config = LoraConfig(
-        task_type="CAUSAL_LM",
-        r=settings.rank,
-        lora_alpha=settings.alpha,
-        lora_dropout=settings.dropout,
-        target_modules=settings.targets,
-    )
-    if isinstance(settings.targets, list):
-        _check_targets(model, settings.targets)
-    return get_peft_model(model, config)
-
-
-def _check_targets(model: Model, targets: list[str]) -> None:
-    linear = {
-        name.rpartition(".")[2]
-        for name, module in model.named_modules()
-        if isinstance(module, torch.nn.Linear)
-    }
-    names = [name for name, _ in model.named_modules()]
-    for target in targets:
-        if not any(name == target or name.endswith(f".{target}") for name in names):
-            raise InputError(
-                f"adapter.targets: {target!r} matches no module of the model; its linear "
-                f"layers are {', '.join(sorted(linear))}"
-            )
+def _labels(head: Head) -> dict[str, Any]:
+    return {"num_labels": 1} if head == "score" else {}
 
 
 def forward_arguments(model: Model) -> frozenset[str]:
@@ -138,7 +171,8 @@ def check_isolation(model: Model) -> None:
         ).logits[:, 8:]
         model.train(training)
         # Far above what rounding does, far below what a trained neighbour does.
-        tolerance = 1e-4 if alone.dtype == torch.float32 else 0.2
+        is_exact = alone.dtype == torch.float32 and is_exact_by_row(model)
+        tolerance = 1e-4 if is_exact else 0.2
         if (alone - both).abs().max() <= tolerance * alone.std():
             return
     raise InputError(
@@ -148,27 +182,28 @@ def check_isolation(model: Model) -> None:
 
 
 def count_parameters(model: torch.nn.Module) -> dict[str, int]:
-    """Numbers of all and of trainable parameters."""
+    """Numbers of all and of trainable parameters; an adapter's frozen copy does not count."""
     total = trainable = 0
-    for parameter in model.parameters():
-        total += parameter.numel()
-        trainable += parameter.numel() if parameter.requires_grad else 0
+    for name, parameter in model.named_parameters():
+        if not is_copy(name):
+            total += numel(parameter)
+            trainable += numel(parameter) if parameter.requires_grad else 0
     return {"total": total, "trainable": trainable}
 
 
-def count_without_weights(recipe: Recipe) -> dict[str, int]:
-    """Parameters the run would have, from the configuration alone: no weights are read."""
-    config = AutoConfig.from_pretrained(recipe.model.base, revision=recipe.model.revision)
+def count_without_weights(recipe: Recipe, head: Head = "causal") -> dict[str, int]:
+    """Parameters the run would have, from the configuration alone: no weights are read.
+
+    Raises:
+        InputError: for names of modules or parameters that match nothing.
+    """
+    config = AutoConfig.from_pretrained(
+        recipe.model.base, revision=recipe.model.revision, **_labels(head)
+    )
     with torch.device("meta"):
-        model: Model = AutoModelForCausalLM.from_config(config)
-        if recipe.adapter is not None:
-            model = add_adapter(model, recipe.adapter)
+        model: Model = _AUTO_CLASSES[head].from_config(config)
+        if recipe.trains_adapter:
+            model = _attach(model, recipe, head, weights=False)
+        elif recipe.freeze is not None:
+            freeze(model, recipe.freeze)
     return count_parameters(model)
-
-
-def save_result(model: Model, tokenizer: PreTrainedTokenizerBase, target: Path) -> None:
-    """Write what was trained as PEFT or transformers write it: it loads without finray."""
-    model.config.use_cache = True
-    model.save_pretrained(target, safe_serialization=True)
-    model.config.use_cache = False
-    tokenizer.save_pretrained(target)

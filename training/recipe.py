@@ -12,37 +12,13 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, model_validator
 
 from .errors import InputError
+from .existing_adapter import find_adapter
 from .method_settings import Method, PretrainMethod, SftMethod
+from .model_settings import FreezeSettings, LoraAdapter, ModelSettings
 from .recipe_file import Change, read_recipe_file, validate
 from .section import PositiveInt, Section, Share
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$")]
-
-
-class ModelSettings(Section):
-    base: str
-    """Hub id, or a folder (relative to the recipe's folder) as transformers writes it."""
-    revision: str | None = None
-    """Commit, tag or branch of a hub model."""
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Compute type. auto: bfloat16 where a GPU has it, else float16; float32 on a CPU."""
-    attention: Literal["auto", "sdpa", "eager", "flash_attention_2"] = "auto"
-    """Attention kernel; auto lets transformers choose."""
-    gradient_checkpointing: bool = False
-    """Recompute activations in the backward pass: less memory, about a third more time."""
-
-
-class LoraAdapter(Section):
-    kind: Literal["lora"] = "lora"
-    rank: PositiveInt = 16
-    """Rank of the update."""
-    alpha: Annotated[float, Field(gt=0)] = 32
-    """The update is scaled by alpha / rank."""
-    dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
-    """Dropout on the adapter's input."""
-    targets: Literal["all-linear"] | list[str] = "all-linear"
-    """Modules that get an adapter: every linear layer but the head, or names of modules."""
-
 
 RowFormat = Literal[
     "auto", "preference", "messages", "alpaca", "sharegpt", "prompt_completion", "text"
@@ -103,6 +79,8 @@ class OptimSettings(Section):
     """Gradients are clipped to this norm; 0 does not clip."""
     beta1: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.9
     beta2: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.999
+    lora_plus_ratio: Annotated[float, Field(gt=0.0)] | None = None
+    """An adapter's B matrices learn at so many times the learning rate (LoRA+; 16 is usual)."""
 
     @model_validator(mode="after")
     def _one_duration(self) -> Self:
@@ -151,7 +129,9 @@ class Recipe(Section):
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     model: ModelSettings
     adapter: LoraAdapter | None = None
-    """Absent: full fine-tuning."""
+    """Absent (and without model.adapter): the base's own weights are trained."""
+    freeze: FreezeSettings | None = None
+    """Absent, and without an adapter: full fine-tuning."""
     method: Method = SftMethod()
     data: DataSettings
     optim: OptimSettings = OptimSettings()
@@ -179,12 +159,6 @@ class Recipe(Section):
                 f"data.packing: method {kind} does not take single documents, which alone can "
                 "be packed; leave it out"
             )
-        if (
-            isinstance(self.method, PretrainMethod)
-            and self.method.init == "random"
-            and self.adapter is not None
-        ):
-            raise ValueError("method.init random contradicts an adapter on frozen weights")
         if self.optim.micro_batch_size > self.optim.batch_size:
             raise ValueError(
                 f"optim.micro_batch_size {self.optim.micro_batch_size} is larger than "
@@ -196,6 +170,48 @@ class Recipe(Section):
                 f"{self.optim.batch_size}: some workers would have nothing to do"
             )
         return self
+
+    @model_validator(mode="after")
+    def _trained_weights_agree(self) -> Self:
+        quantize = self.model.quantize
+        init = "default" if self.adapter is None else self.adapter.init
+        starts_at_random = isinstance(self.method, PretrainMethod) and self.method.init == "random"
+        own = "full fine-tuning" if self.freeze is None else "freeze"
+        contradictions = {
+            "adapter and model.adapter contradict each other: the latter brings its own rank": (
+                self.adapter is not None and self.model.adapter is not None
+            ),
+            "freeze contradicts an adapter, beside which the whole base is frozen": (
+                self.freeze is not None and self.trains_adapter
+            ),
+            f"model.quantize {quantize} contradicts {own}: quantised weights are not trained; add "
+            "the section adapter, or leave out quantize": (
+                quantize != "none" and not self.trains_adapter
+            ),
+            "method.init random contradicts an adapter on frozen weights": (
+                starts_at_random and self.trains_adapter
+            ),
+            "method.init random contradicts freeze, which keeps weights as they are": (
+                starts_at_random and self.freeze is not None
+            ),
+            "adapter.init loftq needs model.quantize nf4, whose loss it makes up for": (
+                init == "loftq" and quantize != "nf4"
+            ),
+            f"adapter.init {init} contradicts model.quantize {quantize}; keep one of them, or take "
+            "init loftq": init in ("pissa", "olora", "orthogonal") and quantize != "none",
+            "optim.lora_plus_ratio needs an adapter": (
+                self.optim.lora_plus_ratio is not None and not self.trains_adapter
+            ),
+        }
+        for told, holds in contradictions.items():
+            if holds:
+                raise ValueError(told)
+        return self
+
+    @property
+    def trains_adapter(self) -> bool:
+        """Whether an adapter is trained, a new or an existing one, and not the base itself."""
+        return self.adapter is not None or self.model.adapter is not None
 
     @property
     def packs(self) -> bool:
@@ -257,14 +273,18 @@ def resolve_recipe(recipe: Recipe, folder: Path) -> Recipe:
             "chat_template": _read_template(recipe.data.chat_template, folder),
         }
     )
-    base = recipe.model.base
+    base, storage = recipe.model.base, resolve_path(recipe.storage, Path.cwd())
     if base.startswith((".", "/", "~")) or (folder / base).is_dir():
         base = resolve_path(base, folder)
+    adapter = recipe.model.adapter
+    if adapter is not None:
+        places = (folder, Path.cwd(), Path(storage))
+        adapter = find_adapter([resolve_path(adapter, place) for place in places])
     return recipe.model_copy(
         update={
             "data": data,
-            "model": recipe.model.model_copy(update={"base": base}),
-            "storage": resolve_path(recipe.storage, Path.cwd()),
+            "model": recipe.model.model_copy(update={"base": base, "adapter": adapter}),
+            "storage": storage,
         }
     )
 

@@ -20,7 +20,9 @@ from .data.execution import run_in_process, run_on_ray_data
 from .data.inspection import inspect_data
 from .data.prepare import Progress, prepare
 from .data.prepared import Prepared
+from .data.tokenizer_files import model_folder
 from .errors import FinrayError, InputError, Interrupted, RunError, last_line
+from .lock import held
 from .methods import method_of
 from .recipe import Recipe, recipe_from_dict
 from .report import write_report
@@ -67,10 +69,21 @@ def train(recipe: Recipe, listener: Listener, stop: Stop) -> Record:
         _check_same(recipe, folder)
         if earlier.get("status") == "finished":
             return earlier
+    _check_modules(recipe)
     prepared = prepare_data(recipe, listener)
     _check_enough(recipe, prepared)
     _check_same_data(prepared, folder, earlier)
-    _open(recipe, folder, prepared, earlier)
+    # A driver that was silent for so long that another one took over stops.
+    with held(folder.create(), stop.requested) as stale:
+        if stale is not None:
+            listener.phase(f"taking over from {stale}")
+        return _carry_out(recipe, folder, prepared, listener, stop)
+
+
+def _carry_out(
+    recipe: Recipe, folder: Folder, prepared: Prepared, listener: Listener, stop: Stop
+) -> Record:
+    _open(recipe, folder, prepared)
     listener.on_start(folder)
     outcome = _keep_books(recipe, folder, lambda: _launch(recipe, folder, prepared, stop))
     _raise_outcome(outcome, folder)
@@ -94,7 +107,7 @@ def carry_out(recipe: Recipe, prepared: Prepared, launch: "Callable[[Job], Outco
     folder = run_folder(recipe)
     earlier = read_run(folder)
     if earlier is None or earlier.get("status") != "finished":
-        _open(recipe, folder, prepared, earlier)
+        _open(recipe, folder, prepared)
         job = Job(
             recipe=recipe.model_dump(mode="json"), run=folder.uri, prepared=prepared.folder.uri
         )
@@ -139,6 +152,29 @@ def prepare_data(recipe: Recipe, listener: Listener) -> Prepared:
         return prepare(recipe, folder, run_on_ray_data, progress)
     except ray.exceptions.RayError as error:
         raise RunError(f"a data task failed: {last_line(error)}") from error
+
+
+def _check_modules(recipe: Recipe) -> None:
+    """Look for the modules that a recipe names, in a model without weights.
+
+    Only where it names any, as this loads torch, and where the model's configuration is on this
+    machine; a worker looks in any case.
+
+    Raises:
+        InputError: a name matches nothing.
+    """
+    adapter = recipe.adapter
+    names_any = recipe.freeze is not None or (
+        adapter is not None
+        and (
+            adapter.targets != "all-linear"
+            or bool(adapter.modules_to_save or adapter.rank_pattern or adapter.alpha_pattern)
+        )
+    )
+    if names_any and model_folder(recipe.model, only_cached=True) is not None:
+        from .model import count_without_weights
+
+        count_without_weights(recipe, method_of(recipe).head)
 
 
 def _check_enough(recipe: Recipe, prepared: Prepared) -> None:
@@ -200,8 +236,7 @@ def _flat(values: Any, prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _open(recipe: Recipe, folder: Folder, prepared: Prepared, earlier: Record | None) -> None:
-    folder.create()
+def _open(recipe: Recipe, folder: Folder, prepared: Prepared) -> None:
     folder.delete(STOP_FILE)
     text = yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
     folder.write(RECIPE_FILE, text.encode())

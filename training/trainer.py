@@ -12,12 +12,15 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from peft import PeftModel
 from transformers import Trainer, TrainingArguments
 
 from .data.batching import Batch, Rows
 from .errors import RunError
 from .model import Model
 from .objectives.objective import Objective
+from .optimizer import make_optimizer
+from .saving import load_weights, save_weights
 
 
 @dataclass
@@ -52,6 +55,7 @@ class StreamTrainer(Trainer):
         after_step: called after every optimizer step; returns True to end the training.
         is_logged: whether a step (counted from 1) will be logged.
         stop_requested: whether this worker was asked to stop.
+        lora_plus_ratio: see `make_optimizer`.
     """
 
     def __init__(
@@ -65,8 +69,11 @@ class StreamTrainer(Trainer):
         after_step: Callable[[StepMeasures], bool],
         is_logged: Callable[[int], bool],
         stop_requested: Callable[[], bool],
+        lora_plus_ratio: float | None = None,
     ) -> None:
         super().__init__(model=model, args=args)
+        self._lora_plus_ratio = lora_plus_ratio
+        self.optimizer: torch.optim.Optimizer | None
         self._objective = objective
         self._passes = passes
         self._rows = rows
@@ -80,6 +87,21 @@ class StreamTrainer(Trainer):
         # Counts are exchanged between CPUs, so that a GPU never waits for them.
         self._cpu_group = dist.new_group(backend="gloo") if args.world_size > 1 else None
         self.counts = Counts(0, 0, False)
+
+    def create_optimizer(self, model: torch.nn.Module | None = None) -> torch.optim.Optimizer:
+        """AdamW as `make_optimizer` sets it up."""
+        if self.optimizer is None:
+            args = self.args
+            self.optimizer = make_optimizer(
+                self.model.named_parameters(),
+                self.get_decay_parameter_names(self.model),
+                learning_rate=args.learning_rate,
+                betas=(args.adam_beta1, args.adam_beta2),
+                eps=args.adam_epsilon,
+                weight_decay=args.weight_decay,
+                lora_plus_ratio=self._lora_plus_ratio,
+            )
+        return self.optimizer
 
     def get_train_dataloader(self) -> Any:
         """This worker's microbatches, without a length: `max_steps` ends the training."""
@@ -191,11 +213,19 @@ class StreamTrainer(Trainer):
         the Trainer's state; every rank its random generators.
         """
         if self.args.process_index == 0:
-            self.model.save_pretrained(folder)
+            save_weights(self.model, folder)
             self._save_optimizer_and_scheduler(str(folder))
             self._save_scaler(str(folder))
             self.state.save_to_json(str(folder / "trainer_state.json"))
         self._save_rng_state(str(folder))
+
+    def _load_from_checkpoint(
+        self, resume_from_checkpoint: str, model: torch.nn.Module | None = None
+    ) -> None:
+        if isinstance(self.model, PeftModel):
+            load_weights(self.model, Path(resume_from_checkpoint))
+        else:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def load_weights(self, folder: str) -> None:
         """Take the weights of a checkpoint, and nothing else of it."""

@@ -25,6 +25,7 @@ _PREFERENCE_RANKS = [1, 2, 4, 8, 16, 32]
 _ALPHA_PER_RANK = 2.0
 
 LEARNING_RATE, RANK, ALPHA = "optim.learning_rate", "adapter.rank", "adapter.alpha"
+RSLORA = "adapter.rslora"
 
 
 def rule_of_thumb(recipe: Recipe) -> float:
@@ -35,7 +36,7 @@ def rule_of_thumb(recipe: Recipe) -> float:
     width = _hidden_size(recipe)
     if width is None:
         return recipe.optim.learning_rate
-    factor = _LORA_FACTOR if recipe.adapter is not None else 1.0
+    factor = _LORA_FACTOR if recipe.trains_adapter else 1.0
     share = _BY_METHOD.get(recipe.method.kind)
     if share is None:
         return _rounded(_PREFERENCE_RATE * factor / _LORA_FACTOR)
@@ -43,7 +44,8 @@ def rule_of_thumb(recipe: Recipe) -> float:
 
 
 def default_space(recipe: Recipe) -> dict[str, Distribution]:
-    """Learning rate around the rule's, and for LoRA the rank with alpha tied to it.
+    """Learning rate around the rule's, and for LoRA rsLoRA or not, and the rank, with alpha tied
+    to it.
 
     Alpha and learning rate are nearly redundant, so alpha is not searched.
     """
@@ -54,7 +56,9 @@ def default_space(recipe: Recipe) -> dict[str, Distribution]:
         imitates = recipe.method.kind in _BY_METHOD
         ranks = _IMITATION_RANKS if imitates else _PREFERENCE_RANKS
         space[RANK] = Distribution(choice=sorted({*ranks, recipe.adapter.rank}))
-        space[ALPHA] = Distribution(times=_ALPHA_PER_RANK, of=RANK)
+        space[RSLORA] = Distribution(choice=[False, True])
+        # rsLoRA's own scale grows with the rank already.
+        space[ALPHA] = Distribution(times=_ALPHA_PER_RANK, of=RANK, when={RSLORA: False})
     return space
 
 

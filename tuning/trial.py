@@ -122,11 +122,13 @@ class RunningTrial:
     def _carry_out(self) -> Record:
         from ..training.data.prepared import open_prepared
         from ..training.errors import RunError
+        from ..training.kept_base import keep_bases
         from ..training.run import carry_out
 
         prepared = open_prepared(Folder(self._config["prepared"]))
         if prepared is None:
             raise RunError(f"the prepared data set {self._config['prepared']} is gone")
+        keep_bases()
         launch = self._launch_here if self._recipe.scale.workers <= 1 else self._launch_on_ray
         record = carry_out(self._recipe, prepared, launch)
         told = {

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from ..training.books import now
 from ..training.data.prepared import Prepared
 from ..training.errors import InputError, Interrupted, RunError
+from ..training.lock import held
 from ..training.recipe import Recipe
 from ..training.run import Listener, differences, prepare_data
 from ..training.run_folder import CHECKPOINTS_FOLDER, Record
@@ -84,8 +85,10 @@ def tune(plan: Plan, watcher: Watcher, stop: Stop) -> Record:
     """
     earlier = check_folder(plan)
     concurrency = decide_concurrency(plan.sweep.concurrency, plan.recipe.scale)
-    work = _Tuning(plan, watcher, earlier or {}, concurrency)
-    return work.run(stop)
+    with held(plan.folder.create(), stop.requested) as stale:
+        if stale is not None:
+            watcher.phase(f"taking over from {stale}")
+        return _Tuning(plan, watcher, earlier or {}, concurrency).run(stop)
 
 
 class _Tuning:
@@ -100,7 +103,6 @@ class _Tuning:
         self._file = StudyFile(plan.folder)
 
     def run(self, stop: Stop) -> Record:
-        self._folder.create()
         self._folder.delete(STOP_FILE)
         self._prepared = self._prepare()
         base = self._prepared[self._plan.space.data_key(self._plan.points[0])]

@@ -7,7 +7,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
 
-from ..recipe import ModelSettings, Recipe
+from ..model_settings import ModelSettings
+from ..recipe import Recipe
 from .rendering import RenderSettings
 from .resolving import ResolvedData, ResolvedSource, resolve_data
 from .sources import SourceFile, file_kind

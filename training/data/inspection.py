@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import InputError
+from ..existing_adapter import check_adapter
 from ..methods import METHODS, check_shape, method_of
 from ..recipe import Recipe
 from .chat import NO_TEMPLATE, check_chatml
@@ -63,7 +64,8 @@ def inspect_data(recipe: Recipe) -> Inspection:
     Raises:
         InputError: for missing, empty or unreadable sources, unknown formats, a source whose
             first rows are all bad, less data than a batch, and a model folder that lacks its
-            configuration, tokenizer, chat template or room for data.max_length tokens.
+            configuration, tokenizer, chat template or room for data.max_length tokens, and a
+            model.adapter that the run cannot start from.
     """
     train = [resolve_source(source) for source in recipe.data.train]
     held_out = [resolve_source(source) for source in recipe.data.eval]
@@ -71,6 +73,8 @@ def inspect_data(recipe: Recipe) -> Inspection:
     folder = model_folder(recipe.model, only_cached=True)
     if folder is not None:
         _check_model(folder, recipe)
+    if recipe.model.adapter is not None:
+        check_adapter(recipe.model, method_of(recipe).head)
     tokenizer = _tokenizer(folder)
     counted = size <= _COUNTED_BYTES
     kind = recipe.method.kind

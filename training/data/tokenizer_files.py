@@ -4,7 +4,7 @@ import re
 from pathlib import Path
 
 from ..errors import InputError
-from ..recipe import ModelSettings
+from ..model_settings import ModelSettings
 
 _TOKENIZER_FILE = re.compile(
     r"(tokenizer.*\.json|special_tokens_map\.json|added_tokens\.json|chat_template\.(jinja|json)"

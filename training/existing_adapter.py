@@ -1,0 +1,97 @@
+"""An adapter that a run starts from: where it lies, and whether it fits; told without torch."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from .base_identity import BASE_FILE, is_same_base
+from .errors import InputError
+from .model_settings import ModelSettings
+
+CONFIG_FILE = "adapter_config.json"
+WEIGHTS_FILE = "adapter_model.safetensors"
+RESULT_FOLDER = "adapter"
+"""Inside a run's folder."""
+
+TASKS = {"causal": "CAUSAL_LM", "score": "SEQ_CLS"}
+"""PEFT's task type of a model with each head."""
+
+# Others would take their first values out of the base anew whenever the adapter is loaded.
+_PLAIN_INITS = (True, False, "gaussian", "orthogonal", None)
+
+
+def find_adapter(places: Sequence[str]) -> str:
+    """The adapter's folder: the first place that exists, or `adapter/` inside it (a run's folder).
+
+    Raises:
+        InputError: naming the places, where none is a folder on a disk with an adapter.
+    """
+    tried = list(dict.fromkeys(places))
+    found = [place for place in tried if "://" not in place and Path(place).is_dir()]
+    for place in found:
+        for folder in (Path(place), Path(place) / RESULT_FOLDER):
+            if (folder / CONFIG_FILE).is_file():
+                return str(folder)
+    if found:
+        raise InputError(
+            f"model.adapter: {found[0]} holds no adapter: there is no {CONFIG_FILE} in it or in "
+            f"its {RESULT_FOLDER}/, which a run writes when it finishes"
+        )
+    raise InputError(
+        f"model.adapter: there is no such folder on a disk: {', '.join(tried)}; give a run's "
+        "folder, or one that PEFT wrote"
+    )
+
+
+def check_adapter(model: ModelSettings, head: Literal["causal", "score"]) -> None:
+    """Refuse an adapter that the run cannot start from.
+
+    Raises:
+        InputError: it is not whole, of another kind, of a model with another head, or of another
+            base than `model.base`.
+    """
+    assert model.adapter is not None
+    folder = Path(model.adapter)
+    config = _read(folder / CONFIG_FILE)
+    if not (folder / WEIGHTS_FILE).is_file():
+        raise InputError(f"model.adapter: {folder} has no {WEIGHTS_FILE}")
+    if config.get("peft_type") != "LORA":
+        raise InputError(
+            f"model.adapter: {folder} holds an adapter of type {config.get('peft_type')}; LORA is "
+            "what can be trained further"
+        )
+    init = config.get("init_lora_weights")
+    if init not in _PLAIN_INITS:
+        raise InputError(
+            f"model.adapter: {folder} was saved with init_lora_weights {init!r}, which changes the "
+            "base; save it converted to a plain LoRA adapter (PEFT: save_pretrained with "
+            "path_initial_model_for_weight_conversion)"
+        )
+    task = config.get("task_type")
+    if task not in (TASKS["causal"], TASKS[head]):
+        raise InputError(
+            f"model.adapter: {folder} was trained for task {task}; this method starts from one for "
+            + " or ".join(dict.fromkeys([TASKS["causal"], TASKS[head]]))
+        )
+    _check_base(model, folder, str(config.get("base_model_name_or_path")))
+
+
+def _check_base(model: ModelSettings, folder: Path, named: str) -> None:
+    noted = _read(folder / BASE_FILE) if (folder / BASE_FILE).is_file() else {}
+    if not is_same_base(model, named, noted.get("digest")):
+        raise InputError(
+            f"model.adapter: {folder} is an adapter of {named}, and model.base is {model.base}, "
+            "whose weights are others; set model.base to the adapter's own (if it has only moved, "
+            f"write its new name into {CONFIG_FILE})"
+        )
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"model.adapter: cannot read {path}: {error}") from None
+    if not isinstance(content, dict):
+        raise InputError(f"model.adapter: {path} is not a JSON object")
+    return content
