@@ -11,7 +11,6 @@ from peft import PeftModel
 
 from .recipe import Recipe
 
-
 _wanted = threading.Event()
 _kept: dict[str, PeftModel] = {}
 

@@ -10,7 +10,7 @@ from optuna.trial import TrialState
 from ..training.errors import InputError
 from .sweep import Sweep
 
-_STARTUP_TRIALS = 8
+_STARTUP_TRIALS = 4
 """Chosen at random before Parzen estimators say anything."""
 
 
@@ -68,7 +68,12 @@ def make_pruner(sweep: Sweep, is_pruned: bool, trial_tokens: int) -> optuna.prun
 
 def first_rung(sweep: Sweep, trial_tokens: int) -> int:
     """Tokens after which a trial can be pruned first."""
-    return sweep.pruning.min_tokens or max(1, trial_tokens // sweep.pruning.reduction**2)
+    return sweep.pruning.min_tokens or max(1, trial_tokens // parts(sweep))
+
+
+def parts(sweep: Sweep) -> int:
+    """Of a trial, at whose ends it is measured: three rungs lie before its own end."""
+    return sweep.pruning.reduction**2 + 1
 
 
 class MedianPruner(optuna.pruners.BasePruner):

@@ -54,10 +54,10 @@ class Pruning(Section):
     of trained tokens (asynchronous successive halving). median: those worse than the median of
     the others at the same number of tokens. auto: asha for one objective that is measured while a
     run goes on, else none."""
-    reduction: Annotated[int, Field(ge=2)] = 3
+    reduction: Annotated[int, Field(ge=2)] = 2
     """Each rung lies at so many times the tokens of the one before."""
     min_tokens: PositiveInt | None = None
-    """The first rung; by default so that two more follow before a whole trial's tokens."""
+    """The first rung; by default so that three rungs lie before a whole trial's tokens."""
 
 
 class StopWhen(Section):

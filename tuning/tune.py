@@ -23,7 +23,7 @@ from .execute import decide_concurrency, execute
 from .plan import Plan
 from .record import TRIALS_FOLDER, read_sweep, trial_folder, trial_name, write_sweep
 from .report import write_report
-from .samplers import first_rung, make_pruner, make_sampler
+from .samplers import first_rung, make_pruner, make_sampler, parts
 from .space import Settings
 from .study import Assignment, StudyFile, SweepStudy, earlier_trials
 from .trial import TrialConfig
@@ -193,7 +193,7 @@ class _Tuning:
             return recipe
         # A trial can only be judged at a rung where it is measured there.
         steps = recipe.total_steps(prepared.manifest.train.sequences)
-        every = max(1, steps // self._plan.sweep.pruning.reduction**2)
+        every = max(1, steps // parts(self._plan.sweep))
         return recipe.model_copy(
             update={"eval": recipe.eval.model_copy(update={"every_steps": every})}
         )
