@@ -20,6 +20,12 @@ def keep_bases() -> None:
     _wanted.set()
 
 
+def forget_bases() -> None:
+    """Keep nothing, as at the start."""
+    _wanted.clear()
+    _kept.clear()
+
+
 def take_base(recipe: Recipe) -> Any | None:
     """The kept base where it is the recipe's, without its last adapter; None for another."""
     found = _kept.pop(_key(recipe), None)

@@ -193,7 +193,7 @@ class _Tuning:
             return recipe
         # A trial can only be judged at a rung where it is measured there.
         steps = recipe.total_steps(prepared.manifest.train.sequences)
-        every = max(1, steps // parts(self._plan.sweep))
+        every = -(-steps // parts(self._plan.sweep))
         return recipe.model_copy(
             update={"eval": recipe.eval.model_copy(update={"every_steps": every})}
         )
