@@ -17,6 +17,7 @@ examples:
   finray tune sweep.yaml
   finray tune show sweep.yaml
   finray runs
+  finray k8s render recipe.yaml --overlay gpu | kubectl create -f -
 """
 
 
@@ -60,15 +61,18 @@ def _parser() -> argparse.ArgumentParser:
         "check", help="validate a recipe and its data, and tell what a run would do"
     )
     _add_recipe(check)
+    _add_local(check)
     _add_json(check)
 
     prepare = commands.add_parser("prepare", help="prepare a recipe's data, without training")
     _add_recipe(prepare)
+    _add_local(prepare)
     _add_ray(prepare)
     _add_json(prepare)
 
     train = commands.add_parser("train", help="train, or go on with an unfinished run")
     _add_recipe(train)
+    _add_local(train)
     _add_ray(train)
     _add_json(train)
 
@@ -101,13 +105,32 @@ def _parser() -> argparse.ArgumentParser:
     report = commands.add_parser("report", help="write a run's report.html anew")
     report.add_argument("run", metavar="RUN", help="a run's folder or URI")
 
+    kubernetes = commands.add_parser("k8s", help="run on Kubernetes")
+    _add_render(kubernetes.add_subparsers(metavar="COMMAND", required=True))
+
     commands.add_parser("schema", help="print the recipe's JSON schema, for editors")
     return parser
+
+
+def _add_render(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    render = commands.add_parser("render", help="write a recipe as a RayJob of KubeRay, in YAML")
+    render.set_defaults(command="k8s_render")
+    _add_recipe(render)
+    render.add_argument(
+        "--overlay", default="gpu", help="cpu, gpu (default), gpu-spot-elastic or kueue"
+    )
+    render.add_argument("--namespace", default="finray", help="default: finray")
+    render.add_argument("--image", help="of all pods (default: finray:cpu or finray:gpu)")
+    render.add_argument("--memory", help="of a worker's pod, such as 64Gi (default: the overlay's)")
+    render.add_argument("--to", metavar="FILE", type=Path, help="write there (default: stdout)")
 
 
 def _add_recipe(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("recipe", metavar="RECIPE", type=Path, help="the recipe, a YAML file")
     _add_overrides(parser, "a setting, such as optim.learning_rate=1e-4")
+
+
+def _add_local(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--local", action="store_true", help="in this process, without Ray (scale.workers=0)"
     )

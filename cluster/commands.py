@@ -99,6 +99,22 @@ def report(options: argparse.Namespace) -> None:
     print(folder / REPORT_FILE)
 
 
+def k8s_render(options: argparse.Namespace) -> None:
+    """Write a recipe as a RayJob."""
+    from ..training.errors import InputError
+    from .kubernetes import Target, render
+
+    target = Target(options.overlay, options.namespace, options.image, options.memory)
+    text = render(load_recipe(options.recipe, tuple(options.overrides)), target)
+    if options.to is None:
+        print(text, end="")
+        return
+    try:
+        options.to.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise InputError(f"--to {options.to}: cannot write the file: {error.strerror}") from None
+
+
 def schema(_: argparse.Namespace) -> None:
     """Print the recipe's JSON schema."""
     print(json.dumps(Recipe.model_json_schema(), indent=2))

@@ -169,7 +169,11 @@ class _Worker:
         books = Books(self.run_folder, self.recipe, self.position.step)
         facts = {
             "total_steps": self.total_steps,
-            "parameters": count_parameters(self.model),
+            "parameters": {
+                **count_parameters(self.model),
+                "adapter": self.recipe.adapter_kind,
+                "quantize": self.recipe.model.quantize,
+            },
             "device": self.trainer.args.device.type,
             "dtype": choose_dtype(self.recipe.model),
         }

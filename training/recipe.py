@@ -214,6 +214,13 @@ class Recipe(Section):
         return self.adapter is not None or self.model.adapter is not None
 
     @property
+    def adapter_kind(self) -> Literal["lora", "dora", "existing"] | None:
+        """What kind of adapter is trained, if any."""
+        if self.adapter is None:
+            return None if self.model.adapter is None else "existing"
+        return "dora" if self.adapter.dora else "lora"
+
+    @property
     def packs(self) -> bool:
         """Whether several documents share a sequence."""
         return self.method.packs if self.data.packing == "auto" else self.data.packing

@@ -165,9 +165,16 @@ def _subject(run: Record, recipe: Record) -> Pairs:
     adapter = recipe.get("adapter")
     done = [METHODS.get(method, method)]
     if adapter:
-        done.append(f"{adapter.get('kind')}, rank {adapter.get('rank')}")
+        kind = "dora" if adapter.get("dora") else adapter.get("kind")
+        done.append(f"{kind}, rank {adapter.get('rank')}")
+    elif model.get("adapter"):
+        done.append(f"from the adapter {model['adapter']}")
+    elif recipe.get("freeze"):
+        done.append("some of the base's layers")
     elif recipe:
         done.append("every parameter")
+    if model.get("quantize", "none") != "none":
+        done.append(f"{model['quantize']} base")
     pairs = [("Method", " · ".join(part for part in done if part))]
     pairs.append(("Base model", str(model.get("base") or run.get("base") or "")))
     return [(label, text) for label, text in pairs if text]

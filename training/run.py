@@ -74,7 +74,7 @@ def train(recipe: Recipe, listener: Listener, stop: Stop) -> Record:
     _check_enough(recipe, prepared)
     _check_same_data(prepared, folder, earlier)
     # A driver that was silent for so long that another one took over stops.
-    with held(folder.create(), stop.requested) as stale:
+    with held(folder.create(), stop.requested, listener.phase) as stale:
         if stale is not None:
             listener.phase(f"taking over from {stale}")
         return _carry_out(recipe, folder, prepared, listener, stop)
@@ -238,7 +238,8 @@ def _flat(values: Any, prefix: str = "") -> dict[str, Any]:
 
 def _open(recipe: Recipe, folder: Folder, prepared: Prepared) -> None:
     folder.delete(STOP_FILE)
-    text = yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    # Escaped: of some line separators YAML would make a line feed.
+    text = yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False)
     folder.write(RECIPE_FILE, text.encode())
 
     def change(record: Record) -> None:

@@ -85,7 +85,7 @@ def tune(plan: Plan, watcher: Watcher, stop: Stop) -> Record:
     """
     earlier = check_folder(plan)
     concurrency = decide_concurrency(plan.sweep.concurrency, plan.recipe.scale)
-    with held(plan.folder.create(), stop.requested) as stale:
+    with held(plan.folder.create(), stop.requested, watcher.phase) as stale:
         if stale is not None:
             watcher.phase(f"taking over from {stale}")
         return _Tuning(plan, watcher, earlier or {}, concurrency).run(stop)

@@ -129,9 +129,13 @@ def test_prepare_then_check_is_exact(finray: Runner) -> None:
     assert outlook["data"]["tokens"] == summary["train"]["tokens"]
 
 
-def test_targets_that_match_nothing(finray: Runner) -> None:
-    told = finray("check", finray.recipe(adapter__targets=["q_prj"]), code=2)
+@pytest.mark.parametrize("command", ["check", "train"])
+def test_names_of_modules_that_match_nothing(finray: Runner, command: str) -> None:
+    told = finray(command, finray.recipe(adapter__targets=["q_prj"]), code=2)
     assert "'q_prj' matches no module" in told and "q_proj" in told
+    told = finray(command, finray.recipe(freeze__train=["q_prj"]), code=2)
+    assert "'q_prj' is found in no parameter's name" in told and "q_proj" in told
+    assert not list(finray.folder.glob("runs/*")), "data was prepared first"
 
 
 def test_schema_documents_every_setting(finray: Runner) -> None:
