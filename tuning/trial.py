@@ -130,13 +130,20 @@ class RunningTrial:
             raise RunError(f"the prepared data set {self._config['prepared']} is gone")
         keep_bases()
         launch = self._launch_here if self._recipe.scale.workers <= 1 else self._launch_on_ray
-        record = carry_out(self._recipe, prepared, launch)
+        codes: list[int] = []
+
+        def launch_and_note(job: Any) -> Any:
+            outcome = launch(job)
+            codes.append(outcome["exit_code"])
+            return outcome
+
+        record = carry_out(self._recipe, prepared, launch_and_note)
         told = {
             **self._about(str(record["status"])),
             "measures": final_measures(self._recipe, record),
         }
         if record["status"] == "failed":
-            told["error"] = str(record["error"])
+            told |= {"error": str(record["error"]), "exit_code": codes[0]}
         return told
 
     def _about(self, status: str) -> Record:
