@@ -118,7 +118,7 @@ class _Tuning:
             lambda: self._folder.write(STOP_FILE, b""),
         )
         with _Alarm(self._conductor):
-            self._watcher.phase(f"searching, {self._concurrency} trials at a time")
+            self._watcher.phase(f"searching, trials at a time: {self._concurrency}")
             execute(self._conductor, self._config, self._plan.recipe.scale, stop)
         return self._conclude(stop)
 

@@ -60,7 +60,7 @@ def test_a_sweep_killed_in_its_middle_goes_on(finray: Finray) -> None:
     assert not slots, "slots outlive their driver"
     started = {row["number"]: run_of(folder, row["number"])["started_at"] for row in ended}
 
-    finray.run("tune", sweep)
+    finray.run("tune", sweep, seconds=600)
     after = told(finray)
     rows = {row["number"]: row for row in after["trials"]}
     assert after["status"] == "finished" and len(rows) == 7
@@ -113,7 +113,7 @@ def test_ctrl_c_leaves_a_sweep_that_goes_on(finray: Finray) -> None:
     assert "Traceback" not in command.output()
     assert not command.survivors(30), "processes outlive Ctrl-C"
     assert told(finray)["status"] == "stopped" and states(finray) == ["running"]
-    finray.run("tune", sweep)
+    finray.run("tune", sweep, seconds=600)
     assert told(finray)["status"] == "finished" and len(states(finray)) == 2
     restarts = record(trial)["restarts"]
     assert restarts and restarts[0]["step"] > 0, "the trial began anew"
@@ -126,14 +126,14 @@ def test_trials_that_all_fail_alike_end_the_sweep(finray: Finray) -> None:
         trials=50,
         search={"optim.learning_rate": {"log_uniform": [1e-5, 1e-3]}},
     )
-    message = finray.run("tune", sweep, code=2)
+    message = finray.run("tune", sweep, code=2, seconds=600)
     assert "q_prj" in message and "same error" in message and "Traceback" not in message
     assert 3 <= states(finray).count("failed") <= 5
 
 
 def test_trials_of_several_workers(finray: Finray) -> None:
-    sweep = write_sweep(finray, {"scale__workers": 2}, trials=2)
-    finray.run("tune", sweep)
+    sweep = write_sweep(finray, {"scale__workers": 2, "optim__max_steps": 6}, trials=2)
+    finray.run("tune", sweep, seconds=600)
     assert set(states(finray)) <= {"finished", "pruned"} and "finished" in states(finray)
     assert run_of(finray.folder / "runs" / "sweep", 0)["world_sizes"] == [2]
 
@@ -146,7 +146,7 @@ def test_a_pareto_front(finray: Finray) -> None:
         objective=["eval_loss", "adapter_bytes"],
         sampler="nsga2",
     )
-    finray.run("tune", sweep)
+    finray.run("tune", sweep, seconds=600)
     after = told(finray)
     assert states(finray) == ["finished"] * 4
     rows = {row["number"]: row["values"] for row in after["trials"]}
@@ -164,6 +164,7 @@ def test_the_quickstart_sweep(finray: Finray) -> None:
         *("--set", "recipe.optim.epochs=null", "--set", "recipe.optim.max_steps=2"),
         *("--set", "recipe.optim.batch_size=2", "--set", "recipe.optim.micro_batch_size=2"),
         *("--set", "recipe.data.eval.0.weight=0.05", "--set", f"storage={finray.folder}/runs"),
+        seconds=600,
     )
     path = finray.folder / "runs" / "quickstart-sweep" / "sweep.json"
     after = json.loads(path.read_text(encoding="utf-8"))
