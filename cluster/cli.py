@@ -15,6 +15,8 @@ examples:
   finray train recipe.yaml --set optim.learning_rate=1e-4
   finray train recipe.yaml --local
   finray job submit recipe.yaml --address http://head:8265 --wait
+  finray tune sweep.yaml
+  finray tune show sweep.yaml
   finray runs
   finray k8s render recipe.yaml --overlay gpu | kubectl create -f -
   finray export runs/my-run --to my-model --merge
@@ -85,6 +87,27 @@ def _parser() -> argparse.ArgumentParser:
     _add_cluster(
         commands.add_parser("cluster", help="start, end and examine a cluster of one's machines")
     )
+    tune = commands.add_parser(
+        "tune", help="search for good settings, go on with an unfinished sweep, or show one"
+    )
+    tune.add_argument(
+        "sweep",
+        metavar="[show] SWEEP",
+        nargs="+",
+        help="the sweep, a YAML file; after show also a sweep's folder or URI",
+    )
+    _add_overrides(tune, "a setting of the sweep; recipe.KEY=VALUE changes its base recipe")
+    tune.add_argument(
+        "--stop-when",
+        dest="bounds",
+        metavar="KEY=VALUE",
+        action="append",
+        default=[],
+        help="value, trials_without_gain or tokens: end the sweep there (may be repeated)",
+    )
+    tune.add_argument("--local", action="store_true", help="one worker a trial, on this machine")
+    _add_ray(tune)
+    _add_json(tune)
 
     runs = commands.add_parser("runs", help="list the runs of a storage")
     runs.add_argument("--storage", default="runs", help="folder or URI (default: runs)")
@@ -195,19 +218,23 @@ def _add_dashboard(parser: argparse.ArgumentParser) -> None:
 
 def _add_recipe(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("recipe", metavar="RECIPE", type=Path, help="the recipe, a YAML file")
+    _add_overrides(parser, "a setting, such as optim.learning_rate=1e-4")
+
+
+def _add_local(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--local", action="store_true", help="in this process, without Ray (scale.workers=0)"
+    )
+
+
+def _add_overrides(parser: argparse.ArgumentParser, what: str) -> None:
     parser.add_argument(
         "--set",
         dest="overrides",
         metavar="KEY=VALUE",
         action="append",
         default=[],
-        help="override a setting, such as optim.learning_rate=1e-4 (may be repeated)",
-    )
-
-
-def _add_local(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--local", action="store_true", help="in this process, without Ray (scale.workers=0)"
+        help=f"override {what} (may be repeated)",
     )
 
 

@@ -10,6 +10,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..training.errors import InputError
 from ..training.recipe import Recipe, load_recipe, resolve_path
 
 if TYPE_CHECKING:
@@ -85,6 +86,19 @@ def cluster(options: argparse.Namespace) -> None:
     from . import cluster_commands
 
     getattr(cluster_commands, options.verb)(options)
+
+
+def tune(options: argparse.Namespace) -> None:
+    """Search for good settings, go on with an unfinished sweep, or show one."""
+    from .tune_command import run_sweep, show_sweep
+
+    words = options.sweep
+    if words[0] == "show" and len(words) == 2:
+        show_sweep(words[1], options)
+    elif len(words) == 1:
+        run_sweep(Path(words[0]), options)
+    else:
+        raise InputError(f"tune {' '.join(words)}: expected SWEEP, or show and SWEEP or its folder")
 
 
 def runs(options: argparse.Namespace) -> None:
@@ -180,5 +194,6 @@ def _ray(recipe: Recipe, options: argparse.Namespace) -> Iterator[None]:
             from .ray_session import ray_session
 
             print("starting Ray", file=sys.stderr)
-            stack.enter_context(ray_session(recipe.scale, options.address, env, options.verbose))
+            needed = recipe.scale.workers * recipe.scale.cpus_per_worker + 2
+            stack.enter_context(ray_session(needed, options.address, env, options.verbose))
         yield

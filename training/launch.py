@@ -1,7 +1,8 @@
 """Starting the workers of a run: in this process, or as a Ray Train worker group."""
 
 import threading
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 from .capacity import check_fits, cluster_nodes, demand
 from .errors import RunError, last_line
@@ -11,6 +12,8 @@ from .run_folder import CHECKPOINTS_FOLDER
 from .session import STOP_FILE, LocalSession, RaySession
 from .stop import Stop
 from .storage import Folder
+
+T = TypeVar("T")
 
 # Ray Train's own notes would be believed over the checkpoints themselves, and refuse a folder
 # from which one was deleted. finray reads the checkpoints.
@@ -39,28 +42,43 @@ def launch_on_ray(
         RunError: the workers failed more often than `max_failures`.
     """
     trainer = _make_trainer(job, scale, worker_env)
-    results: list[Any] = []
+    try:
+        result = run_beside(trainer.fit, stop, lambda: Folder(job["run"]).write(STOP_FILE, b""))
+    except Exception as error:
+        raise RunError(_cause(error)) from error
+    outcome: Outcome = result.return_value
+    return outcome
 
-    def fit() -> None:
+
+def run_beside(work: Callable[[], T], stop: Stop, on_stop: Callable[[], None]) -> T:
+    """Do work in a thread of its own, so that Ray leaves the signal handlers to finray.
+
+    Args:
+        work: what to do; its result is returned, and what it raises is raised.
+        stop: armed from here on.
+        on_stop: called once, when the stop is requested.
+    """
+    results: list[T] = []
+    errors: list[Exception] = []
+
+    def carry() -> None:
         try:
-            results.append(trainer.fit())
+            results.append(work())
         except Exception as error:  # noqa: BLE001 - carried to the waiting thread
-            results.append(error)
+            errors.append(error)
 
-    # In a thread of its own, so that Ray leaves the signal handlers to finray.
-    thread = threading.Thread(target=fit, name="ray-train", daemon=True)
+    thread = threading.Thread(target=carry, name="ray-work", daemon=True)
     stop.armed = True
     thread.start()
     told = False
     while thread.is_alive():
         thread.join(0.2)
         if stop.requested.is_set() and not told:
-            Folder(job["run"]).write(STOP_FILE, b"")
+            on_stop()
             told = True
-    if isinstance(results[0], Exception):
-        raise RunError(_cause(results[0])) from results[0]
-    outcome: Outcome = results[0].return_value
-    return outcome
+    if errors:
+        raise errors[0]
+    return results[0]
 
 
 def _make_trainer(job: Job, scale: ScaleSettings, worker_env: dict[str, str]) -> Any:

@@ -52,7 +52,7 @@ class Job(TypedDict):
 class Outcome(TypedDict):
     """How a worker's part ended."""
 
-    status: Literal["finished", "stopped", "failed"]
+    status: Literal["finished", "stopped", "failed", "pruned"]
     error: str | None
     exit_code: int
 
@@ -246,26 +246,30 @@ class _Worker:
         loss = self.trainer.take_loss(measures.step - self.clock.step)
         accuracy = self.trainer.take_measures()
         speed = self.clock.lap(self.position)
-        if self.books is not None:
-            self.books.logged(
-                {
-                    "step": measures.step,
-                    "epoch": self._epoch(),
-                    "loss": loss,
-                    "learning_rate": measures.learning_rate,
-                    "grad_norm": as_number(measures.grad_norm),
-                    "tokens": self.position.tokens,
-                    "tokens_per_second": round(speed, 1),
-                    "seconds": round(self.position.seconds, 3),
-                    **accuracy,
-                }
-            )
+        line = {
+            "step": measures.step,
+            "epoch": self._epoch(),
+            "loss": loss,
+            "learning_rate": measures.learning_rate,
+            "grad_norm": as_number(measures.grad_norm),
+            "tokens": self.position.tokens,
+            "tokens_per_second": round(speed, 1),
+            "seconds": round(self.position.seconds, 3),
+            **accuracy,
+        }
+        with self.clock.paused():
+            self._tell(line)
 
     def _evaluate(self) -> None:
         measured = self.trainer.held_out(self._held_out_rows())
         self.held_out = {"step": self.position.step, **measured}
+        self._tell({"epoch": self._epoch(), **self.held_out})
+
+    def _tell(self, line: dict[str, float]) -> None:
+        """Write a line of metrics, and tell it to whoever follows the run."""
         if self.books is not None:
-            self.books.logged({"epoch": self._epoch(), **self.held_out})
+            self.books.logged(line)
+            self.session.report({**line, "tokens": self.position.tokens})
 
     def _save(self) -> None:
         session, step = self.session, self.position.step

@@ -5,6 +5,7 @@ receives. The docstring under a field is that field's documentation in `finray s
 """
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -14,9 +15,11 @@ from .errors import InputError
 from .existing_adapter import find_adapter
 from .method_settings import Method, PretrainMethod, SftMethod
 from .model_settings import FreezeSettings, LoraAdapter, ModelSettings
-from .recipe_file import Document, read_recipe_file, validate
+from .recipe_file import Change, Document, read_recipe_file, validate
 from .secrets import secret_places
 from .section import PositiveInt, Section, Share
+
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$")]
 
 RowFormat = Literal[
     "auto", "preference", "messages", "alpaca", "sharegpt", "prompt_completion", "text"
@@ -121,7 +124,7 @@ class LogSettings(Section):
 class Recipe(Section):
     """One run, from the data to the result."""
 
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$")]
+    name: Name
     """The run's name: letters, digits, '.', '_' and '-', at most 63. Its folder is
     <storage>/<name>."""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
@@ -245,12 +248,12 @@ class Recipe(Section):
         return round(step / self.method.passes * self.rows_per_step / rows, 4)
 
 
-def load_recipe(path: Path, overrides: tuple[str, ...] = ()) -> Recipe:
+def load_recipe(path: Path, overrides: Sequence[str | Change] = ()) -> Recipe:
     """Read, override and validate a recipe; its input paths become absolute.
 
     Args:
         path: the YAML file.
-        overrides: `dotted.key=value` strings; the value is parsed as YAML.
+        overrides: changes, or `dotted.key=value` strings; their value is parsed as YAML.
 
     Raises:
         InputError: with file:line and key of every fault found, and for a secret in a setting.
@@ -258,7 +261,7 @@ def load_recipe(path: Path, overrides: tuple[str, ...] = ()) -> Recipe:
     document = read_recipe_file(path, overrides)
     _check_no_secret(document)
     recipe = validate(Recipe, document)
-    return _resolve(recipe, path.resolve().parent)
+    return resolve_recipe(recipe, path.resolve().parent)
 
 
 def _check_no_secret(document: Document) -> None:
@@ -278,8 +281,8 @@ def recipe_from_dict(values: dict[str, Any]) -> Recipe:
     return Recipe.model_validate(values)
 
 
-def _resolve(recipe: Recipe, folder: Path) -> Recipe:
-    """Make the recipe independent of the current folder, as Ray's workers run elsewhere."""
+def resolve_recipe(recipe: Recipe, folder: Path) -> Recipe:
+    """Make a recipe from a folder independent of the current one: Ray's workers run elsewhere."""
 
     def absolute(source: Source) -> Source:
         return source.model_copy(update={"path": resolve_path(source.path, folder)})

@@ -102,8 +102,8 @@ def render_report(folder: Folder) -> str:
     samples = [_sample(sample) for sample in read_samples(folder)]
     loss, *others = _charts(metrics)
     return _template().render(
-        css=_asset("report.css"),
-        script=_asset("report.js"),
+        css=asset("report.css"),
+        script=asset("report.js"),
         status=str(run.get("status") or "unknown"),
         error=str(run.get("error") or "").strip(),
         name=str(run.get("name") or folder.name),
@@ -137,8 +137,8 @@ def _template() -> Template:
     return environment.get_template("report.html")
 
 
-def _asset(name: str) -> Markup:
-    """Our own style or script, which goes into the page as it is."""
+def asset(name: str) -> Markup:
+    """A report's own style or script, which goes into the page as it is."""
     return Markup((Path(__file__).parent / name).read_text(encoding="utf-8"))
 
 

@@ -32,7 +32,7 @@ from .storage import Folder
 from .versions import installed_versions
 
 if TYPE_CHECKING:
-    from .loop import Outcome
+    from .loop import Job, Outcome
 
 # A resumed run may change these; anything else would change its result.
 _FREE_ON_RESUME = ("scale", "checkpoint", "eval", "log", "storage", "optim.micro_batch_size")
@@ -92,9 +92,45 @@ def _carry_out(
 ) -> Record:
     _open(recipe, folder, prepared)
     listener.on_start(folder)
+    outcome = _keep_books(
+        recipe, folder, lambda: _launch(recipe, folder, prepared, stop, worker_env)
+    )
+    _raise_outcome(outcome, folder)
+    record = read_run(folder)
+    assert record is not None
+    return record
+
+
+def carry_out(recipe: Recipe, prepared: Prepared, launch: "Callable[[Job], Outcome]") -> Record:
+    """Carry a run whose data is prepared to its end, from wherever it stands; returns run.json.
+
+    Unlike `train` it raises nothing that the run itself met: that is in the record.
+
+    Args:
+        recipe: what to run.
+        prepared: its data.
+        launch: trains, here or on workers.
+    """
+    from .loop import Job
+
+    folder = run_folder(recipe)
+    earlier = read_run(folder)
+    if earlier is None or earlier.get("status") != "finished":
+        _open(recipe, folder, prepared)
+        job = Job(
+            recipe=recipe.model_dump(mode="json"), run=folder.uri, prepared=prepared.folder.uri
+        )
+        _keep_books(recipe, folder, lambda: launch(job))
+    record = read_run(folder)
+    assert record is not None
+    return record
+
+
+def _keep_books(recipe: Recipe, folder: Folder, launch: "Callable[[], Outcome]") -> "Outcome":
+    """Launch, and write down how it ended."""
     started = time.monotonic()
     try:
-        outcome = _launch(recipe, folder, prepared, stop, worker_env)
+        outcome = launch()
     except BaseException as error:
         status = "stopped" if isinstance(error, KeyboardInterrupt) else "failed"
         told = str(error) or type(error).__name__
@@ -102,10 +138,7 @@ def _carry_out(
         raise
     _close(recipe, folder, outcome["status"], outcome["error"], time.monotonic() - started)
     write_report(folder)
-    _raise_outcome(outcome, folder)
-    record = read_run(folder)
-    assert record is not None
-    return record
+    return outcome
 
 
 def prepare_data(recipe: Recipe, listener: Listener) -> Prepared:
@@ -166,19 +199,25 @@ def _check_enough(recipe: Recipe, prepared: Prepared) -> None:
 
 def _check_same(recipe: Recipe, folder: Folder) -> None:
     """Refuse to go on with settings that would make it another run."""
-    written = yaml.safe_load(folder.read(RECIPE_FILE))
-    before = _flat(recipe_from_dict(written).model_dump(mode="json"))
-    after = _flat(recipe.model_dump(mode="json"))
-    changes = [
-        f"  {key}: {before.get(key)!r} there, {after.get(key)!r} now"
-        for key in sorted(before.keys() | after.keys())
-        if before.get(key) != after.get(key) and not key.startswith(_FREE_ON_RESUME)
-    ]
+    written = recipe_from_dict(yaml.safe_load(folder.read(RECIPE_FILE)))
+    changes = differences(
+        written.model_dump(mode="json"), recipe.model_dump(mode="json"), _FREE_ON_RESUME
+    )
     if changes:
         raise InputError(
             f"{folder} holds a run with other settings:\n" + "\n".join(changes) + "\n"
             "Give this one another name, or delete that folder."
         )
+
+
+def differences(before: Any, after: Any, free: tuple[str, ...] = ()) -> list[str]:
+    """A line for each setting that differs, but for those whose dotted key begins as in `free`."""
+    there, now = _flat(before), _flat(after)
+    return [
+        f"  {key}: {there.get(key)!r} there, {now.get(key)!r} now"
+        for key in sorted(there.keys() | now.keys())
+        if there.get(key) != now.get(key) and not key.startswith(free)
+    ]
 
 
 def _check_same_data(prepared: Prepared, folder: Folder, earlier: Record | None) -> None:
