@@ -150,7 +150,7 @@ def answer_losses(
 
 
 def _mismatched(rows: Rows, last: Sequence, max_length: int) -> Rows:
-    """Each row's prompt with the answer of the row before it; the first one's with that of `last`."""
+    """Each row's prompt with the answer of the row before it; `last` is before the first."""
     return [
         _joined(row, before, max_length)
         for row, before in zip(rows, [last, *rows[:-1]], strict=True)
