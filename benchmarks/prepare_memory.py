@@ -48,6 +48,9 @@ def write_size(path: Path, block: bytes, size: int) -> None:
 
 def child(folder: Path, name: str, workers: int) -> dict[str, Any]:
     """Prepare a file and look at this process's peak."""
+    from finray.cluster.environment import set_environment
+
+    set_environment()
     from finray.cluster.ray_session import ray_session
     from finray.training.recipe import load_recipe
     from finray.training.run import Listener, prepare_data

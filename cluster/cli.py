@@ -23,8 +23,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     from ..training.errors import FinrayError
     from . import commands
+    from .environment import set_environment
     from .quiet import quiet_libraries
 
+    set_environment()
     quiet_libraries()
     try:
         run = getattr(commands, options.command)

@@ -1,13 +1,19 @@
 """LoRA adapters beside a frozen base: new ones, and existing ones that are trained further."""
 
 import re
+import warnings
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Literal
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
-from peft import set_peft_model_state_dict as set_weights
+from peft import (
+    LoraConfig,
+    PeftModel,
+    get_peft_model,
+    get_peft_model_state_dict,
+    set_peft_model_state_dict,
+)
 from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
@@ -102,7 +108,7 @@ def existing_adapter(
             f"model.adapter: {folder} does not fit the model: {', '.join(sorted(wrong)[:5])} "
             f"({len(wrong)} tensors) are missing, left over or of another shape"
         )
-    set_weights(adapted, tensors, adapter_name=TRAINED)
+    set_peft_model_state_dict(adapted, tensors, adapter_name=TRAINED)
     return adapted
 
 
@@ -120,7 +126,10 @@ def told(names: Iterable[str]) -> str:
 
 def _attach(model: PreTrainedModel, config: LoraConfig) -> PeftModel:
     try:
-        adapted = get_peft_model(model, config, autocast_adapter_dtype=False)
+        with warnings.catch_warnings():
+            # A pattern that matches nothing is refused.
+            warnings.filterwarnings("ignore", message="The following (rank|alpha)_pattern keys")
+            adapted = get_peft_model(model, config, autocast_adapter_dtype=False)
     except ValueError as error:  # such as a target of a kind that takes no adapter
         raise InputError(f"adapter: {error}") from error
     # The first values are set: whoever loads the adapter has nothing to repeat.

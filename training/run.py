@@ -22,6 +22,7 @@ from .data.prepare import Progress, prepare
 from .data.prepared import Prepared
 from .data.tokenizer_files import model_folder
 from .errors import FinrayError, InputError, Interrupted, RunError, last_line
+from .lock import held
 from .methods import method_of
 from .recipe import Recipe, recipe_from_dict
 from .report import write_report
@@ -72,7 +73,17 @@ def train(recipe: Recipe, listener: Listener, stop: Stop) -> Record:
     prepared = prepare_data(recipe, listener)
     _check_enough(recipe, prepared)
     _check_same_data(prepared, folder, earlier)
-    _open(recipe, folder, prepared, earlier)
+    # A driver that was silent for so long that another one took over stops.
+    with held(folder.create(), stop.requested) as stale:
+        if stale is not None:
+            listener.phase(f"taking over from {stale}")
+        return _carry_out(recipe, folder, prepared, listener, stop)
+
+
+def _carry_out(
+    recipe: Recipe, folder: Folder, prepared: Prepared, listener: Listener, stop: Stop
+) -> Record:
+    _open(recipe, folder, prepared)
     listener.on_start(folder)
     started = time.monotonic()
     try:
@@ -188,8 +199,7 @@ def _flat(values: Any, prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _open(recipe: Recipe, folder: Folder, prepared: Prepared, earlier: Record | None) -> None:
-    folder.create()
+def _open(recipe: Recipe, folder: Folder, prepared: Prepared) -> None:
     folder.delete(STOP_FILE)
     text = yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
     folder.write(RECIPE_FILE, text.encode())

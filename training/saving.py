@@ -3,11 +3,13 @@
 import tempfile
 from pathlib import Path
 
-from peft import PeftModel
+from peft import PeftModel, set_peft_model_state_dict
+from safetensors.torch import load_file
 from transformers import PreTrainedTokenizerBase
 
 from .adapter import TRAINED
 from .base_identity import write_base
+from .existing_adapter import WEIGHTS_FILE
 from .model import Model
 from .recipe import Recipe
 from .reference import REFERENCE
@@ -19,6 +21,11 @@ def save_weights(model: Model, target: Path) -> None:
         model.save_pretrained(target, selected_adapters=[TRAINED])
     else:
         model.save_pretrained(target)
+
+
+def load_weights(model: PeftModel, source: Path) -> None:
+    """Take an adapter's weights from a checkpoint; each keeps its type, which PEFT would raise."""
+    set_peft_model_state_dict(model, load_file(source / WEIGHTS_FILE), adapter_name=TRAINED)
 
 
 def save_result(

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from peft import PeftModel
 from transformers import Trainer, TrainingArguments
 
 from .data.batching import Batch, Rows
@@ -19,7 +20,7 @@ from .errors import RunError
 from .model import Model
 from .objectives.objective import Objective
 from .optimizer import make_optimizer
-from .saving import save_weights
+from .saving import load_weights, save_weights
 
 
 @dataclass
@@ -217,6 +218,14 @@ class StreamTrainer(Trainer):
             self._save_scaler(str(folder))
             self.state.save_to_json(str(folder / "trainer_state.json"))
         self._save_rng_state(str(folder))
+
+    def _load_from_checkpoint(
+        self, resume_from_checkpoint: str, model: torch.nn.Module | None = None
+    ) -> None:
+        if isinstance(self.model, PeftModel):
+            load_weights(self.model, Path(resume_from_checkpoint))
+        else:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def load_weights(self, folder: str) -> None:
         """Take the weights of a checkpoint, and nothing else of it."""

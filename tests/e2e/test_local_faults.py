@@ -93,6 +93,17 @@ def test_ctrl_c_saves_and_leaves(finray: Finray, undisturbed: Path) -> None:
     assert_same_result(run, undisturbed)
 
 
+def test_one_driver_at_a_time(finray: Finray, undisturbed: Path) -> None:
+    recipe = finray.recipe()
+    run = finray.folder / "runs" / "run"
+    first = finray.start("train", recipe)
+    wait_until(lambda: reached(run, 5), "step 5")
+    assert "another finray works on this run" in finray.run("train", recipe, code=2)
+    assert first.wait() == 0, first.output()
+    assert_same_result(run, undisturbed)
+    assert not (run / "lock.json").exists()
+
+
 def test_another_run_is_refused_in_its_place(finray: Finray) -> None:
     data = finray.folder / "own.jsonl"
     data.write_bytes(finray.data.read_bytes())

@@ -1,0 +1,82 @@
+"""The lock of a run's folder: one holder, and a dead one's lock is taken over."""
+
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+
+from finray.training import lock
+from finray.training.errors import InputError
+from finray.training.lock import LOCK_FILE, Lock, held
+from finray.training.storage import Folder
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Folder:
+    return Folder(str(tmp_path))
+
+
+def leave(folder: Folder, **changes: object) -> None:
+    values = asdict(Lock("other", "elsewhere", 1, time.time())) | changes
+    folder.write(LOCK_FILE, json.dumps(values).encode())
+
+
+def test_one_at_a_time(folder: Folder) -> None:
+    with held(folder, threading.Event()) as stale:
+        assert stale is None
+        with (
+            pytest.raises(InputError, match=f"process {os.getpid()} on "),
+            held(folder, threading.Event()),
+        ):
+            pass
+    assert not folder.exists(LOCK_FILE)
+
+
+def test_a_silent_lock_is_taken_over(folder: Folder) -> None:
+    leave(folder, renewed_at=time.time() - lock.STALE_SECONDS - 1)
+    with held(folder, threading.Event()) as stale:
+        assert stale is not None and stale.id == "other"
+
+
+def test_a_lock_of_another_machine_counts_while_it_is_renewed(folder: Folder) -> None:
+    leave(folder)
+    with pytest.raises(InputError, match="on elsewhere"), held(folder, threading.Event()):
+        pass
+    assert folder.exists(LOCK_FILE), "it is not ours to delete"
+
+
+def test_a_dead_process_of_this_machine_holds_nothing(folder: Folder) -> None:
+    script = (
+        "import os, sys, threading\n"
+        "from finray.training.lock import held\n"
+        "from finray.training.storage import Folder\n"
+        "with held(Folder(sys.argv[1]), threading.Event()):\n"
+        "    os._exit(9)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script, folder.uri], check=False)
+    assert done.returncode == 9 and folder.exists(LOCK_FILE)
+    with held(folder, threading.Event()) as stale:
+        assert stale is not None
+
+
+@pytest.mark.parametrize("content", [b"", b'{"id": "x"', b"[]", b'{"id": "x"}'])
+def test_half_a_lock_is_none(folder: Folder, content: bytes) -> None:
+    folder.write(LOCK_FILE, content)
+    with held(folder, threading.Event()) as stale:
+        assert stale is None
+    assert not folder.exists(LOCK_FILE)
+
+
+def test_who_lost_it_hears_of_it(folder: Folder, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lock, "RENEW_SECONDS", 0.01)
+    lost = threading.Event()
+    with held(folder, lost):
+        leave(folder)
+        assert lost.wait(10)
+    assert folder.exists(LOCK_FILE), "the other one's lock stays"
