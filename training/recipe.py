@@ -12,9 +12,10 @@ from pydantic import Field, model_validator
 
 from .errors import InputError
 from .existing_adapter import find_adapter
-from .method_settings import Method, PretrainMethod, SftMethod
+from .method_settings import DpoMethod, KtoMethod, Method, PretrainMethod, SftMethod
 from .model_settings import FreezeSettings, LoraAdapter, ModelSettings
 from .recipe_file import read_recipe_file, validate
+from .reference_model import find_reference
 from .section import PositiveInt, Section, Share
 
 RowFormat = Literal[
@@ -282,13 +283,19 @@ def _resolve(recipe: Recipe, folder: Path) -> Recipe:
     base, storage = recipe.model.base, resolve_path(recipe.storage, Path.cwd())
     if base.startswith((".", "/", "~")) or (folder / base).is_dir():
         base = resolve_path(base, folder)
+    places = (folder, Path.cwd(), Path(storage))
     adapter = recipe.model.adapter
     if adapter is not None:
-        places = (folder, Path.cwd(), Path(storage))
         adapter = find_adapter([resolve_path(adapter, place) for place in places])
+    method = recipe.method
+    if isinstance(method, DpoMethod | KtoMethod) and method.reference_model is not None:
+        name = method.reference_model
+        found = find_reference(name, [resolve_path(name, place) for place in places])
+        method = method.model_copy(update={"reference_model": found})
     return recipe.model_copy(
         update={
             "data": data,
+            "method": method,
             "model": recipe.model.model_copy(update={"base": base, "adapter": adapter}),
             "storage": storage,
         }
