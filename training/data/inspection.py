@@ -70,7 +70,7 @@ def inspect_data(recipe: Recipe) -> Inspection:
         InputError: for missing, empty or unreadable sources, unknown formats, a source whose
             first rows are all bad, less data than a batch, and a model folder that lacks its
             configuration, tokenizer, chat template or room for data.max_length tokens, and a
-            model.adapter that the run cannot start from.
+            model.adapter or method.reference_model that does not fit the model.
     """
     train = [resolve_source(source) for source in recipe.data.train]
     held_out = [resolve_source(source) for source in recipe.data.eval]
