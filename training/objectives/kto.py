@@ -72,8 +72,9 @@ class KtoObjective(Objective):
             ratios.append(self._sums(self.model, batch) - self._reference(self._sums, batch))
             labels.append(batch.extra["desirable"])
             if self._settings.loss == "kto":
-                last = last or rows[-1]
-                divergences.append(self._divergences(_mismatched(rows, last, self._max_length)))
+                known = rows if last is not None else rows[1:]
+                before = _mismatched(known, last or rows[0], self._max_length)
+                divergences.append(self._divergences(before))
                 last = rows[-1]
         baseline = self._mean(torch.cat(divergences))
         ratio, desirable = torch.cat(ratios), torch.cat(labels)
