@@ -141,6 +141,9 @@ class _Worker:
 
     def _make_trainer(self) -> StreamTrainer:
         session = self.session
+        arguments = training_arguments(
+            self.recipe, self.total_steps, session.world_size, self.scratch
+        )
         objective = self.method.objective(
             Setup(
                 recipe=self.recipe,
@@ -149,11 +152,12 @@ class _Worker:
                 prepared=self.prepared,
                 rank=session.rank,
                 world_size=session.world_size,
+                device=arguments.device,
             )
         )
         return StreamTrainer(
             self.model,
-            training_arguments(self.recipe, self.total_steps, session.world_size, self.scratch),
+            arguments,
             objective=objective,
             passes=self.recipe.method.passes,
             rows=self._training_rows,

@@ -13,16 +13,24 @@ from pydantic import Field, model_validator
 
 from .errors import InputError
 from .existing_adapter import find_adapter
-from .method_settings import Method, PretrainMethod, SftMethod
+from .method_settings import DpoMethod, KtoMethod, Method, PretrainMethod, SftMethod
 from .model_settings import FreezeSettings, LoraAdapter, ModelSettings
 from .recipe_file import Change, Document, read_recipe_file, validate
+from .reference_model import find_reference
 from .secrets import secret_places
 from .section import PositiveInt, Section, Share
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$")]
 
 RowFormat = Literal[
-    "auto", "preference", "messages", "alpaca", "sharegpt", "prompt_completion", "text"
+    "auto",
+    "preference",
+    "labelled",
+    "messages",
+    "alpaca",
+    "sharegpt",
+    "prompt_completion",
+    "text",
 ]
 
 
@@ -151,6 +159,8 @@ class Recipe(Section):
         if self.eval.samples > 0 and not held_out:
             raise ValueError("eval.samples needs held-out data: set data.eval or data.holdout")
         kind = self.method.kind
+        if (told := self.method.contradiction(self)) is not None:
+            raise ValueError(told)
         if self.eval.samples > 0 and not self.method.has_answers:
             raise ValueError(
                 f"eval.samples needs prompts with answers, which method {kind} does not have"
@@ -297,13 +307,19 @@ def resolve_recipe(recipe: Recipe, folder: Path) -> Recipe:
     base, storage = recipe.model.base, resolve_path(recipe.storage, Path.cwd())
     if base.startswith((".", "/", "~")) or (folder / base).is_dir():
         base = resolve_path(base, folder)
+    places = (folder, Path.cwd(), Path(storage))
     adapter = recipe.model.adapter
     if adapter is not None:
-        places = (folder, Path.cwd(), Path(storage))
         adapter = find_adapter([resolve_path(adapter, place) for place in places])
+    method = recipe.method
+    if isinstance(method, DpoMethod | KtoMethod) and method.reference_model is not None:
+        name = method.reference_model
+        found = find_reference(name, [resolve_path(name, place) for place in places])
+        method = method.model_copy(update={"reference_model": found})
     return recipe.model_copy(
         update={
             "data": data,
+            "method": method,
             "model": recipe.model.model_copy(update={"base": base, "adapter": adapter}),
             "storage": storage,
         }
