@@ -144,7 +144,7 @@ class _Worker:
         arguments = training_arguments(
             self.recipe, self.total_steps, session.world_size, self.scratch
         )
-        objective = self.method.objective(
+        self.objective = self.method.objective(
             Setup(
                 recipe=self.recipe,
                 model=self.model,
@@ -158,8 +158,8 @@ class _Worker:
         return StreamTrainer(
             self.model,
             arguments,
-            objective=objective,
-            passes=self.recipe.method.passes,
+            objective=self.objective,
+            passes=self.recipe.method.repeats,
             rows=self._training_rows,
             after_step=self._after_step,
             is_logged=self._is_logged,
@@ -188,7 +188,7 @@ class _Worker:
 
     def _training_rows(self) -> Iterator[Rows]:
         recipe, session = self.recipe, self.session
-        per_step, passes = recipe.rows_per_step, recipe.method.passes
+        per_step, passes = recipe.rows_per_step, recipe.method.repeats
         part = Slice(
             folder=self.prepared.files,
             split=self.prepared.manifest.train,
@@ -263,6 +263,8 @@ class _Worker:
         }
         with self.clock.paused():
             self._tell(line)
+        if self.books is not None:
+            self.books.sampled(measures.step, self.objective.examples())
 
     def _evaluate(self) -> None:
         measured = self.trainer.held_out(self._held_out_rows())
