@@ -26,6 +26,7 @@ from .run_folder import (
     is_match,
     read_metrics,
     read_recipe,
+    read_rollouts,
     read_samples,
 )
 from .storage import Folder
@@ -116,6 +117,7 @@ def render_report(folder: Folder) -> str:
         matched=_matched(samples),
         shown=samples[:SAMPLES_OPEN],
         more=samples[SAMPLES_OPEN:],
+        rollouts=_rollouts(read_rollouts(folder)),
         data=data_statistics(run),
         lengths=_lengths(run),
         settings=_settings(recipe),
@@ -252,6 +254,22 @@ def _sample(sample: Record) -> Sample:
         if text is not None:
             answers.append(Answer(label, str(text), is_match(str(text), reference)))
     return Sample(str(sample.get("row", "")), str(sample.get("prompt", "")), answers)
+
+
+def _rollouts(lines: Sequence[Record]) -> list[Sample]:
+    """The prompts of the first and of the last step that was kept, each with what was sampled."""
+    steps = [line.get("step") for line in lines]
+    grouped: dict[tuple[Any, str], list[Answer]] = {}
+    for line in lines:
+        if line.get("step") in (steps[0], steps[-1]):
+            worth = f"Reward {figures.loss(line.get('reward'))}"
+            if figures.is_number(line.get("advantage")):
+                worth += f" · advantage {line['advantage']:+.2f}"
+            answers = grouped.setdefault((line.get("step"), str(line.get("prompt", ""))), [])
+            answers.append(Answer(worth, str(line.get("completion", "")), False))
+    return [
+        Sample(figures.count(step), prompt, answers) for (step, prompt), answers in grouped.items()
+    ]
 
 
 def _matched(samples: Sequence[Sample]) -> str:
