@@ -17,6 +17,7 @@ NAMES = (
     "help",
     "start",
     "throughput",
+    "methods",
     "packing",
     "prepare_memory",
     "tune_quality",

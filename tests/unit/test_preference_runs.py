@@ -90,18 +90,21 @@ def references(storage: Path) -> list[Path]:
     return sorted(storage.glob("prepared/*/reference-*.parquet"))
 
 
-RESUMED: list[dict[str, Any]] = [
-    {"method": {"kind": "dpo"}},
-    {"method": {"kind": "dpo", "precompute_reference": True}},
-    {"method": {"kind": "dpo"}, "adapter": None},
-    {"method": {"kind": "dpo", "precompute_reference": True}, "adapter": None},
-    {"method": {"kind": "kto"}, "adapter": {"rank": 4, "dropout": 0.1}},
-    {"method": {"kind": "reward"}},
+PRECOMPUTED = {"kind": "dpo", "precompute_reference": True}
+RESUMED: list[tuple[dict[str, Any], bool]] = [
+    ({"method": {"kind": "dpo"}}, True),
+    ({"method": PRECOMPUTED}, True),
+    ({"method": PRECOMPUTED}, False),
+    ({"method": {"kind": "dpo"}, "adapter": None}, True),
+    ({"method": PRECOMPUTED, "adapter": None}, True),
+    ({"method": PRECOMPUTED, "adapter": None}, False),
+    ({"method": {"kind": "kto"}, "adapter": {"rank": 4, "dropout": 0.1}}, True),
+    ({"method": {"kind": "reward"}}, True),
 ]
+"""Recipes, and whether a precomputed reference is still there."""
 
 
-@pytest.mark.parametrize("changes", RESUMED, ids=str)
-@pytest.mark.parametrize("keeps_reference", [True, False])
+@pytest.mark.parametrize(("changes", "keeps_reference"), RESUMED, ids=str)
 def test_a_resumed_run_ends_the_same(
     tiny_model: Path,
     pairs: Path,
@@ -110,8 +113,6 @@ def test_a_resumed_run_ends_the_same(
     keeps_reference: bool,
 ) -> None:
     precomputes = changes["method"].get("precompute_reference", False)
-    if not (keeps_reference or precomputes):
-        pytest.skip("there is no precomputed reference to lose")
     recipe = make_recipe(tiny_model, pairs, tmp_path, **changes)
     folder = run(recipe)
     undisturbed, weights = lines(folder), tensors(folder)
@@ -131,11 +132,14 @@ def test_a_precomputed_reference(tiny_model: Path, pairs: Path, tmp_path: Path) 
     """It gives what the model itself gives, for every row, and is found again by its key."""
     direct = run(make_recipe(tiny_model, pairs, tmp_path, method={"kind": "dpo"}))
     assert not references(tmp_path)
-    method = {"kind": "dpo", "precompute_reference": True}
-    recipe = make_recipe(tiny_model, pairs, tmp_path, method=method, name="precomputed")
+    recipe = make_recipe(tiny_model, pairs, tmp_path, method=PRECOMPUTED, name="precomputed")
     folder = run(recipe)
     for one, other in zip(lines(direct), lines(folder), strict=True):
-        assert one == pytest.approx(other, abs=1e-4)
+        # At the start all rewards are 0, but for what rounding makes of them.
+        tied = ("reward_accuracy",) if one["step"] == 1 else ()
+        assert {k: v for k, v in one.items() if k not in tied} == pytest.approx(
+            {k: v for k, v in other.items() if k not in tied}, abs=1e-4, rel=1e-4
+        )
     (file,) = references(tmp_path)
     table = pq.read_table(file).to_pylist()
     assert len({(row["split"], row["row"]) for row in table}) == len(table) == 120
@@ -253,9 +257,7 @@ def written(folder: Path, base: Path, data: Path, method: str, **more: str) -> P
 
 def test_a_reference_that_is_not_there(tiny_model: Path, pairs: Path, tmp_path: Path) -> None:
     path = written(tmp_path, tiny_model, pairs, "{kind: dpo, reference_model: ./gone}")
-    with pytest.raises(
-        InputError, match=r"method\.reference_model: there is no such folder: .*gone"
-    ):
+    with pytest.raises(InputError, match=r"reference_model: there is no such folder: .*gone"):
         load_recipe(path)
     (tmp_path / "gone").mkdir()
     with pytest.raises(InputError, match="gone holds no model"):

@@ -66,7 +66,7 @@ def make_recipe(tiny_model: Path, method: dict[str, Any], micro: int) -> Recipe:
 
 def make_model(settings: Recipe) -> Any:
     """Its adapter does something, so that it differs from its reference."""
-    torch.manual_seed(1)
+    torch.manual_seed(4)
     model = load_model(settings, method_of(settings).head)
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
