@@ -5,6 +5,8 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from .auth import enter_cluster, enter_own_cluster
+
 # Set before Ray is imported: it reads them then.
 _ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
@@ -30,9 +32,13 @@ def ray_session(
     """
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
+    where = address or os.environ.get("RAY_ADDRESS") or "local"
+    if where == "local":
+        enter_own_cluster()
+    else:
+        enter_cluster(where)
     import ray
 
-    where = address or os.environ.get("RAY_ADDRESS") or "local"
     level = logging.INFO if verbose else logging.ERROR
     logging.getLogger("ray").setLevel(level)
     options = {}

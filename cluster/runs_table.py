@@ -101,7 +101,7 @@ def _reward(entry: Record) -> str:
 
 
 def columns(rows: Sequence[Sequence[str]], left_aligned: int) -> str:
-    """Rows of text as a table; so many columns at the left hold words."""
+    """A table; the first so many columns hold words, the others numbers."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = []
     for row in rows:

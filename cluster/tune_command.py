@@ -47,11 +47,13 @@ def run_sweep(path: Path, options: argparse.Namespace) -> None:
     if record is None or not done or differences(record["settings"], describe(plan)):
         env = worker_environment(plan.recipe)
         stop = Stop()
-        with graceful_interrupts(stop):
-            print("starting Ray", file=sys.stderr)
-            needed = _needed_cpus(plan.recipe.scale)
-            with ray_session(needed, options.address, env, options.verbose):
-                record = carry_out(plan, Watcher(_phase, _tell_end), stop)
+        print("starting Ray", file=sys.stderr)
+        session = ray_session(
+            _needed_cpus(plan.recipe.scale), options.address, env, options.verbose
+        )
+        # Ray takes SIGTERM for itself when it starts; a sweep that is told to end saves first.
+        with session, graceful_interrupts(stop):
+            record = carry_out(plan, Watcher(_phase, _tell_end), stop)
     print(json.dumps(record, indent=2) if options.json else render_sweep(record, plan.folder))
 
 

@@ -15,7 +15,8 @@ from .errors import InputError
 from .existing_adapter import find_adapter
 from .method_settings import Method, PretrainMethod, SftMethod
 from .model_settings import FreezeSettings, LoraAdapter, ModelSettings
-from .recipe_file import Change, read_recipe_file, validate
+from .recipe_file import Change, Document, read_recipe_file, validate
+from .secrets import secret_places
 from .section import PositiveInt, Section, Share
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$")]
@@ -255,11 +256,24 @@ def load_recipe(path: Path, overrides: Sequence[str | Change] = ()) -> Recipe:
         overrides: changes, or `dotted.key=value` strings; their value is parsed as YAML.
 
     Raises:
-        InputError: with file:line and key of every fault found.
+        InputError: with file:line and key of every fault found, and for a secret in a setting.
     """
     document = read_recipe_file(path, overrides)
+    check_no_secret(document)
     recipe = validate(Recipe, document)
     return resolve_recipe(recipe, path.resolve().parent)
+
+
+def check_no_secret(document: Document) -> None:
+    """A run's folder and a job's metadata hold the recipe, for all who reach them."""
+    lines = [
+        f"{document.place(key)}: {'.'.join(map(str, key))}: holds a secret, which would be kept "
+        "with the run; take it out, and set it in the environment instead (HF_TOKEN, "
+        "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY; on Kubernetes the Secret finray-credentials)"
+        for key in secret_places(document.values)
+    ]
+    if lines:
+        raise InputError("\n".join(lines))
 
 
 def recipe_from_dict(values: dict[str, Any]) -> Recipe:

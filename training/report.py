@@ -13,22 +13,19 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-import yaml
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 from markupsafe import Markup
 
 from . import figures, measures
 from .charts import Chart, Format, Histogram, Point, histogram, line_chart
-from .errors import InputError
 from .measures import HEADLINES
 from .run_folder import (
-    RECIPE_FILE,
     REPORT_FILE,
-    RUN_FILE,
     Record,
+    existing_run,
     is_match,
     read_metrics,
-    read_run,
+    read_recipe,
     read_samples,
 )
 from .storage import Folder
@@ -99,11 +96,9 @@ def render_report(folder: Folder) -> str:
     Raises:
         InputError: the folder holds no run, or one of its files is damaged.
     """
-    run = read_run(folder)
-    if run is None:
-        raise InputError(f"{folder} holds no run: there is no {RUN_FILE}")
+    run = existing_run(folder)
     metrics = read_metrics(folder)
-    recipe_text, recipe = _read_recipe(folder)
+    recipe_text, recipe = read_recipe(folder)
     samples = [_sample(sample) for sample in read_samples(folder)]
     loss, *others = _charts(metrics)
     return _template().render(
@@ -121,7 +116,7 @@ def render_report(folder: Folder) -> str:
         matched=_matched(samples),
         shown=samples[:SAMPLES_OPEN],
         more=samples[SAMPLES_OPEN:],
-        data=_data(run),
+        data=data_statistics(run),
         lengths=_lengths(run),
         settings=_settings(recipe),
         recipe_text=recipe_text,
@@ -145,17 +140,6 @@ def _template() -> Template:
 def asset(name: str) -> Markup:
     """A report's own style or script, which goes into the page as it is."""
     return Markup((Path(__file__).parent / name).read_text(encoding="utf-8"))
-
-
-def _read_recipe(folder: Folder) -> tuple[str, Record]:
-    try:
-        text = folder.read(RECIPE_FILE).decode("utf-8")
-        recipe = yaml.safe_load(text)
-    except FileNotFoundError:
-        return "", {}
-    except (UnicodeDecodeError, yaml.YAMLError) as error:
-        raise InputError(f"{folder / RECIPE_FILE}: not a YAML file: {error}") from None
-    return text, recipe if isinstance(recipe, dict) else {}
 
 
 def _subject(run: Record, recipe: Record) -> Pairs:
@@ -278,7 +262,7 @@ def _matched(samples: Sequence[Sample]) -> str:
     return f"{matching} of {len(tuned)} tuned answers are the reference, word for word."
 
 
-def _data(run: Record) -> list[tuple[str, Pairs]]:
+def data_statistics(run: Record) -> list[tuple[str, Pairs]]:
     """Titled groups of data statistics."""
     data = run.get("data") or {}
     groups: list[tuple[str, Pairs]] = []

@@ -5,11 +5,9 @@
 Whatever can be wrong is found in the first three, before a model is loaded.
 """
 
-import platform
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 import yaml
@@ -27,9 +25,11 @@ from .methods import method_of
 from .recipe import Recipe, recipe_from_dict
 from .report import write_report
 from .run_folder import CHECKPOINTS_FOLDER, PREPARED_FOLDER, RECIPE_FILE, Record, read_run
+from .secrets import redact
 from .session import STOP_FILE
 from .stop import Stop
 from .storage import Folder
+from .versions import installed_versions
 
 if TYPE_CHECKING:
     from .loop import Job, Outcome
@@ -53,10 +53,12 @@ def run_folder(recipe: Recipe) -> Folder:
     return Folder(recipe.storage) / recipe.name
 
 
-def train(recipe: Recipe, listener: Listener, stop: Stop) -> Record:
+def train(
+    recipe: Recipe, listener: Listener, stop: Stop, worker_env: dict[str, str] | None = None
+) -> Record:
     """Carry the run to its end, from wherever it stands; returns run.json.
 
-    With workers, Ray is initialised already.
+    With workers, Ray is initialised already; `worker_env` are environment variables for them.
 
     Raises:
         InputError: the recipe, the data or an earlier attempt forbid it.
@@ -77,15 +79,22 @@ def train(recipe: Recipe, listener: Listener, stop: Stop) -> Record:
     with held(folder.create(), stop.requested, listener.phase) as stale:
         if stale is not None:
             listener.phase(f"taking over from {stale}")
-        return _carry_out(recipe, folder, prepared, listener, stop)
+        return _carry_out(recipe, folder, prepared, listener, stop, worker_env or {})
 
 
 def _carry_out(
-    recipe: Recipe, folder: Folder, prepared: Prepared, listener: Listener, stop: Stop
+    recipe: Recipe,
+    folder: Folder,
+    prepared: Prepared,
+    listener: Listener,
+    stop: Stop,
+    worker_env: dict[str, str],
 ) -> Record:
     _open(recipe, folder, prepared)
     listener.on_start(folder)
-    outcome = _keep_books(recipe, folder, lambda: _launch(recipe, folder, prepared, stop))
+    outcome = _keep_books(
+        recipe, folder, lambda: _launch(recipe, folder, prepared, stop, worker_env)
+    )
     _raise_outcome(outcome, folder)
     record = read_run(folder)
     assert record is not None
@@ -252,7 +261,7 @@ def _open(recipe: Recipe, folder: Folder, prepared: Prepared) -> None:
             name=recipe.name,
             method=recipe.method.kind,
             base=recipe.model.base,
-            versions=_versions(),
+            versions=installed_versions(),
             prepared=prepared.manifest.fingerprint,
             data=prepared.manifest.summary(),
             error=None,
@@ -265,7 +274,7 @@ def _open(recipe: Recipe, folder: Folder, prepared: Prepared) -> None:
 def _close(recipe: Recipe, folder: Folder, status: str, error: str | None, seconds: float) -> None:
     def change(record: Record) -> None:
         record["status"] = status
-        record["error"] = error
+        record["error"] = None if error is None else redact(error)
         record["finished_at"] = now()
         record["wall_seconds"] = round(record.get("wall_seconds", 0.0) + seconds, 2)
         record["best_checkpoint"] = best(folder / CHECKPOINTS_FOLDER, method_of(recipe).watched)
@@ -273,7 +282,9 @@ def _close(recipe: Recipe, folder: Folder, status: str, error: str | None, secon
     update_run(folder, change)
 
 
-def _launch(recipe: Recipe, folder: Folder, prepared: Prepared, stop: Stop) -> "Outcome":
+def _launch(
+    recipe: Recipe, folder: Folder, prepared: Prepared, stop: Stop, worker_env: dict[str, str]
+) -> "Outcome":
     # Torch is loaded only now, after everything that can be refused without it.
     from .launch import launch_here, launch_on_ray
     from .loop import Job
@@ -281,7 +292,7 @@ def _launch(recipe: Recipe, folder: Folder, prepared: Prepared, stop: Stop) -> "
     job = Job(recipe=recipe.model_dump(mode="json"), run=folder.uri, prepared=prepared.folder.uri)
     if recipe.scale.workers == 0:
         return launch_here(job, stop)
-    return launch_on_ray(job, recipe.scale, stop)
+    return launch_on_ray(job, recipe.scale, stop, worker_env)
 
 
 def _raise_outcome(outcome: "Outcome", folder: Folder) -> None:
@@ -290,8 +301,3 @@ def _raise_outcome(outcome: "Outcome", folder: Folder) -> None:
     if outcome["status"] == "failed":
         kind: type[FinrayError] = InputError if outcome["exit_code"] == 2 else RunError
         raise kind(str(outcome["error"]))
-
-
-def _versions() -> dict[str, str]:
-    names = ("finray", "ray", "torch", "transformers", "peft")
-    return {"python": platform.python_version(), **{name: version(name) for name in names}}

@@ -11,7 +11,14 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BeforeValidator, Field, model_validator
 
 from ..training.errors import InputError
-from ..training.recipe import Name, Recipe, load_recipe, resolve_path, resolve_recipe
+from ..training.recipe import (
+    Name,
+    Recipe,
+    check_no_secret,
+    load_recipe,
+    resolve_path,
+    resolve_recipe,
+)
 from ..training.recipe_file import (
     Change,
     Document,
@@ -164,6 +171,7 @@ def load_sweep(
         InputError: with file:line and key of every fault found.
     """
     document = read_recipe_file(path, overrides)
+    check_no_secret(document)
     sweep = validate(Sweep, document)
     folder = path.resolve().parent
     sweep = sweep.model_copy(

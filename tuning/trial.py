@@ -178,7 +178,7 @@ class RunningTrial:
         follower = threading.Thread(target=self._follow, args=(Folder(job["run"]), stop, ended))
         follower.start()
         try:
-            outcome = launch_on_ray(job, self._recipe.scale, stop)
+            outcome = launch_on_ray(job, self._recipe.scale, stop, {})
         finally:
             ended.set()
             follower.join()
