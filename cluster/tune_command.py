@@ -31,6 +31,7 @@ _LOOK_SECONDS = 1.0
 
 def run_sweep(path: Path, options: argparse.Namespace) -> None:
     """Search, or go on with an unfinished sweep."""
+    from ..tuning.attempt import check_folder, describe
     from ..tuning.plan import make_plan
     from .environment import worker_environment
     from .interrupts import graceful_interrupts
@@ -39,8 +40,6 @@ def run_sweep(path: Path, options: argparse.Namespace) -> None:
     loaded = _load(path, options)
     plan = make_plan(loaded)
     inspect_data(plan.recipe)
-    from ..tuning.tune import Watcher, check_folder, describe
-    from ..tuning.tune import tune as carry_out
 
     record = check_folder(plan)
     done = record is not None and record["status"] == "finished"
@@ -53,6 +52,10 @@ def run_sweep(path: Path, options: argparse.Namespace) -> None:
         )
         # Ray takes SIGTERM for itself when it starts; a sweep that is told to end saves first.
         with session, graceful_interrupts(stop):
+            # Ray reads its environment when it is imported, so not before.
+            from ..tuning.tune import Watcher
+            from ..tuning.tune import tune as carry_out
+
             record = carry_out(plan, Watcher(_phase, _tell_end), stop)
     print(json.dumps(record, indent=2) if options.json else render_sweep(record, plan.folder))
 
