@@ -14,9 +14,9 @@ examples:
   finray check recipe.yaml
   finray train recipe.yaml --set optim.learning_rate=1e-4
   finray train recipe.yaml --local
+  finray job submit recipe.yaml --address http://head:8265 --wait
   finray tune sweep.yaml
   finray tune show sweep.yaml
-  finray job submit recipe.yaml --address http://head:8265 --wait
   finray runs
   finray k8s render recipe.yaml --overlay gpu | kubectl create -f -
   finray export runs/my-run --to my-model --merge
@@ -82,6 +82,11 @@ def _parser() -> argparse.ArgumentParser:
     _add_waiting(train)
     _add_json(train)
 
+    _add_job(commands.add_parser("job", help="run recipes on a cluster as Ray jobs"))
+
+    _add_cluster(
+        commands.add_parser("cluster", help="start, end and examine a cluster of one's machines")
+    )
     tune = commands.add_parser(
         "tune", help="search for good settings, go on with an unfinished sweep, or show one"
     )
@@ -103,12 +108,6 @@ def _parser() -> argparse.ArgumentParser:
     tune.add_argument("--local", action="store_true", help="one worker a trial, on this machine")
     _add_ray(tune)
     _add_json(tune)
-
-    _add_job(commands.add_parser("job", help="run recipes on a cluster as Ray jobs"))
-
-    _add_cluster(
-        commands.add_parser("cluster", help="start, end and examine a cluster of one's machines")
-    )
 
     runs = commands.add_parser("runs", help="list the runs of a storage")
     runs.add_argument("--storage", default="runs", help="folder or URI (default: runs)")

@@ -74,19 +74,6 @@ def train(options: argparse.Namespace) -> None:
         print(render_summary(run_folder(recipe), colour=sys.stdout.isatty()))
 
 
-def tune(options: argparse.Namespace) -> None:
-    """Search for good settings, go on with an unfinished sweep, or show one."""
-    from .tune_command import run_sweep, show_sweep
-
-    words = options.sweep
-    if words[0] == "show" and len(words) == 2:
-        show_sweep(words[1], options)
-    elif len(words) == 1:
-        run_sweep(Path(words[0]), options)
-    else:
-        raise InputError(f"tune {' '.join(words)}: expected SWEEP, or show and SWEEP or its folder")
-
-
 def job(options: argparse.Namespace) -> None:
     """Run recipes on a cluster as Ray jobs."""
     from . import job_commands
@@ -99,6 +86,19 @@ def cluster(options: argparse.Namespace) -> None:
     from . import cluster_commands
 
     getattr(cluster_commands, options.verb)(options)
+
+
+def tune(options: argparse.Namespace) -> None:
+    """Search for good settings, go on with an unfinished sweep, or show one."""
+    from .tune_command import run_sweep, show_sweep
+
+    words = options.sweep
+    if words[0] == "show" and len(words) == 2:
+        show_sweep(words[1], options)
+    elif len(words) == 1:
+        run_sweep(Path(words[0]), options)
+    else:
+        raise InputError(f"tune {' '.join(words)}: expected SWEEP, or show and SWEEP or its folder")
 
 
 def runs(options: argparse.Namespace) -> None:

@@ -148,6 +148,17 @@ def test_report_of_no_run(finray: Runner) -> None:
     assert "holds no run" in finray("report", "nowhere", code=2)
 
 
+def test_export_of_no_run(finray: Runner) -> None:
+    assert "holds no run" in finray("export", "nowhere", "--to", "out", "--merge", code=2)
+    assert not (finray.folder / "out").exists()
+
+
+def test_export_needs_a_place(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main(["export", "runs/run"])
+    assert "--to" in capsys.readouterr().err
+
+
 def write_sweep(finray: Runner, **settings: Any) -> Path:
     path = finray.folder / "sweep.yaml"
     recipe = str(finray.recipe(data__holdout=0.1))
@@ -178,14 +189,3 @@ def test_a_sweep_does_not_take_a_runs_folder(finray: Runner) -> None:
     other = {"status": "running", "settings": {"search": {"optim.beta1": {}}}}
     (run / "sweep.json").write_text(json.dumps(other), encoding="utf-8")
     assert "holds a sweep with other settings" in finray("tune", write_sweep(finray), code=2)
-
-
-def test_export_of_no_run(finray: Runner) -> None:
-    assert "holds no run" in finray("export", "nowhere", "--to", "out", "--merge", code=2)
-    assert not (finray.folder / "out").exists()
-
-
-def test_export_needs_a_place(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit, match="2"):
-        main(["export", "runs/run"])
-    assert "--to" in capsys.readouterr().err
