@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..training.errors import InputError
-from ..training.recipe import Recipe, load_recipe, resolve_path
+from ..training.paths import resolve_path
+from ..training.recipe import Recipe, load_recipe
 
 if TYPE_CHECKING:
     from .preflight import Preflight

@@ -13,7 +13,8 @@ from rich.text import Text
 
 from ..training.data.inspection import inspect_data
 from ..training.errors import InputError
-from ..training.recipe import ScaleSettings, resolve_path
+from ..training.paths import resolve_path
+from ..training.recipe import ScaleSettings
 from ..training.run import differences
 from ..training.run_folder import Record
 from ..training.stop import Stop

@@ -141,7 +141,10 @@ class _Worker:
 
     def _make_trainer(self) -> StreamTrainer:
         session = self.session
-        objective = self.method.objective(
+        arguments = training_arguments(
+            self.recipe, self.total_steps, session.world_size, self.scratch
+        )
+        self.objective = self.method.objective(
             Setup(
                 recipe=self.recipe,
                 model=self.model,
@@ -149,13 +152,14 @@ class _Worker:
                 prepared=self.prepared,
                 rank=session.rank,
                 world_size=session.world_size,
+                device=arguments.device,
             )
         )
         return StreamTrainer(
             self.model,
-            training_arguments(self.recipe, self.total_steps, session.world_size, self.scratch),
-            objective=objective,
-            passes=self.recipe.method.passes,
+            arguments,
+            objective=self.objective,
+            passes=self.recipe.method.repeats,
             rows=self._training_rows,
             after_step=self._after_step,
             is_logged=self._is_logged,
@@ -184,7 +188,7 @@ class _Worker:
 
     def _training_rows(self) -> Iterator[Rows]:
         recipe, session = self.recipe, self.session
-        per_step, passes = recipe.rows_per_step, recipe.method.passes
+        per_step, passes = recipe.rows_per_step, recipe.method.repeats
         part = Slice(
             folder=self.prepared.files,
             split=self.prepared.manifest.train,
@@ -259,6 +263,8 @@ class _Worker:
         }
         with self.clock.paused():
             self._tell(line)
+        if self.books is not None:
+            self.books.sampled(measures.step, self.objective.examples())
 
     def _evaluate(self) -> None:
         measured = self.trainer.held_out(self._held_out_rows())

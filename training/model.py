@@ -1,6 +1,8 @@
 """The model of a run: base weights, tokenizer, adapter."""
 
 import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -179,6 +181,17 @@ def check_isolation(model: Model) -> None:
         f"data.packing: a {model.config.model_type} model mixes the documents that are packed "
         "into one sequence; set data.packing: false"
     )
+
+
+@contextmanager
+def evaluating(model: torch.nn.Module) -> Iterator[None]:
+    """Inside, the model drops nothing out, and keeps no activations for a backward pass."""
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)
 
 
 def count_parameters(model: torch.nn.Module) -> dict[str, int]:

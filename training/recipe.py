@@ -13,16 +13,34 @@ from pydantic import Field, model_validator
 
 from .errors import InputError
 from .existing_adapter import find_adapter
-from .method_settings import Method, PretrainMethod, SftMethod
+from .method_settings import (
+    DpoMethod,
+    KtoMethod,
+    Method,
+    OnlineMethod,
+    PretrainMethod,
+    SftMethod,
+)
 from .model_settings import FreezeSettings, LoraAdapter, ModelSettings
+from .paths import resolve_model, resolve_path
 from .recipe_file import Change, Document, read_recipe_file, validate
+from .reference_model import find_reference
+from .reward_settings import resolve_reward
 from .secrets import secret_places
 from .section import PositiveInt, Section, Share
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$")]
 
 RowFormat = Literal[
-    "auto", "preference", "messages", "alpaca", "sharegpt", "prompt_completion", "text"
+    "auto",
+    "preference",
+    "labelled",
+    "messages",
+    "alpaca",
+    "sharegpt",
+    "prompt_completion",
+    "prompt",
+    "text",
 ]
 
 
@@ -151,6 +169,8 @@ class Recipe(Section):
         if self.eval.samples > 0 and not held_out:
             raise ValueError("eval.samples needs held-out data: set data.eval or data.holdout")
         kind = self.method.kind
+        if (told := self.method.contradiction(self)) is not None:
+            raise ValueError(told)
         if self.eval.samples > 0 and not self.method.has_answers:
             raise ValueError(
                 f"eval.samples needs prompts with answers, which method {kind} does not have"
@@ -165,10 +185,11 @@ class Recipe(Section):
                 f"optim.micro_batch_size {self.optim.micro_batch_size} is larger than "
                 f"optim.batch_size {self.optim.batch_size}"
             )
-        if self.scale.workers > self.optim.batch_size:
+        if self.scale.workers > self.rows_per_step:
             raise ValueError(
-                f"scale.workers {self.scale.workers} is larger than optim.batch_size "
-                f"{self.optim.batch_size}: some workers would have nothing to do"
+                f"scale.workers {self.scale.workers} is larger than the {self.rows_per_step} rows "
+                f"that a step of optim.batch_size {self.optim.batch_size} takes: some workers "
+                "would have nothing to do"
             )
         return self
 
@@ -231,6 +252,11 @@ class Recipe(Section):
         """Rows of the stream (sequences, pairs, prompts) that an optimizer step learns from."""
         return self.method.rows_per_step(self.optim.batch_size)
 
+    @property
+    def row_length(self) -> int:
+        """Tokens that a text of the data may have."""
+        return self.method.row_length(self.data.max_length)
+
     def total_steps(self, rows: int) -> int:
         """Optimizer steps of the run over `rows` training rows.
 
@@ -241,11 +267,11 @@ class Recipe(Section):
             return self.optim.max_steps
         epochs = 1.0 if self.optim.epochs is None else self.optim.epochs
         batches = max(1, math.ceil(round(epochs * rows, 6) / self.rows_per_step))
-        return batches * self.method.passes
+        return batches * self.method.repeats
 
     def epoch_at(self, step: int, rows: int) -> float:
         """Passes over `rows` training rows after an optimizer step."""
-        return round(step / self.method.passes * self.rows_per_step / rows, 4)
+        return round(step / self.method.repeats * self.rows_per_step / rows, 4)
 
 
 def load_recipe(path: Path, overrides: Sequence[str | Change] = ()) -> Recipe:
@@ -294,28 +320,31 @@ def resolve_recipe(recipe: Recipe, folder: Path) -> Recipe:
             "chat_template": _read_template(recipe.data.chat_template, folder),
         }
     )
-    base, storage = recipe.model.base, resolve_path(recipe.storage, Path.cwd())
-    if base.startswith((".", "/", "~")) or (folder / base).is_dir():
-        base = resolve_path(base, folder)
+    base = resolve_model(recipe.model.base, folder)
+    storage = resolve_path(recipe.storage, Path.cwd())
+    places = (folder, Path.cwd(), Path(storage))
     adapter = recipe.model.adapter
     if adapter is not None:
-        places = (folder, Path.cwd(), Path(storage))
         adapter = find_adapter([resolve_path(adapter, place) for place in places])
+    method = recipe.method
+    if isinstance(method, DpoMethod | KtoMethod) and method.reference_model is not None:
+        name = method.reference_model
+        found = find_reference(name, [resolve_path(name, place) for place in places])
+        method = method.model_copy(update={"reference_model": found})
+    if isinstance(method, OnlineMethod):
+        rewards = [
+            resolve_reward(reward, places, f"method.rewards[{index}]")
+            for index, reward in enumerate(method.rewards)
+        ]
+        method = method.model_copy(update={"rewards": rewards})
     return recipe.model_copy(
         update={
             "data": data,
+            "method": method,
             "model": recipe.model.model_copy(update={"base": base, "adapter": adapter}),
             "storage": storage,
         }
     )
-
-
-def resolve_path(path: str, folder: Path) -> str:
-    """An absolute path; URIs stay as they are."""
-    if "://" in path:
-        return path
-    expanded = Path(path).expanduser()
-    return str(expanded if expanded.is_absolute() else (folder / expanded).absolute())
 
 
 def _read_template(template: str | None, folder: Path) -> str | None:

@@ -14,6 +14,8 @@ RECIPE_FILE = "recipe.yaml"
 RUN_FILE = "run.json"
 METRICS_FILE = "metrics.jsonl"
 SAMPLES_FILE = "samples.jsonl"
+ROLLOUTS_FILE = "rollouts.jsonl"
+"""What a model answered while it was trained by an online method, and what that was worth."""
 REPORT_FILE = "report.html"
 CHECKPOINTS_FOLDER = "checkpoints"
 PREPARED_FOLDER = "prepared"
@@ -85,11 +87,25 @@ def read_samples(folder: Folder) -> list[Record]:
 
 def write_samples(folder: Folder, samples: Iterable[Record]) -> None:
     """Replace samples.jsonl."""
+    _write_lines(folder, SAMPLES_FILE, samples)
+
+
+def read_rollouts(folder: Folder) -> list[Record]:
+    """The lines of rollouts.jsonl; errors as `read_metrics`."""
+    return _read_lines(folder, ROLLOUTS_FILE)
+
+
+def write_rollouts(folder: Folder, rollouts: Iterable[Record]) -> None:
+    """Replace rollouts.jsonl."""
+    _write_lines(folder, ROLLOUTS_FILE, rollouts)
+
+
+def _write_lines(folder: Folder, name: str, records: Iterable[Record]) -> None:
     lines = (
-        json.dumps(_finite(sample), ensure_ascii=False, allow_nan=False) + "\n"
-        for sample in samples
+        json.dumps(_finite(record), ensure_ascii=False, allow_nan=False) + "\n"
+        for record in records
     )
-    folder.write(SAMPLES_FILE, _encode("".join(lines)))
+    folder.write(name, _encode("".join(lines)))
 
 
 def list_runs(storage: Folder) -> list[tuple[str, Record]]:

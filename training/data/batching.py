@@ -35,6 +35,10 @@ class Batch:
     extra: dict[str, torch.Tensor] = field(default_factory=dict)
     """What else the method's loss needs."""
 
+    def having(self, **extra: torch.Tensor) -> "Batch":
+        """The batch with more for the loss."""
+        return replace(self, extra={**self.extra, **extra})
+
     def to(self, device: torch.device) -> "Batch":
         """The batch on another device."""
         return replace(
@@ -119,13 +123,12 @@ def collate(sequences: Rows, pad: int = 0) -> Batch:
 def collate_pairs(pairs: Rows, pad: int = 0) -> Batch:
     """Both texts of every pair: all first ones, then all second ones. Its unit is a pair.
 
-    `extra["weight"]` (pairs,) is 0 for a pair that is NOTHING, 1 for others.
+    A pair that is NOTHING, which is then the only one, does not count.
     """
     halves = [_halves(pair) for pair in pairs]
     batch = collate([half[0] for half in halves] + [half[1] for half in halves], pad)
-    weight = torch.tensor([float(pair.rows.size > 0) for pair in pairs])
     rows = np.concatenate([pair.rows for pair in pairs])
-    return replace(batch, units=int(weight.sum()), rows=rows, extra={"weight": weight})
+    return replace(batch, units=len(rows), rows=rows)
 
 
 def _halves(pair: Sequence) -> tuple[Sequence, Sequence]:

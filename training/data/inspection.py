@@ -9,8 +9,11 @@ from typing import Any
 
 from ..errors import InputError
 from ..existing_adapter import check_adapter
-from ..methods import METHODS, check_shape, method_of
+from ..method_settings import DpoMethod, KtoMethod
+from ..methods import METHODS, examples_of, method_of
 from ..recipe import Recipe
+from ..reference_model import check_reference
+from ..rewards.checking import check_rewards
 from .chat import NO_TEMPLATE, check_chatml
 from .formats import KnownFormat, normalise
 from .reading import BadRow, Row
@@ -56,6 +59,9 @@ class _Look:
 
     inspection: SourceInspection
     rows: tuple[Normalised, ...]
+    """As the method learns from them."""
+    per_row: float
+    """How many of them a row of the source gives."""
 
 
 def inspect_data(recipe: Recipe) -> Inspection:
@@ -64,9 +70,11 @@ def inspect_data(recipe: Recipe) -> Inspection:
     Raises:
         InputError: for missing, empty or unreadable sources, unknown formats, a source whose
             first rows are all bad, less data than a batch, and a model folder that lacks its
-            configuration, tokenizer, chat template or room for data.max_length tokens, and a
-            model.adapter that the run cannot start from.
+            configuration, tokenizer, chat template or room for data.max_length tokens, a
+            model.adapter or method.reference_model that does not fit the model, and rewards as
+            `check_rewards`.
     """
+    check_rewards(recipe)
     train = [resolve_source(source) for source in recipe.data.train]
     held_out = [resolve_source(source) for source in recipe.data.eval]
     size = sum(file.size for source in (*train, *held_out) for file in source.files)
@@ -75,10 +83,12 @@ def inspect_data(recipe: Recipe) -> Inspection:
         _check_model(folder, recipe)
     if recipe.model.adapter is not None:
         check_adapter(recipe.model, method_of(recipe).head)
+    method = recipe.method
+    if isinstance(method, DpoMethod | KtoMethod) and method.reference_model is not None:
+        check_reference(recipe.model, method.reference_model)
     tokenizer = _tokenizer(folder)
     counted = size <= _COUNTED_BYTES
-    kind = recipe.method.kind
-    looks = [_look(source, kind, counted, tokenizer) for source in (*train, *held_out)]
+    looks = [_look(source, method.kind, counted, tokenizer) for source in (*train, *held_out)]
     _check_template(recipe, folder, tokenizer, looks)
     _check_enough(recipe, train, looks[: len(train)])
     inspections = tuple(look.inspection for look in looks)
@@ -96,7 +106,11 @@ def _look(source: ResolvedSource, method: str, counted: bool, tokenizer: Any) ->
         count, is_exact = len(first) + sum(1 for _ in rows), True
     else:
         count, is_exact = _estimated_rows(source, first), False
-    tokens = None if tokenizer is None else round(_mean_tokens(tokenizer, usable) * count)
+    examples = tuple(example for one in usable for example in one)
+    per_row = len(examples) / len(usable)
+    tokens = (
+        None if tokenizer is None else round(_mean_tokens(tokenizer, examples) * per_row * count)
+    )
     inspection = SourceInspection(
         path=source.path,
         files=len(source.files),
@@ -106,29 +120,28 @@ def _look(source: ResolvedSource, method: str, counted: bool, tokenizer: Any) ->
         is_exact=is_exact,
         tokens=tokens,
     )
-    return _Look(inspection, usable)
+    return _Look(inspection, examples, per_row)
 
 
 def _usable(
     source: ResolvedSource, method: str, first: Sequence[tuple[str, Row | BadRow]]
-) -> tuple[Normalised, ...]:
-    """The normalised rows; an InputError where there are none."""
-    usable: list[Normalised] = []
+) -> list[tuple[Normalised, ...]]:
+    """What each usable row gives; an InputError where none is usable."""
+    usable: list[tuple[Normalised, ...]] = []
     fault = ""
     for place, row in first:
         try:
             if isinstance(row, BadRow):
                 raise RowError(row.reason)
-            normalised = normalise(row, source.format)
-            check_shape(normalised, method)
-            usable.append(METHODS[method].adapt(normalised))
+            examples = examples_of(normalise(row, source.format), method)
+            usable.append(tuple(METHODS[method].adapt(example) for example in examples))
         except RowError as error:
             fault = fault or f"{place}: {error}"
     if not usable:
         raise InputError(
             f"{fault}; none of the first {len(first)} rows is usable as {source.format}"
         )
-    return tuple(usable)
+    return usable
 
 
 def _estimated_rows(source: ResolvedSource, first: Sequence[tuple[str, Row | BadRow]]) -> int:
@@ -222,7 +235,8 @@ def _check_enough(
     if can_split or not all(look.inspection.is_exact for look in looks):
         return
     rows = sum(
-        look.inspection.rows * source.weight for source, look in zip(sources, looks, strict=True)
+        look.inspection.rows * look.per_row * source.weight
+        for source, look in zip(sources, looks, strict=True)
     )
     left = round(rows * (1 - recipe.data.holdout))
     if left < recipe.rows_per_step:

@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from ..errors import InputError
-from ..methods import METHODS, Method, check_shape
+from ..methods import METHODS, Method, examples_of
 from ..storage import Folder
 from .chat import UnstableTemplate
 from .formats import KnownFormat, normalise
@@ -159,18 +159,19 @@ class TokeniseTask:
                 continue
             try:
                 normalised = normalise(row, item.format)
-                check_shape(normalised, self.method)
+                examples = examples_of(normalised, self.method)
+                adapted = [method.adapt(example) for example in examples]
             except RowError as error:
                 _quarantine(result, line, str(error), _shown(row))
                 continue
             held_out = self.holdout > 0 and share_of(normalised, "holdout") < self.holdout
             split = "eval" if held_out else item.split
             copies = _copies(normalised, item.weight)
-            if copies > 0:
-                extra = method.extra(row, normalised)
+            pairs = zip(examples, adapted, strict=True)
+            for example, text in pairs if copies > 0 else ():
+                extra = method.extra(row, example)
                 told = None if extra is None else json.dumps(extra)
-                normalised = method.adapt(normalised)
-                yield _Pending(index, line, split, copies, row, normalised, told)
+                yield _Pending(index, line, split, copies, row, text, told)
 
     def _render(
         self,

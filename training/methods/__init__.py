@@ -6,19 +6,37 @@ an objective in `training.objectives`.
 
 from ..data.shapes import SHAPES, Normalised, RowError
 from ..recipe import Recipe
-from . import dpo, pretrain, sft
+from . import cpo, dpo, kto, online, orpo, pretrain, reward, sft
 from .method import Method, Metric
 
-METHODS = {"sft": sft.METHOD, "pretrain": pretrain.METHOD, "dpo": dpo.METHOD}
+METHODS = {
+    "sft": sft.METHOD,
+    "pretrain": pretrain.METHOD,
+    "dpo": dpo.METHOD,
+    "kto": kto.METHOD,
+    "orpo": orpo.METHOD,
+    "cpo": cpo.METHOD,
+    "simpo": cpo.METHOD,
+    "reward": reward.METHOD,
+    "grpo": online.GRPO,
+    "rloo": online.RLOO,
+}
 """By the recipe's `method.kind`."""
 
 
-def check_shape(row: Normalised, kind: str) -> None:
-    """Refuse a row that a method does not learn from.
+def examples_of(row: Normalised, kind: str) -> tuple[Normalised, ...]:
+    """What a method learns from in a row of the data.
 
     Raises:
-        RowError: naming the shapes that it does.
+        RowError: for a row of a shape that it does not learn from.
     """
+    examples = METHODS[kind].split(row)
+    for example in examples:
+        _check_shape(example, kind)
+    return examples
+
+
+def _check_shape(row: Normalised, kind: str) -> None:
     wanted = METHODS[kind].shapes
     if not isinstance(row, wanted):
         others = [name for name, method in METHODS.items() if isinstance(row, method.shapes)]
@@ -37,4 +55,4 @@ def method_of(recipe: Recipe) -> Method:
     return METHODS[recipe.method.kind]
 
 
-__all__ = ["METHODS", "Method", "Metric", "check_shape", "method_of"]
+__all__ = ["METHODS", "Method", "Metric", "examples_of", "method_of"]

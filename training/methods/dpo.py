@@ -5,8 +5,9 @@ Rafailov et al., 2023, https://arxiv.org/abs/2305.18290
 
 from typing import TYPE_CHECKING
 
-from ..data.shapes import Normalised, Pair
-from .method import Method, Row
+from ..data.shapes import Pair
+from .method import Method
+from .pairs import PAIR_MEASURES
 
 if TYPE_CHECKING:
     from ..objectives.objective import Objective, Setup
@@ -18,13 +19,4 @@ def _objective(setup: "Setup") -> "Objective":
     return DpoObjective(setup)
 
 
-def _extra(_: Row, row: Normalised) -> Row | None:
-    return {"margin": row.margin} if isinstance(row, Pair) and row.margin is not None else None
-
-
-METHOD = Method(
-    shapes=(Pair,),
-    objective=_objective,
-    measures=("reward_accuracy", "reward_margin", "chosen_reward", "rejected_reward"),
-    extra=_extra,
-)
+METHOD = Method(shapes=(Pair,), objective=_objective, measures=PAIR_MEASURES)

@@ -28,6 +28,10 @@ def _as_it_is(row: Normalised) -> Normalised:
     return row
 
 
+def _as_one(row: Normalised) -> tuple[Normalised, ...]:
+    return (row,)
+
+
 def _nothing_more(_: Row, __: Normalised) -> None:
     return None
 
@@ -54,6 +58,8 @@ class Method:
     """Tells which checkpoint is the best."""
     head: Literal["causal", "score"] = "causal"
     """What the model puts out: logits of the next token, or one score of the whole text."""
+    split: Callable[[Normalised], tuple[Normalised, ...]] = _as_one
+    """The rows, each of one of `shapes`, that a row of the data stands for."""
     adapt: Callable[[Normalised], Normalised] = _as_it_is
     """A row as this method tokenises it; rows have one of `shapes` before."""
     extra: Callable[[Row, Normalised], Row | None] = _nothing_more

@@ -1,38 +1,62 @@
-"""Direct preference optimisation.
+"""Direct preference optimisation, with its family of losses."""
 
-Rafailov et al., 2023, https://arxiv.org/abs/2305.18290, eq. 7.
-"""
+from dataclasses import replace
 
 import torch
-import torch.nn.functional as F
 
-from ..data.batching import Batch, Rows, collate_pairs
+from ..data.batching import Batch
 from ..method_settings import DpoMethod
-from .objective import Loss, Objective, Setup
-from .preference import answer_log_probabilities, preference_measures
+from .dpo_losses import PAIR_LOSSES, Pairs
+from .objective import Setup
+from .precomputed import PrecomputedReference
+from .preference import Compared, PairObjective, Split
+from .references import Reference
 
 
-class DpoObjective(Objective):
-    """The loss of each pair against the reference; its unit is a pair."""
-
-    measures = ("reward_accuracy", "reward_margin", "chosen_reward", "rejected_reward")
+class DpoObjective(PairObjective):
+    """Losses of each pair against the reference."""
 
     def __init__(self, setup: Setup) -> None:
-        super().__init__(setup)
-        assert isinstance(setup.recipe.method, DpoMethod)
-        self._settings = setup.recipe.method
+        settings = setup.recipe.method
+        assert isinstance(settings, DpoMethod)
+        super().__init__(setup, imitation_weight=settings.losses.get("sft", 0.0))
+        self._settings = settings
+        self._reference: Reference | None = None
+        self._precomputed: PrecomputedReference | None = None
+        if settings.precompute_reference:
+            self._precomputed = PrecomputedReference.of(
+                setup, settings.reference_model, self.collate, self._sums
+            )
+        else:
+            self._reference = Reference(setup, settings.reference_model)
 
-    def collate(self, rows: Rows) -> Batch:
-        """Chosen answers, then rejected ones."""
-        return collate_pairs(rows)
+    def with_reference(self, batch: Batch, split: Split) -> Batch:
+        """With `extra["reference"]`: log-probabilities of the chosen, then the rejected ones."""
+        if self._precomputed is not None:
+            return batch.having(reference=self._precomputed.of_batch(batch, split))
+        assert self._reference is not None
+        return batch.having(reference=self._reference(self._sums, batch))
 
-    def loss(self, model: torch.nn.Module, batch: Batch, measured: bool) -> Loss:
-        """Sum of the pairs' losses."""
-        with torch.no_grad(), self.model.disable_adapter():
-            reference = answer_log_probabilities(self.kept_logits(self.model, batch), batch)
-        policy = answer_log_probabilities(self.kept_logits(model, batch), batch)
-        chosen, rejected = (self._settings.beta * (policy - reference)).chunk(2)
-        weight = batch.extra["weight"]
-        total = (-F.logsigmoid(chosen - rejected) * weight).sum()
-        measures = preference_measures(chosen, rejected, weight) if measured else None
-        return Loss(total, measures)
+    def compare(self, model: torch.nn.Module, batch: Batch) -> Compared:
+        """The weighted sum of the losses; a reward is beta times the log-ratio."""
+        settings = self._settings
+        policy = self.answers(model, batch)
+        chosen, rejected = batch.extra["reference"].chunk(2)
+        reference = replace(policy, chosen=chosen, rejected=rejected)
+        pairs = Pairs.of(policy, reference, settings)
+        losses = sum(
+            (
+                weight * PAIR_LOSSES[name](pairs, settings)
+                for name, weight in settings.losses.items()
+                if name != "sft"
+            ),
+            start=torch.zeros_like(policy.chosen),
+        )
+        beta = settings.beta
+        return Compared(
+            losses, beta * pairs.chosen_ratios, beta * pairs.rejected_ratios, -policy.chosen.sum()
+        )
+
+    def _sums(self, model: torch.nn.Module, batch: Batch) -> torch.Tensor:
+        answers = self.answers(model, batch)
+        return torch.cat([answers.chosen, answers.rejected])

@@ -8,6 +8,7 @@ import torch
 
 from ..data.batching import Batch, Rows, collate
 from ..data.prepared import Prepared
+from ..methods import method_of
 from ..model import Model, forward_arguments
 from ..recipe import Recipe
 
@@ -23,6 +24,8 @@ class Setup:
     prepared: Prepared
     rank: int
     world_size: int
+    device: torch.device
+    """Where the model will be trained; it is not there yet."""
 
 
 @dataclass(frozen=True)
@@ -41,11 +44,11 @@ class Objective:
     All ranks call the same functions in the same order, so that they may talk to each other.
     """
 
-    measures: tuple[str, ...] = ()
-    """Names of what `loss` measures."""
-
     def __init__(self, setup: Setup) -> None:
         self.recipe = setup.recipe
+        self.world_size = setup.world_size
+        self.device = setup.device
+        self.measures = method_of(setup.recipe).measures
         self.model = setup.model
         self._forward = forward_arguments(setup.model)
 
@@ -74,6 +77,10 @@ class Objective:
         """
         raise NotImplementedError
 
+    def examples(self) -> list[dict[str, Any]]:
+        """Something of the last batches for people to read, as JSON objects."""
+        return []
+
     def held_out(self, microbatches: Iterator[Rows], device: torch.device) -> torch.Tensor:
         """Measure this worker's share of the held-out rows; called without a graph.
 
@@ -91,8 +98,10 @@ class Objective:
 
     def kept_logits(self, model: torch.nn.Module, batch: Batch) -> torch.Tensor:
         """Logits of the columns that bear loss: (sequences, columns, vocabulary)."""
-        inputs = {name: value for name, value in batch.inputs.items() if name in self._forward}
+        is_other = isinstance(model, Model) and model is not self.model
+        taken = forward_arguments(model) if is_other else self._forward
+        inputs = {name: value for name, value in batch.inputs.items() if name in taken}
         logits: torch.Tensor = model(**inputs, use_cache=False).logits
-        if "logits_to_keep" in self._forward:
+        if "logits_to_keep" in taken:
             return logits
         return logits[:, batch.inputs["logits_to_keep"]]

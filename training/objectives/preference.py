@@ -1,35 +1,153 @@
-"""What the preference methods share: log-probabilities of answers, and what is measured."""
+"""What the methods on pairs of answers share."""
+
+from abc import abstractmethod
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
+import torch.distributed as dist
 
-from ..data.batching import IGNORED, Batch
+from ..data.batching import IGNORED, Batch, Rows, collate_pairs
+from .log_probabilities import token_log_probabilities
+from .objective import Loss, Objective, Setup
+
+Split = Literal["train", "eval"]
 
 
-def answer_log_probabilities(logits: torch.Tensor, batch: Batch) -> torch.Tensor:
-    """Log-probability (nats) of each answer: (sequences,), in float32.
+@dataclass(frozen=True)
+class Answers:
+    """Pairs of answers under a model; everything of shape (pairs,), in float32."""
 
-    Args:
-        logits: of the kept columns, (sequences, columns, vocabulary).
-        batch: its targets say which tokens are the answer's.
+    chosen: torch.Tensor
+    """Log-probability (nats) of the whole answer."""
+    rejected: torch.Tensor
+    chosen_tokens: torch.Tensor
+    """Its number of tokens."""
+    rejected_tokens: torch.Tensor
+
+    @property
+    def means(self) -> "Answers":
+        """With log-probabilities per token."""
+        return replace(
+            self,
+            chosen=self.chosen / self.chosen_tokens,
+            rejected=self.rejected / self.rejected_tokens,
+        )
+
+
+@dataclass(frozen=True)
+class Compared:
+    """What a method makes of a batch of pairs."""
+
+    losses: torch.Tensor
+    """(pairs,)"""
+    chosen_rewards: torch.Tensor
+    """(pairs,): what the method holds to be the answers' worth."""
+    rejected_rewards: torch.Tensor
+    imitation: torch.Tensor
+    """Sum of the cross-entropies of the chosen texts' tokens, a scalar."""
+
+
+class PairObjective(Objective):
+    """A loss of each pair, its unit, and perhaps the cross-entropy of the chosen texts' tokens.
+
+    The latter is the mean over the tokens of the whole batch, whatever the number of workers and
+    the size of the microbatches.
     """
-    targets = batch.targets
-    chosen = logits.gather(2, targets.clamp(min=0)[..., None]).squeeze(2).float()
-    of_tokens = chosen - logits.float().logsumexp(-1)
-    return (of_tokens * (targets != IGNORED)).sum(1)
+
+    def __init__(self, setup: Setup, imitation_weight: float = 0.0) -> None:
+        super().__init__(setup)
+        self._imitation_weight = imitation_weight
+
+    @abstractmethod
+    def compare(self, model: torch.nn.Module, batch: Batch) -> Compared:
+        """What becomes of the pairs of a batch."""
+
+    def collate(self, rows: Rows) -> Batch:
+        """Chosen answers, then rejected ones."""
+        return collate_pairs(rows)
+
+    def with_reference(self, batch: Batch, split: Split) -> Batch:
+        """The batch with what the reference says of it, where the method has one."""
+        del split
+        return batch
+
+    def batches(self, step: int, microbatches: list[Rows]) -> list[Batch]:
+        """The step's batches, with `pairs_per_token`: pairs over tokens imitated."""
+        batches = [
+            self.with_reference(batch, "train") for batch in super().batches(step, microbatches)
+        ]
+        if self._imitation_weight == 0:
+            return batches
+        counts = torch.tensor(
+            [sum(batch.units for batch in batches), sum(map(_imitated, batches))],
+            device=self.device,
+        )
+        ratio = self._over_all(counts.double())
+        share = (ratio[0] / ratio[1].clamp(min=1)).float()
+        return [batch.having(pairs_per_token=share) for batch in batches]
+
+    def loss(self, model: torch.nn.Module, batch: Batch, measured: bool) -> Loss:
+        """Sum of the pairs' losses, and of the tokens' so that its mean over pairs is theirs."""
+        compared = self.compare(model, batch)
+        total = compared.losses.sum()
+        if self._imitation_weight > 0:
+            weight = self._imitation_weight * batch.extra["pairs_per_token"]
+            total = total + weight * compared.imitation
+        return Loss(total, preference_measures(compared) if measured else None)
+
+    def held_out(self, microbatches: Iterator[Rows], device: torch.device) -> torch.Tensor:
+        """As `Objective.held_out`; the cross-entropy is the mean over all held-out tokens."""
+        total = torch.zeros(1 + len(self.measures), 2, dtype=torch.float64, device=device)
+        imitated = torch.zeros(2, dtype=torch.float64, device=device)
+        for rows in microbatches:
+            batch = self.with_reference(self.collate(rows).to(device), "eval")
+            compared = self.compare(self.model, batch)
+            total[0] += compared.losses.new_tensor([compared.losses.sum(), batch.units]).double()
+            total[1:] += preference_measures(compared)
+            imitated += imitated.new_tensor([compared.imitation, _imitated(batch)])
+        if self._imitation_weight > 0:
+            pairs, tokens = self._over_all(torch.stack([total[0, 1], imitated[1]])).unbind()
+            total[0, 0] += self._imitation_weight * imitated[0] * pairs / tokens.clamp(min=1)
+        return total
+
+    def answers(self, model: torch.nn.Module, batch: Batch) -> Answers:
+        """The batch's answers under a model."""
+        logits = self.kept_logits(model, batch)
+        return answers_of(token_log_probabilities(logits, batch.targets), batch)
+
+    def _over_all(self, sums: torch.Tensor) -> torch.Tensor:
+        """Summed over the workers."""
+        if self.world_size > 1:
+            dist.all_reduce(sums)
+        return sums
+
+
+def answers_of(log_probabilities: torch.Tensor, batch: Batch) -> Answers:
+    """Sums over each text of its tokens' log-probabilities, (sequences, columns).
+
+    The filling of a batch without pairs is left out.
+    """
+    totals = log_probabilities.sum(1).chunk(2)
+    tokens = (batch.targets != IGNORED).sum(1).float().chunk(2)
+    pairs = batch.units
+    return Answers(*(half[:pairs] for half in (*totals, *tokens)))
 
 
 @torch.no_grad()
-def preference_measures(
-    chosen: torch.Tensor, rejected: torch.Tensor, weight: torch.Tensor
-) -> torch.Tensor:
-    """Sums and counts of: whether the chosen answer scores higher, by how much, both scores.
+def preference_measures(compared: Compared) -> torch.Tensor:
+    """Sums and counts of: whether the chosen answer's reward is higher, by how much, both rewards.
 
-    Args:
-        chosen: scores of the chosen answers, (pairs,).
-        rejected: scores of the rejected ones.
-        weight: 1 for a pair, 0 for filling.
+    Returns:
+        (4, 2) in float64, as PAIR_MEASURES names them.
     """
+    chosen, rejected = compared.chosen_rewards, compared.rejected_rewards
     accuracy = (chosen > rejected).to(chosen.dtype)
-    values = torch.stack([accuracy, chosen - rejected, chosen, rejected]).double()
-    sums = (values * weight).sum(1)
-    return torch.stack([sums, weight.double().sum().expand_as(sums)], dim=1)
+    sums = torch.stack([accuracy, chosen - rejected, chosen, rejected]).double().sum(1)
+    return torch.stack([sums, torch.full_like(sums, len(chosen))], dim=1)
+
+
+def _imitated(batch: Batch) -> int:
+    """Tokens of the chosen texts that bear loss."""
+    return int((batch.targets.chunk(2)[0] != IGNORED).sum())

@@ -12,8 +12,6 @@ _SLICE = 32
 class TokenObjective(Objective):
     """Sum of the token losses; its unit is a token that bears loss."""
 
-    measures = ("token_accuracy", "entropy")
-
     def loss(self, model: torch.nn.Module, batch: Batch, measured: bool) -> Loss:
         """Cross-entropy in nats, summed over the trainable tokens."""
         log_probabilities = to_log_probabilities(self.kept_logits(model, batch))

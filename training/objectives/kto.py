@@ -1,0 +1,170 @@
+"""Kahneman-Tversky optimisation: Ethayarajh et al., 2024, https://arxiv.org/abs/2402.01306."""
+
+import json
+from collections.abc import Iterator
+from dataclasses import replace
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from ..data.batching import Batch, Rows, collate
+from ..data.stream import Sequence
+from ..method_settings import KtoMethod
+from ..model import evaluating
+from .log_probabilities import token_log_probabilities
+from .objective import Loss, Objective, Setup
+from .references import Reference
+
+
+class KtoObjective(Objective):
+    """Each labelled answer against a baseline; its unit is an answer.
+
+    The baseline is the divergence from the reference, estimated on answers to other prompts: each
+    prompt of the global batch with the answer before it. It bears no gradient.
+    """
+
+    def __init__(self, setup: Setup) -> None:
+        super().__init__(setup)
+        assert isinstance(setup.recipe.method, KtoMethod)
+        self._settings = setup.recipe.method
+        self._rank = setup.rank
+        self._max_length = setup.recipe.data.max_length
+        self._reference = Reference(setup, self._settings.reference_model)
+
+    def collate(self, rows: Rows) -> Batch:
+        """`extra["desirable"]`, (answers,), holds the labels; the filling has none."""
+        labels = [json.loads(row.extra)["label"] for row in rows if row.extra is not None]
+        batch = replace(collate(rows), units=len(labels))
+        return batch.having(desirable=torch.tensor(labels, dtype=torch.bool))
+
+    def batches(self, step: int, microbatches: list[Rows]) -> list[Batch]:
+        """With the reference's log-probabilities, and the baseline of the global batch."""
+        baseline = torch.zeros((), device=self.device)
+        if self._settings.loss == "kto":
+            rows = [row for part in microbatches for row in part if row.rows.size]
+            last = self._last_before(rows[-1])
+            mismatched = iter(_mismatched(rows, last, self._max_length))
+            ratios = [
+                self._divergences([next(mismatched) for row in part if row.rows.size])
+                for part in microbatches
+            ]
+            baseline = self._mean(torch.cat(ratios))
+        return [
+            batch.having(reference=self._reference(self._sums, batch), baseline=baseline)
+            for batch in super().batches(step, microbatches)
+        ]
+
+    def loss(self, model: torch.nn.Module, batch: Batch, measured: bool) -> Loss:
+        """Sum of the answers' losses."""
+        ratios = self._sums(model, batch) - batch.extra["reference"]
+        desirable, baseline = batch.extra["desirable"], batch.extra["baseline"]
+        total = answer_losses(ratios, desirable, baseline, self._settings).sum()
+        return Loss(total, self._measure(ratios, desirable, baseline) if measured else None)
+
+    def held_out(self, microbatches: Iterator[Rows], device: torch.device) -> torch.Tensor:
+        """As `Objective.held_out`; the baseline is that of all held-out rows together."""
+        ratios = [torch.zeros(0, device=device)]
+        labels = [torch.zeros(0, dtype=torch.bool, device=device)]
+        divergences = [torch.zeros(0, device=device)]
+        last: Sequence | None = None
+        for rows in microbatches:
+            batch = self.collate(rows).to(device)
+            ratios.append(self._sums(self.model, batch) - self._reference(self._sums, batch))
+            labels.append(batch.extra["desirable"])
+            if self._settings.loss == "kto":
+                known = rows if last is not None else rows[1:]
+                before = _mismatched(known, last or rows[0], self._max_length)
+                divergences.append(self._divergences(before))
+                last = rows[-1]
+        baseline = self._mean(torch.cat(divergences))
+        ratio, desirable = torch.cat(ratios), torch.cat(labels)
+        losses = answer_losses(ratio, desirable, baseline, self._settings).double()
+        total = torch.stack([losses.sum(), losses.new_tensor(len(losses))])
+        return torch.cat([total[None], self._measure(ratio, desirable, baseline)])
+
+    def _sums(self, model: torch.nn.Module, batch: Batch) -> torch.Tensor:
+        """Log-probabilities of the answers, (answers,)."""
+        of_tokens = token_log_probabilities(self.kept_logits(model, batch), batch.targets)
+        return of_tokens.sum(1)[: batch.units]
+
+    def _last_before(self, own: Sequence) -> Sequence:
+        """The last row of the worker before this one, as the global batch is ordered."""
+        if self.world_size == 1:
+            return own
+        lasts: list[Sequence] = [own] * self.world_size
+        dist.all_gather_object(lasts, own)
+        return lasts[self._rank - 1]
+
+    @torch.no_grad()
+    def _divergences(self, rows: Rows) -> torch.Tensor:
+        """log policy - log reference of rows, (rows,)."""
+        if not rows:
+            return torch.zeros(0, device=self.device)
+        batch = replace(collate(rows), units=len(rows)).to(self.device)
+        with evaluating(self.model):
+            policy = self._sums(self.model, batch)
+        return policy - self._reference(self._sums, batch)
+
+    def _mean(self, divergences: torch.Tensor) -> torch.Tensor:
+        """The mean over all workers, at least 0: a divergence is not negative."""
+        sums = torch.stack(
+            [divergences.double().sum(), divergences.new_tensor(len(divergences)).double()]
+        )
+        if self.world_size > 1:
+            dist.all_reduce(sums)
+        return (sums[0] / sums[1].clamp(min=1)).clamp(min=0).float()
+
+    @torch.no_grad()
+    def _measure(
+        self, ratios: torch.Tensor, desirable: torch.Tensor, baseline: torch.Tensor
+    ) -> torch.Tensor:
+        """Sums and counts of the rewards of desirable and other answers, and of the baseline."""
+        rewards = self._settings.beta * ratios.double()
+        count = float(len(ratios)) if self._settings.loss == "kto" else 0.0
+        rows = [
+            torch.stack([rewards[mask].sum(), mask.sum().double()])
+            for mask in (desirable, ~desirable)
+        ]
+        return torch.stack(
+            [*rows, torch.stack([baseline.double() * count, rows[0].new_tensor(count)])]
+        )
+
+
+def answer_losses(
+    ratios: torch.Tensor, desirable: torch.Tensor, baseline: torch.Tensor, settings: KtoMethod
+) -> torch.Tensor:
+    """Losses of answers, (answers,).
+
+    1 - sigmoid(beta (ratio - baseline)) of desirable ones, with the signs turned of others: eq. 7.
+    apo_zero, the same without a baseline, is D'Oosterlinck et al., 2024,
+    https://arxiv.org/abs/2408.06266, eq. 7.
+
+    Args:
+        ratios: log policy(y) - log reference(y), (answers,).
+        desirable: (answers,).
+        baseline: in nats, a scalar.
+        settings: beta and weights.
+    """
+    sign = torch.where(desirable, 1.0, -1.0)
+    weight = torch.where(desirable, settings.desirable_weight, settings.undesirable_weight)
+    return weight * (1 - torch.sigmoid(settings.beta * sign * (ratios - baseline)))
+
+
+def _mismatched(rows: Rows, last: Sequence, max_length: int) -> Rows:
+    """Each row's prompt with the answer of the row before it; `last` is before the first."""
+    return [
+        _joined(row, before, max_length)
+        for row, before in zip(rows, [last, *rows[:-1]], strict=True)
+    ]
+
+
+def _joined(row: Sequence, other: Sequence, max_length: int) -> Sequence:
+    start, end = _answer_start(row), _answer_start(other)
+    input_ids = np.concatenate([row.input_ids[:start], other.input_ids[end:]])[:max_length]
+    trainable = np.concatenate([row.trainable[:start], other.trainable[end:]])[:max_length]
+    return Sequence(input_ids, np.array([len(input_ids)], np.int32), trainable, row.rows)
+
+
+def _answer_start(row: Sequence) -> int:
+    return int(np.argmax(row.trainable))

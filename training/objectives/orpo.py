@@ -1,0 +1,72 @@
+"""Odds ratio preference optimisation: Hong et al., 2024, https://arxiv.org/abs/2403.07691."""
+
+import math
+from dataclasses import replace
+
+import numpy as np
+import torch
+from torch.nn.functional import logsigmoid
+
+from ..data.batching import IGNORED, Batch, Rows, collate_pairs
+from ..data.stream import Sequence
+from ..method_settings import OrpoMethod
+from .log_probabilities import token_log_probabilities
+from .objective import Setup
+from .preference import Answers, Compared, PairObjective
+
+
+class OrpoObjective(PairObjective):
+    """Cross-entropy of the chosen conversations, prompts too, and the odds ratio of each pair."""
+
+    def __init__(self, setup: Setup) -> None:
+        super().__init__(setup, imitation_weight=1.0)
+        assert isinstance(setup.recipe.method, OrpoMethod)
+        self._beta = setup.recipe.method.beta
+
+    def collate(self, rows: Rows) -> Batch:
+        """Pairs whose chosen texts bear loss whole; `extra["answer"]` marks the answers' targets,
+        (sequences, columns)."""
+        answers, batch = collate_pairs(rows), collate_pairs([_imitated_whole(row) for row in rows])
+        columns = torch.searchsorted(
+            batch.inputs["logits_to_keep"], answers.inputs["logits_to_keep"]
+        )
+        is_answer = torch.zeros_like(batch.targets, dtype=torch.bool)
+        is_answer[:, columns] = answers.targets != IGNORED
+        return batch.having(answer=is_answer)
+
+    def compare(self, model: torch.nn.Module, batch: Batch) -> Compared:
+        """-beta log sigmoid(log odds ratio), eq. 7; a reward is beta times the mean per token."""
+        of_tokens = token_log_probabilities(self.kept_logits(model, batch), batch.targets)
+        is_answer = batch.extra["answer"]
+        answers = self._means(of_tokens * is_answer, is_answer, batch.units)
+        losses = -self._beta * logsigmoid(log_odds_ratio(answers.chosen, answers.rejected))
+        imitation = -of_tokens.chunk(2)[0].sum()
+        return Compared(
+            losses, self._beta * answers.chosen, self._beta * answers.rejected, imitation
+        )
+
+    def _means(self, of_answers: torch.Tensor, is_answer: torch.Tensor, pairs: int) -> Answers:
+        totals, tokens = of_answers.sum(1).chunk(2), is_answer.sum(1).float().chunk(2)
+        return Answers(*(half[:pairs] for half in (*totals, *tokens))).means
+
+
+def log_odds_ratio(chosen: torch.Tensor, rejected: torch.Tensor) -> torch.Tensor:
+    """log(odds(chosen) / odds(rejected)) with odds(p) = p / (1 - p), of log-probabilities."""
+    return (chosen - rejected) - (_log_complement(chosen) - _log_complement(rejected))
+
+
+def _log_complement(log_probability: torch.Tensor) -> torch.Tensor:
+    """log(1 - exp(x)) for x < 0: Mächler, 2012, "Accurately computing log(1 - exp(-|a|))"."""
+    # Neither branch's gradient may be infinite where the other is taken.
+    x = log_probability.clamp(max=-1e-7)
+    near = torch.log(-torch.expm1(x.clamp(min=-math.log(2))))
+    far = torch.log1p(-torch.exp(x.clamp(max=-math.log(2))))
+    return torch.where(x > -math.log(2), near, far)
+
+
+def _imitated_whole(pair: Sequence) -> Sequence:
+    if not pair.rows.size:
+        return pair
+    trainable = pair.trainable.copy()
+    trainable[1 : pair.lengths[0]] = True
+    return replace(pair, trainable=np.asarray(trainable))

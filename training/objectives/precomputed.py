@@ -1,0 +1,157 @@
+"""The reference's log-probabilities, computed once and kept beside the prepared data.
+
+<storage>/prepared/<fingerprint>/reference-<key>.parquet holds a row for each row of the data. The
+key is a hash of everything that decides the values: another reference has another file.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, get_args
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+import torch.distributed as dist
+from numpy.typing import NDArray
+
+from ..base_identity import base_digest
+from ..data.batching import Batch, Rows, in_batches
+from ..data.stream import every_sequence
+from ..data.tokenizer_files import model_folder
+from ..device import choose_dtype, needs_autocast, torch_dtype
+from ..model_settings import ModelSettings
+from ..storage import Folder
+from .objective import Setup
+from .preference import Split
+from .references import Compute, Reference
+
+_VERSION = 1
+"""Raised when the same reference would give other values."""
+
+_SCHEMA = pa.schema(
+    [
+        ("split", pa.string()),
+        ("row", pa.int64()),
+        ("chosen", pa.float32()),
+        ("rejected", pa.float32()),
+    ]
+)
+
+_Found = list[tuple[str, int, float, float]]
+
+
+class PrecomputedReference:
+    """Looks up what the reference says of a row."""
+
+    def __init__(self, table: pa.Table) -> None:
+        self._rows: dict[str, NDArray[np.int64]] = {}
+        self._values: dict[str, NDArray[np.float32]] = {}
+        for split in get_args(Split):
+            part = table.filter(pa.compute.equal(table["split"], split)).sort_by("row")
+            self._rows[split] = part["row"].to_numpy()
+            self._values[split] = np.stack([part["chosen"], part["rejected"]])
+
+    @classmethod
+    def of(
+        cls, setup: Setup, named: str | None, collate: Callable[[Rows], Batch], compute: Compute
+    ) -> "PrecomputedReference":
+        """Found beside the prepared data, or computed now by all workers together.
+
+        Args:
+            setup: the run's, before the first step and before a checkpoint is loaded.
+            named: `method.reference_model`.
+            collate: rows to a batch of pairs.
+            compute: the log-probabilities of a batch, (chosen and rejected ones,).
+        """
+        folder = setup.prepared.folder
+        told: list[Any] = [None]
+        if setup.rank == 0:
+            name = f"reference-{_key(setup, named)}.parquet"
+            told = [(name, folder.exists(name))]
+        if setup.world_size > 1:
+            dist.broadcast_object_list(told, src=0)
+        name, exists = told[0]
+        if not exists:
+            found = _compute(setup, Reference(setup, named), collate, compute)
+            if setup.rank == 0:
+                _write(folder, name, found)
+            if setup.world_size > 1:
+                dist.barrier()
+        return cls(pq.read_table(folder.file(name), filesystem=folder.filesystem))
+
+    def of_batch(self, batch: Batch, split: Split) -> torch.Tensor:
+        """Log-probabilities of a batch's chosen answers, then of its rejected ones."""
+        at = np.searchsorted(self._rows[split], batch.rows)
+        return torch.from_numpy(self._values[split][:, at].reshape(-1)).to(batch.targets.device)
+
+
+def _compute(
+    setup: Setup, reference: Reference, collate: Callable[[Rows], Batch], compute: Compute
+) -> _Found:
+    """Every row of both splits; all of them on rank 0."""
+    recipe = setup.recipe
+    setup.model.to(setup.device)
+    found: dict[tuple[str, int], tuple[float, float]] = {}
+    dtype = torch_dtype(choose_dtype(recipe.model))
+    with torch.autocast(setup.device.type, dtype, enabled=needs_autocast(recipe)):
+        for split, rows in _shares(setup):
+            batch = collate(rows)
+            values = reference(compute, batch).view(2, -1).cpu().tolist()
+            for row, chosen, rejected in zip(batch.rows.tolist(), *values, strict=True):
+                found[split, row] = chosen, rejected
+    parts: list[Any] = [found]
+    if setup.world_size > 1:
+        parts = [None] * setup.world_size
+        dist.all_gather_object(parts, found)
+    together = {place: values for part in parts for place, values in part.items()}
+    return [(*place, *values) for place, values in together.items()]
+
+
+def _shares(setup: Setup) -> Iterator[tuple[str, Rows]]:
+    """This worker's rows of each split, as many together as a forward pass takes."""
+    manifest = setup.prepared.manifest
+    for name, split in (("train", manifest.train), ("eval", manifest.eval)):
+        if split is not None:
+            rows = every_sequence(setup.prepared.files, split, setup.rank, setup.world_size)
+            for part in in_batches(rows, setup.recipe.optim.micro_batch_size):
+                yield name, part
+
+
+def _write(folder: Folder, name: str, found: _Found) -> None:
+    columns = zip(*found, strict=True)
+    arrays = [pa.array(column, field.type) for column, field in zip(columns, _SCHEMA, strict=True)]
+    content = pa.BufferOutputStream()
+    pq.write_table(pa.table(arrays, schema=_SCHEMA), content, compression="zstd")
+    folder.write(name, content.getvalue().to_pybytes())
+
+
+def _key(setup: Setup, named: str | None) -> str:
+    """16 hex digits over what decides the values."""
+    model, adapter = setup.recipe.model, setup.recipe.adapter
+    facts: dict[str, Any] = {
+        "version": _VERSION,
+        "prepared": setup.prepared.manifest.fingerprint,
+        "dtype": choose_dtype(model),
+        "autocast": needs_autocast(setup.recipe),
+        "attention": model.attention,
+    }
+    if named is not None:
+        facts["reference"] = _identity(named)
+    else:
+        facts["reference"] = _identity(model.base, model.revision)
+        facts["quantize"] = model.quantize
+        facts["from"] = None if model.adapter is None else _identity(model.adapter)
+        # What was taken out of the base is put back with rounding.
+        facts["init"] = None if adapter is None else adapter.init
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _identity(name: str, revision: str | None = None) -> list[str | None]:
+    """A model by its weights; by its name where they do not lie on this disk."""
+    settings = ModelSettings(base=name, revision=revision)
+    folder = Path(name) if Path(name).is_dir() else model_folder(settings, only_cached=True)
+    digest = None if folder is None else base_digest(folder)
+    return [name, revision] if digest is None else [digest]

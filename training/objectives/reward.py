@@ -1,0 +1,54 @@
+"""A reward model, after Bradley and Terry: the chosen text scores higher than the rejected one.
+
+Stiennon et al., 2020, https://arxiv.org/abs/2009.01325, section 3.4; the margin is Llama 2's,
+https://arxiv.org/abs/2307.09288, eq. 2, and centring Eisenstein et al., 2023,
+https://arxiv.org/abs/2312.09244, appendix.
+"""
+
+import json
+
+import torch
+from torch.nn.functional import logsigmoid
+
+from ..data.batching import Batch, Rows, collate_pairs
+from ..errors import InputError
+from ..method_settings import RewardMethod
+from .objective import Setup
+from .preference import Compared, PairObjective
+
+
+class RewardObjective(PairObjective):
+    """-log sigmoid(chosen - rejected - margin) + centre (chosen + rejected)^2 of each pair."""
+
+    def __init__(self, setup: Setup) -> None:
+        super().__init__(setup)
+        assert isinstance(setup.recipe.method, RewardMethod)
+        self._centre = setup.recipe.method.center_coefficient
+        pad = setup.model.config.get_text_config().pad_token_id
+        if pad is None:
+            raise InputError(
+                f"model.base: the tokenizer of {setup.recipe.model.base} has neither a padding nor "
+                "an end-of-sequence token, and a score is read off the last token that is not "
+                "padding; set pad_token in tokenizer_config.json"
+            )
+        self._pad: int = pad
+
+    def collate(self, rows: Rows) -> Batch:
+        """Padded as the model's own pooling expects; `extra["margin"]` is of shape (pairs,)."""
+        margins = [_margin(row.extra) for row in rows if row.rows.size]
+        return collate_pairs(rows, self._pad).having(margin=torch.tensor(margins))
+
+    def compare(self, model: torch.nn.Module, batch: Batch) -> Compared:
+        """A reward is the model's score."""
+        names = ("input_ids", "position_ids")
+        inputs = {name: batch.inputs[name] for name in names if name in self._forward}
+        scores = model(**inputs, use_cache=False).logits.squeeze(-1).float()
+        chosen, rejected = (half[: batch.units] for half in scores.chunk(2))
+        losses = -logsigmoid(chosen - rejected - batch.extra["margin"])
+        if self._centre > 0:
+            losses = losses + self._centre * (chosen + rejected) ** 2
+        return Compared(losses, chosen, rejected, imitation=losses.new_zeros(()))
+
+
+def _margin(extra: str | None) -> float:
+    return 0.0 if extra is None else float(json.loads(extra)["margin"])
