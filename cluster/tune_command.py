@@ -32,6 +32,7 @@ _LOOK_SECONDS = 1.0
 
 def run_sweep(path: Path, options: argparse.Namespace) -> None:
     """Search, or go on with an unfinished sweep."""
+    from ..tuning.attempt import check_folder, describe
     from ..tuning.plan import make_plan
     from .environment import worker_environment
     from .interrupts import graceful_interrupts
@@ -40,8 +41,6 @@ def run_sweep(path: Path, options: argparse.Namespace) -> None:
     loaded = _load(path, options)
     plan = make_plan(loaded)
     inspect_data(plan.recipe)
-    from ..tuning.tune import Watcher, check_folder, describe
-    from ..tuning.tune import tune as carry_out
 
     record = check_folder(plan)
     done = record is not None and record["status"] == "finished"
@@ -49,12 +48,15 @@ def run_sweep(path: Path, options: argparse.Namespace) -> None:
         env = worker_environment(plan.recipe)
         stop = Stop()
         print("starting Ray", file=sys.stderr)
-        needed = _needed_cpus(plan.recipe.scale)
+        session = ray_session(
+            _needed_cpus(plan.recipe.scale), options.address, env, options.verbose
+        )
         # Ray takes SIGTERM for itself when it starts; a sweep that is told to end saves first.
-        with (
-            ray_session(needed, options.address, env, options.verbose),
-            graceful_interrupts(stop),
-        ):
+        with session, graceful_interrupts(stop):
+            # Ray reads its environment when it is imported, so not before.
+            from ..tuning.tune import Watcher
+            from ..tuning.tune import tune as carry_out
+
             record = carry_out(plan, Watcher(_phase, _tell_end), stop)
     print(json.dumps(record, indent=2) if options.json else render_sweep(record, plan.folder))
 

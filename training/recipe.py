@@ -285,12 +285,12 @@ def load_recipe(path: Path, overrides: Sequence[str | Change] = ()) -> Recipe:
         InputError: with file:line and key of every fault found, and for a secret in a setting.
     """
     document = read_recipe_file(path, overrides)
-    _check_no_secret(document)
+    check_no_secret(document)
     recipe = validate(Recipe, document)
     return resolve_recipe(recipe, path.resolve().parent)
 
 
-def _check_no_secret(document: Document) -> None:
+def check_no_secret(document: Document) -> None:
     """A run's folder and a job's metadata hold the recipe, for all who reach them."""
     lines = [
         f"{document.place(key)}: {'.'.join(map(str, key))}: holds a secret, which would be kept "

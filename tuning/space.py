@@ -68,6 +68,8 @@ class Space:
         self._place = place
         self._search = search
         self._values = base.model_dump(mode="json", exclude_unset=True)
+        # A variant is found by its kind, also where that is the default.
+        self._values["method"] = {"kind": base.method.kind, **self._values.get("method", {})}
         self._check_keys()
         self.keys = self._in_order()
 

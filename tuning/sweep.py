@@ -12,7 +12,7 @@ from pydantic import BeforeValidator, Field, model_validator
 
 from ..training.errors import InputError
 from ..training.paths import resolve_path
-from ..training.recipe import Name, Recipe, load_recipe, resolve_recipe
+from ..training.recipe import Name, Recipe, check_no_secret, load_recipe, resolve_recipe
 from ..training.recipe_file import (
     Change,
     Document,
@@ -165,6 +165,7 @@ def load_sweep(
         InputError: with file:line and key of every fault found.
     """
     document = read_recipe_file(path, overrides)
+    check_no_secret(document)
     sweep = validate(Sweep, document)
     folder = path.resolve().parent
     sweep = sweep.model_copy(

@@ -9,30 +9,25 @@ from dataclasses import dataclass
 
 from ..training.books import now
 from ..training.data.prepared import Prepared
-from ..training.errors import InputError, Interrupted, RunError
+from ..training.errors import Interrupted, RunError
 from ..training.lock import held
 from ..training.recipe import Recipe
-from ..training.run import Listener, differences, prepare_data
+from ..training.run import Listener, prepare_data
 from ..training.run_folder import CHECKPOINTS_FOLDER, Record
 from ..training.session import STOP_FILE
 from ..training.stop import Stop
 from ..training.storage import Folder
+from .attempt import check_folder, describe
 from .best import export_best, retrain
 from .conductor import Conductor, Ending
 from .execute import decide_concurrency, execute
 from .plan import Plan
-from .record import TRIALS_FOLDER, read_sweep, trial_folder, trial_name, write_sweep
+from .record import TRIALS_FOLDER, trial_folder, trial_name, write_sweep
 from .report import write_report
 from .samplers import first_rung, make_pruner, make_sampler, parts
 from .space import Settings
 from .study import Assignment, StudyFile, SweepStudy, earlier_trials
 from .trial import TrialConfig
-
-# A sweep that goes on may change these; anything else would make it another search.
-_FREE_ON_RESUME = (
-    *("trials", "time_budget", "concurrency", "stop_when", "retrain", "storage", "points"),
-    "recipe.scale.max_failures",
-)
 
 
 @dataclass(frozen=True)
@@ -43,33 +38,6 @@ class Watcher:
     """Called with a few words."""
     on_end: Callable[[Ending, Record], None]
     """Called when a trial ended, with the sweep's record."""
-
-
-def describe(plan: Plan) -> Record:
-    """The settings that make a sweep what it is, as plain values."""
-    settings = plan.sweep.model_dump(mode="json", exclude={"recipe", "set", "search", "name"})
-    space = {
-        key: plan.space[key].model_dump(mode="json", exclude_none=True) for key in plan.space.keys
-    }
-    return {**settings, "search": space, "recipe": plan.recipe.model_dump(mode="json")}
-
-
-def check_folder(plan: Plan) -> Record | None:
-    """What an earlier attempt left; None for a new sweep.
-
-    Raises:
-        InputError: where the folder holds another sweep, or a run.
-    """
-    earlier = read_sweep(plan.folder)
-    if earlier is None:
-        return None
-    changes = differences(earlier["settings"], describe(plan), _FREE_ON_RESUME)
-    if changes:
-        raise InputError(
-            f"{plan.folder} holds a sweep with other settings:\n" + "\n".join(changes) + "\n"
-            "Give this one another name, or delete that folder."
-        )
-    return earlier
 
 
 def tune(plan: Plan, watcher: Watcher, stop: Stop) -> Record:

@@ -1,5 +1,7 @@
 """A sweep is checked before anything starts: one message, with file, line and key."""
 
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -157,3 +159,15 @@ def test_recipes_share_data_unless_its_settings_differ(plan: MakePlan) -> None:
 def test_time_budget_in_words(plan: MakePlan) -> None:
     assert plan(time_budget="1.5h").sweep.time_budget == 5400
     assert plan(time_budget=90).sweep.time_budget == 90
+
+
+def test_a_sweep_is_checked_without_ray_and_torch() -> None:
+    """Ray takes its token and settings from the environment when it is imported."""
+    script = (
+        "import sys, finray.cluster.tune_command, finray.tuning.attempt, finray.tuning.plan\n"
+        "assert not {'ray', 'torch', 'optuna'} & set(sys.modules)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
