@@ -332,6 +332,23 @@ def run_trl_unpacked(job: Job, **changes: Any) -> Measured:
     return Measured(starts, watch.losses(), int(last[1] - first[1]))
 
 
+def run_trl_method(job: Job) -> Measured:
+    """TRL's trainer for the recipe's method, on the source rows in finray's order."""
+    from trl_methods import first_model, in_order, make_trainer
+
+    recipe, watch = recipe_of(job), Watch()
+    rows = json.loads(Path(job.rows).read_text(encoding="utf-8"))
+    data = open_prepared(Folder(job.prepared))
+    assert isinstance(data, Prepared)
+    ordered = [rows[int(one.rows[0])] for one in in_order(recipe, data, job.steps)]
+    tokenizer = transformers.AutoTokenizer.from_pretrained(recipe.model.base)
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = make_trainer(recipe, first_model(recipe), tokenizer, ordered, Path(folder))
+        trainer.add_callback(watch)
+        trainer.train()
+    return Measured(watch.starts, trainer.losses, timed_tokens(job))
+
+
 def prompt_and_completion(row: dict[str, str]) -> dict[str, list[dict[str, str]]]:
     """An alpaca row as TRL wants it, in the same words that finray makes of it."""
     question = row["instruction"] + (f"\n\n{row['input']}" if row.get("input") else "")
@@ -346,6 +363,7 @@ CONTENDERS: dict[str, Callable[[Job], Measured]] = {
     "bare": run_bare,
     "trl": run_trl,
     "trl_no_checkpointing": lambda job: run_trl(job, gradient_checkpointing=False),
+    "trl_method": run_trl_method,
     "trl_unpacked": run_trl_unpacked,
     "trl_unpacked_no_checkpointing": lambda job: run_trl_unpacked(
         job, gradient_checkpointing=False

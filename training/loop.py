@@ -52,7 +52,7 @@ class Job(TypedDict):
 class Outcome(TypedDict):
     """How a worker's part ended."""
 
-    status: Literal["finished", "stopped", "failed"]
+    status: Literal["finished", "stopped", "failed", "pruned"]
     error: str | None
     exit_code: int
 
@@ -173,7 +173,11 @@ class _Worker:
         books = Books(self.run_folder, self.recipe, self.position.step)
         facts = {
             "total_steps": self.total_steps,
-            "parameters": count_parameters(self.model),
+            "parameters": {
+                **count_parameters(self.model),
+                "adapter": self.recipe.adapter_kind,
+                "quantize": self.recipe.model.quantize,
+            },
             "device": self.trainer.args.device.type,
             "dtype": choose_dtype(self.recipe.model),
         }
@@ -246,27 +250,32 @@ class _Worker:
         loss = self.trainer.take_loss(measures.step - self.clock.step)
         accuracy = self.trainer.take_measures()
         speed = self.clock.lap(self.position)
+        line = {
+            "step": measures.step,
+            "epoch": self._epoch(),
+            "loss": loss,
+            "learning_rate": measures.learning_rate,
+            "grad_norm": as_number(measures.grad_norm),
+            "tokens": self.position.tokens,
+            "tokens_per_second": round(speed, 1),
+            "seconds": round(self.position.seconds, 3),
+            **accuracy,
+        }
+        with self.clock.paused():
+            self._tell(line)
         if self.books is not None:
-            self.books.logged(
-                {
-                    "step": measures.step,
-                    "epoch": self._epoch(),
-                    "loss": loss,
-                    "learning_rate": measures.learning_rate,
-                    "grad_norm": as_number(measures.grad_norm),
-                    "tokens": self.position.tokens,
-                    "tokens_per_second": round(speed, 1),
-                    "seconds": round(self.position.seconds, 3),
-                    **accuracy,
-                }
-            )
             self.books.sampled(measures.step, self.objective.examples())
 
     def _evaluate(self) -> None:
         measured = self.trainer.held_out(self._held_out_rows())
         self.held_out = {"step": self.position.step, **measured}
+        self._tell({"epoch": self._epoch(), **self.held_out})
+
+    def _tell(self, line: dict[str, float]) -> None:
+        """Write a line of metrics, and tell it to whoever follows the run."""
         if self.books is not None:
-            self.books.logged({"epoch": self._epoch(), **self.held_out})
+            self.books.logged(line)
+            self.session.report({**line, "tokens": self.position.tokens})
 
     def _save(self) -> None:
         session, step = self.session, self.position.step

@@ -23,6 +23,7 @@ from .data.chat import CHATML
 from .device import choose_adapter_dtype, choose_dtype, torch_dtype
 from .errors import InputError
 from .freezing import freeze
+from .kept_base import put_base, take_base
 from .methods import method_of
 from .model_settings import ModelSettings
 from .quantisation import is_exact_by_row, numel, prepare_for_training, quantisation_config
@@ -62,12 +63,19 @@ def load_model(recipe: Recipe, head: Head = "causal") -> Model:
         InputError: for weights that cannot be read, and for names of modules or parameters that
             match nothing.
     """
-    model = _random_model(recipe, head) if _starts_at_random(recipe) else _load_base(recipe, head)
+    if _starts_at_random(recipe):
+        model = _random_model(recipe, head)
+    else:
+        kept = take_base(recipe) if head == "causal" else None
+        model = kept or _load_base(recipe, head)
     model.config.use_cache = False
     if head == "score":
         model.config.pad_token_id = load_tokenizer(recipe).pad_token_id
     if recipe.trains_adapter:
-        return _with_adapter(model, recipe, head)
+        adapted = _with_adapter(model, recipe, head)
+        if head == "causal":
+            put_base(recipe, adapted)
+        return adapted
     if recipe.freeze is not None:
         freeze(model, recipe.freeze)
     return model

@@ -5,6 +5,7 @@ receives. The docstring under a field is that field's documentation in `finray s
 """
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -12,12 +13,23 @@ from pydantic import Field, model_validator
 
 from .errors import InputError
 from .existing_adapter import find_adapter
-from .method_settings import Method, OnlineMethod, PretrainMethod, SftMethod
+from .method_settings import (
+    DpoMethod,
+    KtoMethod,
+    Method,
+    OnlineMethod,
+    PretrainMethod,
+    SftMethod,
+)
 from .model_settings import FreezeSettings, LoraAdapter, ModelSettings
 from .paths import resolve_model, resolve_path
-from .recipe_file import read_recipe_file, validate
+from .recipe_file import Change, Document, read_recipe_file, validate
+from .reference_model import find_reference
 from .reward_settings import resolve_reward
+from .secrets import secret_places
 from .section import PositiveInt, Section, Share
+
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$")]
 
 RowFormat = Literal[
     "auto",
@@ -130,7 +142,7 @@ class LogSettings(Section):
 class Recipe(Section):
     """One run, from the data to the result."""
 
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$")]
+    name: Name
     """The run's name: letters, digits, '.', '_' and '-', at most 63. Its folder is
     <storage>/<name>."""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
@@ -224,6 +236,13 @@ class Recipe(Section):
         return self.adapter is not None or self.model.adapter is not None
 
     @property
+    def adapter_kind(self) -> Literal["lora", "dora", "existing"] | None:
+        """What kind of adapter is trained, if any."""
+        if self.adapter is None:
+            return None if self.model.adapter is None else "existing"
+        return "dora" if self.adapter.dora else "lora"
+
+    @property
     def packs(self) -> bool:
         """Whether several documents share a sequence."""
         return self.method.packs if self.data.packing == "auto" else self.data.packing
@@ -255,19 +274,32 @@ class Recipe(Section):
         return round(step / self.method.repeats * self.rows_per_step / rows, 4)
 
 
-def load_recipe(path: Path, overrides: tuple[str, ...] = ()) -> Recipe:
+def load_recipe(path: Path, overrides: Sequence[str | Change] = ()) -> Recipe:
     """Read, override and validate a recipe; its input paths become absolute.
 
     Args:
         path: the YAML file.
-        overrides: `dotted.key=value` strings; the value is parsed as YAML.
+        overrides: changes, or `dotted.key=value` strings; their value is parsed as YAML.
 
     Raises:
-        InputError: with file:line and key of every fault found.
+        InputError: with file:line and key of every fault found, and for a secret in a setting.
     """
     document = read_recipe_file(path, overrides)
+    check_no_secret(document)
     recipe = validate(Recipe, document)
-    return _resolve(recipe, path.resolve().parent)
+    return resolve_recipe(recipe, path.resolve().parent)
+
+
+def check_no_secret(document: Document) -> None:
+    """A run's folder and a job's metadata hold the recipe, for all who reach them."""
+    lines = [
+        f"{document.place(key)}: {'.'.join(map(str, key))}: holds a secret, which would be kept "
+        "with the run; take it out, and set it in the environment instead (HF_TOKEN, "
+        "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY; on Kubernetes the Secret finray-credentials)"
+        for key in secret_places(document.values)
+    ]
+    if lines:
+        raise InputError("\n".join(lines))
 
 
 def recipe_from_dict(values: dict[str, Any]) -> Recipe:
@@ -275,8 +307,8 @@ def recipe_from_dict(values: dict[str, Any]) -> Recipe:
     return Recipe.model_validate(values)
 
 
-def _resolve(recipe: Recipe, folder: Path) -> Recipe:
-    """Make the recipe independent of the current folder, as Ray's workers run elsewhere."""
+def resolve_recipe(recipe: Recipe, folder: Path) -> Recipe:
+    """Make a recipe from a folder independent of the current one: Ray's workers run elsewhere."""
 
     def absolute(source: Source) -> Source:
         return source.model_copy(update={"path": resolve_path(source.path, folder)})
@@ -295,6 +327,10 @@ def _resolve(recipe: Recipe, folder: Path) -> Recipe:
     if adapter is not None:
         adapter = find_adapter([resolve_path(adapter, place) for place in places])
     method = recipe.method
+    if isinstance(method, DpoMethod | KtoMethod) and method.reference_model is not None:
+        name = method.reference_model
+        found = find_reference(name, [resolve_path(name, place) for place in places])
+        method = method.model_copy(update={"reference_model": found})
     if isinstance(method, OnlineMethod):
         rewards = [
             resolve_reward(reward, places, f"method.rewards[{index}]")
@@ -304,8 +340,8 @@ def _resolve(recipe: Recipe, folder: Path) -> Recipe:
     return recipe.model_copy(
         update={
             "data": data,
-            "model": recipe.model.model_copy(update={"base": base, "adapter": adapter}),
             "method": method,
+            "model": recipe.model.model_copy(update={"base": base, "adapter": adapter}),
             "storage": storage,
         }
     )

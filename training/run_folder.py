@@ -5,6 +5,8 @@ import math
 from collections.abc import Iterable
 from typing import Any
 
+import yaml
+
 from .errors import InputError
 from .storage import Folder
 
@@ -33,10 +35,38 @@ def read_run(folder: Folder) -> Record | None:
     return None if content is None else _parse(content, f"{folder / RUN_FILE}")
 
 
+def existing_run(folder: Folder) -> Record:
+    """What is known of a run that must be there.
+
+    Raises:
+        InputError: the folder holds no run, or run.json is not a JSON object.
+    """
+    run = read_run(folder)
+    if run is None:
+        raise InputError(f"{folder} holds no run: there is no {RUN_FILE}")
+    return run
+
+
 def write_run(folder: Folder, record: Record) -> None:
     """Replace run.json. NaN and infinity become null, as JSON has neither."""
     text = json.dumps(_finite(record), indent=2, ensure_ascii=False, allow_nan=False)
     folder.write(RUN_FILE, _encode(text + "\n"))
+
+
+def read_recipe(folder: Folder) -> tuple[str, Record]:
+    """The run's recipe as text and as values; both empty where there is none.
+
+    Raises:
+        InputError: recipe.yaml is not YAML.
+    """
+    try:
+        text = folder.read(RECIPE_FILE).decode("utf-8")
+        recipe = yaml.safe_load(text)
+    except FileNotFoundError:
+        return "", {}
+    except (UnicodeDecodeError, yaml.YAMLError) as error:
+        raise InputError(f"{folder / RECIPE_FILE}: not a YAML file: {error}") from None
+    return text, recipe if isinstance(recipe, dict) else {}
 
 
 def read_metrics(folder: Folder) -> list[Record]:

@@ -3,28 +3,18 @@
 import copy
 from pathlib import Path
 from typing import Any
-from unittest.mock import Mock
 
 import numpy as np
 import pytest
+import steps
 import torch
-from torch import multiprocessing
-from transformers import AutoModelForCausalLM, TrainerCallback
+from steps import Gradients, gradients
+from transformers import AutoModelForCausalLM
 
-from finray.training.arguments import training_arguments
-from finray.training.data.batching import IGNORED, Batch, accumulation_steps, collate, microbatches
-from finray.training.data.prepared import Prepared
-from finray.training.data.stream import Sequence, share
-from finray.training.objectives.objective import Setup
-from finray.training.objectives.tokens import (
-    TokenObjective,
-    measure,
-    to_log_probabilities,
-    token_loss,
-)
+from finray.training.data.batching import IGNORED, Batch, collate
+from finray.training.data.stream import Sequence
+from finray.training.objectives.tokens import measure, to_log_probabilities, token_loss
 from finray.training.recipe import Recipe
-from finray.training.storage import Folder
-from finray.training.trainer import StepMeasures, StreamTrainer
 
 BATCH = 8
 
@@ -81,14 +71,6 @@ def recipe(base: Path, **optim: Any) -> Recipe:
     )
 
 
-def gradients(model: Any) -> dict[str, torch.Tensor]:
-    return {
-        name: parameter.grad.clone()
-        for name, parameter in model.named_parameters()
-        if parameter.grad is not None
-    }
-
-
 def assert_close(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:
     assert one.keys() == other.keys()
     for name, gradient in one.items():
@@ -133,63 +115,15 @@ def test_a_neighbour_changes_nothing(model: Any) -> None:
         )
 
 
-class _Grab(TrainerCallback):  # type: ignore[misc]
-    """Keeps the gradient that the optimizer is about to use."""
-
-    def __init__(self) -> None:
-        self.gradients: dict[str, torch.Tensor] = {}
-
-    def on_pre_optimizer_step(self, *_: Any, model: Any, **__: Any) -> None:
-        self.gradients = gradients(model)
-
-
 def one_step(
     model: Any, settings: Recipe, scratch: Path, rank: int, world_size: int
-) -> tuple[dict[str, torch.Tensor], float]:
+) -> tuple[Gradients, float]:
     """The gradient and the logged loss of one optimizer step over BATCH sequences."""
     sequences = make_sequences(BATCH)
-    first = sum(share(BATCH, other, world_size) for other in range(rank))
-    mine = sequences[first : first + share(BATCH, rank, world_size)]
-    micro = settings.optim.micro_batch_size
-    losses: list[float] = []
-
-    objective = TokenObjective(
-        Setup(
-            settings,
-            model,
-            None,
-            Prepared(Folder(str(scratch)), Mock()),
-            rank,
-            world_size,
-            torch.device("cpu"),
-        )
-    )
-
-    def rows() -> Any:
-        return microbatches(
-            iter(mine), len(mine), micro, accumulation_steps(BATCH, micro, world_size)
-        )
-
-    def after_step(_: StepMeasures) -> bool:
-        losses.append(trainer.take_loss(1))
-        assert trainer.counts.units == sum(int(s.trainable.sum()) for s in sequences)
-        assert trainer.counts.tokens == sum(len(s.input_ids) for s in sequences)
-        return False
-
-    trainer = StreamTrainer(
-        model,
-        training_arguments(settings, 1, world_size, scratch),
-        objective=objective,
-        passes=1,
-        rows=rows,
-        after_step=after_step,
-        is_logged=lambda step: True,
-        stop_requested=lambda: False,
-    )
-    grab = _Grab()
-    trainer.add_callback(grab)
-    trainer.train()
-    return grab.gradients, losses[0]
+    measured, logged, counts = steps.one_step(model, settings, sequences, scratch, rank, world_size)
+    assert counts.units == sum(int(s.trainable.sum()) for s in sequences)
+    assert counts.tokens == sum(len(s.input_ids) for s in sequences)
+    return measured, logged["loss"]
 
 
 @pytest.mark.parametrize("micro", [1, 3, 8])
@@ -205,36 +139,18 @@ def test_the_step_is_that_of_the_whole_batch(
     assert_close(measured, gradients(reference))
 
 
-def _rank(rank: int, world_size: int, base: str, folder: str) -> None:
-    import os
-
-    import torch.distributed as dist
-
-    torch.set_num_threads(1)
-    os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK=str(rank))
-    # accelerate asks for these; the group below meets in a file.
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
-    dist.init_process_group(
-        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world_size
-    )
-    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
-    settings = recipe(Path(base), max_grad_norm=0)
-    measured, loss = one_step(model, settings, Path(folder), rank, world_size)
-    torch.save({"gradients": measured, "loss": loss}, f"{folder}/rank-{rank}.pt")
-    dist.destroy_process_group()
-
-
 @pytest.mark.parametrize("world_size", [2, 3, 4])
 def test_gradients_agree_whatever_the_workers(
     tiny_model: Path, model: Any, tmp_path: Path, world_size: int
 ) -> None:
     settings = recipe(tiny_model, max_grad_norm=0)
     expected, loss = one_step(copy.deepcopy(model), settings, tmp_path, 0, 1)
-    arguments = (world_size, str(tiny_model), str(tmp_path))
-    # Forked: a fresh process would spend most of its time importing torch.
-    multiprocessing.start_processes(_rank, arguments, nprocs=world_size, start_method="fork")
-    for rank in range(world_size):
-        saved = torch.load(tmp_path / f"rank-{rank}.pt", weights_only=True)
+
+    def work(rank: int, world_size: int) -> dict[str, Any]:
+        measured, loss = one_step(copy.deepcopy(model), settings, tmp_path, rank, world_size)
+        return {"gradients": measured, "loss": loss}
+
+    for saved in steps.by_workers(world_size, tmp_path, work):
         assert saved["loss"] == pytest.approx(loss, abs=1e-5)
         for name, gradient in saved["gradients"].items():
             torch.testing.assert_close(gradient, expected[name], atol=1e-5, rtol=1e-5)

@@ -9,8 +9,10 @@ from typing import Any
 
 from ..errors import InputError
 from ..existing_adapter import check_adapter
+from ..method_settings import DpoMethod, KtoMethod
 from ..methods import METHODS, examples_of, method_of
 from ..recipe import Recipe
+from ..reference_model import check_reference
 from ..rewards.checking import check_rewards
 from .chat import NO_TEMPLATE, check_chatml
 from .formats import KnownFormat, normalise
@@ -69,7 +71,8 @@ def inspect_data(recipe: Recipe) -> Inspection:
         InputError: for missing, empty or unreadable sources, unknown formats, a source whose
             first rows are all bad, less data than a batch, and a model folder that lacks its
             configuration, tokenizer, chat template or room for data.max_length tokens, a
-            model.adapter that the run cannot start from, and rewards as `check_rewards`.
+            model.adapter or method.reference_model that does not fit the model, and rewards as
+            `check_rewards`.
     """
     check_rewards(recipe)
     train = [resolve_source(source) for source in recipe.data.train]
@@ -80,10 +83,12 @@ def inspect_data(recipe: Recipe) -> Inspection:
         _check_model(folder, recipe)
     if recipe.model.adapter is not None:
         check_adapter(recipe.model, method_of(recipe).head)
+    method = recipe.method
+    if isinstance(method, DpoMethod | KtoMethod) and method.reference_model is not None:
+        check_reference(recipe.model, method.reference_model)
     tokenizer = _tokenizer(folder)
     counted = size <= _COUNTED_BYTES
-    kind = recipe.method.kind
-    looks = [_look(source, kind, counted, tokenizer) for source in (*train, *held_out)]
+    looks = [_look(source, method.kind, counted, tokenizer) for source in (*train, *held_out)]
     _check_template(recipe, folder, tokenizer, looks)
     _check_enough(recipe, train, looks[: len(train)])
     inspections = tuple(look.inspection for look in looks)

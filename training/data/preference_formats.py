@@ -135,7 +135,9 @@ def _split_turns(one: list[Message], other: list[Message]) -> tuple[Answer, Answ
 
 def _split_texts(one: str, other: str) -> tuple[Answer, Answer]:
     cut = common_prefix(one, other)
-    # A space belongs to the word that follows it, as tokenizers see it.
+    # They part between words; a space belongs to the word that follows, as tokenizers see it.
+    while cut > 0 and one[cut - 1].isalnum() and (one[cut].isalnum() or other[cut].isalnum()):
+        cut -= 1
     while cut > 0 and one[cut - 1] == " ":
         cut -= 1
     if not one[:cut].strip():

@@ -224,10 +224,12 @@ class _Preparation:
 
     def _told_drops(self) -> str:
         told = ", ".join(f"{reason} {count}" for reason, count in self._dropped.items())
+        longest, room = self._recipe.data.max_length, self._recipe.row_length
+        limit = f"data.max_length is {longest}"
+        if room < longest:
+            limit += f", which leaves {room} tokens to a prompt"
         return f"{self._rows} rows read, dropped: {told or 'none'}" + (
-            f" (longest allowed: {self._recipe.row_length} tokens)"
-            if self._dropped["overlong"]
-            else ""
+            f" ({limit})" if self._dropped["overlong"] else ""
         )
 
     def _write_samples(self) -> None:

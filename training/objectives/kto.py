@@ -73,8 +73,9 @@ class KtoObjective(Objective):
             ratios.append(self._sums(self.model, batch) - self._reference(self._sums, batch))
             labels.append(batch.extra["desirable"])
             if self._settings.loss == "kto":
-                last = last or rows[-1]
-                divergences.append(self._divergences(_mismatched(rows, last, self._max_length)))
+                known = rows if last is not None else rows[1:]
+                before = _mismatched(known, last or rows[0], self._max_length)
+                divergences.append(self._divergences(before))
                 last = rows[-1]
         baseline = self._mean(torch.cat(divergences))
         ratio, desirable = torch.cat(ratios), torch.cat(labels)
@@ -151,7 +152,7 @@ def answer_losses(
 
 
 def _mismatched(rows: Rows, last: Sequence, max_length: int) -> Rows:
-    """Each row's prompt with the answer of the row before it; the first one's with that of `last`."""
+    """Each row's prompt with the answer of the row before it; `last` is before the first."""
     return [
         _joined(row, before, max_length)
         for row, before in zip(rows, [last, *rows[:-1]], strict=True)

@@ -1,0 +1,49 @@
+"""Prints how many bytes of parameters and buffers live once a step's batches are made.
+
+    held.py JOB
+
+Used by methods.py. All modules that live are counted, wherever they are kept; a frozen copy of the
+model would be seen.
+"""
+
+import gc
+import json
+import sys
+from pathlib import Path
+
+import torch
+from contenders import Job, recipe_of
+from measure import tell
+from trl_methods import first_model, in_order
+
+from finray.training.data.prepared import Prepared, open_prepared
+from finray.training.methods import method_of
+from finray.training.objectives.objective import Setup
+from finray.training.storage import Folder
+
+
+def main() -> None:
+    """Make the objective, let it prepare a step, and count."""
+    job = Job(**json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")))
+    recipe, data = recipe_of(job), open_prepared(Folder(job.prepared))
+    assert isinstance(data, Prepared)
+    model, cpu = first_model(recipe), torch.device("cpu")
+    objective = method_of(recipe).objective(Setup(recipe, model, None, data, 0, 1, cpu))
+    with torch.no_grad():
+        objective.batches(0, [in_order(recipe, data, 1)])
+    tell(held())
+
+
+def held() -> int:
+    """Bytes of the parameters and buffers of every module of this process, each storage once."""
+    storages: dict[int, int] = {}
+    for module in gc.get_objects():
+        if isinstance(module, torch.nn.Module):
+            for tensor in (*module.parameters(False), *module.buffers(False)):
+                storage = tensor.untyped_storage()
+                storages[storage.data_ptr()] = storage.nbytes()
+    return sum(storages.values())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,107 @@
+"""One optimizer step of any method, here or by several forked workers."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from unittest.mock import Mock
+
+import torch
+import torch.distributed as dist
+from torch import multiprocessing
+from transformers import TrainerCallback
+
+from finray.training.arguments import accumulation, training_arguments
+from finray.training.data.batching import microbatches
+from finray.training.data.prepared import Prepared
+from finray.training.data.stream import Sequence, share
+from finray.training.methods import method_of
+from finray.training.objectives.objective import Setup
+from finray.training.recipe import Recipe
+from finray.training.storage import Folder
+from finray.training.trainer import Counts, StepMeasures, StreamTrainer
+
+Gradients = dict[str, torch.Tensor]
+
+
+def gradients(model: Any) -> Gradients:
+    return {
+        name: parameter.grad.clone()
+        for name, parameter in model.named_parameters()
+        if parameter.grad is not None
+    }
+
+
+class _Grab(TrainerCallback):  # type: ignore[misc]
+    """Keeps the gradient that the optimizer is about to use."""
+
+    def __init__(self) -> None:
+        self.gradients: Gradients = {}
+
+    def on_pre_optimizer_step(self, *_: Any, model: Any, **__: Any) -> None:
+        self.gradients = gradients(model)
+
+
+def make_setup(settings: Recipe, model: Any, folder: Path, rank: int, world_size: int) -> Setup:
+    """Without prepared data."""
+    prepared = Prepared(Folder(str(folder)), Mock())
+    return Setup(settings, model, None, prepared, rank, world_size, torch.device("cpu"))
+
+
+def one_step(
+    model: Any, settings: Recipe, rows: list[Sequence], scratch: Path, rank: int, world_size: int
+) -> tuple[Gradients, dict[str, float], Counts]:
+    """The gradient, the logged loss and measures, and the counts of a step over all rows."""
+    first = sum(share(len(rows), other, world_size) for other in range(rank))
+    mine = rows[first : first + share(len(rows), rank, world_size)]
+    logged: dict[str, float] = {}
+
+    def after_step(_: StepMeasures) -> bool:
+        logged.update(loss=trainer.take_loss(1), **trainer.take_measures())
+        return False
+
+    trainer = StreamTrainer(
+        model,
+        training_arguments(settings, 1, world_size, scratch),
+        objective=method_of(settings).objective(
+            make_setup(settings, model, scratch, rank, world_size)
+        ),
+        passes=1,
+        rows=lambda: microbatches(
+            iter(mine),
+            len(mine),
+            settings.optim.micro_batch_size,
+            accumulation(settings, world_size),
+        ),
+        after_step=after_step,
+        is_logged=lambda step: True,
+        stop_requested=lambda: False,
+    )
+    grab = _Grab()
+    trainer.add_callback(grab)
+    trainer.train()
+    return grab.gradients, logged, trainer.counts
+
+
+def by_workers(
+    world_size: int, folder: Path, work: Callable[[int, int], dict[str, Any]]
+) -> list[dict[str, Any]]:
+    """What `work(rank, world_size)` returns in each of some workers that talk by gloo."""
+    # Forked: a fresh process would spend most of its time importing torch.
+    arguments = (world_size, str(folder), work)
+    multiprocessing.start_processes(_rank, arguments, nprocs=world_size, start_method="fork")
+    return [torch.load(folder / f"rank-{rank}.pt", weights_only=True) for rank in range(world_size)]
+
+
+def _rank(
+    rank: int, world_size: int, folder: str, work: Callable[[int, int], dict[str, Any]]
+) -> None:
+    torch.set_num_threads(1)
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK=str(rank))
+    # accelerate asks for these; the group below meets in a file.
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
+    dist.init_process_group(
+        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world_size
+    )
+    torch.save(work(rank, world_size), f"{folder}/rank-{rank}.pt")
+    dist.destroy_process_group()

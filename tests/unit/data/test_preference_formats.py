@@ -1,0 +1,289 @@
+"""Preferences in every shape that users bring: what they become, and what is refused."""
+
+import json
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from finray.training.data.formats import KnownFormat, detect_format, normalise
+from finray.training.data.preference_formats import common_prefix
+from finray.training.data.shapes import Completion, Conversation, Labelled, Pair, RowError
+from finray.training.errors import InputError
+from finray.training.methods import METHODS, examples_of
+
+from .conftest import SHARED, MakeRecipe, write_jsonl
+
+SYSTEM = {"role": "system", "content": "s"}
+USER = {"role": "user", "content": "q"}
+GOOD = {"role": "assistant", "content": "good"}
+BAD = {"role": "assistant", "content": "bad"}
+HUMAN = {"from": "human", "value": "q"}
+CHAT = Pair(Conversation((USER, GOOD), 1), Conversation((USER, BAD), 1))
+LONGER = Pair(
+    Conversation((USER, BAD, USER, GOOD), 3),
+    Conversation((USER, BAD, USER, BAD), 3),
+)
+
+PAIRS: list[tuple[dict[str, Any], Pair]] = [
+    (
+        {"prompt": "q", "chosen": " good", "rejected": " bad"},
+        Pair(Completion("q", " good"), Completion("q", " bad")),
+    ),
+    ({"prompt": [USER], "chosen": [GOOD], "rejected": [BAD]}, CHAT),
+    ({"prompt": [USER], "chosen": "good", "rejected": "bad"}, CHAT),
+    ({"prompt": [USER], "chosen": [USER, GOOD], "rejected": [USER, BAD]}, CHAT),
+    ({"chosen": [USER, GOOD], "rejected": [USER, BAD]}, CHAT),
+    # UltraFeedback: the prompt as text, and again in both conversations
+    ({"prompt": "q", "chosen": [USER, GOOD], "rejected": [USER, BAD]}, CHAT),
+    ({"prompt": "q", "chosen": [GOOD], "rejected": [BAD]}, CHAT),
+    # LLaMA-Factory's ranking shapes
+    (
+        {
+            "conversations": [HUMAN],
+            "chosen": {"from": "gpt", "value": "good"},
+            "rejected": {"from": "gpt", "value": "bad"},
+        },
+        CHAT,
+    ),
+    (
+        {"instruction": "q", "input": "", "chosen": "good", "rejected": "bad", "system": "s"},
+        Pair(Conversation((SYSTEM, USER, GOOD), 2), Conversation((SYSTEM, USER, BAD), 2)),
+    ),
+    # Anthropic HH
+    (
+        {
+            "chosen": "\n\nHuman: q\n\nAssistant: good",
+            "rejected": "\n\nHuman: q\n\nAssistant: bad",
+        },
+        CHAT,
+    ),
+    (
+        {
+            "chosen": "\n\nHuman: q\n\nAssistant: bad\n\nHuman: q\n\nAssistant: good",
+            "rejected": "\n\nHuman: q\n\nAssistant: bad\n\nHuman: q\n\nAssistant: bad ",
+        },
+        LONGER,
+    ),
+    (
+        {"chosen": "Once upon a time", "rejected": "Once upon two times"},
+        Pair(Completion("Once upon", " a time"), Completion("Once upon", " two times")),
+    ),
+    (
+        {"chosen": "Once upon a time", "rejected": "Once upon an hour"},
+        Pair(Completion("Once upon", " a time"), Completion("Once upon", " an hour")),
+    ),
+    (
+        {"chosen": "Q: 1?\nA:yes", "rejected": "Q: 1?\nA:yeah"},
+        Pair(Completion("Q: 1?\nA:", "yes"), Completion("Q: 1?\nA:", "yeah")),
+    ),
+]
+
+
+@pytest.mark.parametrize(("row", "expected"), PAIRS)
+def test_pairs(row: dict[str, Any], expected: Pair) -> None:
+    assert detect_format([("f:1", row)]) == "preference"
+    assert normalise(row, "preference") == expected
+
+
+@pytest.mark.parametrize(
+    ("more", "margin"),
+    [
+        ({}, None),
+        ({"margin": 2}, 2.0),
+        ({"score_chosen": 8.5, "score_rejected": 8}, 0.5),
+        ({"chosen_score": 1, "rejected_score": 3, "margin": None}, -2.0),
+    ],
+)
+def test_margins(more: dict[str, Any], margin: float | None) -> None:
+    row = {"prompt": "q", "chosen": "a", "rejected": "b", **more}
+    pair = normalise(row, "preference")
+    assert isinstance(pair, Pair)
+    assert pair.margin == margin
+
+
+LABELLED: list[tuple[dict[str, Any], Labelled]] = [
+    ({"prompt": "q", "completion": "a", "label": True}, Labelled(Completion("q", "a"), True)),
+    ({"prompt": "q", "response": "a", "label": 0}, Labelled(Completion("q", "a"), False)),
+    (
+        {"prompt": [USER], "completion": [GOOD], "label": False},
+        Labelled(CHAT.chosen, False),
+    ),
+    ({"messages": [USER, GOOD], "label": True}, Labelled(CHAT.chosen, True)),
+    ({"messages": [USER, BAD, USER, GOOD], "label": True}, Labelled(LONGER.chosen, True)),
+    (
+        {"conversations": [HUMAN, {"from": "gpt", "value": "bad"}], "kto_tag": False},
+        Labelled(CHAT.rejected, False),
+    ),
+    ({"instruction": "q", "output": "good", "kto_tag": True}, Labelled(CHAT.chosen, True)),
+]
+
+
+@pytest.mark.parametrize(("row", "expected"), LABELLED)
+def test_labelled(row: dict[str, Any], expected: Labelled) -> None:
+    assert detect_format([("f:1", row)]) == "labelled"
+    assert normalise(row, "labelled") == expected
+
+
+@pytest.mark.parametrize(
+    ("row_format", "row", "told"),
+    [
+        ("preference", {"prompt": "q", "chosen": "a"}, "rejected is missing"),
+        ("preference", {"prompt": "q", "chosen": "a", "rejected": None}, "rejected is null"),
+        ("preference", {"prompt": "q", "chosen": "a", "rejected": "a"}, "are the same"),
+        ("preference", {"chosen": [USER, GOOD], "rejected": [USER, GOOD]}, "are the same"),
+        ("preference", {"prompt": "q", "chosen": "a", "rejected": " "}, "rejected is empty"),
+        ("preference", {"prompt": "q", "chosen": "a", "rejected": 3}, "rejected is int"),
+        ("preference", {"prompt": "", "chosen": "a", "rejected": "b"}, "prompt is empty"),
+        ("preference", {"chosen": "one", "rejected": "two"}, "no common prompt"),
+        ("preference", {"chosen": "one", "rejected": "one two"}, "no common prompt"),
+        ("preference", {"chosen": [GOOD], "rejected": [BAD]}, "no common prompt"),
+        (
+            "preference",
+            {"chosen": [USER, GOOD, USER], "rejected": [USER, GOOD, SYSTEM, BAD]},
+            "part at message 3, which in chosen is the user's",
+        ),
+        (
+            "preference",
+            {"prompt": [USER], "chosen": [SYSTEM, GOOD], "rejected": [BAD]},
+            "chosen does not begin with a turn of the assistant",
+        ),
+        (
+            "preference",
+            {"prompt": "q", "chosen": "a", "rejected": "b", "margin": "big"},
+            "margin is 'big'; expected a number",
+        ),
+        (
+            "preference",
+            {"prompt": "q", "chosen": "a", "rejected": "b", "margin": float("nan")},
+            "margin is nan",
+        ),
+        ("labelled", {"prompt": "q", "completion": "a", "label": "yes"}, "label is 'yes'; expect"),
+        ("labelled", {"prompt": "q", "completion": "a", "label": None}, "label is None"),
+        ("labelled", {"prompt": "q", "completion": "a", "label": 2}, "label is 2"),
+        ("labelled", {"prompt": "q", "completion": "a", "label": 0.5}, "label is 0.5"),
+        ("labelled", {"label": True, "prompt": "q"}, "completion .* missing"),
+        ("labelled", {"messages": [USER, GOOD, USER], "label": True}, "is not the assistant's"),
+    ],
+)
+def test_refused(row_format: KnownFormat, row: dict[str, Any], told: str) -> None:
+    with pytest.raises(RowError, match=told):
+        normalise(row, row_format)
+
+
+letters = st.text("ab c", max_size=8)
+
+
+@given(letters, letters, letters)
+def test_the_common_prefix_is_the_longest(shared: str, one: str, other: str) -> None:
+    first, second = shared + one + "x", shared + other + "y"
+    cut = common_prefix(first, second)
+    assert first[:cut] == second[:cut]
+    assert len(shared) <= cut < min(len(first), len(second))
+    assert first[cut] != second[cut] or cut == min(len(first), len(second)) - 1
+
+
+turns = st.lists(st.sampled_from([USER, GOOD, BAD]), max_size=5)
+
+
+@given(turns, turns, turns)
+def test_conversations_part_at_an_answer_or_are_refused(
+    shared: list[Any], one: list[Any], other: list[Any]
+) -> None:
+    row = {"chosen": [*shared, *one, GOOD], "rejected": [*shared, *other, BAD]}
+    try:
+        pair = normalise(row, "preference")
+    except RowError:
+        return
+    assert isinstance(pair, Pair)
+    chosen, rejected = pair.chosen, pair.rejected
+    assert isinstance(chosen, Conversation) and isinstance(rejected, Conversation)
+    assert [*chosen.messages] == row["chosen"] and [*rejected.messages] == row["rejected"]
+    cut = chosen.first_trained
+    assert cut == rejected.first_trained > 0
+    assert chosen.messages[:cut] == rejected.messages[:cut]
+    assert chosen.messages[cut]["role"] == rejected.messages[cut]["role"] == "assistant"
+
+
+words = st.text("one two", min_size=1, max_size=20).filter(str.strip)
+
+
+@given(words, words, words)
+def test_each_half_is_tokenised_as_alone(
+    make_pair_renderer: Any, prompt: str, one: str, other: str
+) -> None:
+    """Joining two answers in a row changes no token of either."""
+    pair = Pair(*(Completion(prompt, answer) for answer in (one, other)))
+    together = make_pair_renderer.render([pair])[0].documents
+    alone = make_pair_renderer.render([pair.chosen, pair.rejected])
+    if any(not rendered.documents for rendered in alone):
+        assert not together
+        return
+    halves = [rendered.documents[0] for rendered in alone]
+    assert together[0].lengths == tuple(len(half.input_ids) for half in halves)
+    assert together[0].input_ids.tolist() == [*halves[0].input_ids, *halves[1].input_ids]
+    assert together[0].trainable.tolist() == [*halves[0].trainable, *halves[1].trainable]
+
+
+@pytest.fixture(scope="module")
+def make_pair_renderer(tokenizer: Any, model: Any) -> Any:
+    from finray.training.data.rendering import Renderer, RenderSettings
+    from finray.training.recipe import recipe_from_dict
+
+    recipe = recipe_from_dict(
+        {
+            "name": "t",
+            "model": {"base": str(model)},
+            "method": {"kind": "dpo"},
+            "data": {"train": [{"path": "/nowhere.jsonl"}], "max_length": 16},
+        }
+    )
+    return Renderer(tokenizer, RenderSettings.of(recipe))
+
+
+def test_a_pair_is_two_labelled_answers_for_kto() -> None:
+    assert examples_of(CHAT, "kto") == (
+        Labelled(CHAT.chosen, True),
+        Labelled(CHAT.rejected, False),
+    )
+
+
+@pytest.mark.parametrize(
+    ("kind", "row", "told"),
+    [
+        ("sft", PAIRS[0][0], "sft learns from .* pairs of a chosen and .* for method dpo or"),
+        (
+            "sft",
+            LABELLED[0][0],
+            "sft learns .* one of the answers with a label, for method kto",
+        ),
+        ("dpo", {"messages": [USER, GOOD]}, "dpo learns from pairs .* conversations, .* sft"),
+        ("reward", LABELLED[0][0], "reward learns from pairs .* for method kto"),
+        ("kto", {"text": "t"}, "kto learns from answers with a label, .* plain texts"),
+    ],
+)
+def test_data_of_another_method(
+    make_recipe: MakeRecipe, tmp_path: Any, kind: str, row: dict[str, Any], told: str
+) -> None:
+    """Refused by the quick look, with the place and the methods that take it."""
+    from finray.training.data.inspection import inspect_data
+
+    assert kind in METHODS
+    data = write_jsonl(tmp_path / "a.jsonl", [row] * 64)
+    with pytest.raises(InputError, match=rf"a\.jsonl:1: method {told}"):
+        inspect_data(make_recipe(train=data, method={"kind": kind}))
+
+
+def test_real_ranking_data() -> None:
+    path = SHARED / "dpo_en_demo.json"
+    if not path.exists():
+        pytest.skip(f"needs {path}, which lies beside the project")
+    rows = json.loads(path.read_text(encoding="utf-8"))
+    places = [(f"f:{number}", row) for number, row in enumerate(rows)]
+    assert detect_format(places) == "preference"
+    for row in rows:
+        pair = normalise(row, "preference")
+        assert isinstance(pair, Pair) and isinstance(pair.chosen, Conversation)
+        assert pair.chosen.first_trained == len(row["conversations"])
+        assert pair.chosen.messages[-1]["content"] == row["chosen"]["value"]

@@ -1,0 +1,211 @@
+"""Losses of preferences against formulas written down anew, in plain numbers."""
+
+import math
+from typing import Any, get_args
+
+import pytest
+import torch
+from pydantic import ValidationError
+
+from finray.training.data.batching import IGNORED
+from finray.training.method_settings import (
+    CpoMethod,
+    DpoLoss,
+    DpoMethod,
+    KtoMethod,
+    Method,
+    SimpoMethod,
+)
+from finray.training.objectives.cpo import reference_free_loss
+from finray.training.objectives.dpo_losses import PAIR_LOSSES, Pairs
+from finray.training.objectives.kto import answer_losses
+from finray.training.objectives.log_probabilities import token_log_probabilities
+from finray.training.objectives.orpo import log_odds_ratio
+from finray.training.objectives.preference import Answers
+
+BETA, WRONG, TAU = 0.3, 0.1, 0.05
+# log-probabilities of (chosen, rejected) under the policy, then the reference; tokens of both
+PAIR = (-12.0, -15.5, -13.0, -14.0, 4.0, 5.0)
+
+
+def ln_sigmoid(x: float) -> float:
+    return -math.log(1 + math.exp(-x))
+
+
+def sigmoid(x: float) -> float:
+    return 1 / (1 + math.exp(-x))
+
+
+def expected(w: float, lo: float, n: float, m: float) -> dict[str, float]:
+    """Every loss of one pair with log-ratios w and lo, and n and m tokens, as its paper has it."""
+    z, e = BETA * (w - lo), WRONG
+    mean = w / n - lo / m
+    p = sigmoid(z)
+    return {
+        "sigmoid": -(1 - e) * ln_sigmoid(z) - e * ln_sigmoid(-z),
+        "sigmoid_norm": -ln_sigmoid(BETA * mean),
+        "hinge": max(0.0, 1 - z),
+        "ipo": (mean - 1 / (2 * BETA)) ** 2,
+        "exo_pair": p * math.log(p / (1 - e)) + (1 - p) * math.log((1 - p) / e),
+        "nca_pair": -ln_sigmoid(BETA * w)
+        - 0.5 * ln_sigmoid(-BETA * w)
+        - 0.5 * ln_sigmoid(-BETA * lo),
+        "robust": (-(1 - e) * ln_sigmoid(z) + e * ln_sigmoid(-z)) / (1 - 2 * e),
+        "bco_pair": -ln_sigmoid(BETA * w) - ln_sigmoid(-BETA * lo),
+        "sppo_hard": (w - 1 / (2 * BETA)) ** 2 + (lo + 1 / (2 * BETA)) ** 2,
+        "aot": -(1 - e) * ln_sigmoid(z) - e * ln_sigmoid(-z),
+        "aot_unpaired": -(1 - e) * ln_sigmoid(z) - e * ln_sigmoid(-z),
+        "apo_zero": 1 - sigmoid(BETA * w) + sigmoid(BETA * lo),
+        "apo_down": sigmoid(BETA * w) + 1 - sigmoid(z),
+        "discopop": -ln_sigmoid(z) * (1 - sigmoid(z / TAU)) + math.exp(-z) * sigmoid(z / TAU),
+    }
+
+
+def pairs_of(*pairs: tuple[float, ...], settings: DpoMethod) -> Pairs:
+    columns = torch.tensor(pairs).unbind(1)
+    tokens = columns[4:]
+    policy, reference = Answers(*columns[:2], *tokens), Answers(*columns[2:4], *tokens)
+    return Pairs.of(policy, reference, settings)
+
+
+def test_every_named_loss_is_there() -> None:
+    assert PAIR_LOSSES.keys() | {"sft"} == set(get_args(DpoLoss))
+
+
+@pytest.mark.parametrize("name", PAIR_LOSSES)
+def test_losses_of_a_pair(name: DpoLoss) -> None:
+    smooths = name in ("sigmoid", "robust", "exo_pair", "aot", "aot_unpaired")
+    settings = DpoMethod(
+        losses={name: 1.0}, beta=BETA, label_smoothing=WRONG if smooths else 0.0, discopop_tau=TAU
+    )
+    found = PAIR_LOSSES[name](pairs_of(PAIR, settings=settings), settings)
+    chosen, rejected, chosen_before, rejected_before, n, m = PAIR
+    wanted = expected(chosen - chosen_before, rejected - rejected_before, n, m)[name]
+    assert found.tolist() == pytest.approx([wanted], rel=1e-5)
+
+
+def test_optimal_transport_sorts_the_pairs_of_a_batch() -> None:
+    settings = DpoMethod(losses={"aot": 1.0, "aot_unpaired": 1.0}, beta=BETA)
+    # margins of the policy 1 and 5, of the reference 4 and 2: sorted differences -1 and 1
+    two = pairs_of((-2, -3, -1, -5, 1, 1), (-1, -6, -1, -3, 1, 1), settings=settings)
+    wanted = [-ln_sigmoid(BETA * (1 - 2)), -ln_sigmoid(BETA * (5 - 4))]
+    assert PAIR_LOSSES["aot"](two, settings).tolist() == pytest.approx(wanted, rel=1e-5)
+    # log-ratios of chosen -1 and 0, of rejected 2 and -3
+    wanted = [-ln_sigmoid(BETA * (-1 + 3)), -ln_sigmoid(BETA * (0 - 2))]
+    assert PAIR_LOSSES["aot_unpaired"](two, settings).tolist() == pytest.approx(wanted, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("divergence", "derivative"),
+    [
+        ("reverse_kl", lambda t: math.log(t) + 1),
+        ("forward_kl", lambda t: -1 / t),
+        ("js", lambda t: math.log(2 * t / (t + 1))),
+        ("alpha", lambda t: (t ** (0.3 - 1) - 1) / (0.3 - 1)),
+    ],
+)
+def test_divergences(divergence: Any, derivative: Any) -> None:
+    """Scores are f'(t), but for a constant that a difference does not see."""
+    settings = DpoMethod(divergence=divergence, divergence_alpha=0.3)
+    pairs = pairs_of(PAIR, settings=settings)
+    chosen, rejected, chosen_before, rejected_before, *_ = PAIR
+    ratios = math.exp(chosen - chosen_before), math.exp(rejected - rejected_before)
+    wanted = derivative(ratios[0]) - derivative(ratios[1])
+    assert pairs.difference.tolist() == pytest.approx([wanted], rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("settings", "wanted"),
+    [
+        (CpoMethod(beta=BETA), -ln_sigmoid(BETA * 2)),
+        (
+            CpoMethod(beta=BETA, label_smoothing=WRONG),
+            -(1 - WRONG) * ln_sigmoid(BETA * 2) - WRONG * ln_sigmoid(-BETA * 2),
+        ),
+        (CpoMethod(beta=BETA, loss="hinge"), 1 - BETA * 2),
+        (CpoMethod(beta=BETA, loss="ipo"), (2 - 1 / (2 * BETA)) ** 2),
+        (SimpoMethod(beta=BETA, gamma=0.5), -ln_sigmoid(BETA * 2 - 0.5)),
+    ],
+)
+def test_losses_without_a_reference(settings: CpoMethod | SimpoMethod, wanted: float) -> None:
+    found = reference_free_loss(torch.tensor([2.0]), settings)
+    assert found.tolist() == pytest.approx([wanted], rel=1e-5)
+
+
+def test_losses_of_labelled_answers() -> None:
+    ratios, labels = torch.tensor([0.7, 0.7, -2.0]), torch.tensor([True, False, False])
+    settings = KtoMethod(beta=BETA, desirable_weight=1.5, undesirable_weight=0.5)
+    found = answer_losses(ratios, labels, torch.tensor(0.2), settings).tolist()
+    wanted = [
+        1.5 * (1 - sigmoid(BETA * 0.5)),
+        0.5 * (1 - sigmoid(-BETA * 0.5)),
+        0.5 * (1 - sigmoid(BETA * 2.2)),
+    ]
+    assert found == pytest.approx(wanted, rel=1e-5)
+
+
+def test_odds_ratio() -> None:
+    chosen, rejected = torch.tensor([-0.1, -3.0, -1e-9]), torch.tensor([-2.0, -0.2, -40.0])
+    chosen.requires_grad_()
+    found = log_odds_ratio(chosen, rejected)
+
+    def odds(x: float) -> float:
+        return math.exp(x) / -math.expm1(x)
+
+    wanted = [math.log(odds(-0.1) / odds(-2.0)), math.log(odds(-3.0) / odds(-0.2))]
+    assert found[:2].tolist() == pytest.approx(wanted, rel=1e-5)
+    found.sum().backward()
+    assert torch.isfinite(found).all() and torch.isfinite(chosen.grad).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("vocabulary", [17, 400_000])
+def test_token_log_probabilities(dtype: torch.dtype, vocabulary: int) -> None:
+    """As log_softmax in float32, with its gradient; several parts of rows."""
+    torch.manual_seed(0)
+    logits = torch.randn(2, 4, vocabulary).to(dtype).requires_grad_()
+    targets = torch.randint(0, vocabulary, (2, 4))
+    targets[0, :2] = IGNORED
+    wanted = targets != IGNORED
+    reference = logits.detach().float().requires_grad_()
+    known = reference.log_softmax(-1).gather(2, targets.clamp(min=0)[..., None]).squeeze(2) * wanted
+    upstream = torch.randn(2, 4)
+    found = token_log_probabilities(logits, targets)
+    torch.testing.assert_close(found, known, atol=1e-5, rtol=1e-5)
+    found.backward(upstream)
+    known.backward(upstream)
+    assert logits.grad is not None and reference.grad is not None
+    tolerance = 1e-6 if dtype == torch.float32 else 1e-2
+    torch.testing.assert_close(logits.grad.float(), reference.grad, atol=tolerance, rtol=tolerance)
+
+
+def test_no_target_has_a_graph_and_no_gradient() -> None:
+    logits = torch.randn(1, 1, 5, requires_grad=True)
+    token_log_probabilities(logits, torch.full((1, 1), IGNORED)).sum().backward()
+    assert logits.grad is not None and not logits.grad.any()
+
+
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        ({"kind": "dpo", "losses": {"sft": 1.0}}, "sft alone prefers nothing"),
+        ({"kind": "dpo", "losses": {}}, "at least 1 item"),
+        ({"kind": "dpo", "losses": {"sigmoid": 0.0}}, "greater than 0"),
+        ({"kind": "dpo", "losses": {"sigmod": 1.0}}, "should be 'sigmoid'"),
+        ({"kind": "dpo", "label_smoothing": 0.5}, "less than 0.5"),
+        ({"kind": "dpo", "losses": {"ipo": 1}, "label_smoothing": 0.1}, "losses are ipo"),
+        ({"kind": "dpo", "losses": {"exo_pair": 1}}, "exo_pair needs label_smoothing above 0"),
+        (
+            {"kind": "dpo", "losses": {"nca_pair": 1}, "divergence": "js"},
+            "divergence js is not defined for nca_pair",
+        ),
+        ({"kind": "dpo", "beta": 0}, "greater than 0"),
+        ({"kind": "cpo", "loss": "ipo", "label_smoothing": 0.1}, "and loss is ipo"),
+        ({"kind": "kto", "losses": {"kto": 1}}, "Extra inputs"),
+    ],
+)
+def test_settings_that_contradict_each_other(settings: dict[str, Any], told: str) -> None:
+    from pydantic import TypeAdapter
+
+    with pytest.raises(ValidationError, match=told):
+        TypeAdapter(Method).validate_python(settings)

@@ -1,0 +1,292 @@
+"""Whole runs of the preference methods: resuming, the precomputed reference, the reward model."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+from finray.training.errors import InputError
+from finray.training.recipe import Recipe, load_recipe
+from finray.training.run import Listener, train
+from finray.training.stop import Stop
+
+# peft calls a name that transformers has renamed.
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
+
+STEPS, HALF = 8, 4
+
+
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """120 conversations whose chosen answer counts on, and whose rejected one does not."""
+    path = tmp_path_factory.mktemp("pairs") / "pairs.jsonl"
+    rows = [
+        {
+            "prompt": [{"role": "user", "content": f"What comes after {number}?"}],
+            "chosen": [{"role": "assistant", "content": f"After {number} comes {number + 1}."}],
+            "rejected": [{"role": "assistant", "content": "The lazy dog."}],
+        }
+        for number in range(120)
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def make_recipe(base: Path, data: Path, storage: Path, **changes: Any) -> Recipe:
+    optim = {"learning_rate": 1e-2, "max_steps": STEPS, "batch_size": 8, "micro_batch_size": 4}
+    return Recipe.model_validate(
+        {
+            "name": "run",
+            "model": {"base": str(base)},
+            "adapter": {"rank": 4},
+            "data": {"train": [{"path": str(data)}], "max_length": 96, "holdout": 0.1},
+            "optim": optim,
+            "scale": {"workers": 0},
+            "storage": str(storage),
+            "log": {"every_steps": 1},
+            "checkpoint": {"every_steps": HALF, "keep": 9},
+            **changes,
+        }
+    )
+
+
+def run(recipe: Recipe) -> Path:
+    record = train(recipe, Listener(lambda _: None, lambda _: None), Stop())
+    assert record["status"] == "finished"
+    return Path(recipe.storage) / recipe.name
+
+
+def lines(folder: Path) -> list[dict[str, Any]]:
+    """Logged lines, without what time decides."""
+    text = (folder / "metrics.jsonl").read_text(encoding="utf-8")
+    found = [json.loads(line) for line in text.splitlines()]
+    timed = ("seconds", "tokens_per_second")
+    return [{key: line[key] for key in line if key not in timed} for line in found]
+
+
+def tensors(folder: Path) -> dict[str, torch.Tensor]:
+    (result,) = [*folder.glob("adapter/*.safetensors"), *folder.glob("model/*.safetensors")]
+    loaded: dict[str, torch.Tensor] = load_file(result)
+    return loaded
+
+
+def interrupted(folder: Path) -> None:
+    """As if the run had been killed after half of its steps."""
+    shutil.rmtree(folder / "checkpoints" / f"step-{STEPS:08d}")
+    for result in ("adapter", "model"):
+        shutil.rmtree(folder / result, ignore_errors=True)
+    record = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+    (folder / "run.json").write_text(json.dumps({**record, "status": "running"}), encoding="utf-8")
+
+
+def references(storage: Path) -> list[Path]:
+    return sorted(storage.glob("prepared/*/reference-*.parquet"))
+
+
+PRECOMPUTED = {"kind": "dpo", "precompute_reference": True}
+RESUMED: list[tuple[dict[str, Any], bool]] = [
+    ({"method": {"kind": "dpo"}}, True),
+    ({"method": PRECOMPUTED}, True),
+    ({"method": PRECOMPUTED}, False),
+    ({"method": {"kind": "dpo"}, "adapter": None}, True),
+    ({"method": PRECOMPUTED, "adapter": None}, True),
+    ({"method": PRECOMPUTED, "adapter": None}, False),
+    ({"method": {"kind": "kto"}, "adapter": {"rank": 4, "dropout": 0.1}}, True),
+    ({"method": {"kind": "reward"}}, True),
+]
+"""Recipes, and whether a precomputed reference is still there."""
+
+
+@pytest.mark.parametrize(("changes", "keeps_reference"), RESUMED, ids=str)
+def test_a_resumed_run_ends_the_same(
+    tiny_model: Path,
+    pairs: Path,
+    tmp_path: Path,
+    changes: dict[str, Any],
+    keeps_reference: bool,
+) -> None:
+    precomputes = changes["method"].get("precompute_reference", False)
+    recipe = make_recipe(tiny_model, pairs, tmp_path, **changes)
+    folder = run(recipe)
+    undisturbed, weights = lines(folder), tensors(folder)
+    assert len(references(tmp_path)) == int(precomputes)
+    interrupted(folder)
+    if not keeps_reference:
+        references(tmp_path)[0].unlink()
+    run(recipe)
+    assert lines(folder) == undisturbed
+    again = tensors(folder)
+    assert weights.keys() == again.keys()
+    assert all(torch.equal(tensor, again[name]) for name, tensor in weights.items())
+    assert len(json.loads((folder / "run.json").read_text(encoding="utf-8"))["restarts"]) == 1
+
+
+def test_a_precomputed_reference(tiny_model: Path, pairs: Path, tmp_path: Path) -> None:
+    """It gives what the model itself gives, for every row, and is found again by its key."""
+    direct = run(make_recipe(tiny_model, pairs, tmp_path, method={"kind": "dpo"}))
+    assert not references(tmp_path)
+    recipe = make_recipe(tiny_model, pairs, tmp_path, method=PRECOMPUTED, name="precomputed")
+    folder = run(recipe)
+    for one, other in zip(lines(direct), lines(folder), strict=True):
+        # At the start all rewards are 0, but for what rounding makes of them.
+        tied = ("reward_accuracy",) if one["step"] == 1 else ()
+        assert {k: v for k, v in one.items() if k not in tied} == pytest.approx(
+            {k: v for k, v in other.items() if k not in tied}, abs=1e-4, rel=1e-4
+        )
+    (file,) = references(tmp_path)
+    table = pq.read_table(file).to_pylist()
+    assert len({(row["split"], row["row"]) for row in table}) == len(table) == 120
+    written = file.stat().st_mtime_ns
+    run(recipe.model_copy(update={"name": "again", "seed": 3}))
+    assert references(tmp_path) == [file] and file.stat().st_mtime_ns == written
+    named = recipe.method.model_copy(update={"reference_model": str(folder / "adapter")})
+    run(recipe.model_copy(update={"name": "named", "method": named}))
+    assert len(references(tmp_path)) == 2
+
+
+def test_a_named_reference(tiny_model: Path, pairs: Path, tmp_path: Path) -> None:
+    """The base by name is the base under the adapter; an earlier run is another one."""
+    first = run(make_recipe(tiny_model, pairs, tmp_path, method={"kind": "dpo"}))
+    by_name = {"kind": "dpo", "reference_model": str(tiny_model)}
+    same = run(make_recipe(tiny_model, pairs, tmp_path, method=by_name, name="same"))
+    for one, other in zip(lines(first), lines(same), strict=True):
+        assert one == pytest.approx(other, abs=1e-5)
+    by_run = {"kind": "dpo", "reference_model": str(first / "adapter")}
+    other = run(make_recipe(tiny_model, pairs, tmp_path, method=by_run, name="other"))
+    start = next(line for line in lines(other) if "loss" in line)
+    assert abs(start["loss"] - 0.6931) > 0.01
+
+
+def test_training_on_from_an_adapter_is_compared_with_it(
+    tiny_model: Path, pairs: Path, tmp_path: Path
+) -> None:
+    first = run(make_recipe(tiny_model, pairs, tmp_path, method={"kind": "dpo"}))
+    on = make_recipe(
+        tiny_model,
+        pairs,
+        tmp_path,
+        name="on",
+        method={"kind": "dpo"},
+        model={"base": str(tiny_model), "adapter": str(first / "adapter")},
+        adapter=None,
+    )
+    losses = [line["loss"] for line in lines(run(on)) if "loss" in line]
+    assert losses[0] == pytest.approx(0.693147, abs=1e-5)
+    assert losses[-1] < 0.69
+
+
+def test_preferences_are_learnt(tiny_model: Path, pairs: Path, tmp_path: Path) -> None:
+    recipe = make_recipe(tiny_model, pairs, tmp_path, method={"kind": "dpo"})
+    end = lines(run(recipe))[-1]
+    assert end["eval_reward_accuracy"] > 0.9
+    assert end["eval_reward_margin"] > 0.1
+
+
+@pytest.mark.parametrize("pad", ["own", "eos"])
+@pytest.mark.parametrize("adapted", [True, False])
+def test_a_reward_model_scores_alone(
+    tiny_model: Path, pairs: Path, tmp_path: Path, pad: str, adapted: bool
+) -> None:
+    """With transformers and PEFT, one text at a time and padded, as while it was trained."""
+    base = Path(shutil.copytree(tiny_model, tmp_path / "base"))
+    if pad == "eos":
+        settings = json.loads((base / "tokenizer_config.json").read_text(encoding="utf-8"))
+        settings["pad_token"] = "<|im_end|>"
+        (base / "tokenizer_config.json").write_text(json.dumps(settings), encoding="utf-8")
+        settings = json.loads((base / "config.json").read_text(encoding="utf-8"))
+        settings["pad_token_id"] = settings["eos_token_id"]
+        (base / "config.json").write_text(json.dumps(settings), encoding="utf-8")
+    recipe = make_recipe(
+        base,
+        pairs,
+        tmp_path,
+        method={"kind": "reward"},
+        adapter={"rank": 4} if adapted else None,
+    )
+    folder = run(recipe)
+    end = lines(folder)[-1]
+    assert end["eval_reward_accuracy"] > 0.9
+    assert json.loads((folder / "run.json").read_text(encoding="utf-8"))["best_checkpoint"]
+    result = folder / ("adapter" if adapted else "model")
+    tokenizer = AutoTokenizer.from_pretrained(result)
+    if adapted:
+        model = AutoModelForSequenceClassification.from_pretrained(
+            base, num_labels=1, pad_token_id=tokenizer.pad_token_id, dtype=torch.float32
+        )
+        model = PeftModel.from_pretrained(model, result)
+    else:
+        model = AutoModelForSequenceClassification.from_pretrained(result, dtype=torch.float32)
+    scores = {"chosen": 0.0, "rejected": 0.0}
+    held_out = [json.loads(line) for line in pairs.read_text(encoding="utf-8").splitlines()]
+    table = pq.read_table(next(iter((tmp_path / "prepared").glob("*/*/eval/*.parquet"))))
+    numbers = [rows[0] for rows in table["rows"].to_pylist()]
+    for name in scores:
+        texts = [
+            tokenizer.apply_chat_template(held_out[n]["prompt"] + held_out[n][name], tokenize=False)
+            for n in numbers
+        ]
+        alone = [float(score(model.eval(), tokenizer, [text])) for text in texts]
+        together = score(model, tokenizer, texts).tolist()
+        assert alone == pytest.approx(together, abs=1e-5)
+        scores[name] = sum(alone) / len(alone)
+    assert scores["chosen"] == pytest.approx(end["eval_chosen_reward"], abs=1e-4)
+    assert scores["rejected"] == pytest.approx(end["eval_rejected_reward"], abs=1e-4)
+
+
+@torch.no_grad()
+def score(model: Any, tokenizer: Any, texts: list[str]) -> torch.Tensor:
+    encoded = tokenizer(texts, padding=True, return_tensors="pt", padding_side="right")
+    inputs = {name: encoded[name] for name in ("input_ids", "attention_mask")}
+    found: torch.Tensor = model(**inputs).logits.squeeze(-1)
+    return found
+
+
+def written(folder: Path, base: Path, data: Path, method: str, **more: str) -> Path:
+    path = folder / "recipe.yaml"
+    text = f"name: x\nmodel: {{base: {base}}}\ndata: {{train: [{{path: {data}}}]}}\n"
+    path.write_text(text + f"method: {method}\n" + "".join(more.values()), encoding="utf-8")
+    return path
+
+
+def test_a_reference_that_is_not_there(tiny_model: Path, pairs: Path, tmp_path: Path) -> None:
+    path = written(tmp_path, tiny_model, pairs, "{kind: dpo, reference_model: ./gone}")
+    with pytest.raises(InputError, match=r"reference_model: there is no such folder: .*gone"):
+        load_recipe(path)
+    (tmp_path / "gone").mkdir()
+    with pytest.raises(InputError, match="gone holds no model"):
+        load_recipe(path)
+    (tmp_path / "gone" / "model").mkdir()
+    (tmp_path / "gone" / "model" / "config.json").write_text("{}")
+    recipe = load_recipe(path)
+    assert recipe.method.model_dump()["reference_model"] == str(tmp_path / "gone" / "model")
+
+
+def test_a_reference_of_another_tokenizer(tiny_model: Path, pairs: Path, tmp_path: Path) -> None:
+    other = Path(shutil.copytree(tiny_model, tmp_path / "other"))
+    tokenizer = json.loads((other / "tokenizer.json").read_text(encoding="utf-8"))
+    first, second = list(tokenizer["model"]["vocab"])[10:12]
+    vocabulary = tokenizer["model"]["vocab"]
+    vocabulary[first], vocabulary[second] = vocabulary[second], vocabulary[first]
+    (other / "tokenizer.json").write_text(json.dumps(tokenizer), encoding="utf-8")
+    method = {"kind": "dpo", "reference_model": str(other)}
+    with pytest.raises(InputError, match=r"tokenizer of .*other is another one"):
+        run(make_recipe(tiny_model, pairs, tmp_path, method=method))
+
+
+def test_a_batch_of_one_has_no_baseline(tiny_model: Path, pairs: Path, tmp_path: Path) -> None:
+    path = written(
+        tmp_path,
+        tiny_model,
+        pairs,
+        "{kind: kto}",
+        optim="optim: {batch_size: 1, micro_batch_size: 1}",
+    )
+    with pytest.raises(InputError, match=r"optim\.batch_size: method kto compares"):
+        load_recipe(path)

@@ -1,0 +1,133 @@
+"""A step of the preference methods is the same however the batch is shared out."""
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from steps import by_workers, make_setup, one_step
+
+from finray.training.data.batching import in_batches
+from finray.training.data.stream import Sequence
+from finray.training.methods import method_of
+from finray.training.model import load_model
+from finray.training.recipe import Recipe
+
+# peft calls a name that transformers has renamed.
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
+
+BATCH = 5
+METHODS: list[dict[str, Any]] = [
+    {"kind": "dpo", "losses": {"sigmoid": 1.0, "sft": 0.5}},
+    {"kind": "kto"},
+    {"kind": "orpo"},
+    {"kind": "simpo"},
+    {"kind": "reward", "center_coefficient": 0.1},
+]
+
+
+def make_rows(kind: str) -> list[Sequence]:
+    random = np.random.default_rng(0)
+    rows = []
+    for number in range(BATCH):
+        lengths = random.integers(6, 20, size=1 if kind == "kto" else 2).astype(np.int32)
+        starts = np.concatenate(([0], np.cumsum(lengths)[:-1]))
+        trainable = np.zeros(lengths.sum(), np.bool_)
+        for start, length in zip(starts, lengths, strict=True):
+            trainable[start + 3 : start + length] = True
+        extra = {"kto": {"label": number % 2 == 0}, "reward": {"margin": number / 4}}.get(kind)
+        rows.append(
+            Sequence(
+                random.integers(3, 250, lengths.sum()).astype(np.int32),
+                lengths,
+                trainable,
+                np.array([number]),
+                None if extra is None else json.dumps(extra),
+            )
+        )
+    return rows
+
+
+def make_recipe(tiny_model: Path, method: dict[str, Any], micro: int) -> Recipe:
+    return Recipe.model_validate(
+        {
+            "name": "x",
+            "model": {"base": str(tiny_model)},
+            "adapter": {"rank": 4},
+            "method": method,
+            "data": {"train": [{"path": "/x"}], "max_length": 64},
+            "optim": {"batch_size": BATCH, "micro_batch_size": micro, "max_grad_norm": 0},
+        }
+    )
+
+
+def make_model(settings: Recipe) -> Any:
+    """Its adapter does something, so that it differs from its reference."""
+    torch.manual_seed(4)
+    model = load_model(settings, method_of(settings).head)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.05)
+    return model
+
+
+@pytest.mark.parametrize("method", METHODS, ids=lambda method: method["kind"])
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_workers(tiny_model: Path, tmp_path: Path, method: dict[str, Any], world_size: int) -> None:
+    """Five rows, one at a time: the last worker has a microbatch with nothing in it."""
+    rows, whole = make_rows(method["kind"]), make_recipe(tiny_model, method, BATCH)
+    model = make_model(whole)
+    expected, logged, counts = one_step(copy.deepcopy(model), whole, rows, tmp_path, 0, 1)
+    assert counts.units == BATCH
+    assert any(gradient.abs().max() > 1e-4 for gradient in expected.values())
+    settings = make_recipe(tiny_model, method, 1)
+
+    def work(rank: int, world_size: int) -> dict[str, Any]:
+        measured = one_step(copy.deepcopy(model), settings, rows, tmp_path, rank, world_size)
+        return {"gradients": measured[0], "logged": measured[1]}
+
+    for saved in by_workers(world_size, tmp_path, work):
+        assert saved["logged"] == pytest.approx(logged, abs=1e-5)
+        assert saved["gradients"].keys() == expected.keys()
+        for name, gradient in saved["gradients"].items():
+            torch.testing.assert_close(gradient, expected[name], atol=1e-5, rtol=1e-4)
+    if method["kind"] == "kto":
+        assert logged["kl"] > 0
+
+
+@pytest.mark.parametrize("method", METHODS, ids=lambda method: method["kind"])
+def test_held_out_rows(tiny_model: Path, tmp_path: Path, method: dict[str, Any]) -> None:
+    """Their figures do not depend on how many are taken at a time."""
+    rows, settings = make_rows(method["kind"]), make_recipe(tiny_model, method, 2)
+    model = make_model(settings).eval()
+    objective = method_of(settings).objective(make_setup(settings, model, tmp_path, 0, 1))
+    with torch.no_grad():
+        one, other = (
+            objective.held_out(in_batches(iter(rows), size), torch.device("cpu"))
+            for size in (2, BATCH)
+        )
+    torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-5)
+    assert one[0, 1] == BATCH
+    assert torch.isfinite(one).all()
+
+
+def test_a_reference_is_left_as_it_was(tiny_model: Path, tmp_path: Path) -> None:
+    """Full fine-tuning is compared with a copy; with an adapter there is none."""
+    settings = make_recipe(tiny_model, {"kind": "dpo"}, 2)
+    adapted = load_model(settings)
+    held = sum(p.numel() for p in adapted.parameters())
+    method_of(settings).objective(make_setup(settings, adapted, tmp_path, 0, 1))
+    assert sum(p.numel() for p in adapted.parameters()) == held
+    full = settings.model_copy(update={"adapter": None})
+    model = load_model(full)
+    rows = make_rows("dpo")
+    objective = method_of(full).objective(make_setup(full, model, tmp_path, 0, 1))
+    before = objective.batches(0, [rows])[0].extra["reference"]
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1.5)
+    after = objective.batches(1, [rows])[0].extra["reference"]
+    torch.testing.assert_close(before, after, atol=0, rtol=0)

@@ -1,0 +1,78 @@
+"""The reference that a recipe names: where it lies, and whether it fits; told without torch."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from .data.tokenizer_files import model_folder
+from .errors import InputError
+from .existing_adapter import CONFIG_FILE, RESULT_FOLDER
+from .model_settings import ModelSettings
+
+_MODEL_FILE = "config.json"
+_INSIDE = ("", RESULT_FOLDER, "model")
+_VOCABULARY = "tokenizer.json"
+
+
+def find_reference(name: str, places: Sequence[str]) -> str:
+    """The folder of a model or an adapter, also inside a run's folder; a hub id stays.
+
+    Args:
+        name: `method.reference_model`.
+        places: where a folder of that name may be.
+
+    Raises:
+        InputError: for a folder without a model, and for a path where there is none.
+    """
+    for place in places:
+        for inside in _INSIDE:
+            folder = Path(place) / inside
+            if any((folder / file).is_file() for file in (CONFIG_FILE, _MODEL_FILE)):
+                return str(folder)
+        if Path(place).is_dir():
+            raise InputError(
+                f"method.reference_model: {place} holds no model: there is no {_MODEL_FILE} or "
+                f"{CONFIG_FILE} in it, nor in model/ or {RESULT_FOLDER}/, which a run writes when "
+                "it finishes"
+            )
+    if name.startswith((".", "/", "~")) or name.count("/") > 1:
+        raise InputError(
+            f"method.reference_model: there is no such folder: {', '.join(dict.fromkeys(places))}; "
+            "give a hub id, a model's folder or a finished run's"
+        )
+    return name
+
+
+def check_reference(model: ModelSettings, name: str) -> None:
+    """Refuse a reference that reads token ids as other tokens than the model.
+
+    Raises:
+        InputError: its tokenizer is another one.
+    """
+    ours = model_folder(model, only_cached=True)
+    theirs = (
+        Path(name)
+        if Path(name).is_dir()
+        else model_folder(ModelSettings(base=name), only_cached=True)
+    )
+    if ours is None or theirs is None:
+        return
+    vocabularies = [_vocabulary(folder / _VOCABULARY) for folder in (ours, theirs)]
+    if None not in vocabularies and vocabularies[0] != vocabularies[1]:
+        raise InputError(
+            f"method.reference_model: the tokenizer of {name} is another one than that of "
+            f"{model.base}; a reference reads the same token ids"
+        )
+
+
+def _vocabulary(file: Path) -> dict[str, int] | None:
+    """The tokens of a model and their ids; None where they are in no `tokenizer.json`."""
+    if not file.is_file():
+        return None
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+        tokens: dict[str, int] = dict(content["model"]["vocab"])
+        tokens |= {token["content"]: token["id"] for token in content["added_tokens"]}
+    except (ValueError, KeyError, TypeError):
+        return None  # of another kind, or damaged: who loads it says so
+    return tokens
