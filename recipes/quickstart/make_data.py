@@ -542,9 +542,7 @@ def pairs(rows: int, seed: int) -> Iterable[dict[str, object]]:
         answers = {"chosen": json.dumps(fields), "rejected": spoil(world, fields)}
         yield {
             "prompt": [{"role": "user", "content": case.message}],
-            **{
-                name: [{"role": "assistant", "content": text}] for name, text in answers.items()
-            },
+            **{name: [{"role": "assistant", "content": text}] for name, text in answers.items()},
         }
 
 
