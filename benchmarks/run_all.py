@@ -13,7 +13,16 @@ from typing import Any
 
 from measure import FIGURE_COLUMNS, HERE, figure_row, result_path, table
 
-NAMES = ("help", "start", "throughput", "methods", "packing", "prepare_memory")
+NAMES = (
+    "help",
+    "start",
+    "throughput",
+    "methods",
+    "packing",
+    "prepare_memory",
+    "tune_quality",
+    "tune_overhead",
+)
 README = HERE / "README.md"
 BEGIN, END = "<!-- results: begin -->", "<!-- results: end -->"
 

@@ -78,6 +78,7 @@ def render(outlook: dict[str, Any]) -> str:
         )
     where = f"{outlook['workers']} Ray Train workers" if outlook["workers"] else "this process"
     rows += [("trains in", where), ("results in", outlook["folder"])]
+    rows += [(line["name"], line["text"]) for line in outlook.get("cluster", ())]
     return "\n".join(["the recipe is good", *(f"  {name:10}  {text}" for name, text in rows)])
 
 

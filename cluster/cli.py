@@ -14,7 +14,12 @@ examples:
   finray check recipe.yaml
   finray train recipe.yaml --set optim.learning_rate=1e-4
   finray train recipe.yaml --local
+  finray job submit recipe.yaml --address http://head:8265 --wait
+  finray tune sweep.yaml
+  finray tune show sweep.yaml
   finray runs
+  finray k8s render recipe.yaml --overlay gpu | kubectl create -f -
+  finray export runs/my-run --to my-model --merge
 """
 
 
@@ -22,6 +27,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; returns its exit code."""
     options = _parser().parse_args(arguments)
     from ..training.errors import FinrayError
+    from ..training.secrets import redact
     from . import commands
     from .environment import set_environment
     from .quiet import quiet_libraries
@@ -32,7 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         run = getattr(commands, options.command)
         run(options)
     except FinrayError as error:
-        print(f"finray: {error}", file=sys.stderr)
+        print(f"finray: {redact(str(error))}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
         print("finray: interrupted", file=sys.stderr)
@@ -58,17 +64,50 @@ def _parser() -> argparse.ArgumentParser:
         "check", help="validate a recipe and its data, and tell what a run would do"
     )
     _add_recipe(check)
+    _add_local(check)
+    _add_ray(check)
+    _add_waiting(check)
     _add_json(check)
 
     prepare = commands.add_parser("prepare", help="prepare a recipe's data, without training")
     _add_recipe(prepare)
+    _add_local(prepare)
     _add_ray(prepare)
     _add_json(prepare)
 
     train = commands.add_parser("train", help="train, or go on with an unfinished run")
     _add_recipe(train)
+    _add_local(train)
     _add_ray(train)
+    _add_waiting(train)
     _add_json(train)
+
+    _add_job(commands.add_parser("job", help="run recipes on a cluster as Ray jobs"))
+
+    _add_cluster(
+        commands.add_parser("cluster", help="start, end and examine a cluster of one's machines")
+    )
+    tune = commands.add_parser(
+        "tune", help="search for good settings, go on with an unfinished sweep, or show one"
+    )
+    tune.add_argument(
+        "sweep",
+        metavar="[show] SWEEP",
+        nargs="+",
+        help="the sweep, a YAML file; after show also a sweep's folder or URI",
+    )
+    _add_overrides(tune, "a setting of the sweep; recipe.KEY=VALUE changes its base recipe")
+    tune.add_argument(
+        "--stop-when",
+        dest="bounds",
+        metavar="KEY=VALUE",
+        action="append",
+        default=[],
+        help="value, trials_without_gain or tokens: end the sweep there (may be repeated)",
+    )
+    tune.add_argument("--local", action="store_true", help="one worker a trial, on this machine")
+    _add_ray(tune)
+    _add_json(tune)
 
     runs = commands.add_parser("runs", help="list the runs of a storage")
     runs.add_argument("--storage", default="runs", help="folder or URI (default: runs)")
@@ -77,22 +116,125 @@ def _parser() -> argparse.ArgumentParser:
     report = commands.add_parser("report", help="write a run's report.html anew")
     report.add_argument("run", metavar="RUN", help="a run's folder or URI")
 
+    kubernetes = commands.add_parser("k8s", help="run on Kubernetes")
+    _add_render(kubernetes.add_subparsers(metavar="COMMAND", required=True))
+
+    export = commands.add_parser(
+        "export", help="write a finished run's result as a folder that loads without finray"
+    )
+    _add_export(export)
+
     commands.add_parser("schema", help="print the recipe's JSON schema, for editors")
     return parser
 
 
+def _add_render(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    render = commands.add_parser("render", help="write a recipe as a RayJob of KubeRay, in YAML")
+    render.set_defaults(command="k8s_render")
+    _add_recipe(render)
+    render.add_argument(
+        "--overlay", default="gpu", help="cpu, gpu (default), gpu-spot-elastic or kueue"
+    )
+    render.add_argument("--namespace", default="finray", help="default: finray")
+    render.add_argument("--image", help="of all pods (default: finray:cpu or finray:gpu)")
+    render.add_argument("--memory", help="of a worker's pod, such as 64Gi (default: the overlay's)")
+    render.add_argument("--to", metavar="FILE", type=Path, help="write there (default: stdout)")
+
+
+def _add_export(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run", metavar="RUN", help="a run's folder or URI")
+    parser.add_argument("--to", metavar="DIR", type=Path, required=True, help="a new folder")
+    parser.add_argument("--merge", action="store_true", help="merge the adapter into its base")
+    parser.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16", "float16"),
+        help="type of a whole model's weights (default: the base's)",
+    )
+    _add_json(parser)
+
+
+def _add_job(parser: argparse.ArgumentParser) -> None:
+    verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
+    submit = verbs.add_parser("submit", help="send a recipe and its files, and run it there")
+    _add_recipe(submit)
+    submit.add_argument("--wait", action="store_true", help="show its log until it ends")
+    submit.add_argument(
+        "--on-cluster",
+        metavar="FOLDER",
+        action="append",
+        default=[],
+        help="a folder of the cluster's nodes: what lies below does not travel (may be repeated)",
+    )
+    _add_waiting(submit)
+    submit.add_argument(
+        "--max-mib", type=float, default=100.0, help="largest sum of files that travel"
+    )
+    submit.add_argument(
+        "--python", help="the head's interpreter (default: the one that runs Ray's workers)"
+    )
+    listing = verbs.add_parser("list", help="list the cluster's runs")
+    status = verbs.add_parser("status", help="how a run's last attempt stands")
+    logs = verbs.add_parser("logs", help="print what a run has printed")
+    logs.add_argument("-f", "--follow", action="store_true", help="until it ends")
+    stop = verbs.add_parser("stop", help="let a run save, and end it")
+    fetch = verbs.add_parser("fetch", help="bring a run's figures, report and result here")
+    fetch.add_argument("--to", type=Path, help="folder (default: runs/NAME)")
+    for verb in (status, logs, stop, fetch):
+        verb.add_argument("name", metavar="NAME", help="the run's name")
+    for verb in (submit, listing, status, logs, stop, fetch):
+        _add_dashboard(verb)
+    for verb in (submit, listing, status):
+        _add_json(verb)
+
+
+def _add_cluster(parser: argparse.ArgumentParser) -> None:
+    verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
+    up = verbs.add_parser("up", help="start a head here, and tell how nodes join it")
+    up.add_argument("--port", type=int, default=6379, help="of the head (default: 6379)")
+    up.add_argument("--dashboard-port", type=int, default=8265, help="on localhost (default: 8265)")
+    up.add_argument(
+        "--start-option",
+        metavar="OPTION",
+        action="append",
+        default=[],
+        help="passed on to ray start, such as --num-cpus=0 (may be repeated)",
+    )
+    verbs.add_parser("down", help="end the head that was started here, and its node")
+    status = verbs.add_parser("status", help="whether the head started here runs, and its nodes")
+    doctor = verbs.add_parser("doctor", help="examine every node of a running cluster")
+    doctor.add_argument("--storage", help="a folder or URI that every node must write and read")
+    _add_dashboard(doctor)
+    _add_json(status)
+
+
+def _add_dashboard(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--address",
+        metavar="URL",
+        default="http://127.0.0.1:8265",
+        help="the cluster's dashboard (default: http://127.0.0.1:8265)",
+    )
+
+
 def _add_recipe(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("recipe", metavar="RECIPE", type=Path, help="the recipe, a YAML file")
+    _add_overrides(parser, "a setting, such as optim.learning_rate=1e-4")
+
+
+def _add_local(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--local", action="store_true", help="in this process, without Ray (scale.workers=0)"
+    )
+
+
+def _add_overrides(parser: argparse.ArgumentParser, what: str) -> None:
     parser.add_argument(
         "--set",
         dest="overrides",
         metavar="KEY=VALUE",
         action="append",
         default=[],
-        help="override a setting, such as optim.learning_rate=1e-4 (may be repeated)",
-    )
-    parser.add_argument(
-        "--local", action="store_true", help="in this process, without Ray (scale.workers=0)"
+        help=f"override {what} (may be repeated)",
     )
 
 
@@ -101,6 +243,16 @@ def _add_ray(parser: argparse.ArgumentParser) -> None:
         "--address", help="a running Ray cluster (default: one of this machine's own)"
     )
     parser.add_argument("--verbose", action="store_true", help="pass on what Ray's workers print")
+
+
+def _add_waiting(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--wait-for-nodes",
+        metavar="SECONDS",
+        type=float,
+        default=0.0,
+        help="how long an autoscaler has to bring what is missing (default: 0)",
+    )
 
 
 def _add_json(parser: argparse.ArgumentParser) -> None:

@@ -2,19 +2,30 @@
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from ..training.recipe import Recipe, load_recipe, resolve_path
+from ..training.errors import InputError
+from ..training.paths import resolve_path
+from ..training.recipe import Recipe, load_recipe
+
+if TYPE_CHECKING:
+    from .preflight import Preflight
 
 
 def check(options: argparse.Namespace) -> None:
     """Validate a recipe and its data, and tell what a run would do."""
     from .check import examine, render
 
-    outlook = examine(_recipe(options))
+    recipe = _recipe(options)
+    outlook = examine(recipe)
+    if options.address and recipe.scale.workers:
+        outlook["cluster"] = _preflight_of(recipe, options)
     print(json.dumps(outlook, indent=2) if options.json else render(outlook))
 
 
@@ -47,19 +58,48 @@ def train(options: argparse.Namespace) -> None:
     recipe = _recipe(options)
     inspect_data(recipe)
     stop = Stop()
-    with graceful_interrupts(stop), _ray(recipe, options):
+    # Ray takes SIGTERM for itself when it starts; a run that is told to end saves first.
+    with _ray(recipe, options), graceful_interrupts(stop):
+        worker_env = _preflight(recipe, options).worker_env
         from ..training.run import Listener, run_folder
         from ..training.run import train as carry_out
         from .progress import ProgressWatcher
 
         with ProgressWatcher() as watcher:
-            record = carry_out(recipe, Listener(watcher.phase, watcher.watch), stop)
+            record = carry_out(recipe, Listener(watcher.phase, watcher.watch), stop, worker_env)
     if options.json:
         print(json.dumps(record, indent=2))
     else:
         from .summary import render_summary
 
         print(render_summary(run_folder(recipe), colour=sys.stdout.isatty()))
+
+
+def job(options: argparse.Namespace) -> None:
+    """Run recipes on a cluster as Ray jobs."""
+    from . import job_commands
+
+    getattr(job_commands, options.verb)(options)
+
+
+def cluster(options: argparse.Namespace) -> None:
+    """Start, end and examine a cluster of one's own machines."""
+    from . import cluster_commands
+
+    getattr(cluster_commands, options.verb)(options)
+
+
+def tune(options: argparse.Namespace) -> None:
+    """Search for good settings, go on with an unfinished sweep, or show one."""
+    from .tune_command import run_sweep, show_sweep
+
+    words = options.sweep
+    if words[0] == "show" and len(words) == 2:
+        show_sweep(words[1], options)
+    elif len(words) == 1:
+        run_sweep(Path(words[0]), options)
+    else:
+        raise InputError(f"tune {' '.join(words)}: expected SWEEP, or show and SWEEP or its folder")
 
 
 def runs(options: argparse.Namespace) -> None:
@@ -74,16 +114,44 @@ def runs(options: argparse.Namespace) -> None:
 
 def report(options: argparse.Namespace) -> None:
     """Write a run's report anew."""
-    from ..training.errors import InputError
     from ..training.report import write_report
-    from ..training.run_folder import REPORT_FILE, read_run
+    from ..training.run_folder import REPORT_FILE
     from ..training.storage import Folder
 
     folder = Folder(resolve_path(options.run, Path.cwd()))
-    if read_run(folder) is None:
-        raise InputError(f"{folder} holds no run (it has no run.json)")
     write_report(folder)
     print(folder / REPORT_FILE)
+
+
+def k8s_render(options: argparse.Namespace) -> None:
+    """Write a recipe as a RayJob."""
+    from ..training.errors import InputError
+    from .kubernetes import Target, render
+
+    target = Target(options.overlay, options.namespace, options.image, options.memory)
+    text = render(load_recipe(options.recipe, tuple(options.overrides)), target)
+    if options.to is None:
+        print(text, end="")
+        return
+    try:
+        options.to.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise InputError(f"--to {options.to}: cannot write the file: {error.strerror}") from None
+
+
+def export(options: argparse.Namespace) -> None:
+    """Write a finished run's result as a folder that loads without finray."""
+    from ..training.export.export import export as write_export
+    from ..training.storage import Folder
+    from .export_display import export_progress, render_exported
+
+    run = Folder(resolve_path(options.run, Path.cwd()))
+    target = Path(resolve_path(str(options.to), Path.cwd()))
+    with export_progress() as progress:
+        exported = write_export(
+            run, target, merge=options.merge, dtype=options.dtype, progress=progress
+        )
+    print(render_exported(exported, as_json=options.json))
 
 
 def schema(_: argparse.Namespace) -> None:
@@ -94,6 +162,26 @@ def schema(_: argparse.Namespace) -> None:
 def _recipe(options: argparse.Namespace) -> Recipe:
     local = ("scale.workers=0",) if options.local else ()
     return load_recipe(options.recipe, (*options.overrides, *local))
+
+
+def _preflight_of(recipe: Recipe, options: argparse.Namespace) -> list[dict[str, Any]]:
+    """What a running cluster says to the recipe, as plain values."""
+    with _ray(recipe, options):
+        return [asdict(line) for line in _preflight(recipe, options).lines]
+
+
+def _preflight(recipe: Recipe, options: argparse.Namespace) -> "Preflight":
+    """Try a running cluster; one that was started here for the run needs no trial."""
+    from .preflight import Preflight, preflight
+
+    if not recipe.scale.workers or not (options.address or os.environ.get("RAY_ADDRESS")):
+        return Preflight((), {})
+    print("trying the cluster", file=sys.stderr)
+    tried = preflight(
+        recipe, options.wait_for_nodes, lambda text: print(text, file=sys.stderr, flush=True)
+    )
+    tried.demand_good()
+    return tried
 
 
 @contextmanager
@@ -107,5 +195,6 @@ def _ray(recipe: Recipe, options: argparse.Namespace) -> Iterator[None]:
             from .ray_session import ray_session
 
             print("starting Ray", file=sys.stderr)
-            stack.enter_context(ray_session(recipe.scale, options.address, env, options.verbose))
+            needed = recipe.scale.workers * recipe.scale.cpus_per_worker + 2
+            stack.enter_context(ray_session(needed, options.address, env, options.verbose))
         yield

@@ -5,7 +5,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from ..training.recipe import ScaleSettings
+from .auth import enter_cluster, enter_own_cluster
 
 # Set before Ray is imported: it reads them then.
 _ENVIRONMENT = {
@@ -20,27 +20,31 @@ _ENVIRONMENT = {
 
 @contextmanager
 def ray_session(
-    scale: ScaleSettings, address: str | None, env: dict[str, str], verbose: bool
+    needed_cpus: int, address: str | None, env: dict[str, str], verbose: bool
 ) -> Iterator[None]:
     """Ray for as long as the context lasts.
 
     Args:
-        scale: what a cluster of this machine's own must hold, in logical CPUs.
+        needed_cpus: logical CPUs that a cluster of this machine's own must have at least.
         address: a running cluster; None starts one here (or joins $RAY_ADDRESS, as in a job).
         env: environment variables of all workers.
         verbose: pass on what workers print.
     """
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
+    where = address or os.environ.get("RAY_ADDRESS") or "local"
+    if where == "local":
+        enter_own_cluster()
+    else:
+        enter_cluster(where)
     import ray
 
-    where = address or os.environ.get("RAY_ADDRESS") or "local"
     level = logging.INFO if verbose else logging.ERROR
     logging.getLogger("ray").setLevel(level)
     options = {}
     if where == "local":
-        needed = scale.workers * scale.cpus_per_worker + 2
-        options = {"num_cpus": max(os.cpu_count() or 1, needed), "include_dashboard": False}
+        cpus = max(os.cpu_count() or 1, needed_cpus)
+        options = {"num_cpus": cpus, "include_dashboard": False}
     ray.init(
         address=where,
         runtime_env={"env_vars": env},

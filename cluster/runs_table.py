@@ -43,7 +43,7 @@ def render_runs(
         return json.dumps(entries, indent=2)
     if not entries:
         return "no runs here yet"
-    return _columns([HEADERS, *(_row(entry) for entry in entries)])
+    return columns([HEADERS, *(_row(entry) for entry in entries)], LEFT_ALIGNED)
 
 
 def _entry(name: str, record: Record, now: datetime) -> Record:
@@ -100,12 +100,13 @@ def _reward(entry: Record) -> str:
     return figures.percent(entry["eval_reward_accuracy"])
 
 
-def _columns(rows: Sequence[Sequence[str]]) -> str:
+def columns(rows: Sequence[Sequence[str]], left_aligned: int) -> str:
+    """A table; the first so many columns hold words, the others numbers."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = []
     for row in rows:
         cells = [
-            cell.ljust(width) if index < LEFT_ALIGNED else cell.rjust(width)
+            cell.ljust(width) if index < left_aligned else cell.rjust(width)
             for index, (cell, width) in enumerate(zip(row, widths, strict=True))
         ]
         lines.append("  ".join(cells).rstrip())

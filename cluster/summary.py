@@ -5,15 +5,13 @@ from collections.abc import Sequence
 from rich.cells import cell_len, set_cell_size
 
 from ..training import figures
-from ..training.errors import InputError
 from ..training.measures import HEADLINES, shown
 from ..training.run_folder import (
     METRICS_FILE,
     REPORT_FILE,
-    RUN_FILE,
     Record,
+    existing_run,
     is_match,
-    read_run,
     read_samples,
 )
 from ..training.storage import Folder
@@ -34,9 +32,7 @@ def render_summary(folder: Folder, *, colour: bool = False) -> str:
     Raises:
         InputError: the folder holds no run, or one of its files is damaged.
     """
-    run = read_run(folder)
-    if run is None:
-        raise InputError(f"{folder} holds no run: there is no {RUN_FILE}")
+    run = existing_run(folder)
     paint = _Paint(colour)
     blocks = [
         _headline(run, paint),

@@ -108,10 +108,10 @@ class Finray:
         self._started.append(Command(process, log))
         return self._started[-1]
 
-    def run(self, *arguments: str | Path, code: int = 0) -> str:
+    def run(self, *arguments: str | Path, code: int = 0, seconds: float = 240) -> str:
         """Run to the end; returns what was printed."""
         command = self.start(*arguments)
-        found = command.wait()
+        found = command.wait(seconds)
         assert found == code, f"exit code {found}, expected {code}:\n{command.output()}"
         return command.output()
 

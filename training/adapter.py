@@ -108,7 +108,8 @@ def existing_adapter(
             f"model.adapter: {folder} does not fit the model: {', '.join(sorted(wrong)[:5])} "
             f"({len(wrong)} tensors) are missing, left over or of another shape"
         )
-    set_peft_model_state_dict(adapted, tensors, adapter_name=TRAINED)
+    own = {name: expected[name] for name in fresh}
+    set_peft_model_state_dict(adapted, {**own, **tensors}, adapter_name=TRAINED)
     return adapted
 
 
@@ -131,7 +132,7 @@ def _attach(model: PreTrainedModel, config: LoraConfig) -> PeftModel:
             warnings.filterwarnings("ignore", message="The following (rank|alpha)_pattern keys")
             adapted = get_peft_model(model, config, autocast_adapter_dtype=False)
     except ValueError as error:  # such as a target of a kind that takes no adapter
-        raise InputError(f"adapter: {error}") from error
+        raise InputError(f"adapter: {' '.join(str(error).split())}") from error
     # The first values are set: whoever loads the adapter has nothing to repeat.
     config.init_lora_weights = True
     return adapted

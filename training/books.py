@@ -8,14 +8,23 @@ from typing import Any
 from .checkpoint import Choice
 from .metrics_log import MetricsLog
 from .recipe import Recipe
-from .run_folder import Record, read_run, read_samples, write_run, write_samples
+from .run_folder import (
+    Record,
+    read_rollouts,
+    read_run,
+    read_samples,
+    write_rollouts,
+    write_run,
+    write_samples,
+)
 from .storage import Folder
 
 _HEARTBEAT_SECONDS = 20.0
+_ROLLOUTS_KEPT = 400
 
 
 class Books:
-    """metrics.jsonl, samples.jsonl and run.json of one run.
+    """metrics.jsonl, samples.jsonl, rollouts.jsonl and run.json of one run.
 
     Args:
         folder: the run's folder.
@@ -28,6 +37,8 @@ class Books:
         self._metrics = MetricsLog(folder, step, "tensorboard" in recipe.log.to)
         self._latest: dict[str, float] = {}
         self._noted_at = time.monotonic()
+        # Those of later steps belong to a part of the run that a crash undid.
+        self._rollouts = [line for line in read_rollouts(folder) if line["step"] <= step]
 
     def open(self, choice: Choice, world_size: int, facts: dict[str, Any]) -> None:
         """Note who trains, and where this attempt starts."""
@@ -52,9 +63,16 @@ class Books:
         if time.monotonic() - self._noted_at > _HEARTBEAT_SECONDS:
             self.note_progress(int(line["step"]), None)
 
+    def sampled(self, step: int, examples: list[Record]) -> None:
+        """Remember completions of a step; rollouts.jsonl holds the last of them."""
+        self._rollouts += [{"step": step, **example} for example in examples]
+        del self._rollouts[:-_ROLLOUTS_KEPT]
+
     def note_progress(self, step: int, tokens: int | None) -> None:
         """Write all that is known so far."""
         self._metrics.flush()
+        if self._rollouts:
+            write_rollouts(self._folder, self._rollouts)
         self._noted_at = time.monotonic()
 
         def change(record: Record) -> None:

@@ -47,12 +47,7 @@ def answer(
 def _generate(
     model: Model, tokenizer: Any, prompts: list[list[int]], max_new_tokens: int
 ) -> list[str]:
-    longest = max(len(prompt) for prompt in prompts)
-    ids = torch.full((len(prompts), longest), tokenizer.pad_token_id)
-    mask = torch.zeros_like(ids)
-    for row, prompt in enumerate(prompts):
-        ids[row, longest - len(prompt) :] = torch.tensor(prompt)
-        mask[row, longest - len(prompt) :] = 1
+    ids, mask = left_padded(prompts, tokenizer.pad_token_id)
     device = next(model.parameters()).device
     generated = model.generate(
         input_ids=ids.to(device),
@@ -61,13 +56,26 @@ def _generate(
         do_sample=False,
         use_cache=True,
         pad_token_id=tokenizer.pad_token_id,
-        eos_token_id=_stop_tokens(model, tokenizer),
+        eos_token_id=stop_tokens(model, tokenizer),
     )
-    texts: list[str] = tokenizer.batch_decode(generated[:, longest:], skip_special_tokens=True)
+    texts: list[str] = tokenizer.batch_decode(
+        generated[:, ids.shape[1] :], skip_special_tokens=True
+    )
     return texts
 
 
-def _stop_tokens(model: Model, tokenizer: Any) -> list[int]:
+def left_padded(prompts: list[list[int]], pad: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Token ids and attention mask, both (prompts, longest); prompts end in the last column."""
+    longest = max(len(prompt) for prompt in prompts)
+    ids = torch.full((len(prompts), longest), pad)
+    mask = torch.zeros_like(ids)
+    for row, prompt in enumerate(prompts):
+        ids[row, longest - len(prompt) :] = torch.tensor(prompt)
+        mask[row, longest - len(prompt) :] = 1
+    return ids, mask
+
+
+def stop_tokens(model: Model, tokenizer: Any) -> list[int]:
     """Tokens that end an answer: the tokenizer's, the model's, and ChatML's end of a turn."""
     named = model.generation_config.eos_token_id
     tokens = {tokenizer.eos_token_id, *(named if isinstance(named, list) else [named])}

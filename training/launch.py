@@ -1,15 +1,19 @@
 """Starting the workers of a run: in this process, or as a Ray Train worker group."""
 
 import threading
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
-from .errors import InputError, RunError, last_line
+from .capacity import check_fits, cluster_nodes, demand
+from .errors import RunError, last_line
 from .loop import Job, Outcome, run_worker
 from .recipe import ScaleSettings
 from .run_folder import CHECKPOINTS_FOLDER
 from .session import STOP_FILE, LocalSession, RaySession
 from .stop import Stop
 from .storage import Folder
+
+T = TypeVar("T")
 
 # Ray Train's own notes would be believed over the checkpoints themselves, and refuse a folder
 # from which one was deleted. finray reads the checkpoints.
@@ -22,59 +26,81 @@ def launch_here(job: Job, stop: Stop) -> Outcome:
     return run_worker(job, LocalSession(Folder(job["run"]), stop.requested))
 
 
-def launch_on_ray(job: Job, scale: ScaleSettings, stop: Stop) -> Outcome:
+def launch_on_ray(
+    job: Job, scale: ScaleSettings, stop: Stop, worker_env: dict[str, str]
+) -> Outcome:
     """Train in a Ray Train worker group on the initialised Ray.
+
+    Args:
+        job: what the workers are told.
+        scale: how many they are.
+        stop: a request to save and end.
+        worker_env: environment variables of the workers.
 
     Raises:
         InputError: the cluster can never hold the workers.
         RunError: the workers failed more often than `max_failures`.
     """
-    trainer = _make_trainer(job, scale)
-    results: list[Any] = []
+    trainer = _make_trainer(job, scale, worker_env)
+    try:
+        result = run_beside(trainer.fit, stop, lambda: Folder(job["run"]).write(STOP_FILE, b""))
+    except Exception as error:
+        raise RunError(_cause(error)) from error
+    outcome: Outcome = result.return_value
+    return outcome
 
-    def fit() -> None:
+
+def run_beside(work: Callable[[], T], stop: Stop, on_stop: Callable[[], None]) -> T:
+    """Do work in a thread of its own, so that Ray leaves the signal handlers to finray.
+
+    Args:
+        work: what to do; its result is returned, and what it raises is raised.
+        stop: armed from here on.
+        on_stop: called once, when the stop is requested.
+    """
+    results: list[T] = []
+    errors: list[Exception] = []
+
+    def carry() -> None:
         try:
-            results.append(trainer.fit())
+            results.append(work())
         except Exception as error:  # noqa: BLE001 - carried to the waiting thread
-            results.append(error)
+            errors.append(error)
 
-    # In a thread of its own, so that Ray leaves the signal handlers to finray.
-    thread = threading.Thread(target=fit, name="ray-train", daemon=True)
+    thread = threading.Thread(target=carry, name="ray-work", daemon=True)
     stop.armed = True
     thread.start()
     told = False
     while thread.is_alive():
         thread.join(0.2)
         if stop.requested.is_set() and not told:
-            Folder(job["run"]).write(STOP_FILE, b"")
+            on_stop()
             told = True
-    if isinstance(results[0], Exception):
-        raise RunError(_cause(results[0])) from results[0]
-    outcome: Outcome = results[0].return_value
-    return outcome
+    if errors:
+        raise errors[0]
+    return results[0]
 
 
-def _make_trainer(job: Job, scale: ScaleSettings) -> Any:
+def _make_trainer(job: Job, scale: ScaleSettings, worker_env: dict[str, str]) -> Any:
     import ray.train
     from ray.train.torch import TorchTrainer
 
     run = Folder(job["run"])
     (run / CHECKPOINTS_FOLDER).delete(_RAY_NOTES)
-    gpus = _gpus_per_worker(scale)
-    _check_fits(scale, gpus)
-    resources = {"CPU": float(scale.cpus_per_worker)}
-    if gpus:
-        resources["GPU"] = gpus
+    nodes = cluster_nodes()
+    wanted = demand(scale, nodes)
+    check_fits(wanted, nodes)
     return TorchTrainer(
         _ray_worker,
         train_loop_config=dict(job),
         scaling_config=ray.train.ScalingConfig(
-            num_workers=scale.workers, use_gpu=gpus > 0, resources_per_worker=resources
+            num_workers=scale.workers, use_gpu=wanted.gpus > 0, resources_per_worker=wanted.worker
         ),
         run_config=ray.train.RunConfig(
             name=CHECKPOINTS_FOLDER,
             storage_path=run.path,
             storage_filesystem=run.filesystem,
+            worker_runtime_env={"env_vars": worker_env},
             failure_config=ray.train.FailureConfig(
                 max_failures=scale.max_failures, controller_failure_limit=3
             ),
@@ -85,30 +111,6 @@ def _make_trainer(job: Job, scale: ScaleSettings) -> Any:
 def _ray_worker(job: dict[str, Any]) -> Outcome:
     told = Job(recipe=job["recipe"], run=job["run"], prepared=job["prepared"])
     return run_worker(told, RaySession(Folder(job["run"])))
-
-
-def _gpus_per_worker(scale: ScaleSettings) -> float:
-    import ray
-
-    if scale.gpus_per_worker != "auto":
-        return float(scale.gpus_per_worker)
-    return 1.0 if ray.cluster_resources().get("GPU", 0) > 0 else 0.0
-
-
-def _check_fits(scale: ScaleSettings, gpus: float) -> None:
-    """Ray would wait for ever for what the cluster does not have."""
-    import ray
-
-    have = ray.cluster_resources()
-    # One CPU stays free: the tasks that stream the data need it.
-    wanted = {"CPU": scale.workers * scale.cpus_per_worker + 1.0, "GPU": scale.workers * gpus}
-    for kind, amount in wanted.items():
-        if have.get(kind, 0.0) < amount:
-            note = " (one of them for the data tasks)" if kind == "CPU" else ""
-            raise InputError(
-                f"scale: {scale.workers} workers need {amount:g} {kind}s{note}, and the cluster "
-                f"has {have.get(kind, 0.0):g}; lower scale.workers or add nodes"
-            )
 
 
 def _cause(error: Exception) -> str:

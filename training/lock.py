@@ -10,7 +10,7 @@ import socket
 import threading
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 
@@ -21,7 +21,7 @@ from .storage import Folder
 LOCK_FILE = "lock.json"
 RENEW_SECONDS = 15.0
 STALE_SECONDS = 90.0
-"""Longer than a renewal by far, as the clocks of two machines may differ."""
+"""Longer than a renewal by far: a storage may be away for a while."""
 
 
 @dataclass(frozen=True)
@@ -38,26 +38,28 @@ class Lock:
         silent = figures.duration(time.time() - self.renewed_at)
         return f"process {self.pid} on {self.host}, whose last sign of life is {silent} old"
 
-    def is_alive(self) -> bool:
-        """Whether its holder still works, as far as can be told from here."""
-        if time.time() - self.renewed_at > STALE_SECONDS:
-            return False
-        return self.host != socket.gethostname() or _exists(self.pid)
+    @property
+    def is_here(self) -> bool:
+        """Whether its holder is, or was, a process of this machine."""
+        return self.host == socket.gethostname()
 
 
 @contextmanager
-def held(folder: Folder, lost: threading.Event) -> Iterator[Lock | None]:
+def held(
+    folder: Folder, lost: threading.Event, say: Callable[[str], None]
+) -> Iterator[Lock | None]:
     """Hold the folder's lock; yields the stale lock that was taken over, if there was one.
 
     Args:
         folder: the run's folder, which exists.
         lost: set where another driver took the lock, after this one was silent for long.
+        say: told what is waited for.
 
     Raises:
         InputError: somebody else works on the run.
     """
     own = Lock(uuid.uuid4().hex, socket.gethostname(), os.getpid(), time.time())
-    stale = _take(folder, own)
+    stale = _take(folder, own, say)
     done = threading.Event()
     renewer = threading.Thread(target=_renew, args=(folder, own, done, lost), daemon=True)
     renewer.start()
@@ -70,17 +72,37 @@ def held(folder: Folder, lost: threading.Event) -> Iterator[Lock | None]:
             folder.delete(LOCK_FILE)
 
 
-def _take(folder: Folder, own: Lock) -> Lock | None:
+def _take(folder: Folder, own: Lock, say: Callable[[str], None]) -> Lock | None:
     found = _read(folder)
-    if found is not None and found.is_alive():
+    if found is not None and _is_alive(folder, found, say):
         raise InputError(
-            f"{folder}: another finray works on this run ({found}); wait for it, or stop it. A "
-            f"lock whose holder died is taken over after {STALE_SECONDS:.0f} s."
+            f"{folder}: another finray works on this run ({_read(folder) or found}); wait for it, "
+            "or stop it"
         )
     if found is None and folder.local is not None and not folder.exists(LOCK_FILE):
-        return None if _link(folder, own) else _take(folder, own)
+        return None if _link(folder, own) else _take(folder, own, say)
     folder.write(LOCK_FILE, _encode(own))
-    return found if _is_ours(folder, own) else _take(folder, own)
+    return found if _is_ours(folder, own) else _take(folder, own, say)
+
+
+def _is_alive(folder: Folder, found: Lock, say: Callable[[str], None]) -> bool:
+    """Whether a lock's holder still works.
+
+    A process of this machine is looked for. One of another machine is alive if it renews its lock:
+    this is watched, as the clocks of two machines may differ.
+    """
+    age = time.time() - found.renewed_at
+    if found.is_here:
+        return age < STALE_SECONDS and _exists(found.pid)
+    patience = max(2 * RENEW_SECONDS, STALE_SECONDS - age)
+    say(f"waiting up to {patience:.0f}s for a sign of life of {found}")
+    end = time.monotonic() + patience
+    while time.monotonic() < end:
+        time.sleep(RENEW_SECONDS / 10)
+        now = _read(folder)
+        if now is None or now != found:
+            return now is not None
+    return False
 
 
 def _link(folder: Folder, own: Lock) -> bool:

@@ -52,7 +52,7 @@ class Job(TypedDict):
 class Outcome(TypedDict):
     """How a worker's part ended."""
 
-    status: Literal["finished", "stopped", "failed"]
+    status: Literal["finished", "stopped", "failed", "pruned"]
     error: str | None
     exit_code: int
 
@@ -144,7 +144,7 @@ class _Worker:
         arguments = training_arguments(
             self.recipe, self.total_steps, session.world_size, self.scratch
         )
-        objective = self.method.objective(
+        self.objective = self.method.objective(
             Setup(
                 recipe=self.recipe,
                 model=self.model,
@@ -158,8 +158,8 @@ class _Worker:
         return StreamTrainer(
             self.model,
             arguments,
-            objective=objective,
-            passes=self.recipe.method.passes,
+            objective=self.objective,
+            passes=self.recipe.method.repeats,
             rows=self._training_rows,
             after_step=self._after_step,
             is_logged=self._is_logged,
@@ -173,7 +173,11 @@ class _Worker:
         books = Books(self.run_folder, self.recipe, self.position.step)
         facts = {
             "total_steps": self.total_steps,
-            "parameters": count_parameters(self.model),
+            "parameters": {
+                **count_parameters(self.model),
+                "adapter": self.recipe.adapter_kind,
+                "quantize": self.recipe.model.quantize,
+            },
             "device": self.trainer.args.device.type,
             "dtype": choose_dtype(self.recipe.model),
         }
@@ -184,7 +188,7 @@ class _Worker:
 
     def _training_rows(self) -> Iterator[Rows]:
         recipe, session = self.recipe, self.session
-        per_step, passes = recipe.rows_per_step, recipe.method.passes
+        per_step, passes = recipe.rows_per_step, recipe.method.repeats
         part = Slice(
             folder=self.prepared.files,
             split=self.prepared.manifest.train,
@@ -246,26 +250,32 @@ class _Worker:
         loss = self.trainer.take_loss(measures.step - self.clock.step)
         accuracy = self.trainer.take_measures()
         speed = self.clock.lap(self.position)
+        line = {
+            "step": measures.step,
+            "epoch": self._epoch(),
+            "loss": loss,
+            "learning_rate": measures.learning_rate,
+            "grad_norm": as_number(measures.grad_norm),
+            "tokens": self.position.tokens,
+            "tokens_per_second": round(speed, 1),
+            "seconds": round(self.position.seconds, 3),
+            **accuracy,
+        }
+        with self.clock.paused():
+            self._tell(line)
         if self.books is not None:
-            self.books.logged(
-                {
-                    "step": measures.step,
-                    "epoch": self._epoch(),
-                    "loss": loss,
-                    "learning_rate": measures.learning_rate,
-                    "grad_norm": as_number(measures.grad_norm),
-                    "tokens": self.position.tokens,
-                    "tokens_per_second": round(speed, 1),
-                    "seconds": round(self.position.seconds, 3),
-                    **accuracy,
-                }
-            )
+            self.books.sampled(measures.step, self.objective.examples())
 
     def _evaluate(self) -> None:
         measured = self.trainer.held_out(self._held_out_rows())
         self.held_out = {"step": self.position.step, **measured}
+        self._tell({"epoch": self._epoch(), **self.held_out})
+
+    def _tell(self, line: dict[str, float]) -> None:
+        """Write a line of metrics, and tell it to whoever follows the run."""
         if self.books is not None:
-            self.books.logged({"epoch": self._epoch(), **self.held_out})
+            self.books.logged(line)
+            self.session.report({**line, "tokens": self.position.tokens})
 
     def _save(self) -> None:
         session, step = self.session, self.position.step

@@ -1,6 +1,8 @@
 """The model of a run: base weights, tokenizer, adapter."""
 
 import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -21,6 +23,7 @@ from .data.chat import CHATML
 from .device import choose_adapter_dtype, choose_dtype, torch_dtype
 from .errors import InputError
 from .freezing import freeze
+from .kept_base import put_base, take_base
 from .methods import method_of
 from .model_settings import ModelSettings
 from .quantisation import is_exact_by_row, numel, prepare_for_training, quantisation_config
@@ -60,12 +63,19 @@ def load_model(recipe: Recipe, head: Head = "causal") -> Model:
         InputError: for weights that cannot be read, and for names of modules or parameters that
             match nothing.
     """
-    model = _random_model(recipe, head) if _starts_at_random(recipe) else _load_base(recipe, head)
+    if _starts_at_random(recipe):
+        model = _random_model(recipe, head)
+    else:
+        kept = take_base(recipe) if head == "causal" else None
+        model = kept or _load_base(recipe, head)
     model.config.use_cache = False
     if head == "score":
         model.config.pad_token_id = load_tokenizer(recipe).pad_token_id
     if recipe.trains_adapter:
-        return _with_adapter(model, recipe, head)
+        adapted = _with_adapter(model, recipe, head)
+        if head == "causal":
+            put_base(recipe, adapted)
+        return adapted
     if recipe.freeze is not None:
         freeze(model, recipe.freeze)
     return model
@@ -171,6 +181,17 @@ def check_isolation(model: Model) -> None:
         f"data.packing: a {model.config.model_type} model mixes the documents that are packed "
         "into one sequence; set data.packing: false"
     )
+
+
+@contextmanager
+def evaluating(model: torch.nn.Module) -> Iterator[None]:
+    """Inside, the model drops nothing out, and keeps no activations for a backward pass."""
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)
 
 
 def count_parameters(model: torch.nn.Module) -> dict[str, int]:

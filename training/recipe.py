@@ -5,6 +5,7 @@ receives. The docstring under a field is that field's documentation in `finray s
 """
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -12,11 +13,23 @@ from pydantic import Field, model_validator
 
 from .errors import InputError
 from .existing_adapter import find_adapter
-from .method_settings import DpoMethod, KtoMethod, Method, PretrainMethod, SftMethod
+from .method_settings import (
+    DpoMethod,
+    KtoMethod,
+    Method,
+    OnlineMethod,
+    PretrainMethod,
+    SftMethod,
+)
 from .model_settings import FreezeSettings, LoraAdapter, ModelSettings
-from .recipe_file import read_recipe_file, validate
+from .paths import resolve_model, resolve_path
+from .recipe_file import Change, Document, read_recipe_file, validate
 from .reference_model import find_reference
+from .reward_settings import resolve_reward
+from .secrets import secret_places
 from .section import PositiveInt, Section, Share
+
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$")]
 
 RowFormat = Literal[
     "auto",
@@ -26,6 +39,7 @@ RowFormat = Literal[
     "alpaca",
     "sharegpt",
     "prompt_completion",
+    "prompt",
     "text",
 ]
 
@@ -128,7 +142,7 @@ class LogSettings(Section):
 class Recipe(Section):
     """One run, from the data to the result."""
 
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$")]
+    name: Name
     """The run's name: letters, digits, '.', '_' and '-', at most 63. Its folder is
     <storage>/<name>."""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
@@ -171,10 +185,11 @@ class Recipe(Section):
                 f"optim.micro_batch_size {self.optim.micro_batch_size} is larger than "
                 f"optim.batch_size {self.optim.batch_size}"
             )
-        if self.scale.workers > self.optim.batch_size:
+        if self.scale.workers > self.rows_per_step:
             raise ValueError(
-                f"scale.workers {self.scale.workers} is larger than optim.batch_size "
-                f"{self.optim.batch_size}: some workers would have nothing to do"
+                f"scale.workers {self.scale.workers} is larger than the {self.rows_per_step} rows "
+                f"that a step of optim.batch_size {self.optim.batch_size} takes: some workers "
+                "would have nothing to do"
             )
         return self
 
@@ -221,6 +236,13 @@ class Recipe(Section):
         return self.adapter is not None or self.model.adapter is not None
 
     @property
+    def adapter_kind(self) -> Literal["lora", "dora", "existing"] | None:
+        """What kind of adapter is trained, if any."""
+        if self.adapter is None:
+            return None if self.model.adapter is None else "existing"
+        return "dora" if self.adapter.dora else "lora"
+
+    @property
     def packs(self) -> bool:
         """Whether several documents share a sequence."""
         return self.method.packs if self.data.packing == "auto" else self.data.packing
@@ -229,6 +251,11 @@ class Recipe(Section):
     def rows_per_step(self) -> int:
         """Rows of the stream (sequences, pairs, prompts) that an optimizer step learns from."""
         return self.method.rows_per_step(self.optim.batch_size)
+
+    @property
+    def row_length(self) -> int:
+        """Tokens that a text of the data may have."""
+        return self.method.row_length(self.data.max_length)
 
     def total_steps(self, rows: int) -> int:
         """Optimizer steps of the run over `rows` training rows.
@@ -240,26 +267,39 @@ class Recipe(Section):
             return self.optim.max_steps
         epochs = 1.0 if self.optim.epochs is None else self.optim.epochs
         batches = max(1, math.ceil(round(epochs * rows, 6) / self.rows_per_step))
-        return batches * self.method.passes
+        return batches * self.method.repeats
 
     def epoch_at(self, step: int, rows: int) -> float:
         """Passes over `rows` training rows after an optimizer step."""
-        return round(step / self.method.passes * self.rows_per_step / rows, 4)
+        return round(step / self.method.repeats * self.rows_per_step / rows, 4)
 
 
-def load_recipe(path: Path, overrides: tuple[str, ...] = ()) -> Recipe:
+def load_recipe(path: Path, overrides: Sequence[str | Change] = ()) -> Recipe:
     """Read, override and validate a recipe; its input paths become absolute.
 
     Args:
         path: the YAML file.
-        overrides: `dotted.key=value` strings; the value is parsed as YAML.
+        overrides: changes, or `dotted.key=value` strings; their value is parsed as YAML.
 
     Raises:
-        InputError: with file:line and key of every fault found.
+        InputError: with file:line and key of every fault found, and for a secret in a setting.
     """
     document = read_recipe_file(path, overrides)
+    check_no_secret(document)
     recipe = validate(Recipe, document)
-    return _resolve(recipe, path.resolve().parent)
+    return resolve_recipe(recipe, path.resolve().parent)
+
+
+def check_no_secret(document: Document) -> None:
+    """A run's folder and a job's metadata hold the recipe, for all who reach them."""
+    lines = [
+        f"{document.place(key)}: {'.'.join(map(str, key))}: holds a secret, which would be kept "
+        "with the run; take it out, and set it in the environment instead (HF_TOKEN, "
+        "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY; on Kubernetes the Secret finray-credentials)"
+        for key in secret_places(document.values)
+    ]
+    if lines:
+        raise InputError("\n".join(lines))
 
 
 def recipe_from_dict(values: dict[str, Any]) -> Recipe:
@@ -267,8 +307,8 @@ def recipe_from_dict(values: dict[str, Any]) -> Recipe:
     return Recipe.model_validate(values)
 
 
-def _resolve(recipe: Recipe, folder: Path) -> Recipe:
-    """Make the recipe independent of the current folder, as Ray's workers run elsewhere."""
+def resolve_recipe(recipe: Recipe, folder: Path) -> Recipe:
+    """Make a recipe from a folder independent of the current one: Ray's workers run elsewhere."""
 
     def absolute(source: Source) -> Source:
         return source.model_copy(update={"path": resolve_path(source.path, folder)})
@@ -280,9 +320,8 @@ def _resolve(recipe: Recipe, folder: Path) -> Recipe:
             "chat_template": _read_template(recipe.data.chat_template, folder),
         }
     )
-    base, storage = recipe.model.base, resolve_path(recipe.storage, Path.cwd())
-    if base.startswith((".", "/", "~")) or (folder / base).is_dir():
-        base = resolve_path(base, folder)
+    base = resolve_model(recipe.model.base, folder)
+    storage = resolve_path(recipe.storage, Path.cwd())
     places = (folder, Path.cwd(), Path(storage))
     adapter = recipe.model.adapter
     if adapter is not None:
@@ -292,6 +331,12 @@ def _resolve(recipe: Recipe, folder: Path) -> Recipe:
         name = method.reference_model
         found = find_reference(name, [resolve_path(name, place) for place in places])
         method = method.model_copy(update={"reference_model": found})
+    if isinstance(method, OnlineMethod):
+        rewards = [
+            resolve_reward(reward, places, f"method.rewards[{index}]")
+            for index, reward in enumerate(method.rewards)
+        ]
+        method = method.model_copy(update={"rewards": rewards})
     return recipe.model_copy(
         update={
             "data": data,
@@ -300,14 +345,6 @@ def _resolve(recipe: Recipe, folder: Path) -> Recipe:
             "storage": storage,
         }
     )
-
-
-def resolve_path(path: str, folder: Path) -> str:
-    """An absolute path; URIs stay as they are."""
-    if "://" in path:
-        return path
-    expanded = Path(path).expanduser()
-    return str(expanded if expanded.is_absolute() else (folder / expanded).absolute())
 
 
 def _read_template(template: str | None, folder: Path) -> str | None:

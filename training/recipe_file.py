@@ -1,7 +1,7 @@
 """Reading YAML so that every fault can be told with its file, line and key."""
 
 import difflib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar, get_args
@@ -28,9 +28,25 @@ class Document:
             key = key[:-1]
         return self.places[key]
 
+    def section(self, name: str, defaults: dict[str, Any]) -> "Document":
+        """The mapping under a key as a document of its own, with defaults for what it lacks."""
+        places = {key[1:]: place for key, place in self.places.items() if key[:1] == (name,)}
+        return Document({**defaults, **self.values[name]}, {(): self.places[()], **places})
 
-def read_recipe_file(path: Path, overrides: tuple[str, ...] = ()) -> Document:
-    """Parse the file and apply `dotted.key=value` overrides.
+
+@dataclass(frozen=True)
+class Change:
+    """A value that overrides what a file says."""
+
+    key: str
+    """Dotted; numbers are places in lists."""
+    value: Any
+    place: str
+    """Who asked for it, for messages."""
+
+
+def read_recipe_file(path: Path, overrides: Sequence[str | Change] = ()) -> Document:
+    """Parse the file and apply overrides; text is `dotted.key=value`.
 
     Raises:
         InputError: for a file that cannot be read, is no YAML mapping, or repeats a key, and for
@@ -54,9 +70,18 @@ def read_recipe_file(path: Path, overrides: tuple[str, ...] = ()) -> Document:
     places: dict[Key, str] = {(): str(path)}
     places.update(_places(root, str(path), ()))
     document = Document(values, places)
-    for override in overrides:
-        _apply(document, override)
+    apply_changes(document, overrides)
     return document
+
+
+def apply_changes(document: Document, overrides: Sequence[str | Change]) -> None:
+    """Put values into a document.
+
+    Raises:
+        InputError: for text that is not `key=value`, and a key that has no place.
+    """
+    for override in overrides:
+        _apply(document, _parse(override) if isinstance(override, str) else override)
 
 
 def validate(settings: type[Settings], document: Document) -> Settings:
@@ -86,38 +111,43 @@ def _places(node: yaml.Node, file: str, key: Key) -> Iterator[tuple[Key, str]]:
             yield from _places(item, file, (*key, index))
 
 
-def _apply(document: Document, override: str) -> None:
+def _parse(override: str) -> Change:
     dotted, separator, text = override.partition("=")
+    place = f"--set {override}"
     if not separator or not dotted:
-        raise InputError(f"--set {override}: expected key=value, such as optim.learning_rate=1e-4")
+        raise InputError(f"{place}: expected key=value, such as optim.learning_rate=1e-4")
     try:
-        value = yaml.safe_load(text)
+        return Change(dotted, yaml.safe_load(text), place)
     except yaml.YAMLError:
-        raise InputError(f"--set {override}: the value is not valid YAML") from None
-    key: Key = tuple(int(part) if part.isdigit() else part for part in dotted.split("."))
+        raise InputError(f"{place}: the value is not valid YAML") from None
+
+
+def _apply(document: Document, change: Change) -> None:
+    parts = change.key.split(".")
+    key: Key = tuple(int(part) if part.isdigit() else part for part in parts)
     target: Any = document.values
     for depth, part in enumerate(key[:-1]):
         if isinstance(target, dict) and target.get(str(part)) is None:
             target[str(part)] = {}
-        target = _child(target, part, override, ".".join(map(str, key[: depth + 1])))
+        target = _child(target, part, change.place, ".".join(parts[: depth + 1]))
     last = key[-1]
     if isinstance(target, list) and isinstance(last, int) and last < len(target):
-        target[last] = value
+        target[last] = change.value
     elif isinstance(target, dict):
-        target[str(last)] = value
+        target[str(last)] = change.value
     else:
-        raise InputError(f"--set {override}: there is no such place in the recipe")
+        raise InputError(f"{change.place}: there is no such place in the recipe")
     for depth in range(1, len(key) + 1):
-        document.places.setdefault(key[:depth], f"--set {override}")
-    document.places[key] = f"--set {override}"
+        document.places.setdefault(key[:depth], change.place)
+    document.places[key] = change.place
 
 
-def _child(target: Any, part: str | int, override: str, dotted: str) -> Any:
+def _child(target: Any, part: str | int, place: str, dotted: str) -> Any:
     if isinstance(target, dict):
         return target[str(part)]
     if isinstance(target, list) and isinstance(part, int) and part < len(target):
         return target[part]
-    raise InputError(f"--set {override}: {dotted} is not a section of the recipe")
+    raise InputError(f"{place}: {dotted} is not a section of the recipe")
 
 
 def _tell(settings: type[BaseModel], document: Document, fault: dict[str, Any]) -> str:
@@ -127,7 +157,7 @@ def _tell(settings: type[BaseModel], document: Document, fault: dict[str, Any]) 
     place = document.place(key)
     kind = fault["type"]
     if kind == "extra_forbidden":
-        return f"{place}: {dotted}: unknown key{_suggestion(settings, key)}"
+        return f"{place}: {dotted}: unknown key{suggestion(settings, key)}"
     if kind == "missing":
         return f"{place}: {dotted}: missing, and it has no default"
     if kind in ("union_tag_invalid", "union_tag_not_found"):
@@ -154,10 +184,19 @@ def _written_key(document: Document, location: tuple[str | int, ...]) -> Key:
     return tuple(key)
 
 
-def _suggestion(settings: type[BaseModel], key: Key) -> str:
+def is_known(settings: type[BaseModel], key: Key) -> bool:
+    """Whether the settings have such a key in any of their variants."""
+    return _pattern(key) in set(_known_keys(settings))
+
+
+def _pattern(key: Key) -> tuple[str, ...]:
+    return tuple("*" if isinstance(part, int) else part for part in key)
+
+
+def suggestion(settings: type[BaseModel], key: Key) -> str:
     """The nearest known key: among the siblings first, then anywhere in the recipe."""
     known = list(_known_keys(settings))
-    pattern = tuple("*" if isinstance(part, int) else part for part in key)
+    pattern = _pattern(key)
     siblings = [name[-1] for name in known if name[:-1] == pattern[:-1]]
     wanted = str(key[-1])
     near = difflib.get_close_matches(wanted, siblings, n=1, cutoff=0.6)

@@ -13,22 +13,20 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-import yaml
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 from markupsafe import Markup
 
 from . import figures, measures
 from .charts import Chart, Format, Histogram, Point, histogram, line_chart
-from .errors import InputError
 from .measures import HEADLINES
 from .run_folder import (
-    RECIPE_FILE,
     REPORT_FILE,
-    RUN_FILE,
     Record,
+    existing_run,
     is_match,
     read_metrics,
-    read_run,
+    read_recipe,
+    read_rollouts,
     read_samples,
 )
 from .storage import Folder
@@ -99,16 +97,14 @@ def render_report(folder: Folder) -> str:
     Raises:
         InputError: the folder holds no run, or one of its files is damaged.
     """
-    run = read_run(folder)
-    if run is None:
-        raise InputError(f"{folder} holds no run: there is no {RUN_FILE}")
+    run = existing_run(folder)
     metrics = read_metrics(folder)
-    recipe_text, recipe = _read_recipe(folder)
+    recipe_text, recipe = read_recipe(folder)
     samples = [_sample(sample) for sample in read_samples(folder)]
     loss, *others = _charts(metrics)
     return _template().render(
-        css=_asset("report.css"),
-        script=_asset("report.js"),
+        css=asset("report.css"),
+        script=asset("report.js"),
         status=str(run.get("status") or "unknown"),
         error=str(run.get("error") or "").strip(),
         name=str(run.get("name") or folder.name),
@@ -121,7 +117,8 @@ def render_report(folder: Folder) -> str:
         matched=_matched(samples),
         shown=samples[:SAMPLES_OPEN],
         more=samples[SAMPLES_OPEN:],
-        data=_data(run),
+        rollouts=_rollouts(read_rollouts(folder)),
+        data=data_statistics(run),
         lengths=_lengths(run),
         settings=_settings(recipe),
         recipe_text=recipe_text,
@@ -142,20 +139,9 @@ def _template() -> Template:
     return environment.get_template("report.html")
 
 
-def _asset(name: str) -> Markup:
-    """Our own style or script, which goes into the page as it is."""
+def asset(name: str) -> Markup:
+    """A report's own style or script, which goes into the page as it is."""
     return Markup((Path(__file__).parent / name).read_text(encoding="utf-8"))
-
-
-def _read_recipe(folder: Folder) -> tuple[str, Record]:
-    try:
-        text = folder.read(RECIPE_FILE).decode("utf-8")
-        recipe = yaml.safe_load(text)
-    except FileNotFoundError:
-        return "", {}
-    except (UnicodeDecodeError, yaml.YAMLError) as error:
-        raise InputError(f"{folder / RECIPE_FILE}: not a YAML file: {error}") from None
-    return text, recipe if isinstance(recipe, dict) else {}
 
 
 def _subject(run: Record, recipe: Record) -> Pairs:
@@ -165,9 +151,16 @@ def _subject(run: Record, recipe: Record) -> Pairs:
     adapter = recipe.get("adapter")
     done = [METHODS.get(method, method)]
     if adapter:
-        done.append(f"{adapter.get('kind')}, rank {adapter.get('rank')}")
+        kind = "dora" if adapter.get("dora") else adapter.get("kind")
+        done.append(f"{kind}, rank {adapter.get('rank')}")
+    elif model.get("adapter"):
+        done.append(f"from the adapter {model['adapter']}")
+    elif recipe.get("freeze"):
+        done.append("some of the base's layers")
     elif recipe:
         done.append("every parameter")
+    if model.get("quantize", "none") != "none":
+        done.append(f"{model['quantize']} base")
     pairs = [("Method", " · ".join(part for part in done if part))]
     pairs.append(("Base model", str(model.get("base") or run.get("base") or "")))
     return [(label, text) for label, text in pairs if text]
@@ -263,6 +256,22 @@ def _sample(sample: Record) -> Sample:
     return Sample(str(sample.get("row", "")), str(sample.get("prompt", "")), answers)
 
 
+def _rollouts(lines: Sequence[Record]) -> list[Sample]:
+    """The prompts of the first and of the last step that was kept, each with what was sampled."""
+    steps = [line.get("step") for line in lines]
+    grouped: dict[tuple[Any, str], list[Answer]] = {}
+    for line in lines:
+        if line.get("step") in (steps[0], steps[-1]):
+            worth = f"Reward {figures.loss(line.get('reward'))}"
+            if figures.is_number(line.get("advantage")):
+                worth += f" · advantage {line['advantage']:+.2f}"
+            answers = grouped.setdefault((line.get("step"), str(line.get("prompt", ""))), [])
+            answers.append(Answer(worth, str(line.get("completion", "")), False))
+    return [
+        Sample(figures.count(step), prompt, answers) for (step, prompt), answers in grouped.items()
+    ]
+
+
 def _matched(samples: Sequence[Sample]) -> str:
     tuned = [answer for sample in samples for answer in sample.answers if answer.label == "Tuned"]
     if not tuned:
@@ -271,7 +280,7 @@ def _matched(samples: Sequence[Sample]) -> str:
     return f"{matching} of {len(tuned)} tuned answers are the reference, word for word."
 
 
-def _data(run: Record) -> list[tuple[str, Pairs]]:
+def data_statistics(run: Record) -> list[tuple[str, Pairs]]:
     """Titled groups of data statistics."""
     data = run.get("data") or {}
     groups: list[tuple[str, Pairs]] = []

@@ -5,11 +5,9 @@
 Whatever can be wrong is found in the first three, before a model is loaded.
 """
 
-import platform
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 import yaml
@@ -27,12 +25,14 @@ from .methods import method_of
 from .recipe import Recipe, recipe_from_dict
 from .report import write_report
 from .run_folder import CHECKPOINTS_FOLDER, PREPARED_FOLDER, RECIPE_FILE, Record, read_run
+from .secrets import redact
 from .session import STOP_FILE
 from .stop import Stop
 from .storage import Folder
+from .versions import installed_versions
 
 if TYPE_CHECKING:
-    from .loop import Outcome
+    from .loop import Job, Outcome
 
 # A resumed run may change these; anything else would change its result.
 _FREE_ON_RESUME = ("scale", "checkpoint", "eval", "log", "storage", "optim.micro_batch_size")
@@ -53,10 +53,12 @@ def run_folder(recipe: Recipe) -> Folder:
     return Folder(recipe.storage) / recipe.name
 
 
-def train(recipe: Recipe, listener: Listener, stop: Stop) -> Record:
+def train(
+    recipe: Recipe, listener: Listener, stop: Stop, worker_env: dict[str, str] | None = None
+) -> Record:
     """Carry the run to its end, from wherever it stands; returns run.json.
 
-    With workers, Ray is initialised already.
+    With workers, Ray is initialised already; `worker_env` are environment variables for them.
 
     Raises:
         InputError: the recipe, the data or an earlier attempt forbid it.
@@ -74,20 +76,61 @@ def train(recipe: Recipe, listener: Listener, stop: Stop) -> Record:
     _check_enough(recipe, prepared)
     _check_same_data(prepared, folder, earlier)
     # A driver that was silent for so long that another one took over stops.
-    with held(folder.create(), stop.requested) as stale:
+    with held(folder.create(), stop.requested, listener.phase) as stale:
         if stale is not None:
             listener.phase(f"taking over from {stale}")
-        return _carry_out(recipe, folder, prepared, listener, stop)
+        return _carry_out(recipe, folder, prepared, listener, stop, worker_env or {})
 
 
 def _carry_out(
-    recipe: Recipe, folder: Folder, prepared: Prepared, listener: Listener, stop: Stop
+    recipe: Recipe,
+    folder: Folder,
+    prepared: Prepared,
+    listener: Listener,
+    stop: Stop,
+    worker_env: dict[str, str],
 ) -> Record:
     _open(recipe, folder, prepared)
     listener.on_start(folder)
+    outcome = _keep_books(
+        recipe, folder, lambda: _launch(recipe, folder, prepared, stop, worker_env)
+    )
+    _raise_outcome(outcome, folder)
+    record = read_run(folder)
+    assert record is not None
+    return record
+
+
+def carry_out(recipe: Recipe, prepared: Prepared, launch: "Callable[[Job], Outcome]") -> Record:
+    """Carry a run whose data is prepared to its end, from wherever it stands; returns run.json.
+
+    Unlike `train` it raises nothing that the run itself met: that is in the record.
+
+    Args:
+        recipe: what to run.
+        prepared: its data.
+        launch: trains, here or on workers.
+    """
+    from .loop import Job
+
+    folder = run_folder(recipe)
+    earlier = read_run(folder)
+    if earlier is None or earlier.get("status") != "finished":
+        _open(recipe, folder, prepared)
+        job = Job(
+            recipe=recipe.model_dump(mode="json"), run=folder.uri, prepared=prepared.folder.uri
+        )
+        _keep_books(recipe, folder, lambda: launch(job))
+    record = read_run(folder)
+    assert record is not None
+    return record
+
+
+def _keep_books(recipe: Recipe, folder: Folder, launch: "Callable[[], Outcome]") -> "Outcome":
+    """Launch, and write down how it ended."""
     started = time.monotonic()
     try:
-        outcome = _launch(recipe, folder, prepared, stop)
+        outcome = launch()
     except BaseException as error:
         status = "stopped" if isinstance(error, KeyboardInterrupt) else "failed"
         told = str(error) or type(error).__name__
@@ -95,10 +138,7 @@ def _carry_out(
         raise
     _close(recipe, folder, outcome["status"], outcome["error"], time.monotonic() - started)
     write_report(folder)
-    _raise_outcome(outcome, folder)
-    record = read_run(folder)
-    assert record is not None
-    return record
+    return outcome
 
 
 def prepare_data(recipe: Recipe, listener: Listener) -> Prepared:
@@ -159,19 +199,25 @@ def _check_enough(recipe: Recipe, prepared: Prepared) -> None:
 
 def _check_same(recipe: Recipe, folder: Folder) -> None:
     """Refuse to go on with settings that would make it another run."""
-    written = yaml.safe_load(folder.read(RECIPE_FILE))
-    before = _flat(recipe_from_dict(written).model_dump(mode="json"))
-    after = _flat(recipe.model_dump(mode="json"))
-    changes = [
-        f"  {key}: {before.get(key)!r} there, {after.get(key)!r} now"
-        for key in sorted(before.keys() | after.keys())
-        if before.get(key) != after.get(key) and not key.startswith(_FREE_ON_RESUME)
-    ]
+    written = recipe_from_dict(yaml.safe_load(folder.read(RECIPE_FILE)))
+    changes = differences(
+        written.model_dump(mode="json"), recipe.model_dump(mode="json"), _FREE_ON_RESUME
+    )
     if changes:
         raise InputError(
             f"{folder} holds a run with other settings:\n" + "\n".join(changes) + "\n"
             "Give this one another name, or delete that folder."
         )
+
+
+def differences(before: Any, after: Any, free: tuple[str, ...] = ()) -> list[str]:
+    """A line for each setting that differs, but for those whose dotted key begins as in `free`."""
+    there, now = _flat(before), _flat(after)
+    return [
+        f"  {key}: {there.get(key)!r} there, {now.get(key)!r} now"
+        for key in sorted(there.keys() | now.keys())
+        if there.get(key) != now.get(key) and not key.startswith(free)
+    ]
 
 
 def _check_same_data(prepared: Prepared, folder: Folder, earlier: Record | None) -> None:
@@ -201,7 +247,8 @@ def _flat(values: Any, prefix: str = "") -> dict[str, Any]:
 
 def _open(recipe: Recipe, folder: Folder, prepared: Prepared) -> None:
     folder.delete(STOP_FILE)
-    text = yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    # Escaped: of some line separators YAML would make a line feed.
+    text = yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False)
     folder.write(RECIPE_FILE, text.encode())
 
     def change(record: Record) -> None:
@@ -214,7 +261,7 @@ def _open(recipe: Recipe, folder: Folder, prepared: Prepared) -> None:
             name=recipe.name,
             method=recipe.method.kind,
             base=recipe.model.base,
-            versions=_versions(),
+            versions=installed_versions(),
             prepared=prepared.manifest.fingerprint,
             data=prepared.manifest.summary(),
             error=None,
@@ -227,7 +274,7 @@ def _open(recipe: Recipe, folder: Folder, prepared: Prepared) -> None:
 def _close(recipe: Recipe, folder: Folder, status: str, error: str | None, seconds: float) -> None:
     def change(record: Record) -> None:
         record["status"] = status
-        record["error"] = error
+        record["error"] = None if error is None else redact(error)
         record["finished_at"] = now()
         record["wall_seconds"] = round(record.get("wall_seconds", 0.0) + seconds, 2)
         record["best_checkpoint"] = best(folder / CHECKPOINTS_FOLDER, method_of(recipe).watched)
@@ -235,7 +282,9 @@ def _close(recipe: Recipe, folder: Folder, status: str, error: str | None, secon
     update_run(folder, change)
 
 
-def _launch(recipe: Recipe, folder: Folder, prepared: Prepared, stop: Stop) -> "Outcome":
+def _launch(
+    recipe: Recipe, folder: Folder, prepared: Prepared, stop: Stop, worker_env: dict[str, str]
+) -> "Outcome":
     # Torch is loaded only now, after everything that can be refused without it.
     from .launch import launch_here, launch_on_ray
     from .loop import Job
@@ -243,7 +292,7 @@ def _launch(recipe: Recipe, folder: Folder, prepared: Prepared, stop: Stop) -> "
     job = Job(recipe=recipe.model_dump(mode="json"), run=folder.uri, prepared=prepared.folder.uri)
     if recipe.scale.workers == 0:
         return launch_here(job, stop)
-    return launch_on_ray(job, recipe.scale, stop)
+    return launch_on_ray(job, recipe.scale, stop, worker_env)
 
 
 def _raise_outcome(outcome: "Outcome", folder: Folder) -> None:
@@ -252,8 +301,3 @@ def _raise_outcome(outcome: "Outcome", folder: Folder) -> None:
     if outcome["status"] == "failed":
         kind: type[FinrayError] = InputError if outcome["exit_code"] == 2 else RunError
         raise kind(str(outcome["error"]))
-
-
-def _versions() -> dict[str, str]:
-    names = ("finray", "ray", "torch", "transformers", "peft")
-    return {"python": platform.python_version(), **{name: version(name) for name in names}}

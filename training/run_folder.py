@@ -5,6 +5,8 @@ import math
 from collections.abc import Iterable
 from typing import Any
 
+import yaml
+
 from .errors import InputError
 from .storage import Folder
 
@@ -12,6 +14,8 @@ RECIPE_FILE = "recipe.yaml"
 RUN_FILE = "run.json"
 METRICS_FILE = "metrics.jsonl"
 SAMPLES_FILE = "samples.jsonl"
+ROLLOUTS_FILE = "rollouts.jsonl"
+"""What a model answered while it was trained by an online method, and what that was worth."""
 REPORT_FILE = "report.html"
 CHECKPOINTS_FOLDER = "checkpoints"
 PREPARED_FOLDER = "prepared"
@@ -31,10 +35,38 @@ def read_run(folder: Folder) -> Record | None:
     return None if content is None else _parse(content, f"{folder / RUN_FILE}")
 
 
+def existing_run(folder: Folder) -> Record:
+    """What is known of a run that must be there.
+
+    Raises:
+        InputError: the folder holds no run, or run.json is not a JSON object.
+    """
+    run = read_run(folder)
+    if run is None:
+        raise InputError(f"{folder} holds no run: there is no {RUN_FILE}")
+    return run
+
+
 def write_run(folder: Folder, record: Record) -> None:
     """Replace run.json. NaN and infinity become null, as JSON has neither."""
     text = json.dumps(_finite(record), indent=2, ensure_ascii=False, allow_nan=False)
     folder.write(RUN_FILE, _encode(text + "\n"))
+
+
+def read_recipe(folder: Folder) -> tuple[str, Record]:
+    """The run's recipe as text and as values; both empty where there is none.
+
+    Raises:
+        InputError: recipe.yaml is not YAML.
+    """
+    try:
+        text = folder.read(RECIPE_FILE).decode("utf-8")
+        recipe = yaml.safe_load(text)
+    except FileNotFoundError:
+        return "", {}
+    except (UnicodeDecodeError, yaml.YAMLError) as error:
+        raise InputError(f"{folder / RECIPE_FILE}: not a YAML file: {error}") from None
+    return text, recipe if isinstance(recipe, dict) else {}
 
 
 def read_metrics(folder: Folder) -> list[Record]:
@@ -55,11 +87,25 @@ def read_samples(folder: Folder) -> list[Record]:
 
 def write_samples(folder: Folder, samples: Iterable[Record]) -> None:
     """Replace samples.jsonl."""
+    _write_lines(folder, SAMPLES_FILE, samples)
+
+
+def read_rollouts(folder: Folder) -> list[Record]:
+    """The lines of rollouts.jsonl; errors as `read_metrics`."""
+    return _read_lines(folder, ROLLOUTS_FILE)
+
+
+def write_rollouts(folder: Folder, rollouts: Iterable[Record]) -> None:
+    """Replace rollouts.jsonl."""
+    _write_lines(folder, ROLLOUTS_FILE, rollouts)
+
+
+def _write_lines(folder: Folder, name: str, records: Iterable[Record]) -> None:
     lines = (
-        json.dumps(_finite(sample), ensure_ascii=False, allow_nan=False) + "\n"
-        for sample in samples
+        json.dumps(_finite(record), ensure_ascii=False, allow_nan=False) + "\n"
+        for record in records
     )
-    folder.write(SAMPLES_FILE, _encode("".join(lines)))
+    folder.write(name, _encode("".join(lines)))
 
 
 def list_runs(storage: Folder) -> list[tuple[str, Record]]:

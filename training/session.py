@@ -27,6 +27,9 @@ class Session(Protocol):
     def commit(self, step: int, staged: Path, metrics: dict[str, float]) -> None:
         """Make a staged checkpoint durable; `staged` is consumed. All ranks take part."""
 
+    def report(self, measures: dict[str, float]) -> None:
+        """Tell whoever follows the run what was measured; rank 0 does, with `step`, `tokens`."""
+
     def stop_requested(self) -> bool:
         """Whether the run should save and end."""
 
@@ -52,6 +55,9 @@ class LocalSession:
         checkpoint.publish(staged, self._checkpoints / checkpoint.checkpoint_name(step), 0)
         shutil.rmtree(staged)
 
+    def report(self, measures: dict[str, float]) -> None:
+        """Nobody follows but the run's folder."""
+
     def stop_requested(self) -> bool:
         """Whether Ctrl-C or SIGTERM came."""
         return self._stop.is_set()
@@ -69,7 +75,7 @@ class RaySession:
         self.rank: int = context.get_world_rank()
         self.world_size: int = context.get_world_size()
         self._checkpoints = run / CHECKPOINTS_FOLDER
-        self._stop = _watch_stop_file(run) if self.rank == 0 else threading.Event()
+        self._stop = watch_stop_file(run) if self.rank == 0 else threading.Event()
 
     def commit(self, step: int, staged: Path, metrics: dict[str, float]) -> None:
         """Upload this rank's files and report them to Ray Train, a barrier of all ranks."""
@@ -82,6 +88,9 @@ class RaySession:
             checkpoint_upload_fn=_uploader(self._checkpoints, self.rank),
             delete_local_checkpoint_after_upload=True,
         )
+
+    def report(self, measures: dict[str, float]) -> None:
+        """Nobody follows but the run's folder: Ray Train's own report is a barrier."""
 
     def stop_requested(self) -> bool:
         """Whether the driver left a stop file (seen by rank 0, which tells the others)."""
@@ -99,7 +108,8 @@ def _uploader(checkpoints: Folder, rank: int) -> Callable[..., object]:
     return upload
 
 
-def _watch_stop_file(run: Folder) -> threading.Event:
+def watch_stop_file(run: Folder) -> threading.Event:
+    """An event that is set once the folder holds a stop file."""
     stop = threading.Event()
 
     def watch() -> None:

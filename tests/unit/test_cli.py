@@ -129,9 +129,13 @@ def test_prepare_then_check_is_exact(finray: Runner) -> None:
     assert outlook["data"]["tokens"] == summary["train"]["tokens"]
 
 
-def test_targets_that_match_nothing(finray: Runner) -> None:
-    told = finray("check", finray.recipe(adapter__targets=["q_prj"]), code=2)
+@pytest.mark.parametrize("command", ["check", "train"])
+def test_names_of_modules_that_match_nothing(finray: Runner, command: str) -> None:
+    told = finray(command, finray.recipe(adapter__targets=["q_prj"]), code=2)
     assert "'q_prj' matches no module" in told and "q_proj" in told
+    told = finray(command, finray.recipe(freeze__train=["q_prj"]), code=2)
+    assert "'q_prj' is found in no parameter's name" in told and "q_proj" in told
+    assert not list(finray.folder.glob("runs/*")), "data was prepared first"
 
 
 def test_schema_documents_every_setting(finray: Runner) -> None:
@@ -142,3 +146,46 @@ def test_schema_documents_every_setting(finray: Runner) -> None:
 
 def test_report_of_no_run(finray: Runner) -> None:
     assert "holds no run" in finray("report", "nowhere", code=2)
+
+
+def test_export_of_no_run(finray: Runner) -> None:
+    assert "holds no run" in finray("export", "nowhere", "--to", "out", "--merge", code=2)
+    assert not (finray.folder / "out").exists()
+
+
+def test_export_needs_a_place(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main(["export", "runs/run"])
+    assert "--to" in capsys.readouterr().err
+
+
+def write_sweep(finray: Runner, **settings: Any) -> Path:
+    path = finray.folder / "sweep.yaml"
+    recipe = str(finray.recipe(data__holdout=0.1))
+    path.write_text(yaml.safe_dump({"name": "s", "recipe": recipe, **settings}), encoding="utf-8")
+    return path
+
+
+def test_tune_refuses_before_it_starts_anything(finray: Runner) -> None:
+    sweep = write_sweep(finray, search={"optim.learning_rates": {"choice": [1]}})
+    told = finray("tune", sweep, code=2)
+    assert "did you mean 'learning_rate'" in told and "sweep.yaml" in told
+    told = finray("tune", write_sweep(finray, recipe="nowhere.yaml"), code=2)
+    assert "there is no file" in told
+    assert "stop_when.tokenz" in finray(
+        "tune", write_sweep(finray), "--stop-when", "tokenz=1", code=2
+    )
+    assert "expected SWEEP" in finray("tune", "show", "a", "b", code=2)
+    assert "holds no sweep" in finray("tune", "show", "nowhere", code=2)
+    assert not (finray.folder / "runs").exists()
+
+
+def test_a_sweep_does_not_take_a_runs_folder(finray: Runner) -> None:
+    run = finray.folder / "runs" / "s"
+    run.mkdir(parents=True)
+    (run / "run.json").write_text("{}", encoding="utf-8")
+    assert "holds a run, not a sweep" in finray("tune", write_sweep(finray), code=2)
+    (run / "run.json").unlink()
+    other = {"status": "running", "settings": {"search": {"optim.beta1": {}}}}
+    (run / "sweep.json").write_text(json.dumps(other), encoding="utf-8")
+    assert "holds a sweep with other settings" in finray("tune", write_sweep(finray), code=2)

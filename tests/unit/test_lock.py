@@ -17,6 +17,10 @@ from finray.training.lock import LOCK_FILE, Lock, held
 from finray.training.storage import Folder
 
 
+def nobody(_: str) -> None:
+    """Nobody listens."""
+
+
 @pytest.fixture
 def folder(tmp_path: Path) -> Folder:
     return Folder(str(tmp_path))
@@ -28,26 +32,36 @@ def leave(folder: Folder, **changes: object) -> None:
 
 
 def test_one_at_a_time(folder: Folder) -> None:
-    with held(folder, threading.Event()) as stale:
+    with held(folder, threading.Event(), nobody) as stale:
         assert stale is None
         with (
             pytest.raises(InputError, match=f"process {os.getpid()} on "),
-            held(folder, threading.Event()),
+            held(folder, threading.Event(), nobody),
         ):
             pass
     assert not folder.exists(LOCK_FILE)
 
 
-def test_a_silent_lock_is_taken_over(folder: Folder) -> None:
+def test_a_silent_lock_is_taken_over(folder: Folder, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lock, "RENEW_SECONDS", 0.05)
     leave(folder, renewed_at=time.time() - lock.STALE_SECONDS - 1)
-    with held(folder, threading.Event()) as stale:
+    told: list[str] = []
+    with held(folder, threading.Event(), told.append) as stale:
         assert stale is not None and stale.id == "other"
+    assert "process 1 on elsewhere" in told[0]
 
 
-def test_a_lock_of_another_machine_counts_while_it_is_renewed(folder: Folder) -> None:
-    leave(folder)
-    with pytest.raises(InputError, match="on elsewhere"), held(folder, threading.Event()):
+def test_a_lock_of_another_machine_counts_while_it_is_renewed(
+    folder: Folder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever that machine's clock says."""
+    monkeypatch.setattr(lock, "RENEW_SECONDS", 1.0)
+    leave(folder, renewed_at=5.0)
+    renewal = threading.Timer(0.5, leave, (folder,), {"renewed_at": 20.0})
+    renewal.start()
+    with pytest.raises(InputError, match="on elsewhere"), held(folder, threading.Event(), nobody):
         pass
+    renewal.join()
     assert folder.exists(LOCK_FILE), "it is not ours to delete"
 
 
@@ -56,19 +70,19 @@ def test_a_dead_process_of_this_machine_holds_nothing(folder: Folder) -> None:
         "import os, sys, threading\n"
         "from finray.training.lock import held\n"
         "from finray.training.storage import Folder\n"
-        "with held(Folder(sys.argv[1]), threading.Event()):\n"
+        "with held(Folder(sys.argv[1]), threading.Event(), print):\n"
         "    os._exit(9)\n"
     )
     done = subprocess.run([sys.executable, "-c", script, folder.uri], check=False)
     assert done.returncode == 9 and folder.exists(LOCK_FILE)
-    with held(folder, threading.Event()) as stale:
+    with held(folder, threading.Event(), nobody) as stale:
         assert stale is not None
 
 
 @pytest.mark.parametrize("content", [b"", b'{"id": "x"', b"[]", b'{"id": "x"}'])
 def test_half_a_lock_is_none(folder: Folder, content: bytes) -> None:
     folder.write(LOCK_FILE, content)
-    with held(folder, threading.Event()) as stale:
+    with held(folder, threading.Event(), nobody) as stale:
         assert stale is None
     assert not folder.exists(LOCK_FILE)
 
@@ -76,7 +90,9 @@ def test_half_a_lock_is_none(folder: Folder, content: bytes) -> None:
 def test_who_lost_it_hears_of_it(folder: Folder, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lock, "RENEW_SECONDS", 0.01)
     lost = threading.Event()
-    with held(folder, lost):
-        leave(folder)
-        assert lost.wait(10)
+    with held(folder, lost, nobody):
+        deadline = time.monotonic() + 10
+        while not lost.wait(0.1):  # a renewal may just have written over it
+            assert time.monotonic() < deadline
+            leave(folder)
     assert folder.exists(LOCK_FILE), "the other one's lock stays"

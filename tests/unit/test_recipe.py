@@ -67,6 +67,19 @@ def test_uris_stay(tmp_path: Path) -> None:
         ("optim: {batch_size: 2, micro_batch_size: 4}\n", 1, "is larger than"),
         ("scale: {workers: 64}\n", 1, "scale.workers 64 is larger"),
         ("seed: -1\n", 5, "seed: "),
+        ("adapter: {targets: '(q_proj'}\n", 5, "is not a regular expression"),
+        ("adapter: {dora: true, init: pissa}\n", 5, "dora and init pissa contradict"),
+        ("adapter: {init: orthogonal, rank: 3}\n", 5, "needs even ranks"),
+        (
+            "adapter: {init: olora, rslora: true, rank_pattern: {q_proj: 2}}\n",
+            5,
+            "leave out rank_pattern",
+        ),
+        ("adapter: {init: loftq}\n", 1, "loftq needs model.quantize nf4"),
+        ("freeze: {}\n", 5, "nothing is left to train"),
+        ("freeze: {last_layers: 2}\nadapter: {}\n", 1, "freeze contradicts an adapter"),
+        ("optim: {lora_plus_ratio: 16}\n", 1, "lora_plus_ratio needs an adapter"),
+        ("method: {kind: pretrain, init: random}\nadapter: {}\n", 1, "contradicts an adapter"),
         ("name: again\n", 5, "already set on line 1"),
     ],
 )
@@ -77,6 +90,45 @@ def test_each_fault_is_told_with_its_place(
     where = f"{tmp_path / 'recipe.yaml'}:{line}:" if line > 1 else str(tmp_path / "recipe.yaml")
     assert message.startswith(where)
     assert told in message
+
+
+@pytest.mark.parametrize(
+    ("model", "addition", "told"),
+    [
+        ("quantize: nf4", "", "quantize nf4 contradicts full fine-tuning"),
+        ("quantize: int8", "freeze: {last_layers: 1}\n", "quantize int8 contradicts freeze"),
+        ("quantize: nf4", "adapter: {init: pissa}\n", "init pissa contradicts model.quantize nf4"),
+        ("quantize: int8", "adapter: {init: loftq}\n", "loftq needs model.quantize nf4"),
+        ("adapter: run", "adapter: {}\n", "adapter and model.adapter contradict"),
+        ("adapter: run", "freeze: {last_layers: 1}\n", "freeze contradicts an adapter"),
+        ("adapter: gone", "", "no such folder"),
+        ("adapter: empty", "", "holds no adapter"),
+    ],
+)
+def test_each_choice_of_weights_that_does_not_fit(
+    tmp_path: Path, model: str, addition: str, told: str
+) -> None:
+    (tmp_path / "empty").mkdir()
+    text = GOOD.replace("some/model}", f"some/model, {model}}}") + addition
+    assert told in refusal(tmp_path, text)
+
+
+def test_an_adapter_is_found_beside_the_recipe_here_or_in_the_storage(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def found() -> str | None:
+        text = GOOD.replace("some/model}", "some/model, adapter: sft}") + "storage: runs\n"
+        recipe = load_recipe(write(tmp_path / "recipes", text))
+        assert recipe.trains_adapter and recipe.adapter is None
+        return recipe.model.adapter
+
+    (tmp_path / "recipes").mkdir()
+    monkeypatch.chdir(tmp_path)
+    for place in ("runs", ".", "recipes"):
+        folder = tmp_path / place / "sft" / "adapter"
+        folder.mkdir(parents=True)
+        (folder / "adapter_config.json").write_text("{}", encoding="utf-8")
+        assert found() == str(folder)
 
 
 def test_all_faults_are_told_at_once(tmp_path: Path) -> None:

@@ -1,12 +1,16 @@
-"""Every YAML that ships is a valid recipe."""
+"""Every YAML that ships is a valid recipe or sweep."""
 
 from pathlib import Path
 
 import pytest
 
 from finray.training.recipe import load_recipe
+from finray.tuning.plan import make_plan
+from finray.tuning.sweep import load_sweep
 
-RECIPES = sorted((Path(__file__).resolve().parents[2] / "recipes").rglob("*.yaml"))
+YAMLS = sorted((Path(__file__).resolve().parents[2] / "recipes").rglob("*.yaml"))
+SWEEPS = [path for path in YAMLS if path.name.startswith("tune")]
+RECIPES = [path for path in YAMLS if path not in SWEEPS]
 
 
 def test_there_are_recipes() -> None:
@@ -16,3 +20,9 @@ def test_there_are_recipes() -> None:
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.name)
 def test_a_shipped_recipe_is_valid(path: Path) -> None:
     assert load_recipe(path).name
+
+
+@pytest.mark.parametrize("path", SWEEPS, ids=lambda path: path.name)
+def test_a_shipped_sweep_is_valid(path: Path) -> None:
+    plan = make_plan(load_sweep(path))
+    assert plan.space.searched and not plan.excluded_count

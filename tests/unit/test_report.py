@@ -11,7 +11,7 @@ import pytest
 from finray.training.charts import histogram, line_chart, smooth, thin
 from finray.training.errors import InputError
 from finray.training.report import render_report, write_report
-from finray.training.run_folder import write_run, write_samples
+from finray.training.run_folder import write_rollouts, write_run, write_samples
 from finray.training.storage import Folder
 
 EVIL = "</script><script>alert(1)</script><img src=x onerror=alert(1)>"
@@ -309,3 +309,25 @@ def test_histogram_refuses_edges_that_do_not_fit() -> None:
     assert histogram([0, 1], [3, 4]) is None
     assert histogram([0, 1], [0]) is None
     assert histogram([], []) is None
+
+
+def test_rollouts_of_the_first_and_the_last_step(tmp_path: Path) -> None:
+    folder = make_run(tmp_path, steps([2.0, 1.0]), method="grpo")
+    write_rollouts(
+        folder,
+        [
+            {
+                "step": step,
+                "prompt": "What?",
+                "completion": f"{EVIL} {step} {n}",
+                "reward": 0.25 * n,
+                "advantage": n - 0.5,
+            }
+            for step in (10, 20, 30)
+            for n in range(2)
+        ],
+    )
+    page = Page(render_report(folder))
+    shown = [text for tag, text in page.texts if tag == "pre" and text.startswith(EVIL)]
+    assert shown == [f"{EVIL} {step} {n}" for step in (10, 30) for n in range(2)]
+    assert ("h4", "Reward 0.250 · advantage +0.50") in page.texts

@@ -12,11 +12,13 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
+from finray.training.export.export import export
 from finray.training.model import load_model
 from finray.training.recipe import Recipe
 from finray.training.run import Listener, train
 from finray.training.saving import load_weights
 from finray.training.stop import Stop
+from finray.training.storage import Folder
 
 # peft calls a name that transformers has renamed.
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
@@ -181,6 +183,21 @@ def test_it_learns_and_loads_alone(runs: Runs, variant: str) -> None:
     tolerance = 0.05 if rounded else 1e-5
     assert distance(ours, theirs) < tolerance
     assert distance(ours, untrained) > 0.2
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_its_export_is_the_model_that_was_trained(runs: Runs, variant: str, tmp_path: Path) -> None:
+    """An adapter merged into its base as the run held it, and what is a whole model already."""
+    recipe, run = runs.recipe(variant), runs.run(variant)
+    to = tmp_path / "whole"
+    export(Folder(str(run)), to, merge=recipe.trains_adapter)
+    tokens = torch.arange(3, 67).reshape(2, 32)
+    with torch.no_grad():
+        ours = in_memory(recipe, run)(tokens).logits.float()
+        theirs = AutoModelForCausalLM.from_pretrained(to, dtype=torch.float32)(tokens).logits
+    # A float32 model does not round as bfloat16 and int8 activations do.
+    rounded = recipe.model.dtype == "bfloat16" or recipe.model.quantize == "int8"
+    assert distance(ours, theirs) < (0.05 if rounded else 1e-4)
 
 
 def distance(one: torch.Tensor, other: torch.Tensor) -> float:

@@ -14,10 +14,17 @@ from .fields import (
 )
 from .preference_formats import from_labelled, from_preference
 from .reading import Row
-from .shapes import Completion, Normalised, Text
+from .shapes import Completion, Normalised, Question, Text
 
 KnownFormat = Literal[
-    "preference", "labelled", "messages", "alpaca", "sharegpt", "prompt_completion", "text"
+    "preference",
+    "labelled",
+    "messages",
+    "alpaca",
+    "sharegpt",
+    "prompt_completion",
+    "prompt",
+    "text",
 ]
 WANTED: dict[KnownFormat, str] = {
     "preference": "chosen and rejected, whole or after a prompt, conversations or instruction",
@@ -26,6 +33,7 @@ WANTED: dict[KnownFormat, str] = {
     "sharegpt": "conversations: a list of {from, value} or {role, content}",
     "alpaca": "instruction and output (optionally input, system, history)",
     "prompt_completion": "prompt, and completion or response",
+    "prompt": "prompt alone",
     "text": "text or content",
 }
 _KEYS: dict[KnownFormat, tuple[tuple[str, ...], ...]] = {
@@ -45,6 +53,7 @@ _KEYS: dict[KnownFormat, tuple[tuple[str, ...], ...]] = {
     "sharegpt": (("conversations",),),
     "alpaca": (("instruction", "output"),),
     "prompt_completion": (("prompt", "completion"), ("prompt", "response")),
+    "prompt": (("prompt",),),
     "text": (("text",), ("content",)),
 }
 
@@ -109,6 +118,12 @@ def _from_prompt_completion(row: Row) -> Normalised:
     return conversation_of(prompt + turns_of(row.get(name), name), first_trained=len(prompt))
 
 
+def _from_prompt(row: Row) -> Normalised:
+    if not isinstance(row.get("prompt"), list):
+        return Question(required_text(row, "prompt"))
+    return Question(tuple(turns_of(row["prompt"], "prompt")))
+
+
 def _from_text(row: Row) -> Normalised:
     return Text(required_text(row, "text", "content"))
 
@@ -120,5 +135,6 @@ _NORMALISERS: dict[KnownFormat, Callable[[Row], Normalised]] = {
     "sharegpt": _from_sharegpt,
     "alpaca": _from_alpaca,
     "prompt_completion": _from_prompt_completion,
+    "prompt": _from_prompt,
     "text": _from_text,
 }

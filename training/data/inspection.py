@@ -13,6 +13,7 @@ from ..method_settings import DpoMethod, KtoMethod
 from ..methods import METHODS, examples_of, method_of
 from ..recipe import Recipe
 from ..reference_model import check_reference
+from ..rewards.checking import check_rewards
 from .chat import NO_TEMPLATE, check_chatml
 from .formats import KnownFormat, normalise
 from .reading import BadRow, Row
@@ -69,9 +70,11 @@ def inspect_data(recipe: Recipe) -> Inspection:
     Raises:
         InputError: for missing, empty or unreadable sources, unknown formats, a source whose
             first rows are all bad, less data than a batch, and a model folder that lacks its
-            configuration, tokenizer, chat template or room for data.max_length tokens, and a
-            model.adapter or method.reference_model that does not fit the model.
+            configuration, tokenizer, chat template or room for data.max_length tokens, a
+            model.adapter or method.reference_model that does not fit the model, and rewards as
+            `check_rewards`.
     """
+    check_rewards(recipe)
     train = [resolve_source(source) for source in recipe.data.train]
     held_out = [resolve_source(source) for source in recipe.data.eval]
     size = sum(file.size for source in (*train, *held_out) for file in source.files)

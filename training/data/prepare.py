@@ -137,7 +137,7 @@ class _Preparation:
         self._rows = 0
         self._source_rows: Counter[tuple[str, int]] = Counter()
         self._dropped: Counter[str] = Counter()
-        self._histogram = np.zeros(len(length_edges(recipe.data.max_length)) - 1, np.int64)
+        self._histogram = np.zeros(len(length_edges(recipe.row_length)) - 1, np.int64)
         self._parts: dict[str, list[Part]] = {"train": [], "eval": []}
         self._samples: list[tuple[int, Prompt]] = []
         self._quarantine: list[bytes] = []
@@ -196,12 +196,12 @@ class _Preparation:
             self._quarantine.append(json.dumps(entry).encode() + b"\n")
 
     def _assemble(self, seed: int) -> list[SequenceFile]:
-        data = self._recipe.data
-        task = AssembleTask(self._attempt, data.max_length, self._recipe.packs, seed)
+        length = self._recipe.row_length
+        task = AssembleTask(self._attempt, length, self._recipe.packs, seed)
         items = [
             item
             for split, parts in self._parts.items()
-            for item in assemble_items(split, parts, data.max_length)
+            for item in assemble_items(split, parts, length)
         ]
         files: list[SequenceFile] = []
         for file in self._run_tasks(task, items):
@@ -224,10 +224,12 @@ class _Preparation:
 
     def _told_drops(self) -> str:
         told = ", ".join(f"{reason} {count}" for reason, count in self._dropped.items())
+        longest, room = self._recipe.data.max_length, self._recipe.row_length
+        limit = f"data.max_length is {longest}"
+        if room < longest:
+            limit += f", which leaves {room} tokens to a prompt"
         return f"{self._rows} rows read, dropped: {told or 'none'}" + (
-            f" (data.max_length is {self._recipe.data.max_length})"
-            if self._dropped["overlong"]
-            else ""
+            f" ({limit})" if self._dropped["overlong"] else ""
         )
 
     def _write_samples(self) -> None:
@@ -248,11 +250,11 @@ class _Preparation:
         )
 
     def _manifest(self, key: str, files: list[SequenceFile], started: float) -> Manifest:
-        data = self._recipe.data
+        edges = length_edges(self._recipe.row_length)
         splits = {
             split: split_of(
                 [file for file in files if file.split == split],
-                data.max_length * self._recipe.method.texts,
+                self._recipe.row_length * self._recipe.method.texts,
             )
             for split in self._parts
         }
@@ -264,9 +266,7 @@ class _Preparation:
             eval=splits["eval"],
             rows_read=self._rows,
             dropped=dict(self._dropped),
-            length_histogram=Histogram(
-                tuple(map(int, length_edges(data.max_length))), tuple(map(int, self._histogram))
-            ),
+            length_histogram=Histogram(tuple(map(int, edges)), tuple(map(int, self._histogram))),
             sources=tuple(
                 SourceSummary(
                     source.path,
@@ -279,7 +279,7 @@ class _Preparation:
                 for n, source in enumerate(sources)
             ),
             samples=len(self._samples),
-            max_length=data.max_length,
+            max_length=self._recipe.row_length,
             packing=self._recipe.packs,
             created_at=datetime.now(UTC).isoformat(timespec="seconds"),
             seconds=round(time.monotonic() - started, 3),

@@ -52,7 +52,7 @@ class RenderSettings:
             chat_template=recipe.data.chat_template,
             train_on_all=method.trains_on_all(recipe.method),
             split_overlong=method.splits_overlong,
-            max_length=recipe.data.max_length,
+            max_length=recipe.row_length,
             overlong=recipe.data.overlong,
         )
 

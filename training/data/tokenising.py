@@ -160,17 +160,18 @@ class TokeniseTask:
             try:
                 normalised = normalise(row, item.format)
                 examples = examples_of(normalised, self.method)
+                adapted = [method.adapt(example) for example in examples]
             except RowError as error:
                 _quarantine(result, line, str(error), _shown(row))
                 continue
             held_out = self.holdout > 0 and share_of(normalised, "holdout") < self.holdout
             split = "eval" if held_out else item.split
             copies = _copies(normalised, item.weight)
-            for example in examples if copies > 0 else ():
+            pairs = zip(examples, adapted, strict=True)
+            for example, text in pairs if copies > 0 else ():
                 extra = method.extra(row, example)
                 told = None if extra is None else json.dumps(extra)
-                adapted = method.adapt(example)
-                yield _Pending(index, line, split, copies, row, adapted, told)
+                yield _Pending(index, line, split, copies, row, text, told)
 
     def _render(
         self,

@@ -13,14 +13,18 @@ _TOKENIZER_FILE = re.compile(
 _VOCABULARY_FILE = re.compile(r"(tokenizer\.json|vocab.*|.*\.model|.*\.tiktoken)")
 _FETCHED = ["*.json", "*.txt", "*.jinja", "*.model", "*.tiktoken"]
 _NOT_FETCHED = ["*.safetensors.index.json", "*.bin.index.json"]
+_WEIGHTS = ["model*.safetensors", "model.safetensors.index.json"]
 
 
-def model_folder(model: ModelSettings, only_cached: bool = False) -> Path | None:
+def model_folder(
+    model: ModelSettings, only_cached: bool = False, weights: bool = False
+) -> Path | None:
     """The local model folder, or the snapshot of a hub model with its small files.
 
     Args:
         model: the recipe's model.
         only_cached: do not ask the hub; None where its cache holds nothing.
+        weights: fetch its weights too, as far as they are safetensors.
 
     Raises:
         InputError: where the folder does not exist, or the hub does not give the model.
@@ -36,8 +40,8 @@ def model_folder(model: ModelSettings, only_cached: bool = False) -> Path | None
         folder = snapshot_download(
             model.base,
             revision=model.revision,
-            allow_patterns=_FETCHED,
-            ignore_patterns=_NOT_FETCHED,
+            allow_patterns=[*_FETCHED, *_WEIGHTS] if weights else _FETCHED,
+            ignore_patterns=None if weights else _NOT_FETCHED,
             local_files_only=only_cached,
         )
     except HFValidationError:

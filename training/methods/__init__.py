@@ -6,7 +6,7 @@ an objective in `training.objectives`.
 
 from ..data.shapes import SHAPES, Normalised, RowError
 from ..recipe import Recipe
-from . import cpo, dpo, kto, orpo, pretrain, reward, sft
+from . import cpo, dpo, kto, online, orpo, pretrain, reward, sft
 from .method import Method, Metric
 
 METHODS = {
@@ -18,6 +18,8 @@ METHODS = {
     "cpo": cpo.METHOD,
     "simpo": cpo.METHOD,
     "reward": reward.METHOD,
+    "grpo": online.GRPO,
+    "rloo": online.RLOO,
 }
 """By the recipe's `method.kind`."""
 

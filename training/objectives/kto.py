@@ -11,9 +11,10 @@ import torch.distributed as dist
 from ..data.batching import Batch, Rows, collate
 from ..data.stream import Sequence
 from ..method_settings import KtoMethod
+from ..model import evaluating
 from .log_probabilities import token_log_probabilities
 from .objective import Loss, Objective, Setup
-from .references import Reference, evaluating
+from .references import Reference
 
 
 class KtoObjective(Objective):

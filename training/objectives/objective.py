@@ -77,6 +77,10 @@ class Objective:
         """
         raise NotImplementedError
 
+    def examples(self) -> list[dict[str, Any]]:
+        """Something of the last batches for people to read, as JSON objects."""
+        return []
+
     def held_out(self, microbatches: Iterator[Rows], device: torch.device) -> torch.Tensor:
         """Measure this worker's share of the held-out rows; called without a graph.
 

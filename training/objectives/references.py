@@ -13,7 +13,7 @@ from ..data.batching import Batch
 from ..device import choose_dtype, torch_dtype
 from ..errors import InputError
 from ..existing_adapter import CONFIG_FILE
-from ..model import Model
+from ..model import Model, evaluating
 from ..recipe import Recipe
 from ..reference import add_reference, as_reference
 from .objective import Setup
@@ -55,17 +55,6 @@ class Reference:
             return
         with evaluating(self._adapted), as_reference(self._adapted):
             yield self._adapted
-
-
-@contextmanager
-def evaluating(model: torch.nn.Module) -> Iterator[None]:
-    """Inside, the model drops nothing out, and keeps no activations for a backward pass."""
-    was_training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(was_training)
 
 
 def load_reference(name: str, recipe: Recipe) -> Model:

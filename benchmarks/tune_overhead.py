@@ -1,0 +1,98 @@
+"""What a sweep costs beside its training: 16 short trials, two at a time, on two cores.
+
+The command is timed whole, with the start of Ray and of the slots. It is compared with the seconds
+in which the trials themselves ran (loading, steps, evaluation, result; read from their records),
+divided by the concurrency; and with the seconds of their optimizer steps alone.
+"""
+
+import json
+import subprocess
+import time
+from pathlib import Path
+from typing import Any
+
+from measure import (
+    Asked,
+    Figure,
+    child_environment,
+    conclude,
+    finray_command,
+    parse_options,
+    ratios,
+    scratch,
+)
+from tune_table import QUICKSTART
+
+TRIALS, CONCURRENCY = 16, 2
+STEPS, QUICK_STEPS = 24, 4
+
+
+def measure(folder: Path, steps: int, threads: int) -> tuple[float, float, float]:
+    """Seconds of the command, of the trials, and of their optimizer steps."""
+    sweep: dict[str, Any] = {
+        "name": "overhead",
+        "recipe": str(QUICKSTART),
+        "set": {
+            "scale.workers": 1,
+            "optim.epochs": None,
+            "optim.max_steps": steps,
+            "optim.batch_size": 4,
+            "eval.samples": 0,
+            "eval.every_steps": None,
+            "log.to": [],
+        },
+        "search": {"optim.learning_rate": {"log_uniform": [1e-4, 1e-2]}},
+        "trials": TRIALS,
+        "concurrency": CONCURRENCY,
+        "pruning": {"kind": "none"},
+        "sampler": "random",
+        "storage": str(folder / "runs"),
+    }
+    (folder / "sweep.yaml").write_text(json.dumps(sweep), encoding="utf-8")
+    command = [*finray_command(), "tune", "sweep.yaml"]
+    environment = {**child_environment(), "OMP_NUM_THREADS": str(threads)}
+    started = time.perf_counter()
+    done = subprocess.run(
+        command, cwd=folder, env=environment, check=False, capture_output=True, text=True
+    )
+    wall = time.perf_counter() - started
+    if done.returncode != 0:
+        raise RuntimeError(f"finray tune failed:\n{done.stderr[-4000:]}")
+    record = json.loads((folder / "runs/overhead/sweep.json").read_text(encoding="utf-8"))
+    measures = [row["measures"] for row in record["trials"]]
+    assert len(measures) == TRIALS
+    return (
+        wall,
+        sum(one["wall_seconds"] for one in measures),
+        sum(one["seconds"] for one in measures),
+    )
+
+
+def main() -> None:
+    """Measure and write."""
+    options, _ = parse_options(__doc__, repetitions=1)
+    walls, trials, steps = [], [], []
+    for _ in range(options.repetitions):
+        with scratch() as folder:
+            count = QUICK_STEPS if options.quick else STEPS
+            wall, of_trials, of_steps = measure(folder, count, 1)
+        walls.append(wall)
+        trials.append(of_trials / CONCURRENCY)
+        steps.append(of_steps / CONCURRENCY)
+    figures = [
+        Figure(
+            "a sweep of 16 trials / the trials' own time divided by the concurrency",
+            ratios(walls, trials),
+            Asked("at most", 1.25),
+        ),
+        Figure(
+            "a sweep of 16 trials / their optimizer steps' time divided by the concurrency",
+            ratios(walls, steps),
+        ),
+    ]
+    told = {"sweep, seconds": walls, "trials / 2, seconds": trials, "steps / 2, seconds": steps}
+    conclude("tune_overhead", options, figures, told, {"trials": TRIALS, "steps": STEPS})
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,118 @@
+"""Examining every node of a cluster; runs on the cluster, as a job."""
+
+import shutil
+import socket
+import subprocess
+import time
+from dataclasses import dataclass
+
+from ..training.errors import InputError
+from ..training.versions import installed_versions
+from .auth import knock
+from .preflight import Line, on_every_node, render_lines, try_storage
+
+_MOST_SKEW_SECONDS = 2.0
+_QUERY = ("--query-gpu=name,memory.total", "--format=csv,noheader")
+
+
+@dataclass(frozen=True)
+class _Node:
+    """What a node tells of itself."""
+
+    versions: dict[str, str]
+    interface: str
+    """That carries the node's Ray address."""
+    gpus: tuple[str, ...]
+    clock: float
+    """Seconds since 1970."""
+
+
+def main(storage: str | None) -> int:
+    """Print the findings; exit code 2 where one is bad."""
+    import ray
+
+    context = ray.init(address="auto", log_to_driver=False, logging_level="error")
+    lines = [*examine(storage), _dashboard(f"http://{context.dashboard_url}")]
+    print(render_lines(lines))
+    return 0 if all(line.is_good for line in lines) else InputError.exit_code
+
+
+def examine(storage: str | None) -> list[Line]:
+    """The findings on the initialised cluster; with a storage, whether the nodes share it."""
+    import ray
+
+    alive = [node for node in ray.nodes() if node["Alive"]]
+    names = {node["NodeID"]: node["NodeName"] for node in alive}
+    addresses = {node["NodeID"]: node["NodeManagerAddress"] for node in alive}
+    # The first round starts the worker processes; the second one is quick, so its clocks compare.
+    on_every_node(_look, names, lambda id: (addresses[id],))
+    skews, nodes = {}, {}
+    for id, name in names.items():
+        before = time.time()
+        nodes[id] = on_every_node(_look, {id: name}, lambda id: (addresses[id],))[id]
+        after = time.time()
+        skews[id] = max(before - nodes[id].clock, nodes[id].clock - after, 0.0)
+    lines = [_node_line(names[id], addresses[id], node, skews[id]) for id, node in nodes.items()]
+    lines.append(_versions(names, nodes))
+    return lines if storage is None else [*lines, try_storage(storage)]
+
+
+def _look(address: str) -> _Node:
+    return _Node(installed_versions(), _interface(address), _gpus(), time.time())
+
+
+def _interface(address: str) -> str:
+    """The name of the interface with this IPv4 address."""
+    import fcntl
+    import struct
+
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        for _, name in socket.if_nameindex():
+            try:
+                answer = fcntl.ioctl(
+                    probe.fileno(), 0x8915, struct.pack("256s", name.encode()[:15])
+                )
+            except OSError:  # an interface without an IPv4 address
+                continue
+            if socket.inet_ntoa(answer[20:24]) == address:
+                return name
+    return "unknown"
+
+
+def _gpus() -> tuple[str, ...]:
+    """Name and memory of each NVIDIA GPU."""
+    command = shutil.which("nvidia-smi")
+    if command is None:
+        return ()
+    done = subprocess.run([command, *_QUERY], check=False, capture_output=True, text=True)
+    return tuple(done.stdout.strip().splitlines()) if done.returncode == 0 else ()
+
+
+def _node_line(name: str, address: str, node: _Node, skew: float) -> Line:
+    gpus = "; ".join(node.gpus) or "no GPU"
+    good = skew <= _MOST_SKEW_SECONDS
+    clock = f"clock within {max(skew, 0.1):.1f} s" if good else f"clock is {skew:.1f} s off"
+    return Line("node", good, f"{name} at {address} on {node.interface}: {gpus}; {clock}")
+
+
+def _versions(names: dict[str, str], nodes: dict[str, _Node]) -> Line:
+    ours = installed_versions()
+    faults = [
+        f"{names[id]} has {name} {version}, the head {ours[name]}"
+        for id, node in nodes.items()
+        for name, version in node.versions.items()
+        if version != ours[name]
+    ]
+    same = ", ".join(f"{name} {version}" for name, version in ours.items())
+    return Line("versions", not faults, "; ".join(faults) or f"{same} on every node")
+
+
+def _dashboard(url: str) -> Line:
+    if knock(url) == "token":
+        return Line("dashboard", True, f"{url} wants a token")
+    return Line(
+        "dashboard",
+        False,
+        f"{url} answers without a token: whoever reaches it runs code here; start Ray with "
+        "RAY_AUTH_MODE=token",
+    )

@@ -1,0 +1,93 @@
+"""What each verb of `finray job` does, one function each, named as the verb."""
+
+import argparse
+import json
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+from ..training.data.inspection import inspect_data
+from ..training.errors import InputError, RunError
+from ..training.recipe import load_recipe
+from .jobs import ACTIVE, Cluster, Job
+from .runs_table import columns
+
+
+def submit(options: argparse.Namespace) -> None:
+    """Send a recipe and its files, and run it."""
+    recipe = load_recipe(options.recipe, tuple(options.overrides))
+    if not options.on_cluster:
+        inspect_data(recipe)
+    cluster = Cluster(options.address)
+    submitted = cluster.submit(
+        recipe, tuple(options.on_cluster), options.max_mib, options.python, options.wait_for_nodes
+    )
+    job = submitted.job
+    for note in submitted.notes:
+        print(note, file=sys.stderr)
+    if submitted.is_new:
+        told = f"submitted {job.run}" + (f" again, as {job.id}" if job.attempt > 1 else "")
+    elif job.status in ACTIVE:
+        told = f"{job.run} is under way already"
+    else:
+        told = f"{job.run} is done already; finray job fetch {job.run} brings its results"
+    print(told, file=sys.stderr)
+    if options.wait:
+        job = cluster.follow(job, sys.stderr.write)
+    print(json.dumps(asdict(job), indent=2) if options.json else _line(job))
+    if options.wait and job.status not in (*ACTIVE, "SUCCEEDED"):
+        kind = InputError if job.exit_code == InputError.exit_code else RunError
+        raise kind(f"{job.run} {job.status}; finray job logs {job.run} tells why")
+
+
+def list(options: argparse.Namespace) -> None:
+    """List the cluster's runs."""
+    jobs = Cluster(options.address).jobs()
+    if options.json:
+        print(json.dumps([asdict(job) for job in jobs], indent=2))
+    elif not jobs:
+        print("no runs here yet")
+    else:
+        rows = [(job.run, job.status, job.id, job.storage) for job in jobs]
+        print(columns([("run", "status", "job", "storage"), *rows], left_aligned=4))
+
+
+def status(options: argparse.Namespace) -> None:
+    """How a run's last attempt stands."""
+    job = Cluster(options.address).job(options.name)
+    print(json.dumps(asdict(job), indent=2) if options.json else _line(job))
+
+
+def logs(options: argparse.Namespace) -> None:
+    """Print what a run has printed; with --follow, until it ends."""
+    cluster = Cluster(options.address)
+    job = cluster.job(options.name)
+    if options.follow:
+        cluster.follow(job, sys.stdout.write)
+    else:
+        sys.stdout.write(cluster.logs(job))
+
+
+def stop(options: argparse.Namespace) -> None:
+    """Let a run save, and end it."""
+    cluster = Cluster(options.address)
+    job = cluster.job(options.name)
+    if not cluster.stop(job):
+        print(f"{job.run} has ended already: {job.status}")
+        return
+    print("saving", file=sys.stderr)
+    print(_line(cluster.wait(job)))
+
+
+def fetch(options: argparse.Namespace) -> None:
+    """Bring a run's figures, report and result here."""
+    cluster = Cluster(options.address)
+    job = cluster.job(options.name)
+    target = options.to or Path("runs") / job.run
+    names = cluster.fetch(job, target)
+    print(f"{len(names)} files in {target}")
+
+
+def _line(job: Job) -> str:
+    message = f": {job.message}" if job.message and job.status not in ACTIVE else ""
+    return f"{job.run} {job.status}{message}"

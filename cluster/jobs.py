@@ -1,0 +1,285 @@
+"""Runs as Ray jobs: submit, follow, stop and fetch, through Ray Jobs' own client."""
+
+import base64
+import binascii
+import io
+import logging
+import os
+import shlex
+import tarfile
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..training.errors import InputError, RunError
+from ..training.recipe import Recipe
+from ..training.run_folder import RUN_FILE
+from . import job_driver
+from .auth import enter_dashboard, wrong_token
+from .staging import LAUNCHER, LIMIT_MIB, add_finray, stage
+
+ACTIVE = ("PENDING", "RUNNING")
+POLL_SECONDS = 1.0
+
+_RUN, _STORAGE, _DIGEST = "finray_run", "finray_storage", "finray_digest"
+# Between the request to stop and the kill, a run saves.
+_STOP_SECONDS = 180
+
+
+@dataclass(frozen=True)
+class Job:
+    """A run's attempt on a cluster."""
+
+    id: str
+    """Submission id: the run's name; later attempts of the same run end in ~2, ~3 and so on,
+    which no run's name can."""
+    run: str
+    storage: str
+    digest: str
+    """Of the recipe and the files that travelled; see `staging.Staged`."""
+    status: str
+    """PENDING, RUNNING, SUCCEEDED, FAILED or STOPPED."""
+    message: str
+    exit_code: int | None
+    """Of `finray train` there; None while it runs."""
+    started_ms: int
+    """Since 1970."""
+
+    @property
+    def attempt(self) -> int:
+        """1 for the first."""
+        return int(self.id.removeprefix(self.run).removeprefix("~") or 1)
+
+
+@dataclass(frozen=True)
+class Submitted:
+    """What came of a submission."""
+
+    job: Job
+    is_new: bool
+    """False where the run is there already: under way, or done."""
+    notes: tuple[str, ...]
+
+
+class Cluster:
+    """The jobs of one cluster.
+
+    Args:
+        address: the dashboard's URL, such as http://head:8265.
+
+    Raises:
+        InputError: nobody answers, the token is missing or wrong, or the cluster is open to
+            others without one.
+    """
+
+    def __init__(self, address: str) -> None:
+        enter_dashboard(address)
+        # Ray's client would believe RAY_ADDRESS rather than its argument.
+        os.environ["RAY_API_SERVER_ADDRESS"] = address
+        self.address = address
+        with self._told():
+            from ray.job_submission import JobSubmissionClient
+
+            for name in ("dashboard.modules.dashboard_sdk", "_private.runtime_env.packaging"):
+                logging.getLogger(f"ray.{name}").setLevel(logging.WARNING)
+            self._client = JobSubmissionClient(address)
+
+    def submit(
+        self,
+        recipe: Recipe,
+        on_cluster: tuple[str, ...] = (),
+        limit_mib: float = LIMIT_MIB,
+        python: str | None = None,
+        wait_for_nodes: float = 0.0,
+    ) -> Submitted:
+        """Submit a run, unless it is under way or done.
+
+        Args:
+            recipe: the recipe, its paths absolute.
+            on_cluster: folders of the nodes; paths below them do not travel.
+            limit_mib: largest sum of the files that travel, in MiB.
+            python: the interpreter on the head; None finds the one that runs Ray's workers.
+            wait_for_nodes: seconds that an autoscaler has to bring what is missing.
+
+        Raises:
+            InputError: as `staging.stage`, and where a run of this name with another recipe or
+                other files is under way.
+        """
+        if recipe.scale.workers == 0:
+            raise InputError("scale.workers: 0 trains in one process, without Ray; set at least 1")
+        with tempfile.TemporaryDirectory(prefix="finray-job-") as folder:
+            staged = stage(recipe, Path(folder), on_cluster, limit_mib)
+            last = self._last(recipe.name)
+            if last is not None and last.status in ACTIVE and last.digest != staged.digest:
+                raise InputError(
+                    f"a run named {recipe.name} is {last.status} on {self.address} with other "
+                    "settings or data; give this one another name, or stop that one (finray job "
+                    f"stop {recipe.name})"
+                )
+            if last is not None and last.digest == staged.digest and _stands(last):
+                return Submitted(last, False, ())
+            attempt = 1 if last is None else last.attempt + 1
+            id = recipe.name if attempt == 1 else f"{recipe.name}~{attempt}"
+            facts = {_RUN: recipe.name, _STORAGE: recipe.storage, _DIGEST: staged.digest}
+            what = f"train {staged.digest} --wait-for-nodes {wait_for_nodes:g}"
+            self._start(id, what, Path(folder), facts, python)
+        return Submitted(self.job(recipe.name), True, staged.notes)
+
+    def jobs(self) -> list[Job]:
+        """finray's runs on the cluster, the one submitted last at the end."""
+        with self._told():
+            details = self._client.list_jobs()
+        jobs = [_job(detail) for detail in details if _RUN in (detail.metadata or {})]
+        return sorted(jobs, key=lambda job: job.started_ms)
+
+    def job(self, name: str) -> Job:
+        """The last attempt of a run, or the attempt with this id.
+
+        Raises:
+            InputError: there is none; the message names those that there are.
+        """
+        found = [job for job in self.jobs() if name in (job.run, job.id)]
+        exact = [job for job in found if job.run == name] or found
+        if not exact:
+            names = sorted({job.run for job in self.jobs()})
+            raise InputError(
+                f"{self.address} knows no run named {name}; known: {', '.join(names) or 'none'}"
+            )
+        return max(exact, key=lambda job: job.attempt)
+
+    def logs(self, job: Job) -> str:
+        """All that the job has printed so far."""
+        with self._told():
+            return str(self._client.get_job_logs(job.id))
+
+    def follow(self, job: Job, write: Callable[[str], object]) -> Job:
+        """Pass on what the job prints until it ends; returns how it stands then."""
+        seen = 0
+        while True:
+            now = self._attempt(job)
+            text = self.logs(job)
+            if len(text) > seen:
+                write(text[seen:])
+                seen = len(text)
+            if now.status not in ACTIVE:
+                return now
+            time.sleep(POLL_SECONDS)
+
+    def wait(self, job: Job) -> Job:
+        """Until the job ends; returns how it ended."""
+        while (now := self._attempt(job)).status in ACTIVE:
+            time.sleep(POLL_SECONDS)
+        return now
+
+    def stop(self, job: Job) -> bool:
+        """Ask a run to save and end; False where it has ended already."""
+        with self._told():
+            return bool(self._client.stop_job(job.id))
+
+    def fetch(self, job: Job, target: Path) -> list[str]:
+        """Bring a run's figures, report and result here; returns the files' relative paths.
+
+        The files come through the Jobs API, as this machine need not reach the storage.
+
+        Raises:
+            RunError: the cluster could not read them.
+        """
+        code, log = self.run(f"{job.run}~fetch", f"pack {shlex.quote(job.storage)} {job.run}")
+        content = _packed(log)
+        if content is None:
+            raise RunError(f"cannot fetch {job.run} (exit code {code}): {_last_lines(log)}")
+        with tarfile.open(fileobj=io.BytesIO(content)) as archive:
+            names = archive.getnames()
+            archive.extractall(target, filter="data")
+        assert RUN_FILE in names
+        return names
+
+    def run(self, name: str, what: str) -> tuple[int, str]:
+        """Let `job_driver` do something short; returns its exit code and what it printed."""
+        with tempfile.TemporaryDirectory(prefix="finray-job-") as folder:
+            add_finray(Path(folder))
+            id = f"{name}~{time.time_ns()}"
+            self._start(id, what, Path(folder), {}, None)
+        with self._told():
+            while (detail := self._client.get_job_info(id)).status.value in ACTIVE:
+                time.sleep(POLL_SECONDS / 2)
+            log = str(self._client.get_job_logs(id))
+            self._client.delete_job(id)
+        return detail.driver_exit_code or 0, log
+
+    def _start(
+        self, id: str, what: str, folder: Path, facts: dict[str, str], python: str | None
+    ) -> None:
+        chosen = f"python={shlex.quote(python)} " if python else ""
+        with self._told():
+            self._client.submit_job(
+                entrypoint=f"{chosen}sh {LAUNCHER} {what}",
+                submission_id=id,
+                metadata=facts,
+                runtime_env={
+                    "working_dir": str(folder),
+                    "env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": str(_STOP_SECONDS)},
+                },
+            )
+
+    def _last(self, run: str) -> Job | None:
+        attempts = [job for job in self.jobs() if job.run == run]
+        return max(attempts, key=lambda job: job.attempt, default=None)
+
+    def _attempt(self, job: Job) -> Job:
+        with self._told():
+            return _job(self._client.get_job_info(job.id))
+
+    @contextmanager
+    def _told(self) -> Iterator[None]:
+        """Ray's errors as finray's: one message, with what to do."""
+        from ray.exceptions import AuthenticationError
+
+        try:
+            yield
+        except AuthenticationError:
+            raise InputError(wrong_token(self.address)) from None
+        except ConnectionError as error:
+            raise RunError(f"{self.address} does not answer any more: {error}") from None
+        except RuntimeError as error:
+            raise RunError(f"{self.address} refused: {_last_lines(str(error))}") from None
+
+
+def _stands(job: Job) -> bool:
+    """Whether submitting the same again would add nothing."""
+    return job.status in ACTIVE or job.status == "SUCCEEDED"
+
+
+def _job(detail: Any) -> Job:
+    facts = detail.metadata
+    return Job(
+        id=detail.submission_id,
+        run=facts[_RUN],
+        storage=facts[_STORAGE],
+        digest=facts[_DIGEST],
+        status=str(detail.status.value),
+        message=(detail.message or "").partition(", last available logs")[0],
+        exit_code=detail.driver_exit_code,
+        started_ms=detail.start_time or 0,
+    )
+
+
+def _packed(log: str) -> bytes | None:
+    """The content between the marks of `job_driver.pack`."""
+    _, begin, rest = log.partition(f"{job_driver.BEGIN}\n")
+    text, end, _ = rest.partition(f"\n{job_driver.END}")
+    if not begin or not end:
+        return None
+    try:
+        return base64.b64decode(text.replace("\n", ""), validate=True)
+    except binascii.Error:
+        return None
+
+
+def _last_lines(text: str) -> str:
+    lines = [line for line in text.splitlines() if line.strip()]
+    return " / ".join(lines[-3:]) or "no reason given"

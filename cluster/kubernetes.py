@@ -1,0 +1,262 @@
+"""`finray k8s render`: a recipe as a RayJob, with all that it needs beside the namespace."""
+
+import hashlib
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import yaml
+
+from ..training.errors import InputError
+from ..training.recipe import Recipe, ScaleSettings
+from .overlays import Manifest, ray_cluster
+from .portable import check_no_secret, check_reachable
+
+LONGEST_NAME = 47
+"""KubeRay's limit for a RayJob: it puts its own endings behind the name."""
+LARGEST_RECIPE = 2**20
+"""Bytes; Kubernetes' limit for a ConfigMap."""
+
+_GPU = "nvidia.com/gpu"
+_RECIPE_FOLDER = "/etc/finray"
+_RETRIES = 3
+_CREDENTIALS = (
+    "leave it out, and put it into the cluster: kubectl create secret generic finray-credentials "
+    "--from-literal=NAME=VALUE"
+)
+
+
+@dataclass(frozen=True)
+class Target:
+    """Where and with what the pods run."""
+
+    overlay: str
+    namespace: str
+    image: str | None = None
+    """None: the overlay's own."""
+    memory: str | None = None
+    """Of a worker's pod, as a Kubernetes quantity; None: the overlay's own."""
+
+
+def render(recipe: Recipe, target: Target, environment: Mapping[str, str] = os.environ) -> str:
+    """The manifests of a run, as YAML: recipe, RayJob, and the head's disruption budget.
+
+    Args:
+        recipe: as `load_recipe` gives it.
+        target: where it runs.
+        environment: variables whose values must not appear in the manifests.
+
+    Raises:
+        InputError: the target is not valid, or the recipe holds a secret, names a path of this
+            machine, trains without workers, asks for GPUs that the overlay does not have, or is
+            too large.
+    """
+    _check(target)
+    check_no_secret(recipe, _CREDENTIALS, environment)
+    cluster = ray_cluster(target.overlay)
+    shared = check_reachable(recipe, _mount(cluster))
+    recipe = _placed(recipe, cluster)
+    name = object_name(recipe.name)
+    _fit_cluster(cluster, recipe.scale, target)
+    _name_pods(cluster, name)
+    _mount_recipe(cluster, name)
+    if not shared:
+        _leave_out_claim(cluster)
+    metadata = {
+        "name": name,
+        "namespace": target.namespace,
+        "labels": {
+            "app.kubernetes.io/part-of": "finray",
+            "app.kubernetes.io/instance": name,
+        },
+    }
+    manifests = [
+        _config_map(metadata, recipe),
+        _disruption_budget(metadata),
+        _ray_job(metadata, recipe.name, cluster),
+    ]
+    return yaml.dump_all(manifests, Dumper=_Dumper, sort_keys=False, width=100)
+
+
+def object_name(run: str) -> str:
+    """A Kubernetes name (DNS label that starts with a letter) of a run's name.
+
+    A name that is not valid as it stands gets eight digits of its hash, so that different runs
+    have different names; so does one that ends like that already.
+    """
+    if re.fullmatch(rf"[a-z]([a-z0-9-]{{0,{LONGEST_NAME - 2}}}[a-z0-9])?", run) and not re.search(
+        r"-[0-9a-f]{8}$", run
+    ):
+        return run
+    stem = re.sub(r"[^a-z0-9]+", "-", run.lower()).strip("-")
+    if not stem[:1].isalpha():
+        stem = f"run-{stem}"
+    digest = hashlib.sha256(run.encode()).hexdigest()[:8]
+    return f"{stem[: LONGEST_NAME - 9].rstrip('-')}-{digest}"
+
+
+def _check(target: Target) -> None:
+    if not re.fullmatch(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?", target.namespace):
+        raise InputError(
+            f"--namespace {target.namespace}: expected small letters, digits and '-', at most 63"
+        )
+    if target.memory and not re.fullmatch(r"[1-9][0-9]*([kMGT]|[KMGT]i)?", target.memory):
+        raise InputError(f"--memory {target.memory}: expected a quantity such as 64Gi")
+
+
+def _placed(recipe: Recipe, cluster: Manifest) -> Recipe:
+    """The recipe with what `auto` means on this overlay, before any node has come up."""
+    scale = recipe.scale
+    overlay_gpus = _GPU in _container(_worker_group(cluster))["resources"]["limits"]
+    if scale.workers == 0:
+        raise InputError(
+            "scale.workers: 0 trains in the driver's own process, and a RayJob has workers; add "
+            "--set scale.workers=1"
+        )
+    gpus = float(overlay_gpus) if scale.gpus_per_worker == "auto" else scale.gpus_per_worker
+    if gpus != int(gpus):
+        raise InputError(
+            f"scale.gpus_per_worker: {gpus:g}: a pod takes whole GPUs; give a whole number"
+        )
+    if gpus and not overlay_gpus:
+        raise InputError(
+            f"scale.gpus_per_worker: {gpus:g}, and the overlay has no GPUs; choose --overlay gpu"
+        )
+    if overlay_gpus and not gpus:
+        raise InputError("scale.gpus_per_worker: 0, and the overlay has GPUs; choose --overlay cpu")
+    return recipe.model_copy(update={"scale": scale.model_copy(update={"gpus_per_worker": gpus})})
+
+
+def _fit_cluster(cluster: Manifest, scale: ScaleSettings, target: Target) -> None:
+    """A pod for each training worker, with a CPU more for the tasks that feed it."""
+    group = _worker_group(cluster)
+    group.update(replicas=scale.workers, minReplicas=scale.workers, maxReplicas=scale.workers)
+    amounts = {"cpu": str(scale.cpus_per_worker + 1)}
+    if scale.gpus_per_worker:
+        amounts[_GPU] = str(int(float(scale.gpus_per_worker)))
+    if target.memory:
+        amounts["memory"] = target.memory
+    resources = _container(group)["resources"]
+    for kind in ("requests", "limits"):
+        resources[kind].update(amounts)
+    if target.image:
+        for each in _groups(cluster):
+            _container(each)["image"] = target.image
+
+
+def _name_pods(cluster: Manifest, name: str) -> None:
+    for group in _groups(cluster):
+        group["template"]["metadata"]["labels"]["app.kubernetes.io/instance"] = name
+
+
+def _mount_recipe(cluster: Manifest, name: str) -> None:
+    """The driver runs on the head, and alone reads it."""
+    head = cluster["spec"]["headGroupSpec"]
+    head["template"]["spec"]["volumes"].append({"name": "recipe", "configMap": {"name": name}})
+    _container(head)["volumeMounts"].append(
+        {"name": "recipe", "mountPath": _RECIPE_FOLDER, "readOnly": True}
+    )
+
+
+def _leave_out_claim(cluster: Manifest) -> None:
+    """A run that keeps everything in an object store needs no volume, only a place to write."""
+    for group in _groups(cluster):
+        for volume in group["template"]["spec"]["volumes"]:
+            if volume.pop("persistentVolumeClaim", None):
+                volume["emptyDir"] = {}
+
+
+def _config_map(metadata: Manifest, recipe: Recipe) -> Manifest:
+    # Escaped: written as it is, U+0085 would be read back as a line's end.
+    text = yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=False)
+    size = len(text.encode())
+    if size > LARGEST_RECIPE:
+        raise InputError(
+            f"the recipe is {size:,} bytes with all that travels in it, and a ConfigMap holds "
+            f"{LARGEST_RECIPE:,}; put its large parts at s3://…, gs://… or into the image"
+        )
+    return {
+        "apiVersion": "v1",
+        "kind": "ConfigMap",
+        "metadata": metadata,
+        # A retry of the run must not find another recipe.
+        "immutable": True,
+        "data": {"recipe.yaml": text},
+    }
+
+
+def _disruption_budget(metadata: Manifest) -> Manifest:
+    labels = {
+        "app.kubernetes.io/instance": metadata["name"],
+        "ray.io/node-type": "head",
+    }
+    return {
+        "apiVersion": "policy/v1",
+        "kind": "PodDisruptionBudget",
+        "metadata": metadata,
+        "spec": {"minAvailable": 1, "selector": {"matchLabels": labels}},
+    }
+
+
+def _ray_job(metadata: Manifest, run: str, cluster: Manifest) -> Manifest:
+    labels = {**metadata["labels"], **cluster["metadata"].get("labels", {})}
+    spec = cluster["spec"]
+    head = spec["headGroupSpec"]["template"]["spec"]
+    head["restartPolicy"] = "Never"
+    # A queue holds the job back, not the cluster that the job then makes.
+    suspend = {"suspend": True} if spec.pop("suspend", False) else {}
+    return {
+        "apiVersion": cluster["apiVersion"],
+        "kind": "RayJob",
+        "metadata": {**metadata, "labels": labels},
+        "spec": {
+            **suspend,
+            "entrypoint": f"finray train {_RECIPE_FOLDER}/recipe.yaml --address auto",
+            "jobId": run,
+            # A submitter in a pod of its own can hang when the head dies.
+            "submissionMode": "SidecarMode",
+            # Each retry is a new cluster; the run's name and storage stay, so that it resumes.
+            "backoffLimit": _RETRIES,
+            "preRunningDeadlineSeconds": 3600,
+            "shutdownAfterJobFinishes": True,
+            "ttlSecondsAfterFinished": 600,
+            "rayClusterSpec": spec,
+        },
+    }
+
+
+def _mount(cluster: Manifest) -> str:
+    """Where the pods see the shared volume."""
+    mounts = _container(_worker_group(cluster))["volumeMounts"]
+    return str(next(mount["mountPath"] for mount in mounts if mount["name"] == "storage"))
+
+
+def _groups(cluster: Manifest) -> list[Manifest]:
+    return [cluster["spec"]["headGroupSpec"], _worker_group(cluster)]
+
+
+def _worker_group(cluster: Manifest) -> Manifest:
+    group: Manifest = cluster["spec"]["workerGroupSpecs"][0]
+    return group
+
+
+def _container(group: Manifest) -> Manifest:
+    container: Manifest = group["template"]["spec"]["containers"][0]
+    return container
+
+
+class _Dumper(yaml.SafeDumper):
+    """Texts of several lines stay readable, and nothing is written as an alias."""
+
+    def ignore_aliases(self, _: Any) -> bool:
+        return True
+
+
+def _represent_text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
+    style = "|" if "\n" in text else None
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=style)
+
+
+_Dumper.add_representer(str, _represent_text)

@@ -1,0 +1,152 @@
+"""A head on this machine: started with a token, and ended by its own process id."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from contextlib import closing
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from ..training.errors import InputError, RunError
+from .auth import MODE, ensure_token, knock, token_file
+
+_START_SECONDS = 90.0
+_END_SECONDS = 60.0
+
+
+@dataclass(frozen=True)
+class Head:
+    """A head that was started here."""
+
+    pid: int
+    """Of `ray start --block`, which ends its node when it is ended."""
+    address: str
+    """host:port that further nodes join."""
+    dashboard: str
+
+
+def start_head(port: int, dashboard_port: int, options: tuple[str, ...] = ()) -> Head:
+    """Start a head with its dashboard on localhost and a token.
+
+    Raises:
+        InputError: one that was started here runs already, or a port is taken.
+        RunError: Ray did not start.
+    """
+    running = current_head()
+    if running is not None:
+        raise InputError(f"a head runs here already: {running.address} (finray cluster down)")
+    for taken in (port, dashboard_port):
+        _check_free(taken)
+    token = ensure_token()
+    log = token.parent / "finray-head.log"
+    command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block"]
+    command += [f"--port={port}", "--dashboard-host=127.0.0.1", "--disable-usage-stats"]
+    command += [f"--dashboard-port={dashboard_port}", *options]
+    with log.open("wb") as stream:
+        process = subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=stream,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+            env={**os.environ, MODE: "token", "RAY_worker_niceness": "0"},
+        )
+    dashboard = f"http://127.0.0.1:{dashboard_port}"
+    _wait_for(process, dashboard, log)
+    head = Head(process.pid, f"{_own_address()}:{port}", dashboard)
+    _note().write_text(json.dumps(asdict(head)), encoding="utf-8")
+    return head
+
+
+def current_head() -> Head | None:
+    """The head that was started here, where it still runs."""
+    try:
+        head = Head(**json.loads(_note().read_text(encoding="utf-8")))
+        arguments = Path(f"/proc/{head.pid}/cmdline").read_bytes().split(b"\0")
+    except (FileNotFoundError, ProcessLookupError):
+        return None
+    return head if b"--head" in arguments else None
+
+
+def end_head() -> Head | None:
+    """End the head that was started here, and all of its node; None where there is none.
+
+    Raises:
+        RunError: it did not end.
+    """
+    head = current_head()
+    if head is None:
+        return None
+    os.kill(head.pid, signal.SIGTERM)
+    deadline = time.monotonic() + _END_SECONDS
+    while _is_alive(head.pid):
+        if time.monotonic() > deadline:
+            raise RunError(f"the head (process {head.pid}) did not end in {_END_SECONDS:g} s")
+        time.sleep(0.1)
+    _note().unlink(missing_ok=True)
+    return head
+
+
+def joining_lines(head: Head) -> str:
+    """What makes another machine a node of the head's cluster."""
+    return (
+        f"scp {socket.gethostname()}:{token_file()} .ray/auth_token && chmod 600 .ray/auth_token"
+        " && RAY_AUTH_MODE=token RAY_worker_niceness=0 ray start --disable-usage-stats "
+        f"--address={head.address}"
+    )
+
+
+def _note() -> Path:
+    return token_file().parent / "finray-head.json"
+
+
+def _check_free(port: int) -> None:
+    with closing(socket.socket()) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError:
+            raise InputError(
+                f"port {port} is taken; another Ray may run here. Choose others with --port and "
+                "--dashboard-port"
+            ) from None
+
+
+def _wait_for(process: subprocess.Popen[bytes], dashboard: str, log: Path) -> None:
+    deadline = time.monotonic() + _START_SECONDS
+    while True:
+        try:
+            door = knock(dashboard)
+            break
+        except InputError:
+            if process.poll() is not None or time.monotonic() > deadline:
+                process.terminate()
+                lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
+                told = " / ".join(lines[-3:])
+                raise RunError(f"Ray did not start: {told} (all of it: {log})") from None
+            time.sleep(0.2)
+    if door == "open":
+        process.terminate()
+        raise RunError(f"{dashboard} answers without a token; it was ended")
+
+
+def _own_address() -> str:
+    """This machine's address as other machines see it; nothing is sent."""
+    with closing(socket.socket(socket.AF_INET, socket.SOCK_DGRAM)) as probe:
+        try:
+            probe.connect(("192.0.2.1", 9))
+        except OSError:  # no network at all
+            return "127.0.0.1"
+        return str(probe.getsockname()[0])
+
+
+def _is_alive(pid: int) -> bool:
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[0]
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+    return state != "Z"

@@ -1,0 +1,219 @@
+"""What travels with a job: the recipe, the local files it names, and finray itself.
+
+The files go into a folder of their own, without any .gitignore: Ray's packaging would leave out
+what one hides. On the cluster they are copied into the run's folder, which all nodes reach.
+"""
+
+import hashlib
+import shutil
+import subprocess
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+import yaml
+
+from ..training.data.sources import expand
+from ..training.errors import InputError
+from ..training.recipe import Recipe, Source
+
+LIMIT_MIB = 100.0
+"""Largest sum of the files that travel, in MiB."""
+
+RECIPE_FILE = "recipe.yaml"
+INPUTS_FOLDER = "inputs"
+LAUNCHER = "run.sh"
+_PACKAGES = ("training", "tuning", "cluster", "k8s")
+_LEFT_OUT = shutil.ignore_patterns("__pycache__", "*.pyc", ".gitignore", ".rayignore")
+
+# `python` on a head can be any: the one that runs Ray's workers is in its raylet's arguments.
+_LAUNCH = """\
+process=$$
+while [ -z "$python" ] && [ "${process:-1}" -gt 1 ]; do
+  python=$(tr '\\0' '\\n' <"/proc/$process/cmdline" |
+    sed -n 's/^--python_worker_command=\\([^ ]*\\) .*/\\1/p')
+  process=$(sed -n 's/^PPid:[[:space:]]*//p' "/proc/$process/status")
+done
+exec "${python:-python3}" -m finray.cluster.job_driver "$@"
+"""
+
+
+@dataclass(frozen=True)
+class Staged:
+    """A folder that is ready to travel."""
+
+    digest: str
+    """16 hex digits over the recipe and its files; finray's own code does not count."""
+    bytes: int
+    """Of the recipe's files."""
+    notes: tuple[str, ...]
+    """What the user should know, a sentence each."""
+
+
+def stage(
+    recipe: Recipe, folder: Path, on_cluster: tuple[str, ...], limit_mib: float = LIMIT_MIB
+) -> Staged:
+    """Fill an empty folder with all that a job needs.
+
+    Args:
+        recipe: the recipe, its paths absolute.
+        folder: an empty folder.
+        on_cluster: folders of the cluster's nodes: paths below them are not looked at here.
+        limit_mib: largest sum of the files that travel, in MiB.
+
+    Raises:
+        InputError: a file is missing, the files are too big, or the storage cannot hold them.
+    """
+    parcel = _Parcel(folder, on_cluster)
+    data = recipe.data.model_copy(
+        update={
+            "train": [parcel.source(source, "data.train") for source in recipe.data.train],
+            "eval": [parcel.source(source, "data.eval") for source in recipe.data.eval],
+        }
+    )
+    folders = {"base": parcel.folder(recipe.model.base, "model.base", "model")}
+    if recipe.model.adapter is not None:
+        folders["adapter"] = parcel.folder(recipe.model.adapter, "model.adapter", "adapter")
+    model = recipe.model.model_copy(update=folders)
+    travelling = recipe.model_copy(update={"data": data, "model": model})
+    parcel.check_size(limit_mib)
+    parcel.check_storage(recipe)
+    text = yaml.safe_dump(travelling.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    (folder / RECIPE_FILE).write_text(text, encoding="utf-8")
+    digest = _digest(folder)
+    add_finray(folder)
+    return Staged(digest, parcel.bytes, tuple(parcel.notes))
+
+
+def add_finray(folder: Path) -> None:
+    """Put finray itself and the launcher into a folder that travels."""
+    (folder / LAUNCHER).write_text(_LAUNCH, encoding="utf-8")
+    # Where it is not installed, its version is asked for all the same.
+    metadata = folder / "finray.dist-info" / "METADATA"
+    metadata.parent.mkdir()
+    metadata.write_text(f"Metadata-Version: 2.1\nName: finray\nVersion: {version('finray')}\n")
+    root = Path(__file__).resolve().parents[1]
+    for package in _PACKAGES:
+        shutil.copytree(root / package, folder / "finray" / package, ignore=_LEFT_OUT)
+
+
+class _Parcel:
+    """The files that travel, each local path once."""
+
+    def __init__(self, folder: Path, on_cluster: tuple[str, ...]) -> None:
+        self._inputs = folder / INPUTS_FOLDER
+        self._on_cluster = tuple(Path(path) for path in on_cluster)
+        self._sent: dict[str, str] = {}
+        self._sizes: dict[str, int] = {}
+        self.notes: list[str] = []
+
+    @property
+    def bytes(self) -> int:
+        """Sum of the files that travel."""
+        return sum(self._sizes.values())
+
+    def source(self, source: Source, key: str) -> Source:
+        """The source as the cluster finds it; its files are copied when they are local."""
+        if self._stays(source.path):
+            return source
+        if source.path not in self._sent:
+            self._copy_source(source, key)
+        return source.model_copy(update={"path": self._sent[source.path]})
+
+    def folder(self, path: str, key: str, name: str) -> str:
+        """A folder of a model or an adapter as the cluster finds it; a hub id stays."""
+        if not Path(path).is_absolute() or self._stays(path):
+            return path
+        if not Path(path).is_dir():
+            raise InputError(
+                f"{key}: there is no folder {path} on this machine; where it is one of the "
+                f"cluster's, say so: --on-cluster {path}"
+            )
+        files = [file for file in sorted(Path(path).iterdir()) if file.is_file()]
+        self._sizes[f"{key} {path}"] = sum(file.stat().st_size for file in files)
+        self._sent[path] = f"./{INPUTS_FOLDER}/{name}"
+        for file in files:
+            self._link(file, self._inputs / name / file.name)
+        return self._sent[path]
+
+    def check_size(self, limit_mib: float) -> None:
+        """Refuse what is too big to travel, the biggest first."""
+        if self.bytes <= limit_mib * 2**20:
+            return
+        sizes = sorted(self._sizes.items(), key=lambda item: -item[1])
+        lines = [f"  {size / 2**20:,.1f} MiB  {name}" for name, size in sizes]
+        raise InputError(
+            f"the recipe's local files are {self.bytes / 2**20:,.1f} MiB, and at most "
+            f"{limit_mib:g} MiB travel with a job:\n" + "\n".join(lines) + "\n"
+            "Put the big ones where all nodes reach them and name that in the recipe: a shared "
+            "folder (with --on-cluster FOLDER), s3://, gs://, or for a model its hub id. "
+            "--max-mib raises the limit."
+        )
+
+    def check_storage(self, recipe: Recipe) -> None:
+        """Refuse a storage that could not hold what travels, and tell where results go."""
+        is_store = "://" in recipe.storage
+        for path in (recipe.model.base, recipe.model.adapter):
+            if is_store and path in self._sent:
+                raise InputError(
+                    f"model: the folder {path} travels only to a storage that is a folder, and "
+                    f"this one is {recipe.storage}; give a hub id, or a folder of the nodes with "
+                    "--on-cluster"
+                )
+        if is_store and self._sent and "?" in recipe.storage:
+            raise InputError(
+                "data: local files do not travel to a storage whose URI has a query; put them "
+                "into the store and name them by their URI"
+            )
+        where = "" if is_store else ", a folder of the cluster that all its nodes must share"
+        self.notes.append(f"results go to {recipe.storage}{where}")
+        if self._sent:
+            self.notes.append(
+                f"{self.bytes / 2**20:,.1f} MiB of local files travel, and are kept in "
+                f"{recipe.storage}/{recipe.name}/{INPUTS_FOLDER}"
+            )
+
+    def _stays(self, path: str) -> bool:
+        return "://" in path or any(Path(path).is_relative_to(there) for there in self._on_cluster)
+
+    def _copy_source(self, source: Source, key: str) -> None:
+        try:
+            files = expand(source)
+        except InputError as error:
+            raise InputError(
+                f"{key}: {error}; where it is a path of the cluster's nodes, say so: "
+                "--on-cluster FOLDER"
+            ) from None
+        number = str(len(self._sent))
+        is_file = Path(source.path).is_file()
+        for file in files:
+            self._link(Path(file.uri), self._inputs / number / file.name)
+        self._sizes[f"{key} {source.path}"] = sum(file.size for file in files)
+        name = f"/{files[0].name}" if is_file else ""
+        self._sent[source.path] = f"./{INPUTS_FOLDER}/{number}{name}"
+        hidden = [file.uri for file in files if _hidden_by_git(Path(file.uri))]
+        if hidden:
+            more = f" and {len(hidden) - 1} more" if len(hidden) > 1 else ""
+            self.notes.append(f"{hidden[0]}{more} travels although .gitignore hides it")
+
+    def _link(self, source: Path, target: Path) -> None:
+        """A symbolic link costs nothing where the limit will refuse; packaging follows it."""
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.symlink_to(source.resolve())
+
+
+def _hidden_by_git(file: Path) -> bool:
+    git = shutil.which("git")
+    if git is None:
+        return False
+    command = [git, "-C", str(file.parent), "check-ignore", "--quiet", "--", file.name]
+    return subprocess.run(command, check=False, capture_output=True).returncode == 0
+
+
+def _digest(folder: Path) -> str:
+    digest = hashlib.sha256()
+    for file in sorted(path for path in folder.rglob("*") if path.is_file()):
+        digest.update(f"{file.relative_to(folder)}\n".encode())
+        with file.open("rb") as stream:
+            digest.update(hashlib.file_digest(stream, "sha256").digest())
+    return digest.hexdigest()[:16]

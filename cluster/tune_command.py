@@ -1,0 +1,116 @@
+"""`finray tune`: running a sweep, and showing one."""
+
+import argparse
+import json
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.live import Live
+from rich.text import Text
+
+from ..training.data.inspection import inspect_data
+from ..training.errors import InputError
+from ..training.paths import resolve_path
+from ..training.recipe import ScaleSettings
+from ..training.run import differences
+from ..training.run_folder import Record
+from ..training.stop import Stop
+from ..training.storage import Folder
+from ..tuning.record import read_sweep
+from ..tuning.sweep import LoadedSweep, load_sweep
+from .tune_table import render_ending, render_sweep
+
+if TYPE_CHECKING:
+    from ..tuning.conductor import Ending
+
+_RECIPE = "recipe."
+_LOOK_SECONDS = 1.0
+
+
+def run_sweep(path: Path, options: argparse.Namespace) -> None:
+    """Search, or go on with an unfinished sweep."""
+    from ..tuning.attempt import check_folder, describe
+    from ..tuning.plan import make_plan
+    from .environment import worker_environment
+    from .interrupts import graceful_interrupts
+    from .ray_session import ray_session
+
+    loaded = _load(path, options)
+    plan = make_plan(loaded)
+    inspect_data(plan.recipe)
+
+    record = check_folder(plan)
+    done = record is not None and record["status"] == "finished"
+    if record is None or not done or differences(record["settings"], describe(plan)):
+        env = worker_environment(plan.recipe)
+        stop = Stop()
+        print("starting Ray", file=sys.stderr)
+        session = ray_session(
+            _needed_cpus(plan.recipe.scale), options.address, env, options.verbose
+        )
+        # Ray takes SIGTERM for itself when it starts; a sweep that is told to end saves first.
+        with session, graceful_interrupts(stop):
+            # Ray reads its environment when it is imported, so not before.
+            from ..tuning.tune import Watcher
+            from ..tuning.tune import tune as carry_out
+
+            record = carry_out(plan, Watcher(_phase, _tell_end), stop)
+    print(json.dumps(record, indent=2) if options.json else render_sweep(record, plan.folder))
+
+
+def show_sweep(name: str, options: argparse.Namespace) -> None:
+    """Print a sweep's table; on a terminal it follows a sweep that runs."""
+    path = Path(name)
+    if path.is_file():
+        sweep = _load(path, options).sweep
+        folder = Folder(sweep.storage) / sweep.name
+    else:
+        folder = Folder(resolve_path(name, Path.cwd()))
+    record = _read(folder)
+    if options.json:
+        print(json.dumps(record, indent=2))
+        return
+    console = Console()
+    if not console.is_terminal or record["status"] != "running":
+        print(render_sweep(record, folder))
+        return
+    with Live(console=console, auto_refresh=False) as live:
+        while record["status"] == "running":
+            live.update(Text(render_sweep(record, folder)), refresh=True)
+            time.sleep(_LOOK_SECONDS)
+            record = _read(folder)
+        live.update(Text(render_sweep(record, folder)), refresh=True)
+
+
+def _load(path: Path, options: argparse.Namespace) -> LoadedSweep:
+    recipe = [one for one in options.overrides if one.startswith(_RECIPE)]
+    own = [one for one in options.overrides if not one.startswith(_RECIPE)]
+    bounds = [f"stop_when.{bound}" for bound in options.bounds]
+    local = ["scale.workers=0"] if options.local else []
+    changes = [one.removeprefix(_RECIPE) for one in recipe]
+    return load_sweep(path, (*own, *bounds), (*changes, *local))
+
+
+def _read(folder: Folder) -> Record:
+    record = read_sweep(folder)
+    if record is None:
+        raise InputError(f"{folder} holds no sweep")
+    return record
+
+
+def _needed_cpus(scale: ScaleSettings) -> int:
+    """Of one trial: its workers, and where Ray Train starts them, the driver and data tasks."""
+    if scale.workers <= 1:
+        return scale.cpus_per_worker
+    return scale.workers * scale.cpus_per_worker + 2
+
+
+def _phase(text: str) -> None:
+    print(text, file=sys.stderr)
+
+
+def _tell_end(ending: "Ending", record: Record) -> None:
+    print(render_ending(ending, record), file=sys.stderr)

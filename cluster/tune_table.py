@@ -1,0 +1,112 @@
+"""The table of a sweep, and the line of a trial that ended."""
+
+from typing import TYPE_CHECKING, Any
+
+from ..training import figures
+from ..training.run_folder import Record
+from ..training.storage import Folder
+from ..tuning.record import BEST_FILE, REPORT_FILE, saved_share
+from .runs_table import columns
+
+if TYPE_CHECKING:
+    from ..tuning.conductor import Ending
+
+_WORDS = 2
+"""So many columns hold words."""
+_REASON = 60
+
+
+def render_sweep(record: Record, folder: Folder) -> str:
+    """State, trials (the best first, then those that ended early) and results of a sweep."""
+    blocks = [_headline(record), _table(record), *_notes(record), *_places(record, folder)]
+    return "\n".join(block for block in blocks if block)
+
+
+def render_ending(ending: "Ending", record: Record) -> str:
+    """trial 7 pruned: eval_loss 0.1234 (best: 0.0812 of trial 3; 8 of 30)"""
+    rows = record["trials"]
+    ended = sum(row["state"] != "running" for row in rows)
+    best = ""
+    if record["best"]:
+        row = next(row for row in rows if row["number"] == record["best"][0])
+        best = f"best: {row['values'][0]:.6g} of trial {row['number']}; "
+    total = record["settings"]["trials"]
+    text = figures.one_line(ending.text)
+    return f"trial {ending.number} {ending.state}: {text} ({best}{ended} of at most {total})"
+
+
+def _headline(record: Record) -> str:
+    rows = record["trials"]
+    counts = [
+        f"{sum(row['state'] == state for row in rows)} {state}"
+        for state in ("finished", "pruned", "failed", "running")
+        if any(row["state"] == state for row in rows)
+    ]
+    facts = ", ".join(counts) or "no trial yet"
+    seconds = figures.duration(record.get("wall_seconds"))
+    return f"sweep {record['name']} {record['status']}: {facts}; {seconds}"
+
+
+def _table(record: Record) -> str:
+    rows = record["trials"]
+    if not rows:
+        return ""
+    keys = list(dict.fromkeys(key for row in rows for key in row["settings"]))
+    metrics = [one["metric"] for one in record["objectives"]]
+    short = [key.rpartition(".")[2] for key in keys]
+    names = [name if short.count(name) == 1 else key for key, name in zip(keys, short, strict=True)]
+    header = ["trial", "state", *metrics, *names, "tokens"]
+    lines = [_line(row, keys, metrics, row["number"] in record["best"]) for row in _ordered(record)]
+    return columns([header, *lines], _WORDS)
+
+
+def _ordered(record: Record) -> list[Record]:
+    sign = 1 if record["objectives"][0]["mode"] == "min" else -1
+
+    def rank(row: Record) -> tuple[Any, ...]:
+        state = ("finished", "running", "pruned", "failed").index(row["state"])
+        value = row["values"][0] if row["values"] else row["latest"]
+        return (state, sign * value if value is not None else 0.0, row["number"])
+
+    return sorted(record["trials"], key=rank)
+
+
+def _line(row: Record, keys: list[str], metrics: list[str], is_best: bool) -> list[str]:
+    values = row["values"] or [row["latest"], *(None for _ in metrics[1:])]
+    cells = [f"{value:.6g}" if value is not None else figures.MISSING for value in values]
+    settings = [_value(row["settings"].get(key)) for key in keys]
+    number = f"{'*' if is_best else ' '}{row['number']}"
+    return [number, row["state"], *cells, *settings, figures.short_count(row["tokens"])]
+
+
+def _value(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.3g}"
+    return figures.MISSING if value is None else figures.one_line(str(value))
+
+
+def _notes(record: Record) -> list[str]:
+    notes = []
+    if record.get("over"):
+        notes.append(f"ended early: {record['over']}")
+    share = saved_share(record)
+    if share is not None and record["prunes"]:
+        notes.append(f"pruning saved {figures.percent(share)} of the tokens of whole trials")
+    excluded = record["excluded"]["count"]
+    if excluded:
+        reason = figures.one_line(record["excluded"]["first"][0]["reason"])
+        notes.append(f"{excluded} combinations make no valid recipe, such as: {reason}")
+    failed = [row for row in record["trials"] if row["state"] == "failed"]
+    if failed:
+        text = figures.one_line(str(failed[-1]["error"]))
+        notes.append(f"trial {failed[-1]['number']} failed: {text[: _REASON * 3]}")
+    for name, one in (record.get("retrained") or {}).get("spread", {}).items():
+        notes.append(f"retrained: {name} {one['mean']:.6g} ± {one['deviation']:.2g}")
+    return notes
+
+
+def _places(record: Record, folder: Folder) -> list[str]:
+    names = [BEST_FILE, REPORT_FILE]
+    if record.get("result"):
+        names.insert(1, str(record["result"]))
+    return [f"  {folder / name}" for name in names if folder.exists(name)]

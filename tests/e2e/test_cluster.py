@@ -1,0 +1,154 @@
+"""A real head with token authentication, and runs that are submitted to it as jobs."""
+
+import json
+import shutil
+import socket
+import tempfile
+from collections.abc import Iterator
+from contextlib import ExitStack, closing
+from pathlib import Path
+
+import pytest
+from harness import Finray, losses, reached, record, wait_until
+
+pytestmark = pytest.mark.timeout(600)
+SECRET = "hf_" + "q7Zx" * 8
+CPUS = 4
+
+
+class Cluster:
+    """The head, and the command with its address."""
+
+    def __init__(self, finray: Finray, address: str, folder: Path) -> None:
+        self.finray = finray
+        self.address = address
+        self.folder = folder
+        """Ray's own files."""
+
+    def job(self, verb: str, *arguments: str | Path, code: int = 0) -> str:
+        return self.finray.run("job", verb, *arguments, "--address", self.address, code=code)
+
+    def status(self, name: str) -> dict[str, object]:
+        output = self.job("status", name, "--json")
+        values: dict[str, object] = json.loads(output[output.index("{") :])
+        return values
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory, shared_finray: Finray) -> Iterator[Cluster]:
+    home = tmp_path_factory.mktemp("home")
+    ray = Path(tempfile.mkdtemp(prefix="finray-"))  # a socket's path must be short
+    head, dashboard, agent, client = _free_ports(4)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HOME", str(home))
+        patch.setenv("HF_TOKEN", SECRET)
+        for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH", "RAY_ADDRESS"):
+            patch.delenv(name, raising=False)
+        options = {
+            "num-cpus": CPUS,
+            "temp-dir": ray,
+            "dashboard-agent-listen-port": agent,
+            "ray-client-server-port": client,
+        }
+        try:
+            told = shared_finray.run(
+                *("cluster", "up", "--port", str(head), "--dashboard-port", str(dashboard)),
+                *(f"--start-option=--{name}={value}" for name, value in options.items()),
+            )
+            assert f"--address={socket.gethostname()}" not in told and f":{head}" in told
+            yield Cluster(shared_finray, f"http://127.0.0.1:{dashboard}", ray)
+        finally:
+            shared_finray.run("cluster", "down")
+            assert "no head" in shared_finray.run("cluster", "status")
+            shutil.rmtree(ray, ignore_errors=True)
+
+
+def _free_ports(count: int) -> list[int]:
+    with ExitStack() as stack:
+        sockets = [stack.enter_context(closing(socket.socket())) for _ in range(count)]
+        for free in sockets:
+            free.bind(("127.0.0.1", 0))
+        return [int(free.getsockname()[1]) for free in sockets]
+
+
+def test_a_run_is_submitted_once_and_fetched(cluster: Cluster) -> None:
+    finray = cluster.finray
+    recipe = finray.recipe(name="once", scale__workers=2, optim__max_steps=6)
+    assert "submitted once" in cluster.job("submit", recipe)
+    assert "under way already" in cluster.job("submit", recipe)
+    other = finray.recipe(name="once", scale__workers=2, optim__max_steps=7)
+    assert "other settings" in cluster.job("submit", other, code=2)
+    recipe = finray.recipe(name="once", scale__workers=2, optim__max_steps=6)
+    log = cluster.job("logs", "once", "--follow")
+    assert "6/6" in log and "once finished" in log
+    assert cluster.status("once")["status"] == "SUCCEEDED"
+
+    assert "brings its results" in cluster.job("submit", recipe)
+    listed = cluster.job("list", "--json")
+    assert [job["id"] for job in json.loads(listed)] == ["once"]
+
+    target = finray.folder / "fetched"
+    cluster.job("fetch", "once", "--to", target)
+    assert record(target)["status"] == "finished" and record(target)["step"] == 6
+    run = finray.folder / "runs" / "once"
+    for name in ("adapter/adapter_model.safetensors", "report.html", "metrics.jsonl"):
+        assert (target / name).read_bytes() == (run / name).read_bytes()
+    assert str(finray.data) not in (run / "recipe.yaml").read_text(encoding="utf-8")
+
+    token = (Path.home() / ".ray" / "auth_token").read_text(encoding="utf-8")
+    for folder in (run, target, cluster.folder / "session_latest" / "logs"):
+        for file in (file for file in folder.rglob("*") if file.is_file()):
+            content = file.read_bytes()
+            assert SECRET.encode() not in content and token.encode() not in content, file
+    assert SECRET not in listed + log and token not in listed + log
+
+
+def test_stop_saves_and_the_same_submission_resumes(cluster: Cluster) -> None:
+    recipe = cluster.finray.recipe(
+        name="stopped",
+        scale__workers=1,
+        optim__max_steps=250,
+        optim__micro_batch_size=1,
+        checkpoint__every_steps=300,
+    )
+    run = cluster.finray.folder / "runs" / "stopped"
+    cluster.job("submit", recipe)
+    wait_until(lambda: reached(run, 5), "step 5")
+    cluster.job("stop", "stopped")
+    assert record(run)["status"] == "stopped"
+    assert cluster.status("stopped")["status"] == "STOPPED"
+    saved = record(run)["step"]
+    assert 5 <= saved < 250
+    told = cluster.job("submit", recipe, "--wait")
+    assert "submitted stopped again, as stopped~2" in told
+    assert record(run)["status"] == "finished"
+    assert record(run)["restarts"][0]["step"] == saved
+    assert sorted(losses(run)) == list(range(1, 251))
+
+
+def test_what_never_fits_is_told_at_once(cluster: Cluster) -> None:
+    recipe = cluster.finray.recipe(name="wide", scale__workers=8)
+    told = cluster.job("submit", recipe, "--wait", code=2)
+    assert f"scale.workers={CPUS - 1} would fit" in told
+    assert cluster.status("wide")["exit_code"] == 2
+    assert not (cluster.finray.folder / "runs" / "wide" / "run.json").exists()
+
+
+def test_a_wrong_and_a_missing_token(
+    cluster: Cluster, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("RAY_AUTH_TOKEN", "0" * 64)
+    told = cluster.job("list", code=2)
+    assert "refuses the token" in told and "0" * 64 not in told
+    monkeypatch.delenv("RAY_AUTH_TOKEN")
+    monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(tmp_path / "absent"))
+    told = cluster.job("list", code=2)
+    assert "wants a token" in told and "scp" in told
+
+
+def test_doctor(cluster: Cluster, tmp_path: Path) -> None:
+    arguments = ("cluster", "doctor", "--address", cluster.address, "--storage")
+    told = cluster.finray.run(*arguments, tmp_path)
+    assert "written by every node, read by all" in told and "wants a token" in told
+    (tmp_path / "file").write_bytes(b"")
+    assert "FAILS" in cluster.finray.run(*arguments, tmp_path / "file", code=2)

@@ -1,0 +1,171 @@
+"""Real sweeps of tiny trials: pruning, kills, interrupts, failures, and what they leave."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from harness import Finray, record, wait_until
+
+pytestmark = pytest.mark.timeout(900)
+
+QUICKSTART = Path(__file__).resolve().parents[2] / "recipes" / "quickstart"
+SPACE = {
+    "optim.learning_rate": {"log_uniform": [1e-5, 5e-2]},
+    "adapter.rank": {"choice": [2, 4, 8]},
+    "adapter.alpha": {"times": 2, "of": "adapter.rank"},
+}
+
+
+def write_sweep(finray: Finray, recipe: dict[str, Any] | None = None, **settings: Any) -> Path:
+    """A sweep of short trials on the tiny model."""
+    base = finray.recipe(
+        **{
+            "adapter__dropout": 0.0,
+            "optim__max_steps": 18,
+            "data__holdout": 0.1,
+            "checkpoint__every_steps": 2,
+            **(recipe or {}),
+        }
+    )
+    values = {"name": "sweep", "recipe": str(base), "search": SPACE, "trials": 6, **settings}
+    path = finray.folder / "sweep.yaml"
+    path.write_text(yaml.safe_dump(values), encoding="utf-8")
+    return path
+
+
+def told(finray: Finray) -> dict[str, Any]:
+    """sweep.json."""
+    path = finray.folder / "runs" / "sweep" / "sweep.json"
+    values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    return values
+
+
+def states(finray: Finray) -> list[str]:
+    return [row["state"] for row in told(finray).get("trials", [])]
+
+
+def test_a_sweep_killed_in_its_middle_goes_on(finray: Finray) -> None:
+    sweep = write_sweep(finray, trials=7, concurrency=2, retrain={"seeds": [3], "data": "train"})
+    folder = finray.folder / "runs" / "sweep"
+    command = finray.start("tune", sweep)
+    wait_until(lambda: states(finray).count("running") == 2 and len(states(finray)) > 2, "trials")
+    command.watch_family()
+    command.kill()
+    ended = [row for row in told(finray)["trials"] if row["state"] != "running"]
+    running = [row["number"] for row in told(finray)["trials"] if row["state"] == "running"]
+    assert ended and running
+    slots = [process for process in command.survivors(30) if "TrialSlot" in process.name()]
+    assert not slots, "slots outlive their driver"
+    started = {row["number"]: run_of(folder, row["number"])["started_at"] for row in ended}
+
+    finray.run("tune", sweep, seconds=600)
+    after = told(finray)
+    rows = {row["number"]: row for row in after["trials"]}
+    assert after["status"] == "finished" and len(rows) == 7
+    for row in ended:
+        assert rows[row["number"]] == row, "a trial that had ended ran again"
+        again = run_of(folder, row["number"])
+        assert again["started_at"] == started[row["number"]] and len(again["world_sizes"]) == 1
+    assert all(rows[number]["state"] in ("finished", "pruned") for number in running)
+    assert {row["state"] for row in rows.values()} == {"finished", "pruned"}
+    # one preparation for all trials, the base and the retrained run
+    assert len(list((finray.folder / "runs" / "prepared").glob("*/manifest.json"))) == 1
+
+    best = rows[after["best"][0]]
+    finished = [row for row in rows.values() if row["state"] == "finished"]
+    assert best["values"][0] == min(row["values"][0] for row in finished)
+    assert (folder / "adapter" / "adapter_model.safetensors").exists()
+    kept = [path.parent.parent.name for path in folder.glob("trials/*/adapter/adapter_config.json")]
+    assert kept == [f"trial-{best['number']:04d}"]
+    assert not list(folder.glob("trials/*/checkpoints"))
+    page = (folder / "report.html").read_text(encoding="utf-8")
+    assert "Plotly" in page and f"trial {best['number']}" in page
+
+    # the best settings, run alone, give the best trial's value
+    finray.run("train", folder / "best.yaml", "--local")
+    alone = record(finray.folder / "runs" / "sweep-best")["metrics"]["eval_loss"]
+    assert alone == pytest.approx(best["values"][0], rel=1e-4)
+    assert after["retrained"]["runs"][0]["seed"] == 3
+    assert "eval_loss" in after["retrained"]["spread"]
+
+    # nothing is left to do, and nothing is done
+    assert "finished" in finray.run("tune", sweep)
+    shown = finray.run("tune", "show", folder)
+    assert f"*{best['number']}" in shown and "pruned" in shown
+    message = finray.run("tune", sweep, "--set", "search=default", code=2)
+    assert "another name" in message
+
+
+def run_of(sweep: Path, number: int) -> dict[str, Any]:
+    return record(sweep / "trials" / f"trial-{number:04d}")
+
+
+def test_ctrl_c_leaves_a_sweep_that_goes_on(finray: Finray) -> None:
+    sweep = write_sweep(finray, {"optim__max_steps": 60}, trials=2, concurrency=1)
+    command = finray.start("tune", sweep)
+    trial = finray.folder / "runs" / "sweep" / "trials" / "trial-0000"
+    wait_until(lambda: bool(list(trial.glob("checkpoints/*/rank-0.json"))), "a checkpoint")
+    command.watch_family()
+    command.interrupt()
+    assert command.wait() == 130, command.output()
+    assert "Traceback" not in command.output()
+    assert not command.survivors(30), "processes outlive Ctrl-C"
+    assert told(finray)["status"] == "stopped" and states(finray) == ["running"]
+    finray.run("tune", sweep, seconds=600)
+    assert told(finray)["status"] == "finished" and len(states(finray)) == 2
+    restarts = record(trial)["restarts"]
+    assert restarts and restarts[0]["step"] > 0, "the trial began anew"
+
+
+def test_trials_that_all_fail_alike_end_the_sweep(finray: Finray) -> None:
+    sweep = write_sweep(
+        finray,
+        {"adapter__targets": ["q_prj"]},
+        trials=50,
+        search={"optim.learning_rate": {"log_uniform": [1e-5, 1e-3]}},
+    )
+    message = finray.run("tune", sweep, code=2, seconds=600)
+    assert "q_prj" in message and "same error" in message and "Traceback" not in message
+    assert 3 <= states(finray).count("failed") <= 5
+
+
+def test_trials_of_several_workers(finray: Finray) -> None:
+    sweep = write_sweep(finray, {"scale__workers": 2, "optim__max_steps": 6}, trials=2)
+    finray.run("tune", sweep, seconds=600)
+    assert set(states(finray)) <= {"finished", "pruned"} and "finished" in states(finray)
+    assert run_of(finray.folder / "runs" / "sweep", 0)["world_sizes"] == [2]
+
+
+def test_a_pareto_front(finray: Finray) -> None:
+    sweep = write_sweep(
+        finray,
+        {"optim__max_steps": 4},
+        trials=4,
+        objective=["eval_loss", "adapter_bytes"],
+        sampler="nsga2",
+    )
+    finray.run("tune", sweep, seconds=600)
+    after = told(finray)
+    assert states(finray) == ["finished"] * 4
+    rows = {row["number"]: row["values"] for row in after["trials"]}
+    for number in after["best"]:
+        loss, size = rows[number]
+        assert not any(other[0] < loss and other[1] < size for other in rows.values())
+    files = sorted(path.name for path in (finray.folder / "runs/sweep/pareto").iterdir())
+    assert files == sorted(f"trial-{number:04d}.yaml" for number in after["best"])
+
+
+def test_the_quickstart_sweep(finray: Finray) -> None:
+    """The shipped sweep, at a reduced size."""
+    finray.run(
+        *("tune", QUICKSTART / "tune.yaml", "--set", "trials=2", "--set", "concurrency=1"),
+        *("--set", "recipe.optim.epochs=null", "--set", "recipe.optim.max_steps=2"),
+        *("--set", "recipe.optim.batch_size=2", "--set", "recipe.optim.micro_batch_size=2"),
+        *("--set", "recipe.data.eval.0.weight=0.05", "--set", f"storage={finray.folder}/runs"),
+        seconds=600,
+    )
+    path = finray.folder / "runs" / "quickstart-sweep" / "sweep.json"
+    after = json.loads(path.read_text(encoding="utf-8"))
+    assert after["status"] == "finished" and len(after["trials"]) == 2

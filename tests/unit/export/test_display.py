@@ -1,0 +1,55 @@
+"""What the export command shows."""
+
+import io
+import json
+from pathlib import Path
+
+from rich.console import Console
+
+from finray.cluster.export_display import export_progress, render_exported
+from finray.training.export.export import Exported
+from finray.training.export.loading import Loadable
+
+RESULT = Loadable(
+    kind="adapter",
+    is_classifier=False,
+    labels=0,
+    base="acme/tiny",
+    revision=None,
+    quantize="none",
+    has_chat_template=True,
+)
+EXPORTED = Exported(Path("/out"), RESULT, 7, 1_234_567)
+
+
+def test_what_lies_where_and_how_it_loads() -> None:
+    assert render_exported(EXPORTED, as_json=False).splitlines() == [
+        "/out: the adapter alone (7 files, 1.2 MB)",
+        "",
+        '  base = AutoModelForCausalLM.from_pretrained("acme/tiny", dtype="auto")',
+        '  model = PeftModel.from_pretrained(base, "/out")',
+    ]
+
+
+def test_json() -> None:
+    told = json.loads(render_exported(EXPORTED, as_json=True))
+    assert told == {
+        "folder": "/out",
+        "kind": "adapter",
+        "base": "acme/tiny",
+        "files": 7,
+        "bytes": 1_234_567,
+    }
+
+
+def drawn(terminal: bool) -> str:
+    stream = io.StringIO()
+    with export_progress(Console(file=stream, force_terminal=terminal, width=80)) as progress:
+        progress(250_000, 1_000_000)
+        progress(1_000_000, 1_000_000)
+    return stream.getvalue()
+
+
+def test_a_bar_on_a_terminal_alone() -> None:
+    assert "1.0/1.0 MB" in drawn(terminal=True)
+    assert drawn(terminal=False) == ""

@@ -1,0 +1,125 @@
+"""What is sampled: the right distribution, and the same completions whatever the batches."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from online_runs import objective_of, prompts, rows_of, setup_of
+
+from finray.training.method_settings import GrpoMethod
+from finray.training.recipe import Recipe
+from finray.training.rollouts.local import LocalRollouts
+from finray.training.rollouts.rollout import Request
+from finray.training.rollouts.sampling import pick, probabilities
+
+VOCABULARY = 40
+DRAWS = 200_000
+# Of a chi-square distribution with up to 39 degrees of freedom, exceeded once in 10,000 times.
+CRITICAL = 80.0
+
+
+def settings(**changes: Any) -> GrpoMethod:
+    return GrpoMethod.model_validate({"rewards": [{"file": "/x.py:f"}], **changes})
+
+
+def expected_shares(logits: torch.Tensor, method: GrpoMethod) -> torch.Tensor:
+    """By the definitions, one token after the other."""
+    shares = (logits.double() / method.temperature).softmax(0)
+    order = sorted(range(len(shares)), key=lambda token: -float(shares[token]))
+    kept = order[: method.top_k] if method.top_k else order
+    total, chosen = sum(float(shares[token]) for token in kept), []
+    reached = 0.0
+    for token in kept:
+        if reached >= method.top_p * total:
+            break
+        chosen.append(token)
+        reached += float(shares[token])
+    found = torch.zeros_like(shares)
+    found[chosen] = shares[chosen] / reached
+    return found
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"temperature": 0.5}, {"top_k": 7}, {"top_p": 0.8}, {"top_k": 20, "top_p": 0.6}],
+    ids=str,
+)
+def test_tokens_follow_the_distribution(changes: dict[str, Any]) -> None:
+    generator = torch.Generator().manual_seed(1)
+    logits = torch.randn(VOCABULARY, generator=generator) * 2
+    method = settings(**changes)
+    shares = probabilities(logits[None], method)
+    wanted = expected_shares(logits, method)
+    torch.testing.assert_close(shares[0], wanted)
+    uniform = torch.rand(DRAWS, generator=generator, dtype=torch.float64)
+    drawn = pick(shares.expand(DRAWS, -1), uniform)
+    counts = torch.bincount(drawn, minlength=VOCABULARY).double()
+    assert counts[wanted == 0].sum() == 0
+    expected = wanted[wanted > 0] * DRAWS
+    statistic = float(((counts[wanted > 0] - expected) ** 2 / expected).sum())
+    assert statistic < CRITICAL
+
+
+def test_the_ends_of_the_unit_interval() -> None:
+    shares = torch.tensor([[0.0, 0.25, 0.0, 0.75, 0.0]], dtype=torch.float64).expand(4, -1)
+    ends = torch.tensor([0.0, 0.2499, 0.25, 1.0 - 2**-53], dtype=torch.float64)
+    assert pick(shares, ends).tolist() == [1, 1, 3, 3]
+
+
+def test_a_completion_depends_on_its_seed_alone(model: Any, tokenizer: Any) -> None:
+    rows = rows_of(prompts(6), tokenizer)
+    requests = [
+        Request(row.input_ids.tolist(), (0, 3, place, n))
+        for place, row in enumerate(rows)
+        for n in range(3)
+    ]
+    method = settings(max_completion=10)
+    together = LocalRollouts(model, tokenizer, method).sample(requests)
+    alone = LocalRollouts(model, tokenizer, method.model_copy(update={"rollout_batch_size": 1}))
+    assert alone.sample(requests[::-1])[::-1] == together
+    assert len({tuple(one.ids) for one in together}) > 12
+    later = [replace(one, seed=(0, 4, *one.seed[2:])) for one in requests]
+    assert LocalRollouts(model, tokenizer, method).sample(later) != together
+    stops = set(model.generation_config.eos_token_id)
+    for one in together:
+        assert not stops & set(one.ids[:-1])
+        assert one.ended == (one.ids[-1] in stops)
+        assert one.ended or len(one.ids) == 10
+
+
+def test_the_log_probabilities_are_those_of_sampling(model: Any, tokenizer: Any) -> None:
+    """A token's frequency over many rollouts is what the objective says of it."""
+    row = rows_of(prompts(1), tokenizer)[0]
+    requests = [Request(row.input_ids.tolist(), (1, n)) for n in range(4000)]
+    method = settings(max_completion=1, temperature=0.7, rollout_batch_size=4000)
+    rollouts = LocalRollouts(model, tokenizer, method).sample(requests)
+    drawn = torch.tensor([one.ids[0] for one in rollouts])
+    with torch.no_grad():
+        logits = model(torch.tensor([row.input_ids.tolist()])).logits[0, -1]
+    shares = (logits / 0.7).softmax(0)
+    likeliest = int(shares.argmax())
+    frequency = float((drawn == likeliest).double().mean())
+    deviation = float((shares[likeliest] * (1 - shares[likeliest]) / 4000).sqrt())
+    assert abs(frequency - float(shares[likeliest])) < 4 * deviation
+
+
+@pytest.mark.parametrize("workers", [2, 3])
+def test_workers_sample_what_one_would(
+    online_recipe: Callable[..., Recipe], model: Any, tokenizer: Any, workers: int
+) -> None:
+    recipe = online_recipe({"kind": "grpo"}, batch_size=16)
+    rows = rows_of(prompts(4), tokenizer)
+
+    def sampled(rank: int, world: int) -> list[list[int]]:
+        objective = objective_of(setup_of(recipe, model, tokenizer, rank, world))
+        before = sum(4 // world + (other < 4 % world) for other in range(rank))
+        mine = rows[before : before + 4 // world + (rank < 4 % world)]
+        places = [objective._first_place + place for place in range(len(mine))]
+        assert places == list(range(before, before + len(mine)))
+        requests = objective.requests(7, mine)
+        return [one.ids for one in objective._made_tools()[0].sample(requests)]
+
+    parts = [ids for rank in range(workers) for ids in sampled(rank, workers)]
+    assert parts == sampled(0, 1)

@@ -1,0 +1,99 @@
+"""What is told to vLLM, with a stand-in for it: the real one needs a GPU."""
+
+import copy
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import pytest
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file
+
+from finray.training.errors import InputError
+from finray.training.recipe import Recipe
+from finray.training.rewards.checking import check_rewards
+from finray.training.rollouts.rollout import Request, Rollout
+from finray.training.rollouts.vllm import VllmRollouts
+
+# peft calls a name that transformers has renamed.
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
+
+
+class Engine:
+    """Answers with the prompt's last token and the end, and keeps what it was told."""
+
+    def __init__(self, **arguments: Any) -> None:
+        self.arguments = arguments
+        self.calls: list[Any] = []
+
+    def generate(
+        self, prompts: Any, parameters: Any, *, lora_request: Any, use_tqdm: bool
+    ) -> list[Any]:
+        weights = load_file(Path(lora_request.path) / "adapter_model.safetensors")
+        self.calls.append((lora_request, parameters, weights))
+        return [
+            SimpleNamespace(
+                outputs=[
+                    SimpleNamespace(
+                        token_ids=(prompt["prompt_token_ids"][-1], 2),
+                        finish_reason="stop" if number == 0 else "length",
+                    )
+                ]
+            )
+            for number, prompt in enumerate(prompts)
+        ]
+
+
+@pytest.fixture
+def stand_in(monkeypatch: pytest.MonkeyPatch) -> None:
+    vllm, lora, request = (
+        ModuleType("vllm"),
+        ModuleType("vllm.lora"),
+        ModuleType("vllm.lora.request"),
+    )
+    vllm.LLM = Engine  # type: ignore[attr-defined]
+    vllm.SamplingParams = SimpleNamespace  # type: ignore[attr-defined]
+    request.LoRARequest = (  # type: ignore[attr-defined]
+        lambda name, number, path: SimpleNamespace(name=name, number=number, path=path)
+    )
+    for module in (vllm, lora, request):
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+
+
+def test_the_adapter_is_handed_over_at_every_call(
+    stand_in: None, online_recipe: Callable[..., Recipe], model: Any, tokenizer: Any
+) -> None:
+    recipe = online_recipe({"kind": "grpo", "temperature": 0.7, "top_k": 5})
+    adapted = get_peft_model(copy.deepcopy(model), LoraConfig(r=12, target_modules=["q_proj"]))
+    rollouts = VllmRollouts(recipe, adapted, tokenizer)
+    engine: Any = rollouts._engine
+    assert engine.arguments["max_lora_rank"] == 16
+    assert engine.arguments["max_model_len"] == recipe.data.max_length
+    requests = [Request([5, 6, 7], (0, 1)), Request([8, 9], (0, 2))]
+    assert rollouts.sample(requests) == [Rollout([7, 2], True), Rollout([9, 2], False)]
+    for name, parameter in adapted.named_parameters():
+        if "lora_B" in name:
+            parameter.data.fill_(0.5)
+    rollouts.sample(requests)
+    (first, told, before), (second, again, after) = engine.calls
+    assert first.number != second.number
+    changed = next(name for name in before if "lora_B" in name)
+    assert before[changed].abs().max() == 0 and after[changed].min() == 0.5
+    assert [one.seed for one in told] == [one.seed for one in again]
+    assert told[0].seed != told[1].seed
+    assert (told[0].temperature, told[0].top_k, told[0].max_tokens) == (0.7, 5, 12)
+    assert tokenizer.eos_token_id in told[0].stop_token_ids
+
+
+def test_it_is_refused_where_it_is_not_installed(online_recipe: Callable[..., Recipe]) -> None:
+    recipe = online_recipe({"kind": "grpo"})
+    method = recipe.method.model_copy(update={"rollout": "vllm"})
+    with pytest.raises(InputError, match=r"pip install 'finray\[vllm\]'"):
+        check_rewards(recipe.model_copy(update={"method": method}))
+
+
+def test_full_fine_tuning_is_refused(online_recipe: Callable[..., Recipe]) -> None:
+    with pytest.raises(ValueError, match="needs an adapter"):
+        online_recipe({"kind": "grpo", "rollout": "vllm"})

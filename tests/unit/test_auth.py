@@ -1,0 +1,94 @@
+"""Ray's token: made closed, demanded, and an open dashboard refused."""
+
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+
+import pytest
+
+from finray.cluster import auth
+from finray.training.errors import InputError
+
+
+@pytest.fixture(autouse=True)
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for name in ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH", "RAY_JOB_CONFIG_JSON_ENV_VAR"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("RAY_AUTH_MODE", "unset")  # so that it is restored afterwards
+    monkeypatch.delenv("RAY_AUTH_MODE")
+    return tmp_path
+
+
+@pytest.fixture(params=[200, 401])
+def dashboard(request: pytest.FixtureRequest) -> Iterator[tuple[str, int]]:
+    class Answer(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(request.param)
+            self.end_headers()
+
+        def log_message(self, *_: object) -> None:
+            """Stay silent."""
+
+    server = HTTPServer(("127.0.0.1", 0), Answer)
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    yield f"http://127.0.0.1:{server.server_port}", request.param
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+def test_a_token_is_made_once_and_closed_to_others(home: Path) -> None:
+    file = auth.ensure_token()
+    token = file.read_text(encoding="utf-8")
+    assert file == home / ".ray" / "auth_token" and len(token) == 64
+    assert file.stat().st_mode & 0o777 == 0o600 and file.parent.stat().st_mode & 0o777 == 0o700
+    file.chmod(0o644)
+    assert auth.ensure_token().read_text(encoding="utf-8") == token
+    assert file.stat().st_mode & 0o777 == 0o600
+
+
+def test_joining_without_a_token_tells_where_to_get_it() -> None:
+    with pytest.raises(InputError, match=r"head:6379 wants a token(.|\n)*scp"):
+        auth.enter_cluster("head:6379")
+    auth.ensure_token()
+    auth.enter_cluster("head:6379")
+
+
+def test_a_dashboard_decides_whether_a_token_is_needed(dashboard: tuple[str, int]) -> None:
+    address, status = dashboard
+    if status == 200:
+        assert auth.enter_dashboard(address) == "open"
+        return
+    with pytest.raises(InputError, match="wants a token"):
+        auth.enter_dashboard(address)
+    auth.ensure_token()
+    assert auth.enter_dashboard(address) == "token"
+
+
+def test_an_open_dashboard_elsewhere_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(auth, "knock", lambda _: "open")
+    with pytest.raises(InputError, match="answers without a token"):
+        auth.enter_dashboard("http://10.1.2.3:8265")
+
+
+@pytest.mark.parametrize("address", ["head:8265", "http://127.0.0.1:9"])
+def test_no_dashboard(address: str) -> None:
+    with pytest.raises(InputError, match="8265"):
+        auth.enter_dashboard(address)
+
+
+@pytest.mark.parametrize(
+    ("address", "is_loopback"),
+    [
+        ("http://localhost:8265", True),
+        ("http://127.0.0.9:8265", True),
+        ("http://[::1]:8265", True),
+        ("http://0.0.0.0:8265", False),
+        ("http://127.evil.example:8265", False),
+    ],
+)
+def test_loopback(address: str, is_loopback: bool) -> None:
+    assert auth.is_loopback(address) is is_loopback

@@ -1,0 +1,42 @@
+"""Whether workers fit nodes, and what would."""
+
+import pytest
+
+from finray.training.capacity import Demand, check_fits, demand, fitting_workers
+from finray.training.errors import InputError
+from finray.training.recipe import ScaleSettings
+
+GPU_NODE = {"CPU": 8.0, "GPU": 4.0}
+CPU_NODE = {"CPU": 16.0}
+
+
+@pytest.mark.parametrize(
+    ("cpus", "gpus", "nodes", "fits"),
+    [
+        (1, 0, [{"CPU": 4.0}], 3),  # one CPU is for the data tasks
+        (1, 1, [GPU_NODE, CPU_NODE], 4),  # CPUs of a node without GPUs do not help
+        (8, 1, [GPU_NODE, CPU_NODE], 1),
+        (8, 1, [GPU_NODE], 0),  # nothing would be left for the data tasks
+        (3, 0, [{"CPU": 4.0}, {"CPU": 4.0}], 2),  # no worker spans two nodes
+        (1, 0.5, [GPU_NODE], 7),
+    ],
+)
+def test_how_many_fit(cpus: float, gpus: float, nodes: list[dict[str, float]], fits: int) -> None:
+    assert fitting_workers(Demand(99, cpus, gpus), nodes) == fits
+
+
+def test_what_is_missing_and_what_would_fit() -> None:
+    with pytest.raises(InputError, match=r"lacks 5 CPUs; scale\.workers=3 would fit"):
+        check_fits(Demand(8, 1, 0), [{"CPU": 4.0}])
+    with pytest.raises(InputError, match=r"lacks 4 GPUs; scale\.workers=4 would fit"):
+        check_fits(Demand(8, 1, 1), [GPU_NODE, CPU_NODE])
+    with pytest.raises(InputError, match="large enough for a worker; not one worker would fit"):
+        check_fits(Demand(1, 6, 0), [{"CPU": 4.0}, {"CPU": 4.0}])
+    check_fits(Demand(3, 1, 0), [{"CPU": 4.0}])
+
+
+def test_gpus_are_taken_where_there_are_any() -> None:
+    scale = ScaleSettings(workers=2)
+    assert demand(scale, [CPU_NODE, GPU_NODE]).gpus == 1.0
+    assert demand(scale, [CPU_NODE]).gpus == 0.0
+    assert demand(ScaleSettings(gpus_per_worker=0.0), [GPU_NODE]).gpus == 0.0

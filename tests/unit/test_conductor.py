@@ -1,0 +1,286 @@
+"""The course of a search without training: what Optuna is told, and when a sweep ends."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import optuna
+import pytest
+from optuna.trial import TrialState
+
+from finray.training.errors import InputError, RunError
+from finray.training.methods import Metric
+from finray.training.recipe import Recipe
+from finray.training.storage import Folder
+from finray.tuning.conductor import Conductor, Ending
+from finray.tuning.distribution import Distribution
+from finray.tuning.samplers import MedianPruner, make_pruner, make_sampler
+from finray.tuning.space import Space
+from finray.tuning.study import StudyFile, SweepStudy, earlier_trials
+from finray.tuning.sweep import Sweep
+
+SEARCH = {
+    "optim.learning_rate": Distribution(log_uniform=(1e-5, 1e-1)),
+    "adapter.rank": Distribution(choice=[2, 4]),
+}
+
+
+@pytest.fixture
+def space(tiny_model: Path) -> Space:
+    recipe = Recipe.model_validate(
+        {
+            "name": "x",
+            "model": {"base": str(tiny_model)},
+            "adapter": {"rank": 2},
+            "data": {"train": [{"path": "/x"}], "holdout": 0.1},
+        }
+    )
+    return Space(SEARCH, recipe, Path("/"), lambda key: key)
+
+
+class Played:
+    """A sweep whose trials are played by the test."""
+
+    def __init__(self, space: Space, folder: Path | None = None, **settings: Any) -> None:
+        storage: Any = optuna.storages.InMemoryStorage()
+        if folder is not None:
+            storage = StudyFile(Folder(str(folder))).open()
+        self.sweep = Sweep.model_validate({"name": "s", "recipe": {}, **settings})
+        self.endings: list[Ending] = []
+        self.stops = 0
+        metrics = [Metric(one.metric, "min") for one in self.sweep.objective]
+        self.study = SweepStudy(
+            storage,
+            "s",
+            metrics,
+            space,
+            make_sampler(self.sweep, 0),
+            make_pruner(self.sweep, len(metrics) == 1, 900),
+        )
+        self.conductor = Conductor(self.sweep, self.study, 2, 0.0, self._changed, self._stop)
+
+    def _changed(self, ending: Ending | None) -> None:
+        self.endings += [ending] if ending else []
+
+    def _stop(self) -> None:
+        self.stops += 1
+
+    def start(self) -> int:
+        assignment = self.conductor.next()
+        assert assignment is not None
+        return assignment.number
+
+    def finish(self, number: int, loss: float | None, **measures: float) -> None:
+        told = {"eval_loss": loss, "tokens": 900, **measures}
+        self.conductor.ended(number, {"status": "finished", "measures": told})
+
+    def fail(self, number: int, error: str, code: int = 1) -> None:
+        report = {"status": "failed", "error": error, "exit_code": code}
+        self.conductor.ended(number, report)
+
+    def state(self, number: int) -> TrialState:
+        return self.study.optuna.trials[number].state
+
+
+def test_pruned_trials_are_told_as_pruned(space: Space) -> None:
+    played = Played(space)
+    good, bad = played.start(), played.start()
+    assert played.conductor.next() is None, "more than two at a time"
+    # the first rung is at a fifth of 900 tokens
+    assert not played.conductor.reported(good, 180, 1.0, False)
+    assert not played.conductor.reported(bad, 100, 2.0, False)
+    assert played.conductor.reported(bad, 180, 2.0, False)
+    played.conductor.ended(bad, {"status": "running", "measures": {"tokens": 180}})
+    assert played.state(bad) == TrialState.PRUNED
+    assert played.study.optuna.trials[bad].intermediate_values == {100: 2.0, 180: 2.0}
+    played.finish(good, 0.5)
+    assert played.state(good) == TrialState.COMPLETE and played.study.best() == [good]
+    assert [one.state for one in played.endings] == ["pruned", "finished"]
+
+
+def test_a_trial_at_its_end_is_not_pruned(space: Space) -> None:
+    played = Played(space)
+    first, second = played.start(), played.start()
+    assert not played.conductor.reported(first, 900, 1.0, True)
+    assert not played.conductor.reported(second, 900, 2.0, True)
+
+
+@pytest.mark.parametrize("loss", [None, math.nan, math.inf])
+def test_an_objective_that_is_no_number_fails_the_trial(space: Space, loss: float | None) -> None:
+    played = Played(space)
+    number = played.start()
+    played.finish(number, loss)
+    assert played.state(number) == TrialState.FAIL
+    assert "eval_loss is" in str(played.study.rows()[number]["error"])
+
+
+def test_nan_on_the_way_gives_a_trial_up_as_failed(space: Space) -> None:
+    played = Played(space)
+    number = played.start()
+    assert played.conductor.reported(number, 100, math.nan, False)
+    played.conductor.ended(number, {"status": "running", "measures": {}})
+    assert played.state(number) == TrialState.FAIL
+
+
+def test_a_lost_process_fails_its_trial(space: Space) -> None:
+    played = Played(space)
+    number = played.start()
+    played.conductor.ended(number, None, "its process was lost")
+    assert played.state(number) == TrialState.FAIL and played.stops == 0
+
+
+def test_three_equal_failures_end_a_sweep(space: Space) -> None:
+    played = Played(space, trials=100)
+    for step in (1, 22, 333):
+        assert played.stops == 0
+        played.fail(played.start(), f"step {step}: the loss is nan")
+    assert played.stops == 1 and played.conductor.is_finished
+    assert isinstance(played.conductor.error, RunError)
+    assert "step 1: the loss is nan" in str(played.conductor.error)
+
+
+def test_bad_input_stays_bad_input(space: Space) -> None:
+    played = Played(space)
+    for _ in range(3):
+        played.fail(played.start(), "wrong", 2)
+    assert isinstance(played.conductor.error, InputError)
+
+
+def test_failures_beside_a_success_do_not_end_a_sweep(space: Space) -> None:
+    played = Played(space)
+    played.finish(played.start(), 1.0)
+    for _ in range(4):
+        played.fail(played.start(), "same")
+    assert played.conductor.error is None and not played.conductor.is_finished
+
+
+def test_a_killed_sweep_takes_its_running_trials_up(space: Space, tmp_path: Path) -> None:
+    before = Played(space, tmp_path, trials=3)
+    done, running = before.start(), before.start()
+    before.conductor.reported(running, 50, 0.9, False)
+    before.finish(done, 1.0)
+    settings = before.study.rows()[running]["settings"]
+
+    after = Played(space, tmp_path, trials=3)
+    again = after.conductor.next()
+    assert again is not None and (again.number, again.settings) == (running, settings)
+    # what was told before the kill is told again, and counts once
+    assert not after.conductor.reported(running, 50, 0.8, False)
+    assert after.study.rows()[running]["curve"] == [[50, 0.9]]
+    after.finish(running, 0.7)
+    after.finish(after.start(), 2.0)
+    assert after.conductor.is_finished and after.conductor.next() is None
+    assert [row["state"] for row in after.study.rows()] == ["finished"] * 3
+    assert after.study.best() == [running]
+
+
+def test_an_interrupted_trial_stays_open(space: Space) -> None:
+    played = Played(space)
+    number = played.start()
+    played.conductor.interrupt()
+    assert played.stops == 1 and played.conductor.next() is None
+    played.conductor.ended(number, {"status": "stopped", "measures": {"tokens": 10}})
+    assert played.state(number) == TrialState.RUNNING and not played.endings
+
+
+def test_a_used_up_budget_prunes_what_runs(space: Space) -> None:
+    played = Played(space)
+    number = played.start()
+    played.conductor.end("the time budget is used up")
+    played.conductor.ended(number, {"status": "stopped", "measures": {"tokens": 10}})
+    assert played.state(number) == TrialState.PRUNED
+    assert "time budget" in str(played.study.rows()[number]["reason"])
+
+
+@pytest.mark.parametrize(
+    ("bounds", "losses", "ends"),
+    [
+        ({"value": 0.5}, [0.6, 0.5], [False, True]),
+        ({"trials_without_gain": 2}, [0.5, 0.6, 0.7], [False, False, True]),
+        ({"tokens": 1800}, [0.5, 0.6], [False, True]),
+    ],
+)
+def test_stop_when(
+    space: Space, bounds: dict[str, Any], losses: list[float], ends: list[bool]
+) -> None:
+    played = Played(space, stop_when=bounds)
+    for loss, ended in zip(losses, ends, strict=True):
+        played.finish(played.start(), loss)
+        assert (played.conductor.over is not None) == ended
+
+
+def test_points_first_and_no_setting_twice(space: Space) -> None:
+    played = Played(space)
+    points = [
+        {"optim.learning_rate": 1e-3, "adapter.rank": 4},
+        {"optim.learning_rate": 1e-4, "adapter.rank": 2},
+    ]
+    played.study.set_up([*points, points[0]], [])
+    for point in points:
+        assignment = played.conductor.next()
+        assert assignment is not None and assignment.settings == point
+        played.finish(assignment.number, 1.0)
+    other = played.conductor.next()
+    assert other is not None and other.settings not in points
+
+
+def test_a_grid_ends_with_its_last_setting(tiny_model: Path, space: Space) -> None:
+    finite = Space(
+        {"adapter.rank": Distribution(choice=[2, 4, 8])}, space.base, Path("/"), lambda key: key
+    )
+    played = Played(finite, sampler="grid")
+    played.study.set_up(finite.every_setting() or [], [])
+    for rank in (2, 4, 8):
+        assignment = played.conductor.next()
+        assert assignment is not None and assignment.settings == {"adapter.rank": rank}
+        played.finish(assignment.number, float(rank))
+    assert played.conductor.next() is None and played.conductor.is_finished
+
+
+def test_an_earlier_sweep_warms_a_new_one(space: Space, tmp_path: Path) -> None:
+    before = Played(space, tmp_path / "before")
+    numbers = [before.start(), before.start()]
+    for number, loss in zip(numbers, (1.0, 2.0), strict=True):
+        before.finish(number, loss)
+    narrow = Space(
+        {**SEARCH, "optim.learning_rate": Distribution(log_uniform=(0.099, 0.1))},
+        *(space.base, Path("/"), lambda key: key),
+    )
+    metrics = [Metric("eval_loss", "min")]
+    folder = Folder(str(tmp_path / "before"))
+    assert earlier_trials(folder, narrow, metrics) == [], "results outside of the space"
+    earlier = earlier_trials(folder, space, metrics)
+    after = Played(space, tmp_path / "after")
+    after.study.set_up([], earlier)
+    after.study.set_up([], earlier)
+    told = after.study.optuna.get_trials(states=(TrialState.COMPLETE,))
+    assert [trial.value for trial in told] == [1.0, 2.0]
+    assert after.study.rows() == [] and after.study.best() == [], "they are not its own trials"
+    with pytest.raises(InputError, match="another objective"):
+        earlier_trials(folder, space, [Metric("x", "max")])
+    with pytest.raises(InputError, match="holds no sweep"):
+        earlier_trials(Folder(str(tmp_path)), space, metrics)
+
+
+def test_the_pareto_front(space: Space) -> None:
+    played = Played(space, objective=["eval_loss", "adapter_bytes"])
+    for loss, size in ((1.0, 5.0), (0.5, 9.0), (1.5, 6.0)):
+        played.finish(played.start(), loss, adapter_bytes=size)
+    assert played.study.best() == [1, 0]
+
+
+def test_the_median_pruner_compares_unequal_token_counts(space: Space) -> None:
+    study = optuna.create_study(pruner=MedianPruner(100))
+    for start, loss in ((90, 1.0), (95, 2.0), (105, 3.0), (110, 4.0)):
+        trial = study.ask()
+        trial.report(loss, start)
+        trial.report(loss, start + 100)
+        study.tell(trial, loss)
+    for loss, pruned in ((1.4, False), (1.6, True)):
+        trial = study.ask()
+        # by 100 tokens only the first two were measured: the median of 1, 2, inf, inf is inf
+        trial.report(9.0, 100)
+        assert not trial.should_prune()
+        trial.report(loss + 1.0, 150)
+        assert trial.should_prune() == pruned
+        study.tell(trial, state=TrialState.PRUNED)

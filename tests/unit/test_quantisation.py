@@ -1,0 +1,148 @@
+"""A base in 4 or 8 bits: what it weighs, that it stays as it is, and several workers on it."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from bitsandbytes.functional import dequantize_4bit
+from bitsandbytes.nn import Linear4bit, Linear8bitLt
+from torch import multiprocessing
+from torch.nn.parallel import DistributedDataParallel
+from transformers import AutoModelForCausalLM
+
+from finray.training.model import count_parameters, count_without_weights, load_model
+from finray.training.recipe import Recipe
+
+# peft calls a name that transformers has renamed.
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
+
+TOKENS = torch.arange(3, 131).reshape(4, 32)
+
+
+def recipe(base: Path | str, quantize: str, **adapter: Any) -> Recipe:
+    return Recipe.model_validate(
+        {
+            "name": "x",
+            "model": {"base": str(base), "quantize": quantize},
+            "adapter": {"rank": 4, **adapter},
+            "data": {"train": [{"path": "/x"}]},
+        }
+    )
+
+
+def layers(model: Any, kind: type) -> list[Any]:
+    return [module for module in model.modules() if isinstance(module, kind)]
+
+
+def frozen(model: Any) -> dict[str, torch.Tensor]:
+    named = model.named_parameters()
+    return {name: weight.clone() for name, weight in named if not weight.requires_grad}
+
+
+def test_nf4_weighs_half_a_byte(tiny_model: Path) -> None:
+    """Packed weights, and their scales with those scales' own."""
+    model = load_model(recipe(tiny_model, "nf4"))
+    found = layers(model, Linear4bit)
+    assert len(found) == 2 * 7
+    held = values = 0
+    for layer in found:
+        weight, state = layer.weight, layer.weight.quant_state
+        assert weight.dtype == torch.uint8 and state.quant_type == "nf4" and state.nested
+        held += weight.nbytes + state.absmax.nbytes + state.state2.absmax.nbytes
+        values += layer.in_features * layer.out_features
+    assert held / values < 0.6
+    told = recipe(tiny_model, "nf4")
+    assert count_parameters(model) == count_without_weights(told)
+
+
+@pytest.mark.parametrize(("quantize", "kind"), [("nf4", Linear4bit), ("int8", Linear8bitLt)])
+def test_the_base_stays_as_it_is(tiny_model: Path, quantize: str, kind: type) -> None:
+    """Training, an evaluation, and training again: the weights are the same, gradients flow."""
+    torch.manual_seed(0)
+    model = load_model(recipe(tiny_model, quantize))
+    assert layers(model, kind)
+    before = frozen(model)
+    trained = [weight for weight in model.parameters() if weight.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-2)
+    losses = []
+    for _ in range(8):
+        model.train()
+        loss = model(input_ids=TOKENS, labels=TOKENS).loss
+        loss.backward()
+        assert all(w.grad is not None and w.grad.isfinite().all() for w in trained)
+        losses.append(float(loss.detach()))
+        model.eval()
+        with torch.no_grad():
+            evaluated = float(model(input_ids=TOKENS, labels=TOKENS).loss)
+        assert evaluated == pytest.approx(losses[-1], abs=2e-3)
+        optimizer.step()
+        optimizer.zero_grad()
+    assert losses[-1] < losses[0] - 0.1
+    for name, weight in frozen(model).items():
+        assert weight.dtype == before[name].dtype
+        assert torch.equal(weight, before[name]), name
+
+
+def test_loftq_gives_back_what_quantisation_took(tiny_model: Path) -> None:
+    """The product is the best of its rank: Eckart and Young's error remains."""
+    model = load_model(recipe(tiny_model, "nf4", init="loftq", alpha=20))
+    plain = load_model(recipe(tiny_model, "nf4"))
+    full = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
+    for name in ("model.layers.0.self_attn.q_proj", "model.layers.1.mlp.down_proj"):
+        layer = model.get_base_model().get_submodule(name)
+        base = layer.get_base_layer().weight
+        untouched = plain.get_base_model().get_submodule(name).get_base_layer().weight
+        assert torch.equal(base, untouched)
+        weight = full.get_submodule(name).weight.detach()
+        lost = weight - dequantize_4bit(base.data, base.quant_state)
+        update = layer.get_delta_weight("default").detach()
+        expected = torch.linalg.svdvals(lost)[4:].square().sum().sqrt()
+        torch.testing.assert_close(torch.linalg.norm(lost - update), expected, rtol=1e-4, atol=0)
+    with torch.no_grad():
+        wanted = full(TOKENS).logits
+        with_loftq = (model.eval()(TOKENS).logits - wanted).norm()
+        assert with_loftq < 0.9 * (plain.eval()(TOKENS).logits - wanted).norm()
+
+
+def gradients(model: Any, tokens: torch.Tensor) -> dict[str, torch.Tensor]:
+    model.train()
+    model(input_ids=tokens, labels=tokens).loss.backward()
+    named = model.named_parameters()
+    return {name: weight.grad for name, weight in named if weight.grad is not None}
+
+
+def _rank(rank: int, base: str, quantize: str, folder: str) -> None:
+    torch.set_num_threads(1)
+    os.environ.update(RANK=str(rank), WORLD_SIZE="2", LOCAL_RANK=str(rank))
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    torch.manual_seed(rank)
+    model = load_model(recipe(base, quantize))
+    before = frozen(model)
+    wrapped = DistributedDataParallel(model, find_unused_parameters=False)
+    found = gradients(wrapped, TOKENS[2 * rank : 2 * rank + 2])
+    after = frozen(model)
+    same = all(torch.equal(after[name], weight) for name, weight in before.items())
+    torch.save({"gradients": found, "same": same}, f"{folder}/rank-{rank}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("quantize", ["nf4", "int8"])
+def test_two_workers_share_a_quantised_base(
+    tiny_model: Path, tmp_path: Path, quantize: str
+) -> None:
+    """Their mean gradient is that of one worker; they start from rank 0's adapter."""
+    torch.manual_seed(0)
+    expected = gradients(load_model(recipe(tiny_model, quantize)), TOKENS)
+    arguments = (str(tiny_model), quantize, str(tmp_path))
+    # Forked: a fresh process would spend most of its time importing torch.
+    multiprocessing.start_processes(_rank, arguments, nprocs=2, start_method="fork")
+    for rank in range(2):
+        saved = torch.load(tmp_path / f"rank-{rank}.pt", weights_only=True)
+        assert saved["same"]
+        assert len(saved["gradients"]) == len(expected) == 2 * 7 * 2
+        for name, gradient in saved["gradients"].items():
+            wanted = expected[name.removeprefix("module.")]
+            torch.testing.assert_close(gradient, wanted, atol=1e-5, rtol=1e-4)

@@ -1,0 +1,143 @@
+"""What travels with a job: files by content, relative paths, a limit, and nothing hidden."""
+
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from finray.cluster.job_driver import unpack
+from finray.cluster.staging import INPUTS_FOLDER, RECIPE_FILE, stage
+from finray.training.errors import InputError
+from finray.training.recipe import Recipe, load_recipe
+
+
+@pytest.fixture
+def rows(tmp_path: Path) -> Path:
+    folder = tmp_path / "home"
+    folder.mkdir()
+    (folder / "rows.jsonl").write_text('{"text": "one"}\n', encoding="utf-8")
+    return folder
+
+
+def make(folder: Path, **changes: Any) -> Recipe:
+    values: dict[str, Any] = {
+        "name": "run",
+        "model": {"base": "owner/model"},
+        "data": {"train": [{"path": "rows.jsonl"}]},
+        "storage": "/shared/runs",
+        **changes,
+    }
+    path = folder / "recipe.yaml"
+    path.write_text(yaml.safe_dump(values), encoding="utf-8")
+    return load_recipe(path)
+
+
+def staged_recipe(folder: Path) -> dict[str, Any]:
+    values: dict[str, Any] = yaml.safe_load((folder / RECIPE_FILE).read_text(encoding="utf-8"))
+    return values
+
+
+def parcel(tmp_path: Path, name: str = "parcel") -> Path:
+    folder = tmp_path / name
+    folder.mkdir()
+    return folder
+
+
+def test_local_data_travels_by_a_relative_path(tmp_path: Path, rows: Path) -> None:
+    target = parcel(tmp_path)
+    stage(make(rows), target, ())
+    path = staged_recipe(target)["data"]["train"][0]["path"]
+    assert path.startswith("./") and str(rows) not in (target / RECIPE_FILE).read_text()
+    assert (target / path).read_bytes() == (rows / "rows.jsonl").read_bytes()
+
+
+def test_globs_and_folders_keep_their_files(tmp_path: Path, rows: Path) -> None:
+    (rows / "more").mkdir()
+    for name in ("a.jsonl", "b.jsonl", "c.txt"):
+        (rows / "more" / name).write_text(f'{{"text": "{name}"}}\n', encoding="utf-8")
+    target = parcel(tmp_path)
+    sources = [{"path": "more"}, {"path": "more/a*.jsonl"}]
+    stage(make(rows, data={"train": sources}), target, ())
+    folder, glob = (target / source["path"] for source in staged_recipe(target)["data"]["train"])
+    assert sorted(file.name for file in folder.iterdir()) == ["a.jsonl", "b.jsonl"]
+    assert sorted(file.name for file in glob.rglob("*.jsonl")) == ["a.jsonl"]
+
+
+def test_what_is_on_the_cluster_or_a_uri_stays(tmp_path: Path, rows: Path) -> None:
+    target = parcel(tmp_path)
+    paths = ["/mnt/share/absent.jsonl", "s3://bucket/rows.jsonl"]
+    recipe = make(rows, data={"train": [{"path": path} for path in paths]})
+    stage(recipe, target, ("/mnt/share",))
+    assert [source["path"] for source in staged_recipe(target)["data"]["train"]] == paths
+    assert not (target / INPUTS_FOLDER).exists()
+
+
+def test_an_absent_file_names_the_way_out(tmp_path: Path, rows: Path) -> None:
+    recipe = make(rows, data={"train": [{"path": "/mnt/share/absent.jsonl"}]})
+    with pytest.raises(InputError, match=r"absent\.jsonl(.|\n)*--on-cluster"):
+        stage(recipe, parcel(tmp_path), ())
+
+
+def test_too_big_names_what_and_where_to_put_it(tmp_path: Path, rows: Path) -> None:
+    (rows / "big.jsonl").write_text('{"text": "x"}\n' * 200_000, encoding="utf-8")
+    recipe = make(rows, data={"train": [{"path": "rows.jsonl"}, {"path": "big.jsonl"}]})
+    with pytest.raises(InputError) as told:
+        stage(recipe, parcel(tmp_path), (), limit_mib=2.0)
+    lines = str(told.value).splitlines()
+    assert "2.7 MiB" in lines[0] and "at most 2 MiB" in lines[0]
+    assert "big.jsonl" in lines[1] and "rows.jsonl" in lines[2] and "s3://" in lines[3]
+    stage(recipe, parcel(tmp_path, "larger"), (), limit_mib=3.0)
+
+
+def test_a_file_that_gitignore_hides_travels_and_is_told(tmp_path: Path, rows: Path) -> None:
+    from ray._private.runtime_env.packaging import create_package
+
+    subprocess.run(["git", "init", "--quiet", str(rows)], check=True)
+    (rows / ".gitignore").write_text("*.jsonl\n", encoding="utf-8")
+    target = parcel(tmp_path)
+    staged = stage(make(rows), target, ())
+    assert [note for note in staged.notes if ".gitignore" in note and "rows.jsonl" in note]
+    archive = tmp_path / "parcel.zip"
+    create_package(str(target), archive, include_gitignore=True)
+    from zipfile import ZipFile
+
+    with ZipFile(archive) as content:
+        assert content.read("inputs/0/rows.jsonl") == (rows / "rows.jsonl").read_bytes()
+        assert "finray/training/report.html" in content.namelist()
+
+
+def test_a_model_folder_needs_a_storage_that_is_a_folder(tmp_path: Path, rows: Path) -> None:
+    (rows / "base").mkdir()
+    (rows / "base" / "config.json").write_text("{}", encoding="utf-8")
+    target = parcel(tmp_path)
+    stage(make(rows, model={"base": "base"}), target, ())
+    assert (target / staged_recipe(target)["model"]["base"] / "config.json").read_text() == "{}"
+    recipe = make(rows, model={"base": "base"}, storage="s3://bucket/runs")
+    with pytest.raises(InputError, match="hub id"):
+        stage(recipe, parcel(tmp_path, "other"), ())
+
+
+def test_the_digest_is_of_content_alone(tmp_path: Path, rows: Path) -> None:
+    first = stage(make(rows), parcel(tmp_path, "a"), ()).digest
+    moved = tmp_path / "elsewhere"
+    rows.rename(moved)
+    assert stage(make(moved), parcel(tmp_path, "b"), ()).digest == first
+    (moved / "rows.jsonl").write_text('{"text": "two"}\n', encoding="utf-8")
+    assert stage(make(moved), parcel(tmp_path, "c"), ()).digest != first
+    assert stage(make(moved, seed=1), parcel(tmp_path, "d"), ()).digest != first
+
+
+def test_the_same_files_unpack_to_the_same_recipe(tmp_path: Path, rows: Path) -> None:
+    """A resumed run must find its data at the same path, wherever Ray unpacked the job."""
+    storage = tmp_path / "shared"
+    found = []
+    for name in ("first", "second"):
+        target = parcel(tmp_path, name)
+        digest = stage(make(rows, storage=str(storage)), target, ()).digest
+        found.append(unpack(target, digest))
+    assert found[0] == found[1]
+    path = Path(found[0].data.train[0].path)
+    assert path.is_relative_to(storage / "run" / INPUTS_FOLDER)
+    assert path.read_bytes() == (rows / "rows.jsonl").read_bytes()

@@ -1,0 +1,173 @@
+"""A sweep is checked before anything starts: one message, with file, line and key."""
+
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from finray.training.errors import InputError
+from finray.tuning.plan import Plan, make_plan
+from finray.tuning.rule import rule_of_thumb
+from finray.tuning.sweep import load_sweep
+
+RATE = {"optim.learning_rate": {"log_uniform": [1e-5, 1e-3]}}
+MakePlan = Callable[..., Plan]
+
+
+@pytest.fixture
+def plan(tmp_path: Path, tiny_model: Path) -> MakePlan:
+    """Plans a sweep around a small inline recipe; keyword arguments change the sweep."""
+
+    def make(recipe: dict[str, Any] | None = None, **settings: Any) -> Plan:
+        base: dict[str, Any] = {
+            "model": {"base": str(tiny_model)},
+            "adapter": {"rank": 4},
+            "data": {"train": [{"path": "rows.jsonl"}], "holdout": 0.1},
+            "optim": {"batch_size": 8},
+            **(recipe or {}),
+        }
+        path = tmp_path / "sweep.yaml"
+        values = {"name": "sweep", "search": RATE, **settings, "recipe": base}
+        path.write_text(yaml.safe_dump(values, sort_keys=False), encoding="utf-8")
+        return make_plan(load_sweep(path))
+
+    return make
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (
+            {"search": {"optim.learning_rat": {"choice": [1]}}},
+            r"sweep.yaml:3: search.optim.learning_rat: unknown key; did you mean 'learning_rate'",
+        ),
+        ({"search": {"scale.workers": {"choice": [1, 2]}}}, "scale is the same for all trials"),
+        ({"search": {"adapter.rank": {"choice": []}}}, "adapter.rank.choice: list should have"),
+        ({"search": {"adapter.rank": {"int_uniform": [8, 4]}}}, r"bounds are reversed.*\[8, 4\]"),
+        ({"search": {"adapter.rank": {"uniform": [4, 8]}}}, "never makes a valid recipe.*integer"),
+        ({"search": {"adapter.rank": {"choice": [4, "x"]}}}, "'x' never makes a valid recipe"),
+        ({"search": {"adapter.dropout": {"uniform": [0, 1]}}}, "never makes a valid .*less than 1"),
+        ({"search": {"optim.learning_rate": {"log_uniform": [0, 1]}}}, "must be above 0"),
+        ({"search": {"adapter.rank": {"choice": [4], "uniform": [1, 2]}}}, "found choice and unif"),
+        (
+            {"search": {"adapter.rank": {"choice": [4], "when": {"seed": 1}}}},
+            "depends on seed, which is not searched",
+        ),
+        ({"search": {"data.holdout": {"uniform": [0.1, 0.2]}}}, "prepared before the first trial"),
+        ({"objective": "eval_los"}, "never reports 'eval_los'; it reports eval_loss"),
+        ({"objective": "exact_match"}, "exact_match needs eval.samples"),
+        ({"objective": ["loss", "loss"]}, "names a metric twice"),
+        ({"objective": "adapter_bytes", "pruning": {"kind": "asha"}}, "at a trial's end only"),
+        ({"objective": ["loss", "eval_loss"], "pruning": {"kind": "median"}}, "compares one numb"),
+        ({"sampler": "grid"}, "grid needs countable values, and optim.learning_rate has a range"),
+        ({"points": [{"adapter.rank": 4}]}, "points.0: adapter.rank is not searched"),
+        ({"points": [{"optim.learning_rate": 1}]}, "points.0: .*1 is not in the searched space"),
+        ({"trails": 3}, "trails: unknown key; did you mean 'trials'"),
+        ({"time_budget": "soon"}, "time_budget"),
+    ],
+)
+def test_bad_sweeps(plan: MakePlan, settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message) as told:
+        plan(**settings)
+    assert "sweep.yaml:" in str(told.value)
+
+
+def test_an_eval_objective_needs_held_out_data(plan: MakePlan) -> None:
+    with pytest.raises(InputError, match=r"need data\.eval or data\.holdout"):
+        plan({"data": {"train": [{"path": "rows.jsonl"}]}})
+
+
+def test_impossible_combinations_are_excluded_with_their_reason(plan: MakePlan) -> None:
+    made = plan(
+        search={
+            "optim.batch_size": {"choice": [2, 16]},
+            "optim.micro_batch_size": {"choice": [2, 4]},
+        }
+    )
+    assert made.excluded_count == 1
+    assert made.excluded[0].settings == {"optim.batch_size": 2, "optim.micro_batch_size": 4}
+    assert "larger than optim.batch_size 2" in made.excluded[0].reason
+
+
+def test_no_feasible_trial(plan: MakePlan) -> None:
+    with pytest.raises(InputError, match=r"2 never makes a valid recipe.*larger than"):
+        plan(search={"optim.batch_size": {"choice": [2]}})
+
+
+def test_conditional_keys_and_computed_ones(plan: MakePlan) -> None:
+    made = plan(
+        search={
+            "optim.beta2": {"choice": [0.9, 0.99], "when": {"optim.schedule": "linear"}},
+            "optim.schedule": {"choice": ["cosine", "linear"]},
+            "adapter.alpha": {"times": 2, "of": "adapter.rank"},
+            "adapter.rank": {"choice": [2, 8]},
+        }
+    )
+    every = made.space.every_setting()
+    assert every is not None and len(every) == 2 * (1 + 2)
+    for settings in every:
+        assert ("optim.beta2" in settings) == (settings["optim.schedule"] == "linear")
+        recipe = made.space.recipe(settings)
+        assert recipe.adapter is not None
+        assert recipe.adapter.alpha == 2 * recipe.adapter.rank == 2 * settings["adapter.rank"]
+
+
+def test_whole_sections_are_choices(plan: MakePlan) -> None:
+    made = plan(search={"adapter": {"choice": [None, {"rank": 2}]}})
+    recipes = [made.space.recipe(settings) for settings in made.space.every_setting() or []]
+    assert [recipe.adapter and recipe.adapter.rank for recipe in recipes] == [None, 2]
+
+
+def test_the_default_space_lies_around_the_rule(plan: MakePlan) -> None:
+    made = plan(search="default")
+    # 5e-5 * 10 * (2000 / 32) ** 0.78
+    assert rule_of_thumb(made.recipe) == pytest.approx(0.0126, rel=0.05)
+    first = made.points[0]
+    assert first["optim.learning_rate"] == rule_of_thumb(made.recipe)
+    assert first["adapter.alpha"] == 2 * first["adapter.rank"] == 8
+    low, high = made.space["optim.learning_rate"].bounds
+    assert high / low == pytest.approx(100, rel=0.05)
+    assert "adapter.alpha" not in made.space.searched
+
+
+def test_full_fine_tuning_learns_ten_times_slower(plan: MakePlan) -> None:
+    lora, full = plan(search="default"), plan({"adapter": None}, search="default")
+    ratio = rule_of_thumb(lora.recipe) / rule_of_thumb(full.recipe)
+    assert ratio == pytest.approx(10, rel=0.05)
+    assert full.space.searched == ["optim.learning_rate"]
+
+
+def test_points_come_after_the_rule_and_keep_the_recipe_elsewhere(plan: MakePlan) -> None:
+    made = plan(
+        search={**RATE, "adapter.rank": {"choice": [2, 4, 8]}},
+        points=[{"optim.learning_rate": 5e-4}],
+    )
+    assert made.points[1] == {"optim.learning_rate": 5e-4, "adapter.rank": 4}
+
+
+def test_recipes_share_data_unless_its_settings_differ(plan: MakePlan) -> None:
+    made = plan(search={**RATE, "data.max_length": {"choice": [64, 128]}})
+    keys = {made.space.data_key(settings) for settings in made.space.data_settings()}
+    assert len(keys) == 2
+    assert len(plan().space.data_settings()) == 1
+
+
+def test_time_budget_in_words(plan: MakePlan) -> None:
+    assert plan(time_budget="1.5h").sweep.time_budget == 5400
+    assert plan(time_budget=90).sweep.time_budget == 90
+
+
+def test_a_sweep_is_checked_without_ray_and_torch() -> None:
+    """Ray takes its token and settings from the environment when it is imported."""
+    script = (
+        "import sys, finray.cluster.tune_command, finray.tuning.attempt, finray.tuning.plan\n"
+        "assert not {'ray', 'torch', 'optuna'} & set(sys.modules)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr

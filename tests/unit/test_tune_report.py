@@ -1,0 +1,105 @@
+"""A sweep as people see it: the page and the table."""
+
+import re
+from typing import Any
+
+import optuna
+import pytest
+
+from finray.cluster.tune_table import render_ending, render_sweep
+from finray.training.storage import Folder
+from finray.tuning.conductor import Ending
+from finray.tuning.record import saved_share
+from finray.tuning.report import render_report
+
+pytestmark = pytest.mark.filterwarnings("ignore::optuna.exceptions.ExperimentalWarning")
+
+
+def row(number: int, state: str, **values: Any) -> dict[str, Any]:
+    return {
+        "number": number,
+        "state": state,
+        "settings": {"optim.learning_rate": 10.0**-number, "adapter.rank": 4},
+        "values": None,
+        "latest": None,
+        "tokens": 0,
+        "measures": {},
+        "curve": [],
+        "reason": None,
+        "error": None,
+        "started": None,
+        "ended": f"2026-01-01T00:00:0{number}",
+        **values,
+    }
+
+
+@pytest.fixture
+def record() -> dict[str, Any]:
+    return {
+        "name": "s",
+        "status": "finished",
+        "error": None,
+        "over": None,
+        "settings": {"trials": 5},
+        "objectives": [{"metric": "eval_loss", "mode": "min"}],
+        "prunes": True,
+        "first_rung": 100,
+        "trial_tokens": 1000,
+        "excluded": {"count": 0, "first": []},
+        "wall_seconds": 61.0,
+        "best": [2],
+        "result": "adapter",
+        "trials": [
+            row(1, "finished", values=[2.0], tokens=1000, curve=[[100, 3.0], [1000, 2.0]]),
+            row(2, "finished", values=[1.0], tokens=1000, curve=[[100, 2.0], [1000, 1.0]]),
+            row(3, "pruned", latest=9.0, tokens=100, curve=[[100, 9.0]], reason="pruned at 100"),
+            row(4, "failed", error="<script>alert(1)</script>"),
+        ],
+    }
+
+
+@pytest.fixture
+def study(record: dict[str, Any]) -> optuna.Study:
+    made = optuna.create_study()
+    for one in record["trials"]:
+        trial = made.ask()
+        trial.suggest_float("optim.learning_rate", 1e-5, 1.0, log=True)
+        trial.suggest_categorical("adapter.rank", [4, 8])
+        for step, value in one["curve"]:
+            trial.report(value, step)
+        if one["values"]:
+            made.tell(trial, one["values"])
+        else:
+            made.tell(trial, state=optuna.trial.TrialState.PRUNED)
+    return made
+
+
+def test_the_page_needs_nothing_else(record: dict[str, Any], study: optuna.Study) -> None:
+    page = render_report(study, record)
+    assert not re.search(r"<(script|link|img)[^>]+(src|href)=", page)
+    for title in ("Learning curves", "Parallel coordinates", "Importance", "Slices", "Contours"):
+        assert f"<h2>{title}</h2>" in page
+    assert page.count("Plotly.newPlot(") >= 7
+    assert "trial 3 (pruned)" in page
+    assert '<tr class="best">\n<td>2</td>' in page
+    assert "<script>alert(1)" not in page and "&lt;script&gt;alert(1)" in page
+    # 2100 tokens instead of 3000
+    assert "30.0% of the tokens" in page and saved_share(record) == pytest.approx(0.3)
+
+
+def test_a_page_without_a_result(record: dict[str, Any]) -> None:
+    record.update(trials=[record["trials"][3]], best=[], status="failed")
+    assert "1 failed" in render_report(optuna.create_study(), record)
+
+
+def test_the_table_begins_with_the_best(record: dict[str, Any], tmp_path: Any) -> None:
+    lines = render_sweep(record, Folder(str(tmp_path))).splitlines()
+    assert lines[0] == "sweep s finished: 2 finished, 1 pruned, 1 failed; 1m01s"
+    assert lines[1].split() == ["trial", "state", "eval_loss", "learning_rate", "rank", "tokens"]
+    assert [line.split()[0] for line in lines[2:6]] == ["*2", "1", "3", "4"]
+    assert lines[2].split() == ["*2", "finished", "1", "0.01", "4", "1k"]
+
+
+def test_the_line_of_an_ended_trial(record: dict[str, Any]) -> None:
+    text = render_ending(Ending(3, "pruned", "eval_loss 9"), record)
+    assert text == "trial 3 pruned: eval_loss 9 (best: 1 of trial 2; 4 of at most 5)"

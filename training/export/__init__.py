@@ -1,0 +1,1 @@
+"""A finished run's result, taken elsewhere: copied or merged, with a model card."""

@@ -1,0 +1,240 @@
+"""`finray export`: a finished run's result as a folder that stands by itself."""
+
+import json
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..base_identity import BASE_FILE, base_digest
+from ..data.tokenizer_files import model_folder, tokenizer_files
+from ..errors import InputError, RunError
+from ..existing_adapter import CONFIG_FILE as ADAPTER_CONFIG
+from ..existing_adapter import WEIGHTS_FILE
+from ..model_settings import ModelSettings
+from ..run_folder import Record, existing_run, read_recipe
+from ..storage import Folder
+from .loading import Loadable
+from .model_card import render_card
+
+if TYPE_CHECKING:
+    from ..device import DtypeName
+
+CARD_FILE = "README.md"
+MODEL_CONFIG = "config.json"
+GENERATION_CONFIG = "generation_config.json"
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What was written."""
+
+    folder: Path
+    result: Loadable
+    files: int
+    bytes: int
+
+
+def export(
+    run: Folder,
+    target: Path,
+    *,
+    merge: bool = False,
+    dtype: "DtypeName | None" = None,
+    progress: Callable[[int, int], None] = lambda _, __: None,
+) -> Exported:
+    """Write a run's result and its model card into a folder, whole or not at all.
+
+    Args:
+        run: the run's folder.
+        target: where to; it does not exist, or is empty.
+        merge: merge the adapter into its base.
+        dtype: type of the written weights; by default the base's, or the trained model's.
+        progress: told of the bytes of weights written so far and in all.
+
+    Raises:
+        InputError: there is no finished run, nothing to merge, no base, or no room for the result.
+        RunError: the result cannot be written, or a merged weight is not finite.
+    """
+    record, (_, recipe) = existing_run(run), read_recipe(run)
+    name = _finished_result(run, record)
+    if name == "model" and merge:
+        raise InputError(f"{run}: the run trained the model itself: it is whole without --merge")
+    if name == "adapter" and dtype is not None and not merge:
+        raise InputError("--dtype is the type of a whole model's weights: it needs --merge here")
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise InputError(f"{target} exists already; give a folder that is new or empty")
+    settings = recipe["model"]
+    base = None
+    if merge:
+        wanted = ModelSettings(base=settings["base"], revision=settings.get("revision"))
+        base = model_folder(wanted, weights=True)
+    with _staged(target) as staged, _local(run / name) as trained:
+        if base is not None:
+            _merge(record, settings, base, trained, staged, dtype, progress)
+        elif dtype is not None:
+            _recast(trained, staged, dtype, progress)
+        else:
+            shutil.copytree(trained, staged, dirs_exist_ok=True)
+            if name == "adapter":
+                _name_base(staged, settings)
+        result = _describe(name, merge, settings, trained)
+        card = render_card(record, recipe, result)
+        (staged / CARD_FILE).write_text(card, encoding="utf-8")
+        sizes = [path.stat().st_size for path in staged.rglob("*") if path.is_file()]
+    return Exported(target, result, len(sizes), sum(sizes))
+
+
+def _finished_result(run: Folder, record: Record) -> str:
+    """Name of the folder with what was trained."""
+    status, name = record.get("status"), record.get("result")
+    if status != "finished" or not name:
+        raise InputError(
+            f"{run}: the run is not finished (status: {status}, step {record.get('step')} of "
+            f"{record.get('total_steps')}); `finray train` with its recipe goes on"
+        )
+    if not run.exists(str(name)):
+        raise InputError(f"{run}: the run's result, {name}/, is gone")
+    return str(name)
+
+
+@contextmanager
+def _staged(target: Path) -> Iterator[Path]:
+    """A folder beside the target that takes its name at the end.
+
+    What a killed export left there is deleted by the next one.
+    """
+    staged = target.with_name(f".{target.name}.partial")
+    try:
+        shutil.rmtree(staged, ignore_errors=True)
+        staged.mkdir(parents=True)
+    except OSError as error:
+        raise InputError(f"{target}: cannot write there: {error.strerror}") from None
+    try:
+        yield staged
+        staged.replace(target)
+    except OSError as error:
+        raise RunError(f"{target}: the export failed: {error}") from error
+    finally:
+        shutil.rmtree(staged, ignore_errors=True)
+
+
+@contextmanager
+def _local(folder: Folder) -> Iterator[Path]:
+    """A folder on this machine's disk: itself, or a copy."""
+    if folder.local is not None:
+        yield folder.local
+        return
+    with tempfile.TemporaryDirectory(prefix="finray-") as scratch:
+        folder.download(Path(scratch))
+        yield Path(scratch)
+
+
+def _merge(
+    record: Record,
+    settings: Record,
+    base: Path,
+    adapter: Path,
+    staged: Path,
+    dtype: "DtypeName | None",
+    progress: Callable[[int, int], None],
+) -> None:
+    from transformers import AutoTokenizer
+
+    from .merge import merge
+
+    _check_base(base, adapter)
+    merge(
+        base,
+        adapter,
+        staged,
+        progress,
+        quantize=settings.get("quantize", "none"),
+        compute_dtype=record["dtype"],
+        dtype=dtype,
+        pad_token_id=AutoTokenizer.from_pretrained(adapter).pad_token_id,
+    )
+    _copy(tokenizer_files(adapter), staged)
+    _copy([base / GENERATION_CONFIG], staged)
+
+
+def _recast(
+    model: Path, staged: Path, dtype: "DtypeName", progress: Callable[[int, int], None]
+) -> None:
+    from .merge import recast
+
+    recast(model, staged, dtype, progress)
+    _copy([*tokenizer_files(model), model / GENERATION_CONFIG], staged)
+
+
+def _copy(files: list[Path], target: Path) -> None:
+    """Copy those files that are there."""
+    for file in files:
+        if file.is_file():
+            shutil.copy(file, target)
+
+
+def _name_base(adapter: Path, settings: Record) -> None:
+    """Let PEFT's own configuration lead to the base that the recipe names."""
+    base = settings["base"]
+    _change_json(
+        adapter / ADAPTER_CONFIG,
+        base_model_name_or_path=base,
+        revision=settings.get("revision"),
+    )
+    if (adapter / BASE_FILE).is_file() and Path(base).is_absolute():
+        _change_json(adapter / BASE_FILE, base=Path(base).name)
+
+
+def _check_base(base: Path, adapter: Path) -> None:
+    """Refuse a base whose weights are others than when the adapter was trained."""
+    note = adapter / BASE_FILE
+    noted = _read_json(note).get("digest") if note.is_file() else None
+    if noted is not None and base_digest(base) not in (noted, None):
+        raise InputError(
+            f"{base}: the base's weights changed since the adapter was trained over them"
+        )
+
+
+def _describe(name: str, merge: bool, settings: Record, trained: Path) -> Loadable:
+    from transformers import AutoTokenizer
+
+    if name == "adapter":
+        is_classifier = _read_json(trained / ADAPTER_CONFIG).get("task_type") == "SEQ_CLS"
+        labels = _score_outputs(trained) if is_classifier else 0
+    else:
+        config = _read_json(trained / MODEL_CONFIG)
+        is_classifier = str(config["architectures"][0]).endswith("ForSequenceClassification")
+        labels = len(config.get("id2label") or ())
+    template = AutoTokenizer.from_pretrained(trained).chat_template
+    return Loadable(
+        kind="merged" if merge else "adapter" if name == "adapter" else "model",
+        is_classifier=is_classifier,
+        labels=labels,
+        base=settings["base"],
+        revision=settings.get("revision"),
+        quantize=settings.get("quantize", "none"),
+        has_chat_template=template is not None,
+    )
+
+
+def _score_outputs(adapter: Path) -> int:
+    """Rows of the score head that lies with an adapter."""
+    from safetensors import safe_open
+
+    with safe_open(adapter / WEIGHTS_FILE, framework="np") as file:
+        head = next(name for name in file.keys() if name.endswith("score.weight"))  # noqa: SIM118
+        return int(file.get_slice(head).get_shape()[0])
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return values
+
+
+def _change_json(path: Path, **values: Any) -> None:
+    changed = {**_read_json(path), **values}
+    path.write_text(json.dumps(changed, indent=2, sort_keys=True) + "\n", encoding="utf-8")

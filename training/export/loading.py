@@ -1,0 +1,138 @@
+"""Python that loads an exported result with transformers and PEFT alone."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+Kind = Literal["adapter", "merged", "model"]
+
+_QUANTISATION = {
+    "nf4": (
+        "BitsAndBytesConfig("
+        'load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)'
+    ),
+    "int8": "BitsAndBytesConfig(load_in_8bit=True)",
+}
+
+
+@dataclass(frozen=True)
+class Loadable:
+    """What was exported, as far as it matters to who loads it."""
+
+    kind: Kind
+    """adapter: beside its base. merged: an adapter in its base. model: trained as a whole."""
+    is_classifier: bool
+    """Scores texts; otherwise it writes them."""
+    labels: int
+    """Outputs of a classifier."""
+    base: str
+    """Hub id or absolute folder of the base model."""
+    revision: str | None
+    quantize: str
+    """How the base was quantised while the adapter was trained."""
+    has_chat_template: bool
+
+    @property
+    def base_is_public(self) -> bool:
+        """Whether the base's name is a hub id, not a folder of this machine."""
+        return not Path(self.base).is_absolute()
+
+    @property
+    def model_class(self) -> str:
+        """transformers' automatic class."""
+        kind = "SequenceClassification" if self.is_classifier else "CausalLM"
+        return f"AutoModelFor{kind}"
+
+    def two_lines(self, folder: Path) -> list[str]:
+        """The lines that load it from a folder, without imports."""
+        if self.kind != "adapter":
+            return [
+                f"model = {self.model_class}.from_pretrained({_quoted(str(folder))})",
+                f"tokenizer = AutoTokenizer.from_pretrained({_quoted(str(folder))})",
+            ]
+        return [
+            self._base_line(_quoted(self.base)),
+            f"model = PeftModel.from_pretrained(base, {_quoted(str(folder))})",
+        ]
+
+    def program(self) -> str:
+        """A program that loads it from its own folder and uses it. It names no local path."""
+        return "\n".join([*self._imports(), "", *self._loading(), "", *self._using()])
+
+    def _base_line(self, base: str) -> str:
+        arguments = [base]
+        if self.base_is_public and self.revision is not None:
+            arguments.append(f"revision={_quoted(self.revision)}")
+        if self.is_classifier:
+            arguments.append(f"num_labels={self.labels}")
+        if self.quantize != "none":
+            arguments.append(f"quantization_config={_QUANTISATION[self.quantize]}")
+        arguments.append('dtype="auto"')
+        return f"base = {self.model_class}.from_pretrained({', '.join(arguments)})"
+
+    def _imports(self) -> list[str]:
+        names = [self.model_class, "AutoTokenizer"]
+        if self.kind != "adapter":
+            return [f"from transformers import {', '.join(names)}"]
+        if self.quantize != "none":
+            names.append("BitsAndBytesConfig")
+        config = "" if self.base_is_public else "PeftConfig, "
+        return [
+            f"from peft import {config}PeftModel",
+            f"from transformers import {', '.join(names)}",
+        ]
+
+    def _loading(self) -> list[str]:
+        lines = ['folder = "."  # this folder; or its path, or its hub id']
+        lines.append("tokenizer = AutoTokenizer.from_pretrained(folder)")
+        if self.kind == "adapter":
+            name = _quoted(self.base)
+            if not self.base_is_public:
+                lines.append("name = PeftConfig.from_pretrained(folder).base_model_name_or_path")
+                name = "name"
+            lines.append(self._base_line(name))
+            lines.append("model = PeftModel.from_pretrained(base, folder)")
+            if self.is_classifier:
+                lines.append("model.config.pad_token_id = tokenizer.pad_token_id")
+        else:
+            lines.append(f'model = {self.model_class}.from_pretrained(folder, dtype="auto")')
+        return lines
+
+    def _using(self) -> list[str]:
+        if self.is_classifier:
+            return self._scoring()
+        if self.has_chat_template:
+            lines = [
+                'messages = [{"role": "user", "content": "Hello!"}]',
+                "inputs = tokenizer.apply_chat_template(",
+                '    messages, add_generation_prompt=True, return_tensors="pt", return_dict=True',
+                ").to(model.device)",
+            ]
+        else:
+            lines = ['inputs = tokenizer("Once upon a time", return_tensors="pt").to(model.device)']
+        return [
+            *lines,
+            "output = model.generate(**inputs, max_new_tokens=64)",
+            'answer = output[0, inputs["input_ids"].shape[1]:]',
+            "print(tokenizer.decode(answer, skip_special_tokens=True))",
+        ]
+
+    def _scoring(self) -> list[str]:
+        lines = ['text = "A text to score."']
+        if self.has_chat_template:
+            lines = [
+                'turns = [("user", "How are you?"), ("assistant", "Fine, thanks.")]',
+                'messages = [{"role": role, "content": content} for role, content in turns]',
+                "text = tokenizer.apply_chat_template(messages, tokenize=False)",
+            ]
+        return [
+            *lines,
+            'inputs = tokenizer(text, return_tensors="pt", add_special_tokens=False)',
+            "print(model(**inputs.to(model.device)).logits)",
+        ]
+
+
+def _quoted(text: str) -> str:
+    """A string of Python, in the style of the rest."""
+    return json.dumps(text, ensure_ascii=False)

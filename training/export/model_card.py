@@ -1,0 +1,123 @@
+"""README.md of an exported result: a model card as the Hugging Face Hub reads it."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import yaml
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+from .. import figures
+from ..measures import HEADLINES, shown
+from ..report import METHODS, data_statistics
+from ..run_folder import Record
+from .loading import Loadable
+
+_PLACE = re.compile(r"(/|[A-Za-z][A-Za-z0-9+.-]*://)[^\n]*")
+
+
+def render_card(run: Record, recipe: Record, result: Loadable) -> str:
+    """The card: what was trained from what, on which data, how well, and how to load it.
+
+    It names no folder of this machine and no address of a storage: they tell a reader nothing, and
+    may tell too much.
+
+    Args:
+        run: run.json.
+        recipe: recipe.yaml.
+        result: what was exported.
+    """
+    run, recipe = _without_places(run), _without_places(recipe)
+    environment = Environment(
+        undefined=StrictUndefined,
+        loader=FileSystemLoader(Path(__file__).parent),
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+        autoescape=False,  # Markdown
+    )
+    environment.filters["cell"] = _cell
+    return environment.get_template("model_card.jinja").render(
+        header=_yaml(_header(run, recipe, result)),
+        name=str(run.get("name")),
+        facts=_facts(run, recipe, result),
+        program=result.program(),
+        metrics=_metrics(run),
+        data=data_statistics(run),
+        recipe=_yaml(recipe),
+        versions=sorted((run.get("versions") or {}).items()),
+    )
+
+
+def _header(run: Record, recipe: Record, result: Loadable) -> Record:
+    method = str(run.get("method"))
+    adapter = recipe.get("adapter")
+    tags = ["finray", method]
+    if result.kind != "model":
+        tags.append(str((adapter or {}).get("kind", "lora")))
+    header: Record = {
+        "library_name": "peft" if result.kind == "adapter" else "transformers",
+        "pipeline_tag": "text-classification" if result.is_classifier else "text-generation",
+        "tags": tags,
+    }
+    if result.base_is_public:
+        relation = "adapter" if result.kind == "adapter" else "finetune"
+        header.update(base_model=result.base, base_model_relation=relation)
+    return header
+
+
+def _facts(run: Record, recipe: Record, result: Loadable) -> list[tuple[str, str]]:
+    """What was done to which model."""
+    method = str(run.get("method"))
+    base = f"`{Path(result.base).name}` (a local folder)"
+    if result.base_is_public:
+        base = f"[{result.base}](https://huggingface.co/{result.base})"
+        base += f" at `{result.revision}`" if result.revision else ""
+    kind = {
+        "adapter": "adapter, to be loaded over the base model",
+        "merged": "adapter merged into the base model",
+        "model": "model, trained without an adapter",
+    }[result.kind]
+    if result.kind == "merged" and result.quantize != "none":
+        kind += f" as {result.quantize} holds it, which it was trained over"
+    facts = [("Method", METHODS.get(method, method)), ("Base model", base), ("Result", kind)]
+    adapter = recipe.get("adapter") or {}
+    settings = {key: value for key, value in adapter.items() if value not in (None, {}, [])}
+    if settings:
+        facts.append(("Adapter", ", ".join(f"{key} {value}" for key, value in settings.items())))
+    steps, tokens = figures.count(run.get("step")), figures.count(run.get("tokens"))
+    facts.append(("Trained for", f"{steps} steps over {tokens} tokens"))
+    return facts
+
+
+def _metrics(run: Record) -> list[tuple[str, str, str]]:
+    """(measure, before, after), what tells most first."""
+    before, after = run.get("before") or {}, run.get("metrics") or {}
+    known = [name for name in HEADLINES if name in before or name in after]
+    names = dict.fromkeys([*known, *sorted(before.keys() | after.keys())])
+    return [
+        (shown(name).title, shown(name).write(before.get(name)), shown(name).write(after.get(name)))
+        for name in names
+        if figures.is_number(before.get(name)) or figures.is_number(after.get(name))
+    ]
+
+
+def _without_places(value: Any) -> Any:
+    """Values in which a local path or a URI is its last name; public data sets stay."""
+    if isinstance(value, dict):
+        return {key: _without_places(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_without_places(item) for item in value]
+    if isinstance(value, str) and _PLACE.fullmatch(value) and not value.startswith("hf://"):
+        name = value.partition("?")[0].rstrip("/").rpartition("/")[2]
+        return name.rpartition("@")[2]  # of s3://key:secret@bucket
+    return value
+
+
+def _cell(text: str) -> str:
+    """Text inside a table of Markdown."""
+    return figures.one_line(text).replace("|", "\\|")
+
+
+def _yaml(values: Record) -> str:
+    return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)

@@ -1,0 +1,104 @@
+"""A model without its weights: what its parameters are called, and how each is stored."""
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    PreTrainedModel,
+)
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import (
+    WeightConverter,
+    WeightRenaming,
+    dot_natural_key,
+    rename_source_key,
+)
+from transformers.pytorch_utils import Conv1D
+from transformers.quantizers.base import HfQuantizer
+from transformers.quantizers.quantizers_utils import should_convert_module
+
+from ..errors import InputError
+
+Task = Literal["CAUSAL_LM", "SEQ_CLS"]
+"""PEFT's names of what a model is for."""
+
+
+class Skeleton:
+    """The model that a folder's configuration describes, on the meta device.
+
+    Args:
+        folder: the base model's folder.
+        task: what the adapter was trained for.
+        labels: outputs of a sequence classifier.
+
+    Raises:
+        InputError: for a base that is stored quantised, and for another task.
+    """
+
+    def __init__(self, folder: Path, task: str, labels: int | None) -> None:
+        config = AutoConfig.from_pretrained(folder)
+        if "quantization_config" in config.to_dict():
+            raise InputError(f"{folder}: the base is stored quantised: it cannot be merged into")
+        if task == "CAUSAL_LM":
+            make: Any = AutoModelForCausalLM
+        elif task == "SEQ_CLS":
+            make = AutoModelForSequenceClassification
+            config.num_labels = labels
+        else:
+            raise InputError(f"an adapter for the task {task} cannot be merged")
+        with torch.device("meta"):
+            model: PreTrainedModel = make.from_config(config)
+        self.task = task
+        self.labels = int(config.num_labels)
+        """Outputs of a sequence classifier."""
+        self._model = model
+        self._state = model.state_dict()
+        self.architecture = type(model).__name__
+        self.tied: dict[str, str] = dict(model.all_tied_weights_keys)
+        """Parameters that share the weights of another one."""
+
+    def has(self, name: str) -> bool:
+        """Whether the model has a parameter of this name."""
+        return name in self._state
+
+    def names_of(self, stored: Iterable[str]) -> dict[str, str | None]:
+        """The model's names of stored tensors: older or smaller models' files have other ones.
+
+        None for a tensor that is one of several in a parameter (fused experts); absent is what
+        the model does not load.
+        """
+        transforms = get_model_conversion_mapping(self._model)
+        renamings = [entry for entry in transforms if isinstance(entry, WeightRenaming)]
+        converters = [entry for entry in transforms if isinstance(entry, WeightConverter)]
+        prefix = self._model.base_model_prefix
+        names: dict[str, str | None] = {}
+        for key in sorted(stored, key=dot_natural_key):
+            name, converter = rename_source_key(key, renamings, converters, prefix, self._state)
+            if name not in self._state and key in self._state:
+                name, converter = key, None
+            if name in self._state:
+                names[key] = name if converter is None else None
+        return names
+
+    def is_transposed(self, name: str) -> bool:
+        """Whether a module's weight is stored as (in, out), for embeddings (tokens, width)."""
+        module = self._model.get_submodule(name.rpartition(".")[0])
+        return isinstance(module, Conv1D | torch.nn.Embedding)
+
+    def quantised(self) -> frozenset[str]:
+        """Names of the weights that transformers quantises when it loads the model by
+        bitsandbytes: those of linear layers but the head and what is tied to it."""
+        skipped = HfQuantizer.get_modules_to_not_convert(
+            self._model, None, self._model._keep_in_fp32_modules
+        )
+        return frozenset(
+            f"{name}.weight"
+            for name, module in self._model.named_modules()
+            if (type(module) is torch.nn.Linear or isinstance(module, Conv1D))
+            and should_convert_module(name, skipped)
+        )

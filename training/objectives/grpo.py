@@ -1,0 +1,61 @@
+"""Group relative policy optimisation, with the variants of its average.
+
+GRPO: Shao et al., 2024, https://arxiv.org/abs/2402.03300, eq. 3 and 4.
+DAPO: Yu et al., 2025, https://arxiv.org/abs/2503.14476.
+Dr. GRPO: Liu et al., 2025, https://arxiv.org/abs/2503.20783.
+"""
+
+import torch
+
+from ..data.batching import IGNORED, Batch
+from ..method_settings import GrpoMethod
+from .advantages import group_relative
+from .objective import Loss, Setup
+from .online import OnlineObjective
+from .policy import clipped_gain, divergence
+
+
+class GrpoObjective(OnlineObjective):
+    """Every token is a step of its own, with the completion's advantage."""
+
+    def __init__(self, setup: Setup) -> None:
+        super().__init__(setup)
+        assert isinstance(self.settings, GrpoMethod)
+        self._own = self.settings
+        self.needs_old = self._own.passes > 1
+
+    def advantages(self, rewards: torch.Tensor, divergences: torch.Tensor | None) -> torch.Tensor:
+        """Relative to the prompt's group."""
+        return group_relative(rewards, self._own.scale_rewards, self.world_size)
+
+    def weigh(self, mask: torch.Tensor, sequences: int) -> tuple[torch.Tensor, int]:
+        """As `loss` of the settings says."""
+        tokens = int(mask.sum())
+        match self._own.loss:
+            case "dapo":
+                return mask, tokens
+            case "grpo":
+                return mask / mask.sum(1, keepdim=True).clamp(min=1), sequences
+            case "bnpo":
+                return mask / max(tokens, 1), int(sequences > 0)
+            case "dr_grpo":
+                return mask / self._own.max_completion, sequences
+
+    def loss(self, model: torch.nn.Module, batch: Batch, measured: bool) -> Loss:
+        """Sum of the clipped losses and of the divergences, weighted."""
+        now = self.log_probabilities(model, batch)
+        old = batch.extra.get("old", now.detach())
+        gain, outside = clipped_gain(
+            (now - old).exp(),
+            batch.extra["advantages"][:, None],
+            self._own.epsilon,
+            self._own.clip_high,
+        )
+        losses = -gain
+        if self._own.beta > 0:
+            losses = losses + self._own.beta * divergence(now, batch.extra["reference"])
+        total = (losses * batch.extra["weights"]).sum()
+        if not measured:
+            return Loss(total, None)
+        clipped = outside.float().masked_fill(batch.targets == IGNORED, torch.nan)
+        return Loss(total, self.measured(batch, now.detach(), clipped))

@@ -1,0 +1,270 @@
+"""What GRPO and RLOO share: completions are sampled and judged before a step, then learnt from."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from peft import PeftModel
+
+from ..data import stream
+from ..data.batching import IGNORED, NOTHING, Batch, Rows, collate
+from ..errors import FinrayError
+from ..method_settings import GrpoMethod, RlooMethod
+from ..model import evaluating
+from ..rewards.loading import load_judges
+from ..rollouts.local import LocalRollouts
+from ..rollouts.rollout import Request, Rollout, Rollouts
+from .advantages import standard_deviation
+from .judging import Judged, Judging, measure, sampled_measures
+from .log_probabilities import token_log_probabilities
+from .objective import Objective, Setup
+from .policy import divergence
+from .references import Reference
+
+_HELD_OUT = 2**32
+"""In place of a step: held-out prompts are answered with the same numbers every time."""
+_SHOWN_PROMPTS, _SHOWN_COMPLETIONS = 2, 4
+
+
+class OnlineObjective(Objective):
+    """Rollouts, rewards and log-probabilities; a method adds advantages and its loss.
+
+    Its rows are prompts.
+    """
+
+    policy_measures: ClassVar[tuple[str, ...]] = ("kl", "clipped")
+
+    def __init__(self, setup: Setup) -> None:
+        super().__init__(setup)
+        assert isinstance(setup.recipe.method, GrpoMethod | RlooMethod)
+        self.settings: GrpoMethod | RlooMethod = setup.recipe.method
+        self.measures = (*sampled_measures(self.settings), *self.policy_measures)
+        self._tokenizer = setup.tokenizer
+        self._is_shown = setup.rank == 0
+        self._shown: list[dict[str, Any]] = []
+        # Beside an adapter it costs nothing, and held-out divergence is worth knowing.
+        is_known = self.settings.beta > 0 or isinstance(setup.model, PeftModel)
+        self._reference = Reference(setup, None) if is_known else None
+        rows = setup.recipe.rows_per_step
+        before = (stream.share(rows, rank, setup.world_size) for rank in range(setup.rank))
+        self._first_place = sum(before)
+        self._tools: tuple[Rollouts, Judging] | None = None
+
+    # what a method does its own way
+
+    needs_old: bool
+    """Whether log-probabilities before the step are needed; otherwise the step's own are those."""
+
+    def advantages(self, rewards: torch.Tensor, divergences: torch.Tensor | None) -> torch.Tensor:
+        """Of each completion, (prompts, generations) in float64.
+
+        Args:
+            rewards: (prompts, generations); NaN where nothing is known.
+            divergences: log-probability of each completion over the reference's, in nats; None
+                without a reference.
+        """
+        raise NotImplementedError
+
+    def weigh(self, mask: torch.Tensor, sequences: int) -> tuple[torch.Tensor, int]:
+        """Weight of each token's loss, and the units that a forward pass counts.
+
+        Args:
+            mask: (sequences, columns), 1.0 where a token bears loss.
+            sequences: how many of them are completions, and not filling.
+        """
+        raise NotImplementedError
+
+    # before a step
+
+    def batches(self, step: int, microbatches: list[Rows]) -> list[Batch]:
+        """Sample, judge, and compute what is known before the step."""
+        prompts = [row for part in microbatches for row in part if row.rows.size]
+        generations = self.settings.generations
+        requests = self.requests(step, prompts)
+        rows = [row for row in prompts for _ in range(generations)]
+        rollouts, judged = self._rollouts(requests, rows)
+        size = self.recipe.optim.micro_batch_size
+        parts = [
+            self._part(rows[first : first + size], rollouts[first : first + size])
+            for first in range(0, size * len(microbatches), size)
+        ]
+        rewards = judged.total.to(self.device).view(-1, generations)
+        deviations = standard_deviation(rewards)
+        advantages = self.advantages(rewards, _divergences(parts, len(rows))).flatten().float()
+        sampled = measure(judged, deviations.cpu(), rollouts).to(self.device)
+        self._show(requests, judged, advantages)
+        return [
+            self._with_advantages(
+                part, advantages[index * size : (index + 1) * size], sampled * (index == 0)
+            )
+            for index, part in enumerate(parts)
+        ]
+
+    def requests(self, step: int, prompts: Rows) -> list[Request]:
+        """What is asked of the model in a step: every prompt's generations, one after another.
+
+        A completion's numbers go by its prompt's place in the global batch, so that another
+        number of workers draws the same.
+        """
+        return [
+            Request(row.input_ids.tolist(), (self.recipe.seed, step, self._first_place + place, n))
+            for place, row in enumerate(prompts)
+            for n in range(self.settings.generations)
+        ]
+
+    def _rollouts(self, requests: list[Request], rows: Rows) -> tuple[list[Rollout], Judged]:
+        """Completions and what they are worth; the workers fail together."""
+        failure: FinrayError | None = None
+        try:
+            sampler, judging = self._made_tools()
+            rollouts = sampler.sample(requests)
+            judged = judging.judge(rows, rollouts)
+        except FinrayError as error:
+            failure = error
+        _raise_together(failure, self.world_size)
+        return rollouts, judged
+
+    def _made_tools(self) -> tuple[Rollouts, Judging]:
+        """Made when they are needed: what fails in them fails on all workers together."""
+        if self._tools is None:
+            judges = load_judges(self.recipe, self._tokenizer, self.device)
+            rollouts: Rollouts
+            if self.settings.rollout == "vllm":
+                from ..rollouts.vllm import VllmRollouts
+
+                assert isinstance(self.model, PeftModel)
+                rollouts = VllmRollouts(self.recipe, self.model, self._tokenizer)
+            else:
+                rollouts = LocalRollouts(self.model, self._tokenizer, self.settings)
+            self._tools = rollouts, Judging(judges, self._tokenizer)
+        return self._tools
+
+    def _part(self, rows: Rows, rollouts: Sequence[Rollout]) -> Batch:
+        """A forward pass on the model's device, with the log-probabilities that are needed."""
+        made = [self._sequence(*pair) for pair in zip(rows, rollouts, strict=True)]
+        batch = collate(made or [NOTHING], self._tokenizer.pad_token_id).to(self.device)
+        extra: dict[str, torch.Tensor] = {}
+        with evaluating(self.model):
+            if self.needs_old:
+                extra["old"] = self.log_probabilities(self.model, batch)
+            if self._reference is not None and self.settings.beta > 0:
+                extra["reference"] = self._reference(self.log_probabilities, batch)
+        return replace(batch, extra=extra)
+
+    def _sequence(self, row: stream.Sequence, rollout: Rollout) -> stream.Sequence:
+        prompt, size = len(row.input_ids), len(row.input_ids) + len(rollout.ids)
+        bears_loss = rollout.ended or not self.settings.mask_truncated
+        return stream.Sequence(
+            np.concatenate([row.input_ids, np.array(rollout.ids, np.int32)]),
+            np.array([size], np.int32),
+            (np.arange(size) >= prompt) & bears_loss,
+            row.rows,
+        )
+
+    def _with_advantages(
+        self, part: Batch, advantages: torch.Tensor, sampled: torch.Tensor
+    ) -> Batch:
+        count = len(part.targets)
+        mask = (part.targets != IGNORED).float()
+        weights, units = self.weigh(mask, len(advantages))
+        padded = torch.cat([advantages, advantages.new_zeros(count - len(advantages))])
+        extra = {"advantages": padded, "weights": weights, "sampled": sampled}
+        return replace(part, units=units, extra=part.extra | extra)
+
+    # log-probabilities
+
+    def log_probabilities(self, model: torch.nn.Module, batch: Batch) -> torch.Tensor:
+        """Of the completions' tokens, at the sampling's temperature: (sequences, columns) in
+        float32, 0 where nothing bears loss."""
+        logits, temperature = self.kept_logits(model, batch), self.settings.temperature
+        scaled = logits if temperature == 1.0 else logits / temperature
+        return token_log_probabilities(scaled, batch.targets)
+
+    # after it
+
+    def measured(
+        self, batch: Batch, log_probabilities: torch.Tensor, outside: torch.Tensor
+    ) -> torch.Tensor:
+        """What is logged of a forward pass.
+
+        Args:
+            batch: with its extra tensors.
+            log_probabilities: of the policy, without a graph.
+            outside: where clipping took the gradient, 1.0 or 0.0, and NaN where nothing is.
+        """
+        known = outside[~outside.isnan()].double()
+        clipped = torch.stack([known.sum(), known.new_tensor(len(known))])
+        parts = [self._kl(batch, log_probabilities, batch.extra.get("reference")), clipped]
+        return torch.cat([batch.extra["sampled"], torch.stack(parts)])
+
+    @staticmethod
+    def _kl(batch: Batch, policy: torch.Tensor, reference: torch.Tensor | None) -> torch.Tensor:
+        """Sum and count of the tokens' divergences; nothing without a reference."""
+        if reference is None:
+            return policy.new_zeros(2, dtype=torch.float64)
+        mask = batch.targets != IGNORED
+        total = (divergence(policy, reference) * mask).sum().double()
+        return torch.stack([total, mask.sum().double()])
+
+    def held_out(self, microbatches: Iterator[Rows], device: torch.device) -> torch.Tensor:
+        """Sample one completion to each held-out prompt, always with the same numbers."""
+        rows = [row for part in microbatches for row in part]
+        requests = [
+            Request(row.input_ids.tolist(), (self.recipe.seed, _HELD_OUT, int(row.rows[0])))
+            for row in rows
+        ]
+        rollouts, judged = self._rollouts(requests, rows)
+        sampled = measure(judged, torch.zeros(0), rollouts).to(device)
+        kl = torch.zeros(2, dtype=torch.float64, device=device)
+        size = self.recipe.optim.micro_batch_size
+        for first in range(0, len(rows), size):
+            if self._reference is None:
+                break
+            pairs = zip(rows[first : first + size], rollouts[first : first + size], strict=True)
+            made = [self._sequence(*pair) for pair in pairs]
+            batch = collate(made, self._tokenizer.pad_token_id).to(device)
+            policy = self.log_probabilities(self.model, batch)
+            kl += self._kl(batch, policy, self._reference(self.log_probabilities, batch))
+        nothing = torch.zeros(1, 2, dtype=torch.float64, device=device)
+        return torch.cat([nothing, sampled, kl[None], nothing])
+
+    def examples(self) -> list[dict[str, Any]]:
+        """Some of the last completions with their rewards."""
+        return self._shown
+
+    def _show(self, requests: list[Request], judged: Judged, advantages: torch.Tensor) -> None:
+        generations = self.settings.generations
+        names = [reward.name for reward in self.settings.rewards]
+        self._shown = [
+            {
+                "prompt": self._tokenizer.decode(requests[index].prompt_ids),
+                "completion": judged.texts[index],
+                "reward": float(judged.total[index]),
+                "rewards": dict(zip(names, judged.each[:, index].tolist(), strict=True)),
+                "advantage": float(advantages[index]),
+            }
+            for index in range(min(len(requests), _SHOWN_PROMPTS * generations))
+            if self._is_shown and index % generations < _SHOWN_COMPLETIONS
+        ]
+
+
+def _divergences(parts: list[Batch], count: int) -> torch.Tensor | None:
+    """Log-probability of each completion over the reference's, in nats: (completions,)."""
+    if "reference" not in parts[0].extra or "old" not in parts[0].extra:
+        return None
+    sums = [(part.extra["old"] - part.extra["reference"]).sum(1) for part in parts]
+    return torch.cat(sums)[:count].double()
+
+
+def _raise_together(failure: FinrayError | None, world_size: int) -> None:
+    """What one worker found wrong ends all of them, which would wait for it otherwise."""
+    found: list[FinrayError | None] = [failure]
+    if world_size > 1:
+        found = [None] * world_size
+        dist.all_gather_object(found, failure)
+    for error in found:
+        if error is not None:
+            raise error

@@ -1,0 +1,46 @@
+"""REINFORCE with a leave-one-out baseline.
+
+Ahmadian et al., 2024, https://arxiv.org/abs/2402.14740; clipped as in PPO.
+"""
+
+import torch
+
+from ..data.batching import Batch
+from ..method_settings import RlooMethod
+from .advantages import leave_one_out
+from .objective import Loss, Setup
+from .online import OnlineObjective
+from .policy import clipped_gain
+
+
+class RlooObjective(OnlineObjective):
+    """A completion as a whole is the step; its unit is a completion."""
+
+    def __init__(self, setup: Setup) -> None:
+        super().__init__(setup)
+        assert isinstance(self.settings, RlooMethod)
+        self._own = self.settings
+        self.needs_old = self._own.passes > 1 or self._own.beta > 0
+
+    def advantages(self, rewards: torch.Tensor, divergences: torch.Tensor | None) -> torch.Tensor:
+        """Against the prompt's other completions, the divergence taken off the rewards."""
+        if divergences is not None:
+            rewards = rewards - self._own.beta * divergences.view(rewards.shape)
+        return leave_one_out(rewards, self._own.normalize_advantages, self.world_size)
+
+    def weigh(self, mask: torch.Tensor, sequences: int) -> tuple[torch.Tensor, int]:
+        """All tokens of a completion add up."""
+        return mask, sequences
+
+    def loss(self, model: torch.nn.Module, batch: Batch, measured: bool) -> Loss:
+        """Sum of the completions' clipped losses."""
+        now = self.log_probabilities(model, batch)
+        old = batch.extra.get("old", now.detach())
+        advantages = batch.extra["advantages"]
+        gain, outside = clipped_gain(
+            (now - old).sum(1).exp(), advantages, self._own.epsilon, self._own.clip_high
+        )
+        if not measured:
+            return Loss(-gain.sum(), None)
+        clipped = outside.float()[: batch.units]
+        return Loss(-gain.sum(), self.measured(batch, now.detach(), clipped))

@@ -1,0 +1,1 @@
+"""What a completion is worth: functions of the user, reward models, classifiers."""

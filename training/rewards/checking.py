@@ -1,0 +1,86 @@
+"""A look at the rewards of a recipe before anything heavy is imported."""
+
+import importlib.util
+import json
+from pathlib import Path
+from typing import Any
+
+from ..data.tokenizer_files import model_folder
+from ..errors import InputError
+from ..method_settings import OnlineMethod
+from ..recipe import Recipe
+from ..reward_settings import ModelReward, RunReward
+from ..run_folder import read_run
+from ..storage import Folder
+
+_TOKENIZER = "tokenizer.json"
+
+
+def check_rewards(recipe: Recipe) -> None:
+    """Refuse what an online method cannot run with; other methods pass.
+
+    Raises:
+        InputError: for a run that left no reward model, a reward model of another tokenizer, a
+            classifier that is not there or lacks the label, and vLLM where it is not installed.
+    """
+    method = recipe.method
+    if not isinstance(method, OnlineMethod):
+        return
+    if method.rollout == "vllm" and importlib.util.find_spec("vllm") is None:
+        raise InputError(
+            "method.rollout: vllm is not installed; pip install 'finray[vllm]' on a machine with "
+            "a GPU, or set method.rollout: transformers"
+        )
+    for index, reward in enumerate(method.rewards):
+        where = f"method.rewards[{index}]"
+        if isinstance(reward, RunReward):
+            _check_run(reward, recipe, f"{where}.run")
+        elif isinstance(reward, ModelReward):
+            _check_model(reward, f"{where}.model")
+
+
+def _check_run(reward: RunReward, recipe: Recipe, where: str) -> None:
+    folder = Folder(reward.run)
+    record = read_run(folder)
+    if record is None:
+        raise InputError(f"{where}: {reward.run} holds no run; expected one of method reward")
+    if record.get("method") != "reward":
+        raise InputError(
+            f"{where}: {reward.run} is a run of method {record.get('method')}; expected reward"
+        )
+    if record.get("status") != "finished" or "result" not in record:
+        raise InputError(
+            f"{where}: {reward.run} is {record.get('status')}: its reward model is written when "
+            "it finishes"
+        )
+    policy = model_folder(recipe.model, only_cached=True)
+    result = folder / record["result"]
+    if policy is None or not (policy / _TOKENIZER).exists() or not result.exists(_TOKENIZER):
+        return  # compared once both tokenizers are loaded
+    ours, theirs = (policy / _TOKENIZER).read_bytes(), result.read(_TOKENIZER)
+    if _vocabulary(ours) != _vocabulary(theirs):
+        raise InputError(
+            f"{where}: a reward model of another tokenizer: that of {reward.run} is not that of "
+            f"model.base {recipe.model.base}; train both from the same base"
+        )
+
+
+def _vocabulary(content: bytes) -> Any:
+    """What decides which text a token stands for."""
+    tokenizer = json.loads(content)
+    return tokenizer["model"], tokenizer["added_tokens"]
+
+
+def _check_model(reward: ModelReward, where: str) -> None:
+    folder = Path(reward.model)
+    if not folder.is_absolute():
+        return
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{where}: {folder} is no model folder: {error}") from None
+    labels = list(config.get("id2label", {"0": "LABEL_0", "1": "LABEL_1"}).values())
+    if reward.label not in labels and (reward.label is not None or len(labels) > 1):
+        raise InputError(
+            f"{where}: {folder}: label {reward.label!r} is none of its labels: {', '.join(labels)}"
+        )

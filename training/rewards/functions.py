@@ -1,0 +1,141 @@
+"""Reward functions of the user."""
+
+import linecache
+import math
+import sys
+import traceback
+import types
+from collections.abc import Collection
+from numbers import Real
+from typing import Any
+
+from ..errors import RunError
+from ..reward_settings import FunctionReward
+from .reward import Completions, Judgement, told
+
+_SHOWN = 2000
+
+
+class _Unusable(Exception):
+    """What a function did is no reward."""
+
+    def __init__(self, reason: str, index: int | None = None) -> None:
+        super().__init__(reason)
+        self.reason = reason
+        self.index = index
+        """The completion at fault, where it is known."""
+
+
+class FunctionJudge:
+    """A function out of a Python file.
+
+    Args:
+        settings: with the file's text.
+        may_fail: a failure counts as not judged; otherwise it ends the run.
+
+    Raises:
+        RunError: the file raises when it is imported.
+    """
+
+    def __init__(self, settings: FunctionReward, may_fail: bool) -> None:
+        self.name = settings.name
+        self.weight = settings.weight
+        self._may_fail = may_fail
+        self._path = settings.path
+        try:
+            self._function = getattr(_load(settings), settings.name)
+        except Exception as error:  # noqa: BLE001 — the user's code may raise anything
+            told_error = _users_part(error)
+            raise RunError(f"{settings.path} cannot be imported:\n{told_error}") from None
+
+    def judge(self, completions: Completions) -> Judgement:
+        """Call the function once for all; one by one where that fails."""
+        found = self._tried(completions)
+        if not isinstance(found, _Unusable):
+            return Judgement(found)
+        if not self._may_fail:
+            raise RunError(self._told(completions, found))
+        values = [self._alone(completions.only(index)) for index in range(len(completions))]
+        failed = sum(isinstance(value, _Unusable) for value in values)
+        return Judgement([None if isinstance(v, _Unusable) else v for v in values], failed)
+
+    def _call(self, completions: Completions) -> list[float | None]:
+        try:
+            values = self._function(
+                prompts=completions.prompts,
+                completions=completions.completions,
+                completion_ids=completions.completion_ids,
+                **completions.columns,
+            )
+        except Exception as error:  # noqa: BLE001 — the user's code may raise anything
+            raise _Unusable(_users_part(error)) from None
+        if isinstance(values, str | bytes | dict) or not isinstance(values, Collection):
+            raise _Unusable(f"it returned {type(values).__name__}; expected a list of floats")
+        if len(values) != len(completions):
+            raise _Unusable(f"it returned {len(values)} rewards for {len(completions)} completions")
+        return [_as_reward(value, index) for index, value in enumerate(values)]
+
+    def _tried(self, completions: Completions) -> list[float | None] | _Unusable:
+        try:
+            return self._call(completions)
+        except _Unusable as error:
+            return error
+
+    def _alone(self, one: Completions) -> float | _Unusable | None:
+        found = self._tried(one)
+        return found if isinstance(found, _Unusable) else found[0]
+
+    def _told(self, completions: Completions, error: _Unusable) -> str:
+        """The message with the completion at fault."""
+        index, note = error.index, ""
+        if index is None:
+            alone = [self._alone(completions.only(i)) for i in range(len(completions))]
+            index = next((i for i, v in enumerate(alone) if isinstance(v, _Unusable)), None)
+            if index is None:
+                index, note = 0, " (the first of the batch: none of them fails alone)"
+            elif isinstance(found := alone[index], _Unusable):
+                error = found
+        prompt, completion = completions.prompts[index], completions.completions[index]
+        return (
+            f"the reward function {self.name} of {self._path} failed: {error.reason.rstrip()}\n"
+            f"prompt{note}:\n{_indented(told(prompt))}\n"
+            f"completion:\n{_indented(told(completion))}\n"
+            "method.on_reward_error: missing would count such a completion as not judged"
+        )
+
+
+def _load(settings: FunctionReward) -> types.ModuleType:
+    """Run the file's text as a module; tracebacks show its lines on every node."""
+    assert settings.source is not None
+    lines = settings.source.splitlines(keepends=True)
+    linecache.cache[settings.path] = (len(settings.source), None, lines, settings.path)
+    module = types.ModuleType(f"finray_rewards_{settings.name}")
+    module.__file__ = settings.path
+    # Dataclasses and pickle look for the module there.
+    sys.modules[module.__name__] = module
+    exec(compile(settings.source, settings.path, "exec"), module.__dict__)
+    return module
+
+
+def _as_reward(value: Any, index: int) -> float | None:
+    if value is None:
+        return None
+    if not isinstance(value, Real):
+        kind = type(value).__name__
+        raise _Unusable(f"it returned {value!r} of type {kind}; expected a float or None", index)
+    if not math.isfinite(value):
+        raise _Unusable(f"it returned {value!r}; expected a finite number or None", index)
+    return float(value)
+
+
+def _users_part(error: Exception) -> str:
+    """The traceback without finray's own frame."""
+    trace = error.__traceback__
+    while trace is not None and trace.tb_frame.f_code.co_filename == __file__:
+        trace = trace.tb_next
+    return "".join(traceback.format_exception(type(error), error, trace))
+
+
+def _indented(text: str) -> str:
+    shown = text if len(text) <= _SHOWN else f"{text[:_SHOWN]} …"
+    return "\n".join(f"  {line}" for line in shown.splitlines() or [""])

@@ -1,0 +1,39 @@
+"""The rewards of a recipe, ready to judge."""
+
+from typing import Any
+
+import torch
+
+from ..device import choose_dtype, torch_dtype
+from ..method_settings import OnlineMethod
+from ..recipe import Recipe
+from ..reward_settings import FunctionReward, RunReward
+from .classifiers import load_classifier, load_run
+from .functions import FunctionJudge
+from .reward import Judge
+
+
+def load_judges(recipe: Recipe, tokenizer: Any, device: torch.device) -> list[Judge]:
+    """Every reward of the recipe, in its order.
+
+    Args:
+        recipe: of an online method.
+        tokenizer: the policy's.
+        device: where reward models work.
+
+    Raises:
+        InputError: for a reward model that cannot be used.
+        RunError: for a file of functions that cannot be imported.
+    """
+    method = recipe.method
+    assert isinstance(method, OnlineMethod)
+    dtype = torch_dtype(choose_dtype(recipe.model))
+    judges: list[Judge] = []
+    for reward in method.rewards:
+        if isinstance(reward, FunctionReward):
+            judges.append(FunctionJudge(reward, may_fail=method.on_reward_error == "missing"))
+        elif isinstance(reward, RunReward):
+            judges.append(load_run(reward, tokenizer, dtype, device))
+        else:
+            judges.append(load_classifier(reward, dtype, device))
+    return judges

@@ -1,0 +1,74 @@
+"""Rollouts by transformers' generate, on the model that is trained itself."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import GenerationConfig, LogitsProcessorList
+
+from ..generation import left_padded, stop_tokens
+from ..method_settings import OnlineMethod
+from ..model import Model, evaluating
+from .rollout import Request, Rollout
+from .sampling import Sampler
+
+
+class LocalRollouts:
+    """Batched generation with a KV cache.
+
+    Args:
+        model: not wrapped; in evaluation mode while it samples.
+        tokenizer: the model's.
+        settings: how to sample.
+    """
+
+    def __init__(self, model: Model, tokenizer: Any, settings: OnlineMethod) -> None:
+        self._model = model
+        self._tokenizer = tokenizer
+        self._settings = settings
+        self._stops = stop_tokens(model, tokenizer)
+        # What the model's own configuration would add to greedy decoding is ruled out.
+        self._generation = GenerationConfig(
+            max_new_tokens=settings.max_completion,
+            do_sample=False,
+            num_beams=1,
+            use_cache=True,
+            repetition_penalty=1.0,
+            no_repeat_ngram_size=0,
+            pad_token_id=tokenizer.pad_token_id,
+            eos_token_id=self._stops,
+        )
+
+    @torch.no_grad()
+    def sample(self, requests: Sequence[Request]) -> list[Rollout]:
+        """A completion to each request; neighbours in length share a batch."""
+        size = self._settings.rollout_batch_size
+        order = sorted(range(len(requests)), key=lambda index: len(requests[index].prompt_ids))
+        found: dict[int, Rollout] = {}
+        with evaluating(self._model):
+            for first in range(0, len(order), size):
+                chosen = order[first : first + size]
+                rollouts = self._batch([requests[index] for index in chosen])
+                found.update(zip(chosen, rollouts, strict=True))
+        return [found[index] for index in range(len(requests))]
+
+    def _batch(self, requests: list[Request]) -> list[Rollout]:
+        device = next(self._model.parameters()).device
+        prompts = [request.prompt_ids for request in requests]
+        ids, mask = left_padded(prompts, self._tokenizer.pad_token_id)
+        length = self._settings.max_completion
+        uniform = np.stack([request.random().random(length) for request in requests])
+        sampler = Sampler(self._settings, torch.from_numpy(uniform).to(device), ids.shape[1])
+        generated = self._model.generate(
+            input_ids=ids.to(device),
+            attention_mask=mask.to(device),
+            generation_config=self._generation,
+            logits_processor=LogitsProcessorList([sampler]),
+        )
+        return [self._rollout(tokens) for tokens in generated[:, ids.shape[1] :].tolist()]
+
+    def _rollout(self, tokens: list[int]) -> Rollout:
+        """Without the padding behind the token that ended it."""
+        ends = [index for index, token in enumerate(tokens) if token in self._stops]
+        return Rollout(tokens[: ends[0] + 1], True) if ends else Rollout(tokens, False)

@@ -1,0 +1,75 @@
+"""Sampling a token with numbers that are drawn before.
+
+Every (sequence, position) has one uniform number of its own, which picks the token by the inverse
+of the cumulative distribution: exact, and independent of what else is in the batch.
+"""
+
+from typing import Any
+
+import torch
+from transformers import LogitsProcessor
+
+from ..method_settings import OnlineMethod
+
+_ALMOST_ONE = 1.0 - 1e-12
+"""A number rounded up to 1 would lie behind the last token."""
+
+
+def probabilities(logits: torch.Tensor, settings: OnlineMethod) -> torch.Tensor:
+    """The distribution that tokens are sampled from: temperature, then top-k, then top-p.
+
+    Args:
+        logits: (sequences, vocabulary).
+        settings: temperature, top_k and top_p.
+
+    Returns:
+        (sequences, vocabulary) in float64; rows add up to 1.
+    """
+    scaled = logits.double() / settings.temperature
+    if 0 < settings.top_k < scaled.shape[-1]:
+        smallest = scaled.topk(settings.top_k).values[:, -1:]
+        scaled = scaled.masked_fill(scaled < smallest, -torch.inf)
+    if settings.top_p < 1.0:
+        ordered, order = scaled.sort(descending=True)
+        shares = ordered.softmax(-1)
+        # A token stays as long as those before it do not reach top_p yet; the first always does.
+        outside = shares.cumsum(-1) - shares >= settings.top_p
+        scaled = scaled.masked_fill(outside.scatter(1, order, outside), -torch.inf)
+    return scaled.softmax(-1)
+
+
+def pick(shares: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
+    """The token of each sequence whose part of the unit interval a number falls into.
+
+    Args:
+        shares: (sequences, vocabulary), in float64.
+        uniform: (sequences,), in [0, 1).
+
+    Returns:
+        (sequences,) token ids, none of probability 0.
+    """
+    cumulative = shares.cumsum(-1)
+    targets = uniform.clamp(max=_ALMOST_ONE)[:, None] * cumulative[:, -1:]
+    return torch.searchsorted(cumulative, targets, right=True).squeeze(1)
+
+
+class Sampler(LogitsProcessor):
+    """Leaves greedy decoding no choice but the token that the numbers pick.
+
+    Args:
+        settings: temperature, top_k and top_p.
+        uniform: (sequences, positions), in [0, 1).
+        prompt: width of the prompts, with their padding.
+    """
+
+    def __init__(self, settings: OnlineMethod, uniform: torch.Tensor, prompt: int) -> None:
+        self._settings = settings
+        self._uniform = uniform
+        self._prompt = prompt
+
+    def __call__(self, input_ids: Any, scores: torch.Tensor) -> torch.Tensor:
+        """Scores of 0 for the picked tokens, minus infinity for the others."""
+        position = input_ids.shape[1] - self._prompt
+        shares = probabilities(scores, self._settings)
+        tokens = pick(shares, self._uniform[:, position])
+        return torch.full_like(scores, -torch.inf).scatter_(1, tokens[:, None], 0.0)

@@ -1,0 +1,87 @@
+"""Rollouts by vLLM, in the same process and on the same GPU as the training (colocated).
+
+The adapter is handed over before every generation, as a folder that vLLM loads as LoRA weights.
+"""
+
+import tempfile
+from collections.abc import Sequence
+from typing import Any
+
+from peft import PeftModel
+
+from ..device import choose_dtype
+from ..generation import stop_tokens
+from ..method_settings import OnlineMethod
+from ..recipe import Recipe
+from .rollout import Request, Rollout
+
+_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
+"""What vLLM reserves room for."""
+_MEMORY_SHARE = 0.3
+"""Of the GPU, for vLLM's weights and cache; the rest is the training's."""
+
+
+class VllmRollouts:
+    """vLLM's engine with the base's weights, and the adapter as it is at each call.
+
+    Args:
+        recipe: of an online method, with an adapter.
+        model: what is trained, not wrapped: an adapter on a base.
+        tokenizer: the model's.
+    """
+
+    def __init__(self, recipe: Recipe, model: PeftModel, tokenizer: Any) -> None:
+        from vllm import LLM
+
+        assert isinstance(recipe.method, OnlineMethod)
+        self._model = model
+        self._settings = recipe.method
+        self._stops = stop_tokens(model, tokenizer)
+        self._calls = 0
+        largest = max(config.r for config in model.peft_config.values())
+        self._engine = LLM(
+            model=recipe.model.base,
+            revision=recipe.model.revision,
+            dtype=choose_dtype(recipe.model),
+            max_model_len=recipe.data.max_length,
+            enable_lora=True,
+            max_lora_rank=next(rank for rank in _RANKS if rank >= largest),
+            gpu_memory_utilization=_MEMORY_SHARE,
+            seed=recipe.seed,
+        )
+
+    def sample(self, requests: Sequence[Request]) -> list[Rollout]:
+        """A completion to each request, drawn with a seed of its own."""
+        from vllm.lora.request import LoRARequest
+
+        if not requests:
+            return []
+        self._calls += 1
+        prompts = [{"prompt_token_ids": request.prompt_ids} for request in requests]
+        parameters = [self._parameters(request) for request in requests]
+        with tempfile.TemporaryDirectory(prefix="finray-") as folder:
+            self._model.save_pretrained(folder, selected_adapters=[self._model.active_adapter])
+            # A new number for every call: vLLM keeps what it loaded under a number.
+            adapter = LoRARequest(f"call-{self._calls}", self._calls, folder)
+            outputs = self._engine.generate(
+                prompts, parameters, lora_request=adapter, use_tqdm=False
+            )
+        answers = [output.outputs[0] for output in outputs]
+        return [
+            Rollout(list(answer.token_ids), answer.finish_reason == "stop") for answer in answers
+        ]
+
+    def _parameters(self, request: Request) -> Any:
+        from vllm import SamplingParams
+
+        settings = self._settings
+        return SamplingParams(
+            max_tokens=settings.max_completion,
+            temperature=settings.temperature,
+            top_p=settings.top_p,
+            top_k=settings.top_k,
+            stop_token_ids=self._stops,
+            ignore_eos=False,
+            detokenize=False,
+            seed=int(request.random().integers(2**31)),
+        )

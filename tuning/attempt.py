@@ -1,0 +1,40 @@
+"""Whether a sweep's folder holds an earlier attempt at it; told without Ray."""
+
+from ..training.errors import InputError
+from ..training.run import differences
+from ..training.run_folder import Record
+from .plan import Plan
+from .record import read_sweep
+
+# A sweep that goes on may change these; anything else would make it another search.
+_FREE_ON_RESUME = (
+    *("trials", "time_budget", "concurrency", "stop_when", "retrain", "storage", "points"),
+    "recipe.scale.max_failures",
+)
+
+
+def describe(plan: Plan) -> Record:
+    """The settings that make a sweep what it is, as plain values."""
+    settings = plan.sweep.model_dump(mode="json", exclude={"recipe", "set", "search", "name"})
+    space = {
+        key: plan.space[key].model_dump(mode="json", exclude_none=True) for key in plan.space.keys
+    }
+    return {**settings, "search": space, "recipe": plan.recipe.model_dump(mode="json")}
+
+
+def check_folder(plan: Plan) -> Record | None:
+    """What an earlier attempt left; None for a new sweep.
+
+    Raises:
+        InputError: where the folder holds another sweep, or a run.
+    """
+    earlier = read_sweep(plan.folder)
+    if earlier is None:
+        return None
+    changes = differences(earlier["settings"], describe(plan), _FREE_ON_RESUME)
+    if changes:
+        raise InputError(
+            f"{plan.folder} holds a sweep with other settings:\n" + "\n".join(changes) + "\n"
+            "Give this one another name, or delete that folder."
+        )
+    return earlier

@@ -1,0 +1,101 @@
+"""What a sweep ends with: the best recipe ready to run, its weights, runs over several seeds."""
+
+import statistics
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from ..training.recipe import Recipe
+from ..training.run import Listener, run_folder, train
+from ..training.run_folder import Record, read_run
+from ..training.stop import Stop
+from ..training.storage import Folder
+from .plan import Plan
+from .record import BEST_FILE, trial_folder
+from .sweep import Retrain
+
+PARETO_FOLDER = "pareto"
+RETRAINED_FOLDER = "retrained"
+
+
+def best_recipe(plan: Plan, settings: dict[str, Any], name: str) -> Recipe:
+    """A trial's settings as a recipe of its own beside the sweep."""
+    return plan.space.recipe(settings, name=name[:63], storage=plan.sweep.storage)
+
+
+def export_best(plan: Plan, record: Record) -> None:
+    """Write best.yaml and copy the best trial's weights into the sweep's folder.
+
+    Of a Pareto front every member's recipe is written, and best.yaml is the one that is best in
+    the first objective.
+    """
+    rows = {row["number"]: row for row in record["trials"]}
+    front = [rows[number] for number in record["best"]]
+    name = f"{plan.sweep.name}-best"
+    _write_recipe(plan, plan.folder, BEST_FILE, front[0], name)
+    for row in front if len(plan.metrics) > 1 else []:
+        file = f"trial-{row['number']:04d}.yaml"
+        _write_recipe(plan, plan.folder / PARETO_FOLDER, file, row, f"{name}-{row['number']}")
+    trial = trial_folder(plan.folder, front[0]["number"])
+    result = (read_run(trial) or {}).get("result")
+    record["result"] = result
+    if result is not None:
+        plan.folder.delete(result)
+        _copy(trial / result, plan.folder / result)
+
+
+def _write_recipe(plan: Plan, folder: Folder, file: str, row: Record, name: str) -> None:
+    recipe = best_recipe(plan, row["settings"], name)
+    values = ", ".join(
+        f"{metric.name} {value:.6g}"
+        for metric, value in zip(plan.metrics, row["values"], strict=True)
+    )
+    written = recipe.model_dump(mode="json", exclude_unset=True)
+    text = yaml.safe_dump(written, sort_keys=False, allow_unicode=True)
+    head = f"# Trial {row['number']} of the sweep {plan.sweep.name}: {values}\n"
+    folder.create().write(file, (head + text).encode())
+
+
+def _copy(source: Folder, target: Folder) -> None:
+    with tempfile.TemporaryDirectory(prefix="finray-best-") as scratch:
+        source.download(Path(scratch))
+        target.upload(Path(scratch))
+
+
+def retrain(plan: Plan, record: Record, phase: Callable[[str], None], stop: Stop) -> None:
+    """Run the best recipe once more with each seed; a run that is there already is kept."""
+    settings = plan.sweep.retrain
+    assert settings is not None
+    row = next(one for one in record["trials"] if one["number"] == record["best"][0])
+    runs = []
+    for seed in settings.seeds:
+        recipe = _retrained(plan, row["settings"], settings, seed)
+        phase(f"training the best settings with seed {seed}")
+        told = train(recipe, Listener(phase, lambda _: None), stop)
+        runs.append({"seed": seed, "folder": run_folder(recipe).uri, "metrics": told["metrics"]})
+    record["retrained"] = {"data": settings.data, "runs": runs, "spread": _spread(runs)}
+
+
+def _retrained(plan: Plan, settings: dict[str, Any], wanted: Retrain, seed: int) -> Recipe:
+    recipe = best_recipe(plan, settings, f"seed-{seed}")
+    updates: dict[str, Any] = {"seed": seed, "storage": (plan.folder / RETRAINED_FOLDER).uri}
+    if wanted.data == "all":
+        data = recipe.data
+        everything = {"train": [*data.train, *data.eval], "eval": [], "holdout": 0.0}
+        updates["data"] = data.model_copy(update=everything)
+        updates["eval"] = recipe.eval.model_copy(update={"every_steps": None, "samples": 0})
+    return recipe.model_copy(update=updates)
+
+
+def _spread(runs: list[Record]) -> Record:
+    """Mean and standard deviation of every metric over the seeds."""
+    names = set.intersection(*(set(run["metrics"]) for run in runs))
+    told = {}
+    for name in sorted(names):
+        values = [run["metrics"][name] for run in runs]
+        deviation = statistics.stdev(values) if len(values) > 1 else 0.0
+        told[name] = {"mean": statistics.fmean(values), "deviation": deviation}
+    return told

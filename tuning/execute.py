@@ -1,0 +1,182 @@
+"""Running trials with Ray Tune: slots that are reused, and a searcher and a scheduler that pass
+everything on to the conductor.
+
+Ray Tune's own OptunaSearch tells Optuna that stopped trials are complete and leaves those whose
+objective is not a number running for ever, and its schedulers forget their rungs at a restart. So
+this searcher keeps to Optuna's ask and tell, and pruning is decided from Optuna's storage.
+"""
+
+import logging
+import os
+import tempfile
+from collections.abc import Callable
+from typing import Any
+
+import ray
+from ray import tune
+from ray.tune.schedulers import FIFOScheduler, TrialScheduler
+from ray.tune.search import Searcher
+
+from ..training.errors import InputError
+from ..training.launch import run_beside
+from ..training.recipe import ScaleSettings
+from ..training.run_folder import Record
+from ..training.stop import Stop
+from .conductor import Conductor
+from .study import Assignment
+from .trial import TrialConfig, TrialSlot
+
+_ENVIRONMENT = {
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # finray keeps its own books
+    "TUNE_GLOBAL_CHECKPOINT_S": "3600",  # and resumes from them, not from Ray Tune's
+    "RAY_CHDIR_TO_TRIAL_DIR": "0",
+    "RAY_AIR_NEW_OUTPUT": "0",
+    "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",
+}
+_DRIVER_CPUS = 0.1
+"""Of a trial that only starts and follows Ray Train workers; Ray Tune does not take 0."""
+
+MakeConfig = Callable[[Assignment], TrialConfig]
+
+
+def slot_resources(scale: ScaleSettings) -> dict[str, float]:
+    """What a trial's own process takes."""
+    if scale.workers > 1:
+        return {"CPU": _DRIVER_CPUS}
+    gpus = gpus_per_worker(scale)
+    return {"CPU": float(scale.cpus_per_worker), **({"GPU": gpus} if gpus else {})}
+
+
+def gpus_per_worker(scale: ScaleSettings) -> float:
+    """GPUs of a worker; a part of one lets several trials share it."""
+    if scale.gpus_per_worker != "auto":
+        return float(scale.gpus_per_worker)
+    return 1.0 if ray.cluster_resources().get("GPU", 0) > 0 else 0.0
+
+
+def decide_concurrency(wanted: int | str, scale: ScaleSettings) -> int:
+    """Trials at a time on the initialised Ray.
+
+    Raises:
+        InputError: where it can never hold so many, or not even one.
+    """
+    have = ray.cluster_resources()
+    workers = max(1, scale.workers)
+    cpus = float(workers * scale.cpus_per_worker)
+    if workers > 1:
+        cpus += 1 + _DRIVER_CPUS  # a CPU for the tasks that stream the data
+    gpus = workers * gpus_per_worker(scale)
+    rooms = {"CPU": have.get("CPU", 0.0) / cpus}
+    if gpus:
+        rooms["GPU"] = have.get("GPU", 0.0) / gpus
+    kind = min(rooms, key=lambda one: rooms[one])
+    most = int(rooms[kind] + 1e-6)
+    if wanted == "auto" and most:
+        return most
+    if most < 1 or int(wanted) > most:
+        amount = cpus if kind == "CPU" else gpus
+        raise InputError(
+            f"concurrency: {wanted} trials of {amount:g} {kind}s each are wanted, and the cluster "
+            f"has {have.get(kind, 0.0):g} {kind}s: it holds {most} at a time"
+        )
+    return int(wanted)
+
+
+def execute(
+    conductor: Conductor, make_config: MakeConfig, scale: ScaleSettings, stop: Stop
+) -> None:
+    """Run trials until the conductor has none left, or `stop` is requested.
+
+    Args:
+        conductor: says which, and hears of them.
+        make_config: what a slot is told of a trial.
+        scale: the size of a trial.
+        stop: ends the sweep so that it can be taken up again.
+    """
+    os.environ.update(_ENVIRONMENT)
+    logging.getLogger("ray.tune").setLevel(logging.ERROR)
+    with tempfile.TemporaryDirectory(prefix="finray-tune-") as scratch:
+        searcher = _ConductedSearch(conductor, make_config)
+        tuner = tune.Tuner(
+            tune.with_resources(TrialSlot, tune.PlacementGroupFactory([slot_resources(scale)])),
+            tune_config=tune.TuneConfig(
+                search_alg=searcher,
+                scheduler=_ConductedPruning(conductor),
+                num_samples=-1,
+                reuse_actors=True,
+            ),
+            run_config=tune.RunConfig(
+                name="trials",
+                storage_path=scratch,
+                verbose=0,
+                failure_config=tune.FailureConfig(max_failures=scale.max_failures),
+                checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
+            ),
+        )
+        run_beside(tuner.fit, stop, conductor.interrupt)
+
+
+class _ConductedSearch(Searcher):
+    """Ray Tune's trials are the conductor's."""
+
+    def __init__(self, conductor: Conductor, make_config: MakeConfig) -> None:
+        super().__init__()
+        self._conductor = conductor
+        self._make_config = make_config
+        self._numbers: dict[str, int] = {}
+
+    def suggest(self, trial_id: str) -> Any:
+        """A trial's configuration, None for none now, FINISHED for none any more."""
+        assignment = self._conductor.next()
+        if assignment is None:
+            return Searcher.FINISHED if self._conductor.is_finished else None
+        self._numbers[trial_id] = assignment.number
+        return dict(self._make_config(assignment))
+
+    def on_trial_complete(
+        self, trial_id: str, result: Record | None = None, error: bool = False
+    ) -> None:
+        """Pass a trial's end on."""
+        lost = "its process was lost more often than scale.max_failures" if error else None
+        self._conductor.ended(self._numbers[trial_id], _unflattened(result), lost)
+
+    def save(self, checkpoint_path: str) -> None:
+        """Nothing: the study is the sweep's memory."""
+
+    def restore(self, checkpoint_path: str) -> None:
+        """Nothing: see `save`."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {}
+
+
+class _ConductedPruning(FIFOScheduler):
+    """Stops the trials that the conductor gives up."""
+
+    def __init__(self, conductor: Conductor) -> None:
+        super().__init__()
+        self._conductor = conductor
+
+    def on_trial_result(self, tune_controller: Any, trial: Any, result: Record) -> str:
+        """Whether a trial goes on after a report."""
+        del tune_controller, trial
+        tokens, value = result.get("tokens"), result.get("value")
+        gives_up = tokens is not None and self._conductor.reported(
+            result["number"], int(tokens), value, bool(result["is_last"])
+        )
+        return str(TrialScheduler.STOP if gives_up else TrialScheduler.CONTINUE)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {}
+
+
+def _unflattened(result: Record | None) -> Record | None:
+    """A report as the slot made it; Ray Tune writes nested keys with slashes."""
+    if result is None:
+        return None
+    measures = {
+        key.removeprefix("measures/"): value
+        for key, value in result.items()
+        if key.startswith("measures/")
+    }
+    return {**result, "measures": measures}

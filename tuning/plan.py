@@ -1,0 +1,88 @@
+"""A sweep checked as far as it can be before Ray is started."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from ..training.errors import InputError
+from ..training.methods import Metric
+from ..training.recipe import Recipe
+from ..training.storage import Folder
+from .metrics import is_measured_on_the_way, objectives
+from .rule import default_space
+from .space import Excluded, Settings, Space
+from .sweep import LoadedSweep, Sweep
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A sweep whose every setting is known to be good, or excluded."""
+
+    sweep: Sweep
+    recipe: Recipe
+    """The base."""
+    folder: Folder
+    metrics: Sequence[Metric]
+    space: Space
+    points: Sequence[Settings]
+    """To try first: the rule of thumb, then the user's own."""
+    excluded_count: int
+    excluded: Sequence[Excluded]
+    """Combinations that make no valid recipe, the first ones of them."""
+    prunes: bool
+    """Whether trials are stopped early."""
+
+    @property
+    def trials(self) -> int:
+        """Trials at most: a grid has an end of its own."""
+        every = self.space.every_setting()
+        most = len(every) if every is not None else self.sweep.trials
+        return min(self.sweep.trials, most)
+
+
+def make_plan(loaded: LoadedSweep) -> Plan:
+    """Check a loaded sweep.
+
+    Raises:
+        InputError: for everything that is wrong with it.
+    """
+    sweep, recipe = loaded.sweep, loaded.recipe
+    metrics = objectives(loaded)
+    search = default_space(recipe) if sweep.search == "default" else sweep.search
+    space = Space(search, recipe, loaded.folder, lambda key: loaded.place("search", key))
+    if not space.searched:
+        raise InputError(
+            f"{loaded.place('search')}: search: every value is computed, none searched"
+        )
+    count, excluded = space.excluded()
+    space.data_settings()
+    points = [space.rule_of_thumb()]
+    for number, given in enumerate(sweep.points):
+        points.append(space.point(given, f"{loaded.place('points', number)}: points.{number}"))
+    if sweep.sampler == "grid":
+        points += _grid(loaded, space)
+    return Plan(
+        *(sweep, recipe, Folder(sweep.storage) / sweep.name, metrics, space, points),
+        *(count, excluded, _prunes(loaded, metrics)),
+    )
+
+
+def _grid(loaded: LoadedSweep, space: Space) -> list[Settings]:
+    settings = space.every_setting()
+    if settings is None:
+        endless = [key for key in space.searched if space[key].every_value() is None]
+        raise InputError(
+            f"{loaded.place('sampler')}: sampler grid needs countable values, and "
+            f"{', '.join(endless)} has a range of them; use choice, int_uniform or step"
+        )
+    return settings
+
+
+def _prunes(loaded: LoadedSweep, metrics: Sequence[Metric]) -> bool:
+    kind = loaded.sweep.pruning.kind
+    possible = len(metrics) == 1 and is_measured_on_the_way(metrics[0].name, loaded.recipe)
+    if kind not in ("auto", "none") and not possible:
+        raise InputError(
+            f"{loaded.place('pruning')}: pruning.kind {kind}: {metrics[0].name} is known at a "
+            "trial's end only, too late to stop it; leave pruning out"
+        )
+    return possible and kind != "none"

@@ -1,0 +1,62 @@
+"""A sweep's folder: its files, and what a reader finds in them."""
+
+import json
+from typing import Any
+
+from ..training.books import now
+from ..training.errors import InputError
+from ..training.run_folder import RUN_FILE, Record, parse_record
+from ..training.storage import Folder
+
+SWEEP_FILE = "sweep.json"
+"""Settings, state and result of the sweep; `trials` holds a record of each."""
+BEST_FILE = "best.yaml"
+REPORT_FILE = "report.html"
+TRIALS_FOLDER = "trials"
+
+
+def read_sweep(folder: Folder) -> Record | None:
+    """What is known of a sweep; None where the folder holds none.
+
+    Raises:
+        InputError: the folder holds a run, or sweep.json is not a JSON object.
+    """
+    if folder.exists(RUN_FILE):
+        raise InputError(f"{folder} holds a run, not a sweep; give the sweep another name")
+    if not folder.exists(SWEEP_FILE):
+        return None
+    record = parse_record(folder.read(SWEEP_FILE))
+    if record is None:
+        raise InputError(f"{folder / SWEEP_FILE}: expected a JSON object")
+    return record
+
+
+def write_sweep(folder: Folder, record: Record) -> None:
+    """Replace sweep.json."""
+    record["updated_at"] = now()
+    text = json.dumps(record, indent=1, ensure_ascii=False, default=_plain)
+    folder.write(SWEEP_FILE, text.encode() + b"\n")
+
+
+def saved_share(record: Record) -> float | None:
+    """Of the tokens that all trials would have taken without pruning, the share not spent."""
+    ended = [row for row in record["trials"] if row["state"] in ("finished", "pruned")]
+    whole = len(ended) * record.get("trial_tokens", 0)
+    if not whole:
+        return None
+    share: float = 1 - sum(row["tokens"] for row in ended) / whole
+    return max(0.0, share)
+
+
+def trial_name(number: int) -> str:
+    """Name of a trial's run."""
+    return f"trial-{number:04d}"
+
+
+def trial_folder(sweep: Folder, number: int) -> Folder:
+    """Where a trial's run lies."""
+    return sweep / TRIALS_FOLDER / trial_name(number)
+
+
+def _plain(value: Any) -> Any:
+    raise TypeError(f"not plain: {type(value).__name__}")

@@ -1,0 +1,99 @@
+"""report.html of a sweep: one self-contained page with figures and a table that sorts."""
+
+from pathlib import Path
+from typing import Any
+
+import optuna
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
+from plotly.offline import get_plotlyjs
+
+from ..training import figures as text
+from ..training.report import asset
+from ..training.run_folder import Record
+from ..training.storage import Folder
+from .figures import figures
+from .record import REPORT_FILE, saved_share
+
+
+def write_report(folder: Folder, study: optuna.Study, record: Record) -> None:
+    """Write report.html into a sweep's folder."""
+    folder.write(REPORT_FILE, render_report(study, record).encode("utf-8", "replace"))
+
+
+def render_report(study: optuna.Study, record: Record) -> str:
+    """The page.
+
+    Args:
+        study: Optuna's, for its figures.
+        record: the sweep's, as sweep.json holds it.
+    """
+    drawn = []
+    for number, (title, figure) in enumerate(figures(study, record)):
+        figure.update_layout(title=None, margin={"l": 70, "r": 30, "t": 30, "b": 60}, autosize=True)
+        html = figure.to_html(
+            full_html=False,
+            include_plotlyjs=False,
+            div_id=f"figure-{number}",
+            config={"responsive": True, "displaylogo": False},
+        )
+        drawn.append((title, Markup(html)))
+    return (
+        _environment()
+        .get_template("report.html")
+        .render(
+            css=asset("report.css"),
+            # A script's end inside the library's own strings would end ours.
+            plotly=Markup(get_plotlyjs().replace("</script", "<\\/script")),
+            record=record,
+            metrics=[one["metric"] for one in record["objectives"]],
+            keys=list(dict.fromkeys(key for row in record["trials"] for key in row["settings"])),
+            facts=_facts(record),
+            figures=drawn,
+            cell=_cell,
+            count=text.count,
+        )
+    )
+
+
+def _environment() -> Environment:
+    return Environment(
+        autoescape=True,
+        undefined=StrictUndefined,
+        loader=FileSystemLoader(Path(__file__).parent),
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+
+
+def _facts(record: Record) -> list[tuple[str, str]]:
+    rows = record["trials"]
+    states = [
+        f"{sum(row['state'] == state for row in rows)} {state}"
+        for state in ("finished", "pruned", "failed", "running")
+        if any(row["state"] == state for row in rows)
+    ]
+    facts = [("Trials", ", ".join(states) or "none")]
+    if record["best"]:
+        best = next(row for row in rows if row["number"] == record["best"][0])
+        values = [
+            f"{one['metric']} {value:.6g}"
+            for one, value in zip(record["objectives"], best["values"], strict=True)
+        ]
+        facts.append(("Best", f"trial {best['number']}: {', '.join(values)}"))
+    facts.append(("Tokens", text.count(sum(row["tokens"] for row in rows))))
+    share = saved_share(record)
+    if share is not None and record["prunes"]:
+        facts.append(("Saved by pruning", f"{text.percent(share)} of the tokens of whole trials"))
+    facts.append(("Wall time", text.duration(record.get("wall_seconds"))))
+    if record.get("over"):
+        facts.append(("Ended early", str(record["over"])))
+    for name, one in (record.get("retrained") or {}).get("spread", {}).items():
+        facts.append((f"Retrained {name}", f"{one['mean']:.6g} ± {one['deviation']:.2g}"))
+    return facts
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.6g}"
+    return text.MISSING if value is None else str(value)

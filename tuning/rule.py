@@ -1,0 +1,76 @@
+"""Settings that are good without any search, and the space around them.
+
+The learning rate falls with the model's width: Schulman et al., "LoRA Without Regret" (2025), give
+5e-5 (2000 / hidden size)^0.78 for full fine-tuning of Llama models and ten times that for LoRA,
+nearly independent of the rank. Preference and online methods want far less.
+"""
+
+import json
+from typing import Any
+
+from ..training.data.tokenizer_files import model_folder
+from ..training.recipe import Recipe
+from .distribution import Distribution
+
+_WIDTH, _EXPONENT = 2000, 0.78
+_FULL_RATE, _LORA_FACTOR = 5e-5, 10.0
+_BY_METHOD = {"sft": 1.0, "pretrain": 1.0, "reward": 0.1}
+"""Share of the rate for imitation."""
+_PREFERENCE_RATE = 1e-5
+"""DPO and its kin; online methods have been reported between 1e-5 and 4e-5."""
+_SPAN = 10.0
+"""The default space reaches from the rule's rate divided by this to its product."""
+_IMITATION_RANKS = [4, 8, 16, 32, 64]
+_PREFERENCE_RANKS = [1, 2, 4, 8, 16, 32]
+_ALPHA_PER_RANK = 2.0
+
+LEARNING_RATE, RANK, ALPHA = "optim.learning_rate", "adapter.rank", "adapter.alpha"
+RSLORA = "adapter.rslora"
+
+
+def rule_of_thumb(recipe: Recipe) -> float:
+    """A learning rate that suits the recipe's model, adapter and method.
+
+    The recipe's own where the model's configuration is not on this machine.
+    """
+    width = _hidden_size(recipe)
+    if width is None:
+        return recipe.optim.learning_rate
+    factor = _LORA_FACTOR if recipe.trains_adapter else 1.0
+    share = _BY_METHOD.get(recipe.method.kind)
+    if share is None:
+        return _rounded(_PREFERENCE_RATE * factor / _LORA_FACTOR)
+    return _rounded(_FULL_RATE * factor * share * (_WIDTH / width) ** _EXPONENT)
+
+
+def default_space(recipe: Recipe) -> dict[str, Distribution]:
+    """Learning rate around the rule's, and for LoRA rsLoRA or not, and the rank, with alpha tied
+    to it.
+
+    Alpha and learning rate are nearly redundant, so alpha is not searched.
+    """
+    rate = rule_of_thumb(recipe)
+    bounds = (_rounded(rate / _SPAN), _rounded(rate * _SPAN))
+    space = {LEARNING_RATE: Distribution(log_uniform=bounds)}
+    if recipe.adapter is not None:
+        imitates = recipe.method.kind in _BY_METHOD
+        ranks = _IMITATION_RANKS if imitates else _PREFERENCE_RANKS
+        space[RANK] = Distribution(choice=sorted({*ranks, recipe.adapter.rank}))
+        space[RSLORA] = Distribution(choice=[False, True])
+        # rsLoRA's own scale grows with the rank already.
+        space[ALPHA] = Distribution(times=_ALPHA_PER_RANK, of=RANK, when={RSLORA: False})
+    return space
+
+
+def _hidden_size(recipe: Recipe) -> int | None:
+    folder = model_folder(recipe.model)
+    if folder is None:
+        return None
+    config: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    # Models of several modalities keep the language model's settings one level down.
+    width = config.get("hidden_size") or config.get("text_config", {}).get("hidden_size")
+    return int(width) if width else None
+
+
+def _rounded(rate: float) -> float:
+    return float(f"{rate:.2g}")

@@ -1,0 +1,314 @@
+"""The searched space: from what a sampler suggests to valid recipes."""
+
+import copy
+import itertools
+import math
+import random
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from ..training.errors import InputError
+from ..training.recipe import Recipe, resolve_recipe
+from ..training.recipe_file import Change, Document, apply_changes, is_known, suggestion, validate
+from .distribution import Distribution, Scalar, as_label
+from .rule import LEARNING_RATE, rule_of_thumb
+
+Settings = dict[str, Any]
+"""Values by dotted key of the recipe."""
+
+_SHARED = ("name", "storage", "scale", "checkpoint", "log")
+_CHECKED = 4096
+"""So many combinations are tried before a sweep starts; of more, a random part."""
+_TOLD = 20
+
+
+class Suggests(Protocol):
+    """What an Optuna trial does."""
+
+    def suggest_categorical(self, name: str, choices: list[Scalar]) -> Any: ...
+    def suggest_float(
+        self, name: str, low: float, high: float, *, step: float | None, log: bool
+    ) -> float: ...
+    def suggest_int(self, name: str, low: int, high: int, *, step: int, log: bool) -> int: ...
+
+
+@dataclass(frozen=True)
+class Excluded:
+    """A combination that makes no valid recipe."""
+
+    settings: Settings
+    reason: str
+
+
+class Space:
+    """What is searched around a base recipe.
+
+    Args:
+        search: distributions by dotted key.
+        base: what every trial starts from.
+        folder: what relative paths among the values are relative to.
+        place: file:line of a searched key, for messages.
+
+    Raises:
+        InputError: for keys that no recipe has or no trial may change, conditions on keys that
+            are not searched, and values that make no valid recipe.
+    """
+
+    def __init__(
+        self,
+        search: dict[str, Distribution],
+        base: Recipe,
+        folder: Path,
+        place: Callable[[str], str],
+    ) -> None:
+        self.base = base
+        self._folder = folder
+        self._place = place
+        self._search = search
+        self._values = base.model_dump(mode="json", exclude_unset=True)
+        # A variant is found by its kind, also where that is the default.
+        self._values["method"] = {"kind": base.method.kind, **self._values.get("method", {})}
+        self._check_keys()
+        self.keys = self._in_order()
+
+    def __getitem__(self, key: str) -> Distribution:
+        return self._search[key]
+
+    @property
+    def searched(self) -> list[str]:
+        """The keys that a sampler decides, each after those that it depends on."""
+        return [key for key in self.keys if not self._search[key].is_computed]
+
+    def suggest(self, trial: Suggests) -> Settings:
+        """One setting of all keys that are active together."""
+        settings: Settings = {}
+        for key in self.keys:
+            if self.is_active(key, settings):
+                settings[key] = self._value(key, settings, lambda k: _suggest(trial, k, self[k]))
+        return settings
+
+    def complete(self, given: Settings) -> Settings:
+        """A whole setting from a partial one: the rest as in the base recipe, where that lies in
+        the space, or as near to it as the space allows."""
+        settings: Settings = {}
+        for key in self.keys:
+            if self.is_active(key, settings):
+                settings[key] = self._value(
+                    key, settings, lambda k: given[k] if k in given else self._own(k)
+                )
+        return settings
+
+    def rule_of_thumb(self) -> Settings:
+        """The base recipe with the learning rate that suits its model, as far as it is searched."""
+        if LEARNING_RATE not in self._search or self[LEARNING_RATE].is_computed:
+            return self.complete({})
+        return self.complete({LEARNING_RATE: self[LEARNING_RATE].nearest(rule_of_thumb(self.base))})
+
+    def point(self, given: Settings, place: str) -> Settings:
+        """A user's own guess as a whole setting.
+
+        Raises:
+            InputError: for a key that is not searched, a value outside the space, and settings
+                that make no valid recipe.
+        """
+        for key, value in given.items():
+            if key not in self.searched:
+                known = ", ".join(self.searched)
+                raise InputError(f"{place}: {key} is not searched; searched are {known}")
+            if not self[key].holds(value):
+                raise InputError(f"{place}: {key}: {value!r} is not in the searched space")
+        settings = self.complete(given)
+        self.recipe(settings)
+        return settings
+
+    def labels(self, settings: Settings) -> dict[str, Scalar]:
+        """The searched part of a setting as Optuna keeps it."""
+        return {key: as_label(settings[key]) for key in self.searched if key in settings}
+
+    def recipe(self, settings: Settings, **fixed: Any) -> Recipe:
+        """The recipe of a setting.
+
+        Args:
+            settings: values by dotted key.
+            fixed: further top-level values, such as the name.
+
+        Raises:
+            InputError: where it is no valid recipe.
+        """
+        return resolve_recipe(self._validated(settings, fixed), self._folder)
+
+    def every_setting(self) -> list[Settings] | None:
+        """All settings there are, in order; None where a key has endlessly many values."""
+        values = {key: self[key].every_value() for key in self.searched}
+        if any(each is None for each in values.values()):
+            return None
+        return self._combinations({key: each for key, each in values.items() if each is not None})
+
+    def excluded(self) -> tuple[int, list[Excluded]]:
+        """How many of the combinations tried make no valid recipe, and the first of them.
+
+        Raises:
+            InputError: where a value is never part of a valid recipe.
+        """
+        valid: set[tuple[str, Scalar]] = set()
+        refused: list[Excluded] = []
+        for settings in self._trial_balloons():
+            try:
+                self._validated(settings, {})
+            except InputError as error:
+                refused.append(Excluded(settings, str(error)))
+            else:
+                valid.update(self.labels(settings).items())
+        for one in refused:
+            for key, label in self.labels(one.settings).items():
+                if (key, label) not in valid:
+                    raise InputError(
+                        f"{self._place(key)}: search.{key}: {label!r} never makes a valid "
+                        f"recipe: {one.reason}"
+                    )
+        return len(refused), refused[:_TOLD]
+
+    def data_settings(self) -> list[Settings]:
+        """A setting for each prepared data set that trials need.
+
+        Raises:
+            InputError: where a key that decides the data has endlessly many values.
+        """
+        keys = self._data_keys()
+        for key in self.searched:
+            if key.startswith("data.") and key not in keys:
+                raise InputError(
+                    f"{self._place(key)}: search.{key}: data is prepared before the first trial, "
+                    "so its values must be countable; use choice, int_uniform or step"
+                )
+        values = [self[key].every_value() or [] for key in keys]
+        settings = [
+            self.complete(dict(zip(keys, combination, strict=True)))
+            for combination in itertools.product(*values)
+        ]
+        return list({self.data_key(each): each for each in settings}.values())
+
+    def _data_keys(self) -> list[str]:
+        """Of a method and a model only countable values decide the data, not a number like beta."""
+        sections = ("data", "model", "method")
+        return [
+            key
+            for key in self.searched
+            if key.partition(".")[0] in sections and self[key].every_value() is not None
+        ]
+
+    def data_key(self, settings: Settings) -> str:
+        """Equal for settings that prepare the same data."""
+        return repr([(key, settings[key]) for key in self._data_keys() if key in settings])
+
+    def is_active(self, key: str, settings: Settings) -> bool:
+        """Whether a key is searched beside these values of the keys before it."""
+        condition = self._search[key].when or {}
+        return all(
+            other in settings and settings[other] in (value if isinstance(value, list) else [value])
+            for other, value in condition.items()
+        )
+
+    # in detail
+
+    def _value(self, key: str, settings: Settings, choose: Callable[[str], Any]) -> Any:
+        distribution = self._search[key]
+        if not distribution.is_computed:
+            return choose(key)
+        assert distribution.times is not None and distribution.of is not None
+        factor = settings.get(distribution.of, self._written(distribution.of))
+        value = distribution.times * factor
+        return int(value) if value == int(value) else value
+
+    def _own(self, key: str) -> Any:
+        """The base recipe's value, or the nearest in the space, or the middle of the space."""
+        distribution, own = self[key], self._written(key)
+        if distribution.holds(own):
+            return own
+        is_number = isinstance(own, int | float) and not isinstance(own, bool)
+        return distribution.nearest(own) if is_number else distribution.middle()
+
+    def _written(self, key: str) -> Any:
+        value: Any = self.base.model_dump(mode="json")
+        for part in key.split("."):
+            if isinstance(value, list):
+                value = value[int(part)] if part.isdigit() and int(part) < len(value) else None
+            else:
+                value = value.get(part) if isinstance(value, dict) else None
+        return value
+
+    def _validated(self, settings: Settings, fixed: dict[str, Any]) -> Recipe:
+        values = {**copy.deepcopy(self._values), **fixed}
+        document = Document(values, {(): "the base recipe"})
+        changes = [Change(key, value, self._place(key)) for key, value in settings.items()]
+        apply_changes(document, changes)
+        return validate(Recipe, document)
+
+    def _check_keys(self) -> None:
+        for key, distribution in self._search.items():
+            parts = tuple(int(part) if part.isdigit() else part for part in key.split("."))
+            where = f"{self._place(key)}: search.{key}"
+            if not is_known(Recipe, parts):
+                raise InputError(f"{where}: unknown key{suggestion(Recipe, parts)}")
+            if parts[0] in _SHARED:
+                raise InputError(f"{where}: {parts[0]} is the same for all trials of a sweep")
+            others = [*(distribution.when or {})]
+            if distribution.of is not None and self._written(distribution.of) is None:
+                others.append(distribution.of)
+            for other in others:
+                if other not in self._search:
+                    raise InputError(f"{where}: it depends on {other}, which is not searched")
+
+    def _in_order(self) -> list[str]:
+        """The keys, each after those that it depends on."""
+        ordered: list[str] = []
+        waiting = list(self._search)
+        while waiting:
+            ready = [key for key in waiting if self._needs(key) <= set(ordered)]
+            if not ready:
+                raise InputError(
+                    f"{self._place(waiting[0])}: search: {' and '.join(waiting)} depend on each "
+                    "other in a circle"
+                )
+            ordered += ready
+            waiting = [key for key in waiting if key not in ready]
+        return ordered
+
+    def _needs(self, key: str) -> set[str]:
+        distribution = self._search[key]
+        needs = set(distribution.when or {})
+        return needs | ({distribution.of} if distribution.of in self._search else set())
+
+    def _trial_balloons(self) -> Iterator[Settings]:
+        values = {key: self[key].typical_values() for key in self.searched}
+        if math.prod(map(len, values.values())) <= _CHECKED:
+            yield from self._combinations(values)
+            return
+        generator = random.Random(0)
+        for _ in range(_CHECKED):
+            chosen = {key: generator.choice(each) for key, each in values.items()}
+            yield self.complete(chosen)
+
+    def _combinations(self, values: dict[str, list[Any]]) -> list[Settings]:
+        """Every setting of these values; those that differ in inactive keys alone count once."""
+        found: dict[str, Settings] = {}
+        for combination in itertools.product(*values.values()):
+            settings = self.complete(dict(zip(values, combination, strict=True)))
+            found.setdefault(repr(settings), settings)
+        return list(found.values())
+
+
+def _suggest(trial: Suggests, key: str, distribution: Distribution) -> Any:
+    if distribution.choice is not None:
+        labels = distribution.labels()
+        chosen = trial.suggest_categorical(key, labels)
+        # 1 and True are equal, and other values.
+        kinds = [(type(label), label) for label in labels]
+        return distribution.choice[kinds.index((type(chosen), chosen))]
+    low, high = distribution.bounds
+    if distribution.is_integer:
+        step = int(distribution.step or 1)
+        return trial.suggest_int(key, int(low), int(high), step=step, log=distribution.is_log)
+    return trial.suggest_float(key, low, high, step=distribution.step, log=distribution.is_log)

@@ -1,0 +1,250 @@
+"""A trial slot: a Ray actor that runs one trial after the other in the same process.
+
+A trial trains in a thread of the slot. What it measures goes to the driver, and the thread waits
+for the answer: a pruned trial does no step more. A trial with several workers is a Ray Train run
+that the thread starts and follows.
+"""
+
+import gc
+import queue
+import threading
+from functools import lru_cache
+from typing import Any, TypedDict
+
+from ray import tune
+
+from ..training.errors import FinrayError, last_line
+from ..training.recipe import Recipe, recipe_from_dict
+from ..training.run_folder import Record, read_metrics
+from ..training.stop import Stop
+from ..training.storage import Folder
+
+_POLL_SECONDS = 0.5
+
+
+class TrialConfig(TypedDict):
+    """What a slot is told of a trial; plain values."""
+
+    number: int
+    recipe: dict[str, Any]
+    prepared: str
+    """URI of its prepared data set."""
+    sweep: str
+    """URI of the sweep's folder; a stop file there ends the trial with a save."""
+    watched: list[str]
+    """A measurement with one of these is reported; trials are judged by the first."""
+    total_steps: int
+
+
+class Pruned(Exception):
+    """Raised inside a trial's training when the driver has given it up."""
+
+
+class TrialSlot(tune.Trainable):
+    """Ray Tune's side of a slot: each `step` returns the trial's next report."""
+
+    def setup(self, config: TrialConfig) -> None:
+        """Start the first trial."""
+        self._running = RunningTrial(config)
+
+    def step(self) -> Record:
+        """The next report; the last one has `done`."""
+        return self._running.next_report()
+
+    def reset_config(self, new_config: TrialConfig) -> bool:
+        """Give up what still runs, and start another trial in this process."""
+        self._running.give_up()
+        self._running = RunningTrial(new_config)
+        return True
+
+    def cleanup(self) -> None:
+        """Give up what still runs."""
+        self._running.give_up()
+
+
+class RunningTrial:
+    """A trial that trains in a thread, and waits after each report for permission to go on."""
+
+    def __init__(self, config: TrialConfig) -> None:
+        self._config = config
+        self._recipe = recipe_from_dict(config["recipe"])
+        self._reports: queue.Queue[Record] = queue.Queue()
+        self._permits = threading.Semaphore(0)
+        self._is_waiting = False
+        self._given_up = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="finray-trial", daemon=True)
+        self._thread.start()
+
+    def next_report(self) -> Record:
+        """Let the training go on to its next report."""
+        if self._is_waiting:
+            self._permits.release()
+        report = self._reports.get()
+        self._is_waiting = not report["done"]
+        return report
+
+    def give_up(self) -> None:
+        """End the training without a save, and wait for its end."""
+        self._given_up.set()
+        self._permits.release()
+        self._thread.join()
+
+    def report(self, measures: dict[str, float]) -> None:
+        """Called by the training thread: hand over, wait.
+
+        Raises:
+            Pruned: the driver does not want the trial any more.
+        """
+        if any(name in measures for name in self._config["watched"]):
+            name = self._config["watched"][0]
+            report = {
+                "tokens": measures["tokens"],
+                "value": measures.get(name),
+                "is_last": measures["step"] >= self._config["total_steps"],
+            }
+            self._reports.put({**self._about("running"), **report, "measures": dict(measures)})
+            self._permits.acquire()
+        if self._given_up.is_set():
+            raise Pruned
+
+    def _run(self) -> None:
+        try:
+            self._reports.put(self._carry_out())
+        except Exception as error:  # noqa: BLE001 - a trial's error must not end the slot
+            told = f"{type(error).__name__}: {last_line(error)}"
+            if isinstance(error, FinrayError):
+                told = str(error)
+            code = error.exit_code if isinstance(error, FinrayError) else 1
+            self._reports.put({**self._about("failed"), "error": told, "exit_code": code})
+        finally:
+            _free_memory()
+
+    def _carry_out(self) -> Record:
+        from ..training.data.prepared import open_prepared
+        from ..training.errors import RunError
+        from ..training.kept_base import keep_bases
+        from ..training.run import carry_out
+
+        prepared = open_prepared(Folder(self._config["prepared"]))
+        if prepared is None:
+            raise RunError(f"the prepared data set {self._config['prepared']} is gone")
+        keep_bases()
+        launch = self._launch_here if self._recipe.scale.workers <= 1 else self._launch_on_ray
+        codes: list[int] = []
+
+        def launch_and_note(job: Any) -> Any:
+            outcome = launch(job)
+            codes.append(outcome["exit_code"])
+            return outcome
+
+        record = carry_out(self._recipe, prepared, launch_and_note)
+        told = {
+            **self._about(str(record["status"])),
+            "measures": final_measures(self._recipe, record),
+        }
+        if record["status"] == "failed":
+            told |= {"error": str(record["error"]), "exit_code": codes[0]}
+        return told
+
+    def _about(self, status: str) -> Record:
+        return {
+            "number": self._config["number"],
+            "status": status,
+            "done": status != "running",
+            "measures": {},
+        }
+
+    def _launch_here(self, job: Any) -> Any:
+        from ..training.loop import Outcome, run_worker
+        from ..training.session import LocalSession
+
+        trial = self
+
+        class TrialSession(LocalSession):
+            def report(self, measures: dict[str, float]) -> None:
+                trial.report(measures)
+
+        session = TrialSession(Folder(job["run"]), _stop_event(self._config["sweep"]))
+        try:
+            return run_worker(job, session)
+        except Pruned:
+            return Outcome(status="pruned", error=None, exit_code=0)
+
+    def _launch_on_ray(self, job: Any) -> Any:
+        from ..training.launch import launch_on_ray
+
+        stop = Stop()
+        ended = threading.Event()
+        follower = threading.Thread(target=self._follow, args=(Folder(job["run"]), stop, ended))
+        follower.start()
+        try:
+            outcome = launch_on_ray(job, self._recipe.scale, stop, {})
+        finally:
+            ended.set()
+            follower.join()
+        if self._given_up.is_set() and outcome["status"] == "stopped":
+            outcome["status"] = "pruned"
+        return outcome
+
+    def _follow(self, run: Folder, stop: Stop, ended: threading.Event) -> None:
+        """Report what a run of several workers writes into its folder."""
+        sweep_stop = _stop_event(self._config["sweep"])
+        told = len(read_metrics(run))
+        tokens = 0
+        while not ended.wait(_POLL_SECONDS):
+            if sweep_stop.is_set() or self._given_up.is_set():
+                stop.requested.set()
+            lines = read_metrics(run)
+            for line in lines[min(told, len(lines)) :]:
+                tokens = line.get("tokens", tokens)
+                try:
+                    self.report({"tokens": tokens, **line})
+                except Pruned:
+                    stop.requested.set()
+            told = len(lines)
+
+
+def final_measures(recipe: Recipe, record: Record) -> Record:
+    """What a trial reached, for its objectives and its row in the table."""
+    from ..training.run import run_folder
+
+    folder = run_folder(recipe)
+    latest: Record = {}
+    speeds = []
+    for line in read_metrics(folder):
+        if line.get("step"):
+            latest.update(line)
+            speeds += [line["tokens_per_second"]] if line.get("tokens_per_second") else []
+    if speeds:
+        latest["tokens_per_second"] = sorted(speeds)[len(speeds) // 2]
+    result = record.get("result")
+    if result:
+        latest["adapter_bytes"] = _bytes_of_weights(folder / str(result))
+    parameters = record.get("parameters") or {}
+    if "trainable" in parameters:
+        latest["trainable_parameters"] = parameters["trainable"]
+    latest["wall_seconds"] = record.get("wall_seconds")
+    return latest
+
+
+def _bytes_of_weights(folder: Folder) -> int:
+    names = [name for name in folder.files() if name.endswith(".safetensors")]
+    infos = folder.filesystem.get_file_info([folder.file(name) for name in names])
+    return sum(int(info.size) for info in infos)
+
+
+@lru_cache(maxsize=4)
+def _stop_event(sweep: str) -> threading.Event:
+    """One watcher a process, not one a trial."""
+    from ..training.session import watch_stop_file
+
+    return watch_stop_file(Folder(sweep))
+
+
+def _free_memory() -> None:
+    """The next trial of this process starts with the memory of this one."""
+    import torch
+
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()

@@ -1,0 +1,259 @@
+"""One sweep from the driver's side.
+
+plan → compare with an earlier attempt → prepare → search → best → report
+"""
+
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from ..training.books import now
+from ..training.data.prepared import Prepared
+from ..training.errors import Interrupted, RunError
+from ..training.lock import held
+from ..training.recipe import Recipe
+from ..training.run import Listener, prepare_data
+from ..training.run_folder import CHECKPOINTS_FOLDER, Record
+from ..training.session import STOP_FILE
+from ..training.stop import Stop
+from ..training.storage import Folder
+from .attempt import check_folder, describe
+from .best import export_best, retrain
+from .conductor import Conductor, Ending
+from .execute import decide_concurrency, execute
+from .plan import Plan
+from .record import TRIALS_FOLDER, trial_folder, trial_name, write_sweep
+from .report import write_report
+from .samplers import first_rung, make_pruner, make_sampler, parts
+from .space import Settings
+from .study import Assignment, StudyFile, SweepStudy, earlier_trials
+from .trial import TrialConfig
+
+
+@dataclass(frozen=True)
+class Watcher:
+    """How a sweep tells the outside what it does."""
+
+    phase: Callable[[str], None]
+    """Called with a few words."""
+    on_end: Callable[[Ending, Record], None]
+    """Called when a trial ended, with the sweep's record."""
+
+
+def tune(plan: Plan, watcher: Watcher, stop: Stop) -> Record:
+    """Carry the sweep to its end, from wherever it stands, on the initialised Ray.
+
+    Returns:
+        sweep.json.
+
+    Raises:
+        InputError: data, cluster or an earlier attempt forbid it.
+        RunError: no trial succeeded; what was reached is in its folder.
+        Interrupted: `stop` was requested; the same command goes on.
+    """
+    earlier = check_folder(plan)
+    concurrency = decide_concurrency(plan.sweep.concurrency, plan.recipe.scale)
+    with held(plan.folder.create(), stop.requested, watcher.phase) as stale:
+        if stale is not None:
+            watcher.phase(f"taking over from {stale}")
+        return _Tuning(plan, watcher, earlier or {}, concurrency).run(stop)
+
+
+class _Tuning:
+    """One attempt at a sweep."""
+
+    def __init__(self, plan: Plan, watcher: Watcher, record: Record, concurrency: int) -> None:
+        self._plan = plan
+        self._watcher = watcher
+        self._record = record
+        self._concurrency = concurrency
+        self._folder = plan.folder
+        self._file = StudyFile(plan.folder)
+
+    def run(self, stop: Stop) -> Record:
+        self._folder.delete(STOP_FILE)
+        self._prepared = self._prepare()
+        base = self._prepared[self._plan.space.data_key(self._plan.points[0])]
+        self._trial_tokens = _tokens_of(self._plan.recipe, base)
+        self._record_start()
+        self._study = self._open_study()
+        self._conductor = Conductor(
+            self._plan.sweep.model_copy(update={"trials": self._plan.trials}),
+            self._study,
+            self._concurrency,
+            float(self._record.get("wall_seconds", 0.0)),
+            self._changed,
+            lambda: self._folder.write(STOP_FILE, b""),
+        )
+        with _Alarm(self._conductor):
+            self._watcher.phase(f"searching, trials at a time: {self._concurrency}")
+            execute(self._conductor, self._config, self._plan.recipe.scale, stop)
+        return self._conclude(stop)
+
+    # the start
+
+    def _prepare(self) -> dict[str, Prepared]:
+        """The data of every data setting, each prepared once."""
+        space = self._plan.space
+        listener = Listener(self._watcher.phase, lambda _: None)
+        return {
+            space.data_key(settings): prepare_data(self._recipe(0, settings, None), listener)
+            for settings in space.data_settings()
+        }
+
+    def _record_start(self) -> None:
+        plan = self._plan
+        self._record.update(
+            name=plan.sweep.name,
+            status="running",
+            error=None,
+            over=None,
+            started_at=self._record.get("started_at") or now(),
+            finished_at=None,
+            settings=describe(plan),
+            objectives=[{"metric": one.name, "mode": one.mode} for one in plan.metrics],
+            prunes=plan.prunes,
+            first_rung=first_rung(plan.sweep, self._trial_tokens) if plan.prunes else None,
+            trial_tokens=self._trial_tokens,
+            concurrency=self._concurrency,
+            prepared=sorted({one.manifest.fingerprint for one in self._prepared.values()}),
+            excluded={
+                "count": plan.excluded_count,
+                "first": [
+                    {"settings": one.settings, "reason": one.reason} for one in plan.excluded
+                ],
+            },
+        )
+        self._record.setdefault("trials", [])
+        self._record.setdefault("best", [])
+        write_sweep(self._folder, self._record)
+
+    def _open_study(self) -> SweepStudy:
+        plan = self._plan
+        study = SweepStudy(
+            self._file.open(),
+            plan.sweep.name,
+            plan.metrics,
+            plan.space,
+            make_sampler(plan.sweep, len(self._record["trials"])),
+            make_pruner(plan.sweep, plan.prunes, self._trial_tokens),
+        )
+        if not study.is_set_up:
+            earlier = [
+                trial
+                for uri in plan.sweep.warm_start
+                for trial in earlier_trials(Folder(uri), plan.space, plan.metrics)
+            ]
+            study.set_up(plan.points, earlier)
+        return study
+
+    # a trial
+
+    def _recipe(self, number: int, settings: Settings, prepared: Prepared | None) -> Recipe:
+        storage = (self._folder / TRIALS_FOLDER).uri
+        if prepared is None:  # to prepare: the sets are shared beside all runs
+            storage = self._plan.sweep.storage
+        recipe = self._plan.space.recipe(settings, name=trial_name(number), storage=storage)
+        metric = self._plan.metrics[0].name
+        if prepared is None or not metric.startswith("eval_") or recipe.eval.every_steps:
+            return recipe
+        if not self._plan.prunes:
+            return recipe
+        # A trial can only be judged at a rung where it is measured there.
+        steps = recipe.total_steps(prepared.manifest.train.sequences)
+        every = -(-steps // parts(self._plan.sweep))
+        return recipe.model_copy(
+            update={"eval": recipe.eval.model_copy(update={"every_steps": every})}
+        )
+
+    def _config(self, assignment: Assignment) -> TrialConfig:
+        prepared = self._prepared[self._plan.space.data_key(assignment.settings)]
+        recipe = self._recipe(assignment.number, assignment.settings, prepared)
+        return TrialConfig(
+            number=assignment.number,
+            recipe=recipe.model_dump(mode="json"),
+            prepared=prepared.folder.uri,
+            sweep=self._folder.uri,
+            watched=[metric.name for metric in self._plan.metrics],
+            total_steps=recipe.total_steps(prepared.manifest.train.sequences),
+        )
+
+    def _changed(self, ending: Ending | None) -> None:
+        """Something is known of a trial: keep the books, and no more weights than are wanted."""
+        self._record["wall_seconds"] = round(self._conductor.seconds, 2)
+        self._record["trials"] = self._study.rows()
+        before, self._record["best"] = self._record["best"], self._study.best()
+        self._file.keep()
+        write_sweep(self._folder, self._record)
+        if ending is None:
+            return
+        trial_folder(self._folder, ending.number).delete(CHECKPOINTS_FOLDER)
+        for number in {*before, ending.number} - set(self._record["best"]):
+            for result in ("adapter", "model"):
+                trial_folder(self._folder, number).delete(result)
+        self._watcher.on_end(ending, self._record)
+
+    # the end
+
+    def _conclude(self, stop: Stop) -> Record:
+        self._folder.delete(STOP_FILE)
+        conductor = self._conductor
+        interrupted = stop.requested.is_set()
+        status = "stopped" if interrupted else "finished"
+        if conductor.error is not None or (not interrupted and not self._study.best()):
+            status = "failed"
+        self._record.update(
+            status=status,
+            error=None if conductor.error is None else str(conductor.error),
+            over=conductor.over,
+            finished_at=now(),
+            trials=self._study.rows(),
+            wall_seconds=round(conductor.seconds, 2),
+        )
+        if self._study.best():
+            export_best(self._plan, self._record)
+        write_sweep(self._folder, self._record)
+        write_report(self._folder, self._study.optuna, self._record)
+        if conductor.error is not None:
+            raise conductor.error
+        if interrupted:
+            raise Interrupted(f"stopped; the same command goes on from there ({self._folder})")
+        if status == "failed":
+            raise RunError(f"no trial came to its end with a result: {self._last_words()}")
+        if self._plan.sweep.retrain is not None:
+            retrain(self._plan, self._record, self._watcher.phase, stop)
+            write_sweep(self._folder, self._record)
+        return self._record
+
+    def _last_words(self) -> str:
+        rows = self._record["trials"]
+        told = [str(row["error"] or row["reason"]) for row in rows if row["state"] != "running"]
+        return told[-1] if told else str(self._record["over"] or "none was started")
+
+
+def _tokens_of(recipe: Recipe, prepared: Prepared) -> int:
+    """Tokens that a whole run trains on."""
+    train = prepared.manifest.train
+    steps = recipe.total_steps(train.sequences)
+    return max(1, round(recipe.epoch_at(steps, train.sequences) * train.tokens))
+
+
+class _Alarm:
+    """Ends the sweep when its time budget is used up."""
+
+    def __init__(self, conductor: Conductor) -> None:
+        seconds = conductor.seconds_left
+        self._timer = (
+            None
+            if seconds is None
+            else threading.Timer(seconds, conductor.end, ["the time budget is used up"])
+        )
+
+    def __enter__(self) -> None:
+        if self._timer is not None:
+            self._timer.daemon = True
+            self._timer.start()
+
+    def __exit__(self, *_: object) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
