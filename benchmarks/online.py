@@ -1,8 +1,8 @@
 """GRPO and RLOO against TRL's own trainers, one process each: completions per second.
 
-Both train the same LoRA adapter on the same prompts, with the same reward function, as many
-completions of nearly the same length, and a divergence to the same reference; generation, the
-reference's pass and the step all count.
+Both train the same LoRA adapter on the same prompts, with the same reward function, the same
+number of completions of nearly the same length, and a divergence to the same reference;
+generation, the reference's pass and the step all count.
 """
 
 import argparse

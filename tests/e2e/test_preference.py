@@ -1,0 +1,77 @@
+"""DPO by the real command: two workers as one process, and a kill that changes nothing."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from harness import Finray, assert_same_result, losses, reached, record, wait_until
+
+pytestmark = pytest.mark.timeout(600)
+STEPS = 12
+
+
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("pairs") / "pairs.jsonl"
+    rows = [
+        {
+            "conversations": [{"from": "human", "value": f"What comes after {number}?"}],
+            "chosen": {"from": "gpt", "value": f"After {number} comes {number + 1}."},
+            "rejected": {"from": "gpt", "value": f"I do not know {number}."},
+        }
+        for number in range(120)
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="module")
+def command(
+    tmp_path_factory: pytest.TempPathFactory, tiny_model: Path, pairs: Path
+) -> Iterator[Finray]:
+    runner = Finray(tmp_path_factory.mktemp("dpo"), tiny_model, pairs)
+    yield runner
+    runner.end_all()
+
+
+def make_recipe(command: Finray, name: str, workers: int) -> Path:
+    return command.recipe(
+        name=name,
+        method={
+            "kind": "dpo",
+            "losses": {"sigmoid": 1.0, "sft": 0.1},
+            "precompute_reference": True,
+        },
+        adapter__dropout=0.0,
+        data__holdout=0.1,
+        optim__max_steps=STEPS,
+        scale__workers=workers,
+    )
+
+
+def test_two_workers_and_a_kill(command: Finray) -> None:
+    runs = command.folder / "runs"
+    command.run("train", make_recipe(command, "local", 0))
+    command.run("train", make_recipe(command, "undisturbed", 2))
+    local, shared = losses(runs / "local"), losses(runs / "undisturbed")
+    assert sorted(local) == sorted(shared) == list(range(1, STEPS + 1))
+    assert shared == pytest.approx(local, abs=1e-5)
+    assert local[STEPS] < local[1] - 0.1
+    assert len(list(runs.glob("prepared/*/reference-*.parquet"))) == 1
+    recipe = make_recipe(command, "killed", 2)
+    started = command.start("train", recipe)
+    wait_until(lambda: reached(runs / "killed", 7), "step 7")
+    started.watch_family()
+    started.kill()
+    assert not [p for p in started.survivors(30) if "Train" in p.name()]
+    command.run("train", recipe)
+    assert_same_result(runs / "killed", runs / "undisturbed")
+    assert record(runs / "killed")["restarts"][0]["step"] >= 5
+
+
+def test_data_of_another_method_is_refused(command: Finray) -> None:
+    output = command.run("check", command.recipe(name="wrong"), code=2)
+    assert "pairs.jsonl:1: method sft learns from" in output
+    assert "this is one of the pairs of a chosen and a rejected answer, for method dpo" in output
+    assert "Traceback" not in output
