@@ -102,23 +102,6 @@ def run_of(sweep: Path, number: int) -> dict[str, Any]:
     return record(sweep / "trials" / f"trial-{number:04d}")
 
 
-def test_ctrl_c_leaves_a_sweep_that_goes_on(finray: Finray) -> None:
-    sweep = write_sweep(finray, {"optim__max_steps": 60}, trials=2, concurrency=1)
-    command = finray.start("tune", sweep)
-    trial = finray.folder / "runs" / "sweep" / "trials" / "trial-0000"
-    wait_until(lambda: bool(list(trial.glob("checkpoints/*/rank-0.json"))), "a checkpoint")
-    command.watch_family()
-    command.interrupt()
-    assert command.wait() == 130, command.output()
-    assert "Traceback" not in command.output()
-    assert not command.survivors(30), "processes outlive Ctrl-C"
-    assert told(finray)["status"] == "stopped" and states(finray) == ["running"]
-    finray.run("tune", sweep, seconds=600)
-    assert told(finray)["status"] == "finished" and len(states(finray)) == 2
-    restarts = record(trial)["restarts"]
-    assert restarts and restarts[0]["step"] > 0, "the trial began anew"
-
-
 def test_trials_that_all_fail_alike_end_the_sweep(finray: Finray) -> None:
     sweep = write_sweep(
         finray,
@@ -129,13 +112,6 @@ def test_trials_that_all_fail_alike_end_the_sweep(finray: Finray) -> None:
     message = finray.run("tune", sweep, code=2, seconds=600)
     assert "q_prj" in message and "same error" in message and "Traceback" not in message
     assert 3 <= states(finray).count("failed") <= 5
-
-
-def test_trials_of_several_workers(finray: Finray) -> None:
-    sweep = write_sweep(finray, {"scale__workers": 2, "optim__max_steps": 6}, trials=2)
-    finray.run("tune", sweep, seconds=600)
-    assert set(states(finray)) <= {"finished", "pruned"} and "finished" in states(finray)
-    assert run_of(finray.folder / "runs" / "sweep", 0)["world_sizes"] == [2]
 
 
 def test_a_pareto_front(finray: Finray) -> None:
