@@ -2,7 +2,7 @@
 PYTHON ?= python3.11
 BIN := .venv/bin
 
-.PHONY: install quickstart test lint check bench clean
+.PHONY: install quickstart rlhf test lint check bench clean
 
 install: .venv/installed
 
@@ -16,6 +16,14 @@ install: .venv/installed
 # Fine-tune a small model for real: two workers, about two minutes on two cores.
 quickstart: install
 	$(BIN)/finray train recipes/quickstart/sft.yaml
+
+# The chains on the same task: a start that can half do it, then DPO, and a reward model with GRPO.
+rlhf: install
+	$(BIN)/finray train recipes/quickstart/sft.yaml --set name=quickstart-start \
+		--set optim.epochs=null --set optim.max_steps=12 --set eval.every_steps=null
+	$(BIN)/finray train recipes/quickstart/dpo.yaml
+	$(BIN)/finray train recipes/quickstart/reward.yaml
+	$(BIN)/finray train recipes/quickstart/grpo.yaml
 
 test: install
 	$(BIN)/python -m pytest

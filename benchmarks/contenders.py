@@ -88,8 +88,13 @@ class Measured:
 # finray
 
 
-def run_finray(job: Job) -> Measured:
-    """finray's own worker, from the prepared data to the written adapter."""
+def run_finray(job: Job, logged: str = "loss") -> Measured:
+    """finray's own worker, from the prepared data to the written adapter.
+
+    Args:
+        job: what is trained.
+        logged: the measure that is kept of every logged step.
+    """
     from finray.training.loop import Job as WorkerJob
     from finray.training.loop import run_worker
     from finray.training.session import LocalSession
@@ -112,7 +117,7 @@ def run_finray(job: Job) -> Measured:
         if outcome["status"] != "finished":
             raise RuntimeError(outcome["error"])
         lines = (Path(folder) / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    losses = [json.loads(line)["loss"] for line in lines]
+    losses = [json.loads(line)[logged] for line in lines]
     return Measured(session.starts, losses, timed_tokens(job))
 
 

@@ -18,6 +18,7 @@ NAMES = (
     "start",
     "throughput",
     "methods",
+    "online",
     "packing",
     "prepare_memory",
     "tune_quality",

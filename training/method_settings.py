@@ -1,10 +1,10 @@
 """The methods' settings: a variant for each kind, and what the rest must know of it early."""
 
-from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
-from .reward_settings import Reward
+from .reward_settings import FunctionReward, Reward
 from .section import PositiveInt, Section
 
 if TYPE_CHECKING:
@@ -67,6 +67,11 @@ class MethodSettings(Section):
     def repeats(self) -> int:
         """Optimizer steps on the same rows, before the next ones are taken."""
         return 1
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What run.json tells of the method beside its kind."""
+        return {}
 
     def contradiction(self, recipe: "Recipe") -> str | None:
         """What is wrong between the method's settings and others of the recipe, if anything."""
@@ -257,6 +262,12 @@ class OnlineMethod(MethodSettings):
     def clip_high(self) -> float:
         """By how much the ratio may exceed 1."""
         return self.epsilon if self.epsilon_high is None else self.epsilon_high
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """The files of the reward functions, by SHA-256."""
+        functions = [one for one in self.rewards if isinstance(one, FunctionReward)]
+        return {"reward_files": {function.file: function.digest for function in functions}}
 
     def contradiction(self, recipe: "Recipe") -> str | None:
         """Completions that do not fit their batch, their sequence or their checkpoint."""

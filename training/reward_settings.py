@@ -1,6 +1,7 @@
 """Where the rewards of the online methods come from, as a recipe says it."""
 
 import ast
+import hashlib
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -47,6 +48,12 @@ class FunctionReward(_Reward):
     returns a float (or None: not applicable) for each completion."""
     source: str | None = None
     """The file's text, which travels with the recipe; leave it out, and the file is read."""
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the file's text, in hex."""
+        assert self.source is not None
+        return hashlib.sha256(self.source.encode()).hexdigest()
 
     @property
     def path(self) -> str:

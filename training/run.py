@@ -266,6 +266,7 @@ def _open(recipe: Recipe, folder: Folder, prepared: Prepared) -> None:
             data=prepared.manifest.summary(),
             error=None,
             finished_at=None,
+            **recipe.method.facts,
         )
 
     update_run(folder, change)

@@ -5,7 +5,7 @@ The corpus for the base model shows the same world in other layouts and never as
 JSON.  Every surname and every order number belongs to exactly one side, by a checksum: the
 held-out ones occur in eval.jsonl only, and neither in train.jsonl nor in the corpus.
 
-    python make_data.py                                    # train.jsonl and eval.jsonl, here
+    python make_data.py                                    # train, eval and pairs.jsonl, here
     python make_data.py --corpus corpus.jsonl --rows 80000 # the corpus for the base model
 """
 
@@ -510,6 +510,42 @@ def chats(rows: int, seed: int, *, held_out: bool) -> Iterable[dict[str, object]
             yield {"messages": [{"role": role, "content": text} for role, text in turns]}
 
 
+def spoil(world: World, fields: dict[str, str]) -> str:
+    """Write an answer that is wrong in one way: its form, its fields or a value."""
+    rng = world.rng
+    right = json.dumps(fields)
+    key = rng.choice(ANSWERED)
+    kind = rng.choice(("cut", "no quotes", "missing", "extra", "card", "value", "value", "value"))
+    if kind == "cut":
+        return right[: rng.randrange(len(right) // 3, len(right) - 1)]
+    if kind == "no quotes":
+        return right.replace('"', "")
+    if kind == "missing":
+        return json.dumps({name: value for name, value in fields.items() if name != key})
+    if kind == "extra":
+        return f"{right}\n{right}"
+    if kind == "card":
+        return card(world, fields)
+    others = {"name": world.name, "order": world.number}
+    choices = {"issue": list(WANTS_OF), "wants": list(WANTS)}
+    while (value := others[key]() if key in others else rng.choice(choices[key])) == fields[key]:
+        pass
+    return json.dumps({**fields, key: value})
+
+
+def pairs(rows: int, seed: int) -> Iterable[dict[str, object]]:
+    """Yield messages, each with the right answer and one that is wrong in some way."""
+    world = World(seed)
+    for _ in range(rows):
+        case = world.case()
+        fields = {name: case.fields[name] for name in ANSWERED}
+        answers = {"chosen": json.dumps(fields), "rejected": spoil(world, fields)}
+        yield {
+            "prompt": [{"role": "user", "content": case.message}],
+            **{name: [{"role": "assistant", "content": text}] for name, text in answers.items()},
+        }
+
+
 def check_split(rows: Iterable[object], *, held_out: bool) -> None:
     """Raise unless every surname and number in the rows is on the given side."""
     names = {
@@ -538,6 +574,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path(__file__).parent, help="where chats go")
     parser.add_argument("--train", type=int, default=3000, help="rows of train.jsonl")
     parser.add_argument("--eval", type=int, default=200, help="rows of eval.jsonl")
+    parser.add_argument("--pairs", type=int, default=500, help="rows of pairs.jsonl")
     parser.add_argument("--corpus", type=Path, help="write the base model's corpus here instead")
     parser.add_argument("--rows", type=int, default=80_000, help="documents of the corpus")
     args = parser.parse_args()
@@ -547,6 +584,7 @@ def main() -> None:
     train, held_out = args.out / "train.jsonl", args.out / "eval.jsonl"
     write_lines(train, chats(args.train, seed=1, held_out=False), held_out=False)
     write_lines(held_out, chats(args.eval, seed=2, held_out=True), held_out=True)
+    write_lines(args.out / "pairs.jsonl", pairs(args.pairs, seed=4), held_out=False)
 
 
 if __name__ == "__main__":

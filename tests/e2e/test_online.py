@@ -1,5 +1,6 @@
 """GRPO and RLOO by the real command: kills, workers, and what is refused."""
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -17,8 +18,8 @@ def length(prompts, completions, completion_ids, reference, **columns):
 
 
 def fails(prompts, completions, **columns):
-    """Only on one prompt, which one worker has."""
-    if any("40" in prompt[-1]["content"] for prompt in prompts):
+    """On a prompt now and then, which one of the workers has."""
+    if any("7?" in prompt[-1]["content"] for prompt in prompts):
         raise RuntimeError("this prompt I do not like")
     return [1.0] * len(prompts)
 '''
@@ -65,6 +66,8 @@ def test_killed_and_resumed(finray: Finray, method: dict[str, Any]) -> None:
     told = record(runs / "killed")
     assert told["status"] == "finished" and told["restarts"][0]["step"] in (6, 8, 10)
     assert_same_result(runs / "killed", runs / "whole")
+    digest = hashlib.sha256(REWARDS.encode()).hexdigest()
+    assert told["reward_files"] == {f"{finray.folder}/rewards.py:length": digest}
     names = ("reward", "kl", "clipped", "completion_length", "truncated", "reward/length")
     steps = [line for line in metrics(runs / "whole") if "loss" in line]
     assert all(name in line for line in steps for name in names)
