@@ -134,7 +134,8 @@ def run_child(script: str, *arguments: str, threads: int | None = None) -> Any:
         env=env,
     )
     if child.returncode != 0:
-        raise RuntimeError(f"{script} {' '.join(arguments)} failed:\n{child.stderr[-4000:]}")
+        told = f"{script} {' '.join(arguments)} ended with {child.returncode}"
+        raise RuntimeError(f"{told}:\n{child.stderr[-4000:]}")
     return json.loads(child.stdout.strip().splitlines()[-1])
 
 
