@@ -24,7 +24,7 @@ def check(options: argparse.Namespace) -> None:
 
     recipe = _recipe(options)
     outlook = examine(recipe)
-    if options.address and recipe.scale.workers:
+    if options.address and recipe.scale.most_workers:
         outlook["cluster"] = _preflight_of(recipe, options)
     print(json.dumps(outlook, indent=2) if options.json else render(outlook))
 
@@ -174,7 +174,7 @@ def _preflight(recipe: Recipe, options: argparse.Namespace) -> "Preflight":
     """Try a running cluster; one that was started here for the run needs no trial."""
     from .preflight import Preflight, preflight
 
-    if not recipe.scale.workers or not (options.address or os.environ.get("RAY_ADDRESS")):
+    if not recipe.scale.most_workers or not (options.address or os.environ.get("RAY_ADDRESS")):
         return Preflight((), {})
     print("trying the cluster", file=sys.stderr)
     tried = preflight(
@@ -191,10 +191,10 @@ def _ray(recipe: Recipe, options: argparse.Namespace) -> Iterator[None]:
 
     env = worker_environment(recipe)
     with ExitStack() as stack:
-        if recipe.scale.workers:
+        if recipe.scale.most_workers:
             from .ray_session import ray_session
 
             print("starting Ray", file=sys.stderr)
-            needed = recipe.scale.workers * recipe.scale.cpus_per_worker + 2
+            needed = recipe.scale.most_workers * recipe.scale.cpus_per_worker + 2
             stack.enter_context(ray_session(needed, options.address, env, options.verbose))
         yield

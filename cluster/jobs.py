@@ -109,7 +109,7 @@ class Cluster:
             InputError: as `staging.stage`, and where a run of this name with another recipe or
                 other files is under way.
         """
-        if recipe.scale.workers == 0:
+        if recipe.scale.most_workers == 0:
             raise InputError("scale.workers: 0 trains in one process, without Ray; set at least 1")
         with tempfile.TemporaryDirectory(prefix="finray-job-") as folder:
             staged = stage(recipe, Path(folder), on_cluster, limit_mib)

@@ -14,6 +14,7 @@ from typing import Any
 from ..training.capacity import (
     Demand,
     Resources,
+    ask_autoscaler,
     check_fits,
     cluster_nodes,
     demand,
@@ -116,7 +117,7 @@ def _fit(recipe: Recipe, wait_seconds: float, tell: Callable[[str], None]) -> Li
                 return Line("fits", False, f"{error}{waited}")
             if not asked:
                 asked = True
-                _ask_autoscaler(wanted)
+                ask_autoscaler(wanted)
                 tell(f"waiting up to {wait_seconds:g} s for nodes: {error}")
             time.sleep(min(_POLL_SECONDS, wait_seconds))
             continue
@@ -130,12 +131,6 @@ def _busy(wanted: Demand, nodes: Sequence[Resources]) -> str:
     free = ray.available_resources()
     cpus, gpus = free.get("CPU", 0.0), free.get("GPU", 0.0)
     return f"{most} would; now free: {cpus:g} CPUs, {gpus:g} GPUs"
-
-
-def _ask_autoscaler(wanted: Demand) -> None:
-    from ray.autoscaler.sdk import request_resources
-
-    request_resources(bundles=[*([wanted.worker] * wanted.workers), {"CPU": 1}])
 
 
 def _ask_all(recipe: Recipe) -> dict[str, _Answer]:

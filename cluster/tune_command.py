@@ -103,9 +103,9 @@ def _read(folder: Folder) -> Record:
 
 def _needed_cpus(scale: ScaleSettings) -> int:
     """Of one trial: its workers, and where Ray Train starts them, the driver and data tasks."""
-    if scale.workers <= 1:
+    if scale.most_workers <= 1:
         return scale.cpus_per_worker
-    return scale.workers * scale.cpus_per_worker + 2
+    return scale.most_workers * scale.cpus_per_worker + 2
 
 
 def _phase(text: str) -> None:

@@ -10,7 +10,7 @@ import tempfile
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal, TypedDict
+from typing import Any, Literal, NotRequired, TypedDict
 
 import torch.distributed as dist
 import transformers
@@ -47,6 +47,8 @@ class Job(TypedDict):
     """URI of the run's folder."""
     prepared: str
     """URI of the prepared data set."""
+    cause: NotRequired[str]
+    """Why an earlier attempt of the same driver ended."""
 
 
 class Outcome(TypedDict):
@@ -83,6 +85,7 @@ class _Worker:
             raise RunError(f"the prepared data set {job['prepared']} is gone")
         self.prepared = prepared
         self.method = method_of(self.recipe)
+        self.cause = job.get("cause")
         self.total_steps = self.recipe.total_steps(prepared.manifest.train.sequences)
         self.position = Position()
         self.held_out: dict[str, float] = {}
@@ -178,10 +181,11 @@ class _Worker:
                 "adapter": self.recipe.adapter_kind,
                 "quantize": self.recipe.model.quantize,
             },
+            "nodes": sorted(set(self.session.nodes)),
             "device": self.trainer.args.device.type,
             "dtype": choose_dtype(self.recipe.model),
         }
-        books.open(choice, self.session.world_size, facts)
+        books.open(choice, self.session.world_size, facts, self.cause)
         return books
 
     # the data

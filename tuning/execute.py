@@ -41,7 +41,7 @@ MakeConfig = Callable[[Assignment], TrialConfig]
 
 def slot_resources(scale: ScaleSettings) -> dict[str, float]:
     """What a trial's own process takes."""
-    if scale.workers > 1:
+    if scale.most_workers > 1:
         return {"CPU": _DRIVER_CPUS}
     gpus = gpus_per_worker(scale)
     return {"CPU": float(scale.cpus_per_worker), **({"GPU": gpus} if gpus else {})}
@@ -61,7 +61,7 @@ def decide_concurrency(wanted: int | str, scale: ScaleSettings) -> int:
         InputError: where it can never hold so many, or not even one.
     """
     have = ray.cluster_resources()
-    workers = max(1, scale.workers)
+    workers = max(1, scale.most_workers)
     cpus = float(workers * scale.cpus_per_worker)
     if workers > 1:
         cpus += 1 + _DRIVER_CPUS  # a CPU for the tasks that stream the data
