@@ -18,7 +18,7 @@ pytestmark = [
     pytest.mark.skipif(why_not() is not None, reason=str(why_not())),
 ]
 PORT, DASHBOARD = 6379, 8265
-STEPS = 1200
+STEPS = 400
 ENVIRONMENT = {
     # A host that is cut off is missed within seconds, not within half a minute.
     "RAY_health_check_period_ms": "1000",
@@ -92,11 +92,14 @@ class Cluster:
             name=name,
             adapter__dropout=0.0,
             optim__max_steps=steps,
-            optim__micro_batch_size=1,
+            optim__batch_size=32,
+            **{"optim__micro_batch_size": 1, **changes},
             optim__learning_rate=1e-3,
+            # Runs of another length then take the same steps.
+            optim__schedule="constant",
+            optim__warmup_ratio=0.0,
             checkpoint__every_steps=10,
             storage=str(self.folder / "runs"),
-            **changes,
         )
 
     def run_of(self, name: str) -> Path:
@@ -126,7 +129,8 @@ def cluster(
 @pytest.fixture(scope="module")
 def alone(cluster: Cluster) -> Path:
     """The run in one process of the laptop, which every other one must equal but for rounding."""
-    cluster.finray.run("train", cluster.recipe("alone", STEPS), "--local")
+    recipe = cluster.recipe("alone", STEPS, optim__micro_batch_size=16)
+    cluster.finray.run("train", recipe, "--local")
     return cluster.run_of("alone")
 
 
@@ -138,7 +142,7 @@ def assert_same_steps(run: Path, alone: Path) -> None:
     """
     ours, theirs = losses(run), losses(alone)
     assert sorted(ours) == list(range(1, len(ours) + 1))
-    assert max(abs(ours[step] - theirs[step]) for step in ours) < 1e-2
+    assert max(abs(ours[step] - theirs[step]) for step in ours) < 2e-2
     first, expected = ({line["step"]: line for line in metrics(one)} for one in (run, alone))
     for step in range(1, 6):
         for name in ("loss", "grad_norm"):
