@@ -167,6 +167,24 @@ def test_two_hosts_train_as_one_process(cluster: Cluster, alone: Path) -> None:
     assert_same_steps(run, alone)
 
 
+def test_two_hosts_send_each_other_the_gradients_and_little_else(cluster: Cluster) -> None:
+    """2 (W - 1) / W of an adapter's bytes a step and worker, by the formula of all-reduce."""
+    run = cluster.run_of("bytes")
+    recipe = cluster.recipe("bytes", 240, scale__workers=2, adapter__rank=2048, optim__batch_size=2)
+    cluster.job("submit", recipe)
+
+    def sent(step: int) -> tuple[int, int]:
+        wait_until(lambda: reached(run, step), f"step {step}")
+        at = max(losses(run))
+        return at, sum(node.sent() for node in cluster.nodes.values())
+
+    (first, before), (last, after) = sent(20), sent(220)
+    assert "bytes finished" in cluster.job("logs", "bytes", "--follow")
+    workers, weight = 2, 4
+    expected = 2 * (workers - 1) / workers * record(run)["parameters"]["trainable"] * weight
+    assert (after - before) / (last - first) / workers == pytest.approx(expected, rel=0.02)
+
+
 def test_a_killed_host_is_done_without_until_another_comes(cluster: Cluster, alone: Path) -> None:
     run = cluster.run_of("killed")
     cluster.job("submit", cluster.recipe("killed", STEPS, scale__workers=[1, 2]))
