@@ -8,6 +8,7 @@ from .capacity import check_fits, cluster_nodes, demand
 from .errors import RunError, last_line
 from .loop import Job, Outcome, run_worker
 from .recipe import ScaleSettings
+from .restart import AttemptOver, Restart
 from .run_folder import CHECKPOINTS_FOLDER
 from .session import STOP_FILE, LocalSession, RaySession
 from .stop import Stop
@@ -45,6 +46,8 @@ def launch_on_ray(
     try:
         result = run_beside(trainer.fit, stop, lambda: Folder(job["run"]).write(STOP_FILE, b""))
     except Exception as error:
+        if (restart := _restart_of(error)) is not None:
+            return Outcome(status="restart", error=None, exit_code=1, restart=restart)
         raise RunError(_cause(error)) from error
     outcome: Outcome = result.return_value
     return outcome
@@ -101,6 +104,7 @@ def _make_trainer(job: Job, scale: ScaleSettings, worker_env: dict[str, str]) ->
             storage_path=run.path,
             storage_filesystem=run.filesystem,
             worker_runtime_env={"env_vars": worker_env},
+            callbacks=[_no_retry()],
             failure_config=ray.train.FailureConfig(
                 max_failures=scale.max_failures, controller_failure_limit=3
             ),
@@ -110,7 +114,37 @@ def _make_trainer(job: Job, scale: ScaleSettings, worker_env: dict[str, str]) ->
 
 def _ray_worker(job: dict[str, Any]) -> Outcome:
     told = Job(recipe=job["recipe"], run=job["run"], prepared=job["prepared"])
-    return run_worker(told, RaySession(Folder(job["run"])))
+    outcome = run_worker(told, RaySession(Folder(job["run"])))
+    if outcome["status"] == "restart":
+        # Raised, as other ranks may wait for this one in a collective.
+        raise AttemptOver(outcome["restart"])
+    return outcome
+
+
+def _no_retry() -> Any:
+    """An attempt that is over ends at once, and does not count as a failure: finray makes the
+    next one. Ray Train tries an error of a worker again, but none of a callback."""
+    import ray.train
+
+    class NoRetry(ray.train.UserCallback):
+        def after_exception(
+            self, run_context: Any, worker_exceptions: dict[int, Exception]
+        ) -> None:
+            del run_context
+            for error in worker_exceptions.values():
+                if isinstance(error, AttemptOver):
+                    raise ray.train.ControllerError(error)
+
+    return NoRetry()
+
+
+def _restart_of(error: Exception) -> Restart | None:
+    import ray.train
+
+    if isinstance(error, ray.train.ControllerError):
+        failure = error.controller_failure
+        return failure.restart if isinstance(failure, AttemptOver) else None
+    return None
 
 
 def _cause(error: Exception) -> str:

@@ -96,6 +96,9 @@ class OptimSettings(Section):
     weight_decay: Annotated[float, Field(ge=0.0)] = 0.0
     max_grad_norm: Annotated[float, Field(ge=0.0)] = 1.0
     """Gradients are clipped to this norm; 0 does not clip."""
+    max_skipped_steps: PositiveInt = 3
+    """A step whose loss or gradient is not finite changes nothing. So many of them in a row send
+    the run back to its last checkpoint, and end it where they fail again."""
     beta1: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.9
     beta2: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.999
     lora_plus_ratio: Annotated[float, Field(gt=0.0)] | None = None
@@ -116,6 +119,9 @@ class ScaleSettings(Section):
     cpus_per_worker: PositiveInt = 1
     max_failures: Annotated[int, Field(ge=0)] = 3
     """Restarts of the worker group after a failure, from the last good checkpoint."""
+    hang_timeout: Literal["auto"] | Annotated[float, Field(gt=0.0)] | None = "auto"
+    """Seconds after which a worker whose optimizer step does not end writes its stacks and gives
+    up. auto: ten times the longest of the last steps, at least 300; null: never."""
 
 
 class CheckpointSettings(Section):
