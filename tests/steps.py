@@ -57,7 +57,7 @@ def one_step(
     logged: dict[str, float] = {}
 
     def after_step(_: StepMeasures) -> bool:
-        logged.update(loss=trainer.take_loss(1), **trainer.take_measures())
+        logged.update(loss=trainer.take_loss(1)[0], **trainer.take_measures())
         return False
 
     trainer = StreamTrainer(

@@ -6,9 +6,11 @@ from collections.abc import Callable
 from typing import Any
 
 from .checkpoint import Choice
+from .data.origin import Origins
 from .metrics_log import MetricsLog
 from .recipe import Recipe
 from .run_folder import (
+    STACKS_FOLDER,
     Record,
     read_rollouts,
     read_run,
@@ -21,6 +23,7 @@ from .storage import Folder
 
 _HEARTBEAT_SECONDS = 20.0
 _ROLLOUTS_KEPT = 400
+_SKIPPED_KEPT = 100
 
 
 class Books:
@@ -48,11 +51,32 @@ class Books:
         def change(record: Record) -> None:
             record.update(facts)
             record["world_sizes"] = [*record.get("world_sizes", []), world_size]
-            if choice.name is not None or choice.passed_over or cause:
+            record["skipped"] = [
+                skipped for skipped in record.get("skipped", []) if skipped["step"] <= choice.step
+            ]
+            restarts = record.setdefault("restarts", [])
+            hangs = self._untold_hangs(restarts)
+            if choice.name is not None or choice.passed_over or cause or hangs:
                 start = f"resumed from {choice.name}" if choice.name else "started anew"
-                reason = "; ".join((*([cause] if cause else []), start, *choice.passed_over))
-                restarts = record.get("restarts", [])
-                record["restarts"] = [*restarts, {"step": choice.step, "reason": reason}]
+                before = [cause] if cause else []
+                reason = "; ".join((*before, start, *choice.passed_over, *hangs))
+                restarts.append({"step": choice.step, "reason": reason})
+
+        update_run(self._folder, change)
+
+    def _untold_hangs(self, restarts: list[Record]) -> list[str]:
+        """Workers that gave up since the last start: they leave nothing but their stacks."""
+        told = " ".join(restart["reason"] for restart in restarts)
+        names = (self._folder / STACKS_FOLDER).names()
+        return [f"a step hung: {STACKS_FOLDER}/{name}" for name in names if name not in told]
+
+    def skipped(self, steps: list[tuple[int, Origins]]) -> None:
+        """Note steps that were skipped, because they were not finite, and the rows of each."""
+
+        def change(record: Record) -> None:
+            noted = record.setdefault("skipped", [])
+            noted += [{"step": step, "rows": rows} for step, rows in steps]
+            del noted[:-_SKIPPED_KEPT]
 
         update_run(self._folder, change)
 
@@ -61,6 +85,8 @@ class Books:
         remembered for run.json."""
         self._metrics.add(line)
         told = {name for name in line if name.startswith("eval_")} | {"loss", "exact_match"}
+        if not math.isfinite(line.get("loss", 0.0)):  # all steps since the last line were skipped
+            told -= {"loss"}
         self._latest.update({name: line[name] for name in line if name in told})
         if time.monotonic() - self._noted_at > _HEARTBEAT_SECONDS:
             self.note_progress(int(line["step"]), None)

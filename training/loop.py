@@ -8,6 +8,7 @@ Every rank walks through this together; rank 0 also keeps the books and writes t
 import json
 import tempfile
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal, NotRequired, TypedDict
@@ -19,6 +20,7 @@ from . import checkpoint
 from .arguments import accumulation, training_arguments
 from .books import Books, as_number
 from .data.batching import Rows, in_batches, microbatches
+from .data.origin import describe, rows_of_step
 from .data.prepared import open_prepared
 from .data.stream import Slice, every_sequence, share, stream
 from .device import choose_dtype
@@ -30,11 +32,14 @@ from .model import check_isolation, count_parameters, load_model, load_tokenizer
 from .objectives.objective import Setup
 from .position import Clock, Position
 from .recipe import recipe_from_dict
+from .restart import AttemptOver, Restart, is_out_of_memory
 from .run_folder import CHECKPOINTS_FOLDER
 from .saving import save_result
 from .session import Session
+from .skipping import NotFiniteError
 from .storage import Folder
 from .trainer import StepMeasures, StreamTrainer
+from .watchdog import Watchdog, write_stacks
 
 POSITION_FILE = "position.json"
 
@@ -54,9 +59,11 @@ class Job(TypedDict):
 class Outcome(TypedDict):
     """How a worker's part ended."""
 
-    status: Literal["finished", "stopped", "failed", "pruned"]
+    status: Literal["finished", "stopped", "failed", "pruned", "restart"]
     error: str | None
     exit_code: int
+    restart: NotRequired[Restart]
+    """With that status: another attempt may cure what ended this one."""
 
 
 def run_worker(job: Job, session: Session) -> Outcome:
@@ -68,6 +75,9 @@ def run_worker(job: Job, session: Session) -> Outcome:
             finished = _Worker(job, session, Path(scratch)).run()
     except FinrayError as error:
         return Outcome(status="failed", error=str(error), exit_code=error.exit_code)
+    except AttemptOver as over:
+        found = over.restart["found"]
+        return Outcome(status="restart", error=found, exit_code=1, restart=over.restart)
     if finished:
         return Outcome(status="finished", error=None, exit_code=0)
     return Outcome(status="stopped", error=None, exit_code=130)
@@ -90,6 +100,7 @@ class _Worker:
         self.position = Position()
         self.held_out: dict[str, float] = {}
         self.stopped = False
+        self.watchdog = Watchdog(self.recipe.scale.hang_timeout, self._hung)
 
     def run(self) -> bool:
         """Returns whether the run got to its end (and was not asked to stop)."""
@@ -102,16 +113,42 @@ class _Worker:
         checkpoint_path = self._fetch(choice)
         self.trainer = self._make_trainer()
         self.books = self._open_books(choice)
-        if checkpoint_path is None:
-            self._measure_base()
-        self.clock = Clock(self.position)
-        if self.position.step < self.total_steps:
-            self.trainer.train(resume_from_checkpoint=checkpoint_path)
-        else:  # only the end was missing
-            self.trainer.load_weights(str(checkpoint_path))
-        if not self.stopped:
-            self._finish()
+        with self.watchdog, self._told_over():
+            if checkpoint_path is None:
+                self._measure_base()
+            self.clock = Clock(self.position)
+            if self.position.step < self.total_steps:
+                self.trainer.train(resume_from_checkpoint=checkpoint_path)
+            else:  # only the end was missing
+                self.trainer.load_weights(str(checkpoint_path))
+            if not self.stopped:
+                self._finish()
         return not self.stopped
+
+    @contextmanager
+    def _told_over(self) -> Iterator[None]:
+        """What another attempt can cure ends this one with `AttemptOver`."""
+        try:
+            yield
+        except NotFiniteError as error:
+            self._note_skipped(self.trainer.skipped.take_steps())
+            raise AttemptOver(self._not_finite(list(error.steps))) from None
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            found = f"out of memory ({str(error).splitlines()[0]})"
+            raise AttemptOver(
+                Restart(cause="memory", steps=[self.position.step + 1], rows="", found=found)
+            ) from None
+
+    def _not_finite(self, steps: list[int]) -> Restart:
+        listed = ", ".join(map(str, steps))
+        return Restart(
+            cause="not_finite",
+            steps=steps,
+            rows=describe(rows_of_step(self.recipe, self.prepared, steps[-1])),
+            found=f"the loss or the gradient is not finite in steps {listed}, one after the other",
+        )
 
     # the start
 
@@ -168,6 +205,7 @@ class _Worker:
             is_logged=self._is_logged,
             stop_requested=self.session.stop_requested,
             lora_plus_ratio=self.recipe.optim.lora_plus_ratio,
+            max_skipped_steps=self.recipe.optim.max_skipped_steps,
         )
 
     def _open_books(self, choice: checkpoint.Choice) -> Books | None:
@@ -233,6 +271,7 @@ class _Worker:
 
     def _after_step(self, measures: StepMeasures) -> bool:
         """Log, evaluate and save what is due; returns whether training ends here."""
+        self.watchdog.disarm()
         step, counts = measures.step, self.trainer.counts
         self.position.step = step
         self.position.tokens += counts.tokens
@@ -245,13 +284,23 @@ class _Worker:
             with self.clock.paused():
                 self._save()
         self.stopped = counts.stop and step < self.total_steps
+        if not self.stopped and step < self.total_steps:
+            self.watchdog.arm()
         return self.stopped
+
+    def _hung(self, seconds: float) -> None:
+        step = self.position.step + 1
+        file = write_stacks(self.run_folder, self.session.rank, step)
+        self.session.abandon(
+            f"step {step} did not end within {seconds:.0f} s; {self.run_folder / file} shows where "
+            f"rank {self.session.rank} hangs. Where steps take so long, raise scale.hang_timeout"
+        )
 
     def _epoch(self) -> float:
         return self.recipe.epoch_at(self.position.step, self.prepared.manifest.train.sequences)
 
     def _log(self, measures: StepMeasures) -> None:
-        loss = self.trainer.take_loss(measures.step - self.clock.step)
+        loss, skipped = self.trainer.take_loss(measures.step - self.clock.step)
         accuracy = self.trainer.take_measures()
         speed = self.clock.lap(self.position)
         line = {
@@ -264,11 +313,19 @@ class _Worker:
             "tokens_per_second": round(speed, 1),
             "seconds": round(self.position.seconds, 3),
             **accuracy,
+            **({"skipped": len(skipped)} if skipped else {}),
         }
         with self.clock.paused():
+            self._note_skipped(skipped)
             self._tell(line)
         if self.books is not None:
             self.books.sampled(measures.step, self.objective.examples())
+        self.trainer.skipped.check()
+
+    def _note_skipped(self, steps: list[int]) -> None:
+        if self.books is not None and steps:
+            found = [(step, rows_of_step(self.recipe, self.prepared, step)) for step in steps]
+            self.books.skipped(found)
 
     def _evaluate(self) -> None:
         measured = self.trainer.held_out(self._held_out_rows())

@@ -13,7 +13,32 @@ from torch.optim import AdamW
 Named = tuple[str, torch.nn.Parameter]
 
 
-class MasterAdamW(AdamW):
+class SkippingAdamW(AdamW):
+    """AdamW that leaves out a step where `skip` says so, without asking the device.
+
+    A step left out changes nothing: weights, moments and the count of steps stay bit for bit. Only
+    torch's fused kernel can do that; it asks `found_inf`, which fp16's GradScaler sets as well.
+    """
+
+    grad_scale: torch.Tensor | None = None
+    found_inf: torch.Tensor | None = None
+    skip: torch.Tensor | None = None
+    """A number on the weights' device: 1 where the next step is left out, 0 where it is taken."""
+
+    def __init__(self, groups: Iterable[dict[str, Any]], **settings: Any) -> None:
+        super().__init__(groups, fused=True, **settings)
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> Any:
+        """Update the weights, or leave them."""
+        told = [flag for flag in (self.skip, self.found_inf) if flag is not None]
+        self.found_inf = torch.stack(told).amax() if told else None
+        loss = super().step(closure)
+        self.skip = self.found_inf = None
+        return loss
+
+
+class MasterAdamW(SkippingAdamW):
     """AdamW on float32 masters of the weights that have a lower type.
 
     Its parameter groups hold the masters; other weights stand in them as they are. `state_dict`
@@ -82,7 +107,7 @@ def make_optimizer(
     eps: float,
     weight_decay: float,
     lora_plus_ratio: float | None,
-) -> AdamW:
+) -> SkippingAdamW:
     """AdamW over the parameters that require gradients.
 
     Args:
@@ -104,7 +129,7 @@ def make_optimizer(
         for group in _decay_groups(fast, decayed, weight_decay):
             groups.append({**group, "lr": learning_rate * lora_plus_ratio})
     if all(weight.dtype == torch.float32 for _, weight in trained):
-        return AdamW(groups, **settings)
+        return SkippingAdamW(groups, **settings)
     return MasterAdamW(groups, **settings)
 
 

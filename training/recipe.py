@@ -96,6 +96,9 @@ class OptimSettings(Section):
     weight_decay: Annotated[float, Field(ge=0.0)] = 0.0
     max_grad_norm: Annotated[float, Field(ge=0.0)] = 1.0
     """Gradients are clipped to this norm; 0 does not clip."""
+    max_skipped_steps: PositiveInt = 3
+    """A step whose loss or gradient is not finite changes nothing. So many of them in a row send
+    the run back to its last checkpoint, and end it where they fail again."""
     beta1: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.9
     beta2: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.999
     lora_plus_ratio: Annotated[float, Field(gt=0.0)] | None = None
@@ -121,6 +124,9 @@ class ScaleSettings(Section):
     them. Nodes that are taken away with notice, and those that come, do not count."""
     node_wait: Annotated[float, Field(ge=0)] = 600.0
     """Seconds that a run waits for nodes, where those that are left do not hold its workers."""
+    hang_timeout: Literal["auto"] | Annotated[float, Field(gt=0.0)] | None = "auto"
+    """Seconds after which a worker whose optimizer step does not end writes its stacks and gives
+    up. auto: ten times the longest of the last steps, at least 300; null: never."""
 
     @model_validator(mode="after")
     def _range_is_in_order(self) -> Self:

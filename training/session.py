@@ -3,18 +3,25 @@
 Two backings of one small interface: this process alone, and a Ray Train worker.
 """
 
+import os
 import shutil
+import sys
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Protocol
+from typing import NoReturn, Protocol
 
 from . import checkpoint
+from .books import now, update_run
+from .errors import RunError
 from .run_folder import CHECKPOINTS_FOLDER
 from .storage import Folder
 
 STOP_FILE = "stop"
 _POLL_SECONDS = 1.0
+_GRACE_SECONDS = 3.0
+"""For the other ranks' stacks: with the first process that ends, Ray Train ends them all."""
 
 
 class Session(Protocol):
@@ -35,6 +42,9 @@ class Session(Protocol):
     def stop_requested(self) -> bool:
         """Whether the run should save and end."""
 
+    def abandon(self, told: str) -> NoReturn:
+        """End this process, whose training hangs, from another thread."""
+
 
 class LocalSession:
     """The run in this process.
@@ -50,6 +60,7 @@ class LocalSession:
     nodes: tuple[str, ...] = ()
 
     def __init__(self, run: Folder, stop: threading.Event) -> None:
+        self._run = run
         self._checkpoints = run / CHECKPOINTS_FOLDER
         self._stop = stop
 
@@ -64,6 +75,12 @@ class LocalSession:
     def stop_requested(self) -> bool:
         """Whether Ctrl-C or SIGTERM came."""
         return self._stop.is_set()
+
+    def abandon(self, told: str) -> NoReturn:
+        """The run has failed, and there is nobody else to write that down."""
+        failed = {"status": "failed", "error": told, "finished_at": now()}
+        update_run(self._run, lambda record: record.update(failed))
+        _end_process(told)
 
 
 class RaySession:
@@ -99,6 +116,16 @@ class RaySession:
     def stop_requested(self) -> bool:
         """Whether the driver left a stop file (seen by rank 0, which tells the others)."""
         return self._stop.is_set()
+
+    def abandon(self, told: str) -> NoReturn:
+        """Ray Train starts the group again from the last checkpoint."""
+        time.sleep(_GRACE_SECONDS)
+        _end_process(told)
+
+
+def _end_process(told: str) -> NoReturn:
+    print(f"finray: {told}", file=sys.stderr, flush=True)
+    os._exit(RunError.exit_code)
 
 
 def _node_of_each_rank(world_size: int) -> tuple[str, ...]:

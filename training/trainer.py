@@ -4,6 +4,7 @@ The optimizer step is the Trainer's own: autocast, accumulation, clipping, sched
 are the data, the method's loss over a global batch, and what happens after a step.
 """
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import islice
@@ -18,11 +19,11 @@ from peft import PeftModel
 from transformers import Trainer, TrainingArguments
 
 from .data.batching import Batch, Rows
-from .errors import RunError
 from .model import Model
 from .objectives.objective import Objective
-from .optimizer import make_optimizer
+from .optimizer import SkippingAdamW, make_optimizer
 from .saving import load_weights, save_weights
+from .skipping import SkippedSteps, carried, flag
 
 
 @dataclass
@@ -58,6 +59,7 @@ class StreamTrainer(Trainer):
         is_logged: whether a step (counted from 1) will be logged.
         stop_requested: whether this worker was asked to stop.
         lora_plus_ratio: see `make_optimizer`.
+        max_skipped_steps: so many in a row, not finite, raise NotFiniteError.
     """
 
     def __init__(
@@ -72,6 +74,7 @@ class StreamTrainer(Trainer):
         is_logged: Callable[[int], bool],
         stop_requested: Callable[[], bool],
         lora_plus_ratio: float | None = None,
+        max_skipped_steps: int = 3,
     ) -> None:
         super().__init__(model=model, args=args)
         self._lora_plus_ratio = lora_plus_ratio
@@ -85,6 +88,9 @@ class StreamTrainer(Trainer):
         self._stop_requested = stop_requested
         self._handled_step = 0
         self._tr_loss: torch.Tensor
+        self._adamw: SkippingAdamW
+        self._is_skipped = torch.zeros(())
+        self.skipped = SkippedSteps(args.device, max_skipped_steps, scaled=args.fp16)
         self._measured: list[torch.Tensor] = []
         # Counts are exchanged between CPUs, so that a GPU never waits for them.
         self._cpu_group = dist.new_group(backend="gloo") if args.world_size > 1 else None
@@ -94,7 +100,7 @@ class StreamTrainer(Trainer):
         """AdamW as `make_optimizer` sets it up."""
         if self.optimizer is None:
             args = self.args
-            self.optimizer = make_optimizer(
+            self.optimizer = self._adamw = make_optimizer(
                 self.model.named_parameters(),
                 self.get_decay_parameter_names(self.model),
                 learning_rate=args.learning_rate,
@@ -114,6 +120,8 @@ class StreamTrainer(Trainer):
     ) -> tuple[list[Batch], torch.Tensor]:
         """The microbatches of one step, and the units of the whole global batch."""
         step = self.state.global_step
+        self.skipped.hear(step - 1)
+        self.skipped.check()
         if step % self._passes == 0:
             microbatches = list(islice(epoch_iterator, num_batches))
             with torch.no_grad(), self.compute_loss_context_manager():
@@ -159,8 +167,13 @@ class StreamTrainer(Trainer):
         loss = self._objective.loss(model, inputs, self._is_logged(self.state.global_step + 1))
         if loss.measures is not None:
             self._measured.append(loss.measures)
-        share: torch.Tensor = loss.total / num_items_in_batch * self.args.world_size
-        return share
+        return carried(loss.total / num_items_in_batch * self.args.world_size)
+
+    def _get_grad_norm(self, model: torch.nn.Module, grad_norm: Any = None) -> Any:
+        """The Trainer's seam before the optimizer's step: a gradient that is not finite is left."""
+        norm = super()._get_grad_norm(model, grad_norm)
+        self._adamw.skip = self._is_skipped = flag(norm)
+        return norm
 
     def _maybe_log_save_evaluate(
         self,
@@ -176,27 +189,23 @@ class StreamTrainer(Trainer):
             return
         self._handled_step = step
         assert learning_rate is not None
+        self.skipped.add(step, self._is_skipped, tr_loss)
+        self._tr_loss = torch.zeros_like(tr_loss)
         if self._after_step(StepMeasures(step, learning_rate, grad_norm)):
             self.control.should_training_stop = True
 
-    def take_loss(self, steps: int) -> float:
-        """Mean loss of the last `steps` steps over all workers; starts a new mean.
+    def take_loss(self, steps: int) -> tuple[float, list[int]]:
+        """(mean loss, skipped ones) of the last `steps` steps over all workers; starts a new mean.
 
-        Raises:
-            RunError: where it is not finite.
+        The mean is that of the steps that were not skipped; NaN where all were.
         """
-        mean = self._tr_loss / steps
-        self._tr_loss = torch.zeros_like(self._tr_loss)
+        self.skipped.hear(self.state.global_step)
+        total, skipped = self.skipped.take_loss(), self.skipped.take_steps()
         if self.args.world_size > 1:
-            dist.all_reduce(mean)
-            mean = mean / self.args.world_size
-        loss = float(mean)
-        if not torch.isfinite(mean):
-            raise RunError(
-                f"step {self.state.global_step}: the loss is {loss}; a lower "
-                "optim.learning_rate or a longer optim.warmup_ratio usually cures it"
-            )
-        return loss
+            dist.all_reduce(total)
+            total = total / self.args.world_size
+        taken = steps - len(skipped)
+        return (float(total) / taken if taken else math.nan), skipped
 
     def take_measures(self) -> dict[str, float]:
         """The objective's measures of the logged step, over all workers."""
