@@ -51,16 +51,15 @@ class Books:
         def change(record: Record) -> None:
             record.update(facts)
             record["world_sizes"] = [*record.get("world_sizes", []), world_size]
-            record["skipped"] = [
-                skipped for skipped in record.get("skipped", []) if skipped["step"] <= choice.step
-            ]
-            restarts = record.setdefault("restarts", [])
+            if "skipped" in record:  # those of later steps are undone
+                record["skipped"] = [one for one in record["skipped"] if one["step"] <= choice.step]
+            restarts = record.get("restarts", [])
             hangs = self._untold_hangs(restarts)
             if choice.name is not None or choice.passed_over or cause or hangs:
                 start = f"resumed from {choice.name}" if choice.name else "started anew"
                 before = [cause] if cause else []
                 reason = "; ".join((*before, start, *choice.passed_over, *hangs))
-                restarts.append({"step": choice.step, "reason": reason})
+                record["restarts"] = [*restarts, {"step": choice.step, "reason": reason}]
 
         update_run(self._folder, change)
 

@@ -134,7 +134,7 @@ class _Worker:
             self._note_skipped(self.trainer.skipped.take_steps())
             raise AttemptOver(self._not_finite(list(error.steps))) from None
         except RuntimeError as error:
-            if not is_out_of_memory(error):
+            if isinstance(error, FinrayError) or not is_out_of_memory(error):
                 raise
             found = f"out of memory ({str(error).splitlines()[0]})"
             raise AttemptOver(

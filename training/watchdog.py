@@ -76,7 +76,7 @@ class Watchdog:
     @property
     def limit(self) -> float:
         """Seconds that a step may take now."""
-        if isinstance(self._timeout, float):
+        if isinstance(self._timeout, int | float):
             return self._timeout
         return max(_FLOOR_SECONDS, _FACTOR * max(self._last, default=0.0))
 
