@@ -18,7 +18,7 @@ import transformers
 from . import checkpoint
 from .arguments import accumulation, training_arguments
 from .books import Books, as_number
-from .data.batching import Rows, in_batches, microbatches
+from .data.batching import Rows, accumulation_steps, in_batches, microbatches
 from .data.prepared import open_prepared
 from .data.stream import Slice, every_sequence, share, stream
 from .device import choose_dtype
@@ -31,9 +31,10 @@ from .objectives.objective import Setup
 from .position import Clock, Position
 from .recipe import recipe_from_dict
 from .run_folder import CHECKPOINTS_FOLDER
-from .saving import save_result
+from .saving import gather_weights, save_result
 from .session import Session
 from .storage import Folder
+from .strategy import choose_strategy
 from .trainer import StepMeasures, StreamTrainer
 
 POSITION_FILE = "position.json"
@@ -144,17 +145,22 @@ class _Worker:
         arguments = training_arguments(
             self.recipe, self.total_steps, session.world_size, self.scratch
         )
-        self.objective = self.method.objective(
-            Setup(
-                recipe=self.recipe,
-                model=self.model,
-                tokenizer=self.tokenizer,
-                prepared=self.prepared,
-                rank=session.rank,
-                world_size=session.world_size,
-                device=arguments.device,
-            )
+        device, world_size = arguments.device, session.world_size
+        self.strategy = choose_strategy(self.recipe, self.model, world_size, device)
+        setup = Setup(
+            recipe=self.recipe,
+            model=self.model,
+            tokenizer=self.tokenizer,
+            prepared=self.prepared,
+            rank=session.rank,
+            world_size=world_size,
+            device=device,
+            strategy=self.strategy,
         )
+        self.objective = self.method.objective(setup)
+        self.parameters = count_parameters(self.model)
+        if self.strategy == "fsdp":  # the Trainer places a whole model
+            setup.place(self.model)
         return StreamTrainer(
             self.model,
             arguments,
@@ -174,12 +180,13 @@ class _Worker:
         facts = {
             "total_steps": self.total_steps,
             "parameters": {
-                **count_parameters(self.model),
+                **self.parameters,
                 "adapter": self.recipe.adapter_kind,
                 "quantize": self.recipe.model.quantize,
             },
             "device": self.trainer.args.device.type,
             "dtype": choose_dtype(self.recipe.model),
+            "strategy": self.strategy,
         }
         books.open(choice, self.session.world_size, facts)
         return books
@@ -211,7 +218,11 @@ class _Worker:
         assert split is not None
         folder, session = self.prepared.files, self.session
         sequences = every_sequence(folder, split, session.rank, session.world_size)
-        return in_batches(sequences, self.recipe.optim.micro_batch_size)
+        size = self.recipe.optim.micro_batch_size
+        # Sharded, the ranks walk through the model together: as often as the busiest of them.
+        passes = accumulation_steps(split.sequences, size, session.world_size)
+        filled = passes if self.strategy == "fsdp" else 0
+        return in_batches(sequences, size, at_least=filled)
 
     # after every step
 
@@ -331,12 +342,13 @@ class _Worker:
         if self._is_evaluated(step) and self.held_out.get("step") != step:
             self._evaluate()
         matches = self._answer("after")
+        weights = gather_weights(self.model)
         if self.books is None:
             return
         if matches:
             self.books.logged({"step": step, "epoch": self._epoch(), **matches})
         name = RESULT_FOLDER if self.recipe.trains_adapter else "model"
-        save_result(self.recipe, self.model, self.tokenizer, self.scratch / name)
+        save_result(self.recipe, self.model, self.tokenizer, self.scratch / name, weights)
         self.run_folder.delete(name)
         (self.run_folder / name).upload(self.scratch / name)
         self.books.note_progress(step, self.position.tokens)

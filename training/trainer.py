@@ -5,6 +5,7 @@ are the data, the method's loss over a global batch, and what happens after a st
 """
 
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -12,15 +13,17 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from peft import PeftModel
 from transformers import Trainer, TrainingArguments
+from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 
 from .data.batching import Batch, Rows
 from .errors import RunError
 from .model import Model
 from .objectives.objective import Objective
 from .optimizer import make_optimizer
-from .saving import load_weights, save_weights
+from .saving import gather_weights, load_weights, save_weights
+from .shards import whole
+from .strategy import without_needless_reduction
 
 
 @dataclass
@@ -160,6 +163,10 @@ class StreamTrainer(Trainer):
         share: torch.Tensor = loss.total / num_items_in_batch * self.args.world_size
         return share
 
+    def _defer_fsdp_gradient_reduction(self) -> AbstractContextManager[None]:
+        """The Trainer's seam for all microbatches but the last of a sharded model."""
+        return without_needless_reduction(self.model)
+
     def _maybe_log_save_evaluate(
         self,
         tr_loss: torch.Tensor,
@@ -210,11 +217,14 @@ class StreamTrainer(Trainer):
         """Write this rank's part of a checkpoint that `train` can resume from.
 
         Rank 0 writes weights (adapter or model, safetensors), optimizer, scheduler, scaler and
-        the Trainer's state; every rank its random generators.
+        the Trainer's state, all of it whole; every rank its random generators.
         """
+        assert self.optimizer is not None
+        weights, optimizer = gather_weights(self.model), whole(self.optimizer.state_dict())
         if self.args.process_index == 0:
-            save_weights(self.model, folder)
-            self._save_optimizer_and_scheduler(str(folder))
+            save_weights(self.model, folder, weights)
+            torch.save(optimizer, folder / OPTIMIZER_NAME)
+            torch.save(self.lr_scheduler.state_dict(), folder / SCHEDULER_NAME)
             self._save_scaler(str(folder))
             self.state.save_to_json(str(folder / "trainer_state.json"))
         self._save_rng_state(str(folder))
@@ -222,10 +232,7 @@ class StreamTrainer(Trainer):
     def _load_from_checkpoint(
         self, resume_from_checkpoint: str, model: torch.nn.Module | None = None
     ) -> None:
-        if isinstance(self.model, PeftModel):
-            load_weights(self.model, Path(resume_from_checkpoint))
-        else:
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        load_weights(self.model, Path(resume_from_checkpoint))
 
     def load_weights(self, folder: str) -> None:
         """Take the weights of a checkpoint, and nothing else of it."""
