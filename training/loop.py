@@ -19,7 +19,7 @@ import transformers
 from . import checkpoint
 from .arguments import accumulation, training_arguments
 from .books import Books, as_number
-from .data.batching import Rows, in_batches, microbatches
+from .data.batching import Rows, accumulation_steps, in_batches, microbatches
 from .data.origin import describe, rows_of_step
 from .data.prepared import open_prepared
 from .data.stream import Slice, every_sequence, share, stream
@@ -35,10 +35,11 @@ from .recipe import recipe_from_dict
 from .restart import AttemptOver, Restart, is_out_of_memory
 from .run_folder import CHECKPOINTS_FOLDER
 from .saver import Saver, SaveState, state_record
-from .saving import save_result
+from .saving import gather_weights, save_result
 from .session import Session
 from .skipping import NotFiniteError
 from .storage import Folder
+from .strategy import choose_strategy
 from .trainer import StepMeasures, StreamTrainer
 from .uploads import Uploads
 from .watchdog import Watchdog, write_stacks
@@ -216,17 +217,22 @@ class _Worker:
         arguments = training_arguments(
             self.recipe, self.total_steps, session.world_size, self.scratch
         )
-        self.objective = self.method.objective(
-            Setup(
-                recipe=self.recipe,
-                model=self.model,
-                tokenizer=self.tokenizer,
-                prepared=self.prepared,
-                rank=session.rank,
-                world_size=session.world_size,
-                device=arguments.device,
-            )
+        device, world_size = arguments.device, session.world_size
+        self.strategy = choose_strategy(self.recipe, self.model, world_size, device)
+        setup = Setup(
+            recipe=self.recipe,
+            model=self.model,
+            tokenizer=self.tokenizer,
+            prepared=self.prepared,
+            rank=session.rank,
+            world_size=world_size,
+            device=device,
+            strategy=self.strategy,
         )
+        self.objective = self.method.objective(setup)
+        self.parameters = count_parameters(self.model)
+        if self.strategy == "fsdp":  # the Trainer places a whole model
+            setup.place(self.model)
         return StreamTrainer(
             self.model,
             arguments,
@@ -248,13 +254,14 @@ class _Worker:
         facts = {
             "total_steps": self.total_steps,
             "parameters": {
-                **count_parameters(self.model),
+                **self.parameters,
                 "adapter": self.recipe.adapter_kind,
                 "quantize": self.recipe.model.quantize,
             },
             "nodes": sorted(set(self.session.nodes)),
             "device": self.trainer.args.device.type,
             "dtype": choose_dtype(self.recipe.model),
+            "strategy": self.strategy,
         }
         books.open(choice, self.session.world_size, facts, self.cause)
         return books
@@ -286,7 +293,11 @@ class _Worker:
         assert split is not None
         folder, session = self.prepared.files, self.session
         sequences = every_sequence(folder, split, session.rank, session.world_size)
-        return in_batches(sequences, self.recipe.optim.micro_batch_size)
+        size = self.recipe.optim.micro_batch_size
+        # Sharded, the ranks walk through the model together: as often as the busiest of them.
+        passes = accumulation_steps(split.sequences, size, session.world_size)
+        filled = passes if self.strategy == "fsdp" else 0
+        return in_batches(sequences, size, at_least=filled)
 
     # after every step
 
@@ -435,12 +446,13 @@ class _Worker:
             self._evaluate()
         matches = self._answer("after")
         self.saver.finish()
+        weights = gather_weights(self.model)
         if self.books is None:
             return
         if matches:
             self.books.logged({"step": step, "epoch": self._epoch(), **matches})
         name = RESULT_FOLDER if self.recipe.trains_adapter else "model"
-        save_result(self.recipe, self.model, self.tokenizer, self.scratch / name)
+        save_result(self.recipe, self.model, self.tokenizer, self.scratch / name, weights)
         self.uploads.do(lambda: self._publish_result(name), self.run_folder)
         self.books.finished(name)
 

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch.optim import AdamW
 
+from .shards import shard_of
+
 Named = tuple[str, torch.nn.Parameter]
 
 
@@ -90,7 +92,7 @@ class MasterAdamW(SkippingAdamW):
         """Go on from a state; the weights become those of its masters."""
         super().load_state_dict({key: state_dict[key] for key in ("state", "param_groups")})
         for master, saved in zip(self._masters, state_dict["masters"], strict=True):
-            master.copy_(saved)
+            master.copy_(shard_of(saved, master))
         self._round()
 
     def _round(self) -> None:
@@ -128,9 +130,23 @@ def make_optimizer(
         groups = _decay_groups(slow, decayed, weight_decay)
         for group in _decay_groups(fast, decayed, weight_decay):
             groups.append({**group, "lr": learning_rate * lora_plus_ratio})
-    if all(weight.dtype == torch.float32 for _, weight in trained):
-        return SkippingAdamW(groups, **settings)
-    return MasterAdamW(groups, **settings)
+    is_plain = all(weight.dtype == torch.float32 for _, weight in trained)
+    optimizer = (SkippingAdamW if is_plain else MasterAdamW)(groups, **settings)
+    optimizer.register_load_state_dict_pre_hook(_cut_up)
+    return optimizer
+
+
+def _cut_up(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
+    """A state of whole tensors as one of this rank's shards, where its weights are sharded."""
+    weights = [weight for group in optimizer.param_groups for weight in group["params"]]
+    state = {
+        index: {
+            name: shard_of(value, weights[index]) if value.shape == weights[index].shape else value
+            for name, value in of_weight.items()
+        }
+        for index, of_weight in state_dict["state"].items()
+    }
+    return {**state_dict, "state": state}
 
 
 def _decay_groups(

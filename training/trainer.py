@@ -6,6 +6,7 @@ are the data, the method's loss over a global batch, and what happens after a st
 
 import math
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -15,15 +16,17 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import transformers
-from peft import PeftModel
 from transformers import Trainer, TrainingArguments
+from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 
 from .data.batching import Batch, Rows
 from .model import Model
 from .objectives.objective import Objective
 from .optimizer import SkippingAdamW, make_optimizer
-from .saving import load_weights, save_weights
+from .saving import gather_weights, load_weights, save_weights
+from .shards import whole
 from .skipping import SkippedSteps, carried, flag
+from .strategy import without_needless_reduction
 
 
 @dataclass
@@ -181,6 +184,10 @@ class StreamTrainer(Trainer):
         self._adamw.skip = self._is_skipped = flag(norm)
         return norm
 
+    def _defer_fsdp_gradient_reduction(self) -> AbstractContextManager[None]:
+        """The Trainer's seam for all microbatches but the last of a sharded model."""
+        return without_needless_reduction(self.model)
+
     def _maybe_log_save_evaluate(
         self,
         tr_loss: torch.Tensor,
@@ -227,11 +234,14 @@ class StreamTrainer(Trainer):
         """Write this rank's part of a checkpoint that `train` can resume from.
 
         Rank 0 writes weights (adapter or model, safetensors), optimizer, scheduler, scaler and
-        the Trainer's state; every rank its random generators.
+        the Trainer's state, all of it whole; every rank its random generators.
         """
+        assert self.optimizer is not None
+        weights, optimizer = gather_weights(self.model), whole(self.optimizer.state_dict())
         if self.args.process_index == 0:
-            save_weights(self.model, folder)
-            self._save_optimizer_and_scheduler(str(folder))
+            save_weights(self.model, folder, weights)
+            torch.save(optimizer, folder / OPTIMIZER_NAME)
+            torch.save(self.lr_scheduler.state_dict(), folder / SCHEDULER_NAME)
             self._save_scaler(str(folder))
             self.state.save_to_json(str(folder / "trainer_state.json"))
         self._save_rng_state(str(folder))
@@ -239,10 +249,7 @@ class StreamTrainer(Trainer):
     def _load_from_checkpoint(
         self, resume_from_checkpoint: str, model: torch.nn.Module | None = None
     ) -> None:
-        if isinstance(self.model, PeftModel):
-            load_weights(self.model, Path(resume_from_checkpoint))
-        else:
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        load_weights(self.model, Path(resume_from_checkpoint))
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         """Each rank's own state; by another number of workers, one drawn from seed, step, rank."""
