@@ -130,7 +130,7 @@ def train(
             yield from microbatches(iter(mine), len(mine), optim.micro_batch_size, number)
 
     def after_step(measures: StepMeasures) -> bool:
-        losses.append(trainer.take_loss(1))
+        losses.append(trainer.take_loss(1)[0])
         return measures.step == steps.stop
 
     trainer = StreamTrainer(
