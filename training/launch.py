@@ -24,7 +24,7 @@ _RAY_NOTES = "checkpoint_manager_snapshot.json"
 def launch_here(job: Job, stop: Stop) -> Outcome:
     """Train in this process, without Ray."""
     stop.armed = True
-    return run_worker(job, LocalSession(Folder(job["run"]), stop.requested))
+    return run_worker(job, LocalSession(stop.requested))
 
 
 def launch_on_ray(

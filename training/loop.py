@@ -8,6 +8,7 @@ Every rank walks through this together; rank 0 also keeps the books and writes t
 import json
 import tempfile
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal, NotRequired, TypedDict
@@ -31,10 +32,12 @@ from .objectives.objective import Setup
 from .position import Clock, Position
 from .recipe import recipe_from_dict
 from .run_folder import CHECKPOINTS_FOLDER
+from .saver import Saver, SaveState, state_record
 from .saving import save_result
 from .session import Session
 from .storage import Folder
 from .trainer import StepMeasures, StreamTrainer
+from .uploads import Uploads
 
 POSITION_FILE = "position.json"
 
@@ -64,8 +67,8 @@ def run_worker(job: Job, session: Session) -> Outcome:
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     try:
-        with tempfile.TemporaryDirectory(prefix="finray-") as scratch:
-            finished = _Worker(job, session, Path(scratch)).run()
+        with tempfile.TemporaryDirectory(prefix="finray-") as scratch, Uploads() as uploads:
+            finished = _Worker(job, session, Path(scratch), uploads).run()
     except FinrayError as error:
         return Outcome(status="failed", error=str(error), exit_code=error.exit_code)
     if finished:
@@ -74,12 +77,13 @@ def run_worker(job: Job, session: Session) -> Outcome:
 
 
 class _Worker:
-    def __init__(self, job: Job, session: Session, scratch: Path) -> None:
+    def __init__(self, job: Job, session: Session, scratch: Path, uploads: Uploads) -> None:
         self.recipe = recipe_from_dict(job["recipe"])
         self.run_folder = Folder(job["run"])
         self.checkpoints = self.run_folder / CHECKPOINTS_FOLDER
         self.session = session
         self.scratch = scratch
+        self.uploads = uploads
         prepared = open_prepared(Folder(job["prepared"]))
         if prepared is None:
             raise RunError(f"the prepared data set {job['prepared']} is gone")
@@ -100,8 +104,14 @@ class _Worker:
         if self.recipe.packs:
             check_isolation(self.model)
         checkpoint_path = self._fetch(choice)
+        self.saver = self._make_saver(choice)
         self.trainer = self._make_trainer()
         self.books = self._open_books(choice)
+        with self.books or nullcontext():
+            self._train(checkpoint_path)
+        return not self.stopped
+
+    def _train(self, checkpoint_path: str | None) -> None:
         if checkpoint_path is None:
             self._measure_base()
         self.clock = Clock(self.position)
@@ -109,9 +119,10 @@ class _Worker:
             self.trainer.train(resume_from_checkpoint=checkpoint_path)
         else:  # only the end was missing
             self.trainer.load_weights(str(checkpoint_path))
-        if not self.stopped:
+        if self.stopped:
+            self.saver.finish()
+        else:
             self._finish()
-        return not self.stopped
 
     # the start
 
@@ -120,7 +131,9 @@ class _Worker:
         found: list[checkpoint.Choice | FinrayError | None] = [None]
         if self.session.rank == 0:
             try:
-                found = [checkpoint.choose(self.checkpoints)]
+                choice = checkpoint.choose(self.checkpoints)
+                checkpoint.delete_after(self.checkpoints, choice.step)
+                found = [choice]
             except FinrayError as error:
                 found = [error]
         if self.session.world_size > 1:
@@ -141,6 +154,27 @@ class _Worker:
             folder.download(local)
         self.position = Position(**json.loads((local / POSITION_FILE).read_bytes()))
         return str(local)
+
+    def _make_saver(self, choice: checkpoint.Choice) -> Saver:
+        return Saver(
+            self.checkpoints,
+            self.scratch,
+            rank=self.session.rank,
+            world_size=self.session.world_size,
+            settings=self.recipe.checkpoint,
+            watched=self.method.watched,
+            uploads=self.uploads,
+            gather=self._gather,
+            before=self._write_metrics,
+            tell=self._note_saves,
+            last_step=None if choice.name is None else choice.step,
+        )
+
+    def _gather(self, value: str | None) -> list[str | None]:
+        values = [value] * self.session.world_size
+        if self.session.world_size > 1:
+            dist.all_gather_object(values, value, group=self.trainer.cpu_group)
+        return values
 
     def _make_trainer(self) -> StreamTrainer:
         session = self.session
@@ -167,6 +201,7 @@ class _Worker:
             after_step=self._after_step,
             is_logged=self._is_logged,
             stop_requested=self.session.stop_requested,
+            flags=lambda: (self.saver.is_over,),
             lora_plus_ratio=self.recipe.optim.lora_plus_ratio,
         )
 
@@ -232,10 +267,12 @@ class _Worker:
         return due and self.prepared.manifest.eval is not None
 
     def _after_step(self, measures: StepMeasures) -> bool:
-        """Log, evaluate and save what is due; returns whether training ends here."""
+        """Log, evaluate and begin to save what is due; returns whether training ends here."""
         step, counts = measures.step, self.trainer.counts
         self.position.step = step
         self.position.tokens += counts.tokens
+        if counts.flags[0] == self.session.world_size:
+            self.saver.settle()
         if self._is_logged(step) or counts.stop:
             self._log(measures)
         if self._is_evaluated(step):
@@ -282,19 +319,26 @@ class _Worker:
             self.session.report({**line, "tokens": self.position.tokens})
 
     def _save(self) -> None:
-        session, step = self.session, self.position.step
-        staged = Path(tempfile.mkdtemp(prefix="checkpoint-", dir=self.scratch))
-        self.trainer.write_state(staged)
-        if session.rank == 0:
-            (staged / POSITION_FILE).write_text(json.dumps(asdict(self.position)))
+        step = self.position.step
         watched = self.method.watched
         fresh = self.held_out.get("step") == step and watched.name in self.held_out
         metrics = {watched.name: self.held_out[watched.name]} if fresh else {}
-        checkpoint.write_manifest(staged, session.rank, session.world_size, metrics)
-        session.commit(step, staged, metrics)
+        self.saver.start(step, self._write_state, metrics)
+
+    def _write_state(self, folder: Path) -> None:
+        self.trainer.write_state(folder)
+        if self.session.rank == 0:
+            (folder / POSITION_FILE).write_text(json.dumps(asdict(self.position)))
+
+    def _write_metrics(self) -> None:
+        """Called by the upload's thread: a checkpoint's lines are there before it is."""
         if self.books is not None:
-            checkpoint.rotate(self.checkpoints, self.recipe.checkpoint.keep, watched)
-            self.books.note_progress(step, self.position.tokens)
+            self.books.flush_metrics()
+
+    def _note_saves(self, state: SaveState) -> None:
+        if self.books is not None:
+            step, tokens = self.position.step, self.position.tokens
+            self.books.note_progress(step, tokens, **state_record(state))
 
     # before and after
 
@@ -335,13 +379,16 @@ class _Worker:
         if self._is_evaluated(step) and self.held_out.get("step") != step:
             self._evaluate()
         matches = self._answer("after")
+        self.saver.finish()
         if self.books is None:
             return
         if matches:
             self.books.logged({"step": step, "epoch": self._epoch(), **matches})
         name = RESULT_FOLDER if self.recipe.trains_adapter else "model"
         save_result(self.recipe, self.model, self.tokenizer, self.scratch / name)
+        self.uploads.do(lambda: self._publish_result(name), self.run_folder)
+        self.books.finished(name)
+
+    def _publish_result(self, name: str) -> None:
         self.run_folder.delete(name)
         (self.run_folder / name).upload(self.scratch / name)
-        self.books.note_progress(step, self.position.tokens)
-        self.books.finished(name)

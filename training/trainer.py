@@ -34,6 +34,8 @@ class Counts:
     tokens: int
     stop: bool
     """Somebody asked for the run to stop after this step."""
+    flags: tuple[int, ...] = ()
+    """How many workers raised each of theirs before the step."""
 
 
 @dataclass(frozen=True)
@@ -57,6 +59,7 @@ class StreamTrainer(Trainer):
         after_step: called after every optimizer step; returns True to end the training.
         is_logged: whether a step (counted from 1) will be logged.
         stop_requested: whether this worker was asked to stop.
+        flags: this worker's; `counts` has them of all.
         lora_plus_ratio: see `make_optimizer`.
     """
 
@@ -71,6 +74,7 @@ class StreamTrainer(Trainer):
         after_step: Callable[[StepMeasures], bool],
         is_logged: Callable[[int], bool],
         stop_requested: Callable[[], bool],
+        flags: Callable[[], tuple[bool, ...]] = tuple,
         lora_plus_ratio: float | None = None,
     ) -> None:
         super().__init__(model=model, args=args)
@@ -83,11 +87,12 @@ class StreamTrainer(Trainer):
         self._after_step = after_step
         self._is_logged = is_logged
         self._stop_requested = stop_requested
+        self._flags = flags
         self._handled_step = 0
         self._tr_loss: torch.Tensor
         self._measured: list[torch.Tensor] = []
         # Counts are exchanged between CPUs, so that a GPU never waits for them.
-        self._cpu_group = dist.new_group(backend="gloo") if args.world_size > 1 else None
+        self.cpu_group = dist.new_group(backend="gloo") if args.world_size > 1 else None
         self.counts = Counts(0, 0, False)
 
     def create_optimizer(self, model: torch.nn.Module | None = None) -> torch.optim.Optimizer:
@@ -123,14 +128,15 @@ class StreamTrainer(Trainer):
                 sum(batch.units for batch in self._current),
                 sum(batch.tokens for batch in self._current),
                 int(self._stop_requested()),
+                *map(int, self._flags()),
             ]
         )
-        if self._cpu_group is not None:
-            dist.all_reduce(counts, group=self._cpu_group)
-        units, tokens, stop = counts.tolist()
+        if self.cpu_group is not None:
+            dist.all_reduce(counts, group=self.cpu_group)
+        units, tokens, stop, *flags = counts.tolist()
         # Rows that will be trained on again are not left half-way: nothing keeps them.
         may_stop = (step + 1) % self._passes == 0
-        self.counts = Counts(units, tokens, stop > 0 and may_stop)
+        self.counts = Counts(units, tokens, stop > 0 and may_stop, tuple(flags))
         return self._current, torch.tensor(max(units, 1), device=device)
 
     def _prepare_inputs(self, inputs: Batch) -> Batch:

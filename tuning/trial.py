@@ -164,7 +164,7 @@ class RunningTrial:
             def report(self, measures: dict[str, float]) -> None:
                 trial.report(measures)
 
-        session = TrialSession(Folder(job["run"]), _stop_event(self._config["sweep"]))
+        session = TrialSession(_stop_event(self._config["sweep"]))
         try:
             return run_worker(job, session)
         except Pruned:
