@@ -13,7 +13,7 @@ import torch
 from .device import DtypeName
 from .method_settings import DpoMethod, GrpoMethod, KtoMethod, OnlineMethod, RlooMethod
 from .methods import method_of
-from .model import without_weights
+from .model import Model, without_weights
 from .recipe import Recipe
 
 CONTEXT_BYTES = 2**29
@@ -93,13 +93,17 @@ class Memory:
         return self.weights + self.training + self.activations + CONTEXT_BYTES
 
 
-def sizes_of(recipe: Recipe) -> Sizes:
+def sizes_of(recipe: Recipe, model: Model | None = None) -> Sizes:
     """The sizes of a recipe's model, whose configuration is on this machine.
+
+    Args:
+        recipe: the run's.
+        model: what `without_weights` gives for it, where that is at hand.
 
     Raises:
         InputError: as `without_weights`.
     """
-    model = without_weights(recipe, method_of(recipe).head)
+    model = model or without_weights(recipe, method_of(recipe).head)
     counts = dict.fromkeys(("linear", "frozen", "trained", "cast"), 0)
     linear = {
         id(module.weight): not name.endswith(("lm_head", "score"))  # these are not quantised
@@ -194,7 +198,7 @@ def _training(recipe: Recipe, sizes: Sizes, compute: DtypeName) -> int:
     """Gradients, two moments, and masters (with gradients of their own) of a low type."""
     width = _trained_width(recipe, compute)
     of_a_value = width + 8 + (8 if width == 2 else 0)
-    if recipe.scale.workers > 1:
+    if recipe.scale.most_workers > 1:
         of_a_value += width  # DDP's buckets
     return sizes.trained * of_a_value
 
