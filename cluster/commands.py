@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from ..training.errors import InputError
 from ..training.paths import resolve_path
 from ..training.recipe import Recipe, load_recipe
+from .gpus import gpus_here
 
 if TYPE_CHECKING:
     from .preflight import Preflight
@@ -171,16 +172,25 @@ def _preflight_of(recipe: Recipe, options: argparse.Namespace) -> list[dict[str,
 
 
 def _preflight(recipe: Recipe, options: argparse.Namespace) -> "Preflight":
-    """Try a running cluster; one that was started here for the run needs no trial."""
-    from .preflight import Preflight, preflight
+    """Try a running cluster; of this machine alone, only its GPUs' memory."""
+    from .preflight import Preflight, memory_lines, preflight
 
     if not recipe.scale.most_workers or not (options.address or os.environ.get("RAY_ADDRESS")):
-        return Preflight((), {})
+        here = Preflight(memory_lines(recipe, gpus_here()), {})
+        return _accepted(here)
     print("trying the cluster", file=sys.stderr)
     tried = preflight(
         recipe, options.wait_for_nodes, lambda text: print(text, file=sys.stderr, flush=True)
     )
+    return _accepted(tried)
+
+
+def _accepted(tried: "Preflight") -> "Preflight":
+    """Refuse what fails, and print what should be changed."""
     tried.demand_good()
+    for line in tried.lines:
+        if line.warns:
+            print(f"{line.name}: {line.text}", file=sys.stderr)
     return tried
 
 
