@@ -34,6 +34,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "lora": {"adapter": {"rank": 4}},
     "dora": {"adapter": {"rank": 4, "dora": True, "modules_to_save": ["embed_tokens"]}},
     "nf4": {"adapter": {"rank": 4}, "model": {"quantize": "nf4"}},
+    "recomputed": {"model": {"gradient_checkpointing": True}},
 }
 LOW: dict[str, dict[str, Any]] = {
     "bfloat16": {"adapter": {"rank": 4}, "model": {"dtype": "bfloat16"}},
@@ -67,7 +68,9 @@ def make_model(settings: Recipe) -> Any:
 def assert_close(one: dict[str, Any], other: dict[str, Any], **tolerance: float) -> None:
     assert one.keys() == other.keys() and one
     for name, value in one.items():
-        torch.testing.assert_close(value, other[name], **tolerance, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(
+            value, other[name], **tolerance, msg=lambda m, n=name: f"{n}: {m}"
+        )
 
 
 @pytest.mark.parametrize("kind", KINDS)
