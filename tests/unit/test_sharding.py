@@ -34,6 +34,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "lora": {"adapter": {"rank": 4}},
     "dora": {"adapter": {"rank": 4, "dora": True, "modules_to_save": ["embed_tokens"]}},
     "nf4": {"adapter": {"rank": 4}, "model": {"quantize": "nf4"}},
+    "recomputed": {"model": {"gradient_checkpointing": True}},
 }
 LOW: dict[str, dict[str, Any]] = {
     "bfloat16": {"adapter": {"rank": 4}, "model": {"dtype": "bfloat16"}},
