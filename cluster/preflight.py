@@ -4,6 +4,8 @@ A small task on each node tells its versions, reads the model, tries bfloat16 an
 into the storage; a second one reads what all the others wrote.
 """
 
+import os
+import sys
 import time
 import uuid
 from collections.abc import Callable, Sequence
@@ -100,6 +102,21 @@ def preflight(
         text = f"set for the workers: {cure}" if cure else "works on every node"
         lines = (*lines, Line("bfloat16", True, text))
     return Preflight(lines, env)
+
+
+def try_running_cluster(recipe: Recipe, address: str | None, wait_seconds: float) -> Preflight:
+    """`preflight` where the initialised Ray was there before; one that was started here for a
+    command needs no trial.
+
+    Raises:
+        InputError: something failed; the message is the whole table.
+    """
+    if not recipe.scale.workers or not (address or os.environ.get("RAY_ADDRESS")):
+        return Preflight((), {})
+    print("trying the cluster", file=sys.stderr)
+    tried = preflight(recipe, wait_seconds, lambda text: print(text, file=sys.stderr, flush=True))
+    tried.demand_good()
+    return tried
 
 
 def _fit(recipe: Recipe, wait_seconds: float, tell: Callable[[str], None]) -> Line:

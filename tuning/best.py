@@ -14,11 +14,8 @@ from ..training.run_folder import Record, read_run
 from ..training.stop import Stop
 from ..training.storage import Folder
 from .plan import Plan
-from .record import BEST_FILE, trial_folder
+from .record import BEST_FILE, PARETO_FOLDER, RETRAINED_FOLDER, trial_folder
 from .sweep import Retrain
-
-PARETO_FOLDER = "pareto"
-RETRAINED_FOLDER = "retrained"
 
 
 def best_recipe(plan: Plan, settings: dict[str, Any], name: str) -> Recipe:
@@ -65,7 +62,13 @@ def _copy(source: Folder, target: Folder) -> None:
         target.upload(Path(scratch))
 
 
-def retrain(plan: Plan, record: Record, phase: Callable[[str], None], stop: Stop) -> None:
+def retrain(
+    plan: Plan,
+    record: Record,
+    phase: Callable[[str], None],
+    stop: Stop,
+    worker_env: dict[str, str],
+) -> None:
     """Run the best recipe once more with each seed; a run that is there already is kept."""
     settings = plan.sweep.retrain
     assert settings is not None
@@ -74,7 +77,7 @@ def retrain(plan: Plan, record: Record, phase: Callable[[str], None], stop: Stop
     for seed in settings.seeds:
         recipe = _retrained(plan, row["settings"], settings, seed)
         phase(f"training the best settings with seed {seed}")
-        told = train(recipe, Listener(phase, lambda _: None), stop)
+        told = train(recipe, Listener(phase, lambda _: None), stop, worker_env)
         runs.append({"seed": seed, "folder": run_folder(recipe).uri, "metrics": told["metrics"]})
     record["retrained"] = {"data": settings.data, "runs": runs, "spread": _spread(runs)}
 

@@ -5,14 +5,19 @@ from typing import Any
 
 from ..training.books import now
 from ..training.errors import InputError
-from ..training.run_folder import RUN_FILE, Record, parse_record
+from ..training.run_folder import METRICS_FILE, RECIPE_FILE, RUN_FILE, Record, parse_record
 from ..training.storage import Folder
 
 SWEEP_FILE = "sweep.json"
 """Settings, state and result of the sweep; `trials` holds a record of each."""
 BEST_FILE = "best.yaml"
 REPORT_FILE = "report.html"
+STUDY_FILE = "optuna.db"
 TRIALS_FOLDER = "trials"
+PARETO_FOLDER = "pareto"
+RETRAINED_FOLDER = "retrained"
+_OF_THE_SWEEP = (SWEEP_FILE, BEST_FILE, REPORT_FILE, STUDY_FILE)
+_OF_A_RUN = (RUN_FILE, RECIPE_FILE, METRICS_FILE)
 
 
 def read_sweep(folder: Folder) -> Record | None:
@@ -36,6 +41,14 @@ def write_sweep(folder: Folder, record: Record) -> None:
     record["updated_at"] = now()
     text = json.dumps(record, indent=1, ensure_ascii=False, default=_plain)
     folder.write(SWEEP_FILE, text.encode() + b"\n")
+
+
+def is_result(name: str) -> bool:
+    """Whether a file of the folder (by its relative path) is of use to a reader elsewhere."""
+    first, _, rest = name.partition("/")
+    if first in (TRIALS_FOLDER, RETRAINED_FOLDER):
+        return rest.partition("/")[2] in _OF_A_RUN
+    return name in _OF_THE_SWEEP or first in ("adapter", "model", PARETO_FOLDER)
 
 
 def saved_share(record: Record) -> float | None:

@@ -20,9 +20,9 @@ from ..training.errors import InputError
 from ..training.methods import Metric
 from ..training.run_folder import Record
 from ..training.storage import Folder
+from .record import STUDY_FILE
 from .space import Settings, Space
 
-STUDY_FILE = "optuna.db"
 _SET_UP = "set_up"
 _TRIES = 100
 """Suggestions that may be no valid recipe, or known already, one after the other."""

@@ -4,6 +4,7 @@
 """
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -23,6 +24,7 @@ from ..training.recipe_file import (
 from ..training.section import PositiveInt, Section
 from .distribution import Distribution
 
+_RECIPE = "recipe."
 _UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 
 
@@ -149,6 +151,22 @@ class LoadedSweep:
     def place(self, *key: str | int) -> str:
         """file:line of a key of the sweep."""
         return self.document.place(key)
+
+
+def is_sweep(path: Path) -> bool:
+    """Whether a file is a sweep and no recipe, which has no base recipe.
+
+    Raises:
+        InputError: it cannot be read.
+    """
+    return "recipe" in read_recipe_file(path).values
+
+
+def split_overrides(overrides: Sequence[str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """`dotted.key=value` strings of the sweep, and those of its base recipe: recipe.KEY=VALUE."""
+    of_recipe = [one for one in overrides if one.startswith(_RECIPE)]
+    own = [one for one in overrides if not one.startswith(_RECIPE)]
+    return tuple(own), tuple(one.removeprefix(_RECIPE) for one in of_recipe)
 
 
 def load_sweep(

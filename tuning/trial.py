@@ -6,6 +6,7 @@ that the thread starts and follows.
 """
 
 import gc
+import os
 import queue
 import threading
 from functools import lru_cache
@@ -31,6 +32,8 @@ class TrialConfig(TypedDict):
     """URI of its prepared data set."""
     sweep: str
     """URI of the sweep's folder; a stop file there ends the trial with a save."""
+    env: dict[str, str]
+    """Environment variables for those who train."""
     watched: list[str]
     """A measurement with one of these is reported; trials are judged by the first."""
     total_steps: int
@@ -45,6 +48,8 @@ class TrialSlot(tune.Trainable):
 
     def setup(self, config: TrialConfig) -> None:
         """Start the first trial."""
+        # Before torch is loaded: it reads them then.
+        os.environ.update(config["env"])
         self._running = RunningTrial(config)
 
     def step(self) -> Record:
@@ -178,7 +183,7 @@ class RunningTrial:
         follower = threading.Thread(target=self._follow, args=(Folder(job["run"]), stop, ended))
         follower.start()
         try:
-            outcome = launch_on_ray(job, self._recipe.scale, stop, {})
+            outcome = launch_on_ray(job, self._recipe.scale, stop, self._config["env"])
         finally:
             ended.set()
             follower.join()

@@ -40,8 +40,10 @@ class Watcher:
     """Called when a trial ended, with the sweep's record."""
 
 
-def tune(plan: Plan, watcher: Watcher, stop: Stop) -> Record:
+def tune(plan: Plan, watcher: Watcher, stop: Stop, worker_env: dict[str, str]) -> Record:
     """Carry the sweep to its end, from wherever it stands, on the initialised Ray.
+
+    `worker_env` are environment variables for those who train.
 
     Returns:
         sweep.json.
@@ -56,17 +58,25 @@ def tune(plan: Plan, watcher: Watcher, stop: Stop) -> Record:
     with held(plan.folder.create(), stop.requested, watcher.phase) as stale:
         if stale is not None:
             watcher.phase(f"taking over from {stale}")
-        return _Tuning(plan, watcher, earlier or {}, concurrency).run(stop)
+        return _Tuning(plan, watcher, earlier or {}, concurrency, worker_env).run(stop)
 
 
 class _Tuning:
     """One attempt at a sweep."""
 
-    def __init__(self, plan: Plan, watcher: Watcher, record: Record, concurrency: int) -> None:
+    def __init__(
+        self,
+        plan: Plan,
+        watcher: Watcher,
+        record: Record,
+        concurrency: int,
+        worker_env: dict[str, str],
+    ) -> None:
         self._plan = plan
         self._watcher = watcher
         self._record = record
         self._concurrency = concurrency
+        self._worker_env = worker_env
         self._folder = plan.folder
         self._file = StudyFile(plan.folder)
 
@@ -174,6 +184,7 @@ class _Tuning:
             recipe=recipe.model_dump(mode="json"),
             prepared=prepared.folder.uri,
             sweep=self._folder.uri,
+            env=self._worker_env,
             watched=[metric.name for metric in self._plan.metrics],
             total_steps=recipe.total_steps(prepared.manifest.train.sequences),
         )
@@ -221,7 +232,7 @@ class _Tuning:
         if status == "failed":
             raise RunError(f"no trial came to its end with a result: {self._last_words()}")
         if self._plan.sweep.retrain is not None:
-            retrain(self._plan, self._record, self._watcher.phase, stop)
+            retrain(self._plan, self._record, self._watcher.phase, stop, self._worker_env)
             write_sweep(self._folder, self._record)
         return self._record
 
