@@ -110,6 +110,7 @@ def _make_trainer(job: Job, scale: ScaleSettings, worker_env: dict[str, str]) ->
 
 def _ray_worker(job: dict[str, Any]) -> Outcome:
     told = Job(recipe=job["recipe"], run=job["run"], prepared=job["prepared"])
+    told["until"] = job.get("until")
     return run_worker(told, RaySession(Folder(job["run"])))
 
 

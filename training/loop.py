@@ -10,7 +10,7 @@ import tempfile
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal, TypedDict
+from typing import Any, Literal, NotRequired, TypedDict
 
 import torch.distributed as dist
 import transformers
@@ -47,6 +47,8 @@ class Job(TypedDict):
     """URI of the run's folder."""
     prepared: str
     """URI of the prepared data set."""
+    until: NotRequired[int | None]
+    """A step to save and stop after, before the run's end."""
 
 
 class Outcome(TypedDict):
@@ -84,6 +86,7 @@ class _Worker:
         self.prepared = prepared
         self.method = method_of(self.recipe)
         self.total_steps = self.recipe.total_steps(prepared.manifest.train.sequences)
+        self.until = job.get("until")
         self.position = Position()
         self.held_out: dict[str, float] = {}
         self.stopped = False
@@ -163,7 +166,7 @@ class _Worker:
             rows=self._training_rows,
             after_step=self._after_step,
             is_logged=self._is_logged,
-            stop_requested=self.session.stop_requested,
+            stop_requested=self._stop_requested,
             lora_plus_ratio=self.recipe.optim.lora_plus_ratio,
         )
 
@@ -212,6 +215,11 @@ class _Worker:
         folder, session = self.prepared.files, self.session
         sequences = every_sequence(folder, split, session.rank, session.world_size)
         return in_batches(sequences, self.recipe.optim.micro_batch_size)
+
+    def _stop_requested(self) -> bool:
+        """Asked before a step, whether to save and stop after it."""
+        is_due = self.until is not None and self.position.step + 1 >= self.until
+        return is_due or self.session.stop_requested()
 
     # after every step
 

@@ -61,6 +61,23 @@ def saved_share(record: Record) -> float | None:
     return max(0.0, share)
 
 
+def lineage(record: Record, row: Record) -> list[Record]:
+    """A trial's row, behind those of the trials whose weights it goes on from."""
+    rows = {one["number"]: one for one in record["trials"]}
+    line = [row]
+    while (parent := line[0].get("parent")) is not None:
+        line.insert(0, rows[parent["trial"]])
+    return line
+
+
+def note(row: Record) -> str:
+    """What there is to say of a trial beside its figures."""
+    told = [str(text) for text in (row["error"], row["reason"]) if text]
+    if row.get("parent") is not None:
+        told.insert(0, f"from trial {row['parent']['trial']}")
+    return "; ".join(told)
+
+
 def trial_name(number: int) -> str:
     """Name of a trial's run."""
     return f"trial-{number:04d}"

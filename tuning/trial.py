@@ -37,6 +37,8 @@ class TrialConfig(TypedDict):
     watched: list[str]
     """A measurement with one of these is reported; trials are judged by the first."""
     total_steps: int
+    until: int | None
+    """A step to save and pause after, before the end."""
 
 
 class Pruned(Exception):
@@ -100,6 +102,8 @@ class RunningTrial:
         Raises:
             Pruned: the driver does not want the trial any more.
         """
+        if self._given_up.is_set():
+            raise Pruned
         if any(name in measures for name in self._config["watched"]):
             name = self._config["watched"][0]
             report = {
@@ -137,14 +141,19 @@ class RunningTrial:
         launch = self._launch_here if self._recipe.scale.workers <= 1 else self._launch_on_ray
         codes: list[int] = []
 
+        until = self._config["until"]
+
         def launch_and_note(job: Any) -> Any:
-            outcome = launch(job)
+            outcome = launch({**job, "until": until})
             codes.append(outcome["exit_code"])
             return outcome
 
         record = carry_out(self._recipe, prepared, launch_and_note)
+        status = str(record["status"])
+        if status == "stopped" and until is not None and record["step"] >= until:
+            status = "paused"
         told = {
-            **self._about(str(record["status"])),
+            **self._about(status),
             "measures": final_measures(self._recipe, record),
         }
         if record["status"] == "failed":
@@ -195,15 +204,17 @@ class RunningTrial:
         """Report what a run of several workers writes into its folder."""
         sweep_stop = _stop_event(self._config["sweep"])
         told = len(read_metrics(run))
-        tokens = 0
-        while not ended.wait(_POLL_SECONDS):
+        per_step, is_over = 0.0, False
+        while not is_over:
+            is_over = ended.wait(_POLL_SECONDS)
             if sweep_stop.is_set() or self._given_up.is_set():
                 stop.requested.set()
-            lines = read_metrics(run)
+            lines = [line for line in read_metrics(run) if line["step"]]
+            # A restart of the workers takes back the lines after its checkpoint.
             for line in lines[min(told, len(lines)) :]:
-                tokens = line.get("tokens", tokens)
+                per_step = line.get("tokens", 0) / line["step"] or per_step
                 try:
-                    self.report({"tokens": tokens, **line})
+                    self.report({"tokens": round(per_step * line["step"]), **line})
                 except Pruned:
                     stop.requested.set()
             told = len(lines)
