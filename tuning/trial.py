@@ -80,11 +80,16 @@ class RunningTrial:
         self._is_waiting = False
         self._given_up = threading.Event()
         self._thread = threading.Thread(target=self._run, name="finray-trial", daemon=True)
-        self._thread.start()
 
     def next_report(self) -> Record:
-        """Let the training go on to its next report."""
-        if self._is_waiting:
+        """Let the training go on to its next report.
+
+        It starts at the first call: Ray Tune makes slots that it never uses, when one for the same
+        trial comes free meanwhile.
+        """
+        if self._thread.ident is None:
+            self._thread.start()
+        elif self._is_waiting:
             self._permits.release()
         report = self._reports.get()
         self._is_waiting = not report["done"]
@@ -94,7 +99,8 @@ class RunningTrial:
         """End the training without a save, and wait for its end."""
         self._given_up.set()
         self._permits.release()
-        self._thread.join()
+        if self._thread.ident is not None:
+            self._thread.join()
 
     def report(self, measures: dict[str, float]) -> None:
         """Called by the training thread: hand over, wait.

@@ -1,9 +1,11 @@
 """Real sweeps of tiny trials: pruning, kills, interrupts, failures, and what they leave."""
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import yaml
 from harness import Finray, losses, metrics, reached, record, wait_until
@@ -46,18 +48,22 @@ def states(finray: Finray) -> list[str]:
     return [row["state"] for row in told(finray).get("trials", [])]
 
 
+def slots(processes: Iterable[psutil.Process]) -> list[psutil.Process]:
+    """Those of trials; Ray Tune's wrapper gives them its name."""
+    return [one for one in processes if "ResourceTrainable" in one.name()]
+
+
 def test_a_sweep_killed_in_its_middle_goes_on(finray: Finray) -> None:
     sweep = write_sweep(finray, trials=7, concurrency=2, retrain={"seeds": [3], "data": "train"})
     folder = finray.folder / "runs" / "sweep"
     command = finray.start("tune", sweep)
     wait_until(lambda: states(finray).count("running") == 2 and len(states(finray)) > 2, "trials")
-    command.watch_family()
+    assert slots(command.watch_family())
     command.kill()
     ended = [row for row in told(finray)["trials"] if row["state"] != "running"]
     running = [row["number"] for row in told(finray)["trials"] if row["state"] == "running"]
     assert ended and running
-    slots = [process for process in command.survivors(30) if "TrialSlot" in process.name()]
-    assert not slots, "slots outlive their driver"
+    assert not slots(command.survivors(30)), "slots outlive their driver"
     started = {row["number"]: run_of(folder, row["number"])["started_at"] for row in ended}
 
     finray.run("tune", sweep, seconds=600)
@@ -107,7 +113,7 @@ def test_a_lost_slot_and_ctrl_c_cost_little(finray: Finray) -> None:
     command = finray.start("tune", sweep)
     trial = finray.folder / "runs" / "sweep" / "trials" / "trial-0000"
     wait_until(lambda: bool(list(trial.glob("checkpoints/*/rank-0.json"))), "a checkpoint")
-    (slot,) = (one for one in command.watch_family() if "TrialSlot" in one.name())
+    (slot,) = slots(command.watch_family())
     slot.kill()
     wait_until(lambda: len(record(trial).get("world_sizes", [])) == 2, "the trial elsewhere")
     lost = record(trial)["restarts"][0]["step"]

@@ -179,6 +179,20 @@ def test_a_sweep_travels_with_its_base_recipe_and_data(tmp_path: Path, rows: Pat
     assert again == str(sent), "a sweep that grows would find its data elsewhere"
 
 
+def test_reward_functions_travel_inside_the_sweep(tmp_path: Path, rows: Path) -> None:
+    (rows / "rewards.py").write_text("def good(**columns):\n    return [1.0]\n", encoding="utf-8")
+    method = {"kind": "grpo", "rewards": [{"file": "rewards.py:good"}], "generations": 2}
+    search = {"optim.learning_rate": {"log_uniform": [1e-5, 1e-4]}}
+    grpo = {"optim.batch_size": 4, "optim.micro_batch_size": 2, "method": method}
+    loaded = make_sweep(rows, tmp_path / "shared", search=search, objective="reward", set=grpo)
+    target = parcel(tmp_path)
+    stage_sweep(loaded, target, ())
+    (rows / "rewards.py").unlink()
+    there = tmp_path / "resolved.yaml"
+    there.write_text(yaml.safe_dump(unpack(target, SWEEP_FILE)), encoding="utf-8")
+    assert "return [1.0]" in load_sweep(there).recipe.method.rewards[0].source
+
+
 def test_searched_files_do_not_travel(tmp_path: Path, rows: Path) -> None:
     search = {"data.train.0.path": {"choice": ["rows.jsonl", "s3://bucket/rows.jsonl"]}}
     loaded = make_sweep(rows, tmp_path, search=search)
