@@ -125,7 +125,10 @@ def _parser() -> argparse.ArgumentParser:
     )
     _add_export(export)
 
-    commands.add_parser("schema", help="print the recipe's JSON schema, for editors")
+    schema = commands.add_parser("schema", help="print the recipe's JSON schema, for editors")
+    schema.add_argument(
+        "of", nargs="?", choices=("recipe", "sweep"), default="recipe", help="default: recipe"
+    )
     return parser
 
 

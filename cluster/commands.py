@@ -160,9 +160,12 @@ def export(options: argparse.Namespace) -> None:
     print(render_exported(exported, as_json=options.json))
 
 
-def schema(_: argparse.Namespace) -> None:
-    """Print the recipe's JSON schema."""
-    print(json.dumps(Recipe.model_json_schema(), indent=2))
+def schema(options: argparse.Namespace) -> None:
+    """Print the JSON schema of recipes or sweeps."""
+    from ..tuning.sweep import Sweep
+
+    of = Sweep if options.of == "sweep" else Recipe
+    print(json.dumps(of.model_json_schema(), indent=2))
 
 
 def _recipe(options: argparse.Namespace) -> Recipe:

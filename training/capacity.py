@@ -50,9 +50,14 @@ def demand(scale: ScaleSettings, nodes: Sequence[Resources]) -> Demand:
 
 def fitting_workers(wanted: Demand, nodes: Sequence[Resources]) -> int:
     """How many such workers the nodes hold beside a CPU for the data tasks."""
-    most = sum(_on_node(wanted, node) for node in nodes)
+    most = held(wanted, nodes)
     left = sum(node.get("CPU", 0.0) for node in nodes) - _DATA_CPUS
     return max(0, min(most, int(left / wanted.cpus)))
+
+
+def held(wanted: Demand, nodes: Sequence[Resources]) -> int:
+    """How many such workers the nodes hold, each on one node."""
+    return sum(_on_node(wanted, node) for node in nodes)
 
 
 def check_fits(wanted: Demand, nodes: Sequence[Resources]) -> None:

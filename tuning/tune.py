@@ -22,11 +22,12 @@ from ..training.storage import Folder
 from .attempt import check_folder, describe
 from .best import copy, export_best, retrain
 from .conductor import Conductor, Ending
-from .execute import decide_concurrency, execute
+from .execute import execute
 from .pbt import Population
 from .plan import Plan
 from .record import TRIALS_FOLDER, trial_folder, trial_name, write_sweep
 from .report import write_report
+from .room import decide_concurrency
 from .samplers import first_rung, interval, make_pruner, make_sampler, parts
 from .space import Settings
 from .study import Assignment, StudyFile, SweepStudy, earlier_trials

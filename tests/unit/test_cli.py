@@ -139,6 +139,8 @@ def test_names_of_modules_that_match_nothing(finray: Runner, command: str) -> No
 
 
 def test_schema_documents_every_setting(finray: Runner) -> None:
+    sweep = json.loads(finray("schema", "sweep", code=0))
+    assert "population" in sweep["$defs"]["Pruning"]["properties"]["kind"]["description"]
     schema = json.loads(finray("schema", code=0))
     rank = schema["$defs"]["LoraAdapter"]["properties"]["rank"]
     assert rank["description"] == "Rank of the update."
