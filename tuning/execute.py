@@ -36,7 +36,11 @@ MakeConfig = Callable[[Assignment], TrialConfig]
 
 
 def execute(
-    conductor: Conductor, make_config: MakeConfig, scale: ScaleSettings, stop: Stop
+    conductor: Conductor,
+    make_config: MakeConfig,
+    scale: ScaleSettings,
+    stop: Stop,
+    tell: Callable[[str], None],
 ) -> None:
     """Run trials until the conductor has none left, or `stop` is requested.
 
@@ -45,9 +49,11 @@ def execute(
         make_config: what a slot is told of a trial.
         scale: the size of a trial.
         stop: ends the sweep so that it can be taken up again.
+        tell: called with what happens to slots.
     """
     os.environ.update(_ENVIRONMENT)
-    logging.getLogger("ray.tune").setLevel(logging.ERROR)
+    # A lost process is told in a line, without a traceback.
+    logging.getLogger("ray.tune").setLevel(logging.CRITICAL)
     with tempfile.TemporaryDirectory(prefix="finray-tune-") as scratch:
         searcher = _ConductedSearch(conductor, make_config)
         tuner = tune.Tuner(
@@ -62,11 +68,28 @@ def execute(
                 name="trials",
                 storage_path=scratch,
                 verbose=0,
+                callbacks=[_Losses(tell)],
                 failure_config=tune.FailureConfig(max_failures=scale.max_failures),
                 checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
             ),
         )
         run_beside(tuner.fit, stop, conductor.interrupt)
+
+
+class _Losses(tune.Callback):
+    """Tells of trials whose process was lost, with its node or alone."""
+
+    def __init__(self, tell: Callable[[str], None]) -> None:
+        self._tell = tell
+
+    def on_trial_recover(self, iteration: int, trials: Any, trial: Any, **_: Any) -> None:
+        """The trial will run in another slot."""
+        del iteration, trials
+        number = trial.config["number"]
+        self._tell(f"trial {number}: its process was lost; it resumes in another one")
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {}
 
 
 class _ConductedSearch(Searcher):

@@ -106,7 +106,8 @@ class _Tuning:
         )
         with _Alarm(self._conductor):
             self._watcher.phase(f"searching, trials at a time: {self._concurrency}")
-            execute(self._conductor, self._config, self._plan.recipe.scale, stop)
+            scale = self._plan.recipe.scale
+            execute(self._conductor, self._config, scale, stop, self._watcher.phase)
         return self._conclude(stop)
 
     # the start

@@ -118,6 +118,7 @@ def test_a_lost_slot_and_ctrl_c_cost_little(finray: Finray) -> None:
     wait_until(lambda: len(record(trial).get("world_sizes", [])) == 2, "the trial elsewhere")
     lost = record(trial)["restarts"][0]["step"]
     assert lost > 0, "the trial began anew"
+    assert "trial 0: its process was lost" in command.output()
 
     wait_until(lambda: reached(trial, lost + 5), "some more steps")
     command.watch_family()
