@@ -20,7 +20,7 @@ def check(options: argparse.Namespace) -> None:
 
     recipe = _recipe(options)
     outlook = examine(recipe)
-    if options.address and recipe.scale.workers:
+    if options.address and recipe.scale.most_workers:
         with _ray(recipe, options):
             lines = try_running_cluster(recipe, options.address, options.wait_for_nodes).lines
         outlook["cluster"] = [asdict(line) for line in lines]
@@ -180,10 +180,10 @@ def _ray(recipe: Recipe, options: argparse.Namespace) -> Iterator[None]:
 
     env = worker_environment(recipe)
     with ExitStack() as stack:
-        if recipe.scale.workers:
+        if recipe.scale.most_workers:
             from .ray_session import ray_session
 
             print("starting Ray", file=sys.stderr)
-            needed = recipe.scale.workers * recipe.scale.cpus_per_worker + 2
+            needed = recipe.scale.most_workers * recipe.scale.cpus_per_worker + 2
             stack.enter_context(ray_session(needed, options.address, env, options.verbose))
         yield

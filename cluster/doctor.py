@@ -1,12 +1,12 @@
 """Examining every node of a cluster; runs on the cluster, as a job."""
 
 import shutil
-import socket
 import subprocess
 import time
 from dataclasses import dataclass
 
 from ..training.errors import InputError
+from ..training.network import interface_of
 from ..training.versions import installed_versions
 from .auth import knock
 from .preflight import Line, on_every_node, render_lines, try_storage
@@ -58,25 +58,7 @@ def examine(storage: str | None) -> list[Line]:
 
 
 def _look(address: str) -> _Node:
-    return _Node(installed_versions(), _interface(address), _gpus(), time.time())
-
-
-def _interface(address: str) -> str:
-    """The name of the interface with this IPv4 address."""
-    import fcntl
-    import struct
-
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        for _, name in socket.if_nameindex():
-            try:
-                answer = fcntl.ioctl(
-                    probe.fileno(), 0x8915, struct.pack("256s", name.encode()[:15])
-                )
-            except OSError:  # an interface without an IPv4 address
-                continue
-            if socket.inet_ntoa(answer[20:24]) == address:
-                return name
-    return "unknown"
+    return _Node(installed_versions(), interface_of(address) or "unknown", _gpus(), time.time())
 
 
 def _gpus() -> tuple[str, ...]:

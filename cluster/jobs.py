@@ -110,7 +110,7 @@ class Cluster:
             InputError: as `staging.stage`, and where a run of this name with another recipe or
                 other files is under way.
         """
-        if isinstance(what, Recipe) and what.scale.workers == 0:
+        if isinstance(what, Recipe) and what.scale.most_workers == 0:
             raise InputError("scale.workers: 0 trains in one process, without Ray; set at least 1")
         with tempfile.TemporaryDirectory(prefix="finray-job-") as folder:
             if isinstance(what, Recipe):

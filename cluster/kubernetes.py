@@ -110,7 +110,7 @@ def _placed(recipe: Recipe, cluster: Manifest) -> Recipe:
     """The recipe with what `auto` means on this overlay, before any node has come up."""
     scale = recipe.scale
     overlay_gpus = _GPU in _container(_worker_group(cluster))["resources"]["limits"]
-    if scale.workers == 0:
+    if scale.most_workers == 0:
         raise InputError(
             "scale.workers: 0 trains in the driver's own process, and a RayJob has workers; add "
             "--set scale.workers=1"
@@ -132,7 +132,11 @@ def _placed(recipe: Recipe, cluster: Manifest) -> Recipe:
 def _fit_cluster(cluster: Manifest, scale: ScaleSettings, target: Target) -> None:
     """A pod for each training worker, with a CPU more for the tasks that feed it."""
     group = _worker_group(cluster)
-    group.update(replicas=scale.workers, minReplicas=scale.workers, maxReplicas=scale.workers)
+    group.update(
+        replicas=scale.most_workers,
+        minReplicas=scale.least_workers,
+        maxReplicas=scale.most_workers,
+    )
     amounts = {"cpu": str(scale.cpus_per_worker + 1)}
     if scale.gpus_per_worker:
         amounts[_GPU] = str(int(float(scale.gpus_per_worker)))

@@ -16,6 +16,7 @@ from typing import Any
 from ..training.capacity import (
     Demand,
     Resources,
+    ask_autoscaler,
     check_fits,
     cluster_nodes,
     demand,
@@ -111,7 +112,7 @@ def try_running_cluster(recipe: Recipe, address: str | None, wait_seconds: float
     Raises:
         InputError: something failed; the message is the whole table.
     """
-    if not recipe.scale.workers or not (address or os.environ.get("RAY_ADDRESS")):
+    if not recipe.scale.most_workers or not (address or os.environ.get("RAY_ADDRESS")):
         return Preflight((), {})
     print("trying the cluster", file=sys.stderr)
     tried = preflight(recipe, wait_seconds, lambda text: print(text, file=sys.stderr, flush=True))
@@ -133,7 +134,7 @@ def _fit(recipe: Recipe, wait_seconds: float, tell: Callable[[str], None]) -> Li
                 return Line("fits", False, f"{error}{waited}")
             if not asked:
                 asked = True
-                _ask_autoscaler(wanted)
+                ask_autoscaler(wanted)
                 tell(f"waiting up to {wait_seconds:g} s for nodes: {error}")
             time.sleep(min(_POLL_SECONDS, wait_seconds))
             continue
@@ -147,12 +148,6 @@ def _busy(wanted: Demand, nodes: Sequence[Resources]) -> str:
     free = ray.available_resources()
     cpus, gpus = free.get("CPU", 0.0), free.get("GPU", 0.0)
     return f"{most} would; now free: {cpus:g} CPUs, {gpus:g} GPUs"
-
-
-def _ask_autoscaler(wanted: Demand) -> None:
-    from ray.autoscaler.sdk import request_resources
-
-    request_resources(bundles=[*([wanted.worker] * wanted.workers), {"CPU": 1}])
 
 
 def _ask_all(recipe: Recipe) -> dict[str, _Answer]:

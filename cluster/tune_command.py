@@ -104,15 +104,17 @@ def _read(folder: Folder) -> Record:
 
 def _one_worker(recipe: Recipe) -> Recipe:
     """A trial without Ray Train takes a place on the cluster all the same."""
-    scale = recipe.scale.model_copy(update={"workers": max(1, recipe.scale.workers)})
+    if recipe.scale.most_workers:
+        return recipe
+    scale = recipe.scale.model_copy(update={"workers": 1})
     return recipe.model_copy(update={"scale": scale})
 
 
 def _needed_cpus(scale: ScaleSettings) -> int:
     """Of one trial: its workers, and where Ray Train starts them, the driver and data tasks."""
-    if scale.workers <= 1:
+    if scale.most_workers <= 1:
         return scale.cpus_per_worker
-    return scale.workers * scale.cpus_per_worker + 2
+    return scale.most_workers * scale.cpus_per_worker + 2
 
 
 def _phase(text: str) -> None:

@@ -57,9 +57,23 @@ class Command:
 
 
 class Finray:
-    """Starts the command in a folder, and ends what is left of it."""
+    """Starts the command in a folder, and ends what is left of it.
 
-    def __init__(self, folder: Path, model: Path, data: Path) -> None:
+    Args:
+        folder: where it runs.
+        model: the recipes' base.
+        data: the recipes' rows.
+        place: from a command to the one that runs it elsewhere, such as on another host.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        model: Path,
+        data: Path,
+        place: Callable[[list[str]], list[str]] = lambda command: command,
+    ) -> None:
+        self.place = place
         self.folder = folder
         self.model = model
         self.data = data
@@ -97,7 +111,7 @@ class Finray:
         log = self.folder / f"output-{len(self._started)}.txt"
         with log.open("wb") as stream:
             process = subprocess.Popen(
-                [sys.executable, "-m", "finray.cluster.cli", *map(str, arguments)],
+                self.place([sys.executable, "-m", "finray.cluster.cli", *map(str, arguments)]),
                 cwd=self.folder,
                 stdin=subprocess.DEVNULL,
                 stdout=stream,

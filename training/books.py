@@ -40,15 +40,17 @@ class Books:
         # Those of later steps belong to a part of the run that a crash undid.
         self._rollouts = [line for line in read_rollouts(folder) if line["step"] <= step]
 
-    def open(self, choice: Choice, world_size: int, facts: dict[str, Any]) -> None:
-        """Note who trains, and where this attempt starts."""
+    def open(
+        self, choice: Choice, world_size: int, facts: dict[str, Any], cause: str | None
+    ) -> None:
+        """Note who trains, where this attempt starts, and what ended the one before."""
 
         def change(record: Record) -> None:
             record.update(facts)
             record["world_sizes"] = [*record.get("world_sizes", []), world_size]
-            if choice.name is not None or choice.passed_over:
+            if choice.name is not None or choice.passed_over or cause:
                 start = f"resumed from {choice.name}" if choice.name else "started anew"
-                reason = "; ".join((start, *choice.passed_over))
+                reason = "; ".join((*([cause] if cause else []), start, *choice.passed_over))
                 restarts = record.get("restarts", [])
                 record["restarts"] = [*restarts, {"step": choice.step, "reason": reason}]
 

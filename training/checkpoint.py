@@ -84,6 +84,12 @@ def choose(checkpoints: Folder) -> Choice:
     return Choice(None, 0, tuple(passed_over))
 
 
+def newest(checkpoints: Folder) -> str | None:
+    """Name of the newest finished checkpoint; its hashes are not looked at."""
+    names = reversed(_names(checkpoints))
+    return next((name for name in names if _manifests(checkpoints / name) is not None), None)
+
+
 def rotate(checkpoints: Folder, keep: int, watched: Metric) -> list[str]:
     """Delete all but the last `keep` finished checkpoints and the best one.
 

@@ -2,9 +2,10 @@
 
 import threading
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
-from .capacity import check_fits, cluster_nodes, demand
+from .capacity import Demand, ask_autoscaler, check_fits, cluster_nodes, demand
+from .crew import Patience, Watch, await_room
 from .errors import RunError, last_line
 from .loop import Job, Outcome, run_worker
 from .recipe import ScaleSettings
@@ -27,36 +28,94 @@ def launch_here(job: Job, stop: Stop) -> Outcome:
 
 
 def launch_on_ray(
-    job: Job, scale: ScaleSettings, stop: Stop, worker_env: dict[str, str]
+    job: Job,
+    scale: ScaleSettings,
+    stop: Stop,
+    worker_env: dict[str, str],
+    tell: Callable[[str], None] = lambda _: None,
 ) -> Outcome:
-    """Train in a Ray Train worker group on the initialised Ray.
+    """Train in Ray Train worker groups on the initialised Ray, one after the other as needed.
 
     Args:
         job: what the workers are told.
         scale: how many they are.
         stop: a request to save and end.
         worker_env: environment variables of the workers.
+        tell: called with why the workers start anew, and what is waited for.
 
     Raises:
         InputError: the cluster can never hold the workers.
-        RunError: the workers failed more often than `max_failures`.
+        RunError: the workers failed more often than `max_failures`, or their nodes are gone for
+            longer than `node_wait`.
     """
-    trainer = _make_trainer(job, scale, worker_env)
+    wanted = demand(scale, cluster_nodes())
+    workers = check_fits(wanted, cluster_nodes())
+    if workers < wanted.most:
+        ask_autoscaler(wanted)
     try:
-        result = run_beside(trainer.fit, stop, lambda: Folder(job["run"]).write(STOP_FILE, b""))
-    except Exception as error:
-        raise RunError(_cause(error)) from error
-    outcome: Outcome = result.return_value
+        return _attempts(job, scale, wanted, workers, stop, worker_env, tell)
+    finally:
+        ask_autoscaler(None)
+
+
+def _attempts(
+    job: Job,
+    scale: ScaleSettings,
+    wanted: Demand,
+    workers: int | None,
+    stop: Stop,
+    worker_env: dict[str, str],
+    tell: Callable[[str], None],
+) -> Outcome:
+    run = Folder(job["run"])
+    patience = Patience(run / CHECKPOINTS_FOLDER, scale.max_failures)
+    while workers is not None:
+        watch = Watch(run, wanted, workers)
+        try:
+            outcome = _attempt(job, _make_trainer(job, wanted, workers, worker_env), stop, watch)
+        except Exception as error:
+            cause = _cause(error)
+            if not _is_preemption(error) and not patience.bears():
+                raise RunError(cause) from error
+        else:
+            if outcome["status"] != "stopped" or watch.reason is None or stop.requested.is_set():
+                return outcome
+            cause = watch.reason
+        run.delete(STOP_FILE)
+        tell(f"starting the workers anew: {cause}")
+        job = cast(Job, {**job, "cause": cause})
+        workers = await_room(wanted, scale.node_wait, stop, tell)
+    return Outcome(status="stopped", error=None, exit_code=130)
+
+
+def _attempt(job: Job, trainer: Any, stop: Stop, watch: Watch) -> Outcome:
+    """One worker group, until it ends; it is asked to save and end where there is a reason to."""
+    run = Folder(job["run"])
+
+    def ask_to_end() -> None:
+        run.write(STOP_FILE, b"")
+
+    def look() -> None:
+        if watch.look():
+            ask_to_end()
+
+    outcome: Outcome = run_beside(trainer.fit, stop, ask_to_end, look).return_value
     return outcome
 
 
-def run_beside(work: Callable[[], T], stop: Stop, on_stop: Callable[[], None]) -> T:
+def run_beside(
+    work: Callable[[], T],
+    stop: Stop,
+    on_stop: Callable[[], None],
+    meanwhile: Callable[[], None] = lambda: None,
+) -> T:
     """Do work in a thread of its own, so that Ray leaves the signal handlers to finray.
 
     Args:
         work: what to do; its result is returned, and what it raises is raised.
         stop: armed from here on.
         on_stop: called once, when the stop is requested.
+        meanwhile: called several times a second.
     """
     results: list[T] = []
     errors: list[Exception] = []
@@ -76,42 +135,42 @@ def run_beside(work: Callable[[], T], stop: Stop, on_stop: Callable[[], None]) -
         if stop.requested.is_set() and not told:
             on_stop()
             told = True
+        meanwhile()
     if errors:
         raise errors[0]
     return results[0]
 
 
-def _make_trainer(job: Job, scale: ScaleSettings, worker_env: dict[str, str]) -> Any:
+def _make_trainer(job: Job, wanted: Demand, workers: int, worker_env: dict[str, str]) -> Any:
     import ray.train
     from ray.train.torch import TorchTrainer
 
+    from .process_group import torch_config
+
     run = Folder(job["run"])
     (run / CHECKPOINTS_FOLDER).delete(_RAY_NOTES)
-    nodes = cluster_nodes()
-    wanted = demand(scale, nodes)
-    check_fits(wanted, nodes)
     return TorchTrainer(
         _ray_worker,
         train_loop_config=dict(job),
+        torch_config=torch_config(),
         scaling_config=ray.train.ScalingConfig(
-            num_workers=scale.workers, use_gpu=wanted.gpus > 0, resources_per_worker=wanted.worker
+            num_workers=workers, use_gpu=wanted.gpus > 0, resources_per_worker=wanted.worker
         ),
         run_config=ray.train.RunConfig(
             name=CHECKPOINTS_FOLDER,
             storage_path=run.path,
             storage_filesystem=run.filesystem,
             worker_runtime_env={"env_vars": worker_env},
+            # Another attempt is made here, with as many workers as then fit.
             failure_config=ray.train.FailureConfig(
-                max_failures=scale.max_failures, controller_failure_limit=3
+                max_failures=0, controller_failure_limit=0, max_preemption_failures=0
             ),
         ),
     )
 
 
 def _ray_worker(job: dict[str, Any]) -> Outcome:
-    told = Job(recipe=job["recipe"], run=job["run"], prepared=job["prepared"])
-    told["until"] = job.get("until")
-    return run_worker(told, RaySession(Folder(job["run"])))
+    return run_worker(cast(Job, job), RaySession(Folder(job["run"])))
 
 
 def _cause(error: Exception) -> str:
@@ -121,4 +180,15 @@ def _cause(error: Exception) -> str:
     if isinstance(error, ray.train.WorkerGroupError) and error.worker_failures:
         rank, failure = sorted(error.worker_failures.items())[0]
         return f"worker {rank} failed: {last_line(failure)}"
-    return str(error)
+    return last_line(error)
+
+
+def _is_preemption(error: Exception) -> bool:
+    """Whether the workers ended as their node was taken away."""
+    import ray.exceptions
+    import ray.train
+
+    if isinstance(error, ray.train.WorkerGroupError):
+        failures = error.worker_failures.values()
+        return any(isinstance(e, ray.exceptions.RayActorError) and e.preempted for e in failures)
+    return isinstance(error, ray.train.PreemptionError)

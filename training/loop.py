@@ -49,6 +49,8 @@ class Job(TypedDict):
     """URI of the prepared data set."""
     until: NotRequired[int | None]
     """A step to save and stop after, before the run's end."""
+    cause: NotRequired[str]
+    """Why an earlier attempt of the same driver ended."""
 
 
 class Outcome(TypedDict):
@@ -85,6 +87,7 @@ class _Worker:
             raise RunError(f"the prepared data set {job['prepared']} is gone")
         self.prepared = prepared
         self.method = method_of(self.recipe)
+        self.cause = job.get("cause")
         self.total_steps = self.recipe.total_steps(prepared.manifest.train.sequences)
         self.until = job.get("until")
         self.position = Position()
@@ -181,10 +184,11 @@ class _Worker:
                 "adapter": self.recipe.adapter_kind,
                 "quantize": self.recipe.model.quantize,
             },
+            "nodes": sorted(set(self.session.nodes)),
             "device": self.trainer.args.device.type,
             "dtype": choose_dtype(self.recipe.model),
         }
-        books.open(choice, self.session.world_size, facts)
+        books.open(choice, self.session.world_size, facts, self.cause)
         return books
 
     # the data

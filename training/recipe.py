@@ -109,13 +109,34 @@ class OptimSettings(Section):
 
 
 class ScaleSettings(Section):
-    workers: Annotated[int, Field(ge=0)] = 1
-    """Ray Train workers; 0 trains in this process, without Ray."""
+    workers: Annotated[int, Field(ge=0)] | tuple[PositiveInt, PositiveInt] = 1
+    """Ray Train workers; 0 trains in this process, without Ray. [2, 8]: as many as there is room
+    for, at least 2 and at most 8. After the loss of a node the run goes on with fewer, and grows
+    again when there is room; batch_size and the order of the data stay."""
     gpus_per_worker: Literal["auto"] | Annotated[float, Field(ge=0.0)] = "auto"
     """auto: one where the cluster has GPUs, none where it has not."""
     cpus_per_worker: PositiveInt = 1
     max_failures: Annotated[int, Field(ge=0)] = 3
-    """Restarts of the worker group after a failure, from the last good checkpoint."""
+    """Restarts from the last good checkpoint after a failure, without a new checkpoint between
+    them. Nodes that are taken away with notice, and those that come, do not count."""
+    node_wait: Annotated[float, Field(ge=0)] = 600.0
+    """Seconds that a run waits for nodes, where those that are left do not hold its workers."""
+
+    @model_validator(mode="after")
+    def _range_is_in_order(self) -> Self:
+        if self.least_workers > self.most_workers:
+            raise ValueError(f"workers: [{self.least_workers}, {self.most_workers}] is reversed")
+        return self
+
+    @property
+    def least_workers(self) -> int:
+        """The run does not train with fewer."""
+        return self.workers[0] if isinstance(self.workers, tuple) else self.workers
+
+    @property
+    def most_workers(self) -> int:
+        """The run does not train with more; 0: in this process."""
+        return self.workers[1] if isinstance(self.workers, tuple) else self.workers
 
 
 class CheckpointSettings(Section):
@@ -185,11 +206,11 @@ class Recipe(Section):
                 f"optim.micro_batch_size {self.optim.micro_batch_size} is larger than "
                 f"optim.batch_size {self.optim.batch_size}"
             )
-        if self.scale.workers > self.rows_per_step:
+        if self.scale.most_workers > self.rows_per_step:
             raise ValueError(
-                f"scale.workers {self.scale.workers} is larger than the {self.rows_per_step} rows "
-                f"that a step of optim.batch_size {self.optim.batch_size} takes: some workers "
-                "would have nothing to do"
+                f"scale.workers {self.scale.most_workers} is larger than the "
+                f"{self.rows_per_step} rows that a step of optim.batch_size "
+                f"{self.optim.batch_size} takes: some workers would have nothing to do"
             )
         return self
 

@@ -93,7 +93,7 @@ def _carry_out(
     _open(recipe, folder, prepared)
     listener.on_start(folder)
     outcome = _keep_books(
-        recipe, folder, lambda: _launch(recipe, folder, prepared, stop, worker_env)
+        recipe, folder, lambda: _launch(recipe, folder, prepared, listener, stop, worker_env)
     )
     _raise_outcome(outcome, folder)
     record = read_run(folder)
@@ -153,7 +153,7 @@ def prepare_data(recipe: Recipe, listener: Listener) -> Prepared:
         listener.phase(f"preparing data: {state.phase} {state.done}/{state.total}")
 
     folder = Folder(recipe.storage) / PREPARED_FOLDER
-    if recipe.scale.workers == 0:
+    if recipe.scale.most_workers == 0:
         return prepare(recipe, folder, run_in_process, progress)
     import ray.exceptions
 
@@ -284,16 +284,21 @@ def _close(recipe: Recipe, folder: Folder, status: str, error: str | None, secon
 
 
 def _launch(
-    recipe: Recipe, folder: Folder, prepared: Prepared, stop: Stop, worker_env: dict[str, str]
+    recipe: Recipe,
+    folder: Folder,
+    prepared: Prepared,
+    listener: Listener,
+    stop: Stop,
+    worker_env: dict[str, str],
 ) -> "Outcome":
     # Torch is loaded only now, after everything that can be refused without it.
     from .launch import launch_here, launch_on_ray
     from .loop import Job
 
     job = Job(recipe=recipe.model_dump(mode="json"), run=folder.uri, prepared=prepared.folder.uri)
-    if recipe.scale.workers == 0:
+    if recipe.scale.most_workers == 0:
         return launch_here(job, stop)
-    return launch_on_ray(job, recipe.scale, stop, worker_env)
+    return launch_on_ray(job, recipe.scale, stop, worker_env, listener.phase)
 
 
 def _raise_outcome(outcome: "Outcome", folder: Folder) -> None:

@@ -23,6 +23,8 @@ class Session(Protocol):
     rank: int
     world_size: int
     on_ray: bool
+    nodes: tuple[str, ...]
+    """Ray's ids of the nodes that train, by rank."""
 
     def commit(self, step: int, staged: Path, metrics: dict[str, float]) -> None:
         """Make a staged checkpoint durable; `staged` is consumed. All ranks take part."""
@@ -45,6 +47,7 @@ class LocalSession:
     rank = 0
     world_size = 1
     on_ray = False
+    nodes: tuple[str, ...] = ()
 
     def __init__(self, run: Folder, stop: threading.Event) -> None:
         self._checkpoints = run / CHECKPOINTS_FOLDER
@@ -74,6 +77,7 @@ class RaySession:
         context = ray.train.get_context()
         self.rank: int = context.get_world_rank()
         self.world_size: int = context.get_world_size()
+        self.nodes = _node_of_each_rank(self.world_size)
         self._checkpoints = run / CHECKPOINTS_FOLDER
         self._stop = watch_stop_file(run) if self.rank == 0 else threading.Event()
 
@@ -95,6 +99,16 @@ class RaySession:
     def stop_requested(self) -> bool:
         """Whether the driver left a stop file (seen by rank 0, which tells the others)."""
         return self._stop.is_set()
+
+
+def _node_of_each_rank(world_size: int) -> tuple[str, ...]:
+    import ray
+    import torch.distributed as dist
+
+    found = [ray.get_runtime_context().get_node_id()] * world_size
+    if world_size > 1:
+        dist.all_gather_object(found, found[0])
+    return tuple(found)
 
 
 def _uploader(checkpoints: Folder, rank: int) -> Callable[..., object]:

@@ -10,8 +10,10 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
+import transformers
 from peft import PeftModel
 from transformers import Trainer, TrainingArguments
 
@@ -245,6 +247,18 @@ class StreamTrainer(Trainer):
         ):
             group.update(settings, lr=settings["initial_lr"] * factor(scheduler.last_epoch))
         scheduler._last_lr = [group["lr"] for group in self.optimizer.param_groups]
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        """Each rank's own state; by another number of workers, one drawn from seed, step, rank."""
+        if checkpoint is None:
+            return
+        args = self.args
+        saved = len(list(Path(checkpoint).glob("rng_state*.pth")))
+        if saved == args.world_size:
+            super()._load_rng_state(checkpoint)
+            return
+        words = (args.seed, self.state.global_step, args.process_index)
+        transformers.set_seed(int(np.random.SeedSequence(words).generate_state(1)[0]))
 
     def load_weights(self, folder: str) -> None:
         """Take the weights of a checkpoint, and nothing else of it."""

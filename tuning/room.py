@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from ..training.capacity import Resources, cluster_nodes, demand, held
+from ..training.capacity import Resources, cluster_nodes, demand, fitting_workers
 from ..training.errors import InputError
 from ..training.recipe import ScaleSettings
 
@@ -12,7 +12,7 @@ _DRIVER_CPUS = 0.1
 
 def slot_resources(scale: ScaleSettings) -> dict[str, float]:
     """What a trial's own process takes."""
-    if scale.workers > 1:
+    if scale.most_workers > 1:
         return {"CPU": _DRIVER_CPUS}
     return demand(scale, cluster_nodes()).worker
 
@@ -30,7 +30,7 @@ def decide_concurrency(wanted: int | str, scale: ScaleSettings) -> int:
     if most < 1 or int(wanted) > most:
         one = demand(scale, nodes)
         gpus = f" and {one.gpus:g} GPU" if one.gpus else ""
-        workers = f"{max(1, one.workers)} x " if one.workers > 1 else ""
+        workers = f"{one.least} x " if one.least > 1 else ""
         raise InputError(
             f"concurrency: {wanted} trials of {workers}{one.cpus:g} CPU{gpus} each are wanted, and "
             f"the cluster of {len(nodes)} nodes holds {most} at a time; lower concurrency or "
@@ -40,11 +40,13 @@ def decide_concurrency(wanted: int | str, scale: ScaleSettings) -> int:
 
 
 def trials_held(scale: ScaleSettings, nodes: Sequence[Resources]) -> int:
-    """How many trials the nodes hold at a time."""
+    """How many trials the nodes hold at a time, each with as many workers as it may have."""
     one = demand(scale, nodes)
-    if one.workers <= 1:
-        return held(one, nodes)
-    # Beside the workers: the process that follows them, and a CPU to stream the data.
-    cpus = one.workers * one.cpus + 1 + _DRIVER_CPUS
+    if one.most <= 1:
+        return fitting_workers(one, nodes)
     have = sum(node.get("CPU", 0.0) for node in nodes)
-    return min(held(one, nodes) // one.workers, int(have / cpus))
+    trials = 0
+    for workers in (one.most, one.least):
+        with_driver = int(have / (workers * one.cpus + _DRIVER_CPUS))
+        trials = trials or min(fitting_workers(one, nodes) // workers, with_driver)
+    return trials

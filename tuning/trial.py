@@ -144,7 +144,7 @@ class RunningTrial:
         if prepared is None:
             raise RunError(f"the prepared data set {self._config['prepared']} is gone")
         keep_bases()
-        launch = self._launch_here if self._recipe.scale.workers <= 1 else self._launch_on_ray
+        launch = self._launch_here if self._recipe.scale.most_workers <= 1 else self._launch_on_ray
         codes: list[int] = []
 
         until = self._config["until"]

@@ -25,6 +25,8 @@ from ..storage import Folder
 from .prepared import Split
 
 WINDOW_GROUPS = 32
+_TASKS_AHEAD = 2
+"""Windows that a worker has read at the same time."""
 COLUMNS = ("input_ids", "lengths", "trainable", "rows", "extra")
 
 
@@ -199,7 +201,9 @@ def _read_on_ray(part: Slice) -> Iterator[pa.Table]:
         _WindowTask(part, windows),
         batch_size=1,
         batch_format="pyarrow",
-        num_cpus=0.1,
+        # No CPU: where the workers hold them all, the tasks would never start.
+        num_cpus=0,
+        compute=ray.data.TaskPoolStrategy(size=_TASKS_AHEAD),
     )
     yield from rows.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=1)
 

@@ -1,0 +1,103 @@
+"""Seconds from the command to the first optimizer step on two Ray Train workers of this machine.
+
+`finray train` with nothing prepared (and once more with the data prepared) against a script that
+starts Ray, a TorchTrainer of two workers and TRL's SFTTrainer in them, on the same rows. Each
+contender is ended once it got there.
+"""
+
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import psutil
+from measure import (
+    HERE,
+    Asked,
+    Figure,
+    conclude,
+    finray_command,
+    parse_options,
+    ratios,
+    scratch,
+    take_turns,
+)
+from start import FULL, LONGEST_WAIT, POLL_SECONDS, QUICK, has_exited, make_inputs, start
+
+
+def seconds_until(reached: Callable[[], bool], command: list[str], folder: Path) -> float:
+    """From the command's start until something is there; then its whole family is ended."""
+    started = time.perf_counter()
+    child = start(command, folder, threads=1)
+    while not (there := reached()) and not has_exited(child):
+        if time.perf_counter() - started > LONGEST_WAIT:
+            break
+        time.sleep(POLL_SECONDS)
+    seconds = time.perf_counter() - started
+    _end_family(child)
+    if not there:
+        raise RuntimeError(f"{command[0]} made no step within {seconds:.0f} s")
+    return seconds
+
+
+def _end_family(child: subprocess.Popen[bytes]) -> None:
+    family = [psutil.Process(child.pid), *psutil.Process(child.pid).children(recursive=True)]
+    for process in family:
+        process.kill()
+    psutil.wait_procs(family, timeout=30)
+    child.wait(30)
+    assert child.stdout is not None
+    child.stdout.close()
+
+
+def finray_seconds(folder: Path, name: str, fresh: bool) -> float:
+    """Until metrics.jsonl has its first line."""
+    storage = folder / "runs"
+    shutil.rmtree(storage if fresh else storage / name, ignore_errors=True)
+    metrics = storage / name / "metrics.jsonl"
+    settings = (f"storage={storage}", f"name={name}", "scale.workers=2")
+    command = [*finray_command(), "train", "recipe.yaml"]
+    command += [word for setting in settings for word in ("--set", setting)]
+    return seconds_until(lambda: metrics.exists() and metrics.stat().st_size > 0, command, folder)
+
+
+def script_seconds(folder: Path) -> float:
+    """Until the script says so."""
+    told = folder / "told"
+    told.unlink(missing_ok=True)
+    script = str(HERE / "ray_trl_finetune.py")
+    command = [sys.executable, script, "model", "rows.jsonl", "output", str(told)]
+    return seconds_until(told.exists, command, folder)
+
+
+def main() -> None:
+    """Measure and write."""
+    options, _ = parse_options(__doc__)
+    sizes = QUICK if options.quick else FULL
+    with scratch() as folder:
+        make_inputs(folder, sizes)
+        contenders = {
+            "finray": partial(finray_seconds, folder, "cold", True),
+            "finray, data prepared": partial(finray_seconds, folder, "warm", False),
+            "script": partial(script_seconds, folder),
+        }
+        seconds = take_turns(contenders, options.repetitions)
+    figures = [
+        Figure(
+            "time to the first step, finray with 2 workers / TorchTrainer and TRL",
+            ratios(seconds["finray"], seconds["script"]),
+            Asked("at most", 0.5),
+        ),
+        Figure(
+            "time to the first step, finray with 2 workers and data prepared / the same",
+            ratios(seconds["finray, data prepared"], seconds["script"]),
+        ),
+    ]
+    conclude("start_ray", options, figures, seconds, dict(sizes))
+
+
+if __name__ == "__main__":
+    main()

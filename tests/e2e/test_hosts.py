@@ -1,0 +1,258 @@
+"""Runs on several hosts, each with an address of its own, that are cut off, killed and drained.
+
+A head, two nodes and a laptop from which all is submitted, through Ray Jobs with a token.
+"""
+
+import json
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from harness import Finray, losses, metrics, reached, record, wait_until
+from hosts import Host, Network, why_not
+
+pytestmark = [
+    pytest.mark.timeout(600),
+    pytest.mark.skipif(why_not() is not None, reason=str(why_not())),
+]
+PORT, DASHBOARD = 6379, 8265
+STEPS = 400
+ENVIRONMENT = {
+    # A host that is cut off is missed within seconds, not within half a minute.
+    "RAY_health_check_period_ms": "1000",
+    "RAY_health_check_timeout_ms": "2000",
+    "RAY_health_check_failure_threshold": "4",
+}
+
+
+class Cluster:
+    """The hosts, and the command on the laptop."""
+
+    def __init__(self, network: Network, model: Path, data: Path) -> None:
+        self.folder = network.folder / "shared"
+        self.folder.mkdir()
+        self.head, self.laptop = network.host("head"), network.host("laptop")
+        self.nodes = {name: network.host(name) for name in ("alpha", "beta")}
+        self.admin = self._finray(self.head, model, data)
+        self.finray = self._finray(self.laptop, model, data)
+
+    def _finray(self, host: Host, model: Path, data: Path) -> Finray:
+        def place(command: list[str]) -> list[str]:
+            return host.command(*command, folder=self.folder)
+
+        return Finray(self.folder / host.name, model, data, place)
+
+    def start(self) -> None:
+        for finray in (self.admin, self.finray):
+            finray.folder.mkdir()
+        options = ("--dashboard-host=0.0.0.0", "--num-cpus=0")
+        told = self.admin.run("cluster", "up", *(f"--start-option={one}" for one in options))
+        assert f"--address={self.head.address}:{PORT}" in told
+        for name in self.nodes:
+            self.join(name)
+
+    def join(self, name: str) -> None:
+        """What the line says that `cluster up` prints."""
+        node = self.nodes[name]
+        address = f"--address={self.head.address}:{PORT}"
+        env = {"RAY_AUTH_MODE": "token", "RAY_worker_niceness": "0"}
+        node.ray("start", "--disable-usage-stats", "--num-cpus=1", address, env=env)
+
+    def drain(self, name: str, seconds: int) -> None:
+        """What a cloud does before it takes a spot instance."""
+        reason = ("--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "spot")
+        deadline = ("--deadline-remaining-seconds", str(seconds))
+        address = f"--address={self.head.address}:{PORT}"
+        env = {"RAY_AUTH_MODE": "token"}
+        node = ("--node-id", self.node_id(name))
+        self.head.ray("drain-node", address, *node, *reason, *deadline, env=env)
+
+    def node_id(self, name: str) -> str:
+        told = self.head.run(
+            sys.executable,
+            "-c",
+            "import json, ray; ray.init('auto', log_to_driver=False, logging_level='ERROR');"
+            "print(json.dumps([[n['NodeManagerAddress'], n['NodeID']] for n in ray.nodes()"
+            " if n['Alive']]))",
+            env={"RAY_AUTH_MODE": "token"},
+        )
+        found = dict(json.loads(told.strip().splitlines()[-1]))
+        return str(found[self.nodes[name].address])
+
+    def job(self, verb: str, *arguments: str | Path, code: int = 0, seconds: float = 240) -> str:
+        address = f"http://{self.head.address}:{DASHBOARD}"
+        return self.finray.run(
+            "job", verb, *arguments, "--address", address, code=code, seconds=seconds
+        )
+
+    def recipe(self, name: str, steps: int, **changes: object) -> Path:
+        return self.finray.recipe(
+            name=name,
+            adapter__dropout=0.0,
+            optim__max_steps=steps,
+            optim__batch_size=32,
+            **{"optim__micro_batch_size": 1, **changes},
+            optim__learning_rate=1e-3,
+            # Runs of another length then take the same steps.
+            optim__schedule="constant",
+            optim__warmup_ratio=0.0,
+            checkpoint__every_steps=10,
+            storage=str(self.folder / "runs"),
+        )
+
+    def run_of(self, name: str) -> Path:
+        return self.folder / "runs" / name
+
+
+@pytest.fixture(scope="module")
+def cluster(
+    tmp_path_factory: pytest.TempPathFactory, tiny_model: Path, chat_file: Path
+) -> Iterator[Cluster]:
+    network = Network(tmp_path_factory.mktemp("hosts"))
+    token = network.folder / "token" / "auth_token"
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_ADDRESS"):
+            patch.delenv(name, raising=False)
+        patch.setenv("RAY_AUTH_TOKEN_PATH", str(token))
+        for name, value in ENVIRONMENT.items():
+            patch.setenv(name, value)
+        try:
+            cluster = Cluster(network, tiny_model, chat_file)
+            cluster.start()
+            yield cluster
+        finally:
+            network.close()
+
+
+@pytest.fixture(scope="module")
+def alone(cluster: Cluster) -> Path:
+    """The run in one process of the laptop, which every other one must equal but for rounding."""
+    recipe = cluster.recipe("alone", STEPS, optim__micro_batch_size=16)
+    cluster.finray.run("train", recipe, "--local")
+    return cluster.run_of("alone")
+
+
+def assert_same_steps(run: Path, alone: Path) -> None:
+    """Every step once, each with the loss of the same samples and weights, but for rounding.
+
+    Another sample's loss is off by a tenth; rounding grows with the steps, as Adam divides by
+    small numbers.
+    """
+    ours, theirs = losses(run), losses(alone)
+    assert sorted(ours) == list(range(1, len(ours) + 1))
+    assert max(abs(ours[step] - theirs[step]) for step in ours) < 2e-2
+    first, expected = ({line["step"]: line for line in metrics(one)} for one in (run, alone))
+    for step in range(1, 6):
+        for name in ("loss", "grad_norm"):
+            assert first[step][name] == pytest.approx(expected[step][name], rel=1e-5), step
+
+
+def end(cluster: Cluster, name: str) -> None:
+    """Some steps more, then the run has shown enough."""
+    run = cluster.run_of(name)
+    step = max(losses(run))
+    wait_until(lambda: reached(run, step + 20), "20 more steps")
+    cluster.job("stop", name)
+    assert record(run)["status"] == "stopped", cluster.job("logs", name)
+
+
+def test_two_hosts_train_as_one_process(cluster: Cluster, alone: Path) -> None:
+    cluster.job("submit", cluster.recipe("two", 60, scale__workers=2))
+    told = cluster.job("logs", "two", "--follow")
+    run = cluster.run_of("two")
+    assert "two finished" in told
+    assert record(run)["world_sizes"] == [2] and len(record(run)["nodes"]) == 2
+    assert_same_steps(run, alone)
+
+
+def test_two_hosts_send_each_other_the_gradients_and_little_else(cluster: Cluster) -> None:
+    """2 (W - 1) / W of an adapter's bytes a step and worker, by the formula of all-reduce."""
+    run = cluster.run_of("bytes")
+    recipe = cluster.recipe("bytes", 240, scale__workers=2, adapter__rank=2048, optim__batch_size=2)
+    cluster.job("submit", recipe)
+
+    def sent(step: int) -> tuple[int, int]:
+        wait_until(lambda: reached(run, step), f"step {step}")
+        at = max(losses(run))
+        return at, sum(node.sent() for node in cluster.nodes.values())
+
+    (first, before), (last, after) = sent(20), sent(220)
+    assert "bytes finished" in cluster.job("logs", "bytes", "--follow")
+    workers, weight = 2, 4
+    expected = 2 * (workers - 1) / workers * record(run)["parameters"]["trainable"] * weight
+    assert (after - before) / (last - first) / workers == pytest.approx(expected, rel=0.02)
+
+
+def test_a_killed_host_is_done_without_until_another_comes(cluster: Cluster, alone: Path) -> None:
+    run = cluster.run_of("killed")
+    cluster.job("submit", cluster.recipe("killed", STEPS, scale__workers=[1, 2]))
+    wait_until(lambda: reached(run, 25), "step 25")
+    cluster.nodes["beta"].kill()
+    wait_until(lambda: record(run)["world_sizes"] == [2, 1], "an attempt with one worker")
+    cluster.nodes["beta"].boot()
+    cluster.join("beta")
+    wait_until(lambda: record(run)["world_sizes"] == [2, 1, 2], "an attempt with two")
+    end(cluster, "killed")
+    first, second = record(run)["restarts"]
+    assert first["step"] >= 20 and "failed" in first["reason"]
+    assert "there is room for 2 workers, 1 train" in second["reason"]
+    assert_same_steps(run, alone)
+
+
+def test_a_drained_host_is_left_with_nothing_lost(cluster: Cluster, alone: Path) -> None:
+    run = cluster.run_of("drained")
+    cluster.job("submit", cluster.recipe("drained", STEPS, scale__workers=[1, 2]))
+    wait_until(lambda: reached(run, 25), "step 25")
+    cluster.drain("beta", 120)
+    seen = 0
+
+    def goes_on_without() -> bool:
+        nonlocal seen
+        if record(run)["world_sizes"] == [2]:
+            seen = max(seen, *losses(run))
+        return record(run)["world_sizes"] == [2, 1]
+
+    wait_until(goes_on_without, "an attempt without it")
+    (restart,) = record(run)["restarts"]
+    assert "will be taken away" in restart["reason"] and restart["step"] >= seen
+    end(cluster, "drained")
+    assert_same_steps(run, alone)
+    cluster.nodes["beta"].kill()
+    cluster.nodes["beta"].boot()
+    cluster.join("beta")
+
+
+def test_a_host_that_is_cut_off_and_comes_back(cluster: Cluster, alone: Path) -> None:
+    run = cluster.run_of("cut")
+    beta = cluster.nodes["beta"]
+    cluster.job("submit", cluster.recipe("cut", STEPS, scale__workers=[1, 2]))
+    wait_until(lambda: reached(run, 15), "step 15")
+    # For a moment: nobody minds.
+    beta.unplug()
+    time.sleep(1.5)
+    beta.plug()
+    step = max(losses(run))
+    wait_until(lambda: reached(run, step + 20), "20 more steps")
+    assert record(run)["world_sizes"] == [2]
+    # For long: it is done without, and Ray on it ends, as the cluster gave it up.
+    beta.unplug()
+    wait_until(lambda: record(run)["world_sizes"] == [2, 1], "an attempt without it")
+    beta.plug()
+    wait_until(lambda: not beta.is_running("raylet"), "the end of Ray on the host")
+    end(cluster, "cut")
+    assert_same_steps(run, alone)
+    cluster.join("beta")
+
+
+def test_a_killed_driver_and_the_same_submission(cluster: Cluster, alone: Path) -> None:
+    run = cluster.run_of("driver")
+    recipe = cluster.recipe("driver", 120, scale__workers=2)
+    cluster.job("submit", recipe)
+    wait_until(lambda: reached(run, 25), "step 25")
+    cluster.head.run("pkill", "-KILL", "-f", "finray.cluster.job_driver")
+    wait_until(lambda: '"FAILED"' in cluster.job("status", "driver", "--json"), "its failure")
+    assert "submitted driver again, as driver~2" in cluster.job("submit", recipe, "--wait")
+    assert record(run)["status"] == "finished"
+    assert_same_steps(run, alone)
