@@ -191,3 +191,10 @@ def test_a_sweep_does_not_take_a_runs_folder(finray: Runner) -> None:
     other = {"status": "running", "settings": {"search": {"optim.beta1": {}}}}
     (run / "sweep.json").write_text(json.dumps(other), encoding="utf-8")
     assert "holds a sweep with other settings" in finray("tune", write_sweep(finray), code=2)
+
+
+def test_a_sweep_is_no_run_of_kubernetes(finray: Runner) -> None:
+    recipe = finray.recipe()
+    path = finray.folder / "sweep.yaml"
+    path.write_text(yaml.safe_dump({"name": "s", "recipe": str(recipe)}), encoding="utf-8")
+    assert "finray job submit" in finray("k8s", "render", path, code=2)
