@@ -1,4 +1,5 @@
-"""What a sweep costs beside its training: 16 short trials, two at a time, on two cores.
+"""What a sweep costs beside its training: 16 short trials, two at a time, on two cores. And how
+often 50 trials prepare their data.
 
 The command is timed whole, with the start of Ray and of the slots. It is compared with the seconds
 in which the trials themselves ran (loading, steps, evaluation, result; read from their records),
@@ -25,10 +26,11 @@ from tune_table import QUICKSTART
 
 TRIALS, CONCURRENCY = 16, 2
 STEPS, QUICK_STEPS = 24, 4
+MANY_TRIALS, QUICK_MANY_TRIALS = 50, 4
 
 
-def measure(folder: Path, steps: int, threads: int) -> tuple[float, float, float]:
-    """Seconds of the command, of the trials, and of their optimizer steps."""
+def run_sweep(folder: Path, trials: int, steps: int, threads: int) -> tuple[float, list[Any]]:
+    """Seconds of the command, and the trials' measures."""
     sweep: dict[str, Any] = {
         "name": "overhead",
         "recipe": str(QUICKSTART),
@@ -42,7 +44,7 @@ def measure(folder: Path, steps: int, threads: int) -> tuple[float, float, float
             "log.to": [],
         },
         "search": {"optim.learning_rate": {"log_uniform": [1e-4, 1e-2]}},
-        "trials": TRIALS,
+        "trials": trials,
         "concurrency": CONCURRENCY,
         "pruning": {"kind": "none"},
         "sampler": "random",
@@ -60,12 +62,13 @@ def measure(folder: Path, steps: int, threads: int) -> tuple[float, float, float
         raise RuntimeError(f"finray tune failed:\n{done.stderr[-4000:]}")
     record = json.loads((folder / "runs/overhead/sweep.json").read_text(encoding="utf-8"))
     measures = [row["measures"] for row in record["trials"]]
-    assert len(measures) == TRIALS
-    return (
-        wall,
-        sum(one["wall_seconds"] for one in measures),
-        sum(one["seconds"] for one in measures),
-    )
+    assert len(measures) == trials
+    return wall, measures
+
+
+def prepared_sets(folder: Path) -> int:
+    """Manifests of prepared data in a sweep's storage."""
+    return len(list((folder / "runs/prepared").glob("*/manifest.json")))
 
 
 def main() -> None:
@@ -74,11 +77,14 @@ def main() -> None:
     walls, trials, steps = [], [], []
     for _ in range(options.repetitions):
         with scratch() as folder:
-            count = QUICK_STEPS if options.quick else STEPS
-            wall, of_trials, of_steps = measure(folder, count, 1)
+            wall, measures = run_sweep(folder, TRIALS, QUICK_STEPS if options.quick else STEPS, 1)
         walls.append(wall)
-        trials.append(of_trials / CONCURRENCY)
-        steps.append(of_steps / CONCURRENCY)
+        trials.append(sum(one["wall_seconds"] for one in measures) / CONCURRENCY)
+        steps.append(sum(one["seconds"] for one in measures) / CONCURRENCY)
+    many = QUICK_MANY_TRIALS if options.quick else MANY_TRIALS
+    with scratch() as folder:
+        run_sweep(folder, many, 1, 1)
+        prepared = prepared_sets(folder)
     figures = [
         Figure(
             "a sweep of 16 trials / the trials' own time divided by the concurrency",
@@ -89,6 +95,7 @@ def main() -> None:
             "a sweep of 16 trials / their optimizer steps' time divided by the concurrency",
             ratios(walls, steps),
         ),
+        Figure(f"prepared data sets of a sweep of {many} trials", (prepared,), Asked("at most", 1)),
     ]
     told = {"sweep, seconds": walls, "trials / 2, seconds": trials, "steps / 2, seconds": steps}
     conclude("tune_overhead", options, figures, told, {"trials": TRIALS, "steps": STEPS})

@@ -82,7 +82,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_waiting(train)
     _add_json(train)
 
-    _add_job(commands.add_parser("job", help="run recipes on a cluster as Ray jobs"))
+    _add_job(commands.add_parser("job", help="run recipes and sweeps on a cluster as Ray jobs"))
 
     _add_cluster(
         commands.add_parser("cluster", help="start, end and examine a cluster of one's machines")
@@ -107,6 +107,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     tune.add_argument("--local", action="store_true", help="one worker a trial, on this machine")
     _add_ray(tune)
+    _add_waiting(tune)
     _add_json(tune)
 
     runs = commands.add_parser("runs", help="list the runs of a storage")
@@ -124,7 +125,10 @@ def _parser() -> argparse.ArgumentParser:
     )
     _add_export(export)
 
-    commands.add_parser("schema", help="print the recipe's JSON schema, for editors")
+    schema = commands.add_parser("schema", help="print the recipe's JSON schema, for editors")
+    schema.add_argument(
+        "of", nargs="?", choices=("recipe", "sweep"), default="recipe", help="default: recipe"
+    )
     return parser
 
 
@@ -155,7 +159,7 @@ def _add_export(parser: argparse.ArgumentParser) -> None:
 
 def _add_job(parser: argparse.ArgumentParser) -> None:
     verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
-    submit = verbs.add_parser("submit", help="send a recipe and its files, and run it there")
+    submit = verbs.add_parser("submit", help="send a recipe or a sweep with its files, and run it")
     _add_recipe(submit)
     submit.add_argument("--wait", action="store_true", help="show its log until it ends")
     submit.add_argument(

@@ -2,31 +2,28 @@
 
 import argparse
 import json
-import os
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 from ..training.errors import InputError
 from ..training.paths import resolve_path
 from ..training.recipe import Recipe, load_recipe
-from .gpus import gpus_here
-
-if TYPE_CHECKING:
-    from .preflight import Preflight
 
 
 def check(options: argparse.Namespace) -> None:
     """Validate a recipe and its data, and tell what a run would do."""
     from .check import examine, render
+    from .preflight import try_running_cluster
 
     recipe = _recipe(options)
     outlook = examine(recipe)
     if options.address and recipe.scale.most_workers:
-        outlook["cluster"] = _preflight_of(recipe, options)
+        with _ray(recipe, options):
+            lines = try_running_cluster(recipe, options.address, options.wait_for_nodes).lines
+        outlook["cluster"] = [asdict(line) for line in lines]
     print(json.dumps(outlook, indent=2) if options.json else render(outlook))
 
 
@@ -55,19 +52,22 @@ def train(options: argparse.Namespace) -> None:
     from ..training.data.inspection import inspect_data
     from ..training.stop import Stop
     from .interrupts import graceful_interrupts
+    from .preflight import try_running_cluster
 
     recipe = _recipe(options)
     inspect_data(recipe)
     stop = Stop()
     # Ray takes SIGTERM for itself when it starts; a run that is told to end saves first.
     with _ray(recipe, options), graceful_interrupts(stop):
-        worker_env = _preflight(recipe, options).worker_env
+        tried = try_running_cluster(recipe, options.address, options.wait_for_nodes)
         from ..training.run import Listener, run_folder
         from ..training.run import train as carry_out
         from .progress import ProgressWatcher
 
         with ProgressWatcher() as watcher:
-            record = carry_out(recipe, Listener(watcher.phase, watcher.watch), stop, worker_env)
+            record = carry_out(
+                recipe, Listener(watcher.phase, watcher.watch), stop, tried.worker_env
+            )
     if options.json:
         print(json.dumps(record, indent=2))
     else:
@@ -126,9 +126,14 @@ def report(options: argparse.Namespace) -> None:
 
 def k8s_render(options: argparse.Namespace) -> None:
     """Write a recipe as a RayJob."""
-    from ..training.errors import InputError
+    from ..tuning.sweep import is_sweep
     from .kubernetes import Target, render
 
+    if is_sweep(options.recipe):
+        raise InputError(
+            f"{options.recipe} is a sweep, and k8s render writes runs; start the overlay's "
+            "RayCluster and submit the sweep to it: finray job submit"
+        )
     target = Target(options.overlay, options.namespace, options.image, options.memory)
     text = render(load_recipe(options.recipe, tuple(options.overrides)), target)
     if options.to is None:
@@ -155,43 +160,17 @@ def export(options: argparse.Namespace) -> None:
     print(render_exported(exported, as_json=options.json))
 
 
-def schema(_: argparse.Namespace) -> None:
-    """Print the recipe's JSON schema."""
-    print(json.dumps(Recipe.model_json_schema(), indent=2))
+def schema(options: argparse.Namespace) -> None:
+    """Print the JSON schema of recipes or sweeps."""
+    from ..tuning.sweep import Sweep
+
+    of = Sweep if options.of == "sweep" else Recipe
+    print(json.dumps(of.model_json_schema(), indent=2))
 
 
 def _recipe(options: argparse.Namespace) -> Recipe:
     local = ("scale.workers=0",) if options.local else ()
     return load_recipe(options.recipe, (*options.overrides, *local))
-
-
-def _preflight_of(recipe: Recipe, options: argparse.Namespace) -> list[dict[str, Any]]:
-    """What a running cluster says to the recipe, as plain values."""
-    with _ray(recipe, options):
-        return [asdict(line) for line in _preflight(recipe, options).lines]
-
-
-def _preflight(recipe: Recipe, options: argparse.Namespace) -> "Preflight":
-    """Try a running cluster; of this machine alone, only its GPUs' memory."""
-    from .preflight import Preflight, memory_lines, preflight
-
-    if not recipe.scale.most_workers or not (options.address or os.environ.get("RAY_ADDRESS")):
-        here = Preflight(memory_lines(recipe, gpus_here()), {})
-        return _accepted(here)
-    print("trying the cluster", file=sys.stderr)
-    tried = preflight(
-        recipe, options.wait_for_nodes, lambda text: print(text, file=sys.stderr, flush=True)
-    )
-    return _accepted(tried)
-
-
-def _accepted(tried: "Preflight") -> "Preflight":
-    """Refuse what fails, and print what should be changed."""
-    tried.demand_good()
-    for line in tried.lines:
-        if line.warns:
-            print(f"{line.name}: {line.text}", file=sys.stderr)
-    return tried
 
 
 @contextmanager

@@ -8,19 +8,19 @@ from pathlib import Path
 
 from ..training.data.inspection import inspect_data
 from ..training.errors import InputError, RunError
-from ..training.recipe import load_recipe
+from ..training.recipe import Recipe, load_recipe
+from ..tuning.plan import make_plan
+from ..tuning.sweep import LoadedSweep, is_sweep, load_sweep, split_overrides
 from .jobs import ACTIVE, Cluster, Job
 from .runs_table import columns
 
 
 def submit(options: argparse.Namespace) -> None:
-    """Send a recipe and its files, and run it."""
-    recipe = load_recipe(options.recipe, tuple(options.overrides))
-    if not options.on_cluster:
-        inspect_data(recipe)
+    """Send a recipe or a sweep and its files, and run it."""
+    what = _checked(options)
     cluster = Cluster(options.address)
     submitted = cluster.submit(
-        recipe, tuple(options.on_cluster), options.max_mib, options.python, options.wait_for_nodes
+        what, tuple(options.on_cluster), options.max_mib, options.python, options.wait_for_nodes
     )
     job = submitted.job
     for note in submitted.notes:
@@ -38,6 +38,21 @@ def submit(options: argparse.Namespace) -> None:
     if options.wait and job.status not in (*ACTIVE, "SUCCEEDED"):
         kind = InputError if job.exit_code == InputError.exit_code else RunError
         raise kind(f"{job.run} {job.status}; finray job logs {job.run} tells why")
+
+
+def _checked(options: argparse.Namespace) -> Recipe | LoadedSweep:
+    """What is to run; looked at as far as its files are on this machine."""
+    is_here = not options.on_cluster
+    if is_sweep(options.recipe):
+        loaded = load_sweep(options.recipe, *split_overrides(options.overrides))
+        if is_here:
+            make_plan(loaded)
+            inspect_data(loaded.recipe)
+        return loaded
+    recipe = load_recipe(options.recipe, tuple(options.overrides))
+    if is_here:
+        inspect_data(recipe)
+    return recipe
 
 
 def list(options: argparse.Namespace) -> None:

@@ -1,4 +1,4 @@
-"""What a submitted job runs on the cluster: `train` a staged recipe, or `pack` a run's results.
+"""What a submitted job runs on the cluster: a staged recipe or sweep, or `pack` for its results.
 
 The working folder is the one that `staging.stage` filled.
 """
@@ -14,22 +14,26 @@ from typing import Any
 
 import yaml
 
-from ..training.recipe import Recipe, recipe_from_dict
-from ..training.run_folder import METRICS_FILE, RECIPE_FILE, REPORT_FILE, RUN_FILE, SAMPLES_FILE
+from ..training.run_folder import METRICS_FILE, REPORT_FILE, RUN_FILE, SAMPLES_FILE
+from ..training.run_folder import RECIPE_FILE as RUN_RECIPE_FILE
 from ..training.storage import Folder
-from .staging import INPUTS_FOLDER
+from ..tuning.record import SWEEP_FILE as SWEEP_RECORD
+from ..tuning.record import is_result
+from .staging import INPUTS_FOLDER, RECIPE_FILE, SWEEP_FILE, digest
 
 BEGIN, END = "finray-pack-begin", "finray-pack-end"
 """Lines around a packed run in a job's log."""
 
 _RESULTS = ("adapter", "model")
-_FILES = (RUN_FILE, RECIPE_FILE, REPORT_FILE, METRICS_FILE, SAMPLES_FILE)
+_STAGED = {"train": RECIPE_FILE, "tune": SWEEP_FILE}
+_FILES = (RUN_FILE, RUN_RECIPE_FILE, REPORT_FILE, METRICS_FILE, SAMPLES_FILE)
 _LINE = 1 << 16
 _COMPLETE = "complete"
 
 
 def main(arguments: Sequence[str]) -> int:
-    """`train DIGEST [OPTION …]`, `pack STORAGE NAME`, or `doctor [STORAGE]`: the exit code."""
+    """`train [OPTION …]`, `tune [OPTION …]`, `pack STORAGE NAME`, or `doctor [STORAGE]`: the exit
+    code."""
     from .cli import main as finray
 
     verb, *rest = arguments
@@ -39,34 +43,38 @@ def main(arguments: Sequence[str]) -> int:
         from .doctor import main as examine
 
         return examine(rest[0] if rest else None)
-    digest, *options = rest
-    recipe = unpack(Path.cwd(), digest)
     path = Path.cwd() / f"resolved-{os.getpid()}.yaml"
-    path.write_text(yaml.safe_dump(recipe.model_dump(mode="json")), encoding="utf-8")
-    return finray(["train", str(path), "--address", "auto", *options])
+    path.write_text(yaml.safe_dump(unpack(Path.cwd(), _STAGED[verb])), encoding="utf-8")
+    return finray([verb, str(path), "--address", "auto", *rest])
 
 
-def unpack(folder: Path, digest: str) -> Recipe:
-    """Copy the files that travelled into the run's folder; the recipe then names them there."""
-    values = yaml.safe_load((folder / RECIPE_FILE).read_text(encoding="utf-8"))
-    recipe = recipe_from_dict(values)
-    inputs = Folder(recipe.storage) / recipe.name / INPUTS_FOLDER / digest
-    if (folder / INPUTS_FOLDER).is_dir() and not inputs.exists(_COMPLETE):
-        inputs.upload(folder / INPUTS_FOLDER)
+def unpack(folder: Path, file: str) -> dict[str, Any]:
+    """Copy the files that travelled into the folder of run or sweep; the settings then name them
+    there, by their content: a changed setting leaves the data where it is."""
+    values: dict[str, Any] = yaml.safe_load((folder / file).read_text(encoding="utf-8"))
+    sent = folder / INPUTS_FOLDER
+    if not sent.is_dir():
+        return values
+    inputs = Folder(values["storage"]) / values["name"] / INPUTS_FOLDER / digest(sent)
+    if not inputs.exists(_COMPLETE):
+        inputs.upload(sent)
         inputs.write(_COMPLETE, b"")
-    return recipe_from_dict(_at(values, f"./{INPUTS_FOLDER}", inputs.uri))
+    settled: dict[str, Any] = _at(values, f"./{INPUTS_FOLDER}", inputs.uri)
+    return settled
 
 
-def pack(run: Folder) -> int:
-    """Print a run's files as lines of base64; checkpoints and data stay where they are."""
-    names = [name for name in run.files() if name in _FILES or name.startswith(_RESULTS)]
-    if RUN_FILE not in names:
-        print(f"finray: {run} holds no run yet", file=sys.stderr)
+def pack(folder: Folder) -> int:
+    """Print the files of a run or sweep as lines of base64; checkpoints and data stay where they
+    are."""
+    is_sweep = folder.exists(SWEEP_RECORD)
+    names = [name for name in folder.files() if (is_result if is_sweep else _is_result)(name)]
+    if not is_sweep and RUN_FILE not in names:
+        print(f"finray: {folder} holds no run yet", file=sys.stderr)
         return 2
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w:gz") as archive:
         for name in names:
-            content = run.read(name)
+            content = folder.read(name)
             entry = tarfile.TarInfo(name)
             entry.size = len(content)
             archive.addfile(entry, io.BytesIO(content))
@@ -74,6 +82,10 @@ def pack(run: Folder) -> int:
     lines = (text[start : start + _LINE] for start in range(0, len(text), _LINE))
     print("\n".join([BEGIN, *lines, END]), flush=True)
     return 0
+
+
+def _is_result(name: str) -> bool:
+    return name in _FILES or name.startswith(_RESULTS)
 
 
 def _at(values: Any, prefix: str, place: str) -> Any:

@@ -1,4 +1,4 @@
-"""Runs as Ray jobs: submit, follow, stop and fetch, through Ray Jobs' own client."""
+"""Runs and sweeps as Ray jobs: submit, follow, stop and fetch, through Ray Jobs' own client."""
 
 import base64
 import binascii
@@ -17,10 +17,10 @@ from typing import Any
 
 from ..training.errors import InputError, RunError
 from ..training.recipe import Recipe
-from ..training.run_folder import RUN_FILE
+from ..tuning.sweep import LoadedSweep
 from . import job_driver
 from .auth import enter_dashboard, wrong_token
-from .staging import LAUNCHER, LIMIT_MIB, add_finray, stage
+from .staging import LAUNCHER, LIMIT_MIB, add_finray, stage, stage_sweep
 
 ACTIVE = ("PENDING", "RUNNING")
 POLL_SECONDS = 1.0
@@ -32,12 +32,13 @@ _STOP_SECONDS = 180
 
 @dataclass(frozen=True)
 class Job:
-    """A run's attempt on a cluster."""
+    """A run's or sweep's attempt on a cluster."""
 
     id: str
     """Submission id: the run's name; later attempts of the same run end in ~2, ~3 and so on,
     which no run's name can."""
     run: str
+    """Name of the run or sweep."""
     storage: str
     digest: str
     """Of the recipe and the files that travelled; see `staging.Staged`."""
@@ -45,7 +46,7 @@ class Job:
     """PENDING, RUNNING, SUCCEEDED, FAILED or STOPPED."""
     message: str
     exit_code: int | None
-    """Of `finray train` there; None while it runs."""
+    """Of `finray train` or `finray tune` there; None while it runs."""
     started_ms: int
     """Since 1970."""
 
@@ -90,16 +91,16 @@ class Cluster:
 
     def submit(
         self,
-        recipe: Recipe,
+        what: Recipe | LoadedSweep,
         on_cluster: tuple[str, ...] = (),
         limit_mib: float = LIMIT_MIB,
         python: str | None = None,
         wait_for_nodes: float = 0.0,
     ) -> Submitted:
-        """Submit a run, unless it is under way or done.
+        """Submit a run or a sweep, unless it is under way or done.
 
         Args:
-            recipe: the recipe, its paths absolute.
+            what: recipe or sweep, its paths absolute.
             on_cluster: folders of the nodes; paths below them do not travel.
             limit_mib: largest sum of the files that travel, in MiB.
             python: the interpreter on the head; None finds the one that runs Ray's workers.
@@ -109,28 +110,33 @@ class Cluster:
             InputError: as `staging.stage`, and where a run of this name with another recipe or
                 other files is under way.
         """
-        if recipe.scale.most_workers == 0:
+        if isinstance(what, Recipe) and what.scale.most_workers == 0:
             raise InputError("scale.workers: 0 trains in one process, without Ray; set at least 1")
         with tempfile.TemporaryDirectory(prefix="finray-job-") as folder:
-            staged = stage(recipe, Path(folder), on_cluster, limit_mib)
-            last = self._last(recipe.name)
+            if isinstance(what, Recipe):
+                name, storage, verb = what.name, what.storage, "train"
+                staged = stage(what, Path(folder), on_cluster, limit_mib)
+            else:
+                name, storage, verb = what.sweep.name, what.sweep.storage, "tune"
+                staged = stage_sweep(what, Path(folder), on_cluster, limit_mib)
+            last = self._last(name)
             if last is not None and last.status in ACTIVE and last.digest != staged.digest:
                 raise InputError(
-                    f"a run named {recipe.name} is {last.status} on {self.address} with other "
-                    "settings or data; give this one another name, or stop that one (finray job "
-                    f"stop {recipe.name})"
+                    f"a run named {name} is {last.status} on {self.address} with other settings "
+                    "or data; give this one another name, or stop that one (finray job stop "
+                    f"{name})"
                 )
             if last is not None and last.digest == staged.digest and _stands(last):
                 return Submitted(last, False, ())
             attempt = 1 if last is None else last.attempt + 1
-            id = recipe.name if attempt == 1 else f"{recipe.name}~{attempt}"
-            facts = {_RUN: recipe.name, _STORAGE: recipe.storage, _DIGEST: staged.digest}
-            what = f"train {staged.digest} --wait-for-nodes {wait_for_nodes:g}"
-            self._start(id, what, Path(folder), facts, python)
-        return Submitted(self.job(recipe.name), True, staged.notes)
+            id = name if attempt == 1 else f"{name}~{attempt}"
+            facts = {_RUN: name, _STORAGE: storage, _DIGEST: staged.digest}
+            entry = f"{verb} --wait-for-nodes {wait_for_nodes:g}"
+            self._start(id, entry, Path(folder), facts, python)
+        return Submitted(self.job(name), True, staged.notes)
 
     def jobs(self) -> list[Job]:
-        """finray's runs on the cluster, the one submitted last at the end."""
+        """finray's runs and sweeps on the cluster, the one submitted last at the end."""
         with self._told():
             details = self._client.list_jobs()
         jobs = [_job(detail) for detail in details if _RUN in (detail.metadata or {})]
@@ -193,10 +199,8 @@ class Cluster:
         if content is None:
             raise RunError(f"cannot fetch {job.run} (exit code {code}): {_last_lines(log)}")
         with tarfile.open(fileobj=io.BytesIO(content)) as archive:
-            names = archive.getnames()
             archive.extractall(target, filter="data")
-        assert RUN_FILE in names
-        return names
+            return archive.getnames()
 
     def run(self, name: str, what: str) -> tuple[int, str]:
         """Let `job_driver` do something short; returns its exit code and what it printed."""

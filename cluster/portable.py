@@ -41,7 +41,7 @@ def check_no_secret(recipe: Recipe, remedy: str, environment: Mapping[str, str])
         if _SECRET_NAME.search(name) and len(value) >= _SHORTEST_SECRET
     }
     faults = []
-    for key, text in _strings(recipe.model_dump(mode="json")):
+    for key, text in strings(recipe.model_dump(mode="json")):
         kinds = [kind for kind, pattern in _SECRETS.items() if pattern.search(text)]
         kinds += [kind for kind, value in values.items() if value in text]
         if kinds:
@@ -62,7 +62,7 @@ def check_reachable(recipe: Recipe, mount: str) -> bool:
     """
     faults = []
     shared = False
-    for key, text in _strings(recipe.model_dump(mode="json")):
+    for key, text in strings(recipe.model_dump(mode="json")):
         path = text.removeprefix("file://")
         if not _is_path(path):
             continue
@@ -84,13 +84,13 @@ def _is_path(text: str) -> bool:
     return text.startswith("/") and "\n" not in text and "{" not in text
 
 
-def _strings(value: Any, key: str = "") -> Iterator[tuple[str, str]]:
+def strings(value: Any, key: str = "") -> Iterator[tuple[str, str]]:
     """(dotted key, text) of every text in a recipe."""
     if isinstance(value, str):
         yield key, value
     elif isinstance(value, dict):
         for name, child in value.items():
-            yield from _strings(child, f"{key}.{name}" if key else str(name))
+            yield from strings(child, f"{key}.{name}" if key else str(name))
     elif isinstance(value, list):
         for index, child in enumerate(value):
-            yield from _strings(child, f"{key}.{index}")
+            yield from strings(child, f"{key}.{index}")

@@ -4,6 +4,8 @@ A small task on each node tells its versions, reads the model, tries bfloat16 an
 into the storage; a second one reads what all the others wrote.
 """
 
+import os
+import sys
 import time
 import uuid
 from collections.abc import Callable, Sequence
@@ -127,6 +129,27 @@ def memory_lines(recipe: Recipe, gpus: Sequence[Gpu]) -> tuple[Line, ...]:
     verdict = judge(recipe, sizes_of(recipe), gpus, 1.0 if share == "auto" else share)
     warns = verdict.fits and verdict.is_tight
     return (Line("memory", verdict.fits, verdict.text, warns),)
+
+
+def try_running_cluster(recipe: Recipe, address: str | None, wait_seconds: float) -> Preflight:
+    """`preflight` where the initialised Ray was there before; one that was started here for a
+    command needs no trial but of its GPUs' memory. What should be changed is printed.
+
+    Raises:
+        InputError: something failed; the message is the whole table.
+    """
+    if not recipe.scale.most_workers or not (address or os.environ.get("RAY_ADDRESS")):
+        tried = Preflight(memory_lines(recipe, gpus_here()), {})
+    else:
+        print("trying the cluster", file=sys.stderr)
+        tried = preflight(
+            recipe, wait_seconds, lambda text: print(text, file=sys.stderr, flush=True)
+        )
+    tried.demand_good()
+    for line in tried.lines:
+        if line.warns:
+            print(f"{line.name}: {line.text}", file=sys.stderr)
+    return tried
 
 
 def _fit(recipe: Recipe, wait_seconds: float, tell: Callable[[str], None]) -> Line:

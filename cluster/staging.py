@@ -1,4 +1,4 @@
-"""What travels with a job: the recipe, the local files it names, and finray itself.
+"""What travels with a job: recipe or sweep, the local files it names, and finray itself.
 
 The files go into a folder of their own, without any .gitignore: Ray's packaging would leave out
 what one hides. On the cluster they are copied into the run's folder, which all nodes reach.
@@ -10,17 +10,21 @@ import subprocess
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import yaml
 
 from ..training.data.sources import expand
 from ..training.errors import InputError
 from ..training.recipe import Recipe, Source
+from ..tuning.sweep import LoadedSweep
+from .portable import strings
 
 LIMIT_MIB = 100.0
 """Largest sum of the files that travel, in MiB."""
 
 RECIPE_FILE = "recipe.yaml"
+SWEEP_FILE = "sweep.yaml"
 INPUTS_FOLDER = "inputs"
 LAUNCHER = "run.sh"
 _PACKAGES = ("training", "tuning", "cluster", "k8s")
@@ -43,9 +47,9 @@ class Staged:
     """A folder that is ready to travel."""
 
     digest: str
-    """16 hex digits over the recipe and its files; finray's own code does not count."""
+    """16 hex digits over recipe or sweep and its files; finray's own code does not count."""
     bytes: int
-    """Of the recipe's files."""
+    """Of the files that it names."""
     notes: tuple[str, ...]
     """What the user should know, a sentence each."""
 
@@ -65,6 +69,32 @@ def stage(
         InputError: a file is missing, the files are too big, or the storage cannot hold them.
     """
     parcel = _Parcel(folder, on_cluster)
+    travelling = _travelling(recipe, parcel)
+    return parcel.close(RECIPE_FILE, travelling.model_dump(mode="json"), recipe, limit_mib)
+
+
+def stage_sweep(
+    loaded: LoadedSweep, folder: Path, on_cluster: tuple[str, ...], limit_mib: float = LIMIT_MIB
+) -> Staged:
+    """As `stage`, for a sweep; its base recipe travels inside it.
+
+    Raises:
+        InputError: as `stage`, and where a searched value is a path of this machine.
+    """
+    parcel = _Parcel(folder, on_cluster)
+    for key in ("search", "points"):
+        parcel.refuse_paths(loaded, key)
+    sweep = loaded.sweep
+    base = loaded.recipe.model_copy(update={"name": sweep.name, "storage": sweep.storage})
+    # What nobody set stays unset: a searched section would contradict written defaults.
+    recipe = _travelling(base, parcel).model_dump(mode="json", exclude_unset=True)
+    recipe["method"] = {"kind": base.method.kind, **recipe.get("method", {})}
+    values = sweep.model_dump(mode="json", exclude_unset=True, exclude={"set"})
+    return parcel.close(SWEEP_FILE, {**values, "recipe": recipe}, base, limit_mib)
+
+
+def _travelling(recipe: Recipe, parcel: "_Parcel") -> Recipe:
+    """The recipe as the cluster reads it; its files are in the parcel."""
     data = recipe.data.model_copy(
         update={
             "train": [parcel.source(source, "data.train") for source in recipe.data.train],
@@ -75,14 +105,7 @@ def stage(
     if recipe.model.adapter is not None:
         folders["adapter"] = parcel.folder(recipe.model.adapter, "model.adapter", "adapter")
     model = recipe.model.model_copy(update=folders)
-    travelling = recipe.model_copy(update={"data": data, "model": model})
-    parcel.check_size(limit_mib)
-    parcel.check_storage(recipe)
-    text = yaml.safe_dump(travelling.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
-    (folder / RECIPE_FILE).write_text(text, encoding="utf-8")
-    digest = _digest(folder)
-    add_finray(folder)
-    return Staged(digest, parcel.bytes, tuple(parcel.notes))
+    return recipe.model_copy(update={"data": data, "model": model})
 
 
 def add_finray(folder: Path) -> None:
@@ -101,6 +124,7 @@ class _Parcel:
     """The files that travel, each local path once."""
 
     def __init__(self, folder: Path, on_cluster: tuple[str, ...]) -> None:
+        self._folder = folder
         self._inputs = folder / INPUTS_FOLDER
         self._on_cluster = tuple(Path(path) for path in on_cluster)
         self._sent: dict[str, str] = {}
@@ -135,6 +159,29 @@ class _Parcel:
         for file in files:
             self._link(file, self._inputs / name / file.name)
         return self._sent[path]
+
+    def refuse_paths(self, loaded: LoadedSweep, section: str) -> None:
+        """Only what the base recipe names travels, not what a sweep chooses from."""
+        values = loaded.sweep.model_dump(mode="json")[section]
+        for key, text in strings({section: values}):
+            if not text or "\n" in text or self._stays(text):
+                continue
+            if (loaded.folder / text).exists():
+                raise InputError(
+                    f"{loaded.place(section)}: {key}: {text} is on this machine, and searched "
+                    "files do not travel; put it where all nodes reach it, and name that: a URI, "
+                    "a hub id, or a folder with --on-cluster FOLDER"
+                )
+
+    def close(self, file: str, values: Any, recipe: Recipe, limit_mib: float) -> Staged:
+        """Check what was gathered, and write recipe or sweep beside it."""
+        self.check_size(limit_mib)
+        self.check_storage(recipe)
+        text = yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
+        (self._folder / file).write_text(text, encoding="utf-8")
+        staged = Staged(digest(self._folder), self.bytes, tuple(self.notes))
+        add_finray(self._folder)
+        return staged
 
     def check_size(self, limit_mib: float) -> None:
         """Refuse what is too big to travel, the biggest first."""
@@ -210,10 +257,11 @@ def _hidden_by_git(file: Path) -> bool:
     return subprocess.run(command, check=False, capture_output=True).returncode == 0
 
 
-def _digest(folder: Path) -> str:
-    digest = hashlib.sha256()
+def digest(folder: Path) -> str:
+    """16 hex digits over names and content of all files below."""
+    hashed = hashlib.sha256()
     for file in sorted(path for path in folder.rglob("*") if path.is_file()):
-        digest.update(f"{file.relative_to(folder)}\n".encode())
+        hashed.update(f"{file.relative_to(folder)}\n".encode())
         with file.open("rb") as stream:
-            digest.update(hashlib.file_digest(stream, "sha256").digest())
-    return digest.hexdigest()[:16]
+            hashed.update(hashlib.file_digest(stream, "sha256").digest())
+    return hashed.hexdigest()[:16]

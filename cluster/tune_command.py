@@ -14,19 +14,18 @@ from rich.text import Text
 from ..training.data.inspection import inspect_data
 from ..training.errors import InputError
 from ..training.paths import resolve_path
-from ..training.recipe import ScaleSettings
+from ..training.recipe import Recipe, ScaleSettings
 from ..training.run import differences
 from ..training.run_folder import Record
 from ..training.stop import Stop
 from ..training.storage import Folder
 from ..tuning.record import read_sweep
-from ..tuning.sweep import LoadedSweep, load_sweep
+from ..tuning.sweep import LoadedSweep, load_sweep, split_overrides
 from .tune_table import render_ending, render_sweep
 
 if TYPE_CHECKING:
     from ..tuning.conductor import Ending
 
-_RECIPE = "recipe."
 _LOOK_SECONDS = 1.0
 
 
@@ -56,8 +55,12 @@ def run_sweep(path: Path, options: argparse.Namespace) -> None:
             # Ray reads its environment when it is imported, so not before.
             from ..tuning.tune import Watcher
             from ..tuning.tune import tune as carry_out
+            from .preflight import try_running_cluster
 
-            record = carry_out(plan, Watcher(_phase, _tell_end), stop)
+            tried = try_running_cluster(
+                _one_worker(plan.recipe), options.address, options.wait_for_nodes
+            )
+            record = carry_out(plan, Watcher(_phase, _tell_end), stop, tried.worker_env)
     print(json.dumps(record, indent=2) if options.json else render_sweep(record, plan.folder))
 
 
@@ -86,12 +89,10 @@ def show_sweep(name: str, options: argparse.Namespace) -> None:
 
 
 def _load(path: Path, options: argparse.Namespace) -> LoadedSweep:
-    recipe = [one for one in options.overrides if one.startswith(_RECIPE)]
-    own = [one for one in options.overrides if not one.startswith(_RECIPE)]
+    own, of_recipe = split_overrides(options.overrides)
     bounds = [f"stop_when.{bound}" for bound in options.bounds]
     local = ["scale.workers=0"] if options.local else []
-    changes = [one.removeprefix(_RECIPE) for one in recipe]
-    return load_sweep(path, (*own, *bounds), (*changes, *local))
+    return load_sweep(path, (*own, *bounds), (*of_recipe, *local))
 
 
 def _read(folder: Folder) -> Record:
@@ -99,6 +100,14 @@ def _read(folder: Folder) -> Record:
     if record is None:
         raise InputError(f"{folder} holds no sweep")
     return record
+
+
+def _one_worker(recipe: Recipe) -> Recipe:
+    """A trial without Ray Train takes a place on the cluster all the same."""
+    if recipe.scale.most_workers:
+        return recipe
+    scale = recipe.scale.model_copy(update={"workers": 1})
+    return recipe.model_copy(update={"scale": scale})
 
 
 def _needed_cpus(scale: ScaleSettings) -> int:

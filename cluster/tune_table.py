@@ -57,6 +57,10 @@ def _table(record: Record) -> str:
     names = [name if short.count(name) == 1 else key for key, name in zip(keys, short, strict=True)]
     header = ["trial", "state", *metrics, *names, "tokens"]
     lines = [_line(row, keys, metrics, row["number"] in record["best"]) for row in _ordered(record)]
+    if any(row.get("parent") for row in rows):
+        header.append("from")
+        for line, row in zip(lines, _ordered(record), strict=True):
+            line.append(str(row["parent"]["trial"]) if row.get("parent") else "")
     return columns([header, *lines], _WORDS)
 
 

@@ -86,7 +86,7 @@ def _attempts(
             cause = watch.reason
         run.delete(STOP_FILE)
         tell(f"starting the workers anew: {cause}")
-        job = Job(recipe=job["recipe"], run=job["run"], prepared=job["prepared"], cause=cause)
+        job = cast(Job, {**job, "cause": cause})
         workers = await_room(wanted, scale.node_wait, stop, tell)
     return Outcome(status="stopped", error=None, exit_code=130)
 

@@ -55,6 +55,8 @@ class Job(TypedDict):
     """URI of the run's folder."""
     prepared: str
     """URI of the prepared data set."""
+    until: NotRequired[int | None]
+    """A step to save and stop after, before the run's end."""
     cause: NotRequired[str]
     """Why an earlier attempt of the same driver ended."""
 
@@ -101,6 +103,7 @@ class _Worker:
         self.method = method_of(self.recipe)
         self.cause = job.get("cause")
         self.total_steps = self.recipe.total_steps(prepared.manifest.train.sequences)
+        self.until = job.get("until")
         self.position = Position()
         self.held_out: dict[str, float] = {}
         self.stopped = False
@@ -241,7 +244,7 @@ class _Worker:
             rows=self._training_rows,
             after_step=self._after_step,
             is_logged=self._is_logged,
-            stop_requested=self.session.stop_requested,
+            stop_requested=self._stop_requested,
             flags=lambda: (self.saver.is_over,),
             lora_plus_ratio=self.recipe.optim.lora_plus_ratio,
             max_skipped_steps=self.recipe.optim.max_skipped_steps,
@@ -298,6 +301,11 @@ class _Worker:
         passes = accumulation_steps(split.sequences, size, session.world_size)
         filled = passes if self.strategy == "fsdp" else 0
         return in_batches(sequences, size, at_least=filled)
+
+    def _stop_requested(self) -> bool:
+        """Asked before a step, whether to save and stop after it."""
+        is_due = self.until is not None and self.position.step + 1 >= self.until
+        return is_due or self.session.stop_requested()
 
     # after every step
 

@@ -251,6 +251,25 @@ class StreamTrainer(Trainer):
     ) -> None:
         load_weights(self.model, Path(resume_from_checkpoint))
 
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """The state is the checkpoint's, the settings are the recipe's: a population's member goes
+        on from another's weights with settings of its own."""
+        assert self.optimizer is not None and self.lr_scheduler is not None
+        own = [
+            {name: value for name, value in group.items() if name != "params"}
+            for group in self.optimizer.param_groups
+        ]
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is None:
+            return
+        scheduler = self.lr_scheduler
+        scheduler.base_lrs = [group["initial_lr"] for group in own]
+        for group, settings, factor in zip(
+            self.optimizer.param_groups, own, scheduler.lr_lambdas, strict=True
+        ):
+            group.update(settings, lr=settings["initial_lr"] * factor(scheduler.last_epoch))
+        scheduler._last_lr = [group["lr"] for group in self.optimizer.param_groups]
+
     def _load_rng_state(self, checkpoint: str | None) -> None:
         """Each rank's own state; by another number of workers, one drawn from seed, step, rank."""
         if checkpoint is None:

@@ -14,11 +14,8 @@ from ..training.run_folder import Record, read_run
 from ..training.stop import Stop
 from ..training.storage import Folder
 from .plan import Plan
-from .record import BEST_FILE, trial_folder
+from .record import BEST_FILE, PARETO_FOLDER, RETRAINED_FOLDER, lineage, trial_folder
 from .sweep import Retrain
-
-PARETO_FOLDER = "pareto"
-RETRAINED_FOLDER = "retrained"
 
 
 def best_recipe(plan: Plan, settings: dict[str, Any], name: str) -> Recipe:
@@ -35,19 +32,22 @@ def export_best(plan: Plan, record: Record) -> None:
     rows = {row["number"]: row for row in record["trials"]}
     front = [rows[number] for number in record["best"]]
     name = f"{plan.sweep.name}-best"
-    _write_recipe(plan, plan.folder, BEST_FILE, front[0], name)
+    _write_recipe(plan, record, plan.folder, BEST_FILE, front[0], name)
     for row in front if len(plan.metrics) > 1 else []:
         file = f"trial-{row['number']:04d}.yaml"
-        _write_recipe(plan, plan.folder / PARETO_FOLDER, file, row, f"{name}-{row['number']}")
+        pareto = plan.folder / PARETO_FOLDER
+        _write_recipe(plan, record, pareto, file, row, f"{name}-{row['number']}")
     trial = trial_folder(plan.folder, front[0]["number"])
     result = (read_run(trial) or {}).get("result")
     record["result"] = result
     if result is not None:
         plan.folder.delete(result)
-        _copy(trial / result, plan.folder / result)
+        copy(trial / result, plan.folder / result)
 
 
-def _write_recipe(plan: Plan, folder: Folder, file: str, row: Record, name: str) -> None:
+def _write_recipe(
+    plan: Plan, record: Record, folder: Folder, file: str, row: Record, name: str
+) -> None:
     recipe = best_recipe(plan, row["settings"], name)
     values = ", ".join(
         f"{metric.name} {value:.6g}"
@@ -56,16 +56,39 @@ def _write_recipe(plan: Plan, folder: Folder, file: str, row: Record, name: str)
     written = recipe.model_dump(mode="json", exclude_unset=True)
     text = yaml.safe_dump(written, sort_keys=False, allow_unicode=True)
     head = f"# Trial {row['number']} of the sweep {plan.sweep.name}: {values}\n"
-    folder.create().write(file, (head + text).encode())
+    folder.create().write(file, (head + _course(record, row) + text).encode())
 
 
-def _copy(source: Folder, target: Folder) -> None:
+def _course(record: Record, row: Record) -> str:
+    """Comment lines with the settings that a population's member went through; none for others."""
+    line = lineage(record, row)
+    if len(line) == 1:
+        return ""
+    ends = [f"{one['parent']['tokens']:,.0f} tokens" for one in line[1:]] + ["the end"]
+    stages = [
+        f"#   to {end}: {one['settings']} (trial {one['number']})\n"
+        for end, one in zip(ends, line, strict=True)
+    ]
+    return (
+        "# Its settings changed while it trained. This recipe holds the last ones, and trains\n"
+        "# other weights than those beside it, which went through:\n" + "".join(stages)
+    )
+
+
+def copy(source: Folder, target: Folder) -> None:
+    """Copy every file of a folder into another, on any storage."""
     with tempfile.TemporaryDirectory(prefix="finray-best-") as scratch:
         source.download(Path(scratch))
         target.upload(Path(scratch))
 
 
-def retrain(plan: Plan, record: Record, phase: Callable[[str], None], stop: Stop) -> None:
+def retrain(
+    plan: Plan,
+    record: Record,
+    phase: Callable[[str], None],
+    stop: Stop,
+    worker_env: dict[str, str],
+) -> None:
     """Run the best recipe once more with each seed; a run that is there already is kept."""
     settings = plan.sweep.retrain
     assert settings is not None
@@ -74,7 +97,7 @@ def retrain(plan: Plan, record: Record, phase: Callable[[str], None], stop: Stop
     for seed in settings.seeds:
         recipe = _retrained(plan, row["settings"], settings, seed)
         phase(f"training the best settings with seed {seed}")
-        told = train(recipe, Listener(phase, lambda _: None), stop)
+        told = train(recipe, Listener(phase, lambda _: None), stop, worker_env)
         runs.append({"seed": seed, "folder": run_folder(recipe).uri, "metrics": told["metrics"]})
     record["retrained"] = {"data": settings.data, "runs": runs, "spread": _spread(runs)}
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from ..training.errors import FinrayError, InputError, RunError
 from ..training.methods import Metric
 from ..training.run_folder import Record
+from .pbt import Population
 from .study import Assignment, SweepStudy
 from .sweep import Sweep
 
@@ -40,6 +41,7 @@ class Conductor:
         seconds_before: that earlier attempts took.
         on_change: called whenever something is known of a trial; with an `Ending` at its end.
         on_over: called once, when running trials shall stop because the sweep is over.
+        population: with population-based training, says who trains next.
     """
 
     def __init__(
@@ -50,6 +52,7 @@ class Conductor:
         seconds_before: float,
         on_change: Callable[[Ending | None], None],
         on_over: Callable[[], None],
+        population: Population | None = None,
     ) -> None:
         self._sweep = sweep
         self._study = study
@@ -57,6 +60,7 @@ class Conductor:
         self._concurrency = concurrency
         self._on_change = on_change
         self._on_over = on_over
+        self._population = population
         self._started = time.monotonic() - seconds_before
         self._running: set[int] = set()
         self._given_up: dict[int, str] = {}
@@ -88,19 +92,29 @@ class Conductor:
     def end(self, reason: str) -> None:
         """The sweep is over: no trial starts any more, and running ones are given up."""
         with self._lock:
-            if self.over is None:
-                self.over = reason
-                self._on_over()
+            if self.over is not None:
+                return
+            self.over = reason
+            self._on_over()
+            if self._population is not None:
+                for number in self._population.parked(self._running):
+                    self._study.prune(number, f"stopped: {reason}", self._study.measures(number))
+                    self._on_change(Ending(number, "pruned", reason))
 
     def next(self) -> Assignment | None:
         """The next trial; None for none now, and `is_finished` tells whether there will be one."""
         with self._lock:
             if self.is_finished or len(self._running) >= self._concurrency:
                 return None
-            assignment = self._study.ask(only_queued=self._sweep.sampler == "grid")
-            if assignment is None:
-                if self.over is None:
+            if self._population is not None:
+                for number, reason in self._population.turn():
+                    self._on_change(Ending(number, "pruned", reason))
+                assignment = self._population.next(self._running)
+            else:
+                assignment = self._study.ask(only_queued=self._sweep.sampler == "grid")
+                if assignment is None and self.over is None:
                     self.over = "there is no further setting to try"
+            if assignment is None:
                 return None
             self._running.add(assignment.number)
             self._on_change(None)
@@ -111,6 +125,8 @@ class Conductor:
         """Whether no further trial will start."""
         if self.over is not None or self.is_interrupted:
             return True
+        if self._population is not None:
+            return self._population.is_finished
         return not self._study.has_unfinished and len(self._study.rows()) >= self._sweep.trials
 
     def reported(self, number: int, tokens: int, value: float | None, is_last: bool) -> bool:
@@ -155,8 +171,11 @@ class Conductor:
             self._study.prune(number, f"pruned at {tokens:,.0f} tokens", measures)
             return Ending(number, "pruned", self._told(measures))
         elif given_up is None and status != "failed" and error is None:
+            if status == "paused" and self._population is not None and self.over is None:
+                self._all_failed = False
+                self._population.stands(number, measures)
             if self.over is None:
-                return None  # saved; an interrupted sweep takes it up again
+                return None  # saved; taken up again at its turn, or when the sweep goes on
             self._study.prune(number, f"stopped: {self.over}", measures)
             return Ending(number, "pruned", self.over)
         else:

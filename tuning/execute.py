@@ -12,17 +12,16 @@ import tempfile
 from collections.abc import Callable
 from typing import Any
 
-import ray
 from ray import tune
 from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
 
-from ..training.errors import InputError
 from ..training.launch import run_beside
 from ..training.recipe import ScaleSettings
 from ..training.run_folder import Record
 from ..training.stop import Stop
 from .conductor import Conductor
+from .room import slot_resources
 from .study import Assignment
 from .trial import TrialConfig, TrialSlot
 
@@ -33,57 +32,15 @@ _ENVIRONMENT = {
     "RAY_AIR_NEW_OUTPUT": "0",
     "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",
 }
-_DRIVER_CPUS = 0.1
-"""Of a trial that only starts and follows Ray Train workers; Ray Tune does not take 0."""
-
 MakeConfig = Callable[[Assignment], TrialConfig]
 
 
-def slot_resources(scale: ScaleSettings) -> dict[str, float]:
-    """What a trial's own process takes."""
-    if scale.most_workers > 1:
-        return {"CPU": _DRIVER_CPUS}
-    gpus = gpus_per_worker(scale)
-    return {"CPU": float(scale.cpus_per_worker), **({"GPU": gpus} if gpus else {})}
-
-
-def gpus_per_worker(scale: ScaleSettings) -> float:
-    """GPUs of a worker; a part of one lets several trials share it."""
-    if scale.gpus_per_worker != "auto":
-        return float(scale.gpus_per_worker)
-    return 1.0 if ray.cluster_resources().get("GPU", 0) > 0 else 0.0
-
-
-def decide_concurrency(wanted: int | str, scale: ScaleSettings) -> int:
-    """Trials at a time on the initialised Ray.
-
-    Raises:
-        InputError: where it can never hold so many, or not even one.
-    """
-    have = ray.cluster_resources()
-    workers = max(1, scale.most_workers)
-    cpus = float(workers * scale.cpus_per_worker)
-    if workers > 1:
-        cpus += 1 + _DRIVER_CPUS  # a CPU for the tasks that stream the data
-    gpus = workers * gpus_per_worker(scale)
-    rooms = {"CPU": have.get("CPU", 0.0) / cpus}
-    if gpus:
-        rooms["GPU"] = have.get("GPU", 0.0) / gpus
-    kind = min(rooms, key=lambda one: rooms[one])
-    most = int(rooms[kind] + 1e-6)
-    if wanted == "auto" and most:
-        return most
-    if most < 1 or int(wanted) > most:
-        amount = cpus if kind == "CPU" else gpus
-        raise InputError(
-            f"concurrency: {wanted} trials of {amount:g} {kind}s each are wanted, and the cluster "
-            f"has {have.get(kind, 0.0):g} {kind}s: it holds {most} at a time"
-        )
-    return int(wanted)
-
-
 def execute(
-    conductor: Conductor, make_config: MakeConfig, scale: ScaleSettings, stop: Stop
+    conductor: Conductor,
+    make_config: MakeConfig,
+    scale: ScaleSettings,
+    stop: Stop,
+    tell: Callable[[str], None],
 ) -> None:
     """Run trials until the conductor has none left, or `stop` is requested.
 
@@ -92,9 +49,11 @@ def execute(
         make_config: what a slot is told of a trial.
         scale: the size of a trial.
         stop: ends the sweep so that it can be taken up again.
+        tell: called with what happens to slots.
     """
     os.environ.update(_ENVIRONMENT)
-    logging.getLogger("ray.tune").setLevel(logging.ERROR)
+    # A lost process is told in a line, without a traceback.
+    logging.getLogger("ray.tune").setLevel(logging.CRITICAL)
     with tempfile.TemporaryDirectory(prefix="finray-tune-") as scratch:
         searcher = _ConductedSearch(conductor, make_config)
         tuner = tune.Tuner(
@@ -109,11 +68,28 @@ def execute(
                 name="trials",
                 storage_path=scratch,
                 verbose=0,
+                callbacks=[_Losses(tell)],
                 failure_config=tune.FailureConfig(max_failures=scale.max_failures),
                 checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
             ),
         )
         run_beside(tuner.fit, stop, conductor.interrupt)
+
+
+class _Losses(tune.Callback):
+    """Tells of trials whose process was lost, with its node or alone."""
+
+    def __init__(self, tell: Callable[[str], None]) -> None:
+        self._tell = tell
+
+    def on_trial_recover(self, iteration: int, trials: Any, trial: Any, **_: Any) -> None:
+        """The trial will run in another slot."""
+        del iteration, trials
+        number = trial.config["number"]
+        self._tell(f"trial {number}: its process was lost; it resumes in another one")
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {}
 
 
 class _ConductedSearch(Searcher):

@@ -8,6 +8,7 @@ from optuna import visualization
 from optuna.trial import FrozenTrial, TrialState
 
 from ..training.run_folder import Record
+from .record import lineage
 
 _COLOURS = {"finished": "#2f5bb7", "pruned": "#b9b4aa", "failed": "#b3261e", "running": "#b5520f"}
 _ENOUGH = 2
@@ -60,7 +61,7 @@ def learning_curves(record: Record) -> go.Figure:
     for row in record["trials"]:
         if not row["curve"]:
             continue
-        tokens, values = zip(*row["curve"], strict=True)
+        tokens, values = zip(*_whole_curve(record, row), strict=True)
         is_pruned = row["state"] == "pruned"
         symbols = ["circle"] * (len(tokens) - 1) + ["x" if is_pruned else "circle"]
         figure.add_scatter(
@@ -76,6 +77,16 @@ def learning_curves(record: Record) -> go.Figure:
     if rung:
         figure.add_vline(x=rung, line_dash="dash", line_color="#6a665e", annotation_text="rung")
     return _labelled(figure, "trained tokens of the trial", record)
+
+
+def _whole_curve(record: Record, row: Record) -> list[list[float]]:
+    """A trial's curve, from the point on where it took over another's weights."""
+    parent = row.get("parent")
+    if parent is None:
+        return list(row["curve"])
+    before: list[list[float]] = lineage(record, row)[-2]["curve"]
+    start = [point for point in before if point[0] == parent["tokens"]]
+    return [*start, *row["curve"]]
 
 
 def over_compute(record: Record) -> go.Figure:

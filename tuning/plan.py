@@ -12,6 +12,12 @@ from .rule import default_space
 from .space import Excluded, Settings, Space
 from .sweep import LoadedSweep, Sweep
 
+CHANGEABLE = (
+    *("optim.learning_rate", "optim.weight_decay", "optim.max_grad_norm", "optim.beta1"),
+    *("optim.beta2", "adapter.dropout"),
+)
+"""What may change while a model trains: neither its shape, nor its data, nor what is measured."""
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -30,6 +36,11 @@ class Plan:
     """Combinations that make no valid recipe, the first ones of them."""
     prunes: bool
     """Whether trials are stopped early."""
+
+    @property
+    def is_population(self) -> bool:
+        """Whether trials take over the weights of better ones."""
+        return self.sweep.pruning.kind == "pbt"
 
     @property
     def trials(self) -> int:
@@ -53,6 +64,8 @@ def make_plan(loaded: LoadedSweep) -> Plan:
         raise InputError(
             f"{loaded.place('search')}: search: every value is computed, none searched"
         )
+    if sweep.pruning.kind == "pbt":
+        _check_changeable(loaded, space)
     count, excluded = space.excluded()
     space.data_settings()
     points = [space.rule_of_thumb()]
@@ -85,4 +98,13 @@ def _prunes(loaded: LoadedSweep, metrics: Sequence[Metric]) -> bool:
             f"{loaded.place('pruning')}: pruning.kind {kind}: {metrics[0].name} is known at a "
             "trial's end only, too late to stop it; leave pruning out"
         )
-    return possible and kind != "none"
+    return possible and kind not in ("none", "pbt")
+
+
+def _check_changeable(loaded: LoadedSweep, space: Space) -> None:
+    for key in space.keys:
+        if key not in CHANGEABLE:
+            raise InputError(
+                f"{loaded.place('search', key)}: search.{key}: with pruning.kind pbt a trial goes "
+                f"on from another's weights, so only {', '.join(CHANGEABLE)} can be searched"
+            )

@@ -5,14 +5,19 @@ from typing import Any
 
 from ..training.books import now
 from ..training.errors import InputError
-from ..training.run_folder import RUN_FILE, Record, parse_record
+from ..training.run_folder import METRICS_FILE, RECIPE_FILE, RUN_FILE, Record, parse_record
 from ..training.storage import Folder
 
 SWEEP_FILE = "sweep.json"
 """Settings, state and result of the sweep; `trials` holds a record of each."""
 BEST_FILE = "best.yaml"
 REPORT_FILE = "report.html"
+STUDY_FILE = "optuna.db"
 TRIALS_FOLDER = "trials"
+PARETO_FOLDER = "pareto"
+RETRAINED_FOLDER = "retrained"
+_OF_THE_SWEEP = (SWEEP_FILE, BEST_FILE, REPORT_FILE, STUDY_FILE)
+_OF_A_RUN = (RUN_FILE, RECIPE_FILE, METRICS_FILE)
 
 
 def read_sweep(folder: Folder) -> Record | None:
@@ -38,6 +43,14 @@ def write_sweep(folder: Folder, record: Record) -> None:
     folder.write(SWEEP_FILE, text.encode() + b"\n")
 
 
+def is_result(name: str) -> bool:
+    """Whether a file of the folder (by its relative path) is of use to a reader elsewhere."""
+    first, _, rest = name.partition("/")
+    if first in (TRIALS_FOLDER, RETRAINED_FOLDER):
+        return rest.partition("/")[2] in _OF_A_RUN
+    return name in _OF_THE_SWEEP or first in ("adapter", "model", PARETO_FOLDER)
+
+
 def saved_share(record: Record) -> float | None:
     """Of the tokens that all trials would have taken without pruning, the share not spent."""
     ended = [row for row in record["trials"] if row["state"] in ("finished", "pruned")]
@@ -46,6 +59,23 @@ def saved_share(record: Record) -> float | None:
         return None
     share: float = 1 - sum(row["tokens"] for row in ended) / whole
     return max(0.0, share)
+
+
+def lineage(record: Record, row: Record) -> list[Record]:
+    """A trial's row, behind those of the trials whose weights it goes on from."""
+    rows = {one["number"]: one for one in record["trials"]}
+    line = [row]
+    while (parent := line[0].get("parent")) is not None:
+        line.insert(0, rows[parent["trial"]])
+    return line
+
+
+def note(row: Record) -> str:
+    """What there is to say of a trial beside its figures."""
+    told = [str(text) for text in (row["error"], row["reason"]) if text]
+    if row.get("parent") is not None:
+        told.insert(0, f"from trial {row['parent']['trial']}")
+    return "; ".join(told)
 
 
 def trial_name(number: int) -> str:

@@ -13,7 +13,7 @@ from ..training.report import asset
 from ..training.run_folder import Record
 from ..training.storage import Folder
 from .figures import figures
-from .record import REPORT_FILE, saved_share
+from .record import REPORT_FILE, note, saved_share
 
 
 def write_report(folder: Folder, study: optuna.Study, record: Record) -> None:
@@ -51,6 +51,7 @@ def render_report(study: optuna.Study, record: Record) -> str:
             facts=_facts(record),
             figures=drawn,
             cell=_cell,
+            note=note,
             count=text.count,
         )
     )

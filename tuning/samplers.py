@@ -56,7 +56,7 @@ def make_pruner(sweep: Sweep, is_pruned: bool, trial_tokens: int) -> optuna.prun
         trial_tokens: that a whole trial of the base recipe trains on.
     """
     kind = sweep.pruning.kind
-    if kind == "none" or not is_pruned:
+    if not is_pruned:
         return optuna.pruners.NopPruner()
     first = first_rung(sweep, trial_tokens)
     if kind == "median":
@@ -69,6 +69,19 @@ def make_pruner(sweep: Sweep, is_pruned: bool, trial_tokens: int) -> optuna.prun
 def first_rung(sweep: Sweep, trial_tokens: int) -> int:
     """Tokens after which a trial can be pruned first."""
     return sweep.pruning.min_tokens or max(1, trial_tokens // parts(sweep))
+
+
+def interval(sweep: Sweep, trial_tokens: int, total_steps: int, unit: int) -> int:
+    """Steps from one turn of a population to the next.
+
+    Args:
+        sweep: says how many tokens.
+        trial_tokens: that a whole trial trains on.
+        total_steps: of a trial.
+        unit: the interval is a multiple of so many steps.
+    """
+    steps = math.ceil(total_steps * first_rung(sweep, trial_tokens) / trial_tokens)
+    return math.ceil(steps / unit) * unit
 
 
 def parts(sweep: Sweep) -> int:

@@ -20,9 +20,9 @@ from ..training.errors import InputError
 from ..training.methods import Metric
 from ..training.run_folder import Record
 from ..training.storage import Folder
+from .record import STUDY_FILE
 from .space import Settings, Space
 
-STUDY_FILE = "optuna.db"
 _SET_UP = "set_up"
 _TRIES = 100
 """Suggestions that may be no valid recipe, or known already, one after the other."""
@@ -40,6 +40,8 @@ class Assignment:
 
     number: int
     settings: Settings
+    until: int | None = None
+    """Of a population's member: the turn that it trains up to."""
 
 
 class StudyFile:
@@ -177,7 +179,7 @@ class SweepStudy:
                 error = f"the objective {metric.name} is {'nan' if value is None else value}"
                 self.fail(number, error, measures)
                 return error
-        self._note(number, measures)
+        self.note(number, measures)
         self.optuna.tell(
             self._open.pop(number), [float(value) for value in values if value is not None]
         )
@@ -185,12 +187,12 @@ class SweepStudy:
 
     def prune(self, number: int, reason: str, measures: Record) -> None:
         """Tell that a trial was stopped early."""
-        self._note(number, measures, reason=reason)
+        self.note(number, measures, reason=reason)
         self.optuna.tell(self._open.pop(number), state=TrialState.PRUNED)
 
     def fail(self, number: int, error: str, measures: Record) -> None:
         """Tell that a trial failed."""
-        self._note(number, measures, error=error)
+        self.note(number, measures, error=error)
         self.optuna.tell(self._open.pop(number), state=TrialState.FAIL)
 
     def rows(self) -> list[Record]:
@@ -200,6 +202,10 @@ class SweepStudy:
             for trial in self._frozen(tuple(_STATES))
             if "settings" in trial.user_attrs and "earlier" not in trial.user_attrs
         ]
+
+    def measures(self, number: int) -> Record:
+        """What was noted of a trial last."""
+        return dict(self._frozen_one(number).user_attrs.get("measures", {}))
 
     def best(self) -> list[int]:
         """The best finished trial, or the Pareto front, the best in the first metric first."""
@@ -218,7 +224,8 @@ class SweepStudy:
 
     # in detail
 
-    def _note(self, number: int, measures: Record, **attributes: str) -> None:
+    def note(self, number: int, measures: Record, **attributes: Any) -> None:
+        """Remember what a trial measured last, and what else is known of it."""
         trial = self._open[number]
         finite = {
             name: value
@@ -226,10 +233,12 @@ class SweepStudy:
             if not isinstance(value, float) or math.isfinite(value)
         }
         trial.set_user_attr("measures", finite)
-        for name, text in attributes.items():
-            trial.set_user_attr(name, text)
+        for name, value in attributes.items():
+            trial.set_user_attr(name, value)
 
     def _refusal(self, number: int, settings: Settings) -> str | None:
+        if "parent" in self._frozen_one(number).user_attrs:
+            return None  # it is not what it is by its settings alone
         for other in self._frozen((TrialState.COMPLETE, TrialState.PRUNED, TrialState.RUNNING)):
             attributes = other.user_attrs
             is_own = other.number != number and "earlier" not in attributes
@@ -254,13 +263,15 @@ def _row(trial: FrozenTrial) -> Record:
     measures: dict[str, Any] = attributes.get("measures", {})
     curve = sorted(trial.intermediate_values.items())
     tokens = measures.get("tokens") or (curve[-1][0] if curve else 0)
+    parent = attributes.get("parent")
     return {
         "number": trial.number,
         "state": _STATES[trial.state],
         "settings": attributes["settings"],
         "values": trial.values if trial.state == TrialState.COMPLETE else None,
         "latest": curve[-1][1] if curve else None,
-        "tokens": tokens,
+        "tokens": tokens - parent["tokens"] if parent and tokens else tokens,
+        "parent": parent,
         "measures": measures,
         "curve": [[step, value] for step, value in curve],
         "reason": attributes.get("reason"),

@@ -4,6 +4,7 @@
 """
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -23,6 +24,7 @@ from ..training.recipe_file import (
 from ..training.section import PositiveInt, Section
 from .distribution import Distribution
 
+_RECIPE = "recipe."
 _UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 
 
@@ -50,15 +52,18 @@ def _as_objectives(value: Any) -> Any:
 
 
 class Pruning(Section):
-    kind: Literal["auto", "asha", "median", "none"] = "auto"
+    kind: Literal["auto", "asha", "median", "pbt", "none"] = "auto"
     """Which trials are stopped early. asha: those outside the best 1/reduction at a rung, a number
     of trained tokens (asynchronous successive halving). median: those worse than the median of
-    the others at the same number of tokens. auto: asha for one objective that is measured while a
-    run goes on, else none."""
+    the others at the same number of tokens. pbt: none for good, but the worst of a population of
+    `trials` members give way to copies of the best with other settings (population-based
+    training); what is searched must be such that it can change in mid-run. auto: asha for one
+    objective that is measured while a run goes on, else none."""
     reduction: Annotated[int, Field(ge=2)] = 2
     """Each rung lies at so many times the tokens of the one before."""
     min_tokens: PositiveInt | None = None
-    """The first rung; by default so that three rungs lie before a whole trial's tokens."""
+    """The first rung; by default so that three rungs lie before a whole trial's tokens. pbt: from
+    one turn to the next; by default a fifth of a whole trial's tokens."""
 
 
 class StopWhen(Section):
@@ -124,6 +129,19 @@ class Sweep(Section):
         if len(set(metrics)) < len(metrics):
             raise ValueError("objective names a metric twice")
         several = len(metrics) > 1
+        if self.pruning.kind == "pbt":
+            if self.retrain is not None:
+                raise ValueError(
+                    "retrain runs one recipe, and pruning.kind pbt finds a course of settings; "
+                    "leave it out"
+                )
+            if self.sampler == "grid":
+                raise ValueError("sampler grid ends with its last setting; pbt finds new ones")
+            if self.trials < 2 or 1 + len(self.points) > self.trials:
+                raise ValueError(
+                    f"trials: {self.trials} members of a population are too few; pbt needs two, "
+                    "and one more than there are points"
+                )
         if several and self.pruning.kind not in ("auto", "none"):
             raise ValueError(
                 f"pruning.kind {self.pruning.kind} compares one number; with several objectives "
@@ -149,6 +167,22 @@ class LoadedSweep:
     def place(self, *key: str | int) -> str:
         """file:line of a key of the sweep."""
         return self.document.place(key)
+
+
+def is_sweep(path: Path) -> bool:
+    """Whether a file is a sweep and no recipe, which has no base recipe.
+
+    Raises:
+        InputError: it cannot be read.
+    """
+    return "recipe" in read_recipe_file(path).values
+
+
+def split_overrides(overrides: Sequence[str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """`dotted.key=value` strings of the sweep, and those of its base recipe: recipe.KEY=VALUE."""
+    of_recipe = [one for one in overrides if one.startswith(_RECIPE)]
+    own = [one for one in overrides if not one.startswith(_RECIPE)]
+    return tuple(own), tuple(one.removeprefix(_RECIPE) for one in of_recipe)
 
 
 def load_sweep(

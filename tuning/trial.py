@@ -5,6 +5,7 @@ for the answer: a pruned trial does no step more. A trial with several workers i
 that the thread starts and follows.
 """
 
+import os
 import queue
 import threading
 from functools import lru_cache
@@ -31,9 +32,13 @@ class TrialConfig(TypedDict):
     """URI of its prepared data set."""
     sweep: str
     """URI of the sweep's folder; a stop file there ends the trial with a save."""
+    env: dict[str, str]
+    """Environment variables for those who train."""
     watched: list[str]
     """A measurement with one of these is reported; trials are judged by the first."""
     total_steps: int
+    until: int | None
+    """A step to save and pause after, before the end."""
 
 
 class Pruned(Exception):
@@ -45,6 +50,8 @@ class TrialSlot(tune.Trainable):
 
     def setup(self, config: TrialConfig) -> None:
         """Start the first trial."""
+        # Before torch is loaded: it reads them then.
+        os.environ.update(config["env"])
         self._running = RunningTrial(config)
 
     def step(self) -> Record:
@@ -73,11 +80,16 @@ class RunningTrial:
         self._is_waiting = False
         self._given_up = threading.Event()
         self._thread = threading.Thread(target=self._run, name="finray-trial", daemon=True)
-        self._thread.start()
 
     def next_report(self) -> Record:
-        """Let the training go on to its next report."""
-        if self._is_waiting:
+        """Let the training go on to its next report.
+
+        It starts at the first call: Ray Tune makes slots that it never uses, when one for the same
+        trial comes free meanwhile.
+        """
+        if self._thread.ident is None:
+            self._thread.start()
+        elif self._is_waiting:
             self._permits.release()
         report = self._reports.get()
         self._is_waiting = not report["done"]
@@ -87,7 +99,8 @@ class RunningTrial:
         """End the training without a save, and wait for its end."""
         self._given_up.set()
         self._permits.release()
-        self._thread.join()
+        if self._thread.ident is not None:
+            self._thread.join()
 
     def report(self, measures: dict[str, float]) -> None:
         """Called by the training thread: hand over, wait.
@@ -95,6 +108,8 @@ class RunningTrial:
         Raises:
             Pruned: the driver does not want the trial any more.
         """
+        if self._given_up.is_set():
+            raise Pruned
         if any(name in measures for name in self._config["watched"]):
             name = self._config["watched"][0]
             report = {
@@ -132,14 +147,19 @@ class RunningTrial:
         launch = self._launch_here if self._recipe.scale.most_workers <= 1 else self._launch_on_ray
         codes: list[int] = []
 
+        until = self._config["until"]
+
         def launch_and_note(job: Any) -> Any:
-            outcome = launch(job)
+            outcome = launch({**job, "until": until})
             codes.append(outcome["exit_code"])
             return outcome
 
         record = carry_out(self._recipe, prepared, launch_and_note)
+        status = str(record["status"])
+        if status == "stopped" and until is not None and record["step"] >= until:
+            status = "paused"
         told = {
-            **self._about(str(record["status"])),
+            **self._about(status),
             "measures": final_measures(self._recipe, record),
         }
         if record["status"] == "failed":
@@ -178,7 +198,7 @@ class RunningTrial:
         follower = threading.Thread(target=self._follow, args=(Folder(job["run"]), stop, ended))
         follower.start()
         try:
-            outcome = launch_on_ray(job, self._recipe.scale, stop, {})
+            outcome = launch_on_ray(job, self._recipe.scale, stop, self._config["env"])
         finally:
             ended.set()
             follower.join()
@@ -190,15 +210,17 @@ class RunningTrial:
         """Report what a run of several workers writes into its folder."""
         sweep_stop = _stop_event(self._config["sweep"])
         told = len(read_metrics(run))
-        tokens = 0
-        while not ended.wait(_POLL_SECONDS):
+        per_step, is_over = 0.0, False
+        while not is_over:
+            is_over = ended.wait(_POLL_SECONDS)
             if sweep_stop.is_set() or self._given_up.is_set():
                 stop.requested.set()
-            lines = read_metrics(run)
+            lines = [line for line in read_metrics(run) if line["step"]]
+            # A restart of the workers takes back the lines after its checkpoint.
             for line in lines[min(told, len(lines)) :]:
-                tokens = line.get("tokens", tokens)
+                per_step = line.get("tokens", 0) / line["step"] or per_step
                 try:
-                    self.report({"tokens": tokens, **line})
+                    self.report({"tokens": round(per_step * line["step"]), **line})
                 except Pruned:
                     stop.requested.set()
             told = len(lines)

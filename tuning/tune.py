@@ -3,28 +3,32 @@
 plan → compare with an earlier attempt → prepare → search → best → report
 """
 
+import math
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 
 from ..training.books import now
+from ..training.checkpoint import choose
 from ..training.data.prepared import Prepared
 from ..training.errors import Interrupted, RunError
 from ..training.lock import held
 from ..training.recipe import Recipe
 from ..training.run import Listener, prepare_data
-from ..training.run_folder import CHECKPOINTS_FOLDER, Record
+from ..training.run_folder import CHECKPOINTS_FOLDER, METRICS_FILE, Record
 from ..training.session import STOP_FILE
 from ..training.stop import Stop
 from ..training.storage import Folder
 from .attempt import check_folder, describe
-from .best import export_best, retrain
+from .best import copy, export_best, retrain
 from .conductor import Conductor, Ending
-from .execute import decide_concurrency, execute
+from .execute import execute
+from .pbt import Population
 from .plan import Plan
 from .record import TRIALS_FOLDER, trial_folder, trial_name, write_sweep
 from .report import write_report
-from .samplers import first_rung, make_pruner, make_sampler, parts
+from .room import decide_concurrency
+from .samplers import first_rung, interval, make_pruner, make_sampler, parts
 from .space import Settings
 from .study import Assignment, StudyFile, SweepStudy, earlier_trials
 from .trial import TrialConfig
@@ -40,8 +44,10 @@ class Watcher:
     """Called when a trial ended, with the sweep's record."""
 
 
-def tune(plan: Plan, watcher: Watcher, stop: Stop) -> Record:
+def tune(plan: Plan, watcher: Watcher, stop: Stop, worker_env: dict[str, str]) -> Record:
     """Carry the sweep to its end, from wherever it stands, on the initialised Ray.
+
+    `worker_env` are environment variables for those who train.
 
     Returns:
         sweep.json.
@@ -56,17 +62,25 @@ def tune(plan: Plan, watcher: Watcher, stop: Stop) -> Record:
     with held(plan.folder.create(), stop.requested, watcher.phase) as stale:
         if stale is not None:
             watcher.phase(f"taking over from {stale}")
-        return _Tuning(plan, watcher, earlier or {}, concurrency).run(stop)
+        return _Tuning(plan, watcher, earlier or {}, concurrency, worker_env).run(stop)
 
 
 class _Tuning:
     """One attempt at a sweep."""
 
-    def __init__(self, plan: Plan, watcher: Watcher, record: Record, concurrency: int) -> None:
+    def __init__(
+        self,
+        plan: Plan,
+        watcher: Watcher,
+        record: Record,
+        concurrency: int,
+        worker_env: dict[str, str],
+    ) -> None:
         self._plan = plan
         self._watcher = watcher
         self._record = record
         self._concurrency = concurrency
+        self._worker_env = worker_env
         self._folder = plan.folder
         self._file = StudyFile(plan.folder)
 
@@ -77,17 +91,23 @@ class _Tuning:
         self._trial_tokens = _tokens_of(self._plan.recipe, base)
         self._record_start()
         self._study = self._open_study()
+        sweep = self._plan.sweep.model_copy(update={"trials": self._plan.trials})
+        population = None
+        if self._plan.is_population:
+            population = Population(sweep, self._study, self._plan.space, self._inherit)
         self._conductor = Conductor(
-            self._plan.sweep.model_copy(update={"trials": self._plan.trials}),
+            sweep,
             self._study,
             self._concurrency,
             float(self._record.get("wall_seconds", 0.0)),
             self._changed,
             lambda: self._folder.write(STOP_FILE, b""),
+            population,
         )
         with _Alarm(self._conductor):
             self._watcher.phase(f"searching, trials at a time: {self._concurrency}")
-            execute(self._conductor, self._config, self._plan.recipe.scale, stop)
+            scale = self._plan.recipe.scale
+            execute(self._conductor, self._config, scale, stop, self._watcher.phase)
         return self._conclude(stop)
 
     # the start
@@ -157,14 +177,40 @@ class _Tuning:
         metric = self._plan.metrics[0].name
         if prepared is None or not metric.startswith("eval_") or recipe.eval.every_steps:
             return recipe
-        if not self._plan.prunes:
-            return recipe
         # A trial can only be judged at a rung where it is measured there.
-        steps = recipe.total_steps(prepared.manifest.train.sequences)
-        every = -(-steps // parts(self._plan.sweep))
+        if self._plan.is_population:
+            every = self._interval(recipe, prepared)
+        elif self._plan.prunes:
+            steps = recipe.total_steps(prepared.manifest.train.sequences)
+            every = -(-steps // parts(self._plan.sweep))
+        else:
+            return recipe
         return recipe.model_copy(
             update={"eval": recipe.eval.model_copy(update={"every_steps": every})}
         )
+
+    def _interval(self, recipe: Recipe, prepared: Prepared) -> int:
+        """Steps between a population's turns: at each it is measured, and it may stop."""
+        steps = recipe.total_steps(prepared.manifest.train.sequences)
+        unit = math.lcm(recipe.method.repeats, recipe.eval.every_steps or 1)
+        return interval(self._plan.sweep, self._trial_tokens, steps, unit)
+
+    def _until(self, assignment: Assignment, recipe: Recipe, prepared: Prepared) -> int | None:
+        """The step at which a member stands at a turn; None where the turn is its end."""
+        if assignment.until is None:
+            return None
+        step = assignment.until * self._interval(recipe, prepared)
+        return step if step < recipe.total_steps(prepared.manifest.train.sequences) else None
+
+    def _inherit(self, parent: int, child: int) -> None:
+        """Let a trial go on from another's last checkpoint, with its curve up to there."""
+        source, target = (trial_folder(self._folder, number) for number in (parent, child))
+        choice = choose(source / CHECKPOINTS_FOLDER)
+        if choice.name is None:
+            raise RunError(f"{source} has no checkpoint that trial {child} could go on from")
+        target.delete()
+        copy(source / CHECKPOINTS_FOLDER / choice.name, target / CHECKPOINTS_FOLDER / choice.name)
+        target.write(METRICS_FILE, source.read(METRICS_FILE))
 
     def _config(self, assignment: Assignment) -> TrialConfig:
         prepared = self._prepared[self._plan.space.data_key(assignment.settings)]
@@ -174,8 +220,10 @@ class _Tuning:
             recipe=recipe.model_dump(mode="json"),
             prepared=prepared.folder.uri,
             sweep=self._folder.uri,
+            env=self._worker_env,
             watched=[metric.name for metric in self._plan.metrics],
             total_steps=recipe.total_steps(prepared.manifest.train.sequences),
+            until=self._until(assignment, recipe, prepared),
         )
 
     def _changed(self, ending: Ending | None) -> None:
@@ -221,7 +269,7 @@ class _Tuning:
         if status == "failed":
             raise RunError(f"no trial came to its end with a result: {self._last_words()}")
         if self._plan.sweep.retrain is not None:
-            retrain(self._plan, self._record, self._watcher.phase, stop)
+            retrain(self._plan, self._record, self._watcher.phase, stop, self._worker_env)
             write_sweep(self._folder, self._record)
         return self._record
 

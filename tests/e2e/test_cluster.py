@@ -9,6 +9,7 @@ from contextlib import ExitStack, closing
 from pathlib import Path
 
 import pytest
+import yaml
 from harness import Finray, losses, reached, record, wait_until
 
 pytestmark = pytest.mark.timeout(600)
@@ -124,6 +125,39 @@ def test_stop_saves_and_the_same_submission_resumes(cluster: Cluster) -> None:
     assert record(run)["status"] == "finished"
     assert record(run)["restarts"][0]["step"] == saved
     assert sorted(losses(run)) == list(range(1, 251))
+
+
+def test_a_sweep_stops_and_the_same_submission_goes_on(cluster: Cluster) -> None:
+    finray = cluster.finray
+    base = finray.recipe(name="base", data__holdout=0.1, optim__max_steps=120)
+    sweep = finray.folder / "sweep.yaml"
+    search = {"optim.learning_rate": {"log_uniform": [1e-4, 1e-2]}}
+    values = {"name": "swept", "recipe": base.name, "search": search, "trials": 2, "concurrency": 1}
+    sweep.write_text(yaml.safe_dump(values), encoding="utf-8")
+    folder = finray.folder / "runs" / "swept"
+    trial = folder / "trials" / "trial-0000"
+    assert "submitted swept" in cluster.job("submit", sweep)
+    assert "under way already" in cluster.job("submit", sweep)
+    wait_until(lambda: reached(trial, 10), "step 10 of the first trial")
+    cluster.job("stop", "swept")
+    assert cluster.status("swept")["status"] == "STOPPED"
+    assert json.loads((folder / "sweep.json").read_text())["status"] == "stopped"
+
+    told = cluster.job("submit", sweep, "--wait")
+    assert "submitted swept again, as swept~2" in told and "sweep swept finished" in told
+    assert record(trial)["restarts"][0]["step"] >= 5
+    assert sorted(losses(trial)) == list(range(1, 121))
+    assert "done already" in cluster.job("submit", sweep)
+    assert "trial 0" in cluster.job("logs", "swept")
+
+    target = finray.folder / "fetched-sweep"
+    cluster.job("fetch", "swept", "--to", target)
+    for name in ("adapter/adapter_model.safetensors", "report.html", "best.yaml", "optuna.db"):
+        assert (target / name).read_bytes() == (folder / name).read_bytes()
+    assert record(target / "trials" / "trial-0000")["status"] == "finished"
+    assert not list(target.rglob("checkpoints"))
+    assert "sweep swept finished: 2 finished" in finray.run("tune", "show", target)
+    assert str(finray.data) not in (folder / "best.yaml").read_text(encoding="utf-8")
 
 
 def test_what_never_fits_is_told_at_once(cluster: Cluster) -> None:

@@ -1,12 +1,14 @@
 """Real sweeps of tiny trials: pruning, kills, interrupts, failures, and what they leave."""
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import yaml
-from harness import Finray, record, wait_until
+from harness import Finray, losses, metrics, reached, record, wait_until
 
 pytestmark = pytest.mark.timeout(900)
 
@@ -46,18 +48,22 @@ def states(finray: Finray) -> list[str]:
     return [row["state"] for row in told(finray).get("trials", [])]
 
 
+def slots(processes: Iterable[psutil.Process]) -> list[psutil.Process]:
+    """Those of trials; Ray Tune's wrapper gives them its name."""
+    return [one for one in processes if "ResourceTrainable" in one.name()]
+
+
 def test_a_sweep_killed_in_its_middle_goes_on(finray: Finray) -> None:
     sweep = write_sweep(finray, trials=7, concurrency=2, retrain={"seeds": [3], "data": "train"})
     folder = finray.folder / "runs" / "sweep"
     command = finray.start("tune", sweep)
     wait_until(lambda: states(finray).count("running") == 2 and len(states(finray)) > 2, "trials")
-    command.watch_family()
+    assert slots(command.watch_family())
     command.kill()
     ended = [row for row in told(finray)["trials"] if row["state"] != "running"]
     running = [row["number"] for row in told(finray)["trials"] if row["state"] == "running"]
     assert ended and running
-    slots = [process for process in command.survivors(30) if "TrialSlot" in process.name()]
-    assert not slots, "slots outlive their driver"
+    assert not slots(command.survivors(30)), "slots outlive their driver"
     started = {row["number"]: run_of(folder, row["number"])["started_at"] for row in ended}
 
     finray.run("tune", sweep, seconds=600)
@@ -100,6 +106,82 @@ def test_a_sweep_killed_in_its_middle_goes_on(finray: Finray) -> None:
 
 def run_of(sweep: Path, number: int) -> dict[str, Any]:
     return record(sweep / "trials" / f"trial-{number:04d}")
+
+
+def test_a_lost_slot_and_ctrl_c_cost_little(finray: Finray) -> None:
+    sweep = write_sweep(finray, {"optim__max_steps": 150}, trials=2, concurrency=1)
+    command = finray.start("tune", sweep)
+    trial = finray.folder / "runs" / "sweep" / "trials" / "trial-0000"
+    wait_until(lambda: bool(list(trial.glob("checkpoints/*/rank-0.json"))), "a checkpoint")
+    (slot,) = slots(command.watch_family())
+    slot.kill()
+    wait_until(lambda: len(record(trial).get("world_sizes", [])) == 2, "the trial elsewhere")
+    lost = record(trial)["restarts"][0]["step"]
+    assert lost > 0, "the trial began anew"
+    assert "trial 0: its process was lost" in command.output()
+
+    wait_until(lambda: reached(trial, lost + 5), "some more steps")
+    command.watch_family()
+    command.interrupt()
+    assert command.wait() == 130, command.output()
+    assert "Traceback" not in command.output()
+    assert not command.survivors(30), "processes outlive Ctrl-C"
+    assert told(finray)["status"] == "stopped" and states(finray) == ["running"]
+    saved = record(trial)["step"]
+    finray.run("tune", sweep, seconds=600)
+    assert told(finray)["status"] == "finished" and len(states(finray)) == 2
+    assert [one["step"] for one in record(trial)["restarts"]] == [lost, saved]
+    assert sorted(losses(trial)) == list(range(1, 151))
+
+
+def test_a_killed_sweep_of_several_workers_goes_on(finray: Finray) -> None:
+    sweep = write_sweep(finray, {"scale__workers": 2, "optim__max_steps": 30}, trials=2)
+    trial = finray.folder / "runs" / "sweep" / "trials" / "trial-0000"
+    command = finray.start("tune", sweep)
+    wait_until(lambda: bool(list(trial.glob("checkpoints/*/rank-1.json"))), "a checkpoint")
+    command.watch_family()
+    command.kill()
+    assert not [one for one in command.survivors(60) if "RayTrainWorker" in one.name()]
+    finray.run("tune", sweep, seconds=600)
+    assert set(states(finray)) <= {"finished", "pruned"} and "finished" in states(finray)
+    assert record(trial)["world_sizes"] == [2, 2] and record(trial)["restarts"][0]["step"] > 0
+    rows = told(finray)["trials"]
+    assert rows[0]["curve"] and rows[0]["curve"][0][0] > 0
+    message = finray.run("tune", sweep, "--set", "concurrency=9", code=2)
+    assert "holds 1 at a time" in message and "Traceback" not in message
+
+
+def test_a_population(finray: Finray) -> None:
+    """Members that go on from better ones, their checkpoints and curves included."""
+    rate = {"optim.learning_rate": {"log_uniform": [1e-5, 5e-2]}}
+    sweep = write_sweep(
+        finray, {"optim__max_steps": 20}, search=rate, trials=4, pruning={"kind": "pbt"}
+    )
+    finray.run("tune", sweep, "--local", seconds=600)
+    folder = finray.folder / "runs" / "sweep"
+    rows = {row["number"]: row for row in told(finray)["trials"]}
+    assert [row["state"] for row in rows.values()].count("finished") == 4
+    children = [row for row in rows.values() if row["parent"]]
+    assert children
+    for row in children:
+        run = folder / "trials" / f"trial-{row['number']:04d}"
+        parent = folder / "trials" / f"trial-{row['parent']['trial']:04d}"
+        begins = record(run)["restarts"][0]["step"]
+        assert begins > 0 and begins % 4 == 0
+        mine, theirs = losses(run), losses(parent)
+        assert {step: mine[step] for step in mine if step <= begins} == {
+            step: theirs[step] for step in theirs if step <= begins
+        }
+        rates = {line["step"]: line["learning_rate"] for line in metrics(run) if "loss" in line}
+        others = {line["step"]: line["learning_rate"] for line in metrics(parent) if "loss" in line}
+        settings = [
+            one["settings"]["optim.learning_rate"] for one in (row, rows[row["parent"]["trial"]])
+        ]
+        after = begins + 1
+        if after in rates and after in others and settings[0] != settings[1]:
+            assert rates[after] / others[after] == pytest.approx(settings[0] / settings[1])
+    best = (folder / "best.yaml").read_text(encoding="utf-8")
+    assert ("changed while it trained" in best) == bool(rows[told(finray)["best"][0]]["parent"])
 
 
 def test_trials_that_all_fail_alike_end_the_sweep(finray: Finray) -> None:

@@ -1,10 +1,13 @@
 """Whether workers fit nodes, and what would."""
 
+from typing import Any
+
 import pytest
 
 from finray.training.capacity import Demand, check_fits, demand, fitting_workers
 from finray.training.errors import InputError
 from finray.training.recipe import ScaleSettings
+from finray.tuning.room import trials_held
 
 GPU_NODE = {"CPU": 8.0, "GPU": 4.0}
 CPU_NODE = {"CPU": 16.0}
@@ -46,3 +49,23 @@ def test_gpus_are_taken_where_there_are_any() -> None:
     assert demand(scale, [CPU_NODE, GPU_NODE]).gpus == 1.0
     assert demand(scale, [CPU_NODE]).gpus == 0.0
     assert demand(ScaleSettings(gpus_per_worker=0.0), [GPU_NODE]).gpus == 0.0
+
+
+@pytest.mark.parametrize(
+    ("scale", "nodes", "held"),
+    [
+        ({"cpus_per_worker": 2}, [{"CPU": 3}, {"CPU": 3}], 2),
+        ({"workers": 0}, [{"CPU": 4}], 4),
+        ({"gpus_per_worker": 0.25}, [{"CPU": 16, "GPU": 2}], 8),
+        ({}, [{"CPU": 16, "GPU": 2}], 2),
+        ({"workers": 2}, [{"CPU": 4}], 1),  # who follows the workers takes a little too
+        ({"workers": 2}, [{"CPU": 2}], 0),
+        ({"workers": 2}, [{"CPU": 8}], 3),
+        ({"workers": (2, 4)}, [{"CPU": 10}], 2),
+        ({"workers": (2, 4)}, [{"CPU": 3}], 1),
+    ],
+)
+def test_trials_that_a_cluster_holds(
+    scale: dict[str, Any], nodes: list[dict[str, float]], held: int
+) -> None:
+    assert trials_held(ScaleSettings(**scale), nodes) == held

@@ -140,6 +140,8 @@ def test_names_of_modules_that_match_nothing(finray: Runner, command: str) -> No
 
 
 def test_schema_documents_every_setting(finray: Runner) -> None:
+    sweep = json.loads(finray("schema", "sweep", code=0))
+    assert "population" in sweep["$defs"]["Pruning"]["properties"]["kind"]["description"]
     schema = json.loads(finray("schema", code=0))
     rank = schema["$defs"]["LoraAdapter"]["properties"]["rank"]
     assert rank["description"] == "Rank of the update."
@@ -190,3 +192,10 @@ def test_a_sweep_does_not_take_a_runs_folder(finray: Runner) -> None:
     other = {"status": "running", "settings": {"search": {"optim.beta1": {}}}}
     (run / "sweep.json").write_text(json.dumps(other), encoding="utf-8")
     assert "holds a sweep with other settings" in finray("tune", write_sweep(finray), code=2)
+
+
+def test_a_sweep_is_no_run_of_kubernetes(finray: Runner) -> None:
+    recipe = finray.recipe()
+    path = finray.folder / "sweep.yaml"
+    path.write_text(yaml.safe_dump({"name": "s", "recipe": str(recipe)}), encoding="utf-8")
+    assert "finray job submit" in finray("k8s", "render", path, code=2)

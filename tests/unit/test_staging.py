@@ -8,9 +8,10 @@ import pytest
 import yaml
 
 from finray.cluster.job_driver import unpack
-from finray.cluster.staging import INPUTS_FOLDER, RECIPE_FILE, stage
+from finray.cluster.staging import INPUTS_FOLDER, RECIPE_FILE, SWEEP_FILE, stage, stage_sweep
 from finray.training.errors import InputError
 from finray.training.recipe import Recipe, load_recipe
+from finray.tuning.sweep import LoadedSweep, load_sweep
 
 
 @pytest.fixture
@@ -135,9 +136,65 @@ def test_the_same_files_unpack_to_the_same_recipe(tmp_path: Path, rows: Path) ->
     found = []
     for name in ("first", "second"):
         target = parcel(tmp_path, name)
-        digest = stage(make(rows, storage=str(storage)), target, ()).digest
-        found.append(unpack(target, digest))
+        stage(make(rows, storage=str(storage)), target, ())
+        found.append(unpack(target, RECIPE_FILE))
     assert found[0] == found[1]
-    path = Path(found[0].data.train[0].path)
+    path = Path(found[0]["data"]["train"][0]["path"])
     assert path.is_relative_to(storage / "run" / INPUTS_FOLDER)
     assert path.read_bytes() == (rows / "rows.jsonl").read_bytes()
+
+
+def make_sweep(folder: Path, storage: Path, **changes: Any) -> LoadedSweep:
+    make(folder)
+    values = {
+        "name": "sweep",
+        "recipe": "recipe.yaml",
+        "set": {"optim.max_steps": 5},
+        "search": {"method.kind": {"choice": ["sft", "orpo"]}},
+        "storage": str(storage),
+        **changes,
+    }
+    path = folder / "sweep.yaml"
+    path.write_text(yaml.safe_dump(values), encoding="utf-8")
+    return load_sweep(path)
+
+
+def test_a_sweep_travels_with_its_base_recipe_and_data(tmp_path: Path, rows: Path) -> None:
+    loaded = make_sweep(rows, tmp_path / "shared", trials=7)
+    target = parcel(tmp_path)
+    stage_sweep(loaded, target, ())
+    there = tmp_path / "resolved.yaml"
+    there.write_text(yaml.safe_dump(unpack(target, SWEEP_FILE)), encoding="utf-8")
+    arrived = load_sweep(there)
+    sent = Path(arrived.recipe.data.train[0].path)
+    assert sent.is_relative_to(tmp_path / "shared" / "sweep" / INPUTS_FOLDER)
+    assert sent.read_bytes() == (rows / "rows.jsonl").read_bytes()
+    assert arrived.recipe.optim.max_steps == 5 and arrived.sweep.search == loaded.sweep.search
+    # unset stays unset: written defaults of one method would contradict another's
+    assert arrived.recipe.method.model_fields_set == {"kind"}
+
+    more = parcel(tmp_path, "more")
+    stage_sweep(make_sweep(rows, tmp_path / "shared", trials=9), more, ())
+    again = unpack(more, SWEEP_FILE)["recipe"]["data"]["train"][0]["path"]
+    assert again == str(sent), "a sweep that grows would find its data elsewhere"
+
+
+def test_reward_functions_travel_inside_the_sweep(tmp_path: Path, rows: Path) -> None:
+    (rows / "rewards.py").write_text("def good(**columns):\n    return [1.0]\n", encoding="utf-8")
+    method = {"kind": "grpo", "rewards": [{"file": "rewards.py:good"}], "generations": 2}
+    search = {"optim.learning_rate": {"log_uniform": [1e-5, 1e-4]}}
+    grpo = {"optim.batch_size": 4, "optim.micro_batch_size": 2, "method": method}
+    loaded = make_sweep(rows, tmp_path / "shared", search=search, objective="reward", set=grpo)
+    target = parcel(tmp_path)
+    stage_sweep(loaded, target, ())
+    (rows / "rewards.py").unlink()
+    there = tmp_path / "resolved.yaml"
+    there.write_text(yaml.safe_dump(unpack(target, SWEEP_FILE)), encoding="utf-8")
+    assert "return [1.0]" in load_sweep(there).recipe.method.rewards[0].source
+
+
+def test_searched_files_do_not_travel(tmp_path: Path, rows: Path) -> None:
+    search = {"data.train.0.path": {"choice": ["rows.jsonl", "s3://bucket/rows.jsonl"]}}
+    loaded = make_sweep(rows, tmp_path, search=search)
+    with pytest.raises(InputError, match=r"sweep\.yaml:\d+: search\.data\.train\.0\.path.*rows"):
+        stage_sweep(loaded, parcel(tmp_path), ())

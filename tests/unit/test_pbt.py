@@ -1,0 +1,225 @@
+"""Population-based training played through: who gives way to whom, and what a crash changes."""
+
+import random
+from pathlib import Path
+from typing import Any
+
+import optuna
+import pytest
+from optuna.trial import TrialState
+
+from finray.training.errors import InputError
+from finray.training.methods import Metric
+from finray.training.recipe import Recipe
+from finray.tuning.conductor import Conductor, Ending
+from finray.tuning.distribution import Distribution
+from finray.tuning.pbt import Population, perturbed
+from finray.tuning.plan import make_plan
+from finray.tuning.samplers import make_pruner, make_sampler
+from finray.tuning.space import Space
+from finray.tuning.study import SweepStudy
+from finray.tuning.sweep import Sweep, load_sweep
+
+RATE, DECAY = "optim.learning_rate", "optim.weight_decay"
+TURNS, TOKENS = 4, 100
+
+
+class Killed(Exception):
+    pass
+
+
+class World:
+    """Members whose loss falls by how near their rate is to 1e-3; `weights` are what they reached.
+
+    Args:
+        recipe: the base.
+        settings: of the sweep.
+    """
+
+    def __init__(self, recipe: Recipe, **settings: Any) -> None:
+        self.storage = optuna.storages.InMemoryStorage()
+        search = {
+            RATE: Distribution(log_uniform=(1e-5, 1e-1)),
+            DECAY: Distribution(uniform=(0.0, 0.1)),
+        }
+        self.space = Space(search, recipe, Path("/"), lambda key: key)
+        values = {"trials": 8, "pruning": {"kind": "pbt"}, "sampler": "random", **settings}
+        self.sweep = Sweep.model_validate({"name": "s", "recipe": {}, **values})
+        self.weights: dict[int, tuple[int, float]] = {}
+        self.copies: list[tuple[int, int]] = []
+        self.kill_at: int | None = None
+        """After so many copies of a checkpoint the driver is gone."""
+
+    def open(self, concurrency: int = 3) -> None:
+        """A driver starts, or starts again."""
+        metrics = [Metric("eval_loss", "min")]
+        self.study = SweepStudy(
+            *(self.storage, "s", metrics, self.space),
+            make_sampler(self.sweep, 0),
+            make_pruner(self.sweep, False, 1000),
+        )
+        if not self.study.is_set_up:
+            self.study.set_up([self.space.rule_of_thumb()], [])
+        population = Population(self.sweep, self.study, self.space, self._inherit)
+        self.endings: list[Ending] = []
+        self.conductor = Conductor(
+            *(self.sweep, self.study, concurrency, 0.0, self._changed, lambda: None, population)
+        )
+
+    def _changed(self, ending: Ending | None) -> None:
+        self.endings += [ending] if ending else []
+
+    def _inherit(self, parent: int, child: int) -> None:
+        if self.kill_at is not None and len(self.copies) == self.kill_at:
+            self.kill_at = None
+            raise Killed
+        self.copies.append((parent, child))
+        self.weights[child] = self.weights[parent]
+
+    def play(self, failing: frozenset[int] = frozenset()) -> None:
+        """Train to the end, as many at a time as may."""
+        while not self.conductor.is_finished:
+            running = []
+            while (assignment := self.conductor.next()) is not None:
+                running.append(assignment)
+            assert running or self.conductor.is_finished, "nobody trains, and nobody may"
+            for one in reversed(running):
+                if one.number in failing:
+                    self.conductor.ended(one.number, {"status": "failed", "error": "nan"})
+                else:
+                    self._train(one.number, one.settings[RATE], one.until or TURNS)
+
+    def _train(self, number: int, rate: float, until: int) -> None:
+        reached, loss = self.weights.get(number, (0, 1.0))
+        for _ in range(reached, until):
+            loss *= 0.5 if 3e-4 < rate < 3e-3 else 0.9
+        self.weights[number] = (until, loss)
+        measures = {"eval_loss": loss, "tokens": until * TOKENS, "step": until}
+        self.conductor.reported(number, until * TOKENS, loss, until == TURNS)
+        status = "finished" if until == TURNS else "paused"
+        self.conductor.ended(number, {"status": status, "measures": measures})
+
+    def history(self) -> list[Any]:
+        rows = self.study.rows()
+        return [(row["state"], row["settings"], row["values"], row["parent"]) for row in rows]
+
+
+@pytest.fixture
+def recipe(tiny_model: Path) -> Recipe:
+    return Recipe.model_validate(
+        {
+            "name": "x",
+            "model": {"base": str(tiny_model)},
+            "adapter": {"rank": 2},
+            "data": {"train": [{"path": "/x"}], "holdout": 0.1},
+        }
+    )
+
+
+def test_the_worst_go_on_from_the_best(recipe: Recipe) -> None:
+    world = World(recipe)
+    world.open()
+    world.play()
+    rows = {row["number"]: row for row in world.study.rows()}
+    # of eight, two give way at each of the three turns before the last interval
+    assert len(rows) <= 8 + 2 * (TURNS - 1) and world.copies
+    states = [row["state"] for row in rows.values()]
+    assert states.count("finished") == 8 and states.count("pruned") == len(world.copies)
+    for parent, child in world.copies:
+        told = rows[child]["parent"]
+        assert told["trial"] == parent
+        curve = dict(rows[parent]["curve"])
+        loser = next(
+            row for row in rows.values() if f"gave way to trial {child}," in (row["reason"] or "")
+        )
+        assert curve[told["tokens"]] < dict(loser["curve"])[told["tokens"]]
+        mine, theirs = rows[child]["settings"], rows[parent]["settings"]
+        assert mine != theirs and mine.keys() == theirs.keys()
+        assert rows[child]["tokens"] == rows[child]["measures"]["tokens"] - told["tokens"]
+    own = sum(row["tokens"] for row in rows.values())
+    assert own == 8 * TURNS * TOKENS, "a copied token counts as trained"
+    best = rows[world.study.best()[0]]
+    assert best["values"] == [min(loss for _, loss in world.weights.values())]
+    told = {trial.state for trial in world.study.optuna.trials}
+    assert told == {TrialState.COMPLETE, TrialState.PRUNED}
+
+
+def test_the_course_follows_from_the_seed(recipe: Recipe) -> None:
+    courses = []
+    for concurrency, seed in ((8, 0), (1, 0), (8, 1)):
+        world = World(recipe, seed=seed)
+        world.open(concurrency)
+        world.play()
+        courses.append(world.history())
+    assert courses[0] == courses[1] != courses[2]
+
+
+@pytest.mark.parametrize("kill_at", [0, 1, 2, 3])
+def test_a_kill_in_the_middle_of_a_turn_changes_nothing(recipe: Recipe, kill_at: int) -> None:
+    whole = World(recipe)
+    whole.open()
+    whole.play()
+    world = World(recipe)
+    world.kill_at = kill_at
+    world.open()
+    with pytest.raises(Killed):
+        world.play()
+    world.open()
+    world.play()
+    assert world.history() == whole.history()
+
+
+def test_who_fails_is_replaced(recipe: Recipe) -> None:
+    world = World(recipe, trials=4)
+    world.open()
+    world.play(failing=frozenset({2}))
+    rows = world.study.rows()
+    assert rows[2]["state"] == "failed"
+    assert [row["state"] for row in rows].count("finished") == 4
+
+
+def test_a_population_that_fails_ends(recipe: Recipe) -> None:
+    world = World(recipe, trials=2)
+    world.open()
+    world.play(failing=frozenset(range(10)))
+    assert [row["state"] for row in world.study.rows()] == ["failed", "failed"]
+
+
+def test_a_used_up_budget_ends_who_waits(recipe: Recipe) -> None:
+    world = World(recipe, trials=3)
+    world.open(concurrency=1)
+    first = world.conductor.next()
+    assert first is not None
+    world._train(first.number, 1e-3, 1)
+    second = world.conductor.next()
+    assert second is not None and second.number != first.number
+    world.conductor.end("the time budget is used up")
+    assert [(one.number, one.state) for one in world.endings] == [(first.number, "pruned")]
+    assert world.conductor.is_finished
+
+
+def test_perturbed_values_lie_in_the_space(recipe: Recipe) -> None:
+    world = World(recipe)
+    settings = {RATE: 9e-2, DECAY: 0.0}
+    seen = [perturbed(world.space, settings, random.Random(seed)) for seed in range(60)]
+    rates = {one[RATE] for one in seen}
+    assert len(rates) > 10 and all(1e-5 <= rate <= 1e-1 for rate in rates)
+    assert {0.0, 0.01} <= {one[DECAY] for one in seen}, "nothing leaves zero"
+
+
+def test_what_cannot_change_in_mid_run_is_refused(tmp_path: Path) -> None:
+    text = """\
+name: s
+recipe: {model: {base: owner/model}, adapter: {}, data: {train: [{path: /x}], holdout: 0.1}}
+search:
+  optim.learning_rate: {log_uniform: [1.0e-4, 1.0e-3]}
+  adapter.rank: {choice: [2, 4]}
+pruning: {kind: pbt}
+"""
+    path = tmp_path / "sweep.yaml"
+    path.write_text(text, encoding="utf-8")
+    with pytest.raises(InputError, match=r"sweep\.yaml:5: search\.adapter\.rank.*learning_rate"):
+        make_plan(load_sweep(path))
+    for change in ("retrain={}", "sampler=grid", "trials=1"):
+        with pytest.raises(InputError, match="pbt"):
+            load_sweep(path, (change,))

@@ -1,0 +1,79 @@
+"""A run in segments is the run in one go, and another's checkpoint goes on with own settings."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from harness import assert_same_result, losses, metrics
+
+from finray.training.launch import launch_here
+from finray.training.recipe import Recipe
+from finray.training.run import Listener, carry_out, prepare_data, run_folder
+from finray.training.stop import Stop
+
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
+
+
+def make(model: Path, data: Path, storage: Path, name: str, **optim: Any) -> Recipe:
+    return Recipe.model_validate(
+        {
+            "name": name,
+            "model": {"base": str(model)},
+            "adapter": {"rank": 4, "dropout": 0.1},
+            "data": {"train": [{"path": str(data)}], "max_length": 128},
+            "optim": {
+                "batch_size": 4,
+                "micro_batch_size": 2,
+                "max_steps": 9,
+                "schedule": "linear",
+                "learning_rate": 1e-3,
+                **optim,
+            },
+            "log": {"every_steps": 1, "to": []},
+            "scale": {"workers": 0},
+            "storage": str(storage),
+        }
+    )
+
+
+def go(recipe: Recipe, until: int | None = None) -> dict[str, Any]:
+    """Train up to a step; returns run.json."""
+    prepared = prepare_data(recipe, Listener(lambda _: None, lambda _: None))
+    return carry_out(recipe, prepared, lambda job: launch_here({**job, "until": until}, Stop()))
+
+
+def test_segments_make_the_same_run(tiny_model: Path, chat_file: Path, tmp_path: Path) -> None:
+    whole, parts = (make(tiny_model, chat_file, tmp_path, name) for name in ("whole", "parts"))
+    assert go(whole)["status"] == "finished"
+    for until in (3, 7):
+        record = go(parts, until)
+        assert (record["status"], record["step"]) == ("stopped", until)
+    assert go(parts)["status"] == "finished"
+    assert_same_result(tmp_path / "parts", tmp_path / "whole")
+
+
+def test_an_inherited_checkpoint_goes_on_with_own_settings(
+    tiny_model: Path, chat_file: Path, tmp_path: Path
+) -> None:
+    parent = make(tiny_model, chat_file, tmp_path, "parent", weight_decay=0.1)
+    other = {"learning_rate": 3e-3, "beta2": 0.9, "weight_decay": 0.0}
+    child = make(tiny_model, chat_file, tmp_path, "child", **other)
+    go(parent, 4)
+    inherited = run_folder(child)
+    inherited.upload(tmp_path / "parent")
+    inherited.delete("run.json")
+    go(child, 5)
+    go(parent, 5)
+    rates = [metrics(tmp_path / name)[-1]["learning_rate"] for name in ("parent", "child")]
+    assert rates[1] == pytest.approx(3 * rates[0])
+    mine, theirs = losses(tmp_path / "child"), losses(tmp_path / "parent")
+    assert mine == theirs, "the fifth loss is that of the inherited weights"
+
+    import torch
+
+    state = torch.load(tmp_path / "child/checkpoints/step-00000005/optimizer.pt", weights_only=True)
+    for group in state["param_groups"]:
+        assert group["betas"] == (0.9, 0.9) and group["weight_decay"] == 0.0
+        assert group["initial_lr"] == 3e-3
+    steps = [one["step"] for one in state["state"].values()]
+    assert steps and set(map(float, steps)) == {5.0}, "the moments began anew"
