@@ -175,7 +175,8 @@ class RunningTrial:
         }
 
     def _launch_here(self, job: Any) -> Any:
-        from ..training.loop import Outcome, run_worker
+        from ..training.job import Outcome
+        from ..training.loop import run_worker
         from ..training.session import LocalSession
 
         trial = self
