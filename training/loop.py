@@ -267,12 +267,12 @@ class _Worker:
 
     def _after_step(self, measures: StepMeasures) -> bool:
         """Log, evaluate and save what is due; returns whether training ends here."""
-        self.watchdog.disarm()
         step, counts = measures.step, self.trainer.counts
         self.position.step = step
         self.position.tokens += counts.tokens
         if self._is_logged(step) or counts.stop:
             self._log(measures)
+        self.watchdog.disarm()
         if self._is_evaluated(step):
             with self.clock.paused():
                 self._evaluate()

@@ -43,7 +43,7 @@ def test_what_is_left_alone() -> None:
         for _ in range(8):
             dog.arm()
             time.sleep(SHORT / 4)
-            dog.disarm()
+        dog.disarm()
     assert told == []
     with Watchdog(None, told.append) as dog:
         dog.arm()
