@@ -349,6 +349,7 @@ def _facts(run: Record) -> Pairs:
         ("Finished", _time(run.get("finished_at"))),
         ("Last sign of life", "" if run.get("finished_at") else _time(run.get("updated_at"))),
         ("Workers", ", then ".join(str(size) for size in worlds)),
+        ("Skipped steps", ", ".join(str(one.get("step")) for one in run.get("skipped") or [])),
         ("Device", run.get("device")),
         ("Compute type", run.get("dtype")),
         ("Parameters", figures.count(parameters.get("total"))),
