@@ -299,7 +299,6 @@ class _Worker:
 
     def _after_step(self, measures: StepMeasures) -> bool:
         """Log, evaluate and begin to save what is due; returns whether training ends here."""
-        self.watchdog.disarm()
         step, counts = measures.step, self.trainer.counts
         self.position.step = step
         self.position.tokens += counts.tokens
@@ -307,6 +306,7 @@ class _Worker:
             self.saver.settle()
         if self._is_logged(step) or counts.stop:
             self._log(measures)
+        self.watchdog.disarm()
         if self._is_evaluated(step):
             with self.clock.paused():
                 self._evaluate()
