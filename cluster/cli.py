@@ -160,7 +160,8 @@ def _add_export(parser: argparse.ArgumentParser) -> None:
 def _add_job(parser: argparse.ArgumentParser) -> None:
     verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
     submit = verbs.add_parser("submit", help="send a recipe or a sweep with its files, and run it")
-    _add_recipe(submit)
+    submit.add_argument("recipe", metavar="FILE", type=Path, help="a recipe or a sweep, in YAML")
+    _add_overrides(submit, "a setting; recipe.KEY=VALUE changes a sweep's base recipe")
     submit.add_argument("--wait", action="store_true", help="show its log until it ends")
     submit.add_argument(
         "--on-cluster",

@@ -31,8 +31,12 @@ def render_ending(ending: "Ending", record: Record) -> str:
         row = next(row for row in rows if row["number"] == record["best"][0])
         best = f"best: {row['values'][0]:.6g} of trial {row['number']}; "
     total = record["settings"]["trials"]
+    done = f"{ended} of at most {total}"
+    if record["settings"]["pruning"]["kind"] == "pbt":
+        finished = sum(row["state"] == "finished" for row in rows)
+        done = f"{finished} of {total} members came to the end"
     text = figures.one_line(ending.text)
-    return f"trial {ending.number} {ending.state}: {text} ({best}{ended} of at most {total})"
+    return f"trial {ending.number} {ending.state}: {text} ({best}{done})"
 
 
 def _headline(record: Record) -> str:

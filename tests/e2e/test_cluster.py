@@ -156,7 +156,7 @@ def test_a_sweep_stops_and_the_same_submission_goes_on(cluster: Cluster) -> None
         assert (target / name).read_bytes() == (folder / name).read_bytes()
     assert record(target / "trials" / "trial-0000")["status"] == "finished"
     assert not list(target.rglob("checkpoints"))
-    assert "sweep swept finished: 2 finished" in finray.run("tune", "show", target)
+    assert "sweep swept finished" in finray.run("tune", "show", target)
     assert str(finray.data) not in (folder / "best.yaml").read_text(encoding="utf-8")
 
 

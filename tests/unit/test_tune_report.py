@@ -9,6 +9,7 @@ import pytest
 from finray.cluster.tune_table import render_ending, render_sweep
 from finray.training.storage import Folder
 from finray.tuning.conductor import Ending
+from finray.tuning.figures import learning_curves
 from finray.tuning.record import saved_share
 from finray.tuning.report import render_report
 
@@ -40,7 +41,7 @@ def record() -> dict[str, Any]:
         "status": "finished",
         "error": None,
         "over": None,
-        "settings": {"trials": 5},
+        "settings": {"trials": 5, "pruning": {"kind": "auto"}},
         "objectives": [{"metric": "eval_loss", "mode": "min"}],
         "prunes": True,
         "first_rung": 100,
@@ -103,3 +104,15 @@ def test_the_table_begins_with_the_best(record: dict[str, Any], tmp_path: Any) -
 def test_the_line_of_an_ended_trial(record: dict[str, Any]) -> None:
     text = render_ending(Ending(3, "pruned", "eval_loss 9"), record)
     assert text == "trial 3 pruned: eval_loss 9 (best: 1 of trial 2; 4 of at most 5)"
+
+
+def test_a_population_tells_who_goes_on_from_whom(record: dict[str, Any], tmp_path: Any) -> None:
+    record["settings"]["pruning"] = {"kind": "pbt"}
+    record["trials"][0].update(state="pruned", values=None, reason="gave way to trial 2")
+    record["trials"][1].update(parent={"trial": 1, "tokens": 100}, curve=[[1000, 1.0]])
+    lines = render_sweep(record, Folder(str(tmp_path))).splitlines()
+    assert lines[1].split()[-1] == "from" and lines[2].split()[-1] == "1"
+    text = render_ending(Ending(1, "pruned", "gave way"), record)
+    assert text.endswith("1 of 5 members came to the end)")
+    curve = learning_curves(record).data[1]
+    assert list(curve.x) == [100, 1000] and list(curve.y) == [3.0, 1.0]
