@@ -25,6 +25,7 @@ from .model_settings import FreezeSettings, LoraAdapter, ModelSettings
 from .paths import resolve_model, resolve_path
 from .recipe_file import Change, Document, read_recipe_file, validate
 from .reference_model import find_reference
+from .remote_code import check_pinned
 from .reward_settings import resolve_reward
 from .secrets import secret_places
 from .section import PositiveInt, Section, Share
@@ -390,6 +391,7 @@ def resolve_recipe(recipe: Recipe, folder: Path) -> Recipe:
         }
     )
     base = resolve_model(recipe.model.base, folder)
+    check_pinned(recipe.model.model_copy(update={"base": base}))
     storage = resolve_path(recipe.storage, Path.cwd())
     places = (folder, Path.cwd(), Path(storage))
     adapter = recipe.model.adapter

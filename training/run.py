@@ -24,6 +24,7 @@ from .errors import FinrayError, InputError, Interrupted, RunError, last_line
 from .lock import held
 from .methods import method_of
 from .recipe import Recipe, recipe_from_dict
+from .remote_code import code_files
 from .report import write_report
 from .run_folder import CHECKPOINTS_FOLDER, PREPARED_FOLDER, RECIPE_FILE, Record, read_run
 from .secrets import redact
@@ -271,6 +272,7 @@ def _open(recipe: Recipe, folder: Folder, prepared: Prepared) -> None:
             error=None,
             finished_at=None,
             **recipe.method.facts,
+            **({"model_code": code} if (code := code_files(recipe.model)) else {}),
         )
 
     update_run(folder, change)
