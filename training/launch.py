@@ -11,6 +11,7 @@ from .job import Job, Outcome
 from .recipe import ScaleSettings
 from .restart import AttemptOver, Restart
 from .run_folder import CHECKPOINTS_FOLDER
+from .secrets import redact
 from .session import STOP_FILE, LocalSession, RaySession
 from .stop import Stop
 from .storage import Folder
@@ -201,8 +202,8 @@ def _cause(error: Exception) -> str:
 
     if isinstance(error, ray.train.WorkerGroupError) and error.worker_failures:
         rank, failure = sorted(error.worker_failures.items())[0]
-        return f"worker {rank} failed: {last_line(failure)}"
-    return last_line(error)
+        return redact(f"worker {rank} failed: {last_line(failure)}")
+    return redact(last_line(error))
 
 
 def _is_preemption(error: Exception) -> bool:
