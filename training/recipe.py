@@ -269,7 +269,7 @@ class Recipe(Section):
         if self.scale.most_workers < 2:
             raise ValueError(
                 "scale.strategy fsdp shares the weights out among workers, and scale.workers is "
-                f"{self.scale.workers}; set 2 or more, or leave strategy out"
+                f"{self.scale.most_workers}; set 2 or more, or leave strategy out"
             )
         if self.cannot_shard is not None:
             raise ValueError(f"scale.strategy fsdp: {self.cannot_shard}")

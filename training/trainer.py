@@ -16,6 +16,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import transformers
+from torch.distributed.tensor import DTensor
 from transformers import Trainer, TrainingArguments
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 
@@ -188,6 +189,11 @@ class StreamTrainer(Trainer):
         """The Trainer's seam for all microbatches but the last of a sharded model."""
         return without_needless_reduction(self.model)
 
+    def _get_grad_norm(self, model: torch.nn.Module, grad_norm: Any = None) -> Any:
+        """The norm over all workers, as a number of every one's own."""
+        norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        return norm.full_tensor() if isinstance(norm, DTensor) else norm
+
     def _maybe_log_save_evaluate(
         self,
         tr_loss: torch.Tensor,
@@ -281,6 +287,18 @@ class StreamTrainer(Trainer):
             return
         words = (args.seed, self.state.global_step, args.process_index)
         transformers.set_seed(int(np.random.SeedSequence(words).generate_state(1)[0]))
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """By way of the CPU: the Trainer would load the whole state on every GPU."""
+        if checkpoint is None:
+            return
+        optimizer, scheduler = (
+            torch.load(Path(checkpoint) / name, map_location="cpu", weights_only=True)
+            for name in (OPTIMIZER_NAME, SCHEDULER_NAME)
+        )
+        assert self.optimizer is not None and self.lr_scheduler is not None
+        self.optimizer.load_state_dict(optimizer)
+        self.lr_scheduler.load_state_dict(scheduler)
 
     def load_weights(self, folder: str) -> None:
         """Take the weights of a checkpoint, and nothing else of it."""
