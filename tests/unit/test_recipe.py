@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from finray.training.errors import InputError
 from finray.training.recipe import Recipe, load_recipe, recipe_from_dict
+from finray.training.shardable import cannot_shard
 
 GOOD = """\
 name: support
@@ -136,7 +137,7 @@ def test_what_cannot_be_sharded(tmp_path: Path, addition: str, told: str) -> Non
     text = GOOD.replace("model: {base: some/model}\n", "") + addition
     assert told in refusal(tmp_path, text + "scale: {workers: 2, strategy: fsdp}\n")
     recipe = Recipe.model_validate(yaml.safe_load(text))
-    assert recipe.scale.strategy == "auto" and told in str(recipe.cannot_shard)
+    assert recipe.scale.strategy == "auto" and told in str(cannot_shard(recipe))
 
 
 def test_an_adapter_is_found_beside_the_recipe_here_or_in_the_storage(
