@@ -94,7 +94,9 @@ def test_the_stacks_of_all_threads(tmp_path: Path, capfd: pytest.CaptureFixture[
         {"name": "x", "model": {"base": "/x"}, "data": {"train": [{"path": "/x"}]}}
     )
     for _ in range(2):
-        Books(Folder(str(tmp_path)), settings, 10).open(Choice("step-00000010", 10, ()), 2, {})
+        Books(Folder(str(tmp_path)), settings, 10).open(
+            Choice("step-00000010", 10, ()), 2, {}, None
+        )
     record = read_run(Folder(str(tmp_path)))
     assert record is not None
     first, second = (one["reason"] for one in record["restarts"])
