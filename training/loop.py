@@ -97,7 +97,8 @@ class _Worker:
         self.saver = self._make_saver(choice)
         self.trainer = self._make_trainer()
         self.books = self._open_books(choice)
-        with self.watchdog, self._told_over(), self.books or nullcontext():
+        # The books are closed last: what ended the attempt is noted in them.
+        with self.watchdog, self.books or nullcontext(), self._told_over():
             self._train(checkpoint_path)
         return not self.stopped
 

@@ -220,22 +220,39 @@ def test_resumed_behind_a_skipped_step(
     assert_same(again, run)
 
 
+@pytest.mark.parametrize(("log_every", "faults"), [(1, 3), (100, 2)])
 def test_a_transient_fault_is_cured(
-    tiny_model: Path, chat_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_model: Path,
+    chat_file: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    log_every: int,
+    faults: int,
 ) -> None:
-    """Three steps in a row go wrong once; the run goes back, and ends as if they had not."""
-    carry_out(recipe(tiny_model, chat_file, tmp_path, "clean"))
+    """Steps in a row go wrong once, from the fifth; the run goes back, and ends as if they had not.
+
+    Also where it is not a logged step that tells of them.
+    """
+
+    def carry(name: str) -> dict[str, Any]:
+        settings = recipe(tiny_model, chat_file, tmp_path, name, max_skipped_steps=faults)
+        log = settings.log.model_copy(update={"every_steps": log_every})
+        return carry_out(settings.model_copy(update={"log": log}))
+
+    carry("clean")
     calls = [0]
 
     def change(batch: Batch, total: torch.Tensor) -> torch.Tensor:
-        calls[0] += 1
-        return total * math.inf if 10 < calls[0] <= 16 else total  # steps 6, 7, 8 of two passes
+        calls[0] += 1  # two a step
+        return total * math.inf if 8 < calls[0] <= 8 + 2 * faults else total
 
     spoil(monkeypatch, change)
-    record = carry_out(recipe(tiny_model, chat_file, tmp_path, "run"))
+    record = carry("run")
     assert_same(tmp_path / "run", tmp_path / "clean")
+    steps_ = range(5, 5 + faults)
     first, second = record["restarts"]
-    assert first["step"] == 8 and "steps 6, 7, 8" in first["reason"]
+    assert first["step"] == steps_[-1]
+    assert f"steps {', '.join(map(str, steps_))}" in first["reason"]
     assert second == {"step": 4, "reason": "resumed from step-00000004"}
     assert record["skipped"] == []
 
