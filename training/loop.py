@@ -6,6 +6,7 @@ Every rank walks through this together; rank 0 also keeps the books and writes t
 """
 
 import json
+import math
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -367,7 +368,9 @@ class _Worker:
         """Write a line of metrics, and tell it to whoever follows the run."""
         if self.books is not None:
             self.books.logged(line)
-            self.session.report({**line, "tokens": self.position.tokens})
+            # Where all steps were skipped there is no loss to judge by.
+            known = {name: v for name, v in line.items() if name != "loss" or math.isfinite(v)}
+            self.session.report({**known, "tokens": self.position.tokens})
 
     def _save(self) -> None:
         step = self.position.step

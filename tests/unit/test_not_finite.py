@@ -22,6 +22,7 @@ from finray.training.errors import RunError
 from finray.training.methods import method_of
 from finray.training.optimizer import MasterAdamW, SkippingAdamW
 from finray.training.recipe import Recipe
+from finray.training.session import LocalSession
 from finray.training.skipping import NotFiniteError, SkippedSteps
 from finray.training.trainer import StepMeasures, StreamTrainer
 
@@ -181,6 +182,8 @@ def test_a_poisoned_row(
 ) -> None:
     """One step is skipped and told with its rows; the logged mean is that of the others."""
     spoil(monkeypatch, poison_row(17))
+    told: dict[int, dict[str, float]] = {}
+    monkeypatch.setattr(LocalSession, "report", lambda _, line: told.update({line["step"]: line}))
     record = carry_out(recipe(tiny_model, chat_file, tmp_path, "run", max_steps=30))
     (skipped,) = record["skipped"]
     step = skipped["step"]
@@ -188,6 +191,8 @@ def test_a_poisoned_row(
     each = lines(tmp_path / "run")
     assert each[step]["skipped"] == 1 and each[step]["loss"] is None
     assert each[step]["grad_norm"] is None
+    # A sweep does not judge a trial by a loss that no step was taken with.
+    assert [at for at, line in told.items() if "loss" not in line] == [step]
     assert [at for at, line in each.items() if "skipped" in line] == [step]
     assert math.isfinite(record["metrics"]["loss"]) and "restarts" not in record
     report = (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
