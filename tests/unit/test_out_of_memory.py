@@ -11,7 +11,10 @@ from guarded import assert_same, carry_out, losses, recipe, spoil
 
 from finray.training.data.batching import Batch
 from finray.training.errors import RunError
+from finray.training.kept_base import forget_bases
 from finray.training.restart import is_out_of_memory
+from finray.training.run import Listener, prepare_data
+from finray.tuning.trial import RunningTrial, TrialConfig
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 TOLD = "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 79 GiB"
@@ -113,3 +116,34 @@ def test_another_error_is_not_tried_again(
     with pytest.raises(RuntimeError, match="shapes differ"):
         carry_out(recipe(tiny_model, chat_file, tmp_path, "run"))
     assert "restarts" not in record_of(tmp_path / "run")
+
+
+def test_a_trial_in_a_slot_too(
+    tiny_model: Path, chat_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its process goes on with the smaller microbatch, and the trial does not fail."""
+    settings = recipe(tiny_model, chat_file, tmp_path, "run")
+    prepared = prepare_data(settings, Listener(lambda _: None, lambda _: None))
+    spoil(monkeypatch, holds(2, after_calls=20))
+    config = TrialConfig(
+        number=0,
+        recipe=settings.model_dump(mode="json"),
+        prepared=prepared.folder.uri,
+        sweep=str(tmp_path / "sweep"),
+        env={},
+        watched=["loss"],
+        total_steps=12,
+        until=None,
+    )
+    trial = RunningTrial(config)
+    reports = [trial.next_report()]
+    try:
+        while not reports[-1]["done"]:
+            reports.append(trial.next_report())
+    finally:
+        trial.give_up()
+        forget_bases()
+    assert reports[-1]["status"] == "finished", reports[-1]
+    steps = [report["measures"]["step"] for report in reports[:-1]]
+    assert steps == [*range(1, 11), *range(9, 13)]
+    assert record_of(tmp_path / "run")["micro_batch_size"] == 2
