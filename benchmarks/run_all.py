@@ -21,6 +21,7 @@ NAMES = (
     "online",
     "packing",
     "prepare_memory",
+    "checkpoint_stall",
     "tune_quality",
     "tune_overhead",
 )

@@ -1,5 +1,6 @@
 """`finray check`: what a run would read, hold and do, told before any of it happens."""
 
+from dataclasses import asdict
 from typing import Any
 
 from ..training import figures
@@ -10,6 +11,7 @@ from ..training.methods import method_of
 from ..training.recipe import Recipe
 from ..training.run_folder import PREPARED_FOLDER
 from ..training.storage import Folder
+from .gpus import memory_text
 
 _TYPICAL_FILL = 0.98
 
@@ -36,7 +38,7 @@ def examine(recipe: Recipe) -> dict[str, Any]:
         "data": data,
         "batch_size": recipe.optim.batch_size,
         "steps": None if sequences is None else recipe.total_steps(sequences),
-        "parameters": _parameters(recipe, inspection),
+        **_of_the_model(recipe, inspection),
         "folder": f"{recipe.storage}/{recipe.name}",
     }
 
@@ -76,6 +78,8 @@ def render(outlook: dict[str, Any]) -> str:
                 f"{figures.count(parameters['total'])} ({figures.percent(share)})",
             )
         )
+    if outlook["memory"] is not None:
+        rows.append(("memory", outlook["memory"]["text"]))
     workers = outlook["workers"]
     count = " to ".join(map(str, workers)) if isinstance(workers, tuple) else workers
     where = f"{count} Ray Train workers" if workers else "this process"
@@ -133,10 +137,14 @@ def _estimated(recipe: Recipe, inspection: Inspection) -> dict[str, Any]:
     return {"is_exact": False, "tokens": tokens, "sequences": sequences}
 
 
-def _parameters(recipe: Recipe, inspection: Inspection) -> dict[str, int] | None:
+def _of_the_model(recipe: Recipe, inspection: Inspection) -> dict[str, Any]:
     """From the model's configuration; None for a hub model that is not on this machine."""
     if inspection.model_folder is None:
-        return None
-    from ..training.model import count_without_weights
+        return {"parameters": None, "memory": None}
+    from ..training.memory import estimate, sizes_of
+    from ..training.model import count_parameters, without_weights
 
-    return count_without_weights(recipe, method_of(recipe).head)
+    model = without_weights(recipe, method_of(recipe).head)
+    memory = estimate(recipe, sizes_of(recipe, model))
+    told = {"peak": memory.peak, **asdict(memory), "text": memory_text(memory, recipe)}
+    return {"parameters": count_parameters(model), "memory": told}

@@ -1,7 +1,5 @@
 """Examining every node of a cluster; runs on the cluster, as a job."""
 
-import shutil
-import subprocess
 import time
 from dataclasses import dataclass
 
@@ -9,10 +7,10 @@ from ..training.errors import InputError
 from ..training.network import interface_of
 from ..training.versions import installed_versions
 from .auth import knock
+from .gpus import Gpu, gpus_here
 from .preflight import Line, on_every_node, render_lines, try_storage
 
 _MOST_SKEW_SECONDS = 2.0
-_QUERY = ("--query-gpu=name,memory.total", "--format=csv,noheader")
 
 
 @dataclass(frozen=True)
@@ -22,7 +20,7 @@ class _Node:
     versions: dict[str, str]
     interface: str
     """That carries the node's Ray address."""
-    gpus: tuple[str, ...]
+    gpus: tuple[Gpu, ...]
     clock: float
     """Seconds since 1970."""
 
@@ -58,20 +56,11 @@ def examine(storage: str | None) -> list[Line]:
 
 
 def _look(address: str) -> _Node:
-    return _Node(installed_versions(), interface_of(address) or "unknown", _gpus(), time.time())
-
-
-def _gpus() -> tuple[str, ...]:
-    """Name and memory of each NVIDIA GPU."""
-    command = shutil.which("nvidia-smi")
-    if command is None:
-        return ()
-    done = subprocess.run([command, *_QUERY], check=False, capture_output=True, text=True)
-    return tuple(done.stdout.strip().splitlines()) if done.returncode == 0 else ()
+    return _Node(installed_versions(), interface_of(address) or "unknown", gpus_here(), time.time())
 
 
 def _node_line(name: str, address: str, node: _Node, skew: float) -> Line:
-    gpus = "; ".join(node.gpus) or "no GPU"
+    gpus = "; ".join(map(str, node.gpus)) or "no GPU"
     good = skew <= _MOST_SKEW_SECONDS
     clock = f"clock within {max(skew, 0.1):.1f} s" if good else f"clock is {skew:.1f} s off"
     return Line("node", good, f"{name} at {address} on {node.interface}: {gpus}; {clock}")

@@ -30,6 +30,7 @@ from ..training.recipe import Recipe
 from ..training.secrets import redact
 from ..training.storage import Folder
 from ..training.versions import installed_versions
+from .gpus import Gpu, gpus_here, judge
 
 PROBE_SECONDS = 60.0
 """A node that does not answer within it is told."""
@@ -44,6 +45,8 @@ class Line:
     name: str
     is_good: bool
     text: str
+    warns: bool = False
+    """It will run, but something should be changed."""
 
 
 @dataclass(frozen=True)
@@ -56,13 +59,16 @@ class Preflight:
     def demand_good(self) -> None:
         """Raise an InputError with the whole table, where something failed."""
         if not all(line.is_good for line in self.lines):
-            raise InputError(f"the cluster cannot run this recipe:\n{render_lines(self.lines)}")
+            raise InputError(f"this recipe cannot run here:\n{render_lines(self.lines)}")
 
 
 def render_lines(lines: Sequence[Line]) -> str:
     """What was tried, as a table for people."""
-    marks = {True: "good", False: "FAILS"}
-    return "\n".join(f"  {line.name:10}  {marks[line.is_good]:5}  {line.text}" for line in lines)
+    return "\n".join(f"  {line.name:10}  {_mark(line):5}  {line.text}" for line in lines)
+
+
+def _mark(line: Line) -> str:
+    return "WARNS" if line.warns else "good" if line.is_good else "FAILS"
 
 
 @dataclass(frozen=True)
@@ -73,6 +79,7 @@ class _Answer:
     model: str | None
     """Why it cannot be read."""
     env: dict[str, str]
+    gpus: tuple[Gpu, ...]
 
 
 def preflight(
@@ -94,6 +101,7 @@ def preflight(
         _versions_line(answers),
         _model_line(recipe, answers),
         try_storage(recipe.storage),
+        *memory_lines(recipe, _gpus_of(answers)),
     )
     env: dict[str, str] = {}
     for answer in answers.values():
@@ -105,18 +113,42 @@ def preflight(
     return Preflight(lines, env)
 
 
+def _gpus_of(answers: dict[str, _Answer]) -> list[Gpu]:
+    """Those of the nodes; the driver may be another machine."""
+    return [gpu for id, answer in answers.items() if id != _DRIVER for gpu in answer.gpus]
+
+
+def memory_lines(recipe: Recipe, gpus: Sequence[Gpu]) -> tuple[Line, ...]:
+    """Whether a worker's memory fits these GPUs; nothing where there are none to be used, or where
+    the model's configuration is not on this machine."""
+    share = recipe.scale.gpus_per_worker
+    if not gpus or share == 0 or model_folder(recipe.model, only_cached=True) is None:
+        return ()
+    from ..training.memory import sizes_of
+
+    verdict = judge(recipe, sizes_of(recipe), gpus, 1.0 if share == "auto" else share)
+    warns = verdict.fits and verdict.is_tight
+    return (Line("memory", verdict.fits, verdict.text, warns),)
+
+
 def try_running_cluster(recipe: Recipe, address: str | None, wait_seconds: float) -> Preflight:
     """`preflight` where the initialised Ray was there before; one that was started here for a
-    command needs no trial.
+    command needs no trial but of its GPUs' memory. What should be changed is printed.
 
     Raises:
         InputError: something failed; the message is the whole table.
     """
     if not recipe.scale.most_workers or not (address or os.environ.get("RAY_ADDRESS")):
-        return Preflight((), {})
-    print("trying the cluster", file=sys.stderr)
-    tried = preflight(recipe, wait_seconds, lambda text: print(text, file=sys.stderr, flush=True))
+        tried = Preflight(memory_lines(recipe, gpus_here()), {})
+    else:
+        print("trying the cluster", file=sys.stderr)
+        tried = preflight(
+            recipe, wait_seconds, lambda text: print(text, file=sys.stderr, flush=True)
+        )
     tried.demand_good()
+    for line in tried.lines:
+        if line.warns:
+            print(f"{line.name}: {line.text}", file=sys.stderr)
     return tried
 
 
@@ -230,6 +262,7 @@ def _look(model: ModelSettings) -> _Answer:
         versions=installed_versions(),
         model=_unreadable(model),
         env=probe_bfloat16() if model.dtype == "bfloat16" else {},
+        gpus=gpus_here(),
     )
 
 

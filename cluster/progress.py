@@ -25,6 +25,8 @@ LOCAL_POLL = 0.5
 REMOTE_POLL = 5.0
 WINDOW = 20
 """Logged steps over which the speed, and with it the time left, is measured."""
+LONG_WAIT = 5.0
+"""Seconds of training spent waiting for saves that are worth a word."""
 
 
 class ProgressWatcher:
@@ -111,6 +113,8 @@ class _WatchedRun:
         self._speed = Speed()
         self._told: set[tuple[object, ...]] = set()
         self._restarts = 0
+        self._save_error: str | None = None
+        self._told_wait = False
         self.poll_seconds = REMOTE_POLL if folder.local is None else LOCAL_POLL
 
     def poll(self, quiet: bool = False) -> None:
@@ -133,6 +137,25 @@ class _WatchedRun:
             if not quiet:
                 self._display.note(f"restart at step {restart.get('step')}: {reason}")
         self._restarts = len(restarts)
+        self._take_saves(run, quiet)
+
+    def _take_saves(self, run: Record, quiet: bool) -> None:
+        """Tell what failed, and that the storage is too slow."""
+        self._state.saved = run.get("last_saved_step")
+        error, self._save_error = self._save_error, run.get("save_error")
+        if self._save_error not in (None, error) and not quiet:
+            newest = "none yet" if self._state.saved is None else f"step {self._state.saved}"
+            self._display.note(
+                f"a save failed ({figures.one_line(str(self._save_error))}); training goes on, "
+                f"last saved: {newest}"
+            )
+        waited = run.get("save_wait_seconds")
+        if figures.is_number(waited) and waited > LONG_WAIT and not self._told_wait:
+            self._told_wait = True
+            self._display.note(
+                f"saving is slower than checkpoint.every_steps asks: {figures.duration(waited)} "
+                "spent waiting for the storage"
+            )
 
     def _take_line(self, line: Record, quiet: bool) -> None:
         if not figures.is_number(line.get("step")):

@@ -32,6 +32,8 @@ class State:
     reward: Any = None
     learning_rate: Any = None
     tokens_per_second: Any = None
+    saved: Any = None
+    """Step of the last checkpoint that is known to be whole."""
     left: float | None = None
     """Seconds to the end, as of `since`."""
     since: float = 0.0
@@ -59,7 +61,7 @@ class State:
         return f"step {self.step}{total}"
 
     def values(self) -> list[str]:
-        """loss, learning rate, speed and time left, as far as they are known."""
+        """loss, learning rate, speed, last save and time left, as far as they are known."""
         parts = [f"loss {figures.loss(self.loss)}"]
         if figures.is_number(self.reward):
             parts.append(f"reward {figures.loss(self.reward)}")
@@ -67,6 +69,8 @@ class State:
             parts.append(f"lr {figures.exponent(self.learning_rate)}")
         if figures.is_number(self.tokens_per_second):
             parts.append(f"{figures.count(self.tokens_per_second)} tok/s")
+        if figures.is_number(self.saved):
+            parts.append(f"saved {self.saved:.0f}")
         if self.left is not None and not self.at_end:
             # between two logged steps the time left runs down by the clock
             left = max(0.0, self.left - (time.monotonic() - self.since))

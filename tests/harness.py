@@ -6,7 +6,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -138,6 +138,14 @@ class Finray:
             if command.process.poll() is None:
                 command.process.kill()
                 command.process.wait(30)
+
+
+def workers(command: Command) -> Iterator[psutil.Process]:
+    """The Ray Train workers that a command has now."""
+    for process in command.watch_family():
+        with suppress(psutil.NoSuchProcess):
+            if "RayTrainWorker" in process.name() or "RayTrainWorker" in process.cmdline()[0]:
+                yield process
 
 
 def wait_until(condition: Callable[[], bool], what: str, seconds: float = 180) -> None:

@@ -96,9 +96,10 @@ class Host:
         temporary.mkdir(parents=True, exist_ok=True)
         names = self._folder / "hosts"
         names.write_text(f"127.0.0.1 localhost\n127.0.1.1 {self.name}\n", encoding="utf-8")
+        # A shell reaps what is left to it.
         script = (
             f"hostname {self.name} && mount --bind {temporary} /tmp/ray && "
-            f"mount --bind {names} /etc/hosts && echo up && exec sleep infinity"
+            f"mount --bind {names} /etc/hosts && echo up; while sleep 2; do :; done"
         )
         Path("/tmp/ray").mkdir(exist_ok=True)
         spaces = ("--uts", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc")

@@ -102,6 +102,6 @@ class Trained:
         self.trainer.train()
 
     def _after_step(self, _: StepMeasures) -> bool:
-        self.losses.append(self.trainer.take_loss(1))
+        self.losses.append(self.trainer.take_loss(1)[0])
         self.measures.append(self.trainer.take_measures())
         return False

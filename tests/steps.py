@@ -6,9 +6,11 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import multiprocessing
+from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
 
 from finray.training.arguments import accumulation, training_arguments
@@ -19,16 +21,37 @@ from finray.training.methods import method_of
 from finray.training.objectives.objective import Setup
 from finray.training.recipe import Recipe
 from finray.training.storage import Folder
+from finray.training.strategy import choose_strategy
 from finray.training.trainer import Counts, StepMeasures, StreamTrainer
 
 Gradients = dict[str, torch.Tensor]
 
 
+def make_sequences(count: int, seed: int = 0) -> list[Sequence]:
+    """Packed sequences of random documents, about half of whose tokens bear loss."""
+    random = np.random.default_rng(seed)
+    made = []
+    for number in range(count):
+        lengths = random.integers(2, 14, size=random.integers(1, 5)).astype(np.int32)
+        size = int(lengths.sum())
+        trainable = random.random(size) < 0.5
+        trainable[np.concatenate(([0], np.cumsum(lengths)[:-1]))] = False
+        trainable[1] = True
+        tokens = random.integers(3, 250, size).astype(np.int32)
+        made.append(Sequence(tokens, lengths, trainable, np.array([number])))
+    return made
+
+
 def gradients(model: Any) -> Gradients:
-    return {
-        name: parameter.grad.clone()
+    """Whole ones, also of a sharded model, of which all ranks ask together."""
+    found = {
+        name: parameter.grad
         for name, parameter in model.named_parameters()
         if parameter.grad is not None
+    }
+    return {
+        name: gradient.full_tensor() if isinstance(gradient, DTensor) else gradient.clone()
+        for name, gradient in found.items()
     }
 
 
@@ -44,8 +67,9 @@ class _Grab(TrainerCallback):  # type: ignore[misc]
 
 def make_setup(settings: Recipe, model: Any, folder: Path, rank: int, world_size: int) -> Setup:
     """Without prepared data."""
-    prepared = Prepared(Folder(str(folder)), Mock())
-    return Setup(settings, model, None, prepared, rank, world_size, torch.device("cpu"))
+    prepared, cpu = Prepared(Folder(str(folder)), Mock()), torch.device("cpu")
+    strategy = choose_strategy(settings, model, world_size, cpu)
+    return Setup(settings, model, None, prepared, rank, world_size, cpu, strategy)
 
 
 def one_step(
@@ -57,15 +81,17 @@ def one_step(
     logged: dict[str, float] = {}
 
     def after_step(_: StepMeasures) -> bool:
-        logged.update(loss=trainer.take_loss(1), **trainer.take_measures())
+        logged.update(loss=trainer.take_loss(1)[0], **trainer.take_measures())
         return False
 
+    setup = make_setup(settings, model, scratch, rank, world_size)
+    objective = method_of(settings).objective(setup)
+    if setup.strategy == "fsdp":
+        setup.place(model)
     trainer = StreamTrainer(
         model,
         training_arguments(settings, 1, world_size, scratch),
-        objective=method_of(settings).objective(
-            make_setup(settings, model, scratch, rank, world_size)
-        ),
+        objective=objective,
         passes=1,
         rows=lambda: microbatches(
             iter(mine),

@@ -36,24 +36,28 @@ def checkpoint_name(step: int) -> str:
     return f"step-{step:08d}"
 
 
-def write_manifest(staged: Path, rank: int, world_size: int, metrics: dict[str, float]) -> None:
-    """Write `rank-<r>.json` over all files that this rank has staged."""
+def make_manifest(staged: Path, rank: int, world_size: int, metrics: dict[str, float]) -> bytes:
+    """A rank's manifest over all files that it has staged."""
     files = {
-        path.relative_to(staged).as_posix(): _sha256(path.read_bytes())
+        path.relative_to(staged).as_posix(): _sha256_of_file(path)
         for path in sorted(staged.rglob("*"))
         if path.is_file()
     }
-    manifest = {"world_size": world_size, "metrics": metrics, "files": files}
-    (staged / _manifest_name(rank)).write_text(json.dumps(manifest), encoding="utf-8")
+    return json.dumps({"world_size": world_size, "metrics": metrics, "files": files}).encode()
 
 
-def publish(staged: Path, target: Folder, rank: int) -> None:
+def publish(staged: Path, target: Folder, rank: int, manifest: bytes) -> None:
     """Copy a rank's staged files into the checkpoint, its manifest last."""
-    manifest = staged / _manifest_name(rank)
-    content = manifest.read_bytes()
-    manifest.unlink()
     target.upload(staged)
-    target.write(manifest.name, content)
+    target.write(_manifest_name(rank), manifest)
+
+
+def withdraw(staged: Path, target: Folder, rank: int) -> None:
+    """Delete what a rank has put into a checkpoint that it cannot finish: a disk may be full."""
+    target.delete(_manifest_name(rank))
+    for path in staged.rglob("*"):
+        if path.is_file():
+            target.delete(path.relative_to(staged).as_posix())
 
 
 def choose(checkpoints: Folder) -> Choice:
@@ -88,6 +92,14 @@ def newest(checkpoints: Folder) -> str | None:
     """Name of the newest finished checkpoint; its hashes are not looked at."""
     names = reversed(_names(checkpoints))
     return next((name for name in names if _manifests(checkpoints / name) is not None), None)
+
+
+def delete_after(checkpoints: Folder, step: int) -> None:
+    """Delete what was passed over: a new save of such a step must not be taken for whole by the
+    manifests of an old one."""
+    for name in _names(checkpoints):
+        if _step(name) > step:
+            checkpoints.delete(name)
 
 
 def rotate(checkpoints: Folder, keep: int, watched: Metric) -> list[str]:
@@ -192,3 +204,8 @@ def _fault(folder: Folder, manifests: Iterable[dict[str, Any]]) -> str | None:
 
 def _sha256(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()
+
+
+def _sha256_of_file(path: Path) -> str:
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()

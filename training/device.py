@@ -1,5 +1,6 @@
 """What this process computes on, and in which number type."""
 
+import gc
 import subprocess
 import sys
 from typing import TYPE_CHECKING, Literal
@@ -81,6 +82,15 @@ def torch_dtype(name: DtypeName) -> "torch.dtype":
         "bfloat16": torch.bfloat16,
         "float16": torch.float16,
     }[name]
+
+
+def free_memory() -> None:
+    """Give back what no tensor holds any more, to whoever trains next."""
+    import torch
+
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def probe_bfloat16() -> dict[str, str]:

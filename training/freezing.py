@@ -32,15 +32,21 @@ def freeze(model: PreTrainedModel, settings: FreezeSettings) -> None:
             parameter.requires_grad_(True)
 
 
+def decoder_layers(model: PreTrainedModel) -> tuple[str, torch.nn.ModuleList]:
+    """The decoder layers, and their list's name."""
+    count = model.config.get_text_config().num_hidden_layers
+    return next(
+        (name, module)
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.ModuleList) and len(module) == count
+    )
+
+
 def _layers_prefix(model: PreTrainedModel, last: int) -> str:
     """A pattern for the names of the last decoder layers' parameters."""
     count = model.config.get_text_config().num_hidden_layers
     if last > count:
         raise InputError(f"freeze.last_layers: {last}, where the model has {count} decoder layers")
-    layers = next(
-        name
-        for name, module in model.named_modules()
-        if isinstance(module, torch.nn.ModuleList) and len(module) == count
-    )
+    layers, _ = decoder_layers(model)
     numbers = "|".join(str(number) for number in range(count - last, count))
     return rf"^{re.escape(layers)}\.({numbers})\."

@@ -1,5 +1,6 @@
 """Greedy answers to held-out prompts, before and after training."""
 
+import math
 from typing import Any
 
 import torch
@@ -34,10 +35,12 @@ def answer(
     training = model.training
     model.eval()
     answers: dict[int, str] = {}
-    for first in range(0, len(mine), _BATCH):
+    # All ranks generate equally often, as they must with a sharded model: one that has no prompt
+    # left takes another's, and its answer counts nowhere.
+    for first in range(0, math.ceil(len(prompts) / world_size), _BATCH):
         chosen = mine[first : first + _BATCH]
-        texts = _generate(model, tokenizer, [prompts[i] for i in chosen], max_new_tokens)
-        answers.update(zip(chosen, texts, strict=True))
+        texts = _generate(model, tokenizer, [prompts[i] for i in chosen or [0]], max_new_tokens)
+        answers.update(zip(chosen, texts, strict=False))
     model.train(training)
     for part in _gather(answers, world_size):
         answers.update(part)

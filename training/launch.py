@@ -9,6 +9,7 @@ from .crew import Patience, Watch, await_room
 from .errors import RunError, last_line
 from .loop import Job, Outcome, run_worker
 from .recipe import ScaleSettings
+from .restart import AttemptOver, Restart
 from .run_folder import CHECKPOINTS_FOLDER
 from .session import STOP_FILE, LocalSession, RaySession
 from .stop import Stop
@@ -74,6 +75,8 @@ def _attempts(
         try:
             outcome = _attempt(job, _make_trainer(job, wanted, workers, worker_env), stop, watch)
         except Exception as error:
+            if (restart := _restart_of(error)) is not None:
+                return Outcome(status="restart", error=None, exit_code=1, restart=restart)
             cause = _cause(error)
             if not _is_preemption(error) and not patience.bears():
                 raise RunError(cause) from error
@@ -170,7 +173,22 @@ def _make_trainer(job: Job, wanted: Demand, workers: int, worker_env: dict[str, 
 
 
 def _ray_worker(job: dict[str, Any]) -> Outcome:
-    return run_worker(cast(Job, job), RaySession(Folder(job["run"])))
+    outcome = run_worker(cast(Job, job), RaySession(Folder(job["run"])))
+    if outcome["status"] == "restart":
+        # Raised, as other ranks may wait for this one in a collective.
+        raise AttemptOver(outcome["restart"])
+    return outcome
+
+
+def _restart_of(error: Exception) -> Restart | None:
+    """What a worker asks of the next attempt, where one ended because of that."""
+    import ray.train
+
+    if isinstance(error, ray.train.WorkerGroupError):
+        for failure in error.worker_failures.values():
+            if isinstance(failure, AttemptOver):
+                return failure.restart
+    return None
 
 
 def _cause(error: Exception) -> str:

@@ -8,6 +8,7 @@ Every rank walks through this together; rank 0 also keeps the books and writes t
 import json
 import tempfile
 from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal, NotRequired, TypedDict
@@ -18,7 +19,8 @@ import transformers
 from . import checkpoint
 from .arguments import accumulation, training_arguments
 from .books import Books, as_number
-from .data.batching import Rows, in_batches, microbatches
+from .data.batching import Rows, accumulation_steps, in_batches, microbatches
+from .data.origin import describe, rows_of_step
 from .data.prepared import open_prepared
 from .data.stream import Slice, every_sequence, share, stream
 from .device import choose_dtype
@@ -30,11 +32,17 @@ from .model import check_isolation, count_parameters, load_model, load_tokenizer
 from .objectives.objective import Setup
 from .position import Clock, Position
 from .recipe import recipe_from_dict
+from .restart import AttemptOver, Restart, is_out_of_memory
 from .run_folder import CHECKPOINTS_FOLDER
-from .saving import save_result
+from .saver import Saver, SaveState, state_record
+from .saving import gather_weights, save_result
 from .session import Session
+from .skipping import NotFiniteError
 from .storage import Folder
+from .strategy import choose_strategy
 from .trainer import StepMeasures, StreamTrainer
+from .uploads import Uploads
+from .watchdog import Watchdog, write_stacks
 
 POSITION_FILE = "position.json"
 
@@ -56,9 +64,11 @@ class Job(TypedDict):
 class Outcome(TypedDict):
     """How a worker's part ended."""
 
-    status: Literal["finished", "stopped", "failed", "pruned"]
+    status: Literal["finished", "stopped", "failed", "pruned", "restart"]
     error: str | None
     exit_code: int
+    restart: NotRequired[Restart]
+    """With that status: another attempt may cure what ended this one."""
 
 
 def run_worker(job: Job, session: Session) -> Outcome:
@@ -66,22 +76,26 @@ def run_worker(job: Job, session: Session) -> Outcome:
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     try:
-        with tempfile.TemporaryDirectory(prefix="finray-") as scratch:
-            finished = _Worker(job, session, Path(scratch)).run()
+        with tempfile.TemporaryDirectory(prefix="finray-") as scratch, Uploads() as uploads:
+            finished = _Worker(job, session, Path(scratch), uploads).run()
     except FinrayError as error:
         return Outcome(status="failed", error=str(error), exit_code=error.exit_code)
+    except AttemptOver as over:
+        found = over.restart["found"]
+        return Outcome(status="restart", error=found, exit_code=1, restart=over.restart)
     if finished:
         return Outcome(status="finished", error=None, exit_code=0)
     return Outcome(status="stopped", error=None, exit_code=130)
 
 
 class _Worker:
-    def __init__(self, job: Job, session: Session, scratch: Path) -> None:
+    def __init__(self, job: Job, session: Session, scratch: Path, uploads: Uploads) -> None:
         self.recipe = recipe_from_dict(job["recipe"])
         self.run_folder = Folder(job["run"])
         self.checkpoints = self.run_folder / CHECKPOINTS_FOLDER
         self.session = session
         self.scratch = scratch
+        self.uploads = uploads
         prepared = open_prepared(Folder(job["prepared"]))
         if prepared is None:
             raise RunError(f"the prepared data set {job['prepared']} is gone")
@@ -93,6 +107,7 @@ class _Worker:
         self.position = Position()
         self.held_out: dict[str, float] = {}
         self.stopped = False
+        self.watchdog = Watchdog(self.recipe.scale.hang_timeout, self._hung)
 
     def run(self) -> bool:
         """Returns whether the run got to its end (and was not asked to stop)."""
@@ -103,8 +118,14 @@ class _Worker:
         if self.recipe.packs:
             check_isolation(self.model)
         checkpoint_path = self._fetch(choice)
+        self.saver = self._make_saver(choice)
         self.trainer = self._make_trainer()
         self.books = self._open_books(choice)
+        with self.watchdog, self._told_over(), self.books or nullcontext():
+            self._train(checkpoint_path)
+        return not self.stopped
+
+    def _train(self, checkpoint_path: str | None) -> None:
         if checkpoint_path is None:
             self._measure_base()
         self.clock = Clock(self.position)
@@ -112,9 +133,35 @@ class _Worker:
             self.trainer.train(resume_from_checkpoint=checkpoint_path)
         else:  # only the end was missing
             self.trainer.load_weights(str(checkpoint_path))
-        if not self.stopped:
+        if self.stopped:
+            self.saver.finish()
+        else:
             self._finish()
-        return not self.stopped
+
+    @contextmanager
+    def _told_over(self) -> Iterator[None]:
+        """What another attempt can cure ends this one with `AttemptOver`."""
+        try:
+            yield
+        except NotFiniteError as error:
+            self._note_skipped(self.trainer.skipped.take_steps())
+            raise AttemptOver(self._not_finite(list(error.steps))) from None
+        except RuntimeError as error:
+            if isinstance(error, FinrayError) or not is_out_of_memory(error):
+                raise
+            found = f"out of memory ({str(error).splitlines()[0]})"
+            raise AttemptOver(
+                Restart(cause="memory", steps=[self.position.step + 1], rows="", found=found)
+            ) from None
+
+    def _not_finite(self, steps: list[int]) -> Restart:
+        listed = ", ".join(map(str, steps))
+        return Restart(
+            cause="not_finite",
+            steps=steps,
+            rows=describe(rows_of_step(self.recipe, self.prepared, steps[-1])),
+            found=f"the loss or the gradient is not finite in steps {listed}, one after the other",
+        )
 
     # the start
 
@@ -123,7 +170,9 @@ class _Worker:
         found: list[checkpoint.Choice | FinrayError | None] = [None]
         if self.session.rank == 0:
             try:
-                found = [checkpoint.choose(self.checkpoints)]
+                choice = checkpoint.choose(self.checkpoints)
+                checkpoint.delete_after(self.checkpoints, choice.step)
+                found = [choice]
             except FinrayError as error:
                 found = [error]
         if self.session.world_size > 1:
@@ -145,22 +194,48 @@ class _Worker:
         self.position = Position(**json.loads((local / POSITION_FILE).read_bytes()))
         return str(local)
 
+    def _make_saver(self, choice: checkpoint.Choice) -> Saver:
+        return Saver(
+            self.checkpoints,
+            self.scratch,
+            rank=self.session.rank,
+            world_size=self.session.world_size,
+            settings=self.recipe.checkpoint,
+            watched=self.method.watched,
+            uploads=self.uploads,
+            gather=self._gather,
+            before=self._write_metrics,
+            tell=self._note_saves,
+            last_step=None if choice.name is None else choice.step,
+        )
+
+    def _gather(self, value: str | None) -> list[str | None]:
+        values = [value] * self.session.world_size
+        if self.session.world_size > 1:
+            dist.all_gather_object(values, value, group=self.trainer.cpu_group)
+        return values
+
     def _make_trainer(self) -> StreamTrainer:
         session = self.session
         arguments = training_arguments(
             self.recipe, self.total_steps, session.world_size, self.scratch
         )
-        self.objective = self.method.objective(
-            Setup(
-                recipe=self.recipe,
-                model=self.model,
-                tokenizer=self.tokenizer,
-                prepared=self.prepared,
-                rank=session.rank,
-                world_size=session.world_size,
-                device=arguments.device,
-            )
+        device, world_size = arguments.device, session.world_size
+        self.strategy = choose_strategy(self.recipe, self.model, world_size, device)
+        setup = Setup(
+            recipe=self.recipe,
+            model=self.model,
+            tokenizer=self.tokenizer,
+            prepared=self.prepared,
+            rank=session.rank,
+            world_size=world_size,
+            device=device,
+            strategy=self.strategy,
         )
+        self.objective = self.method.objective(setup)
+        self.parameters = count_parameters(self.model)
+        if self.strategy == "fsdp":  # the Trainer places a whole model
+            setup.place(self.model)
         return StreamTrainer(
             self.model,
             arguments,
@@ -170,7 +245,9 @@ class _Worker:
             after_step=self._after_step,
             is_logged=self._is_logged,
             stop_requested=self._stop_requested,
+            flags=lambda: (self.saver.is_over,),
             lora_plus_ratio=self.recipe.optim.lora_plus_ratio,
+            max_skipped_steps=self.recipe.optim.max_skipped_steps,
         )
 
     def _open_books(self, choice: checkpoint.Choice) -> Books | None:
@@ -180,13 +257,14 @@ class _Worker:
         facts = {
             "total_steps": self.total_steps,
             "parameters": {
-                **count_parameters(self.model),
+                **self.parameters,
                 "adapter": self.recipe.adapter_kind,
                 "quantize": self.recipe.model.quantize,
             },
             "nodes": sorted(set(self.session.nodes)),
             "device": self.trainer.args.device.type,
             "dtype": choose_dtype(self.recipe.model),
+            "strategy": self.strategy,
         }
         books.open(choice, self.session.world_size, facts, self.cause)
         return books
@@ -218,7 +296,11 @@ class _Worker:
         assert split is not None
         folder, session = self.prepared.files, self.session
         sequences = every_sequence(folder, split, session.rank, session.world_size)
-        return in_batches(sequences, self.recipe.optim.micro_batch_size)
+        size = self.recipe.optim.micro_batch_size
+        # Sharded, the ranks walk through the model together: as often as the busiest of them.
+        passes = accumulation_steps(split.sequences, size, session.world_size)
+        filled = passes if self.strategy == "fsdp" else 0
+        return in_batches(sequences, size, at_least=filled)
 
     def _stop_requested(self) -> bool:
         """Asked before a step, whether to save and stop after it."""
@@ -240,10 +322,13 @@ class _Worker:
         return due and self.prepared.manifest.eval is not None
 
     def _after_step(self, measures: StepMeasures) -> bool:
-        """Log, evaluate and save what is due; returns whether training ends here."""
+        """Log, evaluate and begin to save what is due; returns whether training ends here."""
+        self.watchdog.disarm()
         step, counts = measures.step, self.trainer.counts
         self.position.step = step
         self.position.tokens += counts.tokens
+        if counts.flags[0] == self.session.world_size:
+            self.saver.settle()
         if self._is_logged(step) or counts.stop:
             self._log(measures)
         if self._is_evaluated(step):
@@ -253,13 +338,23 @@ class _Worker:
             with self.clock.paused():
                 self._save()
         self.stopped = counts.stop and step < self.total_steps
+        if not self.stopped and step < self.total_steps:
+            self.watchdog.arm()
         return self.stopped
+
+    def _hung(self, seconds: float) -> None:
+        step = self.position.step + 1
+        file = write_stacks(self.run_folder, self.session.rank, step)
+        self.session.abandon(
+            f"step {step} did not end within {seconds:.0f} s; {self.run_folder / file} shows where "
+            f"rank {self.session.rank} hangs. Where steps take so long, raise scale.hang_timeout"
+        )
 
     def _epoch(self) -> float:
         return self.recipe.epoch_at(self.position.step, self.prepared.manifest.train.sequences)
 
     def _log(self, measures: StepMeasures) -> None:
-        loss = self.trainer.take_loss(measures.step - self.clock.step)
+        loss, skipped = self.trainer.take_loss(measures.step - self.clock.step)
         accuracy = self.trainer.take_measures()
         speed = self.clock.lap(self.position)
         line = {
@@ -272,11 +367,19 @@ class _Worker:
             "tokens_per_second": round(speed, 1),
             "seconds": round(self.position.seconds, 3),
             **accuracy,
+            **({"skipped": len(skipped)} if skipped else {}),
         }
         with self.clock.paused():
+            self._note_skipped(skipped)
             self._tell(line)
         if self.books is not None:
             self.books.sampled(measures.step, self.objective.examples())
+        self.trainer.skipped.check()
+
+    def _note_skipped(self, steps: list[int]) -> None:
+        if self.books is not None and steps:
+            found = [(step, rows_of_step(self.recipe, self.prepared, step)) for step in steps]
+            self.books.skipped(found)
 
     def _evaluate(self) -> None:
         measured = self.trainer.held_out(self._held_out_rows())
@@ -290,19 +393,26 @@ class _Worker:
             self.session.report({**line, "tokens": self.position.tokens})
 
     def _save(self) -> None:
-        session, step = self.session, self.position.step
-        staged = Path(tempfile.mkdtemp(prefix="checkpoint-", dir=self.scratch))
-        self.trainer.write_state(staged)
-        if session.rank == 0:
-            (staged / POSITION_FILE).write_text(json.dumps(asdict(self.position)))
+        step = self.position.step
         watched = self.method.watched
         fresh = self.held_out.get("step") == step and watched.name in self.held_out
         metrics = {watched.name: self.held_out[watched.name]} if fresh else {}
-        checkpoint.write_manifest(staged, session.rank, session.world_size, metrics)
-        session.commit(step, staged, metrics)
+        self.saver.start(step, self._write_state, metrics)
+
+    def _write_state(self, folder: Path) -> None:
+        self.trainer.write_state(folder)
+        if self.session.rank == 0:
+            (folder / POSITION_FILE).write_text(json.dumps(asdict(self.position)))
+
+    def _write_metrics(self) -> None:
+        """Called by the upload's thread: a checkpoint's lines are there before it is."""
         if self.books is not None:
-            checkpoint.rotate(self.checkpoints, self.recipe.checkpoint.keep, watched)
-            self.books.note_progress(step, self.position.tokens)
+            self.books.flush_metrics()
+
+    def _note_saves(self, state: SaveState) -> None:
+        if self.books is not None:
+            step, tokens = self.position.step, self.position.tokens
+            self.books.note_progress(step, tokens, **state_record(state))
 
     # before and after
 
@@ -343,13 +453,17 @@ class _Worker:
         if self._is_evaluated(step) and self.held_out.get("step") != step:
             self._evaluate()
         matches = self._answer("after")
+        self.saver.finish()
+        weights = gather_weights(self.model)
         if self.books is None:
             return
         if matches:
             self.books.logged({"step": step, "epoch": self._epoch(), **matches})
         name = RESULT_FOLDER if self.recipe.trains_adapter else "model"
-        save_result(self.recipe, self.model, self.tokenizer, self.scratch / name)
+        save_result(self.recipe, self.model, self.tokenizer, self.scratch / name, weights)
+        self.uploads.do(lambda: self._publish_result(name), self.run_folder)
+        self.books.finished(name)
+
+    def _publish_result(self, name: str) -> None:
         self.run_folder.delete(name)
         (self.run_folder / name).upload(self.scratch / name)
-        self.books.note_progress(step, self.position.tokens)
-        self.books.finished(name)

@@ -2,7 +2,7 @@
 
 import json
 import math
-import time
+import threading
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,14 +13,13 @@ if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
 TENSORBOARD = "tensorboard"
-_UPLOAD_SECONDS = 10.0
 
 
 class MetricsLog:
     """Appends a line per logged step.
 
-    On a disk every line is there at once; an object store cannot append, so the file is written
-    anew at most every ten seconds, and by `flush`.
+    On a disk every line is there at once; an object store cannot append: there `flush`, which any
+    thread may call, writes the file anew.
 
     Args:
         folder: the run's folder.
@@ -33,7 +32,8 @@ class MetricsLog:
         self._folder = folder
         self._lines = _kept_lines(folder, after_step)
         folder.write(METRICS_FILE, "".join(self._lines).encode())
-        self._written_at = time.monotonic()
+        self._lock = threading.Lock()
+        """Held while the file is written, so that the newest lines are written last."""
         self._wants_tensorboard = tensorboard and folder.local is not None
         self._tensorboard: SummaryWriter | None = None
         self._after_step = after_step
@@ -48,18 +48,16 @@ class MetricsLog:
                 stream.write(line)
         else:
             self._lines.append(line)
-            if time.monotonic() - self._written_at > _UPLOAD_SECONDS:
-                self.flush()
         if self._wants_tensorboard and local is not None:
             self._to_tensorboard(local, values)
 
     def flush(self) -> None:
         """Write everything logged so far."""
-        if self._folder.local is None:
-            self._folder.write(METRICS_FILE, "".join(self._lines).encode())
-            self._written_at = time.monotonic()
-        if self._tensorboard is not None:
-            self._tensorboard.flush()
+        with self._lock:
+            if self._folder.local is None:
+                self._folder.write(METRICS_FILE, "".join(self._lines).encode())
+            if self._tensorboard is not None:
+                self._tensorboard.flush()
 
     def _to_tensorboard(self, local: Path, values: dict[str, float]) -> None:
         if self._tensorboard is None:

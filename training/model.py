@@ -204,8 +204,8 @@ def count_parameters(model: torch.nn.Module) -> dict[str, int]:
     return {"total": total, "trainable": trainable}
 
 
-def count_without_weights(recipe: Recipe, head: Head = "causal") -> dict[str, int]:
-    """Parameters the run would have, from the configuration alone: no weights are read.
+def without_weights(recipe: Recipe, head: Head = "causal") -> Model:
+    """The model to train on the meta device, from its configuration alone.
 
     Raises:
         InputError: for names of modules or parameters that match nothing.
@@ -219,4 +219,9 @@ def count_without_weights(recipe: Recipe, head: Head = "causal") -> dict[str, in
             model = _attach(model, recipe, head, weights=False)
         elif recipe.freeze is not None:
             freeze(model, recipe.freeze)
-    return count_parameters(model)
+    return model
+
+
+def count_without_weights(recipe: Recipe, head: Head = "causal") -> dict[str, int]:
+    """Parameters the run would have; raises what `without_weights` raises."""
+    return count_parameters(without_weights(recipe, head))

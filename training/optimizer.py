@@ -10,10 +10,37 @@ from typing import Any
 import torch
 from torch.optim import AdamW
 
+from .shards import shard_of
+
 Named = tuple[str, torch.nn.Parameter]
 
 
-class MasterAdamW(AdamW):
+class SkippingAdamW(AdamW):
+    """AdamW that leaves out a step where `skip` says so, without asking the device.
+
+    A step left out changes nothing: weights, moments and the count of steps stay bit for bit. Only
+    torch's fused kernel can do that; it asks `found_inf`, which fp16's GradScaler sets as well.
+    """
+
+    grad_scale: torch.Tensor | None = None
+    found_inf: torch.Tensor | None = None
+    skip: torch.Tensor | None = None
+    """A number on the weights' device: 1 where the next step is left out, 0 where it is taken."""
+
+    def __init__(self, groups: Iterable[dict[str, Any]], **settings: Any) -> None:
+        super().__init__(groups, fused=True, **settings)
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> Any:
+        """Update the weights, or leave them."""
+        told = [flag for flag in (self.skip, self.found_inf) if flag is not None]
+        self.found_inf = torch.stack(told).amax() if told else None
+        loss = super().step(closure)
+        self.skip = self.found_inf = None
+        return loss
+
+
+class MasterAdamW(SkippingAdamW):
     """AdamW on float32 masters of the weights that have a lower type.
 
     Its parameter groups hold the masters; other weights stand in them as they are. `state_dict`
@@ -65,7 +92,7 @@ class MasterAdamW(AdamW):
         """Go on from a state; the weights become those of its masters."""
         super().load_state_dict({key: state_dict[key] for key in ("state", "param_groups")})
         for master, saved in zip(self._masters, state_dict["masters"], strict=True):
-            master.copy_(saved)
+            master.copy_(shard_of(saved, master))
         self._round()
 
     def _round(self) -> None:
@@ -82,7 +109,7 @@ def make_optimizer(
     eps: float,
     weight_decay: float,
     lora_plus_ratio: float | None,
-) -> AdamW:
+) -> SkippingAdamW:
     """AdamW over the parameters that require gradients.
 
     Args:
@@ -103,9 +130,23 @@ def make_optimizer(
         groups = _decay_groups(slow, decayed, weight_decay)
         for group in _decay_groups(fast, decayed, weight_decay):
             groups.append({**group, "lr": learning_rate * lora_plus_ratio})
-    if all(weight.dtype == torch.float32 for _, weight in trained):
-        return AdamW(groups, **settings)
-    return MasterAdamW(groups, **settings)
+    is_plain = all(weight.dtype == torch.float32 for _, weight in trained)
+    optimizer = (SkippingAdamW if is_plain else MasterAdamW)(groups, **settings)
+    optimizer.register_load_state_dict_pre_hook(_cut_up)
+    return optimizer
+
+
+def _cut_up(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
+    """A state of whole tensors as one of this rank's shards, where its weights are sharded."""
+    weights = [weight for group in optimizer.param_groups for weight in group["params"]]
+    state = {
+        index: {
+            name: shard_of(value, weights[index]) if value.shape == weights[index].shape else value
+            for name, value in of_weight.items()
+        }
+        for index, of_weight in state_dict["state"].items()
+    }
+    return {**state_dict, "state": state}
 
 
 def _decay_groups(

@@ -96,6 +96,9 @@ class OptimSettings(Section):
     weight_decay: Annotated[float, Field(ge=0.0)] = 0.0
     max_grad_norm: Annotated[float, Field(ge=0.0)] = 1.0
     """Gradients are clipped to this norm; 0 does not clip."""
+    max_skipped_steps: PositiveInt = 3
+    """A step whose loss or gradient is not finite changes nothing. So many of them in a row send
+    the run back to its last checkpoint, and end it where they fail again."""
     beta1: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.9
     beta2: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.999
     lora_plus_ratio: Annotated[float, Field(gt=0.0)] | None = None
@@ -116,11 +119,18 @@ class ScaleSettings(Section):
     gpus_per_worker: Literal["auto"] | Annotated[float, Field(ge=0.0)] = "auto"
     """auto: one where the cluster has GPUs, none where it has not."""
     cpus_per_worker: PositiveInt = 1
+    strategy: Literal["auto", "ddp", "fsdp"] = "auto"
+    """ddp: every worker holds the whole model. fsdp: a shard of every weight, of its gradient and
+    of its optimizer state (FSDP2), gathered layer by layer while it computes. auto: ddp where one
+    GPU holds all that lies there all the time, else fsdp. Checkpoints are the same."""
     max_failures: Annotated[int, Field(ge=0)] = 3
     """Restarts from the last good checkpoint after a failure, without a new checkpoint between
     them. Nodes that are taken away with notice, and those that come, do not count."""
     node_wait: Annotated[float, Field(ge=0)] = 600.0
     """Seconds that a run waits for nodes, where those that are left do not hold its workers."""
+    hang_timeout: Literal["auto"] | Annotated[float, Field(gt=0.0)] | None = "auto"
+    """Seconds after which a worker whose optimizer step does not end writes its stacks and gives
+    up. auto: ten times the longest of the last steps, at least 300; null: never."""
 
     @model_validator(mode="after")
     def _range_is_in_order(self) -> Self:
@@ -250,6 +260,44 @@ class Recipe(Section):
             if holds:
                 raise ValueError(told)
         return self
+
+    @model_validator(mode="after")
+    def _strategy_agrees(self) -> Self:
+        if self.scale.strategy != "fsdp":
+            return self
+        if self.scale.most_workers < 2:
+            raise ValueError(
+                "scale.strategy fsdp shares the weights out among workers, and scale.workers is "
+                f"{self.scale.workers}; set 2 or more, or leave strategy out"
+            )
+        if self.cannot_shard is not None:
+            raise ValueError(f"scale.strategy fsdp: {self.cannot_shard}")
+        return self
+
+    @property
+    def cannot_shard(self) -> str | None:
+        """Why the weights cannot be cut up, and what to do instead; None where they can."""
+        if self.model.quantize == "int8":
+            return (
+                "model.quantize int8 keeps scales of whole rows beside the weights, which are not "
+                "cut up with them; take nf4"
+            )
+        if isinstance(self.method, OnlineMethod):
+            return (
+                f"method {self.method.kind} samples on every worker by itself, and would gather "
+                "all weights for every token; take ddp, with model.quantize nf4 if it is large"
+            )
+        if isinstance(self.method, DpoMethod) and self.method.precompute_reference:
+            return (
+                "method.precompute_reference computes on whole models; leave it out (beside an "
+                "adapter, the reference takes no memory), or take ddp"
+            )
+        if self.adapter is not None and self.adapter.changes_base:
+            return (
+                f"adapter.init {self.adapter.init} writes its result from whole weights; take "
+                "another init, or ddp"
+            )
+        return None
 
     @property
     def trains_adapter(self) -> bool:

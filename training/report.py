@@ -348,6 +348,8 @@ def _facts(run: Record) -> Pairs:
         ("Started", _time(run.get("started_at"))),
         ("Finished", _time(run.get("finished_at"))),
         ("Last sign of life", "" if run.get("finished_at") else _time(run.get("updated_at"))),
+        ("Last saved step", figures.count(run.get("last_saved_step"))),
+        ("Save failed", run.get("save_error")),
         ("Workers", ", then ".join(str(size) for size in worlds)),
         ("Device", run.get("device")),
         ("Compute type", run.get("dtype")),

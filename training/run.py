@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from .attempts import persevere
 from .books import now, update_run
 from .checkpoint import best
 from .data.execution import run_in_process, run_on_ray_data
@@ -35,7 +36,10 @@ if TYPE_CHECKING:
     from .loop import Job, Outcome
 
 # A resumed run may change these; anything else would change its result.
-_FREE_ON_RESUME = ("scale", "checkpoint", "eval", "log", "storage", "optim.micro_batch_size")
+_FREE_ON_RESUME = (
+    *("scale", "checkpoint", "eval", "log", "storage"),
+    *("optim.micro_batch_size", "optim.max_skipped_steps"),
+)
 
 
 @dataclass(frozen=True)
@@ -120,7 +124,7 @@ def carry_out(recipe: Recipe, prepared: Prepared, launch: "Callable[[Job], Outco
         job = Job(
             recipe=recipe.model_dump(mode="json"), run=folder.uri, prepared=prepared.folder.uri
         )
-        _keep_books(recipe, folder, lambda: launch(job))
+        _keep_books(recipe, folder, lambda: persevere(job, launch))
     record = read_run(folder)
     assert record is not None
     return record
@@ -297,8 +301,10 @@ def _launch(
 
     job = Job(recipe=recipe.model_dump(mode="json"), run=folder.uri, prepared=prepared.folder.uri)
     if recipe.scale.most_workers == 0:
-        return launch_here(job, stop)
-    return launch_on_ray(job, recipe.scale, stop, worker_env, listener.phase)
+        return persevere(job, lambda job: launch_here(job, stop))
+    return persevere(
+        job, lambda job: launch_on_ray(job, recipe.scale, stop, worker_env, listener.phase)
+    )
 
 
 def _raise_outcome(outcome: "Outcome", folder: Folder) -> None:

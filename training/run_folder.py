@@ -18,6 +18,8 @@ ROLLOUTS_FILE = "rollouts.jsonl"
 """What a model answered while it was trained by an online method, and what that was worth."""
 REPORT_FILE = "report.html"
 CHECKPOINTS_FOLDER = "checkpoints"
+STACKS_FOLDER = "stacks"
+"""Where each rank was that gave up because a step did not end."""
 PREPARED_FOLDER = "prepared"
 """Inside a storage, beside the runs: prepared data, which runs share."""
 

@@ -2,41 +2,98 @@
 
 import tempfile
 from pathlib import Path
+from typing import Any
 
-from peft import PeftModel, set_peft_model_state_dict
+import torch
+from peft import PeftModel, get_peft_model_state_dict
 from safetensors.torch import load_file
 from transformers import PreTrainedTokenizerBase
 
 from .adapter import TRAINED
 from .base_identity import write_base
-from .existing_adapter import WEIGHTS_FILE
+from .errors import RunError
 from .model import Model
 from .recipe import Recipe
 from .reference import REFERENCE
+from .shards import shard_of, whole
+from .strategy import is_sharded
+
+Weights = dict[str, Any] | None
+"""A sharded model's weights, gathered; None for a model that has its own whole."""
 
 
-def save_weights(model: Model, target: Path) -> None:
-    """The weights alone, as a checkpoint needs them."""
+def gather_weights(model: Model) -> Weights:
+    """What of a sharded model is to be saved, on rank 0; all ranks call it together."""
+    if not is_sharded(model):
+        return None
+    state = model.state_dict(keep_vars=True)
     if isinstance(model, PeftModel):
-        model.save_pretrained(target, selected_adapters=[TRAINED])
+        saved = {id(value) for value in _adapter_state(model).values()}
+        state = {name: value for name, value in state.items() if id(value) in saved}
+    gathered: dict[str, Any] = whole(state)
+    return gathered
+
+
+def save_weights(model: Model, target: Path, weights: Weights = None) -> None:
+    """The weights alone, as a checkpoint needs them: under the model's own names.
+
+    Args:
+        model: whose they are.
+        target: a folder.
+        weights: what `gather_weights` gave.
+    """
+    if isinstance(model, PeftModel):
+        model.save_pretrained(target, selected_adapters=[TRAINED], state_dict=weights)
     else:
-        model.save_pretrained(target)
+        model.save_pretrained(target, state_dict=weights, save_original_format=False)
 
 
-def load_weights(model: PeftModel, source: Path) -> None:
-    """Take an adapter's weights from a checkpoint; each keeps its type, which PEFT would raise."""
-    set_peft_model_state_dict(model, load_file(source / WEIGHTS_FILE), adapter_name=TRAINED)
+@torch.no_grad()
+def load_weights(model: Model, source: Path) -> None:
+    """Take the weights that `save_weights` wrote; each keeps its own type, and its shards.
+
+    Raises:
+        RunError: they are another model's.
+    """
+    adapted = isinstance(model, PeftModel)
+    own = _adapter_state(model) if adapted else model.state_dict(keep_vars=True)
+    missing = {id(value) for value in own.values()}
+    for file in sorted(source.glob("*.safetensors")):
+        for name, tensor in load_file(file).items():
+            if name in own:
+                own[name].copy_(shard_of(tensor, own[name]))
+                missing.discard(id(own[name]))  # a tied weight is saved under one name
+    if missing:
+        names = sorted(name for name, value in own.items() if id(value) in missing)
+        raise RunError(f"the weights in {source} lack {', '.join(names[:5])} ({len(names)} in all)")
+
+
+def _adapter_state(model: PeftModel) -> dict[str, Any]:
+    """The trained adapter's parameters under the names that they are saved by."""
+    state: dict[str, Any] = get_peft_model_state_dict(
+        model,
+        state_dict=model.state_dict(keep_vars=True),
+        adapter_name=TRAINED,
+        save_embedding_layers=False,
+    )
+    return state
 
 
 def save_result(
-    recipe: Recipe, model: Model, tokenizer: PreTrainedTokenizerBase, target: Path
+    recipe: Recipe,
+    model: Model,
+    tokenizer: PreTrainedTokenizerBase,
+    target: Path,
+    weights: Weights = None,
 ) -> None:
     """The adapter (with a note of its base) or the model, and the tokenizer."""
     model.config.use_cache = True
     if recipe.adapter is not None and recipe.adapter.changes_base:
         _save_converted(model, target)
+    elif isinstance(model, PeftModel):
+        save_weights(model, target, weights)
     else:
-        save_weights(model, target)
+        model.save_pretrained(target, state_dict=weights)
     model.config.use_cache = False
     if recipe.trains_adapter:
         write_base(recipe.model, target)

@@ -1,20 +1,23 @@
-"""What a worker knows of its surroundings: its rank, where checkpoints go, when to stop.
+"""What a worker knows of its surroundings: its rank, whom to tell, when to stop.
 
 Two backings of one small interface: this process alone, and a Ray Train worker.
 """
 
-import shutil
+import os
+import sys
 import threading
-from collections.abc import Callable
-from pathlib import Path
-from typing import Protocol
+import time
+from contextlib import suppress
+from typing import NoReturn, Protocol
 
-from . import checkpoint
-from .run_folder import CHECKPOINTS_FOLDER
+from .books import now, update_run
+from .errors import RunError
 from .storage import Folder
 
 STOP_FILE = "stop"
 _POLL_SECONDS = 1.0
+_GRACE_SECONDS = 3.0
+"""For the other ranks' stacks: with the first process that ends, Ray Train ends them all."""
 
 
 class Session(Protocol):
@@ -26,21 +29,20 @@ class Session(Protocol):
     nodes: tuple[str, ...]
     """Ray's ids of the nodes that train, by rank."""
 
-    def commit(self, step: int, staged: Path, metrics: dict[str, float]) -> None:
-        """Make a staged checkpoint durable; `staged` is consumed. All ranks take part."""
-
     def report(self, measures: dict[str, float]) -> None:
         """Tell whoever follows the run what was measured; rank 0 does, with `step`, `tokens`."""
 
     def stop_requested(self) -> bool:
         """Whether the run should save and end."""
 
+    def abandon(self, told: str) -> NoReturn:
+        """End this process, whose training hangs, from another thread."""
+
 
 class LocalSession:
     """The run in this process.
 
     Args:
-        run: the run's folder.
         stop: set when somebody asks the run to stop.
     """
 
@@ -50,13 +52,8 @@ class LocalSession:
     nodes: tuple[str, ...] = ()
 
     def __init__(self, run: Folder, stop: threading.Event) -> None:
-        self._checkpoints = run / CHECKPOINTS_FOLDER
+        self._run = run
         self._stop = stop
-
-    def commit(self, step: int, staged: Path, metrics: dict[str, float]) -> None:
-        """Copy the checkpoint into the run's folder."""
-        checkpoint.publish(staged, self._checkpoints / checkpoint.checkpoint_name(step), 0)
-        shutil.rmtree(staged)
 
     def report(self, measures: dict[str, float]) -> None:
         """Nobody follows but the run's folder."""
@@ -64,6 +61,12 @@ class LocalSession:
     def stop_requested(self) -> bool:
         """Whether Ctrl-C or SIGTERM came."""
         return self._stop.is_set()
+
+    def abandon(self, told: str) -> NoReturn:
+        """The run has failed, and there is nobody else to write that down."""
+        failed = {"status": "failed", "error": told, "finished_at": now()}
+        update_run(self._run, lambda record: record.update(failed))
+        _end_process(told)
 
 
 class RaySession:
@@ -78,20 +81,7 @@ class RaySession:
         self.rank: int = context.get_world_rank()
         self.world_size: int = context.get_world_size()
         self.nodes = _node_of_each_rank(self.world_size)
-        self._checkpoints = run / CHECKPOINTS_FOLDER
         self._stop = watch_stop_file(run) if self.rank == 0 else threading.Event()
-
-    def commit(self, step: int, staged: Path, metrics: dict[str, float]) -> None:
-        """Upload this rank's files and report them to Ray Train, a barrier of all ranks."""
-        import ray.train
-
-        ray.train.report(
-            {"step": step, **metrics},
-            checkpoint=ray.train.Checkpoint.from_directory(staged),
-            checkpoint_dir_name=checkpoint.checkpoint_name(step),
-            checkpoint_upload_fn=_uploader(self._checkpoints, self.rank),
-            delete_local_checkpoint_after_upload=True,
-        )
 
     def report(self, measures: dict[str, float]) -> None:
         """Nobody follows but the run's folder: Ray Train's own report is a barrier."""
@@ -99,6 +89,16 @@ class RaySession:
     def stop_requested(self) -> bool:
         """Whether the driver left a stop file (seen by rank 0, which tells the others)."""
         return self._stop.is_set()
+
+    def abandon(self, told: str) -> NoReturn:
+        """Ray Train starts the group again from the last checkpoint."""
+        time.sleep(_GRACE_SECONDS)
+        _end_process(told)
+
+
+def _end_process(told: str) -> NoReturn:
+    print(f"finray: {told}", file=sys.stderr, flush=True)
+    os._exit(RunError.exit_code)
 
 
 def _node_of_each_rank(world_size: int) -> tuple[str, ...]:
@@ -111,25 +111,15 @@ def _node_of_each_rank(world_size: int) -> tuple[str, ...]:
     return tuple(found)
 
 
-def _uploader(checkpoints: Folder, rank: int) -> Callable[..., object]:
-    import ray.train
-
-    def upload(staged: "ray.train.Checkpoint", name: str) -> "ray.train.Checkpoint":
-        target = checkpoints / name
-        checkpoint.publish(Path(staged.path), target, rank)
-        return ray.train.Checkpoint(path=target.path, filesystem=target.filesystem)
-
-    return upload
-
-
 def watch_stop_file(run: Folder) -> threading.Event:
     """An event that is set once the folder holds a stop file."""
     stop = threading.Event()
 
     def watch() -> None:
         while not stop.wait(_POLL_SECONDS):
-            if run.exists(STOP_FILE):
-                stop.set()
+            with suppress(OSError):  # a store that is away for a moment: the next look tells
+                if run.exists(STOP_FILE):
+                    stop.set()
 
     threading.Thread(target=watch, name="stop-file", daemon=True).start()
     return stop

@@ -44,6 +44,14 @@ def _open(uri: str) -> tuple[Any, str]:
     return filesystem, f"{root.rstrip('/')}/{below}".rstrip("/") if root else below
 
 
+def _copy_to_disk(source: Path, target: Path) -> None:
+    """Copy a file, and wait until the disk has it."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(source, target)
+    with target.open("rb") as stream:
+        os.fsync(stream.fileno())
+
+
 @dataclass(frozen=True)
 class Folder:
     """A folder named by an absolute local path or a URI that pyarrow.fs opens."""
@@ -136,7 +144,9 @@ class Folder:
     def upload(self, source: Path) -> None:
         """Copy every file below a local folder into this one."""
         if self.local is not None:
-            shutil.copytree(source, self.local, dirs_exist_ok=True)
+            for path in source.rglob("*"):
+                if path.is_file():
+                    _copy_to_disk(path, self.local / path.relative_to(source))
             return
         self.create()
         pafs.copy_files(

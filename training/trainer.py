@@ -4,7 +4,9 @@ The optimizer step is the Trainer's own: autocast, accumulation, clipping, sched
 are the data, the method's loss over a global batch, and what happens after a step.
 """
 
+import math
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -14,15 +16,17 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import transformers
-from peft import PeftModel
 from transformers import Trainer, TrainingArguments
+from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 
 from .data.batching import Batch, Rows
-from .errors import RunError
 from .model import Model
 from .objectives.objective import Objective
-from .optimizer import make_optimizer
-from .saving import load_weights, save_weights
+from .optimizer import SkippingAdamW, make_optimizer
+from .saving import gather_weights, load_weights, save_weights
+from .shards import whole
+from .skipping import SkippedSteps, carried, flag
+from .strategy import without_needless_reduction
 
 
 @dataclass
@@ -34,6 +38,8 @@ class Counts:
     tokens: int
     stop: bool
     """Somebody asked for the run to stop after this step."""
+    flags: tuple[int, ...] = ()
+    """How many workers raised each of theirs before the step."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +63,9 @@ class StreamTrainer(Trainer):
         after_step: called after every optimizer step; returns True to end the training.
         is_logged: whether a step (counted from 1) will be logged.
         stop_requested: whether this worker was asked to stop.
+        flags: this worker's; `counts` has them of all.
         lora_plus_ratio: see `make_optimizer`.
+        max_skipped_steps: so many in a row, not finite, raise NotFiniteError.
     """
 
     def __init__(
@@ -71,7 +79,9 @@ class StreamTrainer(Trainer):
         after_step: Callable[[StepMeasures], bool],
         is_logged: Callable[[int], bool],
         stop_requested: Callable[[], bool],
+        flags: Callable[[], tuple[bool, ...]] = tuple,
         lora_plus_ratio: float | None = None,
+        max_skipped_steps: int = 3,
     ) -> None:
         super().__init__(model=model, args=args)
         self._lora_plus_ratio = lora_plus_ratio
@@ -83,18 +93,22 @@ class StreamTrainer(Trainer):
         self._after_step = after_step
         self._is_logged = is_logged
         self._stop_requested = stop_requested
+        self._flags = flags
         self._handled_step = 0
         self._tr_loss: torch.Tensor
+        self._adamw: SkippingAdamW
+        self._is_skipped = torch.zeros(())
+        self.skipped = SkippedSteps(args.device, max_skipped_steps, scaled=args.fp16)
         self._measured: list[torch.Tensor] = []
         # Counts are exchanged between CPUs, so that a GPU never waits for them.
-        self._cpu_group = dist.new_group(backend="gloo") if args.world_size > 1 else None
+        self.cpu_group = dist.new_group(backend="gloo") if args.world_size > 1 else None
         self.counts = Counts(0, 0, False)
 
     def create_optimizer(self, model: torch.nn.Module | None = None) -> torch.optim.Optimizer:
         """AdamW as `make_optimizer` sets it up."""
         if self.optimizer is None:
             args = self.args
-            self.optimizer = make_optimizer(
+            self.optimizer = self._adamw = make_optimizer(
                 self.model.named_parameters(),
                 self.get_decay_parameter_names(self.model),
                 learning_rate=args.learning_rate,
@@ -114,6 +128,8 @@ class StreamTrainer(Trainer):
     ) -> tuple[list[Batch], torch.Tensor]:
         """The microbatches of one step, and the units of the whole global batch."""
         step = self.state.global_step
+        self.skipped.hear(step - 1)
+        self.skipped.check()
         if step % self._passes == 0:
             microbatches = list(islice(epoch_iterator, num_batches))
             with torch.no_grad(), self.compute_loss_context_manager():
@@ -123,14 +139,15 @@ class StreamTrainer(Trainer):
                 sum(batch.units for batch in self._current),
                 sum(batch.tokens for batch in self._current),
                 int(self._stop_requested()),
+                *map(int, self._flags()),
             ]
         )
-        if self._cpu_group is not None:
-            dist.all_reduce(counts, group=self._cpu_group)
-        units, tokens, stop = counts.tolist()
+        if self.cpu_group is not None:
+            dist.all_reduce(counts, group=self.cpu_group)
+        units, tokens, stop, *flags = counts.tolist()
         # Rows that will be trained on again are not left half-way: nothing keeps them.
         may_stop = (step + 1) % self._passes == 0
-        self.counts = Counts(units, tokens, stop > 0 and may_stop)
+        self.counts = Counts(units, tokens, stop > 0 and may_stop, tuple(flags))
         return self._current, torch.tensor(max(units, 1), device=device)
 
     def _prepare_inputs(self, inputs: Batch) -> Batch:
@@ -159,8 +176,17 @@ class StreamTrainer(Trainer):
         loss = self._objective.loss(model, inputs, self._is_logged(self.state.global_step + 1))
         if loss.measures is not None:
             self._measured.append(loss.measures)
-        share: torch.Tensor = loss.total / num_items_in_batch * self.args.world_size
-        return share
+        return carried(loss.total / num_items_in_batch * self.args.world_size)
+
+    def _get_grad_norm(self, model: torch.nn.Module, grad_norm: Any = None) -> Any:
+        """The Trainer's seam before the optimizer's step: a gradient that is not finite is left."""
+        norm = super()._get_grad_norm(model, grad_norm)
+        self._adamw.skip = self._is_skipped = flag(norm)
+        return norm
+
+    def _defer_fsdp_gradient_reduction(self) -> AbstractContextManager[None]:
+        """The Trainer's seam for all microbatches but the last of a sharded model."""
+        return without_needless_reduction(self.model)
 
     def _maybe_log_save_evaluate(
         self,
@@ -176,27 +202,23 @@ class StreamTrainer(Trainer):
             return
         self._handled_step = step
         assert learning_rate is not None
+        self.skipped.add(step, self._is_skipped, tr_loss)
+        self._tr_loss = torch.zeros_like(tr_loss)
         if self._after_step(StepMeasures(step, learning_rate, grad_norm)):
             self.control.should_training_stop = True
 
-    def take_loss(self, steps: int) -> float:
-        """Mean loss of the last `steps` steps over all workers; starts a new mean.
+    def take_loss(self, steps: int) -> tuple[float, list[int]]:
+        """(mean loss, skipped ones) of the last `steps` steps over all workers; starts a new mean.
 
-        Raises:
-            RunError: where it is not finite.
+        The mean is that of the steps that were not skipped; NaN where all were.
         """
-        mean = self._tr_loss / steps
-        self._tr_loss = torch.zeros_like(self._tr_loss)
+        self.skipped.hear(self.state.global_step)
+        total, skipped = self.skipped.take_loss(), self.skipped.take_steps()
         if self.args.world_size > 1:
-            dist.all_reduce(mean)
-            mean = mean / self.args.world_size
-        loss = float(mean)
-        if not torch.isfinite(mean):
-            raise RunError(
-                f"step {self.state.global_step}: the loss is {loss}; a lower "
-                "optim.learning_rate or a longer optim.warmup_ratio usually cures it"
-            )
-        return loss
+            dist.all_reduce(total)
+            total = total / self.args.world_size
+        taken = steps - len(skipped)
+        return (float(total) / taken if taken else math.nan), skipped
 
     def take_measures(self) -> dict[str, float]:
         """The objective's measures of the logged step, over all workers."""
@@ -212,11 +234,14 @@ class StreamTrainer(Trainer):
         """Write this rank's part of a checkpoint that `train` can resume from.
 
         Rank 0 writes weights (adapter or model, safetensors), optimizer, scheduler, scaler and
-        the Trainer's state; every rank its random generators.
+        the Trainer's state, all of it whole; every rank its random generators.
         """
+        assert self.optimizer is not None
+        weights, optimizer = gather_weights(self.model), whole(self.optimizer.state_dict())
         if self.args.process_index == 0:
-            save_weights(self.model, folder)
-            self._save_optimizer_and_scheduler(str(folder))
+            save_weights(self.model, folder, weights)
+            torch.save(optimizer, folder / OPTIMIZER_NAME)
+            torch.save(self.lr_scheduler.state_dict(), folder / SCHEDULER_NAME)
             self._save_scaler(str(folder))
             self.state.save_to_json(str(folder / "trainer_state.json"))
         self._save_rng_state(str(folder))
@@ -224,10 +249,7 @@ class StreamTrainer(Trainer):
     def _load_from_checkpoint(
         self, resume_from_checkpoint: str, model: torch.nn.Module | None = None
     ) -> None:
-        if isinstance(self.model, PeftModel):
-            load_weights(self.model, Path(resume_from_checkpoint))
-        else:
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        load_weights(self.model, Path(resume_from_checkpoint))
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         """The state is the checkpoint's, the settings are the recipe's: a population's member goes

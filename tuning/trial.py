@@ -5,7 +5,6 @@ for the answer: a pruned trial does no step more. A trial with several workers i
 that the thread starts and follows.
 """
 
-import gc
 import os
 import queue
 import threading
@@ -14,6 +13,7 @@ from typing import Any, TypedDict
 
 from ray import tune
 
+from ..training.device import free_memory
 from ..training.errors import FinrayError, last_line
 from ..training.recipe import Recipe, recipe_from_dict
 from ..training.run_folder import Record, read_metrics
@@ -132,7 +132,7 @@ class RunningTrial:
             code = error.exit_code if isinstance(error, FinrayError) else 1
             self._reports.put({**self._about("failed"), "error": told, "exit_code": code})
         finally:
-            _free_memory()
+            free_memory()
 
     def _carry_out(self) -> Record:
         from ..training.data.prepared import open_prepared
@@ -163,7 +163,7 @@ class RunningTrial:
             "measures": final_measures(self._recipe, record),
         }
         if record["status"] == "failed":
-            told |= {"error": str(record["error"]), "exit_code": codes[0]}
+            told |= {"error": str(record["error"]), "exit_code": codes[-1]}
         return told
 
     def _about(self, status: str) -> Record:
@@ -261,12 +261,3 @@ def _stop_event(sweep: str) -> threading.Event:
     from ..training.session import watch_stop_file
 
     return watch_stop_file(Folder(sweep))
-
-
-def _free_memory() -> None:
-    """The next trial of this process starts with the memory of this one."""
-    import torch
-
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()

@@ -99,7 +99,7 @@ def make_recipe(tiny_model: Path, data: Path, method: dict[str, Any]) -> Recipe:
 
 def finray_losses(recipe: Recipe, prepared: Prepared, run: Path) -> list[float]:
     job = Job(recipe=recipe.model_dump(mode="json"), run=str(run), prepared=prepared.folder.uri)
-    outcome = run_worker(job, LocalSession(Folder(str(run)), threading.Event()))
+    outcome = run_worker(job, LocalSession(Folder(job["run"]), threading.Event()))
     assert outcome["status"] == "finished", outcome["error"]
     lines = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     return [json.loads(line)["loss"] for line in lines]

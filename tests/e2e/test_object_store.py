@@ -1,12 +1,14 @@
 """A run whose storage is an object store, spoken to over S3's own protocol."""
 
 import json
+import signal
 import socket
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import closing
+from dataclasses import dataclass
 
 import pytest
 from harness import Finray, losses, wait_until
@@ -20,9 +22,18 @@ KEYS = {
 }
 
 
+@dataclass(frozen=True)
+class Store:
+    """A server on loopback, with an empty bucket."""
+
+    filesystem: S3FileSystem
+    query: str
+    """Of its URIs."""
+    server: subprocess.Popen[bytes]
+
+
 @pytest.fixture
-def store(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[S3FileSystem, str]]:
-    """(filesystem, query of its URIs) of a server on loopback, with an empty bucket."""
+def store(monkeypatch: pytest.MonkeyPatch) -> Iterator[Store]:
     for name, value in KEYS.items():
         monkeypatch.setenv(name, value)
     with closing(socket.socket()) as free:
@@ -39,7 +50,8 @@ def store(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[S3FileSystem, str]]
             allow_bucket_creation=True,
         )
         filesystem.create_dir("bucket")
-        yield filesystem, f"endpoint_override=127.0.0.1:{port}&scheme=http&region=us-east-1"
+        query = f"endpoint_override=127.0.0.1:{port}&scheme=http&region=us-east-1"
+        yield Store(filesystem, query, server)
     finally:
         server.kill()
         server.wait(30)
@@ -55,27 +67,33 @@ def _wait_for(port: int) -> None:
     raise AssertionError("the object store did not start")
 
 
-def test_stop_and_resume_in_an_object_store(
-    finray: Finray, store: tuple[S3FileSystem, str]
-) -> None:
-    filesystem, query = store
+def test_stop_and_resume_in_an_object_store(finray: Finray, store: Store) -> None:
+    """It stops answering for a while, too."""
+    filesystem = store.filesystem
     finray.run("train", finray.recipe(name="disk"))
-    recipe = finray.recipe(storage=f"s3://bucket/runs?{query}")
+    recipe = finray.recipe(storage=f"s3://bucket/runs?{store.query}")
 
     def names() -> list[str]:
         selector = FileSelector("bucket/runs/run", recursive=True, allow_not_found=True)
         return [info.path for info in filesystem.get_file_info(selector)]
 
+    def content(name: str) -> bytes:
+        with filesystem.open_input_stream(f"bucket/runs/run/{name}") as stream:
+            return bytes(stream.read())
+
     command = finray.start("train", recipe)
     wait_until(lambda: any(name.endswith("rank-0.json") for name in names()), "a checkpoint")
     command.interrupt()
     assert command.wait() == 130, command.output()
-    output = finray.run("train", recipe)
-    assert "resumed from step-" in output
-
-    def content(name: str) -> bytes:
-        with filesystem.open_input_stream(f"bucket/runs/run/{name}") as stream:
-            return bytes(stream.read())
+    known = set(names())
+    command = finray.start("train", recipe)
+    wait_until(lambda: any("step-" in name for name in {*names()} - known), "a save")
+    store.server.send_signal(signal.SIGSTOP)
+    time.sleep(6)
+    store.server.send_signal(signal.SIGCONT)
+    assert command.wait() == 0, command.output()
+    assert "resumed from step-" in command.output()
+    assert json.loads(content("run.json"))["last_saved_step"] == 60
 
     on_disk = finray.folder / "runs" / "disk"
     ours = load(content("adapter/adapter_model.safetensors"))

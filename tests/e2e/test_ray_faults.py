@@ -1,19 +1,16 @@
 """Two Ray Train workers that are killed or stopped, and go on as if nothing had been."""
 
-from collections.abc import Iterator
-from contextlib import suppress
 from pathlib import Path
 
-import psutil
 import pytest
 from harness import (
-    Command,
     Finray,
     assert_same_result,
     losses,
     reached,
     record,
     wait_until,
+    workers,
 )
 
 pytestmark = pytest.mark.timeout(600)
@@ -28,13 +25,6 @@ def undisturbed(shared_finray: Finray) -> Path:
     assert sorted(losses(run)) == list(range(1, 61))
     assert record(run)["world_sizes"] == [2]
     return run
-
-
-def workers(command: Command) -> Iterator[psutil.Process]:
-    for process in command.watch_family():
-        with suppress(psutil.NoSuchProcess):
-            if "RayTrainWorker" in process.name() or "RayTrainWorker" in process.cmdline()[0]:
-                yield process
 
 
 def test_sigkill_of_a_worker_in_a_save(finray: Finray, undisturbed: Path) -> None:

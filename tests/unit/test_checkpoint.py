@@ -22,8 +22,8 @@ def save(
             (staged / "weights.safetensors").write_bytes(bytes([step % 256]) * 100)
         (staged / f"rng_state_{rank}.pth").write_bytes(b"rng")
         metrics = {} if loss is None else {"eval_loss": loss}
-        checkpoint.write_manifest(staged, rank, world_size, metrics)
-        checkpoint.publish(staged, root / checkpoint.checkpoint_name(step), rank)
+        manifest = checkpoint.make_manifest(staged, rank, world_size, metrics)
+        checkpoint.publish(staged, root / checkpoint.checkpoint_name(step), rank, manifest)
 
 
 @pytest.fixture

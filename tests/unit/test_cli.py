@@ -118,7 +118,8 @@ def test_check_tells_what_would_happen(finray: Runner) -> None:
     outlook = json.loads(finray("check", path, "--json", code=0))
     assert outlook["steps"] == 2 and outlook["sources"][0]["rows"] == 64
     assert 0 < outlook["parameters"]["trainable"] < outlook["parameters"]["total"]
-    assert "64 rows of messages" in finray("check", path, code=0)
+    told = finray("check", path, code=0)
+    assert "64 rows of messages" in told and "GiB of a GPU: weights" in told
 
 
 def test_prepare_then_check_is_exact(finray: Runner) -> None:

@@ -13,8 +13,8 @@ def test_only_failures_without_progress_count(tmp_path: Path) -> None:
     def save(step: int) -> None:
         staged = tmp_path / str(step)
         staged.mkdir()
-        checkpoint.write_manifest(staged, 0, 1, {})
-        checkpoint.publish(staged, folder / checkpoint.checkpoint_name(step), 0)
+        manifest = checkpoint.make_manifest(staged, 0, 1, {})
+        checkpoint.publish(staged, folder / checkpoint.checkpoint_name(step), 0, manifest)
 
     patience = Patience(folder, 2)
     assert [patience.bears() for _ in range(3)] == [True, True, False]

@@ -51,9 +51,12 @@ def make_rows(kind: str) -> list[Sequence]:
     return rows
 
 
-def make_recipe(tiny_model: Path, method: dict[str, Any], micro: int) -> Recipe:
+def make_recipe(
+    tiny_model: Path, method: dict[str, Any], micro: int, strategy: str = "ddp"
+) -> Recipe:
     return Recipe.model_validate(
         {
+            "scale": {"workers": 2, "strategy": strategy},
             "name": "x",
             "model": {"base": str(tiny_model)},
             "adapter": {"rank": 4},
@@ -75,15 +78,17 @@ def make_model(settings: Recipe) -> Any:
 
 
 @pytest.mark.parametrize("method", METHODS, ids=lambda method: method["kind"])
-@pytest.mark.parametrize("world_size", [2, 3])
-def test_workers(tiny_model: Path, tmp_path: Path, method: dict[str, Any], world_size: int) -> None:
+@pytest.mark.parametrize(("world_size", "strategy"), [(2, "ddp"), (3, "ddp"), (2, "fsdp")])
+def test_workers(
+    tiny_model: Path, tmp_path: Path, method: dict[str, Any], world_size: int, strategy: str
+) -> None:
     """Five rows, one at a time: the last worker has a microbatch with nothing in it."""
     rows, whole = make_rows(method["kind"]), make_recipe(tiny_model, method, BATCH)
     model = make_model(whole)
     expected, logged, counts = one_step(copy.deepcopy(model), whole, rows, tmp_path, 0, 1)
     assert counts.units == BATCH
     assert any(gradient.abs().max() > 1e-4 for gradient in expected.values())
-    settings = make_recipe(tiny_model, method, 1)
+    settings = make_recipe(tiny_model, method, 1, strategy)
 
     def work(rank: int, world_size: int) -> dict[str, Any]:
         measured = one_step(copy.deepcopy(model), settings, rows, tmp_path, rank, world_size)
@@ -112,6 +117,56 @@ def test_held_out_rows(tiny_model: Path, tmp_path: Path, method: dict[str, Any])
     torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-5)
     assert one[0, 1] == BATCH
     assert torch.isfinite(one).all()
+
+
+@pytest.mark.parametrize("method", METHODS, ids=lambda method: method["kind"])
+def test_held_out_rows_of_a_sharded_model(
+    tiny_model: Path, tmp_path: Path, method: dict[str, Any]
+) -> None:
+    """Two workers, of whom one has a row less, go through it equally often."""
+    rows = make_rows(method["kind"])
+
+    def measure(strategy: str) -> list[dict[str, Any]]:
+        settings = make_recipe(tiny_model, method, 1, strategy)
+        model = make_model(settings)
+
+        def work(rank: int, world_size: int) -> dict[str, Any]:
+            setup = make_setup(settings, model, tmp_path, rank, world_size)
+            objective = method_of(settings).objective(setup)
+            setup.place(model.eval())
+            mine = in_batches(iter(rows[rank::world_size]), 1, at_least=3)
+            with torch.no_grad():
+                return {"total": objective.held_out(mine, torch.device("cpu"))}
+
+        folder = tmp_path / strategy
+        folder.mkdir()
+        return by_workers(2, folder, work)
+
+    sharded, whole = measure("fsdp"), measure("ddp")
+    torch.testing.assert_close(sharded, whole, atol=1e-5, rtol=1e-5)
+    assert sum(saved["total"][0, 1] for saved in sharded) == BATCH
+
+
+def test_sharded_full_fine_tuning_with_a_reference(tiny_model: Path, tmp_path: Path) -> None:
+    """The reference is a copy of the model, which is sharded as well."""
+    rows = make_rows("dpo")
+
+    def full(micro: int, strategy: str) -> Recipe:
+        told = make_recipe(tiny_model, {"kind": "dpo"}, micro, strategy)
+        return told.model_copy(update={"adapter": None})
+
+    whole = full(BATCH, "ddp")
+    expected, logged, _ = one_step(load_model(whole), whole, rows, tmp_path, 0, 1)
+    settings = full(1, "fsdp")
+
+    def work(rank: int, world_size: int) -> dict[str, Any]:
+        model = load_model(settings)
+        measured = one_step(model, settings, rows, tmp_path, rank, world_size)
+        return {"gradients": measured[0], "logged": measured[1]}
+
+    for saved in by_workers(2, tmp_path, work):
+        assert saved["logged"] == pytest.approx(logged, abs=1e-5)
+        torch.testing.assert_close(saved["gradients"], expected, atol=1e-5, rtol=1e-4)
 
 
 def test_a_reference_is_left_as_it_was(tiny_model: Path, tmp_path: Path) -> None:

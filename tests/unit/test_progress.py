@@ -56,6 +56,23 @@ def test_the_last_lines_are_told_at_the_end(folder: Folder) -> None:
     assert "\x1b" not in out.getvalue()
 
 
+def test_the_last_save_and_what_ails_saves_are_told(folder: Folder) -> None:
+    console, out = plain()
+    with ProgressWatcher(folder, console, poll_seconds=0.01):
+        write_run(folder, {"last_saved_step": 10, "save_error": None, "save_wait_seconds": 0.1})
+        append(folder, {"step": 12, "loss": 1.0})
+        until(lambda: "step 12" in out.getvalue())
+        error = "step 20: no\nspace"
+        write_run(folder, {"last_saved_step": 10, "save_error": error, "save_wait_seconds": 9.2})
+        until(lambda: "waiting" in out.getvalue())
+    lines = out.getvalue().splitlines()
+    assert "step 12  loss 1.000  saved 10" in lines
+    assert lines.count(
+        "a save failed (step 20: no space); training goes on, last saved: step 10"
+    ) == 1  # fmt: skip
+    assert sum("spent waiting for the storage" in line for line in lines) == 1
+
+
 def test_lines_come_while_the_run_goes_on(folder: Folder) -> None:
     console, out = plain()
     with ProgressWatcher(folder, console, poll_seconds=0.01):

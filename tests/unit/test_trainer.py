@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import steps
 import torch
-from steps import Gradients, gradients
+from steps import Gradients, gradients, make_sequences
 from transformers import AutoModelForCausalLM
 
 from finray.training.data.batching import IGNORED, Batch, collate
@@ -17,21 +17,6 @@ from finray.training.objectives.tokens import measure, to_log_probabilities, tok
 from finray.training.recipe import Recipe
 
 BATCH = 8
-
-
-def make_sequences(count: int, seed: int = 0) -> list[Sequence]:
-    """Packed sequences of random documents, about half of whose tokens bear loss."""
-    random = np.random.default_rng(seed)
-    made = []
-    for number in range(count):
-        lengths = random.integers(2, 14, size=random.integers(1, 5)).astype(np.int32)
-        size = int(lengths.sum())
-        trainable = random.random(size) < 0.5
-        trainable[np.concatenate(([0], np.cumsum(lengths)[:-1]))] = False
-        trainable[1] = True
-        tokens = random.integers(3, 250, size).astype(np.int32)
-        made.append(Sequence(tokens, lengths, trainable, np.array([number])))
-    return made
 
 
 def documents(sequence: Sequence) -> list[tuple[torch.Tensor, torch.Tensor]]:

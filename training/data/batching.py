@@ -70,10 +70,14 @@ def microbatches(
             yield part or [NOTHING]
 
 
-def in_batches(sequences: Iterator[Sequence], size: int) -> Iterator[Rows]:
-    """Groups of `size` rows; the last may be smaller."""
+def in_batches(sequences: Iterator[Sequence], size: int, at_least: int = 0) -> Iterator[Rows]:
+    """Groups of `size` rows; the last may be smaller. NOTHING follows up to `at_least` groups."""
+    groups = 0
     while part := list(islice(sequences, size)):
+        groups += 1
         yield part
+    for _ in range(groups, at_least):
+        yield [NOTHING]
 
 
 NOTHING = Sequence(

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from ..data.batching import Batch, Rows, collate
+from ..data.batching import NOTHING, Batch, Rows, collate
 from ..data.stream import Sequence
 from ..method_settings import KtoMethod
 from ..model import evaluating
@@ -73,10 +73,11 @@ class KtoObjective(Objective):
             ratios.append(self._sums(self.model, batch) - self._reference(self._sums, batch))
             labels.append(batch.extra["desirable"])
             if self._settings.loss == "kto":
-                known = rows if last is not None else rows[1:]
-                before = _mismatched(known, last or rows[0], self._max_length)
+                real = [row for row in rows if row.rows.size]
+                known = real if last is not None else real[1:]
+                before = _mismatched(known, last or real[0], self._max_length) if known else []
                 divergences.append(self._divergences(before))
-                last = rows[-1]
+                last = real[-1] if real else last
         baseline = self._mean(torch.cat(divergences))
         ratio, desirable = torch.cat(ratios), torch.cat(labels)
         losses = answer_losses(ratio, desirable, baseline, self._settings).double()
@@ -99,9 +100,8 @@ class KtoObjective(Objective):
     @torch.no_grad()
     def _divergences(self, rows: Rows) -> torch.Tensor:
         """log policy - log reference of rows, (rows,)."""
-        if not rows:
-            return torch.zeros(0, device=self.device)
-        batch = replace(collate(rows), units=len(rows)).to(self.device)
+        # Without rows too: the ranks walk through a sharded model together.
+        batch = replace(collate(rows or [NOTHING]), units=len(rows)).to(self.device)
         with evaluating(self.model):
             policy = self._sums(self.model, batch)
         return policy - self._reference(self._sums, batch)

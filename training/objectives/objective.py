@@ -11,6 +11,7 @@ from ..data.prepared import Prepared
 from ..methods import method_of
 from ..model import Model, forward_arguments
 from ..recipe import Recipe
+from ..strategy import Strategy, shard
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,15 @@ class Setup:
     world_size: int
     device: torch.device
     """Where the model will be trained; it is not there yet."""
+    strategy: Strategy = "ddp"
+
+    def place(self, model: Model) -> Model:
+        """A whole model on the CPU, brought to where it computes as the strategy says."""
+        if self.strategy == "fsdp":
+            shard(model, self.recipe, self.device)
+            return model
+        placed: Model = model.to(self.device)
+        return placed
 
 
 @dataclass(frozen=True)

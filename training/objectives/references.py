@@ -77,4 +77,4 @@ def load_reference(name: str, recipe: Recipe) -> Model:
 def _frozen(model: Model, setup: Setup) -> Model:
     model.config.use_cache = False
     dtype = torch_dtype(choose_dtype(setup.recipe.model))
-    return model.requires_grad_(False).eval().to(setup.device, dtype)
+    return setup.place(model.requires_grad_(False).eval().to(dtype))

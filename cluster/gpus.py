@@ -1,0 +1,133 @@
+"""GPUs of a machine, and whether a run fits into their memory."""
+
+import shutil
+import subprocess
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from ..training.recipe import Recipe
+
+if TYPE_CHECKING:
+    from ..training.memory import Memory, Sizes
+
+_QUERY = ("--query-gpu=name,memory.total", "--format=csv,noheader,nounits")
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """One of a machine's."""
+
+    name: str
+    bytes: int
+    """Its memory."""
+
+    def __str__(self) -> str:
+        return f"{self.name}, {gib(self.bytes)}"
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Whether a run fits."""
+
+    fits: bool
+    """At a smaller microbatch at least."""
+    is_tight: bool
+    """Something has to change: `text` says what."""
+    text: str
+
+
+def gib(count: float) -> str:
+    """12.3 GiB."""
+    return f"{count / 2**30:.1f} GiB"
+
+
+def gpus_here() -> tuple[Gpu, ...]:
+    """This machine's NVIDIA GPUs; none where nvidia-smi is missing or fails."""
+    command = shutil.which("nvidia-smi")
+    if command is None:
+        return ()
+    done = subprocess.run([command, *_QUERY], check=False, capture_output=True, text=True)
+    if done.returncode != 0:
+        return ()
+    fields = (line.rpartition(",") for line in done.stdout.strip().splitlines())
+    return tuple(Gpu(name.strip(), int(mib) * 2**20) for name, _, mib in fields)
+
+
+def memory_text(memory: "Memory", recipe: Recipe) -> str:
+    """about 12.3 GiB of a GPU: …"""
+    rows = recipe.optim.micro_batch_size
+    return (
+        f"about {gib(memory.peak)} of a GPU: weights {gib(memory.weights)}, gradients and "
+        f"optimizer {gib(memory.training)}, activations {gib(memory.activations)} at microbatch "
+        f"{rows}"
+    )
+
+
+def judge(recipe: Recipe, sizes: "Sizes", gpus: Sequence[Gpu], share: float = 1.0) -> Verdict:
+    """Compare a run with the smallest GPU that a worker may get.
+
+    Args:
+        recipe: the run's.
+        sizes: of its model.
+        gpus: at least one.
+        share: of a GPU that a worker has, where several share one.
+    """
+    from ..training.memory import estimate
+
+    smallest = min(gpus, key=lambda gpu: gpu.bytes)
+    room = round(smallest.bytes * min(share, 1.0))
+    memory = estimate(recipe, sizes)
+    told = f"{memory_text(memory, recipe)}; there is {gib(room)} ({smallest.name})"
+    if memory.peak <= room:
+        return Verdict(True, False, told)
+
+    def fits(changed: Recipe) -> bool:
+        return estimate(changed, sizes).peak <= room
+
+    cures = [text for text, changed in _smaller(recipe) if fits(changed)]
+    if cures:
+        text = f"{told}: too much at once. It would fit with {', or with '.join(cures)}"
+        return Verdict(True, True, text)
+    least = _with(recipe, batch=1, gradient_checkpointing=True)
+    cures = [text for text, changed in _other(least) if fits(changed)]
+    most = gib(estimate(least, sizes).peak)
+    lines = [f"{told}; at microbatch 1 with gradient checkpointing it still needs {most}"]
+    if cures:
+        lines.append(f"With these it would fit too: {', or '.join(cures)}")
+    return Verdict(False, True, ". ".join(lines))
+
+
+def _smaller(recipe: Recipe) -> Iterator[tuple[str, Recipe]]:
+    """The same training in smaller parts: the largest of each kind that could fit comes first."""
+    rows = recipe.optim.micro_batch_size
+    if not recipe.model.gradient_checkpointing:
+        yield (
+            "model.gradient_checkpointing=true",
+            _with(recipe, batch=rows, gradient_checkpointing=True),
+        )
+    while rows > 1:
+        rows //= 2
+        text = f"optim.micro_batch_size={rows}"
+        yield text, _with(recipe, batch=rows)
+        if not recipe.model.gradient_checkpointing:
+            both = f"{text} and model.gradient_checkpointing=true"
+            yield both, _with(recipe, batch=rows, gradient_checkpointing=True)
+
+
+def _other(recipe: Recipe) -> Iterator[tuple[str, Recipe]]:
+    """Another training that takes less."""
+    adapter = recipe.adapter
+    plain = adapter is None or adapter.init in ("default", "gaussian")
+    if recipe.trains_adapter and plain and recipe.model.quantize != "nf4":
+        yield "model.quantize=nf4", _with(recipe, quantize="nf4")
+    for length in (recipe.data.max_length // 2, recipe.data.max_length // 4):
+        data = recipe.data.model_copy(update={"max_length": length})
+        yield f"data.max_length={length}", recipe.model_copy(update={"data": data})
+
+
+def _with(recipe: Recipe, batch: int | None = None, **model: Any) -> Recipe:
+    update: dict[str, Any] = {"model": recipe.model.model_copy(update=model)}
+    if batch is not None:
+        update["optim"] = recipe.optim.model_copy(update={"micro_batch_size": batch})
+    return recipe.model_copy(update=update)

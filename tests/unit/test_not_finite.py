@@ -1,0 +1,263 @@
+"""A loss or a gradient that is not finite: no update, on no rank, and what follows from it."""
+
+import copy
+import json
+import math
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import steps
+import torch
+from guarded import assert_same, carry_out, lines, recipe, spoil
+from transformers import AutoModelForCausalLM
+
+from finray.training.arguments import accumulation, training_arguments
+from finray.training.data.batching import Batch, microbatches
+from finray.training.data.stream import Sequence
+from finray.training.errors import RunError
+from finray.training.methods import method_of
+from finray.training.optimizer import MasterAdamW, SkippingAdamW
+from finray.training.recipe import Recipe
+from finray.training.skipping import NotFiniteError, SkippedSteps
+from finray.training.trainer import StepMeasures, StreamTrainer
+
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
+POISONED_STEP = 3
+State = dict[str, torch.Tensor]
+
+
+def trained(
+    base: Path, scratch: Path, rank: int, world_size: int, poison: str, dtype: torch.dtype
+) -> dict[str, Any]:
+    """Weights and optimizer after each of five steps; one is spoilt on the last rank."""
+    settings = Recipe.model_validate(
+        {
+            "name": "x",
+            "model": {"base": str(base)},
+            "data": {"train": [{"path": "/x"}]},
+            "optim": {"batch_size": 4, "micro_batch_size": 1, "schedule": "linear"},
+        }
+    )
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=dtype)
+    share = 4 // world_size
+    rows = [
+        Sequence(
+            torch.randint(3, 250, (6,)).int().numpy(),
+            torch.tensor([6]).int().numpy(),
+            torch.ones(6, dtype=torch.bool).numpy(),
+            torch.tensor([number]).numpy(),
+        )
+        for number in range(20)
+    ]
+    mine = [row for row in rows if int(row.rows[0]) % 4 // share == rank]
+    states: list[State] = []
+    told: list[tuple[float, float, list[int]]] = []
+
+    def after_step(measures: StepMeasures) -> bool:
+        state = {name: weight.detach().clone() for name, weight in model.named_parameters()}
+        saved = trainer.optimizer.state_dict()
+        for index, moments in saved["state"].items():
+            state |= {f"{index}.{name}": copy.deepcopy(value) for name, value in moments.items()}
+        state |= {f"master.{i}": one.clone() for i, one in enumerate(saved.get("masters", []))}
+        states.append(state)
+        loss, skipped = trainer.take_loss(1)
+        told.append((measures.learning_rate, loss, skipped))
+        return False
+
+    objective = method_of(settings).objective(
+        steps.make_setup(settings, model, scratch, rank, world_size)
+    )
+    trainer = StreamTrainer(
+        model,
+        training_arguments(settings, 5, world_size, scratch),
+        objective=objective,
+        passes=1,
+        rows=lambda: microbatches(iter(mine), share, 1, accumulation(settings, world_size)),
+        after_step=after_step,
+        is_logged=lambda step: True,
+        stop_requested=lambda: False,
+    )
+    honest = objective.loss
+
+    def loss(wrapped: torch.nn.Module, batch: Batch, measured: bool) -> Any:
+        found = honest(wrapped, batch, measured)
+        if poison == "none" or int(batch.rows[0]) != 4 * POISONED_STEP - 1:
+            return found
+        if poison == "loss":  # not finite itself, and its gradient is
+            return copy.copy(type(found)(found.total + math.inf, found.measures))
+        found.total.register_hook(lambda gradient: gradient * math.inf)
+        return found
+
+    objective.loss = loss
+    trainer.train()
+    return {"states": states, "told": told, "masters": isinstance(trainer._adamw, MasterAdamW)}
+
+
+@pytest.mark.parametrize("poison", ["loss", "gradient"])
+@pytest.mark.parametrize(("workers", "dtype"), [(1, "float32"), (1, "bfloat16"), (2, "float32")])
+def test_the_step_changes_nothing(
+    tiny_model: Path, tmp_path: Path, poison: str, workers: int, dtype: str
+) -> None:
+    """Of two ranks only one meets it. The schedule goes on as if nothing had been."""
+    kind: torch.dtype = getattr(torch, dtype)
+
+    def work(poison: str) -> Callable[[int, int], dict[str, Any]]:
+        return lambda rank, size: trained(tiny_model, tmp_path, rank, size, poison, kind)
+
+    if workers == 1:
+        found, undisturbed = [[work(how)(0, 1)] for how in (poison, "none")]
+    else:
+        found = steps.by_workers(workers, tmp_path, work(poison))
+        (tmp_path / "store").unlink()
+        undisturbed = steps.by_workers(workers, tmp_path, work("none"))
+    at = POISONED_STEP - 1
+    for rank in found:
+        assert rank["masters"] == (dtype == "bfloat16")
+        states = rank["states"]
+        assert states[at].keys() == states[at - 1].keys()
+        for name, value in states[at].items():
+            assert torch.equal(value, states[at - 1][name]), name
+        for before, after in ((at - 2, at - 1), (at, at + 1)):
+            assert any(
+                not torch.equal(states[after][key], states[before][key]) for key in states[0]
+            )
+        assert all(value.isfinite().all() for state in states for value in state.values())
+        assert [skipped for _, _, skipped in rank["told"]] == [[], [], [POISONED_STEP], [], []]
+        assert math.isnan(rank["told"][at][1])
+        rates = [rate for rate, _, _ in undisturbed[0]["told"]]
+        assert [rate for rate, _, _ in rank["told"]] == rates and len(set(rates)) == 5
+        assert rank["told"][1][1] == undisturbed[0]["told"][1][1]
+    for name, value in found[0]["states"][-1].items():
+        assert torch.equal(value, found[-1]["states"][-1][name]), "the ranks differ"
+
+
+def test_fp16_scaler_and_the_guard_agree() -> None:
+    """Either's word leaves the step out, and the next one is taken."""
+    weight = torch.nn.Parameter(torch.ones(3))
+    optimizer = SkippingAdamW([{"params": [weight]}], lr=0.1)
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    taken = []
+    for factor, skip in ((1.0, 0.0), (math.inf, 0.0), (1.0, 1.0), (1.0, 0.0)):
+        before = weight.detach().clone()
+        scaler.scale((weight * factor).sum()).backward()
+        scaler.unscale_(optimizer)
+        optimizer.skip = torch.tensor(skip)
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+        taken.append(not torch.equal(before, weight))
+    assert taken == [True, False, False, True]
+    assert float(optimizer.state[weight]["step"]) == 2
+    assert scaler.get_scale() == 2.0
+
+
+@pytest.mark.parametrize(("scaled", "patience"), [(False, 3), (True, 19)])
+def test_patience(scaled: bool, patience: int) -> None:
+    """Only steps in a row count; a scaler may look for its scale first."""
+    steps_ = SkippedSteps(torch.device("cpu"), 3, scaled)
+    flags = [1.0] * (patience - 1) + [0.0] + [1.0] * patience
+    for step, flag in enumerate(flags, start=1):
+        steps_.check()
+        steps_.add(step, torch.tensor(flag), torch.tensor(2.0 if flag == 0.0 else math.nan))
+        steps_.hear(step)
+    with pytest.raises(NotFiniteError) as error:
+        steps_.check()
+    assert error.value.steps == tuple(range(patience + 1, 2 * patience + 1))
+    assert float(steps_.take_loss()) == 2.0
+    assert steps_.take_steps() == [step for step, flag in enumerate(flags, 1) if flag]
+
+
+def poison_row(row: int) -> Callable[[Batch, torch.Tensor], torch.Tensor]:
+    return lambda batch, total: total * math.nan if row in batch.rows else total
+
+
+def test_a_poisoned_row(
+    tiny_model: Path, chat_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One step is skipped and told with its rows; the logged mean is that of the others."""
+    spoil(monkeypatch, poison_row(17))
+    record = carry_out(recipe(tiny_model, chat_file, tmp_path, "run", max_steps=30))
+    (skipped,) = record["skipped"]
+    step = skipped["step"]
+    assert 18 in skipped["rows"][str(chat_file)] and len(skipped["rows"][str(chat_file)]) == 8
+    each = lines(tmp_path / "run")
+    assert each[step]["skipped"] == 1 and each[step]["loss"] is None
+    assert each[step]["grad_norm"] is None
+    assert [at for at, line in each.items() if "skipped" in line] == [step]
+    assert math.isfinite(record["metrics"]["loss"]) and "restarts" not in record
+    settings = recipe(tiny_model, chat_file, tmp_path, "rarely", max_steps=30)
+    log = settings.log.model_copy(update={"every_steps": 30})
+    carry_out(settings.model_copy(update={"log": log}))
+    for at, line in lines(tmp_path / "rarely").items():
+        window = range(1 + (at - 1) // 4 * 4, at + 1)  # from one checkpoint to the next
+        means = [each[one]["loss"] for one in window if one != step]
+        assert line["loss"] == pytest.approx(sum(means) / len(means), rel=1e-5)
+        assert line.get("skipped", 0) == (step in window)
+
+
+def test_resumed_behind_a_skipped_step(
+    tiny_model: Path, chat_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spoil(monkeypatch, poison_row(17))
+    settings = recipe(tiny_model, chat_file, tmp_path / "whole", "run", max_steps=30)
+    at = carry_out(settings)["skipped"][0]["step"]
+    run, again = tmp_path / "whole" / "run", tmp_path / "again" / "run"
+    shutil.copytree(tmp_path / "whole", tmp_path / "again")
+    for checkpoint in (again / "checkpoints").iterdir():
+        if int(checkpoint.name.removeprefix("step-")) >= at + 4:
+            shutil.rmtree(checkpoint)
+    record = json.loads((again / "run.json").read_text(encoding="utf-8"))
+    (again / "run.json").write_text(json.dumps({**record, "status": "running"}), encoding="utf-8")
+    resumed = carry_out(settings.model_copy(update={"storage": str(tmp_path / "again")}))
+    assert len(resumed["restarts"]) == 1 and resumed["skipped"] == record["skipped"]
+    assert_same(again, run)
+
+
+def test_a_transient_fault_is_cured(
+    tiny_model: Path, chat_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Three steps in a row go wrong once; the run goes back, and ends as if they had not."""
+    carry_out(recipe(tiny_model, chat_file, tmp_path, "clean"))
+    calls = [0]
+
+    def change(batch: Batch, total: torch.Tensor) -> torch.Tensor:
+        calls[0] += 1
+        return total * math.inf if 10 < calls[0] <= 16 else total  # steps 6, 7, 8 of two passes
+
+    spoil(monkeypatch, change)
+    record = carry_out(recipe(tiny_model, chat_file, tmp_path, "run"))
+    assert_same(tmp_path / "run", tmp_path / "clean")
+    first, second = record["restarts"]
+    assert first["step"] == 8 and "steps 6, 7, 8" in first["reason"]
+    assert second == {"step": 4, "reason": "resumed from step-00000004"}
+    assert record["skipped"] == []
+
+
+def test_a_lasting_fault_ends_the_run(
+    tiny_model: Path, chat_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = [0]
+    bad: set[int] = set()
+
+    def change(batch: Batch, total: torch.Tensor) -> torch.Tensor:
+        calls[0] += 1
+        if 12 < calls[0] <= 16:  # steps 7 and 8 of two passes
+            bad.update(batch.rows.tolist())
+        return total * math.nan if bad & set(batch.rows.tolist()) else total
+
+    spoil(monkeypatch, change)
+    settings = recipe(tiny_model, chat_file, tmp_path, "run", max_skipped_steps=2)
+    with pytest.raises(RunError) as error:
+        carry_out(settings)
+    told = str(error.value)
+    assert "steps 7, 8" in told and "optim.learning_rate" in told and str(chat_file) in told
+    shown = {int(number) for number in re.findall(r"rows ([\d, ]+) of", told)[0].split(", ")}
+    assert len(shown) == 8 and {number - 1 for number in shown} < bad
+    record = json.loads((tmp_path / "run" / "run.json").read_text(encoding="utf-8"))
+    assert record["status"] == "failed" and record["error"] == told
+    assert [one["step"] for one in record["restarts"]] == [8, 4]

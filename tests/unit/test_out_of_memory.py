@@ -1,0 +1,115 @@
+"""Out of memory: half the microbatch, the same steps."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from guarded import assert_same, carry_out, losses, recipe, spoil
+
+from finray.training.data.batching import Batch
+from finray.training.errors import RunError
+from finray.training.restart import is_out_of_memory
+
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
+TOLD = "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 79 GiB"
+
+
+def holds(rows: int, after_calls: int = 0) -> Callable[[Batch, torch.Tensor], torch.Tensor]:
+    """A device that has no room for more than so many rows, from some forward pass on."""
+    calls = [0]
+
+    def change(batch: Batch, total: torch.Tensor) -> torch.Tensor:
+        calls[0] += 1
+        if calls[0] > after_calls and len(batch.inputs["input_ids"]) > rows:
+            raise torch.OutOfMemoryError(TOLD)
+        return total
+
+    return change
+
+
+def record_of(run: Path) -> dict[str, Any]:
+    values: dict[str, Any] = json.loads((run / "run.json").read_text(encoding="utf-8"))
+    return values
+
+
+def test_the_microbatch_is_halved(
+    tiny_model: Path, chat_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From 8 to 2; every loss and weight is that of a recipe that says 2."""
+    carry_out(recipe(tiny_model, chat_file, tmp_path, "small", micro_batch_size=2))
+    carry_out(recipe(tiny_model, chat_file, tmp_path, "large", micro_batch_size=8))
+    spoil(monkeypatch, holds(2))
+    record = carry_out(recipe(tiny_model, chat_file, tmp_path, "run", micro_batch_size=8))
+    assert_same(tmp_path / "run", tmp_path / "small")
+    large = losses(tmp_path / "large")
+    assert losses(tmp_path / "run") == pytest.approx(large, abs=1e-4)
+    assert record["micro_batch_size"] == 2
+    reasons = [one["reason"] for one in record["restarts"]]
+    assert [one["step"] for one in record["restarts"]] == [1, 1]
+    assert "micro_batch_size 4 instead of 8" in reasons[0] and "2 instead of 4" in reasons[1]
+    assert TOLD in reasons[0]
+
+
+def test_it_goes_on_from_the_checkpoint(
+    tiny_model: Path, chat_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The eleventh step does not fit; the ninth, saved as the eighth was, is taken again."""
+    carry_out(recipe(tiny_model, chat_file, tmp_path, "whole"))
+    spoil(monkeypatch, holds(2, after_calls=20))
+    record = carry_out(recipe(tiny_model, chat_file, tmp_path, "run"))
+    assert [one["step"] for one in record["restarts"]] == [11, 8]
+    ours, whole = losses(tmp_path / "run"), losses(tmp_path / "whole")
+    assert list(ours) == list(range(1, 13))
+    assert ours == pytest.approx(whole, abs=1e-4)
+    assert {step: ours[step] for step in range(1, 9)} == {s: whole[s] for s in range(1, 9)}
+
+
+def test_with_one_row_it_says_what_to_change(
+    tiny_model: Path, chat_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And the same command again starts with what was learnt."""
+    settings = recipe(tiny_model, chat_file, tmp_path, "run", micro_batch_size=3)
+    with monkeypatch.context() as full:
+        spoil(full, holds(0))
+        with pytest.raises(RunError, match=r"step 1: .* gradient_checkpointing .* max_length"):
+            carry_out(settings)
+    record = record_of(tmp_path / "run")
+    assert record["status"] == "failed" and record["micro_batch_size"] == 1
+    assert len(record["restarts"]) == 2  # 3, 2, 1
+    spoil(monkeypatch, holds(1))
+    assert len(carry_out(settings)["restarts"]) == 2
+
+
+@pytest.mark.parametrize(
+    ("error", "is_memory"),
+    [
+        (torch.OutOfMemoryError(TOLD), True),
+        (
+            RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be"),
+            True,
+        ),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate"), True),
+        (
+            RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"),
+            True,
+        ),
+        (RuntimeError("expected all tensors to be on the same device"), False),
+    ],
+)
+def test_which_errors_are_meant(error: RuntimeError, is_memory: bool) -> None:
+    assert is_out_of_memory(error) == is_memory
+
+
+def test_another_error_is_not_tried_again(
+    tiny_model: Path, chat_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def change(batch: Batch, total: torch.Tensor) -> torch.Tensor:
+        raise RuntimeError("shapes differ")
+
+    spoil(monkeypatch, change)
+    with pytest.raises(RuntimeError, match="shapes differ"):
+        carry_out(recipe(tiny_model, chat_file, tmp_path, "run"))
+    assert "restarts" not in record_of(tmp_path / "run")

@@ -1,0 +1,219 @@
+"""Saves beside the training, into a store that fails, is slow or is full."""
+
+import errno
+import json
+import threading
+from collections import namedtuple
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from finray.training import checkpoint, saver
+from finray.training.errors import RunError
+from finray.training.methods import Metric
+from finray.training.recipe import CheckpointSettings
+from finray.training.run import Listener, train
+from finray.training.run_folder import read_run
+from finray.training.saver import Saver, SaveState
+from finray.training.secrets import HIDDEN
+from finray.training.stop import Stop
+from finray.training.storage import Folder
+from finray.training.uploads import Uploads
+
+# peft calls a name that transformers has renamed.
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
+
+NO_PAUSES = (0.0, 0.0)
+
+
+class Store:
+    """Stands before `Folder.upload`: fails as often as it is told, and waits where it is closed."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.failures = 0
+        self.attempts = 0
+        self.error = OSError(errno.ENOSPC, "No space left on device")
+        self.is_open = threading.Event()
+        self.is_open.set()
+        upload = Folder.upload
+
+        def guarded(folder: Folder, source: Path) -> None:
+            self.attempts += 1
+            assert self.is_open.wait(60)
+            upload(folder, source)
+            if self.failures > 0:  # after half of the work, the manifest
+                self.failures -= 1
+                raise self.error
+
+        monkeypatch.setattr(Folder, "upload", guarded)
+
+
+@pytest.fixture
+def store(monkeypatch: pytest.MonkeyPatch) -> Store:
+    return Store(monkeypatch)
+
+
+def make_saver(
+    folder: Path,
+    uploads: Uploads,
+    *,
+    told: list[SaveState] | None = None,
+    others: Callable[[], list[str | None]] = list,
+) -> Saver:
+    scratch = folder / "scratch"
+    scratch.mkdir(exist_ok=True)
+    return Saver(
+        Folder(str(folder / "checkpoints")),
+        scratch,
+        rank=0,
+        world_size=1 + len(others()),
+        settings=CheckpointSettings(keep=1),
+        watched=Metric("eval_loss", "min"),
+        uploads=uploads,
+        before=lambda: None,
+        gather=lambda value: [value, *others()],
+        tell=([] if told is None else told).append,
+        last_step=None,
+    )
+
+
+def write(folder: Path) -> None:
+    (folder / "weights").write_bytes(b"weights" * 1000)
+
+
+def test_a_store_that_fails_twice_is_tried_again(store: Store, tmp_path: Path) -> None:
+    store.failures = 2
+    told: list[SaveState] = []
+    uploads = Uploads(NO_PAUSES)
+    one = make_saver(tmp_path, uploads, told=told)
+    one.start(5, write, {})
+    one.finish()
+    assert store.attempts == 3
+    assert checkpoint.choose(Folder(str(tmp_path / "checkpoints"))).step == 5
+    assert [(state.step, state.error) for state in told] == [(5, None)]
+    assert not list((tmp_path / "scratch").iterdir())
+
+
+def test_a_full_store_costs_no_good_checkpoint(
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_TOKEN", "not-a-usual-form-42")
+    store.error = OSError("no room for not-a-usual-form-42")
+    told: list[SaveState] = []
+    one = make_saver(tmp_path, Uploads(NO_PAUSES), told=told)
+    one.start(5, write, {})
+    one.settle()
+    store.failures = 9
+    for step in (10, 15):
+        one.start(step, write, {})
+        one.settle()
+    assert told[-1].step == 5 and told[-1].error == f"step 15: no room for {HIDDEN}"
+    folder = Folder(str(tmp_path / "checkpoints"))
+    assert checkpoint.choose(folder).step == 5
+    assert folder.files() == ["step-00000005/rank-0.json", "step-00000005/weights"]
+    one.start(20, write, {})
+    with pytest.raises(RunError, match=r"3 saves failed one after the other; step 20: .* step 5"):
+        one.settle()
+
+
+def test_a_failed_save_is_made_good_by_the_next(store: Store, tmp_path: Path) -> None:
+    one = make_saver(tmp_path, Uploads(NO_PAUSES))
+    store.failures = 3
+    one.start(5, write, {})
+    with pytest.raises(RunError, match=r"what was reached could not be saved; step 5: .*No space"):
+        one.finish()
+    one.start(10, write, {})
+    one.finish()
+    assert one.state.step == 10 and one.state.error is None
+    assert Folder(str(tmp_path / "checkpoints")).names() == ["step-00000010"]
+
+
+def test_training_goes_on_while_a_store_is_slow(store: Store, tmp_path: Path) -> None:
+    uploads = Uploads()
+    one = make_saver(tmp_path, uploads)
+    store.is_open.clear()
+    one.start(5, write, {})  # returns
+    assert not one.is_over
+    threading.Timer(0.3, store.is_open.set).start()
+    one.start(10, write, {})  # waits: one upload at a time
+    assert one.state.step == 5 and one.state.waited_seconds > 0.1
+    one.finish()
+    assert one.state.step == 10
+
+
+def test_a_checkpoint_is_whole_when_all_workers_have_saved(store: Store, tmp_path: Path) -> None:
+    other: list[str | None] = [None]
+    one = make_saver(tmp_path, Uploads(NO_PAUSES), others=lambda: other)
+    one.start(5, write, {})
+    one.settle()
+    other[0] = "the store is away"
+    one.start(10, write, {})
+    one.settle()
+    assert one.state.step == 5
+    assert one.state.error == "step 10: worker 1: the store is away"
+
+
+def test_a_full_disk_while_staging(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    one = make_saver(tmp_path, Uploads(NO_PAUSES))
+    one.start(5, write, {})
+    one.settle()
+
+    def fail(folder: Path) -> None:
+        write(folder)
+        raise RuntimeError("PytorchStreamWriter failed writing file data/0")
+
+    with pytest.raises(RuntimeError, match="PytorchStreamWriter"):
+        one.start(10, fail, {})
+    one = make_saver(tmp_path, Uploads(NO_PAUSES))
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(saver.shutil, "disk_usage", lambda _: usage(10, 10, 0))
+    one.start(10, fail, {})
+    one.settle()
+    assert one.state.error is not None and "is full" in one.state.error
+    assert Folder(str(tmp_path / "checkpoints")).names() == ["step-00000005"]
+
+
+def test_what_is_no_fault_of_the_store_is_raised(tmp_path: Path) -> None:
+    uploads = Uploads(NO_PAUSES)
+
+    def fail() -> None:
+        raise KeyError("a bug")
+
+    uploads.start(fail)
+    with pytest.raises(KeyError, match="a bug"):
+        uploads.wait()
+
+
+def test_a_run_outlives_a_store_that_fails(
+    store: Store, tmp_path: Path, tiny_model: Path, chat_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from finray.training.recipe import recipe_from_dict
+
+    monkeypatch.setattr("finray.training.uploads.PAUSES", NO_PAUSES)
+    values: dict[str, Any] = {
+        "name": "run",
+        "model": {"base": str(tiny_model)},
+        "adapter": {"rank": 4},
+        "data": {"train": [{"path": str(chat_file)}], "max_length": 128},
+        "optim": {"batch_size": 4, "micro_batch_size": 4, "max_steps": 6},
+        "checkpoint": {"every_steps": 2, "keep": 1},
+        "log": {"every_steps": 1, "to": []},
+        "scale": {"workers": 0},
+        "storage": str(tmp_path / "runs"),
+    }
+    store.failures = 3
+    record = train(recipe_from_dict(values), Listener(lambda _: None, lambda _: None), Stop())
+    assert record["last_saved_step"] == 6 and record["save_error"] is None
+    assert store.failures == 0
+    folder = Folder(str(tmp_path / "runs/run"))
+    assert (folder / "checkpoints").names() == ["step-00000006"]
+    values["name"] = "lost"
+    store.failures = 99
+    with pytest.raises(RunError, match="3 saves failed one after the other; step 6"):
+        train(recipe_from_dict(values), Listener(lambda _: None, lambda _: None), Stop())
+    told = read_run(Folder(str(tmp_path / "runs/lost")))
+    assert told is not None and told["status"] == "failed" and told["step"] == 6
+    assert told["last_saved_step"] is None and "step 6" in told["save_error"]
+    assert "No space left" in json.dumps(told)

@@ -1,0 +1,262 @@
+"""Shards on several workers: one process's gradients, checkpoints of any number of workers."""
+
+import copy
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from steps import by_workers, make_sequences, make_setup, one_step
+from torch.distributed.tensor import DTensor
+from transformers import TrainerCallback
+
+from finray.training.arguments import accumulation, training_arguments
+from finray.training.data.batching import Rows, microbatches
+from finray.training.data.stream import share
+from finray.training.generation import answer
+from finray.training.methods import method_of
+from finray.training.model import load_model, load_tokenizer
+from finray.training.recipe import Recipe
+from finray.training.saving import gather_weights, save_result
+from finray.training.strategy import shard
+from finray.training.trainer import StepMeasures, StreamTrainer
+
+# peft calls a name that transformers has renamed.
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
+
+BATCH = 8
+KINDS: dict[str, dict[str, Any]] = {
+    "full": {},
+    "freeze": {"freeze": {"last_layers": 1}},
+    "lora": {"adapter": {"rank": 4}},
+    "dora": {"adapter": {"rank": 4, "dora": True, "modules_to_save": ["embed_tokens"]}},
+    "nf4": {"adapter": {"rank": 4}, "model": {"quantize": "nf4"}},
+    "recomputed": {"model": {"gradient_checkpointing": True}},
+}
+LOW: dict[str, dict[str, Any]] = {
+    "bfloat16": {"adapter": {"rank": 4}, "model": {"dtype": "bfloat16"}},
+}
+
+
+def make_recipe(base: Path, kind: str, workers: int, **optim: Any) -> Recipe:
+    parts = (KINDS | LOW)[kind]
+    return Recipe.model_validate(
+        {
+            "name": "x",
+            "data": {"train": [{"path": "/x"}]},
+            "optim": {"batch_size": BATCH, "micro_batch_size": 1, **optim},
+            "scale": {"workers": workers, "strategy": "fsdp" if workers > 1 else "auto"},
+            **parts,
+            "model": {"base": str(base), **parts.get("model", {})},
+        }
+    )
+
+
+def make_model(settings: Recipe) -> Any:
+    """Its adapter does something, so that all of it has a gradient."""
+    torch.manual_seed(4)
+    model = load_model(settings)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.05)
+    return model
+
+
+def assert_close(one: dict[str, Any], other: dict[str, Any], **tolerance: float) -> None:
+    assert one.keys() == other.keys() and one
+    for name, value in one.items():
+        torch.testing.assert_close(
+            value, other[name], **tolerance, msg=lambda m, n=name: f"{n}: {m}"
+        )
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("workers", [2, 4])
+def test_the_step_is_that_of_one_process(
+    tiny_model: Path, tmp_path: Path, kind: str, workers: int
+) -> None:
+    """Gradients clipped to a tenth of their norm, over several microbatches."""
+    whole = make_recipe(tiny_model, kind, 0, max_grad_norm=0.1)
+    rows = make_sequences(BATCH)
+    expected, logged, _ = one_step(make_model(whole), whole, rows, tmp_path, 0, 1)
+    norm = torch.stack([gradient.norm() for gradient in expected.values()]).norm()
+    assert float(norm) == pytest.approx(0.1, rel=1e-4)
+    settings = make_recipe(tiny_model, kind, workers, max_grad_norm=0.1)
+
+    def work(rank: int, world_size: int) -> dict[str, Any]:
+        model = make_model(settings)
+        measured, told, _ = one_step(model, settings, rows, tmp_path, rank, world_size)
+        assert all(isinstance(weight, DTensor) for weight in model.parameters())
+        return {"gradients": measured, "logged": told}
+
+    for saved in by_workers(workers, tmp_path, work):
+        assert saved["logged"] == pytest.approx(logged, abs=1e-5)
+        assert_close(saved["gradients"], expected, atol=1e-5, rtol=1e-4)
+
+
+class _Written(TrainerCallback):  # type: ignore[misc]
+    """Writes what a resumed trainer holds before its first step."""
+
+    def __init__(self, write: Callable[[], None]) -> None:
+        self._write = write
+
+    def on_train_begin(self, *_: Any, **__: Any) -> None:
+        self._write()
+
+
+def train(
+    settings: Recipe, folder: Path, rank: int, world_size: int, steps: range
+) -> dict[str, Any]:
+    """Train some steps from the checkpoint before them, and write one after them.
+
+    Returns:
+        The loss of each step, and the sizes of what lies on this rank in bytes.
+    """
+    model = make_model(settings)
+    setup = make_setup(settings, model, folder, rank, world_size)
+    objective = method_of(settings).objective(setup)
+    if setup.strategy == "fsdp":
+        setup.place(model)
+    optim, losses = settings.optim, []
+
+    def rows() -> Iterator[Rows]:
+        for step in steps:
+            batch = make_sequences(BATCH, step)
+            first = sum(share(BATCH, other, world_size) for other in range(rank))
+            mine = batch[first : first + share(BATCH, rank, world_size)]
+            number = accumulation(settings, world_size)
+            yield from microbatches(iter(mine), len(mine), optim.micro_batch_size, number)
+
+    def after_step(measures: StepMeasures) -> bool:
+        losses.append(trainer.take_loss(1)[0])
+        return measures.step == steps.stop
+
+    trainer = StreamTrainer(
+        model,
+        training_arguments(settings, 9, world_size, folder),
+        objective=objective,
+        passes=1,
+        rows=rows,
+        after_step=after_step,
+        is_logged=lambda step: True,
+        stop_requested=lambda: False,
+    )
+    again = folder / f"again-{steps.start}"
+    again.mkdir(exist_ok=True)
+    trainer.add_callback(_Written(lambda: trainer.write_state(again)))
+    before = folder / f"step-{steps.start}"
+    trainer.train(resume_from_checkpoint=str(before) if steps.start else None)
+    after = folder / f"step-{steps.stop}"
+    after.mkdir(exist_ok=True)
+    trainer.write_state(after)
+    moments = [value for state in trainer.optimizer.state.values() for value in state.values()]
+    return {"losses": losses, "moments": sum(local_bytes(moment) for moment in moments)}
+
+
+def local_bytes(tensor: torch.Tensor) -> int:
+    return tensor.to_local().nbytes if isinstance(tensor, DTensor) else tensor.nbytes
+
+
+def state_of(checkpoint: Path) -> dict[str, torch.Tensor]:
+    """Weights, moments and masters, by name."""
+    optimizer = torch.load(checkpoint / "optimizer.pt", weights_only=True)
+    state = {
+        f"{index}.{name}": value
+        for index, moments in optimizer["state"].items()
+        for name, value in moments.items()
+    }
+    state.update({f"master.{n}": value for n, value in enumerate(optimizer.get("masters", []))})
+    return state | load_file(next(checkpoint.glob("*.safetensors")))
+
+
+CHAIN = [(1, "auto"), (2, "fsdp"), (4, "fsdp"), (2, "ddp"), (2, "fsdp"), (1, "auto")]
+
+
+@pytest.mark.parametrize("kind", ["full", "lora", "bfloat16"])
+def test_a_checkpoint_belongs_to_no_number_of_workers(
+    tiny_model: Path, tmp_path: Path, kind: str
+) -> None:
+    """Handed on from one set of workers to the next: nothing is lost, and the steps are the same.
+
+    In bfloat16 there are masters, and the losses are rounded.
+    """
+    settings = make_recipe(tiny_model, kind, 0, learning_rate=1e-3)
+    alone, handed = tmp_path / "alone", tmp_path / "handed"
+    alone.mkdir()
+    handed.mkdir()
+    expected = train(settings, alone, 0, 1, range(len(CHAIN)))
+    losses: list[float] = []
+    for step, (workers, strategy) in enumerate(CHAIN):
+        scale = settings.scale.model_copy(update={"workers": workers, "strategy": strategy})
+        told = settings.model_copy(update={"scale": scale})
+
+        def work(
+            rank: int, world_size: int, told: Recipe = told, step: int = step
+        ) -> dict[str, Any]:
+            return train(told, handed, rank, world_size, range(step, step + 1))
+
+        meeting = tmp_path / f"meeting-{step}"
+        meeting.mkdir()
+        parts = by_workers(workers, meeting, work) if workers > 1 else [work(0, 1)]
+        for part in parts:
+            assert part["losses"] == parts[0]["losses"]
+            if strategy == "fsdp":
+                assert part["moments"] < 1.1 * expected["moments"] / workers
+        losses += parts[0]["losses"]
+        if step:
+            written = state_of(handed / f"again-{step}")
+            assert_close(written, state_of(handed / f"step-{step}"), atol=0, rtol=0)
+    rounding = 1e-2 if kind == "bfloat16" else 1e-5
+    assert losses == pytest.approx(expected["losses"], abs=rounding)
+    assert len(set(losses)) == len(CHAIN)
+    if kind != "bfloat16":
+        ours, theirs = (state_of(folder / f"step-{len(CHAIN)}") for folder in (handed, alone))
+        assert_close(ours, theirs, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["full", "dora", "nf4"])
+def test_every_rank_holds_its_share_and_the_result_is_whole(
+    tiny_model: Path, tmp_path: Path, kind: str
+) -> None:
+    settings = make_recipe(tiny_model, kind, 2)
+    tokenizer = load_tokenizer(settings)
+    model = make_model(settings)
+    held = sum(weight.nbytes for weight in model.parameters())
+    save_result(settings, copy.deepcopy(model), tokenizer, tmp_path / "whole")
+
+    def work(rank: int, world_size: int) -> dict[str, Any]:
+        shard(model, settings, torch.device("cpu"))
+        weights = gather_weights(model)
+        if rank == 0:
+            save_result(settings, model, tokenizer, tmp_path / "gathered", weights)
+        return {"bytes": sum(map(local_bytes, model.parameters()))}
+
+    for saved in by_workers(2, tmp_path, work):
+        assert saved["bytes"] == pytest.approx(held / 2, rel=0.02)
+    names = sorted(path.name for path in (tmp_path / "whole").iterdir())
+    assert names == sorted(path.name for path in (tmp_path / "gathered").iterdir())
+    for name in names:
+        ours, theirs = tmp_path / "gathered" / name, tmp_path / "whole" / name
+        if name.endswith(".safetensors"):
+            assert_close(load_file(ours), load_file(theirs), atol=0, rtol=0)
+        elif name.endswith(".json"):
+            assert json.loads(ours.read_text()) == json.loads(theirs.read_text()), name
+
+
+@pytest.mark.parametrize("prompts", [1, 3])
+def test_answers(tiny_model: Path, tmp_path: Path, prompts: int) -> None:
+    """The same as one process's, also where a rank has no prompt of its own."""
+    settings = make_recipe(tiny_model, "lora", 2)
+    model, tokenizer = make_model(settings), load_tokenizer(settings)
+    asked = [list(range(5 + 2 * number, 40)) for number in range(prompts)]
+    expected = answer(model, tokenizer, asked, 12, 0, 1)
+
+    def work(rank: int, world_size: int) -> dict[str, Any]:
+        shard(model, settings, torch.device("cpu"))
+        return {"answers": answer(model, tokenizer, asked, 12, rank, world_size)}
+
+    for saved in by_workers(2, tmp_path, work):
+        assert saved["answers"] == expected

@@ -1,0 +1,110 @@
+"""Writing to the storage beside the training: in a thread, tried again where it fails.
+
+A save stages its files on this machine's disk, which takes a moment; hashing, copying and
+publishing them may take minutes, and a store may be away for a while.
+"""
+
+import threading
+import time
+from collections.abc import Callable, Sequence
+from types import TracebackType
+from typing import Self
+
+from .errors import RunError
+from .secrets import redact
+
+PAUSES = (1.0, 2.0, 4.0, 8.0)
+_LEAVE_SECONDS = 60.0
+
+
+class Uploads:
+    """Uploads of one kind, of which one at most is under way.
+
+    As a context it waits at its end for what is under way, without further attempts.
+
+    Args:
+        pauses: seconds before each further attempt at what failed with an OSError; `PAUSES` where
+            not given.
+    """
+
+    def __init__(self, pauses: Sequence[float] | None = None) -> None:
+        self._pauses = PAUSES if pauses is None else pauses
+        self._leaving = threading.Event()
+        self._thread: threading.Thread | None = None
+        self._fault: Exception | None = None
+        self.error: str | None = None
+        """Why the last upload failed, after its last attempt."""
+        self.waited_seconds = 0.0
+        """How long all in all the training waited for uploads."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._leaving.set()
+        if self._thread is not None:
+            self._thread.join(_LEAVE_SECONDS)
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether nothing is under way."""
+        return self._thread is None or not self._thread.is_alive()
+
+    def start(self, work: Callable[[], None], give_up: Callable[[], None] = lambda: None) -> None:
+        """Do the work beside the training, after what is under way.
+
+        Args:
+            work: may be done again after a part of it was done.
+            give_up: cleans up after the last attempt at it failed.
+        """
+        self.wait()
+        self.error = None
+        self._thread = threading.Thread(
+            target=self._carry_out, args=(work, give_up), name="finray-upload", daemon=True
+        )
+        self._thread.start()
+
+    def do(self, work: Callable[[], None], place: object) -> None:
+        """Do the work, and wait for it.
+
+        Raises:
+            RunError: the storage, which `place` names, did not take it.
+        """
+        self.start(work)
+        self.wait()
+        if self.error is not None:
+            raise RunError(f"cannot write into {place}: {self.error}")
+
+    def wait(self) -> None:
+        """Wait for what is under way; raises what it raised, if that was no OSError."""
+        if self._thread is not None:
+            started = time.monotonic()
+            self._thread.join()
+            self.waited_seconds += time.monotonic() - started
+        if self._fault is not None:
+            raise self._fault
+
+    def _carry_out(self, work: Callable[[], None], give_up: Callable[[], None]) -> None:
+        try:
+            self.error = self._attempt(work)
+            if self.error is not None:
+                give_up()
+        except Exception as error:  # noqa: BLE001 - raised by `wait`, in the training's thread
+            self._fault = error
+
+    def _attempt(self, work: Callable[[], None]) -> str | None:
+        """Do it, again where the storage fails; returns the last attempt's error."""
+        for pause in (*self._pauses, None):
+            try:
+                work()
+                return None
+            except OSError as error:
+                told = redact(str(error) or type(error).__name__)
+            if pause is None or self._leaving.wait(pause):
+                break
+        return told
