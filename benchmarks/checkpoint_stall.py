@@ -6,11 +6,13 @@ follow, so that a machine which slows down slows both. Training is finray's own 
 
 import json
 import statistics
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
-from contenders import Job, run_finray
+from contenders import Job, Moment, run_finray
 from measure import Asked, Figure, conclude, parse_options, scratch, take_turns
 from throughput import FULL, QUICK, make_job
 
@@ -18,6 +20,13 @@ EVERY = 10
 """Steps that share the cost of a save."""
 PAIRS, QUICK_PAIRS = 10, 2
 ADAPTER, WHOLE = "LoRA", "full fine-tuning"
+Blocks = list[tuple[Moment, Moment, Moment]]
+"""When each pair of blocks began, when its second block did, and when that ended."""
+CLOCKS: dict[str, Callable[[Moment], float]] = {
+    "step time": lambda moment: moment.wall,
+    # Beside the wall clock, as other processes hardly disturb it; the upload's thread counts too.
+    "CPU time": lambda moment: moment.cpu,
+}
 
 
 def with_saves(job: Job, pairs: int, what: str) -> Job:
@@ -30,13 +39,20 @@ def with_saves(job: Job, pairs: int, what: str) -> Job:
     return replace(job, recipe=recipe)
 
 
-def seconds_of_blocks(job: Job, pairs: int) -> tuple[list[float], list[float]]:
-    """Seconds of each block of steps that begins with a save, and of each that follows it."""
-    starts = [moment.wall for moment in run_finray(job).starts]
+def blocks(job: Job, pairs: int) -> Blocks:
+    """The blocks of a run: the first of each pair begins with a save."""
+    starts = run_finray(job).starts
     # A save follows step 2 * EVERY * n; the interval from that step's start holds it.
     firsts = [2 * EVERY * (number + 1) - 1 for number in range(pairs)]
-    blocks = [[starts[first + n * EVERY] for n in range(3)] for first in firsts]
-    return [b - a for a, b, _ in blocks], [c - b for _, b, c in blocks]
+    return [(starts[at], starts[at + EVERY], starts[at + 2 * EVERY]) for at in firsts]
+
+
+def ratio(pairs: Blocks, clock: Callable[[Moment], float]) -> float:
+    """The median over a run's pairs: what else the machine did falls on one of them."""
+    return statistics.median(
+        (clock(middle) - clock(first)) / (clock(last) - clock(middle))
+        for first, middle, last in pairs
+    )
 
 
 def main() -> None:
@@ -46,27 +62,19 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     with scratch() as folder:
         job = make_job(folder, sizes, "all", options.threads)
-        turns = take_turns(
-            {
-                what: lambda what=what: seconds_of_blocks(with_saves(job, pairs, what), pairs)
-                for what in (ADAPTER, WHOLE)
-            },
-            options.repetitions,
+        jobs = {what: with_saves(job, pairs, what) for what in (ADAPTER, WHOLE)}
+        runs = take_turns(
+            {what: partial(blocks, jobs[what], pairs) for what in jobs}, options.repetitions
         )
     figures, told = [], {}
-    for what, runs in turns.items():
-        # The median over a run's pairs: what else the machine did falls on one of them.
-        values = tuple(
-            statistics.median(a / b for a, b in zip(saving, free, strict=True))
-            for saving, free in runs
-        )
-        asked = Asked("at most", 1.02) if what == ADAPTER else None
-        figures.append(Figure(f"step time saving every {EVERY} steps / not, {what}", values, asked))
-        told[f"{what}, seconds of {EVERY} steps with a save"] = [
-            statistics.median(saving) for saving, _ in runs
-        ]
-        told[f"{what}, seconds of {EVERY} steps without"] = [
-            statistics.median(free) for _, free in runs
+    for what, turns in runs.items():
+        for name, clock in CLOCKS.items():
+            values = tuple(ratio(turn, clock) for turn in turns)
+            asked = Asked("at most", 1.02) if (what, name) == (ADAPTER, "step time") else None
+            title = f"{name} saving every {EVERY} steps / not, {what}"
+            figures.append(Figure(title, values, asked))
+        told[f"{what}, seconds of {EVERY} steps without a save"] = [
+            statistics.median(last.wall - middle.wall for _, middle, last in turn) for turn in turns
         ]
     conclude("checkpoint_stall", options, figures, told, {**sizes, "pairs": pairs})
 

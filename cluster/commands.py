@@ -169,7 +169,7 @@ def schema(options: argparse.Namespace) -> None:
 
 
 def _recipe(options: argparse.Namespace) -> Recipe:
-    local = ("scale.workers=0",) if options.local else ()
+    local = ("scale.workers=0", "scale.strategy=auto") if options.local else ()
     return load_recipe(options.recipe, (*options.overrides, *local))
 
 

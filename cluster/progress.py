@@ -162,6 +162,9 @@ class _WatchedRun:
             return
         if not line.keys().isdisjoint(HEADLINES):
             self._take_evaluation(line, quiet)
+        if line.get("skipped") and not quiet:
+            skipped = f"{line['skipped']} of the last steps changed nothing"
+            self._display.note(f"step {line['step']}: {skipped}: not finite")
         if "loss" in line:
             self._speed.add(int(line["step"]), line.get("seconds"))
             self._state.take(line, None if quiet else self._speed.seconds_per_step())

@@ -7,12 +7,18 @@ from contextlib import contextmanager
 
 from .auth import enter_cluster, enter_own_cluster
 
+# Ray Train sets them for its processes. Where all others have them too, a process that prepared
+# data goes on as one that trains.
+_OF_TRAIN = {
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
+    "RAY_WARN_BLOCKING_GET_INSIDE_ASYNC": "0",
+}
 # Set before Ray is imported: it reads them then.
 _ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
-    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
+    **_OF_TRAIN,
     # Ray runs its workers at nice 15: next to anything else they would hardly train.
     "RAY_worker_niceness": "0",
 }
@@ -47,7 +53,7 @@ def ray_session(
         options = {"num_cpus": cpus, "include_dashboard": False}
     ray.init(
         address=where,
-        runtime_env={"env_vars": env},
+        runtime_env={"env_vars": {**env, **{name: os.environ[name] for name in _OF_TRAIN}}},
         log_to_driver=verbose,
         logging_level=level,
         **options,

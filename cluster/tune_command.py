@@ -91,7 +91,7 @@ def show_sweep(name: str, options: argparse.Namespace) -> None:
 def _load(path: Path, options: argparse.Namespace) -> LoadedSweep:
     own, of_recipe = split_overrides(options.overrides)
     bounds = [f"stop_when.{bound}" for bound in options.bounds]
-    local = ["scale.workers=0"] if options.local else []
+    local = ["scale.workers=0", "scale.strategy=auto"] if options.local else []
     return load_sweep(path, (*own, *bounds), (*of_recipe, *local))
 
 

@@ -107,7 +107,7 @@ class Finray:
         path.write_text(yaml.safe_dump(values), encoding="utf-8")
         return path
 
-    def start(self, *arguments: str | Path) -> Command:
+    def start(self, *arguments: str | Path, environment: dict[str, str] | None = None) -> Command:
         log = self.folder / f"output-{len(self._started)}.txt"
         with log.open("wb") as stream:
             process = subprocess.Popen(
@@ -117,7 +117,7 @@ class Finray:
                 stdout=stream,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
-                env={**os.environ, "COLUMNS": "100"},
+                env={**os.environ, "COLUMNS": "100", **(environment or {})},
             )
         self._started.append(Command(process, log))
         return self._started[-1]

@@ -19,7 +19,7 @@ from .run_folder import Record, read_run
 from .storage import Folder
 
 if TYPE_CHECKING:
-    from .loop import Job, Outcome
+    from .job import Job, Outcome
 
 _SIZE = "micro_batch_size"
 

@@ -21,6 +21,7 @@ from .run_folder import (
     write_run,
     write_samples,
 )
+from .secrets import redact
 from .storage import Folder
 from .uploads import Uploads
 
@@ -83,7 +84,7 @@ class Books:
         if choice.name is not None or choice.passed_over or cause or hangs:
             start = f"resumed from {choice.name}" if choice.name else "started anew"
             before = [cause] if cause else []
-            reason = "; ".join((*before, start, *choice.passed_over, *hangs))
+            reason = redact("; ".join((*before, start, *choice.passed_over, *hangs)))
             self._change(restarts=[*restarts, {"step": choice.step, "reason": reason}])
         write_run(self._folder, self._record)
 

@@ -54,8 +54,7 @@ def check_adapter(model: ModelSettings, head: Literal["causal", "score"]) -> Non
     assert model.adapter is not None
     folder = Path(model.adapter)
     config = _read(folder / CONFIG_FILE)
-    if not (folder / WEIGHTS_FILE).is_file():
-        raise InputError(f"model.adapter: {folder} has no {WEIGHTS_FILE}")
+    check_safetensors(folder, "model.adapter")
     if config.get("peft_type") != "LORA":
         raise InputError(
             f"model.adapter: {folder} holds an adapter of type {config.get('peft_type')}; LORA is "
@@ -75,6 +74,19 @@ def check_adapter(model: ModelSettings, head: Literal["causal", "score"]) -> Non
             + " or ".join(dict.fromkeys([TASKS["causal"], TASKS[head]]))
         )
     _check_base(model, folder, str(config.get("base_model_name_or_path")))
+
+
+def check_safetensors(folder: Path, where: str) -> None:
+    """PEFT would read pickled weights where there are no others.
+
+    Raises:
+        InputError: an adapter's folder holds no safetensors.
+    """
+    if not (folder / WEIGHTS_FILE).is_file():
+        raise InputError(
+            f"{where}: {folder} has no {WEIGHTS_FILE}; weights in other files, which are pickled "
+            "and can run code, are not read"
+        )
 
 
 def _check_base(model: ModelSettings, folder: Path, named: str) -> None:

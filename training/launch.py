@@ -7,10 +7,11 @@ from typing import Any, TypeVar, cast
 from .capacity import Demand, ask_autoscaler, check_fits, cluster_nodes, demand
 from .crew import Patience, Watch, await_room
 from .errors import RunError, last_line
-from .loop import Job, Outcome, run_worker
+from .job import Job, Outcome
 from .recipe import ScaleSettings
 from .restart import AttemptOver, Restart
 from .run_folder import CHECKPOINTS_FOLDER
+from .secrets import redact
 from .session import STOP_FILE, LocalSession, RaySession
 from .stop import Stop
 from .storage import Folder
@@ -24,6 +25,8 @@ _RAY_NOTES = "checkpoint_manager_snapshot.json"
 
 def launch_here(job: Job, stop: Stop) -> Outcome:
     """Train in this process, without Ray."""
+    from .loop import run_worker
+
     stop.armed = True
     return run_worker(job, LocalSession(Folder(job["run"]), stop.requested))
 
@@ -173,6 +176,8 @@ def _make_trainer(job: Job, wanted: Demand, workers: int, worker_env: dict[str, 
 
 
 def _ray_worker(job: dict[str, Any]) -> Outcome:
+    from .loop import run_worker
+
     outcome = run_worker(cast(Job, job), RaySession(Folder(job["run"])))
     if outcome["status"] == "restart":
         # Raised, as other ranks may wait for this one in a collective.
@@ -197,8 +202,8 @@ def _cause(error: Exception) -> str:
 
     if isinstance(error, ray.train.WorkerGroupError) and error.worker_failures:
         rank, failure = sorted(error.worker_failures.items())[0]
-        return f"worker {rank} failed: {last_line(failure)}"
-    return last_line(error)
+        return redact(f"worker {rank} failed: {last_line(failure)}")
+    return redact(last_line(error))
 
 
 def _is_preemption(error: Exception) -> bool:

@@ -11,7 +11,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal, NotRequired, TypedDict
 
 import torch.distributed as dist
 import transformers
@@ -27,6 +26,7 @@ from .device import choose_dtype
 from .errors import FinrayError, RunError
 from .existing_adapter import RESULT_FOLDER
 from .generation import answer, exact_match
+from .job import Job, Outcome
 from .methods import method_of
 from .model import check_isolation, count_parameters, load_model, load_tokenizer
 from .objectives.objective import Setup
@@ -45,30 +45,6 @@ from .uploads import Uploads
 from .watchdog import Watchdog, write_stacks
 
 POSITION_FILE = "position.json"
-
-
-class Job(TypedDict):
-    """What a worker is told; plain values, so that any process can read it."""
-
-    recipe: dict[str, Any]
-    run: str
-    """URI of the run's folder."""
-    prepared: str
-    """URI of the prepared data set."""
-    until: NotRequired[int | None]
-    """A step to save and stop after, before the run's end."""
-    cause: NotRequired[str]
-    """Why an earlier attempt of the same driver ended."""
-
-
-class Outcome(TypedDict):
-    """How a worker's part ended."""
-
-    status: Literal["finished", "stopped", "failed", "pruned", "restart"]
-    error: str | None
-    exit_code: int
-    restart: NotRequired[Restart]
-    """With that status: another attempt may cure what ended this one."""
 
 
 def run_worker(job: Job, session: Session) -> Outcome:
@@ -323,7 +299,6 @@ class _Worker:
 
     def _after_step(self, measures: StepMeasures) -> bool:
         """Log, evaluate and begin to save what is due; returns whether training ends here."""
-        self.watchdog.disarm()
         step, counts = measures.step, self.trainer.counts
         self.position.step = step
         self.position.tokens += counts.tokens
@@ -331,6 +306,7 @@ class _Worker:
             self.saver.settle()
         if self._is_logged(step) or counts.stop:
             self._log(measures)
+        self.watchdog.disarm()
         if self._is_evaluated(step):
             with self.clock.paused():
                 self._evaluate()

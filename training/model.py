@@ -38,7 +38,11 @@ _AUTO_CLASSES = {"causal": AutoModelForCausalLM, "score": AutoModelForSequenceCl
 def load_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
     """The base's tokenizer, with the recipe's chat template where it names one."""
     settings = recipe.model
-    tokenizer = AutoTokenizer.from_pretrained(settings.base, revision=settings.revision)
+    tokenizer = AutoTokenizer.from_pretrained(
+        settings.base,
+        revision=settings.revision,
+        trust_remote_code=settings.trust_remote_code,
+    )
     template = recipe.data.chat_template
     if template is not None:
         tokenizer.chat_template = CHATML if template == "chatml" else template
@@ -86,11 +90,22 @@ def _starts_at_random(recipe: Recipe) -> bool:
 
 
 def _random_model(recipe: Recipe, head: Head) -> PreTrainedModel:
-    config = AutoConfig.from_pretrained(
-        recipe.model.base, revision=recipe.model.revision, **_labels(head)
+    trust = recipe.model.trust_remote_code
+    return _AUTO_CLASSES[head].from_config(
+        _config(recipe.model, head),
+        dtype=torch.float32,
+        trust_remote_code=trust,
+        **_attention(recipe.model),
     )
-    attention = _attention(recipe.model)
-    return _AUTO_CLASSES[head].from_config(config, dtype=torch.float32, **attention)
+
+
+def _config(settings: ModelSettings, head: Head) -> Any:
+    return AutoConfig.from_pretrained(
+        settings.base,
+        revision=settings.revision,
+        trust_remote_code=settings.trust_remote_code,
+        **_labels(head),
+    )
 
 
 def _load_base(recipe: Recipe, head: Head) -> PreTrainedModel:
@@ -107,12 +122,13 @@ def _load_weights(settings: ModelSettings, head: Head, **more: Any) -> PreTraine
         return _AUTO_CLASSES[head].from_pretrained(
             settings.base,
             revision=settings.revision,
+            trust_remote_code=settings.trust_remote_code,
             use_safetensors=True,
             **_attention(settings),
             **_labels(head),
             **more,
         )
-    except OSError as error:
+    except (OSError, ValueError) as error:
         raise InputError(f"model.base: cannot load {settings.base}: {error}") from error
 
 
@@ -210,11 +226,10 @@ def without_weights(recipe: Recipe, head: Head = "causal") -> Model:
     Raises:
         InputError: for names of modules or parameters that match nothing.
     """
-    config = AutoConfig.from_pretrained(
-        recipe.model.base, revision=recipe.model.revision, **_labels(head)
-    )
+    config = _config(recipe.model, head)
+    trust = recipe.model.trust_remote_code
     with torch.device("meta"):
-        model: Model = _AUTO_CLASSES[head].from_config(config)
+        model: Model = _AUTO_CLASSES[head].from_config(config, trust_remote_code=trust)
         if recipe.trains_adapter:
             model = _attach(model, recipe, head, weights=False)
         elif recipe.freeze is not None:

@@ -25,6 +25,9 @@ class ModelSettings(Section):
     """Hub id, or a folder (relative to the recipe's folder) as transformers writes it."""
     revision: str | None = None
     """Commit, tag or branch of a hub model."""
+    trust_remote_code: bool = False
+    """Run the Python code that comes with a model which transformers does not know. A hub model
+    then needs `revision`, the full hash of a commit."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Compute type. auto: bfloat16 where a GPU has it, else float16; float32 on a CPU."""
     attention: Literal["auto", "sdpa", "eager", "flash_attention_2"] = "auto"

@@ -25,9 +25,11 @@ from .model_settings import FreezeSettings, LoraAdapter, ModelSettings
 from .paths import resolve_model, resolve_path
 from .recipe_file import Change, Document, read_recipe_file, validate
 from .reference_model import find_reference
+from .remote_code import check_pinned
 from .reward_settings import resolve_reward
 from .secrets import secret_places
 from .section import PositiveInt, Section, Share
+from .shardable import cannot_shard
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$")]
 
@@ -268,36 +270,11 @@ class Recipe(Section):
         if self.scale.most_workers < 2:
             raise ValueError(
                 "scale.strategy fsdp shares the weights out among workers, and scale.workers is "
-                f"{self.scale.workers}; set 2 or more, or leave strategy out"
+                f"{self.scale.most_workers}; set 2 or more, or leave strategy out"
             )
-        if self.cannot_shard is not None:
-            raise ValueError(f"scale.strategy fsdp: {self.cannot_shard}")
+        if (told := cannot_shard(self)) is not None:
+            raise ValueError(f"scale.strategy fsdp: {told}")
         return self
-
-    @property
-    def cannot_shard(self) -> str | None:
-        """Why the weights cannot be cut up, and what to do instead; None where they can."""
-        if self.model.quantize == "int8":
-            return (
-                "model.quantize int8 keeps scales of whole rows beside the weights, which are not "
-                "cut up with them; take nf4"
-            )
-        if isinstance(self.method, OnlineMethod):
-            return (
-                f"method {self.method.kind} samples on every worker by itself, and would gather "
-                "all weights for every token; take ddp, with model.quantize nf4 if it is large"
-            )
-        if isinstance(self.method, DpoMethod) and self.method.precompute_reference:
-            return (
-                "method.precompute_reference computes on whole models; leave it out (beside an "
-                "adapter, the reference takes no memory), or take ddp"
-            )
-        if self.adapter is not None and self.adapter.changes_base:
-            return (
-                f"adapter.init {self.adapter.init} writes its result from whole weights; take "
-                "another init, or ddp"
-            )
-        return None
 
     @property
     def trains_adapter(self) -> bool:
@@ -390,6 +367,7 @@ def resolve_recipe(recipe: Recipe, folder: Path) -> Recipe:
         }
     )
     base = resolve_model(recipe.model.base, folder)
+    check_pinned(recipe.model.model_copy(update={"base": base}))
     storage = resolve_path(recipe.storage, Path.cwd())
     places = (folder, Path.cwd(), Path(storage))
     adapter = recipe.model.adapter

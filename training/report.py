@@ -351,6 +351,7 @@ def _facts(run: Record) -> Pairs:
         ("Last saved step", figures.count(run.get("last_saved_step"))),
         ("Save failed", run.get("save_error")),
         ("Workers", ", then ".join(str(size) for size in worlds)),
+        ("Skipped steps", ", ".join(str(one.get("step")) for one in run.get("skipped") or [])),
         ("Device", run.get("device")),
         ("Compute type", run.get("dtype")),
         ("Parameters", figures.count(parameters.get("total"))),

@@ -9,6 +9,7 @@ from pydantic import Discriminator, Tag
 
 from .errors import InputError
 from .paths import resolve_model, resolve_path
+from .secrets import redact
 from .section import Section
 
 
@@ -123,6 +124,11 @@ def _read_function(reward: FunctionReward, where: str) -> FunctionReward:
             raise InputError(f"{where}.file: cannot read {reward.path!r}: {error}") from None
         reward = reward.model_copy(update={"source": source})
     assert reward.source is not None
+    if redact(reward.source) != reward.source:
+        raise InputError(
+            f"{where}.file: {reward.path} holds a secret, and its text is kept with the run; read "
+            "it from the environment instead"
+        )
     try:
         tree = ast.parse(reward.source, reward.path)
     except (SyntaxError, ValueError) as error:

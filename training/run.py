@@ -24,6 +24,7 @@ from .errors import FinrayError, InputError, Interrupted, RunError, last_line
 from .lock import held
 from .methods import method_of
 from .recipe import Recipe, recipe_from_dict
+from .remote_code import code_files
 from .report import write_report
 from .run_folder import CHECKPOINTS_FOLDER, PREPARED_FOLDER, RECIPE_FILE, Record, read_run
 from .secrets import redact
@@ -33,7 +34,7 @@ from .storage import Folder
 from .versions import installed_versions
 
 if TYPE_CHECKING:
-    from .loop import Job, Outcome
+    from .job import Job, Outcome
 
 # A resumed run may change these; anything else would change its result.
 _FREE_ON_RESUME = (
@@ -115,7 +116,7 @@ def carry_out(recipe: Recipe, prepared: Prepared, launch: "Callable[[Job], Outco
         prepared: its data.
         launch: trains, here or on workers.
     """
-    from .loop import Job
+    from .job import Job
 
     folder = run_folder(recipe)
     earlier = read_run(folder)
@@ -271,6 +272,7 @@ def _open(recipe: Recipe, folder: Folder, prepared: Prepared) -> None:
             error=None,
             finished_at=None,
             **recipe.method.facts,
+            **({"model_code": code} if (code := code_files(recipe.model)) else {}),
         )
 
     update_run(folder, change)
@@ -296,8 +298,8 @@ def _launch(
     worker_env: dict[str, str],
 ) -> "Outcome":
     # Torch is loaded only now, after everything that can be refused without it.
+    from .job import Job
     from .launch import launch_here, launch_on_ray
-    from .loop import Job
 
     job = Job(recipe=recipe.model_dump(mode="json"), run=folder.uri, prepared=prepared.folder.uri)
     if recipe.scale.most_workers == 0:

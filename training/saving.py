@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from peft import PeftModel, get_peft_model_state_dict
-from safetensors.torch import load_file
+from safetensors import safe_open
 from transformers import PreTrainedTokenizerBase
 
 from .adapter import TRAINED
@@ -59,9 +59,9 @@ def load_weights(model: Model, source: Path) -> None:
     own = _adapter_state(model) if adapted else model.state_dict(keep_vars=True)
     missing = {id(value) for value in own.values()}
     for file in sorted(source.glob("*.safetensors")):
-        for name, tensor in load_file(file).items():
-            if name in own:
-                own[name].copy_(shard_of(tensor, own[name]))
+        with safe_open(file, framework="pt") as saved:
+            for name in own.keys() & set(saved.keys()):
+                own[name].copy_(shard_of(saved.get_tensor(name), own[name]))
                 missing.discard(id(own[name]))  # a tied weight is saved under one name
     if missing:
         names = sorted(name for name, value in own.items() if id(value) in missing)

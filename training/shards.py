@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor
 
 
 def whole(value: Any) -> Any:
@@ -36,10 +36,19 @@ def _whole(value: Any, known: dict[int, torch.Tensor]) -> Any:
 def shard_of(tensor: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
     """This rank's part of a whole tensor, cut up as a parameter is; the tensor where that is whole.
 
-    Every rank has the whole tensor: nothing is sent.
+    Every rank has the whole tensor: nothing is sent, and only the part goes to the device.
     """
     if not isinstance(parameter, DTensor) or isinstance(tensor, DTensor):
         return tensor
-    return distribute_tensor(
-        tensor.to(parameter.device), parameter.device_mesh, parameter.placements, src_data_rank=None
+    mesh = parameter.device_mesh
+    # As FSDP2 cuts: the last parts may be smaller, or nothing.
+    parts = tensor.chunk(mesh.size())
+    part = parts[mesh.get_local_rank()] if mesh.get_local_rank() < len(parts) else tensor[:0]
+    return DTensor.from_local(
+        part.to(parameter.device, copy=True),
+        mesh,
+        parameter.placements,
+        run_check=False,
+        shape=tensor.shape,
+        stride=tensor.stride(),
     )

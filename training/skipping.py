@@ -10,7 +10,6 @@ from collections import deque
 from dataclasses import dataclass
 
 import torch
-from torch.distributed.tensor import DTensor
 
 _SCALER_HALVINGS = 16
 """fp16's GradScaler looks for its scale by skipping steps: from 2**16 down to 1."""
@@ -100,8 +99,7 @@ class SkippedSteps:
 
 def flag(norm: torch.Tensor) -> torch.Tensor:
     """1.0 where the gradient with this norm must not be used, else 0.0; on its device."""
-    whole = norm.full_tensor() if isinstance(norm, DTensor) else norm
-    return (~whole.isfinite()).float()
+    return (~norm.isfinite()).float()
 
 
 def carried(loss: torch.Tensor) -> torch.Tensor:

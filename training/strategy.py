@@ -22,6 +22,7 @@ from .errors import InputError
 from .freezing import decoder_layers
 from .model import Model
 from .recipe import Recipe
+from .shardable import cannot_shard
 
 Strategy = Literal["ddp", "fsdp"]
 
@@ -55,7 +56,7 @@ def choose_strategy(
                 "set model.dtype, or take ddp"
             )
         return "fsdp"
-    if is_half or recipe.cannot_shard is not None or device.type == "cpu":
+    if is_half or cannot_shard(recipe) is not None or device.type == "cpu":
         return "ddp"
     memory: list[int] = [0] * world_size
     dist.all_gather_object(memory, torch.cuda.get_device_properties(device).total_memory)

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import transformers
+from torch.distributed.tensor import DTensor
 from transformers import Trainer, TrainingArguments
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 
@@ -178,15 +179,19 @@ class StreamTrainer(Trainer):
             self._measured.append(loss.measures)
         return carried(loss.total / num_items_in_batch * self.args.world_size)
 
-    def _get_grad_norm(self, model: torch.nn.Module, grad_norm: Any = None) -> Any:
-        """The Trainer's seam before the optimizer's step: a gradient that is not finite is left."""
-        norm = super()._get_grad_norm(model, grad_norm)
-        self._adamw.skip = self._is_skipped = flag(norm)
-        return norm
-
     def _defer_fsdp_gradient_reduction(self) -> AbstractContextManager[None]:
         """The Trainer's seam for all microbatches but the last of a sharded model."""
         return without_needless_reduction(self.model)
+
+    def _get_grad_norm(self, model: torch.nn.Module, grad_norm: Any = None) -> Any:
+        """The Trainer's seam before the optimizer's step: a gradient that is not finite is left.
+
+        The norm is that over all workers, a number of every one's own.
+        """
+        norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        whole_norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+        self._adamw.skip = self._is_skipped = flag(whole_norm)
+        return whole_norm
 
     def _maybe_log_save_evaluate(
         self,
@@ -253,16 +258,24 @@ class StreamTrainer(Trainer):
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         """The state is the checkpoint's, the settings are the recipe's: a population's member goes
-        on from another's weights with settings of its own."""
+        on from another's weights with settings of its own.
+
+        By way of the CPU: the Trainer would load the whole state on every GPU.
+        """
+        if checkpoint is None:
+            return
         assert self.optimizer is not None and self.lr_scheduler is not None
         own = [
             {name: value for name, value in group.items() if name != "params"}
             for group in self.optimizer.param_groups
         ]
-        super()._load_optimizer_and_scheduler(checkpoint)
-        if checkpoint is None:
-            return
+        optimizer, schedule = (
+            torch.load(Path(checkpoint) / name, map_location="cpu", weights_only=True)
+            for name in (OPTIMIZER_NAME, SCHEDULER_NAME)
+        )
+        self.optimizer.load_state_dict(optimizer)
         scheduler = self.lr_scheduler
+        scheduler.load_state_dict(schedule)
         scheduler.base_lrs = [group["initial_lr"] for group in own]
         for group, settings, factor in zip(
             self.optimizer.param_groups, own, scheduler.lr_lambdas, strict=True

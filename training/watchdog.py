@@ -24,9 +24,8 @@ _WRITE_SECONDS = 30.0
 class Watchdog:
     """Calls `on_hang` once, in its own thread, when a step takes too long.
 
-    It is armed between the ends of two steps only: neither the first step, which compiles, nor
-    evaluations, answers and saves are timed. Time in which the whole process was stopped, as by
-    Ctrl-Z, does not count.
+    Neither the first step, which compiles, nor evaluations, answers and saves are timed. Time in
+    which the whole process was stopped, as by Ctrl-Z, does not count.
 
     Args:
         timeout: seconds; auto goes by the longest of the last steps; None for no watch.
@@ -39,7 +38,7 @@ class Watchdog:
         self._timeout = timeout
         self._on_hang = on_hang
         self._lock = threading.Lock()
-        self._since = time.monotonic()
+        self._since: float | None = None
         self._last: deque[float] = deque(maxlen=_STEPS)
         self._waited: float | None = None
         self._ended = threading.Event()
@@ -62,16 +61,21 @@ class Watchdog:
             self._thread.join()
 
     def arm(self) -> None:
-        """A step begins, after another one."""
+        """A step begins, and one that was timed has ended."""
         with self._lock:
+            self._note()
             self._since = time.monotonic()
             self._waited = 0.0
 
     def disarm(self) -> None:
-        """A step has ended."""
+        """What comes now is no step, and one that was timed has ended."""
         with self._lock:
+            self._note()
+            self._since = self._waited = None
+
+    def _note(self) -> None:
+        if self._since is not None:
             self._last.append(time.monotonic() - self._since)
-            self._waited = None
 
     @property
     def limit(self) -> float:

@@ -17,6 +17,7 @@ from ..training.device import free_memory
 from ..training.errors import FinrayError, last_line
 from ..training.recipe import Recipe, recipe_from_dict
 from ..training.run_folder import Record, read_metrics
+from ..training.secrets import redact
 from ..training.stop import Stop
 from ..training.storage import Folder
 
@@ -130,7 +131,7 @@ class RunningTrial:
             if isinstance(error, FinrayError):
                 told = str(error)
             code = error.exit_code if isinstance(error, FinrayError) else 1
-            self._reports.put({**self._about("failed"), "error": told, "exit_code": code})
+            self._reports.put({**self._about("failed"), "error": redact(told), "exit_code": code})
         finally:
             free_memory()
 
@@ -175,7 +176,8 @@ class RunningTrial:
         }
 
     def _launch_here(self, job: Any) -> Any:
-        from ..training.loop import Outcome, run_worker
+        from ..training.job import Outcome
+        from ..training.loop import run_worker
         from ..training.session import LocalSession
 
         trial = self

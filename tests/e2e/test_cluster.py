@@ -7,13 +7,18 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack, closing
 from pathlib import Path
+from urllib.request import Request, urlopen
 
 import pytest
 import yaml
 from harness import Finray, losses, reached, record, wait_until
 
 pytestmark = pytest.mark.timeout(600)
-SECRET = "hf_" + "q7Zx" * 8
+SECRETS = {
+    "HF_TOKEN": "hf_" + "q7Zx" * 8,
+    "WANDB_API_KEY": "4c81" * 10,
+    "AWS_SECRET_ACCESS_KEY": "wJ/alrXU+tnFEMI" * 2,
+}
 CPUS = 4
 
 
@@ -34,6 +39,13 @@ class Cluster:
         values: dict[str, object] = json.loads(output[output.index("{") :])
         return values
 
+    def rays_own_notes(self, token: str) -> str:
+        """Entry point, metadata and runtime environment of all jobs, as anybody can read them."""
+        request = Request(f"{self.address}/api/jobs/", headers={"Authorization": f"Bearer {token}"})
+        with urlopen(request, timeout=60) as answer:
+            content: bytes = answer.read()
+        return content.decode()
+
 
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory: pytest.TempPathFactory, shared_finray: Finray) -> Iterator[Cluster]:
@@ -42,7 +54,8 @@ def cluster(tmp_path_factory: pytest.TempPathFactory, shared_finray: Finray) -> 
     head, dashboard, agent, client = _free_ports(4)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("HOME", str(home))
-        patch.setenv("HF_TOKEN", SECRET)
+        for name, value in SECRETS.items():
+            patch.setenv(name, value)
         for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH", "RAY_ADDRESS"):
             patch.delenv(name, raising=False)
         options = {
@@ -96,12 +109,15 @@ def test_a_run_is_submitted_once_and_fetched(cluster: Cluster) -> None:
         assert (target / name).read_bytes() == (run / name).read_bytes()
     assert str(finray.data) not in (run / "recipe.yaml").read_text(encoding="utf-8")
 
-    token = (Path.home() / ".ray" / "auth_token").read_text(encoding="utf-8")
+    token = (Path.home() / ".ray" / "auth_token").read_text(encoding="utf-8").strip()
+    secrets = {**SECRETS, "Ray's token": token}
     for folder in (run, target, cluster.folder / "session_latest" / "logs"):
         for file in (file for file in folder.rglob("*") if file.is_file()):
             content = file.read_bytes()
-            assert SECRET.encode() not in content and token.encode() not in content, file
-    assert SECRET not in listed + log and token not in listed + log
+            assert not [name for name, value in secrets.items() if value.encode() in content], file
+    told = listed + log + cluster.rays_own_notes(token)
+    assert '"submission_id"' in told
+    assert not [name for name, value in secrets.items() if value in told]
 
 
 def test_stop_saves_and_the_same_submission_resumes(cluster: Cluster) -> None:

@@ -88,19 +88,20 @@ class Cluster:
         )
 
     def recipe(self, name: str, steps: int, **changes: object) -> Path:
-        return self.finray.recipe(
-            name=name,
-            adapter__dropout=0.0,
-            optim__max_steps=steps,
-            optim__batch_size=32,
-            **{"optim__micro_batch_size": 1, **changes},
-            optim__learning_rate=1e-3,
+        settings: dict[str, object] = {
+            "name": name,
+            "adapter__dropout": 0.0,
+            "optim__max_steps": steps,
+            "optim__batch_size": 32,
+            "optim__micro_batch_size": 1,
+            "optim__learning_rate": 1e-3,
             # Runs of another length then take the same steps.
-            optim__schedule="constant",
-            optim__warmup_ratio=0.0,
-            checkpoint__every_steps=10,
-            storage=str(self.folder / "runs"),
-        )
+            "optim__schedule": "constant",
+            "optim__warmup_ratio": 0.0,
+            "checkpoint__every_steps": 10,
+            "storage": str(self.folder / "runs"),
+        }
+        return self.finray.recipe(**settings | changes)
 
     def run_of(self, name: str) -> Path:
         return self.folder / "runs" / name

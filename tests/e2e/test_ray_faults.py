@@ -15,6 +15,44 @@ from harness import (
 
 pytestmark = pytest.mark.timeout(600)
 WORKERS = {"scale__workers": 2}
+OUT_OF_MEMORY = '''
+import importlib.util
+import sys
+
+
+class Spoil:
+    """Rank 1 has room for two rows."""
+
+    def find_spec(self, name, path, target=None):
+        if name != "finray.training.objectives.tokens":
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec(name)
+        load = spec.loader.exec_module
+
+        def exec_module(module):
+            load(module)
+            spoil(module.TokenObjective)
+
+        spec.loader.exec_module = exec_module
+        return spec
+
+
+def spoil(objective):
+    import torch
+
+    honest = objective.loss
+
+    def loss(self, model, batch, measured):
+        if torch.distributed.get_rank() == 1 and len(batch.inputs["input_ids"]) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        return honest(self, model, batch, measured)
+
+    objective.loss = loss
+
+
+sys.meta_path.insert(0, Spoil())
+'''
 
 
 @pytest.fixture(scope="module")
@@ -73,3 +111,34 @@ def test_ctrl_c_saves_and_leaves_nothing_behind(finray: Finray, undisturbed: Pat
     assert list(run.glob("checkpoints/step-*/rank-1.json"))
     finray.run("train", recipe)
     assert_same_result(run, undisturbed)
+
+
+def test_a_worker_that_hangs(finray: Finray, undisturbed: Path) -> None:
+    """The other one's watchdog tells where it waits, and has Ray Train start the group again."""
+    run = finray.folder / "runs" / "run"
+    # Saves are rare: a worker that is stopped in one leaves the others in a barrier of Ray Train's.
+    settings = {**WORKERS, "scale__hang_timeout": 10, "checkpoint__every_steps": 20}
+    command = finray.start("train", finray.recipe(**settings))
+    wait_until(lambda: reached(run, 21), "step 21")
+    stopped = next(workers(command))
+    stopped.suspend()
+    assert command.wait() == 0, command.output()
+    assert_same_result(run, undisturbed)
+    assert record(run)["world_sizes"] == [2, 2]
+    (stacks,) = run.glob("stacks/rank-*.txt")
+    assert "_run_epoch" in stacks.read_text(encoding="utf-8")
+    assert f"stacks/{stacks.name}" in record(run)["restarts"][0]["reason"]
+    assert not command.survivors(30), "the stopped process is still there"
+
+
+def test_one_worker_is_out_of_memory(finray: Finray, undisturbed: Path) -> None:
+    """While the other waits for its gradients. It is no failure, and half the microbatch does."""
+    run = finray.folder / "runs" / "run"
+    (finray.folder / "sitecustomize.py").write_text(OUT_OF_MEMORY, encoding="utf-8")
+    path = finray.recipe(**WORKERS, scale__max_failures=0, optim__micro_batch_size=4)
+    command = finray.start("train", path, environment={"PYTHONPATH": str(finray.folder)})
+    assert command.wait() == 0, command.output()
+    assert_same_result(run, undisturbed)  # whose recipe says 2
+    assert record(run)["micro_batch_size"] == 2
+    assert record(run)["world_sizes"] == [2, 2]
+    assert "CUDA out of memory" in record(run)["restarts"][0]["reason"]

@@ -190,6 +190,8 @@ def test_a_poisoned_row(
     assert each[step]["grad_norm"] is None
     assert [at for at, line in each.items() if "skipped" in line] == [step]
     assert math.isfinite(record["metrics"]["loss"]) and "restarts" not in record
+    report = (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
+    assert f"<dt>Skipped steps</dt><dd>{step}</dd>" in report
     settings = recipe(tiny_model, chat_file, tmp_path, "rarely", max_steps=30)
     log = settings.log.model_copy(update={"every_steps": 30})
     carry_out(settings.model_copy(update={"log": log}))

@@ -124,6 +124,14 @@ def test_an_earlier_part_is_not_told_again(folder: Folder) -> None:
     assert "step 20/100  loss 1.000  1m00s left" in text
 
 
+def test_skipped_steps_are_told(folder: Folder) -> None:
+    console, out = plain()
+    with ProgressWatcher(folder, console, poll_seconds=0.01):
+        append(folder, {"step": 10, "loss": None, "grad_norm": None, "skipped": 10})
+        until(lambda: "not finite" in out.getvalue())
+    assert "step 10: 10 of the last steps changed nothing: not finite" in out.getvalue()
+
+
 def test_evaluations_are_not_repeated_when_the_file_is_cut(folder: Folder) -> None:
     console, out = plain()
     with ProgressWatcher(folder, console, poll_seconds=0.01):

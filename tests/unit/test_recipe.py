@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from finray.training.errors import InputError
 from finray.training.recipe import Recipe, load_recipe, recipe_from_dict
+from finray.training.shardable import cannot_shard
 
 GOOD = """\
 name: support
@@ -70,6 +71,8 @@ def test_uris_stay(tmp_path: Path) -> None:
         ("scale: {workers: [4, 2]}\n", 5, "workers: [4, 2] is reversed"),
         ("scale: {workers: [0, 2]}\n", 5, "workers"),
         ("scale: {workers: two}\n", 5, "workers"),
+        ("scale: {workers: 0, strategy: fsdp}\n", 1, "and scale.workers is 0; set 2 or more"),
+        ("scale: {workers: 2, strategy: zero}\n", 5, "scale.strategy: "),
         ("seed: -1\n", 5, "seed: "),
         ("adapter: {targets: '(q_proj'}\n", 5, "is not a regular expression"),
         ("adapter: {dora: true, init: pissa}\n", 5, "dora and init pissa contradict"),
@@ -115,6 +118,26 @@ def test_each_choice_of_weights_that_does_not_fit(
     (tmp_path / "empty").mkdir()
     text = GOOD.replace("some/model}", f"some/model, {model}}}") + addition
     assert told in refusal(tmp_path, text)
+
+
+@pytest.mark.parametrize(
+    ("addition", "told"),
+    [
+        ("model: {base: some/model, quantize: int8}\nadapter: {}\n", "take nf4"),
+        ("model: {base: b}\nmethod: {kind: grpo, rewards: [{run: r}]}\n", "method grpo samples"),
+        (
+            "model: {base: b}\nmethod: {kind: dpo, precompute_reference: true}\n",
+            "computes on whole models; leave it out",
+        ),
+        ("model: {base: b}\nadapter: {init: pissa}\n", "take another init, or ddp"),
+    ],
+)
+def test_what_cannot_be_sharded(tmp_path: Path, addition: str, told: str) -> None:
+    """Refused where fsdp is asked for; auto leaves it whole."""
+    text = GOOD.replace("model: {base: some/model}\n", "") + addition
+    assert told in refusal(tmp_path, text + "scale: {workers: 2, strategy: fsdp}\n")
+    recipe = Recipe.model_validate(yaml.safe_load(text))
+    assert recipe.scale.strategy == "auto" and told in str(cannot_shard(recipe))
 
 
 def test_an_adapter_is_found_beside_the_recipe_here_or_in_the_storage(

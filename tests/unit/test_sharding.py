@@ -2,9 +2,12 @@
 
 import copy
 import json
+import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -14,14 +17,14 @@ from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
 
 from finray.training.arguments import accumulation, training_arguments
-from finray.training.data.batching import Rows, microbatches
+from finray.training.data.batching import Rows, collate, microbatches
 from finray.training.data.stream import share
 from finray.training.generation import answer
 from finray.training.methods import method_of
 from finray.training.model import load_model, load_tokenizer
 from finray.training.recipe import Recipe
 from finray.training.saving import gather_weights, save_result
-from finray.training.strategy import shard
+from finray.training.strategy import choose_strategy, shard
 from finray.training.trainer import StepMeasures, StreamTrainer
 
 # peft calls a name that transformers has renamed.
@@ -73,8 +76,9 @@ def assert_close(one: dict[str, Any], other: dict[str, Any], **tolerance: float)
         )
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("workers", [2, 4])
+@pytest.mark.parametrize(
+    ("kind", "workers"), [*((kind, 2) for kind in KINDS), ("full", 4), ("nf4", 4)]
+)
 def test_the_step_is_that_of_one_process(
     tiny_model: Path, tmp_path: Path, kind: str, workers: int
 ) -> None:
@@ -113,14 +117,14 @@ def train(
     """Train some steps from the checkpoint before them, and write one after them.
 
     Returns:
-        The loss of each step, and the sizes of what lies on this rank in bytes.
+        Loss and gradient norm of each step, and the size of the moments on this rank in bytes.
     """
     model = make_model(settings)
     setup = make_setup(settings, model, folder, rank, world_size)
     objective = method_of(settings).objective(setup)
     if setup.strategy == "fsdp":
         setup.place(model)
-    optim, losses = settings.optim, []
+    optim, losses, norms = settings.optim, [], []
 
     def rows() -> Iterator[Rows]:
         for step in steps:
@@ -132,6 +136,8 @@ def train(
 
     def after_step(measures: StepMeasures) -> bool:
         losses.append(trainer.take_loss(1)[0])
+        assert not isinstance(measures.grad_norm, DTensor)
+        norms.append(float(measures.grad_norm))
         return measures.step == steps.stop
 
     trainer = StreamTrainer(
@@ -153,11 +159,13 @@ def train(
     after.mkdir(exist_ok=True)
     trainer.write_state(after)
     moments = [value for state in trainer.optimizer.state.values() for value in state.values()]
-    return {"losses": losses, "moments": sum(local_bytes(moment) for moment in moments)}
+    held = sum(local_bytes(moment) for moment in moments)
+    return {"losses": losses, "norms": norms, "moments": held}
 
 
 def local_bytes(tensor: torch.Tensor) -> int:
-    return tensor.to_local().nbytes if isinstance(tensor, DTensor) else tensor.nbytes
+    local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    return local.untyped_storage().nbytes()
 
 
 def state_of(checkpoint: Path) -> dict[str, torch.Tensor]:
@@ -175,7 +183,7 @@ def state_of(checkpoint: Path) -> dict[str, torch.Tensor]:
 CHAIN = [(1, "auto"), (2, "fsdp"), (4, "fsdp"), (2, "ddp"), (2, "fsdp"), (1, "auto")]
 
 
-@pytest.mark.parametrize("kind", ["full", "lora", "bfloat16"])
+@pytest.mark.parametrize("kind", ["full", "bfloat16"])
 def test_a_checkpoint_belongs_to_no_number_of_workers(
     tiny_model: Path, tmp_path: Path, kind: str
 ) -> None:
@@ -189,6 +197,7 @@ def test_a_checkpoint_belongs_to_no_number_of_workers(
     handed.mkdir()
     expected = train(settings, alone, 0, 1, range(len(CHAIN)))
     losses: list[float] = []
+    norms: list[float] = []
     for step, (workers, strategy) in enumerate(CHAIN):
         scale = settings.scale.model_copy(update={"workers": workers, "strategy": strategy})
         told = settings.model_copy(update={"scale": scale})
@@ -206,6 +215,7 @@ def test_a_checkpoint_belongs_to_no_number_of_workers(
             if strategy == "fsdp":
                 assert part["moments"] < 1.1 * expected["moments"] / workers
         losses += parts[0]["losses"]
+        norms += parts[0]["norms"]
         if step:
             written = state_of(handed / f"again-{step}")
             assert_close(written, state_of(handed / f"step-{step}"), atol=0, rtol=0)
@@ -213,8 +223,46 @@ def test_a_checkpoint_belongs_to_no_number_of_workers(
     assert losses == pytest.approx(expected["losses"], abs=rounding)
     assert len(set(losses)) == len(CHAIN)
     if kind != "bfloat16":
+        assert norms == pytest.approx(expected["norms"], rel=1e-4)
         ours, theirs = (state_of(folder / f"step-{len(CHAIN)}") for folder in (handed, alone))
         assert_close(ours, theirs, atol=1e-5, rtol=1e-4)
+
+
+def test_weights_trained_in_float32_are_gathered_in_the_compute_type(
+    tiny_model: Path, tmp_path: Path
+) -> None:
+    """The shards, their gradients and the optimizer's state are float32; autograd keeps no copy."""
+    whole = make_recipe(tiny_model, "full", 0)
+    rows = make_sequences(BATCH)
+    expected, logged, _ = one_step(make_model(whole), whole, rows, tmp_path, 0, 1)
+    told = make_recipe(tiny_model, "full", 2)
+    low = told.model.model_copy(update={"dtype": "bfloat16"})
+    settings = told.model_copy(update={"model": low})
+
+    def work(rank: int, world_size: int) -> dict[str, Any]:
+        model = make_model(settings)
+        measured, measures, _ = one_step(model, settings, rows, tmp_path, rank, world_size)
+        assert all(weight.dtype == torch.float32 for weight in model.parameters())
+        kept: list[torch.Tensor] = []
+
+        def keep(tensor: torch.Tensor) -> torch.Tensor:
+            if set(tensor.shape) == {32, 64} and tensor.ndim == 2:  # as the MLPs' weights
+                kept.append(tensor)
+            return tensor
+
+        batch = collate([row for row in rows if len(row.input_ids) not in (32, 64)][:1])
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            logits = model(**batch.inputs, use_cache=False).logits
+        assert len(kept) >= 6 and all(not t.untyped_storage().nbytes() for t in kept)
+        logits.sum().backward()
+        return {"gradients": measured, "logged": measures}
+
+    for saved in by_workers(2, tmp_path, work):
+        assert saved["logged"]["loss"] == pytest.approx(logged["loss"], abs=2e-2)
+        for name, gradient in saved["gradients"].items():
+            assert gradient.dtype == torch.float32
+            similarity = torch.cosine_similarity(gradient.flatten(), expected[name].flatten(), 0)
+            assert similarity > 0.99, name
 
 
 @pytest.mark.parametrize("kind", ["full", "dora", "nf4"])
@@ -260,3 +308,23 @@ def test_answers(tiny_model: Path, tmp_path: Path, prompts: int) -> None:
 
     for saved in by_workers(2, tmp_path, work):
         assert saved["answers"] == expected
+
+
+@pytest.mark.parametrize(("spare", "chosen"), [(0, "ddp"), (-1, "fsdp")])
+def test_auto_shards_what_the_smallest_device_cannot_hold(
+    tiny_model: Path, tmp_path: Path, spare: int, chosen: str
+) -> None:
+    """16 bytes a weight that is trained in float32, in four fifths of the memory."""
+    settings = make_recipe(tiny_model, "full", 0)
+    model = make_model(settings)
+    needed = 16 * sum(weight.numel() for weight in model.parameters())
+    cuda = torch.device("cuda", 0)
+
+    def work(rank: int, world_size: int) -> dict[str, Any]:
+        memory = 2 * needed if rank == 0 else math.ceil(needed / 0.8) + spare
+        properties = SimpleNamespace(total_memory=memory)
+        with patch.object(torch.cuda, "get_device_properties", return_value=properties):
+            return {"strategy": choose_strategy(settings, model, world_size, cuda)}
+
+    assert choose_strategy(settings, model, 1, cuda) == "ddp"
+    assert {saved["strategy"] for saved in by_workers(2, tmp_path, work)} == {chosen}

@@ -1,16 +1,22 @@
 """The watchdog: what it times, what it leaves alone, and what it writes."""
 
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
 
 import pytest
+import torch
+from guarded import carry_out, recipe, spoil
 
 from finray.training import watchdog
 from finray.training.books import Books
 from finray.training.checkpoint import Choice
+from finray.training.data.batching import Batch
 from finray.training.recipe import Recipe
 from finray.training.run_folder import read_run
+from finray.training.session import LocalSession
 from finray.training.storage import Folder
 from finray.training.watchdog import Watchdog, write_stacks
 
@@ -43,7 +49,7 @@ def test_what_is_left_alone() -> None:
         for _ in range(8):
             dog.arm()
             time.sleep(SHORT / 4)
-            dog.disarm()
+        dog.disarm()
     assert told == []
     with Watchdog(None, told.append) as dog:
         dog.arm()
@@ -84,12 +90,69 @@ def test_the_stacks_of_all_threads(tmp_path: Path, capfd: pytest.CaptureFixture[
     text = (tmp_path / name).read_text(encoding="utf-8")
     assert "hanging_collective" in text and "test_the_stacks_of_all_threads" in text
     assert "hanging_collective" in capfd.readouterr().err
-    recipe = Recipe.model_validate(
+    settings = Recipe.model_validate(
         {"name": "x", "model": {"base": "/x"}, "data": {"train": [{"path": "/x"}]}}
     )
     for _ in range(2):
-        Books(Folder(str(tmp_path)), recipe, 10).open(Choice("step-00000010", 10, ()), 2, {})
+        Books(Folder(str(tmp_path)), settings, 10).open(Choice("step-00000010", 10, ()), 2, {})
     record = read_run(Folder(str(tmp_path)))
     assert record is not None
     first, second = (one["reason"] for one in record["restarts"])
     assert name in first and name not in second
+
+
+class _Abandoned(Exception):
+    """In the place of the process's end."""
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_a_run_is_watched(
+    tiny_model: Path, chat_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A forward pass that waits for nobody; the message names the file that says so."""
+    told: list[str] = []
+    over = threading.Event()
+    calls = [0]
+
+    def abandon(self: LocalSession, message: str) -> None:
+        told.append(message)
+        over.set()
+
+    def waits_for_nobody(batch: Batch, total: torch.Tensor) -> torch.Tensor:
+        calls[0] += 1
+        if calls[0] == 9:
+            over.wait(LONG)
+            raise _Abandoned
+        return total
+
+    monkeypatch.setattr(LocalSession, "abandon", abandon)
+    spoil(monkeypatch, waits_for_nobody)
+    settings = recipe(tiny_model, chat_file, tmp_path, "run")
+    scale = settings.scale.model_copy(update={"hang_timeout": 2.0})
+    with pytest.raises(_Abandoned):
+        carry_out(settings.model_copy(update={"scale": scale}))
+    (message,) = told
+    (stacks,) = (tmp_path / "run" / "stacks").iterdir()
+    assert str(stacks) in message and "scale.hang_timeout" in message
+    assert "waits_for_nobody" in stacks.read_text(encoding="utf-8")
+
+
+def test_a_local_run_ends_as_failed(tmp_path: Path) -> None:
+    program = (
+        "import sys, threading; from finray.training.session import LocalSession; "
+        "from finray.training.storage import Folder; "
+        "session = LocalSession(Folder(sys.argv[1]), threading.Event()); "
+        "threading.Thread(target=session.abandon, args=('step 7 did not end',)).start(); "
+        "threading.Event().wait()"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program, str(tmp_path)],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+    )
+    assert done.returncode == 1 and "finray: step 7 did not end" in done.stderr
+    record = read_run(Folder(str(tmp_path)))
+    assert record is not None and record["finished_at"]
+    assert (record["status"], record["error"]) == ("failed", "step 7 did not end")

@@ -36,7 +36,7 @@ def fingerprint(recipe: Recipe, data: ResolvedData | None = None) -> str:
     """
     data = data or resolve_data(recipe)
     render = asdict(RenderSettings.of(recipe))
-    del render["base"], render["revision"]
+    del render["base"], render["revision"], render["trust_remote_code"]
     facts = {
         "version": FORMAT_VERSION,
         "train": _describe(data.train),

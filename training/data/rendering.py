@@ -36,6 +36,7 @@ class RenderSettings:
 
     base: str
     revision: str | None
+    trust_remote_code: bool
     chat_template: str | None
     train_on_all: bool
     split_overlong: bool
@@ -49,6 +50,7 @@ class RenderSettings:
         return cls(
             base=recipe.model.base,
             revision=recipe.model.revision,
+            trust_remote_code=recipe.model.trust_remote_code,
             chat_template=recipe.data.chat_template,
             train_on_all=method.trains_on_all(recipe.method),
             split_overlong=method.splits_overlong,
@@ -270,7 +272,11 @@ def load_renderer(settings: RenderSettings) -> Renderer:
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(settings.base, revision=settings.revision)
+        tokenizer = AutoTokenizer.from_pretrained(
+            settings.base,
+            revision=settings.revision,
+            trust_remote_code=settings.trust_remote_code,
+        )
     except (OSError, ValueError) as error:
         raise InputError(
             f"model.base: cannot load the tokenizer of {settings.base}: {error}"

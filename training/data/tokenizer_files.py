@@ -5,6 +5,7 @@ from pathlib import Path
 
 from ..errors import InputError
 from ..model_settings import ModelSettings
+from ..remote_code import check_remote_code
 
 _TOKENIZER_FILE = re.compile(
     r"(tokenizer.*\.json|special_tokens_map\.json|added_tokens\.json|chat_template\.(jinja|json)"
@@ -27,8 +28,16 @@ def model_folder(
         weights: fetch its weights too, as far as they are safetensors.
 
     Raises:
-        InputError: where the folder does not exist, or the hub does not give the model.
+        InputError: where the folder does not exist, the hub does not give the model, or it needs
+            code of its own that the recipe does not trust.
     """
+    folder = _find(model, only_cached, weights)
+    if folder is not None:
+        check_remote_code(model, folder)
+    return folder
+
+
+def _find(model: ModelSettings, only_cached: bool, weights: bool) -> Path | None:
     if Path(model.base).is_absolute():
         if not Path(model.base).is_dir():
             raise InputError(f"model.base: there is no folder {model.base}")

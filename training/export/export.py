@@ -155,7 +155,9 @@ def _merge(
         quantize=settings.get("quantize", "none"),
         compute_dtype=record["dtype"],
         dtype=dtype,
-        pad_token_id=AutoTokenizer.from_pretrained(adapter).pad_token_id,
+        pad_token_id=AutoTokenizer.from_pretrained(
+            adapter, trust_remote_code=settings.get("trust_remote_code", False)
+        ).pad_token_id,
     )
     _copy(tokenizer_files(adapter), staged)
     _copy([base / GENERATION_CONFIG], staged)
@@ -209,7 +211,8 @@ def _describe(name: str, merge: bool, settings: Record, trained: Path) -> Loadab
         config = _read_json(trained / MODEL_CONFIG)
         is_classifier = str(config["architectures"][0]).endswith("ForSequenceClassification")
         labels = len(config.get("id2label") or ())
-    template = AutoTokenizer.from_pretrained(trained).chat_template
+    trust = settings.get("trust_remote_code", False)
+    template = AutoTokenizer.from_pretrained(trained, trust_remote_code=trust).chat_template
     return Loadable(
         kind="merged" if merge else "adapter" if name == "adapter" else "model",
         is_classifier=is_classifier,

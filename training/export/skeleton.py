@@ -41,7 +41,10 @@ class Skeleton:
     """
 
     def __init__(self, folder: Path, task: str, labels: int | None) -> None:
-        config = AutoConfig.from_pretrained(folder)
+        try:
+            config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        except ValueError as error:  # it needs code of its own
+            raise InputError(f"{folder}: the base cannot be merged into: {error}") from None
         if "quantization_config" in config.to_dict():
             raise InputError(f"{folder}: the base is stored quantised: it cannot be merged into")
         if task == "CAUSAL_LM":

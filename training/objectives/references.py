@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 from ..data.batching import Batch
 from ..device import choose_dtype, torch_dtype
 from ..errors import InputError
-from ..existing_adapter import CONFIG_FILE
+from ..existing_adapter import CONFIG_FILE, check_safetensors
 from ..model import Model, evaluating
 from ..recipe import Recipe
 from ..reference import add_reference, as_reference
@@ -64,12 +64,17 @@ def load_reference(name: str, recipe: Recipe) -> Model:
         InputError: where it cannot be loaded.
     """
     is_adapter = (Path(name) / CONFIG_FILE).is_file()
+    if is_adapter:
+        check_safetensors(Path(name), "method.reference_model")
     source = AutoPeftModelForCausalLM if is_adapter else AutoModelForCausalLM
     try:
         model: Model = source.from_pretrained(
-            name, dtype=torch_dtype(choose_dtype(recipe.model)), use_safetensors=True
+            name,
+            dtype=torch_dtype(choose_dtype(recipe.model)),
+            use_safetensors=True,
+            trust_remote_code=False,
         )
-    except OSError as error:
+    except (OSError, ValueError) as error:
         raise InputError(f"method.reference_model: cannot load {name}: {error}") from error
     return model
 

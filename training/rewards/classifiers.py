@@ -9,12 +9,15 @@ from peft import PeftModel
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from ..errors import InputError
+from ..existing_adapter import check_safetensors
 from ..reward_settings import ModelReward, RunReward
 from ..run_folder import read_run
 from ..storage import Folder
 from .reward import Completions, Judgement, Turns
 
 _BATCH = 16
+# No pickle, and no code of the model's own.
+_SAFELY = {"use_safetensors": True, "trust_remote_code": False}
 
 
 class ClassifierJudge:
@@ -101,15 +104,16 @@ def load_run(reward: RunReward, tokenizer: Any, dtype: torch.dtype, device: Any)
         if local is None:
             local = Path(scratch, "result")
             result.download(local)
-        own = AutoTokenizer.from_pretrained(local)
+        own = AutoTokenizer.from_pretrained(local, trust_remote_code=False)
         if own.get_vocab() != tokenizer.get_vocab():
             raise InputError(f"method.rewards: {reward.run}: a reward model of another tokenizer")
-        options = {"num_labels": 1, "dtype": dtype, "use_safetensors": True}
+        options = {"num_labels": 1, "dtype": dtype, **_SAFELY}
         if record["result"] == "adapter":
-            base = AutoModelForSequenceClassification.from_pretrained(record["base"], **options)
+            check_safetensors(local, f"method.rewards: {reward.run}")
+            base = _load(record["base"], options)
             model: Any = PeftModel.from_pretrained(base, local)
         else:
-            model = AutoModelForSequenceClassification.from_pretrained(local, **options)
+            model = _load(local, options)
     return _judge(reward.name, reward.weight, model.to(device), own, 0)
 
 
@@ -120,15 +124,20 @@ def load_classifier(reward: ModelReward, dtype: torch.dtype, device: Any) -> Cla
         InputError: it cannot be loaded, or has several labels of which none is named.
     """
     try:
-        model = AutoModelForSequenceClassification.from_pretrained(
-            reward.model, dtype=dtype, use_safetensors=True
-        )
-        tokenizer = AutoTokenizer.from_pretrained(reward.model)
+        tokenizer = AutoTokenizer.from_pretrained(reward.model, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise InputError(f"method.rewards: cannot load {reward.model}: {error}") from None
+    model = _load(reward.model, {"dtype": dtype, **_SAFELY})
     labels = [model.config.id2label[index] for index in range(model.config.num_labels)]
     column = label_index(reward, labels)
     return _judge(reward.name, reward.weight, model.to(device), tokenizer, column)
+
+
+def _load(name: str | Path, options: dict[str, Any]) -> Any:
+    try:
+        return AutoModelForSequenceClassification.from_pretrained(name, **options)
+    except (OSError, ValueError) as error:
+        raise InputError(f"method.rewards: cannot load {name}: {error}") from None
 
 
 def _judge(name: str, weight: float, model: Any, tokenizer: Any, column: int) -> ClassifierJudge:

@@ -42,6 +42,7 @@ class VllmRollouts:
         self._engine = LLM(
             model=recipe.model.base,
             revision=recipe.model.revision,
+            trust_remote_code=recipe.model.trust_remote_code,
             dtype=choose_dtype(recipe.model),
             max_model_len=recipe.data.max_length,
             enable_lora=True,
