@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ..training.recipe import Recipe
+from ..training.shardable import cannot_shard
 
 if TYPE_CHECKING:
     from ..training.memory import Memory, Sizes
@@ -75,6 +76,7 @@ def judge(recipe: Recipe, sizes: "Sizes", gpus: Sequence[Gpu], share: float = 1.
     """
     from ..training.memory import estimate
 
+    recipe = _as_it_will_be(recipe, sizes, min(gpu.bytes for gpu in gpus))
     smallest = min(gpus, key=lambda gpu: gpu.bytes)
     room = round(smallest.bytes * min(share, 1.0))
     memory = estimate(recipe, sizes)
@@ -96,6 +98,24 @@ def judge(recipe: Recipe, sizes: "Sizes", gpus: Sequence[Gpu], share: float = 1.
     if cures:
         lines.append(f"With these it would fit too: {', or '.join(cures)}")
     return Verdict(False, True, ". ".join(lines))
+
+
+def _as_it_will_be(recipe: Recipe, sizes: "Sizes", room: int) -> Recipe:
+    """With the strategy that auto comes to; see `choose_strategy`."""
+    from ..training.memory import estimate
+    from ..training.strategy import USABLE
+
+    memory = estimate(recipe, sizes)
+    is_large = memory.weights + memory.training > USABLE * room
+    return _sharded(recipe) if recipe.scale.strategy == "auto" and is_large else recipe
+
+
+def _sharded(recipe: Recipe) -> Recipe:
+    """With its weights in shards, where that can be; they are no less on one worker."""
+    if recipe.scale.least_workers < 2 or cannot_shard(recipe) is not None:
+        return recipe
+    scale = recipe.scale.model_copy(update={"strategy": "fsdp"})
+    return recipe.model_copy(update={"scale": scale})
 
 
 def _smaller(recipe: Recipe) -> Iterator[tuple[str, Recipe]]:
@@ -121,6 +141,8 @@ def _other(recipe: Recipe) -> Iterator[tuple[str, Recipe]]:
     plain = adapter is None or adapter.init in ("default", "gaussian")
     if recipe.trains_adapter and plain and recipe.model.quantize != "nf4":
         yield "model.quantize=nf4", _with(recipe, quantize="nf4")
+    if recipe.scale.strategy != "fsdp" and (sharded := _sharded(recipe)) is not recipe:
+        yield "scale.strategy=fsdp", sharded
     for length in (recipe.data.max_length // 2, recipe.data.max_length // 4):
         data = recipe.data.model_copy(update={"max_length": length})
         yield f"data.max_length={length}", recipe.model_copy(update={"data": data})

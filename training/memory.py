@@ -2,7 +2,8 @@
 
 Weights, gradients and optimizer states are counted. Activations are those that a Llama's layers
 keep for the backward pass (with torch's fused attention), other decoders keep about as many.
-What a GPU's allocator adds, and DoRA's and LLM.int8()'s own activations, are not counted.
+What a GPU's allocator adds, and DoRA's and LLM.int8()'s own activations, are not counted. What a
+sharded model (FSDP) takes is told by formula alone.
 """
 
 from dataclasses import dataclass
@@ -144,11 +145,15 @@ def _setting(config: Any, name: str, otherwise: int) -> int:
 
 
 def estimate(recipe: Recipe, sizes: Sizes) -> Memory:
-    """The peak of a step on a GPU, where `auto` computes in bfloat16."""
+    """The peak of a step on a GPU, where `auto` computes in bfloat16, and where the recipe says
+    fsdp with as few workers as it trains with."""
     compute: DtypeName = "bfloat16" if recipe.model.dtype == "auto" else recipe.model.dtype
+    is_sharded = recipe.scale.strategy == "fsdp"
+    shards = max(recipe.scale.least_workers, 2) if is_sharded else 1
+    gathered = _gathered(sizes, compute) if is_sharded else 0
     return Memory(
-        weights=_weights(recipe, sizes, compute),
-        training=_training(recipe, sizes, compute),
+        weights=_weights(recipe, sizes, compute) // shards + gathered,
+        training=_training(recipe, sizes, compute) // shards,
         activations=max(_of_a_step(recipe, sizes, compute), _of_a_rollout(recipe, sizes, compute)),
     )
 
@@ -180,6 +185,13 @@ def _weights(recipe: Recipe, sizes: Sizes, compute: DtypeName) -> int:
     return round(held)
 
 
+def _gathered(sizes: Sizes, compute: DtypeName) -> int:
+    """Weights that are whole for a moment: those in no layer, a layer's, and the next one's."""
+    outside = min(2 * sizes.vocabulary * sizes.hidden, sizes.frozen + sizes.trained)
+    layer = (sizes.linear + sizes.frozen + sizes.trained - outside) // sizes.layers
+    return _width(compute) * (outside + 2 * layer)
+
+
 def _has_own_reference(recipe: Recipe) -> bool:
     """Whether a second model is held while training."""
     method = recipe.method
@@ -198,7 +210,7 @@ def _training(recipe: Recipe, sizes: Sizes, compute: DtypeName) -> int:
     """Gradients, two moments, and masters (with gradients of their own) of a low type."""
     width = _trained_width(recipe, compute)
     of_a_value = width + 8 + (8 if width == 2 else 0)
-    if recipe.scale.most_workers > 1:
+    if recipe.scale.most_workers > 1 and recipe.scale.strategy != "fsdp":
         of_a_value += width  # DDP's buckets
     return sizes.trained * of_a_value
 

@@ -26,7 +26,7 @@ from .shardable import cannot_shard
 
 Strategy = Literal["ddp", "fsdp"]
 
-_USABLE = 0.8
+USABLE = 0.8
 """Share of a device's memory for what lies there all the time; the rest is for activations."""
 
 
@@ -60,7 +60,7 @@ def choose_strategy(
         return "ddp"
     memory: list[int] = [0] * world_size
     dist.all_gather_object(memory, torch.cuda.get_device_properties(device).total_memory)
-    return "ddp" if static_bytes(model) <= _USABLE * min(memory) else "fsdp"
+    return "ddp" if static_bytes(model) <= USABLE * min(memory) else "fsdp"
 
 
 def static_bytes(model: torch.nn.Module) -> int:
