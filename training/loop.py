@@ -9,7 +9,7 @@ import json
 import math
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 
@@ -20,12 +20,13 @@ from . import checkpoint
 from .arguments import accumulation, training_arguments
 from .books import Books, as_number
 from .data.batching import Rows, accumulation_steps, in_batches, microbatches
-from .data.origin import describe, rows_of_step
+from .data.origin import rows_of_step
 from .data.prepared import open_prepared
 from .data.stream import Slice, every_sequence, share, stream
 from .device import choose_dtype
 from .errors import FinrayError, RunError
 from .existing_adapter import RESULT_FOLDER
+from .faults import ending_attempts
 from .generation import answer, exact_match
 from .job import Job, Outcome
 from .methods import method_of
@@ -33,12 +34,11 @@ from .model import check_isolation, count_parameters, load_model, load_tokenizer
 from .objectives.objective import Setup
 from .position import Clock, Position
 from .recipe import recipe_from_dict
-from .restart import AttemptOver, Restart, is_out_of_memory
+from .restart import AttemptOver
 from .run_folder import CHECKPOINTS_FOLDER
 from .saver import Saver, SaveState, state_record
 from .saving import gather_weights, save_result
 from .session import Session
-from .skipping import NotFiniteError
 from .storage import Folder
 from .strategy import choose_strategy
 from .trainer import StepMeasures, StreamTrainer
@@ -99,7 +99,13 @@ class _Worker:
         self.trainer = self._make_trainer()
         self.books = self._open_books(choice)
         # The books are closed last: what ended the attempt is noted in them.
-        with self.watchdog, self.books or nullcontext(), self._told_over():
+        ending = ending_attempts(
+            self.recipe,
+            self.prepared,
+            self.position,
+            lambda: self._note_skipped(self.trainer.skipped.take_steps()),
+        )
+        with self.watchdog, self.books or nullcontext(), ending:
             self._train(checkpoint_path)
         return not self.stopped
 
@@ -115,31 +121,6 @@ class _Worker:
             self.saver.finish()
         else:
             self._finish()
-
-    @contextmanager
-    def _told_over(self) -> Iterator[None]:
-        """What another attempt can cure ends this one with `AttemptOver`."""
-        try:
-            yield
-        except NotFiniteError as error:
-            self._note_skipped(self.trainer.skipped.take_steps())
-            raise AttemptOver(self._not_finite(list(error.steps))) from None
-        except RuntimeError as error:
-            if isinstance(error, FinrayError) or not is_out_of_memory(error):
-                raise
-            found = f"out of memory ({str(error).splitlines()[0]})"
-            raise AttemptOver(
-                Restart(cause="memory", steps=[self.position.step + 1], rows="", found=found)
-            ) from None
-
-    def _not_finite(self, steps: list[int]) -> Restart:
-        listed = ", ".join(map(str, steps))
-        return Restart(
-            cause="not_finite",
-            steps=steps,
-            rows=describe(rows_of_step(self.recipe, self.prepared, steps[-1])),
-            found=f"the loss or the gradient is not finite in steps {listed}, one after the other",
-        )
 
     # the start
 
