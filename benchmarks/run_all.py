@@ -16,12 +16,14 @@ from measure import FIGURE_COLUMNS, HERE, figure_row, result_path, table
 NAMES = (
     "help",
     "start",
+    "start_ray",
     "throughput",
     "methods",
     "online",
     "packing",
     "prepare_memory",
     "checkpoint_stall",
+    "kills",
     "tune_quality",
     "tune_overhead",
 )
