@@ -102,8 +102,8 @@ def run_finray(job: Job, logged: str = "loss") -> Measured:
     class TimedSession(LocalSession):
         """Told apart by one thing: it notes the time when a step asks whether to go on."""
 
-        def __init__(self) -> None:
-            super().__init__(threading.Event())
+        def __init__(self, run: Folder) -> None:
+            super().__init__(run, threading.Event())
             self.starts: list[Moment] = []
 
         def stop_requested(self) -> bool:
@@ -111,7 +111,7 @@ def run_finray(job: Job, logged: str = "loss") -> Measured:
             return super().stop_requested()
 
     with tempfile.TemporaryDirectory() as folder:
-        session = TimedSession()
+        session = TimedSession(Folder(folder))
         told = WorkerJob(recipe=job.recipe, run=folder, prepared=job.prepared)
         outcome = run_worker(told, session)
         if outcome["status"] != "finished":

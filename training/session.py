@@ -43,6 +43,7 @@ class LocalSession:
     """The run in this process.
 
     Args:
+        run: the run's folder.
         stop: set when somebody asks the run to stop.
     """
 
