@@ -46,7 +46,10 @@ class Patience:
 
     def bears(self) -> bool:
         """Count a failure; whether another attempt is to be made."""
-        newest = checkpoint.newest(self.checkpoints)
+        try:
+            newest = checkpoint.newest(self.checkpoints)
+        except OSError:  # a storage that is away shows no progress
+            newest = self._newest
         self._failures = self._failures + 1 if newest == self._newest else 1
         self._newest = newest
         return self._failures <= self.limit
@@ -70,20 +73,22 @@ class Watch:
         self.reason: str | None = None
         """Why the attempt should end; None while it should not."""
 
-    def look(self) -> bool:
-        """Whether a reason has just come up; cheap enough to be asked all the time."""
+    def sees_reason(self) -> bool:
+        """Whether the attempt should end; cheap enough to be asked all the time."""
         now = time.monotonic()
-        if self.reason is not None or now < self._next:
-            return False
-        self._next = now + _LOOK_SECONDS
-        self.reason = self._loss() or self._growth(now)
+        if self.reason is None and now >= self._next:
+            self._next = now + _LOOK_SECONDS
+            self.reason = self._loss() or self._growth(now)
         return self.reason is not None
 
     def _loss(self) -> str | None:
         leaving = draining_nodes()
         if not leaving:
             return None
-        mine = leaving & set((read_run(self._run) or {}).get("nodes", ()))
+        try:
+            mine = leaving & set((read_run(self._run) or {}).get("nodes", ()))
+        except OSError:
+            return None  # a storage that is away for a moment: the next look tells
         return f"{len(mine)} of the run's nodes will be taken away" if mine else None
 
     def _growth(self, now: float) -> str | None:

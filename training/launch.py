@@ -18,10 +18,6 @@ from .storage import Folder
 
 T = TypeVar("T")
 
-# Ray Train's own notes would be believed over the checkpoints themselves, and refuse a folder
-# from which one was deleted. finray reads the checkpoints.
-_RAY_NOTES = "checkpoint_manager_snapshot.json"
-
 
 def launch_here(job: Job, stop: Stop) -> Outcome:
     """Train in this process, without Ray."""
@@ -97,22 +93,26 @@ def _attempts(
 def _attempt(job: Job, trainer: Any, stop: Stop, watch: Watch) -> Outcome:
     """One worker group, until it ends; it is asked to save and end where there is a reason to."""
     run = Folder(job["run"])
-
-    def ask_to_end() -> None:
-        run.write(STOP_FILE, b"")
+    asked = False
 
     def look() -> None:
-        if watch.look():
-            ask_to_end()
+        nonlocal asked
+        if asked or not (stop.requested.is_set() or watch.sees_reason()):
+            return
+        try:
+            run.write(STOP_FILE, b"")
+        except OSError:
+            return  # a storage that is away for a moment: the next look tries again
+        asked = True
 
-    outcome: Outcome = run_beside(trainer.fit, stop, ask_to_end, look).return_value
+    outcome: Outcome = run_beside(trainer.fit, stop, meanwhile=look).return_value
     return outcome
 
 
 def run_beside(
     work: Callable[[], T],
     stop: Stop,
-    on_stop: Callable[[], None],
+    on_stop: Callable[[], None] = lambda: None,
     meanwhile: Callable[[], None] = lambda: None,
 ) -> T:
     """Do work in a thread of its own, so that Ray leaves the signal handlers to finray.
@@ -154,7 +154,6 @@ def _make_trainer(job: Job, wanted: Demand, workers: int, worker_env: dict[str, 
     from .process_group import torch_config
 
     run = Folder(job["run"])
-    (run / CHECKPOINTS_FOLDER).delete(_RAY_NOTES)
     return TorchTrainer(
         _ray_worker,
         train_loop_config=dict(job),
