@@ -230,7 +230,9 @@ def _of_a_step(recipe: Recipe, sizes: Sizes, compute: DtypeName) -> int:
     if recipe.model.gradient_checkpointing:
         inputs = tokens * sizes.hidden * (_width(compute) if recipe.trains_adapter else 4)
         kept = inputs * sizes.layers + layer
-    copies = 2 * sizes.cast if casts else 0
+    # Shards of weights that are trained themselves are gathered in the compute type.
+    gathers_low = recipe.scale.strategy == "fsdp" and not recipe.trains_adapter
+    copies = 2 * sizes.cast if casts and not gathers_low else 0
     return kept + copies + tokens * _of_logits(recipe, sizes, kind)
 
 

@@ -2,6 +2,7 @@
 
 import re
 import stat
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -81,6 +82,18 @@ def test_shards_are_told_where_workers_share_the_weights() -> None:
     assert weights is not None
     assert float(weights[1]) == pytest.approx(15.0 / 4 + 1.96 + 2 * 13.1 / 32, abs=0.15)
     assert told() == shared, "auto comes to shards"
+
+
+def test_autocast_keeps_no_copies_of_shards() -> None:
+    """Full fine-tuning of 8 billion weights: of 16 bytes each, 120 GiB, 15 lie on each of 8."""
+    whole = replace(LLAMA_8B, linear=0, frozen=0, trained=8_030_261_248, cast=8_030_261_248)
+    values = recipe(micro_batch_size=1).model_dump(mode="json")
+    values.update(adapter=None, scale={"workers": 8})
+    values["model"]["gradient_checkpointing"] = True
+    values["data"]["max_length"] = 1024
+    verdict = judge(recipe_from_dict(values), whole, [H100])
+    assert verdict.fits and not verdict.is_tight
+    assert re.match(r"about 2\d\.\d GiB of a GPU", verdict.text), verdict.text
 
 
 def test_the_smallest_gpu_counts(tiny_model: Path) -> None:
