@@ -203,7 +203,7 @@ def _read_on_ray(part: Slice) -> Iterator[pa.Table]:
         batch_format="pyarrow",
         # No CPU: where the workers hold them all, the tasks would never start.
         num_cpus=0,
-        compute=ray.data.TaskPoolStrategy(size=_TASKS_AHEAD),
+        compute=ray.data.TaskPoolStrategy(size=min(_TASKS_AHEAD, len(windows))),
     )
     yield from rows.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=1)
 
