@@ -14,7 +14,7 @@ from finray.training.errors import RunError
 from finray.training.kept_base import forget_bases
 from finray.training.restart import is_out_of_memory
 from finray.training.run import Listener, prepare_data
-from finray.tuning.trial import RunningTrial, TrialConfig
+from finray.tuning.trial import RunningTrial, TrialConfig, _stop_event
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 TOLD = "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 79 GiB"
@@ -143,6 +143,7 @@ def test_a_trial_in_a_slot_too(
     finally:
         trial.give_up()
         forget_bases()
+        _stop_event(config["sweep"]).set()  # ends its watcher, which a slot's process keeps
     assert reports[-1]["status"] == "finished", reports[-1]
     steps = [report["measures"]["step"] for report in reports[:-1]]
     assert steps == [*range(1, 11), *range(9, 13)]
