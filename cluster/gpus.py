@@ -39,8 +39,8 @@ class Verdict:
 
 
 def gib(count: float) -> str:
-    """12.3 GiB."""
-    return f"{count / 2**30:.1f} GiB"
+    """12.3 GiB, or 34 MiB."""
+    return f"{count / 2**30:.1f} GiB" if count >= 2**30 else f"{count / 2**20:.0f} MiB"
 
 
 def gpus_here() -> tuple[Gpu, ...]:
