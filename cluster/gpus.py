@@ -24,7 +24,7 @@ class Gpu:
     """Its memory."""
 
     def __str__(self) -> str:
-        return f"{self.name}, {gib(self.bytes)}"
+        return f"{self.name}, {amount(self.bytes)}"
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Verdict:
     text: str
 
 
-def gib(count: float) -> str:
+def amount(count: float) -> str:
     """12.3 GiB, or 34 MiB."""
     return f"{count / 2**30:.1f} GiB" if count >= 2**30 else f"{count / 2**20:.0f} MiB"
 
@@ -59,9 +59,9 @@ def memory_text(memory: "Memory", recipe: Recipe) -> str:
     """about 12.3 GiB of a GPU: …"""
     rows = recipe.optim.micro_batch_size
     return (
-        f"about {gib(memory.peak)} of a GPU: weights {gib(memory.weights)}, gradients and "
-        f"optimizer {gib(memory.training)}, activations {gib(memory.activations)} at microbatch "
-        f"{rows}"
+        f"about {amount(memory.peak)} of a GPU: weights {amount(memory.weights)}, gradients and "
+        f"optimizer {amount(memory.training)}, activations {amount(memory.activations)} at "
+        f"microbatch {rows}"
     )
 
 
@@ -80,7 +80,7 @@ def judge(recipe: Recipe, sizes: "Sizes", gpus: Sequence[Gpu], share: float = 1.
     smallest = min(gpus, key=lambda gpu: gpu.bytes)
     room = round(smallest.bytes * min(share, 1.0))
     memory = estimate(recipe, sizes)
-    told = f"{memory_text(memory, recipe)}; there is {gib(room)} ({smallest.name})"
+    told = f"{memory_text(memory, recipe)}; there is {amount(room)} ({smallest.name})"
     if memory.peak <= room:
         return Verdict(True, False, told)
 
@@ -93,7 +93,7 @@ def judge(recipe: Recipe, sizes: "Sizes", gpus: Sequence[Gpu], share: float = 1.
         return Verdict(True, True, text)
     least = _with(recipe, batch=1, gradient_checkpointing=True)
     cures = [text for text, changed in _other(least) if fits(changed)]
-    most = gib(estimate(least, sizes).peak)
+    most = amount(estimate(least, sizes).peak)
     lines = [f"{told}; at microbatch 1 with gradient checkpointing it still needs {most}"]
     if cures:
         lines.append(f"With these it would fit too: {', or '.join(cures)}")

@@ -119,7 +119,7 @@ def test_check_tells_what_would_happen(finray: Runner) -> None:
     assert outlook["steps"] == 2 and outlook["sources"][0]["rows"] == 64
     assert 0 < outlook["parameters"]["trainable"] < outlook["parameters"]["total"]
     told = finray("check", path, code=0)
-    assert "64 rows of messages" in told and "GiB of a GPU: weights" in told
+    assert "64 rows of messages" in told and "MiB of a GPU: weights" in told
 
 
 def test_prepare_then_check_is_exact(finray: Runner) -> None:

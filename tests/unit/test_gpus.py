@@ -101,7 +101,7 @@ def test_the_smallest_gpu_counts(tiny_model: Path) -> None:
     values["model"]["base"] = str(tiny_model)
     tiny = recipe_from_dict(values)
     (line,) = memory_lines(tiny, [H100, Gpu("old", 2**28)])
-    assert not line.is_good and "there is 0.2 GiB (old)" in line.text
+    assert not line.is_good and "there is 256 MiB (old)" in line.text
     (line,) = memory_lines(tiny, [H100])
     assert line.is_good and not line.warns
     assert memory_lines(tiny, []) == ()
