@@ -1,6 +1,7 @@
 """What rank 0 writes into the run's folder while the run goes on."""
 
 import math
+import threading
 import time
 from collections.abc import Callable
 from types import TracebackType
@@ -49,6 +50,7 @@ class Books:
         self._metrics = MetricsLog(folder, step, "tensorboard" in recipe.log.to)
         self._record = read_run(folder) or {}
         self._uploads = Uploads()
+        self._lock = threading.Lock()
         self._is_behind = False
         """Whether the folder lacks something that should be there by now."""
         self._seconds = _HEARTBEAT_SECONDS if folder.local is not None else _REMOTE_SECONDS
@@ -120,9 +122,12 @@ class Books:
         self._rollouts += [{"step": step, **example} for example in examples]
         del self._rollouts[:-_ROLLOUTS_KEPT]
 
-    def flush_metrics(self) -> None:
-        """Write what was logged so far, in the calling thread, which may be any."""
+    def flush(self) -> None:
+        """Write what was logged and sampled so far, in the calling thread, which may be any."""
         self._metrics.flush()
+        with self._lock:  # two threads may write, and the later one knows more
+            if self._rollouts:
+                write_rollouts(self._folder, list(self._rollouts))
 
     def note_progress(self, step: int, tokens: int, **facts: Any) -> None:
         """Write all that is known so far."""
@@ -163,9 +168,7 @@ class Books:
             self._uploads.start(self._write_all)
 
     def _write_all(self) -> None:
-        self._metrics.flush()
-        if self._rollouts:
-            write_rollouts(self._folder, list(self._rollouts))
+        self.flush()
         write_run(self._folder, self._record)
 
 

@@ -163,7 +163,7 @@ class _Worker:
             watched=self.method.watched,
             uploads=self.uploads,
             gather=self._gather,
-            before=self._write_metrics,
+            before=self._write_lines,
             tell=self._note_saves,
             last_step=None if choice.name is None else choice.step,
         )
@@ -365,10 +365,10 @@ class _Worker:
         if self.session.rank == 0:
             (folder / POSITION_FILE).write_text(json.dumps(asdict(self.position)))
 
-    def _write_metrics(self) -> None:
+    def _write_lines(self) -> None:
         """Called by the upload's thread: a checkpoint's lines are there before it is."""
         if self.books is not None:
-            self.books.flush_metrics()
+            self.books.flush()
 
     def _note_saves(self, state: SaveState) -> None:
         if self.books is not None:
