@@ -18,7 +18,9 @@ pytestmark = [
     pytest.mark.skipif(why_not() is not None, reason=str(why_not())),
 ]
 PORT, DASHBOARD = 6379, 8265
-STEPS = 400
+STEPS = 1000
+"""More than a run takes to grow again; it is stopped then."""
+COMPARED = 400
 ENVIRONMENT = {
     # A host that is cut off is missed within seconds, not within half a minute.
     "RAY_health_check_period_ms": "1000",
@@ -130,7 +132,7 @@ def cluster(
 @pytest.fixture(scope="module")
 def alone(cluster: Cluster) -> Path:
     """The run in one process of the laptop, which every other one must equal but for rounding."""
-    recipe = cluster.recipe("alone", STEPS, optim__micro_batch_size=16)
+    recipe = cluster.recipe("alone", COMPARED, optim__micro_batch_size=16)
     cluster.finray.run("train", recipe, "--local")
     return cluster.run_of("alone")
 
@@ -143,7 +145,8 @@ def assert_same_steps(run: Path, alone: Path) -> None:
     """
     ours, theirs = losses(run), losses(alone)
     assert sorted(ours) == list(range(1, len(ours) + 1))
-    assert max(abs(ours[step] - theirs[step]) for step in ours) < 2e-2
+    both = ours.keys() & theirs.keys()
+    assert max(abs(ours[step] - theirs[step]) for step in both) < 2e-2
     first, expected = ({line["step"]: line for line in metrics(one)} for one in (run, alone))
     for step in range(1, 6):
         for name in ("loss", "grad_norm"):
