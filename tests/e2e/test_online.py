@@ -81,6 +81,28 @@ def test_killed_and_resumed(finray: Finray, method: dict[str, Any]) -> None:
     assert first.keys() == {"step", "prompt", "completion", "reward", "rewards", "advantage"}
 
 
+@pytest.mark.timeout(600)
+def test_two_workers_sample_what_one_process_does(finray: Finray) -> None:
+    runs = finray.folder / "runs"
+    changes = {"adapter__dropout": 0.0, "optim__max_steps": 2}
+    finray.run("train", recipe(finray, name="one", **changes))
+    finray.run("train", recipe(finray, name="two", scale__workers=2, **changes))
+    one, two = (
+        [line for line in metrics(runs / name) if "loss" in line] for name in ("one", "two")
+    )
+    assert record(runs / "two")["world_sizes"] == [2]
+    for name in ("reward", "reward_std", "completion_length", "loss", "grad_norm"):
+        assert two[0][name] == pytest.approx(one[0][name], abs=1e-4), name
+    # A failure of one worker ends both, and is told.
+    path = recipe(
+        finray, name="bad", scale__workers=2, method={"rewards": [{"file": "rewards.py:fails"}]}
+    )
+    output = finray.run("train", path, code=1)
+    for part in ("RuntimeError: this prompt I do not like", "rewards.py", "What comes after"):
+        assert part in output
+    assert "this prompt I do not like" in record(runs / "bad")["error"]
+
+
 @pytest.mark.parametrize(
     ("changes", "told"),
     [
