@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import yaml
 from harness import Finray, losses, metrics, reached, record, wait_until
 from hosts import Host, Network, why_not
 
@@ -247,6 +248,29 @@ def test_a_host_that_is_cut_off_and_comes_back(cluster: Cluster, alone: Path) ->
     wait_until(lambda: not beta.is_running("raylet"), "the end of Ray on the host")
     end(cluster, "cut")
     assert_same_steps(run, alone)
+    cluster.join("beta")
+
+
+def test_a_sweep_loses_a_host_and_no_trial(cluster: Cluster) -> None:
+    """One trial on each node; the lost one waits for room, and resumes from its checkpoint."""
+    base = cluster.recipe("base", 150, data__holdout=0.1)
+    sweep = cluster.finray.folder / "sweep.yaml"
+    search = {"optim.learning_rate": {"log_uniform": [1e-4, 1e-2]}}
+    values = {"name": "swept", "recipe": base.name, "search": search, "trials": 2}
+    values |= {"pruning": {"kind": "none"}, "storage": str(cluster.folder / "runs")}
+    sweep.write_text(yaml.safe_dump(values), encoding="utf-8")
+    trials = [cluster.run_of("swept") / "trials" / f"trial-{number:04d}" for number in range(2)]
+    cluster.job("submit", sweep)
+    wait_until(lambda: all(reached(trial, 15) for trial in trials), "step 15 of both trials")
+    cluster.nodes["beta"].kill()
+    told = cluster.job("logs", "swept", "--follow", seconds=500)
+    assert "sweep swept finished" in told
+    for trial in trials:
+        assert record(trial)["status"] == "finished"
+        assert sorted(losses(trial)) == list(range(1, 151))
+    (restart,) = [one for trial in trials for one in record(trial).get("restarts", [])]
+    assert restart["step"] >= 10
+    cluster.nodes["beta"].boot()
     cluster.join("beta")
 
 
