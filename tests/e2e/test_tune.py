@@ -135,7 +135,7 @@ def test_a_lost_slot_and_ctrl_c_cost_little(finray: Finray) -> None:
 
 
 def test_a_killed_sweep_of_several_workers_goes_on(finray: Finray) -> None:
-    sweep = write_sweep(finray, {"scale__workers": 2, "optim__max_steps": 30}, trials=2)
+    sweep = write_sweep(finray, {"scale__workers": 2, "optim__max_steps": 200}, trials=2)
     trial = finray.folder / "runs" / "sweep" / "trials" / "trial-0000"
     command = finray.start("tune", sweep)
     wait_until(lambda: bool(list(trial.glob("checkpoints/*/rank-1.json"))), "a checkpoint")
