@@ -7,13 +7,14 @@ ROWS is JSON Lines with `messages`. Prints a line after the first optimizer step
 
 import sys
 from pathlib import Path
-from typing import Any
 
 WORKERS = 2
 
 
 def train(config: dict[str, str]) -> None:
     """One worker."""
+    from typing import Any  # the function travels without this module
+
     from datasets import load_dataset
     from peft import LoraConfig
     from ray.train.huggingface.transformers import prepare_trainer
