@@ -111,7 +111,7 @@ def _one_worker(recipe: Recipe) -> Recipe:
 
 
 def _needed_cpus(scale: ScaleSettings) -> int:
-    """Of one trial: its workers, and where Ray Train starts them, the driver and data tasks."""
+    """Of one trial: its workers, and where Ray Train starts them, the driver and its helpers."""
     if scale.most_workers <= 1:
         return scale.cpus_per_worker
     return scale.most_workers * scale.cpus_per_worker + 2

@@ -92,7 +92,7 @@ class RaySession:
         return self._stop.is_set()
 
     def abandon(self, told: str) -> NoReturn:
-        """Ray Train starts the group again from the last checkpoint."""
+        """The driver starts the workers anew from the last checkpoint."""
         time.sleep(_GRACE_SECONDS)
         _end_process(told)
 
