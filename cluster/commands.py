@@ -7,10 +7,16 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ..training.errors import InputError
 from ..training.paths import resolve_path
 from ..training.recipe import Recipe, load_recipe
+
+if TYPE_CHECKING:
+    from concurrent.futures import Future
+
+    from ..training.data.prepared import Prepared
 
 
 def check(options: argparse.Namespace) -> None:
@@ -55,11 +61,14 @@ def train(options: argparse.Namespace) -> None:
     from .preflight import try_running_cluster
 
     recipe = _recipe(options)
-    inspect_data(recipe)
+    looked = inspect_data(recipe)
     stop = Stop()
+    prepared = _prepare_early(recipe) if looked.is_small and recipe.scale.most_workers else None
     # Ray takes SIGTERM for itself when it starts; a run that is told to end saves first.
     with _ray(recipe, options), graceful_interrupts(stop):
         tried = try_running_cluster(recipe, options.address, options.wait_for_nodes)
+        if prepared is not None:
+            prepared.result()
         from ..training.run import Listener, run_folder
         from ..training.run import train as carry_out
         from .progress import ProgressWatcher
@@ -74,6 +83,15 @@ def train(options: argparse.Namespace) -> None:
         from .summary import render_summary
 
         print(render_summary(run_folder(recipe), colour=sys.stdout.isatty()))
+
+
+def _prepare_early(recipe: Recipe) -> "Future[Prepared]":
+    """Prepare data that is small while Ray starts."""
+    from ..training.beside import beside
+    from ..training.run import Listener, prepare_data
+
+    unwatched = Listener(lambda _: None, lambda _: None)
+    return beside(lambda: prepare_data(recipe, unwatched), "prepare")
 
 
 def job(options: argparse.Namespace) -> None:

@@ -12,6 +12,8 @@ from .auth import enter_cluster, enter_own_cluster
 _OF_TRAIN = {
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
     "RAY_WARN_BLOCKING_GET_INSIDE_ASYNC": "0",
+    # finray's driver looks for drained nodes itself.
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
 }
 # Set before Ray is imported: it reads them then.
 _ENVIRONMENT = {
@@ -21,6 +23,8 @@ _ENVIRONMENT = {
     **_OF_TRAIN,
     # Ray runs its workers at nice 15: next to anything else they would hardly train.
     "RAY_worker_niceness": "0",
+    # Those have another environment than finray's tasks, and would be started for nothing.
+    "RAY_prestart_worker_first_driver": "0",
 }
 
 

@@ -1,9 +1,10 @@
 """Starting the workers of a run: in this process, or as a Ray Train worker group."""
 
-import threading
 from collections.abc import Callable
+from concurrent.futures import wait
 from typing import Any, TypeVar, cast
 
+from .beside import beside
 from .capacity import Demand, ask_autoscaler, check_fits, cluster_nodes, demand
 from .crew import Patience, Watch, await_room
 from .errors import RunError, last_line
@@ -123,41 +124,30 @@ def run_beside(
         on_stop: called once, when the stop is requested.
         meanwhile: called several times a second.
     """
-    results: list[T] = []
-    errors: list[Exception] = []
-
-    def carry() -> None:
-        try:
-            results.append(work())
-        except Exception as error:  # noqa: BLE001 - carried to the waiting thread
-            errors.append(error)
-
-    thread = threading.Thread(target=carry, name="ray-work", daemon=True)
     stop.armed = True
-    thread.start()
+    outcome = beside(work, "ray-work")
     told = False
-    while thread.is_alive():
-        thread.join(0.2)
+    while not outcome.done():
+        wait((outcome,), 0.2)
         if stop.requested.is_set() and not told:
             on_stop()
             told = True
         meanwhile()
-    if errors:
-        raise errors[0]
-    return results[0]
+    return outcome.result()
 
 
 def _make_trainer(job: Job, wanted: Demand, workers: int, worker_env: dict[str, str]) -> Any:
     import ray.train
-    from ray.train.torch import TorchTrainer
+    from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
-    from .process_group import torch_config
+    from .process_group import ProcessGroup
 
     run = Folder(job["run"])
-    return TorchTrainer(
+    # What TorchTrainer is, less torch in the driver and in the controller.
+    return DataParallelTrainer(
         _ray_worker,
         train_loop_config=dict(job),
-        torch_config=torch_config(),
+        backend_config=ProcessGroup(),
         scaling_config=ray.train.ScalingConfig(
             num_workers=workers, use_gpu=wanted.gpus > 0, resources_per_worker=wanted.worker
         ),

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch.distributed as dist
 import transformers
 
-from . import checkpoint
+from . import checkpoint, quick_peft  # noqa: F401 - before what loads peft
 from .arguments import accumulation, training_arguments
 from .books import Books, as_number
 from .data.batching import Rows, accumulation_steps, in_batches, microbatches
@@ -322,7 +322,6 @@ class _Worker:
             "loss": loss,
             "learning_rate": measures.learning_rate,
             "grad_norm": as_number(measures.grad_norm),
-            "tokens": self.position.tokens,
             "tokens_per_second": round(speed, 1),
             "seconds": round(self.position.seconds, 3),
             **accuracy,
@@ -348,10 +347,11 @@ class _Worker:
     def _tell(self, line: dict[str, float]) -> None:
         """Write a line of metrics, and tell it to whoever follows the run."""
         if self.books is not None:
+            line = {**line, "tokens": self.position.tokens}
             self.books.logged(line)
             # Where all steps were skipped there is no loss to judge by.
             known = {name: v for name, v in line.items() if name != "loss" or math.isfinite(v)}
-            self.session.report({**known, "tokens": self.position.tokens})
+            self.session.report(known)
 
     def _save(self) -> None:
         step = self.position.step

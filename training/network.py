@@ -37,3 +37,10 @@ def choose_interface() -> None:
     if name is not None:
         for variable in _VARIABLES:
             os.environ.setdefault(variable, name)
+
+
+def free_port() -> int:
+    """A TCP port that nobody listens on now."""
+    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
+        probe.bind(("", 0))
+        return int(probe.getsockname()[1])

@@ -147,18 +147,19 @@ def _keep_books(recipe: Recipe, folder: Folder, launch: "Callable[[], Outcome]")
 
 
 def prepare_data(recipe: Recipe, listener: Listener) -> Prepared:
-    """The recipe's prepared data set, made now where it is not there yet.
+    """The recipe's prepared data set, made now where it is not there yet; small data is prepared
+    in this process, and more on the initialised Ray where the recipe has workers.
 
     Raises:
         InputError: see `inspect_data` and `prepare`.
     """
-    inspect_data(recipe)
+    looked = inspect_data(recipe)
 
     def progress(state: Progress) -> None:
         listener.phase(f"preparing data: {state.phase} {state.done}/{state.total}")
 
     folder = Folder(recipe.storage) / PREPARED_FOLDER
-    if recipe.scale.most_workers == 0:
+    if recipe.scale.most_workers == 0 or looked.is_small:
         return prepare(recipe, folder, run_in_process, progress)
     import ray.exceptions
 

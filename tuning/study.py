@@ -171,6 +171,13 @@ class SweepStudy:
         trial.report(value, tokens)
         return not is_last and trial.should_prune()
 
+    def heard(self, number: int) -> int:
+        """Tokens of a trial's last measurement that was noted here, or of the one that it goes on
+        from."""
+        trial = self._frozen_one(number)
+        inherited = trial.user_attrs.get("parent", {"tokens": 0})["tokens"]
+        return int(max(trial.intermediate_values, default=inherited))
+
     def finish(self, number: int, measures: Record) -> str | None:
         """Tell the result of a whole trial; returns what is wrong with it, if anything is."""
         values = [measures.get(metric.name) for metric in self.metrics]

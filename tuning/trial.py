@@ -16,7 +16,8 @@ from ray import tune
 from ..training.device import free_memory
 from ..training.errors import FinrayError, last_line
 from ..training.recipe import Recipe, recipe_from_dict
-from ..training.run_folder import Record, read_metrics
+from ..training.run import run_folder
+from ..training.run_folder import Record, read_metrics, read_run
 from ..training.secrets import redact
 from ..training.stop import Stop
 from ..training.storage import Folder
@@ -38,6 +39,8 @@ class TrialConfig(TypedDict):
     watched: list[str]
     """A measurement with one of these is reported; trials are judged by the first."""
     total_steps: int
+    heard: int
+    """Tokens up to which the driver knows what the trial measured."""
     until: int | None
     """A step to save and pause after, before the end."""
 
@@ -144,6 +147,10 @@ class RunningTrial:
         prepared = open_prepared(Folder(self._config["prepared"]))
         if prepared is None:
             raise RunError(f"the prepared data set {self._config['prepared']} is gone")
+        try:
+            self._retell()
+        except Pruned:
+            return self._ended(read_run(run_folder(self._recipe)) or {}, "pruned")
         keep_bases()
         launch = self._launch_here if self._recipe.scale.most_workers <= 1 else self._launch_on_ray
         codes: list[int] = []
@@ -159,13 +166,19 @@ class RunningTrial:
         status = str(record["status"])
         if status == "stopped" and until is not None and record["step"] >= until:
             status = "paused"
-        told = {
-            **self._about(status),
-            "measures": final_measures(self._recipe, record),
-        }
+        told = self._ended(record, status)
         if record["status"] == "failed":
             told |= {"error": str(record["error"]), "exit_code": codes[-1]}
         return told
+
+    def _retell(self) -> None:
+        """Report what an earlier attempt measured and its driver did not live to hear."""
+        for line in _lines(run_folder(self._recipe)):
+            if line["tokens"] > self._config["heard"]:
+                self.report(line)
+
+    def _ended(self, record: Record, status: str) -> Record:
+        return {**self._about(status), "measures": final_measures(self._recipe, record)}
 
     def _about(self, status: str) -> Record:
         return {
@@ -211,34 +224,34 @@ class RunningTrial:
     def _follow(self, run: Folder, stop: Stop, ended: threading.Event) -> None:
         """Report what a run of several workers writes into its folder."""
         sweep_stop = _stop_event(self._config["sweep"])
-        told = len(read_metrics(run))
-        per_step, is_over = 0.0, False
+        told, is_over = len(_lines(run)), False
         while not is_over:
             is_over = ended.wait(_POLL_SECONDS)
             if sweep_stop.is_set() or self._given_up.is_set():
                 stop.requested.set()
-            lines = [line for line in read_metrics(run) if line["step"]]
+            lines = _lines(run)
             # A restart of the workers takes back the lines after its checkpoint.
             for line in lines[min(told, len(lines)) :]:
-                per_step = line.get("tokens", 0) / line["step"] or per_step
                 try:
-                    self.report({"tokens": round(per_step * line["step"]), **line})
+                    self.report(line)
                 except Pruned:
                     stop.requested.set()
             told = len(lines)
 
 
+def _lines(run: Folder) -> list[Record]:
+    """What a run measured from its first step on."""
+    return [line for line in read_metrics(run) if line["step"]]
+
+
 def final_measures(recipe: Recipe, record: Record) -> Record:
     """What a trial reached, for its objectives and its row in the table."""
-    from ..training.run import run_folder
-
     folder = run_folder(recipe)
     latest: Record = {}
     speeds = []
-    for line in read_metrics(folder):
-        if line.get("step"):
-            latest.update(line)
-            speeds += [line["tokens_per_second"]] if line.get("tokens_per_second") else []
+    for line in _lines(folder):
+        latest.update(line)
+        speeds += [line["tokens_per_second"]] if line.get("tokens_per_second") else []
     if speeds:
         latest["tokens_per_second"] = sorted(speeds)[len(speeds) // 2]
     result = record.get("result")

@@ -223,6 +223,7 @@ class _Tuning:
             env=self._worker_env,
             watched=[metric.name for metric in self._plan.metrics],
             total_steps=recipe.total_steps(prepared.manifest.train.sequences),
+            heard=self._study.heard(assignment.number),
             until=self._until(assignment, recipe, prepared),
         )
 

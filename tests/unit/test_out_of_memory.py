@@ -8,13 +8,11 @@ from typing import Any
 import pytest
 import torch
 from guarded import assert_same, carry_out, losses, recipe, spoil
+from trials import reports_of, trial_of
 
 from finray.training.data.batching import Batch
 from finray.training.errors import RunError
-from finray.training.kept_base import forget_bases
 from finray.training.restart import is_out_of_memory
-from finray.training.run import Listener, prepare_data
-from finray.tuning.trial import RunningTrial, TrialConfig, _stop_event
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 TOLD = "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 79 GiB"
@@ -123,27 +121,9 @@ def test_a_trial_in_a_slot_too(
 ) -> None:
     """Its process goes on with the smaller microbatch, and the trial does not fail."""
     settings = recipe(tiny_model, chat_file, tmp_path, "run")
-    prepared = prepare_data(settings, Listener(lambda _: None, lambda _: None))
     spoil(monkeypatch, holds(2, after_calls=20))
-    config = TrialConfig(
-        number=0,
-        recipe=settings.model_dump(mode="json"),
-        prepared=prepared.folder.uri,
-        sweep=str(tmp_path / "sweep"),
-        env={},
-        watched=["loss"],
-        total_steps=12,
-        until=None,
-    )
-    trial = RunningTrial(config)
-    reports = [trial.next_report()]
-    try:
-        while not reports[-1]["done"]:
-            reports.append(trial.next_report())
-    finally:
-        trial.give_up()
-        forget_bases()
-        _stop_event(config["sweep"]).set()  # ends its watcher, which a slot's process keeps
+    with trial_of(settings, tmp_path / "sweep") as trial:
+        reports = reports_of(trial)
     assert reports[-1]["status"] == "finished", reports[-1]
     steps = [report["measures"]["step"] for report in reports[:-1]]
     assert steps == [*range(1, 11), *range(9, 13)]

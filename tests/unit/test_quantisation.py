@@ -126,6 +126,7 @@ def _rank(rank: int, base: str, quantize: str, folder: str) -> None:
     after = frozen(model)
     same = all(torch.equal(after[name], weight) for name, weight in before.items())
     torch.save({"gradients": found, "same": same}, f"{folder}/rank-{rank}.pt")
+    del wrapped, model  # after the group their end can hang
     dist.destroy_process_group()
 
 

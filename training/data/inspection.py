@@ -24,6 +24,8 @@ from .tokenizer_files import has_vocabulary, model_folder
 
 _ROWS_CHECKED = 200
 _COUNTED_BYTES = 64 * 2**20
+_SMALL_BYTES = 8 * 2**20
+"""Tokenised within the seconds that a task and its process take to start."""
 _TYPICAL_COMPRESSION = 3.0
 
 
@@ -51,6 +53,11 @@ class Inspection:
     eval: tuple[SourceInspection, ...]
     model_folder: Path | None
     """The model's files; None for a hub model that is not in the cache."""
+
+    @property
+    def is_small(self) -> bool:
+        """Whether the data is prepared in this process sooner than in tasks elsewhere."""
+        return sum(source.bytes for source in (*self.train, *self.eval)) <= _SMALL_BYTES
 
 
 @dataclass(frozen=True)

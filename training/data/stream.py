@@ -180,12 +180,23 @@ def _read_in_thread(part: Slice) -> Iterator[pa.Table]:
 
 
 def _read_on_ray(part: Slice) -> Iterator[pa.Table]:
+    """The first window is read here, while Ray Data starts for the others."""
+    windows = list(part.windows())
+    if len(windows) < 2:
+        yield from map(part.read, windows)
+        return
+    later = _in_ray_tasks(part, windows[1:])
+    with ThreadPoolExecutor(1, "ray-data") as pool:
+        ahead = pool.submit(next, later)
+        yield part.read(windows[0])
+        yield ahead.result()
+    yield from later
+
+
+def _in_ray_tasks(part: Slice, windows: list[Window]) -> Iterator[pa.Table]:
     """One Ray Data task per window, in order; rows of coming windows wait in the object store."""
     import ray.data
 
-    windows = list(part.windows())
-    if not windows:
-        return
     context = ray.data.DataContext.get_current()
     context.execution_options.preserve_order = True
     context.enable_progress_bars = False
