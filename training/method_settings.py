@@ -241,7 +241,7 @@ class OnlineMethod(MethodSettings):
     passes: PositiveInt = 1
     """Optimizer steps on the same completions."""
     rollout: Literal["transformers", "vllm"] = "transformers"
-    """What generates the completions; vllm needs a GPU and the extra finray[vllm]."""
+    """What generates the completions; vllm needs an adapter, and the extra finray[vllm]."""
     rollout_batch_size: PositiveInt = 64
     """Completions that a worker generates at a time."""
 
@@ -290,12 +290,30 @@ class OnlineMethod(MethodSettings):
                 f"checkpoint.every_steps {recipe.checkpoint.every_steps} must be a multiple of "
                 f"method.passes {self.passes}: completions are not kept in a checkpoint"
             )
-        if self.rollout == "vllm" and not recipe.trains_adapter:
-            return (
-                "method.rollout vllm needs an adapter, which is what vLLM is handed before every "
-                "rollout; add the section adapter, or set method.rollout: transformers"
-            )
-        return None
+        return _without_vllm(recipe) if self.rollout == "vllm" else None
+
+
+def _without_vllm(recipe: "Recipe") -> str | None:
+    """Why vLLM would not sample from the model that is trained."""
+    if not recipe.trains_adapter:
+        return (
+            "method.rollout vllm needs an adapter, which is what vLLM is handed before every "
+            "rollout; add the section adapter, or set method.rollout: transformers"
+        )
+    adapter, unknown = recipe.adapter, []
+    if adapter is not None:
+        names = ("dora", "modules_to_save", "rank_pattern", "alpha_pattern")
+        unknown = [f"adapter.{name}" for name in names if getattr(adapter, name)]
+        if adapter.changes_base or adapter.init == "loftq":
+            unknown.append(f"adapter.init {adapter.init}")
+    if recipe.model.quantize != "none":
+        unknown.append(f"model.quantize {recipe.model.quantize}")
+    if unknown:
+        return (
+            f"method.rollout: vLLM would not sample from the model that is trained, as it does not "
+            f"know {', '.join(unknown)}; leave that out, or set method.rollout: transformers"
+        )
+    return None
 
 
 class GrpoMethod(OnlineMethod):

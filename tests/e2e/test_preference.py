@@ -1,4 +1,4 @@
-"""DPO by the real command: two workers as one process, and a kill that changes nothing."""
+"""Preferences by the real command: two workers as one process, a kill that changes nothing."""
 
 import json
 from collections.abc import Iterator
@@ -68,6 +68,29 @@ def test_two_workers_and_a_kill(command: Finray) -> None:
     command.run("train", recipe)
     assert_same_result(runs / "killed", runs / "undisturbed")
     assert record(runs / "killed")["restarts"][0]["step"] >= 5
+
+
+@pytest.mark.parametrize("kind", ["orpo", "kto", "cpo", "simpo", "reward"])
+def test_the_others_on_two_workers(command: Finray, kind: str) -> None:
+    """Step by step as in one process, and held-out pairs are learnt too."""
+    runs, found = command.folder / "runs", []
+    for workers in (0, 2):
+        name = f"{kind}-{workers}"
+        recipe = command.recipe(
+            name=name,
+            method={"kind": kind},
+            adapter__dropout=0.0,
+            data__holdout=0.1,
+            optim__max_steps=STEPS,
+            scale__workers=workers,
+        )
+        command.run("train", recipe)
+        found.append(losses(runs / name))
+        told = record(runs / name)
+        assert told["world_sizes"] == [max(1, workers)]
+        assert told["metrics"]["eval_loss"] < told["before"]["eval_loss"]
+    assert sorted(found[0]) == sorted(found[1]) == list(range(1, STEPS + 1))
+    assert found[1] == pytest.approx(found[0], abs=1e-5)
 
 
 def test_data_of_another_method_is_refused(command: Finray) -> None:

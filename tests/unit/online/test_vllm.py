@@ -1,6 +1,7 @@
-"""What is told to vLLM, with a stand-in for it: the real one needs a GPU."""
+"""What is told to vLLM, with a stand-in for it; test_vllm_itself.py has the real one."""
 
 import copy
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -8,6 +9,7 @@ from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 
@@ -26,6 +28,7 @@ class Engine:
 
     def __init__(self, **arguments: Any) -> None:
         self.arguments = arguments
+        self.environment = dict(os.environ)
         self.calls: list[Any] = []
 
     def generate(
@@ -85,6 +88,59 @@ def test_the_adapter_is_handed_over_at_every_call(
     assert told[0].seed != told[1].seed
     assert (told[0].temperature, told[0].top_k, told[0].max_tokens) == (0.7, 5, 12)
     assert tokenizer.eos_token_id in told[0].stop_token_ids
+
+
+def test_its_process_sees_one_gpu_and_no_group(
+    stand_in: None,
+    online_recipe: Callable[..., Recipe],
+    model: Any,
+    tokenizer: Any,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A worker sees all GPUs of its node, and is a member of the workers' process group."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,7")
+    monkeypatch.setenv("RANK", "1")
+    adapted = get_peft_model(copy.deepcopy(model), LoraConfig(r=4, target_modules=["q_proj"]))
+    engine: Any = VllmRollouts(online_recipe({"kind": "grpo"}), adapted, tokenizer)._engine
+    assert engine.environment["CUDA_VISIBLE_DEVICES"] == "7" and "RANK" not in engine.environment
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == "4,7" and os.environ["RANK"] == "1"
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    engine = VllmRollouts(online_recipe({"kind": "grpo"}), adapted, tokenizer)._engine
+    assert engine.environment["CUDA_VISIBLE_DEVICES"] == "1"
+    assert "CUDA_VISIBLE_DEVICES" not in os.environ
+
+
+def test_an_adapter_that_it_would_apply_wrongly_is_refused(
+    stand_in: None, online_recipe: Callable[..., Recipe], model: Any, tokenizer: Any
+) -> None:
+    """It scales all modules by one alpha over one rank."""
+    config = LoraConfig(r=4, target_modules=["q_proj"], alpha_pattern={"q_proj": 3})
+    adapted = get_peft_model(copy.deepcopy(model), config)
+    with pytest.raises(InputError, match="alpha_pattern"):
+        VllmRollouts(online_recipe({"kind": "grpo"}), adapted, tokenizer)
+
+
+@pytest.mark.parametrize(
+    ("section", "key", "value"),
+    [
+        ("adapter", "dora", True),
+        ("adapter", "rank_pattern", {"q_proj": 4}),
+        ("adapter", "init", "pissa"),
+        ("model", "quantize", "nf4"),
+    ],
+)
+def test_what_it_does_not_know_is_refused(
+    online_recipe: Callable[..., Recipe], section: str, key: str, value: Any
+) -> None:
+    values = online_recipe({"kind": "grpo"}).model_dump(mode="json", exclude_unset=True)
+    values["method"]["rollout"] = "vllm"
+    values.setdefault("adapter", {})
+    assert Recipe.model_validate(values)
+    values[section][key] = value
+    with pytest.raises(ValueError, match=f"does not know {section}.{key}"):
+        Recipe.model_validate(values)
 
 
 def test_it_is_refused_where_it_is_not_installed(online_recipe: Callable[..., Recipe]) -> None:

