@@ -1,8 +1,9 @@
 """Seconds from the command to the first optimizer step on two Ray Train workers of this machine.
 
 `finray train` with nothing prepared (and once more with the data prepared) against a script that
-starts Ray, a TorchTrainer of two workers and TRL's SFTTrainer in them, on the same rows. Each
-contender is ended once it got there.
+starts Ray, a TorchTrainer of two workers and TRL's SFTTrainer in them, on the same rows. A second
+script shows how much of that is Ray Train and the loading of libraries alone: it trains nothing.
+Each contender is ended once it got there.
 """
 
 import shutil
@@ -26,6 +27,8 @@ from measure import (
     take_turns,
 )
 from start import FULL, LONGEST_WAIT, POLL_SECONDS, QUICK, has_exited, make_inputs, start
+
+SCRIPT = ("ray_trl_finetune.py", "model", "rows.jsonl")
 
 
 def seconds_until(reached: Callable[[], bool], command: list[str], folder: Path) -> float:
@@ -64,12 +67,11 @@ def finray_seconds(folder: Path, name: str, fresh: bool) -> float:
     return seconds_until(lambda: metrics.exists() and metrics.stat().st_size > 0, command, folder)
 
 
-def script_seconds(folder: Path) -> float:
+def script_seconds(folder: Path, script: str, *arguments: str) -> float:
     """Until the script says so."""
     told = folder / "told"
     told.unlink(missing_ok=True)
-    script = str(HERE / "ray_trl_finetune.py")
-    command = [sys.executable, script, "model", "rows.jsonl", "output", str(told)]
+    command = [sys.executable, str(HERE / script), *arguments, "output", str(told)]
     return seconds_until(told.exists, command, folder)
 
 
@@ -82,7 +84,8 @@ def main() -> None:
         contenders = {
             "finray": partial(finray_seconds, folder, "cold", True),
             "finray, data prepared": partial(finray_seconds, folder, "warm", False),
-            "script": partial(script_seconds, folder),
+            "script": partial(script_seconds, folder, *SCRIPT),
+            "libraries alone": partial(script_seconds, folder, "ray_least.py"),
         }
         seconds = take_turns(contenders, options.repetitions)
     figures = [
@@ -94,6 +97,10 @@ def main() -> None:
         Figure(
             "time to the first step, finray with 2 workers and data prepared / the same",
             ratios(seconds["finray, data prepared"], seconds["script"]),
+        ),
+        Figure(
+            "the same of a TorchTrainer whose workers load the libraries and do nothing / the same",
+            ratios(seconds["libraries alone"], seconds["script"]),
         ),
     ]
     conclude("start_ray", options, figures, seconds, dict(sizes))
