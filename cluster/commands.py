@@ -7,16 +7,10 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from ..training.errors import InputError
 from ..training.paths import resolve_path
 from ..training.recipe import Recipe, load_recipe
-
-if TYPE_CHECKING:
-    from concurrent.futures import Future
-
-    from ..training.data.prepared import Prepared
 
 
 def check(options: argparse.Namespace) -> None:
@@ -57,13 +51,14 @@ def train(options: argparse.Namespace) -> None:
     """Train, or go on with an unfinished run."""
     from ..training.data.inspection import inspect_data
     from ..training.stop import Stop
+    from .early import prepare_early
     from .interrupts import graceful_interrupts
     from .preflight import try_running_cluster
 
     recipe = _recipe(options)
-    looked = inspect_data(recipe)
+    inspect_data(recipe)
     stop = Stop()
-    prepared = _prepare_early(recipe) if looked.is_small and recipe.scale.most_workers else None
+    prepared = prepare_early([recipe]) if recipe.scale.most_workers else None
     # Ray takes SIGTERM for itself when it starts; a run that is told to end saves first.
     with _ray(recipe, options), graceful_interrupts(stop):
         tried = try_running_cluster(recipe, options.address, options.wait_for_nodes)
@@ -83,15 +78,6 @@ def train(options: argparse.Namespace) -> None:
         from .summary import render_summary
 
         print(render_summary(run_folder(recipe), colour=sys.stdout.isatty()))
-
-
-def _prepare_early(recipe: Recipe) -> "Future[Prepared]":
-    """Prepare data that is small while Ray starts."""
-    from ..training.beside import beside
-    from ..training.run import Listener, prepare_data
-
-    unwatched = Listener(lambda _: None, lambda _: None)
-    return beside(lambda: prepare_data(recipe, unwatched), "prepare")
 
 
 def job(options: argparse.Namespace) -> None:

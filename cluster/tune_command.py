@@ -33,6 +33,7 @@ def run_sweep(path: Path, options: argparse.Namespace) -> None:
     """Search, or go on with an unfinished sweep."""
     from ..tuning.attempt import check_folder, describe
     from ..tuning.plan import make_plan
+    from .early import prepare_early
     from .environment import worker_environment
     from .interrupts import graceful_interrupts
     from .ray_session import ray_session
@@ -46,6 +47,7 @@ def run_sweep(path: Path, options: argparse.Namespace) -> None:
     if record is None or not done or differences(record["settings"], describe(plan)):
         env = worker_environment(plan.recipe)
         stop = Stop()
+        prepared = prepare_early(list(plan.data_recipes().values()))
         print("starting Ray", file=sys.stderr)
         session = ray_session(
             _needed_cpus(plan.recipe.scale), options.address, env, options.verbose
@@ -60,6 +62,7 @@ def run_sweep(path: Path, options: argparse.Namespace) -> None:
             tried = try_running_cluster(
                 _one_worker(plan.recipe), options.address, options.wait_for_nodes
             )
+            prepared.result()
             record = carry_out(plan, Watcher(_phase, _tell_end), stop, tried.worker_env)
     print(json.dumps(record, indent=2) if options.json else render_sweep(record, plan.folder))
 

@@ -5,14 +5,18 @@ as PEFT does it, and the next one finds the base as it was: it is frozen, so no 
 """
 
 import threading
+from collections.abc import Callable
 from typing import Any
 
 from peft import PeftModel
 
 from .recipe import Recipe
 
+Measures = dict[str, float]
+
 _wanted = threading.Event()
 _kept: dict[str, PeftModel] = {}
+_measured: dict[str, Measures] = {}
 
 
 def keep_bases() -> None:
@@ -24,6 +28,7 @@ def forget_bases() -> None:
     """Keep nothing, as at the start."""
     _wanted.clear()
     _kept.clear()
+    _measured.clear()
 
 
 def take_base(recipe: Recipe) -> Any | None:
@@ -35,11 +40,35 @@ def take_base(recipe: Recipe) -> Any | None:
 
 def put_base(recipe: Recipe, model: PeftModel) -> None:
     """Note whose base the next run may have, where the adapter leaves it as it is."""
-    adapter = recipe.adapter
-    if not _wanted.is_set() or adapter is None:
-        return
-    if adapter.init in ("default", "gaussian", "orthogonal") and not adapter.modules_to_save:
+    if _leaves_base(recipe):
         _kept[_key(recipe)] = model
+
+
+def measured_before(recipe: Recipe, prepared: str, measure: Callable[[], Measures]) -> Measures:
+    """What a run measures before its first step; of a base that is kept it is measured once.
+
+    Args:
+        recipe: the run's.
+        prepared: fingerprint of its data.
+        measure: called where nothing is known.
+    """
+    if not _leaves_base(recipe):
+        return measure()
+    key = f"{_key(recipe)} {recipe.method.model_dump_json()} {prepared}"
+    if key not in _measured:
+        _measured[key] = measure()
+    return dict(_measured[key])
+
+
+def _leaves_base(recipe: Recipe) -> bool:
+    """Whether the base is wanted, and a new adapter neither changes it nor what it answers."""
+    adapter = recipe.adapter
+    return (
+        _wanted.is_set()
+        and adapter is not None
+        and adapter.init in ("default", "gaussian", "orthogonal")
+        and not adapter.modules_to_save
+    )
 
 
 def _key(recipe: Recipe) -> str:

@@ -29,6 +29,7 @@ from .existing_adapter import RESULT_FOLDER
 from .faults import ending_attempts
 from .generation import answer, exact_match
 from .job import Job, Outcome
+from .kept_base import measured_before
 from .methods import method_of
 from .model import check_isolation, count_parameters, load_model, load_tokenizer
 from .objectives.objective import Setup
@@ -381,7 +382,11 @@ class _Worker:
         """Held-out loss and answers of the model as it is before the first step."""
         if self.prepared.manifest.eval is None:
             return
-        measured = self.trainer.held_out(self._held_out_rows())
+        measured = measured_before(
+            self.recipe,
+            self.prepared.manifest.fingerprint,
+            lambda: self.trainer.held_out(self._held_out_rows()),
+        )
         measured.update(self._answer("before"))
         if self.books is not None:
             self.books.measured_base(measured)

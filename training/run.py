@@ -146,20 +146,30 @@ def _keep_books(recipe: Recipe, folder: Folder, launch: "Callable[[], Outcome]")
     return outcome
 
 
+def prepares_on_ray(recipe: Recipe) -> bool:
+    """Whether the data is prepared in Ray's tasks: it is not small, and there are workers.
+
+    Raises:
+        InputError: see `inspect_data`.
+    """
+    is_small = inspect_data(recipe).is_small
+    return recipe.scale.most_workers > 0 and not is_small
+
+
 def prepare_data(recipe: Recipe, listener: Listener) -> Prepared:
-    """The recipe's prepared data set, made now where it is not there yet; small data is prepared
-    in this process, and more on the initialised Ray where the recipe has workers.
+    """The recipe's prepared data set, made now where it is not there yet: in this process, or on
+    the initialised Ray as `prepares_on_ray` says.
 
     Raises:
         InputError: see `inspect_data` and `prepare`.
     """
-    looked = inspect_data(recipe)
+    on_ray = prepares_on_ray(recipe)
 
     def progress(state: Progress) -> None:
         listener.phase(f"preparing data: {state.phase} {state.done}/{state.total}")
 
     folder = Folder(recipe.storage) / PREPARED_FOLDER
-    if recipe.scale.most_workers == 0 or looked.is_small:
+    if not on_ray:
         return prepare(recipe, folder, run_in_process, progress)
     import ray.exceptions
 

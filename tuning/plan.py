@@ -8,6 +8,7 @@ from ..training.methods import Metric
 from ..training.recipe import Recipe
 from ..training.storage import Folder
 from .metrics import is_measured_on_the_way, objectives
+from .record import trial_name
 from .rule import default_space
 from .space import Excluded, Settings, Space
 from .sweep import LoadedSweep, Sweep
@@ -48,6 +49,16 @@ class Plan:
         every = self.space.every_setting()
         most = len(every) if every is not None else self.sweep.trials
         return min(self.sweep.trials, most)
+
+    def data_recipes(self) -> dict[str, Recipe]:
+        """A recipe for each data setting, by the setting's key; trials share what it prepares."""
+        space = self.space
+        return {
+            space.data_key(settings): space.recipe(
+                settings, name=trial_name(0), storage=self.sweep.storage
+            )
+            for settings in space.data_settings()
+        }
 
 
 def make_plan(loaded: LoadedSweep) -> Plan:

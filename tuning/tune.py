@@ -114,12 +114,9 @@ class _Tuning:
 
     def _prepare(self) -> dict[str, Prepared]:
         """The data of every data setting, each prepared once."""
-        space = self._plan.space
         listener = Listener(self._watcher.phase, lambda _: None)
-        return {
-            space.data_key(settings): prepare_data(self._recipe(0, settings, None), listener)
-            for settings in space.data_settings()
-        }
+        recipes = self._plan.data_recipes()
+        return {key: prepare_data(recipe, listener) for key, recipe in recipes.items()}
 
     def _record_start(self) -> None:
         plan = self._plan
@@ -169,13 +166,11 @@ class _Tuning:
 
     # a trial
 
-    def _recipe(self, number: int, settings: Settings, prepared: Prepared | None) -> Recipe:
+    def _recipe(self, number: int, settings: Settings, prepared: Prepared) -> Recipe:
         storage = (self._folder / TRIALS_FOLDER).uri
-        if prepared is None:  # to prepare: the sets are shared beside all runs
-            storage = self._plan.sweep.storage
         recipe = self._plan.space.recipe(settings, name=trial_name(number), storage=storage)
         metric = self._plan.metrics[0].name
-        if prepared is None or not metric.startswith("eval_") or recipe.eval.every_steps:
+        if not metric.startswith("eval_") or recipe.eval.every_steps:
             return recipe
         # A trial can only be judged at a rung where it is measured there.
         if self._plan.is_population:

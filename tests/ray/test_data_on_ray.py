@@ -106,3 +106,17 @@ def test_ray_data_streams_the_same_order(prepared: Prepared, world_size: int, st
     ]
     assert together == alone[start * BATCH :]
     assert all(next(each, None) is None for each in streams)
+
+
+@pytest.mark.usefixtures("local_ray")
+def test_a_rank_that_has_no_row_in_the_last_window(prepared: Prepared) -> None:
+    """A step over the end of an epoch, whose other epoch's rows are those of other ranks."""
+    split = prepared.manifest.train
+    step, places = divmod(split.sequences, BATCH)
+    world_size = BATCH
+    assert places, "the epoch ends with a step"
+    for rank in (0, world_size - 1):
+        part = Slice(prepared.files, split, 3, BATCH, rank, world_size, step, step + 1)
+        assert len(list(part.windows())) == 2
+        here = [int(row.rows[0]) for row in stream(part, on_ray=False)]
+        assert [int(row.rows[0]) for row in stream(part, on_ray=True)] == here and len(here) == 1

@@ -1,10 +1,15 @@
 """A trial in its slot's process, without Ray: what it reports, and how it ends."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 from guarded import carry_out, lines, recipe
 from trials import reports_of, trial_of
+
+from finray.training.kept_base import forget_bases, keep_bases
+from finray.training.recipe import Recipe
+from finray.training.trainer import StreamTrainer
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 
@@ -36,3 +41,39 @@ def test_what_is_told_late_can_still_prune(
         end = trial.next_report()
     assert end["status"] == "pruned"
     assert (tmp_path / "run" / "run.json").read_bytes() == before
+
+
+def test_the_base_is_measured_once_for_all_trials_of_a_slot(
+    tiny_model: Path, chat_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another rank and rate start from the same base."""
+    measured: list[str] = []
+    held_out = StreamTrainer.held_out
+
+    def counted(trainer: StreamTrainer, rows: Any) -> dict[str, float]:
+        if trainer.state.global_step == 0:
+            measured.append(trainer.args.output_dir)
+        return held_out(trainer, rows)
+
+    monkeypatch.setattr(StreamTrainer, "held_out", counted)
+    before = []
+    keep_bases()
+    try:
+        for name, rank in (("one", 4), ("two", 8)):
+            settings = with_holdout(recipe(tiny_model, chat_file, tmp_path, name), rank)
+            before.append(carry_out(settings)["before"])
+        assert len(measured) == 1
+    finally:
+        forget_bases()
+    alone = carry_out(with_holdout(recipe(tiny_model, chat_file, tmp_path, "alone"), 8))
+    assert before[0] == before[1] == alone["before"] and before[0]["eval_loss"] > 0
+    assert len(measured) == 2
+
+
+def with_holdout(settings: Recipe, rank: int) -> Recipe:
+    values = settings.model_dump(mode="json")
+    values["adapter"]["rank"] = rank
+    values["data"]["holdout"] = 0.2
+    values["optim"]["max_steps"] = 2
+    values["eval"]["samples"] = 0
+    return Recipe.model_validate(values)

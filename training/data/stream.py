@@ -187,10 +187,13 @@ def _read_on_ray(part: Slice) -> Iterator[pa.Table]:
         return
     later = _in_ray_tasks(part, windows[1:])
     with ThreadPoolExecutor(1, "ray-data") as pool:
-        ahead = pool.submit(next, later)
+        # None: this worker has no row in any other window.
+        ahead = pool.submit(next, later, None)
         yield part.read(windows[0])
-        yield ahead.result()
-    yield from later
+        second = ahead.result()
+    if second is not None:
+        yield second
+        yield from later
 
 
 def _in_ray_tasks(part: Slice, windows: list[Window]) -> Iterator[pa.Table]:

@@ -23,8 +23,10 @@ _RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 """What vLLM reserves room for."""
 _MEMORY_SHARE = 0.3
 """Of the GPU, for vLLM's weights and cache; the rest is the training's."""
-_OF_THE_WORKERS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "NODE_RANK")
-_OF_THE_WORKERS += ("MASTER_ADDR", "MASTER_PORT")
+_OF_THE_WORKERS = (
+    *("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "NODE_RANK"),
+    *("MASTER_ADDR", "MASTER_PORT"),
+)
 _GPUS = "CUDA_VISIBLE_DEVICES"
 
 
