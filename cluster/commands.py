@@ -4,7 +4,7 @@ import argparse
 import json
 import sys
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 
@@ -29,13 +29,12 @@ def check(options: argparse.Namespace) -> None:
 
 def prepare(options: argparse.Namespace) -> None:
     """Prepare a recipe's data."""
-    from ..training.data.inspection import inspect_data
-    from ..training.run import Listener, prepare_data
+    from ..training.run import Listener, prepare_data, prepares_on_ray
     from .progress import ProgressWatcher
 
     recipe = _recipe(options)
-    inspect_data(recipe)
-    with _ray(recipe, options), ProgressWatcher() as watcher:
+    ray = _ray(recipe, options) if prepares_on_ray(recipe) else nullcontext()
+    with ray, ProgressWatcher() as watcher:
         prepared = prepare_data(recipe, Listener(watcher.phase, watcher.watch))
     summary = prepared.manifest.summary()
     if options.json:

@@ -1,11 +1,19 @@
 """A sweep's folder: its files, and what a reader finds in them."""
 
 import json
+from contextlib import suppress
 from typing import Any
 
 from ..training.books import now
 from ..training.errors import InputError
-from ..training.run_folder import METRICS_FILE, RECIPE_FILE, RUN_FILE, Record, parse_record
+from ..training.run_folder import (
+    CHECKPOINTS_FOLDER,
+    METRICS_FILE,
+    RECIPE_FILE,
+    RUN_FILE,
+    Record,
+    parse_record,
+)
 from ..training.storage import Folder
 
 SWEEP_FILE = "sweep.json"
@@ -18,6 +26,7 @@ PARETO_FOLDER = "pareto"
 RETRAINED_FOLDER = "retrained"
 _OF_THE_SWEEP = (SWEEP_FILE, BEST_FILE, REPORT_FILE, STUDY_FILE)
 _OF_A_RUN = (RUN_FILE, RECIPE_FILE, METRICS_FILE)
+_WEIGHTS = ("adapter", "model")
 
 
 def read_sweep(folder: Folder) -> Record | None:
@@ -48,7 +57,7 @@ def is_result(name: str) -> bool:
     first, _, rest = name.partition("/")
     if first in (TRIALS_FOLDER, RETRAINED_FOLDER):
         return rest.partition("/")[2] in _OF_A_RUN
-    return name in _OF_THE_SWEEP or first in ("adapter", "model", PARETO_FOLDER)
+    return name in _OF_THE_SWEEP or first in (*_WEIGHTS, PARETO_FOLDER)
 
 
 def saved_share(record: Record) -> float | None:
@@ -86,6 +95,18 @@ def trial_name(number: int) -> str:
 def trial_folder(sweep: Folder, number: int) -> Folder:
     """Where a trial's run lies."""
     return sweep / TRIALS_FOLDER / trial_name(number)
+
+
+def drop_weights(sweep: Folder, number: int, is_best: bool) -> None:
+    """Delete an ended trial's checkpoints, and its result where it is none of the best.
+
+    The workers of a trial that was given up may still write there: what cannot be deleted now is
+    deleted when all have ended.
+    """
+    folder = trial_folder(sweep, number)
+    for name in (CHECKPOINTS_FOLDER, *(() if is_best else _WEIGHTS)):
+        with suppress(OSError):
+            folder.delete(name)
 
 
 def _plain(value: Any) -> Any:

@@ -5,7 +5,7 @@ plan → compare with an earlier attempt → prepare → search → best → rep
 
 import math
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from ..training.books import now
@@ -25,7 +25,7 @@ from .conductor import Conductor, Ending
 from .execute import execute
 from .pbt import Population
 from .plan import Plan
-from .record import TRIALS_FOLDER, trial_folder, trial_name, write_sweep
+from .record import TRIALS_FOLDER, drop_weights, trial_folder, trial_name, write_sweep
 from .report import write_report
 from .room import decide_concurrency
 from .samplers import first_rung, interval, make_pruner, make_sampler, parts
@@ -231,16 +231,19 @@ class _Tuning:
         write_sweep(self._folder, self._record)
         if ending is None:
             return
-        trial_folder(self._folder, ending.number).delete(CHECKPOINTS_FOLDER)
-        for number in {*before, ending.number} - set(self._record["best"]):
-            for result in ("adapter", "model"):
-                trial_folder(self._folder, number).delete(result)
+        self._drop_weights({*before, ending.number})
         self._watcher.on_end(ending, self._record)
+
+    def _drop_weights(self, ended: Iterable[int]) -> None:
+        for number in ended:
+            drop_weights(self._folder, number, number in self._record["best"])
 
     # the end
 
     def _conclude(self, stop: Stop) -> Record:
         self._folder.delete(STOP_FILE)
+        rows = self._study.rows()
+        self._drop_weights(row["number"] for row in rows if row["state"] != "running")
         conductor = self._conductor
         interrupted = stop.requested.is_set()
         status = "stopped" if interrupted else "finished"
@@ -251,7 +254,7 @@ class _Tuning:
             error=None if conductor.error is None else str(conductor.error),
             over=conductor.over,
             finished_at=now(),
-            trials=self._study.rows(),
+            trials=rows,
             wall_seconds=round(conductor.seconds, 2),
         )
         if self._study.best():
