@@ -49,8 +49,9 @@ def states(finray: Finray) -> list[str]:
 
 
 def slots(processes: Iterable[psutil.Process]) -> list[psutil.Process]:
-    """Those of trials; Ray Tune's wrapper gives them its name."""
-    return [one for one in processes if "ResourceTrainable" in one.name()]
+    """Those of trials; in a task they have the name of Ray Tune's wrapper."""
+    names = ("ResourceTrainable", "TrialSlot")
+    return [one for one in processes if any(name in one.name() for name in names)]
 
 
 def test_a_sweep_killed_in_its_middle_goes_on(finray: Finray) -> None:
@@ -58,7 +59,7 @@ def test_a_sweep_killed_in_its_middle_goes_on(finray: Finray) -> None:
     folder = finray.folder / "runs" / "sweep"
     command = finray.start("tune", sweep)
     wait_until(lambda: states(finray).count("running") == 2 and len(states(finray)) > 2, "trials")
-    assert slots(command.watch_family())
+    wait_until(lambda: bool(slots(command.watch_family())), "slots")
     command.kill()
     ended = [row for row in told(finray)["trials"] if row["state"] != "running"]
     running = [row["number"] for row in told(finray)["trials"] if row["state"] == "running"]
