@@ -9,13 +9,13 @@ from ..training.recipe import Recipe
 
 def prepare_early(recipes: Sequence[Recipe]) -> "Future[None]":
     """Begin to prepare what is prepared without Ray; it is found prepared later."""
-    from ..training.run import Listener, prepare_data, prepares_on_ray
+    from ..training.run import Listener, prepare_here, prepares_on_ray
 
     unwatched = Listener(lambda _: None, lambda _: None)
 
     def work() -> None:
         for recipe in recipes:
             if not prepares_on_ray(recipe):
-                prepare_data(recipe, unwatched)
+                prepare_here(recipe, unwatched)
 
     return beside(work, "prepare")

@@ -76,6 +76,23 @@ def check_adapter(model: ModelSettings, head: Literal["causal", "score"]) -> Non
     _check_base(model, folder, str(config.get("base_model_name_or_path")))
 
 
+def check_for_vllm(model: ModelSettings) -> None:
+    """Refuse an adapter that vLLM would apply in another way than it is trained.
+
+    Raises:
+        InputError: naming what of it vLLM does not know.
+    """
+    assert model.adapter is not None
+    config = _read(Path(model.adapter) / CONFIG_FILE)
+    names = ("use_dora", "modules_to_save", "rank_pattern", "alpha_pattern")
+    unknown = [name for name in names if config.get(name)]
+    if unknown:
+        raise InputError(
+            f"method.rollout: vLLM does not know {', '.join(unknown)} of the adapter "
+            f"{model.adapter}; set method.rollout: transformers"
+        )
+
+
 def check_safetensors(folder: Path, where: str) -> None:
     """PEFT would read pickled weights where there are no others.
 

@@ -6,16 +6,17 @@ as PEFT does it, and the next one finds the base as it was: it is frozen, so no 
 
 import threading
 from collections.abc import Callable
-from typing import Any
-
-from peft import PeftModel
+from typing import TYPE_CHECKING, Any
 
 from .recipe import Recipe
+
+if TYPE_CHECKING:
+    from peft import PeftModel
 
 Measures = dict[str, float]
 
 _wanted = threading.Event()
-_kept: dict[str, PeftModel] = {}
+_kept: "dict[str, PeftModel]" = {}
 _measured: dict[str, Measures] = {}
 
 
@@ -38,7 +39,7 @@ def take_base(recipe: Recipe) -> Any | None:
     return None if found is None else found.unload()
 
 
-def put_base(recipe: Recipe, model: PeftModel) -> None:
+def put_base(recipe: Recipe, model: "PeftModel") -> None:
     """Note whose base the next run may have, where the adapter leaves it as it is."""
     if _leaves_base(recipe):
         _kept[_key(recipe)] = model
@@ -54,7 +55,8 @@ def measured_before(recipe: Recipe, prepared: str, measure: Callable[[], Measure
     """
     if not _leaves_base(recipe):
         return measure()
-    key = f"{_key(recipe)} {recipe.method.model_dump_json()} {prepared}"
+    # The seed, as online methods sample what they measure.
+    key = f"{_key(recipe)} {recipe.method.model_dump_json()} {recipe.seed} {prepared}"
     if key not in _measured:
         _measured[key] = measure()
     return dict(_measured[key])

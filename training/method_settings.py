@@ -290,10 +290,10 @@ class OnlineMethod(MethodSettings):
                 f"checkpoint.every_steps {recipe.checkpoint.every_steps} must be a multiple of "
                 f"method.passes {self.passes}: completions are not kept in a checkpoint"
             )
-        return _without_vllm(recipe) if self.rollout == "vllm" else None
+        return _unfit_for_vllm(recipe) if self.rollout == "vllm" else None
 
 
-def _without_vllm(recipe: "Recipe") -> str | None:
+def _unfit_for_vllm(recipe: "Recipe") -> str | None:
     """Why vLLM would not sample from the model that is trained."""
     if not recipe.trains_adapter:
         return (

@@ -15,7 +15,7 @@ import yaml
 from .attempts import persevere
 from .books import now, update_run
 from .checkpoint import best
-from .data.execution import run_in_process, run_on_ray_data
+from .data.execution import RunTasks, run_in_process, run_on_ray_data
 from .data.inspection import inspect_data
 from .data.prepare import Progress, prepare
 from .data.prepared import Prepared
@@ -163,20 +163,30 @@ def prepare_data(recipe: Recipe, listener: Listener) -> Prepared:
     Raises:
         InputError: see `inspect_data` and `prepare`.
     """
-    on_ray = prepares_on_ray(recipe)
-
-    def progress(state: Progress) -> None:
-        listener.phase(f"preparing data: {state.phase} {state.done}/{state.total}")
-
-    folder = Folder(recipe.storage) / PREPARED_FOLDER
-    if not on_ray:
-        return prepare(recipe, folder, run_in_process, progress)
+    if not prepares_on_ray(recipe):
+        return prepare_here(recipe, listener)
     import ray.exceptions
 
     try:
-        return prepare(recipe, folder, run_on_ray_data, progress)
+        return _prepare(recipe, run_on_ray_data, listener)
     except ray.exceptions.RayError as error:
         raise RunError(f"a data task failed: {last_line(error)}") from error
+
+
+def prepare_here(recipe: Recipe, listener: Listener) -> Prepared:
+    """`prepare_data` in this process, of data that was inspected.
+
+    Raises:
+        InputError: see `prepare`.
+    """
+    return _prepare(recipe, run_in_process, listener)
+
+
+def _prepare(recipe: Recipe, run_tasks: RunTasks, listener: Listener) -> Prepared:
+    def progress(state: Progress) -> None:
+        listener.phase(f"preparing data: {state.phase} {state.done}/{state.total}")
+
+    return prepare(recipe, Folder(recipe.storage) / PREPARED_FOLDER, run_tasks, progress)
 
 
 def _check_modules(recipe: Recipe) -> None:

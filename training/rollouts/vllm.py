@@ -10,10 +10,9 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModel
+from peft import PeftModel
 
 from ..device import choose_dtype
-from ..errors import InputError
 from ..generation import stop_tokens
 from ..method_settings import OnlineMethod
 from ..recipe import Recipe
@@ -48,8 +47,7 @@ class VllmRollouts:
         self._settings = recipe.method
         self._stops = stop_tokens(model, tokenizer)
         self._calls = 0
-        config = model.peft_config[model.active_adapter]
-        _check(config)
+        rank = model.peft_config[model.active_adapter].r
         with _own_device():
             self._engine = LLM(
                 model=recipe.model.base,
@@ -58,7 +56,7 @@ class VllmRollouts:
                 dtype=choose_dtype(recipe.model),
                 max_model_len=recipe.data.max_length,
                 enable_lora=True,
-                max_lora_rank=next(rank for rank in _RANKS if rank >= config.r),
+                max_lora_rank=next(room for room in _RANKS if room >= rank),
                 gpu_memory_utilization=_MEMORY_SHARE,
                 # A prompt in pieces takes drawn numbers back, which a CPU's generator cannot.
                 enable_chunked_prefill=torch.cuda.is_available(),
@@ -99,17 +97,6 @@ class VllmRollouts:
             ignore_eos=False,
             detokenize=False,
             seed=int(request.random().integers(2**31)),
-        )
-
-
-def _check(config: LoraConfig) -> None:
-    """An adapter that the run goes on from may be of a kind that vLLM would apply wrongly."""
-    names = ("use_dora", "modules_to_save", "rank_pattern", "alpha_pattern")
-    unknown = [name for name in names if getattr(config, name)]
-    if unknown:
-        raise InputError(
-            f"method.rollout: vLLM does not know the adapter's {', '.join(unknown)}; set "
-            "method.rollout: transformers"
         )
 
 

@@ -113,13 +113,25 @@ def test_its_process_sees_one_gpu_and_no_group(
 
 
 def test_an_adapter_that_it_would_apply_wrongly_is_refused(
-    stand_in: None, online_recipe: Callable[..., Recipe], model: Any, tokenizer: Any
+    online_recipe: Callable[..., Recipe],
+    model: Any,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """It scales all modules by one alpha over one rank."""
-    config = LoraConfig(r=4, target_modules=["q_proj"], alpha_pattern={"q_proj": 3})
-    adapted = get_peft_model(copy.deepcopy(model), config)
-    with pytest.raises(InputError, match="alpha_pattern"):
-        VllmRollouts(online_recipe({"kind": "grpo"}), adapted, tokenizer)
+    """It scales all modules by one alpha over one rank. Told before anything is loaded."""
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
+    for pattern in ({}, {"q_proj": 3}):
+        config = LoraConfig(r=4, target_modules=["q_proj"], alpha_pattern=pattern)
+        get_peft_model(copy.deepcopy(model), config).save_pretrained(tmp_path)
+        values = online_recipe({"kind": "grpo"}).model_dump(mode="json", exclude_unset=True)
+        values["method"]["rollout"] = "vllm"
+        values["model"]["adapter"] = str(tmp_path)
+        recipe = Recipe.model_validate(values)
+        if pattern:
+            with pytest.raises(InputError, match="alpha_pattern"):
+                check_rewards(recipe)
+        else:
+            check_rewards(recipe)
 
 
 @pytest.mark.parametrize(

