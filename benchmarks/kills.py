@@ -1,7 +1,8 @@
 """A worker of two is killed at a random moment, 20 times: time lost, steps repeated, result.
 
-Every run has dropout and saves every 5 steps. A kill's moment and victim are drawn from its
-number. The result must be that of an undisturbed run bit for bit.
+Once as processes of this machine, once as Ray Train's workers. Every run has dropout and saves
+every 5 steps. A kill's moment and victim are drawn from its number. The result must be that of an
+undisturbed run bit for bit, the same one for both.
 """
 
 import argparse
@@ -23,6 +24,9 @@ from start import POLL_SECONDS, QUICK, make_inputs, start
 
 STEPS, EVERY = 60, 5
 LONGEST_WAIT = 600.0
+KINDS = {"processes": (), "Ray Train": ("--address", "local")}
+MARKS = ("finray.training.worker_process", "RayTrainWorker")
+"""In the command line of a worker."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +44,7 @@ class Killed:
 class Run:
     """`finray train` with two workers."""
 
-    def __init__(self, folder: Path, name: str, threads: int) -> None:
+    def __init__(self, folder: Path, name: str, kind: str, threads: int) -> None:
         self.folder = folder / "runs" / name
         shutil.rmtree(self.folder, ignore_errors=True)
         settings = {
@@ -54,7 +58,7 @@ class Run:
             "log.to": "[]",
         }
         words = [f"{key}={value}" for key, value in settings.items()]
-        command = [*finray_command(), "train", "recipe.yaml"]
+        command = [*finray_command(), "train", "recipe.yaml", *KINDS[kind]]
         command += [word for setting in words for word in ("--set", setting)]
         self.started = time.perf_counter()
         self._child = start(command, folder, threads)
@@ -83,7 +87,7 @@ class Run:
     def kill_worker(self, number: int) -> None:
         """SIGKILL to one of the two."""
         family = psutil.Process(self._child.pid).children(recursive=True)
-        workers = [one for one in family if "RayTrainWorker" in one.name() + _command(one)]
+        workers = [one for one in family if any(mark in _command(one) for mark in MARKS)]
         sorted(workers, key=lambda one: one.pid)[number % len(workers)].kill()
 
     def finish(self) -> None:
@@ -104,16 +108,16 @@ class Run:
 
 def _command(process: psutil.Process) -> str:
     try:
-        return process.cmdline()[0]
-    except (psutil.NoSuchProcess, psutil.ZombieProcess, IndexError):
+        return " ".join((process.name(), *process.cmdline()))
+    except (psutil.NoSuchProcess, psutil.ZombieProcess):
         return ""
 
 
-def kill_once(folder: Path, number: int, threads: int, expected: bytes) -> Killed:
+def kill_once(folder: Path, number: int, kind: str, threads: int, expected: bytes) -> Killed:
     """One run, one kill."""
     draw = random.Random(number)
     moment, victim = draw.randrange(EVERY + 1, STEPS - EVERY), draw.randrange(2)
-    run = Run(folder, f"kill-{number}", threads)
+    run = Run(folder, f"kill-{number}", kind, threads)
     begun = run.wait(lambda: run.last_step() >= 1, "first step")
     run.wait(lambda: run.last_step() >= moment, f"step {moment}")
     run.kill_worker(victim)
@@ -130,6 +134,28 @@ def kill_once(folder: Path, number: int, threads: int, expected: bytes) -> Kille
     return Killed(begun, again - killed, reached - run.record()["restarts"][0]["step"])
 
 
+def figures_of(kind: str, kills: list[Killed], count: int) -> list[Figure]:
+    """What is asked of either kind of workers."""
+    return [
+        Figure(
+            f"kill of a worker to the next step, beyond a start, {kind}",
+            tuple(one.recovery - one.start for one in kills),
+            Asked("at most", 10, " s"),
+            " s",
+        ),
+        Figure(
+            f"steps repeated after a kill, {kind}",
+            tuple(float(one.repeated) for one in kills),
+            Asked("at most", EVERY),
+        ),
+        Figure(
+            f"kills whose result is equal bit for bit, {kind}",
+            (float(len(kills)),),
+            Asked("at least", float(count)),
+        ),
+    ]
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """What only this benchmark takes."""
     parser.add_argument("--kills", type=int, default=20, help="how many; default: 20")
@@ -143,36 +169,19 @@ def main() -> None:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     with scratch() as folder:
         make_inputs(folder, QUICK)
-        undisturbed = Run(folder, "undisturbed", threads)
+        undisturbed = Run(folder, "undisturbed", "processes", threads)
         undisturbed.finish()
         expected = undisturbed.weights()
-        kills = []
+        kills: dict[str, list[Killed]] = {kind: [] for kind in KINDS}
         for number in range(count):
-            kills.append(kill_once(folder, number, threads, expected))
-            print(f"  {number + 1}/{count} {kills[-1]}", file=sys.stderr, flush=True)
-    beyond = tuple(one.recovery - one.start for one in kills)
-    figures = [
-        Figure(
-            "kill of a worker to the next step, beyond a start",
-            beyond,
-            Asked("at most", 10, " s"),
-            " s",
-        ),
-        Figure(
-            "steps repeated after a kill",
-            tuple(float(one.repeated) for one in kills),
-            Asked("at most", EVERY),
-        ),
-        Figure(
-            "kills whose result is equal bit for bit",
-            (float(len(kills)),),
-            Asked("at least", float(count)),
-        ),
-    ]
-    seconds = {
-        "command to first step": [one.start for one in kills],
-        "kill to next step": [one.recovery for one in kills],
-    }
+            for kind, done in kills.items():
+                done.append(kill_once(folder, number, kind, threads, expected))
+                print(f"  {number + 1}/{count} {kind} {done[-1]}", file=sys.stderr, flush=True)
+    figures = [figure for kind, done in kills.items() for figure in figures_of(kind, done, count)]
+    seconds = {}
+    for kind, done in kills.items():
+        seconds[f"command to first step, {kind}"] = [one.start for one in done]
+        seconds[f"kill to next step, {kind}"] = [one.recovery for one in done]
     conclude(
         "kills", options, figures, seconds, {"steps": STEPS, "every_steps": EVERY, "kills": count}
     )

@@ -1,9 +1,10 @@
-"""Seconds from the command to the first optimizer step on two Ray Train workers of this machine.
+"""Seconds from the command to the first optimizer step on two workers of this machine.
 
 `finray train` with nothing prepared (and once more with the data prepared) against a script that
-starts Ray, a TorchTrainer of two workers and TRL's SFTTrainer in them, on the same rows. A second
-script shows how much of that is Ray Train and the loading of libraries alone: it trains nothing.
-Each contender is ended once it got there.
+starts Ray, a TorchTrainer of two workers and TRL's SFTTrainer in them, on the same rows. On its own
+machine finray needs no Ray; a third contender is `finray train --address local`, whose workers are
+Ray Train's all the same. A second script shows how much of that is Ray Train and the loading of
+libraries alone: it trains nothing. Each contender is ended once it got there.
 """
 
 import shutil
@@ -56,13 +57,13 @@ def _end_family(child: subprocess.Popen[bytes]) -> None:
     child.stdout.close()
 
 
-def finray_seconds(folder: Path, name: str, fresh: bool) -> float:
+def finray_seconds(folder: Path, name: str, fresh: bool, *place: str) -> float:
     """Until metrics.jsonl has its first line."""
     storage = folder / "runs"
     shutil.rmtree(storage if fresh else storage / name, ignore_errors=True)
     metrics = storage / name / "metrics.jsonl"
     settings = (f"storage={storage}", f"name={name}", "scale.workers=2")
-    command = [*finray_command(), "train", "recipe.yaml"]
+    command = [*finray_command(), "train", "recipe.yaml", *place]
     command += [word for setting in settings for word in ("--set", setting)]
     return seconds_until(lambda: metrics.exists() and metrics.stat().st_size > 0, command, folder)
 
@@ -84,6 +85,7 @@ def main() -> None:
         contenders = {
             "finray": partial(finray_seconds, folder, "cold", True),
             "finray, data prepared": partial(finray_seconds, folder, "warm", False),
+            "finray on Ray": partial(finray_seconds, folder, "ray", True, "--address", "local"),
             "script": partial(script_seconds, folder, *SCRIPT),
             "libraries alone": partial(script_seconds, folder, "ray_least.py"),
         }
@@ -97,6 +99,10 @@ def main() -> None:
         Figure(
             "time to the first step, finray with 2 workers and data prepared / the same",
             ratios(seconds["finray, data prepared"], seconds["script"]),
+        ),
+        Figure(
+            "time to the first step, finray on two Ray Train workers / the same",
+            ratios(seconds["finray on Ray"], seconds["script"]),
         ),
         Figure(
             "the same of a TorchTrainer whose workers load the libraries and do nothing / the same",

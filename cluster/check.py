@@ -82,7 +82,7 @@ def render(outlook: dict[str, Any]) -> str:
         rows.append(("memory", outlook["memory"]["text"]))
     workers = outlook["workers"]
     count = " to ".join(map(str, workers)) if isinstance(workers, tuple) else workers
-    where = f"{count} Ray Train workers" if workers else "this process"
+    where = f"{count} workers" if workers else "this process"
     rows += [("trains in", where), ("results in", outlook["folder"])]
     rows += [(line["name"], line["text"]) for line in outlook.get("cluster", ())]
     return "\n".join(["the recipe is good", *(f"  {name:10}  {text}" for name, text in rows)])

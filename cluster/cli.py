@@ -245,9 +245,10 @@ def _add_overrides(parser: argparse.ArgumentParser, what: str) -> None:
 
 def _add_ray(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--address", help="a running Ray cluster (default: one of this machine's own)"
+        "--address",
+        help="a running Ray cluster, or local: Ray on this machine alone (a sweep's default)",
     )
-    parser.add_argument("--verbose", action="store_true", help="pass on what Ray's workers print")
+    parser.add_argument("--verbose", action="store_true", help="pass on what the workers print")
 
 
 def _add_waiting(parser: argparse.ArgumentParser) -> None:

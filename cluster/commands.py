@@ -3,8 +3,7 @@
 import argparse
 import json
 import sys
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 
@@ -16,12 +15,14 @@ from ..training.recipe import Recipe, load_recipe
 def check(options: argparse.Namespace) -> None:
     """Validate a recipe and its data, and tell what a run would do."""
     from .check import examine, render
+    from .environment import worker_environment
+    from .placement import open_ray
     from .preflight import try_running_cluster
 
     recipe = _recipe(options)
     outlook = examine(recipe)
     if options.address and recipe.scale.most_workers:
-        with _ray(recipe, options):
+        with open_ray(recipe, options, options.address, worker_environment(recipe)):
             lines = try_running_cluster(recipe, options.address, options.wait_for_nodes).lines
         outlook["cluster"] = [asdict(line) for line in lines]
     print(json.dumps(outlook, indent=2) if options.json else render(outlook))
@@ -30,11 +31,16 @@ def check(options: argparse.Namespace) -> None:
 def prepare(options: argparse.Namespace) -> None:
     """Prepare a recipe's data."""
     from ..training.run import Listener, prepare_data, prepares_on_ray
+    from .environment import worker_environment
+    from .placement import open_ray
     from .progress import ProgressWatcher
+    from .ray_session import cluster_address
 
     recipe = _recipe(options)
-    ray = _ray(recipe, options) if prepares_on_ray(recipe) else nullcontext()
-    with ray, ProgressWatcher() as watcher:
+    env = worker_environment(recipe)
+    on_ray = prepares_on_ray(recipe)
+    ray = open_ray(recipe, options, cluster_address(options.address), env) if on_ray else None
+    with ray or nullcontext(), ProgressWatcher() as watcher:
         prepared = prepare_data(recipe, Listener(watcher.phase, watcher.watch))
     summary = prepared.manifest.summary()
     if options.json:
@@ -49,28 +55,17 @@ def prepare(options: argparse.Namespace) -> None:
 def train(options: argparse.Namespace) -> None:
     """Train, or go on with an unfinished run."""
     from ..training.data.inspection import inspect_data
+    from ..training.run import Listener, run_folder
+    from ..training.run import train as carry_out
     from ..training.stop import Stop
-    from .early import prepare_early
-    from .interrupts import graceful_interrupts
-    from .preflight import try_running_cluster
+    from .placement import placed
+    from .progress import ProgressWatcher
 
     recipe = _recipe(options)
     inspect_data(recipe)
     stop = Stop()
-    prepared = prepare_early([recipe]) if recipe.scale.most_workers else None
-    # Ray takes SIGTERM for itself when it starts; a run that is told to end saves first.
-    with _ray(recipe, options), graceful_interrupts(stop):
-        tried = try_running_cluster(recipe, options.address, options.wait_for_nodes)
-        if prepared is not None:
-            prepared.result()
-        from ..training.run import Listener, run_folder
-        from ..training.run import train as carry_out
-        from .progress import ProgressWatcher
-
-        with ProgressWatcher() as watcher:
-            record = carry_out(
-                recipe, Listener(watcher.phase, watcher.watch), stop, tried.worker_env
-            )
+    with placed(recipe, options, stop) as launch, ProgressWatcher() as watcher:
+        record = carry_out(recipe, Listener(watcher.phase, watcher.watch), stop, launch)
     if options.json:
         print(json.dumps(record, indent=2))
     else:
@@ -174,19 +169,3 @@ def schema(options: argparse.Namespace) -> None:
 def _recipe(options: argparse.Namespace) -> Recipe:
     local = ("scale.workers=0", "scale.strategy=auto") if options.local else ()
     return load_recipe(options.recipe, (*options.overrides, *local))
-
-
-@contextmanager
-def _ray(recipe: Recipe, options: argparse.Namespace) -> Iterator[None]:
-    """Ray where the recipe has workers; what bfloat16 on a CPU needs, in any case."""
-    from .environment import worker_environment
-
-    env = worker_environment(recipe)
-    with ExitStack() as stack:
-        if recipe.scale.most_workers:
-            from .ray_session import ray_session
-
-            print("starting Ray", file=sys.stderr)
-            needed = recipe.scale.most_workers * recipe.scale.cpus_per_worker + 2
-            stack.enter_context(ray_session(needed, options.address, env, options.verbose))
-        yield

@@ -1,5 +1,6 @@
 """GPUs of a machine, and whether a run fits into their memory."""
 
+import os
 import shutil
 import subprocess
 from collections.abc import Iterator, Sequence
@@ -53,6 +54,14 @@ def gpus_here() -> tuple[Gpu, ...]:
         return ()
     fields = (line.rpartition(",") for line in done.stdout.strip().splitlines())
     return tuple(Gpu(name.strip(), int(mib) * 2**20) for name, _, mib in fields)
+
+
+def usable_gpus() -> int:
+    """How many GPUs of this machine its processes may use."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is None:
+        return len(gpus_here())
+    return sum(name.strip() not in ("", "-1") for name in visible.split(","))
 
 
 def memory_text(memory: "Memory", recipe: Recipe) -> str:

@@ -4,13 +4,13 @@ A small task on each node tells its versions, reads the model, tries bfloat16 an
 into the storage; a second one reads what all the others wrote.
 """
 
-import os
 import sys
 import time
 import uuid
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from ..training.capacity import (
@@ -131,20 +131,31 @@ def memory_lines(recipe: Recipe, gpus: Sequence[Gpu]) -> tuple[Line, ...]:
     return (Line("memory", verdict.fits, verdict.text, warns),)
 
 
-def try_running_cluster(recipe: Recipe, address: str | None, wait_seconds: float) -> Preflight:
-    """`preflight` where the initialised Ray was there before; one that was started here for a
-    command needs no trial but of its GPUs' memory. What should be changed is printed.
+def try_machine(recipe: Recipe) -> Preflight:
+    """What is to be tried where a run stays on this machine: its GPUs' memory. What should be
+    changed is printed.
 
     Raises:
         InputError: something failed; the message is the whole table.
     """
-    if not recipe.scale.most_workers or not (address or os.environ.get("RAY_ADDRESS")):
-        tried = Preflight(memory_lines(recipe, gpus_here()), {})
-    else:
-        print("trying the cluster", file=sys.stderr)
-        tried = preflight(
-            recipe, wait_seconds, lambda text: print(text, file=sys.stderr, flush=True)
-        )
+    return _demand_good(Preflight(memory_lines(recipe, gpus_here()), {}))
+
+
+def try_running_cluster(recipe: Recipe, address: str | None, wait_seconds: float) -> Preflight:
+    """`preflight` of the initialised Ray, where it was there before; one that was started here for
+    a command is as `try_machine` says. What should be changed is printed.
+
+    Raises:
+        InputError: something failed; the message is the whole table.
+    """
+    if address in (None, "local"):
+        return try_machine(recipe)
+    print("trying the cluster", file=sys.stderr)
+    tell = partial(print, file=sys.stderr, flush=True)
+    return _demand_good(preflight(recipe, wait_seconds, tell))
+
+
+def _demand_good(tried: Preflight) -> Preflight:
     tried.demand_good()
     for line in tried.lines:
         if line.warns:

@@ -28,6 +28,14 @@ _ENVIRONMENT = {
 }
 
 
+def cluster_address(asked: str | None) -> str | None:
+    """Of the cluster that a command is for: the one asked for, else $RAY_ADDRESS, as in a job.
+
+    "local" is a cluster of this machine's own, for this command alone; None is no cluster.
+    """
+    return asked or os.environ.get("RAY_ADDRESS")
+
+
 @contextmanager
 def ray_session(
     needed_cpus: int, address: str | None, env: dict[str, str], verbose: bool
@@ -36,13 +44,13 @@ def ray_session(
 
     Args:
         needed_cpus: logical CPUs that a cluster of this machine's own must have at least.
-        address: a running cluster; None starts one here (or joins $RAY_ADDRESS, as in a job).
+        address: a running cluster; None and "local" start one here.
         env: environment variables of all workers.
         verbose: pass on what workers print.
     """
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
-    where = address or os.environ.get("RAY_ADDRESS") or "local"
+    where = address or "local"
     if where == "local":
         enter_own_cluster()
     else:

@@ -36,7 +36,7 @@ def run_sweep(path: Path, options: argparse.Namespace) -> None:
     from .early import prepare_early
     from .environment import worker_environment
     from .interrupts import graceful_interrupts
-    from .ray_session import ray_session
+    from .ray_session import cluster_address, ray_session
 
     loaded = _load(path, options)
     plan = make_plan(loaded)
@@ -49,9 +49,8 @@ def run_sweep(path: Path, options: argparse.Namespace) -> None:
         stop = Stop()
         prepared = prepare_early(list(plan.data_recipes().values()))
         print("starting Ray", file=sys.stderr)
-        session = ray_session(
-            _needed_cpus(plan.recipe.scale), options.address, env, options.verbose
-        )
+        address = cluster_address(options.address)
+        session = ray_session(_needed_cpus(plan.recipe.scale), address, env, options.verbose)
         # Ray takes SIGTERM for itself when it starts; a sweep that is told to end saves first.
         with session, graceful_interrupts(stop):
             # Ray reads its environment when it is imported, so not before.
@@ -59,9 +58,8 @@ def run_sweep(path: Path, options: argparse.Namespace) -> None:
             from ..tuning.tune import tune as carry_out
             from .preflight import try_running_cluster
 
-            tried = try_running_cluster(
-                _one_worker(plan.recipe), options.address, options.wait_for_nodes
-            )
+            one = _one_worker(plan.recipe)
+            tried = try_running_cluster(one, address, options.wait_for_nodes)
             prepared.result()
             record = carry_out(plan, Watcher(_phase, _tell_end), stop, tried.worker_env)
     print(json.dumps(record, indent=2) if options.json else render_sweep(record, plan.folder))

@@ -141,10 +141,11 @@ class Finray:
 
 
 def workers(command: Command) -> Iterator[psutil.Process]:
-    """The Ray Train workers that a command has now."""
+    """The workers that a command has now, Ray Train's or processes of its own."""
     for process in command.watch_family():
         with suppress(psutil.NoSuchProcess):
-            if "RayTrainWorker" in process.name() or "RayTrainWorker" in process.cmdline()[0]:
+            line = " ".join((process.name(), *process.cmdline()))
+            if "RayTrainWorker" in line or "finray.training.worker_process" in line:
                 yield process
 
 

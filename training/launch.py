@@ -33,7 +33,7 @@ def launch_on_ray(
     scale: ScaleSettings,
     stop: Stop,
     worker_env: dict[str, str],
-    tell: Callable[[str], None] = lambda _: None,
+    tell: Callable[[str], None],
 ) -> Outcome:
     """Train in Ray Train worker groups on the initialised Ray, one after the other as needed.
 

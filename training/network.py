@@ -1,14 +1,61 @@
-"""Which interface workers on several machines talk over.
+"""How workers find each other: the interface that all of them reach, and their process group.
 
-gloo binds what the machine's name resolves to, on many machines a loopback address: the other
-workers then wait for it in vain. The interface that carries a node's Ray address is reached by all.
+gloo binds what the machine's name resolves to, on many machines a loopback address: workers on
+other machines then wait for it in vain. The interface that carries a node's own address among the
+workers is reached by all.
 """
 
 import os
 import socket
+from dataclasses import dataclass
+from datetime import timedelta
 
+LOOPBACK = "127.0.0.1"
 _SIOCGIFADDR = 0x8915
 _VARIABLES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
+_TIMEOUT_SECONDS = 1800
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a worker stands among the others."""
+
+    rank: int
+    world_size: int
+    local_rank: int
+    local_world_size: int
+    node_rank: int
+    address: str
+    """Of rank 0, for all."""
+    port: int
+    """There."""
+    device: str
+    """What the worker trains on, as torch names it: cpu, cuda:1."""
+
+
+def join_group(place: Place, own_address: str) -> None:
+    """Form the process group of all workers: NCCL where they have GPUs, else gloo.
+
+    Args:
+        place: this worker's.
+        own_address: of this node, on the interface that the others reach.
+    """
+    import torch.distributed as dist
+
+    _choose_interface(own_address)
+    places = {
+        "RANK": place.rank,
+        "WORLD_SIZE": place.world_size,
+        "LOCAL_RANK": place.local_rank,
+        "LOCAL_WORLD_SIZE": place.local_world_size,
+        "NODE_RANK": place.node_rank,
+        "MASTER_ADDR": place.address,
+        "MASTER_PORT": place.port,
+        "ACCELERATE_TORCH_DEVICE": place.device,
+    }
+    os.environ.update({name: str(value) for name, value in places.items()})
+    backend = "nccl" if place.device.startswith("cuda") else "gloo"
+    dist.init_process_group(backend, timeout=timedelta(seconds=_TIMEOUT_SECONDS))
 
 
 def interface_of(address: str) -> str | None:
@@ -29,11 +76,9 @@ def interface_of(address: str) -> str | None:
     return None
 
 
-def choose_interface() -> None:
-    """Runs in a Ray worker, before its process group forms; what the user has set stays."""
-    import ray
-
-    name = interface_of(ray.util.get_node_ip_address())
+def _choose_interface(own_address: str) -> None:
+    """What the user has set stays."""
+    name = interface_of(own_address)
     if name is not None:
         for variable in _VARIABLES:
             os.environ.setdefault(variable, name)

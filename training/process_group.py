@@ -5,24 +5,21 @@ Ray Train's own TorchConfig does as much, but loads torch in the driver and in t
 seconds before the workers start.
 """
 
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import timedelta
 from typing import Any
 
 from ray.train.backend import Backend, BackendConfig
 
-from .network import choose_interface, free_port
+from .network import Place, free_port, join_group
 
-_TIMEOUT_SECONDS = 1800
 _LEAVE_SECONDS = 5.0
 
 
 @dataclass
 class ProcessGroup(BackendConfig):
-    """NCCL where the workers have GPUs, else gloo."""
+    """See `network.join_group`."""
 
     @property
     def backend_cls(self) -> type[Backend]:
@@ -40,9 +37,7 @@ class _Backend(Backend):
     share_cuda_visible_devices = True
 
     def on_start(self, worker_group: Any, backend_config: BackendConfig) -> None:
-        gpus = worker_group.get_resources_per_worker().get("GPU", 0)
-        address, port = worker_group.execute_single(0, _meeting_point)
-        worker_group.execute(_join, "nccl" if gpus > 0 else "gloo", address, port)
+        worker_group.execute(_join, *worker_group.execute_single(0, _meeting_point))
 
     def on_shutdown(self, worker_group: Any, backend_config: BackendConfig) -> None:
         import ray
@@ -61,26 +56,24 @@ def _meeting_point() -> tuple[str, int]:
     return ray.util.get_node_ip_address(), free_port()
 
 
-def _join(backend: str, address: str, port: int) -> None:
+def _join(address: str, port: int) -> None:
     """Runs in every worker."""
+    import ray
     import ray.train
-    import torch.distributed as dist
     from ray.train.torch import get_device
 
-    choose_interface()
     context = ray.train.get_context()
-    places = {
-        "RANK": context.get_world_rank(),
-        "WORLD_SIZE": context.get_world_size(),
-        "LOCAL_RANK": context.get_local_rank(),
-        "LOCAL_WORLD_SIZE": context.get_local_world_size(),
-        "NODE_RANK": context.get_node_rank(),
-        "MASTER_ADDR": address,
-        "MASTER_PORT": port,
-        "ACCELERATE_TORCH_DEVICE": get_device(),
-    }
-    os.environ.update({name: str(value) for name, value in places.items()})
-    dist.init_process_group(backend, timeout=timedelta(seconds=_TIMEOUT_SECONDS))
+    place = Place(
+        rank=context.get_world_rank(),
+        world_size=context.get_world_size(),
+        local_rank=context.get_local_rank(),
+        local_world_size=context.get_local_world_size(),
+        node_rank=context.get_node_rank(),
+        address=address,
+        port=port,
+        device=str(get_device()),
+    )
+    join_group(place, ray.util.get_node_ip_address())
 
 
 def _leave() -> None:

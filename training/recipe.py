@@ -115,9 +115,10 @@ class OptimSettings(Section):
 
 class ScaleSettings(Section):
     workers: Annotated[int, Field(ge=0)] | tuple[PositiveInt, PositiveInt] = 1
-    """Ray Train workers; 0 trains in this process, without Ray. [2, 8]: as many as there is room
-    for, at least 2 and at most 8. After the loss of a node the run goes on with fewer, and grows
-    again when there is room; batch_size and the order of the data stay."""
+    """On a cluster Ray Train's workers, else processes of this machine; 0 trains in this process.
+    [2, 8]: as many as there is room for, at least 2 and at most 8. After the loss of a node the run
+    goes on with fewer, and grows again when there is room; batch_size and the order of the data
+    stay."""
     gpus_per_worker: Literal["auto"] | Annotated[float, Field(ge=0.0)] = "auto"
     """auto: one where the cluster has GPUs, none where it has not."""
     cpus_per_worker: PositiveInt = 1

@@ -8,7 +8,8 @@ Whatever can be wrong is found in the first three, before a model is loaded.
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from functools import partial
+from typing import Any, Protocol
 
 import yaml
 
@@ -17,10 +18,12 @@ from .books import now, update_run
 from .checkpoint import best
 from .data.execution import RunTasks, run_in_process, run_on_ray_data
 from .data.inspection import inspect_data
-from .data.prepare import Progress, prepare
+from .data.prepare import Progress, find_prepared, prepare
 from .data.prepared import Prepared
 from .data.tokenizer_files import model_folder
 from .errors import FinrayError, InputError, Interrupted, RunError, last_line
+from .job import Job, Outcome
+from .launch import launch_here
 from .lock import held
 from .methods import method_of
 from .recipe import Recipe, recipe_from_dict
@@ -32,9 +35,6 @@ from .session import STOP_FILE
 from .stop import Stop
 from .storage import Folder
 from .versions import installed_versions
-
-if TYPE_CHECKING:
-    from .job import Job, Outcome
 
 # A resumed run may change these; anything else would change its result.
 _FREE_ON_RESUME = (
@@ -53,17 +53,26 @@ class Listener:
     """Called with the run's folder when the workers start: metrics will come."""
 
 
+class Launch(Protocol):
+    """Makes one attempt at a run."""
+
+    def __call__(self, job: Job, tell: Callable[[str], None]) -> Outcome:
+        """Train; `tell` is called with a few words on what happens to the workers."""
+
+
 def run_folder(recipe: Recipe) -> Folder:
     """Where the run lives: <storage>/<name>."""
     return Folder(recipe.storage) / recipe.name
 
 
-def train(
-    recipe: Recipe, listener: Listener, stop: Stop, worker_env: dict[str, str] | None = None
-) -> Record:
+def train(recipe: Recipe, listener: Listener, stop: Stop, launch: Launch | None = None) -> Record:
     """Carry the run to its end, from wherever it stands; returns run.json.
 
-    With workers, Ray is initialised already; `worker_env` are environment variables for them.
+    Args:
+        recipe: what to run.
+        listener: told what happens.
+        stop: requested by whoever wants the run to save and end.
+        launch: trains on workers; None for a recipe without any, which trains in this process.
 
     Raises:
         InputError: the recipe, the data or an earlier attempt forbid it.
@@ -84,7 +93,7 @@ def train(
     with held(folder.create(), stop.requested, listener.phase) as stale:
         if stale is not None:
             listener.phase(f"taking over from {stale}")
-        return _carry_out(recipe, folder, prepared, listener, stop, worker_env or {})
+        return _carry_out(recipe, folder, prepared, listener, launch or _launch_here(stop))
 
 
 def _carry_out(
@@ -92,21 +101,20 @@ def _carry_out(
     folder: Folder,
     prepared: Prepared,
     listener: Listener,
-    stop: Stop,
-    worker_env: dict[str, str],
+    launch: Launch,
 ) -> Record:
     _open(recipe, folder, prepared)
     listener.on_start(folder)
-    outcome = _keep_books(
-        recipe, folder, lambda: _launch(recipe, folder, prepared, listener, stop, worker_env)
-    )
+    job = _job(recipe, folder, prepared)
+    attempt = partial(launch, tell=listener.phase)
+    outcome = _keep_books(recipe, folder, lambda: persevere(job, attempt))
     _raise_outcome(outcome, folder)
     record = read_run(folder)
     assert record is not None
     return record
 
 
-def carry_out(recipe: Recipe, prepared: Prepared, launch: "Callable[[Job], Outcome]") -> Record:
+def carry_out(recipe: Recipe, prepared: Prepared, launch: Callable[[Job], Outcome]) -> Record:
     """Carry a run whose data is prepared to its end, from wherever it stands; returns run.json.
 
     Unlike `train` it raises nothing that the run itself met: that is in the record.
@@ -116,22 +124,18 @@ def carry_out(recipe: Recipe, prepared: Prepared, launch: "Callable[[Job], Outco
         prepared: its data.
         launch: trains, here or on workers.
     """
-    from .job import Job
-
     folder = run_folder(recipe)
     earlier = read_run(folder)
     if earlier is None or earlier.get("status") != "finished":
         _open(recipe, folder, prepared)
-        job = Job(
-            recipe=recipe.model_dump(mode="json"), run=folder.uri, prepared=prepared.folder.uri
-        )
+        job = _job(recipe, folder, prepared)
         _keep_books(recipe, folder, lambda: persevere(job, launch))
     record = read_run(folder)
     assert record is not None
     return record
 
 
-def _keep_books(recipe: Recipe, folder: Folder, launch: "Callable[[], Outcome]") -> "Outcome":
+def _keep_books(recipe: Recipe, folder: Folder, launch: Callable[[], Outcome]) -> Outcome:
     """Launch, and write down how it ended."""
     started = time.monotonic()
     try:
@@ -147,13 +151,16 @@ def _keep_books(recipe: Recipe, folder: Folder, launch: "Callable[[], Outcome]")
 
 
 def prepares_on_ray(recipe: Recipe) -> bool:
-    """Whether the data is prepared in Ray's tasks: it is not small, and there are workers.
+    """Whether the data is still to be prepared, in Ray's tasks: it is not small, and there are
+    workers.
 
     Raises:
         InputError: see `inspect_data`.
     """
     is_small = inspect_data(recipe).is_small
-    return recipe.scale.most_workers > 0 and not is_small
+    if recipe.scale.most_workers == 0 or is_small:
+        return False
+    return find_prepared(recipe, Folder(recipe.storage) / PREPARED_FOLDER) is None
 
 
 def prepare_data(recipe: Recipe, listener: Listener) -> Prepared:
@@ -310,27 +317,18 @@ def _close(recipe: Recipe, folder: Folder, status: str, error: str | None, secon
     update_run(folder, change)
 
 
-def _launch(
-    recipe: Recipe,
-    folder: Folder,
-    prepared: Prepared,
-    listener: Listener,
-    stop: Stop,
-    worker_env: dict[str, str],
-) -> "Outcome":
-    # Torch is loaded only now, after everything that can be refused without it.
-    from .job import Job
-    from .launch import launch_here, launch_on_ray
-
-    job = Job(recipe=recipe.model_dump(mode="json"), run=folder.uri, prepared=prepared.folder.uri)
-    if recipe.scale.most_workers == 0:
-        return persevere(job, lambda job: launch_here(job, stop))
-    return persevere(
-        job, lambda job: launch_on_ray(job, recipe.scale, stop, worker_env, listener.phase)
-    )
+def _job(recipe: Recipe, folder: Folder, prepared: Prepared) -> Job:
+    return Job(recipe=recipe.model_dump(mode="json"), run=folder.uri, prepared=prepared.folder.uri)
 
 
-def _raise_outcome(outcome: "Outcome", folder: Folder) -> None:
+def _launch_here(stop: Stop) -> Launch:
+    def launch(job: Job, tell: Callable[[str], None]) -> Outcome:
+        return launch_here(job, stop)
+
+    return launch
+
+
+def _raise_outcome(outcome: Outcome, folder: Folder) -> None:
     if outcome["status"] == "stopped":
         raise Interrupted(f"stopped and saved; the same command goes on from there ({folder})")
     if outcome["status"] == "failed":

@@ -1,12 +1,14 @@
 """What a worker knows of its surroundings: its rank, whom to tell, when to stop.
 
-Two backings of one small interface: this process alone, and a Ray Train worker.
+Three backings of one small interface: this process alone, one of several processes of this
+machine, and a Ray Train worker.
 """
 
 import os
 import sys
 import threading
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from typing import NoReturn, Protocol
 
@@ -17,7 +19,7 @@ from .storage import Folder
 STOP_FILE = "stop"
 _POLL_SECONDS = 1.0
 _GRACE_SECONDS = 3.0
-"""For the other ranks' stacks: with the first process that ends, Ray Train ends them all."""
+"""For the other ranks' stacks: with the first process that ends, all are ended."""
 
 
 class Session(Protocol):
@@ -67,6 +69,41 @@ class LocalSession:
         """The run has failed, and there is nobody else to write that down."""
         failed = {"status": "failed", "error": told, "finished_at": now()}
         update_run(self._run, lambda record: record.update(failed))
+        _end_process(told)
+
+
+class ProcessSession:
+    """One of the run's processes on this machine.
+
+    Args:
+        rank: its own.
+        world_size: how many there are.
+        stop: set when the driver asks the run to stop.
+        tell: tells the driver why this process gives up.
+    """
+
+    on_ray = False
+    nodes: tuple[str, ...] = ()
+
+    def __init__(
+        self, rank: int, world_size: int, stop: threading.Event, tell: Callable[[str], None]
+    ) -> None:
+        self.rank = rank
+        self.world_size = world_size
+        self._stop = stop
+        self._tell = tell
+
+    def report(self, measures: dict[str, float]) -> None:
+        """Nobody follows but the run's folder."""
+
+    def stop_requested(self) -> bool:
+        """Whether the driver asked for it."""
+        return self._stop.is_set()
+
+    def abandon(self, told: str) -> NoReturn:
+        """The driver starts the workers anew from the last checkpoint."""
+        time.sleep(_GRACE_SECONDS)
+        self._tell(told)
         _end_process(told)
 
 

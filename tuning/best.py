@@ -8,6 +8,8 @@ from typing import Any
 
 import yaml
 
+from ..training.job import Job, Outcome
+from ..training.launch import launch_on_ray
 from ..training.recipe import Recipe
 from ..training.run import Listener, run_folder, train
 from ..training.run_folder import Record, read_run
@@ -93,11 +95,17 @@ def retrain(
     settings = plan.sweep.retrain
     assert settings is not None
     row = next(one for one in record["trials"] if one["number"] == record["best"][0])
+    scale = plan.recipe.scale
+
+    def on_ray(job: Job, tell: Callable[[str], None]) -> Outcome:
+        return launch_on_ray(job, scale, stop, worker_env, tell)
+
+    launch = on_ray if scale.most_workers else None
     runs = []
     for seed in settings.seeds:
         recipe = _retrained(plan, row["settings"], settings, seed)
         phase(f"training the best settings with seed {seed}")
-        told = train(recipe, Listener(phase, lambda _: None), stop, worker_env)
+        told = train(recipe, Listener(phase, lambda _: None), stop, launch)
         runs.append({"seed": seed, "folder": run_folder(recipe).uri, "metrics": told["metrics"]})
     record["retrained"] = {"data": settings.data, "runs": runs, "spread": _spread(runs)}
 

@@ -213,7 +213,8 @@ class RunningTrial:
         follower = threading.Thread(target=self._follow, args=(Folder(job["run"]), stop, ended))
         follower.start()
         try:
-            outcome = launch_on_ray(job, self._recipe.scale, stop, self._config["env"])
+            scale, env = self._recipe.scale, self._config["env"]
+            outcome = launch_on_ray(job, scale, stop, env, lambda _: None)
         finally:
             ended.set()
             follower.join()

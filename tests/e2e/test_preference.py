@@ -5,10 +5,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from harness import Finray, assert_same_result, losses, reached, record, wait_until
+from harness import Finray, assert_same_result, losses, reached, record, wait_until, workers
 
 pytestmark = pytest.mark.timeout(600)
 STEPS = 12
+ON_RAY = ("train", "--address", "local")
 
 
 @pytest.fixture(scope="module")
@@ -53,19 +54,19 @@ def make_recipe(command: Finray, name: str, workers: int) -> Path:
 def test_two_workers_and_a_kill(command: Finray) -> None:
     runs = command.folder / "runs"
     command.run("train", make_recipe(command, "local", 0))
-    command.run("train", make_recipe(command, "undisturbed", 2))
+    command.run(*ON_RAY, make_recipe(command, "undisturbed", 2))
     local, shared = losses(runs / "local"), losses(runs / "undisturbed")
     assert sorted(local) == sorted(shared) == list(range(1, STEPS + 1))
     assert shared == pytest.approx(local, abs=1e-5)
     assert local[STEPS] < local[1] - 0.1
     assert len(list(runs.glob("prepared/*/reference-*.parquet"))) == 1
     recipe = make_recipe(command, "killed", 2)
-    started = command.start("train", recipe)
+    started = command.start(*ON_RAY, recipe)
     wait_until(lambda: reached(runs / "killed", 7), "step 7")
     started.watch_family()
     started.kill()
-    assert not [p for p in started.survivors(30) if "Train" in p.name()]
-    command.run("train", recipe)
+    assert not set(workers(started)) & set(started.survivors(30))
+    command.run(*ON_RAY, recipe)
     assert_same_result(runs / "killed", runs / "undisturbed")
     assert record(runs / "killed")["restarts"][0]["step"] >= 5
 
@@ -74,20 +75,20 @@ def test_two_workers_and_a_kill(command: Finray) -> None:
 def test_the_others_on_two_workers(command: Finray, kind: str) -> None:
     """Step by step as in one process, and held-out pairs are learnt too."""
     runs, found = command.folder / "runs", []
-    for workers in (0, 2):
-        name = f"{kind}-{workers}"
+    for count in (0, 2):
+        name = f"{kind}-{count}"
         recipe = command.recipe(
             name=name,
             method={"kind": kind},
             adapter__dropout=0.0,
             data__holdout=0.1,
             optim__max_steps=STEPS,
-            scale__workers=workers,
+            scale__workers=count,
         )
         command.run("train", recipe)
         found.append(losses(runs / name))
         told = record(runs / name)
-        assert told["world_sizes"] == [max(1, workers)]
+        assert told["world_sizes"] == [max(1, count)]
         assert told["metrics"]["eval_loss"] < told["before"]["eval_loss"]
     assert sorted(found[0]) == sorted(found[1]) == list(range(1, STEPS + 1))
     assert found[1] == pytest.approx(found[0], abs=1e-5)

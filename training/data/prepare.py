@@ -101,6 +101,15 @@ def prepare(
     return prepared
 
 
+def find_prepared(recipe: Recipe, folder: Folder) -> Prepared | None:
+    """A recipe's data in <storage>/prepared, where it is prepared.
+
+    Raises:
+        InputError: for wrong sources, and where what is prepared is damaged.
+    """
+    return open_prepared(folder / fingerprint(recipe, resolve_data(recipe)))
+
+
 def _carry_out(work: "_Preparation", key: str, home: Folder, attempt: Folder) -> Prepared:
     """Run an attempt and publish it; where another was faster, that one is the result."""
     try:

@@ -1,4 +1,7 @@
-"""Two Ray Train workers that are killed or stopped, and go on as if nothing had been."""
+"""Two workers that are killed or stopped, and go on as if nothing had been.
+
+As processes of this machine, and as Ray Train's; both must come to the same weights.
+"""
 
 from pathlib import Path
 
@@ -57,7 +60,7 @@ sys.meta_path.insert(0, Spoil())
 
 @pytest.fixture(scope="module")
 def undisturbed(shared_finray: Finray) -> Path:
-    """The run with two workers that every other one must equal."""
+    """The run with two processes that every other one must equal."""
     shared_finray.run("train", shared_finray.recipe(**WORKERS))
     run = shared_finray.folder / "runs" / "run"
     assert sorted(losses(run)) == list(range(1, 61))
@@ -65,10 +68,18 @@ def undisturbed(shared_finray: Finray) -> Path:
     return run
 
 
-def test_sigkill_of_a_worker_in_a_save(finray: Finray, undisturbed: Path) -> None:
+@pytest.fixture(params=[(), ("--address", "local")], ids=["processes", "ray"])
+def train(request: pytest.FixtureRequest) -> tuple[str, ...]:
+    """The command, with either kind of workers."""
+    return ("train", *request.param)
+
+
+def test_sigkill_of_a_worker_in_a_save(
+    finray: Finray, undisturbed: Path, train: tuple[str, ...]
+) -> None:
     """Restarted by max_failures; the driver never ends."""
     run = finray.folder / "runs" / "run"
-    command = finray.start("train", finray.recipe(**WORKERS))
+    command = finray.start(*train, finray.recipe(**WORKERS))
     wait_until(lambda: reached(run, 12), "step 12")
 
     def saving() -> bool:
@@ -83,24 +94,26 @@ def test_sigkill_of_a_worker_in_a_save(finray: Finray, undisturbed: Path) -> Non
     assert record(run)["restarts"][0]["step"] >= 5
 
 
-def test_sigkill_of_the_driver(finray: Finray, undisturbed: Path) -> None:
+def test_sigkill_of_the_driver(finray: Finray, undisturbed: Path, train: tuple[str, ...]) -> None:
     recipe = finray.recipe(**WORKERS)
     run = finray.folder / "runs" / "run"
-    command = finray.start("train", recipe)
+    command = finray.start(*train, recipe)
     wait_until(lambda: reached(run, 17), "step 17")
     command.watch_family()
     command.kill()
     # Ray's own agents notice later; what could still write into the run must be gone.
-    training = [process for process in command.survivors(30) if "Train" in process.name()]
+    training = set(workers(command)) & set(command.survivors(30))
     assert not training, "workers outlive their driver"
-    finray.run("train", recipe)
+    finray.run(*train, recipe)
     assert_same_result(run, undisturbed)
 
 
-def test_ctrl_c_saves_and_leaves_nothing_behind(finray: Finray, undisturbed: Path) -> None:
+def test_ctrl_c_saves_and_leaves_nothing_behind(
+    finray: Finray, undisturbed: Path, train: tuple[str, ...]
+) -> None:
     recipe = finray.recipe(**WORKERS, checkpoint__every_steps=50)
     run = finray.folder / "runs" / "run"
-    command = finray.start("train", recipe)
+    command = finray.start(*train, recipe)
     wait_until(lambda: reached(run, 7), "step 7")
     command.watch_family()
     command.interrupt()
@@ -109,16 +122,16 @@ def test_ctrl_c_saves_and_leaves_nothing_behind(finray: Finray, undisturbed: Pat
     assert not command.survivors(30), "processes outlive Ctrl-C"
     assert record(run)["status"] == "stopped"
     assert list(run.glob("checkpoints/step-*/rank-1.json"))
-    finray.run("train", recipe)
+    finray.run(*train, recipe)
     assert_same_result(run, undisturbed)
 
 
-def test_a_worker_that_hangs(finray: Finray, undisturbed: Path) -> None:
-    """The other one's watchdog tells where it waits, and has Ray Train start the group again."""
+def test_a_worker_that_hangs(finray: Finray, undisturbed: Path, train: tuple[str, ...]) -> None:
+    """The other one's watchdog tells where it waits, and both are started again."""
     run = finray.folder / "runs" / "run"
     # Saves are rare: a worker that is stopped in one leaves the others in a barrier of Ray Train's.
     settings = {**WORKERS, "scale__hang_timeout": 10, "checkpoint__every_steps": 20}
-    command = finray.start("train", finray.recipe(**settings))
+    command = finray.start(*train, finray.recipe(**settings))
     wait_until(lambda: reached(run, 21), "step 21")
     stopped = next(workers(command))
     stopped.suspend()
@@ -131,14 +144,41 @@ def test_a_worker_that_hangs(finray: Finray, undisturbed: Path) -> None:
     assert not command.survivors(30), "the stopped process is still there"
 
 
-def test_one_worker_is_out_of_memory(finray: Finray, undisturbed: Path) -> None:
+def test_one_worker_is_out_of_memory(
+    finray: Finray, undisturbed: Path, train: tuple[str, ...]
+) -> None:
     """While the other waits for its gradients. It is no failure, and half the microbatch does."""
     run = finray.folder / "runs" / "run"
     (finray.folder / "sitecustomize.py").write_text(OUT_OF_MEMORY, encoding="utf-8")
     path = finray.recipe(**WORKERS, scale__max_failures=0, optim__micro_batch_size=4)
-    command = finray.start("train", path, environment={"PYTHONPATH": str(finray.folder)})
+    command = finray.start(*train, path, environment={"PYTHONPATH": str(finray.folder)})
     assert command.wait() == 0, command.output()
     assert_same_result(run, undisturbed)  # whose recipe says 2
     assert record(run)["micro_batch_size"] == 2
     assert record(run)["world_sizes"] == [2, 2]
     assert "CUDA out of memory" in record(run)["restarts"][0]["reason"]
+
+
+def test_ctrl_c_before_the_first_step(finray: Finray) -> None:
+    """Nothing is reached yet: it leaves at once, and so do the workers."""
+    command = finray.start("train", finray.recipe(**WORKERS))
+    wait_until(lambda: len(list(workers(command))) == 2, "two workers")
+    command.interrupt()
+    assert command.wait() == 130, command.output()
+    assert "Traceback" not in command.output()
+    assert not command.survivors(30), "processes outlive Ctrl-C"
+
+
+def test_much_data_is_prepared_by_ray_and_trained_on_without(finray: Finray) -> None:
+    """Ray is started for what it is good at, and once: the data is prepared then."""
+    rows = finray.data.read_text(encoding="utf-8")
+    finray.data = finray.folder / "much.jsonl"
+    finray.data.write_text(rows * (9_000_000 // len(rows)), encoding="utf-8")
+    for name, starts_ray in (("first", True), ("second", False)):
+        recipe = finray.recipe(**WORKERS, name=name, optim__max_steps=2)
+        command = finray.start("train", recipe)
+        assert command.wait() == 0, command.output()
+        assert ("starting Ray" in command.output()) == starts_ray
+        assert record(finray.folder / "runs" / name)["nodes"] == []
+    (prepared,) = (finray.folder / "runs" / "prepared").iterdir()
+    assert record(finray.folder / "runs" / "first")["prepared"] == prepared.name

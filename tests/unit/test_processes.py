@@ -1,0 +1,153 @@
+"""Workers as processes of this machine: what becomes of their answers, and of those without one."""
+
+import os
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from finray.cluster.gpus import usable_gpus
+from finray.training import processes
+from finray.training.capacity import Demand
+from finray.training.errors import RunError
+from finray.training.job import Job
+from finray.training.processes import Processes
+from finray.training.recipe import ScaleSettings
+from finray.training.stop import Stop
+
+DEADLINE = 60.0
+
+
+@pytest.fixture
+def job(tmp_path: Path) -> Job:
+    """Its prepared data is gone, so that a worker which has its libraries fails at once."""
+    recipe = {
+        "name": "run",
+        "model": {"base": "/m"},
+        "data": {"train": [{"path": "/rows.jsonl"}]},
+        "storage": str(tmp_path),
+    }
+    return Job(recipe=recipe, run=f"{tmp_path}/run", prepared=f"{tmp_path}/gone")
+
+
+@contextmanager
+def started(env: dict[str, str], **scale: Any) -> Iterator[tuple[Processes, list[psutil.Process]]]:
+    """Two workers, which must be gone afterwards."""
+    settings = ScaleSettings(workers=2, **scale)
+    with Processes(settings, Demand(2, 2, 1.0, 0.0), 2, env, verbose=False) as workers:
+        children = psutil.Process().children()
+        assert len(children) == 2
+        yield workers, children
+    assert not any(child.is_running() for child in children)
+
+
+def logs_of(told: str) -> str:
+    """What the named folder holds."""
+    folder = Path(told.partition("what the workers printed: ")[2].rstrip(")"))
+    assert folder.stat().st_mode & 0o077 == 0, "others can read it"
+    return "".join(path.read_text(encoding="utf-8") for path in sorted(folder.iterdir()))
+
+
+def test_a_fault_that_a_restart_would_repeat_is_handed_on(job: Job) -> None:
+    told: list[str] = []
+    with started({}) as (workers, _):
+        outcome = workers.launch(job, Stop(), told.append)
+    assert outcome["status"] == "failed" and outcome["exit_code"] == 1
+    assert "is gone" in str(outcome["error"])
+    assert told == []
+
+
+def test_a_worker_that_ends_without_a_word(job: Job) -> None:
+    """One more attempt is made, with both anew."""
+    told: list[str] = []
+    with started({}, max_failures=1) as (workers, (_, second)):
+        second.send_signal(signal.SIGSEGV)
+        outcome = workers.launch(job, Stop(), told.append)
+    assert told == ["starting the workers anew: worker 1 was ended by SIGSEGV"]
+    assert outcome["status"] == "failed"
+
+
+def test_an_error_in_a_worker_is_told_with_what_it_printed(job: Job, tmp_path: Path) -> None:
+    (tmp_path / "sitecustomize.py").write_text(
+        "import sys\nsys.modules['finray.training.loop'] = None\n", encoding="utf-8"
+    )
+    with (
+        started({"PYTHONPATH": str(tmp_path)}, max_failures=0) as (workers, _),
+        pytest.raises(RunError, match=r"worker 0 failed: ModuleNotFoundError: import of") as error,
+    ):
+        workers.launch(job, Stop(), lambda _: None)
+    assert logs_of(str(error.value)).count("Traceback") == 2
+
+
+def test_a_file_of_the_current_folder_is_not_taken_for_a_library(
+    job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "torch.py").write_text("raise SystemError('not this one')", encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    with started({}, max_failures=0) as (workers, _):
+        assert "is gone" in str(workers.launch(job, Stop(), lambda _: None)["error"])
+
+
+def test_workers_end_when_their_driver_does(tmp_path: Path) -> None:
+    """Even while they load their libraries."""
+    child = processes._start_process(dict(os.environ), tmp_path / "log.txt")
+    assert child.stdin is not None and child.stdout is not None
+    child.stdin.close()
+    assert child.wait(DEADLINE) == 1
+    assert child.stdout.read() == b""
+    child.stdout.close()
+
+
+def test_a_stop_before_the_workers_train(job: Job) -> None:
+    stop = Stop()
+    stop.requested.set()
+    with started({}) as (workers, _):
+        began = time.monotonic()
+        assert workers.launch(job, stop, lambda _: None)["status"] == "stopped"
+        assert time.monotonic() - began < DEADLINE
+
+
+@pytest.mark.parametrize(
+    ("gpus", "asked", "devices", "visible"),
+    [
+        (0.0, "auto", ["cpu", "cpu"], None),
+        (0.0, 0, ["cpu", "cpu"], ""),
+        (1.0, "auto", ["cuda:0", "cuda:1"], None),
+        (2.0, 2, ["cuda:0", "cuda:2"], None),
+        (0.5, 0.5, ["cuda:0", "cuda:0"], None),
+    ],
+)
+def test_each_worker_has_a_device(
+    gpus: float,
+    asked: Any,
+    devices: list[str],
+    visible: str | None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    begun: list[tuple[list[str], str | None]] = []
+
+    class Noted:
+        def __init__(self, devices: list[str], env: dict[str, str], logs: Path | None) -> None:
+            begun.append((devices, env.get("CUDA_VISIBLE_DEVICES")))
+
+        def end(self) -> None:
+            """There is nothing to end."""
+
+    monkeypatch.setattr(processes, "_Group", Noted)
+    scale = ScaleSettings(workers=2, gpus_per_worker=asked)
+    with Processes(scale, Demand(2, 2, 1.0, gpus), 2, {}, verbose=False):
+        assert begun == [(devices, visible)]
+
+
+@pytest.mark.parametrize(("visible", "count"), [("0,3", 2), ("", 0), ("-1", 0), ("GPU-5a", 1)])
+def test_gpus_that_the_user_hides_do_not_count(
+    visible: str, count: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert usable_gpus() == count
