@@ -9,7 +9,8 @@ this searcher keeps to Optuna's ask and tell, and pruning is decided from Optuna
 import logging
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from ray import tune
@@ -55,12 +56,13 @@ def execute(
     # A lost process is told in a line, without a traceback.
     logging.getLogger("ray.tune").setLevel(logging.CRITICAL)
     with tempfile.TemporaryDirectory(prefix="finray-tune-") as scratch:
-        searcher = _ConductedSearch(conductor, make_config)
+        guard = _Guard(conductor)
+        searcher = _ConductedSearch(conductor, make_config, guard)
         tuner = tune.Tuner(
             tune.with_resources(TrialSlot, tune.PlacementGroupFactory([slot_resources(scale)])),
             tune_config=tune.TuneConfig(
                 search_alg=searcher,
-                scheduler=_ConductedPruning(conductor),
+                scheduler=_ConductedPruning(conductor, guard),
                 num_samples=-1,
                 reuse_actors=True,
             ),
@@ -74,6 +76,7 @@ def execute(
             ),
         )
         run_beside(tuner.fit, stop, conductor.interrupt)
+    guard.raise_error()
 
 
 class _Losses(tune.Callback):
@@ -92,29 +95,55 @@ class _Losses(tune.Callback):
         return {}
 
 
+class _Guard:
+    """Ray Tune takes an error in its searcher or its scheduler for a trial's. Here it ends the
+    sweep, so that it can be taken up again, and is raised then."""
+
+    def __init__(self, conductor: Conductor) -> None:
+        self._conductor = conductor
+        self._error: Exception | None = None
+
+    @contextmanager
+    def __call__(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:  # noqa: BLE001 - raised at the end
+            if self._error is None:
+                self._error = error
+                self._conductor.interrupt()
+
+    def raise_error(self) -> None:
+        """The first one, where there was one."""
+        if self._error is not None:
+            raise self._error
+
+
 class _ConductedSearch(Searcher):
     """Ray Tune's trials are the conductor's."""
 
-    def __init__(self, conductor: Conductor, make_config: MakeConfig) -> None:
+    def __init__(self, conductor: Conductor, make_config: MakeConfig, guard: _Guard) -> None:
         super().__init__()
         self._conductor = conductor
         self._make_config = make_config
+        self._guard = guard
         self._numbers: dict[str, int] = {}
 
     def suggest(self, trial_id: str) -> Any:
         """A trial's configuration, None for none now, FINISHED for none any more."""
-        assignment = self._conductor.next()
-        if assignment is None:
-            return Searcher.FINISHED if self._conductor.is_finished else None
-        self._numbers[trial_id] = assignment.number
-        return dict(self._make_config(assignment))
+        with self._guard():
+            assignment = self._conductor.next()
+            if assignment is not None:
+                self._numbers[trial_id] = assignment.number
+                return dict(self._make_config(assignment))
+        return Searcher.FINISHED if self._conductor.is_finished else None
 
     def on_trial_complete(
         self, trial_id: str, result: Record | None = None, error: bool = False
     ) -> None:
         """Pass a trial's end on."""
         lost = "its process was lost more often than scale.max_failures" if error else None
-        self._conductor.ended(self._numbers[trial_id], _unflattened(result), lost)
+        with self._guard():
+            self._conductor.ended(self._numbers[trial_id], _unflattened(result), lost)
 
     def save(self, checkpoint_path: str) -> None:
         """Nothing: the study is the sweep's memory."""
@@ -129,17 +158,20 @@ class _ConductedSearch(Searcher):
 class _ConductedPruning(FIFOScheduler):
     """Stops the trials that the conductor gives up."""
 
-    def __init__(self, conductor: Conductor) -> None:
+    def __init__(self, conductor: Conductor, guard: _Guard) -> None:
         super().__init__()
         self._conductor = conductor
+        self._guard = guard
 
     def on_trial_result(self, tune_controller: Any, trial: Any, result: Record) -> str:
         """Whether a trial goes on after a report."""
         del tune_controller, trial
         tokens, value = result.get("tokens"), result.get("value")
-        gives_up = tokens is not None and self._conductor.reported(
-            result["number"], int(tokens), value, bool(result["is_last"])
-        )
+        gives_up = False
+        with self._guard():
+            gives_up = tokens is not None and self._conductor.reported(
+                result["number"], int(tokens), value, bool(result["is_last"])
+            )
         return str(TrialScheduler.STOP if gives_up else TrialScheduler.CONTINUE)
 
     def __getstate__(self) -> dict[str, Any]:

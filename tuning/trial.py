@@ -13,6 +13,7 @@ from typing import Any, TypedDict
 
 from ray import tune
 
+from ..training.books import now, update_run
 from ..training.device import free_memory
 from ..training.errors import FinrayError, last_line
 from ..training.recipe import Recipe, recipe_from_dict
@@ -150,7 +151,7 @@ class RunningTrial:
         try:
             self._retell()
         except Pruned:
-            return self._ended(read_run(run_folder(self._recipe)) or {}, "pruned")
+            return self._ended(self._note_pruned(), "pruned")
         keep_bases()
         launch = self._launch_here if self._recipe.scale.most_workers <= 1 else self._launch_on_ray
         codes: list[int] = []
@@ -176,6 +177,13 @@ class RunningTrial:
         for line in _lines(run_folder(self._recipe)):
             if line["tokens"] > self._config["heard"]:
                 self.report(line)
+
+    def _note_pruned(self) -> Record:
+        """A run that was killed on its way has no end yet; returns run.json."""
+        folder, told = run_folder(self._recipe), {"status": "pruned", "finished_at": now()}
+        if (read_run(folder) or {}).get("status") == "running":
+            update_run(folder, lambda record: record.update(told))
+        return read_run(folder) or {}
 
     def _ended(self, record: Record, status: str) -> Record:
         return {**self._about(status), "measures": final_measures(self._recipe, record)}

@@ -5,13 +5,15 @@ plan → compare with an earlier attempt → prepare → search → best → rep
 
 import math
 import threading
+import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
+from ..training.beside import beside
 from ..training.books import now
 from ..training.checkpoint import choose
 from ..training.data.prepared import Prepared
-from ..training.errors import Interrupted, RunError
+from ..training.errors import Interrupted, RunError, last_line
 from ..training.lock import held
 from ..training.recipe import Recipe
 from ..training.run import Listener, prepare_data
@@ -32,6 +34,8 @@ from .samplers import first_rung, interval, make_pruner, make_sampler, parts
 from .space import Settings
 from .study import Assignment, StudyFile, SweepStudy, earlier_trials
 from .trial import TrialConfig
+
+_RETRY_SECONDS = 2.0
 
 
 @dataclass(frozen=True)
@@ -101,7 +105,7 @@ class _Tuning:
             self._concurrency,
             float(self._record.get("wall_seconds", 0.0)),
             self._changed,
-            lambda: self._folder.write(STOP_FILE, b""),
+            self._ask_slots_to_stop,
             population,
         )
         with _Alarm(self._conductor):
@@ -227,12 +231,29 @@ class _Tuning:
         self._record["wall_seconds"] = round(self._conductor.seconds, 2)
         self._record["trials"] = self._study.rows()
         before, self._record["best"] = self._record["best"], self._study.best()
-        self._file.keep()
-        write_sweep(self._folder, self._record)
+        try:
+            self._file.keep()
+            write_sweep(self._folder, self._record)
+        except OSError as error:  # the next change writes what this one could not
+            self._watcher.phase(f"{self._folder} does not answer: {last_line(error)}")
         if ending is None:
             return
         self._drop_weights({*before, ending.number})
         self._watcher.on_end(ending, self._record)
+
+    def _ask_slots_to_stop(self) -> None:
+        """As soon as the storage takes it."""
+
+        def ask() -> None:
+            while True:
+                try:
+                    self._folder.write(STOP_FILE, b"")
+                except OSError:
+                    time.sleep(_RETRY_SECONDS)
+                else:
+                    return
+
+        beside(ask, "stop-file")
 
     def _drop_weights(self, ended: Iterable[int]) -> None:
         for number in ended:

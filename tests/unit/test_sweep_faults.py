@@ -1,0 +1,124 @@
+"""A sweep whose own books cannot be kept: Ray Tune would take that for a trial's fault."""
+
+import time
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+
+from finray.training.session import STOP_FILE
+from finray.training.storage import Folder
+from finray.tuning import tune
+from finray.tuning.conductor import Ending
+from finray.tuning.execute import _ConductedPruning, _ConductedSearch, _Guard
+from finray.tuning.plan import Plan
+from finray.tuning.record import read_sweep
+from finray.tuning.tune import Watcher, _Tuning
+
+
+class Broken:
+    """A conductor whose every answer is an error of its own."""
+
+    is_finished = True
+
+    def __init__(self) -> None:
+        self.interrupts = 0
+
+    def interrupt(self) -> None:
+        self.interrupts += 1
+
+    def next(self) -> None:
+        raise ZeroDivisionError("first")
+
+    def reported(self, *_: Any) -> bool:
+        raise ZeroDivisionError("second")
+
+    def ended(self, *_: Any) -> None:
+        raise ZeroDivisionError("third")
+
+
+def test_an_error_of_its_own_ends_the_sweep_and_is_raised_then() -> None:
+    conductor: Any = Broken()
+    guard = _Guard(conductor)
+    search = _ConductedSearch(conductor, lambda assignment: cast(Any, assignment), guard)
+    search._numbers["a"] = 0
+    assert search.suggest("a") == search.FINISHED
+    report = {"tokens": 1, "value": 0.5, "number": 0, "is_last": False}
+    assert _ConductedPruning(conductor, guard).on_trial_result(None, None, report) == "CONTINUE"
+    search.on_trial_complete("a", {})
+    assert conductor.interrupts == 1
+    with pytest.raises(ZeroDivisionError, match="first"):
+        guard.raise_error()
+
+
+def test_nothing_is_raised_where_nothing_was() -> None:
+    conductor: Any = Broken()
+    guard = _Guard(conductor)
+    with guard():
+        pass
+    guard.raise_error()
+    assert conductor.interrupts == 0
+
+
+class Away(Folder):
+    """A storage that does not answer for a while."""
+
+    failures = 0
+
+    def write(self, name: str, content: bytes) -> None:
+        if self.failures:
+            self.failures -= 1
+            raise OSError("the store is away")
+        super().write(name, content)
+
+
+class Known:
+    """What a sweep asks of its study, its file and its conductor for its books."""
+
+    seconds = 1.0
+
+    def rows(self) -> list[dict[str, Any]]:
+        return [{"number": 0}]
+
+    def best(self) -> list[int]:
+        return []
+
+    def keep(self) -> None:
+        """The study lies on this machine."""
+
+
+@pytest.fixture
+def tuning(tmp_path: Path) -> Any:
+    made: Any = object.__new__(_Tuning)
+    made._folder = Away(str(tmp_path))
+    made._record = {"trials": [], "best": []}
+    made.told = []
+    made._watcher = Watcher(made.told.append, lambda ending, record: made.told.append(ending.text))
+    made._study = made._file = made._conductor = Known()
+    made._plan = cast(Plan, None)
+    return made
+
+
+def test_books_that_the_storage_does_not_take_are_kept_later(tuning: Any) -> None:
+    tuning._folder.failures = 1
+    tuning._changed(Ending(0, "finished", "loss 0.1"))
+    assert read_sweep(tuning._folder) is None
+    assert [text.partition(": ")[2] or text for text in tuning.told] == [
+        "the store is away",
+        "loss 0.1",
+    ]
+    tuning._changed(None)
+    assert (read_sweep(tuning._folder) or {})["trials"] == [{"number": 0}]
+
+
+def test_slots_are_asked_to_stop_as_soon_as_the_storage_takes_it(
+    tuning: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tune, "_RETRY_SECONDS", 0.01)
+    tuning._folder.failures = 3
+    tuning._ask_slots_to_stop()
+    deadline = time.monotonic() + 30
+    while not tuning._folder.exists(STOP_FILE):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    assert tuning._folder.failures == 0
