@@ -1,8 +1,9 @@
 """Makes tune_table.json: the quickstart's task in short, over learning rate, rank and alpha.
 
 Each cell is a run of 36 steps with the held-out loss at nine token counts, so that a search with
-pruning can be played through on the table (tune_quality.py) without training anything. A cell that
-is in the table already is not run again: the command can be stopped and started at any time.
+pruning can be played through on the table (tune_quality.py) without training anything. There is a
+cell for every setting and seed: a search sees one seed, and what it found is judged by all. A cell
+that is in the table already is not run again: the command can be stopped and started at any time.
 """
 
 import argparse
@@ -21,13 +22,15 @@ QUICKSTART = HERE.parent / "recipes" / "quickstart" / "sft.yaml"
 LEARNING_RATES = (1e-4, 2.2e-4, 4.6e-4, 1e-3, 2.2e-3, 4.6e-3, 1e-2, 2.2e-2)
 RANKS = (4, 16, 64)
 ALPHAS = (8, 32, 128)
+SEEDS = 5
 STEPS, EVERY, HELD_OUT_ROWS = 36, 4, 100
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One configuration, and what it reached."""
+    """One configuration with one seed, and what it reached."""
 
+    seed: int
     learning_rate: float
     rank: int
     alpha: int
@@ -37,9 +40,14 @@ class Cell:
     """Held-out loss there; None where it was not a number."""
 
     @property
-    def key(self) -> tuple[float, int, int]:
-        """What the cell is found by."""
+    def setting(self) -> tuple[float, int, int]:
+        """What is searched."""
         return self.learning_rate, self.rank, self.alpha
+
+    @property
+    def key(self) -> tuple[int, float, int, int]:
+        """What the cell is found by."""
+        return self.seed, *self.setting
 
     @property
     def final(self) -> float:
@@ -71,7 +79,7 @@ def write_table(cells: list[Cell], threads: int) -> None:
     temporary.replace(TABLE)
 
 
-def measure_cell(folder: Path, learning_rate: float, rank: int, alpha: int) -> Cell:
+def measure_cell(folder: Path, seed: int, learning_rate: float, rank: int, alpha: int) -> Cell:
     """Run one configuration in this process."""
     from finray.training.errors import RunError
     from finray.training.recipe import load_recipe
@@ -80,7 +88,8 @@ def measure_cell(folder: Path, learning_rate: float, rank: int, alpha: int) -> C
     from finray.training.stop import Stop
 
     settings: dict[str, Any] = {
-        "name": f"lr{learning_rate:g}-r{rank}-a{alpha}",
+        "name": f"lr{learning_rate:g}-r{rank}-a{alpha}-s{seed}",
+        "seed": seed,
         "storage": folder,
         "adapter.rank": rank,
         "adapter.alpha": alpha,
@@ -106,7 +115,7 @@ def measure_cell(folder: Path, learning_rate: float, rank: int, alpha: int) -> C
     held_out = {line["step"]: line["eval_loss"] for line in lines if "eval_loss" in line}
     steps = sorted(tokens.keys() & held_out.keys())
     return Cell(
-        *(learning_rate, rank, alpha),
+        *(seed, learning_rate, rank, alpha),
         [tokens[step] for step in steps],
         [None if held_out[step] is None else round(held_out[step], 6) for step in steps],
     )
@@ -121,14 +130,14 @@ def main() -> None:
     os.environ["HF_HUB_OFFLINE"] = "1"
     cells = read_table()
     done = {cell.key for cell in cells}
-    grid = list(itertools.product(LEARNING_RATES, RANKS, ALPHAS))
+    grid = list(itertools.product(range(SEEDS), LEARNING_RATES, RANKS, ALPHAS))
     with scratch() as folder:
         rows = (QUICKSTART.parent / "eval.jsonl").read_text(encoding="utf-8").splitlines(True)
         (folder / "eval.jsonl").write_text("".join(rows[:HELD_OUT_ROWS]), encoding="utf-8")
-        for learning_rate, rank, alpha in grid:
-            if (learning_rate, rank, alpha) in done:
+        for key in grid:
+            if key in done:
                 continue
-            cells.append(measure_cell(folder, learning_rate, rank, alpha))
+            cells.append(measure_cell(folder, *key))
             write_table(cells, threads)
             print(f"{len(cells)}/{len(grid)} {cells[-1]}", flush=True)
 

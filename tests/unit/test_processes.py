@@ -38,9 +38,9 @@ def job(tmp_path: Path) -> Job:
 @contextmanager
 def started(env: dict[str, str], **scale: Any) -> Iterator[tuple[Processes, list[psutil.Process]]]:
     """Two workers, which must be gone afterwards."""
-    settings = ScaleSettings(workers=2, **scale)
+    settings, others = ScaleSettings(workers=2, **scale), psutil.Process().children()
     with Processes(settings, Demand(2, 2, 1.0, 0.0), 2, env, verbose=False) as workers:
-        children = psutil.Process().children()
+        children = [child for child in psutil.Process().children() if child not in others]
         assert len(children) == 2
         yield workers, children
     assert not any(child.is_running() for child in children)
