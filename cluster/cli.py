@@ -228,7 +228,7 @@ def _add_recipe(parser: argparse.ArgumentParser) -> None:
 
 def _add_local(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--local", action="store_true", help="in this process, without Ray (scale.workers=0)"
+        "--local", action="store_true", help="in this process alone (scale.workers=0)"
     )
 
 
@@ -246,7 +246,8 @@ def _add_overrides(parser: argparse.ArgumentParser, what: str) -> None:
 def _add_ray(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--address",
-        help="a running Ray cluster, or local: Ray on this machine alone (a sweep's default)",
+        help="a running Ray cluster (default: $RAY_ADDRESS), or local: Ray on this machine alone, "
+        "as a sweep has it by default",
     )
     parser.add_argument("--verbose", action="store_true", help="pass on what the workers print")
 

@@ -58,10 +58,13 @@ def gpus_here() -> tuple[Gpu, ...]:
 
 def usable_gpus() -> int:
     """How many GPUs of this machine its processes may use."""
+    there = len(gpus_here())
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is None:
-        return len(gpus_here())
-    return sum(name.strip() not in ("", "-1") for name in visible.split(","))
+        return there
+    names = [name.strip() for name in visible.split(",")]
+    slices = sum(name.startswith("MIG") for name in names)
+    return slices or min(there, sum(name not in ("", "-1") for name in names))
 
 
 def memory_text(memory: "Memory", recipe: Recipe) -> str:

@@ -11,7 +11,7 @@ from ..training.job import Job, Outcome
 from ..training.launch import launch_on_ray
 from ..training.processes import Processes
 from ..training.recipe import Recipe
-from ..training.run import Launch, Listener, prepare_data, prepares_on_ray
+from ..training.run import Launch, Listener, find_finished, prepare_data, prepares_on_ray
 from ..training.stop import Stop
 from .early import prepare_early
 from .environment import worker_environment
@@ -63,8 +63,9 @@ def _on_this_machine(
     wanted = demand(recipe.scale, [machine])
     workers = check_fits(wanted, [machine])
     try_machine(recipe)
-    if prepares_on_ray(recipe):  # with all of the machine's cores
-        with open_ray(recipe, options, None, env), ProgressWatcher() as watcher:
+    if find_finished(recipe) is None and prepares_on_ray(recipe):  # with all of its cores
+        ray = open_ray(recipe, options, None, env)
+        with ray, graceful_interrupts(stop), ProgressWatcher() as watcher:
             prepare_data(recipe, Listener(watcher.phase, watcher.watch))
     processes = Processes(recipe.scale, wanted, workers, env, options.verbose)
     with graceful_interrupts(stop), processes:

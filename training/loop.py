@@ -1,4 +1,4 @@
-"""One worker's part of a run, the same in this process and in a Ray Train worker.
+"""One worker's part of a run, the same in this process, in one of several and in Ray Train's.
 
     choose a checkpoint → load the model → measure the base → train → measure the result → write it
 

@@ -5,6 +5,7 @@ it ended; a process that ends untold, or gives up, ends the others, and all star
 """
 
 import json
+import math
 import os
 import shutil
 import signal
@@ -12,8 +13,9 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from queue import Empty, SimpleQueue
@@ -34,7 +36,9 @@ from .worker_process import STOP_LINE, Start
 
 _POLL_SECONDS = 0.1
 _LAST_WORDS_SECONDS = 2.0
-"""For the others to tell how they ended, once one did otherwise than by finishing."""
+"""For the others to tell how they ended, once one failed: they may wait for it for ever."""
+_LAST_WRITES_SECONDS = 60.0
+"""The same, once one ended as all do: rank 0 may still write into a slow storage."""
 _END_SECONDS = 30.0
 
 Answer = dict[str, Any] | None
@@ -65,7 +69,7 @@ class Processes:
         self._env = {"OMP_NUM_THREADS": str(scale.cpus_per_worker), **os.environ, **env}
         self._verbose = verbose
         self._group: _Group | None = None
-        self._tells_logs = False
+        self._keeps_logs = False
 
     def __enter__(self) -> Self:
         self._logs = Path(tempfile.mkdtemp(prefix="finray-workers-"))
@@ -80,7 +84,7 @@ class Processes:
     ) -> None:
         if self._group is not None:
             self._group.end()
-        if not self._tells_logs:
+        if not self._keeps_logs:
             shutil.rmtree(self._logs)
 
     def launch(self, job: Job, stop: Stop, tell: Callable[[str], None]) -> Outcome:
@@ -92,7 +96,7 @@ class Processes:
             tell: called with why the workers start anew.
 
         Raises:
-            RunError: they failed more often than `max_failures`.
+            RunError: they failed more often than `max_failures`, or when they should have saved.
         """
         stop.armed = True
         patience = Patience(Folder(job["run"]) / CHECKPOINTS_FOLDER, self._scale.max_failures)
@@ -100,9 +104,10 @@ class Processes:
             try:
                 return self._attempt(job, stop)
             except _WorkersFailedError as failure:
-                if not patience.bears():
-                    raise RunError(f"{failure}{self._tell_logs()}") from None
-                tell(f"starting the workers anew: {failure}")
+                told = f"{failure}{self._tell_logs()}"
+                if stop.requested.is_set() or not patience.bears():
+                    raise RunError(told) from None
+                tell(f"starting the workers anew: {told}")
                 job = cast(Job, {**job, "cause": str(failure)})
         return Outcome(status="stopped", error=None, exit_code=130)
 
@@ -111,19 +116,22 @@ class Processes:
         self._group = group
         try:
             return group.train(job, stop)
+        except KeyboardInterrupt:  # somebody who leaves at once may want to know what hung
+            self._keeps_logs = True
+            raise
         finally:
             self._group = None
             group.end()
 
     def _tell_logs(self) -> str:
-        self._tells_logs = not self._verbose
-        return f" (what the workers printed: {self._logs})" if self._tells_logs else ""
+        self._keeps_logs = not self._verbose
+        return f" (what the workers printed: {self._logs})" if self._keeps_logs else ""
 
     def _start(self) -> "_Group":
         devices = ["cpu"] * self._count
         env = self._env
         if self._wanted.gpus:
-            devices = [f"cuda:{int(rank * self._wanted.gpus)}" for rank in range(self._count)]
+            devices = [f"cuda:{_gpu(rank, self._wanted.gpus)}" for rank in range(self._count)]
         elif self._scale.gpus_per_worker == 0:
             env = {**env, "CUDA_VISIBLE_DEVICES": ""}
         return _Group(devices, env, None if self._verbose else self._logs)
@@ -145,11 +153,10 @@ class _Worker:
             return
 
     def close(self) -> None:
-        """After its end."""
-        for pipe in (self.process.stdin, self.process.stdout):
-            assert pipe is not None
-            with suppress(BrokenPipeError):  # an order that it did not hear
-                pipe.close()
+        """There are no orders any more."""
+        assert self.process.stdin is not None
+        with suppress(BrokenPipeError):  # one that it did not hear
+            self.process.stdin.close()
 
 
 class _Group:
@@ -161,12 +168,10 @@ class _Group:
             for rank, device in enumerate(devices)
         ]
         self._ends: SimpleQueue[int] = SimpleQueue()
-        self._ears = [
-            threading.Thread(target=self._hear, args=(rank, worker), daemon=True)
-            for rank, worker in enumerate(self._workers)
-        ]
-        for ear in self._ears:
+        for rank, worker in enumerate(self._workers):
+            ear = threading.Thread(target=self._hear, args=(rank, worker), daemon=True)
             ear.start()
+            threading.Thread(target=self._watch, args=(rank, worker, ear), daemon=True).start()
 
     def train(self, job: Job, stop: Stop) -> Outcome:
         """Until all workers have ended, or one of them otherwise than by finishing.
@@ -176,28 +181,33 @@ class _Group:
         """
         self._begin(job)
         missing = set(range(len(self._workers)))
-        is_told = is_amiss = False
+        is_told, patience = False, math.inf
         while missing:
             if stop.requested.is_set() and not is_told:
                 is_told = True
                 self._workers[0].order(STOP_LINE)  # which tells the others, at the same step
             try:
-                rank = self._ends.get(timeout=_LAST_WORDS_SECONDS if is_amiss else _POLL_SECONDS)
+                rank = self._ends.get(timeout=_POLL_SECONDS)
             except Empty:
-                if is_amiss:
+                if time.monotonic() > patience:
                     break
                 continue
             missing.discard(rank)
-            is_amiss |= not _is_good(self._workers[rank].answer)
+            answer = self._workers[rank].answer
+            if not _is_good(answer):
+                patience = min(patience, time.monotonic() + _seconds_for_others(answer))
         return self._judge(sorted(missing))
 
     def end(self) -> None:
-        """What they have to say was said."""
+        """And all that they started: what they have to say was said."""
         for worker in self._workers:
-            worker.process.kill()
-        for worker, ear in zip(self._workers, self._ears, strict=True):
-            worker.process.wait(_END_SECONDS)
-            ear.join(_END_SECONDS)
+            with suppress(ProcessLookupError):
+                os.killpg(worker.process.pid, signal.SIGKILL)
+        deadline = time.monotonic() + _END_SECONDS
+        for worker in self._workers:
+            # One that waits for a device may stay: it must not keep the others.
+            with suppress(subprocess.TimeoutExpired):
+                worker.process.wait(max(0.1, deadline - time.monotonic()))
             worker.close()
 
     def _begin(self, job: Job) -> None:
@@ -208,12 +218,17 @@ class _Group:
 
     def _hear(self, rank: int, worker: _Worker) -> None:
         assert worker.process.stdout is not None
-        for line in worker.process.stdout:
-            worker.answer = json.loads(line)
-            self._ends.put(rank)
-        if worker.answer is None:
-            worker.process.wait()
-            self._ends.put(rank)
+        with worker.process.stdout as answers:
+            for line in answers:
+                if line.startswith(b'{"status"'):  # what is printed before the worker's first line
+                    worker.answer = json.loads(line)
+                    self._ends.put(rank)
+
+    def _watch(self, rank: int, worker: _Worker, ear: threading.Thread) -> None:
+        """Its end; a process that it started may hold its pipe open after it."""
+        worker.process.wait()
+        ear.join(_LAST_WORDS_SECONDS)
+        self._ends.put(rank)
 
     def _judge(self, unheard: list[int]) -> Outcome:
         """How the attempt ended: by what ended first, not by what that did to the others."""
@@ -235,10 +250,25 @@ def _start_process(env: dict[str, str], log: Path | None) -> "subprocess.Popen[b
     # -P: a file of the current folder must not be taken for a library.
     command = [sys.executable, "-P", "-m", "finray.training.worker_process"]
     pipe = subprocess.PIPE
-    if log is None:
-        return subprocess.Popen(command, stdin=pipe, stdout=pipe, env=env)
-    with log.open("ab") as stream:
-        return subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=stream, env=env)
+    with log.open("ab") if log is not None else nullcontext() as stream:
+        # A group of its own, which a terminal's Ctrl-C does not reach, and which ends as one.
+        return subprocess.Popen(
+            command, stdin=pipe, stdout=pipe, stderr=stream, env=env, process_group=0
+        )
+
+
+def _gpu(rank: int, each: float) -> int:
+    """A worker's GPU, where each takes so many or such a part of one."""
+    return rank * math.ceil(each) if each >= 1 else rank // int(1 / each + 1e-9)
+
+
+def _seconds_for_others(answer: Answer) -> float:
+    """Whether they will all end by themselves, as this one did."""
+    if answer is None or answer["status"] == "error":
+        return _LAST_WORDS_SECONDS
+    restart = answer.get("restart")
+    waits = restart is not None and restart["cause"] == "memory"
+    return _LAST_WORDS_SECONDS if waits else _LAST_WRITES_SECONDS
 
 
 def _is_good(answer: Answer) -> bool:

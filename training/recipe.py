@@ -120,7 +120,7 @@ class ScaleSettings(Section):
     goes on with fewer, and grows again when there is room; batch_size and the order of the data
     stay."""
     gpus_per_worker: Literal["auto"] | Annotated[float, Field(ge=0.0)] = "auto"
-    """auto: one where the cluster has GPUs, none where it has not."""
+    """auto: one where there are GPUs, none where there are not."""
     cpus_per_worker: PositiveInt = 1
     strategy: Literal["auto", "ddp", "fsdp"] = "auto"
     """ddp: every worker holds the whole model. fsdp: a shard of every weight, of its gradient and
@@ -350,7 +350,7 @@ def check_no_secret(document: Document) -> None:
 
 
 def recipe_from_dict(values: dict[str, Any]) -> Recipe:
-    """Rebuild a recipe that `Recipe.model_dump` wrote (run folders, Ray workers)."""
+    """Rebuild a recipe that `Recipe.model_dump` wrote (run folders, workers)."""
     return Recipe.model_validate(values)
 
 

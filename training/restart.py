@@ -20,7 +20,7 @@ class Restart(TypedDict):
 
 
 class AttemptOver(Exception):
-    """Ends an attempt on all ranks; Ray Train carries it to the driver."""
+    """Ends an attempt on all ranks; the driver hears of it."""
 
     def __init__(self, restart: Restart) -> None:
         super().__init__(restart)

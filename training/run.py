@@ -79,13 +79,11 @@ def train(recipe: Recipe, listener: Listener, stop: Stop, launch: Launch | None 
         RunError: the run failed; what was reached is in its folder.
         Interrupted: `stop` was requested; what was reached is saved.
     """
+    finished = find_finished(recipe)
+    if finished is not None:
+        return finished
     folder = run_folder(recipe)
     earlier = read_run(folder)
-    if earlier is not None:
-        _check_same(recipe, folder)
-        if earlier.get("status") == "finished":
-            return earlier
-    _check_modules(recipe)
     prepared = prepare_data(recipe, listener)
     _check_enough(recipe, prepared)
     _check_same_data(prepared, folder, earlier)
@@ -94,6 +92,22 @@ def train(recipe: Recipe, listener: Listener, stop: Stop, launch: Launch | None 
         if stale is not None:
             listener.phase(f"taking over from {stale}")
         return _carry_out(recipe, folder, prepared, listener, launch or _launch_here(stop))
+
+
+def find_finished(recipe: Recipe) -> Record | None:
+    """run.json of a run that is done; None of one that is still to do.
+
+    Raises:
+        InputError: its folder holds another run, or the recipe names modules that are not there.
+    """
+    folder = run_folder(recipe)
+    earlier = read_run(folder)
+    if earlier is not None:
+        _check_same(recipe, folder)
+        if earlier.get("status") == "finished":
+            return earlier
+    _check_modules(recipe)
+    return None
 
 
 def _carry_out(

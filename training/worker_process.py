@@ -2,9 +2,9 @@
 
     python -m finray.training.worker_process
 
-Orders come in through stdin, answers leave through what was stdout, both as lines of JSON. The
-libraries are loaded before there is an order. A driver that is gone has closed its end of stdin:
-then this process ends too.
+Orders come in through what was stdin, answers leave through what was stdout, both as lines of JSON.
+The libraries are loaded before there is an order. A driver that is gone has closed its end: then
+this process ends, with all that it started.
 """
 
 import faulthandler
@@ -16,9 +16,10 @@ import threading
 import traceback
 from collections.abc import Callable
 from queue import SimpleQueue
+from types import FrameType
 from typing import IO, Any, Literal, TypedDict
 
-from .errors import RunError, last_line
+from .errors import InputError, last_line
 from .job import Job, Outcome
 from .network import LOOPBACK, Place, join_group
 from .session import ProcessSession
@@ -45,14 +46,12 @@ STOP_LINE = b"stop\n"
 
 def main() -> None:
     """Train once; the process then waits until the driver ends it, as others may still need it."""
-    # The driver, which has them too, tells what is to be done about them.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    _leave_signals_to_driver()
     faulthandler.enable()
-    answer = _answers()
+    orders, answer = _channels()
     starts: SimpleQueue[Start] = SimpleQueue()
     stop = threading.Event()
-    threading.Thread(target=_listen, args=(starts, stop), name="orders", daemon=True).start()
+    threading.Thread(target=_listen, args=(orders, starts, stop), daemon=True).start()
 
     def fail(told: str) -> None:
         answer(Failure(status="error", error=told))
@@ -76,29 +75,59 @@ def _train(
     place = Place(**start["place"])
     if place.device.startswith("cuda"):
         torch.cuda.set_device(place.device)
+    elif torch.cuda.is_available():
+        told = (
+            "torch finds a GPU here and nvidia-smi none; set scale.gpus_per_worker=0 to train on "
+            "the CPU, or give --address local: Ray knows other makers' GPUs"
+        )
+        return Outcome(status="failed", error=told, exit_code=InputError.exit_code)
     join_group(place, LOOPBACK)
     return run_worker(start["job"], ProcessSession(place.rank, place.world_size, stop, fail))
 
 
-def _listen(starts: "SimpleQueue[Start]", stop: threading.Event) -> None:
-    for line in sys.stdin.buffer:
+def _listen(orders: IO[bytes], starts: "SimpleQueue[Start]", stop: threading.Event) -> None:
+    for line in orders:
         if line == STOP_LINE:
             stop.set()
         else:
             starts.put(json.loads(line))
-    os._exit(RunError.exit_code)
+    os.killpg(0, signal.SIGKILL)
 
 
-def _answers() -> Callable[[Outcome | Failure], None]:
-    """What sends an answer; whatever else is printed goes to stderr from here on."""
+def _leave_signals_to_driver() -> None:
+    """It has them too, where all of a job's processes are told to end, and tells what to do.
+
+    Not so for what a worker starts, such as a reward function's pool, which is ended by signals.
+    """
+
+    def leave(_: int, __: FrameType | None) -> None:
+        """Whoever is executed anew has the default again."""
+
+    def take() -> None:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+    before = {number: signal.signal(number, leave) for number in (signal.SIGINT, signal.SIGTERM)}
+    os.register_at_fork(after_in_child=take)
+
+
+def _channels() -> tuple[IO[bytes], Callable[[Outcome | Failure], None]]:
+    """Where orders come from, and what sends an answer.
+
+    For all others stdin is empty, and what is printed goes to stderr.
+    """
+    orders: IO[bytes] = os.fdopen(os.dup(sys.stdin.fileno()), "rb")
     stream: IO[bytes] = os.fdopen(os.dup(sys.stdout.fileno()), "wb")
+    nothing = os.open(os.devnull, os.O_RDONLY)
+    os.dup2(nothing, sys.stdin.fileno())
+    os.close(nothing)
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
 
     def answer(told: Outcome | Failure) -> None:
         stream.write(json.dumps(told).encode() + b"\n")
         stream.flush()
 
-    return answer
+    return orders, answer
 
 
 if __name__ == "__main__":

@@ -75,8 +75,10 @@ def execute(
                 checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
             ),
         )
-        run_beside(tuner.fit, stop, conductor.interrupt)
-    guard.raise_error()
+        try:
+            run_beside(tuner.fit, stop, conductor.interrupt)
+        finally:  # else what that led to would hide it
+            guard.raise_error()
 
 
 class _Losses(tune.Callback):

@@ -7,6 +7,7 @@ import math
 import threading
 import time
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 
 from ..training.beside import beside
@@ -111,7 +112,13 @@ class _Tuning:
         with _Alarm(self._conductor):
             self._watcher.phase(f"searching, trials at a time: {self._concurrency}")
             scale = self._plan.recipe.scale
-            execute(self._conductor, self._config, scale, stop, self._watcher.phase)
+            try:
+                execute(self._conductor, self._config, scale, stop, self._watcher.phase)
+            except Exception as error:
+                self._record.update(status="failed", error=last_line(error), finished_at=now())
+                with suppress(OSError):  # which may be why
+                    write_sweep(self._folder, self._record)
+                raise
         return self._conclude(stop)
 
     # the start
@@ -278,6 +285,7 @@ class _Tuning:
             trials=rows,
             wall_seconds=round(conductor.seconds, 2),
         )
+        self._file.keep()
         if self._study.best():
             export_best(self._plan, self._record)
         write_sweep(self._folder, self._record)

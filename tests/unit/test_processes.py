@@ -1,17 +1,21 @@
 """Workers as processes of this machine: what becomes of their answers, and of those without one."""
 
+import json
 import os
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
+from harness import wait_until
 
-from finray.cluster.gpus import usable_gpus
+from finray.cluster.gpus import Gpu, usable_gpus
 from finray.training import processes
 from finray.training.capacity import Demand
 from finray.training.errors import RunError
@@ -68,7 +72,9 @@ def test_a_worker_that_ends_without_a_word(job: Job) -> None:
     with started({}, max_failures=1) as (workers, (_, second)):
         second.send_signal(signal.SIGSEGV)
         outcome = workers.launch(job, Stop(), told.append)
-    assert told == ["starting the workers anew: worker 1 was ended by SIGSEGV"]
+    (line,) = told
+    assert line.startswith("starting the workers anew: worker 1 was ended by SIGSEGV")
+    logs_of(line)  # kept, though the run went on
     assert outcome["status"] == "failed"
 
 
@@ -98,9 +104,61 @@ def test_workers_end_when_their_driver_does(tmp_path: Path) -> None:
     child = processes._start_process(dict(os.environ), tmp_path / "log.txt")
     assert child.stdin is not None and child.stdout is not None
     child.stdin.close()
-    assert child.wait(DEADLINE) == 1
+    assert child.wait(DEADLINE) == -signal.SIGKILL
     assert child.stdout.read() == b""
     child.stdout.close()
+
+
+def test_what_a_worker_started_ends_with_it(job: Job, tmp_path: Path) -> None:
+    """Also where it holds the worker's pipes, and the worker is gone before."""
+    (tmp_path / "sitecustomize.py").write_text(
+        "import subprocess\nsubprocess.Popen(['sleep', '314.15'])\nprint('not an answer')",
+        encoding="utf-8",
+    )
+    with started({"PYTHONPATH": str(tmp_path)}, max_failures=0) as (workers, (first, second)):
+        wait_until(lambda: bool(first.children() and second.children()), "what they start")
+        left = [*first.children(), *second.children()]
+        second.kill()
+        with pytest.raises(RunError, match="worker 1 was ended by SIGKILL"):
+            workers.launch(job, Stop(), lambda _: None)
+    assert [child.cmdline() for child in left if is_alive(child)] == []
+
+
+def is_alive(process: psutil.Process) -> bool:
+    with suppress(psutil.NoSuchProcess):
+        return process.status() != psutil.STATUS_ZOMBIE
+    return False
+
+
+POOL = """
+import multiprocessing, threading
+from queue import SimpleQueue
+from finray.training import worker_process as worker
+
+worker._leave_signals_to_driver()
+orders, answer = worker._channels()
+threading.Thread(target=worker._listen, args=(orders, SimpleQueue(), None), daemon=True).start()
+print("for the log")
+with multiprocessing.get_context("fork").Pool(2) as pool:
+    answer({"status": "error", "error": str(pool.map(abs, [-1, -2]))})
+threading.Event().wait()
+"""
+
+
+def test_a_reward_may_fork(tmp_path: Path) -> None:
+    """Neither the pipes nor the signals of the worker are in its children's way."""
+    pipe = subprocess.PIPE
+    child = subprocess.Popen(
+        [sys.executable, "-c", POOL], stdin=pipe, stdout=pipe, stderr=pipe, process_group=0
+    )
+    assert child.stdin is not None and child.stdout is not None
+    assert json.loads(child.stdout.readline()) == {"status": "error", "error": "[1, 2]"}
+    child.send_signal(signal.SIGTERM)
+    with pytest.raises(subprocess.TimeoutExpired):
+        child.wait(0.5)
+    _, printed = child.communicate(timeout=DEADLINE)  # which closes its stdin
+    assert child.returncode == -signal.SIGKILL
+    assert printed == b"for the log\n"
 
 
 def test_a_stop_before_the_workers_train(job: Job) -> None:
@@ -119,7 +177,9 @@ def test_a_stop_before_the_workers_train(job: Job) -> None:
         (0.0, 0, ["cpu", "cpu"], ""),
         (1.0, "auto", ["cuda:0", "cuda:1"], None),
         (2.0, 2, ["cuda:0", "cuda:2"], None),
+        (1.5, 1.5, ["cuda:0", "cuda:2"], None),
         (0.5, 0.5, ["cuda:0", "cuda:0"], None),
+        (0.6, 0.6, ["cuda:0", "cuda:1"], None),
     ],
 )
 def test_each_worker_has_a_device(
@@ -145,9 +205,13 @@ def test_each_worker_has_a_device(
         assert begun == [(devices, visible)]
 
 
-@pytest.mark.parametrize(("visible", "count"), [("0,3", 2), ("", 0), ("-1", 0), ("GPU-5a", 1)])
+@pytest.mark.parametrize(
+    ("visible", "count"),
+    [("0,3", 2), ("", 0), ("-1", 0), ("GPU-5a", 1), ("0,1,2,3,4", 4), ("MIG-1,MIG-2", 2)],
+)
 def test_gpus_that_the_user_hides_do_not_count(
     visible: str, count: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("finray.cluster.gpus.gpus_here", lambda: (Gpu("T4", 2**34),) * 4)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
     assert usable_gpus() == count

@@ -5,6 +5,7 @@ import json
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
+from functools import lru_cache
 from pathlib import Path
 
 from ..model_settings import ModelSettings
@@ -61,17 +62,25 @@ def _describe(sources: Sequence[ResolvedSource]) -> list[object]:
 def _describe_file(file: SourceFile) -> list[object]:
     kind = file_kind(file)
     if file.is_local:
-        return [kind, file.is_compressed, _hash(Path(file.uri))]
+        return [kind, file.is_compressed, _hash_as_it_is(Path(file.uri))]
     return [kind, file.is_compressed, file.size, file.modified_ns]
 
 
 def _describe_tokenizer(model: ModelSettings) -> dict[str, str]:
     folder = model_folder(model)
     assert folder is not None
-    return {file.name: _hash(file) for file in tokenizer_files(folder)}
+    return {file.name: _hash_as_it_is(file) for file in tokenizer_files(folder)}
 
 
-def _hash(path: Path) -> str:
+def _hash_as_it_is(path: Path) -> str:
+    status = path.stat()
+    return _hash(path, status.st_size, status.st_mtime_ns)
+
+
+@lru_cache(maxsize=4096)
+def _hash(path: Path, size: int, modified_ns: int) -> str:
+    """A file is read once a process, as long as it stays what it is."""
+    del size, modified_ns
     digest = hashlib.sha256()
     with path.open("rb") as stream:
         while block := stream.read(_BLOCK):
