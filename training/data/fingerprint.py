@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
@@ -19,6 +20,7 @@ FORMAT_VERSION = 2
 """Raised when the same inputs would be prepared differently."""
 
 _BLOCK = 2**20
+_SETTLED_SECONDS = 2.0
 
 
 def fingerprint(recipe: Recipe, data: ResolvedData | None = None) -> str:
@@ -73,14 +75,20 @@ def _describe_tokenizer(model: ModelSettings) -> dict[str, str]:
 
 
 def _hash_as_it_is(path: Path) -> str:
+    """A file is read once a process, as long as it stays what it is."""
     status = path.stat()
-    return _hash(path, status.st_size, status.st_mtime_ns)
+    if time.time() - status.st_ctime < _SETTLED_SECONDS:
+        return _hash(path)  # its next change may bear the same time
+    return _known_hash(path, status.st_size, status.st_ctime_ns)
 
 
 @lru_cache(maxsize=4096)
-def _hash(path: Path, size: int, modified_ns: int) -> str:
-    """A file is read once a process, as long as it stays what it is."""
-    del size, modified_ns
+def _known_hash(path: Path, size: int, changed_ns: int) -> str:
+    del size, changed_ns
+    return _hash(path)
+
+
+def _hash(path: Path) -> str:
     digest = hashlib.sha256()
     with path.open("rb") as stream:
         while block := stream.read(_BLOCK):

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import time
 from pathlib import Path
 from typing import Any
 
@@ -82,14 +83,21 @@ def test_the_tokenizer_matters_and_the_weights_do_not(
     assert fingerprint(recipe) != key
 
 
-def test_content_matters(data: Path, make_recipe: MakeRecipe) -> None:
+@pytest.mark.parametrize("settled", [2.0, 0.0])
+def test_content_matters(
+    settled: float, data: Path, make_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not the time of modification, which can be set; also where a file that stays is read once."""
+    monkeypatch.setattr("finray.training.data.fingerprint._SETTLED_SECONDS", settled)
     recipe = make_recipe(train=data)
     key = fingerprint(recipe)
     before = data.stat()
     text = data.read_text()
+    time.sleep(0.05)  # beyond the resolution of a file's times
     data.write_text(text.replace("q 1", "q 7"))
     os.utime(data, ns=(before.st_atime_ns, before.st_mtime_ns))
     assert fingerprint(recipe) != key
+    time.sleep(0.05)
     data.write_text(text)
     assert fingerprint(recipe) == key
 
