@@ -16,10 +16,9 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import nullcontext, suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from queue import Empty, SimpleQueue
-from types import TracebackType
 from typing import Any, Self, cast
 
 from .capacity import Demand
@@ -76,12 +75,7 @@ class Processes:
         self._group = self._start()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         if self._group is not None:
             self._group.end()
         if not self._keeps_logs:
@@ -112,15 +106,13 @@ class Processes:
         return Outcome(status="stopped", error=None, exit_code=130)
 
     def _attempt(self, job: Job, stop: Stop) -> Outcome:
-        group = self._group or self._start()
-        self._group = group
+        group, self._group = self._group or self._start(), None
         try:
             return group.train(job, stop)
         except KeyboardInterrupt:  # somebody who leaves at once may want to know what hung
             self._keeps_logs = True
             raise
         finally:
-            self._group = None
             group.end()
 
     def _tell_logs(self) -> str:
@@ -141,7 +133,7 @@ class Processes:
 class _Worker:
     process: "subprocess.Popen[bytes]"
     device: str
-    answer: Answer = field(default=None)
+    answer: Answer = None
 
     def order(self, line: bytes) -> None:
         """One that has ended hears nothing more; what it told is known."""
