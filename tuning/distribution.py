@@ -32,6 +32,9 @@ class Distribution(Section):
     """The key that `times` refers to."""
     step: Annotated[float, Field(gt=0)] | None = None
     """Values lie on this grid, counted from the lowest; for uniform and int_uniform."""
+    at_alpha: Annotated[float, Field(gt=0)] | None = None
+    """Of a learning rate that is searched beside adapter.rank, alpha or rslora: its range holds at
+    this alpha, and moves with the adapter's own (see tuning/rule.py)."""
     when: dict[str, Any] | None = None
     """{other key: value, or list of values}: searched only where the other key has it."""
 
@@ -45,6 +48,8 @@ class Distribution(Section):
             raise ValueError("times and of belong together, as in {times: 2, of: adapter.rank}")
         if self.step is not None and given[0] not in ("uniform", "int_uniform"):
             raise ValueError(f"step does not go with {given[0]}; only with uniform, int_uniform")
+        if self.at_alpha is not None and given[0] != "log_uniform":
+            raise ValueError(f"at_alpha does not go with {given[0]}; only with log_uniform")
         self._check_values(given[0])
         return self
 
@@ -83,6 +88,10 @@ class Distribution(Section):
         found = self.uniform or self.log_uniform or self.int_uniform or self.log_int_uniform
         assert found is not None
         return found
+
+    def parameter(self, key: str) -> str:
+        """What a sampler searches, by name."""
+        return key if self.at_alpha is None else f"{key} at alpha {self.at_alpha:g}"
 
     def labels(self) -> list[Scalar]:
         """The choices as Optuna keeps them: scalars as they are, sections as JSON."""
@@ -123,7 +132,7 @@ class Distribution(Section):
     def nearest(self, value: float) -> Any:
         """The number in a range, or among the choices, that comes closest."""
         if self.choice is not None:
-            numbers = [one for one in self.choice if _is_number(one)]
+            numbers = [one for one in self.choice if is_number(one)]
             return min(numbers, key=lambda one: abs(one - value)) if numbers else self.middle()
         low, high = self.bounds
         value = min(max(value, low), high)
@@ -135,10 +144,11 @@ class Distribution(Section):
         """Whether the value can come from here."""
         if self.choice is not None:
             return as_label(value) in self.labels()
-        return _is_number(value) and math.isclose(self.nearest(value), value, rel_tol=1e-9)
+        return is_number(value) and math.isclose(self.nearest(value), value, rel_tol=1e-9)
 
 
-def _is_number(value: Any) -> bool:
+def is_number(value: Any) -> bool:
+    """Whether it is one, which True is not."""
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 

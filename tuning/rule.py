@@ -2,10 +2,16 @@
 
 The learning rate falls with the model's width: Schulman et al., "LoRA Without Regret" (2025), give
 5e-5 (2000 / hidden size)^0.78 for full fine-tuning of Llama models and ten times that for LoRA,
-nearly independent of the rank. Preference and online methods want far less.
+nearly independent of the rank at alpha 32. Preference and online methods want far less.
+
+The best rate falls with the root of alpha. An adapter adds alpha / rank · B · A. With alpha four
+times larger and A, B and the learning rate halved it is the same, and learns the same, because
+Adam's steps do not see how large a gradient is. It is not exact, as A starts where it starts. In
+rsLoRA alpha is divided by the root of the rank, which is as good as a plain alpha times that root.
 """
 
 import json
+import math
 from typing import Any
 
 from ..training.data.tokenizer_files import model_folder
@@ -18,6 +24,8 @@ _BY_METHOD = {"sft": 1.0, "pretrain": 1.0, "reward": 0.1}
 """Share of the rate for imitation."""
 _PREFERENCE_RATE = 1e-5
 """DPO and its kin; online methods have been reported between 1e-5 and 4e-5."""
+RULE_ALPHA = 32.0
+"""At which the rule holds for adapters."""
 _SPAN = 10.0
 """The default space reaches from the rule's rate divided by this to its product."""
 _IMITATION_RANKS = [4, 8, 16, 32, 64]
@@ -29,13 +37,16 @@ RSLORA = "adapter.rslora"
 
 
 def rule_of_thumb(recipe: Recipe) -> float:
-    """A learning rate that suits the recipe's model, adapter and method.
+    """A learning rate that suits the recipe's model and method; of an adapter, one of alpha 32.
 
-    The recipe's own where the model's configuration is not on this machine.
+    Where the model's configuration is not on this machine, what makes the recipe's own rate.
     """
     width = _hidden_size(recipe)
     if width is None:
-        return recipe.optim.learning_rate
+        adapter, own = recipe.adapter, recipe.optim.learning_rate
+        if adapter is None:
+            return own
+        return own / rate_factor(RULE_ALPHA, adapter.rank, adapter.alpha, adapter.rslora)
     factor = _LORA_FACTOR if recipe.trains_adapter else 1.0
     share = _BY_METHOD.get(recipe.method.kind)
     if share is None:
@@ -43,15 +54,22 @@ def rule_of_thumb(recipe: Recipe) -> float:
     return _rounded(_FULL_RATE * factor * share * (_WIDTH / width) ** _EXPONENT)
 
 
+def rate_factor(at_alpha: float, rank: int, alpha: float, rslora: bool) -> float:
+    """What a rate that suits `at_alpha` is to be multiplied by for an adapter."""
+    return math.sqrt(at_alpha / (alpha * math.sqrt(rank) if rslora else alpha))
+
+
 def default_space(recipe: Recipe) -> dict[str, Distribution]:
     """Learning rate around the rule's, and for LoRA rsLoRA or not, and the rank, with alpha tied
     to it.
 
-    Alpha and learning rate are nearly redundant, so alpha is not searched.
+    Alpha and learning rate are nearly redundant, so alpha is not searched, and the rate is told at
+    one alpha: what suits one adapter then suits the others.
     """
     rate = rule_of_thumb(recipe)
     bounds = (_rounded(rate / _SPAN), _rounded(rate * _SPAN))
-    space = {LEARNING_RATE: Distribution(log_uniform=bounds)}
+    at_alpha = RULE_ALPHA if recipe.adapter is not None else None
+    space = {LEARNING_RATE: Distribution(log_uniform=bounds, at_alpha=at_alpha)}
     if recipe.adapter is not None:
         imitates = recipe.method.kind in _BY_METHOD
         ranks = _IMITATION_RANKS if imitates else _PREFERENCE_RANKS

@@ -12,8 +12,8 @@ from typing import Any, Protocol
 from ..training.errors import InputError
 from ..training.recipe import Recipe, resolve_recipe
 from ..training.recipe_file import Change, Document, apply_changes, is_known, suggestion, validate
-from .distribution import Distribution, Scalar, as_label
-from .rule import LEARNING_RATE, rule_of_thumb
+from .distribution import Distribution, Scalar, as_label, is_number
+from .rule import ALPHA, LEARNING_RATE, RANK, RSLORA, RULE_ALPHA, rate_factor, rule_of_thumb
 
 Settings = dict[str, Any]
 """Values by dotted key of the recipe."""
@@ -86,7 +86,11 @@ class Space:
         settings: Settings = {}
         for key in self.keys:
             if self.is_active(key, settings):
-                settings[key] = self._value(key, settings, lambda k: _suggest(trial, k, self[k]))
+                settings[key] = self._value(
+                    key,
+                    settings,
+                    lambda k: self._in_recipe(k, _suggest(trial, k, self[k]), settings),
+                )
         return settings
 
     def complete(self, given: Settings) -> Settings:
@@ -96,15 +100,19 @@ class Space:
         for key in self.keys:
             if self.is_active(key, settings):
                 settings[key] = self._value(
-                    key, settings, lambda k: given[k] if k in given else self._own(k)
+                    key, settings, lambda k: given[k] if k in given else self._own(k, settings)
                 )
         return settings
 
     def rule_of_thumb(self) -> Settings:
         """The base recipe with the learning rate that suits its model, as far as it is searched."""
-        if LEARNING_RATE not in self._search or self[LEARNING_RATE].is_computed:
-            return self.complete({})
-        return self.complete({LEARNING_RATE: self[LEARNING_RATE].nearest(rule_of_thumb(self.base))})
+        settings = self.complete({})
+        if LEARNING_RATE in settings and not self[LEARNING_RATE].is_computed:
+            rate = rule_of_thumb(self.base)
+            if self.base.adapter is not None:
+                rate *= self._factor(RULE_ALPHA, settings)
+            settings[LEARNING_RATE] = self._nearest(LEARNING_RATE, rate, settings)
+        return settings
 
     def point(self, given: Settings, place: str) -> Settings:
         """A user's own guess as a whole setting.
@@ -117,15 +125,22 @@ class Space:
             if key not in self.searched:
                 known = ", ".join(self.searched)
                 raise InputError(f"{place}: {key} is not searched; searched are {known}")
-            if not self[key].holds(value):
-                raise InputError(f"{place}: {key}: {value!r} is not in the searched space")
+            if self[key].at_alpha is None:
+                self._check_holds(key, value, {}, place)
         settings = self.complete(given)
+        for key, value in given.items():
+            self._check_holds(key, value, settings, place)
         self.recipe(settings)
         return settings
 
     def labels(self, settings: Settings) -> dict[str, Scalar]:
-        """The searched part of a setting as Optuna keeps it."""
-        return {key: as_label(settings[key]) for key in self.searched if key in settings}
+        """The searched part of a setting as Optuna keeps it, by the names that it has there."""
+        labels = self._as_labels(settings)
+        for key in [key for key in labels if self[key].at_alpha is not None]:
+            # A rounding error must not carry it over the range's end.
+            value = self[key].nearest(self._as_searched(key, labels.pop(key), settings))
+            labels[self[key].parameter(key)] = value
+        return labels
 
     def recipe(self, settings: Settings, **fixed: Any) -> Recipe:
         """The recipe of a setting.
@@ -160,9 +175,9 @@ class Space:
             except InputError as error:
                 refused.append(Excluded(settings, str(error)))
             else:
-                valid.update(self.labels(settings).items())
+                valid.update(self._as_labels(settings).items())
         for one in refused:
-            for key, label in self.labels(one.settings).items():
+            for key, label in self._as_labels(one.settings).items():
                 if (key, label) not in valid:
                     raise InputError(
                         f"{self._place(key)}: search.{key}: {label!r} never makes a valid "
@@ -222,13 +237,43 @@ class Space:
         value = distribution.times * factor
         return int(value) if value == int(value) else value
 
-    def _own(self, key: str) -> Any:
+    def _own(self, key: str, settings: Settings) -> Any:
         """The base recipe's value, or the nearest in the space, or the middle of the space."""
-        distribution, own = self[key], self._written(key)
-        if distribution.holds(own):
+        own = self._written(key)
+        if self._holds(key, own, settings):
             return own
-        is_number = isinstance(own, int | float) and not isinstance(own, bool)
-        return distribution.nearest(own) if is_number else distribution.middle()
+        return self._nearest(key, own, settings) if is_number(own) else self[key].middle()
+
+    def _check_holds(self, key: str, value: Any, settings: Settings, place: str) -> None:
+        if not self._holds(key, value, settings):
+            raise InputError(f"{place}: {key}: {value!r} is not in the searched space")
+
+    def _holds(self, key: str, value: Any, settings: Settings) -> bool:
+        return self[key].holds(self._as_searched(key, value, settings))
+
+    def _nearest(self, key: str, value: Any, settings: Settings) -> Any:
+        searched = self[key].nearest(self._as_searched(key, value, settings))
+        return self._in_recipe(key, searched, settings)
+
+    def _in_recipe(self, key: str, searched: Any, settings: Settings) -> Any:
+        """The recipe's value for a searched one."""
+        at_alpha = self[key].at_alpha
+        return searched if at_alpha is None else searched * self._factor(at_alpha, settings)
+
+    def _as_searched(self, key: str, value: Any, settings: Settings) -> Any:
+        """The searched value for the recipe's."""
+        at_alpha = self[key].at_alpha
+        if at_alpha is None or not is_number(value):
+            return value
+        return value / self._factor(at_alpha, settings)
+
+    def _factor(self, at_alpha: float, settings: Settings) -> float:
+        """The rate of the settings' adapter by the one at an alpha."""
+        rank, alpha, rslora = (settings.get(k, self._written(k)) for k in (RANK, ALPHA, RSLORA))
+        return rate_factor(at_alpha, rank, alpha, rslora)
+
+    def _as_labels(self, settings: Settings) -> dict[str, Scalar]:
+        return {key: as_label(settings[key]) for key in self.searched if key in settings}
 
     def _written(self, key: str) -> Any:
         value: Any = self.base.model_dump(mode="json")
@@ -260,6 +305,14 @@ class Space:
             for other in others:
                 if other not in self._search:
                     raise InputError(f"{where}: it depends on {other}, which is not searched")
+            if distribution.at_alpha is not None:
+                self._check_at_alpha(key, where)
+
+    def _check_at_alpha(self, key: str, where: str) -> None:
+        if key != LEARNING_RATE:
+            raise InputError(f"{where}: at_alpha is for {LEARNING_RATE} alone")
+        if self.base.adapter is None or "adapter" in self._search:
+            raise InputError(f"{where}: at_alpha needs a base recipe with an adapter of its own")
 
     def _in_order(self) -> list[str]:
         """The keys, each after those that it depends on."""
@@ -278,8 +331,10 @@ class Space:
 
     def _needs(self, key: str) -> set[str]:
         distribution = self._search[key]
-        needs = set(distribution.when or {})
-        return needs | ({distribution.of} if distribution.of in self._search else set())
+        others = {distribution.of} if distribution.of is not None else set()
+        if distribution.at_alpha is not None:
+            others |= {RANK, ALPHA, RSLORA}
+        return {*(distribution.when or {}), *others & self._search.keys()}
 
     def _trial_balloons(self) -> Iterator[Settings]:
         values = {key: self[key].typical_values() for key in self.searched}
@@ -311,4 +366,5 @@ def _suggest(trial: Suggests, key: str, distribution: Distribution) -> Any:
     if distribution.is_integer:
         step = int(distribution.step or 1)
         return trial.suggest_int(key, int(low), int(high), step=step, log=distribution.is_log)
-    return trial.suggest_float(key, low, high, step=distribution.step, log=distribution.is_log)
+    name = distribution.parameter(key)
+    return trial.suggest_float(name, low, high, step=distribution.step, log=distribution.is_log)

@@ -20,6 +20,7 @@ from ..training.errors import InputError
 from ..training.methods import Metric
 from ..training.run_folder import Record
 from ..training.storage import Folder
+from .distribution import is_number
 from .record import STUDY_FILE
 from .space import Settings, Space
 
@@ -303,14 +304,15 @@ def earlier_trials(folder: Folder, space: Space, metrics: Sequence[Metric]) -> l
         raise InputError(f"warm_start: {folder} looked for another objective")
     found = []
     for trial in study.get_trials(states=(TrialState.COMPLETE, TrialState.PRUNED)):
-        distributions = _distributions(trial, space)
-        if "settings" in trial.user_attrs and distributions is not None:
-            settings = trial.user_attrs["settings"]
+        settings = trial.user_attrs.get("settings")
+        place = None if settings is None else _place(settings, space)
+        if place is not None:
+            params, distributions = place
             found.append(
                 optuna.trial.create_trial(
                     state=trial.state,
                     values=trial.values if trial.state == TrialState.COMPLETE else None,
-                    params=trial.params,
+                    params=params,
                     distributions=distributions,
                     intermediate_values=trial.intermediate_values,
                     user_attrs={"settings": settings, "earlier": f"{folder}#{trial.number}"},
@@ -319,33 +321,44 @@ def earlier_trials(folder: Folder, space: Space, metrics: Sequence[Metric]) -> l
     return found
 
 
-def _distributions(trial: FrozenTrial, space: Space) -> dict[str, BaseDistribution] | None:
-    """This space's distributions of another trial's parameters; None where it lies outside."""
-    probe = _Probe(trial.params)
+def _place(
+    settings: Settings, space: Space
+) -> tuple[dict[str, Any], dict[str, BaseDistribution]] | None:
+    """Parameters of settings in this space, and their distributions; None for any outside it."""
+    if not settings.keys() <= set(space.keys):
+        return None
+    probe = _Probe(space.labels(settings))
     try:
-        space.suggest(probe)
+        reached = space.suggest(probe)
     except KeyError:
         return None
-    outside = [key for key, value in trial.params.items() if key not in probe.seen]
-    return None if outside else probe.seen
+    if not all(_is_same(reached.get(key), value) for key, value in settings.items()):
+        return None
+    return {name: probe.params[name] for name in probe.seen}, probe.seen
+
+
+def _is_same(one: Any, other: Any) -> bool:
+    if is_number(one) and is_number(other):
+        return math.isclose(one, other, rel_tol=1e-9)
+    return bool(one == other)
 
 
 class _Probe:
     """Answers as a trial with known parameters would, and notes the distributions."""
 
     def __init__(self, params: dict[str, Any]) -> None:
-        self._params = params
+        self.params = params
         self.seen: dict[str, BaseDistribution] = {}
 
     def _take(self, name: str, distribution: BaseDistribution) -> Any:
-        value = self._params[name]
+        value = self.params[name]
         if not distribution._contains(distribution.to_internal_repr(value)):
             raise KeyError(name)
         self.seen[name] = distribution
         return value
 
     def suggest_categorical(self, name: str, choices: list[Any]) -> Any:
-        if self._params[name] not in choices:
+        if self.params[name] not in choices:
             raise KeyError(name)
         return self._take(name, optuna.distributions.CategoricalDistribution(choices))
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import optuna
 import pytest
-from optuna.trial import TrialState
+from optuna.trial import FixedTrial, TrialState
 
 from finray.training.errors import InputError, RunError
 from finray.training.methods import Metric
@@ -248,6 +248,12 @@ def test_an_earlier_sweep_warms_a_new_one(space: Space, tmp_path: Path) -> None:
     )
     metrics = [Metric("eval_loss", "min")]
     folder = Folder(str(tmp_path / "before"))
+    moved = {"optim.learning_rate": Distribution(log_uniform=(1e-9, 10.0), at_alpha=32)}
+    at_alpha = Space({**SEARCH, **moved}, space.base, Path("/"), lambda key: key)
+    for trial, told in zip(
+        earlier_trials(folder, at_alpha, metrics), before.study.rows(), strict=True
+    ):
+        assert at_alpha.suggest(FixedTrial(trial.params)) == pytest.approx(told["settings"])
     assert earlier_trials(folder, narrow, metrics) == [], "results outside of the space"
     earlier = earlier_trials(folder, space, metrics)
     after = Played(space, tmp_path / "after")

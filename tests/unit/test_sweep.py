@@ -66,6 +66,14 @@ def plan(tmp_path: Path, tiny_model: Path) -> MakePlan:
         ({"sampler": "grid"}, "grid needs countable values, and optim.learning_rate has a range"),
         ({"points": [{"adapter.rank": 4}]}, "points.0: adapter.rank is not searched"),
         ({"points": [{"optim.learning_rate": 1}]}, "points.0: .*1 is not in the searched space"),
+        (
+            {"search": {"adapter.rank": {"choice": [4], "at_alpha": 32}}},
+            "at_alpha does not go with choice",
+        ),
+        (
+            {"search": {"optim.weight_decay": {"log_uniform": [0.01, 0.1], "at_alpha": 32}}},
+            "at_alpha is for optim.learning_rate alone",
+        ),
         ({"trails": 3}, "trails: unknown key; did you mean 'trials'"),
         ({"time_budget": "soon"}, "time_budget"),
     ],
@@ -124,14 +132,80 @@ def test_whole_sections_are_choices(plan: MakePlan) -> None:
 
 def test_the_default_space_lies_around_the_rule(plan: MakePlan) -> None:
     made = plan(search="default")
-    # 5e-5 * 10 * (2000 / 32) ** 0.78
+    # 5e-5 * 10 * (2000 / 32) ** 0.78, at alpha 32
     assert rule_of_thumb(made.recipe) == pytest.approx(0.0126, rel=0.05)
     first = made.points[0]
-    assert first["optim.learning_rate"] == rule_of_thumb(made.recipe)
+    # The rank that the recipe has, with alpha tied to it: 8, a fourth of 32.
     assert first["adapter.alpha"] == 2 * first["adapter.rank"] == 8
+    assert first["optim.learning_rate"] == pytest.approx(2 * rule_of_thumb(made.recipe))
     low, high = made.space["optim.learning_rate"].bounds
     assert high / low == pytest.approx(100, rel=0.05)
     assert "adapter.alpha" not in made.space.searched
+
+
+@pytest.mark.parametrize(
+    "search", ["default", {"optim.learning_rate": {"log_uniform": [1e-7, 1e-1]}}]
+)
+def test_the_rule_of_thumb_knows_alpha(plan: MakePlan, search: Any) -> None:
+    """Of equal scaling, alpha / rank or alpha / its root, and equal rank are equal adapters."""
+
+    def rule(**adapter: Any) -> float:
+        recipe = {"adapter": adapter, "method": {"kind": "dpo"}}
+        first = plan(recipe, search=search).points[0]
+        return float(first["optim.learning_rate"])
+
+    # The default space ties alpha to the rank.
+    assert rule(rank=64, alpha=128) == pytest.approx(rule(rank=16, alpha=32) / 2)
+    assert rule(rank=16, alpha=32, rslora=True) == pytest.approx(rule(rank=64, alpha=128))
+
+
+class Drawn:
+    """A trial whose values are known."""
+
+    def __init__(self, **values: Any) -> None:
+        self.values = values
+
+    def suggest_categorical(self, name: str, choices: list[Any]) -> Any:
+        return self.values[name.rpartition(".")[2]]
+
+    def suggest_float(self, name: str, low: float, high: float, **_: Any) -> float:
+        assert name == "optim.learning_rate at alpha 32" and low <= self.values["rate"] <= high
+        return float(self.values["rate"])
+
+    suggest_int = suggest_float
+
+
+@pytest.mark.parametrize(
+    ("rank", "rslora", "factor"), [(16, False, 1.0), (64, False, 0.5), (16, True, 0.5)]
+)
+def test_a_rate_moves_with_the_adapters_alpha(
+    plan: MakePlan, rank: int, rslora: bool, factor: float
+) -> None:
+    space = plan({"adapter": {"rank": 16, "alpha": 32}}, search="default").space
+    settings = space.suggest(Drawn(rate=0.01, rank=rank, rslora=rslora))
+    assert settings["optim.learning_rate"] == pytest.approx(0.01 * factor)
+    labels = space.labels(settings)
+    assert labels.pop("optim.learning_rate at alpha 32") == pytest.approx(0.01)
+    assert labels == {"adapter.rank": rank, "adapter.rslora": rslora}
+
+
+def test_a_guess_of_a_rate_is_the_recipes_rate(plan: MakePlan) -> None:
+    settings = {"recipe": {"adapter": {"rank": 16, "alpha": 32}}, "search": "default"}
+    high = plan(**settings).space["optim.learning_rate"].bounds[1]
+    # At rank 64, alpha is 128, and the range ends at half the rate.
+    guess = {"adapter.rank": 64, "optim.learning_rate": high / 2.1}
+    made = plan(**settings, points=[guess])
+    assert made.points[1]["optim.learning_rate"] == guess["optim.learning_rate"]
+    with pytest.raises(InputError, match="not in the searched space"):
+        plan(**settings, points=[{**guess, "optim.learning_rate": high / 1.9}])
+    with pytest.raises(InputError, match="'fast' is not in the searched space"):
+        plan(**settings, points=[{"optim.learning_rate": "fast"}])
+
+
+def test_rates_at_an_alpha_need_an_adapter(plan: MakePlan) -> None:
+    rate = {"optim.learning_rate": {"log_uniform": [1e-5, 1e-3], "at_alpha": 32}}
+    with pytest.raises(InputError, match=r"sweep.yaml:3.* needs a base recipe with an ada"):
+        plan({"adapter": None}, search=rate)
 
 
 def test_full_fine_tuning_learns_ten_times_slower(plan: MakePlan) -> None:
