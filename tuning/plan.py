@@ -82,6 +82,8 @@ def make_plan(loaded: LoadedSweep) -> Plan:
     points = [space.rule_of_thumb()]
     for number, given in enumerate(sweep.points):
         points.append(space.point(given, f"{loaded.place('points', number)}: points.{number}"))
+    if sweep.search == "default" and not sweep.warm_start:
+        points += space.around_the_rule()[: max(0, sweep.trials - len(points))]
     if sweep.sampler == "grid":
         points += _grid(loaded, space)
     return Plan(

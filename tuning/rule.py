@@ -28,6 +28,8 @@ RULE_ALPHA = 32.0
 """At which the rule holds for adapters."""
 _SPAN = 10.0
 """The default space reaches from the rule's rate divided by this to its product."""
+SPREAD = math.sqrt(_SPAN)
+"""Of the first guesses around the rule: half of the way to either end."""
 _IMITATION_RANKS = [4, 8, 16, 32, 64]
 _PREFERENCE_RANKS = [1, 2, 4, 8, 16, 32]
 _ALPHA_PER_RANK = 2.0

@@ -11,7 +11,7 @@ from ..training.errors import InputError
 from .sweep import Sweep
 
 _STARTUP_TRIALS = 4
-"""Chosen at random before Parzen estimators say anything."""
+"""Before Parzen estimators say anything: guesses of `search: default`, or drawn at random."""
 
 
 def make_sampler(sweep: Sweep, trials_before: int) -> optuna.samplers.BaseSampler:

@@ -13,7 +13,16 @@ from ..training.errors import InputError
 from ..training.recipe import Recipe, resolve_recipe
 from ..training.recipe_file import Change, Document, apply_changes, is_known, suggestion, validate
 from .distribution import Distribution, Scalar, as_label, is_number
-from .rule import ALPHA, LEARNING_RATE, RANK, RSLORA, RULE_ALPHA, rate_factor, rule_of_thumb
+from .rule import (
+    ALPHA,
+    LEARNING_RATE,
+    RANK,
+    RSLORA,
+    RULE_ALPHA,
+    SPREAD,
+    rate_factor,
+    rule_of_thumb,
+)
 
 Settings = dict[str, Any]
 """Values by dotted key of the recipe."""
@@ -104,15 +113,27 @@ class Space:
                 )
         return settings
 
-    def rule_of_thumb(self) -> Settings:
-        """The base recipe with the learning rate that suits its model, as far as it is searched."""
-        settings = self.complete({})
+    def rule_of_thumb(self, given: Settings | None = None, times: float = 1.0) -> Settings:
+        """The base recipe with the learning rate that suits its model, as far as it is searched.
+
+        Args:
+            given: what shall be different.
+            times: of the rate that suits.
+        """
+        settings = self.complete(given or {})
         if LEARNING_RATE in settings and not self[LEARNING_RATE].is_computed:
-            rate = rule_of_thumb(self.base)
+            rate = times * rule_of_thumb(self.base)
             if self.base.adapter is not None:
                 rate *= self._factor(RULE_ALPHA, settings)
             settings[LEARNING_RATE] = self._nearest(LEARNING_RATE, rate, settings)
         return settings
+
+    def around_the_rule(self) -> list[Settings]:
+        """What tells most beside the rule of thumb, of `search: default`: the other kind of
+        adapter at the rate that suits it, and a faster and a slower rate."""
+        own = self.base.adapter
+        other = [] if own is None else [self.rule_of_thumb({RSLORA: not own.rslora})]
+        return [*other, *(self.rule_of_thumb(times=times) for times in (SPREAD, 1 / SPREAD))]
 
     def point(self, given: Settings, place: str) -> Settings:
         """A user's own guess as a whole setting.

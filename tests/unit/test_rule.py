@@ -28,7 +28,7 @@ def losses(base: Path, rank: int, alpha: float, rslora: bool, smaller: float) ->
     with torch.no_grad():
         for name, weight in weights.items():
             if "lora_A" in name:
-                weight /= smaller
+                weight.div_(smaller)
     rate = RATE * rate_factor(32, rank, alpha, rslora)
     optimizer = torch.optim.Adam(weights.values(), lr=rate, eps=1e-30)
     told = []

@@ -159,6 +159,27 @@ def test_the_rule_of_thumb_knows_alpha(plan: MakePlan, search: Any) -> None:
     assert rule(rank=16, alpha=32, rslora=True) == pytest.approx(rule(rank=64, alpha=128))
 
 
+def test_the_first_guesses_of_the_default_space(plan: MakePlan) -> None:
+    recipe = {"adapter": {"rank": 16, "alpha": 32}}
+    guess = {"adapter.rank": 64}
+    made = plan(recipe, search="default", points=[guess])
+    rule = rule_of_thumb(made.recipe)
+    adapter = {"adapter.rank": 16, "adapter.rslora": False, "adapter.alpha": 32.0}
+    assert made.points[0] == pytest.approx({**adapter, "optim.learning_rate": rule})
+    assert made.points[1]["adapter.rank"] == 64
+    # The other kind of adapter, at half the rate as its alpha counts four times.
+    other = {"adapter.rank": 16, "adapter.rslora": True, "optim.learning_rate": rule / 2}
+    assert made.points[2] == pytest.approx(other)
+    for point, rate in zip(made.points[3:], (rule * 10**0.5, rule / 10**0.5), strict=True):
+        assert point == pytest.approx({**adapter, "optim.learning_rate": rate})
+    assert len(plan(recipe, search="default", trials=2).points) == 2
+    assert len(plan(recipe, search=RATE).points) == 1
+    full = plan({"adapter": None}, search="default").points
+    assert [point["optim.learning_rate"] / rule_of_thumb(made.recipe) for point in full] == (
+        pytest.approx([0.1, 10**-0.5, 10**-1.5], rel=0.05)
+    )
+
+
 class Drawn:
     """A trial whose values are known."""
 
