@@ -1,11 +1,12 @@
 """Quality per cost: the default sweep against random search, played through on a table.
 
-tune_table.json holds runs of the quickstart's task, in short, for each of 72 settings and five
-seeds, with their held-out loss at nine token counts. A trial walks along the curve of the cell that
-is nearest to its settings; what it costs are the tokens it walked. The search is the product's own:
-its space, its sampler, its pruner, its conductor. Random search draws from the whole table; the
-default sweep from the learning rates within a factor of ten of the rule's, as `search: default`
-does, and once more from the whole table.
+tune_table.json holds runs of the quickstart's task, in short, for 120 settings of learning rate,
+rank and alpha, each with five seeds, with their held-out loss at nine token counts. A trial walks
+along the curve of the cell that is nearest to its settings; what it costs are the tokens it walked.
+The search is the product's own: its space, its first guesses, its sampler, its pruner, its
+conductor. Random search draws from the whole table. The default sweep is played once more with the
+rule of thumb as its only guess, and its sampler and pruning over the whole table, without what
+`search: default` knows of the field.
 
 A search sees the cells of one seed. The setting that it would hand over is judged by the mean loss
 of the other seeds, which it has not seen: among the best settings a seed makes more of a difference
@@ -20,21 +21,31 @@ from pathlib import Path
 
 import optuna
 from measure import Asked, Figure, conclude, parse_options
-from tune_table import ALPHAS, LEARNING_RATES, QUICKSTART, RANKS, Cell, read_table
+from tune_table import (
+    LEARNING_RATES,
+    QUICKSTART,
+    Cell,
+    Setting,
+    read_table,
+    scaling,
+)
 
+from finray.training.recipe import load_recipe
 from finray.tuning.conductor import Conductor
 from finray.tuning.distribution import Distribution
 from finray.tuning.metrics import Metric
-from finray.tuning.rule import rule_of_thumb
+from finray.tuning.rule import default_space
 from finray.tuning.samplers import make_pruner, make_sampler
 from finray.tuning.space import Settings, Space
 from finray.tuning.study import SweepStudy
 from finray.tuning.sweep import Pruning, Sweep
 
 RANDOM_TRIALS = 24
-"""Whole runs that random search has; a third of the grid."""
+"""Whole runs that random search has; a fifth of the table."""
 SEEDS = 20
-DEFAULT, WIDE = "default sweep", "the same over the whole table's rates"
+RANDOM, DEFAULT = "random search", "default sweep"
+RULE_ONLY = "default sweep with the rule of thumb as its only guess"
+PLAIN = "its sampler and pruning over the whole table"
 NEAR = 0.02
 """Share of the best cell's loss by which a result may miss it."""
 
@@ -44,12 +55,12 @@ class Table:
     """One seed's cells, and what the others say of their settings."""
 
     cells: list[Cell]
-    truth: dict[tuple[float, int, int], float]
+    truth: dict[Setting, float]
     """Mean loss of the other seeds, by setting."""
 
     @property
     def tokens(self) -> int:
-        """Of the whole grid."""
+        """Of all its runs."""
         return sum(cell.tokens[-1] for cell in self.cells)
 
     @property
@@ -66,17 +77,14 @@ class Table:
 
 def make_tables(cells: list[Cell]) -> list[Table]:
     """One for each seed."""
-    by_seed: dict[int, list[Cell]] = {}
-    for cell in cells:
-        by_seed.setdefault(cell.seed, []).append(cell)
     tables = []
-    for seed, own in by_seed.items():
-        others: dict[tuple[float, int, int], list[float]] = {}
+    for seed in sorted({cell.seed for cell in cells}):
+        others: dict[Setting, list[float]] = {}
         for cell in cells:
             if cell.seed != seed:
                 others.setdefault(cell.setting, []).append(cell.final)
         truth = {setting: statistics.fmean(losses) for setting, losses in others.items()}
-        tables.append(Table(own, truth))
+        tables.append(Table([cell for cell in cells if cell.seed == seed], truth))
     return tables
 
 
@@ -97,36 +105,51 @@ class Course:
         return next((spent for spent, cell in self.found if cell.final <= loss), math.inf)
 
 
-def make_space(rule: bool) -> Space:
-    """The table's settings: as wide as the table, or with the rates that the rule allows."""
-    from finray.training.recipe import load_recipe
+@dataclass(frozen=True)
+class Contender:
+    """What a search draws from, and what it tries before that."""
 
+    space: Space
+    points: list[Settings]
+
+
+def make_contenders(cells: list[Cell]) -> dict[str, Contender]:
+    """All of them, by name."""
     changes = ("scale.workers=0", "eval.samples=0", "eval.every_steps=null")
     recipe = load_recipe(QUICKSTART, changes)
-    low, high = LEARNING_RATES[0], LEARNING_RATES[-1]
-    if rule:
-        rate = rule_of_thumb(recipe)
-        low, high = max(low, rate / 10), min(high, rate * 10)
-    search = {
-        "optim.learning_rate": Distribution(log_uniform=(low, high)),
-        "adapter.rank": Distribution(choice=list(RANKS)),
-        "adapter.alpha": Distribution(choice=list(ALPHAS)),
+    adapters = sorted({(cell.rank, cell.alpha, cell.rslora) for cell in cells})
+    sections = [{"rank": rank, "alpha": alpha, "rslora": rs} for rank, alpha, rs in adapters]
+    table = {
+        "optim.learning_rate": Distribution(log_uniform=(LEARNING_RATES[0], LEARNING_RATES[-1])),
+        "adapter": Distribution(choice=sections),
     }
-    return Space(search, recipe, Path(), lambda key: key)
+    whole = Space(table, recipe, Path(), lambda key: key)
+    default = Space(default_space(recipe), recipe, Path(), lambda key: key)
+    rule = default.rule_of_thumb()
+    return {
+        RANDOM: Contender(whole, []),
+        DEFAULT: Contender(default, [rule, *default.around_the_rule()]),
+        RULE_ONLY: Contender(default, [rule]),
+        PLAIN: Contender(whole, []),
+    }
 
 
-def nearest(cells: list[Cell], settings: Settings) -> Cell:
-    """The cell of a setting: its rank and alpha, and the closest rate."""
-    rate = math.log(settings["optim.learning_rate"])
+def nearest(cells: list[Cell], space: Space, settings: Settings) -> Cell:
+    """The cell of a setting: its adapter, and the closest rate."""
+    recipe = space.recipe(settings)
+    own = recipe.adapter
+    assert own is not None
+    adapter = (own.rank, scaling(own.rank, own.alpha, own.rslora))
     here = [
         cell
         for cell in cells
-        if (cell.rank, cell.alpha) == (settings["adapter.rank"], settings["adapter.alpha"])
+        if (cell.rank, scaling(cell.rank, cell.alpha, cell.rslora)) == adapter
     ]
+    rate = math.log(recipe.optim.learning_rate)
     return min(here, key=lambda cell: abs(math.log(cell.learning_rate) - rate))
 
 
-def search(cells: list[Cell], space: Space, sweep: Sweep, budget: float) -> Course:
+def search(cells: list[Cell], contender: Contender, sweep: Sweep, budget: float) -> Course:
     """Play a sweep through, one trial at a time, until the budget is spent."""
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     whole = max(cell.tokens[-1] for cell in cells)
@@ -134,18 +157,19 @@ def search(cells: list[Cell], space: Space, sweep: Sweep, budget: float) -> Cour
         optuna.storages.InMemoryStorage(),
         sweep.name,
         [Metric("eval_loss", "min")],
-        space,
+        contender.space,
         make_sampler(sweep, 0),
         make_pruner(sweep, sweep.pruning.kind != "none", min(c.tokens[-1] for c in cells)),
     )
-    study.set_up([space.rule_of_thumb()] if sweep.sampler != "random" else [], [])
+    study.set_up(contender.points, [])
     conductor = Conductor(sweep, study, 1, 0.0, lambda _: None, lambda: None)
     course = Course()
     while course.spent < min(budget, whole * sweep.trials):
         assignment = conductor.next()
         if assignment is None:
             break
-        _walk(course, nearest(cells, assignment.settings), conductor, assignment.number)
+        cell = nearest(cells, contender.space, assignment.settings)
+        _walk(course, cell, conductor, assignment.number)
     return course
 
 
@@ -175,54 +199,53 @@ def main() -> None:
     whole = max(cell.tokens[-1] for table in tables for cell in table.cells)
     full = RANDOM_TRIALS * whole
     base = {"name": "quality", "recipe": {}, "trials": 10_000}
-    courses: dict[str, list[Course]] = {"random": [], DEFAULT: [], WIDE: []}
+    contenders = make_contenders(tables[0].cells)
+    courses: dict[str, list[Course]] = {name: [] for name in contenders}
     turns = [tables[turn % len(tables)] for turn in range(options.repetitions)]
     for seed, table in enumerate(turns):
-        settings = {**base, "seed": seed}
-        plain = Sweep(**settings, sampler="random", pruning=Pruning(kind="none"))
-        courses["random"].append(search(table.cells, make_space(False), plain, full))
-        clever = Sweep(**settings)
-        for name, rule in ((DEFAULT, True), (WIDE, False)):
-            courses[name].append(search(table.cells, make_space(rule), clever, table.tokens))
+        random = Sweep(**base, seed=seed, sampler="random", pruning=Pruning(kind="none"))
+        for name, contender in contenders.items():
+            sweep = random if name == RANDOM else Sweep(**base, seed=seed)
+            courses[name].append(search(table.cells, contender, sweep, 2 * full))
 
     def regrets(name: str, tokens: float) -> list[float]:
         pairs = zip(turns, courses[name], strict=True)
         return [table.regret(course.at(tokens)) for table, course in pairs]
 
     def costs(name: str) -> tuple[float, ...]:
-        """A search that never gets there counts as a whole grid."""
+        """A search that never gets there counts as the whole table."""
         return tuple(
             min(course.cost_of(table.best * (1 + NEAR)) / table.tokens, 1.0)
             for table, course in zip(turns, courses[name], strict=True)
         )
 
-    of_random = statistics.fmean(regrets("random", full))
-    of_grid = [table.regret(min(table.cells, key=lambda one: one.final)) for table in turns]
+    of_random = statistics.fmean(regrets(RANDOM, full))
+    of_table = [table.regret(min(table.cells, key=lambda one: one.final)) for table in turns]
     figures = [
         Figure(
             f"mean regret at a quarter of the budget / random's at the full budget, {name}",
             (statistics.fmean(regrets(name, full / 4)) / of_random,),
             Asked("at most", 0.5) if name == DEFAULT else None,
         )
-        for name in (DEFAULT, WIDE)
+        for name in (DEFAULT, RULE_ONLY, PLAIN)
     ]
     figures.append(
         Figure(
-            "mean regret of the best of the whole grid / random's at the full budget",
-            (statistics.fmean(of_grid) / of_random,),
+            "mean regret of the best of the whole table / random's at the full budget",
+            (statistics.fmean(of_table) / of_random,),
         )
     )
     figures += [
         Figure(
-            f"tokens until within {NEAR:.0%} of the best cell / the whole grid's, {name}",
+            f"tokens until within {NEAR:.0%} of the best cell / the whole table's, {name}",
             costs(name),
             Asked("at most", 0.2) if name == DEFAULT else None,
         )
-        for name in (DEFAULT, WIDE)
+        for name in (DEFAULT, RULE_ONLY, PLAIN)
     ]
     told = {f"regret at a quarter, {name}": regrets(name, full / 4) for name in courses}
     told |= {f"regret at the full budget, {name}": regrets(name, full) for name in courses}
-    told["regret of the best of the whole grid"] = of_grid
+    told["regret of the best of the whole table"] = of_table
     facts = {"settings": len(tables[0].cells), "seeds": len(tables)}
     conclude("tune_quality", options, figures, told, facts)
 

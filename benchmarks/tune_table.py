@@ -2,15 +2,19 @@
 
 Each cell is a run of 36 steps with the held-out loss at nine token counts, so that a search with
 pruning can be played through on the table (tune_quality.py) without training anything. There is a
-cell for every setting and seed: a search sees one seed, and what it found is judged by all. A cell
-that is in the table already is not run again: the command can be stopped and started at any time.
+cell for every setting and seed: a search sees one seed, and what it found is judged by the others.
+The adapters are a grid of rank and alpha, and those of `search: default`; rsLoRA is as good as a
+larger alpha, so all of them are pairs of rank and alpha. A cell that is in the table already is not
+run again: the command can be stopped and started at any time.
 """
 
 import argparse
 import itertools
 import json
 import math
+import multiprocessing
 import os
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -22,8 +26,15 @@ QUICKSTART = HERE.parent / "recipes" / "quickstart" / "sft.yaml"
 LEARNING_RATES = (1e-4, 2.2e-4, 4.6e-4, 1e-3, 2.2e-3, 4.6e-3, 1e-2, 2.2e-2)
 RANKS = (4, 16, 64)
 ALPHAS = (8, 32, 128)
+DEFAULT_RANKS = (4, 8, 16, 32, 64)
+RSLORA_ALPHA = 64
+"""The quickstart's own, which `search: default` leaves as it is with rsLoRA."""
 SEEDS = 5
 STEPS, EVERY, HELD_OUT_ROWS = 36, 4, 100
+
+
+Setting = tuple[float, int, int, bool]
+"""Learning rate, rank, alpha, rsLoRA."""
 
 
 @dataclass(frozen=True)
@@ -34,20 +45,21 @@ class Cell:
     learning_rate: float
     rank: int
     alpha: int
+    rslora: bool
     tokens: list[int]
     """Trained tokens at each evaluation."""
     eval_loss: list[float | None]
     """Held-out loss there; None where it was not a number."""
 
     @property
-    def setting(self) -> tuple[float, int, int]:
+    def setting(self) -> Setting:
         """What is searched."""
-        return self.learning_rate, self.rank, self.alpha
+        return self.learning_rate, self.rank, self.alpha, self.rslora
 
     @property
-    def key(self) -> tuple[int, float, int, int]:
+    def key(self) -> tuple[int, Setting]:
         """What the cell is found by."""
-        return self.seed, *self.setting
+        return self.seed, self.setting
 
     @property
     def final(self) -> float:
@@ -63,7 +75,7 @@ def read_table() -> list[Cell]:
     return [Cell(**cell) for cell in json.loads(TABLE.read_text(encoding="utf-8"))["cells"]]
 
 
-def write_table(cells: list[Cell], threads: int) -> None:
+def write_table(cells: list[Cell]) -> None:
     """Replace the table, one cell a line."""
     settings = {
         "recipe": "recipes/quickstart/sft.yaml",
@@ -73,13 +85,29 @@ def write_table(cells: list[Cell], threads: int) -> None:
         "eval_every_steps": EVERY,
     }
     lines = ",\n".join(json.dumps(asdict(cell)) for cell in sorted(cells, key=lambda c: c.key))
-    head = json.dumps({"settings": settings, "environment": environment(threads)}, indent=1)
+    head = json.dumps({"settings": settings, "environment": environment(1)}, indent=1)
     temporary = TABLE.with_suffix(".new")
     temporary.write_text(f'{head[:-2]},\n "cells": [\n{lines}\n]}}\n', encoding="utf-8")
     temporary.replace(TABLE)
 
 
-def measure_cell(folder: Path, seed: int, learning_rate: float, rank: int, alpha: int) -> Cell:
+def scaling(rank: int, alpha: int, rslora: bool) -> float:
+    """Factor of an adapter's product."""
+    return alpha / (math.sqrt(rank) if rslora else rank)
+
+
+def every_key() -> list[tuple[int, Setting]]:
+    """Seed and setting of each cell."""
+    grid = [(rank, alpha, False) for rank in RANKS for alpha in ALPHAS]
+    tied = [(rank, 2 * rank, False) for rank in DEFAULT_RANKS]
+    rslora = [(rank, RSLORA_ALPHA, True) for rank in DEFAULT_RANKS]
+    # Settings of equal scaling are equal.
+    adapters = list({(one[0], scaling(*one)): one for one in [*rslora, *tied, *grid]}.values())
+    cells = itertools.product(range(SEEDS), LEARNING_RATES, adapters)
+    return [(seed, (rate, *adapter)) for seed, rate, adapter in cells]
+
+
+def measure_cell(folder: Path, seed: int, setting: Setting) -> Cell:
     """Run one configuration in this process."""
     from finray.training.errors import RunError
     from finray.training.recipe import load_recipe
@@ -87,12 +115,14 @@ def measure_cell(folder: Path, seed: int, learning_rate: float, rank: int, alpha
     from finray.training.run_folder import read_metrics
     from finray.training.stop import Stop
 
+    learning_rate, rank, alpha, rslora = setting
     settings: dict[str, Any] = {
-        "name": f"lr{learning_rate:g}-r{rank}-a{alpha}-s{seed}",
+        "name": f"lr{learning_rate:g}-r{rank}-a{alpha}{'-rs' if rslora else ''}-s{seed}",
         "seed": seed,
         "storage": folder,
         "adapter.rank": rank,
         "adapter.alpha": alpha,
+        "adapter.rslora": rslora,
         "optim.learning_rate": learning_rate,
         "optim.epochs": "null",
         "optim.max_steps": STEPS,
@@ -115,7 +145,7 @@ def measure_cell(folder: Path, seed: int, learning_rate: float, rank: int, alpha
     held_out = {line["step"]: line["eval_loss"] for line in lines if "eval_loss" in line}
     steps = sorted(tokens.keys() & held_out.keys())
     return Cell(
-        *(seed, learning_rate, rank, alpha),
+        *(seed, *setting),
         [tokens[step] for step in steps],
         [None if held_out[step] is None else round(held_out[step], 6) for step in steps],
     )
@@ -124,22 +154,22 @@ def measure_cell(folder: Path, seed: int, learning_rate: float, rank: int, alpha
 def main() -> None:
     """Fill the table."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--threads", type=int, default=1, help="torch's threads (default: 1)")
-    threads = parser.parse_args().threads
-    os.environ["OMP_NUM_THREADS"] = str(threads)
+    parser.add_argument("--processes", type=int, default=2, help="runs at a time (default: 2)")
+    processes = parser.parse_args().processes
+    os.environ["OMP_NUM_THREADS"] = "1"
     os.environ["HF_HUB_OFFLINE"] = "1"
     cells = read_table()
     done = {cell.key for cell in cells}
-    grid = list(itertools.product(range(SEEDS), LEARNING_RATES, RANKS, ALPHAS))
-    with scratch() as folder:
+    keys = every_key()
+    spawn = multiprocessing.get_context("spawn")
+    with scratch() as folder, ProcessPoolExecutor(processes, spawn) as pool:
         rows = (QUICKSTART.parent / "eval.jsonl").read_text(encoding="utf-8").splitlines(True)
         (folder / "eval.jsonl").write_text("".join(rows[:HELD_OUT_ROWS]), encoding="utf-8")
-        for key in grid:
-            if key in done:
-                continue
-            cells.append(measure_cell(folder, *key))
-            write_table(cells, threads)
-            print(f"{len(cells)}/{len(grid)} {cells[-1]}", flush=True)
+        waited = [pool.submit(measure_cell, folder, *key) for key in keys if key not in done]
+        for future in as_completed(waited):
+            cells.append(future.result())
+            write_table(cells)
+            print(f"{len(cells)}/{len(keys)} {cells[-1]}", flush=True)
 
 
 if __name__ == "__main__":
