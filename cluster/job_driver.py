@@ -12,11 +12,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from ..training.run_folder import METRICS_FILE, REPORT_FILE, RUN_FILE, SAMPLES_FILE
 from ..training.run_folder import RECIPE_FILE as RUN_RECIPE_FILE
 from ..training.storage import Folder
+from ..training.yaml_text import dump_yaml, load_yaml
 from ..tuning.record import SWEEP_FILE as SWEEP_RECORD
 from ..tuning.record import is_result
 from .staging import INPUTS_FOLDER, RECIPE_FILE, SWEEP_FILE, digest
@@ -44,14 +43,14 @@ def main(arguments: Sequence[str]) -> int:
 
         return examine(rest[0] if rest else None)
     path = Path.cwd() / f"resolved-{os.getpid()}.yaml"
-    path.write_text(yaml.safe_dump(unpack(Path.cwd(), _STAGED[verb])), encoding="utf-8")
+    path.write_text(dump_yaml(unpack(Path.cwd(), _STAGED[verb])), encoding="utf-8")
     return finray([verb, str(path), "--address", "auto", *rest])
 
 
 def unpack(folder: Path, file: str) -> dict[str, Any]:
     """Copy the files that travelled into the folder of run or sweep; the settings then name them
     there, by their content: a changed setting leaves the data where it is."""
-    values: dict[str, Any] = yaml.safe_load((folder / file).read_text(encoding="utf-8"))
+    values: dict[str, Any] = load_yaml((folder / file).read_text(encoding="utf-8"))
     sent = folder / INPUTS_FOLDER
     if not sent.is_dir():
         return values

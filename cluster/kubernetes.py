@@ -11,6 +11,7 @@ import yaml
 
 from ..training.errors import InputError
 from ..training.recipe import Recipe, ScaleSettings
+from ..training.yaml_text import dump_yaml
 from .overlays import Manifest, ray_cluster
 from .portable import check_no_secret, check_reachable
 
@@ -173,8 +174,7 @@ def _leave_out_claim(cluster: Manifest) -> None:
 
 
 def _config_map(metadata: Manifest, recipe: Recipe) -> Manifest:
-    # Escaped: written as it is, U+0085 would be read back as a line's end.
-    text = yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=False)
+    text = dump_yaml(recipe.model_dump(mode="json"))
     size = len(text.encode())
     if size > LARGEST_RECIPE:
         raise InputError(

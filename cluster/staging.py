@@ -12,11 +12,10 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from ..training.data.sources import expand
 from ..training.errors import InputError
 from ..training.recipe import Recipe, Source
+from ..training.yaml_text import dump_yaml
 from ..tuning.sweep import LoadedSweep
 from .portable import strings
 
@@ -177,7 +176,7 @@ class _Parcel:
         """Check what was gathered, and write recipe or sweep beside it."""
         self.check_size(limit_mib)
         self.check_storage(recipe)
-        text = yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
+        text = dump_yaml(values)
         (self._folder / file).write_text(text, encoding="utf-8")
         staged = Staged(digest(self._folder), self.bytes, tuple(self.notes))
         add_finray(self._folder)

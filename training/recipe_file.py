@@ -10,6 +10,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from .errors import InputError
+from .yaml_text import Loader, load_yaml
 
 Key = tuple[str | int, ...]
 Settings = TypeVar("Settings", bound=BaseModel)
@@ -58,8 +59,8 @@ def read_recipe_file(path: Path, overrides: Sequence[str | Change] = ()) -> Docu
         reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
         raise InputError(f"{path}: cannot read the file: {reason}") from None
     try:
-        root = yaml.compose(text, Loader=yaml.SafeLoader)
-        values = yaml.safe_load(text)
+        root = yaml.compose(text, Loader=Loader)
+        values = load_yaml(text)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f"{path}:{mark.line + 1}" if mark else str(path)
@@ -117,7 +118,7 @@ def _parse(override: str) -> Change:
     if not separator or not dotted:
         raise InputError(f"{place}: expected key=value, such as optim.learning_rate=1e-4")
     try:
-        return Change(dotted, yaml.safe_load(text), place)
+        return Change(dotted, load_yaml(text), place)
     except yaml.YAMLError:
         raise InputError(f"{place}: the value is not valid YAML") from None
 

@@ -11,8 +11,6 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol
 
-import yaml
-
 from .attempts import persevere
 from .books import now, update_run
 from .checkpoint import best
@@ -35,6 +33,7 @@ from .session import STOP_FILE
 from .stop import Stop
 from .storage import Folder
 from .versions import installed_versions
+from .yaml_text import dump_yaml, load_yaml
 
 # A resumed run may change these; anything else would change its result.
 _FREE_ON_RESUME = (
@@ -246,7 +245,7 @@ def _check_enough(recipe: Recipe, prepared: Prepared) -> None:
 
 def _check_same(recipe: Recipe, folder: Folder) -> None:
     """Refuse to go on with settings that would make it another run."""
-    written = recipe_from_dict(yaml.safe_load(folder.read(RECIPE_FILE)))
+    written = recipe_from_dict(load_yaml(folder.read(RECIPE_FILE)))
     changes = differences(
         written.model_dump(mode="json"), recipe.model_dump(mode="json"), _FREE_ON_RESUME
     )
@@ -294,9 +293,7 @@ def _flat(values: Any, prefix: str = "") -> dict[str, Any]:
 
 def _open(recipe: Recipe, folder: Folder, prepared: Prepared) -> None:
     folder.delete(STOP_FILE)
-    # Escaped: of some line separators YAML would make a line feed.
-    text = yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False)
-    folder.write(RECIPE_FILE, text.encode())
+    folder.write(RECIPE_FILE, dump_yaml(recipe.model_dump(mode="json")).encode())
 
     def change(record: Record) -> None:
         record.setdefault("started_at", now())

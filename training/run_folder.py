@@ -9,6 +9,7 @@ import yaml
 
 from .errors import InputError
 from .storage import Folder
+from .yaml_text import load_yaml
 
 RECIPE_FILE = "recipe.yaml"
 RUN_FILE = "run.json"
@@ -63,7 +64,7 @@ def read_recipe(folder: Folder) -> tuple[str, Record]:
     """
     try:
         text = folder.read(RECIPE_FILE).decode("utf-8")
-        recipe = yaml.safe_load(text)
+        recipe = load_yaml(text)
     except FileNotFoundError:
         return "", {}
     except (UnicodeDecodeError, yaml.YAMLError) as error:

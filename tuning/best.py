@@ -6,8 +6,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from ..training.job import Job, Outcome
 from ..training.launch import launch_on_ray
 from ..training.recipe import Recipe
@@ -15,6 +13,7 @@ from ..training.run import Listener, run_folder, train
 from ..training.run_folder import Record, read_run
 from ..training.stop import Stop
 from ..training.storage import Folder
+from ..training.yaml_text import dump_yaml
 from .plan import Plan
 from .record import BEST_FILE, PARETO_FOLDER, RETRAINED_FOLDER, lineage, trial_folder
 from .sweep import Retrain
@@ -56,7 +55,7 @@ def _write_recipe(
         for metric, value in zip(plan.metrics, row["values"], strict=True)
     )
     written = recipe.model_dump(mode="json", exclude_unset=True)
-    text = yaml.safe_dump(written, sort_keys=False, allow_unicode=True)
+    text = dump_yaml(written, allow_unicode=True)
     head = f"# Trial {row['number']} of the sweep {plan.sweep.name}: {values}\n"
     folder.create().write(file, (head + _course(record, row) + text).encode())
 
