@@ -31,7 +31,9 @@ def check_folder(plan: Plan) -> Record | None:
     earlier = read_sweep(plan.folder)
     if earlier is None:
         return None
-    changes = differences(earlier["settings"], describe(plan), _FREE_ON_RESUME)
+    # A population is as large as it was from its first turn on.
+    free = tuple(one for one in _FREE_ON_RESUME if one != "trials" or not plan.is_population)
+    changes = differences(earlier["settings"], describe(plan), free)
     if changes:
         raise InputError(
             f"{plan.folder} holds a sweep with other settings:\n" + "\n".join(changes) + "\n"

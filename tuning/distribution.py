@@ -140,6 +140,14 @@ class Distribution(Section):
             value = min(low + round((value - low) / self.step) * self.step, high)
         return round(value) if self.is_integer else value
 
+    def own(self, value: Any) -> Scalar:
+        """A value that it holds, as Optuna keeps it: rid of rounding errors."""
+        if self.choice is not None:
+            labels = self.labels()
+            return labels[labels.index(as_label(value))]
+        nearest: float = self.nearest(value)
+        return nearest
+
     def holds(self, value: Any) -> bool:
         """Whether the value can come from here."""
         if self.choice is not None:
@@ -150,6 +158,13 @@ class Distribution(Section):
 def is_number(value: Any) -> bool:
     """Whether it is one, which True is not."""
     return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def is_same(one: Any, other: Any) -> bool:
+    """Whether values are equal, but for rounding errors."""
+    if is_number(one) and is_number(other):
+        return math.isclose(one, other, rel_tol=1e-9)
+    return bool(one == other)
 
 
 def as_label(value: Any) -> Scalar:

@@ -200,7 +200,11 @@ class Population:
 def perturbed(space: Space, settings: Settings, chance: random.Random) -> Settings:
     """Settings a little away from others; those themselves where that makes no valid recipe."""
     given = {
-        key: _perturbed(space[key], settings[key], chance)
+        key: space.in_recipe(
+            key,
+            _perturbed(space[key], space.as_searched(key, settings[key], settings), chance),
+            settings,
+        )
         for key in space.searched
         if key in settings
     }

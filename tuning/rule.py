@@ -38,22 +38,33 @@ LEARNING_RATE, RANK, ALPHA = "optim.learning_rate", "adapter.rank", "adapter.alp
 RSLORA = "adapter.rslora"
 
 
-def rule_of_thumb(recipe: Recipe) -> float:
+def rule_of_thumb(recipe: Recipe) -> float | None:
     """A learning rate that suits the recipe's model and method; of an adapter, one of alpha 32.
 
-    Where the model's configuration is not on this machine, what makes the recipe's own rate.
+    The alpha of an adapter that training goes on with (`model.adapter`) is not known.
+
+    Returns:
+        None where the model's configuration is not on this machine.
     """
     width = _hidden_size(recipe)
     if width is None:
-        adapter, own = recipe.adapter, recipe.optim.learning_rate
-        if adapter is None:
-            return own
-        return own / rate_factor(RULE_ALPHA, adapter.rank, adapter.alpha, adapter.rslora)
+        return None
     factor = _LORA_FACTOR if recipe.trains_adapter else 1.0
     share = _BY_METHOD.get(recipe.method.kind)
     if share is None:
         return _rounded(_PREFERENCE_RATE * factor / _LORA_FACTOR)
     return _rounded(_FULL_RATE * factor * share * (_WIDTH / width) ** _EXPONENT)
+
+
+def own_rate(recipe: Recipe) -> float:
+    """The recipe's learning rate; of an adapter, what makes it at alpha 32."""
+    return recipe.optim.learning_rate / adapter_factor(RULE_ALPHA, recipe)
+
+
+def adapter_factor(at_alpha: float, recipe: Recipe) -> float:
+    """What a rate that suits `at_alpha` is to be multiplied by for the recipe's adapter."""
+    own = recipe.adapter
+    return 1.0 if own is None else rate_factor(at_alpha, own.rank, own.alpha, own.rslora)
 
 
 def rate_factor(at_alpha: float, rank: int, alpha: float, rslora: bool) -> float:
@@ -68,7 +79,7 @@ def default_space(recipe: Recipe) -> dict[str, Distribution]:
     Alpha and learning rate are nearly redundant, so alpha is not searched, and the rate is told at
     one alpha: what suits one adapter then suits the others.
     """
-    rate = rule_of_thumb(recipe)
+    rate = rule_of_thumb(recipe) or own_rate(recipe)
     bounds = (_rounded(rate / _SPAN), _rounded(rate * _SPAN))
     at_alpha = RULE_ALPHA if recipe.adapter is not None else None
     space = {LEARNING_RATE: Distribution(log_uniform=bounds, at_alpha=at_alpha)}

@@ -20,6 +20,8 @@ from .rule import (
     RSLORA,
     RULE_ALPHA,
     SPREAD,
+    adapter_factor,
+    own_rate,
     rate_factor,
     rule_of_thumb,
 )
@@ -79,6 +81,7 @@ class Space:
         self._values = base.model_dump(mode="json", exclude_unset=True)
         # A variant is found by its kind, also where that is the default.
         self._values["method"] = {"kind": base.method.kind, **self._values.get("method", {})}
+        self._written = base.model_dump(mode="json")
         self._check_keys()
         self.keys = self._in_order()
 
@@ -98,7 +101,7 @@ class Space:
                 settings[key] = self._value(
                     key,
                     settings,
-                    lambda k: self._in_recipe(k, _suggest(trial, k, self[k]), settings),
+                    lambda k: self.in_recipe(k, _suggest(trial, k, self[k]), settings),
                 )
         return settings
 
@@ -121,19 +124,28 @@ class Space:
             times: of the rate that suits.
         """
         settings = self.complete(given or {})
-        if LEARNING_RATE in settings and not self[LEARNING_RATE].is_computed:
-            rate = times * rule_of_thumb(self.base)
-            if self.base.adapter is not None:
-                rate *= self._factor(RULE_ALPHA, settings)
-            settings[LEARNING_RATE] = self._nearest(LEARNING_RATE, rate, settings)
-        return settings
+        if LEARNING_RATE not in self.searched or LEARNING_RATE not in settings:
+            return settings
+        try:
+            recipe = self.recipe(settings)
+        except InputError:  # a combination that no trial will have
+            recipe = self.base
+        rate = (rule_of_thumb(recipe) or own_rate(self.base)) * adapter_factor(RULE_ALPHA, recipe)
+        suits = self._nearest(LEARNING_RATE, times * rate, settings)
+        return self.complete({**(given or {}), LEARNING_RATE: suits})
 
     def around_the_rule(self) -> list[Settings]:
         """What tells most beside the rule of thumb, of `search: default`: the other kind of
-        adapter at the rate that suits it, and a faster and a slower rate."""
-        own = self.base.adapter
-        other = [] if own is None else [self.rule_of_thumb({RSLORA: not own.rslora})]
-        return [*other, *(self.rule_of_thumb(times=times) for times in (SPREAD, 1 / SPREAD))]
+        adapter, as large as it may be, and for both kinds a faster and a slower rate."""
+        around = (SPREAD, 1 / SPREAD)
+        if self.base.adapter is None:
+            return [self.rule_of_thumb(times=times) for times in around]
+        ranks = self[RANK].choice
+        assert ranks is not None, "as the default space has it"
+        other = {RSLORA: not self.base.adapter.rslora, RANK: max(ranks)}
+        kinds: tuple[Settings, ...] = ({}, other)
+        rates = [self.rule_of_thumb(kind, times) for times in around for kind in kinds]
+        return [self.rule_of_thumb(other), *rates]
 
     def point(self, given: Settings, place: str) -> Settings:
         """A user's own guess as a whole setting.
@@ -158,8 +170,9 @@ class Space:
         """The searched part of a setting as Optuna keeps it, by the names that it has there."""
         labels = self._as_labels(settings)
         for key in [key for key in labels if self[key].at_alpha is not None]:
-            # A rounding error must not carry it over the range's end.
-            value = self[key].nearest(self._as_searched(key, labels.pop(key), settings))
+            # A rounding error must neither make two of one, nor carry it over the range's end.
+            value = float(f"{self.as_searched(key, labels.pop(key), settings):.12g}")
+            value = self[key].nearest(value)
             labels[self[key].parameter(key)] = value
         return labels
 
@@ -210,18 +223,17 @@ class Space:
         """A setting for each prepared data set that trials need.
 
         Raises:
-            InputError: where a key that decides the data has endlessly many values.
+            InputError: where a key that decides the data, or one that it depends on, has endlessly
+                many values.
         """
         keys = self._data_keys()
-        for key in self.searched:
+        for key in self.keys:
             if key.startswith("data.") and key not in keys:
-                raise InputError(
-                    f"{self._place(key)}: search.{key}: data is prepared before the first trial, "
-                    "so its values must be countable; use choice, int_uniform or step"
-                )
-        values = [self[key].every_value() or [] for key in keys]
+                raise self._uncountable(key, key)
+        varied = self._with_what_they_need(keys)
+        values = [self[key].every_value() or [] for key in varied]
         settings = [
-            self.complete(dict(zip(keys, combination, strict=True)))
+            self.complete(dict(zip(varied, combination, strict=True)))
             for combination in itertools.product(*values)
         ]
         return list({self.data_key(each): each for each in settings}.values())
@@ -231,9 +243,34 @@ class Space:
         sections = ("data", "model", "method")
         return [
             key
-            for key in self.searched
-            if key.partition(".")[0] in sections and self[key].every_value() is not None
+            for key in self.keys
+            if key.partition(".")[0] in sections and self._is_countable(key)
         ]
+
+    def _is_countable(self, key: str) -> bool:
+        of = self[key].of
+        if of is not None:
+            return of not in self._search or self._is_countable(of)
+        return self[key].every_value() is not None
+
+    def _with_what_they_need(self, keys: list[str]) -> list[str]:
+        """The searched ones of data keys, and those that decide whether or what they are."""
+        found: dict[str, None] = {}
+        waiting = [(key, key) for key in keys]
+        while waiting:
+            key, data_key = waiting.pop()
+            if not self._is_countable(key):
+                raise self._uncountable(data_key, key)
+            found[key] = None
+            waiting += [(other, data_key) for other in self._needs(key)]
+        return [key for key in self.searched if key in found]
+
+    def _uncountable(self, data_key: str, key: str) -> InputError:
+        why = "" if key == data_key else f", and with it those of {key}"
+        return InputError(
+            f"{self._place(data_key)}: search.{data_key}: data is prepared before the first trial, "
+            f"so its values must be countable{why}; use choice, int_uniform or step"
+        )
 
     def data_key(self, settings: Settings) -> str:
         """Equal for settings that prepare the same data."""
@@ -247,6 +284,22 @@ class Space:
             for other, value in condition.items()
         )
 
+    def written(self, key: str) -> Any:
+        """The base recipe's value."""
+        return value_at(self._written, key)
+
+    def in_recipe(self, key: str, searched: Any, settings: Settings) -> Any:
+        """The recipe's value for a searched one, beside the values of the keys before it."""
+        at_alpha = self[key].at_alpha
+        return searched if at_alpha is None else searched * self._factor(at_alpha, settings)
+
+    def as_searched(self, key: str, value: Any, settings: Settings) -> Any:
+        """The searched value for the recipe's, beside the values of the keys before it."""
+        at_alpha = self[key].at_alpha
+        if at_alpha is None or not is_number(value):
+            return value
+        return value / self._factor(at_alpha, settings)
+
     # in detail
 
     def _value(self, key: str, settings: Settings, choose: Callable[[str], Any]) -> Any:
@@ -254,13 +307,13 @@ class Space:
         if not distribution.is_computed:
             return choose(key)
         assert distribution.times is not None and distribution.of is not None
-        factor = settings.get(distribution.of, self._written(distribution.of))
+        factor = settings.get(distribution.of, self.written(distribution.of))
         value = distribution.times * factor
         return int(value) if value == int(value) else value
 
     def _own(self, key: str, settings: Settings) -> Any:
         """The base recipe's value, or the nearest in the space, or the middle of the space."""
-        own = self._written(key)
+        own = self.written(key)
         if self._holds(key, own, settings):
             return own
         return self._nearest(key, own, settings) if is_number(own) else self[key].middle()
@@ -270,40 +323,19 @@ class Space:
             raise InputError(f"{place}: {key}: {value!r} is not in the searched space")
 
     def _holds(self, key: str, value: Any, settings: Settings) -> bool:
-        return self[key].holds(self._as_searched(key, value, settings))
+        return self[key].holds(self.as_searched(key, value, settings))
 
     def _nearest(self, key: str, value: Any, settings: Settings) -> Any:
-        searched = self[key].nearest(self._as_searched(key, value, settings))
-        return self._in_recipe(key, searched, settings)
-
-    def _in_recipe(self, key: str, searched: Any, settings: Settings) -> Any:
-        """The recipe's value for a searched one."""
-        at_alpha = self[key].at_alpha
-        return searched if at_alpha is None else searched * self._factor(at_alpha, settings)
-
-    def _as_searched(self, key: str, value: Any, settings: Settings) -> Any:
-        """The searched value for the recipe's."""
-        at_alpha = self[key].at_alpha
-        if at_alpha is None or not is_number(value):
-            return value
-        return value / self._factor(at_alpha, settings)
+        searched = self[key].nearest(self.as_searched(key, value, settings))
+        return self.in_recipe(key, searched, settings)
 
     def _factor(self, at_alpha: float, settings: Settings) -> float:
         """The rate of the settings' adapter by the one at an alpha."""
-        rank, alpha, rslora = (settings.get(k, self._written(k)) for k in (RANK, ALPHA, RSLORA))
+        rank, alpha, rslora = (settings.get(k, self.written(k)) for k in (RANK, ALPHA, RSLORA))
         return rate_factor(at_alpha, rank, alpha, rslora)
 
     def _as_labels(self, settings: Settings) -> dict[str, Scalar]:
         return {key: as_label(settings[key]) for key in self.searched if key in settings}
-
-    def _written(self, key: str) -> Any:
-        value: Any = self.base.model_dump(mode="json")
-        for part in key.split("."):
-            if isinstance(value, list):
-                value = value[int(part)] if part.isdigit() and int(part) < len(value) else None
-            else:
-                value = value.get(part) if isinstance(value, dict) else None
-        return value
 
     def _validated(self, settings: Settings, fixed: dict[str, Any]) -> Recipe:
         values = {**copy.deepcopy(self._values), **fixed}
@@ -321,7 +353,7 @@ class Space:
             if parts[0] in _SHARED:
                 raise InputError(f"{where}: {parts[0]} is the same for all trials of a sweep")
             others = [*(distribution.when or {})]
-            if distribution.of is not None and self._written(distribution.of) is None:
+            if distribution.of is not None and self.written(distribution.of) is None:
                 others.append(distribution.of)
             for other in others:
                 if other not in self._search:
@@ -334,6 +366,14 @@ class Space:
             raise InputError(f"{where}: at_alpha is for {LEARNING_RATE} alone")
         if self.base.adapter is None or "adapter" in self._search:
             raise InputError(f"{where}: at_alpha needs a base recipe with an adapter of its own")
+        for other, kind in ((RANK, is_number), (ALPHA, is_number), (RSLORA, _is_bool)):
+            choices = self._search[other].choice if other in self._search else None
+            for value in choices or []:
+                if not kind(value):
+                    raise InputError(
+                        f"{self._place(other)}: search.{other}: found {value!r}, written as text; "
+                        "at_alpha counts with it, so write it without quotes"
+                    )
 
     def _in_order(self) -> list[str]:
         """The keys, each after those that it depends on."""
@@ -374,6 +414,20 @@ class Space:
             settings = self.complete(dict(zip(values, combination, strict=True)))
             found.setdefault(repr(settings), settings)
         return list(found.values())
+
+
+def value_at(values: Any, key: str) -> Any:
+    """What plain values have at a dotted key; None where they have nothing."""
+    for part in key.split("."):
+        if isinstance(values, list):
+            values = values[int(part)] if part.isdigit() and int(part) < len(values) else None
+        else:
+            values = values.get(part) if isinstance(values, dict) else None
+    return values
+
+
+def _is_bool(value: Any) -> bool:
+    return isinstance(value, bool)
 
 
 def _suggest(trial: Suggests, key: str, distribution: Distribution) -> Any:

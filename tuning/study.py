@@ -13,14 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import optuna
-from optuna.distributions import BaseDistribution
 from optuna.trial import FrozenTrial, TrialState
 
 from ..training.errors import InputError
 from ..training.methods import Metric
 from ..training.run_folder import Record
 from ..training.storage import Folder
-from .distribution import is_number
 from .record import STUDY_FILE
 from .space import Settings, Space
 
@@ -287,86 +285,3 @@ def _row(trial: FrozenTrial) -> Record:
         "started": trial.datetime_start.isoformat() if trial.datetime_start else None,
         "ended": trial.datetime_complete.isoformat() if trial.datetime_complete else None,
     }
-
-
-def earlier_trials(folder: Folder, space: Space, metrics: Sequence[Metric]) -> list[FrozenTrial]:
-    """What another sweep found, as far as its settings lie in this space.
-
-    Raises:
-        InputError: where there is no sweep, or one with other objectives.
-    """
-    if not folder.exists(STUDY_FILE):
-        raise InputError(f"warm_start: {folder} holds no sweep (it has no {STUDY_FILE})")
-    storage = StudyFile(folder).open()
-    study = optuna.load_study(study_name=None, storage=storage)
-    directions = ["MINIMIZE" if one.mode == "min" else "MAXIMIZE" for one in metrics]
-    if [direction.name for direction in study.directions] != directions:
-        raise InputError(f"warm_start: {folder} looked for another objective")
-    found = []
-    for trial in study.get_trials(states=(TrialState.COMPLETE, TrialState.PRUNED)):
-        settings = trial.user_attrs.get("settings")
-        place = None if settings is None else _place(settings, space)
-        if place is not None:
-            params, distributions = place
-            found.append(
-                optuna.trial.create_trial(
-                    state=trial.state,
-                    values=trial.values if trial.state == TrialState.COMPLETE else None,
-                    params=params,
-                    distributions=distributions,
-                    intermediate_values=trial.intermediate_values,
-                    user_attrs={"settings": settings, "earlier": f"{folder}#{trial.number}"},
-                )
-            )
-    return found
-
-
-def _place(
-    settings: Settings, space: Space
-) -> tuple[dict[str, Any], dict[str, BaseDistribution]] | None:
-    """Parameters of settings in this space, and their distributions; None for any outside it."""
-    if not settings.keys() <= set(space.keys):
-        return None
-    probe = _Probe(space.labels(settings))
-    try:
-        reached = space.suggest(probe)
-    except KeyError:
-        return None
-    if not all(_is_same(reached.get(key), value) for key, value in settings.items()):
-        return None
-    return {name: probe.params[name] for name in probe.seen}, probe.seen
-
-
-def _is_same(one: Any, other: Any) -> bool:
-    if is_number(one) and is_number(other):
-        return math.isclose(one, other, rel_tol=1e-9)
-    return bool(one == other)
-
-
-class _Probe:
-    """Answers as a trial with known parameters would, and notes the distributions."""
-
-    def __init__(self, params: dict[str, Any]) -> None:
-        self.params = params
-        self.seen: dict[str, BaseDistribution] = {}
-
-    def _take(self, name: str, distribution: BaseDistribution) -> Any:
-        value = self.params[name]
-        if not distribution._contains(distribution.to_internal_repr(value)):
-            raise KeyError(name)
-        self.seen[name] = distribution
-        return value
-
-    def suggest_categorical(self, name: str, choices: list[Any]) -> Any:
-        if self.params[name] not in choices:
-            raise KeyError(name)
-        return self._take(name, optuna.distributions.CategoricalDistribution(choices))
-
-    def suggest_float(
-        self, name: str, low: float, high: float, *, step: float | None, log: bool
-    ) -> float:
-        distribution = optuna.distributions.FloatDistribution(low, high, log=log, step=step)
-        return float(self._take(name, distribution))
-
-    def suggest_int(self, name: str, low: int, high: int, *, step: int, log: bool) -> int:
-        return int(self._take(name, optuna.distributions.IntDistribution(low, high, log, step)))

@@ -33,8 +33,9 @@ from .report import write_report
 from .room import decide_concurrency
 from .samplers import first_rung, interval, make_pruner, make_sampler, parts
 from .space import Settings
-from .study import Assignment, StudyFile, SweepStudy, earlier_trials
+from .study import Assignment, StudyFile, SweepStudy
 from .trial import TrialConfig
+from .warm_start import earlier_trials
 
 _RETRY_SECONDS = 2.0
 
@@ -167,11 +168,11 @@ class _Tuning:
             make_pruner(plan.sweep, plan.prunes, self._trial_tokens),
         )
         if not study.is_set_up:
-            earlier = [
-                trial
-                for uri in plan.sweep.warm_start
-                for trial in earlier_trials(Folder(uri), plan.space, plan.metrics)
-            ]
+            earlier = []
+            for uri in plan.sweep.warm_start:
+                found = earlier_trials(Folder(uri), plan.space, plan.metrics)
+                self._watcher.phase(f"taken over from {uri}: {len(found)} trials")
+                earlier += found
             study.set_up(plan.points, earlier)
         return study
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import optuna
 import pytest
-from optuna.trial import FixedTrial, TrialState
+from optuna.trial import TrialState
 
 from finray.training.errors import InputError, RunError
 from finray.training.methods import Metric
@@ -16,7 +16,7 @@ from finray.tuning.conductor import Conductor, Ending
 from finray.tuning.distribution import Distribution
 from finray.tuning.samplers import MedianPruner, make_pruner, make_sampler
 from finray.tuning.space import Space
-from finray.tuning.study import StudyFile, SweepStudy, earlier_trials
+from finray.tuning.study import StudyFile, SweepStudy
 from finray.tuning.sweep import Sweep
 
 SEARCH = {
@@ -235,37 +235,6 @@ def test_a_grid_ends_with_its_last_setting(tiny_model: Path, space: Space) -> No
         assert assignment is not None and assignment.settings == {"adapter.rank": rank}
         played.finish(assignment.number, float(rank))
     assert played.conductor.next() is None and played.conductor.is_finished
-
-
-def test_an_earlier_sweep_warms_a_new_one(space: Space, tmp_path: Path) -> None:
-    before = Played(space, tmp_path / "before")
-    numbers = [before.start(), before.start()]
-    for number, loss in zip(numbers, (1.0, 2.0), strict=True):
-        before.finish(number, loss)
-    narrow = Space(
-        {**SEARCH, "optim.learning_rate": Distribution(log_uniform=(0.099, 0.1))},
-        *(space.base, Path("/"), lambda key: key),
-    )
-    metrics = [Metric("eval_loss", "min")]
-    folder = Folder(str(tmp_path / "before"))
-    moved = {"optim.learning_rate": Distribution(log_uniform=(1e-9, 10.0), at_alpha=32)}
-    at_alpha = Space({**SEARCH, **moved}, space.base, Path("/"), lambda key: key)
-    for trial, told in zip(
-        earlier_trials(folder, at_alpha, metrics), before.study.rows(), strict=True
-    ):
-        assert at_alpha.suggest(FixedTrial(trial.params)) == pytest.approx(told["settings"])
-    assert earlier_trials(folder, narrow, metrics) == [], "results outside of the space"
-    earlier = earlier_trials(folder, space, metrics)
-    after = Played(space, tmp_path / "after")
-    after.study.set_up([], earlier)
-    after.study.set_up([], earlier)
-    told = after.study.optuna.get_trials(states=(TrialState.COMPLETE,))
-    assert [trial.value for trial in told] == [1.0, 2.0]
-    assert after.study.rows() == [] and after.study.best() == [], "they are not its own trials"
-    with pytest.raises(InputError, match="another objective"):
-        earlier_trials(folder, space, [Metric("x", "max")])
-    with pytest.raises(InputError, match="holds no sweep"):
-        earlier_trials(Folder(str(tmp_path)), space, metrics)
 
 
 def test_the_pareto_front(space: Space) -> None:

@@ -10,11 +10,14 @@ from optuna.trial import TrialState
 
 from finray.training.errors import InputError
 from finray.training.methods import Metric
+from finray.training.model_settings import LoraAdapter
 from finray.training.recipe import Recipe
+from finray.tuning.attempt import check_folder, describe
 from finray.tuning.conductor import Conductor, Ending
 from finray.tuning.distribution import Distribution
 from finray.tuning.pbt import Population, perturbed
 from finray.tuning.plan import make_plan
+from finray.tuning.record import write_sweep
 from finray.tuning.samplers import make_pruner, make_sampler
 from finray.tuning.space import Space
 from finray.tuning.study import SweepStudy
@@ -205,6 +208,30 @@ def test_perturbed_values_lie_in_the_space(recipe: Recipe) -> None:
     rates = {one[RATE] for one in seen}
     assert len(rates) > 10 and all(1e-5 <= rate <= 1e-1 for rate in rates)
     assert {0.0, 0.01} <= {one[DECAY] for one in seen}, "nothing leaves zero"
+
+
+def test_a_rate_at_an_alpha_is_perturbed_like_another(recipe: Recipe) -> None:
+    recipe = recipe.model_copy(update={"adapter": LoraAdapter(rank=2, alpha=2)})
+    search = {RATE: Distribution(log_uniform=(1e-4, 1e-2), at_alpha=32)}
+    space = Space(search, recipe, Path("/"), lambda key: key)
+    # At an alpha of 2 the rates are four times those at 32.
+    settings = {RATE: 0.02}
+    seen = {perturbed(space, settings, random.Random(seed))[RATE] for seed in range(60)}
+    assert all(4e-4 <= rate <= 0.0400001 for rate in seen) and len(seen) > 10
+    assert {0.016, 0.025} <= {round(rate, 9) for rate in seen}
+
+
+def test_a_population_keeps_its_size(tmp_path: Path, recipe: Recipe) -> None:
+    path = tmp_path / "sweep.yaml"
+    base = (
+        f"{{model: {{base: {recipe.model.base}}}, data: {{train: [{{path: /x}}], holdout: 0.1}}}}"
+    )
+    path.write_text(f"name: s\nrecipe: {base}\npruning: {{kind: pbt}}\nstorage: {tmp_path}\n")
+    plan = make_plan(load_sweep(path))
+    write_sweep(plan.folder.create(), {"settings": describe(plan)})
+    assert check_folder(plan) is not None
+    with pytest.raises(InputError, match="trials: 30 there, 20 now"):
+        check_folder(make_plan(load_sweep(path, ("trials=20",))))
 
 
 def test_what_cannot_change_in_mid_run_is_refused(tmp_path: Path) -> None:

@@ -167,11 +167,14 @@ def test_the_first_guesses_of_the_default_space(plan: MakePlan) -> None:
     adapter = {"adapter.rank": 16, "adapter.rslora": False, "adapter.alpha": 32.0}
     assert made.points[0] == pytest.approx({**adapter, "optim.learning_rate": rule})
     assert made.points[1]["adapter.rank"] == 64
-    # The other kind of adapter, at half the rate as its alpha counts four times.
-    other = {"adapter.rank": 16, "adapter.rslora": True, "optim.learning_rate": rule / 2}
-    assert made.points[2] == pytest.approx(other)
-    for point, rate in zip(made.points[3:], (rule * 10**0.5, rule / 10**0.5), strict=True):
-        assert point == pytest.approx({**adapter, "optim.learning_rate": rate})
+    # The other kind of adapter; its alpha of 32 counts eight times, the root of its rank.
+    other = {"adapter.rank": 64, "adapter.rslora": True}
+    around = (10**0.5, 10**-0.5)
+    for point, times in zip(made.points[2::2], (1, *around), strict=True):
+        rate = times * rule / 8**0.5
+        assert point == pytest.approx({**other, "optim.learning_rate": rate})
+    for point, times in zip(made.points[3::2], around, strict=True):
+        assert point == pytest.approx({**adapter, "optim.learning_rate": times * rule})
     assert len(plan(recipe, search="default", trials=2).points) == 2
     assert len(plan(recipe, search=RATE).points) == 1
     full = plan({"adapter": None}, search="default").points
@@ -227,6 +230,9 @@ def test_rates_at_an_alpha_need_an_adapter(plan: MakePlan) -> None:
     rate = {"optim.learning_rate": {"log_uniform": [1e-5, 1e-3], "at_alpha": 32}}
     with pytest.raises(InputError, match=r"sweep.yaml:3.* needs a base recipe with an ada"):
         plan({"adapter": None}, search=rate)
+    for key, text in (("adapter.rank", "8"), ("adapter.rslora", "true")):
+        with pytest.raises(InputError, match=rf"search.{key}: found '{text}', written as text"):
+            plan(search={**rate, key: {"choice": [text]}})
 
 
 def test_full_fine_tuning_learns_ten_times_slower(plan: MakePlan) -> None:
@@ -249,6 +255,49 @@ def test_recipes_share_data_unless_its_settings_differ(plan: MakePlan) -> None:
     keys = {made.space.data_key(settings) for settings in made.space.data_settings()}
     assert len(keys) == 2
     assert len(plan().space.data_settings()) == 1
+
+
+def test_data_that_hangs_on_other_keys_is_prepared_for_all_of_them(plan: MakePlan) -> None:
+    ranks = {"adapter.rank": {"choice": [2, 4, 8]}}
+    when = {"choice": [64, 128], "when": {"adapter.rank": 8}}
+    for length, lengths in ((when, 3), ({"times": 16, "of": "adapter.rank"}, 3)):
+        made = plan(search={**ranks, "data.max_length": length})
+        recipes = made.data_recipes()
+        assert len({recipe.data.max_length for recipe in recipes.values()}) == lengths
+        for settings in made.space.every_setting() or []:
+            recipe = recipes[made.space.data_key(settings)]
+            assert recipe.data.max_length == made.space.recipe(settings).data.max_length
+    rate = {**RATE, "data.max_length": {"choice": [64], "when": {"optim.learning_rate": 1e-4}}}
+    with pytest.raises(InputError, match=r"max_length: .*countable, and with it those of optim"):
+        plan(search=rate)
+
+
+def test_what_depends_on_the_rate_follows_the_rule(plan: MakePlan) -> None:
+    decay = {"times": 10, "of": "optim.learning_rate"}
+    search = {"optim.learning_rate": {"log_uniform": [1e-5, 0.05]}, "optim.weight_decay": decay}
+    first = plan(search=search).points[0]
+    assert first["optim.weight_decay"] == 10 * first["optim.learning_rate"]
+
+
+def test_the_rule_is_that_of_the_adapter_that_is_chosen(plan: MakePlan) -> None:
+    search = {
+        "optim.learning_rate": {"log_uniform": [1e-5, 1e-1]},
+        "adapter": {"choice": [None, {"rank": 4, "alpha": 128}]},
+    }
+    space = plan(search=search).space
+    lora = space.rule_of_thumb({"adapter": {"rank": 4, "alpha": 128}})
+    full = space.rule_of_thumb({"adapter": None})
+    ratio = lora["optim.learning_rate"] / full["optim.learning_rate"]
+    assert ratio == pytest.approx(10 / 2, rel=0.05), "ten times, and half at four times alpha 32"
+
+
+def test_numbers_need_no_point(tmp_path: Path, plan: MakePlan) -> None:
+    plan(points=[{"optim.learning_rate": 1e-4}])
+    path = tmp_path / "sweep.yaml"
+    text = path.read_text(encoding="utf-8")
+    assert "0.0001" in text
+    path.write_text(text.replace("0.0001", "1e-4"), encoding="utf-8")
+    assert make_plan(load_sweep(path)).points[1] == {"optim.learning_rate": 1e-4}
 
 
 def test_time_budget_in_words(plan: MakePlan) -> None:
