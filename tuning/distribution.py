@@ -141,23 +141,28 @@ class Distribution(Section):
         return round(value) if self.is_integer else value
 
     def own(self, value: Any) -> Scalar:
-        """A value that it holds, as Optuna keeps it: rid of rounding errors."""
+        """A value that it holds, as Optuna keeps it: as the choice is written (0, not 0.0), and rid
+        of rounding errors."""
         if self.choice is not None:
-            labels = self.labels()
-            return labels[labels.index(as_label(value))]
+            return next(label for label in self.labels() if _is_equal(label, as_label(value)))
         nearest: float = self.nearest(value)
         return nearest
 
     def holds(self, value: Any) -> bool:
         """Whether the value can come from here."""
         if self.choice is not None:
-            return as_label(value) in self.labels()
+            return any(_is_equal(label, as_label(value)) for label in self.labels())
         return is_number(value) and math.isclose(self.nearest(value), value, rel_tol=1e-9)
 
 
 def is_number(value: Any) -> bool:
     """Whether it is one, which True is not."""
     return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _is_equal(one: Scalar, other: Scalar) -> bool:
+    """1 and True are not."""
+    return isinstance(one, bool) == isinstance(other, bool) and one == other
 
 
 def is_same(one: Any, other: Any) -> bool:

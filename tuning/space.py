@@ -168,12 +168,13 @@ class Space:
 
     def labels(self, settings: Settings) -> dict[str, Scalar]:
         """The searched part of a setting as Optuna keeps it, by the names that it has there."""
-        labels = self._as_labels(settings)
-        for key in [key for key in labels if self[key].at_alpha is not None]:
-            # A rounding error must neither make two of one, nor carry it over the range's end.
-            value = float(f"{self.as_searched(key, labels.pop(key), settings):.12g}")
-            value = self[key].nearest(value)
-            labels[self[key].parameter(key)] = value
+        labels = {}
+        for key in self.searched:
+            if key in settings:
+                value = self.as_searched(key, settings[key], settings)
+                if self[key].at_alpha is not None:
+                    value = float(f"{value:.12g}")  # a rounding error must not make two of one
+                labels[self[key].parameter(key)] = self[key].own(value)
         return labels
 
     def recipe(self, settings: Settings, **fixed: Any) -> Recipe:

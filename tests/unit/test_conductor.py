@@ -224,6 +224,19 @@ def test_points_first_and_no_setting_twice(space: Space) -> None:
     assert other is not None and other.settings not in points
 
 
+def test_numbers_are_known_in_any_notation(space: Space) -> None:
+    """The recipe has 0.0 where the choice is 0."""
+    search = {"optim.weight_decay": Distribution(choice=[0, 0.01])}
+    whole = Space(search, space.base, Path("/"), lambda key: key)
+    played = Played(whole)
+    played.study.set_up([whole.rule_of_thumb()], [])
+    assignment = played.conductor.next()
+    assert assignment is not None
+    assert assignment.settings == {"optim.weight_decay": 0}
+    with pytest.raises(InputError, match="not in the searched space"):
+        whole.point({"optim.weight_decay": False}, "points")
+
+
 def test_a_grid_ends_with_its_last_setting(tiny_model: Path, space: Space) -> None:
     finite = Space(
         {"adapter.rank": Distribution(choice=[2, 4, 8])}, space.base, Path("/"), lambda key: key
