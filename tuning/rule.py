@@ -44,7 +44,7 @@ def rule_of_thumb(recipe: Recipe) -> float | None:
     The alpha of an adapter that training goes on with (`model.adapter`) is not known.
 
     Returns:
-        None where the model's configuration is not on this machine.
+        None where the model's configuration tells no width.
     """
     width = _hidden_size(recipe)
     if width is None:

@@ -367,13 +367,14 @@ class Space:
             raise InputError(f"{where}: at_alpha is for {LEARNING_RATE} alone")
         if self.base.adapter is None or "adapter" in self._search:
             raise InputError(f"{where}: at_alpha needs a base recipe with an adapter of its own")
-        for other, kind in ((RANK, is_number), (ALPHA, is_number), (RSLORA, _is_bool)):
-            choices = self._search[other].choice if other in self._search else None
-            for value in choices or []:
-                if not kind(value):
+        for other in {RANK, ALPHA, RSLORA} & self._search.keys():
+            fits = _is_bool if other == RSLORA else is_number
+            for value in self._search[other].choice or []:
+                if not fits(value):
+                    expected = "true or false" if other == RSLORA else "a number"
                     raise InputError(
-                        f"{self._place(other)}: search.{other}: found {value!r}, written as text; "
-                        "at_alpha counts with it, so write it without quotes"
+                        f"{self._place(other)}: search.{other}: expected {expected}, as at_alpha "
+                        f"counts with it; found {value!r}"
                     )
 
     def _in_order(self) -> list[str]:

@@ -230,8 +230,8 @@ def test_rates_at_an_alpha_need_an_adapter(plan: MakePlan) -> None:
     rate = {"optim.learning_rate": {"log_uniform": [1e-5, 1e-3], "at_alpha": 32}}
     with pytest.raises(InputError, match=r"sweep.yaml:3.* needs a base recipe with an ada"):
         plan({"adapter": None}, search=rate)
-    for key, text in (("adapter.rank", "8"), ("adapter.rslora", "true")):
-        with pytest.raises(InputError, match=rf"search.{key}: found '{text}', written as text"):
+    for key, text, kind in (("adapter.rank", "8", "a num"), ("adapter.rslora", "true", "true or")):
+        with pytest.raises(InputError, match=rf"search.{key}: expected {kind}.*found '{text}'"):
             plan(search={**rate, key: {"choice": [text]}})
 
 
@@ -289,6 +289,19 @@ def test_the_rule_is_that_of_the_adapter_that_is_chosen(plan: MakePlan) -> None:
     full = space.rule_of_thumb({"adapter": None})
     ratio = lora["optim.learning_rate"] / full["optim.learning_rate"]
     assert ratio == pytest.approx(10 / 2, rel=0.05), "ten times, and half at four times alpha 32"
+
+
+def test_the_recipes_own_rate_where_the_width_is_not_known(plan: MakePlan, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"n_embd": 64}', encoding="utf-8")
+    adapter = {"rank": 16, "alpha": 128}
+    model = {"base": str(tmp_path)}
+    recipe = {"model": model, "adapter": adapter, "optim": {"learning_rate": 1e-3}}
+    first = plan(recipe, search="default").points[0]
+    # Alpha is tied to the rank, and a fourth of the recipe's: twice its rate.
+    assert first["adapter.alpha"] == 32
+    assert first["optim.learning_rate"] == pytest.approx(2e-3)
+    free = plan(recipe, search={"optim.learning_rate": {"log_uniform": [1e-5, 1e-1]}}).points[0]
+    assert free["optim.learning_rate"] == pytest.approx(1e-3)
 
 
 def test_numbers_need_no_point(tmp_path: Path, plan: MakePlan) -> None:
