@@ -73,7 +73,7 @@ def prepared_sets(folder: Path) -> int:
 
 def main() -> None:
     """Measure and write."""
-    options, _ = parse_options(__doc__, repetitions=1)
+    options, _ = parse_options(__doc__, repetitions=3)
     walls, trials, steps = [], [], []
     for _ in range(options.repetitions):
         with scratch() as folder:
