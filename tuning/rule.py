@@ -10,11 +10,13 @@ Adam's steps do not see how large a gradient is. It is not exact, as A starts wh
 rsLoRA alpha is divided by the root of the rank, which is as good as a plain alpha times that root.
 """
 
+import functools
 import json
 import math
 from typing import Any
 
 from ..training.data.tokenizer_files import model_folder
+from ..training.model_settings import ModelSettings
 from ..training.recipe import Recipe
 from .distribution import Distribution
 
@@ -46,7 +48,7 @@ def rule_of_thumb(recipe: Recipe) -> float | None:
     Returns:
         None where the model's configuration tells no width.
     """
-    width = _hidden_size(recipe)
+    width = _hidden_size(recipe.model)
     if width is None:
         return None
     factor = _LORA_FACTOR if recipe.trains_adapter else 1.0
@@ -93,8 +95,9 @@ def default_space(recipe: Recipe) -> dict[str, Distribution]:
     return space
 
 
-def _hidden_size(recipe: Recipe) -> int | None:
-    folder = model_folder(recipe.model)
+@functools.cache  # each guess asks, and the hub would be asked each time
+def _hidden_size(model: ModelSettings) -> int | None:
+    folder = model_folder(model)
     if folder is None:
         return None
     config: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
