@@ -16,10 +16,10 @@ from contenders import Job, recipe_of
 from measure import tell
 from trl_methods import first_model, in_order
 
+from finray.training.common.storage import Folder
 from finray.training.data.prepared import Prepared, open_prepared
 from finray.training.methods import method_of
 from finray.training.objectives.objective import Setup
-from finray.training.storage import Folder
 
 
 def main() -> None:

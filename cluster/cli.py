@@ -26,8 +26,8 @@ examples:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; returns its exit code."""
     options = _parser().parse_args(arguments)
-    from ..training.errors import FinrayError
-    from ..training.secrets import redact
+    from ..training.common.errors import FinrayError
+    from ..training.common.secrets import redact
     from . import commands
     from .environment import set_environment
     from .quiet import quiet_libraries

@@ -6,7 +6,7 @@ import shlex
 import sys
 from dataclasses import asdict
 
-from ..training.errors import InputError
+from ..training.common.errors import InputError
 from .auth import token_file
 from .machines import current_head, end_head, joining_lines, start_head
 

@@ -7,7 +7,7 @@ from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 
-from ..training.errors import InputError
+from ..training.common.errors import InputError
 from ..training.paths import resolve_path
 from ..training.recipe import Recipe, load_recipe
 
@@ -54,10 +54,10 @@ def prepare(options: argparse.Namespace) -> None:
 
 def train(options: argparse.Namespace) -> None:
     """Train, or go on with an unfinished run."""
+    from ..training.common.stop import Stop
     from ..training.data.inspection import inspect_data
     from ..training.run import Listener, run_folder
     from ..training.run import train as carry_out
-    from ..training.stop import Stop
     from .placement import placed
     from .progress import ProgressWatcher
 
@@ -103,8 +103,8 @@ def tune(options: argparse.Namespace) -> None:
 
 def runs(options: argparse.Namespace) -> None:
     """List the runs of a storage."""
+    from ..training.common.storage import Folder
     from ..training.run_folder import list_runs
-    from ..training.storage import Folder
     from .runs_table import render_runs
 
     storage = Folder(resolve_path(options.storage, Path.cwd()))
@@ -113,9 +113,9 @@ def runs(options: argparse.Namespace) -> None:
 
 def report(options: argparse.Namespace) -> None:
     """Write a run's report anew."""
+    from ..training.common.storage import Folder
     from ..training.report import write_report
     from ..training.run_folder import REPORT_FILE
-    from ..training.storage import Folder
 
     folder = Folder(resolve_path(options.run, Path.cwd()))
     write_report(folder)
@@ -145,8 +145,8 @@ def k8s_render(options: argparse.Namespace) -> None:
 
 def export(options: argparse.Namespace) -> None:
     """Write a finished run's result as a folder that loads without finray."""
+    from ..training.common.storage import Folder
     from ..training.export.export import export as write_export
-    from ..training.storage import Folder
     from .export_display import export_progress, render_exported
 
     run = Folder(resolve_path(options.run, Path.cwd()))

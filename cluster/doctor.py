@@ -3,9 +3,9 @@
 import time
 from dataclasses import dataclass
 
-from ..training.errors import InputError
+from ..training.common.errors import InputError
+from ..training.common.versions import installed_versions
 from ..training.network import interface_of
-from ..training.versions import installed_versions
 from .auth import knock
 from .gpus import Gpu, gpus_here
 from .preflight import Line, on_every_node, render_lines, try_storage

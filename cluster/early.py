@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from concurrent.futures import Future
 
-from ..training.beside import beside
+from ..training.common.background import beside
 from ..training.recipe import Recipe
 
 

@@ -6,8 +6,8 @@ import sys
 from dataclasses import asdict
 from pathlib import Path
 
+from ..training.common.errors import InputError, RunError
 from ..training.data.inspection import inspect_data
-from ..training.errors import InputError, RunError
 from ..training.recipe import Recipe, load_recipe
 from ..tuning.plan import make_plan
 from ..tuning.sweep import LoadedSweep, is_sweep, load_sweep, split_overrides

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..training.errors import InputError, RunError
+from ..training.common.errors import InputError, RunError
 from ..training.recipe import Recipe
 from ..tuning.sweep import LoadedSweep
 from . import job_driver

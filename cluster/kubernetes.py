@@ -9,9 +9,9 @@ from typing import Any
 
 import yaml
 
-from ..training.errors import InputError
+from ..training.common.errors import InputError
+from ..training.common.yaml_text import dump_yaml
 from ..training.recipe import Recipe, ScaleSettings
-from ..training.yaml_text import dump_yaml
 from .overlays import Manifest, ray_cluster
 from .portable import check_no_secret, check_reachable
 

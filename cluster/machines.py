@@ -11,7 +11,7 @@ from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from ..training.errors import InputError, RunError
+from ..training.common.errors import InputError, RunError
 from .auth import MODE, ensure_token, knock, token_file
 
 _START_SECONDS = 90.0

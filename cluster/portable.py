@@ -4,7 +4,7 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from ..training.errors import InputError
+from ..training.common.errors import InputError
 from ..training.recipe import Recipe
 
 # Environment variables whose value is one; RAY_AUTH_TOKEN_PATH and the like name a file.

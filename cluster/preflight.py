@@ -22,14 +22,14 @@ from ..training.capacity import (
     demand,
     fitting_workers,
 )
+from ..training.common.errors import InputError, RunError, last_line
+from ..training.common.secrets import redact
+from ..training.common.storage import Folder
+from ..training.common.versions import installed_versions
 from ..training.data.tokenizer_files import has_vocabulary, model_folder
 from ..training.device import probe_bfloat16
-from ..training.errors import InputError, RunError, last_line
 from ..training.model_settings import ModelSettings
 from ..training.recipe import Recipe
-from ..training.secrets import redact
-from ..training.storage import Folder
-from ..training.versions import installed_versions
 from .gpus import Gpu, gpus_here, judge
 
 PROBE_SECONDS = 60.0

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from datetime import UTC, datetime
 from typing import Any
 
-from ..training import figures
+from ..training.common import formatting as figures
 from ..training.run_folder import Record
 
 SILENT_SECONDS = 120.0

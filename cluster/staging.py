@@ -12,10 +12,10 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from ..training.common.errors import InputError
+from ..training.common.yaml_text import dump_yaml
 from ..training.data.sources import expand
-from ..training.errors import InputError
 from ..training.recipe import Recipe, Source
-from ..training.yaml_text import dump_yaml
 from ..tuning.sweep import LoadedSweep
 from .portable import strings
 

@@ -4,7 +4,8 @@ from collections.abc import Sequence
 
 from rich.cells import cell_len, set_cell_size
 
-from ..training import figures
+from ..training.common import formatting as figures
+from ..training.common.storage import Folder
 from ..training.measures import HEADLINES, shown
 from ..training.run_folder import (
     METRICS_FILE,
@@ -14,7 +15,6 @@ from ..training.run_folder import (
     is_match,
     read_samples,
 )
-from ..training.storage import Folder
 
 WIDTH = 80
 SAMPLES = 3

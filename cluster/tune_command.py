@@ -11,14 +11,14 @@ from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
+from ..training.common.errors import InputError
+from ..training.common.stop import Stop
+from ..training.common.storage import Folder
 from ..training.data.inspection import inspect_data
-from ..training.errors import InputError
 from ..training.paths import resolve_path
 from ..training.recipe import Recipe, ScaleSettings
 from ..training.run import differences
 from ..training.run_folder import Record
-from ..training.stop import Stop
-from ..training.storage import Folder
 from ..tuning.record import read_sweep
 from ..tuning.sweep import LoadedSweep, load_sweep, split_overrides
 from .tune_table import render_ending, render_sweep

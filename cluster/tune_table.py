@@ -2,9 +2,9 @@
 
 from typing import TYPE_CHECKING, Any
 
-from ..training import figures
+from ..training.common import formatting as figures
+from ..training.common.storage import Folder
 from ..training.run_folder import Record
-from ..training.storage import Folder
 from ..tuning.record import BEST_FILE, REPORT_FILE, saved_share
 from .runs_table import columns
 

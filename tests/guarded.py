@@ -9,12 +9,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from finray.training.common.stop import Stop
 from finray.training.data.batching import Batch
 from finray.training.objectives.objective import Loss
 from finray.training.objectives.tokens import TokenObjective
 from finray.training.recipe import Recipe
 from finray.training.run import Listener, train
-from finray.training.stop import Stop
 
 Spoil = Callable[[Batch, torch.Tensor], torch.Tensor]
 

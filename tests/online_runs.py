@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from finray.training.arguments import accumulation, training_arguments
+from finray.training.common.storage import Folder
 from finray.training.data.batching import Rows, microbatches
 from finray.training.data.prepared import Prepared
 from finray.training.data.stream import Sequence
@@ -17,7 +18,6 @@ from finray.training.objectives.online import OnlineObjective
 from finray.training.objectives.rloo import RlooObjective
 from finray.training.recipe import Recipe
 from finray.training.rollouts.rollout import Request, Rollout
-from finray.training.storage import Folder
 from finray.training.trainer import StepMeasures, StreamTrainer
 
 REWARD = '''

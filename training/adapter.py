@@ -17,7 +17,7 @@ from peft import (
 from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
-from .errors import InputError
+from .common.errors import InputError
 from .existing_adapter import TASKS, WEIGHTS_FILE
 from .model_settings import LoraAdapter
 

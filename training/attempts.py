@@ -12,11 +12,11 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from .books import update_run
+from .common.errors import RunError
+from .common.storage import Folder
 from .device import free_memory
-from .errors import RunError
 from .restart import Restart
 from .run_folder import Record, read_run
-from .storage import Folder
 
 if TYPE_CHECKING:
     from .job import Job, Outcome

@@ -8,8 +8,11 @@ from types import TracebackType
 from typing import Any, Self
 
 from .checkpoint import Choice
+from .common.errors import RunError
+from .common.secrets import redact
+from .common.storage import Folder
+from .common.uploader import Uploads
 from .data.origin import Origins
-from .errors import RunError
 from .metrics_log import MetricsLog
 from .recipe import Recipe
 from .run_folder import (
@@ -22,9 +25,6 @@ from .run_folder import (
     write_run,
     write_samples,
 )
-from .secrets import redact
-from .storage import Folder
-from .uploads import Uploads
 
 _HEARTBEAT_SECONDS = 20.0
 _REMOTE_SECONDS = 10.0

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from .errors import InputError
+from .common.errors import InputError
 from .recipe import ScaleSettings
 
 Resources = dict[str, float]

@@ -14,9 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .errors import RunError
+from .common.errors import RunError
+from .common.storage import Folder
 from .methods import Metric
-from .storage import Folder
 
 _NAME = re.compile(r"step-(\d{8})")
 

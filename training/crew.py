@@ -20,10 +20,10 @@ from .capacity import (
     draining_nodes,
     fitting_workers,
 )
-from .errors import InputError, RunError
+from .common.errors import InputError, RunError
+from .common.stop import Stop
+from .common.storage import Folder
 from .run_folder import read_run
-from .stop import Stop
-from .storage import Folder
 
 _LOOK_SECONDS = 2.0
 _GROW_SECONDS = 20.0

@@ -5,7 +5,7 @@ import subprocess
 import sys
 from typing import TYPE_CHECKING, Literal
 
-from .errors import InputError
+from .common.errors import InputError
 
 if TYPE_CHECKING:
     import torch

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from .base_identity import BASE_FILE, is_same_base
-from .errors import InputError
+from .common.errors import InputError
 from .model_settings import ModelSettings
 
 CONFIG_FILE = "adapter_config.json"

@@ -3,9 +3,9 @@
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+from .common.errors import FinrayError
 from .data.origin import describe, rows_of_step
 from .data.prepared import Prepared
-from .errors import FinrayError
 from .position import Position
 from .recipe import Recipe
 from .restart import AttemptOver, Restart, is_out_of_memory

@@ -6,7 +6,7 @@ import torch
 from transformers import PreTrainedModel
 
 from .adapter import told
-from .errors import InputError
+from .common.errors import InputError
 from .model_settings import FreezeSettings
 
 

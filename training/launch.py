@@ -4,18 +4,18 @@ from collections.abc import Callable
 from concurrent.futures import wait
 from typing import Any, TypeVar, cast
 
-from .beside import beside
 from .capacity import Demand, ask_autoscaler, check_fits, cluster_nodes, demand
+from .common.background import beside
+from .common.errors import RunError, last_line
+from .common.secrets import redact
+from .common.stop import Stop
+from .common.storage import Folder
 from .crew import Patience, Watch, await_room
-from .errors import RunError, last_line
 from .job import Job, Outcome
 from .recipe import ScaleSettings
 from .restart import AttemptOver, Restart
 from .run_folder import CHECKPOINTS_FOLDER
-from .secrets import redact
 from .session import STOP_FILE, LocalSession, RaySession
-from .stop import Stop
-from .storage import Folder
 
 T = TypeVar("T")
 

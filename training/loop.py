@@ -19,12 +19,14 @@ import transformers
 from . import checkpoint, quick_peft  # noqa: F401 - before what loads peft
 from .arguments import accumulation, training_arguments
 from .books import Books, as_number
+from .common.errors import FinrayError, RunError
+from .common.storage import Folder
+from .common.uploader import Uploads
 from .data.batching import Rows, accumulation_steps, in_batches, microbatches
 from .data.origin import rows_of_step
 from .data.prepared import open_prepared
 from .data.stream import Slice, every_sequence, share, stream
 from .device import choose_dtype
-from .errors import FinrayError, RunError
 from .existing_adapter import RESULT_FOLDER
 from .faults import ending_attempts
 from .generation import answer, exact_match
@@ -40,10 +42,8 @@ from .run_folder import CHECKPOINTS_FOLDER
 from .saver import Saver, SaveState, state_record
 from .saving import gather_weights, save_result
 from .session import Session
-from .storage import Folder
 from .strategy import choose_strategy
 from .trainer import StepMeasures, StreamTrainer
-from .uploads import Uploads
 from .watchdog import Watchdog, write_stacks
 
 POSITION_FILE = "position.json"

@@ -6,8 +6,8 @@ import threading
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from .common.storage import Folder
 from .run_folder import METRICS_FILE
-from .storage import Folder
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter

@@ -19,9 +19,9 @@ from transformers import (
 
 from . import loftq
 from .adapter import Head, cast_trained, existing_adapter, new_adapter
+from .common.errors import InputError
 from .data.chat import CHATML
 from .device import choose_adapter_dtype, choose_dtype, torch_dtype
-from .errors import InputError
 from .freezing import freeze
 from .kept_base import put_base, take_base
 from .methods import method_of

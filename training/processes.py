@@ -22,15 +22,15 @@ from queue import Empty, SimpleQueue
 from typing import Any, Self, cast
 
 from .capacity import Demand
+from .common.errors import RunError
+from .common.secrets import redact
+from .common.stop import Stop
+from .common.storage import Folder
 from .crew import Patience
-from .errors import RunError
 from .job import Job, Outcome
 from .network import LOOPBACK, Place, free_port
 from .recipe import ScaleSettings
 from .run_folder import CHECKPOINTS_FOLDER
-from .secrets import redact
-from .stop import Stop
-from .storage import Folder
 from .worker_process import STOP_LINE, Start
 
 _POLL_SECONDS = 0.1

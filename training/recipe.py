@@ -11,7 +11,8 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from .errors import InputError
+from .common.errors import InputError
+from .common.secrets import secret_places
 from .existing_adapter import find_adapter
 from .method_settings import (
     DpoMethod,
@@ -27,7 +28,6 @@ from .recipe_file import Change, Document, read_recipe_file, validate
 from .reference_model import find_reference
 from .remote_code import check_pinned
 from .reward_settings import resolve_reward
-from .secrets import secret_places
 from .section import PositiveInt, Section, Share
 from .shardable import cannot_shard
 

@@ -4,8 +4,8 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
+from .common.errors import InputError
 from .data.tokenizer_files import model_folder
-from .errors import InputError
 from .existing_adapter import CONFIG_FILE, RESULT_FOLDER
 from .model_settings import ModelSettings
 

@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from .errors import InputError
+from .common.errors import InputError
 from .model_settings import ModelSettings
 
 _COMMIT = re.compile(r"[0-9a-f]{40}")

@@ -16,8 +16,10 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 from markupsafe import Markup
 
-from . import figures, measures
+from . import measures
 from .charts import Chart, Format, Histogram, Point, histogram, line_chart
+from .common import formatting as figures
+from .common.storage import Folder
 from .measures import HEADLINES
 from .run_folder import (
     REPORT_FILE,
@@ -29,7 +31,6 @@ from .run_folder import (
     read_rollouts,
     read_samples,
 )
-from .storage import Folder
 
 METHODS = {
     "sft": "Supervised fine-tuning",

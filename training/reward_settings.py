@@ -7,9 +7,9 @@ from typing import Annotated, Any
 
 from pydantic import Discriminator, Tag
 
-from .errors import InputError
+from .common.errors import InputError
+from .common.secrets import redact
 from .paths import resolve_model, resolve_path
-from .secrets import redact
 from .section import Section
 
 

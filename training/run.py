@@ -14,26 +14,26 @@ from typing import Any, Protocol
 from .attempts import persevere
 from .books import now, update_run
 from .checkpoint import best
+from .common.errors import FinrayError, InputError, Interrupted, RunError, last_line
+from .common.lock import held
+from .common.secrets import redact
+from .common.stop import Stop
+from .common.storage import Folder
+from .common.versions import installed_versions
+from .common.yaml_text import dump_yaml, load_yaml
 from .data.execution import RunTasks, run_in_process, run_on_ray_data
 from .data.inspection import inspect_data
 from .data.prepare import Progress, find_prepared, prepare
 from .data.prepared import Prepared
 from .data.tokenizer_files import model_folder
-from .errors import FinrayError, InputError, Interrupted, RunError, last_line
 from .job import Job, Outcome
 from .launch import launch_here
-from .lock import held
 from .methods import method_of
 from .recipe import Recipe, recipe_from_dict
 from .remote_code import code_files
 from .report import write_report
 from .run_folder import CHECKPOINTS_FOLDER, PREPARED_FOLDER, RECIPE_FILE, Record, read_run
-from .secrets import redact
 from .session import STOP_FILE
-from .stop import Stop
-from .storage import Folder
-from .versions import installed_versions
-from .yaml_text import dump_yaml, load_yaml
 
 # A resumed run may change these; anything else would change its result.
 _FREE_ON_RESUME = (

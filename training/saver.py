@@ -14,11 +14,11 @@ from typing import Any
 from safetensors import SafetensorError
 
 from . import checkpoint
-from .errors import RunError
+from .common.errors import RunError
+from .common.storage import Folder
+from .common.uploader import Uploads
 from .methods import Metric
 from .recipe import CheckpointSettings
-from .storage import Folder
-from .uploads import Uploads
 
 _MOST_FAILURES = 3
 _FULL_BYTES = 2**20

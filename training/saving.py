@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from .adapter import TRAINED
 from .base_identity import write_base
-from .errors import RunError
+from .common.errors import RunError
 from .model import Model
 from .recipe import Recipe
 from .reference import REFERENCE

@@ -13,8 +13,8 @@ from contextlib import suppress
 from typing import NoReturn, Protocol
 
 from .books import now, update_run
-from .errors import RunError
-from .storage import Folder
+from .common.errors import RunError
+from .common.storage import Folder
 
 STOP_FILE = "stop"
 _POLL_SECONDS = 1.0

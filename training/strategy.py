@@ -17,8 +17,8 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
+from .common.errors import InputError
 from .device import choose_dtype, torch_dtype
-from .errors import InputError
 from .freezing import decoder_layers
 from .model import Model
 from .recipe import Recipe

@@ -19,7 +19,7 @@ from queue import SimpleQueue
 from types import FrameType
 from typing import IO, Any, Literal, TypedDict
 
-from .errors import InputError, last_line
+from .common.errors import InputError, last_line
 from .job import Job, Outcome
 from .network import LOOPBACK, Place, join_group
 from .session import ProcessSession

@@ -1,6 +1,6 @@
 """Whether a sweep's folder holds an earlier attempt at it; told without Ray."""
 
-from ..training.errors import InputError
+from ..training.common.errors import InputError
 from ..training.run import differences
 from ..training.run_folder import Record
 from .plan import Plan

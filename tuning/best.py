@@ -6,14 +6,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from ..training.common.stop import Stop
+from ..training.common.storage import Folder
+from ..training.common.yaml_text import dump_yaml
 from ..training.job import Job, Outcome
 from ..training.launch import launch_on_ray
 from ..training.recipe import Recipe
 from ..training.run import Listener, run_folder, train
 from ..training.run_folder import Record, read_run
-from ..training.stop import Stop
-from ..training.storage import Folder
-from ..training.yaml_text import dump_yaml
 from .plan import Plan
 from .record import BEST_FILE, PARETO_FOLDER, RETRAINED_FOLDER, lineage, trial_folder
 from .sweep import Retrain

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from ..training.errors import FinrayError, InputError, RunError
+from ..training.common.errors import FinrayError, InputError, RunError
 from ..training.methods import Metric
 from ..training.run_folder import Record
 from .pbt import Population

@@ -17,10 +17,10 @@ from ray import tune
 from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
 
+from ..training.common.stop import Stop
 from ..training.launch import run_beside
 from ..training.recipe import ScaleSettings
 from ..training.run_folder import Record
-from ..training.stop import Stop
 from .conductor import Conductor
 from .room import slot_resources
 from .study import Assignment

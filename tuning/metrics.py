@@ -1,6 +1,6 @@
 """What a sweep can look for: the metrics that a run reports, and which way is better."""
 
-from ..training.errors import InputError
+from ..training.common.errors import InputError
 from ..training.methods import Metric, method_of
 from ..training.recipe import Recipe
 from .sweep import LoadedSweep, Objective

@@ -15,7 +15,7 @@ from typing import Any
 
 from optuna.trial import FrozenTrial, TrialState
 
-from ..training.errors import InputError
+from ..training.common.errors import InputError
 from ..training.run_folder import Record
 from .distribution import Distribution
 from .space import Settings, Space

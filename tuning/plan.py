@@ -3,10 +3,10 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ..training.errors import InputError
+from ..training.common.errors import InputError
+from ..training.common.storage import Folder
 from ..training.methods import Metric
 from ..training.recipe import Recipe
-from ..training.storage import Folder
 from .metrics import is_measured_on_the_way, objectives
 from .record import trial_name
 from .rule import default_space

@@ -5,7 +5,8 @@ from contextlib import suppress
 from typing import Any
 
 from ..training.books import now
-from ..training.errors import InputError
+from ..training.common.errors import InputError
+from ..training.common.storage import Folder
 from ..training.run_folder import (
     CHECKPOINTS_FOLDER,
     METRICS_FILE,
@@ -14,7 +15,6 @@ from ..training.run_folder import (
     Record,
     parse_record,
 )
-from ..training.storage import Folder
 
 SWEEP_FILE = "sweep.json"
 """Settings, state and result of the sweep; `trials` holds a record of each."""

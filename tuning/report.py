@@ -8,10 +8,10 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
-from ..training import figures as text
+from ..training.common import formatting as text
+from ..training.common.storage import Folder
 from ..training.report import asset
 from ..training.run_folder import Record
-from ..training.storage import Folder
 from .figures import figures
 from .record import REPORT_FILE, note, saved_share
 

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from ..training.capacity import Resources, cluster_nodes, demand, fitting_workers
-from ..training.errors import InputError
+from ..training.common.errors import InputError
 from ..training.recipe import ScaleSettings
 
 _DRIVER_CPUS = 0.1

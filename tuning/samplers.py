@@ -7,7 +7,7 @@ from typing import Any
 import optuna
 from optuna.trial import TrialState
 
-from ..training.errors import InputError
+from ..training.common.errors import InputError
 from .sweep import Sweep
 
 _STARTUP_TRIALS = 4

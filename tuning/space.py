@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from ..training.errors import InputError
+from ..training.common.errors import InputError
 from ..training.recipe import Recipe, resolve_recipe
 from ..training.recipe_file import Change, Document, apply_changes, is_known, suggestion, validate
 from .distribution import Distribution, Scalar, as_label, is_number

@@ -15,10 +15,10 @@ from typing import Any
 import optuna
 from optuna.trial import FrozenTrial, TrialState
 
-from ..training.errors import InputError
+from ..training.common.errors import InputError
+from ..training.common.storage import Folder
 from ..training.methods import Metric
 from ..training.run_folder import Record
-from ..training.storage import Folder
 from .record import STUDY_FILE
 from .space import Settings, Space
 

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from ..training.errors import InputError
+from ..training.common.errors import InputError
 from ..training.paths import resolve_path
 from ..training.recipe import Name, Recipe, check_no_secret, load_recipe, resolve_recipe
 from ..training.recipe_file import (

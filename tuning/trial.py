@@ -14,14 +14,14 @@ from typing import Any, TypedDict
 from ray import tune
 
 from ..training.books import now, update_run
+from ..training.common.errors import FinrayError, last_line
+from ..training.common.secrets import redact
+from ..training.common.stop import Stop
+from ..training.common.storage import Folder
 from ..training.device import free_memory
-from ..training.errors import FinrayError, last_line
 from ..training.recipe import Recipe, recipe_from_dict
 from ..training.run import run_folder
 from ..training.run_folder import Record, read_metrics, read_run
-from ..training.secrets import redact
-from ..training.stop import Stop
-from ..training.storage import Folder
 
 _POLL_SECONDS = 0.5
 
@@ -140,8 +140,8 @@ class RunningTrial:
             free_memory()
 
     def _carry_out(self) -> Record:
+        from ..training.common.errors import RunError
         from ..training.data.prepared import open_prepared
-        from ..training.errors import RunError
         from ..training.kept_base import keep_bases
         from ..training.run import carry_out
 

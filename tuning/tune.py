@@ -10,18 +10,18 @@ from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 
-from ..training.beside import beside
 from ..training.books import now
 from ..training.checkpoint import choose
+from ..training.common.background import beside
+from ..training.common.errors import Interrupted, RunError, last_line
+from ..training.common.lock import held
+from ..training.common.stop import Stop
+from ..training.common.storage import Folder
 from ..training.data.prepared import Prepared
-from ..training.errors import Interrupted, RunError, last_line
-from ..training.lock import held
 from ..training.recipe import Recipe
 from ..training.run import Listener, prepare_data
 from ..training.run_folder import CHECKPOINTS_FOLDER, METRICS_FILE, Record
 from ..training.session import STOP_FILE
-from ..training.stop import Stop
-from ..training.storage import Folder
 from .attempt import check_folder, describe
 from .best import copy, export_best, retrain
 from .conductor import Conductor, Ending

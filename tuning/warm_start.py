@@ -17,11 +17,11 @@ from optuna.distributions import (
 )
 from optuna.trial import FrozenTrial, TrialState
 
-from ..training.errors import InputError
+from ..training.common.errors import InputError
+from ..training.common.storage import Folder
 from ..training.methods import Metric
 from ..training.recipe_file import Change, Document, apply_changes
 from ..training.run_folder import Record
-from ..training.storage import Folder
 from .distribution import is_number, is_same
 from .record import STUDY_FILE, read_sweep
 from .rule import ALPHA, RANK, RSLORA

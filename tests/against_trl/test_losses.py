@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from trl_methods import first_model, in_order, make_trainer, texts_of
 
+from finray.training.common.storage import Folder
 from finray.training.data.execution import run_in_process
 from finray.training.data.prepare import prepare
 from finray.training.data.prepared import Prepared
@@ -16,7 +17,6 @@ from finray.training.loop import Job, run_worker
 from finray.training.model import load_tokenizer
 from finray.training.recipe import Recipe
 from finray.training.session import LocalSession
-from finray.training.storage import Folder
 
 # What TRL itself does with its dependencies is not ours to cure.
 pytestmark = [pytest.mark.filterwarnings("default"), pytest.mark.timeout(600)]

@@ -6,13 +6,13 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
+from finray.training.common.errors import InputError
+from finray.training.common.storage import Folder
 from finray.training.data.execution import run_in_process, run_on_ray_data
 from finray.training.data.prepare import Progress, prepare
 from finray.training.data.prepared import Prepared
 from finray.training.data.stream import Slice, share, stream
-from finray.training.errors import InputError
 from finray.training.recipe import Recipe
-from finray.training.storage import Folder
 
 pytestmark = [
     pytest.mark.timeout(300),

@@ -11,7 +11,7 @@ import torch
 from peft import AutoPeftModelForSequenceClassification, PeftModel
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from finray.training.errors import InputError
+from finray.training.common.errors import InputError
 from finray.training.existing_adapter import check_adapter, find_adapter
 from finray.training.model import (
     count_parameters,

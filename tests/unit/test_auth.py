@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from finray.cluster import auth
-from finray.training.errors import InputError
+from finray.training.common.errors import InputError
 
 
 @pytest.fixture(autouse=True)

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from finray.training.capacity import Demand, check_fits, demand, fitting_workers
-from finray.training.errors import InputError
+from finray.training.common.errors import InputError
 from finray.training.recipe import ScaleSettings
 from finray.tuning.room import trials_held
 

@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 
 from finray.training import checkpoint
-from finray.training.errors import RunError
+from finray.training.common.errors import RunError
+from finray.training.common.storage import Folder
 from finray.training.methods import Metric
-from finray.training.storage import Folder
 
 WATCHED = Metric("eval_loss", "min")
 

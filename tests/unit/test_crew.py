@@ -3,8 +3,8 @@
 from pathlib import Path
 
 from finray.training import checkpoint
+from finray.training.common.storage import Folder
 from finray.training.crew import Patience
-from finray.training.storage import Folder
 
 
 def test_only_failures_without_progress_count(tmp_path: Path) -> None:

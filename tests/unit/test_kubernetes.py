@@ -14,7 +14,7 @@ from manifests import check_builtin, check_ray, needs_kuberay_schemas, pod_templ
 from finray.cluster.cli import main
 from finray.cluster.kubernetes import LARGEST_RECIPE, Target, object_name, render
 from finray.cluster.overlays import overlay_names
-from finray.training.errors import InputError
+from finray.training.common.errors import InputError
 from finray.training.recipe import Recipe, load_recipe, recipe_from_dict
 
 OVERLAYS = overlay_names()

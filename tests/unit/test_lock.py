@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from finray.training import lock
-from finray.training.errors import InputError
-from finray.training.lock import LOCK_FILE, Lock, held
-from finray.training.storage import Folder
+from finray.training.common import lock
+from finray.training.common.errors import InputError
+from finray.training.common.lock import LOCK_FILE, Lock, held
+from finray.training.common.storage import Folder
 
 
 def nobody(_: str) -> None:
@@ -68,8 +68,8 @@ def test_a_lock_of_another_machine_counts_while_it_is_renewed(
 def test_a_dead_process_of_this_machine_holds_nothing(folder: Folder) -> None:
     script = (
         "import os, sys, threading\n"
-        "from finray.training.lock import held\n"
-        "from finray.training.storage import Folder\n"
+        "from finray.training.common.lock import held\n"
+        "from finray.training.common.storage import Folder\n"
         "with held(Folder(sys.argv[1]), threading.Event(), print):\n"
         "    os._exit(9)\n"
     )

@@ -13,7 +13,7 @@ from transformers import (
     Lfm2ForCausalLM,
 )
 
-from finray.training.errors import InputError
+from finray.training.common.errors import InputError
 from finray.training.model import (
     check_isolation,
     count_parameters,

@@ -16,9 +16,9 @@ from guarded import assert_same, carry_out, lines, recipe, spoil
 from transformers import AutoModelForCausalLM
 
 from finray.training.arguments import accumulation, training_arguments
+from finray.training.common.errors import RunError
 from finray.training.data.batching import Batch, microbatches
 from finray.training.data.stream import Sequence
-from finray.training.errors import RunError
 from finray.training.methods import method_of
 from finray.training.optimizer import MasterAdamW, SkippingAdamW
 from finray.training.recipe import Recipe

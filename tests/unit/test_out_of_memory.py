@@ -10,8 +10,8 @@ import torch
 from guarded import assert_same, carry_out, losses, recipe, spoil
 from trials import reports_of, trial_of
 
+from finray.training.common.errors import RunError
 from finray.training.data.batching import Batch
-from finray.training.errors import RunError
 from finray.training.restart import is_out_of_memory
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")

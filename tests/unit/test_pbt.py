@@ -8,7 +8,7 @@ import optuna
 import pytest
 from optuna.trial import TrialState
 
-from finray.training.errors import InputError
+from finray.training.common.errors import InputError
 from finray.training.methods import Metric
 from finray.training.model_settings import LoraAdapter
 from finray.training.recipe import Recipe

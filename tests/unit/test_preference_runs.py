@@ -12,10 +12,10 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from finray.training.errors import InputError
+from finray.training.common.errors import InputError
+from finray.training.common.stop import Stop
 from finray.training.recipe import Recipe, load_recipe
 from finray.training.run import Listener, train
-from finray.training.stop import Stop
 
 # peft calls a name that transformers has renamed.
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")

@@ -18,11 +18,11 @@ from harness import wait_until
 from finray.cluster.gpus import Gpu, usable_gpus
 from finray.training import processes
 from finray.training.capacity import Demand
-from finray.training.errors import RunError
+from finray.training.common.errors import RunError
+from finray.training.common.stop import Stop
 from finray.training.job import Job
 from finray.training.processes import Processes
 from finray.training.recipe import ScaleSettings
-from finray.training.stop import Stop
 
 DEADLINE = 60.0
 

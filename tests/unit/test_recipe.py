@@ -9,7 +9,7 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from finray.training.errors import InputError
+from finray.training.common.errors import InputError
 from finray.training.recipe import Recipe, load_recipe, recipe_from_dict
 from finray.training.shardable import cannot_shard
 

@@ -10,15 +10,15 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from finray.training.common.errors import InputError
+from finray.training.common.stop import Stop
 from finray.training.data.inspection import inspect_data
-from finray.training.errors import InputError
 from finray.training.existing_adapter import check_safetensors
 from finray.training.model import load_model
 from finray.training.model_settings import ModelSettings
 from finray.training.recipe import Recipe, load_recipe, recipe_from_dict
 from finray.training.remote_code import check_pinned, check_remote_code
 from finray.training.run import Listener, train
-from finray.training.stop import Stop
 
 # peft calls a name that transformers has renamed.
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")

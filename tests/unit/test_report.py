@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 
 from finray.training.charts import histogram, line_chart, smooth, thin
-from finray.training.errors import InputError
+from finray.training.common.errors import InputError
+from finray.training.common.storage import Folder
 from finray.training.report import render_report, write_report
 from finray.training.run_folder import write_rollouts, write_run, write_samples
-from finray.training.storage import Folder
 
 EVIL = "</script><script>alert(1)</script><img src=x onerror=alert(1)>"
 VOID = {"meta", "link", "img", "br", "input", "hr"}

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from finray.training.errors import InputError
+from finray.training.common.errors import InputError
+from finray.training.common.storage import Folder
 from finray.training.run_folder import (
     is_match,
     list_runs,
@@ -16,7 +17,6 @@ from finray.training.run_folder import (
     write_run,
     write_samples,
 )
-from finray.training.storage import Folder
 
 
 @pytest.fixture

@@ -11,16 +11,16 @@ from typing import Any
 import pytest
 
 from finray.training import checkpoint, saver
-from finray.training.errors import RunError
+from finray.training.common.errors import RunError
+from finray.training.common.secrets import HIDDEN
+from finray.training.common.stop import Stop
+from finray.training.common.storage import Folder
+from finray.training.common.uploader import Uploads
 from finray.training.methods import Metric
 from finray.training.recipe import CheckpointSettings
 from finray.training.run import Listener, train
 from finray.training.run_folder import read_run
 from finray.training.saver import Saver, SaveState
-from finray.training.secrets import HIDDEN
-from finray.training.stop import Stop
-from finray.training.storage import Folder
-from finray.training.uploads import Uploads
 
 # peft calls a name that transformers has renamed.
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
@@ -191,7 +191,7 @@ def test_a_run_outlives_a_store_that_fails(
 ) -> None:
     from finray.training.recipe import recipe_from_dict
 
-    monkeypatch.setattr("finray.training.uploads.PAUSES", NO_PAUSES)
+    monkeypatch.setattr("finray.training.common.uploader.PAUSES", NO_PAUSES)
     values: dict[str, Any] = {
         "name": "run",
         "model": {"base": str(tiny_model)},

@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from finray.cluster.cli import main
-from finray.training.secrets import HIDDEN, redact, secret_places
+from finray.training.common.secrets import HIDDEN, redact, secret_places
 
 HUB_TOKEN = "hf_" + "a1B2" * 6
 
@@ -77,9 +77,9 @@ def test_a_recipe_with_a_secret_is_refused_without_saying_it(
 def test_an_error_in_run_json_holds_no_secret(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    from finray.training.common.storage import Folder
     from finray.training.recipe import recipe_from_dict
     from finray.training.run import _close
-    from finray.training.storage import Folder
 
     monkeypatch.setenv("HF_TOKEN", "not-a-usual-form-42")
     recipe = recipe_from_dict(

@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from finray.cluster.cli import main
-from finray.training.storage import Folder
+from finray.training.common.storage import Folder
 
 # peft calls a name that transformers has renamed.
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
@@ -110,7 +110,7 @@ def test_from_the_environment(finray: Runner, monkeypatch: pytest.MonkeyPatch) -
             raise OSError(f"refused {' '.join(SECRETS.values())} for {folder} and {source}")
 
         patch.setattr(Folder, "upload", upload)
-        patch.setattr("finray.training.uploads.PAUSES", ())
+        patch.setattr("finray.training.common.uploader.PAUSES", ())
         told = finray("train", finray.recipe("failed"), code=1)
     assert "[secret]" in told
     record = json.loads((finray.folder / "runs/failed/run.json").read_text(encoding="utf-8"))

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from finray.training.errors import InputError
-from finray.training.storage import Folder
+from finray.training.common.errors import InputError
+from finray.training.common.storage import Folder
 
 
 @pytest.fixture(params=["path", "uri"])

@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from finray.training.common.storage import Folder
 from finray.training.data.batching import accumulation_steps, microbatches
 from finray.training.data.prepared import SEQUENCE_SCHEMA, Split
 from finray.training.data.stream import (
@@ -20,7 +21,6 @@ from finray.training.data.stream import (
     share,
     stream,
 )
-from finray.training.storage import Folder
 
 
 def make_split(folder: Path, files: list[list[int]]) -> Split:

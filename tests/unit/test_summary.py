@@ -8,9 +8,9 @@ import pytest
 from rich.cells import cell_len
 
 from finray.cluster.summary import WIDTH, render_summary, shorten
-from finray.training.errors import InputError
+from finray.training.common.errors import InputError
+from finray.training.common.storage import Folder
 from finray.training.run_folder import write_run, write_samples
-from finray.training.storage import Folder
 
 
 def make_run(tmp_path: Path, **record: Any) -> Folder:

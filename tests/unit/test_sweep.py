@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import yaml
 
-from finray.training.errors import InputError
+from finray.training.common.errors import InputError
 from finray.tuning.plan import Plan, make_plan
 from finray.tuning.rule import rule_of_thumb
 from finray.tuning.sweep import load_sweep

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from finray.training.storage import Folder
+from finray.training.common.storage import Folder
 from finray.tuning.record import drop_weights, trial_folder
 
 

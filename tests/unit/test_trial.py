@@ -10,10 +10,10 @@ from guarded import carry_out, lines, recipe
 from trials import reports_of, trial_of
 
 from finray.training.books import update_run
+from finray.training.common.storage import Folder
 from finray.training.kept_base import forget_bases, keep_bases
 from finray.training.recipe import Recipe
 from finray.training.run_folder import read_run
-from finray.training.storage import Folder
 from finray.training.trainer import StreamTrainer
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")

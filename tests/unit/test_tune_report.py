@@ -7,7 +7,7 @@ import optuna
 import pytest
 
 from finray.cluster.tune_table import render_ending, render_sweep
-from finray.training.storage import Folder
+from finray.training.common.storage import Folder
 from finray.tuning.conductor import Ending
 from finray.tuning.figures import learning_curves
 from finray.tuning.record import saved_share

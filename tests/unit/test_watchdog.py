@@ -13,11 +13,11 @@ from guarded import carry_out, recipe, spoil
 from finray.training import watchdog
 from finray.training.books import Books
 from finray.training.checkpoint import Choice
+from finray.training.common.storage import Folder
 from finray.training.data.batching import Batch
 from finray.training.recipe import Recipe
 from finray.training.run_folder import read_run
 from finray.training.session import LocalSession
-from finray.training.storage import Folder
 from finray.training.watchdog import Watchdog, write_stacks
 
 SHORT = 0.2
@@ -142,7 +142,7 @@ def test_a_run_is_watched(
 def test_a_local_run_ends_as_failed(tmp_path: Path) -> None:
     program = (
         "import sys, threading; from finray.training.session import LocalSession; "
-        "from finray.training.storage import Folder; "
+        "from finray.training.common.storage import Folder; "
         "session = LocalSession(Folder(sys.argv[1]), threading.Event()); "
         "threading.Thread(target=session.abandon, args=('step 7 did not end',)).start(); "
         "threading.Event().wait()"

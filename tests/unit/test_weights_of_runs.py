@@ -12,13 +12,13 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
+from finray.training.common.stop import Stop
+from finray.training.common.storage import Folder
 from finray.training.export.export import export
 from finray.training.model import load_model
 from finray.training.recipe import Recipe
 from finray.training.run import Listener, train
 from finray.training.saving import load_weights
-from finray.training.stop import Stop
-from finray.training.storage import Folder
 
 # peft calls a name that transformers has renamed.
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from finray.training.yaml_text import dump_yaml, load_yaml
+from finray.training.common.yaml_text import dump_yaml, load_yaml
 
 SCALARS = st.one_of(
     st.none(),

@@ -8,7 +8,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from ..storage import Folder
+from ..common.storage import Folder
 from .packing import Indices, one_each, pack
 from .prepared import ROW_GROUP, SEQUENCE_SCHEMA, Split
 from .tokenising import TokenGroup

@@ -4,7 +4,7 @@ import re
 from collections.abc import Container, Sequence
 from typing import Any
 
-from ..errors import InputError
+from ..common.errors import InputError
 from .shapes import Conversation, Message, RowError
 
 CHATML = (

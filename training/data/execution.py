@@ -8,7 +8,7 @@ from typing import Any, Protocol, TypeVar
 
 import pyarrow as pa
 
-from ..errors import InputError
+from ..common.errors import InputError
 
 T = TypeVar("T")
 R = TypeVar("R")

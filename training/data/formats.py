@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from typing import Literal
 
-from ..errors import InputError
+from ..common.errors import InputError
 from .fields import (
     alpaca_prompt,
     answered,

@@ -7,7 +7,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from ..errors import InputError
+from ..common.errors import InputError
 from ..existing_adapter import check_adapter
 from ..method_settings import DpoMethod, KtoMethod
 from ..methods import METHODS, examples_of, method_of

@@ -16,9 +16,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pyarrow import fs as pafs
 
-from ..errors import InputError
+from ..common.errors import InputError
+from ..common.storage import Folder
 from ..recipe import Recipe
-from ..storage import Folder
 from .assembling import AssembleTask, Part, SequenceFile, assemble_items, split_of
 from .execution import RunTasks
 from .fingerprint import fingerprint

@@ -15,8 +15,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from ..errors import InputError
-from ..storage import Folder
+from ..common.errors import InputError
+from ..common.storage import Folder
 
 MANIFEST = "manifest.json"
 QUARANTINE = "quarantine.jsonl"

@@ -12,7 +12,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from ..errors import InputError
+from ..common.errors import InputError
 from .sources import Chunk, SourceFile, parquet_metadata
 
 _BLOCK = 2**20

@@ -10,7 +10,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from ..errors import InputError
+from ..common.errors import InputError
 from ..methods import method_of
 from ..recipe import Recipe
 from .chat import ChatTemplate, Span, chat_template_of

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
 
-from ..errors import InputError
+from ..common.errors import InputError
 from ..recipe import Recipe, Source
 from .formats import KnownFormat, detect_format
 from .reading import BadRow, Row, read_chunk

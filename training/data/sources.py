@@ -9,9 +9,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pyarrow import fs as pafs
 
-from ..errors import InputError
+from ..common.errors import InputError
+from ..common.storage import Folder
 from ..recipe import Source
-from ..storage import Folder
 
 CHUNK_BYTES = 4 * 2**20
 """JSON Lines (and Parquet row groups, decompressed) that one task reads at a time."""

@@ -21,7 +21,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from ..storage import Folder
+from ..common.storage import Folder
 from .prepared import Split
 
 WINDOW_GROUPS = 32

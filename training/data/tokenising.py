@@ -11,9 +11,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from ..errors import InputError
+from ..common.errors import InputError
+from ..common.storage import Folder
 from ..methods import METHODS, Method, examples_of
-from ..storage import Folder
 from .chat import UnstableTemplate
 from .formats import KnownFormat, normalise
 from .reading import BadRow, Row, first_line, read_chunk, shorten

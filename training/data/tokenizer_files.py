@@ -3,7 +3,7 @@
 import re
 from pathlib import Path
 
-from ..errors import InputError
+from ..common.errors import InputError
 from ..model_settings import ModelSettings
 from ..remote_code import check_remote_code
 

@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..base_identity import BASE_FILE, base_digest
+from ..common.errors import InputError, RunError
+from ..common.storage import Folder
 from ..data.tokenizer_files import model_folder, tokenizer_files
-from ..errors import InputError, RunError
 from ..existing_adapter import CONFIG_FILE as ADAPTER_CONFIG
 from ..existing_adapter import WEIGHTS_FILE
 from ..model_settings import ModelSettings
 from ..run_folder import Record, existing_run, read_recipe
-from ..storage import Folder
 from .loading import Loadable
 from .model_card import render_card
 

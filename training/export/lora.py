@@ -14,7 +14,7 @@ from peft import LoraConfig, PeftConfig
 from peft.utils.other import get_pattern_key
 from safetensors import safe_open
 
-from ..errors import InputError
+from ..common.errors import InputError
 from ..existing_adapter import WEIGHTS_FILE
 
 _PREFIX = "base_model.model."

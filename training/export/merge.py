@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 
+from ..common.errors import InputError, RunError
 from ..device import DtypeName, torch_dtype
-from ..errors import InputError, RunError
 from .lora import Adapter
 from .quantised import Quantisation, dequantised
 from .skeleton import Skeleton

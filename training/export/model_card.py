@@ -7,7 +7,7 @@ from typing import Any
 import yaml
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from .. import figures
+from ..common import formatting as figures
 from ..measures import HEADLINES, shown
 from ..report import METHODS, data_statistics
 from ..run_folder import Record

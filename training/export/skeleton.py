@@ -22,7 +22,7 @@ from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.base import HfQuantizer
 from transformers.quantizers.quantizers_utils import should_convert_module
 
-from ..errors import InputError
+from ..common.errors import InputError
 
 Task = Literal["CAUSAL_LM", "SEQ_CLS"]
 """PEFT's names of what a model is for."""

@@ -9,9 +9,9 @@ import torch
 import torch.distributed as dist
 from peft import PeftModel
 
+from ..common.errors import FinrayError
 from ..data import stream
 from ..data.batching import IGNORED, NOTHING, Batch, Rows, collate
-from ..errors import FinrayError
 from ..method_settings import GrpoMethod, RlooMethod
 from ..model import evaluating
 from ..rewards.loading import load_judges

@@ -18,12 +18,12 @@ import torch.distributed as dist
 from numpy.typing import NDArray
 
 from ..base_identity import base_digest
+from ..common.storage import Folder
 from ..data.batching import Batch, Rows, in_batches
 from ..data.stream import every_sequence
 from ..data.tokenizer_files import model_folder
 from ..device import choose_dtype, needs_autocast, torch_dtype
 from ..model_settings import ModelSettings
-from ..storage import Folder
 from .objective import Setup
 from .preference import Split
 from .references import Compute, Reference

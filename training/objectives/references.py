@@ -9,9 +9,9 @@ import torch
 from peft import AutoPeftModelForCausalLM, PeftModel
 from transformers import AutoModelForCausalLM
 
+from ..common.errors import InputError
 from ..data.batching import Batch
 from ..device import choose_dtype, torch_dtype
-from ..errors import InputError
 from ..existing_adapter import CONFIG_FILE, check_safetensors
 from ..model import Model, evaluating
 from ..recipe import Recipe

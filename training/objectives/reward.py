@@ -10,8 +10,8 @@ import json
 import torch
 from torch.nn.functional import logsigmoid
 
+from ..common.errors import InputError
 from ..data.batching import Batch, Rows, collate_pairs
-from ..errors import InputError
 from ..method_settings import RewardMethod
 from .objective import Setup
 from .preference import Compared, PairObjective

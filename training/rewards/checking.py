@@ -5,14 +5,14 @@ import json
 from pathlib import Path
 from typing import Any
 
+from ..common.errors import InputError
+from ..common.storage import Folder
 from ..data.tokenizer_files import model_folder
-from ..errors import InputError
 from ..existing_adapter import check_for_vllm
 from ..method_settings import OnlineMethod
 from ..recipe import Recipe
 from ..reward_settings import ModelReward, RunReward
 from ..run_folder import read_run
-from ..storage import Folder
 
 _TOKENIZER = "tokenizer.json"
 

@@ -8,11 +8,11 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from ..errors import InputError
+from ..common.errors import InputError
+from ..common.storage import Folder
 from ..existing_adapter import check_safetensors
 from ..reward_settings import ModelReward, RunReward
 from ..run_folder import read_run
-from ..storage import Folder
 from .reward import Completions, Judgement, Turns
 
 _BATCH = 16

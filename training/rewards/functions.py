@@ -9,7 +9,7 @@ from collections.abc import Collection
 from numbers import Real
 from typing import Any
 
-from ..errors import RunError
+from ..common.errors import RunError
 from ..reward_settings import FunctionReward
 from .reward import Completions, Judgement, told
 

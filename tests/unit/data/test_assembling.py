@@ -5,10 +5,10 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 
+from finray.training.common.storage import Folder
 from finray.training.data.assembling import AssembleItem, AssembleTask, Part, assemble_items
 from finray.training.data.rendering import Document
 from finray.training.data.tokenising import TokenFile, TokenGroup
-from finray.training.storage import Folder
 
 
 def part(tokens: int) -> Part:

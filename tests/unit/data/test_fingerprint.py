@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
+from finray.training.common.errors import InputError
 from finray.training.data.fingerprint import fingerprint
-from finray.training.errors import InputError
 
 from .conftest import MakeRecipe, chat_row, write_jsonl
 

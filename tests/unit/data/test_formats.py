@@ -4,9 +4,9 @@ from typing import Any
 
 import pytest
 
+from finray.training.common.errors import InputError
 from finray.training.data.formats import KnownFormat, detect_format, normalise
 from finray.training.data.shapes import Completion, Conversation, RowError, Text, share_of
-from finray.training.errors import InputError
 
 USER = {"role": "user", "content": "q"}
 ASSISTANT = {"role": "assistant", "content": "a"}

@@ -11,8 +11,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from finray.training.common.errors import InputError
 from finray.training.data.inspection import inspect_data
-from finray.training.errors import InputError
 
 from .conftest import MakeRecipe, chat_row, write_jsonl
 

@@ -7,10 +7,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from finray.training.common.errors import InputError
 from finray.training.data.formats import KnownFormat, detect_format, normalise
 from finray.training.data.preference_formats import common_prefix
 from finray.training.data.shapes import Completion, Conversation, Labelled, Pair, RowError
-from finray.training.errors import InputError
 from finray.training.methods import METHODS, examples_of
 
 from .conftest import SHARED, MakeRecipe, write_jsonl

@@ -12,6 +12,8 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
+from finray.training.common.errors import InputError
+from finray.training.common.storage import Folder
 from finray.training.data.execution import run_in_process
 from finray.training.data.prepare import Progress, prepare
 from finray.training.data.prepared import (
@@ -22,9 +24,7 @@ from finray.training.data.prepared import (
     Split,
     open_prepared,
 )
-from finray.training.errors import InputError
 from finray.training.recipe import Recipe
-from finray.training.storage import Folder
 
 from .conftest import MakeRecipe, chat_row, write_jsonl
 

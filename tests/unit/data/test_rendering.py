@@ -5,10 +5,10 @@ from typing import Any
 import numpy as np
 import pytest
 
+from finray.training.common.errors import InputError
 from finray.training.data.chat import ChatTemplate, UnstableTemplate
 from finray.training.data.rendering import Document, Renderer
 from finray.training.data.shapes import Completion, Conversation, RowError, Text
-from finray.training.errors import InputError
 
 MARKED = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n"

@@ -7,8 +7,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from finray.training.common.errors import InputError
 from finray.training.data.sources import CHUNK_BYTES, expand, file_kind, plan_chunks
-from finray.training.errors import InputError
 from finray.training.recipe import Source
 
 

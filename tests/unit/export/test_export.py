@@ -12,9 +12,9 @@ from finished_run import finished_run
 from huggingface_hub import ModelCard, ModelCardData
 from safetensors.torch import load_file, save_file
 
-from finray.training.errors import InputError, RunError
+from finray.training.common.errors import InputError, RunError
+from finray.training.common.storage import Folder
 from finray.training.export.export import export
-from finray.training.storage import Folder
 
 # peft calls a name that transformers has renamed.
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")

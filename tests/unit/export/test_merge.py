@@ -26,7 +26,7 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
-from finray.training.errors import InputError, RunError
+from finray.training.common.errors import InputError, RunError
 from finray.training.export.lora import Adapter
 from finray.training.export.merge import merge, recast
 from finray.training.export.tensor_files import TensorFiles

@@ -17,7 +17,7 @@ from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig
 
-from finray.training.errors import InputError
+from finray.training.common.errors import InputError
 from finray.training.export.tensor_files import (
     DTYPES,
     Output,

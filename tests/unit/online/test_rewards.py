@@ -8,8 +8,8 @@ import pytest
 import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
+from finray.training.common.errors import InputError, RunError
 from finray.training.data.shapes import Completion, Conversation, Question
-from finray.training.errors import InputError, RunError
 from finray.training.methods import METHODS
 from finray.training.reward_settings import FunctionReward, ModelReward, resolve_reward
 from finray.training.rewards.classifiers import load_classifier

@@ -13,7 +13,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 
-from finray.training.errors import InputError
+from finray.training.common.errors import InputError
 from finray.training.recipe import Recipe
 from finray.training.rewards.checking import check_rewards
 from finray.training.rollouts.rollout import Request, Rollout

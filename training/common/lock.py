@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 
-from . import figures
+from . import formatting as figures
 from .errors import InputError
 from .storage import Folder
 
