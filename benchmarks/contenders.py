@@ -25,9 +25,9 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch.nn.modules.module import register_module_forward_pre_hook
 
 from finray.training.common.storage import Folder
+from finray.training.config.recipe import Recipe, recipe_from_dict
 from finray.training.data.prepared import Prepared, open_prepared
 from finray.training.data.stream import Sequence, Slice, stream
-from finray.training.recipe import Recipe, recipe_from_dict
 
 IGNORED = -100
 Row = dict[str, list[int]]

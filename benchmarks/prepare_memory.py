@@ -52,7 +52,7 @@ def child(folder: Path, name: str, workers: int) -> dict[str, Any]:
 
     set_environment()
     from finray.cluster.ray_session import ray_session
-    from finray.training.recipe import load_recipe
+    from finray.training.config.recipe import load_recipe
     from finray.training.run import Listener, prepare_data
 
     values = {

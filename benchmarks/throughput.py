@@ -54,7 +54,7 @@ def prepared_job(
     folder: Path, values: dict[str, Any], steps: int, warmup: int, threads: int, rows: str = ""
 ) -> Job:
     """A recipe whose data is prepared, before anything is timed."""
-    from finray.training.recipe import load_recipe
+    from finray.training.config.recipe import load_recipe
     from finray.training.run import Listener, prepare_data
 
     path = folder / "recipe.yaml"

@@ -17,11 +17,11 @@ import torch
 import transformers
 from datasets import Dataset
 
+from finray.training.config.recipe import Recipe
 from finray.training.data.prepared import Prepared
 from finray.training.data.stream import Sequence, Slice, stream
 from finray.training.methods import method_of
 from finray.training.model import Model, load_model
-from finray.training.recipe import Recipe
 
 Row = dict[str, Any]
 

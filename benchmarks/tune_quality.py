@@ -30,7 +30,7 @@ from tune_table import (
     scaling,
 )
 
-from finray.training.recipe import load_recipe
+from finray.training.config.recipe import load_recipe
 from finray.tuning.conductor import Conductor
 from finray.tuning.distribution import Distribution
 from finray.tuning.metrics import Metric

@@ -111,7 +111,7 @@ def measure_cell(folder: Path, seed: int, setting: Setting) -> Cell:
     """Run one configuration in this process."""
     from finray.training.common.errors import RunError
     from finray.training.common.stop import Stop
-    from finray.training.recipe import load_recipe
+    from finray.training.config.recipe import load_recipe
     from finray.training.run import Listener, run_folder, train
     from finray.training.run_folder import read_metrics
 

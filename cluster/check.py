@@ -5,11 +5,11 @@ from typing import Any
 
 from ..training.common import formatting as figures
 from ..training.common.storage import Folder
+from ..training.config.recipe import Recipe
 from ..training.data.fingerprint import fingerprint
 from ..training.data.inspection import Inspection, SourceInspection, inspect_data
 from ..training.data.prepared import Prepared, open_prepared
 from ..training.methods import method_of
-from ..training.recipe import Recipe
 from ..training.run_folder import PREPARED_FOLDER
 from .gpus import memory_text
 

@@ -8,8 +8,8 @@ from dataclasses import asdict
 from pathlib import Path
 
 from ..training.common.errors import InputError
-from ..training.paths import resolve_path
-from ..training.recipe import Recipe, load_recipe
+from ..training.config.paths import resolve_path
+from ..training.config.recipe import Recipe, load_recipe
 
 
 def check(options: argparse.Namespace) -> None:

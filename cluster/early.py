@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from concurrent.futures import Future
 
 from ..training.common.background import beside
-from ..training.recipe import Recipe
+from ..training.config.recipe import Recipe
 
 
 def prepare_early(recipes: Sequence[Recipe]) -> "Future[None]":

@@ -2,8 +2,8 @@
 
 import os
 
+from ..training.config.recipe import Recipe
 from ..training.device import SAFE_ISA, probe_bfloat16
-from ..training.recipe import Recipe
 
 _ALWAYS = {
     "TOKENIZERS_PARALLELISM": "true",

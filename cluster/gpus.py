@@ -7,8 +7,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from ..training.recipe import Recipe
-from ..training.shardable import cannot_shard
+from ..training.config.recipe import Recipe
+from ..training.config.sharding_rules import cannot_shard
 
 if TYPE_CHECKING:
     from ..training.memory import Memory, Sizes

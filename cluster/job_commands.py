@@ -7,8 +7,8 @@ from dataclasses import asdict
 from pathlib import Path
 
 from ..training.common.errors import InputError, RunError
+from ..training.config.recipe import Recipe, load_recipe
 from ..training.data.inspection import inspect_data
-from ..training.recipe import Recipe, load_recipe
 from ..tuning.plan import make_plan
 from ..tuning.sweep import LoadedSweep, is_sweep, load_sweep, split_overrides
 from .jobs import ACTIVE, Cluster, Job

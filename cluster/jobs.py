@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from ..training.common.errors import InputError, RunError
-from ..training.recipe import Recipe
+from ..training.config.recipe import Recipe
 from ..tuning.sweep import LoadedSweep
 from . import job_driver
 from .auth import enter_dashboard, wrong_token

@@ -26,10 +26,10 @@ from ..training.common.errors import InputError, RunError, last_line
 from ..training.common.secrets import redact
 from ..training.common.storage import Folder
 from ..training.common.versions import installed_versions
-from ..training.data.tokenizer_files import has_vocabulary, model_folder
+from ..training.config.model_folder import has_vocabulary, model_folder
+from ..training.config.models import ModelSettings
+from ..training.config.recipe import Recipe
 from ..training.device import probe_bfloat16
-from ..training.model_settings import ModelSettings
-from ..training.recipe import Recipe
 from .gpus import Gpu, gpus_here, judge
 
 PROBE_SECONDS = 60.0

@@ -14,8 +14,8 @@ from typing import Any
 
 from ..training.common.errors import InputError
 from ..training.common.yaml_text import dump_yaml
+from ..training.config.recipe import Recipe, Source
 from ..training.data.sources import expand
-from ..training.recipe import Recipe, Source
 from ..tuning.sweep import LoadedSweep
 from .portable import strings
 

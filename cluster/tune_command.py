@@ -14,9 +14,9 @@ from rich.text import Text
 from ..training.common.errors import InputError
 from ..training.common.stop import Stop
 from ..training.common.storage import Folder
+from ..training.config.paths import resolve_path
+from ..training.config.recipe import Recipe, ScaleSettings
 from ..training.data.inspection import inspect_data
-from ..training.paths import resolve_path
-from ..training.recipe import Recipe, ScaleSettings
 from ..training.run import differences
 from ..training.run_folder import Record
 from ..tuning.record import read_sweep

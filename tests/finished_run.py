@@ -10,8 +10,8 @@ import yaml
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
-from finray.training.base_identity import write_base
-from finray.training.model_settings import ModelSettings
+from finray.training.config.base_digest import write_base
+from finray.training.config.models import ModelSettings
 
 RECORD: dict[str, Any] = {
     "status": "finished",

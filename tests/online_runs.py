@@ -9,6 +9,7 @@ import torch
 
 from finray.training.arguments import accumulation, training_arguments
 from finray.training.common.storage import Folder
+from finray.training.config.recipe import Recipe
 from finray.training.data.batching import Rows, microbatches
 from finray.training.data.prepared import Prepared
 from finray.training.data.stream import Sequence
@@ -16,7 +17,6 @@ from finray.training.objectives.grpo import GrpoObjective
 from finray.training.objectives.objective import Setup
 from finray.training.objectives.online import OnlineObjective
 from finray.training.objectives.rloo import RlooObjective
-from finray.training.recipe import Recipe
 from finray.training.rollouts.rollout import Request, Rollout
 from finray.training.trainer import StepMeasures, StreamTrainer
 

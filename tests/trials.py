@@ -5,8 +5,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from finray.training.config.recipe import Recipe
 from finray.training.kept_base import forget_bases
-from finray.training.recipe import Recipe
 from finray.training.run import Listener, prepare_data
 from finray.tuning.trial import RunningTrial, TrialConfig, _stop_event
 

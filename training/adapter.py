@@ -18,8 +18,8 @@ from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
 from .common.errors import InputError
-from .existing_adapter import TASKS, WEIGHTS_FILE
-from .model_settings import LoraAdapter
+from .config.adapter_folder import TASKS, WEIGHTS_FILE
+from .config.models import LoraAdapter
 
 Head = Literal["causal", "score"]
 TRAINED = "default"

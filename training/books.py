@@ -12,9 +12,9 @@ from .common.errors import RunError
 from .common.secrets import redact
 from .common.storage import Folder
 from .common.uploader import Uploads
+from .config.recipe import Recipe
 from .data.origin import Origins
 from .metrics_log import MetricsLog
-from .recipe import Recipe
 from .run_folder import (
     STACKS_FOLDER,
     Record,

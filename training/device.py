@@ -10,8 +10,8 @@ from .common.errors import InputError
 if TYPE_CHECKING:
     import torch
 
-    from .model_settings import ModelSettings
-    from .recipe import Recipe
+    from .config.models import ModelSettings
+    from .config.recipe import Recipe
 
 DtypeName = Literal["float32", "bfloat16", "float16"]
 

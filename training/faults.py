@@ -4,10 +4,10 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from .common.errors import FinrayError
+from .config.recipe import Recipe
 from .data.origin import describe, rows_of_step
 from .data.prepared import Prepared
 from .position import Position
-from .recipe import Recipe
 from .restart import AttemptOver, Restart, is_out_of_memory
 from .skipping import NotFiniteError
 

@@ -7,7 +7,7 @@ from transformers import PreTrainedModel
 
 from .adapter import told
 from .common.errors import InputError
-from .model_settings import FreezeSettings
+from .config.models import FreezeSettings
 
 
 def freeze(model: PreTrainedModel, settings: FreezeSettings) -> None:

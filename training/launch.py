@@ -10,9 +10,9 @@ from .common.errors import RunError, last_line
 from .common.secrets import redact
 from .common.stop import Stop
 from .common.storage import Folder
+from .config.recipe import ScaleSettings
 from .crew import Patience, Watch, await_room
 from .job import Job, Outcome
-from .recipe import ScaleSettings
 from .restart import AttemptOver, Restart
 from .run_folder import CHECKPOINTS_FOLDER
 from .session import STOP_FILE, LocalSession, RaySession

@@ -22,12 +22,13 @@ from .books import Books, as_number
 from .common.errors import FinrayError, RunError
 from .common.storage import Folder
 from .common.uploader import Uploads
+from .config.adapter_folder import RESULT_FOLDER
+from .config.recipe import recipe_from_dict
 from .data.batching import Rows, accumulation_steps, in_batches, microbatches
 from .data.origin import rows_of_step
 from .data.prepared import open_prepared
 from .data.stream import Slice, every_sequence, share, stream
 from .device import choose_dtype
-from .existing_adapter import RESULT_FOLDER
 from .faults import ending_attempts
 from .generation import answer, exact_match
 from .job import Job, Outcome
@@ -36,7 +37,6 @@ from .methods import method_of
 from .model import check_isolation, count_parameters, load_model, load_tokenizer
 from .objectives.objective import Setup
 from .position import Clock, Position
-from .recipe import recipe_from_dict
 from .restart import AttemptOver
 from .run_folder import CHECKPOINTS_FOLDER
 from .saver import Saver, SaveState, state_record

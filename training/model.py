@@ -20,14 +20,14 @@ from transformers import (
 from . import loftq
 from .adapter import Head, cast_trained, existing_adapter, new_adapter
 from .common.errors import InputError
+from .config.models import ModelSettings
+from .config.recipe import Recipe
 from .data.chat import CHATML
 from .device import choose_adapter_dtype, choose_dtype, torch_dtype
 from .freezing import freeze
 from .kept_base import put_base, take_base
 from .methods import method_of
-from .model_settings import ModelSettings
 from .quantisation import is_exact_by_row, numel, prepare_for_training, quantisation_config
-from .recipe import Recipe
 from .reference import add_reference, is_copy
 
 Model: TypeAlias = PreTrainedModel | PeftModel

@@ -26,10 +26,10 @@ from .common.errors import RunError
 from .common.secrets import redact
 from .common.stop import Stop
 from .common.storage import Folder
+from .config.recipe import ScaleSettings
 from .crew import Patience
 from .job import Job, Outcome
 from .network import LOOPBACK, Place, free_port
-from .recipe import ScaleSettings
 from .run_folder import CHECKPOINTS_FOLDER
 from .worker_process import STOP_LINE, Start
 

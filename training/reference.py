@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from peft import PeftModel
 
 from .adapter import TRAINED
-from .recipe import Recipe
+from .config.recipe import Recipe
 
 REFERENCE = "reference"
 """PEFT's name of the frozen copy."""

@@ -21,16 +21,16 @@ from .common.stop import Stop
 from .common.storage import Folder
 from .common.versions import installed_versions
 from .common.yaml_text import dump_yaml, load_yaml
+from .config.model_folder import model_folder
+from .config.recipe import Recipe, recipe_from_dict
+from .config.remote_code import code_files
 from .data.execution import RunTasks, run_in_process, run_on_ray_data
 from .data.inspection import inspect_data
 from .data.prepare import Progress, find_prepared, prepare
 from .data.prepared import Prepared
-from .data.tokenizer_files import model_folder
 from .job import Job, Outcome
 from .launch import launch_here
 from .methods import method_of
-from .recipe import Recipe, recipe_from_dict
-from .remote_code import code_files
 from .report import write_report
 from .run_folder import CHECKPOINTS_FOLDER, PREPARED_FOLDER, RECIPE_FILE, Record, read_run
 from .session import STOP_FILE

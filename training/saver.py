@@ -17,8 +17,8 @@ from . import checkpoint
 from .common.errors import RunError
 from .common.storage import Folder
 from .common.uploader import Uploads
+from .config.recipe import CheckpointSettings
 from .methods import Metric
-from .recipe import CheckpointSettings
 
 _MOST_FAILURES = 3
 _FULL_BYTES = 2**20

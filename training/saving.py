@@ -10,10 +10,10 @@ from safetensors import safe_open
 from transformers import PreTrainedTokenizerBase
 
 from .adapter import TRAINED
-from .base_identity import write_base
 from .common.errors import RunError
+from .config.base_digest import write_base
+from .config.recipe import Recipe
 from .model import Model
-from .recipe import Recipe
 from .reference import REFERENCE
 from .shards import shard_of, whole
 from .strategy import is_sharded

@@ -18,11 +18,11 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from .common.errors import InputError
+from .config.recipe import Recipe
+from .config.sharding_rules import cannot_shard
 from .device import choose_dtype, torch_dtype
 from .freezing import decoder_layers
 from .model import Model
-from .recipe import Recipe
-from .shardable import cannot_shard
 
 Strategy = Literal["ddp", "fsdp"]
 

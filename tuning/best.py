@@ -9,9 +9,9 @@ from typing import Any
 from ..training.common.stop import Stop
 from ..training.common.storage import Folder
 from ..training.common.yaml_text import dump_yaml
+from ..training.config.recipe import Recipe
 from ..training.job import Job, Outcome
 from ..training.launch import launch_on_ray
-from ..training.recipe import Recipe
 from ..training.run import Listener, run_folder, train
 from ..training.run_folder import Record, read_run
 from .plan import Plan

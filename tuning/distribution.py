@@ -6,7 +6,7 @@ from typing import Annotated, Any, Self
 
 from pydantic import Field, model_validator
 
-from ..training.section import Section
+from ..training.config.section import Section
 
 Scalar = None | bool | int | float | str
 Bounds = Annotated[tuple[float, float], Field(description="[lowest, highest], both included")]

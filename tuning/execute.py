@@ -18,8 +18,8 @@ from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
 
 from ..training.common.stop import Stop
+from ..training.config.recipe import ScaleSettings
 from ..training.launch import run_beside
-from ..training.recipe import ScaleSettings
 from ..training.run_folder import Record
 from .conductor import Conductor
 from .room import slot_resources

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 
 from ..training.common.errors import InputError
 from ..training.common.storage import Folder
+from ..training.config.recipe import Recipe
 from ..training.methods import Metric
-from ..training.recipe import Recipe
 from .metrics import is_measured_on_the_way, objectives
 from .record import trial_name
 from .rule import default_space

@@ -15,9 +15,9 @@ import json
 import math
 from typing import Any
 
-from ..training.data.tokenizer_files import model_folder
-from ..training.model_settings import ModelSettings
-from ..training.recipe import Recipe
+from ..training.config.model_folder import model_folder
+from ..training.config.models import ModelSettings
+from ..training.config.recipe import Recipe
 from .distribution import Distribution
 
 _WIDTH, _EXPONENT = 2000, 0.78

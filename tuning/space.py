@@ -10,8 +10,15 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from ..training.common.errors import InputError
-from ..training.recipe import Recipe, resolve_recipe
-from ..training.recipe_file import Change, Document, apply_changes, is_known, suggestion, validate
+from ..training.config.recipe import Recipe, resolve_recipe
+from ..training.config.yaml_file import (
+    Change,
+    Document,
+    apply_changes,
+    is_known,
+    suggestion,
+    validate,
+)
 from .distribution import Distribution, Scalar, as_label, is_number
 from .rule import (
     ALPHA,

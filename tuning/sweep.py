@@ -12,16 +12,10 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BeforeValidator, Field, model_validator
 
 from ..training.common.errors import InputError
-from ..training.paths import resolve_path
-from ..training.recipe import Name, Recipe, check_no_secret, load_recipe, resolve_recipe
-from ..training.recipe_file import (
-    Change,
-    Document,
-    apply_changes,
-    read_recipe_file,
-    validate,
-)
-from ..training.section import PositiveInt, Section
+from ..training.config.paths import resolve_path
+from ..training.config.recipe import Name, Recipe, check_no_secret, load_recipe, resolve_recipe
+from ..training.config.section import PositiveInt, Section
+from ..training.config.yaml_file import Change, Document, apply_changes, read_recipe_file, validate
 from .distribution import Distribution
 
 _RECIPE = "recipe."

@@ -18,8 +18,8 @@ from ..training.common.errors import FinrayError, last_line
 from ..training.common.secrets import redact
 from ..training.common.stop import Stop
 from ..training.common.storage import Folder
+from ..training.config.recipe import Recipe, recipe_from_dict
 from ..training.device import free_memory
-from ..training.recipe import Recipe, recipe_from_dict
 from ..training.run import run_folder
 from ..training.run_folder import Record, read_metrics, read_run
 

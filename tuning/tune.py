@@ -17,8 +17,8 @@ from ..training.common.errors import Interrupted, RunError, last_line
 from ..training.common.lock import held
 from ..training.common.stop import Stop
 from ..training.common.storage import Folder
+from ..training.config.recipe import Recipe
 from ..training.data.prepared import Prepared
-from ..training.recipe import Recipe
 from ..training.run import Listener, prepare_data
 from ..training.run_folder import CHECKPOINTS_FOLDER, METRICS_FILE, Record
 from ..training.session import STOP_FILE

@@ -12,14 +12,14 @@ from peft import AutoPeftModelForSequenceClassification, PeftModel
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from finray.training.common.errors import InputError
-from finray.training.existing_adapter import check_adapter, find_adapter
+from finray.training.config.adapter_folder import check_adapter, find_adapter
+from finray.training.config.recipe import Recipe
 from finray.training.model import (
     count_parameters,
     count_without_weights,
     load_model,
     load_tokenizer,
 )
-from finray.training.recipe import Recipe
 from finray.training.reference import add_reference, as_reference
 from finray.training.saving import save_result, save_weights
 

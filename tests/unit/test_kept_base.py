@@ -9,8 +9,8 @@ import torch
 from transformers import set_seed
 
 from finray.training import kept_base
+from finray.training.config.recipe import Recipe
 from finray.training.model import load_model
-from finray.training.recipe import Recipe
 
 # peft still calls a name that transformers deprecates
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")

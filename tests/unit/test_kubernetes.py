@@ -15,7 +15,7 @@ from finray.cluster.cli import main
 from finray.cluster.kubernetes import LARGEST_RECIPE, Target, object_name, render
 from finray.cluster.overlays import overlay_names
 from finray.training.common.errors import InputError
-from finray.training.recipe import Recipe, load_recipe, recipe_from_dict
+from finray.training.config.recipe import Recipe, load_recipe, recipe_from_dict
 
 OVERLAYS = overlay_names()
 NAMES = st.from_regex(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}", fullmatch=True)

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from finray.training import memory
+from finray.training.config.recipe import Recipe, recipe_from_dict
 from finray.training.memory import Memory, Sizes, estimate, sizes_of
 from finray.training.model import load_model
-from finray.training.recipe import Recipe, recipe_from_dict
 
 # peft calls a name that transformers has renamed.
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")

@@ -2,9 +2,9 @@
 
 from typing import get_args
 
+from finray.training.config.recipe import Method as MethodSettings
+from finray.training.config.recipe import Recipe
 from finray.training.methods import METHODS, method_of
-from finray.training.recipe import Method as MethodSettings
-from finray.training.recipe import Recipe
 
 
 def test_the_union_and_the_registry_agree() -> None:

@@ -14,6 +14,7 @@ from transformers import (
 )
 
 from finray.training.common.errors import InputError
+from finray.training.config.recipe import Recipe
 from finray.training.model import (
     check_isolation,
     count_parameters,
@@ -21,7 +22,6 @@ from finray.training.model import (
     forward_arguments,
     load_model,
 )
-from finray.training.recipe import Recipe
 
 # peft calls a name that transformers has renamed.
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")

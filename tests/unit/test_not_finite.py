@@ -17,11 +17,11 @@ from transformers import AutoModelForCausalLM
 
 from finray.training.arguments import accumulation, training_arguments
 from finray.training.common.errors import RunError
+from finray.training.config.recipe import Recipe
 from finray.training.data.batching import Batch, microbatches
 from finray.training.data.stream import Sequence
 from finray.training.methods import method_of
 from finray.training.optimizer import MasterAdamW, SkippingAdamW
-from finray.training.recipe import Recipe
 from finray.training.session import LocalSession
 from finray.training.skipping import NotFiniteError, SkippedSteps
 from finray.training.trainer import StepMeasures, StreamTrainer

@@ -9,9 +9,9 @@ import pytest
 from optuna.trial import TrialState
 
 from finray.training.common.errors import InputError
+from finray.training.config.models import LoraAdapter
+from finray.training.config.recipe import Recipe
 from finray.training.methods import Metric
-from finray.training.model_settings import LoraAdapter
-from finray.training.recipe import Recipe
 from finray.tuning.attempt import check_folder, describe
 from finray.tuning.conductor import Conductor, Ending
 from finray.tuning.distribution import Distribution

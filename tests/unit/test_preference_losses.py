@@ -7,8 +7,7 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from finray.training.data.batching import IGNORED
-from finray.training.method_settings import (
+from finray.training.config.methods import (
     CpoMethod,
     DpoLoss,
     DpoMethod,
@@ -16,6 +15,7 @@ from finray.training.method_settings import (
     Method,
     SimpoMethod,
 )
+from finray.training.data.batching import IGNORED
 from finray.training.objectives.cpo import reference_free_loss
 from finray.training.objectives.dpo_losses import PAIR_LOSSES, Pairs
 from finray.training.objectives.kto import answer_losses

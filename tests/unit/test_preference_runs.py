@@ -14,7 +14,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from finray.training.common.errors import InputError
 from finray.training.common.stop import Stop
-from finray.training.recipe import Recipe, load_recipe
+from finray.training.config.recipe import Recipe, load_recipe
 from finray.training.run import Listener, train
 
 # peft calls a name that transformers has renamed.

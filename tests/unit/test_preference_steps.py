@@ -10,11 +10,11 @@ import pytest
 import torch
 from steps import by_workers, make_setup, one_step
 
+from finray.training.config.recipe import Recipe
 from finray.training.data.batching import in_batches
 from finray.training.data.stream import Sequence
 from finray.training.methods import method_of
 from finray.training.model import load_model
-from finray.training.recipe import Recipe
 
 # peft calls a name that transformers has renamed.
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")

@@ -20,9 +20,9 @@ from finray.training import processes
 from finray.training.capacity import Demand
 from finray.training.common.errors import RunError
 from finray.training.common.stop import Stop
+from finray.training.config.recipe import ScaleSettings
 from finray.training.job import Job
 from finray.training.processes import Processes
-from finray.training.recipe import ScaleSettings
 
 DEADLINE = 60.0
 

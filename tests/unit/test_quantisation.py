@@ -13,8 +13,8 @@ from torch import multiprocessing
 from torch.nn.parallel import DistributedDataParallel
 from transformers import AutoModelForCausalLM
 
+from finray.training.config.recipe import Recipe
 from finray.training.model import count_parameters, count_without_weights, load_model
-from finray.training.recipe import Recipe
 
 # peft calls a name that transformers has renamed.
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")

@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from finray.training.common.errors import InputError
-from finray.training.recipe import Recipe, load_recipe, recipe_from_dict
-from finray.training.shardable import cannot_shard
+from finray.training.config.recipe import Recipe, load_recipe, recipe_from_dict
+from finray.training.config.sharding_rules import cannot_shard
 
 GOOD = """\
 name: support

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from finray.training.recipe import load_recipe
+from finray.training.config.recipe import load_recipe
 from finray.tuning.plan import make_plan
 from finray.tuning.sweep import load_sweep
 

@@ -12,12 +12,12 @@ from safetensors.torch import load_file
 
 from finray.training.common.errors import InputError
 from finray.training.common.stop import Stop
+from finray.training.config.adapter_folder import check_safetensors
+from finray.training.config.models import ModelSettings
+from finray.training.config.recipe import Recipe, load_recipe, recipe_from_dict
+from finray.training.config.remote_code import check_pinned, check_remote_code
 from finray.training.data.inspection import inspect_data
-from finray.training.existing_adapter import check_safetensors
 from finray.training.model import load_model
-from finray.training.model_settings import ModelSettings
-from finray.training.recipe import Recipe, load_recipe, recipe_from_dict
-from finray.training.remote_code import check_pinned, check_remote_code
 from finray.training.run import Listener, train
 
 # peft calls a name that transformers has renamed.

@@ -8,7 +8,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from finray.training.arguments import training_arguments
-from finray.training.recipe import Recipe
+from finray.training.config.recipe import Recipe
 from finray.training.trainer import StreamTrainer
 
 

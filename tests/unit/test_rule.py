@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 import torch
 
+from finray.training.config.recipe import Recipe
 from finray.training.model import load_model
-from finray.training.recipe import Recipe
 from finray.tuning.rule import rate_factor
 
 # peft calls a name that transformers has renamed.

@@ -16,8 +16,8 @@ from finray.training.common.secrets import HIDDEN
 from finray.training.common.stop import Stop
 from finray.training.common.storage import Folder
 from finray.training.common.uploader import Uploads
+from finray.training.config.recipe import CheckpointSettings
 from finray.training.methods import Metric
-from finray.training.recipe import CheckpointSettings
 from finray.training.run import Listener, train
 from finray.training.run_folder import read_run
 from finray.training.saver import Saver, SaveState
@@ -189,7 +189,7 @@ def test_what_is_no_fault_of_the_store_is_raised(tmp_path: Path) -> None:
 def test_a_run_outlives_a_store_that_fails(
     store: Store, tmp_path: Path, tiny_model: Path, chat_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from finray.training.recipe import recipe_from_dict
+    from finray.training.config.recipe import recipe_from_dict
 
     monkeypatch.setattr("finray.training.common.uploader.PAUSES", NO_PAUSES)
     values: dict[str, Any] = {

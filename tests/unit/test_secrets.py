@@ -78,7 +78,7 @@ def test_an_error_in_run_json_holds_no_secret(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from finray.training.common.storage import Folder
-    from finray.training.recipe import recipe_from_dict
+    from finray.training.config.recipe import recipe_from_dict
     from finray.training.run import _close
 
     monkeypatch.setenv("HF_TOKEN", "not-a-usual-form-42")

@@ -7,8 +7,8 @@ import pytest
 from harness import assert_same_result, losses, metrics
 
 from finray.training.common.stop import Stop
+from finray.training.config.recipe import Recipe
 from finray.training.launch import launch_here
-from finray.training.recipe import Recipe
 from finray.training.run import Listener, carry_out, prepare_data, run_folder
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")

@@ -17,12 +17,12 @@ from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
 
 from finray.training.arguments import accumulation, training_arguments
+from finray.training.config.recipe import Recipe
 from finray.training.data.batching import Rows, collate, microbatches
 from finray.training.data.stream import share
 from finray.training.generation import answer
 from finray.training.methods import method_of
 from finray.training.model import load_model, load_tokenizer
-from finray.training.recipe import Recipe
 from finray.training.saving import gather_weights, save_result
 from finray.training.strategy import choose_strategy, shard
 from finray.training.trainer import StepMeasures, StreamTrainer

@@ -10,7 +10,7 @@ import yaml
 from finray.cluster.job_driver import unpack
 from finray.cluster.staging import INPUTS_FOLDER, RECIPE_FILE, SWEEP_FILE, stage, stage_sweep
 from finray.training.common.errors import InputError
-from finray.training.recipe import Recipe, load_recipe
+from finray.training.config.recipe import Recipe, load_recipe
 from finray.tuning.sweep import LoadedSweep, load_sweep
 
 

@@ -11,10 +11,10 @@ import torch
 from steps import Gradients, gradients, make_sequences
 from transformers import AutoModelForCausalLM
 
+from finray.training.config.recipe import Recipe
 from finray.training.data.batching import IGNORED, Batch, collate
 from finray.training.data.stream import Sequence
 from finray.training.objectives.tokens import measure, to_log_probabilities, token_loss
-from finray.training.recipe import Recipe
 
 BATCH = 8
 

@@ -11,8 +11,8 @@ from trials import reports_of, trial_of
 
 from finray.training.books import update_run
 from finray.training.common.storage import Folder
+from finray.training.config.recipe import Recipe
 from finray.training.kept_base import forget_bases, keep_bases
-from finray.training.recipe import Recipe
 from finray.training.run_folder import read_run
 from finray.training.trainer import StreamTrainer
 

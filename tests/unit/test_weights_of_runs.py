@@ -14,9 +14,9 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from finray.training.common.stop import Stop
 from finray.training.common.storage import Folder
+from finray.training.config.recipe import Recipe
 from finray.training.export.export import export
 from finray.training.model import load_model
-from finray.training.recipe import Recipe
 from finray.training.run import Listener, train
 from finray.training.saving import load_weights
 

@@ -9,12 +9,12 @@ from dataclasses import asdict
 from functools import lru_cache
 from pathlib import Path
 
-from ..model_settings import ModelSettings
-from ..recipe import Recipe
+from ..config.model_folder import model_folder, tokenizer_files
+from ..config.models import ModelSettings
+from ..config.recipe import Recipe
 from .rendering import RenderSettings
 from .resolving import ResolvedData, ResolvedSource, resolve_data
 from .sources import SourceFile, file_kind
-from .tokenizer_files import model_folder, tokenizer_files
 
 FORMAT_VERSION = 2
 """Raised when the same inputs would be prepared differently."""

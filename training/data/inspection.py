@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from ..common.errors import InputError
-from ..existing_adapter import check_adapter
-from ..method_settings import DpoMethod, KtoMethod
+from ..config.adapter_folder import check_adapter
+from ..config.methods import DpoMethod, KtoMethod
+from ..config.model_folder import has_vocabulary, model_folder
+from ..config.recipe import Recipe
+from ..config.reference_folder import check_reference
 from ..methods import METHODS, examples_of, method_of
-from ..recipe import Recipe
-from ..reference_model import check_reference
 from ..rewards.checking import check_rewards
 from .chat import NO_TEMPLATE, check_chatml
 from .formats import KnownFormat, normalise
@@ -20,7 +21,6 @@ from .reading import BadRow, Row
 from .resolving import ResolvedSource, all_rows, resolve_source
 from .shapes import Normalised, RowError, Text, is_chat, parts_of
 from .sources import file_kind, parquet_metadata
-from .tokenizer_files import has_vocabulary, model_folder
 
 _ROWS_CHECKED = 200
 _COUNTED_BYTES = 64 * 2**20

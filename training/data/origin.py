@@ -1,6 +1,6 @@
 """Where the rows of a step come from, in the files that the user gave."""
 
-from ..recipe import Recipe
+from ..config.recipe import Recipe
 from .prepared import Manifest, Prepared
 from .stream import Slice
 

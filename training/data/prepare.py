@@ -18,7 +18,8 @@ from pyarrow import fs as pafs
 
 from ..common.errors import InputError
 from ..common.storage import Folder
-from ..recipe import Recipe
+from ..config.model_folder import model_folder
+from ..config.recipe import Recipe
 from .assembling import AssembleTask, Part, SequenceFile, assemble_items, split_of
 from .execution import RunTasks
 from .fingerprint import fingerprint
@@ -45,7 +46,6 @@ from .tokenising import (
     TokeniseTask,
     length_edges,
 )
-from .tokenizer_files import model_folder
 
 _STALE_SECONDS = 24 * 3600
 _QUARANTINED = 10_000

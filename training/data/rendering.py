@@ -11,8 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..common.errors import InputError
+from ..config.recipe import Recipe
 from ..methods import method_of
-from ..recipe import Recipe
 from .chat import ChatTemplate, Span, chat_template_of
 from .shapes import (
     Completion,

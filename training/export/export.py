@@ -9,13 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..base_identity import BASE_FILE, base_digest
 from ..common.errors import InputError, RunError
 from ..common.storage import Folder
-from ..data.tokenizer_files import model_folder, tokenizer_files
-from ..existing_adapter import CONFIG_FILE as ADAPTER_CONFIG
-from ..existing_adapter import WEIGHTS_FILE
-from ..model_settings import ModelSettings
+from ..config.adapter_folder import CONFIG_FILE as ADAPTER_CONFIG
+from ..config.adapter_folder import WEIGHTS_FILE
+from ..config.base_digest import BASE_FILE, base_digest
+from ..config.model_folder import model_folder, tokenizer_files
+from ..config.models import ModelSettings
 from ..run_folder import Record, existing_run, read_recipe
 from .loading import Loadable
 from .model_card import render_card

@@ -15,7 +15,7 @@ from peft.utils.other import get_pattern_key
 from safetensors import safe_open
 
 from ..common.errors import InputError
-from ..existing_adapter import WEIGHTS_FILE
+from ..config.adapter_folder import WEIGHTS_FILE
 
 _PREFIX = "base_model.model."
 _A = (".lora_A.weight", ".lora_embedding_A")

@@ -4,8 +4,8 @@ To add one: a settings variant in `training.method_settings`, a module here, an 
 an objective in `training.objectives`.
 """
 
+from ..config.recipe import Recipe
 from ..data.shapes import SHAPES, Normalised, RowError
-from ..recipe import Recipe
 from . import cpo, dpo, kto, online, orpo, pretrain, reward, sft
 from .method import Method, Metric
 

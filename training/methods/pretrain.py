@@ -1,7 +1,7 @@
 """Pretraining, from scratch or continued: predict every token of plain text."""
 
+from ..config.methods import PretrainMethod
 from ..data.shapes import Completion, Conversation, Text
-from ..method_settings import PretrainMethod
 from .method import Method
 from .sft import token_objective
 

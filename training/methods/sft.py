@@ -2,8 +2,8 @@
 
 from typing import TYPE_CHECKING
 
+from ..config.methods import SftMethod
 from ..data.shapes import Completion, Conversation, Text
-from ..method_settings import SftMethod
 from .method import Method
 
 if TYPE_CHECKING:

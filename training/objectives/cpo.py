@@ -3,8 +3,8 @@
 import torch
 from torch.nn.functional import logsigmoid
 
+from ..config.methods import CpoMethod, SimpoMethod
 from ..data.batching import Batch
-from ..method_settings import CpoMethod, SimpoMethod
 from .objective import Setup
 from .preference import Compared, PairObjective
 

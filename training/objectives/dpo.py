@@ -4,8 +4,8 @@ from dataclasses import replace
 
 import torch
 
+from ..config.methods import DpoMethod
 from ..data.batching import Batch
-from ..method_settings import DpoMethod
 from .dpo_losses import PAIR_LOSSES, Pairs
 from .objective import Setup
 from .precomputed import PrecomputedReference

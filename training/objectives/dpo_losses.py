@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch.nn.functional import logsigmoid
 
-from ..method_settings import DpoLoss, DpoMethod
+from ..config.methods import DpoLoss, DpoMethod
 from .preference import Answers
 
 

@@ -7,8 +7,8 @@ Dr. GRPO: Liu et al., 2025, https://arxiv.org/abs/2503.20783.
 
 import torch
 
+from ..config.methods import GrpoMethod
 from ..data.batching import IGNORED, Batch
-from ..method_settings import GrpoMethod
 from .advantages import group_relative
 from .objective import Loss, Setup
 from .online import OnlineObjective

@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
+from ..config.methods import OnlineMethod
 from ..data import stream
-from ..method_settings import OnlineMethod
 from ..rewards.reward import Completions, Judge, Turns, columns_of
 from ..rollouts.rollout import Rollout
 

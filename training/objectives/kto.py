@@ -8,9 +8,9 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from ..config.methods import KtoMethod
 from ..data.batching import NOTHING, Batch, Rows, collate
 from ..data.stream import Sequence
-from ..method_settings import KtoMethod
 from ..model import evaluating
 from .log_probabilities import token_log_probabilities
 from .objective import Loss, Objective, Setup

@@ -6,11 +6,11 @@ from typing import Any
 
 import torch
 
+from ..config.recipe import Recipe
 from ..data.batching import Batch, Rows, collate
 from ..data.prepared import Prepared
 from ..methods import method_of
 from ..model import Model, forward_arguments
-from ..recipe import Recipe
 from ..strategy import Strategy, shard
 
 

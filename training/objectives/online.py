@@ -10,9 +10,9 @@ import torch.distributed as dist
 from peft import PeftModel
 
 from ..common.errors import FinrayError
+from ..config.methods import GrpoMethod, RlooMethod
 from ..data import stream
 from ..data.batching import IGNORED, NOTHING, Batch, Rows, collate
-from ..method_settings import GrpoMethod, RlooMethod
 from ..model import evaluating
 from ..rewards.loading import load_judges
 from ..rollouts.local import LocalRollouts

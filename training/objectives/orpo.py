@@ -7,9 +7,9 @@ import numpy as np
 import torch
 from torch.nn.functional import logsigmoid
 
+from ..config.methods import OrpoMethod
 from ..data.batching import IGNORED, Batch, Rows, collate_pairs
 from ..data.stream import Sequence
-from ..method_settings import OrpoMethod
 from .log_probabilities import token_log_probabilities
 from .objective import Setup
 from .preference import Answers, Compared, PairObjective

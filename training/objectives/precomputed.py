@@ -17,13 +17,13 @@ import torch
 import torch.distributed as dist
 from numpy.typing import NDArray
 
-from ..base_identity import base_digest
 from ..common.storage import Folder
+from ..config.base_digest import base_digest
+from ..config.model_folder import model_folder
+from ..config.models import ModelSettings
 from ..data.batching import Batch, Rows, in_batches
 from ..data.stream import every_sequence
-from ..data.tokenizer_files import model_folder
 from ..device import choose_dtype, needs_autocast, torch_dtype
-from ..model_settings import ModelSettings
 from .objective import Setup
 from .preference import Split
 from .references import Compute, Reference

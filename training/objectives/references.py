@@ -10,11 +10,11 @@ from peft import AutoPeftModelForCausalLM, PeftModel
 from transformers import AutoModelForCausalLM
 
 from ..common.errors import InputError
+from ..config.adapter_folder import CONFIG_FILE, check_safetensors
+from ..config.recipe import Recipe
 from ..data.batching import Batch
 from ..device import choose_dtype, torch_dtype
-from ..existing_adapter import CONFIG_FILE, check_safetensors
 from ..model import Model, evaluating
-from ..recipe import Recipe
 from ..reference import add_reference, as_reference
 from .objective import Setup
 

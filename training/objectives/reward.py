@@ -11,8 +11,8 @@ import torch
 from torch.nn.functional import logsigmoid
 
 from ..common.errors import InputError
+from ..config.methods import RewardMethod
 from ..data.batching import Batch, Rows, collate_pairs
-from ..method_settings import RewardMethod
 from .objective import Setup
 from .preference import Compared, PairObjective
 

@@ -5,8 +5,8 @@ Ahmadian et al., 2024, https://arxiv.org/abs/2402.14740; clipped as in PPO.
 
 import torch
 
+from ..config.methods import RlooMethod
 from ..data.batching import Batch
-from ..method_settings import RlooMethod
 from .advantages import leave_one_out
 from .objective import Loss, Setup
 from .online import OnlineObjective

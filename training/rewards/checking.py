@@ -7,11 +7,11 @@ from typing import Any
 
 from ..common.errors import InputError
 from ..common.storage import Folder
-from ..data.tokenizer_files import model_folder
-from ..existing_adapter import check_for_vllm
-from ..method_settings import OnlineMethod
-from ..recipe import Recipe
-from ..reward_settings import ModelReward, RunReward
+from ..config.adapter_folder import check_for_vllm
+from ..config.methods import OnlineMethod
+from ..config.model_folder import model_folder
+from ..config.recipe import Recipe
+from ..config.rewards import ModelReward, RunReward
 from ..run_folder import read_run
 
 _TOKENIZER = "tokenizer.json"

@@ -10,8 +10,8 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from ..common.errors import InputError
 from ..common.storage import Folder
-from ..existing_adapter import check_safetensors
-from ..reward_settings import ModelReward, RunReward
+from ..config.adapter_folder import check_safetensors
+from ..config.rewards import ModelReward, RunReward
 from ..run_folder import read_run
 from .reward import Completions, Judgement, Turns
 

@@ -10,7 +10,7 @@ from numbers import Real
 from typing import Any
 
 from ..common.errors import RunError
-from ..reward_settings import FunctionReward
+from ..config.rewards import FunctionReward
 from .reward import Completions, Judgement, told
 
 _SHOWN = 2000

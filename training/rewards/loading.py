@@ -4,10 +4,10 @@ from typing import Any
 
 import torch
 
+from ..config.methods import OnlineMethod
+from ..config.recipe import Recipe
+from ..config.rewards import FunctionReward, RunReward
 from ..device import choose_dtype, torch_dtype
-from ..method_settings import OnlineMethod
-from ..recipe import Recipe
-from ..reward_settings import FunctionReward, RunReward
 from .classifiers import load_classifier, load_run
 from .functions import FunctionJudge
 from .reward import Judge

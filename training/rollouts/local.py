@@ -7,8 +7,8 @@ import numpy as np
 import torch
 from transformers import GenerationConfig, LogitsProcessorList
 
+from ..config.methods import OnlineMethod
 from ..generation import left_padded, stop_tokens
-from ..method_settings import OnlineMethod
 from ..model import Model, evaluating
 from .rollout import Request, Rollout
 from .sampling import Sampler

@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from peft import PeftModel
 
+from ..config.methods import OnlineMethod
+from ..config.recipe import Recipe
 from ..device import choose_dtype
 from ..generation import stop_tokens
-from ..method_settings import OnlineMethod
-from ..recipe import Recipe
 from .rollout import Request, Rollout
 
 _RANKS = (8, 16, 32, 64, 128, 256, 320, 512)

@@ -11,9 +11,9 @@ from typing import Any, Protocol
 
 import pytest
 
+from finray.training.config.recipe import Recipe, recipe_from_dict
 from finray.training.data.chat import CHATML
 from finray.training.data.rendering import Renderer, RenderSettings
-from finray.training.recipe import Recipe, recipe_from_dict
 
 SHARED = Path(__file__).parents[4] / "shared" / "data"
 WORDS = "one two three four five six seven eight nine ten the a model learns to answer questions."

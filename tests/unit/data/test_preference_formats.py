@@ -228,8 +228,8 @@ def test_each_half_is_tokenised_as_alone(
 
 @pytest.fixture(scope="module")
 def make_pair_renderer(tokenizer: Any, model: Any) -> Any:
+    from finray.training.config.recipe import recipe_from_dict
     from finray.training.data.rendering import Renderer, RenderSettings
-    from finray.training.recipe import recipe_from_dict
 
     recipe = recipe_from_dict(
         {

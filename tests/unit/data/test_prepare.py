@@ -14,6 +14,7 @@ import pytest
 
 from finray.training.common.errors import InputError
 from finray.training.common.storage import Folder
+from finray.training.config.recipe import Recipe
 from finray.training.data.execution import run_in_process
 from finray.training.data.prepare import Progress, prepare
 from finray.training.data.prepared import (
@@ -24,7 +25,6 @@ from finray.training.data.prepared import (
     Split,
     open_prepared,
 )
-from finray.training.recipe import Recipe
 
 from .conftest import MakeRecipe, chat_row, write_jsonl
 

@@ -8,8 +8,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from finray.training.common.errors import InputError
+from finray.training.config.recipe import Source
 from finray.training.data.sources import CHUNK_BYTES, expand, file_kind, plan_chunks
-from finray.training.recipe import Source
 
 
 def names(path: Path | str) -> list[str]:

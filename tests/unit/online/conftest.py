@@ -9,7 +9,7 @@ import torch
 from online_runs import GENERATIONS, REWARD
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from finray.training.recipe import Recipe
+from finray.training.config.recipe import Recipe
 
 
 @pytest.fixture

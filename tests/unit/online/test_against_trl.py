@@ -10,7 +10,7 @@ import torch
 from datasets import Dataset
 from online_runs import REWARD, Trained
 
-from finray.training.recipe import Recipe
+from finray.training.config.recipe import Recipe
 
 CASES: dict[str, dict[str, Any]] = {
     "grpo": {"kind": "grpo"},

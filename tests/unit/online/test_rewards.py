@@ -9,9 +9,9 @@ import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from finray.training.common.errors import InputError, RunError
+from finray.training.config.rewards import FunctionReward, ModelReward, resolve_reward
 from finray.training.data.shapes import Completion, Conversation, Question
 from finray.training.methods import METHODS
-from finray.training.reward_settings import FunctionReward, ModelReward, resolve_reward
 from finray.training.rewards.classifiers import load_classifier
 from finray.training.rewards.functions import FunctionJudge
 from finray.training.rewards.reward import Completions, columns_of

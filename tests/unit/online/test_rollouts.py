@@ -8,8 +8,8 @@ import pytest
 import torch
 from online_runs import objective_of, prompts, rows_of, setup_of
 
-from finray.training.method_settings import GrpoMethod
-from finray.training.recipe import Recipe
+from finray.training.config.methods import GrpoMethod
+from finray.training.config.recipe import Recipe
 from finray.training.rollouts.local import LocalRollouts
 from finray.training.rollouts.rollout import Request
 from finray.training.rollouts.sampling import pick, probabilities

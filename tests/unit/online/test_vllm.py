@@ -14,7 +14,7 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 
 from finray.training.common.errors import InputError
-from finray.training.recipe import Recipe
+from finray.training.config.recipe import Recipe
 from finray.training.rewards.checking import check_rewards
 from finray.training.rollouts.rollout import Request, Rollout
 from finray.training.rollouts.vllm import VllmRollouts

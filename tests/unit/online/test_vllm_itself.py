@@ -11,7 +11,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from finray.training.recipe import Recipe
+from finray.training.config.recipe import Recipe
 from finray.training.rollouts.local import LocalRollouts
 from finray.training.rollouts.rollout import Request, Rollout
 from finray.training.rollouts.vllm import VllmRollouts

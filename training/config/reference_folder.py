@@ -4,10 +4,10 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from .common.errors import InputError
-from .data.tokenizer_files import model_folder
-from .existing_adapter import CONFIG_FILE, RESULT_FOLDER
-from .model_settings import ModelSettings
+from ..common.errors import InputError
+from .adapter_folder import CONFIG_FILE, RESULT_FOLDER
+from .model_folder import model_folder
+from .models import ModelSettings
 
 _MODEL_FILE = "config.json"
 _INSIDE = ("", RESULT_FOLDER, "model")

@@ -5,9 +5,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from .base_identity import BASE_FILE, is_same_base
-from .common.errors import InputError
-from .model_settings import ModelSettings
+from ..common.errors import InputError
+from .base_digest import BASE_FILE, is_same_base
+from .models import ModelSettings
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"

@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING
 
-from .method_settings import DpoMethod, OnlineMethod
+from .methods import DpoMethod, OnlineMethod
 
 if TYPE_CHECKING:
     from .recipe import Recipe

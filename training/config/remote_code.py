@@ -6,8 +6,8 @@ import re
 from pathlib import Path
 from typing import Any
 
-from .common.errors import InputError
-from .model_settings import ModelSettings
+from ..common.errors import InputError
+from .models import ModelSettings
 
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _CURE = "look at that code, and set model.trust_remote_code: true if you trust it"

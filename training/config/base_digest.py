@@ -8,8 +8,8 @@ import hashlib
 import json
 from pathlib import Path
 
-from .data.tokenizer_files import model_folder
-from .model_settings import ModelSettings
+from .model_folder import model_folder
+from .models import ModelSettings
 
 BASE_FILE = "base.json"
 _SAMPLE = 2**20

@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
-from .reward_settings import FunctionReward, Reward
+from .rewards import FunctionReward, Reward
 from .section import PositiveInt, Section
 
 if TYPE_CHECKING:

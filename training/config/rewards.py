@@ -7,8 +7,8 @@ from typing import Annotated, Any
 
 from pydantic import Discriminator, Tag
 
-from .common.errors import InputError
-from .common.secrets import redact
+from ..common.errors import InputError
+from ..common.secrets import redact
 from .paths import resolve_model, resolve_path
 from .section import Section
 

@@ -11,25 +11,18 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from .common.errors import InputError
-from .common.secrets import secret_places
-from .existing_adapter import find_adapter
-from .method_settings import (
-    DpoMethod,
-    KtoMethod,
-    Method,
-    OnlineMethod,
-    PretrainMethod,
-    SftMethod,
-)
-from .model_settings import FreezeSettings, LoraAdapter, ModelSettings
+from ..common.errors import InputError
+from ..common.secrets import secret_places
+from .adapter_folder import find_adapter
+from .methods import DpoMethod, KtoMethod, Method, OnlineMethod, PretrainMethod, SftMethod
+from .models import FreezeSettings, LoraAdapter, ModelSettings
 from .paths import resolve_model, resolve_path
-from .recipe_file import Change, Document, read_recipe_file, validate
-from .reference_model import find_reference
+from .reference_folder import find_reference
 from .remote_code import check_pinned
-from .reward_settings import resolve_reward
+from .rewards import resolve_reward
 from .section import PositiveInt, Section, Share
-from .shardable import cannot_shard
+from .sharding_rules import cannot_shard
+from .yaml_file import Change, Document, read_recipe_file, validate
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$")]
 

@@ -4,8 +4,8 @@ import re
 from pathlib import Path
 
 from ..common.errors import InputError
-from ..model_settings import ModelSettings
-from ..remote_code import check_remote_code
+from .models import ModelSettings
+from .remote_code import check_remote_code
 
 _TOKENIZER_FILE = re.compile(
     r"(tokenizer.*\.json|special_tokens_map\.json|added_tokens\.json|chat_template\.(jinja|json)"

@@ -9,8 +9,8 @@ from typing import Any, TypeVar, get_args
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from .common.errors import InputError
-from .common.yaml_text import Loader, load_yaml
+from ..common.errors import InputError
+from ..common.yaml_text import Loader, load_yaml
 
 Key = tuple[str | int, ...]
 Settings = TypeVar("Settings", bound=BaseModel)

@@ -1,0 +1,1 @@
+"""The recipe: settings, validated before anything heavy is imported."""
