@@ -24,10 +24,10 @@ from .common.yaml_text import dump_yaml, load_yaml
 from .config.model_folder import model_folder
 from .config.recipe import Recipe, recipe_from_dict
 from .config.remote_code import code_files
-from .data.execution import RunTasks, run_in_process, run_on_ray_data
 from .data.inspection import inspect_data
 from .data.prepare import Progress, find_prepared, prepare
 from .data.prepared import Prepared
+from .data.tasks import RunTasks, run_in_process, run_on_ray_data
 from .job import Job, Outcome
 from .launch import launch_here
 from .methods import method_of

@@ -11,9 +11,9 @@ from trl_methods import first_model, in_order, make_trainer, texts_of
 
 from finray.training.common.storage import Folder
 from finray.training.config.recipe import Recipe
-from finray.training.data.execution import run_in_process
 from finray.training.data.prepare import prepare
 from finray.training.data.prepared import Prepared
+from finray.training.data.tasks import run_in_process
 from finray.training.loop import Job, run_worker
 from finray.training.model import load_tokenizer
 from finray.training.session import LocalSession

@@ -9,10 +9,10 @@ import pytest
 from finray.training.common.errors import InputError
 from finray.training.common.storage import Folder
 from finray.training.config.recipe import Recipe
-from finray.training.data.execution import run_in_process, run_on_ray_data
 from finray.training.data.prepare import Progress, prepare
 from finray.training.data.prepared import Prepared
 from finray.training.data.stream import Slice, share, stream
+from finray.training.data.tasks import run_in_process, run_on_ray_data
 
 pytestmark = [
     pytest.mark.timeout(300),

@@ -13,7 +13,7 @@ from ..config.model_folder import model_folder, tokenizer_files
 from ..config.models import ModelSettings
 from ..config.recipe import Recipe
 from .rendering import RenderSettings
-from .resolving import ResolvedData, ResolvedSource, resolve_data
+from .resolve import ResolvedData, ResolvedSource, resolve_data
 from .sources import SourceFile, file_kind
 
 FORMAT_VERSION = 2

@@ -18,7 +18,7 @@ from ..rewards.checking import check_rewards
 from .chat import NO_TEMPLATE, check_chatml
 from .formats import KnownFormat, normalise
 from .reading import BadRow, Row
-from .resolving import ResolvedSource, all_rows, resolve_source
+from .resolve import ResolvedSource, all_rows, resolve_source
 from .shapes import Normalised, RowError, Text, is_chat, parts_of
 from .sources import file_kind, parquet_metadata
 

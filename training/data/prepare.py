@@ -21,7 +21,6 @@ from ..common.storage import Folder
 from ..config.model_folder import model_folder
 from ..config.recipe import Recipe
 from .assembling import AssembleTask, Part, SequenceFile, assemble_items, split_of
-from .execution import RunTasks
 from .fingerprint import fingerprint
 from .prepared import (
     QUARANTINE,
@@ -35,8 +34,9 @@ from .prepared import (
     publish,
 )
 from .rendering import Prompt, RenderSettings
-from .resolving import ResolvedData, resolve_data
+from .resolve import ResolvedData, resolve_data
 from .sources import plan_chunks
+from .tasks import RunTasks
 from .tokenising import (
     BAD_ROW,
     SAMPLES_KEPT,

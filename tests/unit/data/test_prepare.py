@@ -15,7 +15,6 @@ import pytest
 from finray.training.common.errors import InputError
 from finray.training.common.storage import Folder
 from finray.training.config.recipe import Recipe
-from finray.training.data.execution import run_in_process
 from finray.training.data.prepare import Progress, prepare
 from finray.training.data.prepared import (
     ROW_GROUP,
@@ -25,6 +24,7 @@ from finray.training.data.prepared import (
     Split,
     open_prepared,
 )
+from finray.training.data.tasks import run_in_process
 
 from .conftest import MakeRecipe, chat_row, write_jsonl
 
