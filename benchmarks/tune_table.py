@@ -112,8 +112,8 @@ def measure_cell(folder: Path, seed: int, setting: Setting) -> Cell:
     from finray.training.common.errors import RunError
     from finray.training.common.stop import Stop
     from finray.training.config.recipe import load_recipe
+    from finray.training.records.run_folder import read_metrics
     from finray.training.run import Listener, run_folder, train
-    from finray.training.run_folder import read_metrics
 
     learning_rate, rank, alpha, rslora = setting
     settings: dict[str, Any] = {

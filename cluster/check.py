@@ -10,7 +10,7 @@ from ..training.data.fingerprint import fingerprint
 from ..training.data.inspection import Inspection, SourceInspection, inspect_data
 from ..training.data.prepared import Prepared, open_prepared
 from ..training.methods import method_of
-from ..training.run_folder import PREPARED_FOLDER
+from ..training.records.run_folder import PREPARED_FOLDER
 from .gpus import memory_text
 
 _TYPICAL_FILL = 0.98

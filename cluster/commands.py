@@ -104,7 +104,7 @@ def tune(options: argparse.Namespace) -> None:
 def runs(options: argparse.Namespace) -> None:
     """List the runs of a storage."""
     from ..training.common.storage import Folder
-    from ..training.run_folder import list_runs
+    from ..training.records.run_folder import list_runs
     from .runs_table import render_runs
 
     storage = Folder(resolve_path(options.storage, Path.cwd()))
@@ -114,8 +114,8 @@ def runs(options: argparse.Namespace) -> None:
 def report(options: argparse.Namespace) -> None:
     """Write a run's report anew."""
     from ..training.common.storage import Folder
-    from ..training.report import write_report
-    from ..training.run_folder import REPORT_FILE
+    from ..training.records.report import write_report
+    from ..training.records.run_folder import REPORT_FILE
 
     folder = Folder(resolve_path(options.run, Path.cwd()))
     write_report(folder)

@@ -15,8 +15,8 @@ from rich.console import Console
 from ..training.common import formatting as figures
 from ..training.common.errors import InputError
 from ..training.common.storage import Folder
-from ..training.measures import HEADLINES, shown
-from ..training.run_folder import METRICS_FILE, Record, parse_record, read_run
+from ..training.records.labels import HEADLINES, shown
+from ..training.records.run_folder import METRICS_FILE, Record, parse_record, read_run
 from .progress_display import Display, LiveDisplay, PlainDisplay, State
 
 TICK = 0.25

@@ -6,8 +6,8 @@ from rich.cells import cell_len, set_cell_size
 
 from ..training.common import formatting as figures
 from ..training.common.storage import Folder
-from ..training.measures import HEADLINES, shown
-from ..training.run_folder import (
+from ..training.records.labels import HEADLINES, shown
+from ..training.records.run_folder import (
     METRICS_FILE,
     REPORT_FILE,
     Record,

@@ -17,8 +17,8 @@ from ..training.common.storage import Folder
 from ..training.config.paths import resolve_path
 from ..training.config.recipe import Recipe, ScaleSettings
 from ..training.data.inspection import inspect_data
+from ..training.records.run_folder import Record
 from ..training.run import differences
-from ..training.run_folder import Record
 from ..tuning.record import read_sweep
 from ..tuning.sweep import LoadedSweep, load_sweep, split_overrides
 from .tune_table import render_ending, render_sweep

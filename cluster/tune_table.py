@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..training.common import formatting as figures
 from ..training.common.storage import Folder
-from ..training.run_folder import Record
+from ..training.records.run_folder import Record
 from ..tuning.record import BEST_FILE, REPORT_FILE, saved_share
 from .runs_table import columns
 

@@ -11,12 +11,12 @@ import copy
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from .books import update_run
 from .common.errors import RunError
 from .common.storage import Folder
 from .device import free_memory
+from .records.recorder import update_run
+from .records.run_folder import Record, read_run
 from .restart import Restart
-from .run_folder import Record, read_run
 
 if TYPE_CHECKING:
     from .job import Job, Outcome

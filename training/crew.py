@@ -11,7 +11,6 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from . import checkpoint
 from .capacity import (
     Demand,
     ask_autoscaler,
@@ -23,7 +22,8 @@ from .capacity import (
 from .common.errors import InputError, RunError
 from .common.stop import Stop
 from .common.storage import Folder
-from .run_folder import read_run
+from .records import checkpoint
+from .records.run_folder import read_run
 
 _LOOK_SECONDS = 2.0
 _GROW_SECONDS = 20.0

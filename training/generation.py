@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 
 from .model import Model
-from .run_folder import is_match
+from .records.run_folder import is_match
 
 _BATCH = 32
 

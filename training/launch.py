@@ -13,8 +13,8 @@ from .common.storage import Folder
 from .config.recipe import ScaleSettings
 from .crew import Patience, Watch, await_room
 from .job import Job, Outcome
+from .records.run_folder import CHECKPOINTS_FOLDER
 from .restart import AttemptOver, Restart
-from .run_folder import CHECKPOINTS_FOLDER
 from .session import STOP_FILE, LocalSession, RaySession
 
 T = TypeVar("T")

@@ -16,9 +16,8 @@ from pathlib import Path
 import torch.distributed as dist
 import transformers
 
-from . import checkpoint, quick_peft  # noqa: F401 - before what loads peft
+from . import quick_peft  # noqa: F401 - before what loads peft
 from .arguments import accumulation, training_arguments
-from .books import Books, as_number
 from .common.errors import FinrayError, RunError
 from .common.storage import Folder
 from .common.uploader import Uploads
@@ -37,8 +36,10 @@ from .methods import method_of
 from .model import check_isolation, count_parameters, load_model, load_tokenizer
 from .objectives.objective import Setup
 from .position import Clock, Position
+from .records import checkpoint
+from .records.recorder import Books, as_number
+from .records.run_folder import CHECKPOINTS_FOLDER
 from .restart import AttemptOver
-from .run_folder import CHECKPOINTS_FOLDER
 from .saver import Saver, SaveState, state_record
 from .saving import gather_weights, save_result
 from .session import Session

@@ -30,7 +30,7 @@ from .config.recipe import ScaleSettings
 from .crew import Patience
 from .job import Job, Outcome
 from .network import LOOPBACK, Place, free_port
-from .run_folder import CHECKPOINTS_FOLDER
+from .records.run_folder import CHECKPOINTS_FOLDER
 from .worker_process import STOP_LINE, Start
 
 _POLL_SECONDS = 0.1

@@ -12,8 +12,6 @@ from functools import partial
 from typing import Any, Protocol
 
 from .attempts import persevere
-from .books import now, update_run
-from .checkpoint import best
 from .common.errors import FinrayError, InputError, Interrupted, RunError, last_line
 from .common.lock import held
 from .common.secrets import redact
@@ -31,8 +29,10 @@ from .data.tasks import RunTasks, run_in_process, run_on_ray_data
 from .job import Job, Outcome
 from .launch import launch_here
 from .methods import method_of
-from .report import write_report
-from .run_folder import CHECKPOINTS_FOLDER, PREPARED_FOLDER, RECIPE_FILE, Record, read_run
+from .records.checkpoint import best
+from .records.recorder import now, update_run
+from .records.report import write_report
+from .records.run_folder import CHECKPOINTS_FOLDER, PREPARED_FOLDER, RECIPE_FILE, Record, read_run
 from .session import STOP_FILE
 
 # A resumed run may change these; anything else would change its result.

@@ -11,7 +11,7 @@ from types import TracebackType
 from typing import Literal, Self
 
 from .common.storage import Folder
-from .run_folder import STACKS_FOLDER
+from .records.run_folder import STACKS_FOLDER
 
 _FLOOR_SECONDS = 300.0
 _FACTOR = 10.0

@@ -1,8 +1,8 @@
 """Whether a sweep's folder holds an earlier attempt at it; told without Ray."""
 
 from ..training.common.errors import InputError
+from ..training.records.run_folder import Record
 from ..training.run import differences
-from ..training.run_folder import Record
 from .plan import Plan
 from .record import read_sweep
 

@@ -12,8 +12,8 @@ from ..training.common.yaml_text import dump_yaml
 from ..training.config.recipe import Recipe
 from ..training.job import Job, Outcome
 from ..training.launch import launch_on_ray
+from ..training.records.run_folder import Record, read_run
 from ..training.run import Listener, run_folder, train
-from ..training.run_folder import Record, read_run
 from .plan import Plan
 from .record import BEST_FILE, PARETO_FOLDER, RETRAINED_FOLDER, lineage, trial_folder
 from .sweep import Retrain

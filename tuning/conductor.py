@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from ..training.common.errors import FinrayError, InputError, RunError
 from ..training.methods import Metric
-from ..training.run_folder import Record
+from ..training.records.run_folder import Record
 from .pbt import Population
 from .study import Assignment, SweepStudy
 from .sweep import Sweep

@@ -20,7 +20,7 @@ from ray.tune.search import Searcher
 from ..training.common.stop import Stop
 from ..training.config.recipe import ScaleSettings
 from ..training.launch import run_beside
-from ..training.run_folder import Record
+from ..training.records.run_folder import Record
 from .conductor import Conductor
 from .room import slot_resources
 from .study import Assignment

@@ -7,7 +7,7 @@ import plotly.graph_objects as go
 from optuna import visualization
 from optuna.trial import FrozenTrial, TrialState
 
-from ..training.run_folder import Record
+from ..training.records.run_folder import Record
 from .record import lineage
 
 _COLOURS = {"finished": "#2f5bb7", "pruned": "#b9b4aa", "failed": "#b3261e", "running": "#b5520f"}

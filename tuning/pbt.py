@@ -16,7 +16,7 @@ from typing import Any
 from optuna.trial import FrozenTrial, TrialState
 
 from ..training.common.errors import InputError
-from ..training.run_folder import Record
+from ..training.records.run_folder import Record
 from .distribution import Distribution
 from .space import Settings, Space
 from .study import Assignment, SweepStudy

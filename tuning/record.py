@@ -4,10 +4,10 @@ import json
 from contextlib import suppress
 from typing import Any
 
-from ..training.books import now
 from ..training.common.errors import InputError
 from ..training.common.storage import Folder
-from ..training.run_folder import (
+from ..training.records.recorder import now
+from ..training.records.run_folder import (
     CHECKPOINTS_FOLDER,
     METRICS_FILE,
     RECIPE_FILE,

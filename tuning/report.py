@@ -10,8 +10,8 @@ from plotly.offline import get_plotlyjs
 
 from ..training.common import formatting as text
 from ..training.common.storage import Folder
-from ..training.report import asset
-from ..training.run_folder import Record
+from ..training.records.report import asset
+from ..training.records.run_folder import Record
 from .figures import figures
 from .record import REPORT_FILE, note, saved_share
 

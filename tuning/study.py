@@ -18,7 +18,7 @@ from optuna.trial import FrozenTrial, TrialState
 from ..training.common.errors import InputError
 from ..training.common.storage import Folder
 from ..training.methods import Metric
-from ..training.run_folder import Record
+from ..training.records.run_folder import Record
 from .record import STUDY_FILE
 from .space import Settings, Space
 

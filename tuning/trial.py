@@ -13,15 +13,15 @@ from typing import Any, TypedDict
 
 from ray import tune
 
-from ..training.books import now, update_run
 from ..training.common.errors import FinrayError, last_line
 from ..training.common.secrets import redact
 from ..training.common.stop import Stop
 from ..training.common.storage import Folder
 from ..training.config.recipe import Recipe, recipe_from_dict
 from ..training.device import free_memory
+from ..training.records.recorder import now, update_run
+from ..training.records.run_folder import Record, read_metrics, read_run
 from ..training.run import run_folder
-from ..training.run_folder import Record, read_metrics, read_run
 
 _POLL_SECONDS = 0.5
 

@@ -10,8 +10,6 @@ from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 
-from ..training.books import now
-from ..training.checkpoint import choose
 from ..training.common.background import beside
 from ..training.common.errors import Interrupted, RunError, last_line
 from ..training.common.lock import held
@@ -19,8 +17,10 @@ from ..training.common.stop import Stop
 from ..training.common.storage import Folder
 from ..training.config.recipe import Recipe
 from ..training.data.prepared import Prepared
+from ..training.records.checkpoint import choose
+from ..training.records.recorder import now
+from ..training.records.run_folder import CHECKPOINTS_FOLDER, METRICS_FILE, Record
 from ..training.run import Listener, prepare_data
-from ..training.run_folder import CHECKPOINTS_FOLDER, METRICS_FILE, Record
 from ..training.session import STOP_FILE
 from .attempt import check_folder, describe
 from .best import copy, export_best, retrain

@@ -21,7 +21,7 @@ from ..training.common.errors import InputError
 from ..training.common.storage import Folder
 from ..training.config.yaml_file import Change, Document, apply_changes
 from ..training.methods import Metric
-from ..training.run_folder import Record
+from ..training.records.run_folder import Record
 from .distribution import is_number, is_same
 from .record import STUDY_FILE, read_sweep
 from .rule import ALPHA, RANK, RSLORA

@@ -4,10 +4,10 @@ from pathlib import Path
 
 import pytest
 
-from finray.training import checkpoint
 from finray.training.common.errors import RunError
 from finray.training.common.storage import Folder
 from finray.training.methods import Metric
+from finray.training.records import checkpoint
 
 WATCHED = Metric("eval_loss", "min")
 

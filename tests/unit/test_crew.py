@@ -2,9 +2,9 @@
 
 from pathlib import Path
 
-from finray.training import checkpoint
 from finray.training.common.storage import Folder
 from finray.training.crew import Patience
+from finray.training.records import checkpoint
 
 
 def test_only_failures_without_progress_count(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from rich.console import Console
 from finray.cluster import progress_display
 from finray.cluster.progress import MetricsTail, ProgressWatcher, Speed
 from finray.training.common.storage import Folder
-from finray.training.run_folder import write_run
+from finray.training.records.run_folder import write_run
 
 
 @pytest.fixture

@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 
-from finray.training.charts import histogram, line_chart, smooth, thin
 from finray.training.common.errors import InputError
 from finray.training.common.storage import Folder
-from finray.training.report import render_report, write_report
-from finray.training.run_folder import write_rollouts, write_run, write_samples
+from finray.training.records.charts import histogram, line_chart, smooth, thin
+from finray.training.records.report import render_report, write_report
+from finray.training.records.run_folder import write_rollouts, write_run, write_samples
 
 EVIL = "</script><script>alert(1)</script><img src=x onerror=alert(1)>"
 VOID = {"meta", "link", "img", "br", "input", "hr"}

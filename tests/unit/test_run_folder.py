@@ -8,7 +8,7 @@ import pytest
 
 from finray.training.common.errors import InputError
 from finray.training.common.storage import Folder
-from finray.training.run_folder import (
+from finray.training.records.run_folder import (
     is_match,
     list_runs,
     read_metrics,

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from finray.training import checkpoint, saver
+from finray.training import saver
 from finray.training.common.errors import RunError
 from finray.training.common.secrets import HIDDEN
 from finray.training.common.stop import Stop
@@ -18,8 +18,9 @@ from finray.training.common.storage import Folder
 from finray.training.common.uploader import Uploads
 from finray.training.config.recipe import CheckpointSettings
 from finray.training.methods import Metric
+from finray.training.records import checkpoint
+from finray.training.records.run_folder import read_run
 from finray.training.run import Listener, train
-from finray.training.run_folder import read_run
 from finray.training.saver import Saver, SaveState
 
 # peft calls a name that transformers has renamed.

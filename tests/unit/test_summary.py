@@ -10,7 +10,7 @@ from rich.cells import cell_len
 from finray.cluster.summary import WIDTH, render_summary, shorten
 from finray.training.common.errors import InputError
 from finray.training.common.storage import Folder
-from finray.training.run_folder import write_run, write_samples
+from finray.training.records.run_folder import write_run, write_samples
 
 
 def make_run(tmp_path: Path, **record: Any) -> Folder:

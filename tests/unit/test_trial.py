@@ -9,11 +9,11 @@ import pytest
 from guarded import carry_out, lines, recipe
 from trials import reports_of, trial_of
 
-from finray.training.books import update_run
 from finray.training.common.storage import Folder
 from finray.training.config.recipe import Recipe
 from finray.training.kept_base import forget_bases, keep_bases
-from finray.training.run_folder import read_run
+from finray.training.records.recorder import update_run
+from finray.training.records.run_folder import read_run
 from finray.training.trainer import StreamTrainer
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")

@@ -11,12 +11,12 @@ import torch
 from guarded import carry_out, recipe, spoil
 
 from finray.training import watchdog
-from finray.training.books import Books
-from finray.training.checkpoint import Choice
 from finray.training.common.storage import Folder
 from finray.training.config.recipe import Recipe
 from finray.training.data.batching import Batch
-from finray.training.run_folder import read_run
+from finray.training.records.checkpoint import Choice
+from finray.training.records.recorder import Books
+from finray.training.records.run_folder import read_run
 from finray.training.session import LocalSession
 from finray.training.watchdog import Watchdog, write_stacks
 

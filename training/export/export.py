@@ -16,7 +16,7 @@ from ..config.adapter_folder import WEIGHTS_FILE
 from ..config.base_digest import BASE_FILE, base_digest
 from ..config.model_folder import model_folder, tokenizer_files
 from ..config.models import ModelSettings
-from ..run_folder import Record, existing_run, read_recipe
+from ..records.run_folder import Record, existing_run, read_recipe
 from .loading import Loadable
 from .model_card import render_card
 

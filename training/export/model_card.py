@@ -8,9 +8,9 @@ import yaml
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from ..common import formatting as figures
-from ..measures import HEADLINES, shown
-from ..report import METHODS, data_statistics
-from ..run_folder import Record
+from ..records.labels import HEADLINES, shown
+from ..records.report import METHODS, data_statistics
+from ..records.run_folder import Record
 from .loading import Loadable
 
 _PLACE = re.compile(r"(/|[A-Za-z][A-Za-z0-9+.-]*://)[^\n]*")

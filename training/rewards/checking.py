@@ -12,7 +12,7 @@ from ..config.methods import OnlineMethod
 from ..config.model_folder import model_folder
 from ..config.recipe import Recipe
 from ..config.rewards import ModelReward, RunReward
-from ..run_folder import read_run
+from ..records.run_folder import read_run
 
 _TOKENIZER = "tokenizer.json"
 

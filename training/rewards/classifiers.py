@@ -12,7 +12,7 @@ from ..common.errors import InputError
 from ..common.storage import Folder
 from ..config.adapter_folder import check_safetensors
 from ..config.rewards import ModelReward, RunReward
-from ..run_folder import read_run
+from ..records.run_folder import read_run
 from .reward import Completions, Judgement, Turns
 
 _BATCH = 16

@@ -6,7 +6,7 @@ import threading
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .common.storage import Folder
+from ..common.storage import Folder
 from .run_folder import METRICS_FILE
 
 if TYPE_CHECKING:

@@ -7,13 +7,13 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import Any, Self
 
+from ..common.errors import RunError
+from ..common.secrets import redact
+from ..common.storage import Folder
+from ..common.uploader import Uploads
+from ..config.recipe import Recipe
+from ..data.origin import Origins
 from .checkpoint import Choice
-from .common.errors import RunError
-from .common.secrets import redact
-from .common.storage import Folder
-from .common.uploader import Uploads
-from .config.recipe import Recipe
-from .data.origin import Origins
 from .metrics_log import MetricsLog
 from .run_folder import (
     STACKS_FOLDER,

@@ -7,9 +7,9 @@ from typing import Any
 
 import yaml
 
-from .common.errors import InputError
-from .common.storage import Folder
-from .common.yaml_text import load_yaml
+from ..common.errors import InputError
+from ..common.storage import Folder
+from ..common.yaml_text import load_yaml
 
 RECIPE_FILE = "recipe.yaml"
 RUN_FILE = "run.json"

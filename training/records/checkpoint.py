@@ -14,9 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .common.errors import RunError
-from .common.storage import Folder
-from .methods import Metric
+from ..common.errors import RunError
+from ..common.storage import Folder
+from ..methods import Metric
 
 _NAME = re.compile(r"step-(\d{8})")
 

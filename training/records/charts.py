@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from .common import formatting as figures
+from ..common import formatting as figures
 
 BOX = 1000
 MAX_POINTS = 1000

@@ -3,8 +3,8 @@
 from dataclasses import dataclass
 from typing import Any
 
+from ..common import formatting as figures
 from .charts import Format
-from .common import formatting as figures
 
 
 @dataclass(frozen=True)

@@ -16,11 +16,11 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 from markupsafe import Markup
 
-from . import measures
+from ..common import formatting as figures
+from ..common.storage import Folder
+from . import labels as measures
 from .charts import Chart, Format, Histogram, Point, histogram, line_chart
-from .common import formatting as figures
-from .common.storage import Folder
-from .measures import HEADLINES
+from .labels import HEADLINES
 from .run_folder import (
     REPORT_FILE,
     Record,
