@@ -21,7 +21,7 @@ from finray.training.config.recipe import Recipe
 from finray.training.data.prepared import Prepared
 from finray.training.data.stream import Sequence, Slice, stream
 from finray.training.methods import method_of
-from finray.training.model import Model, load_model
+from finray.training.models.loading import Model, load_model
 
 Row = dict[str, Any]
 

@@ -141,8 +141,8 @@ def _of_the_model(recipe: Recipe, inspection: Inspection) -> dict[str, Any]:
     """From the model's configuration; None for a hub model that is not on this machine."""
     if inspection.model_folder is None:
         return {"parameters": None, "memory": None}
-    from ..training.memory import estimate, sizes_of
-    from ..training.model import count_parameters, without_weights
+    from ..training.models.loading import count_parameters, without_weights
+    from ..training.models.memory_estimate import estimate, sizes_of
 
     model = without_weights(recipe, method_of(recipe).head)
     memory = estimate(recipe, sizes_of(recipe, model))

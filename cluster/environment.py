@@ -3,7 +3,7 @@
 import os
 
 from ..training.config.recipe import Recipe
-from ..training.device import SAFE_ISA, probe_bfloat16
+from ..training.models.dtypes import SAFE_ISA, probe_bfloat16
 
 _ALWAYS = {
     "TOKENIZERS_PARALLELISM": "true",

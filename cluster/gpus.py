@@ -11,7 +11,7 @@ from ..training.config.recipe import Recipe
 from ..training.config.sharding_rules import cannot_shard
 
 if TYPE_CHECKING:
-    from ..training.memory import Memory, Sizes
+    from ..training.models.memory_estimate import Memory, Sizes
 
 _QUERY = ("--query-gpu=name,memory.total", "--format=csv,noheader,nounits")
 
@@ -86,7 +86,7 @@ def judge(recipe: Recipe, sizes: "Sizes", gpus: Sequence[Gpu], share: float = 1.
         gpus: at least one.
         share: of a GPU that a worker has, where several share one.
     """
-    from ..training.memory import estimate
+    from ..training.models.memory_estimate import estimate
 
     recipe = _as_it_will_be(recipe, sizes, min(gpu.bytes for gpu in gpus))
     smallest = min(gpus, key=lambda gpu: gpu.bytes)
@@ -114,8 +114,8 @@ def judge(recipe: Recipe, sizes: "Sizes", gpus: Sequence[Gpu], share: float = 1.
 
 def _as_it_will_be(recipe: Recipe, sizes: "Sizes", room: int) -> Recipe:
     """With the strategy that auto comes to; see `choose_strategy`."""
-    from ..training.memory import estimate
-    from ..training.strategy import USABLE
+    from ..training.models.memory_estimate import estimate
+    from ..training.models.sharding import USABLE
 
     memory = estimate(recipe, sizes)
     is_large = memory.weights + memory.training > USABLE * room

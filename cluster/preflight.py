@@ -29,7 +29,7 @@ from ..training.common.versions import installed_versions
 from ..training.config.model_folder import has_vocabulary, model_folder
 from ..training.config.models import ModelSettings
 from ..training.config.recipe import Recipe
-from ..training.device import probe_bfloat16
+from ..training.models.dtypes import probe_bfloat16
 from .gpus import Gpu, gpus_here, judge
 
 PROBE_SECONDS = 60.0
@@ -124,7 +124,7 @@ def memory_lines(recipe: Recipe, gpus: Sequence[Gpu]) -> tuple[Line, ...]:
     share = recipe.scale.gpus_per_worker
     if not gpus or share == 0 or model_folder(recipe.model, only_cached=True) is None:
         return ()
-    from ..training.memory import sizes_of
+    from ..training.models.memory_estimate import sizes_of
 
     verdict = judge(recipe, sizes_of(recipe), gpus, 1.0 if share == "auto" else share)
     warns = verdict.fits and verdict.is_tight

@@ -20,8 +20,8 @@ from finray.training.data.batching import microbatches
 from finray.training.data.prepared import Prepared
 from finray.training.data.stream import Sequence, share
 from finray.training.methods import method_of
+from finray.training.models.sharding import choose_strategy
 from finray.training.objectives.objective import Setup
-from finray.training.strategy import choose_strategy
 from finray.training.trainer import Counts, StepMeasures, StreamTrainer
 
 Gradients = dict[str, torch.Tensor]

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from finray.training.config.recipe import Recipe
-from finray.training.kept_base import forget_bases
+from finray.training.models.base_cache import forget_bases
 from finray.training.run import Listener, prepare_data
 from finray.tuning.trial import RunningTrial, TrialConfig, _stop_event
 

@@ -8,7 +8,7 @@ from transformers import TrainingArguments
 
 from .config.recipe import Recipe
 from .data.batching import accumulation_steps
-from .device import choose_dtype, needs_autocast
+from .models.dtypes import choose_dtype, needs_autocast
 
 _SCHEDULES = {"constant": "constant_with_warmup", "linear": "linear", "cosine": "cosine"}
 

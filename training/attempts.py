@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from .common.errors import RunError
 from .common.storage import Folder
-from .device import free_memory
+from .models.dtypes import free_memory
 from .records.recorder import update_run
 from .records.run_folder import Record, read_run
 from .restart import Restart

@@ -16,7 +16,6 @@ from pathlib import Path
 import torch.distributed as dist
 import transformers
 
-from . import quick_peft  # noqa: F401 - before what loads peft
 from .arguments import accumulation, training_arguments
 from .common.errors import FinrayError, RunError
 from .common.storage import Folder
@@ -27,13 +26,16 @@ from .data.batching import Rows, accumulation_steps, in_batches, microbatches
 from .data.origin import rows_of_step
 from .data.prepared import open_prepared
 from .data.stream import Slice, every_sequence, share, stream
-from .device import choose_dtype
 from .faults import ending_attempts
-from .generation import answer, exact_match
 from .job import Job, Outcome
-from .kept_base import measured_before
 from .methods import method_of
-from .model import check_isolation, count_parameters, load_model, load_tokenizer
+from .models import import_peft as quick_peft  # noqa: F401 - before what loads peft
+from .models.base_cache import measured_before
+from .models.dtypes import choose_dtype
+from .models.generation import answer, exact_match
+from .models.loading import check_isolation, count_parameters, load_model, load_tokenizer
+from .models.sharding import choose_strategy
+from .models.weights import gather_weights, save_result
 from .objectives.objective import Setup
 from .position import Clock, Position
 from .records import checkpoint
@@ -41,9 +43,7 @@ from .records.recorder import Books, as_number
 from .records.run_folder import CHECKPOINTS_FOLDER
 from .restart import AttemptOver
 from .saver import Saver, SaveState, state_record
-from .saving import gather_weights, save_result
 from .session import Session
-from .strategy import choose_strategy
 from .trainer import StepMeasures, StreamTrainer
 from .watchdog import Watchdog, write_stacks
 

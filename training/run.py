@@ -227,7 +227,7 @@ def _check_modules(recipe: Recipe) -> None:
         )
     )
     if names_any and model_folder(recipe.model, only_cached=True) is not None:
-        from .model import count_without_weights
+        from .models.loading import count_without_weights
 
         count_without_weights(recipe, method_of(recipe).head)
 

@@ -21,13 +21,13 @@ from transformers import Trainer, TrainingArguments
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 
 from .data.batching import Batch, Rows
-from .model import Model
+from .models.loading import Model
+from .models.sharding import without_needless_reduction
+from .models.shards import whole
+from .models.weights import gather_weights, load_weights, save_weights
 from .objectives.objective import Objective
 from .optimizer import SkippingAdamW, make_optimizer
-from .saving import gather_weights, load_weights, save_weights
-from .shards import whole
 from .skipping import SkippedSteps, carried, flag
-from .strategy import without_needless_reduction
 
 
 @dataclass

@@ -18,7 +18,7 @@ from ..training.common.secrets import redact
 from ..training.common.stop import Stop
 from ..training.common.storage import Folder
 from ..training.config.recipe import Recipe, recipe_from_dict
-from ..training.device import free_memory
+from ..training.models.dtypes import free_memory
 from ..training.records.recorder import now, update_run
 from ..training.records.run_folder import Record, read_metrics, read_run
 from ..training.run import run_folder
@@ -142,7 +142,7 @@ class RunningTrial:
     def _carry_out(self) -> Record:
         from ..training.common.errors import RunError
         from ..training.data.prepared import open_prepared
-        from ..training.kept_base import keep_bases
+        from ..training.models.base_cache import keep_bases
         from ..training.run import carry_out
 
         prepared = open_prepared(Folder(self._config["prepared"]))

@@ -15,7 +15,7 @@ from finray.training.data.prepare import prepare
 from finray.training.data.prepared import Prepared
 from finray.training.data.tasks import run_in_process
 from finray.training.loop import Job, run_worker
-from finray.training.model import load_tokenizer
+from finray.training.models.loading import load_tokenizer
 from finray.training.session import LocalSession
 
 # What TRL itself does with its dependencies is not ours to cure.

@@ -14,14 +14,14 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from finray.training.common.errors import InputError
 from finray.training.config.adapter_folder import check_adapter, find_adapter
 from finray.training.config.recipe import Recipe
-from finray.training.model import (
+from finray.training.models.adapter_reference import add_reference, as_reference
+from finray.training.models.loading import (
     count_parameters,
     count_without_weights,
     load_model,
     load_tokenizer,
 )
-from finray.training.reference import add_reference, as_reference
-from finray.training.saving import save_result, save_weights
+from finray.training.models.weights import save_result, save_weights
 
 # peft calls a name that transformers has renamed.
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")

@@ -11,7 +11,7 @@ import pytest
 from finray.cluster.gpus import Gpu, gpus_here, judge
 from finray.cluster.preflight import memory_lines
 from finray.training.config.recipe import Recipe, recipe_from_dict
-from finray.training.memory import Sizes
+from finray.training.models.memory_estimate import Sizes
 
 # peft calls a name that transformers has renamed.
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")

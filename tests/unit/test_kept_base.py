@@ -8,9 +8,9 @@ import pytest
 import torch
 from transformers import set_seed
 
-from finray.training import kept_base
 from finray.training.config.recipe import Recipe
-from finray.training.model import load_model
+from finray.training.models import base_cache as kept_base
+from finray.training.models.loading import load_model
 
 # peft still calls a name that transformers deprecates
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")

@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 import torch
 
-from finray.training import memory
 from finray.training.config.recipe import Recipe, recipe_from_dict
-from finray.training.memory import Memory, Sizes, estimate, sizes_of
-from finray.training.model import load_model
+from finray.training.models import memory_estimate as memory
+from finray.training.models.loading import load_model
+from finray.training.models.memory_estimate import Memory, Sizes, estimate, sizes_of
 
 # peft calls a name that transformers has renamed.
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")

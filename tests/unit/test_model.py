@@ -15,7 +15,7 @@ from transformers import (
 
 from finray.training.common.errors import InputError
 from finray.training.config.recipe import Recipe
-from finray.training.model import (
+from finray.training.models.loading import (
     check_isolation,
     count_parameters,
     count_without_weights,

@@ -14,7 +14,7 @@ from finray.training.config.recipe import Recipe
 from finray.training.data.batching import in_batches
 from finray.training.data.stream import Sequence
 from finray.training.methods import method_of
-from finray.training.model import load_model
+from finray.training.models.loading import load_model
 
 # peft calls a name that transformers has renamed.
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")

@@ -14,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import AutoModelForCausalLM
 
 from finray.training.config.recipe import Recipe
-from finray.training.model import count_parameters, count_without_weights, load_model
+from finray.training.models.loading import count_parameters, count_without_weights, load_model
 
 # peft calls a name that transformers has renamed.
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")

@@ -17,7 +17,7 @@ from finray.training.config.models import ModelSettings
 from finray.training.config.recipe import Recipe, load_recipe, recipe_from_dict
 from finray.training.config.remote_code import check_pinned, check_remote_code
 from finray.training.data.inspection import inspect_data
-from finray.training.model import load_model
+from finray.training.models.loading import load_model
 from finray.training.run import Listener, train
 
 # peft calls a name that transformers has renamed.

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from finray.training.config.recipe import Recipe
-from finray.training.model import load_model
+from finray.training.models.loading import load_model
 from finray.tuning.rule import rate_factor
 
 # peft calls a name that transformers has renamed.

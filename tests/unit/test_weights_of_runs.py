@@ -16,9 +16,9 @@ from finray.training.common.stop import Stop
 from finray.training.common.storage import Folder
 from finray.training.config.recipe import Recipe
 from finray.training.export.export import export
-from finray.training.model import load_model
+from finray.training.models.loading import load_model
+from finray.training.models.weights import load_weights
 from finray.training.run import Listener, train
-from finray.training.saving import load_weights
 
 # peft calls a name that transformers has renamed.
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")

@@ -21,7 +21,7 @@ from .loading import Loadable
 from .model_card import render_card
 
 if TYPE_CHECKING:
-    from ..device import DtypeName
+    from ..models.dtypes import DtypeName
 
 CARD_FILE = "README.md"
 MODEL_CONFIG = "config.json"

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from ..common.errors import InputError, RunError
-from ..device import DtypeName, torch_dtype
+from ..models.dtypes import DtypeName, torch_dtype
 from .lora import Adapter
 from .quantised import Quantisation, dequantised
 from .skeleton import Skeleton

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from ..config.methods import KtoMethod
 from ..data.batching import NOTHING, Batch, Rows, collate
 from ..data.stream import Sequence
-from ..model import evaluating
+from ..models.loading import evaluating
 from .log_probabilities import token_log_probabilities
 from .objective import Loss, Objective, Setup
 from .references import Reference

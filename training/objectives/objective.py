@@ -10,8 +10,8 @@ from ..config.recipe import Recipe
 from ..data.batching import Batch, Rows, collate
 from ..data.prepared import Prepared
 from ..methods import method_of
-from ..model import Model, forward_arguments
-from ..strategy import Strategy, shard
+from ..models.loading import Model, forward_arguments
+from ..models.sharding import Strategy, shard
 
 
 @dataclass(frozen=True)

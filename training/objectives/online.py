@@ -13,7 +13,7 @@ from ..common.errors import FinrayError
 from ..config.methods import GrpoMethod, RlooMethod
 from ..data import stream
 from ..data.batching import IGNORED, NOTHING, Batch, Rows, collate
-from ..model import evaluating
+from ..models.loading import evaluating
 from ..rewards.loading import load_judges
 from ..rollouts.local import LocalRollouts
 from ..rollouts.rollout import Request, Rollout, Rollouts

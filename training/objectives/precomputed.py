@@ -23,7 +23,7 @@ from ..config.model_folder import model_folder
 from ..config.models import ModelSettings
 from ..data.batching import Batch, Rows, in_batches
 from ..data.stream import every_sequence
-from ..device import choose_dtype, needs_autocast, torch_dtype
+from ..models.dtypes import choose_dtype, needs_autocast, torch_dtype
 from .objective import Setup
 from .preference import Split
 from .references import Compute, Reference

@@ -13,9 +13,9 @@ from ..common.errors import InputError
 from ..config.adapter_folder import CONFIG_FILE, check_safetensors
 from ..config.recipe import Recipe
 from ..data.batching import Batch
-from ..device import choose_dtype, torch_dtype
-from ..model import Model, evaluating
-from ..reference import add_reference, as_reference
+from ..models.adapter_reference import add_reference, as_reference
+from ..models.dtypes import choose_dtype, torch_dtype
+from ..models.loading import Model, evaluating
 from .objective import Setup
 
 Compute = Callable[[torch.nn.Module, Batch], torch.Tensor]

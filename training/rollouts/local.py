@@ -8,8 +8,8 @@ import torch
 from transformers import GenerationConfig, LogitsProcessorList
 
 from ..config.methods import OnlineMethod
-from ..generation import left_padded, stop_tokens
-from ..model import Model, evaluating
+from ..models.generation import left_padded, stop_tokens
+from ..models.loading import Model, evaluating
 from .rollout import Request, Rollout
 from .sampling import Sampler
 

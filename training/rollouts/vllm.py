@@ -14,8 +14,8 @@ from peft import PeftModel
 
 from ..config.methods import OnlineMethod
 from ..config.recipe import Recipe
-from ..device import choose_dtype
-from ..generation import stop_tokens
+from ..models.dtypes import choose_dtype
+from ..models.generation import stop_tokens
 from .rollout import Request, Rollout
 
 _RANKS = (8, 16, 32, 64, 128, 256, 320, 512)

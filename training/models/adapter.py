@@ -17,9 +17,9 @@ from peft import (
 from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
-from .common.errors import InputError
-from .config.adapter_folder import TASKS, WEIGHTS_FILE
-from .config.models import LoraAdapter
+from ..common.errors import InputError
+from ..config.adapter_folder import TASKS, WEIGHTS_FILE
+from ..config.models import LoraAdapter
 
 Head = Literal["causal", "score"]
 TRAINED = "default"

@@ -9,14 +9,14 @@ from peft import PeftModel, get_peft_model_state_dict
 from safetensors import safe_open
 from transformers import PreTrainedTokenizerBase
 
+from ..common.errors import RunError
+from ..config.base_digest import write_base
+from ..config.recipe import Recipe
 from .adapter import TRAINED
-from .common.errors import RunError
-from .config.base_digest import write_base
-from .config.recipe import Recipe
-from .model import Model
-from .reference import REFERENCE
+from .adapter_reference import REFERENCE
+from .loading import Model
+from .sharding import is_sharded
 from .shards import shard_of, whole
-from .strategy import is_sharded
 
 Weights = dict[str, Any] | None
 """A sharded model's weights, gathered; None for a model that has its own whole."""

@@ -10,8 +10,8 @@ from contextlib import contextmanager
 
 from peft import PeftModel
 
+from ..config.recipe import Recipe
 from .adapter import TRAINED
-from .config.recipe import Recipe
 
 REFERENCE = "reference"
 """PEFT's name of the frozen copy."""

@@ -17,18 +17,18 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from ..common.errors import InputError
+from ..config.models import ModelSettings
+from ..config.recipe import Recipe
+from ..data.chat import CHATML
+from ..methods import method_of
 from . import loftq
 from .adapter import Head, cast_trained, existing_adapter, new_adapter
-from .common.errors import InputError
-from .config.models import ModelSettings
-from .config.recipe import Recipe
-from .data.chat import CHATML
-from .device import choose_adapter_dtype, choose_dtype, torch_dtype
+from .adapter_reference import add_reference, is_copy
+from .base_cache import put_base, take_base
+from .dtypes import choose_adapter_dtype, choose_dtype, torch_dtype
 from .freezing import freeze
-from .kept_base import put_base, take_base
-from .methods import method_of
 from .quantisation import is_exact_by_row, numel, prepare_for_training, quantisation_config
-from .reference import add_reference, is_copy
 
 Model: TypeAlias = PreTrainedModel | PeftModel
 

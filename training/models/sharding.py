@@ -17,12 +17,12 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
-from .common.errors import InputError
-from .config.recipe import Recipe
-from .config.sharding_rules import cannot_shard
-from .device import choose_dtype, torch_dtype
+from ..common.errors import InputError
+from ..config.recipe import Recipe
+from ..config.sharding_rules import cannot_shard
+from .dtypes import choose_dtype, torch_dtype
 from .freezing import decoder_layers
-from .model import Model
+from .loading import Model
 
 Strategy = Literal["ddp", "fsdp"]
 

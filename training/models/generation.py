@@ -6,8 +6,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from .model import Model
-from .records.run_folder import is_match
+from ..records.run_folder import is_match
+from .loading import Model
 
 _BATCH = 32
 

@@ -11,11 +11,11 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 
-from .config.methods import DpoMethod, GrpoMethod, KtoMethod, OnlineMethod, RlooMethod
-from .config.recipe import Recipe
-from .device import DtypeName
-from .methods import method_of
-from .model import Model, without_weights
+from ..config.methods import DpoMethod, GrpoMethod, KtoMethod, OnlineMethod, RlooMethod
+from ..config.recipe import Recipe
+from ..methods import method_of
+from .dtypes import DtypeName
+from .loading import Model, without_weights
 
 CONTEXT_BYTES = 2**29
 """What CUDA takes for itself, about."""

@@ -5,13 +5,13 @@ import subprocess
 import sys
 from typing import TYPE_CHECKING, Literal
 
-from .common.errors import InputError
+from ..common.errors import InputError
 
 if TYPE_CHECKING:
     import torch
 
-    from .config.models import ModelSettings
-    from .config.recipe import Recipe
+    from ..config.models import ModelSettings
+    from ..config.recipe import Recipe
 
 DtypeName = Literal["float32", "bfloat16", "float16"]
 

@@ -8,7 +8,7 @@ import threading
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from .config.recipe import Recipe
+from ..config.recipe import Recipe
 
 if TYPE_CHECKING:
     from peft import PeftModel

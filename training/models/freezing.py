@@ -5,9 +5,9 @@ import re
 import torch
 from transformers import PreTrainedModel
 
+from ..common.errors import InputError
+from ..config.models import FreezeSettings
 from .adapter import told
-from .common.errors import InputError
-from .config.models import FreezeSettings
 
 
 def freeze(model: PreTrainedModel, settings: FreezeSettings) -> None:

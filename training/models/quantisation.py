@@ -7,8 +7,8 @@ import torch
 from bitsandbytes.nn import Linear4bit, Linear8bitLt, Params4bit
 from transformers import BitsAndBytesConfig
 
-from .config.models import ModelSettings
-from .device import choose_dtype, torch_dtype
+from ..config.models import ModelSettings
+from .dtypes import choose_dtype, torch_dtype
 
 
 def quantisation_config(settings: ModelSettings) -> BitsAndBytesConfig | None:
