@@ -13,11 +13,11 @@ from finray.training.config.recipe import Recipe
 from finray.training.data.batching import Rows, microbatches
 from finray.training.data.prepared import Prepared
 from finray.training.data.stream import Sequence
-from finray.training.objectives.grpo import GrpoObjective
 from finray.training.objectives.objective import Setup
-from finray.training.objectives.online import OnlineObjective
-from finray.training.objectives.rloo import RlooObjective
-from finray.training.rollouts.rollout import Request, Rollout
+from finray.training.rl.grpo import GrpoObjective
+from finray.training.rl.online import OnlineObjective
+from finray.training.rl.rloo import RlooObjective
+from finray.training.rl.rollouts.rollout import Request, Rollout
 from finray.training.trainer import StepMeasures, StreamTrainer
 
 REWARD = '''

@@ -14,7 +14,7 @@ from ..config.model_folder import has_vocabulary, model_folder
 from ..config.recipe import Recipe
 from ..config.reference_folder import check_reference
 from ..methods import METHODS, examples_of, method_of
-from ..rewards.checking import check_rewards
+from ..rl.rewards.checking import check_rewards
 from .chat import NO_TEMPLATE, check_chatml
 from .formats import KnownFormat, normalise
 from .reading import BadRow, Row

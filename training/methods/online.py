@@ -53,13 +53,13 @@ def _extra(row: Row, normalised: Normalised) -> Row:
 
 
 def _grpo(setup: "Setup") -> "Objective":
-    from ..objectives.grpo import GrpoObjective
+    from ..rl.grpo import GrpoObjective
 
     return GrpoObjective(setup)
 
 
 def _rloo(setup: "Setup") -> "Objective":
-    from ..objectives.rloo import RlooObjective
+    from ..rl.rloo import RlooObjective
 
     return RlooObjective(setup)
 

@@ -12,9 +12,9 @@ from finray.training.common.errors import InputError, RunError
 from finray.training.config.rewards import FunctionReward, ModelReward, resolve_reward
 from finray.training.data.shapes import Completion, Conversation, Question
 from finray.training.methods import METHODS
-from finray.training.rewards.classifiers import load_classifier
-from finray.training.rewards.functions import FunctionJudge
-from finray.training.rewards.reward import Completions, columns_of
+from finray.training.rl.rewards.classifiers import load_classifier
+from finray.training.rl.rewards.functions import FunctionJudge
+from finray.training.rl.rewards.reward import Completions, columns_of
 
 ASKED = Completions(
     prompts=["one?", "two?", "three?"],

@@ -10,9 +10,9 @@ from online_runs import objective_of, prompts, rows_of, setup_of
 
 from finray.training.config.methods import GrpoMethod
 from finray.training.config.recipe import Recipe
-from finray.training.rollouts.local import LocalRollouts
-from finray.training.rollouts.rollout import Request
-from finray.training.rollouts.sampling import pick, probabilities
+from finray.training.rl.rollouts.local import LocalRollouts
+from finray.training.rl.rollouts.rollout import Request
+from finray.training.rl.rollouts.sampling import pick, probabilities
 
 VOCABULARY = 40
 DRAWS = 200_000

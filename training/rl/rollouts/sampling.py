@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from transformers import LogitsProcessor
 
-from ..config.methods import OnlineMethod
+from ...config.methods import OnlineMethod
 
 _ALMOST_ONE = 1.0 - 1e-12
 """A number rounded up to 1 would lie behind the last token."""

@@ -7,8 +7,8 @@ import torch
 
 from ..config.methods import RlooMethod
 from ..data.batching import Batch
+from ..objectives.objective import Loss, Setup
 from .advantages import leave_one_out
-from .objective import Loss, Setup
 from .online import OnlineObjective
 from .policy import clipped_gain
 

@@ -9,8 +9,8 @@ import torch
 
 from ..config.methods import OnlineMethod
 from ..data import stream
-from ..rewards.reward import Completions, Judge, Turns, columns_of
-from ..rollouts.rollout import Rollout
+from .rewards.reward import Completions, Judge, Turns, columns_of
+from .rollouts.rollout import Rollout
 
 
 @dataclass(frozen=True)

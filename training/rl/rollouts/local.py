@@ -7,9 +7,9 @@ import numpy as np
 import torch
 from transformers import GenerationConfig, LogitsProcessorList
 
-from ..config.methods import OnlineMethod
-from ..models.generation import left_padded, stop_tokens
-from ..models.loading import Model, evaluating
+from ...config.methods import OnlineMethod
+from ...models.generation import left_padded, stop_tokens
+from ...models.loading import Model, evaluating
 from .rollout import Request, Rollout
 from .sampling import Sampler
 

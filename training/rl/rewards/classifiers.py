@@ -8,11 +8,11 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from ..common.errors import InputError
-from ..common.storage import Folder
-from ..config.adapter_folder import check_safetensors
-from ..config.rewards import ModelReward, RunReward
-from ..records.run_folder import read_run
+from ...common.errors import InputError
+from ...common.storage import Folder
+from ...config.adapter_folder import check_safetensors
+from ...config.rewards import ModelReward, RunReward
+from ...records.run_folder import read_run
 from .reward import Completions, Judgement, Turns
 
 _BATCH = 16

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from ..data.shapes import Message
+from ...data.shapes import Message
 
 Turns = str | list[Message]
 """A prompt or a completion: text, or messages where the data has them."""

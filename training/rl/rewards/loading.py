@@ -4,10 +4,10 @@ from typing import Any
 
 import torch
 
-from ..config.methods import OnlineMethod
-from ..config.recipe import Recipe
-from ..config.rewards import FunctionReward, RunReward
-from ..models.dtypes import choose_dtype, torch_dtype
+from ...config.methods import OnlineMethod
+from ...config.recipe import Recipe
+from ...config.rewards import FunctionReward, RunReward
+from ...models.dtypes import choose_dtype, torch_dtype
 from .classifiers import load_classifier, load_run
 from .functions import FunctionJudge
 from .reward import Judge

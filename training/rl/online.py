@@ -14,15 +14,15 @@ from ..config.methods import GrpoMethod, RlooMethod
 from ..data import stream
 from ..data.batching import IGNORED, NOTHING, Batch, Rows, collate
 from ..models.loading import evaluating
-from ..rewards.loading import load_judges
-from ..rollouts.local import LocalRollouts
-from ..rollouts.rollout import Request, Rollout, Rollouts
+from ..objectives.log_probabilities import token_log_probabilities
+from ..objectives.objective import Objective, Setup
+from ..objectives.references import Reference
 from .advantages import standard_deviation
-from .judging import Judged, Judging, measure, sampled_measures
-from .log_probabilities import token_log_probabilities
-from .objective import Objective, Setup
 from .policy import divergence
-from .references import Reference
+from .rewards.loading import load_judges
+from .rollouts.local import LocalRollouts
+from .rollouts.rollout import Request, Rollout, Rollouts
+from .scoring import Judged, Judging, measure, sampled_measures
 
 _HELD_OUT = 2**32
 """In place of a step: held-out prompts are answered with the same numbers every time."""
@@ -133,7 +133,7 @@ class OnlineObjective(Objective):
             judges = load_judges(self.recipe, self._tokenizer, self.device)
             rollouts: Rollouts
             if self.settings.rollout == "vllm":
-                from ..rollouts.vllm import VllmRollouts
+                from .rollouts.vllm import VllmRollouts
 
                 assert isinstance(self.model, PeftModel)
                 rollouts = VllmRollouts(self.recipe, self.model, self._tokenizer)

@@ -9,8 +9,8 @@ from collections.abc import Collection
 from numbers import Real
 from typing import Any
 
-from ..common.errors import RunError
-from ..config.rewards import FunctionReward
+from ...common.errors import RunError
+from ...config.rewards import FunctionReward
 from .reward import Completions, Judgement, told
 
 _SHOWN = 2000

@@ -9,8 +9,8 @@ import torch
 
 from ..config.methods import GrpoMethod
 from ..data.batching import IGNORED, Batch
+from ..objectives.objective import Loss, Setup
 from .advantages import group_relative
-from .objective import Loss, Setup
 from .online import OnlineObjective
 from .policy import clipped_gain, divergence
 

@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from peft import PeftModel
 
-from ..config.methods import OnlineMethod
-from ..config.recipe import Recipe
-from ..models.dtypes import choose_dtype
-from ..models.generation import stop_tokens
+from ...config.methods import OnlineMethod
+from ...config.recipe import Recipe
+from ...models.dtypes import choose_dtype
+from ...models.generation import stop_tokens
 from .rollout import Request, Rollout
 
 _RANKS = (8, 16, 32, 64, 128, 256, 320, 512)

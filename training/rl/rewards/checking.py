@@ -5,14 +5,14 @@ import json
 from pathlib import Path
 from typing import Any
 
-from ..common.errors import InputError
-from ..common.storage import Folder
-from ..config.adapter_folder import check_for_vllm
-from ..config.methods import OnlineMethod
-from ..config.model_folder import model_folder
-from ..config.recipe import Recipe
-from ..config.rewards import ModelReward, RunReward
-from ..records.run_folder import read_run
+from ...common.errors import InputError
+from ...common.storage import Folder
+from ...config.adapter_folder import check_for_vllm
+from ...config.methods import OnlineMethod
+from ...config.model_folder import model_folder
+from ...config.recipe import Recipe
+from ...config.rewards import ModelReward, RunReward
+from ...records.run_folder import read_run
 
 _TOKENIZER = "tokenizer.json"
 

@@ -1,0 +1,1 @@
+"""Online methods: the model samples answers and learns from their rewards."""
