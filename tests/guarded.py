@@ -12,8 +12,8 @@ from safetensors.torch import load_file
 from finray.training.common.stop import Stop
 from finray.training.config.recipe import Recipe
 from finray.training.data.batching import Batch
+from finray.training.objectives.cross_entropy import TokenObjective
 from finray.training.objectives.objective import Loss
-from finray.training.objectives.tokens import TokenObjective
 from finray.training.run import Listener, train
 
 Spoil = Callable[[Batch, torch.Tensor], torch.Tensor]

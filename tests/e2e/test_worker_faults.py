@@ -27,7 +27,7 @@ class Spoil:
     """Rank 1 has room for two rows."""
 
     def find_spec(self, name, path, target=None):
-        if name != "finray.training.objectives.tokens":
+        if name != "finray.training.objectives.cross_entropy":
             return None
         sys.meta_path.remove(self)
         spec = importlib.util.find_spec(name)

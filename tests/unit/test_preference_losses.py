@@ -19,7 +19,7 @@ from finray.training.data.batching import IGNORED
 from finray.training.objectives.cpo import reference_free_loss
 from finray.training.objectives.dpo_losses import PAIR_LOSSES, Pairs
 from finray.training.objectives.kto import answer_losses
-from finray.training.objectives.log_probabilities import token_log_probabilities
+from finray.training.objectives.logprobs import token_log_probabilities
 from finray.training.objectives.orpo import log_odds_ratio
 from finray.training.objectives.preference import Answers
 

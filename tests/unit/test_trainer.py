@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 from finray.training.config.recipe import Recipe
 from finray.training.data.batching import IGNORED, Batch, collate
 from finray.training.data.stream import Sequence
-from finray.training.objectives.tokens import measure, to_log_probabilities, token_loss
+from finray.training.objectives.cross_entropy import measure, to_log_probabilities, token_loss
 
 BATCH = 8
 

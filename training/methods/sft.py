@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 def token_objective(setup: "Setup") -> "Objective":
     """The next token's cross-entropy."""
-    from ..objectives.tokens import TokenObjective
+    from ..objectives.cross_entropy import TokenObjective
 
     return TokenObjective(setup)
 

@@ -12,7 +12,7 @@ from ..config.methods import KtoMethod
 from ..data.batching import NOTHING, Batch, Rows, collate
 from ..data.stream import Sequence
 from ..models.loading import evaluating
-from .log_probabilities import token_log_probabilities
+from .logprobs import token_log_probabilities
 from .objective import Loss, Objective, Setup
 from .references import Reference
 

@@ -10,7 +10,7 @@ from torch.nn.functional import logsigmoid
 from ..config.methods import OrpoMethod
 from ..data.batching import IGNORED, Batch, Rows, collate_pairs
 from ..data.stream import Sequence
-from .log_probabilities import token_log_probabilities
+from .logprobs import token_log_probabilities
 from .objective import Setup
 from .preference import Answers, Compared, PairObjective
 

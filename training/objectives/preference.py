@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 
 from ..data.batching import IGNORED, Batch, Rows, collate_pairs
-from .log_probabilities import token_log_probabilities
+from .logprobs import token_log_probabilities
 from .objective import Loss, Objective, Setup
 
 Split = Literal["train", "eval"]

@@ -14,7 +14,7 @@ from ..config.methods import GrpoMethod, RlooMethod
 from ..data import stream
 from ..data.batching import IGNORED, NOTHING, Batch, Rows, collate
 from ..models.loading import evaluating
-from ..objectives.log_probabilities import token_log_probabilities
+from ..objectives.logprobs import token_log_probabilities
 from ..objectives.objective import Objective, Setup
 from ..objectives.references import Reference
 from .advantages import standard_deviation
