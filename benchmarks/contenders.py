@@ -95,9 +95,9 @@ def run_finray(job: Job, logged: str = "loss") -> Measured:
         job: what is trained.
         logged: the measure that is kept of every logged step.
     """
-    from finray.training.loop import Job as WorkerJob
-    from finray.training.loop import run_worker
-    from finray.training.session import LocalSession
+    from finray.training.engine.context import LocalSession
+    from finray.training.engine.worker import Job as WorkerJob
+    from finray.training.engine.worker import run_worker
 
     class TimedSession(LocalSession):
         """Told apart by one thing: it notes the time when a step asks whether to go on."""

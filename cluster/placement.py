@@ -9,7 +9,7 @@ from contextlib import AbstractContextManager, contextmanager
 from ..training.capacity import Resources, check_fits, demand
 from ..training.common.stop import Stop
 from ..training.config.recipe import Recipe
-from ..training.job import Job, Outcome
+from ..training.engine.task import Job, Outcome
 from ..training.launch import launch_on_ray
 from ..training.processes import Processes
 from ..training.run import Launch, Listener, find_finished, prepare_data, prepares_on_ray

@@ -7,18 +7,18 @@ from unittest.mock import Mock
 import numpy as np
 import torch
 
-from finray.training.arguments import accumulation, training_arguments
 from finray.training.common.storage import Folder
 from finray.training.config.recipe import Recipe
 from finray.training.data.batching import Rows, microbatches
 from finray.training.data.prepared import Prepared
 from finray.training.data.stream import Sequence
+from finray.training.engine.trainer import StepMeasures, StreamTrainer
+from finray.training.engine.trainer_arguments import accumulation, training_arguments
 from finray.training.objectives.objective import Setup
 from finray.training.rl.grpo import GrpoObjective
 from finray.training.rl.online import OnlineObjective
 from finray.training.rl.rloo import RlooObjective
 from finray.training.rl.rollouts.rollout import Request, Rollout
-from finray.training.trainer import StepMeasures, StreamTrainer
 
 REWARD = '''
 def worth(prompts, completions, completion_ids, **columns):

@@ -13,16 +13,16 @@ from torch import multiprocessing
 from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
 
-from finray.training.arguments import accumulation, training_arguments
 from finray.training.common.storage import Folder
 from finray.training.config.recipe import Recipe
 from finray.training.data.batching import microbatches
 from finray.training.data.prepared import Prepared
 from finray.training.data.stream import Sequence, share
+from finray.training.engine.trainer import Counts, StepMeasures, StreamTrainer
+from finray.training.engine.trainer_arguments import accumulation, training_arguments
 from finray.training.methods import method_of
 from finray.training.models.sharding import choose_strategy
 from finray.training.objectives.objective import Setup
-from finray.training.trainer import Counts, StepMeasures, StreamTrainer
 
 Gradients = dict[str, torch.Tensor]
 

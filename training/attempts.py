@@ -13,13 +13,13 @@ from typing import TYPE_CHECKING
 
 from .common.errors import RunError
 from .common.storage import Folder
+from .engine.restart import Restart
 from .models.dtypes import free_memory
 from .records.recorder import update_run
 from .records.run_folder import Record, read_run
-from .restart import Restart
 
 if TYPE_CHECKING:
-    from .job import Job, Outcome
+    from .engine.task import Job, Outcome
 
 _SIZE = "micro_batch_size"
 

@@ -12,17 +12,17 @@ from .common.stop import Stop
 from .common.storage import Folder
 from .config.recipe import ScaleSettings
 from .crew import Patience, Watch, await_room
-from .job import Job, Outcome
+from .engine.context import STOP_FILE, LocalSession, RaySession
+from .engine.restart import AttemptOver, Restart
+from .engine.task import Job, Outcome
 from .records.run_folder import CHECKPOINTS_FOLDER
-from .restart import AttemptOver, Restart
-from .session import STOP_FILE, LocalSession, RaySession
 
 T = TypeVar("T")
 
 
 def launch_here(job: Job, stop: Stop) -> Outcome:
     """Train in this process, without Ray."""
-    from .loop import run_worker
+    from .engine.worker import run_worker
 
     stop.armed = True
     return run_worker(job, LocalSession(Folder(job["run"]), stop.requested))
@@ -165,7 +165,7 @@ def _make_trainer(job: Job, wanted: Demand, workers: int, worker_env: dict[str, 
 
 
 def _ray_worker(job: dict[str, Any]) -> Outcome:
-    from .loop import run_worker
+    from .engine.worker import run_worker
 
     outcome = run_worker(cast(Job, job), RaySession(Folder(job["run"])))
     if outcome["status"] == "restart":

@@ -28,7 +28,7 @@ from .common.stop import Stop
 from .common.storage import Folder
 from .config.recipe import ScaleSettings
 from .crew import Patience
-from .job import Job, Outcome
+from .engine.task import Job, Outcome
 from .network import LOOPBACK, Place, free_port
 from .records.run_folder import CHECKPOINTS_FOLDER
 from .worker_process import STOP_LINE, Start

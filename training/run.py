@@ -26,14 +26,14 @@ from .data.inspection import inspect_data
 from .data.prepare import Progress, find_prepared, prepare
 from .data.prepared import Prepared
 from .data.tasks import RunTasks, run_in_process, run_on_ray_data
-from .job import Job, Outcome
+from .engine.context import STOP_FILE
+from .engine.task import Job, Outcome
 from .launch import launch_here
 from .methods import method_of
 from .records.checkpoint import best
 from .records.recorder import now, update_run
 from .records.report import write_report
 from .records.run_folder import CHECKPOINTS_FOLDER, PREPARED_FOLDER, RECIPE_FILE, Record, read_run
-from .session import STOP_FILE
 
 # A resumed run may change these; anything else would change its result.
 _FREE_ON_RESUME = (

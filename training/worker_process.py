@@ -20,9 +20,9 @@ from types import FrameType
 from typing import IO, Any, Literal, TypedDict
 
 from .common.errors import InputError, last_line
-from .job import Job, Outcome
+from .engine.context import ProcessSession
+from .engine.task import Job, Outcome
 from .network import LOOPBACK, Place, join_group
-from .session import ProcessSession
 
 
 class Start(TypedDict):
@@ -69,7 +69,7 @@ def _train(
 ) -> Outcome:
     import torch
 
-    from .loop import run_worker
+    from .engine.worker import run_worker
 
     start = starts.get()
     place = Place(**start["place"])

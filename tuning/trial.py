@@ -197,9 +197,9 @@ class RunningTrial:
         }
 
     def _launch_here(self, job: Any) -> Any:
-        from ..training.job import Outcome
-        from ..training.loop import run_worker
-        from ..training.session import LocalSession
+        from ..training.engine.context import LocalSession
+        from ..training.engine.task import Outcome
+        from ..training.engine.worker import run_worker
 
         trial = self
 
@@ -282,6 +282,6 @@ def _bytes_of_weights(folder: Folder) -> int:
 @lru_cache(maxsize=4)
 def _stop_event(sweep: str) -> threading.Event:
     """One watcher a process, not one a trial."""
-    from ..training.session import watch_stop_file
+    from ..training.engine.context import watch_stop_file
 
     return watch_stop_file(Folder(sweep))

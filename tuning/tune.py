@@ -17,11 +17,11 @@ from ..training.common.stop import Stop
 from ..training.common.storage import Folder
 from ..training.config.recipe import Recipe
 from ..training.data.prepared import Prepared
+from ..training.engine.context import STOP_FILE
 from ..training.records.checkpoint import choose
 from ..training.records.recorder import now
 from ..training.records.run_folder import CHECKPOINTS_FOLDER, METRICS_FILE, Record
 from ..training.run import Listener, prepare_data
-from ..training.session import STOP_FILE
 from .attempt import check_folder, describe
 from .best import copy, export_best, retrain
 from .conductor import Conductor, Ending

@@ -14,9 +14,9 @@ from finray.training.config.recipe import Recipe
 from finray.training.data.prepare import prepare
 from finray.training.data.prepared import Prepared
 from finray.training.data.tasks import run_in_process
-from finray.training.loop import Job, run_worker
+from finray.training.engine.context import LocalSession
+from finray.training.engine.worker import Job, run_worker
 from finray.training.models.loading import load_tokenizer
-from finray.training.session import LocalSession
 
 # What TRL itself does with its dependencies is not ours to cure.
 pytestmark = [pytest.mark.filterwarnings("default"), pytest.mark.timeout(600)]

@@ -144,7 +144,7 @@ def test_checkpointing_keeps_the_layers_inputs(bases: dict[int, Path], dtype: st
 @pytest.mark.parametrize("case", ["lora-float32", "lora-bfloat16", "full-float32"])
 def test_weights_and_states_are_what_is_told(bases: dict[int, Path], case: str) -> None:
     """Of a real model after a real optimizer step."""
-    from finray.training.optimizer import make_optimizer
+    from finray.training.engine.optimizer import make_optimizer
 
     settings = recipe(bases[3], **CASES[case], scale={"workers": 0})
     model = load_model(settings)

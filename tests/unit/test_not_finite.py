@@ -15,16 +15,16 @@ import torch
 from guarded import assert_same, carry_out, lines, recipe, spoil
 from transformers import AutoModelForCausalLM
 
-from finray.training.arguments import accumulation, training_arguments
 from finray.training.common.errors import RunError
 from finray.training.config.recipe import Recipe
 from finray.training.data.batching import Batch, microbatches
 from finray.training.data.stream import Sequence
+from finray.training.engine.context import LocalSession
+from finray.training.engine.nonfinite import NotFiniteError, SkippedSteps
+from finray.training.engine.optimizer import MasterAdamW, SkippingAdamW
+from finray.training.engine.trainer import StepMeasures, StreamTrainer
+from finray.training.engine.trainer_arguments import accumulation, training_arguments
 from finray.training.methods import method_of
-from finray.training.optimizer import MasterAdamW, SkippingAdamW
-from finray.training.session import LocalSession
-from finray.training.skipping import NotFiniteError, SkippedSteps
-from finray.training.trainer import StepMeasures, StreamTrainer
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 POISONED_STEP = 3

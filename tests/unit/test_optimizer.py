@@ -12,7 +12,7 @@ from peft.optimizers import create_loraplus_optimizer
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from finray.training.optimizer import MasterAdamW, make_optimizer
+from finray.training.engine.optimizer import MasterAdamW, make_optimizer
 
 SETTINGS: dict[str, Any] = {"lr": 1e-5, "betas": (0.9, 0.99), "eps": 1e-8}
 

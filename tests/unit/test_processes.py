@@ -21,7 +21,7 @@ from finray.training.capacity import Demand
 from finray.training.common.errors import RunError
 from finray.training.common.stop import Stop
 from finray.training.config.recipe import ScaleSettings
-from finray.training.job import Job
+from finray.training.engine.task import Job
 from finray.training.processes import Processes
 
 DEADLINE = 60.0
@@ -80,7 +80,7 @@ def test_a_worker_that_ends_without_a_word(job: Job) -> None:
 
 def test_an_error_in_a_worker_is_told_with_what_it_printed(job: Job, tmp_path: Path) -> None:
     (tmp_path / "sitecustomize.py").write_text(
-        "import sys\nsys.modules['finray.training.loop'] = None\n", encoding="utf-8"
+        "import sys\nsys.modules['finray.training.engine.worker'] = None\n", encoding="utf-8"
     )
     with (
         started({"PYTHONPATH": str(tmp_path)}, max_failures=0) as (workers, _),

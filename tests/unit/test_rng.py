@@ -7,9 +7,9 @@ from unittest.mock import Mock
 import torch
 from transformers import AutoModelForCausalLM
 
-from finray.training.arguments import training_arguments
 from finray.training.config.recipe import Recipe
-from finray.training.trainer import StreamTrainer
+from finray.training.engine.trainer import StreamTrainer
+from finray.training.engine.trainer_arguments import training_arguments
 
 
 def trainer(base: Path, scratch: Path, rank: int, world_size: int) -> StreamTrainer:

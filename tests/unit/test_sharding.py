@@ -16,16 +16,16 @@ from steps import by_workers, make_sequences, make_setup, one_step
 from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
 
-from finray.training.arguments import accumulation, training_arguments
 from finray.training.config.recipe import Recipe
 from finray.training.data.batching import Rows, collate, microbatches
 from finray.training.data.stream import share
+from finray.training.engine.trainer import StepMeasures, StreamTrainer
+from finray.training.engine.trainer_arguments import accumulation, training_arguments
 from finray.training.methods import method_of
 from finray.training.models.generation import answer
 from finray.training.models.loading import load_model, load_tokenizer
 from finray.training.models.sharding import choose_strategy, shard
 from finray.training.models.weights import gather_weights, save_result
-from finray.training.trainer import StepMeasures, StreamTrainer
 
 # peft calls a name that transformers has renamed.
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")

@@ -7,7 +7,7 @@ from typing import Any, cast
 import pytest
 
 from finray.training.common.storage import Folder
-from finray.training.session import STOP_FILE
+from finray.training.engine.context import STOP_FILE
 from finray.tuning import tune
 from finray.tuning.conductor import Ending
 from finray.tuning.execute import _ConductedPruning, _ConductedSearch, _Guard

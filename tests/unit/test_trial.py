@@ -11,10 +11,10 @@ from trials import reports_of, trial_of
 
 from finray.training.common.storage import Folder
 from finray.training.config.recipe import Recipe
+from finray.training.engine.trainer import StreamTrainer
 from finray.training.models.base_cache import forget_bases, keep_bases
 from finray.training.records.recorder import update_run
 from finray.training.records.run_folder import read_run
-from finray.training.trainer import StreamTrainer
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 
@@ -81,7 +81,8 @@ def test_the_base_is_measured_once_for_all_trials_of_a_slot(
 def test_a_slot_does_not_load_torchs_compiler() -> None:
     """In the order in which a slot loads what it needs."""
     program = (
-        "import sys, finray.tuning.trial, finray.training.models.base_cache, finray.training.loop\n"
+        "import sys, finray.tuning.trial\n"
+        "import finray.training.models.base_cache, finray.training.engine.worker\n"
         "print('peft' in sys.modules, 'torch._inductor.compile_fx' in sys.modules)"
     )
     command = [sys.executable, "-c", program]

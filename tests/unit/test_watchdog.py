@@ -10,15 +10,15 @@ import pytest
 import torch
 from guarded import carry_out, recipe, spoil
 
-from finray.training import watchdog
 from finray.training.common.storage import Folder
 from finray.training.config.recipe import Recipe
 from finray.training.data.batching import Batch
+from finray.training.engine import watchdog
+from finray.training.engine.context import LocalSession
+from finray.training.engine.watchdog import Watchdog, write_stacks
 from finray.training.records.checkpoint import Choice
 from finray.training.records.recorder import Books
 from finray.training.records.run_folder import read_run
-from finray.training.session import LocalSession
-from finray.training.watchdog import Watchdog, write_stacks
 
 SHORT = 0.2
 LONG = 30.0
@@ -141,7 +141,7 @@ def test_a_run_is_watched(
 
 def test_a_local_run_ends_as_failed(tmp_path: Path) -> None:
     program = (
-        "import sys, threading; from finray.training.session import LocalSession; "
+        "import sys, threading; from finray.training.engine.context import LocalSession; "
         "from finray.training.common.storage import Folder; "
         "session = LocalSession(Folder(sys.argv[1]), threading.Event()); "
         "threading.Thread(target=session.abandon, args=('step 7 did not end',)).start(); "

@@ -10,8 +10,8 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import Literal, Self
 
-from .common.storage import Folder
-from .records.run_folder import STACKS_FOLDER
+from ..common.storage import Folder
+from ..records.run_folder import STACKS_FOLDER
 
 _FLOOR_SECONDS = 300.0
 _FACTOR = 10.0

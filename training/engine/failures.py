@@ -3,13 +3,13 @@
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from .common.errors import FinrayError
-from .config.recipe import Recipe
-from .data.origin import describe, rows_of_step
-from .data.prepared import Prepared
-from .position import Position
+from ..common.errors import FinrayError
+from ..config.recipe import Recipe
+from ..data.origin import describe, rows_of_step
+from ..data.prepared import Prepared
+from .nonfinite import NotFiniteError
+from .progress import Position
 from .restart import AttemptOver, Restart, is_out_of_memory
-from .skipping import NotFiniteError
 
 
 @contextmanager

@@ -6,9 +6,9 @@ from pathlib import Path
 import torch
 from transformers import TrainingArguments
 
-from .config.recipe import Recipe
-from .data.batching import accumulation_steps
-from .models.dtypes import choose_dtype, needs_autocast
+from ..config.recipe import Recipe
+from ..data.batching import accumulation_steps
+from ..models.dtypes import choose_dtype, needs_autocast
 
 _SCHEDULES = {"constant": "constant_with_warmup", "linear": "linear", "cosine": "cosine"}
 

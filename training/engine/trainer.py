@@ -20,14 +20,14 @@ from torch.distributed.tensor import DTensor
 from transformers import Trainer, TrainingArguments
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 
-from .data.batching import Batch, Rows
-from .models.loading import Model
-from .models.sharding import without_needless_reduction
-from .models.shards import whole
-from .models.weights import gather_weights, load_weights, save_weights
-from .objectives.objective import Objective
+from ..data.batching import Batch, Rows
+from ..models.loading import Model
+from ..models.sharding import without_needless_reduction
+from ..models.shards import whole
+from ..models.weights import gather_weights, load_weights, save_weights
+from ..objectives.objective import Objective
+from .nonfinite import SkippedSteps, carried, flag
 from .optimizer import SkippingAdamW, make_optimizer
-from .skipping import SkippedSteps, carried, flag
 
 
 @dataclass

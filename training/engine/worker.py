@@ -16,35 +16,35 @@ from pathlib import Path
 import torch.distributed as dist
 import transformers
 
-from .arguments import accumulation, training_arguments
-from .common.errors import FinrayError, RunError
-from .common.storage import Folder
-from .common.uploader import Uploads
-from .config.adapter_folder import RESULT_FOLDER
-from .config.recipe import recipe_from_dict
-from .data.batching import Rows, accumulation_steps, in_batches, microbatches
-from .data.origin import rows_of_step
-from .data.prepared import open_prepared
-from .data.stream import Slice, every_sequence, share, stream
-from .faults import ending_attempts
-from .job import Job, Outcome
-from .methods import method_of
-from .models import import_peft as quick_peft  # noqa: F401 - before what loads peft
-from .models.base_cache import measured_before
-from .models.dtypes import choose_dtype
-from .models.generation import answer, exact_match
-from .models.loading import check_isolation, count_parameters, load_model, load_tokenizer
-from .models.sharding import choose_strategy
-from .models.weights import gather_weights, save_result
-from .objectives.objective import Setup
-from .position import Clock, Position
-from .records import checkpoint
-from .records.recorder import Books, as_number
-from .records.run_folder import CHECKPOINTS_FOLDER
+from ..common.errors import FinrayError, RunError
+from ..common.storage import Folder
+from ..common.uploader import Uploads
+from ..config.adapter_folder import RESULT_FOLDER
+from ..config.recipe import recipe_from_dict
+from ..data.batching import Rows, accumulation_steps, in_batches, microbatches
+from ..data.origin import rows_of_step
+from ..data.prepared import open_prepared
+from ..data.stream import Slice, every_sequence, share, stream
+from ..methods import method_of
+from ..models import import_peft as quick_peft  # noqa: F401 - before what loads peft
+from ..models.base_cache import measured_before
+from ..models.dtypes import choose_dtype
+from ..models.generation import answer, exact_match
+from ..models.loading import check_isolation, count_parameters, load_model, load_tokenizer
+from ..models.sharding import choose_strategy
+from ..models.weights import gather_weights, save_result
+from ..objectives.objective import Setup
+from ..records import checkpoint
+from ..records.recorder import Books, as_number
+from ..records.run_folder import CHECKPOINTS_FOLDER
+from .checkpointer import Saver, SaveState, state_record
+from .context import Session
+from .failures import ending_attempts
+from .progress import Clock, Position
 from .restart import AttemptOver
-from .saver import Saver, SaveState, state_record
-from .session import Session
+from .task import Job, Outcome
 from .trainer import StepMeasures, StreamTrainer
+from .trainer_arguments import accumulation, training_arguments
 from .watchdog import Watchdog, write_stacks
 
 POSITION_FILE = "position.json"

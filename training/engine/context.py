@@ -12,9 +12,9 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import NoReturn, Protocol
 
-from .common.errors import RunError
-from .common.storage import Folder
-from .records.recorder import now, update_run
+from ..common.errors import RunError
+from ..common.storage import Folder
+from ..records.recorder import now, update_run
 
 STOP_FILE = "stop"
 _POLL_SECONDS = 1.0

@@ -13,12 +13,12 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from .common.errors import RunError
-from .common.storage import Folder
-from .common.uploader import Uploads
-from .config.recipe import CheckpointSettings
-from .methods import Metric
-from .records import checkpoint
+from ..common.errors import RunError
+from ..common.storage import Folder
+from ..common.uploader import Uploads
+from ..config.recipe import CheckpointSettings
+from ..methods import Metric
+from ..records import checkpoint
 
 _MOST_FAILURES = 3
 _FULL_BYTES = 2**20

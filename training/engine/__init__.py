@@ -1,0 +1,1 @@
+"""One worker's training, the same in every place."""
