@@ -25,7 +25,7 @@ from start import POLL_SECONDS, QUICK, make_inputs, start
 STEPS, EVERY = 60, 5
 LONGEST_WAIT = 600.0
 KINDS = {"processes": (), "Ray Train": ("--address", "local")}
-MARKS = ("finray.training.worker_process", "RayTrainWorker")
+MARKS = ("finray.training.launch.worker_process", "RayTrainWorker")
 """In the command line of a worker."""
 
 

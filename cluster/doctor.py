@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from ..training.common.errors import InputError
 from ..training.common.versions import installed_versions
-from ..training.network import interface_of
+from ..training.launch.network import interface_of
 from .auth import knock
 from .gpus import Gpu, gpus_here
 from .preflight import Line, on_every_node, render_lines, try_storage

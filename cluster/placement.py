@@ -6,12 +6,12 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 
-from ..training.capacity import Resources, check_fits, demand
 from ..training.common.stop import Stop
 from ..training.config.recipe import Recipe
 from ..training.engine.task import Job, Outcome
-from ..training.launch import launch_on_ray
-from ..training.processes import Processes
+from ..training.launch.local_workers import Processes
+from ..training.launch.ray_workers import launch_on_ray
+from ..training.launch.resources import Resources, check_fits, demand
 from ..training.run import Launch, Listener, find_finished, prepare_data, prepares_on_ray
 from .early import prepare_early
 from .environment import worker_environment

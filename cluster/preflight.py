@@ -13,7 +13,14 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from ..training.capacity import (
+from ..training.common.errors import InputError, RunError, last_line
+from ..training.common.secrets import redact
+from ..training.common.storage import Folder
+from ..training.common.versions import installed_versions
+from ..training.config.model_folder import has_vocabulary, model_folder
+from ..training.config.models import ModelSettings
+from ..training.config.recipe import Recipe
+from ..training.launch.resources import (
     Demand,
     Resources,
     ask_autoscaler,
@@ -22,13 +29,6 @@ from ..training.capacity import (
     demand,
     fitting_workers,
 )
-from ..training.common.errors import InputError, RunError, last_line
-from ..training.common.secrets import redact
-from ..training.common.storage import Folder
-from ..training.common.versions import installed_versions
-from ..training.config.model_folder import has_vocabulary, model_folder
-from ..training.config.models import ModelSettings
-from ..training.config.recipe import Recipe
 from ..training.models.dtypes import probe_bfloat16
 from .gpus import Gpu, gpus_here, judge
 

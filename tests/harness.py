@@ -145,7 +145,7 @@ def workers(command: Command) -> Iterator[psutil.Process]:
     for process in command.watch_family():
         with suppress(psutil.NoSuchProcess):
             line = " ".join((process.name(), *process.cmdline()))
-            if "RayTrainWorker" in line or "finray.training.worker_process" in line:
+            if "RayTrainWorker" in line or "finray.training.launch.worker_process" in line:
                 yield process
 
 

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol
 
-from .attempts import persevere
 from .common.errors import FinrayError, InputError, Interrupted, RunError, last_line
 from .common.lock import held
 from .common.secrets import redact
@@ -28,7 +27,8 @@ from .data.prepared import Prepared
 from .data.tasks import RunTasks, run_in_process, run_on_ray_data
 from .engine.context import STOP_FILE
 from .engine.task import Job, Outcome
-from .launch import launch_here
+from .launch.ray_workers import launch_here
+from .launch.retries import persevere
 from .methods import method_of
 from .records.checkpoint import best
 from .records.recorder import now, update_run

@@ -11,7 +11,7 @@ from ..training.common.storage import Folder
 from ..training.common.yaml_text import dump_yaml
 from ..training.config.recipe import Recipe
 from ..training.engine.task import Job, Outcome
-from ..training.launch import launch_on_ray
+from ..training.launch.ray_workers import launch_on_ray
 from ..training.records.run_folder import Record, read_run
 from ..training.run import Listener, run_folder, train
 from .plan import Plan

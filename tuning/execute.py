@@ -19,7 +19,7 @@ from ray.tune.search import Searcher
 
 from ..training.common.stop import Stop
 from ..training.config.recipe import ScaleSettings
-from ..training.launch import run_beside
+from ..training.launch.ray_workers import run_beside
 from ..training.records.run_folder import Record
 from .conductor import Conductor
 from .room import slot_resources

@@ -2,9 +2,9 @@
 
 from collections.abc import Sequence
 
-from ..training.capacity import Resources, cluster_nodes, demand, fitting_workers
 from ..training.common.errors import InputError
 from ..training.config.recipe import ScaleSettings
+from ..training.launch.resources import Resources, cluster_nodes, demand, fitting_workers
 
 _DRIVER_CPUS = 0.1
 """Of a trial that only starts and follows Ray Train workers; Ray Tune does not take 0."""

@@ -214,7 +214,7 @@ class RunningTrial:
             return Outcome(status="pruned", error=None, exit_code=0)
 
     def _launch_on_ray(self, job: Any) -> Any:
-        from ..training.launch import launch_on_ray
+        from ..training.launch.ray_workers import launch_on_ray
 
         stop = Stop()
         ended = threading.Event()

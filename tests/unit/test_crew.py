@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from finray.training.common.storage import Folder
-from finray.training.crew import Patience
+from finray.training.launch.elastic import Patience
 from finray.training.records import checkpoint
 
 

@@ -16,13 +16,13 @@ import pytest
 from harness import wait_until
 
 from finray.cluster.gpus import Gpu, usable_gpus
-from finray.training import processes
-from finray.training.capacity import Demand
 from finray.training.common.errors import RunError
 from finray.training.common.stop import Stop
 from finray.training.config.recipe import ScaleSettings
 from finray.training.engine.task import Job
-from finray.training.processes import Processes
+from finray.training.launch import local_workers as processes
+from finray.training.launch.local_workers import Processes
+from finray.training.launch.resources import Demand
 
 DEADLINE = 60.0
 

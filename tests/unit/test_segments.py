@@ -8,7 +8,7 @@ from harness import assert_same_result, losses, metrics
 
 from finray.training.common.stop import Stop
 from finray.training.config.recipe import Recipe
-from finray.training.launch import launch_here
+from finray.training.launch.ray_workers import launch_here
 from finray.training.run import Listener, carry_out, prepare_data, run_folder
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")

@@ -1,6 +1,6 @@
 """One worker of a run in a process of its own, as `processes.py` starts it.
 
-    python -m finray.training.worker_process
+    python -m finray.training.launch.worker_process
 
 Orders come in through what was stdin, answers leave through what was stdout, both as lines of JSON.
 The libraries are loaded before there is an order. A driver that is gone has closed its end: then
@@ -19,9 +19,9 @@ from queue import SimpleQueue
 from types import FrameType
 from typing import IO, Any, Literal, TypedDict
 
-from .common.errors import InputError, last_line
-from .engine.context import ProcessSession
-from .engine.task import Job, Outcome
+from ..common.errors import InputError, last_line
+from ..engine.context import ProcessSession
+from ..engine.task import Job, Outcome
 from .network import LOOPBACK, Place, join_group
 
 
@@ -69,7 +69,7 @@ def _train(
 ) -> Outcome:
     import torch
 
-    from .engine.worker import run_worker
+    from ..engine.worker import run_worker
 
     start = starts.get()
     place = Place(**start["place"])

@@ -4,25 +4,25 @@ from collections.abc import Callable
 from concurrent.futures import wait
 from typing import Any, TypeVar, cast
 
-from .capacity import Demand, ask_autoscaler, check_fits, cluster_nodes, demand
-from .common.background import beside
-from .common.errors import RunError, last_line
-from .common.secrets import redact
-from .common.stop import Stop
-from .common.storage import Folder
-from .config.recipe import ScaleSettings
-from .crew import Patience, Watch, await_room
-from .engine.context import STOP_FILE, LocalSession, RaySession
-from .engine.restart import AttemptOver, Restart
-from .engine.task import Job, Outcome
-from .records.run_folder import CHECKPOINTS_FOLDER
+from ..common.background import beside
+from ..common.errors import RunError, last_line
+from ..common.secrets import redact
+from ..common.stop import Stop
+from ..common.storage import Folder
+from ..config.recipe import ScaleSettings
+from ..engine.context import STOP_FILE, LocalSession, RaySession
+from ..engine.restart import AttemptOver, Restart
+from ..engine.task import Job, Outcome
+from ..records.run_folder import CHECKPOINTS_FOLDER
+from .elastic import Patience, Watch, await_room
+from .resources import Demand, ask_autoscaler, check_fits, cluster_nodes, demand
 
 T = TypeVar("T")
 
 
 def launch_here(job: Job, stop: Stop) -> Outcome:
     """Train in this process, without Ray."""
-    from .engine.worker import run_worker
+    from ..engine.worker import run_worker
 
     stop.armed = True
     return run_worker(job, LocalSession(Folder(job["run"]), stop.requested))
@@ -140,7 +140,7 @@ def _make_trainer(job: Job, wanted: Demand, workers: int, worker_env: dict[str, 
     import ray.train
     from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
-    from .process_group import ProcessGroup
+    from .ray_backend import ProcessGroup
 
     run = Folder(job["run"])
     # What TorchTrainer is, less torch in the driver and in the controller.
@@ -165,7 +165,7 @@ def _make_trainer(job: Job, wanted: Demand, workers: int, worker_env: dict[str, 
 
 
 def _ray_worker(job: dict[str, Any]) -> Outcome:
-    from .engine.worker import run_worker
+    from ..engine.worker import run_worker
 
     outcome = run_worker(cast(Job, job), RaySession(Folder(job["run"])))
     if outcome["status"] == "restart":

@@ -21,16 +21,16 @@ from pathlib import Path
 from queue import Empty, SimpleQueue
 from typing import Any, Self, cast
 
-from .capacity import Demand
-from .common.errors import RunError
-from .common.secrets import redact
-from .common.stop import Stop
-from .common.storage import Folder
-from .config.recipe import ScaleSettings
-from .crew import Patience
-from .engine.task import Job, Outcome
+from ..common.errors import RunError
+from ..common.secrets import redact
+from ..common.stop import Stop
+from ..common.storage import Folder
+from ..config.recipe import ScaleSettings
+from ..engine.task import Job, Outcome
+from ..records.run_folder import CHECKPOINTS_FOLDER
+from .elastic import Patience
 from .network import LOOPBACK, Place, free_port
-from .records.run_folder import CHECKPOINTS_FOLDER
+from .resources import Demand
 from .worker_process import STOP_LINE, Start
 
 _POLL_SECONDS = 0.1
@@ -240,7 +240,7 @@ class _Group:
 
 def _start_process(env: dict[str, str], log: Path | None) -> "subprocess.Popen[bytes]":
     # -P: a file of the current folder must not be taken for a library.
-    command = [sys.executable, "-P", "-m", "finray.training.worker_process"]
+    command = [sys.executable, "-P", "-m", "finray.training.launch.worker_process"]
     pipe = subprocess.PIPE
     with log.open("ab") if log is not None else nullcontext() as stream:
         # A group of its own, which a terminal's Ctrl-C does not reach, and which ends as one.

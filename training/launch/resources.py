@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from .common.errors import InputError
-from .config.recipe import ScaleSettings
+from ..common.errors import InputError
+from ..config.recipe import ScaleSettings
 
 Resources = dict[str, float]
 """A node's resources by Ray's names: CPU, GPU, …"""

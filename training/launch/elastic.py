@@ -11,7 +11,12 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from .capacity import (
+from ..common.errors import InputError, RunError
+from ..common.stop import Stop
+from ..common.storage import Folder
+from ..records import checkpoint
+from ..records.run_folder import read_run
+from .resources import (
     Demand,
     ask_autoscaler,
     check_fits,
@@ -19,11 +24,6 @@ from .capacity import (
     draining_nodes,
     fitting_workers,
 )
-from .common.errors import InputError, RunError
-from .common.stop import Stop
-from .common.storage import Folder
-from .records import checkpoint
-from .records.run_folder import read_run
 
 _LOOK_SECONDS = 2.0
 _GROW_SECONDS = 20.0

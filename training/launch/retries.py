@@ -11,15 +11,15 @@ import copy
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from .common.errors import RunError
-from .common.storage import Folder
-from .engine.restart import Restart
-from .models.dtypes import free_memory
-from .records.recorder import update_run
-from .records.run_folder import Record, read_run
+from ..common.errors import RunError
+from ..common.storage import Folder
+from ..engine.restart import Restart
+from ..models.dtypes import free_memory
+from ..records.recorder import update_run
+from ..records.run_folder import Record, read_run
 
 if TYPE_CHECKING:
-    from .engine.task import Job, Outcome
+    from ..engine.task import Job, Outcome
 
 _SIZE = "micro_batch_size"
 
