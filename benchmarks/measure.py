@@ -147,7 +147,7 @@ def child_environment() -> dict[str, str]:
 def finray_command() -> list[str]:
     """The installed command of this Python."""
     script = Path(sys.executable).parent / "finray"
-    return [str(script)] if script.exists() else [sys.executable, "-m", "finray.cluster.cli"]
+    return [str(script)] if script.exists() else [sys.executable, "-m", "finray.cluster.cli.main"]
 
 
 def tell(result: Any) -> None:

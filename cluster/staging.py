@@ -37,7 +37,7 @@ while [ -z "$python" ] && [ "${process:-1}" -gt 1 ]; do
     sed -n 's/^--python_worker_command=\\([^ ]*\\) .*/\\1/p')
   process=$(sed -n 's/^PPid:[[:space:]]*//p' "/proc/$process/status")
 done
-exec "${python:-python3}" -m finray.cluster.job_driver "$@"
+exec "${python:-python3}" -m finray.cluster.cli.job_entry "$@"
 """
 
 

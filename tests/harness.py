@@ -111,7 +111,7 @@ class Finray:
         log = self.folder / f"output-{len(self._started)}.txt"
         with log.open("wb") as stream:
             process = subprocess.Popen(
-                self.place([sys.executable, "-m", "finray.cluster.cli", *map(str, arguments)]),
+                self.place([sys.executable, "-m", "finray.cluster.cli.main", *map(str, arguments)]),
                 cwd=self.folder,
                 stdin=subprocess.DEVNULL,
                 stdout=stream,

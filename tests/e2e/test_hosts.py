@@ -279,7 +279,7 @@ def test_a_killed_driver_and_the_same_submission(cluster: Cluster, alone: Path) 
     recipe = cluster.recipe("driver", 120, scale__workers=2)
     cluster.job("submit", recipe)
     wait_until(lambda: reached(run, 25), "step 25")
-    cluster.head.run("pkill", "-KILL", "-f", "finray.cluster.job_driver")
+    cluster.head.run("pkill", "-KILL", "-f", "finray.cluster.cli.job_entry")
     wait_until(lambda: '"FAILED"' in cluster.job("status", "driver", "--json"), "its failure")
     assert "submitted driver again, as driver~2" in cluster.job("submit", recipe, "--wait")
     assert record(run)["status"] == "finished"

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import yaml
 
-from finray.cluster.cli import main
+from finray.cluster.cli.main import main
 
 
 class Runner:

@@ -98,7 +98,7 @@ def _module_imports(path: Path) -> set[str]:
 def test_help_needs_only_the_standard_library() -> None:
     script = (
         "import sys; before = set(sys.modules)\n"
-        "from finray.cluster.cli import _parser; _parser().format_help()\n"
+        "from finray.cluster.cli.main import _parser; _parser().format_help()\n"
         "extra = {m.split('.')[0] for m in set(sys.modules) - before} - sys.stdlib_module_names\n"
         "assert extra <= {'finray'}, extra"
     )

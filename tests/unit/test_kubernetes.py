@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from jsonschema import ValidationError
 from manifests import check_builtin, check_ray, needs_kuberay_schemas, pod_templates
 
-from finray.cluster.cli import main
+from finray.cluster.cli.main import main
 from finray.cluster.kubernetes import LARGEST_RECIPE, Target, object_name, render
 from finray.cluster.overlays import overlay_names
 from finray.training.common.errors import InputError

@@ -235,7 +235,8 @@ def test_every_sequence_is_seen_epochs_times(sequences: int, batch: int, epochs:
 def test_refusing_a_recipe_imports_nothing_heavy(tmp_path: Path) -> None:
     write(tmp_path, GOOD + "adaptr: {}\n")
     script = (
-        "import sys; from finray.cluster.cli import main; code = main(['check', 'recipe.yaml']);"
+        "import sys; from finray.cluster.cli.main import main;"
+        "code = main(['check', 'recipe.yaml']);"
         "heavy = {'torch', 'ray', 'transformers', 'pandas'} & set(sys.modules);"
         "assert code == 2, code; assert not heavy, heavy"
     )

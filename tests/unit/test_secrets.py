@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from finray.cluster.cli import main
+from finray.cluster.cli.main import main
 from finray.training.common.secrets import HIDDEN, redact, secret_places
 
 HUB_TOKEN = "hf_" + "a1B2" * 6

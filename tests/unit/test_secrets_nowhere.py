@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import yaml
 
-from finray.cluster.cli import main
+from finray.cluster.cli.main import main
 from finray.training.common.storage import Folder
 
 # peft calls a name that transformers has renamed.

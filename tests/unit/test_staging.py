@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import yaml
 
-from finray.cluster.job_driver import unpack
+from finray.cluster.cli.job_entry import unpack
 from finray.cluster.staging import INPUTS_FOLDER, RECIPE_FILE, SWEEP_FILE, stage, stage_sweep
 from finray.training.common.errors import InputError
 from finray.training.config.recipe import Recipe, load_recipe

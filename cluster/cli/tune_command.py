@@ -11,32 +11,32 @@ from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
-from ..training.common.errors import InputError
-from ..training.common.stop import Stop
-from ..training.common.storage import Folder
-from ..training.config.paths import resolve_path
-from ..training.config.recipe import Recipe, ScaleSettings
-from ..training.data.inspection import inspect_data
-from ..training.records.run_folder import Record
-from ..training.run import differences
-from ..tuning.record import read_sweep
-from ..tuning.sweep import LoadedSweep, load_sweep, split_overrides
-from .tune_table import render_ending, render_sweep
+from ...training.common.errors import InputError
+from ...training.common.stop import Stop
+from ...training.common.storage import Folder
+from ...training.config.paths import resolve_path
+from ...training.config.recipe import Recipe, ScaleSettings
+from ...training.data.inspection import inspect_data
+from ...training.records.run_folder import Record
+from ...training.run import differences
+from ...tuning.record import read_sweep
+from ...tuning.sweep import LoadedSweep, load_sweep, split_overrides
+from ..tune_table import render_ending, render_sweep
 
 if TYPE_CHECKING:
-    from ..tuning.conductor import Ending
+    from ...tuning.conductor import Ending
 
 _LOOK_SECONDS = 1.0
 
 
 def run_sweep(path: Path, options: argparse.Namespace) -> None:
     """Search, or go on with an unfinished sweep."""
-    from ..tuning.attempt import check_folder, describe
-    from ..tuning.plan import make_plan
-    from .early import prepare_early
-    from .environment import worker_environment
-    from .interrupts import graceful_interrupts
-    from .ray_session import cluster_address, ray_session
+    from ...tuning.attempt import check_folder, describe
+    from ...tuning.plan import make_plan
+    from ..early import prepare_early
+    from ..environment import worker_environment
+    from ..interrupts import graceful_interrupts
+    from ..ray_session import cluster_address, ray_session
 
     loaded = _load(path, options)
     plan = make_plan(loaded)
@@ -54,9 +54,9 @@ def run_sweep(path: Path, options: argparse.Namespace) -> None:
         # Ray takes SIGTERM for itself when it starts; a sweep that is told to end saves first.
         with session, graceful_interrupts(stop):
             # Ray reads its environment when it is imported, so not before.
-            from ..tuning.tune import Watcher
-            from ..tuning.tune import tune as carry_out
-            from .preflight import try_running_cluster
+            from ...tuning.tune import Watcher
+            from ...tuning.tune import tune as carry_out
+            from ..preflight import try_running_cluster
 
             one = _one_worker(plan.recipe)
             tried = try_running_cluster(one, address, options.wait_for_nodes)

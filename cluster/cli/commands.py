@@ -7,17 +7,17 @@ from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 
-from ..training.common.errors import InputError
-from ..training.config.paths import resolve_path
-from ..training.config.recipe import Recipe, load_recipe
+from ...training.common.errors import InputError
+from ...training.config.paths import resolve_path
+from ...training.config.recipe import Recipe, load_recipe
 
 
 def check(options: argparse.Namespace) -> None:
     """Validate a recipe and its data, and tell what a run would do."""
+    from ..environment import worker_environment
+    from ..placement import open_ray
+    from ..preflight import try_running_cluster
     from .check import examine, render
-    from .environment import worker_environment
-    from .placement import open_ray
-    from .preflight import try_running_cluster
 
     recipe = _recipe(options)
     outlook = examine(recipe)
@@ -30,11 +30,11 @@ def check(options: argparse.Namespace) -> None:
 
 def prepare(options: argparse.Namespace) -> None:
     """Prepare a recipe's data."""
-    from ..training.run import Listener, prepare_data, prepares_on_ray
-    from .environment import worker_environment
-    from .placement import open_ray
-    from .progress import ProgressWatcher
-    from .ray_session import cluster_address
+    from ...training.run import Listener, prepare_data, prepares_on_ray
+    from ..environment import worker_environment
+    from ..placement import open_ray
+    from ..progress import ProgressWatcher
+    from ..ray_session import cluster_address
 
     recipe = _recipe(options)
     env = worker_environment(recipe)
@@ -54,12 +54,12 @@ def prepare(options: argparse.Namespace) -> None:
 
 def train(options: argparse.Namespace) -> None:
     """Train, or go on with an unfinished run."""
-    from ..training.common.stop import Stop
-    from ..training.data.inspection import inspect_data
-    from ..training.run import Listener, run_folder
-    from ..training.run import train as carry_out
-    from .placement import placed
-    from .progress import ProgressWatcher
+    from ...training.common.stop import Stop
+    from ...training.data.inspection import inspect_data
+    from ...training.run import Listener, run_folder
+    from ...training.run import train as carry_out
+    from ..placement import placed
+    from ..progress import ProgressWatcher
 
     recipe = _recipe(options)
     inspect_data(recipe)
@@ -69,7 +69,7 @@ def train(options: argparse.Namespace) -> None:
     if options.json:
         print(json.dumps(record, indent=2))
     else:
-        from .summary import render_summary
+        from ..summary import render_summary
 
         print(render_summary(run_folder(recipe), colour=sys.stdout.isatty()))
 
@@ -103,9 +103,9 @@ def tune(options: argparse.Namespace) -> None:
 
 def runs(options: argparse.Namespace) -> None:
     """List the runs of a storage."""
-    from ..training.common.storage import Folder
-    from ..training.records.run_folder import list_runs
-    from .runs_table import render_runs
+    from ...training.common.storage import Folder
+    from ...training.records.run_folder import list_runs
+    from ..runs_table import render_runs
 
     storage = Folder(resolve_path(options.storage, Path.cwd()))
     print(render_runs(list_runs(storage), as_json=options.json))
@@ -113,9 +113,9 @@ def runs(options: argparse.Namespace) -> None:
 
 def report(options: argparse.Namespace) -> None:
     """Write a run's report anew."""
-    from ..training.common.storage import Folder
-    from ..training.records.report import write_report
-    from ..training.records.run_folder import REPORT_FILE
+    from ...training.common.storage import Folder
+    from ...training.records.report import write_report
+    from ...training.records.run_folder import REPORT_FILE
 
     folder = Folder(resolve_path(options.run, Path.cwd()))
     write_report(folder)
@@ -124,8 +124,8 @@ def report(options: argparse.Namespace) -> None:
 
 def k8s_render(options: argparse.Namespace) -> None:
     """Write a recipe as a RayJob."""
-    from ..tuning.sweep import is_sweep
-    from .kubernetes import Target, render
+    from ...tuning.sweep import is_sweep
+    from ..kubernetes import Target, render
 
     if is_sweep(options.recipe):
         raise InputError(
@@ -145,9 +145,9 @@ def k8s_render(options: argparse.Namespace) -> None:
 
 def export(options: argparse.Namespace) -> None:
     """Write a finished run's result as a folder that loads without finray."""
-    from ..training.common.storage import Folder
-    from ..training.export.export import export as write_export
-    from .export_display import export_progress, render_exported
+    from ...training.common.storage import Folder
+    from ...training.export.export import export as write_export
+    from ..export_display import export_progress, render_exported
 
     run = Folder(resolve_path(options.run, Path.cwd()))
     target = Path(resolve_path(str(options.to), Path.cwd()))
@@ -160,7 +160,7 @@ def export(options: argparse.Namespace) -> None:
 
 def schema(options: argparse.Namespace) -> None:
     """Print the JSON schema of recipes or sweeps."""
-    from ..tuning.sweep import Sweep
+    from ...tuning.sweep import Sweep
 
     of = Sweep if options.of == "sweep" else Recipe
     print(json.dumps(of.model_json_schema(), indent=2))

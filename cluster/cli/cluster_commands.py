@@ -6,9 +6,9 @@ import shlex
 import sys
 from dataclasses import asdict
 
-from ..training.common.errors import InputError
-from .auth import token_file
-from .machines import current_head, end_head, joining_lines, start_head
+from ...training.common.errors import InputError
+from ..auth import token_file
+from ..machines import current_head, end_head, joining_lines, start_head
 
 
 def up(options: argparse.Namespace) -> None:
@@ -42,7 +42,7 @@ def status(options: argparse.Namespace) -> None:
 
 def doctor(options: argparse.Namespace) -> None:
     """Examine every node of a running cluster."""
-    from .jobs import Cluster
+    from ..jobs import Cluster
 
     what = "doctor" if options.storage is None else f"doctor {shlex.quote(options.storage)}"
     code, log = Cluster(options.address).run("finray~doctor", what)

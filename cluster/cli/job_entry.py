@@ -12,13 +12,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ..training.common.storage import Folder
-from ..training.common.yaml_text import dump_yaml, load_yaml
-from ..training.records.run_folder import METRICS_FILE, REPORT_FILE, RUN_FILE, SAMPLES_FILE
-from ..training.records.run_folder import RECIPE_FILE as RUN_RECIPE_FILE
-from ..tuning.record import SWEEP_FILE as SWEEP_RECORD
-from ..tuning.record import is_result
-from .staging import INPUTS_FOLDER, RECIPE_FILE, SWEEP_FILE, digest
+from ...training.common.storage import Folder
+from ...training.common.yaml_text import dump_yaml, load_yaml
+from ...training.records.run_folder import METRICS_FILE, REPORT_FILE, RUN_FILE, SAMPLES_FILE
+from ...training.records.run_folder import RECIPE_FILE as RUN_RECIPE_FILE
+from ...tuning.record import SWEEP_FILE as SWEEP_RECORD
+from ...tuning.record import is_result
+from ..staging import INPUTS_FOLDER, RECIPE_FILE, SWEEP_FILE, digest
 
 BEGIN, END = "finray-pack-begin", "finray-pack-end"
 """Lines around a packed run in a job's log."""
@@ -33,13 +33,13 @@ _COMPLETE = "complete"
 def main(arguments: Sequence[str]) -> int:
     """`train [OPTION …]`, `tune [OPTION …]`, `pack STORAGE NAME`, or `doctor [STORAGE]`: the exit
     code."""
-    from .cli import main as finray
+    from .main import main as finray
 
     verb, *rest = arguments
     if verb == "pack":
         return pack(Folder(rest[0]) / rest[1])
     if verb == "doctor":
-        from .doctor import main as examine
+        from ..doctor import main as examine
 
         return examine(rest[0] if rest else None)
     path = Path.cwd() / f"resolved-{os.getpid()}.yaml"

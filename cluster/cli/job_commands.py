@@ -6,13 +6,13 @@ import sys
 from dataclasses import asdict
 from pathlib import Path
 
-from ..training.common.errors import InputError, RunError
-from ..training.config.recipe import Recipe, load_recipe
-from ..training.data.inspection import inspect_data
-from ..tuning.plan import make_plan
-from ..tuning.sweep import LoadedSweep, is_sweep, load_sweep, split_overrides
-from .jobs import ACTIVE, Cluster, Job
-from .runs_table import columns
+from ...training.common.errors import InputError, RunError
+from ...training.config.recipe import Recipe, load_recipe
+from ...training.data.inspection import inspect_data
+from ...tuning.plan import make_plan
+from ...tuning.sweep import LoadedSweep, is_sweep, load_sweep, split_overrides
+from ..jobs import ACTIVE, Cluster, Job
+from ..runs_table import columns
 
 
 def submit(options: argparse.Namespace) -> None:

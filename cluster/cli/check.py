@@ -3,15 +3,15 @@
 from dataclasses import asdict
 from typing import Any
 
-from ..training.common import formatting as figures
-from ..training.common.storage import Folder
-from ..training.config.recipe import Recipe
-from ..training.data.fingerprint import fingerprint
-from ..training.data.inspection import Inspection, SourceInspection, inspect_data
-from ..training.data.prepared import Prepared, open_prepared
-from ..training.methods import method_of
-from ..training.records.run_folder import PREPARED_FOLDER
-from .gpus import memory_text
+from ...training.common import formatting as figures
+from ...training.common.storage import Folder
+from ...training.config.recipe import Recipe
+from ...training.data.fingerprint import fingerprint
+from ...training.data.inspection import Inspection, SourceInspection, inspect_data
+from ...training.data.prepared import Prepared, open_prepared
+from ...training.methods import method_of
+from ...training.records.run_folder import PREPARED_FOLDER
+from ..gpus import memory_text
 
 _TYPICAL_FILL = 0.98
 
@@ -141,8 +141,8 @@ def _of_the_model(recipe: Recipe, inspection: Inspection) -> dict[str, Any]:
     """From the model's configuration; None for a hub model that is not on this machine."""
     if inspection.model_folder is None:
         return {"parameters": None, "memory": None}
-    from ..training.models.loading import count_parameters, without_weights
-    from ..training.models.memory_estimate import estimate, sizes_of
+    from ...training.models.loading import count_parameters, without_weights
+    from ...training.models.memory_estimate import estimate, sizes_of
 
     model = without_weights(recipe, method_of(recipe).head)
     memory = estimate(recipe, sizes_of(recipe, model))

@@ -26,10 +26,10 @@ examples:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; returns its exit code."""
     options = _parser().parse_args(arguments)
-    from ..training.common.errors import FinrayError
-    from ..training.common.secrets import redact
+    from ...training.common.errors import FinrayError
+    from ...training.common.secrets import redact
+    from ..environment import set_environment
     from . import commands
-    from .environment import set_environment
     from .quiet import quiet_libraries
 
     set_environment()
