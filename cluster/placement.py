@@ -13,12 +13,12 @@ from ..training.launch.local_workers import Processes
 from ..training.launch.ray_workers import launch_on_ray
 from ..training.launch.resources import Resources, check_fits, demand
 from ..training.run import Launch, Listener, find_finished, prepare_data, prepares_on_ray
+from .cli.screens.progress import ProgressWatcher
 from .early import prepare_early
 from .environment import worker_environment
 from .gpus import usable_gpus
 from .interrupts import graceful_interrupts
 from .preflight import try_machine, try_running_cluster
-from .progress import ProgressWatcher
 from .ray_session import cluster_address, ray_session
 
 

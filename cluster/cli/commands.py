@@ -33,8 +33,8 @@ def prepare(options: argparse.Namespace) -> None:
     from ...training.run import Listener, prepare_data, prepares_on_ray
     from ..environment import worker_environment
     from ..placement import open_ray
-    from ..progress import ProgressWatcher
     from ..ray_session import cluster_address
+    from .screens.progress import ProgressWatcher
 
     recipe = _recipe(options)
     env = worker_environment(recipe)
@@ -59,7 +59,7 @@ def train(options: argparse.Namespace) -> None:
     from ...training.run import Listener, run_folder
     from ...training.run import train as carry_out
     from ..placement import placed
-    from ..progress import ProgressWatcher
+    from .screens.progress import ProgressWatcher
 
     recipe = _recipe(options)
     inspect_data(recipe)
@@ -69,7 +69,7 @@ def train(options: argparse.Namespace) -> None:
     if options.json:
         print(json.dumps(record, indent=2))
     else:
-        from ..summary import render_summary
+        from .screens.summary import render_summary
 
         print(render_summary(run_folder(recipe), colour=sys.stdout.isatty()))
 
@@ -105,7 +105,7 @@ def runs(options: argparse.Namespace) -> None:
     """List the runs of a storage."""
     from ...training.common.storage import Folder
     from ...training.records.run_folder import list_runs
-    from ..runs_table import render_runs
+    from .screens.runs import render_runs
 
     storage = Folder(resolve_path(options.storage, Path.cwd()))
     print(render_runs(list_runs(storage), as_json=options.json))
@@ -147,7 +147,7 @@ def export(options: argparse.Namespace) -> None:
     """Write a finished run's result as a folder that loads without finray."""
     from ...training.common.storage import Folder
     from ...training.export.export import export as write_export
-    from ..export_display import export_progress, render_exported
+    from .screens.export import export_progress, render_exported
 
     run = Folder(resolve_path(options.run, Path.cwd()))
     target = Path(resolve_path(str(options.to), Path.cwd()))

@@ -12,7 +12,7 @@ from ...training.data.inspection import inspect_data
 from ...tuning.plan import make_plan
 from ...tuning.sweep import LoadedSweep, is_sweep, load_sweep, split_overrides
 from ..jobs import ACTIVE, Cluster, Job
-from ..runs_table import columns
+from .screens.runs import columns
 
 
 def submit(options: argparse.Namespace) -> None:

@@ -21,7 +21,7 @@ from ...training.records.run_folder import Record
 from ...training.run import differences
 from ...tuning.record import read_sweep
 from ...tuning.sweep import LoadedSweep, load_sweep, split_overrides
-from ..tune_table import render_ending, render_sweep
+from .screens.sweep import render_ending, render_sweep
 
 if TYPE_CHECKING:
     from ...tuning.conductor import Ending

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from finray.cluster import progress_display
-from finray.cluster.progress import MetricsTail, ProgressWatcher, Speed
+from finray.cluster.cli.screens import progress_display
+from finray.cluster.cli.screens.progress import MetricsTail, ProgressWatcher, Speed
 from finray.training.common.storage import Folder
 from finray.training.records.run_folder import write_run
 

@@ -6,7 +6,7 @@ from typing import Any
 import optuna
 import pytest
 
-from finray.cluster.tune_table import render_ending, render_sweep
+from finray.cluster.cli.screens.sweep import render_ending, render_sweep
 from finray.training.common.storage import Folder
 from finray.tuning.conductor import Ending
 from finray.tuning.figures import learning_curves

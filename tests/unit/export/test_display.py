@@ -6,7 +6,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from finray.cluster.export_display import export_progress, render_exported
+from finray.cluster.cli.screens.export import export_progress, render_exported
 from finray.training.export.export import Exported
 from finray.training.export.loading import Loadable
 

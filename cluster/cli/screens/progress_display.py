@@ -13,7 +13,7 @@ from rich.spinner import Spinner
 from rich.table import Table
 from rich.text import Text
 
-from ..training.common import formatting as figures
+from ....training.common import formatting as figures
 
 PLAIN_SECONDS = 1.0
 """Plain lines come at most this often; evaluations always."""

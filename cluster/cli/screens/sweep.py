@@ -2,14 +2,14 @@
 
 from typing import TYPE_CHECKING, Any
 
-from ..training.common import formatting as figures
-from ..training.common.storage import Folder
-from ..training.records.run_folder import Record
-from ..tuning.record import BEST_FILE, REPORT_FILE, saved_share
-from .runs_table import columns
+from ....training.common import formatting as figures
+from ....training.common.storage import Folder
+from ....training.records.run_folder import Record
+from ....tuning.record import BEST_FILE, REPORT_FILE, saved_share
+from .runs import columns
 
 if TYPE_CHECKING:
-    from ..tuning.conductor import Ending
+    from ....tuning.conductor import Ending
 
 _WORDS = 2
 """So many columns hold words."""

@@ -12,11 +12,11 @@ from typing import Any, Self
 
 from rich.console import Console
 
-from ..training.common import formatting as figures
-from ..training.common.errors import InputError
-from ..training.common.storage import Folder
-from ..training.records.labels import HEADLINES, shown
-from ..training.records.run_folder import METRICS_FILE, Record, parse_record, read_run
+from ....training.common import formatting as figures
+from ....training.common.errors import InputError
+from ....training.common.storage import Folder
+from ....training.records.labels import HEADLINES, shown
+from ....training.records.run_folder import METRICS_FILE, Record, parse_record, read_run
 from .progress_display import Display, LiveDisplay, PlainDisplay, State
 
 TICK = 0.25

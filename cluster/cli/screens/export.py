@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.filesize import decimal
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
-from ..training.export.export import Exported
+from ....training.export.export import Exported
 
 KINDS = {
     "adapter": "the adapter alone",

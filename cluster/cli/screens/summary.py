@@ -4,10 +4,10 @@ from collections.abc import Sequence
 
 from rich.cells import cell_len, set_cell_size
 
-from ..training.common import formatting as figures
-from ..training.common.storage import Folder
-from ..training.records.labels import HEADLINES, shown
-from ..training.records.run_folder import (
+from ....training.common import formatting as figures
+from ....training.common.storage import Folder
+from ....training.records.labels import HEADLINES, shown
+from ....training.records.run_folder import (
     METRICS_FILE,
     REPORT_FILE,
     Record,

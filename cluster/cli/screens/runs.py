@@ -5,8 +5,8 @@ from collections.abc import Sequence
 from datetime import UTC, datetime
 from typing import Any
 
-from ..training.common import formatting as figures
-from ..training.records.run_folder import Record
+from ....training.common import formatting as figures
+from ....training.records.run_folder import Record
 
 SILENT_SECONDS = 120.0
 """A run that says it is running gives a sign of life more often than this."""
