@@ -42,7 +42,7 @@ def status(options: argparse.Namespace) -> None:
 
 def doctor(options: argparse.Namespace) -> None:
     """Examine every node of a running cluster."""
-    from ..jobs import Cluster
+    from ..jobs.client import Cluster
 
     what = "doctor" if options.storage is None else f"doctor {shlex.quote(options.storage)}"
     code, log = Cluster(options.address).run("finray~doctor", what)

@@ -11,7 +11,7 @@ from ...training.config.recipe import Recipe, load_recipe
 from ...training.data.inspection import inspect_data
 from ...tuning.plan import make_plan
 from ...tuning.sweep import LoadedSweep, is_sweep, load_sweep, split_overrides
-from ..jobs import ACTIVE, Cluster, Job
+from ..jobs.client import ACTIVE, Cluster, Job
 from .screens.runs import columns
 
 

@@ -18,7 +18,7 @@ from ...training.records.run_folder import METRICS_FILE, REPORT_FILE, RUN_FILE, 
 from ...training.records.run_folder import RECIPE_FILE as RUN_RECIPE_FILE
 from ...tuning.record import SWEEP_FILE as SWEEP_RECORD
 from ...tuning.record import is_result
-from ..staging import INPUTS_FOLDER, RECIPE_FILE, SWEEP_FILE, digest
+from ..jobs.staging import INPUTS_FOLDER, RECIPE_FILE, SWEEP_FILE, digest
 
 BEGIN, END = "finray-pack-begin", "finray-pack-end"
 """Lines around a packed run in a job's log."""

@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from finray.cluster.cli.job_entry import unpack
-from finray.cluster.staging import INPUTS_FOLDER, RECIPE_FILE, SWEEP_FILE, stage, stage_sweep
+from finray.cluster.jobs.staging import INPUTS_FOLDER, RECIPE_FILE, SWEEP_FILE, stage, stage_sweep
 from finray.training.common.errors import InputError
 from finray.training.config.recipe import Recipe, load_recipe
 from finray.tuning.sweep import LoadedSweep, load_sweep

@@ -12,12 +12,12 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from ..training.common.errors import InputError
-from ..training.common.yaml_text import dump_yaml
-from ..training.config.recipe import Recipe, Source
-from ..training.data.sources import expand
-from ..tuning.sweep import LoadedSweep
-from .portable import strings
+from ...training.common.errors import InputError
+from ...training.common.yaml_text import dump_yaml
+from ...training.config.recipe import Recipe, Source
+from ...training.data.sources import expand
+from ...tuning.sweep import LoadedSweep
+from ..portable import strings
 
 LIMIT_MIB = 100.0
 """Largest sum of the files that travel, in MiB."""
@@ -114,7 +114,7 @@ def add_finray(folder: Path) -> None:
     metadata = folder / "finray.dist-info" / "METADATA"
     metadata.parent.mkdir()
     metadata.write_text(f"Metadata-Version: 2.1\nName: finray\nVersion: {version('finray')}\n")
-    root = Path(__file__).resolve().parents[1]
+    root = Path(__file__).resolve().parents[2]
     for package in _PACKAGES:
         shutil.copytree(root / package, folder / "finray" / package, ignore=_LEFT_OUT)
 

@@ -15,11 +15,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..training.common.errors import InputError, RunError
-from ..training.config.recipe import Recipe
-from ..tuning.sweep import LoadedSweep
-from .auth import enter_dashboard, wrong_token
-from .cli import job_entry as job_driver
+from ...training.common.errors import InputError, RunError
+from ...training.config.recipe import Recipe
+from ...tuning.sweep import LoadedSweep
+from ..auth import enter_dashboard, wrong_token
+from ..cli import job_entry as job_driver
 from .staging import LAUNCHER, LIMIT_MIB, add_finray, stage, stage_sweep
 
 ACTIVE = ("PENDING", "RUNNING")
