@@ -51,7 +51,7 @@ def child(folder: Path, name: str, workers: int) -> dict[str, Any]:
     from finray.cluster.environment import set_environment
 
     set_environment()
-    from finray.cluster.ray_session import ray_session
+    from finray.cluster.nodes.ray_session import ray_session
     from finray.training.config.recipe import load_recipe
     from finray.training.run import Listener, prepare_data
 

@@ -18,8 +18,8 @@ from .early import prepare_early
 from .environment import worker_environment
 from .gpus import usable_gpus
 from .interrupts import graceful_interrupts
+from .nodes.ray_session import cluster_address, ray_session
 from .preflight import try_machine, try_running_cluster
-from .ray_session import cluster_address, ray_session
 
 
 def placed(

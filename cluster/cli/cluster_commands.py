@@ -7,8 +7,8 @@ import sys
 from dataclasses import asdict
 
 from ...training.common.errors import InputError
-from ..auth import token_file
-from ..machines import current_head, end_head, joining_lines, start_head
+from ..nodes.head import current_head, end_head, joining_lines, start_head
+from ..nodes.token import token_file
 
 
 def up(options: argparse.Namespace) -> None:

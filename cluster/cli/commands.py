@@ -32,8 +32,8 @@ def prepare(options: argparse.Namespace) -> None:
     """Prepare a recipe's data."""
     from ...training.run import Listener, prepare_data, prepares_on_ray
     from ..environment import worker_environment
+    from ..nodes.ray_session import cluster_address
     from ..placement import open_ray
-    from ..ray_session import cluster_address
     from .screens.progress import ProgressWatcher
 
     recipe = _recipe(options)

@@ -39,7 +39,7 @@ def main(arguments: Sequence[str]) -> int:
     if verb == "pack":
         return pack(Folder(rest[0]) / rest[1])
     if verb == "doctor":
-        from ..doctor import main as examine
+        from ..nodes.doctor import main as examine
 
         return examine(rest[0] if rest else None)
     path = Path.cwd() / f"resolved-{os.getpid()}.yaml"

@@ -36,7 +36,7 @@ def run_sweep(path: Path, options: argparse.Namespace) -> None:
     from ..early import prepare_early
     from ..environment import worker_environment
     from ..interrupts import graceful_interrupts
-    from ..ray_session import cluster_address, ray_session
+    from ..nodes.ray_session import cluster_address, ray_session
 
     loaded = _load(path, options)
     plan = make_plan(loaded)

@@ -18,8 +18,8 @@ from typing import Any
 from ...training.common.errors import InputError, RunError
 from ...training.config.recipe import Recipe
 from ...tuning.sweep import LoadedSweep
-from ..auth import enter_dashboard, wrong_token
 from ..cli import job_entry as job_driver
+from ..nodes.token import enter_dashboard, wrong_token
 from .staging import LAUNCHER, LIMIT_MIB, add_finray, stage, stage_sweep
 
 ACTIVE = ("PENDING", "RUNNING")

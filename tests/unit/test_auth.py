@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from finray.cluster import auth
+from finray.cluster.nodes import token as auth
 from finray.training.common.errors import InputError
 
 

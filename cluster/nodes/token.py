@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Literal
 from urllib.parse import urlsplit
 
-from ..training.common.errors import InputError
+from ...training.common.errors import InputError
 
 Door = Literal["token", "open"]
 """How a dashboard receives a request without a token: refuses it, or answers."""

@@ -3,12 +3,12 @@
 import time
 from dataclasses import dataclass
 
-from ..training.common.errors import InputError
-from ..training.common.versions import installed_versions
-from ..training.launch.network import interface_of
-from .auth import knock
-from .gpus import Gpu, gpus_here
-from .preflight import Line, on_every_node, render_lines, try_storage
+from ...training.common.errors import InputError
+from ...training.common.versions import installed_versions
+from ...training.launch.network import interface_of
+from ..gpus import Gpu, gpus_here
+from ..preflight import Line, on_every_node, render_lines, try_storage
+from .token import knock
 
 _MOST_SKEW_SECONDS = 2.0
 

@@ -11,8 +11,8 @@ from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from ..training.common.errors import InputError, RunError
-from .auth import MODE, ensure_token, knock, token_file
+from ...training.common.errors import InputError, RunError
+from .token import MODE, ensure_token, knock, token_file
 
 _START_SECONDS = 90.0
 _END_SECONDS = 60.0

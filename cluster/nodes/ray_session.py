@@ -5,7 +5,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from .auth import enter_cluster, enter_own_cluster
+from .token import enter_cluster, enter_own_cluster
 
 # Ray Train sets them for its processes. Where all others have them too, a process that prepared
 # data goes on as one that trains.

@@ -1,0 +1,1 @@
+"""Ray on this machine and on others: sessions, tokens, the head, the doctor."""
