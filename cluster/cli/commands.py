@@ -125,7 +125,7 @@ def report(options: argparse.Namespace) -> None:
 def k8s_render(options: argparse.Namespace) -> None:
     """Write a recipe as a RayJob."""
     from ...tuning.sweep import is_sweep
-    from ..kubernetes import Target, render
+    from ..kubernetes.render import Target, render
 
     if is_sweep(options.recipe):
         raise InputError(

@@ -17,7 +17,7 @@ from ...training.common.yaml_text import dump_yaml
 from ...training.config.recipe import Recipe, Source
 from ...training.data.sources import expand
 from ...tuning.sweep import LoadedSweep
-from ..portable import strings
+from ..kubernetes.portable import strings
 
 LIMIT_MIB = 100.0
 """Largest sum of the files that travel, in MiB."""

@@ -12,8 +12,8 @@ from jsonschema import ValidationError
 from manifests import check_builtin, check_ray, needs_kuberay_schemas, pod_templates
 
 from finray.cluster.cli.main import main
-from finray.cluster.kubernetes import LARGEST_RECIPE, Target, object_name, render
-from finray.cluster.overlays import overlay_names
+from finray.cluster.kubernetes.overlays import overlay_names
+from finray.cluster.kubernetes.render import LARGEST_RECIPE, Target, object_name, render
 from finray.training.common.errors import InputError
 from finray.training.config.recipe import Recipe, load_recipe, recipe_from_dict
 

@@ -11,7 +11,7 @@ import pytest
 import yaml
 from manifests import ROOT, check_builtin, check_ray, needs_kuberay_schemas
 
-from finray.cluster.overlays import overlay_names, ray_cluster
+from finray.cluster.kubernetes.overlays import overlay_names, ray_cluster
 
 K8S = ROOT / "k8s"
 OVERLAYS = overlay_names()

@@ -9,9 +9,9 @@ from typing import Any
 
 import yaml
 
-from ..training.common.errors import InputError
-from ..training.common.yaml_text import dump_yaml
-from ..training.config.recipe import Recipe, ScaleSettings
+from ...training.common.errors import InputError
+from ...training.common.yaml_text import dump_yaml
+from ...training.config.recipe import Recipe, ScaleSettings
 from .overlays import Manifest, ray_cluster
 from .portable import check_no_secret, check_reachable
 

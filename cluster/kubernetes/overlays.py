@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from ..training.common.errors import InputError
+from ...training.common.errors import InputError
 
 Manifest = dict[str, Any]
 """A Kubernetes object."""

@@ -4,8 +4,8 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from ..training.common.errors import InputError
-from ..training.config.recipe import Recipe
+from ...training.common.errors import InputError
+from ...training.config.recipe import Recipe
 
 # Environment variables whose value is one; RAY_AUTH_TOKEN_PATH and the like name a file.
 _SECRET_NAME = re.compile(

@@ -1,0 +1,1 @@
+"""Recipes as KubeRay's RayJobs."""
