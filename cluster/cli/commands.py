@@ -15,7 +15,7 @@ from ...training.config.recipe import Recipe, load_recipe
 def check(options: argparse.Namespace) -> None:
     """Validate a recipe and its data, and tell what a run would do."""
     from ..environment import worker_environment
-    from ..placement import open_ray
+    from ..launcher import open_ray
     from ..preflight import try_running_cluster
     from .check import examine, render
 
@@ -32,8 +32,8 @@ def prepare(options: argparse.Namespace) -> None:
     """Prepare a recipe's data."""
     from ...training.run import Listener, prepare_data, prepares_on_ray
     from ..environment import worker_environment
+    from ..launcher import open_ray
     from ..nodes.ray_session import cluster_address
-    from ..placement import open_ray
     from .screens.progress import ProgressWatcher
 
     recipe = _recipe(options)
@@ -58,7 +58,7 @@ def train(options: argparse.Namespace) -> None:
     from ...training.data.inspection import inspect_data
     from ...training.run import Listener, run_folder
     from ...training.run import train as carry_out
-    from ..placement import placed
+    from ..launcher import placed
     from .screens.progress import ProgressWatcher
 
     recipe = _recipe(options)

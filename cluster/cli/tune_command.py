@@ -33,7 +33,7 @@ def run_sweep(path: Path, options: argparse.Namespace) -> None:
     """Search, or go on with an unfinished sweep."""
     from ...tuning.attempt import check_folder, describe
     from ...tuning.plan import make_plan
-    from ..early import prepare_early
+    from ..early_preparation import prepare_early
     from ..environment import worker_environment
     from ..interrupts import graceful_interrupts
     from ..nodes.ray_session import cluster_address, ray_session

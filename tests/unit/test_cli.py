@@ -203,7 +203,7 @@ def test_a_sweep_is_no_run_of_kubernetes(finray: Runner) -> None:
 
 def test_more_gpus_than_there_are(finray: Runner, monkeypatch: pytest.MonkeyPatch) -> None:
     """No worker is started, and no GPU taken."""
-    monkeypatch.setattr("finray.cluster.placement.usable_gpus", lambda: 1)
+    monkeypatch.setattr("finray.cluster.launcher.usable_gpus", lambda: 1)
     told = finray("train", finray.recipe(scale__workers=2), code=2)
     assert "lacks 1 GPUs; scale.workers=1 would fit" in told
     assert not (finray.folder / "runs").exists()

@@ -14,7 +14,7 @@ from ..training.launch.ray_workers import launch_on_ray
 from ..training.launch.resources import Resources, check_fits, demand
 from ..training.run import Launch, Listener, find_finished, prepare_data, prepares_on_ray
 from .cli.screens.progress import ProgressWatcher
-from .early import prepare_early
+from .early_preparation import prepare_early
 from .environment import worker_environment
 from .gpus import usable_gpus
 from .interrupts import graceful_interrupts
