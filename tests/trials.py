@@ -8,7 +8,7 @@ from typing import Any
 from finray.training.config.recipe import Recipe
 from finray.training.models.base_cache import forget_bases
 from finray.training.run import Listener, prepare_data
-from finray.tuning.trial import RunningTrial, TrialConfig, _stop_event
+from finray.tuning.trial_actor import RunningTrial, TrialConfig, _stop_event
 
 
 @contextmanager

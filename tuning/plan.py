@@ -7,11 +7,11 @@ from ..training.common.errors import InputError
 from ..training.common.storage import Folder
 from ..training.config.recipe import Recipe
 from ..training.methods import Metric
+from .default_search import default_space
 from .metrics import is_measured_on_the_way, objectives
-from .record import trial_name
-from .rule import default_space
 from .space import Excluded, Settings, Space
 from .sweep import LoadedSweep, Sweep
+from .sweep_folder import trial_name
 
 CHANGEABLE = (
     *("optim.learning_rate", "optim.weight_decay", "optim.max_grad_norm", "optim.beta1"),

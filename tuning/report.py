@@ -12,8 +12,8 @@ from ..training.common import formatting as text
 from ..training.common.storage import Folder
 from ..training.records.report import asset
 from ..training.records.run_folder import Record
-from .figures import figures
-from .record import REPORT_FILE, note, saved_share
+from .plots import figures
+from .sweep_folder import REPORT_FILE, note, saved_share
 
 
 def write_report(folder: Folder, study: optuna.Study, record: Record) -> None:

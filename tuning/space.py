@@ -19,8 +19,7 @@ from ..training.config.yaml_file import (
     suggestion,
     validate,
 )
-from .distribution import Distribution, Scalar, as_label, is_number
-from .rule import (
+from .default_search import (
     ALPHA,
     LEARNING_RATE,
     RANK,
@@ -32,6 +31,7 @@ from .rule import (
     rate_factor,
     rule_of_thumb,
 )
+from .distribution import Distribution, Scalar, as_label, is_number
 
 Settings = dict[str, Any]
 """Values by dotted key of the recipe."""

@@ -19,8 +19,8 @@ from ..training.common.errors import InputError
 from ..training.common.storage import Folder
 from ..training.methods import Metric
 from ..training.records.run_folder import Record
-from .record import STUDY_FILE
 from .space import Settings, Space
+from .sweep_folder import STUDY_FILE
 
 _SET_UP = "set_up"
 _TRIES = 100

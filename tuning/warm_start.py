@@ -22,11 +22,11 @@ from ..training.common.storage import Folder
 from ..training.config.yaml_file import Change, Document, apply_changes
 from ..training.methods import Metric
 from ..training.records.run_folder import Record
+from .default_search import ALPHA, RANK, RSLORA
 from .distribution import is_number, is_same
-from .record import STUDY_FILE, read_sweep
-from .rule import ALPHA, RANK, RSLORA
 from .space import Settings, Space, value_at
 from .study import StudyFile
+from .sweep_folder import STUDY_FILE, read_sweep
 
 _ADAPTER = (RANK, ALPHA, RSLORA)
 

@@ -16,8 +16,8 @@ from ...training.common.storage import Folder
 from ...training.common.yaml_text import dump_yaml, load_yaml
 from ...training.records.run_folder import METRICS_FILE, REPORT_FILE, RUN_FILE, SAMPLES_FILE
 from ...training.records.run_folder import RECIPE_FILE as RUN_RECIPE_FILE
-from ...tuning.record import SWEEP_FILE as SWEEP_RECORD
-from ...tuning.record import is_result
+from ...tuning.sweep_folder import SWEEP_FILE as SWEEP_RECORD
+from ...tuning.sweep_folder import is_result
 from ..jobs.staging import INPUTS_FOLDER, RECIPE_FILE, SWEEP_FILE, digest
 
 BEGIN, END = "finray-pack-begin", "finray-pack-end"

@@ -19,8 +19,8 @@ from ...training.config.recipe import Recipe, ScaleSettings
 from ...training.data.inspection import inspect_data
 from ...training.records.run_folder import Record
 from ...training.run import differences
-from ...tuning.record import read_sweep
 from ...tuning.sweep import LoadedSweep, load_sweep, split_overrides
+from ...tuning.sweep_folder import read_sweep
 from .screens.sweep import render_ending, render_sweep
 
 if TYPE_CHECKING:
@@ -31,8 +31,8 @@ _LOOK_SECONDS = 1.0
 
 def run_sweep(path: Path, options: argparse.Namespace) -> None:
     """Search, or go on with an unfinished sweep."""
-    from ...tuning.attempt import check_folder, describe
     from ...tuning.plan import make_plan
+    from ...tuning.resume import check_folder, describe
     from ..early_preparation import prepare_early
     from ..environment import worker_environment
     from ..interrupts import graceful_interrupts
@@ -54,8 +54,8 @@ def run_sweep(path: Path, options: argparse.Namespace) -> None:
         # Ray takes SIGTERM for itself when it starts; a sweep that is told to end saves first.
         with session, graceful_interrupts(stop):
             # Ray reads its environment when it is imported, so not before.
-            from ...tuning.tune import Watcher
-            from ...tuning.tune import tune as carry_out
+            from ...tuning.run import Watcher
+            from ...tuning.run import tune as carry_out
             from ..preflight import try_running_cluster
 
             one = _one_worker(plan.recipe)

@@ -7,7 +7,7 @@ import pytest
 from finray.training.common.errors import InputError
 from finray.training.config.recipe import ScaleSettings
 from finray.training.launch.resources import Demand, check_fits, demand, fitting_workers
-from finray.tuning.room import trials_held
+from finray.tuning.concurrency import trials_held
 
 GPU_NODE = {"CPU": 8.0, "GPU": 4.0}
 CPU_NODE = {"CPU": 16.0}

@@ -12,16 +12,16 @@ from finray.training.common.errors import InputError
 from finray.training.config.models import LoraAdapter
 from finray.training.config.recipe import Recipe
 from finray.training.methods import Metric
-from finray.tuning.attempt import check_folder, describe
 from finray.tuning.conductor import Conductor, Ending
 from finray.tuning.distribution import Distribution
 from finray.tuning.pbt import Population, perturbed
 from finray.tuning.plan import make_plan
-from finray.tuning.record import write_sweep
+from finray.tuning.resume import check_folder, describe
 from finray.tuning.samplers import make_pruner, make_sampler
 from finray.tuning.space import Space
 from finray.tuning.study import SweepStudy
 from finray.tuning.sweep import Sweep, load_sweep
+from finray.tuning.sweep_folder import write_sweep
 
 RATE, DECAY = "optim.learning_rate", "optim.weight_decay"
 TURNS, TOKENS = 4, 100

@@ -8,7 +8,7 @@ import torch
 
 from finray.training.config.recipe import Recipe
 from finray.training.models.loading import load_model
-from finray.tuning.rule import rate_factor
+from finray.tuning.default_search import rate_factor
 
 # peft calls a name that transformers has renamed.
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")

@@ -10,8 +10,8 @@ import pytest
 import yaml
 
 from finray.training.common.errors import InputError
+from finray.tuning.default_search import rule_of_thumb
 from finray.tuning.plan import Plan, make_plan
-from finray.tuning.rule import rule_of_thumb
 from finray.tuning.sweep import load_sweep
 
 RATE = {"optim.learning_rate": {"log_uniform": [1e-5, 1e-3]}}
@@ -321,7 +321,7 @@ def test_time_budget_in_words(plan: MakePlan) -> None:
 def test_a_sweep_is_checked_without_ray_and_torch() -> None:
     """Ray takes its token and settings from the environment when it is imported."""
     script = (
-        "import sys, finray.cluster.cli.tune_command, finray.tuning.attempt, finray.tuning.plan\n"
+        "import sys, finray.cluster.cli.tune_command, finray.tuning.resume, finray.tuning.plan\n"
         "assert not {'ray', 'torch', 'optuna'} & set(sys.modules)"
     )
     done = subprocess.run(

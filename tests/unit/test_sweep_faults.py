@@ -10,10 +10,10 @@ from finray.training.common.storage import Folder
 from finray.training.engine.context import STOP_FILE
 from finray.tuning import tune
 from finray.tuning.conductor import Ending
-from finray.tuning.execute import _ConductedPruning, _ConductedSearch, _Guard
 from finray.tuning.plan import Plan
-from finray.tuning.record import read_sweep
-from finray.tuning.tune import Watcher, _Tuning
+from finray.tuning.ray_tune import _ConductedPruning, _ConductedSearch, _Guard
+from finray.tuning.run import Watcher, _Tuning
+from finray.tuning.sweep_folder import read_sweep
 
 
 class Broken:

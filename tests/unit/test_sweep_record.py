@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from finray.training.common.storage import Folder
-from finray.tuning.record import drop_weights, trial_folder
+from finray.tuning.sweep_folder import drop_weights, trial_folder
 
 
 @pytest.mark.parametrize("is_best", [True, False])

@@ -81,7 +81,7 @@ def test_the_base_is_measured_once_for_all_trials_of_a_slot(
 def test_a_slot_does_not_load_torchs_compiler() -> None:
     """In the order in which a slot loads what it needs."""
     program = (
-        "import sys, finray.tuning.trial\n"
+        "import sys, finray.tuning.trial_actor\n"
         "import finray.training.models.base_cache, finray.training.engine.worker\n"
         "print('peft' in sys.modules, 'torch._inductor.compile_fx' in sys.modules)"
     )

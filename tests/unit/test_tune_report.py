@@ -9,9 +9,9 @@ import pytest
 from finray.cluster.cli.screens.sweep import render_ending, render_sweep
 from finray.training.common.storage import Folder
 from finray.tuning.conductor import Ending
-from finray.tuning.figures import learning_curves
-from finray.tuning.record import saved_share
+from finray.tuning.plots import learning_curves
 from finray.tuning.report import render_report
+from finray.tuning.sweep_folder import saved_share
 
 pytestmark = pytest.mark.filterwarnings("ignore::optuna.exceptions.ExperimentalWarning")
 

@@ -13,9 +13,9 @@ from finray.training.common.storage import Folder
 from finray.training.config.recipe import Recipe
 from finray.training.methods import Metric
 from finray.tuning.distribution import Distribution
-from finray.tuning.record import write_sweep
 from finray.tuning.space import Settings, Space
 from finray.tuning.study import StudyFile, SweepStudy
+from finray.tuning.sweep_folder import write_sweep
 from finray.tuning.warm_start import earlier_trials
 
 METRICS = [Metric("eval_loss", "min")]

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 from ....training.common import formatting as figures
 from ....training.common.storage import Folder
 from ....training.records.run_folder import Record
-from ....tuning.record import BEST_FILE, REPORT_FILE, saved_share
+from ....tuning.sweep_folder import BEST_FILE, REPORT_FILE, saved_share
 from .runs import columns
 
 if TYPE_CHECKING:

@@ -8,7 +8,7 @@ from optuna import visualization
 from optuna.trial import FrozenTrial, TrialState
 
 from ..training.records.run_folder import Record
-from .record import lineage
+from .sweep_folder import lineage
 
 _COLOURS = {"finished": "#2f5bb7", "pruned": "#b9b4aa", "failed": "#b3261e", "running": "#b5520f"}
 _ENOUGH = 2

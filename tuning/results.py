@@ -15,8 +15,8 @@ from ..training.launch.ray_workers import launch_on_ray
 from ..training.records.run_folder import Record, read_run
 from ..training.run import Listener, run_folder, train
 from .plan import Plan
-from .record import BEST_FILE, PARETO_FOLDER, RETRAINED_FOLDER, lineage, trial_folder
 from .sweep import Retrain
+from .sweep_folder import BEST_FILE, PARETO_FOLDER, RETRAINED_FOLDER, lineage, trial_folder
 
 
 def best_recipe(plan: Plan, settings: dict[str, Any], name: str) -> Recipe:

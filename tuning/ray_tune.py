@@ -21,10 +21,10 @@ from ..training.common.stop import Stop
 from ..training.config.recipe import ScaleSettings
 from ..training.launch.ray_workers import run_beside
 from ..training.records.run_folder import Record
+from .concurrency import slot_resources
 from .conductor import Conductor
-from .room import slot_resources
 from .study import Assignment
-from .trial import TrialConfig, TrialSlot
+from .trial_actor import TrialConfig, TrialSlot
 
 _ENVIRONMENT = {
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # finray keeps its own books

@@ -22,19 +22,19 @@ from ..training.records.checkpoint import choose
 from ..training.records.recorder import now
 from ..training.records.run_folder import CHECKPOINTS_FOLDER, METRICS_FILE, Record
 from ..training.run import Listener, prepare_data
-from .attempt import check_folder, describe
-from .best import copy, export_best, retrain
+from .concurrency import decide_concurrency
 from .conductor import Conductor, Ending
-from .execute import execute
 from .pbt import Population
 from .plan import Plan
-from .record import TRIALS_FOLDER, drop_weights, trial_folder, trial_name, write_sweep
+from .ray_tune import execute
 from .report import write_report
-from .room import decide_concurrency
+from .results import copy, export_best, retrain
+from .resume import check_folder, describe
 from .samplers import first_rung, interval, make_pruner, make_sampler, parts
 from .space import Settings
 from .study import Assignment, StudyFile, SweepStudy
-from .trial import TrialConfig
+from .sweep_folder import TRIALS_FOLDER, drop_weights, trial_folder, trial_name, write_sweep
+from .trial_actor import TrialConfig
 from .warm_start import earlier_trials
 
 _RETRY_SECONDS = 2.0

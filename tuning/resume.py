@@ -4,7 +4,7 @@ from ..training.common.errors import InputError
 from ..training.records.run_folder import Record
 from ..training.run import differences
 from .plan import Plan
-from .record import read_sweep
+from .sweep_folder import read_sweep
 
 # A sweep that goes on may change these; anything else would make it another search.
 _FREE_ON_RESUME = (
