@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from harness import Finray
+from support.harness import Finray
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ from urllib.request import Request, urlopen
 
 import pytest
 import yaml
-from harness import Finray, losses, reached, record, wait_until
+from support.harness import Finray, losses, reached, record, wait_until
 
 pytestmark = pytest.mark.timeout(600)
 SECRETS = {

@@ -6,9 +6,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from alone import loads_alone, run_alone
-from finished_run import finished_run
-from harness import Finray, wait_until
+from support.alone import loads_alone, run_alone
+from support.finished_run import finished_run
+from support.harness import Finray, wait_until
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 # peft calls a name that transformers has renamed.

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 import yaml
-from harness import Finray, losses, metrics, reached, record, wait_until
-from hosts import Host, Network, why_not
+from support.harness import Finray, losses, metrics, reached, record, wait_until
+from support.hosts import Host, Network, why_not
 
 pytestmark = [
     pytest.mark.timeout(600),

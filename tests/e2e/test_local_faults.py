@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import pytest
-from harness import Finray, assert_same_result, losses, reached, record, wait_until
+from support.harness import Finray, assert_same_result, losses, reached, record, wait_until
 
 
 @pytest.fixture(scope="module")

@@ -11,9 +11,9 @@ from contextlib import closing
 from dataclasses import dataclass
 
 import pytest
-from harness import Finray, losses, wait_until
 from pyarrow.fs import FileSelector, S3FileSystem
 from safetensors.numpy import load
+from support.harness import Finray, losses, wait_until
 
 KEYS = {
     "AWS_ACCESS_KEY_ID": "test",

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import yaml
-from harness import Finray, assert_same_result, metrics, reached, record, wait_until
+from support.harness import Finray, assert_same_result, metrics, reached, record, wait_until
 
 REWARDS = '''
 def length(prompts, completions, completion_ids, reference, **columns):

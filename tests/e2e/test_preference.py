@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from harness import Finray, assert_same_result, losses, reached, record, wait_until, workers
+from support.harness import Finray, assert_same_result, losses, reached, record, wait_until, workers
 
 pytestmark = pytest.mark.timeout(600)
 STEPS = 12

@@ -5,7 +5,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from harness import Finray, assert_same_result, losses, metrics, reached, record, wait_until
+from support.harness import Finray, assert_same_result, losses, metrics, reached, record, wait_until
 
 QLORA = {
     "model__quantize": "nf4",

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from harness import Finray, metrics, record
+from support.harness import Finray, metrics, record
 
 QUICKSTART = Path(__file__).resolve().parents[2] / "recipes" / "quickstart"
 HELD_OUT = 80

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from harness import Finray, losses, metrics, record
+from support.harness import Finray, losses, metrics, record
 
 QUICKSTART = Path(__file__).resolve().parents[2] / "recipes" / "quickstart"
 

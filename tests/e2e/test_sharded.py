@@ -4,9 +4,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from alone import loads_alone
-from harness import Finray, assert_same_result, losses, reached, record, wait_until, workers
 from safetensors.numpy import load_file
+from support.alone import loads_alone
+from support.harness import Finray, assert_same_result, losses, reached, record, wait_until, workers
 
 pytestmark = pytest.mark.timeout(900)
 

@@ -8,7 +8,7 @@ from typing import Any
 import psutil
 import pytest
 import yaml
-from harness import Finray, losses, metrics, reached, record, wait_until
+from support.harness import Finray, losses, metrics, reached, record, wait_until
 
 pytestmark = pytest.mark.timeout(900)
 

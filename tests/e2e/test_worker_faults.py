@@ -6,7 +6,7 @@ As processes of this machine, and as Ray Train's; both must come to the same wei
 from pathlib import Path
 
 import pytest
-from harness import (
+from support.harness import (
     Finray,
     assert_same_result,
     losses,

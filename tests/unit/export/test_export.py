@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from finished_run import finished_run
 from huggingface_hub import ModelCard, ModelCardData
 from safetensors.torch import load_file, save_file
+from support.finished_run import finished_run
 
 from finray.training.common.errors import InputError, RunError
 from finray.training.common.storage import Folder

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import yaml
-from manifests import ROOT, check_builtin, check_ray, needs_kuberay_schemas
+from support.manifests import ROOT, check_builtin, check_ray, needs_kuberay_schemas
 
 from finray.cluster.kubernetes.overlays import overlay_names, ray_cluster
 

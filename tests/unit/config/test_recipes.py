@@ -8,7 +8,7 @@ from finray.training.config.recipe import load_recipe
 from finray.tuning.plan import make_plan
 from finray.tuning.sweep import load_sweep
 
-YAMLS = sorted((Path(__file__).resolve().parents[2] / "recipes").rglob("*.yaml"))
+YAMLS = sorted((Path(__file__).resolve().parents[3] / "recipes").rglob("*.yaml"))
 SWEEPS = [path for path in YAMLS if path.name.startswith("tune")]
 RECIPES = [path for path in YAMLS if path not in SWEEPS]
 

@@ -12,7 +12,7 @@ from unittest.mock import patch
 import pytest
 import torch
 from safetensors.torch import load_file
-from steps import by_workers, make_sequences, make_setup, one_step
+from support.steps import by_workers, make_sequences, make_setup, one_step
 from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
 

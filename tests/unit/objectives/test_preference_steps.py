@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from steps import by_workers, make_setup, one_step
+from support.steps import by_workers, make_setup, one_step
 
 from finray.training.config.recipe import Recipe
 from finray.training.data.batching import in_batches

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from guarded import carry_out, recipe, spoil
+from support.guarded import carry_out, recipe, spoil
 
 from finray.training.common.storage import Folder
 from finray.training.config.recipe import Recipe

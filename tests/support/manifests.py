@@ -12,7 +12,7 @@ import kubernetes_validate
 import pytest
 import yaml
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 KUBERNETES = "1.34"
 SCHEMAS = Path(os.environ.get("FINRAY_KUBERAY_SCHEMAS", ROOT.parent / "shared" / "kuberay"))
 _FILES = {"RayCluster": "ray.io_rayclusters.yaml", "RayJob": "ray.io_rayjobs.yaml"}

@@ -9,7 +9,7 @@ import yaml
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from jsonschema import ValidationError
-from manifests import check_builtin, check_ray, needs_kuberay_schemas, pod_templates
+from support.manifests import check_builtin, check_ray, needs_kuberay_schemas, pod_templates
 
 from finray.cluster.cli.main import main
 from finray.cluster.kubernetes.overlays import overlay_names

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import steps
 import torch
-from guarded import assert_same, carry_out, lines, recipe, spoil
+from support import steps
+from support.guarded import assert_same, carry_out, lines, recipe, spoil
 from transformers import AutoModelForCausalLM
 
 from finray.training.common.errors import RunError

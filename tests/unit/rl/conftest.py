@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from online_runs import GENERATIONS, REWARD
+from support.online_runs import GENERATIONS, REWARD
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from finray.training.config.recipe import Recipe

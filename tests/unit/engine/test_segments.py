@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from harness import assert_same_result, losses, metrics
+from support.harness import assert_same_result, losses, metrics
 
 from finray.training.common.stop import Stop
 from finray.training.config.recipe import Recipe

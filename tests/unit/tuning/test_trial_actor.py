@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from guarded import carry_out, lines, recipe
-from trials import reports_of, trial_of
+from support.guarded import carry_out, lines, recipe
+from support.trials import reports_of, trial_of
 
 from finray.training.common.storage import Folder
 from finray.training.config.recipe import Recipe

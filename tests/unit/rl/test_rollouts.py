@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from online_runs import objective_of, prompts, rows_of, setup_of
+from support.online_runs import objective_of, prompts, rows_of, setup_of
 
 from finray.training.config.methods import GrpoMethod
 from finray.training.config.recipe import Recipe

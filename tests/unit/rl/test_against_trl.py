@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset
-from online_runs import REWARD, Trained
+from support.online_runs import REWARD, Trained
 
 from finray.training.config.recipe import Recipe
 

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from guarded import assert_same, carry_out, losses, recipe, spoil
-from trials import reports_of, trial_of
+from support.guarded import assert_same, carry_out, losses, recipe, spoil
+from support.trials import reports_of, trial_of
 
 from finray.training.common.errors import RunError
 from finray.training.data.batching import Batch

@@ -13,7 +13,7 @@ from typing import Any
 
 import psutil
 import pytest
-from harness import wait_until
+from support.harness import wait_until
 
 from finray.cluster.gpus import Gpu, usable_gpus
 from finray.training.common.errors import RunError

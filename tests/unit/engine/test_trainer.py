@@ -6,9 +6,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-import steps
 import torch
-from steps import Gradients, gradients, make_sequences
+from support import steps
+from support.steps import Gradients, gradients, make_sequences
 from transformers import AutoModelForCausalLM
 
 from finray.training.config.recipe import Recipe
