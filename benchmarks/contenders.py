@@ -10,7 +10,6 @@ import hashlib
 import json
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -95,15 +94,16 @@ def run_finray(job: Job, logged: str = "loss") -> Measured:
         job: what is trained.
         logged: the measure that is kept of every logged step.
     """
-    from finray.training.engine.context import LocalSession
-    from finray.training.engine.worker import Job as WorkerJob
+    from finray.training.common.background import Stop
+    from finray.training.engine.task import WorkerTask
     from finray.training.engine.worker import run_worker
+    from finray.training.launch.in_process import InProcessContext
 
-    class TimedSession(LocalSession):
-        """Told apart by one thing: it notes the time when a step asks whether to go on."""
+    class TimedContext(InProcessContext):
+        """Notes the time when a step begins."""
 
         def __init__(self, run: Folder) -> None:
-            super().__init__(run, threading.Event())
+            super().__init__(run, Stop())
             self.starts: list[Moment] = []
 
         def stop_requested(self) -> bool:
@@ -111,14 +111,14 @@ def run_finray(job: Job, logged: str = "loss") -> Measured:
             return super().stop_requested()
 
     with tempfile.TemporaryDirectory() as folder:
-        session = TimedSession(Folder(folder))
-        told = WorkerJob(recipe=job.recipe, run=folder, prepared=job.prepared)
-        outcome = run_worker(told, session)
+        context = TimedContext(Folder(folder))
+        task = WorkerTask(recipe=job.recipe, run=folder, prepared=job.prepared)
+        outcome = run_worker(task, context)
         if outcome["status"] != "finished":
             raise RuntimeError(outcome["error"])
         lines = (Path(folder) / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     losses = [json.loads(line)[logged] for line in lines]
-    return Measured(session.starts, losses, timed_tokens(job))
+    return Measured(context.starts, losses, timed_tokens(job))
 
 
 # the same batches, for the others

@@ -53,7 +53,7 @@ def child(folder: Path, name: str, workers: int) -> dict[str, Any]:
     set_environment()
     from finray.cluster.nodes.ray_session import ray_session
     from finray.training.config.recipe import load_recipe
-    from finray.training.run import Listener, prepare_data
+    from finray.training.run import prepare_data
 
     values = {
         "name": name,
@@ -66,13 +66,12 @@ def child(folder: Path, name: str, workers: int) -> dict[str, Any]:
     path = folder / f"{name}-{workers}.yaml"
     path.write_text(json.dumps(values), encoding="utf-8")
     recipe = load_recipe(path)
-    listener = Listener(phase=lambda _: None, on_start=lambda _: None)
     started = time.perf_counter()
     if workers:
         with ray_session(recipe.scale, None, {}, verbose=False):
-            prepared = prepare_data(recipe, listener)
+            prepared = prepare_data(recipe)
     else:
-        prepared = prepare_data(recipe, listener)
+        prepared = prepare_data(recipe)
     return {
         "peak_mb": peak_megabytes(),
         "seconds": time.perf_counter() - started,

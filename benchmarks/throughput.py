@@ -55,12 +55,12 @@ def prepared_job(
 ) -> Job:
     """A recipe whose data is prepared, before anything is timed."""
     from finray.training.config.recipe import load_recipe
-    from finray.training.run import Listener, prepare_data
+    from finray.training.run import prepare_data
 
     path = folder / "recipe.yaml"
     path.write_text(json.dumps(values), encoding="utf-8")
     recipe = load_recipe(path)
-    prepared = prepare_data(recipe, Listener(phase=lambda _: None, on_start=lambda _: None))
+    prepared = prepare_data(recipe)
     return Job(
         recipe=recipe.model_dump(mode="json"),
         prepared=prepared.folder.uri,

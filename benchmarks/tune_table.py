@@ -110,10 +110,10 @@ def every_key() -> list[tuple[int, Setting]]:
 def measure_cell(folder: Path, seed: int, setting: Setting) -> Cell:
     """Run one configuration in this process."""
     from finray.training.common.errors import RunError
-    from finray.training.common.stop import Stop
     from finray.training.config.recipe import load_recipe
+    from finray.training.launch.in_process import InProcessLauncher
     from finray.training.records.run_folder import read_metrics
-    from finray.training.run import Listener, run_folder, train
+    from finray.training.run import run_folder, train
 
     learning_rate, rank, alpha, rslora = setting
     settings: dict[str, Any] = {
@@ -137,7 +137,7 @@ def measure_cell(folder: Path, seed: int, setting: Setting) -> Cell:
     }
     recipe = load_recipe(QUICKSTART, tuple(f"{key}={value}" for key, value in settings.items()))
     try:
-        train(recipe, Listener(lambda _: None, lambda _: None), Stop())
+        train(recipe, InProcessLauncher())
     except RunError as error:
         print(f"{recipe.name}: {error}", flush=True)
     lines = read_metrics(run_folder(recipe))

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-from ..training.common.stop import Stop
+from ..training.common.background import Stop
 
 
 @contextmanager

@@ -3,17 +3,18 @@
 import argparse
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 
-from ..training.common.stop import Stop
+from ..training.common.background import Stop
+from ..training.common.progress import Progress
 from ..training.config.recipe import Recipe
-from ..training.engine.task import Job, Outcome
-from ..training.launch.local_workers import Processes
-from ..training.launch.ray_workers import launch_on_ray
-from ..training.launch.resources import Resources, check_fits, demand
-from ..training.run import Launch, Listener, find_finished, prepare_data, prepares_on_ray
-from .cli.screens.progress import ProgressWatcher
+from ..training.launch.in_process import InProcessLauncher
+from ..training.launch.local_workers import LocalLauncher
+from ..training.launch.ray_workers import RayLauncher
+from ..training.launch.resources import Resources, check_fits, worker_request
+from ..training.launch.retries import Launcher
+from ..training.run import find_finished, prepare_data, prepares_on_ray
 from .early_preparation import prepare_early
 from .environment import worker_environment
 from .gpus import usable_gpus
@@ -22,10 +23,10 @@ from .nodes.ray_session import cluster_address, ray_session
 from .preflight import try_machine, try_running_cluster
 
 
-def placed(
-    recipe: Recipe, options: argparse.Namespace, stop: Stop
-) -> AbstractContextManager[Launch | None]:
-    """What launches the run's workers, while the context lasts; None where it has none.
+def choose_launcher(
+    recipe: Recipe, options: argparse.Namespace, stop: Stop, progress: Progress
+) -> AbstractContextManager[Launcher]:
+    """Starts the run's workers, for as long as the context lasts.
 
     Raises:
         InputError: they do not fit; nothing was started then.
@@ -35,7 +36,7 @@ def placed(
         return _here(recipe, stop)
     address = cluster_address(options.address)
     if address is None:
-        return _on_this_machine(recipe, options, stop, env)
+        return _on_this_machine(recipe, options, stop, env, progress)
     return _on_ray(recipe, options, address, stop, env)
 
 
@@ -49,37 +50,36 @@ def open_ray(
 
 
 @contextmanager
-def _here(recipe: Recipe, stop: Stop) -> Iterator[None]:
+def _here(recipe: Recipe, stop: Stop) -> Iterator[Launcher]:
     try_machine(recipe)
     with graceful_interrupts(stop):
-        yield
+        yield InProcessLauncher(stop)
 
 
 @contextmanager
 def _on_this_machine(
-    recipe: Recipe, options: argparse.Namespace, stop: Stop, env: dict[str, str]
-) -> Iterator[Launch]:
+    recipe: Recipe,
+    options: argparse.Namespace,
+    stop: Stop,
+    env: dict[str, str],
+    progress: Progress,
+) -> Iterator[Launcher]:
     machine = _this_machine(recipe)
-    wanted = demand(recipe.scale, [machine])
-    workers = check_fits(wanted, [machine])
+    request = worker_request(recipe.scale, [machine])
+    workers = check_fits(request, [machine])
     try_machine(recipe)
     if find_finished(recipe) is None and prepares_on_ray(recipe):  # with all of its cores
-        ray = open_ray(recipe, options, None, env)
-        with ray, graceful_interrupts(stop), ProgressWatcher() as watcher:
-            prepare_data(recipe, Listener(watcher.phase, watcher.watch))
-    processes = Processes(recipe.scale, wanted, workers, env, options.verbose)
-    with graceful_interrupts(stop), processes:
-
-        def launch(job: Job, tell: Callable[[str], None]) -> Outcome:
-            return processes.launch(job, stop, tell)
-
-        yield launch
+        with open_ray(recipe, options, None, env), graceful_interrupts(stop):
+            prepare_data(recipe, progress)
+    local = LocalLauncher(recipe.scale, request, workers, stop, env, options.verbose)
+    with graceful_interrupts(stop), local as launcher:
+        yield launcher
 
 
 def _this_machine(recipe: Recipe) -> Resources:
-    """Workers may be more than there are cores: they are slower then, and no more."""
-    asked = recipe.scale.most_workers * recipe.scale.cpus_per_worker
-    return {"CPU": max(os.cpu_count() or 1, asked), "GPU": usable_gpus()}
+    """More workers than cores are allowed: they are only slower."""
+    requested = recipe.scale.most_workers * recipe.scale.cpus_per_worker
+    return {"CPU": max(os.cpu_count() or 1, requested), "GPU": usable_gpus()}
 
 
 @contextmanager
@@ -89,14 +89,11 @@ def _on_ray(
     address: str,
     stop: Stop,
     env: dict[str, str],
-) -> Iterator[Launch]:
+) -> Iterator[Launcher]:
     prepared = prepare_early([recipe])
     # Ray takes SIGTERM for itself when it starts; a run that is told to end saves first.
     with open_ray(recipe, options, address, env), graceful_interrupts(stop):
         tried = try_running_cluster(recipe, address, options.wait_for_nodes)
         prepared.result()
-
-        def launch(job: Job, tell: Callable[[str], None]) -> Outcome:
-            return launch_on_ray(job, recipe.scale, stop, tried.worker_env, tell)
-
-        yield launch
+        with RayLauncher(recipe.scale, stop, tried.worker_env) as launcher:
+            yield launcher

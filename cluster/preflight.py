@@ -21,13 +21,13 @@ from ..training.config.model_folder import has_vocabulary, model_folder
 from ..training.config.models import ModelSettings
 from ..training.config.recipe import Recipe
 from ..training.launch.resources import (
-    Demand,
     Resources,
-    ask_autoscaler,
+    WorkerRequest,
     check_fits,
     cluster_nodes,
-    demand,
     fitting_workers,
+    request_from_autoscaler,
+    worker_request,
 )
 from ..training.models.dtypes import probe_bfloat16
 from .gpus import Gpu, gpus_here, judge
@@ -168,7 +168,7 @@ def _fit(recipe: Recipe, wait_seconds: float, tell: Callable[[str], None]) -> Li
     asked = False
     while True:
         nodes = cluster_nodes()
-        wanted = demand(recipe.scale, nodes)
+        wanted = worker_request(recipe.scale, nodes)
         try:
             check_fits(wanted, nodes)
         except InputError as error:
@@ -177,14 +177,14 @@ def _fit(recipe: Recipe, wait_seconds: float, tell: Callable[[str], None]) -> Li
                 return Line("fits", False, f"{error}{waited}")
             if not asked:
                 asked = True
-                ask_autoscaler(wanted)
+                request_from_autoscaler(wanted)
                 tell(f"waiting up to {wait_seconds:g} s for nodes: {error}")
             time.sleep(min(_POLL_SECONDS, wait_seconds))
             continue
         return Line("fits", True, f"{wanted}; {_busy(wanted, nodes)}")
 
 
-def _busy(wanted: Demand, nodes: Sequence[Resources]) -> str:
+def _busy(wanted: WorkerRequest, nodes: Sequence[Resources]) -> str:
     import ray
 
     most = fitting_workers(wanted, nodes)

@@ -1,20 +1,17 @@
-"""One run from the driver's side: prepare, launch the workers, tell how it ended.
+"""One run from the driver's side.
 
     inspect → prepare → compare with an earlier attempt → train → report
 
-Whatever can be wrong is found in the first three, before a model is loaded.
+What can be wrong is found in the first three, before a model is loaded.
 """
 
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
-from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
-from .common.errors import FinrayError, InputError, Interrupted, RunError, last_line
-from .common.lock import held
+from .common.errors import FinrayError, InputError, Interrupted, RunError
+from .common.lock import hold_run_lock
+from .common.progress import SILENT, Progress
 from .common.secrets import redact
-from .common.stop import Stop
 from .common.storage import Folder
 from .common.versions import installed_versions
 from .common.yaml_text import dump_yaml, load_yaml
@@ -22,18 +19,24 @@ from .config.model_folder import model_folder
 from .config.recipe import Recipe, recipe_from_dict
 from .config.remote_code import code_files
 from .data.inspection import inspect_data
-from .data.prepare import Progress, find_prepared, prepare
+from .data.prepare import find_prepared, prepare
 from .data.prepared import Prepared
 from .data.tasks import RunTasks, run_in_process, run_on_ray_data
 from .engine.context import STOP_FILE
-from .engine.task import Job, Outcome
-from .launch.ray_workers import launch_here
-from .launch.retries import persevere
+from .engine.task import WorkerResult, WorkerTask
+from .launch.retries import Launcher, run_with_retries
 from .methods import method_of
 from .records.checkpoint import best
 from .records.recorder import now, update_run
 from .records.report import write_report
-from .records.run_folder import CHECKPOINTS_FOLDER, PREPARED_FOLDER, RECIPE_FILE, Record, read_run
+from .records.run_folder import (
+    CHECKPOINTS_FOLDER,
+    PREPARED_FOLDER,
+    RECIPE_FILE,
+    Record,
+    existing_run,
+    read_run,
+)
 
 # A resumed run may change these; anything else would change its result.
 _FREE_ON_RESUME = (
@@ -42,62 +45,46 @@ _FREE_ON_RESUME = (
 )
 
 
-@dataclass(frozen=True)
-class Listener:
-    """How a run tells the outside what it does."""
-
-    phase: Callable[[str], None]
-    """Called with a few words, such as "loading the model"."""
-    on_start: Callable[[Folder], None]
-    """Called with the run's folder when the workers start: metrics will come."""
-
-
-class Launch(Protocol):
-    """Makes one attempt at a run."""
-
-    def __call__(self, job: Job, tell: Callable[[str], None]) -> Outcome:
-        """Train; `tell` is called with a few words on what happens to the workers."""
-
-
 def run_folder(recipe: Recipe) -> Folder:
-    """Where the run lives: <storage>/<name>."""
+    """The run's folder, <storage>/<name>."""
     return Folder(recipe.storage) / recipe.name
 
 
-def train(recipe: Recipe, listener: Listener, stop: Stop, launch: Launch | None = None) -> Record:
-    """Carry the run to its end, from wherever it stands; returns run.json.
+def train(recipe: Recipe, launcher: Launcher, progress: Progress = SILENT) -> Record:
+    """Train to the end of the run, from wherever it is now; returns run.json.
 
     Args:
         recipe: what to run.
-        listener: told what happens.
-        stop: requested by whoever wants the run to save and end.
-        launch: trains on workers; None for a recipe without any, which trains in this process.
+        launcher: starts the workers.
+        progress: receives what happens.
 
     Raises:
         InputError: the recipe, the data or an earlier attempt forbid it.
-        RunError: the run failed; what was reached is in its folder.
-        Interrupted: `stop` was requested; what was reached is saved.
+        RunError: the run failed; its folder holds what was reached.
+        Interrupted: a stop was requested; what was reached is saved.
     """
     finished = find_finished(recipe)
     if finished is not None:
         return finished
     folder = run_folder(recipe)
     earlier = read_run(folder)
-    prepared = prepare_data(recipe, listener)
+    prepared = prepare_data(recipe, progress)
     _check_enough(recipe, prepared)
     _check_same_data(prepared, folder, earlier)
-    # A driver that was silent for so long that another one took over stops.
-    with held(folder.create(), stop.requested, listener.phase) as stale:
+    # If this driver is silent for so long that another one takes over, it stops.
+    with hold_run_lock(folder.create(), launcher.stop.requested, progress) as stale:
         if stale is not None:
-            listener.phase(f"taking over from {stale}")
-        return _carry_out(recipe, folder, prepared, listener, launch or _launch_here(stop))
+            progress.status(f"taking over from {stale}")
+        result = run_prepared(recipe, prepared, launcher, progress)
+    _raise_failure(result, folder)
+    return existing_run(folder)
 
 
 def find_finished(recipe: Recipe) -> Record | None:
-    """run.json of a run that is done; None of one that is still to do.
+    """run.json of a finished run; None if it is not finished.
 
     Raises:
-        InputError: its folder holds another run, or the recipe names modules that are not there.
+        InputError: its folder holds another run, or the recipe names modules that do not exist.
     """
     folder = run_folder(recipe)
     earlier = read_run(folder)
@@ -109,63 +96,52 @@ def find_finished(recipe: Recipe) -> Record | None:
     return None
 
 
-def _carry_out(
+def run_prepared(
     recipe: Recipe,
-    folder: Folder,
     prepared: Prepared,
-    listener: Listener,
-    launch: Launch,
-) -> Record:
-    _open(recipe, folder, prepared)
-    listener.on_start(folder)
-    job = _job(recipe, folder, prepared)
-    attempt = partial(launch, tell=listener.phase)
-    outcome = _keep_books(recipe, folder, lambda: persevere(job, attempt))
-    _raise_outcome(outcome, folder)
-    record = read_run(folder)
-    assert record is not None
-    return record
-
-
-def carry_out(recipe: Recipe, prepared: Prepared, launch: Callable[[Job], Outcome]) -> Record:
-    """Carry a run whose data is prepared to its end, from wherever it stands; returns run.json.
-
-    Unlike `train` it raises nothing that the run itself met: that is in the record.
+    launcher: Launcher,
+    progress: Progress = SILENT,
+    until: int | None = None,
+) -> WorkerResult:
+    """Train a run whose data is prepared, from wherever it is now; the result says how it ended.
 
     Args:
         recipe: what to run.
         prepared: its data.
-        launch: trains, here or on workers.
+        launcher: starts the workers.
+        progress: receives what happens.
+        until: a step to save and stop after, before the run's end.
+
+    Raises:
+        RunError: the workers failed too often, or cannot start again.
     """
     folder = run_folder(recipe)
     earlier = read_run(folder)
-    if earlier is None or earlier.get("status") != "finished":
-        _open(recipe, folder, prepared)
-        job = _job(recipe, folder, prepared)
-        _keep_books(recipe, folder, lambda: persevere(job, launch))
-    record = read_run(folder)
-    assert record is not None
-    return record
-
-
-def _keep_books(recipe: Recipe, folder: Folder, launch: Callable[[], Outcome]) -> Outcome:
-    """Launch, and write down how it ended."""
+    if earlier is not None and earlier.get("status") == "finished":
+        return WorkerResult(status="finished", error=None, exit_code=0)
+    _record_start(recipe, folder, prepared)
+    progress.run_started(folder)
+    task = WorkerTask(
+        recipe=recipe.model_dump(mode="json"),
+        run=folder.uri,
+        prepared=prepared.folder.uri,
+        until=until,
+    )
     started = time.monotonic()
     try:
-        outcome = launch()
+        result = run_with_retries(task, launcher, progress)
     except BaseException as error:
         status = "stopped" if isinstance(error, KeyboardInterrupt) else "failed"
-        told = str(error) or type(error).__name__
-        _close(recipe, folder, status, told, time.monotonic() - started)
+        message = str(error) or type(error).__name__
+        _record_end(recipe, folder, status, message, time.monotonic() - started)
         raise
-    _close(recipe, folder, outcome["status"], outcome["error"], time.monotonic() - started)
+    _record_end(recipe, folder, result["status"], result["error"], time.monotonic() - started)
     write_report(folder)
-    return outcome
+    return result
 
 
 def prepares_on_ray(recipe: Recipe) -> bool:
-    """Whether the data is still to be prepared, in Ray's tasks: it is not small, and there are
-    workers.
+    """True if the data is not prepared yet, is not small, and the run has workers.
 
     Raises:
         InputError: see `inspect_data`.
@@ -176,44 +152,36 @@ def prepares_on_ray(recipe: Recipe) -> bool:
     return find_prepared(recipe, Folder(recipe.storage) / PREPARED_FOLDER) is None
 
 
-def prepare_data(recipe: Recipe, listener: Listener) -> Prepared:
-    """The recipe's prepared data set, made now where it is not there yet: in this process, or on
-    the initialised Ray as `prepares_on_ray` says.
+def prepare_data(recipe: Recipe, progress: Progress = SILENT) -> Prepared:
+    """The recipe's prepared data set, made now if it does not exist: in this process, or on the
+    initialised Ray where `prepares_on_ray` is true.
 
     Raises:
         InputError: see `inspect_data` and `prepare`.
+        RunError: a data task on Ray failed.
     """
-    if not prepares_on_ray(recipe):
-        return prepare_here(recipe, listener)
-    import ray.exceptions
-
-    try:
-        return _prepare(recipe, run_on_ray_data, listener)
-    except ray.exceptions.RayError as error:
-        raise RunError(f"a data task failed: {last_line(error)}") from error
+    on_ray = prepares_on_ray(recipe)
+    return _prepare(recipe, run_on_ray_data if on_ray else run_in_process, progress)
 
 
-def prepare_here(recipe: Recipe, listener: Listener) -> Prepared:
+def prepare_here(recipe: Recipe, progress: Progress = SILENT) -> Prepared:
     """`prepare_data` in this process, of data that was inspected.
 
     Raises:
         InputError: see `prepare`.
     """
-    return _prepare(recipe, run_in_process, listener)
+    return _prepare(recipe, run_in_process, progress)
 
 
-def _prepare(recipe: Recipe, run_tasks: RunTasks, listener: Listener) -> Prepared:
-    def progress(state: Progress) -> None:
-        listener.phase(f"preparing data: {state.phase} {state.done}/{state.total}")
-
+def _prepare(recipe: Recipe, run_tasks: RunTasks, progress: Progress) -> Prepared:
     return prepare(recipe, Folder(recipe.storage) / PREPARED_FOLDER, run_tasks, progress)
 
 
 def _check_modules(recipe: Recipe) -> None:
     """Look for the modules that a recipe names, in a model without weights.
 
-    Only where it names any, as this loads torch, and where the model's configuration is on this
-    machine; a worker looks in any case.
+    Only if it names any, as this loads torch, and if the model's configuration is on this machine;
+    a worker looks in any case.
 
     Raises:
         InputError: a name matches nothing.
@@ -244,7 +212,7 @@ def _check_enough(recipe: Recipe, prepared: Prepared) -> None:
 
 
 def _check_same(recipe: Recipe, folder: Folder) -> None:
-    """Refuse to go on with settings that would make it another run."""
+    """Refuse to resume with settings that make it another run."""
     written = recipe_from_dict(load_yaml(folder.read(RECIPE_FILE)))
     changes = differences(
         written.model_dump(mode="json"), recipe.model_dump(mode="json"), _FREE_ON_RESUME
@@ -252,17 +220,17 @@ def _check_same(recipe: Recipe, folder: Folder) -> None:
     if changes:
         raise InputError(
             f"{folder} holds a run with other settings:\n" + "\n".join(changes) + "\n"
-            "Give this one another name, or delete that folder."
+            "Give this run another name, or delete that folder."
         )
 
 
 def differences(before: Any, after: Any, free: tuple[str, ...] = ()) -> list[str]:
-    """A line for each setting that differs, but for those whose dotted key begins as in `free`."""
-    there, now = _flat(before), _flat(after)
+    """A line for each setting that differs, except those whose dotted key starts as in `free`."""
+    old, new = _flat(before), _flat(after)
     return [
-        f"  {key}: {there.get(key)!r} there, {now.get(key)!r} now"
-        for key in sorted(there.keys() | now.keys())
-        if there.get(key) != now.get(key) and not key.startswith(free)
+        f"  {key}: {old.get(key)!r} there, {new.get(key)!r} now"
+        for key in sorted(old.keys() | new.keys())
+        if old.get(key) != new.get(key) and not key.startswith(free)
     ]
 
 
@@ -291,7 +259,7 @@ def _flat(values: Any, prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _open(recipe: Recipe, folder: Folder, prepared: Prepared) -> None:
+def _record_start(recipe: Recipe, folder: Folder, prepared: Prepared) -> None:
     folder.delete(STOP_FILE)
     folder.write(RECIPE_FILE, dump_yaml(recipe.model_dump(mode="json")).encode())
 
@@ -317,7 +285,9 @@ def _open(recipe: Recipe, folder: Folder, prepared: Prepared) -> None:
     update_run(folder, change)
 
 
-def _close(recipe: Recipe, folder: Folder, status: str, error: str | None, seconds: float) -> None:
+def _record_end(
+    recipe: Recipe, folder: Folder, status: str, error: str | None, seconds: float
+) -> None:
     def change(record: Record) -> None:
         record["status"] = status
         record["error"] = None if error is None else redact(error)
@@ -328,20 +298,9 @@ def _close(recipe: Recipe, folder: Folder, status: str, error: str | None, secon
     update_run(folder, change)
 
 
-def _job(recipe: Recipe, folder: Folder, prepared: Prepared) -> Job:
-    return Job(recipe=recipe.model_dump(mode="json"), run=folder.uri, prepared=prepared.folder.uri)
-
-
-def _launch_here(stop: Stop) -> Launch:
-    def launch(job: Job, tell: Callable[[str], None]) -> Outcome:
-        return launch_here(job, stop)
-
-    return launch
-
-
-def _raise_outcome(outcome: Outcome, folder: Folder) -> None:
-    if outcome["status"] == "stopped":
-        raise Interrupted(f"stopped and saved; the same command goes on from there ({folder})")
-    if outcome["status"] == "failed":
-        kind: type[FinrayError] = InputError if outcome["exit_code"] == 2 else RunError
-        raise kind(str(outcome["error"]))
+def _raise_failure(result: WorkerResult, folder: Folder) -> None:
+    if result["status"] == "stopped":
+        raise Interrupted(f"stopped and saved; the same command resumes from there ({folder})")
+    if result["status"] == "failed":
+        kind: type[FinrayError] = InputError if result["exit_code"] == 2 else RunError
+        raise kind(str(result["error"]))

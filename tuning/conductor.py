@@ -9,26 +9,17 @@ import re
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 
 from ..training.common.errors import FinrayError, InputError, RunError
 from ..training.methods import Metric
 from ..training.records.run_folder import Record
 from .pbt import Population
+from .progress import Ending
 from .study import Assignment, SweepStudy
 from .sweep import Sweep
 
 SAME_FAILURES = 3
 """So many trials that fail alike, and none that does not, end a sweep."""
-
-
-@dataclass(frozen=True)
-class Ending:
-    """How a trial ended: a line for whoever watches."""
-
-    number: int
-    state: str
-    text: str
 
 
 class Conductor:

@@ -17,9 +17,9 @@ from ray import tune
 from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
 
-from ..training.common.stop import Stop
+from ..training.common.background import Stop, run_while_watching
+from ..training.common.progress import Progress
 from ..training.config.recipe import ScaleSettings
-from ..training.launch.ray_workers import run_beside
 from ..training.records.run_folder import Record
 from .concurrency import slot_resources
 from .conductor import Conductor
@@ -41,7 +41,7 @@ def execute(
     make_config: MakeConfig,
     scale: ScaleSettings,
     stop: Stop,
-    tell: Callable[[str], None],
+    progress: Progress,
 ) -> None:
     """Run trials until the conductor has none left, or `stop` is requested.
 
@@ -50,7 +50,7 @@ def execute(
         make_config: what a slot is told of a trial.
         scale: the size of a trial.
         stop: ends the sweep so that it can be taken up again.
-        tell: called with what happens to slots.
+        progress: receives what happens to slots.
     """
     os.environ.update(_ENVIRONMENT)
     # A lost process is told in a line, without a traceback.
@@ -70,28 +70,28 @@ def execute(
                 name="trials",
                 storage_path=scratch,
                 verbose=0,
-                callbacks=[_Losses(tell)],
+                callbacks=[_LossReporter(progress)],
                 failure_config=tune.FailureConfig(max_failures=scale.max_failures),
                 checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
             ),
         )
         try:
-            run_beside(tuner.fit, stop, conductor.interrupt)
+            run_while_watching(tuner.fit, stop, conductor.interrupt)
         finally:  # else what that led to would hide it
             guard.raise_error()
 
 
-class _Losses(tune.Callback):
-    """Tells of trials whose process was lost, with its node or alone."""
+class _LossReporter(tune.Callback):
+    """Reports trials whose process was lost, with its node or alone."""
 
-    def __init__(self, tell: Callable[[str], None]) -> None:
-        self._tell = tell
+    def __init__(self, progress: Progress) -> None:
+        self._progress = progress
 
     def on_trial_recover(self, iteration: int, trials: Any, trial: Any, **_: Any) -> None:
         """The trial will run in another slot."""
         del iteration, trials
         number = trial.config["number"]
-        self._tell(f"trial {number}: its process was lost; it resumes in another one")
+        self._progress.status(f"trial {number}: its process was lost; it resumes in another one")
 
     def __getstate__(self) -> dict[str, Any]:
         return {}

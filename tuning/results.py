@@ -2,18 +2,19 @@
 
 import statistics
 import tempfile
-from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-from ..training.common.stop import Stop
+from ..training.common.background import Stop
+from ..training.common.progress import Progress
 from ..training.common.storage import Folder
 from ..training.common.yaml_text import dump_yaml
 from ..training.config.recipe import Recipe
-from ..training.engine.task import Job, Outcome
-from ..training.launch.ray_workers import launch_on_ray
+from ..training.launch.in_process import InProcessLauncher
+from ..training.launch.ray_workers import RayLauncher
 from ..training.records.run_folder import Record, read_run
-from ..training.run import Listener, run_folder, train
+from ..training.run import run_folder, train
 from .plan import Plan
 from .sweep import Retrain
 from .sweep_folder import BEST_FILE, PARETO_FOLDER, RETRAINED_FOLDER, lineage, trial_folder
@@ -86,33 +87,30 @@ def copy(source: Folder, target: Folder) -> None:
 def retrain(
     plan: Plan,
     record: Record,
-    phase: Callable[[str], None],
+    progress: Progress,
     stop: Stop,
     worker_env: dict[str, str],
 ) -> None:
-    """Run the best recipe once more with each seed; a run that is there already is kept."""
+    """Train the best recipe again with each seed; an existing run is kept."""
     settings = plan.sweep.retrain
     assert settings is not None
-    row = next(one for one in record["trials"] if one["number"] == record["best"][0])
+    row = next(row for row in record["trials"] if row["number"] == record["best"][0])
     scale = plan.recipe.scale
-
-    def on_ray(job: Job, tell: Callable[[str], None]) -> Outcome:
-        return launch_on_ray(job, scale, stop, worker_env, tell)
-
-    launch = on_ray if scale.most_workers else None
     runs = []
     for seed in settings.seeds:
         recipe = _retrained(plan, row["settings"], settings, seed)
-        phase(f"training the best settings with seed {seed}")
-        told = train(recipe, Listener(phase, lambda _: None), stop, launch)
-        runs.append({"seed": seed, "folder": run_folder(recipe).uri, "metrics": told["metrics"]})
+        progress.status(f"training the best settings with seed {seed}")
+        ray = RayLauncher(scale, stop, worker_env) if scale.most_workers else None
+        with ray or nullcontext(InProcessLauncher(stop)) as launcher:
+            run = train(recipe, launcher, progress)
+        runs.append({"seed": seed, "folder": run_folder(recipe).uri, "metrics": run["metrics"]})
     record["retrained"] = {"data": settings.data, "runs": runs, "spread": _spread(runs)}
 
 
-def _retrained(plan: Plan, settings: dict[str, Any], wanted: Retrain, seed: int) -> Recipe:
+def _retrained(plan: Plan, settings: dict[str, Any], retrain: Retrain, seed: int) -> Recipe:
     recipe = best_recipe(plan, settings, f"seed-{seed}")
     updates: dict[str, Any] = {"seed": seed, "storage": (plan.folder / RETRAINED_FOLDER).uri}
-    if wanted.data == "all":
+    if retrain.data == "all":
         data = recipe.data
         everything = {"train": [*data.train, *data.eval], "eval": [], "holdout": 0.0}
         updates["data"] = data.model_copy(update=everything)
@@ -123,9 +121,9 @@ def _retrained(plan: Plan, settings: dict[str, Any], wanted: Retrain, seed: int)
 def _spread(runs: list[Record]) -> Record:
     """Mean and standard deviation of every metric over the seeds."""
     names = set.intersection(*(set(run["metrics"]) for run in runs))
-    told = {}
+    spread = {}
     for name in sorted(names):
         values = [run["metrics"][name] for run in runs]
         deviation = statistics.stdev(values) if len(values) > 1 else 0.0
-        told[name] = {"mean": statistics.fmean(values), "deviation": deviation}
-    return told
+        spread[name] = {"mean": statistics.fmean(values), "deviation": deviation}
+    return spread

@@ -6,14 +6,12 @@ plan → compare with an earlier attempt → prepare → search → best → rep
 import math
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from contextlib import suppress
-from dataclasses import dataclass
 
-from ..training.common.background import beside
+from ..training.common.background import Stop, run_in_thread
 from ..training.common.errors import Interrupted, RunError, last_line
-from ..training.common.lock import held
-from ..training.common.stop import Stop
+from ..training.common.lock import hold_run_lock
 from ..training.common.storage import Folder
 from ..training.config.recipe import Recipe
 from ..training.data.prepared import Prepared
@@ -21,11 +19,12 @@ from ..training.engine.context import STOP_FILE
 from ..training.records.checkpoint import choose
 from ..training.records.recorder import now
 from ..training.records.run_folder import CHECKPOINTS_FOLDER, METRICS_FILE, Record
-from ..training.run import Listener, prepare_data
+from ..training.run import prepare_data
 from .concurrency import decide_concurrency
-from .conductor import Conductor, Ending
+from .conductor import Conductor
 from .pbt import Population
 from .plan import Plan
+from .progress import Ending, SweepProgress
 from .ray_tune import execute
 from .report import write_report
 from .results import copy, export_best, retrain
@@ -40,17 +39,7 @@ from .warm_start import earlier_trials
 _RETRY_SECONDS = 2.0
 
 
-@dataclass(frozen=True)
-class Watcher:
-    """How a sweep tells the outside what it does."""
-
-    phase: Callable[[str], None]
-    """Called with a few words."""
-    on_end: Callable[[Ending, Record], None]
-    """Called when a trial ended, with the sweep's record."""
-
-
-def tune(plan: Plan, watcher: Watcher, stop: Stop, worker_env: dict[str, str]) -> Record:
+def tune(plan: Plan, progress: SweepProgress, stop: Stop, worker_env: dict[str, str]) -> Record:
     """Carry the sweep to its end, from wherever it stands, on the initialised Ray.
 
     `worker_env` are environment variables for those who train.
@@ -61,74 +50,80 @@ def tune(plan: Plan, watcher: Watcher, stop: Stop, worker_env: dict[str, str]) -
     Raises:
         InputError: data, cluster or an earlier attempt forbid it.
         RunError: no trial succeeded; what was reached is in its folder.
-        Interrupted: `stop` was requested; the same command goes on.
+        Interrupted: `stop` was requested; the same command resumes it.
     """
     earlier = check_folder(plan)
     concurrency = decide_concurrency(plan.sweep.concurrency, plan.recipe.scale)
-    with held(plan.folder.create(), stop.requested, watcher.phase) as stale:
+    with hold_run_lock(plan.folder.create(), stop.requested, progress) as stale:
         if stale is not None:
-            watcher.phase(f"taking over from {stale}")
-        return _Tuning(plan, watcher, earlier or {}, concurrency, worker_env).run(stop)
+            progress.status(f"taking over from {stale}")
+        plan.folder.delete(STOP_FILE)
+        recipes = plan.data_recipes()  # each data setting is prepared once
+        prepared = {key: prepare_data(recipe, progress) for key, recipe in recipes.items()}
+        sweep = _SweepRun(plan, progress, prepared, earlier or {}, concurrency, worker_env)
+        return sweep.run(stop)
 
 
-class _Tuning:
-    """One attempt at a sweep."""
+class _SweepRun:
+    """One attempt at a sweep.
+
+    Args:
+        plan: what to search.
+        progress: receives what happens.
+        prepared: the data of every data setting, by `Space.data_key`.
+        record: sweep.json of an earlier attempt, or nothing.
+        concurrency: trials at a time.
+        worker_env: environment variables of the workers.
+    """
 
     def __init__(
         self,
         plan: Plan,
-        watcher: Watcher,
+        progress: SweepProgress,
+        prepared: dict[str, Prepared],
         record: Record,
         concurrency: int,
         worker_env: dict[str, str],
     ) -> None:
         self._plan = plan
-        self._watcher = watcher
+        self._progress = progress
+        self._prepared = prepared
         self._record = record
         self._concurrency = concurrency
         self._worker_env = worker_env
         self._folder = plan.folder
-        self._file = StudyFile(plan.folder)
-
-    def run(self, stop: Stop) -> Record:
-        self._folder.delete(STOP_FILE)
-        self._prepared = self._prepare()
-        base = self._prepared[self._plan.space.data_key(self._plan.points[0])]
-        self._trial_tokens = _tokens_of(self._plan.recipe, base)
+        self._trial_tokens = _tokens_of(plan.recipe, prepared[plan.space.data_key(plan.points[0])])
         self._record_start()
+        self._file = StudyFile(plan.folder)
         self._study = self._open_study()
-        sweep = self._plan.sweep.model_copy(update={"trials": self._plan.trials})
+        sweep = plan.sweep.model_copy(update={"trials": plan.trials})
         population = None
-        if self._plan.is_population:
-            population = Population(sweep, self._study, self._plan.space, self._inherit)
+        if plan.is_population:
+            population = Population(sweep, self._study, plan.space, self._inherit)
         self._conductor = Conductor(
             sweep,
             self._study,
-            self._concurrency,
-            float(self._record.get("wall_seconds", 0.0)),
+            concurrency,
+            float(record.get("wall_seconds", 0.0)),
             self._changed,
             self._ask_slots_to_stop,
             population,
         )
+
+    def run(self, stop: Stop) -> Record:
         with _Alarm(self._conductor):
-            self._watcher.phase(f"searching, trials at a time: {self._concurrency}")
+            self._progress.status(f"searching, trials at a time: {self._concurrency}")
             scale = self._plan.recipe.scale
             try:
-                execute(self._conductor, self._config, scale, stop, self._watcher.phase)
+                execute(self._conductor, self._config, scale, stop, self._progress)
             except Exception as error:
                 self._record.update(status="failed", error=last_line(error), finished_at=now())
-                with suppress(OSError):  # which may be why
+                with suppress(OSError):  # which may be the cause
                     write_sweep(self._folder, self._record)
                 raise
         return self._conclude(stop)
 
     # the start
-
-    def _prepare(self) -> dict[str, Prepared]:
-        """The data of every data setting, each prepared once."""
-        listener = Listener(self._watcher.phase, lambda _: None)
-        recipes = self._plan.data_recipes()
-        return {key: prepare_data(recipe, listener) for key, recipe in recipes.items()}
 
     def _record_start(self) -> None:
         plan = self._plan
@@ -171,7 +166,7 @@ class _Tuning:
             earlier = []
             for uri in plan.sweep.warm_start:
                 found = earlier_trials(Folder(uri), plan.space, plan.metrics)
-                self._watcher.phase(f"taken over from {uri}: {len(found)} trials")
+                self._progress.status(f"taken over from {uri}: {len(found)} trials")
                 earlier += found
             study.set_up(plan.points, earlier)
         return study
@@ -230,7 +225,7 @@ class _Tuning:
             env=self._worker_env,
             watched=[metric.name for metric in self._plan.metrics],
             total_steps=recipe.total_steps(prepared.manifest.train.sequences),
-            heard=self._study.heard(assignment.number),
+            reported_tokens=self._study.reported_tokens(assignment.number),
             until=self._until(assignment, recipe, prepared),
         )
 
@@ -243,11 +238,11 @@ class _Tuning:
             self._file.keep()
             write_sweep(self._folder, self._record)
         except OSError as error:  # the next change writes what this one could not
-            self._watcher.phase(f"{self._folder} does not answer: {last_line(error)}")
+            self._progress.status(f"{self._folder} does not answer: {last_line(error)}")
         if ending is None:
             return
         self._drop_weights({*before, ending.number})
-        self._watcher.on_end(ending, self._record)
+        self._progress.trial_ended(ending, self._record)
 
     def _ask_slots_to_stop(self) -> None:
         """As soon as the storage takes it."""
@@ -261,7 +256,7 @@ class _Tuning:
                 else:
                     return
 
-        beside(ask, "stop-file")
+        run_in_thread(ask, "stop-file")
 
     def _drop_weights(self, ended: Iterable[int]) -> None:
         for number in ended:
@@ -294,11 +289,11 @@ class _Tuning:
         if conductor.error is not None:
             raise conductor.error
         if interrupted:
-            raise Interrupted(f"stopped; the same command goes on from there ({self._folder})")
+            raise Interrupted(f"stopped; the same command resumes from there ({self._folder})")
         if status == "failed":
             raise RunError(f"no trial came to its end with a result: {self._last_words()}")
         if self._plan.sweep.retrain is not None:
-            retrain(self._plan, self._record, self._watcher.phase, stop, self._worker_env)
+            retrain(self._plan, self._record, self._progress, stop, self._worker_env)
             write_sweep(self._folder, self._record)
         return self._record
 

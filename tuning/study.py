@@ -170,7 +170,7 @@ class SweepStudy:
         trial.report(value, tokens)
         return not is_last and trial.should_prune()
 
-    def heard(self, number: int) -> int:
+    def reported_tokens(self, number: int) -> int:
         """Tokens of a trial's last measurement that was noted here, or of the one that it goes on
         from."""
         trial = self._frozen_one(number)

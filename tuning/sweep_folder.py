@@ -6,6 +6,7 @@ from typing import Any
 
 from ..training.common.errors import InputError
 from ..training.common.storage import Folder
+from ..training.common.versions import check_format
 from ..training.records.recorder import now
 from ..training.records.run_folder import (
     CHECKPOINTS_FOLDER,
@@ -16,6 +17,8 @@ from ..training.records.run_folder import (
     parse_record,
 )
 
+SWEEP_FORMAT = 1
+"""Of sweep.json; raised when an older finray could not read the folder."""
 SWEEP_FILE = "sweep.json"
 """Settings, state and result of the sweep; `trials` holds a record of each."""
 BEST_FILE = "best.yaml"
@@ -30,10 +33,11 @@ _WEIGHTS = ("adapter", "model")
 
 
 def read_sweep(folder: Folder) -> Record | None:
-    """What is known of a sweep; None where the folder holds none.
+    """sweep.json as a record; None where the folder holds no sweep.
 
     Raises:
-        InputError: the folder holds a run, or sweep.json is not a JSON object.
+        InputError: the folder holds a run, sweep.json is not a JSON object, or a newer finray
+            wrote it.
     """
     if folder.exists(RUN_FILE):
         raise InputError(f"{folder} holds a run, not a sweep; give the sweep another name")
@@ -42,13 +46,15 @@ def read_sweep(folder: Folder) -> Record | None:
     record = parse_record(folder.read(SWEEP_FILE))
     if record is None:
         raise InputError(f"{folder / SWEEP_FILE}: expected a JSON object")
+    check_format(record, SWEEP_FORMAT, folder / SWEEP_FILE)
     return record
 
 
 def write_sweep(folder: Folder, record: Record) -> None:
     """Replace sweep.json."""
     record["updated_at"] = now()
-    text = json.dumps(record, indent=1, ensure_ascii=False, default=_plain)
+    numbered = {"format": SWEEP_FORMAT, **record} | {"format": SWEEP_FORMAT}
+    text = json.dumps(numbered, indent=1, ensure_ascii=False, default=_plain)
     folder.write(SWEEP_FILE, text.encode() + b"\n")
 
 

@@ -1,84 +1,104 @@
 """A trial slot: a Ray actor that runs one trial after the other in the same process.
 
-A trial trains in a thread of the slot. What it measures goes to the driver, and the thread waits
-for the answer: a pruned trial does no step more. A trial with several workers is a Ray Train run
-that the thread starts and follows.
+A trial trains in a thread of the slot. Its measures go to the driver, and the thread waits for the
+decision: a pruned trial takes no further step. A trial with several workers is a Ray Train run that
+the thread starts and follows.
 """
 
 import os
 import queue
 import threading
-from functools import lru_cache
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, TypedDict
 
 from ray import tune
 
-from ..training.common.errors import FinrayError, last_line
+from ..training.common.background import Stop
+from ..training.common.errors import FinrayError, RunError, last_line
+from ..training.common.progress import Progress
 from ..training.common.secrets import redact
-from ..training.common.stop import Stop
 from ..training.common.storage import Folder
 from ..training.config.recipe import Recipe, recipe_from_dict
+from ..training.engine.context import watch_stop_file
+from ..training.engine.task import WorkerResult, WorkerTask
+from ..training.launch.in_process import InProcessLauncher
+from ..training.launch.retries import Launcher
+from ..training.models.base_cache import BaseCache
 from ..training.models.dtypes import free_memory
 from ..training.records.recorder import now, update_run
-from ..training.records.run_folder import Record, read_metrics, read_run
+from ..training.records.run_folder import Record, existing_run, read_metrics, read_run
 from ..training.run import run_folder
 
 _POLL_SECONDS = 0.5
 
 
 class TrialConfig(TypedDict):
-    """What a slot is told of a trial; plain values."""
+    """A trial, as a slot gets it; plain values."""
 
     number: int
     recipe: dict[str, Any]
     prepared: str
     """URI of its prepared data set."""
     sweep: str
-    """URI of the sweep's folder; a stop file there ends the trial with a save."""
+    """URI of the sweep's folder; a stop file in it ends the trial with a save."""
     env: dict[str, str]
-    """Environment variables for those who train."""
+    """Environment variables of the workers."""
     watched: list[str]
-    """A measurement with one of these is reported; trials are judged by the first."""
+    """Measures with one of these names are reported; the first one decides on pruning."""
     total_steps: int
-    heard: int
-    """Tokens up to which the driver knows what the trial measured."""
+    reported_tokens: int
+    """The driver has the trial's measures up to here."""
     until: int | None
     """A step to save and pause after, before the end."""
 
 
 class Pruned(Exception):
-    """Raised inside a trial's training when the driver has given it up."""
+    """Raised in a trial's training thread when the driver stops the trial."""
 
 
 class TrialSlot(tune.Trainable):
-    """Ray Tune's side of a slot: each `step` returns the trial's next report."""
+    """Ray Tune's side of a slot: each `step` returns the trial's next report.
+
+    Its trials share the frozen base and the watcher of the sweep's stop file.
+    """
 
     def setup(self, config: TrialConfig) -> None:
         """Start the first trial."""
-        # Before torch is loaded: it reads them then.
+        # Before torch is loaded, which reads them.
         os.environ.update(config["env"])
-        self._running = RunningTrial(config)
+        self._bases = BaseCache()
+        self._sweep_stop = watch_stop_file(Folder(config["sweep"]))
+        self._running = RunningTrial(config, self._bases, self._sweep_stop)
 
     def step(self) -> Record:
         """The next report; the last one has `done`."""
         return self._running.next_report()
 
     def reset_config(self, new_config: TrialConfig) -> bool:
-        """Give up what still runs, and start another trial in this process."""
+        """End the trial that still runs, and start another one in this process."""
         self._running.give_up()
-        self._running = RunningTrial(new_config)
+        self._running = RunningTrial(new_config, self._bases, self._sweep_stop)
         return True
 
     def cleanup(self) -> None:
-        """Give up what still runs."""
+        """End the trial that still runs."""
         self._running.give_up()
 
 
 class RunningTrial:
-    """A trial that trains in a thread, and waits after each report for permission to go on."""
+    """A trial that trains in a thread, and waits after each report for permission to go on.
 
-    def __init__(self, config: TrialConfig) -> None:
+    Args:
+        config: the trial.
+        bases: keeps the frozen base for the slot's next trial.
+        sweep_stop: set when the whole sweep should save and end.
+    """
+
+    def __init__(self, config: TrialConfig, bases: BaseCache, sweep_stop: threading.Event) -> None:
         self._config = config
+        self._bases = bases
+        self._sweep_stop = sweep_stop
         self._recipe = recipe_from_dict(config["recipe"])
         self._reports: queue.Queue[Record] = queue.Queue()
         self._permits = threading.Semaphore(0)
@@ -89,8 +109,8 @@ class RunningTrial:
     def next_report(self) -> Record:
         """Let the training go on to its next report.
 
-        It starts at the first call: Ray Tune makes slots that it never uses, when one for the same
-        trial comes free meanwhile.
+        The first call starts it: Ray Tune makes slots that it never uses, when another slot for the
+        same trial becomes free meanwhile.
         """
         if self._thread.ident is None:
             self._thread.start()
@@ -101,17 +121,17 @@ class RunningTrial:
         return report
 
     def give_up(self) -> None:
-        """End the training without a save, and wait for its end."""
+        """End the training without a save, and wait for that."""
         self._given_up.set()
         self._permits.release()
         if self._thread.ident is not None:
             self._thread.join()
 
     def report(self, measures: dict[str, float]) -> None:
-        """Called by the training thread: hand over, wait.
+        """In the training thread: hand measures over, and wait for the decision.
 
         Raises:
-            Pruned: the driver does not want the trial any more.
+            Pruned: the driver stops the trial.
         """
         if self._given_up.is_set():
             raise Pruned
@@ -129,63 +149,76 @@ class RunningTrial:
 
     def _run(self) -> None:
         try:
-            self._reports.put(self._carry_out())
+            self._reports.put(self._train())
         except Exception as error:  # noqa: BLE001 - a trial's error must not end the slot
-            told = f"{type(error).__name__}: {last_line(error)}"
+            message, code = f"{type(error).__name__}: {last_line(error)}", 1
             if isinstance(error, FinrayError):
-                told = str(error)
-            code = error.exit_code if isinstance(error, FinrayError) else 1
-            self._reports.put({**self._about("failed"), "error": redact(told), "exit_code": code})
+                message, code = str(error), error.exit_code
+            failure = {"error": redact(message), "exit_code": code}
+            self._reports.put({**self._about("failed"), **failure})
         finally:
             free_memory()
 
-    def _carry_out(self) -> Record:
-        from ..training.common.errors import RunError
+    def _train(self) -> Record:
         from ..training.data.prepared import open_prepared
-        from ..training.models.base_cache import keep_bases
-        from ..training.run import carry_out
+        from ..training.run import run_prepared
 
         prepared = open_prepared(Folder(self._config["prepared"]))
         if prepared is None:
             raise RunError(f"the prepared data set {self._config['prepared']} is gone")
         try:
-            self._retell()
+            self._report_again()
         except Pruned:
-            return self._ended(self._note_pruned(), "pruned")
-        keep_bases()
-        launch = self._launch_here if self._recipe.scale.most_workers <= 1 else self._launch_on_ray
-        codes: list[int] = []
-
+            return self._last_report(self._record_pruned(), "pruned")
         until = self._config["until"]
-
-        def launch_and_note(job: Any) -> Any:
-            outcome = launch({**job, "until": until})
-            codes.append(outcome["exit_code"])
-            return outcome
-
-        record = carry_out(self._recipe, prepared, launch_and_note)
+        with self._launcher() as launcher:
+            result = run_prepared(self._recipe, prepared, launcher, until=until)
+        record = existing_run(run_folder(self._recipe))
         status = str(record["status"])
         if status == "stopped" and until is not None and record["step"] >= until:
             status = "paused"
-        told = self._ended(record, status)
-        if record["status"] == "failed":
-            told |= {"error": str(record["error"]), "exit_code": codes[-1]}
-        return told
+        report = self._last_report(record, status)
+        if status == "failed":
+            report |= {"error": str(record["error"]), "exit_code": result["exit_code"]}
+        return report
 
-    def _retell(self) -> None:
-        """Report what an earlier attempt measured and its driver did not live to hear."""
+    def _launcher(self) -> AbstractContextManager[Launcher]:
+        if self._recipe.scale.most_workers <= 1:
+            return nullcontext(_TrialLauncher(Stop(self._sweep_stop), self.report, self._bases))
+        return self._ray_launcher()
+
+    @contextmanager
+    def _ray_launcher(self) -> Iterator[Launcher]:
+        """Several workers: a thread reports what they write into the run's folder."""
+        from ..training.launch.ray_workers import RayLauncher
+
+        stop, ended = Stop(), threading.Event()
+        follower = threading.Thread(
+            target=self._follow, args=(run_folder(self._recipe), stop, ended)
+        )
+        ray = RayLauncher(self._recipe.scale, stop, self._config["env"])
+        follower.start()
+        try:
+            with ray as launcher:
+                yield _PrunableLauncher(launcher, self._given_up)
+        finally:
+            ended.set()
+            follower.join()
+
+    def _report_again(self) -> None:
+        """Report what an earlier attempt measured after its driver's last record of it."""
         for line in _lines(run_folder(self._recipe)):
-            if line["tokens"] > self._config["heard"]:
+            if line["tokens"] > self._config["reported_tokens"]:
                 self.report(line)
 
-    def _note_pruned(self) -> Record:
-        """A run that was killed on its way has no end yet; returns run.json."""
-        folder, told = run_folder(self._recipe), {"status": "pruned", "finished_at": now()}
+    def _record_pruned(self) -> Record:
+        """Give the run of a killed attempt an end; returns run.json."""
+        folder, end = run_folder(self._recipe), {"status": "pruned", "finished_at": now()}
         if (read_run(folder) or {}).get("status") == "running":
-            update_run(folder, lambda record: record.update(told))
+            update_run(folder, lambda record: record.update(end))
         return read_run(folder) or {}
 
-    def _ended(self, record: Record, status: str) -> Record:
+    def _last_report(self, record: Record, status: str) -> Record:
         return {**self._about(status), "measures": final_measures(self._recipe, record)}
 
     def _about(self, status: str) -> Record:
@@ -196,56 +229,50 @@ class RunningTrial:
             "measures": {},
         }
 
-    def _launch_here(self, job: Any) -> Any:
-        from ..training.engine.context import LocalSession
-        from ..training.engine.task import Outcome
-        from ..training.engine.worker import run_worker
-
-        trial = self
-
-        class TrialSession(LocalSession):
-            def report(self, measures: dict[str, float]) -> None:
-                trial.report(measures)
-
-        session = TrialSession(Folder(job["run"]), _stop_event(self._config["sweep"]))
-        try:
-            return run_worker(job, session)
-        except Pruned:
-            return Outcome(status="pruned", error=None, exit_code=0)
-
-    def _launch_on_ray(self, job: Any) -> Any:
-        from ..training.launch.ray_workers import launch_on_ray
-
-        stop = Stop()
-        ended = threading.Event()
-        follower = threading.Thread(target=self._follow, args=(Folder(job["run"]), stop, ended))
-        follower.start()
-        try:
-            scale, env = self._recipe.scale, self._config["env"]
-            outcome = launch_on_ray(job, scale, stop, env, lambda _: None)
-        finally:
-            ended.set()
-            follower.join()
-        if self._given_up.is_set() and outcome["status"] == "stopped":
-            outcome["status"] = "pruned"
-        return outcome
-
     def _follow(self, run: Folder, stop: Stop, ended: threading.Event) -> None:
         """Report what a run of several workers writes into its folder."""
-        sweep_stop = _stop_event(self._config["sweep"])
-        told, is_over = len(_lines(run)), False
+        reported, is_over = len(_lines(run)), False
         while not is_over:
             is_over = ended.wait(_POLL_SECONDS)
-            if sweep_stop.is_set() or self._given_up.is_set():
+            if self._sweep_stop.is_set() or self._given_up.is_set():
                 stop.requested.set()
             lines = _lines(run)
-            # A restart of the workers takes back the lines after its checkpoint.
-            for line in lines[min(told, len(lines)) :]:
+            # A restart of the workers removes the lines after its checkpoint.
+            for line in lines[min(reported, len(lines)) :]:
                 try:
                     self.report(line)
                 except Pruned:
                     stop.requested.set()
-            told = len(lines)
+            reported = len(lines)
+
+
+class _TrialLauncher(InProcessLauncher):
+    """Trains in the slot's process; a pruned trial ends there."""
+
+    def attempt(self, task: WorkerTask) -> WorkerResult:
+        try:
+            return super().attempt(task)
+        except Pruned:
+            return WorkerResult(status="pruned", error=None, exit_code=0)
+
+
+class _PrunableLauncher(Launcher):
+    """Another launcher, whose stop means that the trial is pruned if the driver gave it up."""
+
+    def __init__(self, launcher: Launcher, given_up: threading.Event) -> None:
+        self.stop = launcher.stop
+        self.max_failures = launcher.max_failures
+        self._launcher = launcher
+        self._given_up = given_up
+
+    def attempt(self, task: WorkerTask) -> WorkerResult:
+        result = self._launcher.attempt(task)
+        if self._given_up.is_set() and result["status"] == "stopped":
+            result["status"] = "pruned"
+        return result
+
+    def wait_until_ready(self, progress: Progress) -> None:
+        self._launcher.wait_until_ready(progress)
 
 
 def _lines(run: Folder) -> list[Record]:
@@ -277,11 +304,3 @@ def _bytes_of_weights(folder: Folder) -> int:
     names = [name for name in folder.files() if name.endswith(".safetensors")]
     infos = folder.filesystem.get_file_info([folder.file(name) for name in names])
     return sum(int(info.size) for info in infos)
-
-
-@lru_cache(maxsize=4)
-def _stop_event(sweep: str) -> threading.Event:
-    """One watcher a process, not one a trial."""
-    from ..training.engine.context import watch_stop_file
-
-    return watch_stop_file(Folder(sweep))

@@ -30,7 +30,7 @@ def check(options: argparse.Namespace) -> None:
 
 def prepare(options: argparse.Namespace) -> None:
     """Prepare a recipe's data."""
-    from ...training.run import Listener, prepare_data, prepares_on_ray
+    from ...training.run import prepare_data, prepares_on_ray
     from ..environment import worker_environment
     from ..launcher import open_ray
     from ..nodes.ray_session import cluster_address
@@ -41,7 +41,7 @@ def prepare(options: argparse.Namespace) -> None:
     on_ray = prepares_on_ray(recipe)
     ray = open_ray(recipe, options, cluster_address(options.address), env) if on_ray else None
     with ray or nullcontext(), ProgressWatcher() as watcher:
-        prepared = prepare_data(recipe, Listener(watcher.phase, watcher.watch))
+        prepared = prepare_data(recipe, watcher)
     summary = prepared.manifest.summary()
     if options.json:
         print(json.dumps({"folder": str(prepared.folder), **summary}, indent=2))
@@ -54,18 +54,18 @@ def prepare(options: argparse.Namespace) -> None:
 
 def train(options: argparse.Namespace) -> None:
     """Train, or go on with an unfinished run."""
-    from ...training.common.stop import Stop
+    from ...training.common.background import Stop
     from ...training.data.inspection import inspect_data
-    from ...training.run import Listener, run_folder
-    from ...training.run import train as carry_out
-    from ..launcher import placed
+    from ...training.run import run_folder
+    from ...training.run import train as train_run
+    from ..launcher import choose_launcher
     from .screens.progress import ProgressWatcher
 
     recipe = _recipe(options)
     inspect_data(recipe)
     stop = Stop()
-    with placed(recipe, options, stop) as launch, ProgressWatcher() as watcher:
-        record = carry_out(recipe, Listener(watcher.phase, watcher.watch), stop, launch)
+    with ProgressWatcher() as watcher, choose_launcher(recipe, options, stop, watcher) as launcher:
+        record = train_run(recipe, launcher, watcher)
     if options.json:
         print(json.dumps(record, indent=2))
     else:
@@ -147,11 +147,11 @@ def export(options: argparse.Namespace) -> None:
     """Write a finished run's result as a folder that loads without finray."""
     from ...training.common.storage import Folder
     from ...training.export.export import export as write_export
-    from .screens.export import export_progress, render_exported
+    from .screens.export import ExportProgress, render_exported
 
     run = Folder(resolve_path(options.run, Path.cwd()))
     target = Path(resolve_path(str(options.to), Path.cwd()))
-    with export_progress() as progress:
+    with ExportProgress() as progress:
         exported = write_export(
             run, target, merge=options.merge, dtype=options.dtype, progress=progress
         )

@@ -2,17 +2,15 @@
 
 import argparse
 import json
-import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
+from ...training.common.background import Stop
 from ...training.common.errors import InputError
-from ...training.common.stop import Stop
 from ...training.common.storage import Folder
 from ...training.config.paths import resolve_path
 from ...training.config.recipe import Recipe, ScaleSettings
@@ -21,10 +19,7 @@ from ...training.records.run_folder import Record
 from ...training.run import differences
 from ...tuning.sweep import LoadedSweep, load_sweep, split_overrides
 from ...tuning.sweep_folder import read_sweep
-from .screens.sweep import render_ending, render_sweep
-
-if TYPE_CHECKING:
-    from ...tuning.conductor import Ending
+from .screens.sweep import SweepLines, render_sweep
 
 _LOOK_SECONDS = 1.0
 
@@ -48,20 +43,20 @@ def run_sweep(path: Path, options: argparse.Namespace) -> None:
         env = worker_environment(plan.recipe)
         stop = Stop()
         prepared = prepare_early(list(plan.data_recipes().values()))
-        print("starting Ray", file=sys.stderr)
+        progress = SweepLines()
+        progress.status("starting Ray")
         address = cluster_address(options.address)
         session = ray_session(_needed_cpus(plan.recipe.scale), address, env, options.verbose)
         # Ray takes SIGTERM for itself when it starts; a sweep that is told to end saves first.
         with session, graceful_interrupts(stop):
             # Ray reads its environment when it is imported, so not before.
-            from ...tuning.run import Watcher
-            from ...tuning.run import tune as carry_out
+            from ...tuning.run import tune
             from ..preflight import try_running_cluster
 
             one = _one_worker(plan.recipe)
             tried = try_running_cluster(one, address, options.wait_for_nodes)
             prepared.result()
-            record = carry_out(plan, Watcher(_phase, _tell_end), stop, tried.worker_env)
+            record = tune(plan, progress, stop, tried.worker_env)
     print(json.dumps(record, indent=2) if options.json else render_sweep(record, plan.folder))
 
 
@@ -116,11 +111,3 @@ def _needed_cpus(scale: ScaleSettings) -> int:
     if scale.most_workers <= 1:
         return scale.cpus_per_worker
     return scale.most_workers * scale.cpus_per_worker + 2
-
-
-def _phase(text: str) -> None:
-    print(text, file=sys.stderr)
-
-
-def _tell_end(ending: "Ending", record: Record) -> None:
-    print(render_ending(ending, record), file=sys.stderr)

@@ -2,7 +2,6 @@
 
 import json
 import random
-import threading
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +13,8 @@ from finray.training.config.recipe import Recipe
 from finray.training.data.prepare import prepare
 from finray.training.data.prepared import Prepared
 from finray.training.data.tasks import run_in_process
-from finray.training.engine.context import LocalSession
-from finray.training.engine.worker import Job, run_worker
+from finray.training.engine.task import WorkerTask
+from finray.training.launch.in_process import InProcessLauncher
 from finray.training.models.loading import load_tokenizer
 
 # What TRL itself does with its dependencies is not ours to cure.
@@ -98,8 +97,10 @@ def make_recipe(tiny_model: Path, data: Path, method: dict[str, Any]) -> Recipe:
 
 
 def finray_losses(recipe: Recipe, prepared: Prepared, run: Path) -> list[float]:
-    job = Job(recipe=recipe.model_dump(mode="json"), run=str(run), prepared=prepared.folder.uri)
-    outcome = run_worker(job, LocalSession(Folder(job["run"]), threading.Event()))
+    task = WorkerTask(
+        recipe=recipe.model_dump(mode="json"), run=str(run), prepared=prepared.folder.uri
+    )
+    outcome = InProcessLauncher().attempt(task)
     assert outcome["status"] == "finished", outcome["error"]
     lines = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     return [json.loads(line)["loss"] for line in lines]

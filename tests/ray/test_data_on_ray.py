@@ -5,11 +5,12 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
+from support.recorded import RecordedProgress
 
 from finray.training.common.errors import InputError
 from finray.training.common.storage import Folder
 from finray.training.config.recipe import Recipe
-from finray.training.data.prepare import Progress, prepare
+from finray.training.data.prepare import prepare
 from finray.training.data.prepared import Prepared
 from finray.training.data.stream import Slice, share, stream
 from finray.training.data.tasks import run_in_process, run_on_ray_data
@@ -22,10 +23,6 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::ResourceWarning"),
 ]
 BATCH = 12
-
-
-def silent(_: Progress) -> None:
-    """Nobody watches."""
 
 
 def make_recipe(model: Path, files: list[Path], storage: Path) -> Recipe:
@@ -50,7 +47,7 @@ def prepared(
 ) -> Prepared:
     storage = tmp_path_factory.mktemp("here")
     recipe = make_recipe(tiny_model, [chat_file], storage)
-    return prepare(recipe, Folder(str(storage)), run_in_process, silent)
+    return prepare(recipe, Folder(str(storage)), run_in_process)
 
 
 def rows(prepared: Prepared) -> list[dict[str, object]]:
@@ -68,13 +65,13 @@ def test_ray_data_prepares_the_same(
     prepared: Prepared, tiny_model: Path, chat_file: Path, tmp_path: Path
 ) -> None:
     recipe = make_recipe(tiny_model, [chat_file], tmp_path)
-    calls: list[Progress] = []
-    on_ray = prepare(recipe, Folder(str(tmp_path)), run_on_ray_data, calls.append)
+    progress = RecordedProgress()
+    on_ray = prepare(recipe, Folder(str(tmp_path)), run_on_ray_data, progress)
     assert on_ray.manifest.fingerprint == prepared.manifest.fingerprint
-    assert rows(on_ray) == rows(prepared) and calls
-    calls.clear()
-    prepare(recipe, Folder(str(tmp_path)), run_on_ray_data, calls.append)
-    assert not calls, "the second preparation did work"
+    assert rows(on_ray) == rows(prepared) and progress.statuses
+    progress = RecordedProgress()
+    prepare(recipe, Folder(str(tmp_path)), run_on_ray_data, progress)
+    assert not progress.statuses, "the second preparation did work"
 
 
 @pytest.mark.usefixtures("local_ray")
@@ -84,7 +81,7 @@ def test_a_bad_row_in_a_task_is_told_as_in_this_process(tiny_model: Path, tmp_pa
     bad.write_text(good * 10 + "{oops\n" * 10, encoding="utf-8")
     recipe = make_recipe(tiny_model, [bad], tmp_path)
     with pytest.raises(InputError, match=r"bad\.jsonl:11"):
-        prepare(recipe, Folder(str(tmp_path)), run_on_ray_data, silent)
+        prepare(recipe, Folder(str(tmp_path)), run_on_ray_data)
 
 
 @pytest.mark.usefixtures("local_ray")

@@ -9,12 +9,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from finray.training.common.stop import Stop
 from finray.training.config.recipe import Recipe
 from finray.training.data.batching import Batch
+from finray.training.launch.in_process import InProcessLauncher
 from finray.training.objectives.cross_entropy import TokenObjective
 from finray.training.objectives.objective import Loss
-from finray.training.run import Listener, train
+from finray.training.run import train
 
 Spoil = Callable[[Batch, torch.Tensor], torch.Tensor]
 
@@ -44,7 +44,7 @@ def recipe(base: Path, data: Path, storage: Path, name: str, **optim: Any) -> Re
 
 def carry_out(settings: Recipe) -> dict[str, Any]:
     """run.json of the finished run."""
-    return train(settings, Listener(lambda _: None, lambda _: None), Stop())
+    return train(settings, InProcessLauncher())
 
 
 def spoil(monkeypatch: pytest.MonkeyPatch, change: Spoil) -> None:

@@ -1,19 +1,20 @@
 """A sweep's trial in this process, without Ray."""
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from finray.training.config.recipe import Recipe
-from finray.training.models.base_cache import forget_bases
-from finray.training.run import Listener, prepare_data
-from finray.tuning.trial_actor import RunningTrial, TrialConfig, _stop_event
+from finray.training.models.base_cache import BaseCache
+from finray.training.run import prepare_data
+from finray.tuning.trial_actor import RunningTrial, TrialConfig
 
 
 @contextmanager
-def trial_of(settings: Recipe, sweep: Path, heard: int = 0) -> Iterator[RunningTrial]:
-    prepared = prepare_data(settings, Listener(lambda _: None, lambda _: None))
+def trial_of(settings: Recipe, sweep: Path, reported_tokens: int = 0) -> Iterator[RunningTrial]:
+    prepared = prepare_data(settings)
     config = TrialConfig(
         number=0,
         recipe=settings.model_dump(mode="json"),
@@ -22,16 +23,14 @@ def trial_of(settings: Recipe, sweep: Path, heard: int = 0) -> Iterator[RunningT
         env={},
         watched=["loss"],
         total_steps=12,
-        heard=heard,
+        reported_tokens=reported_tokens,
         until=None,
     )
-    trial = RunningTrial(config)
+    trial = RunningTrial(config, BaseCache(), threading.Event())
     try:
         yield trial
     finally:
         trial.give_up()
-        forget_bases()
-        _stop_event(config["sweep"]).set()  # ends its watcher, which a slot's process keeps
 
 
 def reports_of(trial: RunningTrial) -> list[dict[str, Any]]:

@@ -95,9 +95,7 @@ def graph() -> dict[str, frozenset[str]]:
 
 def floor(name: str) -> int:
     return next(
-        number
-        for number, room in enumerate(FLOORS)
-        if name == room or name.startswith(f"{room}.")
+        number for number, room in enumerate(FLOORS) if name == room or name.startswith(f"{room}.")
     )
 
 
@@ -168,9 +166,7 @@ def test_where_ray_is_imported() -> None:
 def test_every_package_is_in_the_wheel() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
     listed = set(project["tool"]["setuptools"]["packages"])
-    on_disk = {
-        "finray." + name for name, path in modules().items() if path.name == "__init__.py"
-    }
+    on_disk = {"finray." + name for name, path in modules().items() if path.name == "__init__.py"}
     assert listed == on_disk
 
 

@@ -10,12 +10,13 @@ import socket
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 
-from . import formatting as figures
+from . import formatting
 from .errors import InputError
+from .progress import Progress
 from .storage import Folder
 
 LOCK_FILE = "lock.json"
@@ -35,7 +36,7 @@ class Lock:
     """Seconds since the epoch, by the holder's clock."""
 
     def __str__(self) -> str:
-        silent = figures.duration(time.time() - self.renewed_at)
+        silent = formatting.duration(time.time() - self.renewed_at)
         return f"process {self.pid} on {self.host}, whose last sign of life is {silent} old"
 
     @property
@@ -45,21 +46,21 @@ class Lock:
 
 
 @contextmanager
-def held(
-    folder: Folder, lost: threading.Event, say: Callable[[str], None]
+def hold_run_lock(
+    folder: Folder, lost: threading.Event, progress: Progress
 ) -> Iterator[Lock | None]:
     """Hold the folder's lock; yields the stale lock that was taken over, if there was one.
 
     Args:
         folder: the run's folder, which exists.
-        lost: set where another driver took the lock, after this one was silent for long.
-        say: told what is waited for.
+        lost: set if another driver takes the lock, after this one was silent for long.
+        progress: receives what is waited for.
 
     Raises:
-        InputError: somebody else works on the run.
+        InputError: another process holds the lock.
     """
     own = Lock(uuid.uuid4().hex, socket.gethostname(), os.getpid(), time.time())
-    stale = _take(folder, own, say)
+    stale = _take(folder, own, progress)
     done = threading.Event()
     renewer = threading.Thread(target=_renew, args=(folder, own, done, lost), daemon=True)
     renewer.start()
@@ -72,20 +73,20 @@ def held(
             folder.delete(LOCK_FILE)
 
 
-def _take(folder: Folder, own: Lock, say: Callable[[str], None]) -> Lock | None:
+def _take(folder: Folder, own: Lock, progress: Progress) -> Lock | None:
     found = _read(folder)
-    if found is not None and _is_alive(folder, found, say):
+    if found is not None and _is_alive(folder, found, progress):
         raise InputError(
-            f"{folder}: another finray works on this run ({_read(folder) or found}); wait for it, "
+            f"{folder}: another finray process runs it ({_read(folder) or found}); wait for it, "
             "or stop it"
         )
     if found is None and folder.local is not None and not folder.exists(LOCK_FILE):
-        return None if _link(folder, own) else _take(folder, own, say)
+        return None if _link(folder, own) else _take(folder, own, progress)
     folder.write(LOCK_FILE, _encode(own))
-    return found if _is_ours(folder, own) else _take(folder, own, say)
+    return found if _is_ours(folder, own) else _take(folder, own, progress)
 
 
-def _is_alive(folder: Folder, found: Lock, say: Callable[[str], None]) -> bool:
+def _is_alive(folder: Folder, found: Lock, progress: Progress) -> bool:
     """Whether a lock's holder still works.
 
     A process of this machine is looked for. One of another machine is alive if it renews its lock:
@@ -95,7 +96,7 @@ def _is_alive(folder: Folder, found: Lock, say: Callable[[str], None]) -> bool:
     if found.is_here:
         return age < STALE_SECONDS and _exists(found.pid)
     patience = max(2 * RENEW_SECONDS, STALE_SECONDS - age)
-    say(f"waiting up to {patience:.0f}s for a sign of life of {found}")
+    progress.status(f"waiting up to {patience:.0f}s for a sign of life of {found}")
     end = time.monotonic() + patience
     while time.monotonic() < end:
         time.sleep(RENEW_SECONDS / 10)

@@ -14,28 +14,27 @@ from .errors import RunError
 from .secrets import redact
 
 PAUSES = (1.0, 2.0, 4.0, 8.0)
-_LEAVE_SECONDS = 60.0
+_CLOSE_SECONDS = 60.0
 
 
-class Uploads:
-    """Uploads of one kind, of which one at most is under way.
+class Uploader:
+    """Uploads in a thread, one at a time.
 
-    As a context it waits at its end for what is under way, without further attempts.
+    At the end of its context it waits for the running upload, which is not retried any more.
 
     Args:
-        pauses: seconds before each further attempt at what failed with an OSError; `PAUSES` where
-            not given.
+        pauses: seconds before each retry of an upload that raised an OSError; default `PAUSES`.
     """
 
     def __init__(self, pauses: Sequence[float] | None = None) -> None:
         self._pauses = PAUSES if pauses is None else pauses
-        self._leaving = threading.Event()
+        self._closing = threading.Event()
         self._thread: threading.Thread | None = None
         self._fault: Exception | None = None
         self.error: str | None = None
         """Why the last upload failed, after its last attempt."""
         self.waited_seconds = 0.0
-        """How long all in all the training waited for uploads."""
+        """Total time that the training waited for uploads."""
 
     def __enter__(self) -> Self:
         return self
@@ -46,34 +45,34 @@ class Uploads:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self._leaving.set()
+        self._closing.set()
         if self._thread is not None:
-            self._thread.join(_LEAVE_SECONDS)
+            self._thread.join(_CLOSE_SECONDS)
 
     @property
     def is_idle(self) -> bool:
-        """Whether nothing is under way."""
+        """True if no upload runs."""
         return self._thread is None or not self._thread.is_alive()
 
     def start(self, work: Callable[[], None], give_up: Callable[[], None] = lambda: None) -> None:
-        """Do the work beside the training, after what is under way.
+        """Do the work in the thread, after the running upload.
 
         Args:
-            work: may be done again after a part of it was done.
-            give_up: cleans up after the last attempt at it failed.
+            work: can be repeated after a part of it is done.
+            give_up: cleans up after the last attempt has failed.
         """
         self.wait()
         self.error = None
         self._thread = threading.Thread(
-            target=self._carry_out, args=(work, give_up), name="finray-upload", daemon=True
+            target=self._run, args=(work, give_up), name="finray-upload", daemon=True
         )
         self._thread.start()
 
     def do(self, work: Callable[[], None], place: object) -> None:
-        """Do the work, and wait for it.
+        """Do the work in the thread and wait for it.
 
         Raises:
-            RunError: the storage, which `place` names, did not take it.
+            RunError: the storage failed; `place` names it.
         """
         self.start(work)
         self.wait()
@@ -81,7 +80,7 @@ class Uploads:
             raise RunError(f"cannot write into {place}: {self.error}")
 
     def wait(self) -> None:
-        """Wait for what is under way; raises what it raised, if that was no OSError."""
+        """Wait for the running upload. Raises what it raised, unless that is an OSError."""
         if self._thread is not None:
             started = time.monotonic()
             self._thread.join()
@@ -89,22 +88,22 @@ class Uploads:
         if self._fault is not None:
             raise self._fault
 
-    def _carry_out(self, work: Callable[[], None], give_up: Callable[[], None]) -> None:
+    def _run(self, work: Callable[[], None], give_up: Callable[[], None]) -> None:
         try:
             self.error = self._attempt(work)
             if self.error is not None:
                 give_up()
-        except Exception as error:  # noqa: BLE001 - raised by `wait`, in the training's thread
+        except Exception as error:  # noqa: BLE001 - `wait` raises it in the training's thread
             self._fault = error
 
     def _attempt(self, work: Callable[[], None]) -> str | None:
-        """Do it, again where the storage fails; returns the last attempt's error."""
+        """Do the work, with retries where the storage fails; returns the last error, if any."""
         for pause in (*self._pauses, None):
             try:
                 work()
                 return None
             except OSError as error:
-                told = redact(str(error) or type(error).__name__)
-            if pause is None or self._leaving.wait(pause):
+                message = redact(str(error) or type(error).__name__)
+            if pause is None or self._closing.wait(pause):
                 break
-        return told
+        return message

@@ -1,7 +1,10 @@
-"""The versions that decide what a run computes."""
+"""Versions: of the libraries that decide a result, and of the files that finray writes."""
 
 import platform
 from importlib.metadata import version
+from typing import Any
+
+from .errors import InputError
 
 _NAMES = ("finray", "ray", "torch", "transformers", "peft")
 
@@ -9,3 +12,22 @@ _NAMES = ("finray", "ray", "torch", "transformers", "peft")
 def installed_versions() -> dict[str, str]:
     """By distribution name, and Python's own."""
     return {"python": platform.python_version(), **{name: version(name) for name in _NAMES}}
+
+
+def check_format(content: dict[str, Any], latest: int, place: object) -> None:
+    """Refuse a file that a newer finray wrote. A file without a format number has format 1.
+
+    Args:
+        content: the file's JSON object.
+        latest: the newest format that this finray reads.
+        place: the file, for the message.
+
+    Raises:
+        InputError: its format is newer.
+    """
+    number = content.get("format", 1)
+    if isinstance(number, int) and number > latest:
+        raise InputError(
+            f"{place}: a newer finray wrote this file (format {number}; finray {version('finray')} "
+            f"reads up to {latest}); upgrade finray"
+        )

@@ -5,8 +5,7 @@ import json
 import time
 import uuid
 from collections import Counter
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Literal
@@ -17,6 +16,8 @@ import pyarrow.parquet as pq
 from pyarrow import fs as pafs
 
 from ..common.errors import InputError
+from ..common.formatting import count
+from ..common.progress import SILENT, Progress
 from ..common.storage import Folder
 from ..config.model_folder import model_folder
 from ..config.recipe import Recipe
@@ -52,25 +53,8 @@ _QUARANTINED = 10_000
 """Bad rows that are written down; all are counted."""
 
 
-@dataclass(frozen=True)
-class Progress:
-    """How far a preparation is."""
-
-    phase: Literal["tokenise", "pack"]
-    done: int
-    """Tasks of this phase that are finished."""
-    total: int
-    rows: int
-    """Rows read so far."""
-    tokens: int
-    """Tokens written so far in this phase."""
-
-
-OnProgress = Callable[[Progress], None]
-
-
 def prepare(
-    recipe: Recipe, folder: Folder, run_tasks: RunTasks, on_progress: OnProgress
+    recipe: Recipe, folder: Folder, run_tasks: RunTasks, progress: Progress = SILENT
 ) -> Prepared:
     """Prepare a recipe's data, or find it prepared.
 
@@ -82,7 +66,7 @@ def prepare(
         recipe: the recipe, its paths absolute.
         folder: <storage>/prepared.
         run_tasks: where the work is done.
-        on_progress: told after every finished task.
+        progress: receives a status after every finished task.
 
     Raises:
         InputError: for wrong sources or rows, too many bad rows, and where no sequence is left.
@@ -93,7 +77,7 @@ def prepare(
     prepared = open_prepared(home)
     if prepared is None:
         attempt = (home / uuid.uuid4().hex).create()
-        work = _Preparation(recipe, data, attempt, run_tasks, on_progress)
+        work = _Preparation(recipe, data, attempt, run_tasks, progress)
         prepared = _carry_out(work, key, home, attempt)
     manifest = prepared.manifest
     _remove_stale(home, manifest.attempt)
@@ -136,13 +120,13 @@ class _Preparation:
         data: ResolvedData,
         attempt: Folder,
         run_tasks: RunTasks,
-        on_progress: OnProgress,
+        progress: Progress,
     ) -> None:
         self._recipe = recipe
         self._data = data
         self._attempt = attempt
         self._run_tasks = run_tasks
-        self._on_progress = on_progress
+        self._progress = progress
         self._rows = 0
         self._source_rows: Counter[tuple[str, int]] = Counter()
         self._dropped: Counter[str] = Counter()
@@ -185,7 +169,7 @@ class _Preparation:
             rows[split] += result.rows
             self._source_rows[split, source] += result.rows
             tokens += sum(group.tokens for part in result.groups.values() for group in part)
-            self._on_progress(Progress("tokenise", done, len(items), self._rows, tokens))
+            self._report("tokenise", done, len(items), tokens)
 
     def _collect(self, result: ChunkResult, lines_before: int, rows_before: int) -> None:
         self._rows += result.rows
@@ -216,8 +200,15 @@ class _Preparation:
         for file in self._run_tasks(task, items):
             files.append(file)
             tokens = sum(file.tokens for file in files)
-            self._on_progress(Progress("pack", len(files), len(items), self._rows, tokens))
+            self._report("pack", len(files), len(items), tokens)
         return files
+
+    def _report(
+        self, phase: Literal["tokenise", "pack"], done: int, total: int, tokens: int
+    ) -> None:
+        """Finished tasks of a phase, and the tokens that they wrote."""
+        self._progress.advance(done, total)
+        self._progress.status(f"preparing data: {phase} {done}/{total}, {count(tokens)} tokens")
 
     def _check_not_empty(self) -> None:
         data = self._recipe.data

@@ -8,7 +8,7 @@ from typing import Any, Protocol, TypeVar
 
 import pyarrow as pa
 
-from ..common.errors import InputError
+from ..common.errors import InputError, RunError, last_line
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -32,10 +32,12 @@ def run_on_ray_data(task: Callable[[T], R], items: Sequence[T]) -> Iterator[R]:
 
     Raises:
         InputError: as a task raised it.
+        RunError: a task failed in another way.
     """
     if not items:
         return
     import ray.data
+    import ray.exceptions
 
     context = ray.data.DataContext.get_current().copy()
     context.enable_progress_bars = False
@@ -45,11 +47,15 @@ def run_on_ray_data(task: Callable[[T], R], items: Sequence[T]) -> Iterator[R]:
         results = ray.data.from_items(
             [{"item": pickle.dumps(item)} for item in items], override_num_blocks=len(items)
         ).map_batches(_Call(task), batch_size=1, batch_format="pyarrow")
-        for batch in results.iter_batches(batch_size=1, batch_format="pyarrow", prefetch_batches=0):
-            outcome = pickle.loads(batch["result"][0].as_py())
-            if isinstance(outcome, InputError):
-                raise outcome
-            yield outcome
+        batches = results.iter_batches(batch_size=1, batch_format="pyarrow", prefetch_batches=0)
+        try:
+            for batch in batches:
+                outcome = pickle.loads(batch["result"][0].as_py())
+                if isinstance(outcome, InputError):
+                    raise outcome
+                yield outcome
+        except ray.exceptions.RayError as error:
+            raise RunError(f"a data task failed: {last_line(error)}") from error
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""From an error to the end of an attempt, where another attempt may cure it."""
+"""Which errors of a training another attempt may cure, and how they end this attempt."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -7,41 +7,53 @@ from ..common.errors import FinrayError
 from ..config.recipe import Recipe
 from ..data.origin import describe, rows_of_step
 from ..data.prepared import Prepared
-from .nonfinite import NotFiniteError
-from .progress import Position
-from .restart import AttemptOver, Restart, is_out_of_memory
+from .nonfinite import NonFiniteError
+from .progress import TrainingProgress
+from .task import RetryError, RetryRequest
+
+_OUT_OF_MEMORY = (
+    "out of memory",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "can't allocate memory",
+    "not enough memory",
+)
 
 
 @contextmanager
-def ending_attempts(
-    recipe: Recipe, prepared: Prepared, position: Position, on_skips: Callable[[], None]
+def retry_requests(
+    recipe: Recipe, prepared: Prepared, progress: TrainingProgress, on_skips: Callable[[], None]
 ) -> Iterator[None]:
-    """What another attempt can cure leaves the block as `AttemptOver`.
+    """Inside, an error that another attempt may cure leaves the block as `RetryError`.
 
     Args:
         recipe: the run's.
-        prepared: its data, whose rows are named.
-        position: how far the training is.
-        on_skips: called before an attempt ends because of steps that are not finite.
+        prepared: its data; messages name the rows of a step.
+        progress: the last step that is complete.
+        on_skips: called before non-finite steps end the attempt.
     """
     try:
         yield
-    except NotFiniteError as error:
+    except NonFiniteError as error:
         on_skips()
         listed = ", ".join(map(str, error.steps))
-        raise AttemptOver(
-            Restart(
+        raise RetryError(
+            RetryRequest(
                 cause="not_finite",
                 steps=list(error.steps),
                 rows=describe(rows_of_step(recipe, prepared, error.steps[-1])),
-                found=f"the loss or the gradient is not finite in steps {listed}, one after the "
+                problem=f"the loss or the gradient is not finite in steps {listed}, one after the "
                 "other",
             )
         ) from None
     except RuntimeError as error:
         if isinstance(error, FinrayError) or not is_out_of_memory(error):
             raise
-        found = f"out of memory ({str(error).splitlines()[0]})"
-        raise AttemptOver(
-            Restart(cause="memory", steps=[position.step + 1], rows="", found=found)
+        problem = f"out of memory ({str(error).splitlines()[0]})"
+        raise RetryError(
+            RetryRequest(cause="memory", steps=[progress.step + 1], rows="", problem=problem)
         ) from None
+
+
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """True if a device or the host could not allocate what torch requested."""
+    return any(sign in str(error) for sign in _OUT_OF_MEMORY)

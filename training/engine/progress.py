@@ -1,36 +1,40 @@
-"""How far a run has come, and how long it took."""
+"""How far a run is, and how long its steps take."""
 
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+PROGRESS_FILE = "position.json"
+"""In every checkpoint."""
+
 
 @dataclass
-class Position:
-    """Kept in every checkpoint; a step is `batch_size` positions of the stream."""
+class TrainingProgress:
+    """Kept in every checkpoint; a step takes `batch_size` positions of the stream."""
 
     step: int = 0
     tokens: int = 0
     seconds: float = 0.0
-    """Time spent on optimizer steps, all attempts together."""
+    """Time spent on optimizer steps, in all attempts together."""
 
 
-class Clock:
-    """Times the steps, leaving out evaluations and saves."""
+class StepTimer:
+    """Measures the time of steps, without evaluations and saves."""
 
-    def __init__(self, position: Position) -> None:
-        self.step = position.step
-        self._tokens = position.tokens
+    def __init__(self, progress: TrainingProgress) -> None:
+        self.step = progress.step
+        """The step at the last tick."""
+        self._tokens = progress.tokens
         self._since = time.monotonic()
 
-    def lap(self, position: Position) -> float:
-        """Tokens per second since the last lap; adds its time to the position."""
+    def tick(self, progress: TrainingProgress) -> float:
+        """Tokens per second since the last tick; adds the time since then to the progress."""
         now = time.monotonic()
         elapsed = max(now - self._since, 1e-9)
-        speed = (position.tokens - self._tokens) / elapsed
-        position.seconds += elapsed
-        self.step, self._tokens, self._since = position.step, position.tokens, now
+        speed = (progress.tokens - self._tokens) / elapsed
+        progress.seconds += elapsed
+        self.step, self._tokens, self._since = progress.step, progress.tokens, now
         return speed
 
     @contextmanager

@@ -26,7 +26,7 @@ from ..models.sharding import without_needless_reduction
 from ..models.shards import whole
 from ..models.weights import gather_weights, load_weights, save_weights
 from ..objectives.objective import Objective
-from .nonfinite import SkippedSteps, carried, flag
+from .nonfinite import NonFiniteSteps, nonfinite_flag, propagate_nan
 from .optimizer import SkippingAdamW, make_optimizer
 
 
@@ -66,7 +66,7 @@ class StreamTrainer(Trainer):
         stop_requested: whether this worker was asked to stop.
         flags: this worker's; `counts` has them of all.
         lora_plus_ratio: see `make_optimizer`.
-        max_skipped_steps: so many in a row, not finite, raise NotFiniteError.
+        max_skipped_steps: so many in a row, not finite, raise NonFiniteError.
     """
 
     def __init__(
@@ -97,9 +97,9 @@ class StreamTrainer(Trainer):
         self._flags = flags
         self._handled_step = 0
         self._tr_loss: torch.Tensor
-        self._adamw: SkippingAdamW
+        self._adamw: SkippingAdamW | None = None
         self._is_skipped = torch.zeros(())
-        self.skipped = SkippedSteps(args.device, max_skipped_steps, scaled=args.fp16)
+        self.skipped = NonFiniteSteps(args.device, max_skipped_steps, scaled=args.fp16)
         self._measured: list[torch.Tensor] = []
         # Counts are exchanged between CPUs, so that a GPU never waits for them.
         self.cpu_group = dist.new_group(backend="gloo") if args.world_size > 1 else None
@@ -109,7 +109,7 @@ class StreamTrainer(Trainer):
         """AdamW as `make_optimizer` sets it up."""
         if self.optimizer is None:
             args = self.args
-            self.optimizer = self._adamw = make_optimizer(
+            self._adamw = make_optimizer(
                 self.model.named_parameters(),
                 self.get_decay_parameter_names(self.model),
                 learning_rate=args.learning_rate,
@@ -118,6 +118,7 @@ class StreamTrainer(Trainer):
                 weight_decay=args.weight_decay,
                 lora_plus_ratio=self._lora_plus_ratio,
             )
+            self.optimizer = self._adamw
         return self.optimizer
 
     def get_train_dataloader(self) -> Any:
@@ -129,7 +130,7 @@ class StreamTrainer(Trainer):
     ) -> tuple[list[Batch], torch.Tensor]:
         """The microbatches of one step, and the units of the whole global batch."""
         step = self.state.global_step
-        self.skipped.hear(step - 1)
+        self.skipped.read_flags(step - 1)
         self.skipped.check()
         if step % self._passes == 0:
             microbatches = list(islice(epoch_iterator, num_batches))
@@ -177,7 +178,7 @@ class StreamTrainer(Trainer):
         loss = self._objective.loss(model, inputs, self._is_logged(self.state.global_step + 1))
         if loss.measures is not None:
             self._measured.append(loss.measures)
-        return carried(loss.total / num_items_in_batch * self.args.world_size)
+        return propagate_nan(loss.total / num_items_in_batch * self.args.world_size)
 
     def _defer_fsdp_gradient_reduction(self) -> AbstractContextManager[None]:
         """The Trainer's seam for all microbatches but the last of a sharded model."""
@@ -190,7 +191,8 @@ class StreamTrainer(Trainer):
         """
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)
         whole_norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
-        self._adamw.skip = self._is_skipped = flag(whole_norm)
+        assert self._adamw is not None
+        self._adamw.skip = self._is_skipped = nonfinite_flag(whole_norm)
         return whole_norm
 
     def _maybe_log_save_evaluate(
@@ -217,7 +219,7 @@ class StreamTrainer(Trainer):
 
         The mean is that of the steps that were not skipped; NaN where all were.
         """
-        self.skipped.hear(self.state.global_step)
+        self.skipped.read_flags(self.state.global_step)
         total, skipped = self.skipped.take_loss(), self.skipped.take_steps()
         if self.args.world_size > 1:
             dist.all_reduce(total)

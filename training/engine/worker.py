@@ -1,8 +1,8 @@
-"""One worker's part of a run, the same in this process, in one of several and in Ray Train's.
+"""One worker's part of a run, the same in this process, in a local process and on Ray.
 
-    choose a checkpoint → load the model → measure the base → train → measure the result → write it
+    choose a checkpoint → load the model → evaluate the base → train → evaluate → write the result
 
-Every rank walks through this together; rank 0 also keeps the books and writes the result.
+All ranks walk through this together; rank 0 also records the run and writes the result.
 """
 
 import json
@@ -18,16 +18,16 @@ import transformers
 
 from ..common.errors import FinrayError, RunError
 from ..common.storage import Folder
-from ..common.uploader import Uploads
+from ..common.uploader import Uploader
 from ..config.adapter_folder import RESULT_FOLDER
 from ..config.recipe import recipe_from_dict
 from ..data.batching import Rows, accumulation_steps, in_batches, microbatches
 from ..data.origin import rows_of_step
-from ..data.prepared import open_prepared
+from ..data.prepared import Prepared, open_prepared
 from ..data.stream import Slice, every_sequence, share, stream
 from ..methods import method_of
-from ..models import import_peft as quick_peft  # noqa: F401 - before what loads peft
-from ..models.base_cache import measured_before
+from ..models import import_peft  # noqa: F401 - before what loads peft
+from ..models.base_cache import BaseCache
 from ..models.dtypes import choose_dtype
 from ..models.generation import answer, exact_match
 from ..models.loading import check_isolation, count_parameters, load_model, load_tokenizer
@@ -35,168 +35,182 @@ from ..models.sharding import choose_strategy
 from ..models.weights import gather_weights, save_result
 from ..objectives.objective import Setup
 from ..records import checkpoint
-from ..records.recorder import Books, as_number
+from ..records.recorder import RunRecorder, as_number
 from ..records.run_folder import CHECKPOINTS_FOLDER
-from .checkpointer import Saver, SaveState, state_record
-from .context import Session
-from .failures import ending_attempts
-from .progress import Clock, Position
-from .restart import AttemptOver
-from .task import Job, Outcome
+from .checkpointer import Checkpointer, SaveState
+from .context import WorkerContext
+from .failures import retry_requests
+from .progress import PROGRESS_FILE, StepTimer, TrainingProgress
+from .task import Report, RetryError, WorkerResult, WorkerTask
 from .trainer import StepMeasures, StreamTrainer
 from .trainer_arguments import accumulation, training_arguments
 from .watchdog import Watchdog, write_stacks
 
-POSITION_FILE = "position.json"
 
+def run_worker(
+    task: WorkerTask,
+    context: WorkerContext,
+    report: Report | None = None,
+    bases: BaseCache | None = None,
+) -> WorkerResult:
+    """Train; an error that a retry would only repeat is returned, not raised.
 
-def run_worker(job: Job, session: Session) -> Outcome:
-    """Train; an error that a restart would only repeat is returned, not raised."""
+    Args:
+        task: the run.
+        context: this worker's place among the others.
+        report: receives measures while the run trains.
+        bases: frozen bases of earlier runs in this process, where it keeps any.
+    """
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     try:
-        with tempfile.TemporaryDirectory(prefix="finray-") as scratch, Uploads() as uploads:
-            finished = _Worker(job, session, Path(scratch), uploads).run()
+        with tempfile.TemporaryDirectory(prefix="finray-") as scratch, Uploader() as uploads:
+            worker = TrainingWorker(task, context, Path(scratch), uploads, report, bases)
+            is_finished = worker.fit()
     except FinrayError as error:
-        return Outcome(status="failed", error=str(error), exit_code=error.exit_code)
-    except AttemptOver as over:
-        found = over.restart["found"]
-        return Outcome(status="restart", error=found, exit_code=1, restart=over.restart)
-    if finished:
-        return Outcome(status="finished", error=None, exit_code=0)
-    return Outcome(status="stopped", error=None, exit_code=130)
+        return WorkerResult(status="failed", error=str(error), exit_code=error.exit_code)
+    except RetryError as error:
+        problem = error.request["problem"]
+        return WorkerResult(status="retry", error=problem, exit_code=1, retry=error.request)
+    if is_finished:
+        return WorkerResult(status="finished", error=None, exit_code=0)
+    return WorkerResult(status="stopped", error=None, exit_code=130)
 
 
-class _Worker:
-    def __init__(self, job: Job, session: Session, scratch: Path, uploads: Uploads) -> None:
-        self.recipe = recipe_from_dict(job["recipe"])
-        self.run_folder = Folder(job["run"])
-        self.checkpoints = self.run_folder / CHECKPOINTS_FOLDER
-        self.session = session
+class TrainingWorker:
+    """Everything that one worker needs to train, built whole; `fit` then trains.
+
+    Args:
+        task: the run.
+        context: this worker's place among the others.
+        scratch: a folder on this machine's disk.
+        uploads: for checkpoints and the result.
+        report: receives measures; None where nobody follows.
+        bases: frozen bases of earlier runs in this process, if it keeps any.
+    """
+
+    def __init__(
+        self,
+        task: WorkerTask,
+        context: WorkerContext,
+        scratch: Path,
+        uploads: Uploader,
+        report: Report | None,
+        bases: BaseCache | None,
+    ) -> None:
+        self.recipe = recipe_from_dict(task["recipe"])
+        self.run_folder = Folder(task["run"])
+        self.context = context
         self.scratch = scratch
         self.uploads = uploads
-        prepared = open_prepared(Folder(job["prepared"]))
-        if prepared is None:
-            raise RunError(f"the prepared data set {job['prepared']} is gone")
-        self.prepared = prepared
+        self.report = report
+        self.bases = bases
+        self.until = task.get("until")
         self.method = method_of(self.recipe)
-        self.cause = job.get("cause")
-        self.total_steps = self.recipe.total_steps(prepared.manifest.train.sequences)
-        self.until = job.get("until")
-        self.position = Position()
+        self.prepared = _open_prepared(task["prepared"])
+        self.total_steps = self.recipe.total_steps(self.prepared.manifest.train.sequences)
         self.held_out: dict[str, float] = {}
         self.stopped = False
-        self.watchdog = Watchdog(self.recipe.scale.hang_timeout, self._hung)
 
-    def run(self) -> bool:
-        """Returns whether the run got to its end (and was not asked to stop)."""
-        choice = self._agree_on_checkpoint()
+        checkpoints = self.run_folder / CHECKPOINTS_FOLDER
+        choice = self._agree_on_checkpoint(checkpoints)
         transformers.set_seed(self.recipe.seed)
         self.tokenizer = load_tokenizer(self.recipe)
-        self.model = load_model(self.recipe, self.method.head)
+        self.model = load_model(self.recipe, self.method.head, bases)
         if self.recipe.packs:
             check_isolation(self.model)
-        checkpoint_path = self._fetch(choice)
-        self.saver = self._make_saver(choice)
-        self.trainer = self._make_trainer()
-        self.books = self._open_books(choice)
-        # The books are closed last: what ended the attempt is noted in them.
-        ending = ending_attempts(
-            self.recipe,
-            self.prepared,
-            self.position,
-            lambda: self._note_skipped(self.trainer.skipped.take_steps()),
+        self.checkpoint = _fetch(checkpoints, choice, scratch)
+        self.progress = _progress_of(self.checkpoint)
+        self.checkpointer = self._make_checkpointer(checkpoints, choice)
+        arguments = training_arguments(self.recipe, self.total_steps, context.world_size, scratch)
+        self.strategy = choose_strategy(
+            self.recipe, self.model, context.world_size, arguments.device
         )
-        with self.watchdog, self.books or nullcontext(), ending:
-            self._train(checkpoint_path)
-        return not self.stopped
-
-    def _train(self, checkpoint_path: str | None) -> None:
-        if checkpoint_path is None:
-            self._measure_base()
-        self.clock = Clock(self.position)
-        if self.position.step < self.total_steps:
-            self.trainer.train(resume_from_checkpoint=checkpoint_path)
-        else:  # only the end was missing
-            self.trainer.load_weights(str(checkpoint_path))
-        if self.stopped:
-            self.saver.finish()
-        else:
-            self._finish()
-
-    # the start
-
-    def _agree_on_checkpoint(self) -> checkpoint.Choice:
-        """Rank 0 looks, all hear: they resume from the same checkpoint, or fail together."""
-        found: list[checkpoint.Choice | FinrayError | None] = [None]
-        if self.session.rank == 0:
-            try:
-                choice = checkpoint.choose(self.checkpoints)
-                checkpoint.delete_after(self.checkpoints, choice.step)
-                found = [choice]
-            except FinrayError as error:
-                found = [error]
-        if self.session.world_size > 1:
-            dist.broadcast_object_list(found, src=0)
-        if isinstance(found[0], FinrayError):
-            raise found[0]
-        assert found[0] is not None
-        return found[0]
-
-    def _fetch(self, choice: checkpoint.Choice) -> str | None:
-        """Bring the checkpoint to this node and take up its position."""
-        if choice.name is None:
-            return None
-        folder = self.checkpoints / choice.name
-        local = folder.local
-        if local is None:
-            local = self.scratch / choice.name
-            folder.download(local)
-        self.position = Position(**json.loads((local / POSITION_FILE).read_bytes()))
-        return str(local)
-
-    def _make_saver(self, choice: checkpoint.Choice) -> Saver:
-        return Saver(
-            self.checkpoints,
-            self.scratch,
-            rank=self.session.rank,
-            world_size=self.session.world_size,
-            settings=self.recipe.checkpoint,
-            watched=self.method.watched,
-            uploads=self.uploads,
-            gather=self._gather,
-            before=self._write_lines,
-            tell=self._note_saves,
-            last_step=None if choice.name is None else choice.step,
-        )
-
-    def _gather(self, value: str | None) -> list[str | None]:
-        values = [value] * self.session.world_size
-        if self.session.world_size > 1:
-            dist.all_gather_object(values, value, group=self.trainer.cpu_group)
-        return values
-
-    def _make_trainer(self) -> StreamTrainer:
-        session = self.session
-        arguments = training_arguments(
-            self.recipe, self.total_steps, session.world_size, self.scratch
-        )
-        device, world_size = arguments.device, session.world_size
-        self.strategy = choose_strategy(self.recipe, self.model, world_size, device)
         setup = Setup(
             recipe=self.recipe,
             model=self.model,
             tokenizer=self.tokenizer,
             prepared=self.prepared,
-            rank=session.rank,
-            world_size=world_size,
-            device=device,
+            rank=context.rank,
+            world_size=context.world_size,
+            device=arguments.device,
             strategy=self.strategy,
         )
         self.objective = self.method.objective(setup)
         self.parameters = count_parameters(self.model)
         if self.strategy == "fsdp":  # the Trainer places a whole model
             setup.place(self.model)
+        self.trainer = self._make_trainer(arguments)
+        self.timer = StepTimer(self.progress)
+        self.watchdog = Watchdog(self.recipe.scale.hang_timeout, self._abort_hung_step)
+        self.recorder = self._start_recorder(choice, task.get("cause"))
+
+    def fit(self) -> bool:
+        """Train to the end or to a requested stop; True if the run is finished.
+
+        Raises:
+            RetryError: another attempt may complete the run.
+            FinrayError: the run cannot go on.
+        """
+        retries = retry_requests(
+            self.recipe, self.prepared, self.progress, self._record_last_skipped
+        )
+        # The recorder closes last: it records what ends the attempt.
+        with self.watchdog, self.recorder or nullcontext(), retries:
+            if self.checkpoint is None:
+                with self.timer.paused():
+                    self._evaluate_base()
+            if self.progress.step < self.total_steps:
+                self.trainer.train(resume_from_checkpoint=self.checkpoint)
+            else:  # only the end is missing
+                self.trainer.load_weights(str(self.checkpoint))
+            if self.stopped:
+                self.checkpointer.close()
+            else:
+                self._finish()
+        return not self.stopped
+
+    # the start
+
+    def _agree_on_checkpoint(self, checkpoints: Folder) -> checkpoint.Choice:
+        """Rank 0 chooses for all: they resume from the same checkpoint, or fail together."""
+        choices: list[checkpoint.Choice | FinrayError | None] = [None]
+        if self.context.rank == 0:
+            try:
+                choice = checkpoint.choose(checkpoints)
+                checkpoint.delete_after(checkpoints, choice.step)
+                choices = [choice]
+            except FinrayError as error:
+                choices = [error]
+        if self.context.world_size > 1:
+            dist.broadcast_object_list(choices, src=0)
+        if isinstance(choices[0], FinrayError):
+            raise choices[0]
+        assert choices[0] is not None
+        return choices[0]
+
+    def _make_checkpointer(self, checkpoints: Folder, choice: checkpoint.Choice) -> Checkpointer:
+        return Checkpointer(
+            checkpoints,
+            self.scratch,
+            rank=self.context.rank,
+            world_size=self.context.world_size,
+            settings=self.recipe.checkpoint,
+            watched=self.method.watched,
+            uploads=self.uploads,
+            before_publishing=self._flush_records,
+            gather=self._gather,
+            on_saved=self._record_saves,
+            last_step=None if choice.name is None else choice.step,
+        )
+
+    def _gather(self, value: str | None) -> list[str | None]:
+        values = [value] * self.context.world_size
+        if self.context.world_size > 1:
+            dist.all_gather_object(values, value, group=self.trainer.cpu_group)
+        return values
+
+    def _make_trainer(self, arguments: transformers.TrainingArguments) -> StreamTrainer:
         return StreamTrainer(
             self.model,
             arguments,
@@ -206,15 +220,16 @@ class _Worker:
             after_step=self._after_step,
             is_logged=self._is_logged,
             stop_requested=self._stop_requested,
-            flags=lambda: (self.saver.is_over,),
+            flags=lambda: (self.checkpointer.is_idle,),
             lora_plus_ratio=self.recipe.optim.lora_plus_ratio,
             max_skipped_steps=self.recipe.optim.max_skipped_steps,
         )
 
-    def _open_books(self, choice: checkpoint.Choice) -> Books | None:
-        if self.session.rank != 0:
+    def _start_recorder(self, choice: checkpoint.Choice, cause: str | None) -> RunRecorder | None:
+        """Rank 0's; None on the other ranks."""
+        if self.context.rank != 0:
             return None
-        books = Books(self.run_folder, self.recipe, self.position.step)
+        recorder = RunRecorder(self.run_folder, self.recipe, self.progress.step)
         facts = {
             "total_steps": self.total_steps,
             "parameters": {
@@ -222,51 +237,49 @@ class _Worker:
                 "adapter": self.recipe.adapter_kind,
                 "quantize": self.recipe.model.quantize,
             },
-            "nodes": sorted(set(self.session.nodes)),
+            "nodes": sorted(set(self.context.nodes)),
             "device": self.trainer.args.device.type,
             "dtype": choose_dtype(self.recipe.model),
             "strategy": self.strategy,
         }
-        books.open(choice, self.session.world_size, facts, self.cause)
-        return books
+        recorder.start(choice, self.context.world_size, facts, cause)
+        return recorder
 
     # the data
 
     def _training_rows(self) -> Iterator[Rows]:
-        recipe, session = self.recipe, self.session
+        recipe, context = self.recipe, self.context
         per_step, passes = recipe.rows_per_step, recipe.method.repeats
         part = Slice(
             folder=self.prepared.files,
             split=self.prepared.manifest.train,
             seed=recipe.seed,
             batch_size=per_step,
-            rank=session.rank,
-            world_size=session.world_size,
-            start_step=self.position.step // passes,
+            rank=context.rank,
+            world_size=context.world_size,
+            start_step=self.progress.step // passes,
             stop_step=-(-self.total_steps // passes),
         )
         return microbatches(
-            stream(part, on_ray=session.on_ray),
-            share(per_step, session.rank, session.world_size),
+            stream(part, on_ray=context.on_ray),
+            share(per_step, context.rank, context.world_size),
             recipe.optim.micro_batch_size,
-            accumulation(recipe, session.world_size),
+            accumulation(recipe, context.world_size),
         )
 
     def _held_out_rows(self) -> Iterator[Rows]:
         split = self.prepared.manifest.eval
         assert split is not None
-        folder, session = self.prepared.files, self.session
-        sequences = every_sequence(folder, split, session.rank, session.world_size)
-        size = self.recipe.optim.micro_batch_size
-        # Sharded, the ranks walk through the model together: as often as the busiest of them.
-        passes = accumulation_steps(split.sequences, size, session.world_size)
-        filled = passes if self.strategy == "fsdp" else 0
-        return in_batches(sequences, size, at_least=filled)
+        context, size = self.context, self.recipe.optim.micro_batch_size
+        sequences = every_sequence(self.prepared.files, split, context.rank, context.world_size)
+        # Ranks of a sharded model compute together: all as often as the busiest one.
+        passes = accumulation_steps(split.sequences, size, context.world_size)
+        return in_batches(sequences, size, at_least=passes if self.strategy == "fsdp" else 0)
 
     def _stop_requested(self) -> bool:
-        """Asked before a step, whether to save and stop after it."""
-        is_due = self.until is not None and self.position.step + 1 >= self.until
-        return is_due or self.session.stop_requested()
+        """Before a step: True if the run saves and stops after it."""
+        is_due = self.until is not None and self.progress.step + 1 >= self.until
+        return is_due or self.context.stop_requested()
 
     # after every step
 
@@ -283,41 +296,41 @@ class _Worker:
         return due and self.prepared.manifest.eval is not None
 
     def _after_step(self, measures: StepMeasures) -> bool:
-        """Log, evaluate and begin to save what is due; returns whether training ends here."""
+        """Log, evaluate and start to save what is due; True if the training ends here."""
         step, counts = measures.step, self.trainer.counts
-        self.position.step = step
-        self.position.tokens += counts.tokens
-        if counts.flags[0] == self.session.world_size:
-            self.saver.settle()
+        self.progress.step = step
+        self.progress.tokens += counts.tokens
+        if counts.flags[0] == self.context.world_size:
+            self.checkpointer.wait()
         if self._is_logged(step) or counts.stop:
             self._log(measures)
         self.watchdog.disarm()
         if self._is_evaluated(step):
-            with self.clock.paused():
+            with self.timer.paused():
                 self._evaluate()
         if self._is_saved(step) or counts.stop:
-            with self.clock.paused():
+            with self.timer.paused():
                 self._save()
         self.stopped = counts.stop and step < self.total_steps
         if not self.stopped and step < self.total_steps:
             self.watchdog.arm()
         return self.stopped
 
-    def _hung(self, seconds: float) -> None:
-        step = self.position.step + 1
-        file = write_stacks(self.run_folder, self.session.rank, step)
-        self.session.abandon(
+    def _abort_hung_step(self, seconds: float) -> None:
+        step = self.progress.step + 1
+        file = write_stacks(self.run_folder, self.context.rank, step)
+        self.context.abort(
             f"step {step} did not end within {seconds:.0f} s; {self.run_folder / file} shows where "
-            f"rank {self.session.rank} hangs. Where steps take so long, raise scale.hang_timeout"
+            f"rank {self.context.rank} hangs. If steps take so long, raise scale.hang_timeout"
         )
 
     def _epoch(self) -> float:
-        return self.recipe.epoch_at(self.position.step, self.prepared.manifest.train.sequences)
+        return self.recipe.epoch_at(self.progress.step, self.prepared.manifest.train.sequences)
 
     def _log(self, measures: StepMeasures) -> None:
-        loss, skipped = self.trainer.take_loss(measures.step - self.clock.step)
+        loss, skipped = self.trainer.take_loss(measures.step - self.timer.step)
         accuracy = self.trainer.take_measures()
-        speed = self.clock.lap(self.position)
+        speed = self.timer.tick(self.progress)
         line = {
             "step": measures.step,
             "epoch": self._epoch(),
@@ -325,72 +338,79 @@ class _Worker:
             "learning_rate": measures.learning_rate,
             "grad_norm": as_number(measures.grad_norm),
             "tokens_per_second": round(speed, 1),
-            "seconds": round(self.position.seconds, 3),
+            "seconds": round(self.progress.seconds, 3),
             **accuracy,
             **({"skipped": len(skipped)} if skipped else {}),
         }
-        with self.clock.paused():
-            self._note_skipped(skipped)
-            self._tell(line)
-        if self.books is not None:
-            self.books.sampled(measures.step, self.objective.examples())
+        with self.timer.paused():
+            self._record_skipped(skipped)
+            self._record_line(line)
+        if self.recorder is not None:
+            self.recorder.add_rollouts(measures.step, self.objective.examples())
         self.trainer.skipped.check()
 
-    def _note_skipped(self, steps: list[int]) -> None:
-        if self.books is not None and steps:
-            found = [(step, rows_of_step(self.recipe, self.prepared, step)) for step in steps]
-            self.books.skipped(found)
+    def _record_skipped(self, steps: list[int]) -> None:
+        if self.recorder is not None and steps:
+            rows = [(step, rows_of_step(self.recipe, self.prepared, step)) for step in steps]
+            self.recorder.add_skipped(rows)
+
+    def _record_last_skipped(self) -> None:
+        self._record_skipped(self.trainer.skipped.take_steps())
 
     def _evaluate(self) -> None:
         measured = self.trainer.held_out(self._held_out_rows())
-        self.held_out = {"step": self.position.step, **measured}
-        self._tell({"epoch": self._epoch(), **self.held_out})
+        self.held_out = {"step": self.progress.step, **measured}
+        self._record_line({"epoch": self._epoch(), **self.held_out})
 
-    def _tell(self, line: dict[str, float]) -> None:
-        """Write a line of metrics, and tell it to whoever follows the run."""
-        if self.books is not None:
-            line = {**line, "tokens": self.position.tokens}
-            self.books.logged(line)
-            # Where all steps were skipped there is no loss to judge by.
-            known = {name: v for name, v in line.items() if name != "loss" or math.isfinite(v)}
-            self.session.report(known)
+    def _record_line(self, line: dict[str, float]) -> None:
+        """Write a line of metrics, and report it."""
+        if self.recorder is None:
+            return
+        line = {**line, "tokens": self.progress.tokens}
+        self.recorder.log(line)
+        if self.report is not None:
+            # If all steps were skipped there is no loss.
+            self.report({k: v for k, v in line.items() if k != "loss" or math.isfinite(v)})
 
     def _save(self) -> None:
-        step = self.position.step
-        watched = self.method.watched
-        fresh = self.held_out.get("step") == step and watched.name in self.held_out
-        metrics = {watched.name: self.held_out[watched.name]} if fresh else {}
-        self.saver.start(step, self._write_state, metrics)
+        step = self.progress.step
+        name = self.method.watched.name
+        is_fresh = self.held_out.get("step") == step and name in self.held_out
+        metrics = {name: self.held_out[name]} if is_fresh else {}
+        self.checkpointer.save(step, self._write_state, metrics)
 
     def _write_state(self, folder: Path) -> None:
         self.trainer.write_state(folder)
-        if self.session.rank == 0:
-            (folder / POSITION_FILE).write_text(json.dumps(asdict(self.position)))
+        if self.context.rank == 0:
+            (folder / PROGRESS_FILE).write_text(json.dumps(asdict(self.progress)))
 
-    def _write_lines(self) -> None:
-        """Called by the upload's thread: a checkpoint's lines are there before it is."""
-        if self.books is not None:
-            self.books.flush()
+    def _flush_records(self) -> None:
+        """In the upload's thread: the lines of a checkpoint are written before it is."""
+        if self.recorder is not None:
+            self.recorder.flush()
 
-    def _note_saves(self, state: SaveState) -> None:
-        if self.books is not None:
-            step, tokens = self.position.step, self.position.tokens
-            self.books.note_progress(step, tokens, **state_record(state))
+    def _record_saves(self, state: SaveState) -> None:
+        if self.recorder is not None:
+            self.recorder.update(self.progress.step, self.progress.tokens, **state.as_record())
 
     # before and after
 
-    def _measure_base(self) -> None:
-        """Held-out loss and answers of the model as it is before the first step."""
+    def _evaluate_base(self) -> None:
+        """Held-out measures and answers of the model before the first step."""
         if self.prepared.manifest.eval is None:
             return
-        measured = measured_before(
-            self.recipe,
-            self.prepared.manifest.fingerprint,
-            lambda: self.trainer.held_out(self._held_out_rows()),
-        )
+
+        def measure() -> dict[str, float]:
+            return self.trainer.held_out(self._held_out_rows())
+
+        fingerprint = self.prepared.manifest.fingerprint
+        if self.bases is None:
+            measured = measure()
+        else:
+            measured = self.bases.measured(self.recipe, fingerprint, measure)
         measured.update(self._answer("before"))
-        if self.books is not None:
-            self.books.measured_base(measured)
+        if self.recorder is not None:
+            self.recorder.log_base(measured)
 
     def _answer(self, when: str) -> dict[str, float]:
         """Answer the held-out samples greedily; their exact match, where there are any."""
@@ -403,34 +423,59 @@ class _Worker:
                 self.tokenizer,
                 [sample.prompt_ids for sample in samples],
                 self.recipe.eval.max_new_tokens,
-                self.session.rank,
-                self.session.world_size,
+                self.context.rank,
+                self.context.world_size,
             )
-        if self.books is not None:
+        if self.recorder is not None:
             texts = [
                 {"row": sample.row, "prompt": sample.prompt, "reference": sample.reference}
                 for sample in samples
             ]
-            self.books.answered(texts, answers, when)
+            self.recorder.add_answers(texts, answers, when)
         return {"exact_match": exact_match(answers, [sample.reference for sample in samples])}
 
     def _finish(self) -> None:
-        """Measure the trained model and write it."""
-        step = self.position.step
+        """Evaluate the trained model and write it."""
+        step = self.progress.step
         if self._is_evaluated(step) and self.held_out.get("step") != step:
             self._evaluate()
         matches = self._answer("after")
-        self.saver.finish()
+        self.checkpointer.close()
         weights = gather_weights(self.model)
-        if self.books is None:
+        if self.recorder is None:
             return
         if matches:
-            self.books.logged({"step": step, "epoch": self._epoch(), **matches})
+            self.recorder.log({"step": step, "epoch": self._epoch(), **matches})
         name = RESULT_FOLDER if self.recipe.trains_adapter else "model"
         save_result(self.recipe, self.model, self.tokenizer, self.scratch / name, weights)
         self.uploads.do(lambda: self._publish_result(name), self.run_folder)
-        self.books.finished(name)
+        self.recorder.set_result(name)
 
     def _publish_result(self, name: str) -> None:
         self.run_folder.delete(name)
         (self.run_folder / name).upload(self.scratch / name)
+
+
+def _open_prepared(uri: str) -> Prepared:
+    prepared = open_prepared(Folder(uri))
+    if prepared is None:
+        raise RunError(f"the prepared data set {uri} is gone")
+    return prepared
+
+
+def _fetch(checkpoints: Folder, choice: checkpoint.Choice, scratch: Path) -> str | None:
+    """The checkpoint's folder on this node; None without a checkpoint."""
+    if choice.name is None:
+        return None
+    folder = checkpoints / choice.name
+    local = folder.local
+    if local is None:
+        local = scratch / choice.name
+        folder.download(local)
+    return str(local)
+
+
+def _progress_of(checkpoint_path: str | None) -> TrainingProgress:
+    if checkpoint_path is None:
+        return TrainingProgress()
+    return TrainingProgress(**json.loads((Path(checkpoint_path) / PROGRESS_FILE).read_bytes()))

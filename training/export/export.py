@@ -3,13 +3,14 @@
 import json
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..common.errors import InputError, RunError
+from ..common.progress import SILENT, Progress
 from ..common.storage import Folder
 from ..config.adapter_folder import CONFIG_FILE as ADAPTER_CONFIG
 from ..config.adapter_folder import WEIGHTS_FILE
@@ -44,7 +45,7 @@ def export(
     *,
     merge: bool = False,
     dtype: "DtypeName | None" = None,
-    progress: Callable[[int, int], None] = lambda _, __: None,
+    progress: Progress = SILENT,
 ) -> Exported:
     """Write a run's result and its model card into a folder, whole or not at all.
 
@@ -53,7 +54,7 @@ def export(
         target: where to; it does not exist, or is empty.
         merge: merge the adapter into its base.
         dtype: type of the written weights; by default the base's, or the trained model's.
-        progress: told of the bytes of weights written so far and in all.
+        progress: receives the bytes of weights written so far and in all.
 
     Raises:
         InputError: there is no finished run, nothing to merge, no base, or no room for the result.
@@ -140,7 +141,7 @@ def _merge(
     adapter: Path,
     staged: Path,
     dtype: "DtypeName | None",
-    progress: Callable[[int, int], None],
+    progress: Progress,
 ) -> None:
     from transformers import AutoTokenizer
 
@@ -163,9 +164,7 @@ def _merge(
     _copy([base / GENERATION_CONFIG], staged)
 
 
-def _recast(
-    model: Path, staged: Path, dtype: "DtypeName", progress: Callable[[int, int], None]
-) -> None:
+def _recast(model: Path, staged: Path, dtype: "DtypeName", progress: Progress) -> None:
     from .merge import recast
 
     recast(model, staged, dtype, progress)

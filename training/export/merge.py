@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from ..common.errors import InputError, RunError
+from ..common.progress import Progress
 from ..models.dtypes import DtypeName, torch_dtype
 from .lora import Adapter
 from .quantised import Quantisation, dequantised
@@ -21,7 +22,6 @@ from .skeleton import Skeleton
 from .tensor_files import (
     SHARD_BYTES,
     Output,
-    Progress,
     TensorFiles,
     TensorInfo,
     write_model_files,
@@ -48,7 +48,7 @@ def merge(
         base: folder of the base model, with safetensors.
         adapter: folder of a LoRA adapter as PEFT writes it.
         target: where to; the folder exists.
-        progress: told of the bytes written so far and in all.
+        progress: receives the bytes written so far and in all.
         quantize: how the base was quantised while the adapter was trained: the merged weights
             start from what the quantised ones stand for, not from the base's own.
         compute_dtype: the type in which the run held the base's weights; it matters to `quantize`.

@@ -15,6 +15,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from ..common.errors import InputError
+from ..common.progress import Progress
 
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
@@ -109,10 +110,6 @@ class Output:
     """Gives the tensor when its turn comes."""
 
 
-Progress = Callable[[int, int], None]
-"""Called with the bytes written so far and in all."""
-
-
 def write_model_files(
     folder: Path,
     outputs: Sequence[Output],
@@ -124,7 +121,7 @@ def write_model_files(
     Args:
         folder: where to; it exists.
         outputs: what to write; each is made once, written and forgotten.
-        progress: told after every tensor.
+        progress: receives the bytes written so far and in all, after every tensor.
         shard_bytes: largest size of a file.
 
     Raises:
@@ -145,7 +142,7 @@ def write_model_files(
             for output in _write_header(stream, shard):
                 _write_tensor(stream, output)
                 done += output.info.bytes
-                progress(done, total)
+                progress.advance(done, total)
         weight_map.update((output.name, name) for output in shard)
     if len(shards) > 1:
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}

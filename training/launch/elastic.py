@@ -1,138 +1,120 @@
-"""A run's workers on a cluster that changes: how many, and when to start anew.
+"""Workers on a cluster that changes: how many, and when to restart them.
 
     how many fit now → train → a worker fails, nodes leave or come → how many fit now → …
 
 Every attempt is a Ray Train worker group of a fixed size that resumes from the newest good
-checkpoint. Ray Train's own elastic groups count nodes that are being drained, and give up the
-steps since the last checkpoint whenever they grow; here the workers save first.
+checkpoint. Ray Train's own elastic groups count draining nodes, and lose the steps since the last
+checkpoint whenever they grow; here the workers save first.
 """
 
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
 
+from ..common.background import Stop
 from ..common.errors import InputError, RunError
-from ..common.stop import Stop
+from ..common.progress import Progress
 from ..common.storage import Folder
-from ..records import checkpoint
 from ..records.run_folder import read_run
 from .resources import (
-    Demand,
-    ask_autoscaler,
+    WorkerRequest,
     check_fits,
     cluster_nodes,
     draining_nodes,
     fitting_workers,
+    request_from_autoscaler,
 )
 
 _LOOK_SECONDS = 2.0
-_GROW_SECONDS = 20.0
-"""Room for more workers is taken once it lasts so long: nodes rarely come alone."""
+GROW_SECONDS = 20.0
+"""Room for more workers is used once it lasts this long, as nodes rarely come alone."""
 
 
-@dataclass
-class Patience:
-    """How many failures without progress a run bears.
-
-    Args:
-        checkpoints: where progress shows.
-        limit: failures in a row without a new checkpoint between them.
-    """
-
-    checkpoints: Folder
-    limit: int
-    _failures: int = 0
-    _newest: str | None = None
-
-    def bears(self) -> bool:
-        """Count a failure; whether another attempt is to be made."""
-        try:
-            newest = checkpoint.newest(self.checkpoints)
-        except OSError:  # a storage that is away shows no progress
-            newest = self._newest
-        self._failures = self._failures + 1 if newest == self._newest else 1
-        self._newest = newest
-        return self._failures <= self.limit
-
-
-class Watch:
-    """Looks at the cluster while an attempt trains: is there a reason to save and start anew?
+class ClusterWatcher:
+    """Watches the cluster during an attempt for a reason to save and restart.
 
     Args:
         run: the run's folder; its run.json names the nodes that train.
-        wanted: the run's demand.
-        workers: those of this attempt.
+        request: the run's workers.
+        workers: number of this attempt's workers.
+        grow_seconds: how long room for more workers lasts before it is used.
     """
 
-    def __init__(self, run: Folder, wanted: Demand, workers: int) -> None:
+    def __init__(
+        self,
+        run: Folder,
+        request: WorkerRequest,
+        workers: int,
+        grow_seconds: float = GROW_SECONDS,
+    ) -> None:
         self._run = run
-        self._wanted = wanted
+        self._request = request
         self._workers = workers
-        self._next = time.monotonic() + _LOOK_SECONDS
+        self._grow_seconds = grow_seconds
+        self._next_look = time.monotonic() + _LOOK_SECONDS
         self._room_since: float | None = None
         self.reason: str | None = None
         """Why the attempt should end; None while it should not."""
 
-    def sees_reason(self) -> bool:
-        """Whether the attempt should end; cheap enough to be asked all the time."""
+    def has_reason(self) -> bool:
+        """True if the attempt should end; cheap enough to call all the time."""
         now = time.monotonic()
-        if self.reason is None and now >= self._next:
-            self._next = now + _LOOK_SECONDS
-            self.reason = self._loss() or self._growth(now)
+        if self.reason is None and now >= self._next_look:
+            self._next_look = now + _LOOK_SECONDS
+            self.reason = self._leaving_nodes() or self._growth(now)
         return self.reason is not None
 
-    def _loss(self) -> str | None:
+    def _leaving_nodes(self) -> str | None:
         leaving = draining_nodes()
         if not leaving:
             return None
         try:
-            mine = leaving & set((read_run(self._run) or {}).get("nodes", ()))
+            training = leaving & set((read_run(self._run) or {}).get("nodes", ()))
         except OSError:
-            return None  # a storage that is away for a moment: the next look tells
-        return f"{len(mine)} of the run's nodes will be taken away" if mine else None
+            return None  # a storage that is away for a moment: the next look reads it
+        return f"{len(training)} of the run's nodes will be taken away" if training else None
 
     def _growth(self, now: float) -> str | None:
-        room = self._room() if self._workers < self._wanted.most else 0
+        room = self._room() if self._workers < self._request.max else 0
         if room <= self._workers:
             self._room_since = None
             return None
         self._room_since = self._room_since or now
-        if now - self._room_since < _GROW_SECONDS:
+        if now - self._room_since < self._grow_seconds:
             return None
         return f"there is room for {room} workers, {self._workers} train"
 
     def _room(self) -> int:
-        """With the workers that train already; others' work on the cluster stays."""
+        """Workers that fit, with those that train already; others' work on the cluster stays."""
         import ray
 
         free = ray.available_resources()
-        more = min(free.get(kind, 0.0) // amount for kind, amount in self._wanted.worker.items())
-        most = min(self._wanted.most, fitting_workers(self._wanted, cluster_nodes()))
-        return min(self._workers + int(more), most)
+        per_worker = self._request.worker.items()
+        more = min(free.get(kind, 0.0) // amount for kind, amount in per_worker)
+        fits = fitting_workers(self._request, cluster_nodes())
+        return min(self._workers + int(more), self._request.max, fits)
 
 
-def await_room(
-    wanted: Demand, seconds: float, stop: Stop, tell: Callable[[str], None]
+def wait_for_capacity(
+    request: WorkerRequest, seconds: float, stop: Stop, progress: Progress
 ) -> int | None:
-    """Wait until the cluster holds the workers again; returns how many, None at a stop.
+    """Wait until the cluster holds the workers; returns how many fit, None if stopped before.
 
     Raises:
-        RunError: it does not within `seconds`.
+        RunError: they do not fit within `seconds`.
     """
     deadline = time.monotonic() + seconds
-    asked = False
+    is_waiting = False
     while not stop.requested.is_set():
         try:
-            return check_fits(wanted, cluster_nodes())
+            return check_fits(request, cluster_nodes())
         except InputError as error:
             if time.monotonic() > deadline:
                 raise RunError(
                     f"{error}. The run waited {seconds:g} s (scale.node_wait); the same command "
-                    "goes on from its last checkpoint"
+                    "resumes it from its last checkpoint"
                 ) from None
-            if not asked:
-                asked = True
-                ask_autoscaler(wanted)
-                tell(f"waiting up to {seconds:g} s for nodes: {error}")
+            if not is_waiting:
+                is_waiting = True
+                request_from_autoscaler(request)
+                progress.status(f"waiting up to {seconds:g} s for nodes: {error}")
         stop.requested.wait(_LOOK_SECONDS)
     return None

@@ -1,187 +1,187 @@
-"""Starting the workers of a run: in this process, or as a Ray Train worker group."""
+"""Training in Ray Train worker groups on the initialised Ray."""
 
-from collections.abc import Callable
-from concurrent.futures import wait
-from typing import Any, TypeVar, cast
+import threading
+import time
+from typing import Any, NoReturn, Self, cast
 
-from ..common.background import beside
-from ..common.errors import RunError, last_line
+from ..common.background import Stop, run_while_watching
+from ..common.errors import last_line
+from ..common.progress import Progress
 from ..common.secrets import redact
-from ..common.stop import Stop
 from ..common.storage import Folder
 from ..config.recipe import ScaleSettings
-from ..engine.context import STOP_FILE, LocalSession, RaySession
-from ..engine.restart import AttemptOver, Restart
-from ..engine.task import Job, Outcome
+from ..engine.context import STACKS_SECONDS, STOP_FILE, end_process, watch_stop_file
+from ..engine.task import RetryError, RetryRequest, WorkerResult, WorkerTask
 from ..records.run_folder import CHECKPOINTS_FOLDER
-from .elastic import Patience, Watch, await_room
-from .resources import Demand, ask_autoscaler, check_fits, cluster_nodes, demand
-
-T = TypeVar("T")
-
-
-def launch_here(job: Job, stop: Stop) -> Outcome:
-    """Train in this process, without Ray."""
-    from ..engine.worker import run_worker
-
-    stop.armed = True
-    return run_worker(job, LocalSession(Folder(job["run"]), stop.requested))
+from .elastic import GROW_SECONDS, ClusterWatcher, wait_for_capacity
+from .resources import check_fits, cluster_nodes, request_from_autoscaler, worker_request
+from .retries import AttemptEndedError, Launcher
 
 
-def launch_on_ray(
-    job: Job,
-    scale: ScaleSettings,
-    stop: Stop,
-    worker_env: dict[str, str],
-    tell: Callable[[str], None],
-) -> Outcome:
-    """Train in Ray Train worker groups on the initialised Ray, one after the other as needed.
+class RayLauncher(Launcher):
+    """Starts a worker group for each attempt, with as many workers as fit.
+
+    As a context it lets the cluster's autoscaler keep nodes for the workers.
 
     Args:
-        job: what the workers are told.
-        scale: how many they are.
-        stop: a request to save and end.
+        scale: the run's.
+        stop: requested when the run should save and end.
         worker_env: environment variables of the workers.
-        tell: called with why the workers start anew, and what is waited for.
+        grow_seconds: how long room for more workers lasts before it is used.
 
     Raises:
         InputError: the cluster can never hold the workers.
-        RunError: the workers failed more often than `max_failures`, or their nodes are gone for
-            longer than `node_wait`.
     """
-    wanted = demand(scale, cluster_nodes())
-    workers = check_fits(wanted, cluster_nodes())
-    if workers < wanted.most:
-        ask_autoscaler(wanted)
-    try:
-        return _attempts(job, scale, wanted, workers, stop, worker_env, tell)
-    finally:
-        ask_autoscaler(None)
 
+    def __init__(
+        self,
+        scale: ScaleSettings,
+        stop: Stop,
+        worker_env: dict[str, str],
+        grow_seconds: float = GROW_SECONDS,
+    ) -> None:
+        self.stop = stop
+        self.max_failures = scale.max_failures
+        self._node_wait = scale.node_wait
+        self._worker_env = worker_env
+        self._grow_seconds = grow_seconds
+        nodes = cluster_nodes()
+        self._request = worker_request(scale, nodes)
+        self._workers = check_fits(self._request, nodes)
 
-def _attempts(
-    job: Job,
-    scale: ScaleSettings,
-    wanted: Demand,
-    workers: int | None,
-    stop: Stop,
-    worker_env: dict[str, str],
-    tell: Callable[[str], None],
-) -> Outcome:
-    run = Folder(job["run"])
-    patience = Patience(run / CHECKPOINTS_FOLDER, scale.max_failures)
-    while workers is not None:
-        watch = Watch(run, wanted, workers)
+    def __enter__(self) -> Self:
+        if self._workers < self._request.max:
+            request_from_autoscaler(self._request)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        request_from_autoscaler(None)
+
+    def attempt(self, task: WorkerTask) -> WorkerResult:
+        """Train in one worker group until it ends; it saves and ends when the cluster changes."""
+        run = Folder(task["run"])
+        run.delete(STOP_FILE)  # the request that ended the attempt before
+        watcher = ClusterWatcher(run, self._request, self._workers, self._grow_seconds)
         try:
-            outcome = _attempt(job, _make_trainer(job, wanted, workers, worker_env), stop, watch)
+            result = self._fit(task, run, watcher)
         except Exception as error:
-            if (restart := _restart_of(error)) is not None:
-                return Outcome(status="restart", error=None, exit_code=1, restart=restart)
-            cause = _cause(error)
-            if not _is_preemption(error) and not patience.bears():
-                raise RunError(cause) from error
-        else:
-            if outcome["status"] != "stopped" or watch.reason is None or stop.requested.is_set():
-                return outcome
-            cause = watch.reason
-        run.delete(STOP_FILE)
-        tell(f"starting the workers anew: {cause}")
-        job = cast(Job, {**job, "cause": cause})
-        workers = await_room(wanted, scale.node_wait, stop, tell)
-    return Outcome(status="stopped", error=None, exit_code=130)
+            if (request := _retry_request(error)) is not None:
+                return WorkerResult(status="retry", error=None, exit_code=1, retry=request)
+            raise AttemptEndedError(_cause(error), is_failure=not _is_preemption(error)) from error
+        is_restart = result["status"] == "stopped" and not self.stop.requested.is_set()
+        if is_restart and watcher.reason is not None:
+            raise AttemptEndedError(watcher.reason, is_failure=False)
+        return result
+
+    def wait_until_ready(self, progress: Progress) -> None:
+        """Wait until the cluster holds enough workers again."""
+        workers = wait_for_capacity(self._request, self._node_wait, self.stop, progress)
+        self._workers = workers or self._workers
+
+    def _fit(self, task: WorkerTask, run: Folder, watcher: ClusterWatcher) -> WorkerResult:
+        is_stopping = False
+
+        def stop_where_due() -> None:
+            nonlocal is_stopping
+            if is_stopping or not (self.stop.requested.is_set() or watcher.has_reason()):
+                return
+            try:
+                run.write(STOP_FILE, b"")
+            except OSError:
+                return  # a storage that is away for a moment: the next tick tries again
+            is_stopping = True
+
+        trainer = self._make_trainer(task, run)
+        result: WorkerResult = run_while_watching(
+            trainer.fit, self.stop, on_tick=stop_where_due
+        ).return_value
+        return result
+
+    def _make_trainer(self, task: WorkerTask, run: Folder) -> Any:
+        import ray.train
+        from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
+
+        from .ray_backend import ProcessGroup
+
+        # TorchTrainer, but without torch in the driver and in the controller.
+        return DataParallelTrainer(
+            _ray_worker,
+            train_loop_config=dict(task),
+            backend_config=ProcessGroup(),
+            scaling_config=ray.train.ScalingConfig(
+                num_workers=self._workers,
+                use_gpu=self._request.gpus > 0,
+                resources_per_worker=self._request.worker,
+            ),
+            run_config=ray.train.RunConfig(
+                name=CHECKPOINTS_FOLDER,
+                storage_path=run.path,
+                storage_filesystem=run.filesystem,
+                worker_runtime_env={"env_vars": self._worker_env},
+                # `run_with_retries` makes the next attempt, with as many workers as fit then.
+                failure_config=ray.train.FailureConfig(
+                    max_failures=0, controller_failure_limit=0, max_preemption_failures=0
+                ),
+            ),
+        )
 
 
-def _attempt(job: Job, trainer: Any, stop: Stop, watch: Watch) -> Outcome:
-    """One worker group, until it ends; it is asked to save and end where there is a reason to."""
-    run = Folder(job["run"])
-    asked = False
-
-    def look() -> None:
-        nonlocal asked
-        if asked or not (stop.requested.is_set() or watch.sees_reason()):
-            return
-        try:
-            run.write(STOP_FILE, b"")
-        except OSError:
-            return  # a storage that is away for a moment: the next look tries again
-        asked = True
-
-    outcome: Outcome = run_beside(trainer.fit, stop, meanwhile=look).return_value
-    return outcome
-
-
-def run_beside(
-    work: Callable[[], T],
-    stop: Stop,
-    on_stop: Callable[[], None] = lambda: None,
-    meanwhile: Callable[[], None] = lambda: None,
-) -> T:
-    """Do work in a thread of its own, so that Ray leaves the signal handlers to finray.
+class RayContext:
+    """One Ray Train worker of the run.
 
     Args:
-        work: what to do; its result is returned, and what it raises is raised.
-        stop: armed from here on.
-        on_stop: called once, when the stop is requested.
-        meanwhile: called several times a second.
+        run: the run's folder; a stop file in it requests a stop.
     """
-    stop.armed = True
-    outcome = beside(work, "ray-work")
-    told = False
-    while not outcome.done():
-        wait((outcome,), 0.2)
-        if stop.requested.is_set() and not told:
-            on_stop()
-            told = True
-        meanwhile()
-    return outcome.result()
+
+    on_ray = True
+
+    def __init__(self, run: Folder) -> None:
+        import ray.train
+
+        context = ray.train.get_context()
+        self.rank: int = context.get_world_rank()
+        self.world_size: int = context.get_world_size()
+        self.nodes = _node_of_each_rank(self.world_size)
+        self._stop = watch_stop_file(run) if self.rank == 0 else threading.Event()
+
+    def stop_requested(self) -> bool:
+        """True on rank 0 once there is a stop file; the step's counts tell the other ranks."""
+        return self._stop.is_set()
+
+    def abort(self, message: str) -> NoReturn:
+        """End the worker; the driver restarts all from the last checkpoint."""
+        time.sleep(STACKS_SECONDS)
+        end_process(message)
 
 
-def _make_trainer(job: Job, wanted: Demand, workers: int, worker_env: dict[str, str]) -> Any:
-    import ray.train
-    from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
-
-    from .ray_backend import ProcessGroup
-
-    run = Folder(job["run"])
-    # What TorchTrainer is, less torch in the driver and in the controller.
-    return DataParallelTrainer(
-        _ray_worker,
-        train_loop_config=dict(job),
-        backend_config=ProcessGroup(),
-        scaling_config=ray.train.ScalingConfig(
-            num_workers=workers, use_gpu=wanted.gpus > 0, resources_per_worker=wanted.worker
-        ),
-        run_config=ray.train.RunConfig(
-            name=CHECKPOINTS_FOLDER,
-            storage_path=run.path,
-            storage_filesystem=run.filesystem,
-            worker_runtime_env={"env_vars": worker_env},
-            # Another attempt is made here, with as many workers as then fit.
-            failure_config=ray.train.FailureConfig(
-                max_failures=0, controller_failure_limit=0, max_preemption_failures=0
-            ),
-        ),
-    )
-
-
-def _ray_worker(job: dict[str, Any]) -> Outcome:
+def _ray_worker(task: dict[str, Any]) -> WorkerResult:
     from ..engine.worker import run_worker
 
-    outcome = run_worker(cast(Job, job), RaySession(Folder(job["run"])))
-    if outcome["status"] == "restart":
+    result = run_worker(cast(WorkerTask, task), RayContext(Folder(task["run"])))
+    if result["status"] == "retry":
         # Raised, as other ranks may wait for this one in a collective.
-        raise AttemptOver(outcome["restart"])
-    return outcome
+        raise RetryError(result["retry"])
+    return result
 
 
-def _restart_of(error: Exception) -> Restart | None:
-    """What a worker asks of the next attempt, where one ended because of that."""
+def _node_of_each_rank(world_size: int) -> tuple[str, ...]:
+    import ray
+    import torch.distributed as dist
+
+    nodes = [ray.get_runtime_context().get_node_id()] * world_size
+    if world_size > 1:
+        dist.all_gather_object(nodes, nodes[0])
+    return tuple(nodes)
+
+
+def _retry_request(error: Exception) -> RetryRequest | None:
+    """A worker's request for another attempt, if that ended the group."""
     import ray.train
 
     if isinstance(error, ray.train.WorkerGroupError):
         for failure in error.worker_failures.values():
-            if isinstance(failure, AttemptOver):
-                return failure.restart
+            if isinstance(failure, RetryError):
+                return failure.request
     return None
 
 
@@ -196,7 +196,7 @@ def _cause(error: Exception) -> str:
 
 
 def _is_preemption(error: Exception) -> bool:
-    """Whether the workers ended as their node was taken away."""
+    """True if the workers ended because their node was taken away."""
     import ray.exceptions
     import ray.train
 

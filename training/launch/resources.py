@@ -1,4 +1,4 @@
-"""Whether a cluster can hold a run's workers, and what would fit."""
+"""What a run's workers need of a cluster, and whether they fit."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,11 +11,11 @@ Resources = dict[str, float]
 
 
 @dataclass(frozen=True)
-class Demand:
-    """What the workers of a run hold. The tasks that stream its data hold no CPU."""
+class WorkerRequest:
+    """The workers of a run, and what each holds. The tasks that stream its data hold no CPU."""
 
-    least: int
-    most: int
+    min: int
+    max: int
     cpus: float
     """Of one worker."""
     gpus: float
@@ -27,13 +27,13 @@ class Demand:
         return {"CPU": self.cpus, **({"GPU": self.gpus} if self.gpus else {})}
 
     def __str__(self) -> str:
-        count = str(self.most) if self.least == self.most else f"{self.least} to {self.most}"
+        count = str(self.max) if self.min == self.max else f"{self.min} to {self.max}"
         gpus = f" and {self.gpus:g} GPU" if self.gpus else ""
         return f"{count} workers of {self.cpus:g} CPU{gpus} each"
 
 
 def cluster_nodes() -> list[Resources]:
-    """The resources of each node of the initialised Ray that lives and will stay."""
+    """Resources of each node of the initialised Ray that is alive and not draining."""
     import ray
 
     leaving = draining_nodes()
@@ -46,63 +46,63 @@ def cluster_nodes() -> list[Resources]:
 
 def draining_nodes() -> frozenset[str]:
     """Ids of the nodes that will be taken away: a spot instance's notice, `ray drain-node`."""
-    # Ray has no public word for it; its own Train asks the same.
+    # Ray has no public API for it; Ray Train itself uses this one.
     from ray._private.state import state
 
     return frozenset(state.get_draining_nodes())
 
 
-def demand(scale: ScaleSettings, nodes: Sequence[Resources]) -> Demand:
-    """What a run asks of these nodes; gpus_per_worker auto takes one where there are any."""
+def worker_request(scale: ScaleSettings, nodes: Sequence[Resources]) -> WorkerRequest:
+    """The workers of a run on these nodes; gpus_per_worker auto takes one if there are any."""
     gpus = scale.gpus_per_worker
     if gpus == "auto":
         gpus = 1.0 if any(node.get("GPU", 0.0) > 0 for node in nodes) else 0.0
     cpus = float(scale.cpus_per_worker)
-    return Demand(scale.least_workers, scale.most_workers, cpus, float(gpus))
+    return WorkerRequest(scale.least_workers, scale.most_workers, cpus, float(gpus))
 
 
-def fitting_workers(wanted: Demand, nodes: Sequence[Resources]) -> int:
-    """How many such workers the nodes hold."""
-    return sum(_on_node(wanted, node) for node in nodes)
+def fitting_workers(request: WorkerRequest, nodes: Sequence[Resources]) -> int:
+    """Number of such workers that the nodes hold."""
+    return sum(_on_node(request, node) for node in nodes)
 
 
-def check_fits(wanted: Demand, nodes: Sequence[Resources]) -> int:
-    """Ray would wait for ever for what the cluster does not have.
+def check_fits(request: WorkerRequest, nodes: Sequence[Resources]) -> int:
+    """Refuse what the cluster cannot hold: Ray would wait for it for ever.
 
     Returns:
-        How many workers there is room for, at most `wanted.most`.
+        How many workers fit, at most `request.max`.
 
     Raises:
-        InputError: not even `wanted.least`: what is missing, and what would fit.
+        InputError: fewer than `request.min` fit; the message says what is missing.
     """
-    fits = fitting_workers(wanted, nodes)
-    if fits >= wanted.least:
-        return min(fits, wanted.most)
+    fits = fitting_workers(request, nodes)
+    if fits >= request.min:
+        return min(fits, request.max)
     cpus = sum(node.get("CPU", 0.0) for node in nodes)
     gpus = sum(node.get("GPU", 0.0) for node in nodes)
     missing = []
-    if cpus < wanted.least * wanted.cpus:
-        missing.append(f"{wanted.least * wanted.cpus - cpus:g} CPUs")
-    if gpus < wanted.least * wanted.gpus:
-        missing.append(f"{wanted.least * wanted.gpus - gpus:g} GPUs")
+    if cpus < request.min * request.cpus:
+        missing.append(f"{request.min * request.cpus - cpus:g} CPUs")
+    if gpus < request.min * request.gpus:
+        missing.append(f"{request.min * request.gpus - gpus:g} GPUs")
     lacks = " and ".join(missing) or "nodes large enough for a worker"
     cure = f"scale.workers={fits} would fit" if fits else "not one worker would fit"
     raise InputError(
-        f"scale: {wanted} do not fit a cluster of {len(nodes)} nodes with {cpus:g} CPUs and "
+        f"scale: {request} do not fit a cluster of {len(nodes)} nodes with {cpus:g} CPUs and "
         f"{gpus:g} GPUs: it lacks {lacks}; {cure}, or add nodes"
     )
 
 
-def ask_autoscaler(wanted: Demand | None) -> None:
-    """Where the cluster has an autoscaler, it brings and keeps nodes for the workers; None ends it.
+def request_from_autoscaler(request: WorkerRequest | None) -> None:
+    """Let an autoscaler, if the cluster has one, add and keep nodes for the workers.
 
-    Otherwise it would keep them after the run.
+    None ends the request: it would otherwise keep the nodes after the run.
     """
     from ray.autoscaler.sdk import request_resources
 
-    request_resources(bundles=[] if wanted is None else [wanted.worker] * wanted.most)
+    request_resources(bundles=[] if request is None else [request.worker] * request.max)
 
 
-def _on_node(wanted: Demand, node: Resources) -> int:
-    rooms = [node.get(kind, 0.0) / amount for kind, amount in wanted.worker.items() if amount]
+def _on_node(request: WorkerRequest, node: Resources) -> int:
+    rooms = [node.get(kind, 0.0) / amount for kind, amount in request.worker.items() if amount]
     return int(min(rooms))

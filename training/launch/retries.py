@@ -1,100 +1,195 @@
-"""One attempt after another, where something went wrong that another attempt can cure.
+"""One attempt after another at a run, until one ends it.
+
+Workers fail, or the cluster changes: the next attempt resumes from the last checkpoint.
 
 Out of memory: the next attempt takes half the microbatch, and twice as many of them. Losses are
 normalised by the whole batch, so the steps stay the same.
 
-Not finite: the next attempt starts from the last good checkpoint. A fault of the hardware is gone
-then; the same steps failing again end the run.
+Not finite: the next attempt resumes from the last good checkpoint. If the hardware was at fault,
+that cures it; if the same steps fail again, the run ends.
 """
 
 import copy
-from collections.abc import Callable
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, field
+from typing import Protocol, cast
 
+from ..common.background import Stop
 from ..common.errors import RunError
+from ..common.progress import Progress
 from ..common.storage import Folder
-from ..engine.restart import Restart
-from ..models.dtypes import free_memory
+from ..engine.task import RetryRequest, WorkerResult, WorkerTask
+from ..records import checkpoint
 from ..records.recorder import update_run
-from ..records.run_folder import Record, read_run
-
-if TYPE_CHECKING:
-    from ..engine.task import Job, Outcome
+from ..records.run_folder import CHECKPOINTS_FOLDER, Record, read_run
 
 _SIZE = "micro_batch_size"
 
 
-def persevere(job: "Job", launch: "Callable[[Job], Outcome]") -> "Outcome":
-    """Launch attempts until one ends for good.
+class AttemptEndedError(Exception):
+    """An attempt ended before the run did; another one may resume it.
 
     Args:
-        job: the run. Where an earlier attempt had to halve its microbatch, this one starts so.
-        launch: carries out one attempt, in this process or on workers.
+        cause: why, for run.json.
+        is_failure: True if it counts towards `scale.max_failures`.
+        hint: what else a person wants to know now, such as where the workers' output is.
     """
-    noted = (read_run(Folder(job["run"])) or {}).get(_SIZE)
-    if noted is not None:
-        job = _with_size(job, min(noted, _size(job)))
-    failed: set[int] = set()
-    while True:
-        outcome = launch(job)
-        restart = outcome.get("restart")
-        if restart is None:
-            return outcome
-        free_memory()
+
+    def __init__(self, cause: str, is_failure: bool = True, hint: str = "") -> None:
+        super().__init__(f"{cause}{hint}")
+        self.cause = cause
+        self.is_failure = is_failure
+
+
+class Launcher(Protocol):
+    """Starts the workers of a run, in one of the places where they can be."""
+
+    stop: Stop
+    """Requested when the run should save and end."""
+    max_failures: int
+    """Failures in a row without a new checkpoint that another attempt follows."""
+
+    def attempt(self, task: WorkerTask) -> WorkerResult:
+        """Train once.
+
+        Raises:
+            AttemptEndedError: another attempt may resume the run.
+        """
+
+    def wait_until_ready(self, progress: Progress) -> None:
+        """Wait until another attempt can start, or a stop is requested.
+
+        Raises:
+            RunError: the place does not become ready.
+        """
+
+
+@dataclass
+class FailurePolicy:
+    """How many failures without progress a run survives.
+
+    Args:
+        checkpoints: a new checkpoint here is progress.
+        limit: failures in a row without one.
+    """
+
+    checkpoints: Folder
+    limit: int
+    _failures: int = 0
+    _newest: str | None = None
+
+    def should_retry(self) -> bool:
+        """Record a failure. Returns True if another attempt is allowed."""
         try:
-            if restart["cause"] == "memory":
-                job = _halved(job, restart)
-            else:
-                _roll_back(job, restart, failed)
-        except RunError as error:
-            return {"status": "failed", "error": str(error), "exit_code": error.exit_code}
+            newest = checkpoint.newest(self.checkpoints)
+        except OSError:  # an absent storage shows no progress
+            newest = self._newest
+        self._failures = self._failures + 1 if newest == self._newest else 1
+        self._newest = newest
+        return self._failures <= self.limit
 
 
-def _halved(job: "Job", restart: Restart) -> "Job":
-    size, step = _size(job), restart["steps"][-1]
-    if size == 1:
-        raise RunError(
-            f"step {step}: {restart['found']}, with optim.micro_batch_size 1 already. What takes "
-            "less memory: model.gradient_checkpointing true, a shorter data.max_length, "
-            "model.quantize nf4 beside an adapter, or a smaller adapter.rank"
-        )
-    half = (size + 1) // 2
-    _note(
-        job,
-        step,
-        f"{restart['found']}; going on with micro_batch_size {half} instead of {size}, and the "
-        "same batch",
-        {_SIZE: half},
-    )
-    return _with_size(job, half)
+def run_with_retries(task: WorkerTask, launcher: Launcher, progress: Progress) -> WorkerResult:
+    """Run attempts until one finishes, is stopped, or fails in a way that a retry cannot fix.
+
+    Args:
+        task: the run. If an earlier driver had to halve its microbatch, this one starts so.
+        launcher: makes an attempt.
+        progress: receives why the workers restart, and what is waited for.
+
+    Raises:
+        RunError: the workers failed too often, or cannot start again.
+    """
+    run, stop = Folder(task["run"]), launcher.stop
+    policy = FailurePolicy(run / CHECKPOINTS_FOLDER, launcher.max_failures)
+    remedies = _Remedies(run)
+    task = remedies.resume(task)
+    stop.armed = True
+    while not stop.requested.is_set():
+        try:
+            result = launcher.attempt(task)
+            if "retry" not in result:
+                return result
+            task = remedies.apply(task, result["retry"])
+        except _NoRemedyError as error:
+            return WorkerResult(status="failed", error=str(error), exit_code=error.exit_code)
+        except AttemptEndedError as end:
+            if end.is_failure and (stop.requested.is_set() or not policy.should_retry()):
+                raise RunError(str(end)) from end
+            progress.status(f"restarting the workers: {end}")
+            task = cast(WorkerTask, {**task, "cause": end.cause})
+        launcher.wait_until_ready(progress)
+    return WorkerResult(status="stopped", error=None, exit_code=130)
 
 
-def _roll_back(job: "Job", restart: Restart, failed: set[int]) -> None:
-    """Go on from the last checkpoint, once for each step: `failed` holds those that had it."""
-    steps = restart["steps"]
-    if not failed.isdisjoint(steps):
-        raise RunError(
-            f"step {steps[-1]}: {restart['found']}, again after a restart from the last checkpoint"
-            f". {restart['rows']}. A lower optim.learning_rate, a longer optim.warmup_ratio or a "
-            "smaller optim.max_grad_norm usually cures it, or leaving out a row that is at fault"
-        )
-    failed.update(steps)
-    _note(job, steps[-1], f"{restart['found']}; back to the last checkpoint", {})
+class _NoRemedyError(RunError):
+    """Nothing is left to try."""
 
 
-def _note(job: "Job", step: int, reason: str, facts: Record) -> None:
-    def change(record: Record) -> None:
-        record.update(facts)
-        record["restarts"] = [*record.get("restarts", []), {"step": step, "reason": reason}]
+@dataclass
+class _Remedies:
+    """What the next attempt does differently after a `RetryRequest`.
 
-    update_run(Folder(job["run"]), change)
+    Args:
+        run: the run's folder.
+    """
+
+    run: Folder
+    _failed_steps: set[int] = field(default_factory=set)
+    """Non-finite steps that a rollback has tried to cure."""
+
+    def resume(self, task: WorkerTask) -> WorkerTask:
+        """The task with the microbatch that an earlier driver found to fit."""
+        size = (read_run(self.run) or {}).get(_SIZE)
+        return task if size is None else _with_size(task, min(size, _size(task)))
+
+    def apply(self, task: WorkerTask, request: RetryRequest) -> WorkerTask:
+        """The next attempt's task.
+
+        Raises:
+            _NoRemedyError: it would only fail again.
+        """
+        if request["cause"] == "memory":
+            return self._halve(task, request)
+        self._roll_back(request)
+        return task
+
+    def _halve(self, task: WorkerTask, request: RetryRequest) -> WorkerTask:
+        size, step, problem = _size(task), request["steps"][-1], request["problem"]
+        if size == 1:
+            raise _NoRemedyError(
+                f"step {step}: {problem}, with optim.micro_batch_size 1 already. To save memory: "
+                "model.gradient_checkpointing true, a shorter data.max_length, model.quantize nf4 "
+                "with an adapter, or a smaller adapter.rank"
+            )
+        half = (size + 1) // 2
+        reason = f"{problem}; continuing with micro_batch_size {half} instead of {size}, and the "
+        self._record(step, reason + "same batch", {_SIZE: half})
+        return _with_size(task, half)
+
+    def _roll_back(self, request: RetryRequest) -> None:
+        steps, problem = request["steps"], request["problem"]
+        if not self._failed_steps.isdisjoint(steps):
+            raise _NoRemedyError(
+                f"step {steps[-1]}: {problem}, again after a restart from the last checkpoint. "
+                f"{request['rows']}. A lower optim.learning_rate, a longer optim.warmup_ratio or a "
+                "smaller optim.max_grad_norm usually helps; so does removing a bad row"
+            )
+        self._failed_steps.update(steps)
+        self._record(steps[-1], f"{problem}; back to the last checkpoint", {})
+
+    def _record(self, step: int, reason: str, facts: Record) -> None:
+        def change(record: Record) -> None:
+            record.update(facts)
+            record["restarts"] = [*record.get("restarts", []), {"step": step, "reason": reason}]
+
+        update_run(self.run, change)
 
 
-def _size(job: "Job") -> int:
-    return int(job["recipe"]["optim"][_SIZE])
+def _size(task: WorkerTask) -> int:
+    return int(task["recipe"]["optim"][_SIZE])
 
 
-def _with_size(job: "Job", size: int) -> "Job":
-    changed = copy.deepcopy(job)
+def _with_size(task: WorkerTask, size: int) -> WorkerTask:
+    changed = copy.deepcopy(task)
     changed["recipe"]["optim"][_SIZE] = size
     return changed

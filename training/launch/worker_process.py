@@ -1,10 +1,10 @@
-"""One worker of a run in a process of its own, as `processes.py` starts it.
+"""One worker of a run in a process of its own, as `local_workers.py` starts it.
 
     python -m finray.training.launch.worker_process
 
-Orders come in through what was stdin, answers leave through what was stdout, both as lines of JSON.
-The libraries are loaded before there is an order. A driver that is gone has closed its end: then
-this process ends, with all that it started.
+Commands come in through stdin, replies leave through stdout, both as lines of JSON. The libraries
+are loaded before there is a command. When the driver is gone, stdin ends: this process then ends
+too, with all processes that it started.
 """
 
 import faulthandler
@@ -13,52 +13,82 @@ import os
 import signal
 import sys
 import threading
+import time
 import traceback
 from collections.abc import Callable
 from queue import SimpleQueue
 from types import FrameType
-from typing import IO, Any, Literal, TypedDict
+from typing import IO, Any, Literal, NoReturn, TypedDict
 
 from ..common.errors import InputError, last_line
-from ..engine.context import ProcessSession
-from ..engine.task import Job, Outcome
+from ..engine.context import STACKS_SECONDS, end_process
+from ..engine.task import WorkerResult, WorkerTask
 from .network import LOOPBACK, Place, join_group
 
 
 class Start(TypedDict):
-    """An order to train."""
+    """The command to train."""
 
-    job: Job
+    task: WorkerTask
     place: dict[str, Any]
     """`Place`, as a dictionary."""
 
 
 class Failure(TypedDict):
-    """An answer in the place of an `Outcome`."""
+    """A reply in the place of a `WorkerResult`: another attempt may succeed."""
 
     status: Literal["error"]
     error: str
 
 
 STOP_LINE = b"stop\n"
-"""The order to save and end."""
+"""The command to save and end."""
+
+
+class ProcessContext:
+    """One of the run's processes on this machine.
+
+    Args:
+        place: its rank among the others.
+        stop: set when the driver requests a stop.
+        fail: sends the driver the reason for an abort.
+    """
+
+    on_ray = False
+    nodes: tuple[str, ...] = ()
+
+    def __init__(self, place: Place, stop: threading.Event, fail: Callable[[str], None]) -> None:
+        self.rank = place.rank
+        self.world_size = place.world_size
+        self._stop = stop
+        self._fail = fail
+
+    def stop_requested(self) -> bool:
+        """True after the driver's stop command."""
+        return self._stop.is_set()
+
+    def abort(self, message: str) -> NoReturn:
+        """End the process; the driver restarts all from the last checkpoint."""
+        time.sleep(STACKS_SECONDS)
+        self._fail(message)
+        end_process(message)
 
 
 def main() -> None:
-    """Train once; the process then waits until the driver ends it, as others may still need it."""
+    """Train once, then wait until the driver ends this process: others may still need it."""
     _leave_signals_to_driver()
     faulthandler.enable()
-    orders, answer = _channels()
+    commands, reply = _open_channels()
     starts: SimpleQueue[Start] = SimpleQueue()
     stop = threading.Event()
-    threading.Thread(target=_listen, args=(orders, starts, stop), daemon=True).start()
+    threading.Thread(target=_read_commands, args=(commands, starts, stop), daemon=True).start()
 
-    def fail(told: str) -> None:
-        answer(Failure(status="error", error=told))
+    def fail(message: str) -> None:
+        reply(Failure(status="error", error=message))
 
     try:
-        answer(_train(starts, stop, fail))
-    except Exception as error:  # noqa: BLE001 - the driver decides what is done about it
+        reply(_train(starts, stop, fail))
+    except Exception as error:  # noqa: BLE001 - the driver decides what follows
         traceback.print_exc()
         fail(f"{type(error).__name__}: {last_line(error)}")
     threading.Event().wait()
@@ -66,7 +96,7 @@ def main() -> None:
 
 def _train(
     starts: "SimpleQueue[Start]", stop: threading.Event, fail: Callable[[str], None]
-) -> Outcome:
+) -> WorkerResult:
     import torch
 
     from ..engine.worker import run_worker
@@ -76,17 +106,19 @@ def _train(
     if place.device.startswith("cuda"):
         torch.cuda.set_device(place.device)
     elif torch.cuda.is_available():
-        told = (
-            "torch finds a GPU here and nvidia-smi none; set scale.gpus_per_worker=0 to train on "
-            "the CPU, or give --address local: Ray knows other makers' GPUs"
+        message = (
+            "torch finds a GPU here, and nvidia-smi does not; set scale.gpus_per_worker=0 to train "
+            "on the CPU, or use --address local: Ray supports GPUs of other makers"
         )
-        return Outcome(status="failed", error=told, exit_code=InputError.exit_code)
+        return WorkerResult(status="failed", error=message, exit_code=InputError.exit_code)
     join_group(place, LOOPBACK)
-    return run_worker(start["job"], ProcessSession(place.rank, place.world_size, stop, fail))
+    return run_worker(start["task"], ProcessContext(place, stop, fail))
 
 
-def _listen(orders: IO[bytes], starts: "SimpleQueue[Start]", stop: threading.Event) -> None:
-    for line in orders:
+def _read_commands(
+    commands: IO[bytes], starts: "SimpleQueue[Start]", stop: threading.Event
+) -> None:
+    for line in commands:
         if line == STOP_LINE:
             stop.set()
         else:
@@ -95,39 +127,40 @@ def _listen(orders: IO[bytes], starts: "SimpleQueue[Start]", stop: threading.Eve
 
 
 def _leave_signals_to_driver() -> None:
-    """It has them too, where all of a job's processes are told to end, and tells what to do.
+    """Ignore SIGINT and SIGTERM: the driver gets them too, and sends a command.
 
-    Not so for what a worker starts, such as a reward function's pool, which is ended by signals.
+    Processes that a worker starts, such as a reward function's pool, keep the default handlers, as
+    signals end them.
     """
 
-    def leave(_: int, __: FrameType | None) -> None:
-        """Whoever is executed anew has the default again."""
+    def ignore(_: int, __: FrameType | None) -> None:
+        """Unlike SIG_IGN, a handler is not inherited by a program that is executed."""
 
-    def take() -> None:
+    def restore() -> None:
         for number, handler in before.items():
             signal.signal(number, handler)
 
-    before = {number: signal.signal(number, leave) for number in (signal.SIGINT, signal.SIGTERM)}
-    os.register_at_fork(after_in_child=take)
+    before = {number: signal.signal(number, ignore) for number in (signal.SIGINT, signal.SIGTERM)}
+    os.register_at_fork(after_in_child=restore)
 
 
-def _channels() -> tuple[IO[bytes], Callable[[Outcome | Failure], None]]:
-    """Where orders come from, and what sends an answer.
+def _open_channels() -> tuple[IO[bytes], Callable[[WorkerResult | Failure], None]]:
+    """The stream of commands, and a function that sends a reply.
 
-    For all others stdin is empty, and what is printed goes to stderr.
+    Everything else in this process has an empty stdin, and prints to stderr.
     """
-    orders: IO[bytes] = os.fdopen(os.dup(sys.stdin.fileno()), "rb")
+    commands: IO[bytes] = os.fdopen(os.dup(sys.stdin.fileno()), "rb")
     stream: IO[bytes] = os.fdopen(os.dup(sys.stdout.fileno()), "wb")
     nothing = os.open(os.devnull, os.O_RDONLY)
     os.dup2(nothing, sys.stdin.fileno())
     os.close(nothing)
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
 
-    def answer(told: Outcome | Failure) -> None:
-        stream.write(json.dumps(told).encode() + b"\n")
+    def send(reply: WorkerResult | Failure) -> None:
+        stream.write(json.dumps(reply).encode() + b"\n")
         stream.flush()
 
-    return orders, answer
+    return commands, send
 
 
 if __name__ == "__main__":

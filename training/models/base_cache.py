@@ -1,10 +1,9 @@
 """The frozen base of a run, kept for the next run of the same process.
 
-A sweep's trials train adapters beside the same base one after the other. An adapter is taken off
-as PEFT does it, and the next one finds the base as it was: it is frozen, so no run changes it.
+A sweep's trials train adapters beside the same base one after the other. PEFT removes an adapter
+without a trace, and the base is frozen, so the next trial gets it unchanged.
 """
 
-import threading
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -15,59 +14,48 @@ if TYPE_CHECKING:
 
 Measures = dict[str, float]
 
-_wanted = threading.Event()
-_kept: "dict[str, PeftModel]" = {}
-_measured: dict[str, Measures] = {}
 
+class BaseCache:
+    """Holds one base at a time, and what was measured of bases before training."""
 
-def keep_bases() -> None:
-    """From now on this process keeps the last base that a run loaded."""
-    _wanted.set()
+    def __init__(self) -> None:
+        self._kept: tuple[str, PeftModel] | None = None
+        self._measured: dict[str, Measures] = {}
 
+    def take(self, recipe: Recipe) -> Any | None:
+        """The base without its last adapter if it is the recipe's, else None; it is not kept."""
+        kept, self._kept = self._kept, None  # two bases may not fit into memory
+        if kept is None or kept[0] != _key(recipe):
+            return None
+        return kept[1].unload()
 
-def forget_bases() -> None:
-    """Keep nothing, as at the start."""
-    _wanted.clear()
-    _kept.clear()
-    _measured.clear()
+    def put(self, recipe: Recipe, model: "PeftModel") -> None:
+        """Keep the base under a new adapter for the next run, unless the adapter changes it."""
+        if _leaves_base(recipe):
+            self._kept = _key(recipe), model
 
+    def measured(self, recipe: Recipe, prepared: str, measure: Callable[[], Measures]) -> Measures:
+        """What a run measures before its first step, computed once for each base and data set.
 
-def take_base(recipe: Recipe) -> Any | None:
-    """The kept base where it is the recipe's, without its last adapter; None for another."""
-    found = _kept.pop(_key(recipe), None)
-    _kept.clear()  # one at a time: two may not fit
-    return None if found is None else found.unload()
-
-
-def put_base(recipe: Recipe, model: "PeftModel") -> None:
-    """Note whose base the next run may have, where the adapter leaves it as it is."""
-    if _leaves_base(recipe):
-        _kept[_key(recipe)] = model
-
-
-def measured_before(recipe: Recipe, prepared: str, measure: Callable[[], Measures]) -> Measures:
-    """What a run measures before its first step; of a base that is kept it is measured once.
-
-    Args:
-        recipe: the run's.
-        prepared: fingerprint of its data.
-        measure: called where nothing is known.
-    """
-    if not _leaves_base(recipe):
-        return measure()
-    # The seed, as online methods sample what they measure.
-    key = f"{_key(recipe)} {recipe.method.model_dump_json()} {recipe.seed} {prepared}"
-    if key not in _measured:
-        _measured[key] = measure()
-    return dict(_measured[key])
+        Args:
+            recipe: the run's.
+            prepared: fingerprint of its data.
+            measure: computes the measures.
+        """
+        if not _leaves_base(recipe):
+            return measure()
+        # The seed counts, as online methods sample what they measure.
+        key = f"{_key(recipe)} {recipe.method.model_dump_json()} {recipe.seed} {prepared}"
+        if key not in self._measured:
+            self._measured[key] = measure()
+        return dict(self._measured[key])
 
 
 def _leaves_base(recipe: Recipe) -> bool:
-    """Whether the base is wanted, and a new adapter neither changes it nor what it answers."""
+    """True if a new adapter changes neither the base's weights nor its outputs."""
     adapter = recipe.adapter
     return (
-        _wanted.is_set()
-        and adapter is not None
+        adapter is not None
         and adapter.init in ("default", "gaussian", "orthogonal")
         and not adapter.modules_to_save
     )

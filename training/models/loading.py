@@ -25,7 +25,7 @@ from ..methods import method_of
 from . import loftq
 from .adapter import Head, cast_trained, existing_adapter, new_adapter
 from .adapter_reference import add_reference, is_copy
-from .base_cache import put_base, take_base
+from .base_cache import BaseCache
 from .dtypes import choose_adapter_dtype, choose_dtype, torch_dtype
 from .freezing import freeze
 from .quantisation import is_exact_by_row, numel, prepare_for_training, quantisation_config
@@ -51,7 +51,7 @@ def load_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def load_model(recipe: Recipe, head: Head = "causal") -> Model:
+def load_model(recipe: Recipe, head: Head = "causal", bases: BaseCache | None = None) -> Model:
     """The model to train, with its adapter where the recipe has one.
 
     It lies on the CPU, but for a quantised base, which lies on this process's GPU where it has
@@ -62,6 +62,7 @@ def load_model(recipe: Recipe, head: Head = "causal") -> Model:
         recipe: the run's.
         head: causal puts out logits of the next token; score one number of the whole text, with
             a fresh linear layer `score` that is trained and saved.
+        bases: keeps the frozen base for the next run of this process; None keeps nothing.
 
     Raises:
         InputError: for weights that cannot be read, and for names of modules or parameters that
@@ -70,15 +71,15 @@ def load_model(recipe: Recipe, head: Head = "causal") -> Model:
     if _starts_at_random(recipe):
         model = _random_model(recipe, head)
     else:
-        kept = take_base(recipe) if head == "causal" else None
+        kept = bases.take(recipe) if bases is not None and head == "causal" else None
         model = kept or _load_base(recipe, head)
     model.config.use_cache = False
     if head == "score":
         model.config.pad_token_id = load_tokenizer(recipe).pad_token_id
     if recipe.trains_adapter:
         adapted = _with_adapter(model, recipe, head)
-        if head == "causal":
-            put_base(recipe, adapted)
+        if bases is not None and head == "causal":
+            bases.put(recipe, adapted)
         return adapted
     if recipe.freeze is not None:
         freeze(model, recipe.freeze)

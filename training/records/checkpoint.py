@@ -16,18 +16,21 @@ from typing import Any
 
 from ..common.errors import RunError
 from ..common.storage import Folder
+from ..common.versions import check_format
 from ..methods import Metric
 
+FORMAT = 1
+"""Of a rank's manifest; raised when an older finray could not read the checkpoint."""
 _NAME = re.compile(r"step-(\d{8})")
 
 
 @dataclass(frozen=True)
 class Choice:
-    """Where to resume from: a good checkpoint or none, and what was passed over."""
+    """Where to resume from: a good checkpoint or none, and the newer ones that cannot be used."""
 
     name: str | None
     step: int
-    passed_over: tuple[str, ...]
+    skipped: tuple[str, ...]
     """One line each: checkpoint and what is wrong with it."""
 
 
@@ -43,7 +46,8 @@ def make_manifest(staged: Path, rank: int, world_size: int, metrics: dict[str, f
         for path in sorted(staged.rglob("*"))
         if path.is_file()
     }
-    return json.dumps({"world_size": world_size, "metrics": metrics, "files": files}).encode()
+    manifest = {"format": FORMAT, "world_size": world_size, "metrics": metrics, "files": files}
+    return json.dumps(manifest).encode()
 
 
 def publish(staged: Path, target: Folder, rank: int, manifest: bytes) -> None:
@@ -52,8 +56,8 @@ def publish(staged: Path, target: Folder, rank: int, manifest: bytes) -> None:
     target.write(_manifest_name(rank), manifest)
 
 
-def withdraw(staged: Path, target: Folder, rank: int) -> None:
-    """Delete what a rank has put into a checkpoint that it cannot finish: a disk may be full."""
+def remove_partial(staged: Path, target: Folder, rank: int) -> None:
+    """Delete a rank's files of a checkpoint that it cannot complete, as a disk may be full."""
     target.delete(_manifest_name(rank))
     for path in staged.rglob("*"):
         if path.is_file():
@@ -64,28 +68,31 @@ def choose(checkpoints: Folder) -> Choice:
     """The newest checkpoint whose every hash holds.
 
     Raises:
-        RunError: where finished checkpoints exist and all of them are damaged.
+        InputError: a newer finray wrote one of them.
+        RunError: finished checkpoints exist, and all of them are damaged.
     """
-    passed_over: list[str] = []
+    skipped: list[str] = []
     damaged = 0
     for name in reversed(_names(checkpoints)):
         folder = checkpoints / name
         manifests = _manifests(folder)
         if manifests is None:
-            passed_over.append(f"{name}: unfinished, the save was cut off")
+            skipped.append(f"{name}: unfinished, the save was cut off")
             continue
+        for rank, manifest in enumerate(manifests):
+            check_format(manifest, FORMAT, folder / _manifest_name(rank))
         fault = _fault(folder, manifests)
         if fault is None:
-            return Choice(name, _step(name), tuple(passed_over))
+            return Choice(name, _step(name), tuple(skipped))
         damaged += 1
-        passed_over.append(f"{name}: damaged, {fault}")
+        skipped.append(f"{name}: damaged, {fault}")
     if damaged:
         raise RunError(
             f"all checkpoints in {checkpoints} are damaged:\n  "
-            + "\n  ".join(passed_over)
+            + "\n  ".join(skipped)
             + "\nRestore one of them from a backup, or delete the run's folder to start anew."
         )
-    return Choice(None, 0, tuple(passed_over))
+    return Choice(None, 0, tuple(skipped))
 
 
 def newest(checkpoints: Folder) -> str | None:
@@ -95,7 +102,7 @@ def newest(checkpoints: Folder) -> str | None:
 
 
 def delete_after(checkpoints: Folder, step: int) -> None:
-    """Delete what was passed over: a new save of such a step must not be taken for whole by the
+    """Delete later checkpoints: a new save of such a step must not be taken for complete by the
     manifests of an old one."""
     for name in _names(checkpoints):
         if _step(name) > step:
@@ -118,9 +125,9 @@ def rotate(checkpoints: Folder, keep: int, watched: Metric) -> list[str]:
     if not finished:
         return []
     kept = set(list(finished)[-keep:])
-    best_one = _best(finished, watched)
-    if best_one is not None:
-        kept.add(best_one)
+    best_name = _best(finished, watched)
+    if best_name is not None:
+        kept.add(best_name)
     newest = max(finished)
     old = [name for name in _names(checkpoints) if name not in kept and name < newest]
     for name in old:
@@ -139,12 +146,12 @@ def best(checkpoints: Folder, watched: Metric) -> str | None:
 
 def _best(values: dict[str, float | None], watched: Metric) -> str | None:
     """The first of the best names; names without a value are out."""
-    found: str | None = None
+    name_of_best: str | None = None
     top = 0.0
     for name, value in values.items():
-        if value is not None and (found is None or watched.better(value, top)):
-            found, top = name, value
-    return found
+        if value is not None and (name_of_best is None or watched.better(value, top)):
+            name_of_best, top = name, value
+    return name_of_best
 
 
 def _value(manifest: dict[str, Any], watched: Metric) -> float | None:
@@ -174,10 +181,10 @@ def _manifests(folder: Folder) -> list[dict[str, Any]] | None:
         return None
     first = _parse(folder.read(_manifest_name(0)))
     world_size = int(first.get("world_size", 1))
-    wanted = [_manifest_name(rank) for rank in range(world_size)]
-    if not present.issuperset(wanted):
+    expected = [_manifest_name(rank) for rank in range(world_size)]
+    if not present.issuperset(expected):
         return None
-    return [first, *(_parse(folder.read(name)) for name in wanted[1:])]
+    return [first, *(_parse(folder.read(name)) for name in expected[1:])]
 
 
 def _parse(content: bytes) -> dict[str, Any]:

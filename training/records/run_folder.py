@@ -9,8 +9,11 @@ import yaml
 
 from ..common.errors import InputError
 from ..common.storage import Folder
+from ..common.versions import check_format
 from ..common.yaml_text import load_yaml
 
+RUN_FORMAT = 1
+"""Of run.json; raised when an older finray could not read the folder."""
 RECIPE_FILE = "recipe.yaml"
 RUN_FILE = "run.json"
 METRICS_FILE = "metrics.jsonl"
@@ -29,17 +32,22 @@ Record = dict[str, Any]
 
 
 def read_run(folder: Folder) -> Record | None:
-    """What is known of the run; None where the folder holds no run.
+    """run.json as a record; None where the folder holds no run.
 
     Raises:
-        InputError: run.json is not a JSON object.
+        InputError: run.json is not a JSON object, or a newer finray wrote it.
     """
     content = _read(folder, RUN_FILE)
-    return None if content is None else _parse(content, f"{folder / RUN_FILE}")
+    if content is None:
+        return None
+    place = folder / RUN_FILE
+    record = _parse(content, f"{place}")
+    check_format(record, RUN_FORMAT, place)
+    return record
 
 
 def existing_run(folder: Folder) -> Record:
-    """What is known of a run that must be there.
+    """run.json of a run that must exist.
 
     Raises:
         InputError: the folder holds no run, or run.json is not a JSON object.
@@ -52,7 +60,8 @@ def existing_run(folder: Folder) -> Record:
 
 def write_run(folder: Folder, record: Record) -> None:
     """Replace run.json. NaN and infinity become null, as JSON has neither."""
-    text = json.dumps(_finite(record), indent=2, ensure_ascii=False, allow_nan=False)
+    numbered = {"format": RUN_FORMAT, **record} | {"format": RUN_FORMAT}
+    text = json.dumps(_finite(numbered), indent=2, ensure_ascii=False, allow_nan=False)
     folder.write(RUN_FILE, _encode(text + "\n"))
 
 

@@ -1,13 +1,15 @@
 """What `finray export` shows: a bar while weights are written, and what was written where."""
 
 import json
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from types import TracebackType
+from typing import Self
 
 from rich.console import Console
 from rich.filesize import decimal
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as Bars
 
+from ....training.common.progress import Progress
 from ....training.export.export import Exported
 
 KINDS = {
@@ -17,18 +19,30 @@ KINDS = {
 }
 
 
-@contextmanager
-def export_progress(console: Console | None = None) -> Iterator[Callable[[int, int], None]]:
+class ExportProgress(Progress):
     """A bar of bytes on a terminal's stderr while the block runs; nothing elsewhere."""
-    console = console or Console(stderr=True)
-    columns = (TextColumn("merging"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
-        task = bar.add_task("", total=None, visible=False)
 
-        def progress(done: int, total: int) -> None:
-            bar.update(task, completed=done, total=total, visible=True)
+    def __init__(self, console: Console | None = None) -> None:
+        console = console or Console(stderr=True)
+        columns = (TextColumn("merging"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
+        self._bars = Bars(*columns, console=console, disable=not console.is_terminal)
+        self._bar = self._bars.add_task("", total=None, visible=False)
 
-        yield progress
+    def __enter__(self) -> Self:
+        self._bars.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._bars.stop()
+
+    def advance(self, done: int, total: int) -> None:
+        """Bytes of weights written so far, and in all."""
+        self._bars.update(self._bar, completed=done, total=total, visible=True)
 
 
 def render_exported(exported: Exported, as_json: bool) -> str:

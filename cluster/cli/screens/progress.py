@@ -14,6 +14,7 @@ from rich.console import Console
 
 from ....training.common import formatting as figures
 from ....training.common.errors import InputError
+from ....training.common.progress import Progress
 from ....training.common.storage import Folder
 from ....training.records.labels import HEADLINES, shown
 from ....training.records.run_folder import METRICS_FILE, Record, parse_record, read_run
@@ -29,13 +30,13 @@ LONG_WAIT = 5.0
 """Seconds of training spent waiting for saves that are worth a word."""
 
 
-class ProgressWatcher:
+class ProgressWatcher(Progress):
     """Shows a run's progress while the block runs; the last lines are shown before it ends.
 
     On a terminal: one live line, with evaluations above it. Elsewhere: plain lines.
 
     Args:
-        folder: the run's folder; where it is known only later, `watch` takes it.
+        folder: the run's folder; where it is known only later, `run_started` takes it.
         console: where to write; stderr by default, so that stdout stays the command's result.
         poll_seconds: how often the folder is read; by default as its kind of storage bears.
     """
@@ -57,7 +58,7 @@ class ProgressWatcher:
         """Held while the state changes or the display draws it."""
         self._thread = threading.Thread(target=self._watch, name="finray-progress", daemon=True)
         if folder is not None:
-            self.watch(folder)
+            self.run_started(folder)
 
     def __enter__(self) -> Self:
         self._display.start()
@@ -77,15 +78,15 @@ class ProgressWatcher:
                 self._run.poll()
             self._display.close()
 
-    def watch(self, folder: Folder) -> None:
+    def run_started(self, folder: Folder) -> None:
         """From now on tell what this run's folder gains; what it holds already is not told."""
         run = _WatchedRun(folder, self._state, self._display)
         run.poll(quiet=True)
         with self._lock:
             self._run = run
-        self.phase("starting the workers and loading the model")
+        self.status("starting the workers and loading the model")
 
-    def phase(self, text: str) -> None:
+    def status(self, text: str) -> None:
         """What the run is doing outside its steps: 'loading model'. The next step ends it."""
         with self._lock:
             self._state.phase = figures.one_line(text)

@@ -1,19 +1,30 @@
 """The table of a sweep, and the line of a trial that ended."""
 
-from typing import TYPE_CHECKING, Any
+import sys
+from typing import Any
 
 from ....training.common import formatting as figures
 from ....training.common.storage import Folder
 from ....training.records.run_folder import Record
+from ....tuning.progress import Ending, SweepProgress
 from ....tuning.sweep_folder import BEST_FILE, REPORT_FILE, saved_share
 from .runs import columns
-
-if TYPE_CHECKING:
-    from ....tuning.conductor import Ending
 
 _WORDS = 2
 """So many columns hold words."""
 _REASON = 60
+
+
+class SweepLines(SweepProgress):
+    """A line on stderr for everything that happens."""
+
+    def status(self, text: str) -> None:
+        """What happens now."""
+        print(text, file=sys.stderr)
+
+    def trial_ended(self, ending: Ending, record: Record) -> None:
+        """How a trial ended, and how far the sweep is."""
+        print(render_ending(ending, record), file=sys.stderr)
 
 
 def render_sweep(record: Record, folder: Folder) -> str:
@@ -22,7 +33,7 @@ def render_sweep(record: Record, folder: Folder) -> str:
     return "\n".join(block for block in blocks if block)
 
 
-def render_ending(ending: "Ending", record: Record) -> str:
+def render_ending(ending: Ending, record: Record) -> str:
     """trial 7 pruned: eval_loss 0.1234 (best: 0.0812 of trial 3; 8 of 30)"""
     rows = record["trials"]
     ended = sum(row["state"] != "running" for row in rows)

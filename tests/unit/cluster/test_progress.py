@@ -101,9 +101,9 @@ def test_phases_are_told_and_cleaned(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(progress_display, "PLAIN_SECONDS", 3600.0)  # whatever the machine's load
     console, out = plain()
     with ProgressWatcher(console=console) as watcher:
-        watcher.phase("preparing data: pack 1/8")
-        watcher.phase("preparing data: pack 2/8")
-        watcher.phase("loading\x1b[31m the\nmodel")
+        watcher.status("preparing data: pack 1/8")
+        watcher.status("preparing data: pack 2/8")
+        watcher.status("loading\x1b[31m the\nmodel")
     assert out.getvalue() == "preparing data: pack 1/8\nloading[31m the model\n"
 
 
@@ -112,7 +112,7 @@ def test_an_earlier_part_is_not_told_again(folder: Folder) -> None:
     write_run(folder, {"total_steps": 100, "restarts": [{"step": 5, "reason": "old"}]})
     console, out = plain()
     with ProgressWatcher(console=console, poll_seconds=0.01) as watcher:
-        watcher.watch(folder)
+        watcher.run_started(folder)
         append(folder, {"step": 20, "loss": 1.0, "seconds": 15.0})
         restarts = [{"step": 5, "reason": "old"}, {"step": 10, "reason": "a node\ndied"}]
         write_run(folder, {"total_steps": 100, "restarts": restarts})
@@ -172,7 +172,7 @@ def test_a_terminal_gets_one_live_line(folder: Folder) -> None:
     console = Console(file=out, force_terminal=True, width=110, _environ={"TERM": "xterm"})
     write_run(folder, {"total_steps": 40})
     with ProgressWatcher(folder, console, poll_seconds=0.01) as watcher:
-        watcher.phase("loading the model")
+        watcher.status("loading the model")
         until(lambda: "loading the model" in out.getvalue())
         append(folder, {"step": 20, "loss": 1.5, "learning_rate": 1e-4, "seconds": 10.0})
         until(lambda: "20/40" in out.getvalue())
@@ -190,7 +190,7 @@ def test_a_dumb_terminal_gets_plain_lines(folder: Folder) -> None:
     out = io.StringIO()
     console = Console(file=out, force_terminal=True, _environ={"TERM": "dumb"})
     with ProgressWatcher(folder, console) as watcher:
-        watcher.phase("loading")
+        watcher.status("loading")
     assert "\x1b" not in out.getvalue()
     assert "loading" in out.getvalue()
 

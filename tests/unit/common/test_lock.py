@@ -10,15 +10,13 @@ from dataclasses import asdict
 from pathlib import Path
 
 import pytest
+from support.recorded import RecordedProgress
 
 from finray.training.common import lock
 from finray.training.common.errors import InputError
-from finray.training.common.lock import LOCK_FILE, Lock, held
+from finray.training.common.lock import LOCK_FILE, Lock, hold_run_lock
+from finray.training.common.progress import SILENT
 from finray.training.common.storage import Folder
-
-
-def nobody(_: str) -> None:
-    """Nobody listens."""
 
 
 @pytest.fixture
@@ -32,11 +30,11 @@ def leave(folder: Folder, **changes: object) -> None:
 
 
 def test_one_at_a_time(folder: Folder) -> None:
-    with held(folder, threading.Event(), nobody) as stale:
+    with hold_run_lock(folder, threading.Event(), SILENT) as stale:
         assert stale is None
         with (
             pytest.raises(InputError, match=f"process {os.getpid()} on "),
-            held(folder, threading.Event(), nobody),
+            hold_run_lock(folder, threading.Event(), SILENT),
         ):
             pass
     assert not folder.exists(LOCK_FILE)
@@ -45,10 +43,10 @@ def test_one_at_a_time(folder: Folder) -> None:
 def test_a_silent_lock_is_taken_over(folder: Folder, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lock, "RENEW_SECONDS", 0.05)
     leave(folder, renewed_at=time.time() - lock.STALE_SECONDS - 1)
-    told: list[str] = []
-    with held(folder, threading.Event(), told.append) as stale:
+    progress = RecordedProgress()
+    with hold_run_lock(folder, threading.Event(), progress) as stale:
         assert stale is not None and stale.id == "other"
-    assert "process 1 on elsewhere" in told[0]
+    assert "process 1 on elsewhere" in progress.statuses[0]
 
 
 def test_a_lock_of_another_machine_counts_while_it_is_renewed(
@@ -59,7 +57,10 @@ def test_a_lock_of_another_machine_counts_while_it_is_renewed(
     leave(folder, renewed_at=5.0)
     renewal = threading.Timer(0.5, leave, (folder,), {"renewed_at": 20.0})
     renewal.start()
-    with pytest.raises(InputError, match="on elsewhere"), held(folder, threading.Event(), nobody):
+    with (
+        pytest.raises(InputError, match="on elsewhere"),
+        hold_run_lock(folder, threading.Event(), SILENT),
+    ):
         pass
     renewal.join()
     assert folder.exists(LOCK_FILE), "it is not ours to delete"
@@ -68,21 +69,22 @@ def test_a_lock_of_another_machine_counts_while_it_is_renewed(
 def test_a_dead_process_of_this_machine_holds_nothing(folder: Folder) -> None:
     script = (
         "import os, sys, threading\n"
-        "from finray.training.common.lock import held\n"
+        "from finray.training.common.lock import hold_run_lock\n"
+        "from finray.training.common.progress import SILENT\n"
         "from finray.training.common.storage import Folder\n"
-        "with held(Folder(sys.argv[1]), threading.Event(), print):\n"
+        "with hold_run_lock(Folder(sys.argv[1]), threading.Event(), SILENT):\n"
         "    os._exit(9)\n"
     )
     done = subprocess.run([sys.executable, "-c", script, folder.uri], check=False)
     assert done.returncode == 9 and folder.exists(LOCK_FILE)
-    with held(folder, threading.Event(), nobody) as stale:
+    with hold_run_lock(folder, threading.Event(), SILENT) as stale:
         assert stale is not None
 
 
 @pytest.mark.parametrize("content", [b"", b'{"id": "x"', b"[]", b'{"id": "x"}'])
 def test_half_a_lock_is_none(folder: Folder, content: bytes) -> None:
     folder.write(LOCK_FILE, content)
-    with held(folder, threading.Event(), nobody) as stale:
+    with hold_run_lock(folder, threading.Event(), SILENT) as stale:
         assert stale is None
     assert not folder.exists(LOCK_FILE)
 
@@ -90,7 +92,7 @@ def test_half_a_lock_is_none(folder: Folder, content: bytes) -> None:
 def test_who_lost_it_hears_of_it(folder: Folder, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lock, "RENEW_SECONDS", 0.01)
     lost = threading.Event()
-    with held(folder, lost, nobody):
+    with hold_run_lock(folder, lost, SILENT):
         deadline = time.monotonic() + 10
         while not lost.wait(0.1):  # a renewal may just have written over it
             assert time.monotonic() < deadline

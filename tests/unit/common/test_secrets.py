@@ -79,12 +79,12 @@ def test_an_error_in_run_json_holds_no_secret(
 ) -> None:
     from finray.training.common.storage import Folder
     from finray.training.config.recipe import recipe_from_dict
-    from finray.training.run import _close
+    from finray.training.run import _record_end
 
     monkeypatch.setenv("HF_TOKEN", "not-a-usual-form-42")
     recipe = recipe_from_dict(
         {"name": "run", "model": {"base": "o/m"}, "data": {"train": [{"path": "/rows.jsonl"}]}}
     )
-    _close(recipe, Folder(str(tmp_path)), "failed", "refused not-a-usual-form-42", 1.0)
+    _record_end(recipe, Folder(str(tmp_path)), "failed", "refused not-a-usual-form-42", 1.0)
     record = json.loads((tmp_path / "run.json").read_text(encoding="utf-8"))
     assert record["error"] == f"refused {HIDDEN}"

@@ -11,14 +11,14 @@ import torch
 from safetensors.torch import load_file
 
 from finray.training.common.errors import InputError
-from finray.training.common.stop import Stop
 from finray.training.config.adapter_folder import check_safetensors
 from finray.training.config.models import ModelSettings
 from finray.training.config.recipe import Recipe, load_recipe, recipe_from_dict
 from finray.training.config.remote_code import check_pinned, check_remote_code
 from finray.training.data.inspection import inspect_data
+from finray.training.launch.in_process import InProcessLauncher
 from finray.training.models.loading import load_model
-from finray.training.run import Listener, train
+from finray.training.run import train
 
 # peft calls a name that transformers has renamed.
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
@@ -92,7 +92,7 @@ def test_code_of_a_models_own_is_refused(foreign: Foreign, chat_file: Path) -> N
 
 def test_trusted_code_runs_and_is_named(foreign: Foreign, chat_file: Path) -> None:
     recipe = foreign.recipe(chat_file, trust_remote_code=True)
-    record = train(recipe, Listener(lambda _: None, lambda _: None), Stop())
+    record = train(recipe, InProcessLauncher())
     assert record["status"] == "finished" and foreign.mark.exists()
     digest = hashlib.sha256(foreign.code.read_bytes()).hexdigest()
     assert record["model_code"] == {str(foreign.code): digest}

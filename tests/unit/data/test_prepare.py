@@ -11,11 +11,13 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from support.recorded import RecordedProgress
 
 from finray.training.common.errors import InputError
+from finray.training.common.progress import Progress
 from finray.training.common.storage import Folder
 from finray.training.config.recipe import Recipe
-from finray.training.data.prepare import Progress, prepare
+from finray.training.data.prepare import prepare
 from finray.training.data.prepared import (
     ROW_GROUP,
     SEQUENCE_SCHEMA,
@@ -31,16 +33,12 @@ from .conftest import MakeRecipe, chat_row, write_jsonl
 Row = dict[str, Any]
 
 
-def silent(_: Progress) -> None:
-    pass
-
-
 def refuse(task: Callable[[Any], Any], items: Sequence[Any]) -> Iterator[Any]:
     raise AssertionError("no task should run")
 
 
 def run(recipe: Recipe, folder: Path) -> Prepared:
-    return prepare(recipe, Folder(str(folder / "prepared")), run_in_process, silent)
+    return prepare(recipe, Folder(str(folder / "prepared")), run_in_process)
 
 
 def sequences(prepared: Prepared, split: Split | None) -> list[Row]:
@@ -80,10 +78,10 @@ def test_every_row_once_and_counts_that_add_up(
     tmp_path: Path, make_recipe: MakeRecipe, tokenizer: Any
 ) -> None:
     rows = chats(500)
-    told: list[Progress] = []
+    progress = RecordedProgress()
     recipe = make_recipe(train=write_jsonl(tmp_path / "a.jsonl", rows), max_length=512)
     folder = Folder(str(tmp_path / "prepared"))
-    prepared = prepare(recipe, folder, run_in_process, told.append)
+    prepared = prepare(recipe, folder, run_in_process, progress)
     found = documents(prepared, prepared.manifest.train)
     assert [row for row, _, _ in found] == list(range(500))
     for row, ids, mask in found:
@@ -102,8 +100,9 @@ def test_every_row_once_and_counts_that_add_up(
     assert (manifest.rows_read, manifest.dropped, manifest.eval) == (500, {}, None)
     assert sum(manifest.length_histogram.counts) == 500
     assert len(manifest.length_histogram.edges) == len(manifest.length_histogram.counts) + 1
-    assert [(p.phase, p.done, p.total) for p in told] == [("tokenise", 1, 1), ("pack", 1, 1)]
-    assert told[-1].tokens == split.tokens
+    assert progress.statuses == [
+        f"preparing data: {phase} 1/1, {split.tokens:,} tokens" for phase in ("tokenise", "pack")
+    ]
     assert Manifest.from_json(manifest.to_json()) == manifest
     assert json.dumps(manifest.summary()).count("fill") == 1
 
@@ -119,7 +118,7 @@ def test_without_packing_a_document_is_a_sequence(tmp_path: Path, make_recipe: M
 def test_second_call_does_no_work(tmp_path: Path, make_recipe: MakeRecipe) -> None:
     recipe = make_recipe(train=write_jsonl(tmp_path / "a.jsonl", chats(20)))
     first = run(recipe, tmp_path)
-    again = prepare(recipe, Folder(str(tmp_path / "prepared")), refuse, silent)
+    again = prepare(recipe, Folder(str(tmp_path / "prepared")), refuse)
     assert again == first
 
 
@@ -289,13 +288,14 @@ def test_a_killed_attempt_is_not_used(tmp_path: Path, make_recipe: MakeRecipe) -
 def test_an_interrupted_attempt_cleans_up(tmp_path: Path, make_recipe: MakeRecipe) -> None:
     recipe = make_recipe(train=write_jsonl(tmp_path / "a.jsonl", chats(20)))
 
-    def interrupt(progress: Progress) -> None:
-        if progress.phase == "pack":
-            raise Killed
+    class Interrupt(Progress):
+        def status(self, text: str) -> None:
+            if " pack " in text:
+                raise Killed
 
     folder = Folder(str(tmp_path / "prepared"))
     with pytest.raises(Killed):
-        prepare(recipe, folder, run_in_process, interrupt)
+        prepare(recipe, folder, run_in_process, Interrupt())
     assert [(folder / name).names() for name in folder.names()] == [[]]
 
 
@@ -305,12 +305,13 @@ def test_two_at_once_keep_one_result(tmp_path: Path, make_recipe: MakeRecipe) ->
     barrier = threading.Barrier(2)
     results: list[Prepared] = []
 
-    def wait(progress: Progress) -> None:
-        if progress.phase == "pack":
-            barrier.wait(60)
+    class Wait(Progress):
+        def status(self, text: str) -> None:
+            if " pack " in text:
+                barrier.wait(60)
 
     def work() -> None:
-        results.append(prepare(recipe, folder, run_in_process, wait))
+        results.append(prepare(recipe, folder, run_in_process, Wait()))
 
     threads = [threading.Thread(target=work) for _ in range(2)]
     for thread in threads:

@@ -12,16 +12,16 @@ import pytest
 
 from finray.training.common.errors import RunError
 from finray.training.common.secrets import HIDDEN
-from finray.training.common.stop import Stop
 from finray.training.common.storage import Folder
-from finray.training.common.uploader import Uploads
+from finray.training.common.uploader import Uploader
 from finray.training.config.recipe import CheckpointSettings
-from finray.training.engine import checkpointer as saver
-from finray.training.engine.checkpointer import Saver, SaveState
+from finray.training.engine import checkpointer
+from finray.training.engine.checkpointer import Checkpointer, SaveState
+from finray.training.launch.in_process import InProcessLauncher
 from finray.training.methods import Metric
 from finray.training.records import checkpoint
 from finray.training.records.run_folder import read_run
-from finray.training.run import Listener, train
+from finray.training.run import train
 
 # peft calls a name that transformers has renamed.
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
@@ -56,16 +56,16 @@ def store(monkeypatch: pytest.MonkeyPatch) -> Store:
     return Store(monkeypatch)
 
 
-def make_saver(
+def make_checkpointer(
     folder: Path,
-    uploads: Uploads,
+    uploads: Uploader,
     *,
     told: list[SaveState] | None = None,
     others: Callable[[], list[str | None]] = list,
-) -> Saver:
+) -> Checkpointer:
     scratch = folder / "scratch"
     scratch.mkdir(exist_ok=True)
-    return Saver(
+    return Checkpointer(
         Folder(str(folder / "checkpoints")),
         scratch,
         rank=0,
@@ -73,9 +73,9 @@ def make_saver(
         settings=CheckpointSettings(keep=1),
         watched=Metric("eval_loss", "min"),
         uploads=uploads,
-        before=lambda: None,
+        before_publishing=lambda: None,
         gather=lambda value: [value, *others()],
-        tell=([] if told is None else told).append,
+        on_saved=([] if told is None else told).append,
         last_step=None,
     )
 
@@ -87,10 +87,10 @@ def write(folder: Path) -> None:
 def test_a_store_that_fails_twice_is_tried_again(store: Store, tmp_path: Path) -> None:
     store.failures = 2
     told: list[SaveState] = []
-    uploads = Uploads(NO_PAUSES)
-    one = make_saver(tmp_path, uploads, told=told)
-    one.start(5, write, {})
-    one.finish()
+    uploads = Uploader(NO_PAUSES)
+    one = make_checkpointer(tmp_path, uploads, told=told)
+    one.save(5, write, {})
+    one.close()
     assert store.attempts == 3
     assert checkpoint.choose(Folder(str(tmp_path / "checkpoints"))).step == 5
     assert [(state.step, state.error) for state in told] == [(5, None)]
@@ -103,81 +103,81 @@ def test_a_full_store_costs_no_good_checkpoint(
     monkeypatch.setenv("HF_TOKEN", "not-a-usual-form-42")
     store.error = OSError("no room for not-a-usual-form-42")
     told: list[SaveState] = []
-    one = make_saver(tmp_path, Uploads(NO_PAUSES), told=told)
-    one.start(5, write, {})
-    one.settle()
+    one = make_checkpointer(tmp_path, Uploader(NO_PAUSES), told=told)
+    one.save(5, write, {})
+    one.wait()
     store.failures = 9
     for step in (10, 15):
-        one.start(step, write, {})
-        one.settle()
+        one.save(step, write, {})
+        one.wait()
     assert told[-1].step == 5 and told[-1].error == f"step 15: no room for {HIDDEN}"
     folder = Folder(str(tmp_path / "checkpoints"))
     assert checkpoint.choose(folder).step == 5
     assert folder.files() == ["step-00000005/rank-0.json", "step-00000005/weights"]
-    one.start(20, write, {})
-    with pytest.raises(RunError, match=r"3 saves failed one after the other; step 20: .* step 5"):
-        one.settle()
+    one.save(20, write, {})
+    with pytest.raises(RunError, match=r"3 saves in a row failed; step 20: .* step 5"):
+        one.wait()
 
 
 def test_a_failed_save_is_made_good_by_the_next(store: Store, tmp_path: Path) -> None:
-    one = make_saver(tmp_path, Uploads(NO_PAUSES))
+    one = make_checkpointer(tmp_path, Uploader(NO_PAUSES))
     store.failures = 3
-    one.start(5, write, {})
-    with pytest.raises(RunError, match=r"what was reached could not be saved; step 5: .*No space"):
-        one.finish()
-    one.start(10, write, {})
-    one.finish()
+    one.save(5, write, {})
+    with pytest.raises(RunError, match=r"the last state could not be saved; step 5: .*No space"):
+        one.close()
+    one.save(10, write, {})
+    one.close()
     assert one.state.step == 10 and one.state.error is None
     assert Folder(str(tmp_path / "checkpoints")).names() == ["step-00000010"]
 
 
 def test_training_goes_on_while_a_store_is_slow(store: Store, tmp_path: Path) -> None:
-    uploads = Uploads()
-    one = make_saver(tmp_path, uploads)
+    uploads = Uploader()
+    one = make_checkpointer(tmp_path, uploads)
     store.is_open.clear()
-    one.start(5, write, {})  # returns
-    assert not one.is_over
+    one.save(5, write, {})  # returns
+    assert not one.is_idle
     threading.Timer(0.3, store.is_open.set).start()
-    one.start(10, write, {})  # waits: one upload at a time
+    one.save(10, write, {})  # waits: one upload at a time
     assert one.state.step == 5 and one.state.waited_seconds > 0.1
-    one.finish()
+    one.close()
     assert one.state.step == 10
 
 
 def test_a_checkpoint_is_whole_when_all_workers_have_saved(store: Store, tmp_path: Path) -> None:
     other: list[str | None] = [None]
-    one = make_saver(tmp_path, Uploads(NO_PAUSES), others=lambda: other)
-    one.start(5, write, {})
-    one.settle()
+    one = make_checkpointer(tmp_path, Uploader(NO_PAUSES), others=lambda: other)
+    one.save(5, write, {})
+    one.wait()
     other[0] = "the store is away"
-    one.start(10, write, {})
-    one.settle()
+    one.save(10, write, {})
+    one.wait()
     assert one.state.step == 5
     assert one.state.error == "step 10: worker 1: the store is away"
 
 
 def test_a_full_disk_while_staging(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    one = make_saver(tmp_path, Uploads(NO_PAUSES))
-    one.start(5, write, {})
-    one.settle()
+    one = make_checkpointer(tmp_path, Uploader(NO_PAUSES))
+    one.save(5, write, {})
+    one.wait()
 
     def fail(folder: Path) -> None:
         write(folder)
         raise RuntimeError("PytorchStreamWriter failed writing file data/0")
 
     with pytest.raises(RuntimeError, match="PytorchStreamWriter"):
-        one.start(10, fail, {})
-    one = make_saver(tmp_path, Uploads(NO_PAUSES))
+        one.save(10, fail, {})
+    one = make_checkpointer(tmp_path, Uploader(NO_PAUSES))
     usage = namedtuple("usage", "total used free")
-    monkeypatch.setattr(saver.shutil, "disk_usage", lambda _: usage(10, 10, 0))
-    one.start(10, fail, {})
-    one.settle()
+    monkeypatch.setattr(checkpointer.shutil, "disk_usage", lambda _: usage(10, 10, 0))
+    one.save(10, fail, {})
+    one.wait()
     assert one.state.error is not None and "is full" in one.state.error
     assert Folder(str(tmp_path / "checkpoints")).names() == ["step-00000005"]
 
 
 def test_what_is_no_fault_of_the_store_is_raised(tmp_path: Path) -> None:
-    uploads = Uploads(NO_PAUSES)
+    uploads = Uploader(NO_PAUSES)
 
     def fail() -> None:
         raise KeyError("a bug")
@@ -205,15 +205,15 @@ def test_a_run_outlives_a_store_that_fails(
         "storage": str(tmp_path / "runs"),
     }
     store.failures = 3
-    record = train(recipe_from_dict(values), Listener(lambda _: None, lambda _: None), Stop())
+    record = train(recipe_from_dict(values), InProcessLauncher())
     assert record["last_saved_step"] == 6 and record["save_error"] is None
     assert store.failures == 0
     folder = Folder(str(tmp_path / "runs/run"))
     assert (folder / "checkpoints").names() == ["step-00000006"]
     values["name"] = "lost"
     store.failures = 99
-    with pytest.raises(RunError, match="3 saves failed one after the other; step 6"):
-        train(recipe_from_dict(values), Listener(lambda _: None, lambda _: None), Stop())
+    with pytest.raises(RunError, match="3 saves in a row failed; step 6"):
+        train(recipe_from_dict(values), InProcessLauncher())
     told = read_run(Folder(str(tmp_path / "runs/lost")))
     assert told is not None and told["status"] == "failed" and told["step"] == 6
     assert told["last_saved_step"] is None and "step 6" in told["save_error"]

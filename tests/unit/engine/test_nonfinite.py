@@ -19,12 +19,13 @@ from finray.training.common.errors import RunError
 from finray.training.config.recipe import Recipe
 from finray.training.data.batching import Batch, microbatches
 from finray.training.data.stream import Sequence
-from finray.training.engine.context import LocalSession
-from finray.training.engine.nonfinite import NotFiniteError, SkippedSteps
+from finray.training.engine.nonfinite import NonFiniteError, NonFiniteSteps
 from finray.training.engine.optimizer import MasterAdamW, SkippingAdamW
 from finray.training.engine.trainer import StepMeasures, StreamTrainer
 from finray.training.engine.trainer_arguments import accumulation, training_arguments
+from finray.training.launch.in_process import InProcessLauncher
 from finray.training.methods import method_of
+from finray.training.run import train
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 POISONED_STEP = 3
@@ -160,13 +161,13 @@ def test_fp16_scaler_and_the_guard_agree() -> None:
 @pytest.mark.parametrize(("scaled", "patience"), [(False, 3), (True, 19)])
 def test_patience(scaled: bool, patience: int) -> None:
     """Only steps in a row count; a scaler may look for its scale first."""
-    steps_ = SkippedSteps(torch.device("cpu"), 3, scaled)
+    steps_ = NonFiniteSteps(torch.device("cpu"), 3, scaled)
     flags = [1.0] * (patience - 1) + [0.0] + [1.0] * patience
     for step, flag in enumerate(flags, start=1):
         steps_.check()
         steps_.add(step, torch.tensor(flag), torch.tensor(2.0 if flag == 0.0 else math.nan))
         steps_.hear(step)
-    with pytest.raises(NotFiniteError) as error:
+    with pytest.raises(NonFiniteError) as error:
         steps_.check()
     assert error.value.steps == tuple(range(patience + 1, 2 * patience + 1))
     assert float(steps_.take_loss()) == 2.0
@@ -183,8 +184,12 @@ def test_a_poisoned_row(
     """One step is skipped and told with its rows; the logged mean is that of the others."""
     spoil(monkeypatch, poison_row(17))
     told: dict[int, dict[str, float]] = {}
-    monkeypatch.setattr(LocalSession, "report", lambda _, line: told.update({line["step"]: line}))
-    record = carry_out(recipe(tiny_model, chat_file, tmp_path, "run", max_steps=30))
+
+    def report(line: dict[str, float]) -> None:
+        told[int(line["step"])] = line
+
+    settings = recipe(tiny_model, chat_file, tmp_path, "run", max_steps=30)
+    record = train(settings, InProcessLauncher(report=report))
     (skipped,) = record["skipped"]
     step = skipped["step"]
     assert 18 in skipped["rows"][str(chat_file)] and len(skipped["rows"][str(chat_file)]) == 8

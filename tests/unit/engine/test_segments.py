@@ -6,10 +6,10 @@ from typing import Any
 import pytest
 from support.harness import assert_same_result, losses, metrics
 
-from finray.training.common.stop import Stop
 from finray.training.config.recipe import Recipe
-from finray.training.launch.ray_workers import launch_here
-from finray.training.run import Listener, carry_out, prepare_data, run_folder
+from finray.training.launch.in_process import InProcessLauncher
+from finray.training.records.run_folder import existing_run
+from finray.training.run import prepare_data, run_folder, run_prepared
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 
@@ -38,8 +38,9 @@ def make(model: Path, data: Path, storage: Path, name: str, **optim: Any) -> Rec
 
 def go(recipe: Recipe, until: int | None = None) -> dict[str, Any]:
     """Train up to a step; returns run.json."""
-    prepared = prepare_data(recipe, Listener(lambda _: None, lambda _: None))
-    return carry_out(recipe, prepared, lambda job: launch_here({**job, "until": until}, Stop()))
+    prepared = prepare_data(recipe)
+    run_prepared(recipe, prepared, InProcessLauncher(), until=until)
+    return existing_run(run_folder(recipe))
 
 
 def test_segments_make_the_same_run(tiny_model: Path, chat_file: Path, tmp_path: Path) -> None:

@@ -14,10 +14,10 @@ from finray.training.common.storage import Folder
 from finray.training.config.recipe import Recipe
 from finray.training.data.batching import Batch
 from finray.training.engine import watchdog
-from finray.training.engine.context import LocalSession
 from finray.training.engine.watchdog import Watchdog, write_stacks
+from finray.training.launch.in_process import InProcessContext
 from finray.training.records.checkpoint import Choice
-from finray.training.records.recorder import Books
+from finray.training.records.recorder import RunRecorder
 from finray.training.records.run_folder import read_run
 
 SHORT = 0.2
@@ -94,7 +94,7 @@ def test_the_stacks_of_all_threads(tmp_path: Path, capfd: pytest.CaptureFixture[
         {"name": "x", "model": {"base": "/x"}, "data": {"train": [{"path": "/x"}]}}
     )
     for _ in range(2):
-        Books(Folder(str(tmp_path)), settings, 10).open(
+        RunRecorder(Folder(str(tmp_path)), settings, 10).start(
             Choice("step-00000010", 10, ()), 2, {}, None
         )
     record = read_run(Folder(str(tmp_path)))
@@ -116,7 +116,7 @@ def test_a_run_is_watched(
     over = threading.Event()
     calls = [0]
 
-    def abandon(self: LocalSession, message: str) -> None:
+    def abort(self: InProcessContext, message: str) -> None:
         told.append(message)
         over.set()
 
@@ -127,7 +127,7 @@ def test_a_run_is_watched(
             raise _Abandoned
         return total
 
-    monkeypatch.setattr(LocalSession, "abandon", abandon)
+    monkeypatch.setattr(InProcessContext, "abort", abort)
     spoil(monkeypatch, waits_for_nobody)
     settings = recipe(tiny_model, chat_file, tmp_path, "run")
     scale = settings.scale.model_copy(update={"hang_timeout": 2.0})
@@ -141,10 +141,11 @@ def test_a_run_is_watched(
 
 def test_a_local_run_ends_as_failed(tmp_path: Path) -> None:
     program = (
-        "import sys, threading; from finray.training.engine.context import LocalSession; "
+        "import sys, threading; from finray.training.launch.in_process import InProcessContext; "
+        "from finray.training.common.background import Stop; "
         "from finray.training.common.storage import Folder; "
-        "session = LocalSession(Folder(sys.argv[1]), threading.Event()); "
-        "threading.Thread(target=session.abandon, args=('step 7 did not end',)).start(); "
+        "context = InProcessContext(Folder(sys.argv[1]), Stop()); "
+        "threading.Thread(target=context.abort, args=('step 7 did not end',)).start(); "
         "threading.Event().wait()"
     )
     done = subprocess.run(

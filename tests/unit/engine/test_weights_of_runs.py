@@ -12,13 +12,13 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-from finray.training.common.stop import Stop
 from finray.training.common.storage import Folder
 from finray.training.config.recipe import Recipe
 from finray.training.export.export import export
+from finray.training.launch.in_process import InProcessLauncher
 from finray.training.models.loading import load_model
 from finray.training.models.weights import load_weights
-from finray.training.run import Listener, train
+from finray.training.run import train
 
 # peft calls a name that transformers has renamed.
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
@@ -109,7 +109,7 @@ class Runs:
         return folder
 
     def train(self, recipe: Recipe) -> None:
-        record = train(recipe, Listener(lambda _: None, lambda _: None), Stop())
+        record = train(recipe, InProcessLauncher())
         assert record["status"] == "finished"
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from finray.cluster.cli.screens.export import export_progress, render_exported
+from finray.cluster.cli.screens.export import ExportProgress, render_exported
 from finray.training.export.export import Exported
 from finray.training.export.loading import Loadable
 
@@ -44,9 +44,9 @@ def test_json() -> None:
 
 def drawn(terminal: bool) -> str:
     stream = io.StringIO()
-    with export_progress(Console(file=stream, force_terminal=terminal, width=80)) as progress:
-        progress(250_000, 1_000_000)
-        progress(1_000_000, 1_000_000)
+    with ExportProgress(Console(file=stream, force_terminal=terminal, width=80)) as progress:
+        progress.advance(250_000, 1_000_000)
+        progress.advance(1_000_000, 1_000_000)
     return stream.getvalue()
 
 

@@ -11,6 +11,7 @@ import torch
 from bitsandbytes.nn import Linear4bit
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
+from support.recorded import RecordedProgress
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
@@ -27,6 +28,7 @@ from transformers import (
 )
 
 from finray.training.common.errors import InputError, RunError
+from finray.training.common.progress import SILENT
 from finray.training.export.lora import Adapter
 from finray.training.export.merge import merge, recast
 from finray.training.export.tensor_files import TensorFiles
@@ -87,10 +89,6 @@ def adapt(base: Path, folder: Path, make: Any = AutoModelForCausalLM, **settings
                 parameter.add_(torch.randn_like(parameter) * 0.1)
     model.save_pretrained(folder)
     return folder
-
-
-def quiet(_: int, __: int) -> None:
-    pass
 
 
 @torch.no_grad()
@@ -156,7 +154,7 @@ def test_agrees_with_peft(case: str, tmp_path: Path) -> None:
     adapter = adapt(base, tmp_path / "adapter", **settings)
     target = tmp_path / "merged"
     target.mkdir()
-    merge(base, adapter, target, quiet)
+    merge(base, adapter, target, SILENT)
     model = unmerged(base, adapter)
     ours, theirs = logits(load(target)), logits(model)
     assert (theirs - logits(AutoModelForCausalLM.from_pretrained(base))).abs().max() > 0.1
@@ -181,7 +179,7 @@ def test_tied_weights_part_where_one_is_trained(case: str, tmp_path: Path) -> No
     adapter = adapt(base, tmp_path / "adapter", **TIED[case])
     target = tmp_path / "merged"
     target.mkdir()
-    merge(base, adapter, target, quiet)
+    merge(base, adapter, target, SILENT)
     assert_close(logits(load(target)), logits(unmerged(base, adapter)))
     assert not json.loads((target / "config.json").read_bytes())["tie_word_embeddings"]
 
@@ -191,7 +189,7 @@ def test_tied_weights_stay_tied(tmp_path: Path) -> None:
     adapter = adapt(base, tmp_path / "adapter")
     target = tmp_path / "merged"
     target.mkdir()
-    merge(base, adapter, target, quiet)
+    merge(base, adapter, target, SILENT)
     assert TensorFiles(target).info == TensorFiles(base).info
     model = load(target)
     assert model.config.tie_word_embeddings
@@ -212,7 +210,7 @@ def test_tied_weights_that_are_trained_as_one(case: str, tmp_path: Path) -> None
     adapter = adapt(base, tmp_path / "adapter", **settings)
     target = tmp_path / "merged"
     target.mkdir()
-    merge(base, adapter, target, quiet)
+    merge(base, adapter, target, SILENT)
     assert TensorFiles(target).info == TensorFiles(base).info
     assert_close(logits(load(target)), logits(unmerged(base, adapter)))
 
@@ -226,7 +224,7 @@ def test_names_of_an_older_file(tmp_path: Path) -> None:
     assert "h.0.attn.c_attn.weight" in TensorFiles(base).info
     target = tmp_path / "merged"
     target.mkdir()
-    merge(base, adapter, target, quiet)
+    merge(base, adapter, target, SILENT)
     assert_close(logits(load(target)), logits(unmerged(base, adapter)))
 
 
@@ -237,14 +235,14 @@ def test_a_bfloat16_base_keeps_its_type(tmp_path: Path, settings: dict[str, Any]
     adapter = adapt(base, tmp_path / "adapter", **settings)
     target = tmp_path / "merged"
     target.mkdir()
-    merge(base, adapter, target, quiet)
+    merge(base, adapter, target, SILENT)
     assert {info.dtype for info in TensorFiles(target).info.values()} == {torch.bfloat16}
     # In float32 over the same bfloat16 base: what is left is one rounding of each weight.
     theirs = logits(unmerged(base, adapter, dtype=torch.float32))
     assert_close(logits(load(target, dtype=torch.float32)), theirs, share=0.03)
     wide = tmp_path / "wide"
     wide.mkdir()
-    merge(base, adapter, wide, quiet, dtype="float32")
+    merge(base, adapter, wide, SILENT, dtype="float32")
     assert_close(logits(load(wide, dtype="auto")), theirs)
     assert json.loads((wide / "config.json").read_bytes())["dtype"] == "float32"
 
@@ -256,8 +254,8 @@ def test_shards_in_and_out(tmp_path: Path) -> None:
     adapter = adapt(base, tmp_path / "adapter")
     target = tmp_path / "merged"
     target.mkdir()
-    told: list[tuple[int, int]] = []
-    merge(base, adapter, target, lambda done, total: told.append((done, total)), shard_bytes=30_000)
+    progress = RecordedProgress()
+    merge(base, adapter, target, progress, shard_bytes=30_000)
     shards = sorted(target.glob("model-*.safetensors"))
     assert len(shards) > 2 and all(shard.stat().st_size < 34_000 for shard in shards)
     index = json.loads((target / "model.safetensors.index.json").read_bytes())
@@ -265,8 +263,9 @@ def test_shards_in_and_out(tmp_path: Path) -> None:
         name: shard.name for shard in shards for name in load_file(shard)
     }
     assert_close(logits(load(target)), logits(unmerged(base, adapter)))
-    assert told[-1] == (index["metadata"]["total_size"],) * 2
-    assert told == sorted(told) and len(told) == len(index["weight_map"])
+    assert progress.advances[-1] == (index["metadata"]["total_size"],) * 2
+    assert progress.advances == sorted(progress.advances)
+    assert len(progress.advances) == len(index["weight_map"])
 
 
 def test_a_score_head(tmp_path: Path) -> None:
@@ -275,7 +274,7 @@ def test_a_score_head(tmp_path: Path) -> None:
     adapter = adapt(base, tmp_path / "adapter", AutoModelForSequenceClassification)
     target = tmp_path / "merged"
     target.mkdir()
-    merge(base, adapter, target, quiet, pad_token_id=0)
+    merge(base, adapter, target, SILENT, pad_token_id=0)
     assert "lm_head.weight" not in TensorFiles(target).info
     model = load(target, AutoModelForSequenceClassification)
     theirs = logits(unmerged(base, adapter, AutoModelForSequenceClassification))
@@ -303,7 +302,7 @@ def test_an_adapter_trained_over_nf4(
     theirs = logits(unmerged(base, adapter, quantization_config=NF4, dtype=torch.float32))
     for folder, quantize in (("merged", "nf4"), ("other", "none")):
         (tmp_path / folder).mkdir()
-        merge(base, adapter, tmp_path / folder, quiet, quantize=quantize)
+        merge(base, adapter, tmp_path / folder, SILENT, quantize=quantize)
     assert_close(logits(load(tmp_path / "merged")), theirs, share=1e-4)
     # The original weights are another model: what merging into them would lose.
     lost = (logits(load(tmp_path / "other")) - theirs).abs().max()
@@ -317,7 +316,7 @@ def test_nf4_leaves_the_weights_that_were_trained_over(tmp_path: Path) -> None:
     adapter = adapt(base, tmp_path / "adapter", target_modules=["q_proj"])
     target = tmp_path / "merged"
     target.mkdir()
-    merge(base, adapter, target, quiet, quantize="nf4", compute_dtype="bfloat16")
+    merge(base, adapter, target, SILENT, quantize="nf4", compute_dtype="bfloat16")
     held = AutoModelForCausalLM.from_pretrained(
         base, quantization_config=NF4, dtype=torch.bfloat16
     ).dequantize()
@@ -336,7 +335,7 @@ def test_an_adapter_trained_over_int8(tmp_path: Path) -> None:
     theirs = logits(unmerged(base, adapter, quantization_config=INT8, dtype=torch.float32))
     target = tmp_path / "merged"
     target.mkdir()
-    merge(base, adapter, target, quiet, quantize="int8")
+    merge(base, adapter, target, SILENT, quantize="int8")
     # LLM.int8() rounds activations too, which a merged model does not.
     assert_close(logits(load(target)), theirs, share=0.1)
 
@@ -345,7 +344,7 @@ def test_a_whole_model_in_another_type(tmp_path: Path) -> None:
     base = save(llama(), tmp_path / "base")
     target = tmp_path / "half"
     target.mkdir()
-    recast(base, target, "bfloat16", quiet)
+    recast(base, target, "bfloat16", SILENT)
     ours, theirs = load_file(target / "model.safetensors"), load_file(base / "model.safetensors")
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[name], theirs[name].bfloat16()) for name in theirs)
@@ -370,9 +369,9 @@ def test_another_base_is_refused(tmp_path: Path) -> None:
     config = LlamaConfig(**{**SMALL, "hidden_size": 64}, intermediate_size=48)
     other = save(LlamaForCausalLM(config), tmp_path / "other")
     with pytest.raises(InputError, match=r"another base model.*of shape \(32, 48\), .*\(64, 48\)"):
-        merge(other, adapter, tmp_path, quiet)
+        merge(other, adapter, tmp_path, SILENT)
     with pytest.raises(InputError, match=r"changes .*down_proj.weight, which the base's files"):
-        merge(save(gpt2(), tmp_path / "gpt2"), adapter, tmp_path, quiet)
+        merge(save(gpt2(), tmp_path / "gpt2"), adapter, tmp_path, SILENT)
 
 
 def test_an_unconverted_pissa_adapter_is_refused(tmp_path: Path) -> None:
@@ -388,7 +387,7 @@ def test_weights_beyond_their_type(tmp_path: Path) -> None:
     target = tmp_path / "merged"
     target.mkdir()
     with pytest.raises(RunError, match=r"proj.weight: .*not finite as float16"):
-        merge(base, adapter, target, quiet, dtype="float16")
+        merge(base, adapter, target, SILENT, dtype="float16")
 
 
 def test_missing_and_damaged_weights(tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig
 
 from finray.training.common.errors import InputError
+from finray.training.common.progress import SILENT
 from finray.training.export.tensor_files import (
     DTYPES,
     Output,
@@ -57,7 +58,7 @@ def test_what_is_written_is_read(values: Tensors, shard_bytes: int) -> None:
     """By safetensors itself, and by ours."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        write_model_files(folder, outputs(values), lambda _, __: None, shard_bytes)
+        write_model_files(folder, outputs(values), SILENT, shard_bytes)
         theirs: Tensors = {}
         for path in folder.glob("*.safetensors"):
             theirs |= load_file(path)
@@ -80,7 +81,7 @@ def test_a_full_disk_is_told_before(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     usage = namedtuple("usage", "total used free")(10, 5, 5)
     monkeypatch.setattr("shutil.disk_usage", lambda _: usage)
     with pytest.raises(InputError, match="takes 16 bytes, and 5 are free"):
-        write_model_files(tmp_path, outputs({"a": torch.zeros(4)}), lambda _, __: None)
+        write_model_files(tmp_path, outputs({"a": torch.zeros(4)}), SILENT)
     assert not list(tmp_path.iterdir())
 
 
@@ -90,6 +91,7 @@ SHARD = 50_000_000
 MERGES = """
 import re, sys
 from pathlib import Path
+from finray.training.common.progress import SILENT
 from finray.training.export.merge import merge
 
 def resident(which):
@@ -97,11 +99,11 @@ def resident(which):
 
 base, adapter, small_base, small_adapter, out = map(Path, sys.argv[1:])
 (out / "once").mkdir()
-merge(small_base, small_adapter, out / "once", lambda *_: None)  # loads what there is to load
+merge(small_base, small_adapter, out / "once", SILENT)  # loads what there is to load
 Path("/proc/self/clear_refs").write_text("5")  # the peak so far is that of the imports
 before = resident("VmRSS")
 (out / "large").mkdir()
-merge(base, adapter, out / "large", lambda *_: None, shard_bytes=50_000_000)
+merge(base, adapter, out / "large", SILENT, shard_bytes=50_000_000)
 print(resident("VmHWM") - before)
 """
 
@@ -127,7 +129,7 @@ def make_base(folder: Path, layers: int) -> Path:
         Output(f"{name}.weight", TensorInfo(size, torch.float32), partial(torch.randn, size))
         for name, size in sizes.items()
     ]
-    write_model_files(folder, parts, lambda _, __: None, shard_bytes=SHARD)
+    write_model_files(folder, parts, SILENT, shard_bytes=SHARD)
     return folder
 
 

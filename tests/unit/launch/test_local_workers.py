@@ -14,21 +14,24 @@ from typing import Any
 import psutil
 import pytest
 from support.harness import wait_until
+from support.recorded import RecordedProgress
 
 from finray.cluster.gpus import Gpu, usable_gpus
+from finray.training.common.background import Stop
 from finray.training.common.errors import RunError
-from finray.training.common.stop import Stop
+from finray.training.common.progress import SILENT
 from finray.training.config.recipe import ScaleSettings
-from finray.training.engine.task import Job
-from finray.training.launch import local_workers as processes
-from finray.training.launch.local_workers import Processes
-from finray.training.launch.resources import Demand
+from finray.training.engine.task import WorkerTask
+from finray.training.launch import local_workers
+from finray.training.launch.local_workers import LocalLauncher
+from finray.training.launch.resources import WorkerRequest
+from finray.training.launch.retries import run_with_retries
 
 DEADLINE = 60.0
 
 
 @pytest.fixture
-def job(tmp_path: Path) -> Job:
+def task(tmp_path: Path) -> WorkerTask:
     """Its prepared data is gone, so that a worker which has its libraries fails at once."""
     recipe = {
         "name": "run",
@@ -36,14 +39,17 @@ def job(tmp_path: Path) -> Job:
         "data": {"train": [{"path": "/rows.jsonl"}]},
         "storage": str(tmp_path),
     }
-    return Job(recipe=recipe, run=f"{tmp_path}/run", prepared=f"{tmp_path}/gone")
+    return WorkerTask(recipe=recipe, run=f"{tmp_path}/run", prepared=f"{tmp_path}/gone")
 
 
 @contextmanager
-def started(env: dict[str, str], **scale: Any) -> Iterator[tuple[Processes, list[psutil.Process]]]:
+def started(
+    env: dict[str, str], **scale: Any
+) -> Iterator[tuple[LocalLauncher, list[psutil.Process]]]:
     """Two workers, which must be gone afterwards."""
     settings, others = ScaleSettings(workers=2, **scale), psutil.Process().children()
-    with Processes(settings, Demand(2, 2, 1.0, 0.0), 2, env, verbose=False) as workers:
+    request = WorkerRequest(2, 2, 1.0, 0.0)
+    with LocalLauncher(settings, request, 2, Stop(), env, verbose=False) as workers:
         children = [child for child in psutil.Process().children() if child not in others]
         assert len(children) == 2
         yield workers, children
@@ -52,33 +58,35 @@ def started(env: dict[str, str], **scale: Any) -> Iterator[tuple[Processes, list
 
 def logs_of(told: str) -> str:
     """What the named folder holds."""
-    folder = Path(told.partition("what the workers printed: ")[2].rstrip(")"))
+    folder = Path(told.partition("the workers' output: ")[2].rstrip(")"))
     assert folder.stat().st_mode & 0o077 == 0, "others can read it"
     return "".join(path.read_text(encoding="utf-8") for path in sorted(folder.iterdir()))
 
 
-def test_a_fault_that_a_restart_would_repeat_is_handed_on(job: Job) -> None:
-    told: list[str] = []
+def test_a_fault_that_a_restart_would_repeat_is_handed_on(task: WorkerTask) -> None:
+    progress = RecordedProgress()
     with started({}) as (workers, _):
-        outcome = workers.launch(job, Stop(), told.append)
+        outcome = run_with_retries(task, workers, progress)
     assert outcome["status"] == "failed" and outcome["exit_code"] == 1
     assert "is gone" in str(outcome["error"])
-    assert told == []
+    assert progress.statuses == []
 
 
-def test_a_worker_that_ends_without_a_word(job: Job) -> None:
+def test_a_worker_that_ends_without_a_word(task: WorkerTask) -> None:
     """One more attempt is made, with both anew."""
-    told: list[str] = []
+    progress = RecordedProgress()
     with started({}, max_failures=1) as (workers, (_, second)):
         second.send_signal(signal.SIGSEGV)
-        outcome = workers.launch(job, Stop(), told.append)
-    (line,) = told
-    assert line.startswith("starting the workers anew: worker 1 was ended by SIGSEGV")
+        outcome = run_with_retries(task, workers, progress)
+    (line,) = progress.statuses
+    assert line.startswith("restarting the workers: worker 1 was ended by SIGSEGV")
     logs_of(line)  # kept, though the run went on
     assert outcome["status"] == "failed"
 
 
-def test_an_error_in_a_worker_is_told_with_what_it_printed(job: Job, tmp_path: Path) -> None:
+def test_an_error_in_a_worker_is_told_with_what_it_printed(
+    task: WorkerTask, tmp_path: Path
+) -> None:
     (tmp_path / "sitecustomize.py").write_text(
         "import sys\nsys.modules['finray.training.engine.worker'] = None\n", encoding="utf-8"
     )
@@ -86,22 +94,22 @@ def test_an_error_in_a_worker_is_told_with_what_it_printed(job: Job, tmp_path: P
         started({"PYTHONPATH": str(tmp_path)}, max_failures=0) as (workers, _),
         pytest.raises(RunError, match=r"worker 0 failed: ModuleNotFoundError: import of") as error,
     ):
-        workers.launch(job, Stop(), lambda _: None)
+        run_with_retries(task, workers, SILENT)
     assert logs_of(str(error.value)).count("Traceback") == 2
 
 
 def test_a_file_of_the_current_folder_is_not_taken_for_a_library(
-    job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    task: WorkerTask, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "torch.py").write_text("raise SystemError('not this one')", encoding="utf-8")
     monkeypatch.chdir(tmp_path)
     with started({}, max_failures=0) as (workers, _):
-        assert "is gone" in str(workers.launch(job, Stop(), lambda _: None)["error"])
+        assert "is gone" in str(run_with_retries(task, workers, SILENT)["error"])
 
 
 def test_workers_end_when_their_driver_does(tmp_path: Path) -> None:
     """Even while they load their libraries."""
-    child = processes._start_process(dict(os.environ), tmp_path / "log.txt")
+    child = local_workers.start_process(dict(os.environ), tmp_path / "log.txt")
     assert child.stdin is not None and child.stdout is not None
     child.stdin.close()
     assert child.wait(DEADLINE) == -signal.SIGKILL
@@ -109,7 +117,7 @@ def test_workers_end_when_their_driver_does(tmp_path: Path) -> None:
     child.stdout.close()
 
 
-def test_what_a_worker_started_ends_with_it(job: Job, tmp_path: Path) -> None:
+def test_what_a_worker_started_ends_with_it(task: WorkerTask, tmp_path: Path) -> None:
     """Also where it holds the worker's pipes, and the worker is gone before."""
     (tmp_path / "sitecustomize.py").write_text(
         "import subprocess\nsubprocess.Popen(['sleep', '314.15'])\nprint('not an answer')",
@@ -120,7 +128,7 @@ def test_what_a_worker_started_ends_with_it(job: Job, tmp_path: Path) -> None:
         left = [*first.children(), *second.children()]
         second.kill()
         with pytest.raises(RunError, match="worker 1 was ended by SIGKILL"):
-            workers.launch(job, Stop(), lambda _: None)
+            run_with_retries(task, workers, SILENT)
     assert [child.cmdline() for child in left if is_alive(child)] == []
 
 
@@ -133,14 +141,15 @@ def is_alive(process: psutil.Process) -> bool:
 POOL = """
 import multiprocessing, threading
 from queue import SimpleQueue
-from finray.training import worker_process as worker
+from finray.training.launch import worker_process as worker
 
 worker._leave_signals_to_driver()
-orders, answer = worker._channels()
-threading.Thread(target=worker._listen, args=(orders, SimpleQueue(), None), daemon=True).start()
+commands, reply = worker._open_channels()
+listen = dict(target=worker._read_commands, args=(commands, SimpleQueue(), None))
+threading.Thread(**listen, daemon=True).start()
 print("for the log")
 with multiprocessing.get_context("fork").Pool(2) as pool:
-    answer({"status": "error", "error": str(pool.map(abs, [-1, -2]))})
+    reply({"status": "error", "error": str(pool.map(abs, [-1, -2]))})
 threading.Event().wait()
 """
 
@@ -161,12 +170,11 @@ def test_a_reward_may_fork(tmp_path: Path) -> None:
     assert printed == b"for the log\n"
 
 
-def test_a_stop_before_the_workers_train(job: Job) -> None:
-    stop = Stop()
-    stop.requested.set()
+def test_a_stop_before_the_workers_train(task: WorkerTask) -> None:
     with started({}) as (workers, _):
+        workers.stop.requested.set()
         began = time.monotonic()
-        assert workers.launch(job, stop, lambda _: None)["status"] == "stopped"
+        assert run_with_retries(task, workers, SILENT)["status"] == "stopped"
         assert time.monotonic() - began < DEADLINE
 
 
@@ -199,9 +207,9 @@ def test_each_worker_has_a_device(
         def end(self) -> None:
             """There is nothing to end."""
 
-    monkeypatch.setattr(processes, "_Group", Noted)
+    monkeypatch.setattr(local_workers, "_WorkerGroup", Noted)
     scale = ScaleSettings(workers=2, gpus_per_worker=asked)
-    with Processes(scale, Demand(2, 2, 1.0, gpus), 2, {}, verbose=False):
+    with LocalLauncher(scale, WorkerRequest(2, 2, 1.0, gpus), 2, Stop(), {}, verbose=False):
         assert begun == [(devices, visible)]
 
 

@@ -12,7 +12,7 @@ from support.trials import reports_of, trial_of
 
 from finray.training.common.errors import RunError
 from finray.training.data.batching import Batch
-from finray.training.engine.restart import is_out_of_memory
+from finray.training.engine.failures import is_out_of_memory
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 TOLD = "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 79 GiB"

@@ -6,7 +6,12 @@ import pytest
 
 from finray.training.common.errors import InputError
 from finray.training.config.recipe import ScaleSettings
-from finray.training.launch.resources import Demand, check_fits, demand, fitting_workers
+from finray.training.launch.resources import (
+    WorkerRequest,
+    check_fits,
+    fitting_workers,
+    worker_request,
+)
 from finray.tuning.concurrency import trials_held
 
 GPU_NODE = {"CPU": 8.0, "GPU": 4.0}
@@ -24,31 +29,31 @@ CPU_NODE = {"CPU": 16.0}
     ],
 )
 def test_how_many_fit(cpus: float, gpus: float, nodes: list[dict[str, float]], fits: int) -> None:
-    assert fitting_workers(Demand(99, 99, cpus, gpus), nodes) == fits
+    assert fitting_workers(WorkerRequest(99, 99, cpus, gpus), nodes) == fits
 
 
 def test_what_is_missing_and_what_would_fit() -> None:
     with pytest.raises(InputError, match=r"lacks 4 CPUs; scale\.workers=4 would fit"):
-        check_fits(Demand(8, 8, 1, 0), [{"CPU": 4.0}])
+        check_fits(WorkerRequest(8, 8, 1, 0), [{"CPU": 4.0}])
     with pytest.raises(InputError, match=r"lacks 4 GPUs; scale\.workers=4 would fit"):
-        check_fits(Demand(8, 8, 1, 1), [GPU_NODE, CPU_NODE])
+        check_fits(WorkerRequest(8, 8, 1, 1), [GPU_NODE, CPU_NODE])
     with pytest.raises(InputError, match="large enough for a worker; not one worker would fit"):
-        check_fits(Demand(1, 1, 6, 0), [{"CPU": 4.0}, {"CPU": 4.0}])
+        check_fits(WorkerRequest(1, 1, 6, 0), [{"CPU": 4.0}, {"CPU": 4.0}])
 
 
 def test_as_many_as_fit_between_the_bounds() -> None:
     nodes = [{"CPU": 4.0}, {"CPU": 3.0}]
-    assert check_fits(Demand(2, 16, 2, 0), nodes) == 3
-    assert check_fits(Demand(2, 2, 2, 0), nodes) == 2
+    assert check_fits(WorkerRequest(2, 16, 2, 0), nodes) == 3
+    assert check_fits(WorkerRequest(2, 2, 2, 0), nodes) == 2
     with pytest.raises(InputError, match=r"4 to 16 workers of 2 CPU each do not fit"):
-        check_fits(Demand(4, 16, 2, 0), nodes)
+        check_fits(WorkerRequest(4, 16, 2, 0), nodes)
 
 
 def test_gpus_are_taken_where_there_are_any() -> None:
     scale = ScaleSettings(workers=2)
-    assert demand(scale, [CPU_NODE, GPU_NODE]).gpus == 1.0
-    assert demand(scale, [CPU_NODE]).gpus == 0.0
-    assert demand(ScaleSettings(gpus_per_worker=0.0), [GPU_NODE]).gpus == 0.0
+    assert worker_request(scale, [CPU_NODE, GPU_NODE]).gpus == 1.0
+    assert worker_request(scale, [CPU_NODE]).gpus == 0.0
+    assert worker_request(ScaleSettings(gpus_per_worker=0.0), [GPU_NODE]).gpus == 0.0
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,5 @@
 """A base that is kept for the next run is the one that would be loaded."""
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -9,18 +8,11 @@ import torch
 from transformers import set_seed
 
 from finray.training.config.recipe import Recipe
-from finray.training.models import base_cache as kept_base
+from finray.training.models.base_cache import BaseCache
 from finray.training.models.loading import load_model
 
 # peft still calls a name that transformers deprecates
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
-
-
-@pytest.fixture
-def keeping() -> Iterator[None]:
-    kept_base.keep_bases()
-    yield
-    kept_base.forget_bases()
 
 
 def make(base: Path, **adapter: Any) -> Recipe:
@@ -34,27 +26,26 @@ def make(base: Path, **adapter: Any) -> Recipe:
     )
 
 
-def load(recipe: Recipe) -> Any:
+def load(recipe: Recipe, bases: BaseCache | None = None) -> Any:
     set_seed(7)
-    return load_model(recipe)
+    return load_model(recipe, bases=bases)
 
 
 def state(model: Any) -> dict[str, torch.Tensor]:
     return {name: value.clone() for name, value in model.state_dict().items()}
 
 
-@pytest.mark.usefixtures("keeping")
 def test_a_reused_base_is_as_if_loaded(tiny_model: Path) -> None:
     first, second = make(tiny_model), make(tiny_model, rank=8, targets=["q_proj"])
-    used = load(first)
+    bases = BaseCache()
+    used = load(first, bases)
     for name, parameter in used.named_parameters():
         if parameter.requires_grad:
             parameter.data.add_(1.0)
         assert ("lora" in name) == parameter.requires_grad
     base = used.get_base_model().model.embed_tokens
-    reused = load(second)
+    reused = load(second, bases)
     assert reused.get_base_model().model.embed_tokens is base, "it was loaded anew"
-    kept_base.forget_bases()
     fresh = load(second)
     one, other = state(reused), state(fresh)
     assert one.keys() == other.keys()
@@ -64,32 +55,38 @@ def test_a_reused_base_is_as_if_loaded(tiny_model: Path) -> None:
     assert trained == {name for name, each in fresh.named_parameters() if each.requires_grad}
 
 
-@pytest.mark.usefixtures("keeping")
 def test_a_base_that_its_adapter_changes_is_not_kept(tiny_model: Path) -> None:
-    load(make(tiny_model, init="olora"))
-    assert kept_base.take_base(make(tiny_model)) is None
+    bases = BaseCache()
+    load(make(tiny_model, init="olora"), bases)
+    assert bases.take(make(tiny_model)) is None
 
 
-def test_nothing_is_kept_unasked(tiny_model: Path) -> None:
-    load(make(tiny_model))
-    assert kept_base.take_base(make(tiny_model)) is None
+def test_a_base_is_kept_once_and_for_its_own_recipe(tiny_model: Path) -> None:
+    bases = BaseCache()
+    load(make(tiny_model), bases)
+    other = make(tiny_model)
+    other = other.model_copy(
+        update={"model": other.model.model_copy(update={"attention": "eager"})}
+    )
+    assert bases.take(other) is None
+    assert bases.take(make(tiny_model)) is None, "two bases may not fit"
 
 
-@pytest.mark.usefixtures("keeping")
 def test_what_the_base_measures_goes_by_all_that_decides_it(tiny_model: Path) -> None:
     """By model, method, data and, as online methods sample, by the seed; not by the rank."""
     base = make(tiny_model)
     reseeded = base.model_copy(update={"seed": base.seed + 1})
+    bases = BaseCache()
     calls: list[int] = []
 
     def measure() -> dict[str, float]:
         calls.append(len(calls))
         return {"eval_loss": float(len(calls))}
 
-    assert kept_base.measured_before(base, "data", measure) == {"eval_loss": 1.0}
-    assert kept_base.measured_before(make(tiny_model, rank=8), "data", measure)["eval_loss"] == 1.0
-    assert kept_base.measured_before(reseeded, "data", measure)["eval_loss"] == 2.0
-    assert kept_base.measured_before(base, "other data", measure)["eval_loss"] == 3.0
+    assert bases.measured(base, "data", measure) == {"eval_loss": 1.0}
+    assert bases.measured(make(tiny_model, rank=8), "data", measure)["eval_loss"] == 1.0
+    assert bases.measured(reseeded, "data", measure)["eval_loss"] == 2.0
+    assert bases.measured(base, "other data", measure)["eval_loss"] == 3.0
     olora = make(tiny_model, init="olora")
     for number in (4.0, 5.0):
-        assert kept_base.measured_before(olora, "data", measure)["eval_loss"] == number
+        assert bases.measured(olora, "data", measure)["eval_loss"] == number

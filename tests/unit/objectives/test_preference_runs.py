@@ -13,9 +13,9 @@ from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from finray.training.common.errors import InputError
-from finray.training.common.stop import Stop
 from finray.training.config.recipe import Recipe, load_recipe
-from finray.training.run import Listener, train
+from finray.training.launch.in_process import InProcessLauncher
+from finray.training.run import train
 
 # peft calls a name that transformers has renamed.
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
@@ -58,7 +58,7 @@ def make_recipe(base: Path, data: Path, storage: Path, **changes: Any) -> Recipe
 
 
 def run(recipe: Recipe) -> Path:
-    record = train(recipe, Listener(lambda _: None, lambda _: None), Stop())
+    record = train(recipe, InProcessLauncher())
     assert record["status"] == "finished"
     return Path(recipe.storage) / recipe.name
 

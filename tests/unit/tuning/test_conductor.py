@@ -12,8 +12,9 @@ from finray.training.common.errors import InputError, RunError
 from finray.training.common.storage import Folder
 from finray.training.config.recipe import Recipe
 from finray.training.methods import Metric
-from finray.tuning.conductor import Conductor, Ending
+from finray.tuning.conductor import Conductor
 from finray.tuning.distribution import Distribution
+from finray.tuning.progress import Ending
 from finray.tuning.samplers import MedianPruner, make_pruner, make_sampler
 from finray.tuning.space import Space
 from finray.tuning.study import StudyFile, SweepStudy

@@ -12,10 +12,11 @@ from finray.training.common.errors import InputError
 from finray.training.config.models import LoraAdapter
 from finray.training.config.recipe import Recipe
 from finray.training.methods import Metric
-from finray.tuning.conductor import Conductor, Ending
+from finray.tuning.conductor import Conductor
 from finray.tuning.distribution import Distribution
 from finray.tuning.pbt import Population, perturbed
 from finray.tuning.plan import make_plan
+from finray.tuning.progress import Ending
 from finray.tuning.resume import check_folder, describe
 from finray.tuning.samplers import make_pruner, make_sampler
 from finray.tuning.space import Space

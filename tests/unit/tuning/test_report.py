@@ -8,8 +8,8 @@ import pytest
 
 from finray.cluster.cli.screens.sweep import render_ending, render_sweep
 from finray.training.common.storage import Folder
-from finray.tuning.conductor import Ending
 from finray.tuning.plots import learning_curves
+from finray.tuning.progress import Ending
 from finray.tuning.report import render_report
 from finray.tuning.sweep_folder import saved_share
 

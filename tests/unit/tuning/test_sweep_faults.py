@@ -8,12 +8,12 @@ import pytest
 
 from finray.training.common.storage import Folder
 from finray.training.engine.context import STOP_FILE
-from finray.tuning import tune
-from finray.tuning.conductor import Ending
+from finray.tuning import run
 from finray.tuning.plan import Plan
+from finray.tuning.progress import Ending, SweepProgress
 from finray.tuning.ray_tune import _ConductedPruning, _ConductedSearch, _Guard
-from finray.tuning.run import Watcher, _Tuning
-from finray.tuning.sweep_folder import read_sweep
+from finray.tuning.run import _SweepRun
+from finray.tuning.sweep_folder import Record, read_sweep
 
 
 class Broken:
@@ -87,13 +87,25 @@ class Known:
         """The study lies on this machine."""
 
 
+class Texts(SweepProgress):
+    """Keeps what is said, in its order."""
+
+    def __init__(self) -> None:
+        self.texts: list[str] = []
+
+    def status(self, text: str) -> None:
+        self.texts.append(text)
+
+    def trial_ended(self, ending: Ending, record: Record) -> None:
+        self.texts.append(ending.text)
+
+
 @pytest.fixture
 def tuning(tmp_path: Path) -> Any:
-    made: Any = object.__new__(_Tuning)
+    made: Any = object.__new__(_SweepRun)
     made._folder = Away(str(tmp_path))
     made._record = {"trials": [], "best": []}
-    made.told = []
-    made._watcher = Watcher(made.told.append, lambda ending, record: made.told.append(ending.text))
+    made._progress = Texts()
     made._study = made._file = made._conductor = Known()
     made._plan = cast(Plan, None)
     return made
@@ -103,7 +115,7 @@ def test_books_that_the_storage_does_not_take_are_kept_later(tuning: Any) -> Non
     tuning._folder.failures = 1
     tuning._changed(Ending(0, "finished", "loss 0.1"))
     assert read_sweep(tuning._folder) is None
-    assert [text.partition(": ")[2] or text for text in tuning.told] == [
+    assert [text.partition(": ")[2] or text for text in tuning._progress.texts] == [
         "the store is away",
         "loss 0.1",
     ]
@@ -114,7 +126,7 @@ def test_books_that_the_storage_does_not_take_are_kept_later(tuning: Any) -> Non
 def test_slots_are_asked_to_stop_as_soon_as_the_storage_takes_it(
     tuning: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tune, "_RETRY_SECONDS", 0.01)
+    monkeypatch.setattr(run, "_RETRY_SECONDS", 0.01)
     tuning._folder.failures = 3
     tuning._ask_slots_to_stop()
     deadline = time.monotonic() + 30

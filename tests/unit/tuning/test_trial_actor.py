@@ -12,9 +12,11 @@ from support.trials import reports_of, trial_of
 from finray.training.common.storage import Folder
 from finray.training.config.recipe import Recipe
 from finray.training.engine.trainer import StreamTrainer
-from finray.training.models.base_cache import forget_bases, keep_bases
+from finray.training.launch.in_process import InProcessLauncher
+from finray.training.models.base_cache import BaseCache
 from finray.training.records.recorder import update_run
 from finray.training.records.run_folder import read_run
+from finray.training.run import train
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 
@@ -26,7 +28,7 @@ def test_what_nobody_heard_is_told_after_a_restart(
     settings = recipe(tiny_model, chat_file, tmp_path, "run")
     carry_out(settings)
     known = lines(tmp_path / "run")
-    with trial_of(settings, tmp_path / "sweep", heard=known[5]["tokens"]) as trial:
+    with trial_of(settings, tmp_path / "sweep", reported_tokens=known[5]["tokens"]) as trial:
         *reports, end = reports_of(trial)
     told = [(one["tokens"], one["value"]) for one in reports]
     assert told == [(known[step]["tokens"], known[step]["loss"]) for step in range(6, 13)]
@@ -65,14 +67,11 @@ def test_the_base_is_measured_once_for_all_trials_of_a_slot(
 
     monkeypatch.setattr(StreamTrainer, "held_out", counted)
     before = []
-    keep_bases()
-    try:
-        for name, rank in (("one", 4), ("two", 8)):
-            settings = with_holdout(recipe(tiny_model, chat_file, tmp_path, name), rank)
-            before.append(carry_out(settings)["before"])
-        assert len(measured) == 1
-    finally:
-        forget_bases()
+    bases = BaseCache()
+    for name, rank in (("one", 4), ("two", 8)):
+        settings = with_holdout(recipe(tiny_model, chat_file, tmp_path, name), rank)
+        before.append(train(settings, InProcessLauncher(bases=bases))["before"])
+    assert len(measured) == 1
     alone = carry_out(with_holdout(recipe(tiny_model, chat_file, tmp_path, "alone"), 8))
     assert before[0] == before[1] == alone["before"] and before[0]["eval_loss"] > 0
     assert len(measured) == 2

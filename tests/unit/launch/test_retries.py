@@ -1,9 +1,9 @@
-"""How many failures a run bears."""
+"""How many failures a run survives."""
 
 from pathlib import Path
 
 from finray.training.common.storage import Folder
-from finray.training.launch.elastic import Patience
+from finray.training.launch.retries import FailurePolicy
 from finray.training.records import checkpoint
 
 
@@ -16,12 +16,12 @@ def test_only_failures_without_progress_count(tmp_path: Path) -> None:
         manifest = checkpoint.make_manifest(staged, 0, 1, {})
         checkpoint.publish(staged, folder / checkpoint.checkpoint_name(step), 0, manifest)
 
-    patience = Patience(folder, 2)
-    assert [patience.bears() for _ in range(3)] == [True, True, False]
-    patience = Patience(folder, 2)
-    assert patience.bears() and patience.bears()
+    policy = FailurePolicy(folder, 2)
+    assert [policy.should_retry() for _ in range(3)] == [True, True, False]
+    policy = FailurePolicy(folder, 2)
+    assert policy.should_retry() and policy.should_retry()
     save(10)
-    assert patience.bears() and patience.bears()
+    assert policy.should_retry() and policy.should_retry()
     save(20)
-    assert [patience.bears() for _ in range(3)] == [True, True, False]
-    assert not Patience(folder, 0).bears()
+    assert [policy.should_retry() for _ in range(3)] == [True, True, False]
+    assert not FailurePolicy(folder, 0).should_retry()
