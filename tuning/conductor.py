@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from ..training.common.errors import FinrayError, InputError, RunError
-from ..training.methods import Metric
+from ..training.config.metric import Metric
 from ..training.records.run_folder import Record
 from .pbt import Population
 from .study import Assignment, SweepStudy

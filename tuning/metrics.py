@@ -1,8 +1,9 @@
 """What a sweep can look for: the metrics that a run reports, and which way is better."""
 
 from ..training.common.errors import InputError
+from ..training.config.metric import Metric
 from ..training.config.recipe import Recipe
-from ..training.methods import Metric, method_of
+from ..training.methods import method_of
 from .sweep import LoadedSweep, Objective
 
 SIZES = ("adapter_bytes", "trainable_parameters")

@@ -18,7 +18,7 @@ from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
 
 from ..training.common.stop import Stop
-from ..training.config.recipe import ScaleSettings
+from ..training.config.sections import ScaleSettings
 from ..training.launch.ray_workers import run_beside
 from ..training.records.run_folder import Record
 from .concurrency import slot_resources

@@ -15,7 +15,8 @@ from ...training.common.errors import InputError
 from ...training.common.stop import Stop
 from ...training.common.storage import Folder
 from ...training.config.paths import resolve_path
-from ...training.config.recipe import Recipe, ScaleSettings
+from ...training.config.recipe import Recipe
+from ...training.config.sections import ScaleSettings
 from ...training.data.inspection import inspect_data
 from ...training.records.run_folder import Record
 from ...training.run import differences

@@ -1,15 +1,13 @@
 """The methods' settings: a variant for each kind, and what the rest must know of it early."""
 
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
+from .models import LoraAdapter, ModelSettings
 from .rewards import FunctionReward, Reward
 from .section import PositiveInt, Section
-
-if TYPE_CHECKING:
-    from .recipe import Recipe
-
+from .sections import CheckpointSettings, DataSettings, OptimSettings
 
 Positive = Annotated[float, Field(gt=0.0)]
 NotNegative = Annotated[float, Field(ge=0.0)]
@@ -55,6 +53,8 @@ class MethodSettings(Section):
     has_answers: ClassVar[bool] = False
     """A held-out row is a prompt with a reference answer, which can be compared."""
 
+    kind: str
+
     def rows_per_step(self, batch_size: int) -> int:
         """Rows of data behind an optimizer step of `batch_size` sequences."""
         return batch_size
@@ -73,8 +73,19 @@ class MethodSettings(Section):
         """What run.json tells of the method beside its kind."""
         return {}
 
-    def contradiction(self, recipe: "Recipe") -> str | None:
-        """What is wrong between the method's settings and others of the recipe, if anything."""
+    @property
+    def why_not_shardable(self) -> str | None:
+        """Why this method cannot train a sharded model, and what to do instead; None if it can."""
+        return None
+
+    def contradiction(
+        self, data: DataSettings, optim: OptimSettings, checkpoint: CheckpointSettings
+    ) -> str | None:
+        """What is wrong between the method's settings and other sections, if anything."""
+        return None
+
+    def model_contradiction(self, model: ModelSettings, adapter: LoraAdapter | None) -> str | None:
+        """What is wrong between the method's settings and the trained model, if anything."""
         return None
 
 
@@ -125,6 +136,16 @@ class DpoMethod(PairSettings):
     """Compute the reference's log-probabilities once, before the first step, and keep them with
     the prepared data."""
 
+    @property
+    def why_not_shardable(self) -> str | None:
+        """The reference is computed before the model is cut up."""
+        if not self.precompute_reference:
+            return None
+        return (
+            "method.precompute_reference computes on whole models; leave it out (beside an "
+            "adapter, the reference takes no memory), or take ddp"
+        )
+
     @model_validator(mode="after")
     def _losses_agree(self) -> Self:
         named = self.losses.keys()
@@ -161,9 +182,11 @@ class KtoMethod(MethodSettings):
     """Hub id, model folder or finished run of the reference; absent: the model as this run
     starts."""
 
-    def contradiction(self, recipe: "Recipe") -> str | None:
+    def contradiction(
+        self, data: DataSettings, optim: OptimSettings, checkpoint: CheckpointSettings
+    ) -> str | None:
         """A batch of one answer has no other answer to estimate the divergence with."""
-        if self.loss == "kto" and recipe.optim.batch_size < 2:
+        if self.loss == "kto" and optim.batch_size < 2:
             return "optim.batch_size: method kto compares answers of a batch; take at least 2"
         return None
 
@@ -269,10 +292,20 @@ class OnlineMethod(MethodSettings):
         functions = [one for one in self.rewards if isinstance(one, FunctionReward)]
         return {"reward_files": {function.file: function.digest for function in functions}}
 
-    def contradiction(self, recipe: "Recipe") -> str | None:
+    @property
+    def why_not_shardable(self) -> str | None:
+        """Every worker generates with the whole model."""
+        return (
+            f"method {self.kind} samples on every worker by itself, and would gather all weights "
+            "for every token; take ddp, with model.quantize nf4 if the model is large"
+        )
+
+    def contradiction(
+        self, data: DataSettings, optim: OptimSettings, checkpoint: CheckpointSettings
+    ) -> str | None:
         """Completions that do not fit their batch, their sequence or their checkpoint."""
         names = [reward.name for reward in self.rewards]
-        batch_size, max_length = recipe.optim.batch_size, recipe.data.max_length
+        batch_size, max_length = optim.batch_size, data.max_length
         if len(set(names)) < len(names):
             return f"method.rewards: two have the same name, which measures go by: {names}"
         if batch_size % self.generations:
@@ -285,29 +318,33 @@ class OnlineMethod(MethodSettings):
                 f"method.max_completion {self.max_completion} leaves no room for a prompt: "
                 f"data.max_length {max_length} counts both"
             )
-        if recipe.checkpoint.every_steps % self.passes:
+        if checkpoint.every_steps % self.passes:
             return (
-                f"checkpoint.every_steps {recipe.checkpoint.every_steps} must be a multiple of "
+                f"checkpoint.every_steps {checkpoint.every_steps} must be a multiple of "
                 f"method.passes {self.passes}: completions are not kept in a checkpoint"
             )
-        return _unfit_for_vllm(recipe) if self.rollout == "vllm" else None
+        return None
+
+    def model_contradiction(self, model: ModelSettings, adapter: LoraAdapter | None) -> str | None:
+        """A model that vLLM cannot sample from, where it is to."""
+        return _unfit_for_vllm(model, adapter) if self.rollout == "vllm" else None
 
 
-def _unfit_for_vllm(recipe: "Recipe") -> str | None:
+def _unfit_for_vllm(model: ModelSettings, adapter: LoraAdapter | None) -> str | None:
     """Why vLLM would not sample from the model that is trained."""
-    if not recipe.trains_adapter:
+    if adapter is None and model.adapter is None:
         return (
             "method.rollout vllm needs an adapter, which is what vLLM is handed before every "
             "rollout; add the section adapter, or set method.rollout: transformers"
         )
-    adapter, unknown = recipe.adapter, []
+    unknown = []
     if adapter is not None:
         names = ("dora", "modules_to_save", "rank_pattern", "alpha_pattern")
         unknown = [f"adapter.{name}" for name in names if getattr(adapter, name)]
         if adapter.changes_base or adapter.init == "loftq":
             unknown.append(f"adapter.init {adapter.init}")
-    if recipe.model.quantize != "none":
-        unknown.append(f"model.quantize {recipe.model.quantize}")
+    if model.quantize != "none":
+        unknown.append(f"model.quantize {model.quantize}")
     if unknown:
         return (
             f"method.rollout: vLLM would not sample from the model that is trained, as it does not "

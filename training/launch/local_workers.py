@@ -25,7 +25,7 @@ from ..common.errors import RunError
 from ..common.secrets import redact
 from ..common.stop import Stop
 from ..common.storage import Folder
-from ..config.recipe import ScaleSettings
+from ..config.sections import ScaleSettings
 from ..engine.task import Job, Outcome
 from ..records.run_folder import CHECKPOINTS_FOLDER
 from .elastic import Patience

@@ -9,7 +9,7 @@ from ..common.errors import RunError, last_line
 from ..common.secrets import redact
 from ..common.stop import Stop
 from ..common.storage import Folder
-from ..config.recipe import ScaleSettings
+from ..config.sections import ScaleSettings
 from ..engine.context import STOP_FILE, LocalSession, RaySession
 from ..engine.restart import AttemptOver, Restart
 from ..engine.task import Job, Outcome

@@ -7,7 +7,7 @@ an objective in `training.objectives`.
 from ..config.recipe import Recipe
 from ..data.shapes import SHAPES, Normalised, RowError
 from . import cpo, dpo, kto, online, orpo, pretrain, reward, sft
-from .method import Method, Metric
+from .method import Method
 
 METHODS = {
     "sft": sft.METHOD,
@@ -55,4 +55,4 @@ def method_of(recipe: Recipe) -> Method:
     return METHODS[recipe.method.kind]
 
 
-__all__ = ["METHODS", "Method", "Metric", "examples_of", "method_of"]
+__all__ = ["METHODS", "Method", "examples_of", "method_of"]

@@ -4,24 +4,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
+from ..config.metric import Metric
 from ..data.shapes import Normalised
 
 if TYPE_CHECKING:
     from ..objectives.objective import Objective, Setup
 
 Row = dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Metric:
-    """A figure that a run reports, and which way is better."""
-
-    name: str
-    mode: Literal["min", "max"]
-
-    def better(self, one: float, other: float) -> bool:
-        """Whether the first value is strictly better."""
-        return one < other if self.mode == "min" else one > other
 
 
 def _as_it_is(row: Normalised) -> Normalised:
@@ -40,6 +29,9 @@ def _never(_: Any) -> bool:
     return False
 
 
+_LOSS = Metric("eval_loss", "min")
+
+
 @dataclass(frozen=True)
 class Method:
     """Asked by the pipeline and the loop, which know no method by name.
@@ -54,7 +46,7 @@ class Method:
     """What it makes of a batch."""
     measures: tuple[str, ...]
     """What it logs beside the loss; held-out data gives the same names after `eval_`."""
-    watched: Metric = Metric("eval_loss", "min")
+    watched: Metric = _LOSS
     """Tells which checkpoint is the best."""
     head: Literal["causal", "score"] = "causal"
     """What the model puts out: logits of the next token, or one score of the whole text."""

@@ -7,6 +7,7 @@ RLOO: Ahmadian et al., 2024, https://arxiv.org/abs/2402.14740
 import json
 from typing import TYPE_CHECKING
 
+from ..config.metric import Metric
 from ..data.shapes import (
     Completion,
     Conversation,
@@ -15,7 +16,7 @@ from ..data.shapes import (
     RowError,
     question_of,
 )
-from .method import Method, Metric, Row
+from .method import Method, Row
 
 if TYPE_CHECKING:
     from ..objectives.objective import Objective, Setup

@@ -2,8 +2,9 @@
 
 from typing import TYPE_CHECKING
 
+from ..config.metric import Metric
 from ..data.shapes import Normalised, Pair
-from .method import Method, Metric, Row
+from .method import Method, Row
 from .pairs import PAIR_MEASURES
 
 if TYPE_CHECKING:

@@ -16,7 +16,7 @@ from typing import Any
 
 from ..common.errors import RunError
 from ..common.storage import Folder
-from ..methods import Metric
+from ..config.metric import Metric
 
 _NAME = re.compile(r"step-(\d{8})")
 

@@ -15,10 +15,10 @@ from finray.training.common.secrets import HIDDEN
 from finray.training.common.stop import Stop
 from finray.training.common.storage import Folder
 from finray.training.common.uploader import Uploads
-from finray.training.config.recipe import CheckpointSettings
+from finray.training.config.metric import Metric
+from finray.training.config.sections import CheckpointSettings
 from finray.training.engine import checkpointer as saver
 from finray.training.engine.checkpointer import Saver, SaveState
-from finray.training.methods import Metric
 from finray.training.records import checkpoint
 from finray.training.records.run_folder import read_run
 from finray.training.run import Listener, train

@@ -18,7 +18,7 @@ from support.harness import wait_until
 from finray.cluster.gpus import Gpu, usable_gpus
 from finray.training.common.errors import RunError
 from finray.training.common.stop import Stop
-from finray.training.config.recipe import ScaleSettings
+from finray.training.config.sections import ScaleSettings
 from finray.training.engine.task import Job
 from finray.training.launch import local_workers as processes
 from finray.training.launch.local_workers import Processes
