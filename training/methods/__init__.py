@@ -5,9 +5,9 @@ an objective in `training.objectives`.
 """
 
 from ..config.recipe import Recipe
+from ..data.examples import Method
 from ..data.shapes import SHAPES, Normalised, RowError
 from . import cpo, dpo, kto, online, orpo, pretrain, reward, sft
-from .method import Method
 
 METHODS = {
     "sft": sft.METHOD,

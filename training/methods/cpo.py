@@ -6,8 +6,8 @@ https://arxiv.org/abs/2405.14734
 
 from typing import TYPE_CHECKING
 
+from ..data.examples import Method
 from ..data.shapes import Pair
-from .method import Method
 from .pairs import PAIR_MEASURES
 
 if TYPE_CHECKING:

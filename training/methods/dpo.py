@@ -5,8 +5,8 @@ Rafailov et al., 2023, https://arxiv.org/abs/2305.18290
 
 from typing import TYPE_CHECKING
 
+from ..data.examples import Method
 from ..data.shapes import Pair
-from .method import Method
 from .pairs import PAIR_MEASURES
 
 if TYPE_CHECKING:

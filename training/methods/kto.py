@@ -5,8 +5,8 @@ Ethayarajh et al., 2024, https://arxiv.org/abs/2402.01306
 
 from typing import TYPE_CHECKING
 
+from ..data.examples import Method, Row
 from ..data.shapes import Labelled, Normalised, Pair
-from .method import Method, Row
 
 if TYPE_CHECKING:
     from ..objectives.objective import Objective, Setup

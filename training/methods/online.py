@@ -8,6 +8,7 @@ import json
 from typing import TYPE_CHECKING
 
 from ..config.metric import Metric
+from ..data.examples import Method, Row
 from ..data.shapes import (
     Completion,
     Conversation,
@@ -16,7 +17,6 @@ from ..data.shapes import (
     RowError,
     question_of,
 )
-from .method import Method, Row
 
 if TYPE_CHECKING:
     from ..objectives.objective import Objective, Setup

@@ -6,8 +6,8 @@ Hong et al., 2024, https://arxiv.org/abs/2403.07691
 
 from typing import TYPE_CHECKING
 
+from ..data.examples import Method
 from ..data.shapes import Pair
-from .method import Method
 from .pairs import PAIR_MEASURES
 
 if TYPE_CHECKING:

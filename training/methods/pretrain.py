@@ -1,8 +1,8 @@
 """Pretraining, from scratch or continued: predict every token of plain text."""
 
 from ..config.methods import PretrainMethod
+from ..data.examples import Method
 from ..data.shapes import Completion, Conversation, Text
-from .method import Method
 from .sft import token_objective
 
 

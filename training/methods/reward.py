@@ -3,8 +3,8 @@
 from typing import TYPE_CHECKING
 
 from ..config.metric import Metric
+from ..data.examples import Method, Row
 from ..data.shapes import Normalised, Pair
-from .method import Method, Row
 from .pairs import PAIR_MEASURES
 
 if TYPE_CHECKING:

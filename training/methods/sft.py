@@ -3,8 +3,8 @@
 from typing import TYPE_CHECKING
 
 from ..config.methods import SftMethod
+from ..data.examples import Method
 from ..data.shapes import Completion, Conversation, Text
-from .method import Method
 
 if TYPE_CHECKING:
     from ..objectives.objective import Objective, Setup

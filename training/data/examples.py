@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from ..config.metric import Metric
-from ..data.shapes import Normalised
+from .shapes import Normalised
 
 if TYPE_CHECKING:
     from ..objectives.objective import Objective, Setup
