@@ -21,15 +21,14 @@ from .common.yaml_text import dump_yaml, load_yaml
 from .config.model_folder import model_folder
 from .config.recipe import Recipe, recipe_from_dict
 from .config.remote_code import code_files
-from .data.inspection import inspect_data
 from .data.prepare import Progress, find_prepared, prepare
 from .data.prepared import Prepared
 from .data.tasks import RunTasks, run_in_process, run_on_ray_data
 from .engine.context import STOP_FILE
 from .engine.task import Job, Outcome
+from .inspection import inspect_recipe
 from .launch.ray_workers import launch_here
 from .launch.retries import persevere
-from .methods import method_of
 from .records.checkpoint import best
 from .records.recorder import now, update_run
 from .records.report import write_report
@@ -168,9 +167,9 @@ def prepares_on_ray(recipe: Recipe) -> bool:
     workers.
 
     Raises:
-        InputError: see `inspect_data`.
+        InputError: see `inspect_recipe`.
     """
-    is_small = inspect_data(recipe).is_small
+    is_small = inspect_recipe(recipe).is_small
     if recipe.scale.most_workers == 0 or is_small:
         return False
     return find_prepared(recipe, Folder(recipe.storage) / PREPARED_FOLDER) is None
@@ -181,7 +180,7 @@ def prepare_data(recipe: Recipe, listener: Listener) -> Prepared:
     the initialised Ray as `prepares_on_ray` says.
 
     Raises:
-        InputError: see `inspect_data` and `prepare`.
+        InputError: see `inspect_recipe` and `prepare`.
     """
     if not prepares_on_ray(recipe):
         return prepare_here(recipe, listener)
@@ -229,7 +228,7 @@ def _check_modules(recipe: Recipe) -> None:
     if names_any and model_folder(recipe.model, only_cached=True) is not None:
         from .models.loading import count_without_weights
 
-        count_without_weights(recipe, method_of(recipe).head)
+        count_without_weights(recipe, recipe.method.head)
 
 
 def _check_enough(recipe: Recipe, prepared: Prepared) -> None:
@@ -310,7 +309,7 @@ def _open(recipe: Recipe, folder: Folder, prepared: Prepared) -> None:
             data=prepared.manifest.summary(),
             error=None,
             finished_at=None,
-            **recipe.method.facts,
+            **recipe.method.run_facts,
             **({"model_code": code} if (code := code_files(recipe.model)) else {}),
         )
 
@@ -323,7 +322,7 @@ def _close(recipe: Recipe, folder: Folder, status: str, error: str | None, secon
         record["error"] = None if error is None else redact(error)
         record["finished_at"] = now()
         record["wall_seconds"] = round(record.get("wall_seconds", 0.0) + seconds, 2)
-        record["best_checkpoint"] = best(folder / CHECKPOINTS_FOLDER, method_of(recipe).watched)
+        record["best_checkpoint"] = best(folder / CHECKPOINTS_FOLDER, recipe.method.watched)
 
     update_run(folder, change)
 

@@ -55,14 +55,14 @@ def prepare(options: argparse.Namespace) -> None:
 def train(options: argparse.Namespace) -> None:
     """Train, or go on with an unfinished run."""
     from ...training.common.stop import Stop
-    from ...training.data.inspection import inspect_data
+    from ...training.inspection import inspect_recipe
     from ...training.run import Listener, run_folder
     from ...training.run import train as carry_out
     from ..launcher import placed
     from .screens.progress import ProgressWatcher
 
     recipe = _recipe(options)
-    inspect_data(recipe)
+    inspect_recipe(recipe)
     stop = Stop()
     with placed(recipe, options, stop) as launch, ProgressWatcher() as watcher:
         record = carry_out(recipe, Listener(watcher.phase, watcher.watch), stop, launch)

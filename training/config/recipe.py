@@ -14,12 +14,10 @@ from pydantic import Field, model_validator
 from ..common.errors import InputError
 from ..common.secrets import secret_places
 from .adapter_folder import find_adapter
-from .methods import DpoMethod, KtoMethod, Method, OnlineMethod, PretrainMethod, SftMethod
+from .methods import Method, SftMethod
 from .models import FreezeSettings, LoraAdapter, ModelSettings
 from .paths import resolve_model, resolve_path
-from .reference_folder import find_reference
 from .remote_code import check_pinned
-from .rewards import resolve_reward
 from .section import Section
 from .sections import (
     CheckpointSettings,
@@ -94,7 +92,6 @@ class Recipe(Section):
     def _trained_weights_agree(self) -> Self:
         quantize = self.model.quantize
         init = "default" if self.adapter is None else self.adapter.init
-        starts_at_random = isinstance(self.method, PretrainMethod) and self.method.init == "random"
         own = "full fine-tuning" if self.freeze is None else "freeze"
         contradictions = {
             "adapter and model.adapter contradict each other: the latter brings its own rank": (
@@ -108,10 +105,10 @@ class Recipe(Section):
                 quantize != "none" and not self.trains_adapter
             ),
             "method.init random contradicts an adapter on frozen weights": (
-                starts_at_random and self.trains_adapter
+                self.method.starts_at_random and self.trains_adapter
             ),
             "method.init random contradicts freeze, which keeps weights as they are": (
-                starts_at_random and self.freeze is not None
+                self.method.starts_at_random and self.freeze is not None
             ),
             "adapter.init loftq needs model.quantize nf4, whose loss it makes up for": (
                 init == "loftq" and quantize != "nf4"
@@ -257,21 +254,10 @@ def resolve_recipe(recipe: Recipe, folder: Path) -> Recipe:
     adapter = recipe.model.adapter
     if adapter is not None:
         adapter = find_adapter([resolve_path(adapter, place) for place in places])
-    method = recipe.method
-    if isinstance(method, DpoMethod | KtoMethod) and method.reference_model is not None:
-        name = method.reference_model
-        found = find_reference(name, [resolve_path(name, place) for place in places])
-        method = method.model_copy(update={"reference_model": found})
-    if isinstance(method, OnlineMethod):
-        rewards = [
-            resolve_reward(reward, places, f"method.rewards[{index}]")
-            for index, reward in enumerate(method.rewards)
-        ]
-        method = method.model_copy(update={"rewards": rewards})
     return recipe.model_copy(
         update={
             "data": data,
-            "method": method,
+            "method": recipe.method.resolve(places),
             "model": recipe.model.model_copy(update={"base": base, "adapter": adapter}),
             "storage": storage,
         }

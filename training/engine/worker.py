@@ -25,7 +25,6 @@ from ..data.batching import Rows, accumulation_steps, in_batches, microbatches
 from ..data.origin import rows_of_step
 from ..data.prepared import open_prepared
 from ..data.stream import Slice, every_sequence, share, stream
-from ..methods import method_of
 from ..models import import_peft as quick_peft  # noqa: F401 - before what loads peft
 from ..models.base_cache import measured_before
 from ..models.dtypes import choose_dtype
@@ -40,6 +39,7 @@ from ..records.run_folder import CHECKPOINTS_FOLDER
 from .checkpointer import Saver, SaveState, state_record
 from .context import Session
 from .failures import ending_attempts
+from .methods import objective_of
 from .progress import Clock, Position
 from .restart import AttemptOver
 from .task import Job, Outcome
@@ -79,7 +79,6 @@ class _Worker:
         if prepared is None:
             raise RunError(f"the prepared data set {job['prepared']} is gone")
         self.prepared = prepared
-        self.method = method_of(self.recipe)
         self.cause = job.get("cause")
         self.total_steps = self.recipe.total_steps(prepared.manifest.train.sequences)
         self.until = job.get("until")
@@ -93,7 +92,7 @@ class _Worker:
         choice = self._agree_on_checkpoint()
         transformers.set_seed(self.recipe.seed)
         self.tokenizer = load_tokenizer(self.recipe)
-        self.model = load_model(self.recipe, self.method.head)
+        self.model = load_model(self.recipe, self.recipe.method.head)
         if self.recipe.packs:
             check_isolation(self.model)
         checkpoint_path = self._fetch(choice)
@@ -162,7 +161,7 @@ class _Worker:
             rank=self.session.rank,
             world_size=self.session.world_size,
             settings=self.recipe.checkpoint,
-            watched=self.method.watched,
+            watched=self.recipe.method.watched,
             uploads=self.uploads,
             gather=self._gather,
             before=self._write_lines,
@@ -193,7 +192,7 @@ class _Worker:
             device=device,
             strategy=self.strategy,
         )
-        self.objective = self.method.objective(setup)
+        self.objective = objective_of(setup)
         self.parameters = count_parameters(self.model)
         if self.strategy == "fsdp":  # the Trainer places a whole model
             setup.place(self.model)
@@ -357,7 +356,7 @@ class _Worker:
 
     def _save(self) -> None:
         step = self.position.step
-        watched = self.method.watched
+        watched = self.recipe.method.watched
         fresh = self.held_out.get("step") == step and watched.name in self.held_out
         metrics = {watched.name: self.held_out[watched.name]} if fresh else {}
         self.saver.start(step, self._write_state, metrics)

@@ -1,6 +1,7 @@
 """Direct preference optimisation, with its family of losses."""
 
 from dataclasses import replace
+from typing import cast
 
 import torch
 
@@ -17,8 +18,7 @@ class DpoObjective(PairObjective):
     """Losses of each pair against the reference."""
 
     def __init__(self, setup: Setup) -> None:
-        settings = setup.recipe.method
-        assert isinstance(settings, DpoMethod)
+        settings = cast(DpoMethod, setup.recipe.method)
         super().__init__(setup, imitation_weight=settings.losses.get("sft", 0.0))
         self._settings = settings
         self._reference: Reference | None = None

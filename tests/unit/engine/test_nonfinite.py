@@ -20,11 +20,11 @@ from finray.training.config.recipe import Recipe
 from finray.training.data.batching import Batch, microbatches
 from finray.training.data.stream import Sequence
 from finray.training.engine.context import LocalSession
+from finray.training.engine.methods import objective_of
 from finray.training.engine.nonfinite import NotFiniteError, SkippedSteps
 from finray.training.engine.optimizer import MasterAdamW, SkippingAdamW
 from finray.training.engine.trainer import StepMeasures, StreamTrainer
 from finray.training.engine.trainer_arguments import accumulation, training_arguments
-from finray.training.methods import method_of
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 POISONED_STEP = 3
@@ -70,9 +70,7 @@ def trained(
         told.append((measures.learning_rate, loss, skipped))
         return False
 
-    objective = method_of(settings).objective(
-        steps.make_setup(settings, model, scratch, rank, world_size)
-    )
+    objective = objective_of(steps.make_setup(settings, model, scratch, rank, world_size))
     trainer = StreamTrainer(
         model,
         training_arguments(settings, 5, world_size, scratch),
