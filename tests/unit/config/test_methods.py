@@ -9,7 +9,13 @@ from typing import Any, get_args
 
 import pytest
 
-from finray.training.config.methods import METHODS, Method, MethodSettings, title_of
+from finray.training.config.methods import (
+    METHODS,
+    Method,
+    MethodSettings,
+    ReferenceSettings,
+    title_of,
+)
 from finray.training.config.recipe import Recipe
 from finray.training.data.examples import EXAMPLES
 from finray.training.engine.methods import OBJECTIVES
@@ -36,6 +42,7 @@ def test_every_method_has_all_facts(method: type[MethodSettings]) -> None:
     assert method.sequences_per_row == 1 or not method.packs
     watched = method.watched.name.removeprefix("eval_")
     assert watched in ("loss", *method.measures)
+    assert ("reference_model" in method.model_fields) == issubclass(method, ReferenceSettings)
 
 
 def test_titles() -> None:
