@@ -18,7 +18,7 @@ from trl_methods import first_model, in_order
 
 from finray.training.common.storage import Folder
 from finray.training.data.prepared import Prepared, open_prepared
-from finray.training.methods import method_of
+from finray.training.engine.methods import objective_of
 from finray.training.objectives.objective import Setup
 
 
@@ -28,7 +28,7 @@ def main() -> None:
     recipe, data = recipe_of(job), open_prepared(Folder(job.prepared))
     assert isinstance(data, Prepared)
     model, cpu = first_model(recipe), torch.device("cpu")
-    objective = method_of(recipe).objective(Setup(recipe, model, None, data, 0, 1, cpu))
+    objective = objective_of(Setup(recipe, model, None, data, 0, 1, cpu))
     with torch.no_grad():
         objective.batches(0, [in_order(recipe, data, 1)])
     tell(held())

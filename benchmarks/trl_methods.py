@@ -20,7 +20,6 @@ from datasets import Dataset
 from finray.training.config.recipe import Recipe
 from finray.training.data.prepared import Prepared
 from finray.training.data.stream import Sequence, Slice, stream
-from finray.training.methods import method_of
 from finray.training.models.loading import Model, load_model
 
 Row = dict[str, Any]
@@ -135,7 +134,7 @@ def in_order(recipe: Recipe, prepared: Prepared, steps: int) -> list[Sequence]:
 def first_model(recipe: Recipe) -> Model:
     """The model with the very weights that finray starts from."""
     transformers.set_seed(recipe.seed)
-    return load_model(recipe, method_of(recipe).head)
+    return load_model(recipe, recipe.method.head)
 
 
 def make_trainer(

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ..training.config.recipe import Recipe
-from ..training.config.sharding_rules import cannot_shard
 
 if TYPE_CHECKING:
     from ..training.models.memory_estimate import Memory, Sizes
@@ -124,7 +123,7 @@ def _as_it_will_be(recipe: Recipe, sizes: "Sizes", room: int) -> Recipe:
 
 def _sharded(recipe: Recipe) -> Recipe:
     """With its weights in shards, where that can be; they are no less on one worker."""
-    if recipe.scale.least_workers < 2 or cannot_shard(recipe) is not None:
+    if recipe.scale.least_workers < 2 or recipe.why_not_shardable is not None:
         return recipe
     scale = recipe.scale.model_copy(update={"strategy": "fsdp"})
     return recipe.model_copy(update={"scale": scale})

@@ -18,14 +18,13 @@ from .common.yaml_text import dump_yaml, load_yaml
 from .config.model_folder import model_folder
 from .config.recipe import Recipe, recipe_from_dict
 from .config.remote_code import code_files
-from .data.inspection import inspect_data
 from .data.prepare import find_prepared, prepare
 from .data.prepared import Prepared
 from .data.tasks import RunTasks, run_in_process, run_on_ray_data
 from .engine.context import STOP_FILE
 from .engine.task import WorkerResult, WorkerTask
+from .inspection import inspect_recipe
 from .launch.retries import Launcher, run_with_retries
-from .methods import method_of
 from .records.checkpoint import best
 from .records.recorder import now, update_run
 from .records.report import write_report
@@ -144,9 +143,9 @@ def prepares_on_ray(recipe: Recipe) -> bool:
     """True if the data is not prepared yet, is not small, and the run has workers.
 
     Raises:
-        InputError: see `inspect_data`.
+        InputError: see `inspect_recipe`.
     """
-    is_small = inspect_data(recipe).is_small
+    is_small = inspect_recipe(recipe).is_small
     if recipe.scale.most_workers == 0 or is_small:
         return False
     return find_prepared(recipe, Folder(recipe.storage) / PREPARED_FOLDER) is None
@@ -157,7 +156,7 @@ def prepare_data(recipe: Recipe, progress: Progress = SILENT) -> Prepared:
     initialised Ray where `prepares_on_ray` is true.
 
     Raises:
-        InputError: see `inspect_data` and `prepare`.
+        InputError: see `inspect_recipe` and `prepare`.
         RunError: a data task on Ray failed.
     """
     on_ray = prepares_on_ray(recipe)
@@ -197,7 +196,7 @@ def _check_modules(recipe: Recipe) -> None:
     if names_any and model_folder(recipe.model, only_cached=True) is not None:
         from .models.loading import count_without_weights
 
-        count_without_weights(recipe, method_of(recipe).head)
+        count_without_weights(recipe, recipe.method.head)
 
 
 def _check_enough(recipe: Recipe, prepared: Prepared) -> None:
@@ -278,7 +277,7 @@ def _record_start(recipe: Recipe, folder: Folder, prepared: Prepared) -> None:
             data=prepared.manifest.summary(),
             error=None,
             finished_at=None,
-            **recipe.method.facts,
+            **recipe.method.run_facts,
             **({"model_code": code} if (code := code_files(recipe.model)) else {}),
         )
 
@@ -293,7 +292,7 @@ def _record_end(
         record["error"] = None if error is None else redact(error)
         record["finished_at"] = now()
         record["wall_seconds"] = round(record.get("wall_seconds", 0.0) + seconds, 2)
-        record["best_checkpoint"] = best(folder / CHECKPOINTS_FOLDER, method_of(recipe).watched)
+        record["best_checkpoint"] = best(folder / CHECKPOINTS_FOLDER, recipe.method.watched)
 
     update_run(folder, change)
 

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from ..training.common.errors import InputError
-from ..training.config.recipe import ScaleSettings
+from ..training.config.sections import ScaleSettings
 from ..training.launch.resources import Resources, cluster_nodes, fitting_workers, worker_request
 
 _DRIVER_CPUS = 0.1

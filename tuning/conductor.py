@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable
 
 from ..training.common.errors import FinrayError, InputError, RunError
-from ..training.methods import Metric
+from ..training.config.metric import Metric
 from ..training.records.run_folder import Record
 from .pbt import Population
 from .progress import Ending

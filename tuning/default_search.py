@@ -22,8 +22,6 @@ from .distribution import Distribution
 
 _WIDTH, _EXPONENT = 2000, 0.78
 _FULL_RATE, _LORA_FACTOR = 5e-5, 10.0
-_BY_METHOD = {"sft": 1.0, "pretrain": 1.0, "reward": 0.1}
-"""Share of the rate for imitation."""
 _PREFERENCE_RATE = 1e-5
 """DPO and its kin; online methods have been reported between 1e-5 and 4e-5."""
 RULE_ALPHA = 32.0
@@ -52,7 +50,7 @@ def rule_of_thumb(recipe: Recipe) -> float | None:
     if width is None:
         return None
     factor = _LORA_FACTOR if recipe.trains_adapter else 1.0
-    share = _BY_METHOD.get(recipe.method.kind)
+    share = recipe.method.learning_rate_share
     if share is None:
         return _rounded(_PREFERENCE_RATE * factor / _LORA_FACTOR)
     return _rounded(_FULL_RATE * factor * share * (_WIDTH / width) ** _EXPONENT)
@@ -86,7 +84,7 @@ def default_space(recipe: Recipe) -> dict[str, Distribution]:
     at_alpha = RULE_ALPHA if recipe.adapter is not None else None
     space = {LEARNING_RATE: Distribution(log_uniform=bounds, at_alpha=at_alpha)}
     if recipe.adapter is not None:
-        imitates = recipe.method.kind in _BY_METHOD
+        imitates = recipe.method.learning_rate_share is not None
         ranks = _IMITATION_RANKS if imitates else _PREFERENCE_RANKS
         space[RANK] = Distribution(choice=sorted({*ranks, recipe.adapter.rank}))
         space[RSLORA] = Distribution(choice=[False, True])

@@ -1,8 +1,8 @@
 """What a sweep can look for: the metrics that a run reports, and which way is better."""
 
 from ..training.common.errors import InputError
+from ..training.config.metric import Metric
 from ..training.config.recipe import Recipe
-from ..training.methods import Metric, method_of
 from .sweep import LoadedSweep, Objective
 
 SIZES = ("adapter_bytes", "trainable_parameters")
@@ -31,7 +31,7 @@ def is_measured_on_the_way(metric: str, recipe: Recipe) -> bool:
 
 def reported_metrics(recipe: Recipe) -> list[str]:
     """Everything that a run of the recipe reports."""
-    method = method_of(recipe)
+    method = recipe.method
     names = ["loss", *method.measures]
     told = [*names, "tokens_per_second", *SIZES]
     if recipe.data.eval or recipe.data.holdout > 0:
@@ -65,7 +65,7 @@ def _metric(objective: Objective, recipe: Recipe, place: str) -> Metric:
 
 
 def _mode(name: str, recipe: Recipe) -> str | None:
-    watched = method_of(recipe).watched
+    watched = recipe.method.watched
     if name == watched.name:
         return watched.mode
     if any(part in name for part in _LESS_IS_BETTER):

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 
 from ..training.common.errors import InputError
 from ..training.common.storage import Folder
+from ..training.config.metric import Metric
 from ..training.config.recipe import Recipe
-from ..training.methods import Metric
 from .default_search import default_space
 from .metrics import is_measured_on_the_way, objectives
 from .space import Excluded, Settings, Space

@@ -19,7 +19,7 @@ from ray.tune.search import Searcher
 
 from ..training.common.background import Stop, run_while_watching
 from ..training.common.progress import Progress
-from ..training.config.recipe import ScaleSettings
+from ..training.config.sections import ScaleSettings
 from ..training.records.run_folder import Record
 from .concurrency import slot_resources
 from .conductor import Conductor

@@ -17,7 +17,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from ..training.common.errors import InputError
 from ..training.common.storage import Folder
-from ..training.methods import Metric
+from ..training.config.metric import Metric
 from ..training.records.run_folder import Record
 from .space import Settings, Space
 from .sweep_folder import STUDY_FILE

@@ -13,8 +13,9 @@ from pydantic import BeforeValidator, Field, model_validator
 
 from ..training.common.errors import InputError
 from ..training.config.paths import resolve_path
-from ..training.config.recipe import Name, Recipe, check_no_secret, load_recipe, resolve_recipe
+from ..training.config.recipe import Recipe, check_no_secret, load_recipe, resolve_recipe
 from ..training.config.section import PositiveInt, Section
+from ..training.config.sections import Name
 from ..training.config.yaml_file import Change, Document, apply_changes, read_recipe_file, validate
 from .distribution import Distribution
 

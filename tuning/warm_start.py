@@ -19,8 +19,8 @@ from optuna.trial import FrozenTrial, TrialState
 
 from ..training.common.errors import InputError
 from ..training.common.storage import Folder
+from ..training.config.metric import Metric
 from ..training.config.yaml_file import Change, Document, apply_changes
-from ..training.methods import Metric
 from ..training.records.run_folder import Record
 from .default_search import ALPHA, RANK, RSLORA
 from .distribution import is_number, is_same

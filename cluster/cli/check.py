@@ -7,9 +7,9 @@ from ...training.common import formatting as figures
 from ...training.common.storage import Folder
 from ...training.config.recipe import Recipe
 from ...training.data.fingerprint import fingerprint
-from ...training.data.inspection import Inspection, SourceInspection, inspect_data
+from ...training.data.inspection import SourceInspection
 from ...training.data.prepared import Prepared, open_prepared
-from ...training.methods import method_of
+from ...training.inspection import Inspection, inspect_recipe
 from ...training.records.run_folder import PREPARED_FOLDER
 from ..gpus import memory_text
 
@@ -22,7 +22,7 @@ def examine(recipe: Recipe) -> dict[str, Any]:
     Raises:
         InputError: whatever a run would refuse before it loads a model.
     """
-    inspection = inspect_data(recipe)
+    inspection = inspect_recipe(recipe)
     prepared = open_prepared(Folder(recipe.storage) / PREPARED_FOLDER / fingerprint(recipe))
     data = _measured(prepared) if prepared else _estimated(recipe, inspection)
     sequences = data["sequences"]
@@ -144,7 +144,7 @@ def _of_the_model(recipe: Recipe, inspection: Inspection) -> dict[str, Any]:
     from ...training.models.loading import count_parameters, without_weights
     from ...training.models.memory_estimate import estimate, sizes_of
 
-    model = without_weights(recipe, method_of(recipe).head)
+    model = without_weights(recipe, recipe.method.head)
     memory = estimate(recipe, sizes_of(recipe, model))
     told = {"peak": memory.peak, **asdict(memory), "text": memory_text(memory, recipe)}
     return {"parameters": count_parameters(model), "memory": told}

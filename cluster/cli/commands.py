@@ -55,14 +55,14 @@ def prepare(options: argparse.Namespace) -> None:
 def train(options: argparse.Namespace) -> None:
     """Train, or go on with an unfinished run."""
     from ...training.common.background import Stop
-    from ...training.data.inspection import inspect_data
+    from ...training.inspection import inspect_recipe
     from ...training.run import run_folder
     from ...training.run import train as train_run
     from ..launcher import choose_launcher
     from .screens.progress import ProgressWatcher
 
     recipe = _recipe(options)
-    inspect_data(recipe)
+    inspect_recipe(recipe)
     stop = Stop()
     with ProgressWatcher() as watcher, choose_launcher(recipe, options, stop, watcher) as launcher:
         record = train_run(recipe, launcher, watcher)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from ...training.common.errors import InputError, RunError
 from ...training.config.recipe import Recipe, load_recipe
-from ...training.data.inspection import inspect_data
+from ...training.inspection import inspect_recipe
 from ...tuning.plan import make_plan
 from ...tuning.sweep import LoadedSweep, is_sweep, load_sweep, split_overrides
 from ..jobs.client import ACTIVE, Cluster, Job
@@ -47,11 +47,11 @@ def _checked(options: argparse.Namespace) -> Recipe | LoadedSweep:
         loaded = load_sweep(options.recipe, *split_overrides(options.overrides))
         if is_here:
             make_plan(loaded)
-            inspect_data(loaded.recipe)
+            inspect_recipe(loaded.recipe)
         return loaded
     recipe = load_recipe(options.recipe, tuple(options.overrides))
     if is_here:
-        inspect_data(recipe)
+        inspect_recipe(recipe)
     return recipe
 
 

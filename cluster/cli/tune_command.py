@@ -13,8 +13,9 @@ from ...training.common.background import Stop
 from ...training.common.errors import InputError
 from ...training.common.storage import Folder
 from ...training.config.paths import resolve_path
-from ...training.config.recipe import Recipe, ScaleSettings
-from ...training.data.inspection import inspect_data
+from ...training.config.recipe import Recipe
+from ...training.config.sections import ScaleSettings
+from ...training.inspection import inspect_recipe
 from ...training.records.run_folder import Record
 from ...training.run import differences
 from ...tuning.sweep import LoadedSweep, load_sweep, split_overrides
@@ -35,7 +36,7 @@ def run_sweep(path: Path, options: argparse.Namespace) -> None:
 
     loaded = _load(path, options)
     plan = make_plan(loaded)
-    inspect_data(plan.recipe)
+    inspect_recipe(plan.recipe)
 
     record = check_folder(plan)
     done = record is not None and record["status"] == "finished"

@@ -14,7 +14,8 @@ from typing import Any
 
 from ...training.common.errors import InputError
 from ...training.common.yaml_text import dump_yaml
-from ...training.config.recipe import Recipe, Source
+from ...training.config.recipe import Recipe
+from ...training.config.sections import Source
 from ...training.data.sources import expand
 from ...tuning.sweep import LoadedSweep
 from ..kubernetes.portable import strings

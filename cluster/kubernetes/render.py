@@ -11,7 +11,8 @@ import yaml
 
 from ...training.common.errors import InputError
 from ...training.common.yaml_text import dump_yaml
-from ...training.config.recipe import Recipe, ScaleSettings
+from ...training.config.recipe import Recipe
+from ...training.config.sections import ScaleSettings
 from .overlays import Manifest, ray_cluster
 from .portable import check_no_secret, check_reachable
 

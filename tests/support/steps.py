@@ -18,9 +18,9 @@ from finray.training.config.recipe import Recipe
 from finray.training.data.batching import microbatches
 from finray.training.data.prepared import Prepared
 from finray.training.data.stream import Sequence, share
+from finray.training.engine.methods import objective_of
 from finray.training.engine.trainer import Counts, StepMeasures, StreamTrainer
 from finray.training.engine.trainer_arguments import accumulation, training_arguments
-from finray.training.methods import method_of
 from finray.training.models.sharding import choose_strategy
 from finray.training.objectives.objective import Setup
 
@@ -85,7 +85,7 @@ def one_step(
         return False
 
     setup = make_setup(settings, model, scratch, rank, world_size)
-    objective = method_of(settings).objective(setup)
+    objective = objective_of(setup)
     if setup.strategy == "fsdp":
         setup.place(model)
     trainer = StreamTrainer(

@@ -3,11 +3,11 @@
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from ..common.errors import InputError
 from .base_digest import BASE_FILE, is_same_base
-from .models import ModelSettings
+from .models import Head, ModelSettings
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -44,7 +44,7 @@ def find_adapter(places: Sequence[str]) -> str:
     )
 
 
-def check_adapter(model: ModelSettings, head: Literal["causal", "score"]) -> None:
+def check_adapter(model: ModelSettings, head: Head) -> None:
     """Refuse an adapter that the run cannot start from.
 
     Raises:

@@ -1,15 +1,23 @@
-"""The methods' settings: a variant for each kind, and what the rest must know of it early."""
+"""The methods: the settings of each kind, and every fact about it that needs no torch.
 
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
+The rest of finray asks these classes and knows no method by name. `engine/methods.py` maps each
+kind to the objective that computes its loss. A new method is a class here (and a member of
+`Method`), an objective, and a line there.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal, Self, get_args
 
 from pydantic import Field, model_validator
 
-from .rewards import FunctionReward, Reward
+from .metric import Metric
+from .models import Head, LoraAdapter, ModelSettings
+from .paths import resolve_path
+from .reference_folder import find_reference
+from .rewards import FunctionReward, Reward, resolve_reward
 from .section import PositiveInt, Section
-
-if TYPE_CHECKING:
-    from .recipe import Recipe
-
+from .sections import CheckpointSettings, DataSettings, OptimSettings
 
 Positive = Annotated[float, Field(gt=0.0)]
 NotNegative = Annotated[float, Field(ge=0.0)]
@@ -45,64 +53,197 @@ _OF_ANY_DIVERGENCE = {
 }
 
 
-class MethodSettings(Section):
-    """What all kinds have; no setting of its own."""
+LearnsFrom = Literal["documents", "pairs", "graded pairs", "labelled answers", "prompts"]
+"""The rows that a method learns from. A graded pair may say by how much its chosen answer leads."""
 
+_PAIR_MEASURES = ("reward_accuracy", "reward_margin", "chosen_reward", "rejected_reward")
+"""Share of the pairs whose chosen answer has the higher reward, by how much, and both rewards."""
+
+
+class MethodSettings(Section):
+    """Facts that every method has, with the defaults of most; its only setting is the kind."""
+
+    title: ClassVar[str]
+    """The method's full name, for people."""
+    learns_from: ClassVar[LearnsFrom]
+    sequences_per_row: ClassVar[int] = 1
+    """Token sequences of a row, each of at most `data.max_length` tokens."""
     packs: ClassVar[bool] = False
     """Rows are single documents, several of which may share a sequence."""
-    texts: ClassVar[int] = 1
-    """Texts of a row, each of at most `data.max_length` tokens."""
     has_answers: ClassVar[bool] = False
     """A held-out row is a prompt with a reference answer, which can be compared."""
+    splits_overlong: ClassVar[bool] = False
+    """A row that is too long becomes several sequences; otherwise `data.overlong` decides."""
+    measures: ClassVar[tuple[str, ...]]
+    """Metrics logged beside the loss; held-out data gives the same names after `eval_`."""
+    watched: ClassVar[Metric] = Metric("eval_loss", "min")
+    """The metric that decides which checkpoint is the best."""
+    head: ClassVar[Head] = "causal"
+    samples_online: ClassVar[bool] = False
+    """The model answers the prompts itself while it is trained, and rewards score its answers."""
+    learning_rate_share: ClassVar[float | None] = None
+    """Good learning rate as a share of the one for imitation, which falls with the model's width.
+    None: the rate of preference and online methods, which does not."""
 
-    def rows_per_step(self, batch_size: int) -> int:
-        """Rows of data behind an optimizer step of `batch_size` sequences."""
-        return batch_size
+    kind: str
 
-    def row_length(self, max_length: int) -> int:
-        """Tokens that a text of the data may have, where a sequence has at most `max_length`."""
-        return max_length
+    @property
+    def trains_on_all(self) -> bool:
+        """Whether the loss counts every token, or only those an assistant wrote."""
+        return False
+
+    @property
+    def starts_at_random(self) -> bool:
+        """Whether training starts from random weights instead of the base's."""
+        return False
+
+    @property
+    def reference_name(self) -> str | None:
+        """The setting `reference_model`; None where it is absent or the method has none."""
+        return None
+
+    @property
+    def uses_reference(self) -> bool:
+        """Whether steps compute log-probabilities of a reference model."""
+        return False
+
+    def holds_second_model(self, trains_adapter: bool) -> bool:
+        """Whether a second model stays in memory while training.
+
+        Beside an adapter the frozen base is the reference, unless the recipe names another one.
+        """
+        return self.uses_reference and (self.reference_name is not None or not trains_adapter)
+
+    @property
+    def completions_at_once(self) -> int:
+        """Completions that a worker generates in one batch on the trained model's own weights."""
+        return 0
 
     @property
     def repeats(self) -> int:
         """Optimizer steps on the same rows, before the next ones are taken."""
         return 1
 
+    def rows_per_step(self, batch_size: int) -> int:
+        """Number of data rows in one optimizer step of `batch_size` sequences."""
+        return batch_size
+
+    def row_length(self, max_length: int) -> int:
+        """Largest number of tokens of a text, where a sequence has at most `max_length`."""
+        return max_length
+
     @property
-    def facts(self) -> dict[str, Any]:
-        """What run.json tells of the method beside its kind."""
+    def run_facts(self) -> dict[str, Any]:
+        """Entries of run.json that the method adds beside its kind."""
         return {}
 
-    def contradiction(self, recipe: "Recipe") -> str | None:
-        """What is wrong between the method's settings and others of the recipe, if anything."""
+    def resolve(self, places: Sequence[Path]) -> Self:
+        """The same settings with absolute paths.
+
+        Args:
+            places: folders that a relative path may start from; the recipe's is the first.
+
+        Raises:
+            InputError: where a path leads to nothing usable.
+        """
+        return self
+
+    @property
+    def why_not_shardable(self) -> str | None:
+        """Why this method cannot train a sharded model, and what to do instead; None if it can."""
+        return None
+
+    def contradiction(
+        self, data: DataSettings, optim: OptimSettings, checkpoint: CheckpointSettings
+    ) -> str | None:
+        """What is wrong between the method's settings and other sections, if anything."""
+        return None
+
+    def model_contradiction(self, model: ModelSettings, adapter: LoraAdapter | None) -> str | None:
+        """What is wrong between the method's settings and the trained model, if anything."""
         return None
 
 
-class SftMethod(MethodSettings):
+class DocumentSettings(MethodSettings):
+    """What methods that imitate single documents have in common."""
+
+    learns_from: ClassVar[LearnsFrom] = "documents"
     packs: ClassVar[bool] = True
+    measures: ClassVar[tuple[str, ...]] = ("token_accuracy", "entropy")
+    learning_rate_share: ClassVar[float | None] = 1.0
+
+
+class SftMethod(DocumentSettings):
+    title: ClassVar[str] = "Supervised fine-tuning"
     has_answers: ClassVar[bool] = True
 
     kind: Literal["sft"] = "sft"
     train_on: Literal["completions", "all"] = "completions"
     """Tokens that bear loss: the assistant's turns (or the completion), or everything."""
 
+    @property
+    def trains_on_all(self) -> bool:
+        """As the setting `train_on` says."""
+        return self.train_on == "all"
 
-class PretrainMethod(MethodSettings):
-    packs: ClassVar[bool] = True
+
+class PretrainMethod(DocumentSettings):
+    title: ClassVar[str] = "Continued pretraining"
+    splits_overlong: ClassVar[bool] = True
 
     kind: Literal["pretrain"] = "pretrain"
     init: Literal["weights", "random"] = "weights"
     """weights: continue from the base's weights. random: only its configuration is used."""
 
+    @property
+    def trains_on_all(self) -> bool:
+        """Always."""
+        return True
+
+    @property
+    def starts_at_random(self) -> bool:
+        """As the setting `init` says."""
+        return self.init == "random"
+
 
 class PairSettings(MethodSettings):
     """What methods on pairs of answers have in common."""
 
-    texts: ClassVar[int] = 2
+    learns_from: ClassVar[LearnsFrom] = "pairs"
+    sequences_per_row: ClassVar[int] = 2
     has_answers: ClassVar[bool] = True
+    measures: ClassVar[tuple[str, ...]] = _PAIR_MEASURES
 
 
-class DpoMethod(PairSettings):
+class ReferenceSettings(MethodSettings):
+    """What methods that compare with a reference of the user's choice have in common."""
+
+    reference_model: str | None = None
+    """Hub id, model folder or finished run of the reference; absent: the model as this run
+    starts."""
+
+    @property
+    def reference_name(self) -> str | None:
+        """The setting `reference_model`."""
+        return self.reference_model
+
+    @property
+    def uses_reference(self) -> bool:
+        """Always."""
+        return True
+
+    def resolve(self, places: Sequence[Path]) -> Self:
+        """With `reference_model` as the folder of its weights; a hub id stays."""
+        if self.reference_model is None:
+            return self
+        folders = [resolve_path(self.reference_model, place) for place in places]
+        reference = find_reference(self.reference_model, folders)
+        return self.model_copy(update={"reference_model": reference})
+
+
+class DpoMethod(PairSettings, ReferenceSettings):
+    title: ClassVar[str] = "Direct preference optimisation"
+
     kind: Literal["dpo"] = "dpo"
     losses: Annotated[dict[DpoLoss, Positive], Field(min_length=1)] = {"sigmoid": 1.0}
     """Losses, summed with their weights: {sigmoid: 1.0, sft: 0.2}. sft is the cross-entropy of the
@@ -118,12 +259,24 @@ class DpoMethod(PairSettings):
     """Divergence from the reference that is held small."""
     divergence_alpha: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.5
     """The alpha of divergence alpha."""
-    reference_model: str | None = None
-    """Hub id, model folder or finished run of the reference; absent: the model as this run
-    starts."""
     precompute_reference: bool = False
     """Compute the reference's log-probabilities once, before the first step, and keep them with
     the prepared data."""
+
+    @property
+    def uses_reference(self) -> bool:
+        """Unless its log-probabilities are computed before the first step."""
+        return not self.precompute_reference
+
+    @property
+    def why_not_shardable(self) -> str | None:
+        """The reference is computed before the model is cut up."""
+        if not self.precompute_reference:
+            return None
+        return (
+            "method.precompute_reference computes on whole models; leave it out (beside an "
+            "adapter, the reference takes no memory), or take ddp"
+        )
 
     @model_validator(mode="after")
     def _losses_agree(self) -> Self:
@@ -146,7 +299,11 @@ class DpoMethod(PairSettings):
         return self
 
 
-class KtoMethod(MethodSettings):
+class KtoMethod(ReferenceSettings):
+    title: ClassVar[str] = "Kahneman–Tversky optimisation"
+    learns_from: ClassVar[LearnsFrom] = "labelled answers"
+    measures: ClassVar[tuple[str, ...]] = ("chosen_reward", "rejected_reward", "kl")
+
     kind: Literal["kto"] = "kto"
     loss: Literal["kto", "apo_zero"] = "kto"
     """kto compares with the divergence from the reference, estimated on the whole batch; apo_zero
@@ -157,24 +314,27 @@ class KtoMethod(MethodSettings):
     """Weight of answers whose label is true."""
     undesirable_weight: Positive = 1.0
     """Weight of answers whose label is false."""
-    reference_model: str | None = None
-    """Hub id, model folder or finished run of the reference; absent: the model as this run
-    starts."""
 
-    def contradiction(self, recipe: "Recipe") -> str | None:
+    def contradiction(
+        self, data: DataSettings, optim: OptimSettings, checkpoint: CheckpointSettings
+    ) -> str | None:
         """A batch of one answer has no other answer to estimate the divergence with."""
-        if self.loss == "kto" and recipe.optim.batch_size < 2:
+        if self.loss == "kto" and optim.batch_size < 2:
             return "optim.batch_size: method kto compares answers of a batch; take at least 2"
         return None
 
 
 class OrpoMethod(PairSettings):
+    title: ClassVar[str] = "Odds-ratio preference optimisation"
+
     kind: Literal["orpo"] = "orpo"
     beta: Positive = 0.1
     """Weight of the odds ratio beside the chosen conversation's cross-entropy."""
 
 
 class CpoMethod(PairSettings):
+    title: ClassVar[str] = "Contrastive preference optimisation"
+
     kind: Literal["cpo"] = "cpo"
     loss: Literal["sigmoid", "hinge", "ipo"] = "sigmoid"
     """Loss of the difference between the answers' log-probabilities; ipo takes their means over
@@ -194,6 +354,8 @@ class CpoMethod(PairSettings):
 
 
 class SimpoMethod(PairSettings):
+    title: ClassVar[str] = "Simple preference optimisation"
+
     kind: Literal["simpo"] = "simpo"
     beta: Positive = 2.0
     """Scale of the answers' mean log-probabilities."""
@@ -206,7 +368,13 @@ class SimpoMethod(PairSettings):
 
 
 class RewardMethod(MethodSettings):
-    texts: ClassVar[int] = 2
+    title: ClassVar[str] = "Reward model"
+    learns_from: ClassVar[LearnsFrom] = "graded pairs"
+    sequences_per_row: ClassVar[int] = 2
+    measures: ClassVar[tuple[str, ...]] = _PAIR_MEASURES
+    watched: ClassVar[Metric] = Metric("eval_reward_accuracy", "max")
+    head: ClassVar[Head] = "score"
+    learning_rate_share: ClassVar[float | None] = 0.1
 
     kind: Literal["reward"] = "reward"
     center_coefficient: NotNegative = 0.0
@@ -214,10 +382,23 @@ class RewardMethod(MethodSettings):
 
 
 class OnlineMethod(MethodSettings):
-    """What the methods have in common whose model answers the prompts itself."""
+    """What methods whose model answers the prompts itself have in common."""
 
+    learns_from: ClassVar[LearnsFrom] = "prompts"
     has_answers: ClassVar[bool] = True
+    measures: ClassVar[tuple[str, ...]] = (
+        "reward",
+        "reward_std",
+        "completion_length",
+        "truncated",
+        "kl",
+        "clipped",
+    )
+    watched: ClassVar[Metric] = Metric("eval_reward", "max")
+    samples_online: ClassVar[bool] = True
 
+    beta: NotNegative
+    """Weight of the KL divergence to the reference, the model before its training; 0: none."""
     rewards: Annotated[list[Reward], Field(min_length=1)]
     """What a completion is worth: the weighted sum of these."""
     on_reward_error: Literal["fail", "missing"] = "fail"
@@ -246,11 +427,11 @@ class OnlineMethod(MethodSettings):
     """Completions that a worker generates at a time."""
 
     def rows_per_step(self, batch_size: int) -> int:
-        """Prompts."""
+        """Number of prompts in one optimizer step."""
         return max(1, batch_size // self.generations)
 
     def row_length(self, max_length: int) -> int:
-        """Tokens of a prompt."""
+        """Largest number of tokens of a prompt."""
         return max_length - self.max_completion
 
     @property
@@ -259,20 +440,48 @@ class OnlineMethod(MethodSettings):
         return self.passes
 
     @property
+    def uses_reference(self) -> bool:
+        """Where the divergence from it has a weight."""
+        return self.beta > 0
+
+    @property
+    def completions_at_once(self) -> int:
+        """As `rollout_batch_size` says; vLLM has weights and caches of its own."""
+        return self.rollout_batch_size if self.rollout == "transformers" else 0
+
+    @property
     def clip_high(self) -> float:
         """By how much the ratio may exceed 1."""
         return self.epsilon if self.epsilon_high is None else self.epsilon_high
 
     @property
-    def facts(self) -> dict[str, Any]:
-        """The files of the reward functions, by SHA-256."""
-        functions = [one for one in self.rewards if isinstance(one, FunctionReward)]
+    def run_facts(self) -> dict[str, Any]:
+        """SHA-256 of each file of reward functions."""
+        functions = [reward for reward in self.rewards if isinstance(reward, FunctionReward)]
         return {"reward_files": {function.file: function.digest for function in functions}}
 
-    def contradiction(self, recipe: "Recipe") -> str | None:
+    def resolve(self, places: Sequence[Path]) -> Self:
+        """With absolute paths in the rewards, and the text of each reward function."""
+        rewards = [
+            resolve_reward(reward, places, f"method.rewards[{index}]")
+            for index, reward in enumerate(self.rewards)
+        ]
+        return self.model_copy(update={"rewards": rewards})
+
+    @property
+    def why_not_shardable(self) -> str | None:
+        """Every worker generates with the whole model."""
+        return (
+            f"method {self.kind} samples on every worker by itself, and would gather all weights "
+            "for every token; take ddp, with model.quantize nf4 if the model is large"
+        )
+
+    def contradiction(
+        self, data: DataSettings, optim: OptimSettings, checkpoint: CheckpointSettings
+    ) -> str | None:
         """Completions that do not fit their batch, their sequence or their checkpoint."""
         names = [reward.name for reward in self.rewards]
-        batch_size, max_length = recipe.optim.batch_size, recipe.data.max_length
+        batch_size, max_length = optim.batch_size, data.max_length
         if len(set(names)) < len(names):
             return f"method.rewards: two have the same name, which measures go by: {names}"
         if batch_size % self.generations:
@@ -285,29 +494,33 @@ class OnlineMethod(MethodSettings):
                 f"method.max_completion {self.max_completion} leaves no room for a prompt: "
                 f"data.max_length {max_length} counts both"
             )
-        if recipe.checkpoint.every_steps % self.passes:
+        if checkpoint.every_steps % self.passes:
             return (
-                f"checkpoint.every_steps {recipe.checkpoint.every_steps} must be a multiple of "
+                f"checkpoint.every_steps {checkpoint.every_steps} must be a multiple of "
                 f"method.passes {self.passes}: completions are not kept in a checkpoint"
             )
-        return _unfit_for_vllm(recipe) if self.rollout == "vllm" else None
+        return None
+
+    def model_contradiction(self, model: ModelSettings, adapter: LoraAdapter | None) -> str | None:
+        """A model that vLLM cannot sample from, where it is to."""
+        return _unfit_for_vllm(model, adapter) if self.rollout == "vllm" else None
 
 
-def _unfit_for_vllm(recipe: "Recipe") -> str | None:
+def _unfit_for_vllm(model: ModelSettings, adapter: LoraAdapter | None) -> str | None:
     """Why vLLM would not sample from the model that is trained."""
-    if not recipe.trains_adapter:
+    if adapter is None and model.adapter is None:
         return (
             "method.rollout vllm needs an adapter, which is what vLLM is handed before every "
             "rollout; add the section adapter, or set method.rollout: transformers"
         )
-    adapter, unknown = recipe.adapter, []
+    unknown = []
     if adapter is not None:
         names = ("dora", "modules_to_save", "rank_pattern", "alpha_pattern")
         unknown = [f"adapter.{name}" for name in names if getattr(adapter, name)]
         if adapter.changes_base or adapter.init == "loftq":
             unknown.append(f"adapter.init {adapter.init}")
-    if recipe.model.quantize != "none":
-        unknown.append(f"model.quantize {recipe.model.quantize}")
+    if model.quantize != "none":
+        unknown.append(f"model.quantize {model.quantize}")
     if unknown:
         return (
             f"method.rollout: vLLM would not sample from the model that is trained, as it does not "
@@ -317,6 +530,8 @@ def _unfit_for_vllm(recipe: "Recipe") -> str | None:
 
 
 class GrpoMethod(OnlineMethod):
+    title: ClassVar[str] = "Group-relative policy optimisation"
+
     kind: Literal["grpo"] = "grpo"
     beta: NotNegative = 0.0
     """Weight of the KL divergence to the reference, the model before its training; 0: none."""
@@ -330,6 +545,8 @@ class GrpoMethod(OnlineMethod):
 
 
 class RlooMethod(OnlineMethod):
+    title: ClassVar[str] = "REINFORCE leave-one-out"
+
     kind: Literal["rloo"] = "rloo"
     beta: NotNegative = 0.05
     """Weight of the KL divergence to the reference, which is taken off the reward; 0: none."""
@@ -351,21 +568,12 @@ Method = Annotated[
     Field(discriminator="kind"),
 ]
 
-__all__ = [
-    "CpoMethod",
-    "DpoLoss",
-    "DpoMethod",
-    "GrpoMethod",
-    "KtoMethod",
-    "Method",
-    "MethodSettings",
-    "OnlineMethod",
-    "OrpoMethod",
-    "PairSettings",
-    "PositiveInt",
-    "PretrainMethod",
-    "RewardMethod",
-    "RlooMethod",
-    "SftMethod",
-    "SimpoMethod",
-]
+METHODS: dict[str, type[MethodSettings]] = {
+    variant.model_fields["kind"].default: variant for variant in get_args(get_args(Method)[0])
+}
+"""The settings class of each kind."""
+
+
+def title_of(kind: str) -> str:
+    """A method's full name; the kind itself where this version of finray does not have it."""
+    return METHODS[kind].title if kind in METHODS else kind

@@ -20,6 +20,10 @@ Pattern = Annotated[str, AfterValidator(_check_pattern)]
 """A regular expression."""
 
 
+Head = Literal["causal", "score"]
+"""What a model computes: logits of the next token, or one score of the whole text."""
+
+
 class ModelSettings(Section):
     base: str
     """Hub id, or a folder (relative to the recipe's folder) as transformers writes it."""

@@ -14,156 +14,22 @@ from pydantic import Field, model_validator
 from ..common.errors import InputError
 from ..common.secrets import secret_places
 from .adapter_folder import find_adapter
-from .methods import DpoMethod, KtoMethod, Method, OnlineMethod, PretrainMethod, SftMethod
+from .methods import Method, SftMethod
 from .models import FreezeSettings, LoraAdapter, ModelSettings
 from .paths import resolve_model, resolve_path
-from .reference_folder import find_reference
 from .remote_code import check_pinned
-from .rewards import resolve_reward
-from .section import PositiveInt, Section, Share
-from .sharding_rules import cannot_shard
+from .section import Section
+from .sections import (
+    CheckpointSettings,
+    DataSettings,
+    EvalSettings,
+    LogSettings,
+    Name,
+    OptimSettings,
+    ScaleSettings,
+    Source,
+)
 from .yaml_file import Change, Document, read_recipe_file, validate
-
-Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$")]
-
-RowFormat = Literal[
-    "auto",
-    "preference",
-    "labelled",
-    "messages",
-    "alpaca",
-    "sharegpt",
-    "prompt_completion",
-    "prompt",
-    "text",
-]
-
-
-class Source(Section):
-    path: str
-    """File, glob or folder (relative to the recipe's folder), or a URI: s3://, gs://, hf://."""
-    format: RowFormat = "auto"
-    """Shape of the rows; auto looks at the first ones."""
-    weight: Annotated[float, Field(gt=0.0)] = 1.0
-    """How often each row is taken: 2 takes each twice, 0.5 every other one (by its hash)."""
-
-
-class DataSettings(Section):
-    train: Annotated[list[Source], Field(min_length=1)]
-    eval: list[Source] = []
-    """Held-out data. Instead of it, `holdout` sets a share of the training rows aside."""
-    holdout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
-    """Share of the training rows held out for evaluation, chosen by their hash."""
-    max_length: Annotated[int, Field(ge=8)] = 2048
-    """Longest sequence, in tokens."""
-    overlong: Literal["drop", "truncate"] = "drop"
-    """A row longer than max_length is dropped (and counted) or cut at its end. Plain text is
-    split into several sequences instead."""
-    packing: Literal["auto"] | bool = "auto"
-    """Put several documents into one row of max_length tokens, isolated from each other. auto:
-    wherever the method takes single documents."""
-    chat_template: str | None = None
-    """chatml, a Jinja file (relative to the recipe's folder) or inline Jinja; otherwise the
-    tokenizer's own template."""
-    max_bad_rows: Share = 0.01
-    """Largest share of unreadable rows; above it the run stops. Bad rows go to quarantine."""
-
-    @model_validator(mode="after")
-    def _one_source_of_evaluation(self) -> Self:
-        if self.eval and self.holdout > 0:
-            raise ValueError("eval and holdout contradict each other; keep one of them")
-        return self
-
-
-class OptimSettings(Section):
-    learning_rate: Annotated[float, Field(gt=0.0)] = 2e-4
-    epochs: Annotated[float, Field(gt=0.0)] | None = None
-    """Passes over the training sequences; 1 where neither epochs nor max_steps is given."""
-    max_steps: PositiveInt | None = None
-    """Optimizer steps, instead of epochs."""
-    batch_size: PositiveInt = 32
-    """Sequences in one optimizer step, over all workers."""
-    micro_batch_size: PositiveInt = 4
-    """Sequences in one forward pass of one worker."""
-    schedule: Literal["constant", "linear", "cosine"] = "cosine"
-    warmup_ratio: Share = 0.03
-    """Share of the steps in which the learning rate rises from zero."""
-    weight_decay: Annotated[float, Field(ge=0.0)] = 0.0
-    max_grad_norm: Annotated[float, Field(ge=0.0)] = 1.0
-    """Gradients are clipped to this norm; 0 does not clip."""
-    max_skipped_steps: PositiveInt = 3
-    """A step whose loss or gradient is not finite changes nothing. So many of them in a row send
-    the run back to its last checkpoint, and end it where they fail again."""
-    beta1: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.9
-    beta2: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.999
-    lora_plus_ratio: Annotated[float, Field(gt=0.0)] | None = None
-    """An adapter's B matrices learn at so many times the learning rate (LoRA+; 16 is usual)."""
-
-    @model_validator(mode="after")
-    def _one_duration(self) -> Self:
-        if self.epochs is not None and self.max_steps is not None:
-            raise ValueError("epochs and max_steps contradict each other; keep one of them")
-        return self
-
-
-class ScaleSettings(Section):
-    workers: Annotated[int, Field(ge=0)] | tuple[PositiveInt, PositiveInt] = 1
-    """On a cluster Ray Train's workers, else processes of this machine; 0 trains in this process.
-    [2, 8]: as many as there is room for, at least 2 and at most 8. After the loss of a node the run
-    goes on with fewer, and grows again when there is room; batch_size and the order of the data
-    stay."""
-    gpus_per_worker: Literal["auto"] | Annotated[float, Field(ge=0.0)] = "auto"
-    """auto: one where there are GPUs, none where there are not."""
-    cpus_per_worker: PositiveInt = 1
-    strategy: Literal["auto", "ddp", "fsdp"] = "auto"
-    """ddp: every worker holds the whole model. fsdp: a shard of every weight, of its gradient and
-    of its optimizer state (FSDP2), gathered layer by layer while it computes. auto: ddp where one
-    GPU holds all that lies there all the time, else fsdp. Checkpoints are the same."""
-    max_failures: Annotated[int, Field(ge=0)] = 3
-    """Restarts from the last good checkpoint after a failure, without a new checkpoint between
-    them. Nodes that are taken away with notice, and those that come, do not count."""
-    node_wait: Annotated[float, Field(ge=0)] = 600.0
-    """Seconds that a run waits for nodes, where those that are left do not hold its workers."""
-    hang_timeout: Literal["auto"] | Annotated[float, Field(gt=0.0)] | None = "auto"
-    """Seconds after which a worker whose optimizer step does not end writes its stacks and gives
-    up. auto: ten times the longest of the last steps, at least 300; null: never."""
-
-    @model_validator(mode="after")
-    def _range_is_in_order(self) -> Self:
-        if self.least_workers > self.most_workers:
-            raise ValueError(f"workers: [{self.least_workers}, {self.most_workers}] is reversed")
-        return self
-
-    @property
-    def least_workers(self) -> int:
-        """The run does not train with fewer."""
-        return self.workers[0] if isinstance(self.workers, tuple) else self.workers
-
-    @property
-    def most_workers(self) -> int:
-        """The run does not train with more; 0: in this process."""
-        return self.workers[1] if isinstance(self.workers, tuple) else self.workers
-
-
-class CheckpointSettings(Section):
-    every_steps: PositiveInt = 100
-    keep: PositiveInt = 2
-    """Checkpoints kept: the last so many, and the one that is best on held-out data."""
-
-
-class EvalSettings(Section):
-    every_steps: PositiveInt | None = None
-    """Held-out loss every so many steps; it is always measured at the end."""
-    samples: Annotated[int, Field(ge=0)] = 0
-    """Held-out prompts answered greedily before and after training: exact match, and samples
-    for the report."""
-    max_new_tokens: PositiveInt = 128
-    """Longest answer, in tokens."""
-
-
-class LogSettings(Section):
-    every_steps: PositiveInt = 10
-    to: list[Literal["tensorboard"]] = ["tensorboard"]
 
 
 class Recipe(Section):
@@ -196,8 +62,10 @@ class Recipe(Section):
         if self.eval.samples > 0 and not held_out:
             raise ValueError("eval.samples needs held-out data: set data.eval or data.holdout")
         kind = self.method.kind
-        if (told := self.method.contradiction(self)) is not None:
-            raise ValueError(told)
+        message = self.method.contradiction(self.data, self.optim, self.checkpoint)
+        message = message or self.method.model_contradiction(self.model, self.adapter)
+        if message is not None:
+            raise ValueError(message)
         if self.eval.samples > 0 and not self.method.has_answers:
             raise ValueError(
                 f"eval.samples needs prompts with answers, which method {kind} does not have"
@@ -224,7 +92,6 @@ class Recipe(Section):
     def _trained_weights_agree(self) -> Self:
         quantize = self.model.quantize
         init = "default" if self.adapter is None else self.adapter.init
-        starts_at_random = isinstance(self.method, PretrainMethod) and self.method.init == "random"
         own = "full fine-tuning" if self.freeze is None else "freeze"
         contradictions = {
             "adapter and model.adapter contradict each other: the latter brings its own rank": (
@@ -238,10 +105,10 @@ class Recipe(Section):
                 quantize != "none" and not self.trains_adapter
             ),
             "method.init random contradicts an adapter on frozen weights": (
-                starts_at_random and self.trains_adapter
+                self.method.starts_at_random and self.trains_adapter
             ),
             "method.init random contradicts freeze, which keeps weights as they are": (
-                starts_at_random and self.freeze is not None
+                self.method.starts_at_random and self.freeze is not None
             ),
             "adapter.init loftq needs model.quantize nf4, whose loss it makes up for": (
                 init == "loftq" and quantize != "nf4"
@@ -252,9 +119,9 @@ class Recipe(Section):
                 self.optim.lora_plus_ratio is not None and not self.trains_adapter
             ),
         }
-        for told, holds in contradictions.items():
+        for message, holds in contradictions.items():
             if holds:
-                raise ValueError(told)
+                raise ValueError(message)
         return self
 
     @model_validator(mode="after")
@@ -266,8 +133,8 @@ class Recipe(Section):
                 "scale.strategy fsdp shares the weights out among workers, and scale.workers is "
                 f"{self.scale.most_workers}; set 2 or more, or leave strategy out"
             )
-        if (told := cannot_shard(self)) is not None:
-            raise ValueError(f"scale.strategy fsdp: {told}")
+        if (reason := self.why_not_shardable) is not None:
+            raise ValueError(f"scale.strategy fsdp: {reason}")
         return self
 
     @property
@@ -281,6 +148,26 @@ class Recipe(Section):
         if self.adapter is None:
             return None if self.model.adapter is None else "existing"
         return "dora" if self.adapter.dora else "lora"
+
+    @property
+    def why_not_shardable(self) -> str | None:
+        """Why the weights cannot be cut up among workers (FSDP2), and what to do instead.
+
+        None where they can.
+        """
+        if self.model.quantize == "int8":
+            return (
+                "model.quantize int8 keeps scales of whole rows beside the weights, which are not "
+                "cut up with them; take nf4"
+            )
+        if self.method.why_not_shardable is not None:
+            return self.method.why_not_shardable
+        if self.adapter is not None and self.adapter.changes_base:
+            return (
+                f"adapter.init {self.adapter.init} writes its result from whole weights; take "
+                "another init, or ddp"
+            )
+        return None
 
     @property
     def packs(self) -> bool:
@@ -367,21 +254,10 @@ def resolve_recipe(recipe: Recipe, folder: Path) -> Recipe:
     adapter = recipe.model.adapter
     if adapter is not None:
         adapter = find_adapter([resolve_path(adapter, place) for place in places])
-    method = recipe.method
-    if isinstance(method, DpoMethod | KtoMethod) and method.reference_model is not None:
-        name = method.reference_model
-        found = find_reference(name, [resolve_path(name, place) for place in places])
-        method = method.model_copy(update={"reference_model": found})
-    if isinstance(method, OnlineMethod):
-        rewards = [
-            resolve_reward(reward, places, f"method.rewards[{index}]")
-            for index, reward in enumerate(method.rewards)
-        ]
-        method = method.model_copy(update={"rewards": rewards})
     return recipe.model_copy(
         update={
             "data": data,
-            "method": method,
+            "method": recipe.method.resolve(places),
             "model": recipe.model.model_copy(update={"base": base, "adapter": adapter}),
             "storage": storage,
         }

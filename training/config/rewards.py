@@ -2,6 +2,7 @@
 
 import ast
 import hashlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -91,7 +92,7 @@ Reward = Annotated[
 ]
 
 
-def resolve_reward(reward: Reward, places: tuple[Path, ...], where: str) -> Reward:
+def resolve_reward(reward: Reward, places: Sequence[Path], where: str) -> Reward:
     """Make a reward independent of the current folder.
 
     Args:

@@ -254,7 +254,7 @@ class _Preparation:
         splits = {
             split: split_of(
                 [file for file in files if file.split == split],
-                self._recipe.row_length * self._recipe.method.texts,
+                self._recipe.row_length * self._recipe.method.sequences_per_row,
             )
             for split in self._parts
         }

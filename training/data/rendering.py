@@ -12,7 +12,6 @@ from numpy.typing import NDArray
 
 from ..common.errors import InputError
 from ..config.recipe import Recipe
-from ..methods import method_of
 from .chat import ChatTemplate, Span, chat_template_of
 from .shapes import (
     Completion,
@@ -46,14 +45,13 @@ class RenderSettings:
 
     @classmethod
     def of(cls, recipe: Recipe) -> "RenderSettings":
-        method = method_of(recipe)
         return cls(
             base=recipe.model.base,
             revision=recipe.model.revision,
             trust_remote_code=recipe.model.trust_remote_code,
             chat_template=recipe.data.chat_template,
-            train_on_all=method.trains_on_all(recipe.method),
-            split_overlong=method.splits_overlong,
+            train_on_all=recipe.method.trains_on_all,
+            split_overlong=recipe.method.splits_overlong,
             max_length=recipe.row_length,
             overlong=recipe.data.overlong,
         )

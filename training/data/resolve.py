@@ -5,7 +5,8 @@ from dataclasses import dataclass
 from itertools import islice
 
 from ..common.errors import InputError
-from ..config.recipe import Recipe, Source
+from ..config.recipe import Recipe
+from ..config.sections import Source
 from .formats import KnownFormat, detect_format
 from .reading import BadRow, Row, read_chunk
 from .sources import SourceFile, expand, plan_chunks

@@ -11,7 +11,7 @@ from pyarrow import fs as pafs
 
 from ..common.errors import InputError
 from ..common.storage import Folder
-from ..config.recipe import Source
+from ..config.sections import Source
 
 CHUNK_BYTES = 4 * 2**20
 """JSON Lines (and Parquet row groups, decompressed) that one task reads at a time."""

@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 
 from ..common.errors import InputError
 from ..common.storage import Folder
-from ..methods import METHODS, Method, examples_of
 from .chat import UnstableTemplate
+from .examples import ExampleRules, examples_of, rules_of
 from .formats import KnownFormat, normalise
 from .reading import BadRow, Row, first_line, read_chunk, shorten
 from .rendering import Document, Prompt, Rendered, Renderer, RenderSettings, load_renderer
@@ -127,7 +127,7 @@ class TokeniseTask:
 
     def __call__(self, item: ChunkItem) -> ChunkResult:
         content = read_chunk(item.chunk)
-        method = METHODS[self.method]
+        rules = rules_of(self.method)
         edges = length_edges(self.render.max_length)
         result = ChunkResult(item, content.lines, np.zeros(len(edges) - 1, np.int64))
         renderer = load_renderer(self.render)
@@ -136,7 +136,7 @@ class TokeniseTask:
             for split in ("train", "eval")
         }
         try:
-            for pending in _slices(self._usable(item, method, content.rows, result)):
+            for pending in _slices(self._usable(item, rules, content.rows, result)):
                 self._render(renderer, pending, result, writers)
         finally:
             for writer in writers.values():
@@ -148,7 +148,7 @@ class TokeniseTask:
     def _usable(
         self,
         item: ChunkItem,
-        method: Method,
+        rules: ExampleRules,
         rows: Iterable[tuple[int, Row | BadRow]],
         result: ChunkResult,
     ) -> Iterable[_Pending]:
@@ -160,7 +160,7 @@ class TokeniseTask:
             try:
                 normalised = normalise(row, item.format)
                 examples = examples_of(normalised, self.method)
-                adapted = [method.adapt(example) for example in examples]
+                adapted = [rules.adapt(example) for example in examples]
             except RowError as error:
                 _quarantine(result, line, str(error), _shown(row))
                 continue
@@ -169,7 +169,7 @@ class TokeniseTask:
             copies = _copies(normalised, item.weight)
             pairs = zip(examples, adapted, strict=True)
             for example, text in pairs if copies > 0 else ():
-                extra = method.extra(row, example)
+                extra = rules.extra(row, example)
                 told = None if extra is None else json.dumps(extra)
                 yield _Pending(index, line, split, copies, row, text, told)
 

@@ -16,8 +16,8 @@ from safetensors import SafetensorError
 from ..common.errors import RunError
 from ..common.storage import Folder
 from ..common.uploader import Uploader
-from ..config.recipe import CheckpointSettings
-from ..methods import Metric
+from ..config.metric import Metric
+from ..config.sections import CheckpointSettings
 from ..records import checkpoint
 
 _MOST_FAILURES = 3

@@ -25,7 +25,6 @@ from ..data.batching import Rows, accumulation_steps, in_batches, microbatches
 from ..data.origin import rows_of_step
 from ..data.prepared import Prepared, open_prepared
 from ..data.stream import Slice, every_sequence, share, stream
-from ..methods import method_of
 from ..models import import_peft  # noqa: F401 - before what loads peft
 from ..models.base_cache import BaseCache
 from ..models.dtypes import choose_dtype
@@ -40,6 +39,7 @@ from ..records.run_folder import CHECKPOINTS_FOLDER
 from .checkpointer import Checkpointer, SaveState
 from .context import WorkerContext
 from .failures import retry_requests
+from .methods import objective_of
 from .progress import PROGRESS_FILE, StepTimer, TrainingProgress
 from .task import Report, RetryError, WorkerResult, WorkerTask
 from .trainer import StepMeasures, StreamTrainer
@@ -106,7 +106,6 @@ class TrainingWorker:
         self.report = report
         self.bases = bases
         self.until = task.get("until")
-        self.method = method_of(self.recipe)
         self.prepared = _open_prepared(task["prepared"])
         self.total_steps = self.recipe.total_steps(self.prepared.manifest.train.sequences)
         self.held_out: dict[str, float] = {}
@@ -116,7 +115,7 @@ class TrainingWorker:
         choice = self._agree_on_checkpoint(checkpoints)
         transformers.set_seed(self.recipe.seed)
         self.tokenizer = load_tokenizer(self.recipe)
-        self.model = load_model(self.recipe, self.method.head, bases)
+        self.model = load_model(self.recipe, self.recipe.method.head, bases)
         if self.recipe.packs:
             check_isolation(self.model)
         self.checkpoint = _fetch(checkpoints, choice, scratch)
@@ -136,7 +135,7 @@ class TrainingWorker:
             device=arguments.device,
             strategy=self.strategy,
         )
-        self.objective = self.method.objective(setup)
+        self.objective = objective_of(setup)
         self.parameters = count_parameters(self.model)
         if self.strategy == "fsdp":  # the Trainer places a whole model
             setup.place(self.model)
@@ -196,7 +195,7 @@ class TrainingWorker:
             rank=self.context.rank,
             world_size=self.context.world_size,
             settings=self.recipe.checkpoint,
-            watched=self.method.watched,
+            watched=self.recipe.method.watched,
             uploads=self.uploads,
             before_publishing=self._flush_records,
             gather=self._gather,
@@ -374,7 +373,7 @@ class TrainingWorker:
 
     def _save(self) -> None:
         step = self.progress.step
-        name = self.method.watched.name
+        name = self.recipe.method.watched.name
         is_fresh = self.held_out.get("step") == step and name in self.held_out
         metrics = {name: self.held_out[name]} if is_fresh else {}
         self.checkpointer.save(step, self._write_state, metrics)

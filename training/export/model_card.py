@@ -8,8 +8,9 @@ import yaml
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from ..common import formatting as figures
+from ..config.methods import title_of
 from ..records.labels import HEADLINES, shown
-from ..records.report import METHODS, data_statistics
+from ..records.report import data_statistics
 from ..records.run_folder import Record
 from .loading import Loadable
 
@@ -80,7 +81,7 @@ def _facts(run: Record, recipe: Record, result: Loadable) -> list[tuple[str, str
     }[result.kind]
     if result.kind == "merged" and result.quantize != "none":
         kind += f" as {result.quantize} holds it, which it was trained over"
-    facts = [("Method", METHODS.get(method, method)), ("Base model", base), ("Result", kind)]
+    facts = [("Method", title_of(method)), ("Base model", base), ("Result", kind)]
     adapter = recipe.get("adapter") or {}
     settings = {key: value for key, value in adapter.items() if value not in (None, {}, [])}
     if settings:

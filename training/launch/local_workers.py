@@ -24,7 +24,7 @@ from typing import Any, Self, cast
 from ..common.background import Stop
 from ..common.progress import Progress
 from ..common.secrets import redact
-from ..config.recipe import ScaleSettings
+from ..config.sections import ScaleSettings
 from ..engine.task import WorkerResult, WorkerTask
 from .network import LOOPBACK, Place, free_port
 from .resources import WorkerRequest

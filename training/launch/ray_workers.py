@@ -9,7 +9,7 @@ from ..common.errors import last_line
 from ..common.progress import Progress
 from ..common.secrets import redact
 from ..common.storage import Folder
-from ..config.recipe import ScaleSettings
+from ..config.sections import ScaleSettings
 from ..engine.context import STACKS_SECONDS, STOP_FILE, end_process, watch_stop_file
 from ..engine.task import RetryError, RetryRequest, WorkerResult, WorkerTask
 from ..records.run_folder import CHECKPOINTS_FOLDER

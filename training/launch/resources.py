@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ..common.errors import InputError
-from ..config.recipe import ScaleSettings
+from ..config.sections import ScaleSettings
 
 Resources = dict[str, float]
 """A node's resources by Ray's names: CPU, GPU, …"""

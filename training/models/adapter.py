@@ -4,7 +4,6 @@ import re
 import warnings
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Literal
 
 import torch
 from peft import (
@@ -19,9 +18,8 @@ from transformers import PreTrainedModel
 
 from ..common.errors import InputError
 from ..config.adapter_folder import TASKS, WEIGHTS_FILE
-from ..config.models import LoraAdapter
+from ..config.models import Head, LoraAdapter
 
-Head = Literal["causal", "score"]
 TRAINED = "default"
 """PEFT's name of the adapter that is trained."""
 

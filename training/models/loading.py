@@ -18,12 +18,11 @@ from transformers import (
 )
 
 from ..common.errors import InputError
-from ..config.models import ModelSettings
+from ..config.models import Head, ModelSettings
 from ..config.recipe import Recipe
 from ..data.chat import CHATML
-from ..methods import method_of
 from . import loftq
-from .adapter import Head, cast_trained, existing_adapter, new_adapter
+from .adapter import cast_trained, existing_adapter, new_adapter
 from .adapter_reference import add_reference, is_copy
 from .base_cache import BaseCache
 from .dtypes import choose_adapter_dtype, choose_dtype, torch_dtype
@@ -68,7 +67,7 @@ def load_model(recipe: Recipe, head: Head = "causal", bases: BaseCache | None = 
         InputError: for weights that cannot be read, and for names of modules or parameters that
             match nothing.
     """
-    if _starts_at_random(recipe):
+    if recipe.method.starts_at_random:
         model = _random_model(recipe, head)
     else:
         kept = bases.take(recipe) if bases is not None and head == "causal" else None
@@ -84,10 +83,6 @@ def load_model(recipe: Recipe, head: Head = "causal", bases: BaseCache | None = 
     if recipe.freeze is not None:
         freeze(model, recipe.freeze)
     return model
-
-
-def _starts_at_random(recipe: Recipe) -> bool:
-    return method_of(recipe).starts_at_random(recipe.method)
 
 
 def _random_model(recipe: Recipe, head: Head) -> PreTrainedModel:

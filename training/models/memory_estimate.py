@@ -11,9 +11,7 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 
-from ..config.methods import DpoMethod, GrpoMethod, KtoMethod, OnlineMethod, RlooMethod
 from ..config.recipe import Recipe
-from ..methods import method_of
 from .dtypes import DtypeName
 from .loading import Model, without_weights
 
@@ -104,7 +102,7 @@ def sizes_of(recipe: Recipe, model: Model | None = None) -> Sizes:
     Raises:
         InputError: as `without_weights`.
     """
-    model = model or without_weights(recipe, method_of(recipe).head)
+    model = model or without_weights(recipe, recipe.method.head)
     counts = dict.fromkeys(("linear", "frozen", "trained", "cast"), 0)
     linear = {
         id(module.weight): not name.endswith(("lm_head", "score"))  # these are not quantised
@@ -179,7 +177,7 @@ def _weights(recipe: Recipe, sizes: Sizes, compute: DtypeName) -> int:
     linear = {"none": base, "nf4": _NF4_BYTES, "int8": 1}[recipe.model.quantize]
     held = sizes.linear * linear + sizes.frozen * base
     held += sizes.trained * _trained_width(recipe, compute)
-    if _has_own_reference(recipe):
+    if recipe.method.holds_second_model(recipe.trains_adapter):
         held += (sizes.linear + sizes.frozen) * low
         held += 0 if recipe.trains_adapter else sizes.trained * low
     return round(held)
@@ -192,20 +190,6 @@ def _gathered(sizes: Sizes, compute: DtypeName) -> int:
     return _width(compute) * (outside + 2 * layer)
 
 
-def _has_own_reference(recipe: Recipe) -> bool:
-    """Whether a second model is held while training."""
-    method = recipe.method
-    if isinstance(method, DpoMethod) and method.precompute_reference:
-        return False
-    if isinstance(method, DpoMethod | KtoMethod):
-        return method.reference_model is not None or not recipe.trains_adapter
-    return (
-        isinstance(method, GrpoMethod | RlooMethod)
-        and method.beta > 0
-        and not recipe.trains_adapter
-    )
-
-
 def _training(recipe: Recipe, sizes: Sizes, compute: DtypeName) -> int:
     """Gradients, two moments, and masters (with gradients of their own) of a low type."""
     width = _trained_width(recipe, compute)
@@ -216,7 +200,7 @@ def _training(recipe: Recipe, sizes: Sizes, compute: DtypeName) -> int:
 
 
 def _tokens(recipe: Recipe) -> int:
-    return recipe.optim.micro_batch_size * recipe.method.texts * recipe.data.max_length
+    return recipe.optim.micro_batch_size * recipe.method.sequences_per_row * recipe.data.max_length
 
 
 def _of_a_step(recipe: Recipe, sizes: Sizes, compute: DtypeName) -> int:
@@ -244,7 +228,7 @@ def _of_a_layer(kept: _Kept, sizes: Sizes) -> int:
 
 def _of_logits(recipe: Recipe, sizes: Sizes, kind: _Compute) -> int:
     """Bytes of a token whose logits are computed: here all are taken to be."""
-    if method_of(recipe).head == "score":
+    if recipe.method.head == "score":
         return 0
     if recipe.method.packs:  # log-softmax, its gradient and that of the logits
         return sizes.vocabulary * (12 if kind == "float32" else 14)
@@ -254,10 +238,7 @@ def _of_logits(recipe: Recipe, sizes: Sizes, kind: _Compute) -> int:
 
 def _of_a_rollout(recipe: Recipe, sizes: Sizes, compute: DtypeName) -> int:
     """Keys and values of the completions that a worker generates at a time, and their logits."""
-    method = recipe.method
-    if not isinstance(method, OnlineMethod) or method.rollout != "transformers":
-        return 0
-    width = _width(compute)
-    tokens = method.rollout_batch_size * recipe.data.max_length
-    cache = tokens * sizes.layers * 2 * sizes.keys * width
-    return cache + method.rollout_batch_size * sizes.vocabulary * 8
+    completions = recipe.method.completions_at_once
+    tokens = completions * recipe.data.max_length
+    cache = tokens * sizes.layers * 2 * sizes.keys * _width(compute)
+    return cache + completions * sizes.vocabulary * 8

@@ -19,7 +19,6 @@ from transformers import PreTrainedModel
 
 from ..common.errors import InputError
 from ..config.recipe import Recipe
-from ..config.sharding_rules import cannot_shard
 from .dtypes import choose_dtype, torch_dtype
 from .freezing import decoder_layers
 from .loading import Model
@@ -56,7 +55,7 @@ def choose_strategy(
                 "set model.dtype, or take ddp"
             )
         return "fsdp"
-    if is_half or cannot_shard(recipe) is not None or device.type == "cpu":
+    if is_half or recipe.why_not_shardable is not None or device.type == "cpu":
         return "ddp"
     memory: list[int] = [0] * world_size
     dist.all_gather_object(memory, torch.cuda.get_device_properties(device).total_memory)

@@ -1,5 +1,7 @@
 """Preference losses without a reference: CPO and SimPO."""
 
+from typing import cast
+
 import torch
 from torch.nn.functional import logsigmoid
 
@@ -12,37 +14,62 @@ from .preference import Compared, PairObjective
 class CpoObjective(PairObjective):
     """A loss of the difference between both answers' log-probabilities.
 
-    CPO: Xu et al., 2024, https://arxiv.org/abs/2401.08417, eq. 3 and 5; SimPO: Meng et al., 2024,
-    https://arxiv.org/abs/2405.14734, eq. 6.
+    Xu et al., 2024, https://arxiv.org/abs/2401.08417, eq. 3 and 5. Loss ipo takes their means per
+    token.
     """
 
     def __init__(self, setup: Setup) -> None:
-        settings = setup.recipe.method
-        assert isinstance(settings, CpoMethod | SimpoMethod)
-        super().__init__(setup, imitation_weight=settings.sft_weight)
-        self._settings = settings
+        self._settings = cast(CpoMethod, setup.recipe.method)
+        super().__init__(setup, imitation_weight=self._settings.sft_weight)
 
     def compare(self, model: torch.nn.Module, batch: Batch) -> Compared:
-        """A reward is beta times the log-probability, per token for ipo and SimPO."""
-        settings = self._settings
+        """A reward is beta times the log-probability, per token for ipo."""
         answers = self.answers(model, batch)
         imitation = -answers.chosen.sum()
-        if isinstance(settings, SimpoMethod) or settings.loss == "ipo":
+        if self._settings.loss == "ipo":
             answers = answers.means
-        losses = reference_free_loss(answers.chosen - answers.rejected, settings)
-        beta = settings.beta
+        losses = cpo_loss(answers.chosen - answers.rejected, self._settings)
+        beta = self._settings.beta
         return Compared(losses, beta * answers.chosen, beta * answers.rejected, imitation)
 
 
-def reference_free_loss(
-    difference: torch.Tensor, settings: CpoMethod | SimpoMethod
-) -> torch.Tensor:
-    """The pairs' losses, (pairs,), of how far the chosen answer leads, in nats."""
-    logits, wrong = settings.beta * difference, settings.label_smoothing
-    if isinstance(settings, SimpoMethod):
-        logits = logits - settings.gamma
-    elif settings.loss == "hinge":
-        return torch.relu(1 - logits)
-    elif settings.loss == "ipo":
-        return (difference - 1 / (2 * settings.beta)) ** 2
+class SimpoObjective(PairObjective):
+    """A loss of the difference between both answers' log-probabilities per token.
+
+    Meng et al., 2024, https://arxiv.org/abs/2405.14734, eq. 6.
+    """
+
+    def __init__(self, setup: Setup) -> None:
+        self._settings = cast(SimpoMethod, setup.recipe.method)
+        super().__init__(setup, imitation_weight=self._settings.sft_weight)
+
+    def compare(self, model: torch.nn.Module, batch: Batch) -> Compared:
+        """A reward is beta times the log-probability per token."""
+        answers = self.answers(model, batch)
+        means = answers.means
+        losses = simpo_loss(means.chosen - means.rejected, self._settings)
+        beta = self._settings.beta
+        return Compared(losses, beta * means.chosen, beta * means.rejected, -answers.chosen.sum())
+
+
+def cpo_loss(difference: torch.Tensor, settings: CpoMethod) -> torch.Tensor:
+    """Losses, (pairs,), by the chosen answer's lead in log-probability, (pairs,), in nats."""
+    logits = settings.beta * difference
+    match settings.loss:
+        case "hinge":
+            return torch.relu(1 - logits)
+        case "ipo":
+            return (difference - 1 / (2 * settings.beta)) ** 2
+        case "sigmoid":
+            return _smoothed_sigmoid(logits, settings.label_smoothing)
+
+
+def simpo_loss(difference: torch.Tensor, settings: SimpoMethod) -> torch.Tensor:
+    """Losses, (pairs,), by the chosen answer's lead in nats per token, (pairs,)."""
+    logits = settings.beta * difference - settings.gamma
+    return _smoothed_sigmoid(logits, settings.label_smoothing)
+
+
+def _smoothed_sigmoid(logits: torch.Tensor, wrong: float) -> torch.Tensor:
+    """-log sigmoid, where a share `wrong` of the pairs has the wrong label."""
     return -(1 - wrong) * logsigmoid(logits) - wrong * logsigmoid(-logits)

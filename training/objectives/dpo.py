@@ -1,6 +1,7 @@
 """Direct preference optimisation, with its family of losses."""
 
 from dataclasses import replace
+from typing import cast
 
 import torch
 
@@ -9,26 +10,30 @@ from ..data.batching import Batch
 from .dpo_losses import PAIR_LOSSES, Pairs
 from .objective import Setup
 from .precomputed import PrecomputedReference
-from .preference import Compared, PairObjective, Split
+from .preference import Answers, Compared, PairObjective, Split
 from .references import Reference
 
 
-class DpoObjective(PairObjective):
-    """Losses of each pair against the reference."""
+class ReferencedPairObjective(PairObjective):
+    """Pairs with the log-probabilities of a reference in each batch."""
 
-    def __init__(self, setup: Setup) -> None:
-        settings = setup.recipe.method
-        assert isinstance(settings, DpoMethod)
-        super().__init__(setup, imitation_weight=settings.losses.get("sft", 0.0))
-        self._settings = settings
+    def __init__(
+        self, setup: Setup, imitation_weight: float = 0.0, precomputes: bool = False
+    ) -> None:
+        """
+        Args:
+            setup: of a method with the setting `reference_model`.
+            imitation_weight: of the chosen answers' cross-entropy.
+            precomputes: whether the reference computes all rows now, and not at each step.
+        """
+        super().__init__(setup, imitation_weight)
+        name = setup.recipe.method.reference_name
         self._reference: Reference | None = None
         self._precomputed: PrecomputedReference | None = None
-        if settings.precompute_reference:
-            self._precomputed = PrecomputedReference.of(
-                setup, settings.reference_model, self.collate, self._sums
-            )
+        if precomputes:
+            self._precomputed = PrecomputedReference.of(setup, name, self.collate, self._sums)
         else:
-            self._reference = Reference(setup, settings.reference_model)
+            self._reference = Reference(setup, name)
 
     def with_reference(self, batch: Batch, split: Split) -> Batch:
         """With `extra["reference"]`: log-probabilities of the chosen, then the rejected ones."""
@@ -37,12 +42,32 @@ class DpoObjective(PairObjective):
         assert self._reference is not None
         return batch.having(reference=self._reference(self._sums, batch))
 
+    def both_answers(self, model: torch.nn.Module, batch: Batch) -> tuple[Answers, Answers]:
+        """The batch's answers under the model, then under the reference."""
+        policy = self.answers(model, batch)
+        chosen, rejected = batch.extra["reference"].chunk(2)
+        return policy, replace(policy, chosen=chosen, rejected=rejected)
+
+    def _sums(self, model: torch.nn.Module, batch: Batch) -> torch.Tensor:
+        answers = self.answers(model, batch)
+        return torch.cat([answers.chosen, answers.rejected])
+
+
+class DpoObjective(ReferencedPairObjective):
+    """Losses of each pair against the reference."""
+
+    def __init__(self, setup: Setup) -> None:
+        self._settings = cast(DpoMethod, setup.recipe.method)
+        super().__init__(
+            setup,
+            imitation_weight=self._settings.losses.get("sft", 0.0),
+            precomputes=self._settings.precompute_reference,
+        )
+
     def compare(self, model: torch.nn.Module, batch: Batch) -> Compared:
         """The weighted sum of the losses; a reward is beta times the log-ratio."""
         settings = self._settings
-        policy = self.answers(model, batch)
-        chosen, rejected = batch.extra["reference"].chunk(2)
-        reference = replace(policy, chosen=chosen, rejected=rejected)
+        policy, reference = self.both_answers(model, batch)
         pairs = Pairs.of(policy, reference, settings)
         losses = sum(
             (
@@ -56,7 +81,3 @@ class DpoObjective(PairObjective):
         return Compared(
             losses, beta * pairs.chosen_ratios, beta * pairs.rejected_ratios, -policy.chosen.sum()
         )
-
-    def _sums(self, model: torch.nn.Module, batch: Batch) -> torch.Tensor:
-        answers = self.answers(model, batch)
-        return torch.cat([answers.chosen, answers.rejected])

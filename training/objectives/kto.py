@@ -3,6 +3,7 @@
 import json
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import cast
 
 import numpy as np
 import torch
@@ -26,8 +27,7 @@ class KtoObjective(Objective):
 
     def __init__(self, setup: Setup) -> None:
         super().__init__(setup)
-        assert isinstance(setup.recipe.method, KtoMethod)
-        self._settings = setup.recipe.method
+        self._settings = cast(KtoMethod, setup.recipe.method)
         self._rank = setup.rank
         self._max_length = setup.recipe.data.max_length
         self._reference = Reference(setup, self._settings.reference_model)

@@ -9,7 +9,6 @@ import torch
 from ..config.recipe import Recipe
 from ..data.batching import Batch, Rows, collate
 from ..data.prepared import Prepared
-from ..methods import method_of
 from ..models.loading import Model, forward_arguments
 from ..models.sharding import Strategy, shard
 
@@ -58,7 +57,7 @@ class Objective:
         self.recipe = setup.recipe
         self.world_size = setup.world_size
         self.device = setup.device
-        self.measures = method_of(setup.recipe).measures
+        self.measures = setup.recipe.method.measures
         self.model = setup.model
         self._forward = forward_arguments(setup.model)
 

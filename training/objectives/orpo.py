@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import replace
+from typing import cast
 
 import numpy as np
 import torch
@@ -20,8 +21,7 @@ class OrpoObjective(PairObjective):
 
     def __init__(self, setup: Setup) -> None:
         super().__init__(setup, imitation_weight=1.0)
-        assert isinstance(setup.recipe.method, OrpoMethod)
-        self._beta = setup.recipe.method.beta
+        self._beta = cast(OrpoMethod, setup.recipe.method).beta
 
     def collate(self, rows: Rows) -> Batch:
         """Pairs whose chosen texts bear loss whole; `extra["answer"]` marks the answers' targets,

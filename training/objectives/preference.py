@@ -140,7 +140,7 @@ def preference_measures(compared: Compared) -> torch.Tensor:
     """Sums and counts of: whether the chosen answer's reward is higher, by how much, both rewards.
 
     Returns:
-        (4, 2) in float64, as PAIR_MEASURES names them.
+        (4, 2) in float64, in the order of `PairSettings.measures`.
     """
     chosen, rejected = compared.chosen_rewards, compared.rejected_rewards
     accuracy = (chosen > rejected).to(chosen.dtype)

@@ -6,6 +6,7 @@ https://arxiv.org/abs/2312.09244, appendix.
 """
 
 import json
+from typing import cast
 
 import torch
 from torch.nn.functional import logsigmoid
@@ -22,8 +23,7 @@ class RewardObjective(PairObjective):
 
     def __init__(self, setup: Setup) -> None:
         super().__init__(setup)
-        assert isinstance(setup.recipe.method, RewardMethod)
-        self._centre = setup.recipe.method.center_coefficient
+        self._centre = cast(RewardMethod, setup.recipe.method).center_coefficient
         pad = setup.model.config.get_text_config().pad_token_id
         if pad is None:
             raise InputError(

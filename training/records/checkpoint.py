@@ -17,7 +17,7 @@ from typing import Any
 from ..common.errors import RunError
 from ..common.storage import Folder
 from ..common.versions import check_format
-from ..methods import Metric
+from ..config.metric import Metric
 
 FORMAT = 1
 """Of a rank's manifest; raised when an older finray could not read the checkpoint."""

@@ -18,6 +18,7 @@ from markupsafe import Markup
 
 from ..common import formatting as figures
 from ..common.storage import Folder
+from ..config.methods import title_of
 from . import labels as measures
 from .charts import Chart, Format, Histogram, Point, histogram, line_chart
 from .labels import HEADLINES
@@ -32,18 +33,6 @@ from .run_folder import (
     read_samples,
 )
 
-METHODS = {
-    "sft": "Supervised fine-tuning",
-    "pretrain": "Continued pretraining",
-    "dpo": "Direct preference optimisation",
-    "kto": "Kahneman–Tversky optimisation",
-    "orpo": "Odds-ratio preference optimisation",
-    "cpo": "Contrastive preference optimisation",
-    "simpo": "Simple preference optimisation",
-    "reward": "Reward model",
-    "grpo": "Group-relative policy optimisation",
-    "rloo": "REINFORCE leave-one-out",
-}
 _COMMON = {
     "step",
     "epoch",
@@ -150,7 +139,7 @@ def _subject(run: Record, recipe: Record) -> Pairs:
     method = str(run.get("method") or "")
     model = recipe.get("model") or {}
     adapter = recipe.get("adapter")
-    done = [METHODS.get(method, method)]
+    done = [title_of(method)]
     if adapter:
         kind = "dora" if adapter.get("dora") else adapter.get("kind")
         done.append(f"{kind}, rank {adapter.get('rank')}")

@@ -5,6 +5,8 @@ DAPO: Yu et al., 2025, https://arxiv.org/abs/2503.14476.
 Dr. GRPO: Liu et al., 2025, https://arxiv.org/abs/2503.20783.
 """
 
+from typing import cast
+
 import torch
 
 from ..config.methods import GrpoMethod
@@ -20,8 +22,7 @@ class GrpoObjective(OnlineObjective):
 
     def __init__(self, setup: Setup) -> None:
         super().__init__(setup)
-        assert isinstance(self.settings, GrpoMethod)
-        self._own = self.settings
+        self._own = cast(GrpoMethod, setup.recipe.method)
         self.needs_old = self._own.passes > 1
 
     def advantages(self, rewards: torch.Tensor, divergences: torch.Tensor | None) -> torch.Tensor:

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import numpy as np
 import torch
@@ -10,7 +10,7 @@ import torch.distributed as dist
 from peft import PeftModel
 
 from ..common.errors import FinrayError
-from ..config.methods import GrpoMethod, RlooMethod
+from ..config.methods import OnlineMethod
 from ..data import stream
 from ..data.batching import IGNORED, NOTHING, Batch, Rows, collate
 from ..models.loading import evaluating
@@ -39,8 +39,7 @@ class OnlineObjective(Objective):
 
     def __init__(self, setup: Setup) -> None:
         super().__init__(setup)
-        assert isinstance(setup.recipe.method, GrpoMethod | RlooMethod)
-        self.settings: GrpoMethod | RlooMethod = setup.recipe.method
+        self.settings = cast(OnlineMethod, setup.recipe.method)
         self.measures = (*sampled_measures(self.settings), *self.policy_measures)
         self._tokenizer = setup.tokenizer
         self._is_shown = setup.rank == 0

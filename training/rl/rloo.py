@@ -3,6 +3,8 @@
 Ahmadian et al., 2024, https://arxiv.org/abs/2402.14740; clipped as in PPO.
 """
 
+from typing import cast
+
 import torch
 
 from ..config.methods import RlooMethod
@@ -18,8 +20,7 @@ class RlooObjective(OnlineObjective):
 
     def __init__(self, setup: Setup) -> None:
         super().__init__(setup)
-        assert isinstance(self.settings, RlooMethod)
-        self._own = self.settings
+        self._own = cast(RlooMethod, setup.recipe.method)
         self.needs_old = self._own.passes > 1 or self._own.beta > 0
 
     def advantages(self, rewards: torch.Tensor, divergences: torch.Tensor | None) -> torch.Tensor:

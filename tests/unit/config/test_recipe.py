@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 
 from finray.training.common.errors import InputError
 from finray.training.config.recipe import Recipe, load_recipe, recipe_from_dict
-from finray.training.config.sharding_rules import cannot_shard
 
 GOOD = """\
 name: support
@@ -137,7 +136,7 @@ def test_what_cannot_be_sharded(tmp_path: Path, addition: str, told: str) -> Non
     text = GOOD.replace("model: {base: some/model}\n", "") + addition
     assert told in refusal(tmp_path, text + "scale: {workers: 2, strategy: fsdp}\n")
     recipe = Recipe.model_validate(yaml.safe_load(text))
-    assert recipe.scale.strategy == "auto" and told in str(cannot_shard(recipe))
+    assert recipe.scale.strategy == "auto" and told in str(recipe.why_not_shardable)
 
 
 def test_an_adapter_is_found_beside_the_recipe_here_or_in_the_storage(

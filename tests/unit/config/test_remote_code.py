@@ -15,7 +15,7 @@ from finray.training.config.adapter_folder import check_safetensors
 from finray.training.config.models import ModelSettings
 from finray.training.config.recipe import Recipe, load_recipe, recipe_from_dict
 from finray.training.config.remote_code import check_pinned, check_remote_code
-from finray.training.data.inspection import inspect_data
+from finray.training.inspection import inspect_recipe
 from finray.training.launch.in_process import InProcessLauncher
 from finray.training.models.loading import load_model
 from finray.training.run import train
@@ -84,7 +84,7 @@ def foreign(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 
 def test_code_of_a_models_own_is_refused(foreign: Foreign, chat_file: Path) -> None:
     with pytest.raises(InputError, match=r"config\.json: auto_map asks .*foreign\.ForeignConfig"):
-        inspect_data(foreign.recipe(chat_file))
+        inspect_recipe(foreign.recipe(chat_file))
     with pytest.raises((InputError, ValueError), match=r"custom code|cannot load"):
         load_model(foreign.recipe(chat_file))
     assert not foreign.mark.exists()
@@ -100,7 +100,7 @@ def test_trusted_code_runs_and_is_named(foreign: Foreign, chat_file: Path) -> No
 
 def test_a_model_that_transformers_knows_needs_no_code(foreign: Foreign, chat_file: Path) -> None:
     foreign.change(model_type="llama")
-    inspect_data(foreign.recipe(chat_file))
+    inspect_recipe(foreign.recipe(chat_file))
     load_model(foreign.recipe(chat_file))
     assert not foreign.mark.exists()
 

@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from finray.training.common.errors import InputError
-from finray.training.data.inspection import inspect_data
+from finray.training.inspection import inspect_recipe
 
 from .conftest import MakeRecipe, chat_row, write_jsonl
 
@@ -31,7 +31,7 @@ def bare_model(tmp_path: Path, model: Path) -> Path:
 def test_what_it_tells(data: Path, tmp_path: Path, model: Path, make_recipe: MakeRecipe) -> None:
     held = tmp_path / "b.parquet"
     pq.write_table(pa.table({"text": ["one two three"] * 9}), held)
-    found = inspect_data(make_recipe(train=data, eval=held))
+    found = inspect_recipe(make_recipe(train=data, eval=held))
     train, held_out = found.train[0], found.eval[0]
     assert (train.format, train.files, train.rows, train.is_exact) == ("messages", 1, 50, True)
     assert train.bytes == data.stat().st_size
@@ -47,20 +47,20 @@ def test_bad_first_rows_are_tolerated_unless_all_are_bad(
 ) -> None:
     good = [chat_row("one", "two")] * 40
     mixed = write_jsonl(tmp_path / "a.jsonl", [[1], {"messages": []}, *good])
-    assert inspect_data(make_recipe(train=mixed)).train[0].rows == 42
+    assert inspect_recipe(make_recipe(train=mixed)).train[0].rows == 42
     bad = write_jsonl(tmp_path / "b.jsonl", [{"messages": []}] * 300)
     with pytest.raises(InputError, match=r"b\.jsonl:1: messages is an empty .* first 200 rows"):
-        inspect_data(make_recipe(train=bad))
+        inspect_recipe(make_recipe(train=bad))
     unreadable = write_jsonl(tmp_path / "c.jsonl", [1, 2])
     with pytest.raises(InputError, match=r"c\.jsonl:1: expected a JSON object, found int; none"):
-        inspect_data(make_recipe(train=unreadable))
+        inspect_recipe(make_recipe(train=unreadable))
     blank = tmp_path / "d.jsonl"
     blank.write_text("\n\n")
     with pytest.raises(InputError, match=r"d\.jsonl: there are no rows"):
-        inspect_data(make_recipe(train=blank))
+        inspect_recipe(make_recipe(train=blank))
     strange = write_jsonl(tmp_path / "e.jsonl", [[1], {"q": 1}])
     with pytest.raises(InputError, match=r"e\.jsonl:2: no known row format has these keys: q"):
-        inspect_data(make_recipe(train=strange))
+        inspect_recipe(make_recipe(train=strange))
 
 
 def test_large_data_is_estimated(tmp_path: Path, make_recipe: MakeRecipe) -> None:
@@ -69,7 +69,7 @@ def test_large_data_is_estimated(tmp_path: Path, make_recipe: MakeRecipe) -> Non
     count = 70 * 2**20 // len(row)
     with path.open("w") as stream:
         stream.writelines(row for _ in range(count))
-    source = inspect_data(make_recipe(train=path)).train[0]
+    source = inspect_recipe(make_recipe(train=path)).train[0]
     assert not source.is_exact
     assert source.rows == pytest.approx(count, rel=0.01)
 
@@ -77,16 +77,16 @@ def test_large_data_is_estimated(tmp_path: Path, make_recipe: MakeRecipe) -> Non
 @pytest.mark.parametrize("packing", [True, False])
 def test_less_data_than_a_batch(data: Path, make_recipe: MakeRecipe, packing: bool) -> None:
     optim = {"batch_size": 48}
-    inspect_data(make_recipe(train=data, optim=optim, packing=packing))
+    inspect_recipe(make_recipe(train=data, optim=optim, packing=packing))
     with pytest.raises(InputError, match=r"optim\.batch_size: 48 .* only 40 rows"):
-        inspect_data(make_recipe(train=data, optim=optim, packing=packing, holdout=0.2))
+        inspect_recipe(make_recipe(train=data, optim=optim, packing=packing, holdout=0.2))
     twice = [{"path": str(data), "weight": 2.0}]
-    inspect_data(make_recipe(train=twice, optim={"batch_size": 100}, packing=packing))
+    inspect_recipe(make_recipe(train=twice, optim={"batch_size": 100}, packing=packing))
 
 
 def test_long_texts_may_be_few(tmp_path: Path, make_recipe: MakeRecipe) -> None:
     path = write_jsonl(tmp_path / "a.jsonl", [{"text": "one two " * 1000}])
-    inspect_data(make_recipe(train=path, method={"kind": "pretrain"}))
+    inspect_recipe(make_recipe(train=path, method={"kind": "pretrain"}))
 
 
 def test_model_folders_that_lack_something(
@@ -95,24 +95,24 @@ def test_model_folders_that_lack_something(
     recipe = make_recipe(train=data, base=bare_model)
     (bare_model / "chat_template.jinja").unlink()
     with pytest.raises(InputError, match="tokenizer has no chat template"):
-        inspect_data(recipe)
-    inspect_data(make_recipe(train=data, base=bare_model, chat_template="chatml"))
+        inspect_recipe(recipe)
+    inspect_recipe(make_recipe(train=data, base=bare_model, chat_template="chatml"))
     (bare_model / "tokenizer.json").unlink()
     with pytest.raises(InputError, match="a model folder without a tokenizer"):
-        inspect_data(recipe)
+        inspect_recipe(recipe)
     (bare_model / "config.json").unlink()
     with pytest.raises(InputError, match=r"has no config\.json"):
-        inspect_data(recipe)
+        inspect_recipe(recipe)
 
 
 def test_damaged_model_files(data: Path, bare_model: Path, make_recipe: MakeRecipe) -> None:
     recipe = make_recipe(train=data, base=bare_model)
     (bare_model / "tokenizer.json").write_text("{}")
     with pytest.raises(InputError, match=r"tokenizer\.json: not a usable tokenizer"):
-        inspect_data(recipe)
+        inspect_recipe(recipe)
     (bare_model / "config.json").write_text("{")
     with pytest.raises(InputError, match=r"config\.json: not valid JSON"):
-        inspect_data(recipe)
+        inspect_recipe(recipe)
 
 
 @pytest.mark.parametrize(
@@ -127,20 +127,20 @@ def test_max_length_that_the_model_has_no_room_for(
     data: Path, bare_model: Path, make_recipe: MakeRecipe, config: dict[str, Any], room: int
 ) -> None:
     (bare_model / "config.json").write_text(json.dumps(config))
-    inspect_data(make_recipe(train=data, base=bare_model, max_length=room))
+    inspect_recipe(make_recipe(train=data, base=bare_model, max_length=room))
     with pytest.raises(InputError, match=rf"data\.max_length: 33 .* at most {room} "):
-        inspect_data(make_recipe(train=data, base=bare_model, max_length=room + 1))
+        inspect_recipe(make_recipe(train=data, base=bare_model, max_length=room + 1))
 
 
 def test_chatml_without_its_tokens(data: Path, bare_model: Path, make_recipe: MakeRecipe) -> None:
     text = (bare_model / "tokenizer.json").read_text()
     (bare_model / "tokenizer.json").write_text(text.replace("<|im_start|>", "<|begin|>"))
     with pytest.raises(InputError, match=r"chatml needs the tokens <\|im_start\|>, which"):
-        inspect_data(make_recipe(train=data, base=bare_model, chat_template="chatml"))
+        inspect_recipe(make_recipe(train=data, base=bare_model, chat_template="chatml"))
 
 
 def test_hub_model_that_is_not_cached_is_skipped(data: Path, make_recipe: MakeRecipe) -> None:
-    found = inspect_data(make_recipe(train=data, base="no-such/model"))
+    found = inspect_recipe(make_recipe(train=data, base="no-such/model"))
     assert found.model_folder is None
     assert found.train[0].tokens is None
 
@@ -148,9 +148,9 @@ def test_hub_model_that_is_not_cached_is_skipped(data: Path, make_recipe: MakeRe
 def test_nothing_heavy_is_imported(data: Path, model: Path) -> None:
     program = f"""
 import sys
-from finray.training.data.inspection import inspect_data
-from finray.training.recipe import recipe_from_dict
-inspect_data(recipe_from_dict({{
+from finray.training.inspection import inspect_recipe
+from finray.training.config.recipe import recipe_from_dict
+inspect_recipe(recipe_from_dict({{
     "name": "t", "model": {{"base": {str(model)!r}}},
     "data": {{"train": [{{"path": {str(data)!r}}}], "max_length": 64}},
 }}))

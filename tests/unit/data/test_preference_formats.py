@@ -8,10 +8,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from finray.training.common.errors import InputError
+from finray.training.config.methods import METHODS
+from finray.training.data.examples import examples_of
 from finray.training.data.formats import KnownFormat, detect_format, normalise
 from finray.training.data.preference_formats import common_prefix
 from finray.training.data.shapes import Completion, Conversation, Labelled, Pair, RowError
-from finray.training.methods import METHODS, examples_of
 
 from .conftest import SHARED, MakeRecipe, write_jsonl
 
@@ -267,12 +268,12 @@ def test_data_of_another_method(
     make_recipe: MakeRecipe, tmp_path: Any, kind: str, row: dict[str, Any], told: str
 ) -> None:
     """Refused by the quick look, with the place and the methods that take it."""
-    from finray.training.data.inspection import inspect_data
+    from finray.training.inspection import inspect_recipe
 
     assert kind in METHODS
     data = write_jsonl(tmp_path / "a.jsonl", [row] * 64)
     with pytest.raises(InputError, match=rf"a\.jsonl:1: method {told}"):
-        inspect_data(make_recipe(train=data, method={"kind": kind}))
+        inspect_recipe(make_recipe(train=data, method={"kind": kind}))
 
 
 def test_real_ranking_data() -> None:

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from finray.training.common.errors import InputError
-from finray.training.config.recipe import Source
+from finray.training.config.sections import Source
 from finray.training.data.reading import BadRow, first_line, read_chunk
 from finray.training.data.sources import Chunk, expand, plan_chunks
 

@@ -8,7 +8,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from finray.training.common.errors import InputError
-from finray.training.config.recipe import Source
+from finray.training.config.sections import Source
 from finray.training.data.sources import CHUNK_BYTES, expand, file_kind, plan_chunks
 
 

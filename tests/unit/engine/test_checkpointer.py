@@ -14,11 +14,11 @@ from finray.training.common.errors import RunError
 from finray.training.common.secrets import HIDDEN
 from finray.training.common.storage import Folder
 from finray.training.common.uploader import Uploader
-from finray.training.config.recipe import CheckpointSettings
+from finray.training.config.metric import Metric
+from finray.training.config.sections import CheckpointSettings
 from finray.training.engine import checkpointer
 from finray.training.engine.checkpointer import Checkpointer, SaveState
 from finray.training.launch.in_process import InProcessLauncher
-from finray.training.methods import Metric
 from finray.training.records import checkpoint
 from finray.training.records.run_folder import read_run
 from finray.training.run import train

@@ -19,12 +19,12 @@ from finray.training.common.errors import RunError
 from finray.training.config.recipe import Recipe
 from finray.training.data.batching import Batch, microbatches
 from finray.training.data.stream import Sequence
+from finray.training.engine.methods import objective_of
 from finray.training.engine.nonfinite import NonFiniteError, NonFiniteSteps
 from finray.training.engine.optimizer import MasterAdamW, SkippingAdamW
 from finray.training.engine.trainer import StepMeasures, StreamTrainer
 from finray.training.engine.trainer_arguments import accumulation, training_arguments
 from finray.training.launch.in_process import InProcessLauncher
-from finray.training.methods import method_of
 from finray.training.run import train
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
@@ -71,9 +71,7 @@ def trained(
         told.append((measures.learning_rate, loss, skipped))
         return False
 
-    objective = method_of(settings).objective(
-        steps.make_setup(settings, model, scratch, rank, world_size)
-    )
+    objective = objective_of(steps.make_setup(settings, model, scratch, rank, world_size))
     trainer = StreamTrainer(
         model,
         training_arguments(settings, 5, world_size, scratch),

@@ -20,7 +20,7 @@ from finray.cluster.gpus import Gpu, usable_gpus
 from finray.training.common.background import Stop
 from finray.training.common.errors import RunError
 from finray.training.common.progress import SILENT
-from finray.training.config.recipe import ScaleSettings
+from finray.training.config.sections import ScaleSettings
 from finray.training.engine.task import WorkerTask
 from finray.training.launch import local_workers
 from finray.training.launch.local_workers import LocalLauncher

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from finray.training.common.errors import InputError
-from finray.training.config.recipe import ScaleSettings
+from finray.training.config.sections import ScaleSettings
 from finray.training.launch.resources import (
     WorkerRequest,
     check_fits,

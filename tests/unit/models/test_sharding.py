@@ -19,9 +19,9 @@ from transformers import TrainerCallback
 from finray.training.config.recipe import Recipe
 from finray.training.data.batching import Rows, collate, microbatches
 from finray.training.data.stream import share
+from finray.training.engine.methods import objective_of
 from finray.training.engine.trainer import StepMeasures, StreamTrainer
 from finray.training.engine.trainer_arguments import accumulation, training_arguments
-from finray.training.methods import method_of
 from finray.training.models.generation import answer
 from finray.training.models.loading import load_model, load_tokenizer
 from finray.training.models.sharding import choose_strategy, shard
@@ -121,7 +121,7 @@ def train(
     """
     model = make_model(settings)
     setup = make_setup(settings, model, folder, rank, world_size)
-    objective = method_of(settings).objective(setup)
+    objective = objective_of(setup)
     if setup.strategy == "fsdp":
         setup.place(model)
     optim, losses, norms = settings.optim, [], []

@@ -16,7 +16,7 @@ from finray.training.config.methods import (
     SimpoMethod,
 )
 from finray.training.data.batching import IGNORED
-from finray.training.objectives.cpo import reference_free_loss
+from finray.training.objectives.cpo import cpo_loss, simpo_loss
 from finray.training.objectives.dpo_losses import PAIR_LOSSES, Pairs
 from finray.training.objectives.kto import answer_losses
 from finray.training.objectives.logprobs import token_log_probabilities
@@ -115,7 +115,7 @@ def test_divergences(divergence: Any, derivative: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    ("settings", "wanted"),
+    ("settings", "expected_loss"),
     [
         (CpoMethod(beta=BETA), -ln_sigmoid(BETA * 2)),
         (
@@ -124,12 +124,16 @@ def test_divergences(divergence: Any, derivative: Any) -> None:
         ),
         (CpoMethod(beta=BETA, loss="hinge"), 1 - BETA * 2),
         (CpoMethod(beta=BETA, loss="ipo"), (2 - 1 / (2 * BETA)) ** 2),
-        (SimpoMethod(beta=BETA, gamma=0.5), -ln_sigmoid(BETA * 2 - 0.5)),
     ],
 )
-def test_losses_without_a_reference(settings: CpoMethod | SimpoMethod, wanted: float) -> None:
-    found = reference_free_loss(torch.tensor([2.0]), settings)
-    assert found.tolist() == pytest.approx([wanted], rel=1e-5)
+def test_losses_of_cpo(settings: CpoMethod, expected_loss: float) -> None:
+    losses = cpo_loss(torch.tensor([2.0]), settings)
+    assert losses.tolist() == pytest.approx([expected_loss], rel=1e-5)
+
+
+def test_loss_of_simpo() -> None:
+    losses = simpo_loss(torch.tensor([2.0]), SimpoMethod(beta=BETA, gamma=0.5))
+    assert losses.tolist() == pytest.approx([-ln_sigmoid(BETA * 2 - 0.5)], rel=1e-5)
 
 
 def test_losses_of_labelled_answers() -> None:

@@ -13,7 +13,7 @@ from support.steps import by_workers, make_setup, one_step
 from finray.training.config.recipe import Recipe
 from finray.training.data.batching import in_batches
 from finray.training.data.stream import Sequence
-from finray.training.methods import method_of
+from finray.training.engine.methods import objective_of
 from finray.training.models.loading import load_model
 
 # peft calls a name that transformers has renamed.
@@ -70,7 +70,7 @@ def make_recipe(
 def make_model(settings: Recipe) -> Any:
     """Its adapter does something, so that it differs from its reference."""
     torch.manual_seed(4)
-    model = load_model(settings, method_of(settings).head)
+    model = load_model(settings, settings.method.head)
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.05)
@@ -108,7 +108,7 @@ def test_held_out_rows(tiny_model: Path, tmp_path: Path, method: dict[str, Any])
     """Their figures do not depend on how many are taken at a time."""
     rows, settings = make_rows(method["kind"]), make_recipe(tiny_model, method, 2)
     model = make_model(settings).eval()
-    objective = method_of(settings).objective(make_setup(settings, model, tmp_path, 0, 1))
+    objective = objective_of(make_setup(settings, model, tmp_path, 0, 1))
     with torch.no_grad():
         one, other = (
             objective.held_out(in_batches(iter(rows), size), torch.device("cpu"))
@@ -132,7 +132,7 @@ def test_held_out_rows_of_a_sharded_model(
 
         def work(rank: int, world_size: int) -> dict[str, Any]:
             setup = make_setup(settings, model, tmp_path, rank, world_size)
-            objective = method_of(settings).objective(setup)
+            objective = objective_of(setup)
             setup.place(model.eval())
             mine = in_batches(iter(rows[rank::world_size]), 1, at_least=3)
             with torch.no_grad():
@@ -174,12 +174,12 @@ def test_a_reference_is_left_as_it_was(tiny_model: Path, tmp_path: Path) -> None
     settings = make_recipe(tiny_model, {"kind": "dpo"}, 2)
     adapted = load_model(settings)
     held = sum(p.numel() for p in adapted.parameters())
-    method_of(settings).objective(make_setup(settings, adapted, tmp_path, 0, 1))
+    objective_of(make_setup(settings, adapted, tmp_path, 0, 1))
     assert sum(p.numel() for p in adapted.parameters()) == held
     full = settings.model_copy(update={"adapter": None})
     model = load_model(full)
     rows = make_rows("dpo")
-    objective = method_of(full).objective(make_setup(full, model, tmp_path, 0, 1))
+    objective = objective_of(make_setup(full, model, tmp_path, 0, 1))
     before = objective.batches(0, [rows])[0].extra["reference"]
     with torch.no_grad():
         for parameter in model.parameters():

@@ -6,7 +6,7 @@ import pytest
 
 from finray.training.common.errors import RunError
 from finray.training.common.storage import Folder
-from finray.training.methods import Metric
+from finray.training.config.metric import Metric
 from finray.training.records import checkpoint
 
 WATCHED = Metric("eval_loss", "min")

@@ -10,8 +10,8 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from finray.training.common.errors import InputError, RunError
 from finray.training.config.rewards import FunctionReward, ModelReward, resolve_reward
+from finray.training.data.examples import rules_of
 from finray.training.data.shapes import Completion, Conversation, Question
-from finray.training.methods import METHODS
 from finray.training.rl.rewards.classifiers import load_classifier
 from finray.training.rl.rewards.functions import FunctionJudge
 from finray.training.rl.rewards.reward import Completions, columns_of
@@ -127,7 +127,7 @@ def test_the_text_of_a_file_travels(tmp_path: Path) -> None:
     ],
 )
 def test_columns_of_a_row(row: Any, shape: Any, prompt: Any, columns: Any) -> None:
-    assert METHODS["grpo"].extra(row, shape) == {"prompt": prompt, "columns": columns}
+    assert rules_of("grpo").extra(row, shape) == {"prompt": prompt, "columns": columns}
 
 
 def test_rows_may_lack_columns() -> None:

@@ -9,9 +9,9 @@ import pytest
 from optuna.trial import TrialState
 
 from finray.training.common.errors import InputError
+from finray.training.config.metric import Metric
 from finray.training.config.models import LoraAdapter
 from finray.training.config.recipe import Recipe
-from finray.training.methods import Metric
 from finray.tuning.conductor import Conductor
 from finray.tuning.distribution import Distribution
 from finray.tuning.pbt import Population, perturbed

@@ -10,8 +10,8 @@ from optuna.trial import FixedTrial, TrialState
 
 from finray.training.common.errors import InputError
 from finray.training.common.storage import Folder
+from finray.training.config.metric import Metric
 from finray.training.config.recipe import Recipe
-from finray.training.methods import Metric
 from finray.tuning.distribution import Distribution
 from finray.tuning.space import Settings, Space
 from finray.tuning.study import StudyFile, SweepStudy

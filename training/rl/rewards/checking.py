@@ -3,12 +3,12 @@
 import importlib.util
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from ...common.errors import InputError
 from ...common.storage import Folder
 from ...config.adapter_folder import check_for_vllm
-from ...config.methods import OnlineMethod
+from ...config.methods import METHODS, OnlineMethod
 from ...config.model_folder import model_folder
 from ...config.recipe import Recipe
 from ...config.rewards import ModelReward, RunReward
@@ -25,9 +25,9 @@ def check_rewards(recipe: Recipe) -> None:
             classifier that is not there or lacks the label, and vLLM where it is not installed or
             would apply the adapter `model.adapter` wrongly.
     """
-    method = recipe.method
-    if not isinstance(method, OnlineMethod):
+    if not recipe.method.samples_online:
         return
+    method = cast(OnlineMethod, recipe.method)
     if method.rollout == "vllm":
         _check_vllm(recipe)
     for index, reward in enumerate(method.rewards):
@@ -51,11 +51,13 @@ def _check_vllm(recipe: Recipe) -> None:
 def _check_run(reward: RunReward, recipe: Recipe, where: str) -> None:
     folder = Folder(reward.run)
     record = read_run(folder)
+    kinds = [kind for kind, method in METHODS.items() if method.head == "score"]
+    expected = " or ".join(kinds)
     if record is None:
-        raise InputError(f"{where}: {reward.run} holds no run; expected one of method reward")
-    if record.get("method") != "reward":
+        raise InputError(f"{where}: {reward.run} holds no run; expected one of method {expected}")
+    if record.get("method") not in kinds:
         raise InputError(
-            f"{where}: {reward.run} is a run of method {record.get('method')}; expected reward"
+            f"{where}: {reward.run} is a run of method {record.get('method')}; expected {expected}"
         )
     if record.get("status") != "finished" or "result" not in record:
         raise InputError(

@@ -1,6 +1,6 @@
 """The rewards of a recipe, ready to judge."""
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -25,8 +25,7 @@ def load_judges(recipe: Recipe, tokenizer: Any, device: torch.device) -> list[Ju
         InputError: for a reward model that cannot be used.
         RunError: for a file of functions that cannot be imported.
     """
-    method = recipe.method
-    assert isinstance(method, OnlineMethod)
+    method = cast(OnlineMethod, recipe.method)
     dtype = torch_dtype(choose_dtype(recipe.model))
     judges: list[Judge] = []
     for reward in method.rewards:

@@ -7,7 +7,7 @@ import os
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft import PeftModel
@@ -42,9 +42,8 @@ class VllmRollouts:
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # read when it is imported
         from vllm import LLM
 
-        assert isinstance(recipe.method, OnlineMethod)
         self._model = model
-        self._settings = recipe.method
+        self._settings = cast(OnlineMethod, recipe.method)
         self._stops = stop_tokens(model, tokenizer)
         self._calls = 0
         rank = model.peft_config[model.active_adapter].r
