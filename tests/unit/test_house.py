@@ -8,95 +8,26 @@ import subprocess
 import sys
 import tomllib
 from collections.abc import Iterator
-from functools import cache
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
-
-ROOT = Path(__file__).resolve().parents[2]
-PACKAGES = ["training", "tuning", "cluster", "k8s"]
-
-FLOORS = [
-    "k8s",
-    "training.common",
-    "training.config",
-    "training.data",
-    "training.records",
-    "training.models",
-    "training.export",
-    "training.objectives",
-    "training.rl",
-    "training.engine",
-    "training.launch",
-    "training.inspection",
-    "training.run",
-    "tuning",
-    "cluster.environment",
-    "cluster.interrupts",
-    "cluster.gpus",
-    "cluster.nodes",
-    "cluster.kubernetes",
-    "cluster.jobs",
-    "cluster.preflight",
-    "cluster.launcher",
-    "cluster.cli",
-]
-"""From the ground up: a room imports from rooms before it, never from one behind it."""
-
-TORCH_ROOMS = ("models", "export", "objectives", "rl", "engine")
-TORCH_FILES = {"training.data.batching"}
-"""Beside the rooms that compute: where torch may be imported when a module is loaded."""
-RAY_ROOMS = ("training.launch", "tuning", "cluster")
-RAY_FILES = {"training.data.tasks", "training.data.stream"}
-"""Where Ray may be imported at all."""
-
-
-def module_name(path: Path) -> str:
-    parts = path.relative_to(ROOT).with_suffix("").parts
-    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
-
-
-@cache
-def modules() -> dict[str, Path]:
-    """Every module of the product, by its name without `finray`."""
-    paths = [path for package in PACKAGES for path in (ROOT / package).rglob("*.py")]
-    return {module_name(path): path for path in paths}
-
-
-def imported(tree: ast.AST, path: Path) -> Iterator[str]:
-    """Dotted names that a module's imports may mean: `from .a import b` gives a and a.b."""
-    package = list(path.relative_to(ROOT).parts[:-1])
-    for node in ast.walk(tree):
-        if isinstance(node, ast.ImportFrom):
-            base = package[: len(package) - node.level + 1] if node.level else []
-            stem = [*base, *(node.module or "").split(".")] if node.module else base
-            yield ".".join(stem)
-            yield from (".".join([*stem, alias.name]) for alias in node.names)
-        elif isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
-
-
-def parse(path: Path) -> ast.Module:
-    return ast.parse(path.read_text(encoding="utf-8"))
-
-
-@cache
-def graph() -> dict[str, frozenset[str]]:
-    """Modules of the product that each of them imports, at any place in its file."""
-    arrows: dict[str, frozenset[str]] = {}
-    for name, path in modules().items():
-        matches = {other for other in imported(parse(path), path) if other in modules()}
-        # A package beside one of its modules is not meant itself: its file holds a docstring.
-        packages = {other for other in matches if modules()[other].name == "__init__.py"}
-        arrows[name] = frozenset(matches - packages - {name})
-    return arrows
-
-
-def floor(name: str) -> int:
-    return next(
-        number for number, room in enumerate(FLOORS) if name == room or name.startswith(f"{room}.")
-    )
+from support.house import (
+    DRAWING,
+    PACKAGES,
+    RAY_FILES,
+    RAY_ROOMS,
+    ROOT,
+    TORCH_FILES,
+    TORCH_ROOMS,
+    drawing,
+    floor,
+    graph,
+    imported,
+    in_document,
+    modules,
+    parse,
+)
 
 
 def test_no_circle_of_files() -> None:
@@ -146,6 +77,42 @@ def loaded_imports(tree: ast.Module) -> Iterator[str]:
                 yield from (alias.name.partition(".")[0] for alias in inner.names)
 
 
+def attributes_set(function: ast.FunctionDef) -> set[str]:
+    """Attributes of self that a method assigns."""
+    return {
+        node.attr
+        for node in ast.walk(function)
+        if isinstance(node, ast.Attribute)
+        and isinstance(node.ctx, ast.Store)
+        and isinstance(node.value, ast.Name)
+        and node.value.id == "self"
+    }
+
+
+BUILT_ELSEWHERE = {"TrialSlot"}
+"""Ray Tune calls `setup` in the place of `__init__`."""
+
+
+def test_objects_are_built_whole() -> None:
+    """No attribute appears outside `__init__` and the class's own fields."""
+    for name, path in modules().items():
+        for node in ast.walk(parse(path)):
+            if not isinstance(node, ast.ClassDef) or node.name in BUILT_ELSEWHERE:
+                continue
+            fields = {
+                target.id
+                for item in node.body
+                if isinstance(item, ast.AnnAssign | ast.Assign)
+                for target in (item.targets if isinstance(item, ast.Assign) else [item.target])
+                if isinstance(target, ast.Name)
+            }
+            methods = [item for item in node.body if isinstance(item, ast.FunctionDef)]
+            made = {m.name: attributes_set(m) for m in methods}
+            born = made.pop("__init__", set()) | fields
+            late = {m: sorted(a - born) for m, a in made.items() if a - born}
+            assert not late, f"{name}.{node.name}: {late}"
+
+
 HEAVY = {"torch", "transformers", "peft", "trl", "bitsandbytes", "accelerate", "datasets"}
 
 
@@ -161,6 +128,12 @@ def test_where_ray_is_imported() -> None:
         may = name in RAY_FILES or name.startswith(RAY_ROOMS)
         tops = {other.partition(".")[0] for other in imported(parse(path), path)}
         assert may or "ray" not in tops, f"{name} imports Ray"
+
+
+def test_the_drawing_is_true() -> None:
+    assert in_document(DRAWING.read_text(encoding="utf-8")) == drawing(), (
+        "renew it: python tests/support/house.py"
+    )
 
 
 def test_every_package_is_in_the_wheel() -> None:
