@@ -10,6 +10,7 @@ from typing import Any
 
 import yaml
 
+from ... import k8s
 from ...training.common.errors import InputError
 
 Manifest = dict[str, Any]
@@ -72,7 +73,7 @@ def _read(path: str) -> list[Any]:
 
 
 def _shipped(path: str) -> Traversable:
-    return files(f"{__package__.rpartition('.')[0]}.k8s").joinpath(*path.split("/"))
+    return files(k8s).joinpath(*path.split("/"))
 
 
 def _normal(path: str) -> str:

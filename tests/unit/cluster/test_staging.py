@@ -106,7 +106,7 @@ def test_a_file_that_gitignore_hides_travels_and_is_told(tmp_path: Path, rows: P
 
     with ZipFile(archive) as content:
         assert content.read("inputs/0/rows.jsonl") == (rows / "rows.jsonl").read_bytes()
-        assert "finray/training/report.html" in content.namelist()
+        assert "finray/training/records/report.html" in content.namelist()
 
 
 def test_a_model_folder_needs_a_storage_that_is_a_folder(tmp_path: Path, rows: Path) -> None:
