@@ -6,7 +6,7 @@ Only the standard library is imported here; each command imports what it needs.
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 EPILOG = """\
@@ -22,6 +22,29 @@ examples:
   finray export runs/my-run --to my-model --merge
 """
 
+COMMANDS = {
+    "check": ("check", "check"),
+    "prepare": ("prepare", "prepare"),
+    "train": ("train", "train"),
+    "tune": ("tune", "tune"),
+    "job submit": ("job", "submit"),
+    "job list": ("job", "list_jobs"),
+    "job status": ("job", "status"),
+    "job logs": ("job", "logs"),
+    "job stop": ("job", "stop"),
+    "job fetch": ("job", "fetch"),
+    "cluster up": ("cluster", "up"),
+    "cluster down": ("cluster", "down"),
+    "cluster status": ("cluster", "status"),
+    "cluster doctor": ("cluster", "doctor"),
+    "runs": ("runs", "runs"),
+    "report": ("runs", "report"),
+    "export": ("runs", "export"),
+    "schema": ("runs", "schema"),
+    "k8s render": ("k8s", "render"),
+}
+"""Command, with its verb if it has one: the module beside this one, and the function there."""
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; returns its exit code."""
@@ -29,14 +52,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from ...training.common.errors import FinrayError
     from ...training.common.secrets import redact
     from ..environment import set_environment
-    from . import commands
     from .quiet import quiet_libraries
 
     set_environment()
     quiet_libraries()
     try:
-        run = getattr(commands, options.command)
-        run(options)
+        command_function(options)(options)
     except FinrayError as error:
         print(f"finray: {redact(str(error))}", file=sys.stderr)
         return error.exit_code
@@ -50,6 +71,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
+def command_function(options: argparse.Namespace) -> Callable[[argparse.Namespace], None]:
+    """The function of a parsed command; only its own module is imported."""
+    import importlib
+
+    words = [options.command, options.verb] if "verb" in options else [options.command]
+    module, name = COMMANDS[" ".join(words)]
+    function: Callable[[argparse.Namespace], None] = getattr(
+        importlib.import_module(f".{module}", __package__), name
+    )
+    return function
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="finray",
@@ -59,45 +92,47 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-
-    check = commands.add_parser(
-        "check", help="validate a recipe and its data, and tell what a run would do"
+    add = commands.add_parser
+    _add_train(add("check", help="validate a recipe and its data, and tell what a run would do"))
+    _add_prepare(add("prepare", help="prepare a recipe's data, without training"))
+    _add_train(add("train", help="train, or go on with an unfinished run"))
+    _add_job(add("job", help="run recipes and sweeps on a cluster as Ray jobs"))
+    _add_cluster(add("cluster", help="start, end and examine a cluster of one's machines"))
+    _add_tune(
+        add("tune", help="search for good settings, go on with an unfinished sweep, or show one")
     )
-    _add_recipe(check)
-    _add_local(check)
-    _add_ray(check)
-    _add_waiting(check)
-    _add_json(check)
-
-    prepare = commands.add_parser("prepare", help="prepare a recipe's data, without training")
-    _add_recipe(prepare)
-    _add_local(prepare)
-    _add_ray(prepare)
-    _add_json(prepare)
-
-    train = commands.add_parser("train", help="train, or go on with an unfinished run")
-    _add_recipe(train)
-    _add_local(train)
-    _add_ray(train)
-    _add_waiting(train)
-    _add_json(train)
-
-    _add_job(commands.add_parser("job", help="run recipes and sweeps on a cluster as Ray jobs"))
-
-    _add_cluster(
-        commands.add_parser("cluster", help="start, end and examine a cluster of one's machines")
+    _add_runs(add("runs", help="list the runs of a storage"))
+    _add_report(add("report", help="write a run's report.html anew"))
+    _add_k8s(add("k8s", help="run on Kubernetes"))
+    _add_export(
+        add("export", help="write a finished run's result as a folder that loads without finray")
     )
-    tune = commands.add_parser(
-        "tune", help="search for good settings, go on with an unfinished sweep, or show one"
-    )
-    tune.add_argument(
+    _add_schema(add("schema", help="print the recipe's JSON schema, for editors"))
+    return parser
+
+
+def _add_prepare(parser: argparse.ArgumentParser) -> None:
+    _add_recipe(parser)
+    _add_local(parser)
+    _add_ray(parser)
+    _add_json(parser)
+
+
+def _add_train(parser: argparse.ArgumentParser) -> None:
+    """Of `check` too."""
+    _add_prepare(parser)
+    _add_waiting(parser)
+
+
+def _add_tune(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
         "sweep",
         metavar="[show] SWEEP",
         nargs="+",
         help="the sweep, a YAML file; after show also a sweep's folder or URI",
     )
-    _add_overrides(tune, "a setting of the sweep; recipe.KEY=VALUE changes its base recipe")
-    tune.add_argument(
+    _add_overrides(parser, "a setting of the sweep; recipe.KEY=VALUE changes its base recipe")
+    parser.add_argument(
         "--stop-when",
         dest="bounds",
         metavar="KEY=VALUE",
@@ -105,36 +140,30 @@ def _parser() -> argparse.ArgumentParser:
         default=[],
         help="value, trials_without_gain or tokens: end the sweep there (may be repeated)",
     )
-    tune.add_argument("--local", action="store_true", help="one worker a trial, on this machine")
-    _add_ray(tune)
-    _add_waiting(tune)
-    _add_json(tune)
+    parser.add_argument("--local", action="store_true", help="one worker a trial, on this machine")
+    _add_ray(parser)
+    _add_waiting(parser)
+    _add_json(parser)
 
-    runs = commands.add_parser("runs", help="list the runs of a storage")
-    runs.add_argument("--storage", default="runs", help="folder or URI (default: runs)")
-    _add_json(runs)
 
-    report = commands.add_parser("report", help="write a run's report.html anew")
-    report.add_argument("run", metavar="RUN", help="a run's folder or URI")
+def _add_runs(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--storage", default="runs", help="folder or URI (default: runs)")
+    _add_json(parser)
 
-    kubernetes = commands.add_parser("k8s", help="run on Kubernetes")
-    _add_render(kubernetes.add_subparsers(metavar="COMMAND", required=True))
 
-    export = commands.add_parser(
-        "export", help="write a finished run's result as a folder that loads without finray"
-    )
-    _add_export(export)
+def _add_report(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run", metavar="RUN", help="a run's folder or URI")
 
-    schema = commands.add_parser("schema", help="print the recipe's JSON schema, for editors")
-    schema.add_argument(
+
+def _add_schema(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
         "of", nargs="?", choices=("recipe", "sweep"), default="recipe", help="default: recipe"
     )
-    return parser
 
 
-def _add_render(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    render = commands.add_parser("render", help="write a recipe as a RayJob of KubeRay, in YAML")
-    render.set_defaults(command="k8s_render")
+def _add_k8s(parser: argparse.ArgumentParser) -> None:
+    verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
+    render = verbs.add_parser("render", help="write a recipe as a RayJob of KubeRay, in YAML")
     _add_recipe(render)
     render.add_argument(
         "--overlay", default="gpu", help="cpu, gpu (default), gpu-spot-elastic or kueue"

@@ -1,14 +1,16 @@
 """Refusals by the command itself: exit code 2, one message, nothing started, nothing left."""
 
+import argparse
 import json
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
-from finray.cluster.cli.main import main
+from finray.cluster.cli.main import COMMANDS, _parser, command_function, main
 
 
 class Runner:
@@ -154,6 +156,22 @@ def test_report_of_no_run(finray: Runner) -> None:
 def test_export_of_no_run(finray: Runner) -> None:
     assert "holds no run" in finray("export", "nowhere", "--to", "out", "--merge", code=2)
     assert not (finray.folder / "out").exists()
+
+
+def parsed_commands(parser: argparse.ArgumentParser) -> Iterator[str]:
+    """Every command that the parser accepts, with its verb."""
+    actions = [each for each in parser._actions if isinstance(each, argparse._SubParsersAction)]
+    for action in actions:
+        for name, child in action.choices.items():
+            yield from (f"{name} {verb}" for verb in [*parsed_commands(child)] or [""])
+
+
+def test_every_command_has_its_function() -> None:
+    assert {name.strip() for name in parsed_commands(_parser())} == COMMANDS.keys()
+    for name in COMMANDS:
+        command, _, verb = name.partition(" ")
+        words = {"command": command, **({"verb": verb} if verb else {})}
+        assert callable(command_function(argparse.Namespace(**words)))
 
 
 def test_export_needs_a_place(capsys: pytest.CaptureFixture[str]) -> None:

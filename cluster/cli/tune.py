@@ -1,4 +1,4 @@
-"""`finray tune`: running a sweep, and showing one."""
+"""`finray tune`: run a sweep, continue an unfinished one, or show one."""
 
 import argparse
 import json
@@ -19,8 +19,15 @@ from ...training.config.recipe import Recipe, ScaleSettings
 from ...training.data.inspection import inspect_data
 from ...training.records.run_folder import Record
 from ...training.run import differences
+from ...tuning.plan import make_plan
+from ...tuning.resume import check_folder, describe
 from ...tuning.sweep import LoadedSweep, load_sweep, split_overrides
 from ...tuning.sweep_folder import read_sweep
+from ..early_preparation import prepare_early
+from ..environment import worker_environment
+from ..interrupts import graceful_interrupts
+from ..nodes.ray_session import cluster_address, ray_session
+from ..preflight import try_running_cluster
 from .screens.sweep import render_ending, render_sweep
 
 if TYPE_CHECKING:
@@ -29,15 +36,19 @@ if TYPE_CHECKING:
 _LOOK_SECONDS = 1.0
 
 
+def tune(options: argparse.Namespace) -> None:
+    """Search for good settings, continue an unfinished sweep, or show one."""
+    words = options.sweep
+    if words[0] == "show" and len(words) == 2:
+        show_sweep(words[1], options)
+    elif len(words) == 1:
+        run_sweep(Path(words[0]), options)
+    else:
+        raise InputError(f"tune {' '.join(words)}: expected SWEEP, or show and SWEEP or its folder")
+
+
 def run_sweep(path: Path, options: argparse.Namespace) -> None:
     """Search, or go on with an unfinished sweep."""
-    from ...tuning.plan import make_plan
-    from ...tuning.resume import check_folder, describe
-    from ..early_preparation import prepare_early
-    from ..environment import worker_environment
-    from ..interrupts import graceful_interrupts
-    from ..nodes.ray_session import cluster_address, ray_session
-
     loaded = _load(path, options)
     plan = make_plan(loaded)
     inspect_data(plan.recipe)
@@ -55,13 +66,12 @@ def run_sweep(path: Path, options: argparse.Namespace) -> None:
         with session, graceful_interrupts(stop):
             # Ray reads its environment when it is imported, so not before.
             from ...tuning.run import Watcher
-            from ...tuning.run import tune as carry_out
-            from ..preflight import try_running_cluster
+            from ...tuning.run import tune as run_to_the_end
 
             one = _one_worker(plan.recipe)
             tried = try_running_cluster(one, address, options.wait_for_nodes)
             prepared.result()
-            record = carry_out(plan, Watcher(_phase, _tell_end), stop, tried.worker_env)
+            record = run_to_the_end(plan, Watcher(_phase, _tell_end), stop, tried.worker_env)
     print(json.dumps(record, indent=2) if options.json else render_sweep(record, plan.folder))
 
 

@@ -1,4 +1,4 @@
-"""What each verb of `finray job` does, one function each, named as the verb."""
+"""`finray job`: runs and sweeps as Ray jobs; one function a verb."""
 
 import argparse
 import json
@@ -55,7 +55,7 @@ def _checked(options: argparse.Namespace) -> Recipe | LoadedSweep:
     return recipe
 
 
-def list(options: argparse.Namespace) -> None:
+def list_jobs(options: argparse.Namespace) -> None:
     """List the cluster's runs."""
     jobs = Cluster(options.address).jobs()
     if options.json:

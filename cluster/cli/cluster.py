@@ -1,4 +1,4 @@
-"""What each verb of `finray cluster` does, one function each, named as the verb."""
+"""`finray cluster`: a cluster of the user's own machines; one function a verb."""
 
 import argparse
 import json
@@ -7,6 +7,7 @@ import sys
 from dataclasses import asdict
 
 from ...training.common.errors import InputError
+from ..jobs.client import Cluster
 from ..nodes.head import current_head, end_head, joining_lines, start_head
 from ..nodes.token import token_file
 
@@ -42,8 +43,6 @@ def status(options: argparse.Namespace) -> None:
 
 def doctor(options: argparse.Namespace) -> None:
     """Examine every node of a running cluster."""
-    from ..jobs.client import Cluster
-
     what = "doctor" if options.storage is None else f"doctor {shlex.quote(options.storage)}"
     code, log = Cluster(options.address).run("finray~doctor", what)
     found = "\n".join(line for line in log.splitlines() if line.startswith("  "))
