@@ -1,12 +1,8 @@
 """Runs and sweeps as Ray jobs: submit, follow, stop and fetch, through Ray Jobs' own client."""
 
-import base64
-import binascii
-import io
 import logging
 import os
 import shlex
-import tarfile
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -18,8 +14,8 @@ from typing import Any
 from ...training.common.errors import InputError, RunError
 from ...training.config.recipe import Recipe
 from ...tuning.sweep import LoadedSweep
-from ..cli import job_entry as job_driver
 from ..nodes.token import enter_dashboard, wrong_token
+from .results import unpack
 from .staging import LAUNCHER, LIMIT_MIB, add_finray, stage, stage_sweep
 
 ACTIVE = ("PENDING", "RUNNING")
@@ -195,15 +191,13 @@ class Cluster:
             RunError: the cluster could not read them.
         """
         code, log = self.run(f"{job.run}~fetch", f"pack {shlex.quote(job.storage)} {job.run}")
-        content = _packed(log)
-        if content is None:
+        names = unpack(log, target)
+        if names is None:
             raise RunError(f"cannot fetch {job.run} (exit code {code}): {_last_lines(log)}")
-        with tarfile.open(fileobj=io.BytesIO(content)) as archive:
-            archive.extractall(target, filter="data")
-            return archive.getnames()
+        return names
 
     def run(self, name: str, what: str) -> tuple[int, str]:
-        """Let `job_driver` do something short; returns its exit code and what it printed."""
+        """Run a short command of `cli.job_entry` there; returns its exit code and output."""
         with tempfile.TemporaryDirectory(prefix="finray-job-") as folder:
             add_finray(Path(folder))
             id = f"{name}~{time.time_ns()}"
@@ -270,18 +264,6 @@ def _job(detail: Any) -> Job:
         exit_code=detail.driver_exit_code,
         started_ms=detail.start_time or 0,
     )
-
-
-def _packed(log: str) -> bytes | None:
-    """The content between the marks of `job_driver.pack`."""
-    _, begin, rest = log.partition(f"{job_driver.BEGIN}\n")
-    text, end, _ = rest.partition(f"\n{job_driver.END}")
-    if not begin or not end:
-        return None
-    try:
-        return base64.b64decode(text.replace("\n", ""), validate=True)
-    except binascii.Error:
-        return None
 
 
 def _last_lines(text: str) -> str:

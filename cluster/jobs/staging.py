@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from ...training.common.errors import InputError
-from ...training.common.yaml_text import dump_yaml
+from ...training.common.storage import Folder
+from ...training.common.yaml_text import dump_yaml, load_yaml
 from ...training.config.recipe import Recipe, Source
 from ...training.data.sources import expand
 from ...tuning.sweep import LoadedSweep
@@ -26,6 +27,8 @@ RECIPE_FILE = "recipe.yaml"
 SWEEP_FILE = "sweep.yaml"
 INPUTS_FOLDER = "inputs"
 LAUNCHER = "run.sh"
+_COMPLETE = "complete"
+"""Marks inputs that were copied whole."""
 _PACKAGES = ("training", "tuning", "cluster", "k8s")
 _LEFT_OUT = shutil.ignore_patterns("__pycache__", "*.pyc", ".gitignore", ".rayignore")
 
@@ -117,6 +120,41 @@ def add_finray(folder: Path) -> None:
     root = Path(__file__).resolve().parents[2]
     for package in _PACKAGES:
         shutil.copytree(root / package, folder / "finray" / package, ignore=_LEFT_OUT)
+
+
+def receive(folder: Path, file: str) -> dict[str, Any]:
+    """Copy staged files into the folder of the run or sweep; the counterpart of `stage`.
+
+    Their place there depends on their content alone, so changed settings find the same data.
+
+    Args:
+        folder: what `stage` or `stage_sweep` filled.
+        file: `RECIPE_FILE` or `SWEEP_FILE`.
+
+    Returns:
+        The settings in that file, with the new paths.
+    """
+    values: dict[str, Any] = load_yaml((folder / file).read_text(encoding="utf-8"))
+    sent = folder / INPUTS_FOLDER
+    if not sent.is_dir():
+        return values
+    inputs = Folder(values["storage"]) / values["name"] / INPUTS_FOLDER / digest(sent)
+    if not inputs.exists(_COMPLETE):
+        inputs.upload(sent)
+        inputs.write(_COMPLETE, b"")
+    settings: dict[str, Any] = _replace_prefix(values, f"./{INPUTS_FOLDER}", inputs.uri)
+    return settings
+
+
+def _replace_prefix(values: Any, prefix: str, place: str) -> Any:
+    """The values, with the folder `prefix` of each text replaced by `place`."""
+    if isinstance(values, dict):
+        return {key: _replace_prefix(value, prefix, place) for key, value in values.items()}
+    if isinstance(values, list):
+        return [_replace_prefix(value, prefix, place) for value in values]
+    if isinstance(values, str) and values.startswith(f"{prefix}/"):
+        return place + values.removeprefix(prefix)
+    return values
 
 
 class _Parcel:

@@ -7,8 +7,14 @@ from typing import Any
 import pytest
 import yaml
 
-from finray.cluster.cli.job_entry import unpack
-from finray.cluster.jobs.staging import INPUTS_FOLDER, RECIPE_FILE, SWEEP_FILE, stage, stage_sweep
+from finray.cluster.jobs.staging import (
+    INPUTS_FOLDER,
+    RECIPE_FILE,
+    SWEEP_FILE,
+    receive,
+    stage,
+    stage_sweep,
+)
 from finray.training.common.errors import InputError
 from finray.training.config.recipe import Recipe, load_recipe
 from finray.tuning.sweep import LoadedSweep, load_sweep
@@ -137,7 +143,7 @@ def test_the_same_files_unpack_to_the_same_recipe(tmp_path: Path, rows: Path) ->
     for name in ("first", "second"):
         target = parcel(tmp_path, name)
         stage(make(rows, storage=str(storage)), target, ())
-        found.append(unpack(target, RECIPE_FILE))
+        found.append(receive(target, RECIPE_FILE))
     assert found[0] == found[1]
     path = Path(found[0]["data"]["train"][0]["path"])
     assert path.is_relative_to(storage / "run" / INPUTS_FOLDER)
@@ -164,7 +170,7 @@ def test_a_sweep_travels_with_its_base_recipe_and_data(tmp_path: Path, rows: Pat
     target = parcel(tmp_path)
     stage_sweep(loaded, target, ())
     there = tmp_path / "resolved.yaml"
-    there.write_text(yaml.safe_dump(unpack(target, SWEEP_FILE)), encoding="utf-8")
+    there.write_text(yaml.safe_dump(receive(target, SWEEP_FILE)), encoding="utf-8")
     arrived = load_sweep(there)
     sent = Path(arrived.recipe.data.train[0].path)
     assert sent.is_relative_to(tmp_path / "shared" / "sweep" / INPUTS_FOLDER)
@@ -175,7 +181,7 @@ def test_a_sweep_travels_with_its_base_recipe_and_data(tmp_path: Path, rows: Pat
 
     more = parcel(tmp_path, "more")
     stage_sweep(make_sweep(rows, tmp_path / "shared", trials=9), more, ())
-    again = unpack(more, SWEEP_FILE)["recipe"]["data"]["train"][0]["path"]
+    again = receive(more, SWEEP_FILE)["recipe"]["data"]["train"][0]["path"]
     assert again == str(sent), "a sweep that grows would find its data elsewhere"
 
 
@@ -189,7 +195,7 @@ def test_reward_functions_travel_inside_the_sweep(tmp_path: Path, rows: Path) ->
     stage_sweep(loaded, target, ())
     (rows / "rewards.py").unlink()
     there = tmp_path / "resolved.yaml"
-    there.write_text(yaml.safe_dump(unpack(target, SWEEP_FILE)), encoding="utf-8")
+    there.write_text(yaml.safe_dump(receive(target, SWEEP_FILE)), encoding="utf-8")
     assert "return [1.0]" in load_sweep(there).recipe.method.rewards[0].source
 
 
