@@ -1,6 +1,8 @@
-"""Environment variables that a run's processes need, found before torch is loaded."""
+"""What a run's processes need in place before torch is loaded: environment variables, filters."""
 
+import logging
 import os
+import warnings
 
 from ..training.config.recipe import Recipe
 from ..training.models.dtypes import SAFE_ISA, probe_bfloat16
@@ -29,3 +31,11 @@ def worker_environment(recipe: Recipe) -> dict[str, str]:
         env.update(probe_bfloat16())
     os.environ.update(env)
     return env
+
+
+def quiet_libraries() -> None:
+    """Hide log lines and warnings of libraries that a user of finray cannot act on."""
+    # It reports optional kernels that no run here uses.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    # peft still uses names that transformers renamed.
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")

@@ -27,7 +27,7 @@ def check(options: argparse.Namespace) -> None:
     recipe = recipe_of(options)
     outlook = examine(recipe)
     if options.address and recipe.scale.most_workers:
-        with open_ray(recipe, options, options.address, worker_environment(recipe)):
+        with open_ray(recipe, options.address, worker_environment(recipe), options.verbose):
             lines = try_running_cluster(recipe, options.address, options.wait_for_nodes).lines
         outlook["cluster"] = [asdict(line) for line in lines]
     print(json.dumps(outlook, indent=2) if options.json else render(outlook))

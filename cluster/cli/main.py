@@ -51,8 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     from ...training.common.errors import FinrayError
     from ...training.common.secrets import redact
-    from ..environment import set_environment
-    from .quiet import quiet_libraries
+    from ..environment import quiet_libraries, set_environment
 
     set_environment()
     quiet_libraries()

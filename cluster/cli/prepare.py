@@ -19,8 +19,9 @@ def prepare(options: argparse.Namespace) -> None:
     recipe = recipe_of(options)
     env = worker_environment(recipe)
     on_ray = prepares_on_ray(recipe)
-    ray = open_ray(recipe, options, cluster_address(options.address), env) if on_ray else None
-    with ray or nullcontext(), ProgressWatcher() as watcher:
+    address = cluster_address(options.address)
+    ray = open_ray(recipe, address, env, options.verbose) if on_ray else nullcontext()
+    with ray, ProgressWatcher() as watcher:
         prepared = prepare_data(recipe, Listener(watcher.phase, watcher.watch))
     summary = prepared.manifest.summary()
     if options.json:

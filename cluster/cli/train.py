@@ -8,7 +8,7 @@ from ...training.common.stop import Stop
 from ...training.data.inspection import inspect_data
 from ...training.run import Listener, run_folder
 from ...training.run import train as run_to_the_end
-from ..launcher import placed
+from ..launcher import choose_launcher
 from .check import recipe_of
 from .screens.progress import ProgressWatcher
 from .screens.summary import render_summary
@@ -19,8 +19,18 @@ def train(options: argparse.Namespace) -> None:
     recipe = recipe_of(options)
     inspect_data(recipe)
     stop = Stop()
-    with placed(recipe, options, stop) as launch, ProgressWatcher() as watcher:
-        record = run_to_the_end(recipe, Listener(watcher.phase, watcher.watch), stop, launch)
+    with ProgressWatcher() as watcher:
+        listener = Listener(watcher.phase, watcher.watch)
+        launcher = choose_launcher(
+            recipe,
+            listener,
+            stop,
+            address=options.address,
+            verbose=options.verbose,
+            wait_for_nodes=options.wait_for_nodes,
+        )
+        with launcher as launch:
+            record = run_to_the_end(recipe, listener, stop, launch)
     if options.json:
         print(json.dumps(record, indent=2))
     else:

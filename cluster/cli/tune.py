@@ -23,9 +23,9 @@ from ...tuning.plan import make_plan
 from ...tuning.resume import check_folder, describe
 from ...tuning.sweep import LoadedSweep, load_sweep, split_overrides
 from ...tuning.sweep_folder import read_sweep
-from ..early_preparation import prepare_early
 from ..environment import worker_environment
 from ..interrupts import graceful_interrupts
+from ..launcher import prepare_early
 from ..nodes.ray_session import cluster_address, ray_session
 from ..preflight import try_running_cluster
 from .screens.sweep import render_ending, render_sweep
