@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from ...training.common.errors import InputError
+from ...training.common.secrets import texts
 from ...training.common.storage import Folder
 from ...training.common.yaml_text import dump_yaml, load_yaml
 from ...training.config.recipe import Recipe, Source
 from ...training.data.sources import expand
 from ...tuning.sweep import LoadedSweep
-from ..kubernetes.portable import strings
 
 LIMIT_MIB = 100.0
 """Largest sum of the files that travel, in MiB."""
@@ -200,12 +200,13 @@ class _Parcel:
     def refuse_paths(self, loaded: LoadedSweep, section: str) -> None:
         """Only what the base recipe names travels, not what a sweep chooses from."""
         values = loaded.sweep.model_dump(mode="json")[section]
-        for key, text in strings({section: values}):
+        for key, text in texts({section: values}):
             if not text or "\n" in text or self._stays(text):
                 continue
             if (loaded.folder / text).exists():
+                dotted = ".".join(map(str, key))
                 raise InputError(
-                    f"{loaded.place(section)}: {key}: {text} is on this machine, and searched "
+                    f"{loaded.place(section)}: {dotted}: {text} is on this machine, and searched "
                     "files do not travel; put it where all nodes reach it, and name that: a URI, "
                     "a hub id, or a folder with --on-cluster FOLDER"
                 )

@@ -1,9 +1,7 @@
 """`finray k8s render`: a recipe as a RayJob, with all that it needs beside the namespace."""
 
 import hashlib
-import os
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,10 +21,6 @@ LARGEST_RECIPE = 2**20
 _GPU = "nvidia.com/gpu"
 _RECIPE_FOLDER = "/etc/finray"
 _RETRIES = 3
-_CREDENTIALS = (
-    "leave it out, and put it into the cluster: kubectl create secret generic finray-credentials "
-    "--from-literal=NAME=VALUE"
-)
 
 
 @dataclass(frozen=True)
@@ -41,13 +35,12 @@ class Target:
     """Of a worker's pod, as a Kubernetes quantity; None: the overlay's own."""
 
 
-def render(recipe: Recipe, target: Target, environment: Mapping[str, str] = os.environ) -> str:
+def render(recipe: Recipe, target: Target) -> str:
     """The manifests of a run, as YAML: recipe, RayJob, and the head's disruption budget.
 
     Args:
         recipe: as `load_recipe` gives it.
         target: where it runs.
-        environment: variables whose values must not appear in the manifests.
 
     Raises:
         InputError: the target is not valid, or the recipe holds a secret, names a path of this
@@ -55,7 +48,7 @@ def render(recipe: Recipe, target: Target, environment: Mapping[str, str] = os.e
             too large.
     """
     _check(target)
-    check_no_secret(recipe, _CREDENTIALS, environment)
+    check_no_secret(recipe)
     cluster = ray_cluster(target.overlay)
     shared = check_reachable(recipe, _mount(cluster))
     recipe = _placed(recipe, cluster)
