@@ -40,10 +40,10 @@ def recipe_of(options: argparse.Namespace) -> Recipe:
 
 
 def examine(recipe: Recipe) -> dict[str, Any]:
-    """Everything that can be told of a recipe without running it, as plain values.
+    """Everything that is known of a recipe without running it, as plain values.
 
     Raises:
-        InputError: whatever a run would refuse before it loads a model.
+        InputError: as a run would raise before it loads a model.
     """
     inspection = inspect_data(recipe)
     prepared = open_prepared(Folder(recipe.storage) / PREPARED_FOLDER / fingerprint(recipe))
@@ -84,7 +84,7 @@ def _measured(prepared: Prepared) -> dict[str, Any]:
 
 
 def _estimated(recipe: Recipe, inspection: Inspection) -> dict[str, Any]:
-    """From the first rows of each source; None where there is no tokenizer to count with."""
+    """Estimated from the first rows of each source; None if there is no tokenizer."""
     weights = [source.weight * (1 - recipe.data.holdout) for source in recipe.data.train]
     pairs = list(zip(inspection.train, weights, strict=True))
     counts = [source.tokens for source, _ in pairs]
@@ -98,7 +98,7 @@ def _estimated(recipe: Recipe, inspection: Inspection) -> dict[str, Any]:
 
 
 def _of_the_model(recipe: Recipe, inspection: Inspection) -> dict[str, Any]:
-    """From the model's configuration; None for a hub model that is not on this machine."""
+    """Computed from the model's configuration; None for a hub model that is not on this machine."""
     if inspection.model_folder is None:
         return {"parameters": None, "memory": None}
     from ...training.models.loading import count_parameters, without_weights
@@ -106,5 +106,5 @@ def _of_the_model(recipe: Recipe, inspection: Inspection) -> dict[str, Any]:
 
     model = without_weights(recipe, method_of(recipe).head)
     memory = estimate(recipe, sizes_of(recipe, model))
-    told = {"peak": memory.peak, **asdict(memory), "text": memory_text(memory, recipe)}
-    return {"parameters": count_parameters(model), "memory": told}
+    values = {"peak": memory.peak, **asdict(memory), "text": memory_text(memory, recipe)}
+    return {"parameters": count_parameters(model), "memory": values}

@@ -32,7 +32,7 @@ def prepare(options: argparse.Namespace) -> None:
 
 
 def render_data(summary: dict[str, Any]) -> str:
-    """A prepared data set's figures for people; `summary` as `Manifest.summary` gives it."""
+    """The numbers of a prepared data set as text; `summary` as `Manifest.summary` returns it."""
     dropped = ", ".join(f"{count:,} {reason}" for reason, count in summary["dropped"].items())
     lines = [f"  {'rows read':10}  {figures.count(summary['rows_read'])}"]
     lines.append(f"  {'dropped':10}  {dropped or 'none'}")
@@ -43,7 +43,7 @@ def render_data(summary: dict[str, Any]) -> str:
                 f"  {name:10}  {figures.count(split['sequences'])} sequences of "
                 f"{figures.count(split['documents'])} documents, "
                 f"{figures.count(split['tokens'])} tokens "
-                f"({figures.count(split['trainable_tokens'])} bear loss), "
+                f"({figures.count(split['trainable_tokens'])} trained), "
                 f"{figures.percent(split['fill'])} full"
             )
     return "\n".join(lines)

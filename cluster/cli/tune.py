@@ -33,7 +33,7 @@ from .screens.sweep import render_ending, render_sweep
 if TYPE_CHECKING:
     from ...tuning.conductor import Ending
 
-_LOOK_SECONDS = 1.0
+_UPDATE_SECONDS = 1.0
 
 
 def tune(options: argparse.Namespace) -> None:
@@ -48,7 +48,7 @@ def tune(options: argparse.Namespace) -> None:
 
 
 def run_sweep(path: Path, options: argparse.Namespace) -> None:
-    """Search, or go on with an unfinished sweep."""
+    """Search, or continue an unfinished sweep."""
     loaded = _load(path, options)
     plan = make_plan(loaded)
     inspect_data(plan.recipe)
@@ -62,21 +62,21 @@ def run_sweep(path: Path, options: argparse.Namespace) -> None:
         print("starting Ray", file=sys.stderr)
         address = cluster_address(options.address)
         session = ray_session(_needed_cpus(plan.recipe.scale), address, env, options.verbose)
-        # Ray takes SIGTERM for itself when it starts; a sweep that is told to end saves first.
+        # Ray takes SIGTERM for itself when it starts; a sweep that receives it must save first.
         with session, graceful_interrupts(stop):
             # Ray reads its environment when it is imported, so not before.
             from ...tuning.run import Watcher
             from ...tuning.run import tune as run_to_the_end
 
-            one = _one_worker(plan.recipe)
-            tried = try_running_cluster(one, address, options.wait_for_nodes)
+            trial = _one_worker(plan.recipe)
+            tried = try_running_cluster(trial, address, options.wait_for_nodes)
             prepared.result()
-            record = run_to_the_end(plan, Watcher(_phase, _tell_end), stop, tried.worker_env)
+            record = run_to_the_end(plan, Watcher(_phase, _print_end), stop, tried.worker_env)
     print(json.dumps(record, indent=2) if options.json else render_sweep(record, plan.folder))
 
 
 def show_sweep(name: str, options: argparse.Namespace) -> None:
-    """Print a sweep's table; on a terminal it follows a sweep that runs."""
+    """Print a sweep's table; on a terminal, update it while the sweep runs."""
     path = Path(name)
     if path.is_file():
         sweep = _load(path, options).sweep
@@ -94,7 +94,7 @@ def show_sweep(name: str, options: argparse.Namespace) -> None:
     with Live(console=console, auto_refresh=False) as live:
         while record["status"] == "running":
             live.update(Text(render_sweep(record, folder)), refresh=True)
-            time.sleep(_LOOK_SECONDS)
+            time.sleep(_UPDATE_SECONDS)
             record = _read(folder)
         live.update(Text(render_sweep(record, folder)), refresh=True)
 
@@ -114,7 +114,7 @@ def _read(folder: Folder) -> Record:
 
 
 def _one_worker(recipe: Recipe) -> Recipe:
-    """A trial without Ray Train takes a place on the cluster all the same."""
+    """The recipe with one worker if it has none: a trial takes that much of the cluster."""
     if recipe.scale.most_workers:
         return recipe
     scale = recipe.scale.model_copy(update={"workers": 1})
@@ -122,7 +122,7 @@ def _one_worker(recipe: Recipe) -> Recipe:
 
 
 def _needed_cpus(scale: ScaleSettings) -> int:
-    """Of one trial: its workers, and where Ray Train starts them, the driver and its helpers."""
+    """CPUs of one trial: its workers, and Ray Train's driver and its helpers if it starts them."""
     if scale.most_workers <= 1:
         return scale.cpus_per_worker
     return scale.most_workers * scale.cpus_per_worker + 2
@@ -132,5 +132,5 @@ def _phase(text: str) -> None:
     print(text, file=sys.stderr)
 
 
-def _tell_end(ending: "Ending", record: Record) -> None:
+def _print_end(ending: "Ending", record: Record) -> None:
     print(render_ending(ending, record), file=sys.stderr)

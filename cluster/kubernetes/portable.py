@@ -1,4 +1,4 @@
-"""Whether a recipe can leave this machine: no path that exists only here, and no secret."""
+"""Checks that a recipe can leave this machine: no local path and no secret."""
 
 from ...training.common.errors import InputError
 from ...training.common.secrets import secret_kind, texts
@@ -25,11 +25,14 @@ def check_no_secret(recipe: Recipe) -> None:
 
 
 def check_reachable(recipe: Recipe, mount: str) -> bool:
-    """Refuse paths of this machine; whether the recipe names paths under `mount`.
+    """Refuse paths of this machine.
 
     Args:
         recipe: as `load_recipe` gives it: paths are absolute.
         mount: the folder that all pods share.
+
+    Returns:
+        True if the recipe names paths under `mount`.
 
     Raises:
         InputError: with every key that names a folder or file of this machine.
@@ -54,5 +57,5 @@ def check_reachable(recipe: Recipe, mount: str) -> bool:
 
 
 def _is_path(text: str) -> bool:
-    """Whether a setting is a path: an absolute one, as the recipe's loader makes them."""
+    """True for an absolute path, which the recipe's loader makes of every path."""
     return text.startswith("/") and "\n" not in text and "{" not in text

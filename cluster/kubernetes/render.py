@@ -1,4 +1,4 @@
-"""`finray k8s render`: a recipe as a RayJob, with all that it needs beside the namespace."""
+"""Manifests of a run on Kubernetes: a RayJob and what it needs beside the namespace."""
 
 import hashlib
 import re
@@ -14,7 +14,7 @@ from .overlays import Manifest, ray_cluster
 from .portable import check_no_secret, check_reachable
 
 LONGEST_NAME = 47
-"""KubeRay's limit for a RayJob: it puts its own endings behind the name."""
+"""Characters; KubeRay's limit for a RayJob, whose name it extends."""
 LARGEST_RECIPE = 2**20
 """Bytes; Kubernetes' limit for a ConfigMap."""
 
@@ -51,7 +51,7 @@ def render(recipe: Recipe, target: Target) -> str:
     check_no_secret(recipe)
     cluster = ray_cluster(target.overlay)
     shared = check_reachable(recipe, _mount(cluster))
-    recipe = _placed(recipe, cluster)
+    recipe = _with_overlay_gpus(recipe, cluster)
     name = object_name(recipe.name)
     _fit_cluster(cluster, recipe.scale, target)
     _name_pods(cluster, name)
@@ -100,8 +100,8 @@ def _check(target: Target) -> None:
         raise InputError(f"--memory {target.memory}: expected a quantity such as 64Gi")
 
 
-def _placed(recipe: Recipe, cluster: Manifest) -> Recipe:
-    """The recipe with what `auto` means on this overlay, before any node has come up."""
+def _with_overlay_gpus(recipe: Recipe, cluster: Manifest) -> Recipe:
+    """The recipe with `gpus_per_worker` as a number, which `auto` means on this overlay."""
     scale = recipe.scale
     overlay_gpus = _GPU in _container(_worker_group(cluster))["resources"]["limits"]
     if scale.most_workers == 0:
@@ -124,7 +124,7 @@ def _placed(recipe: Recipe, cluster: Manifest) -> Recipe:
 
 
 def _fit_cluster(cluster: Manifest, scale: ScaleSettings, target: Target) -> None:
-    """A pod for each training worker, with a CPU more for the tasks that feed it."""
+    """Give each training worker a pod, with one more CPU for the tasks that feed it."""
     group = _worker_group(cluster)
     group.update(
         replicas=scale.most_workers,
@@ -150,7 +150,7 @@ def _name_pods(cluster: Manifest, name: str) -> None:
 
 
 def _mount_recipe(cluster: Manifest, name: str) -> None:
-    """The driver runs on the head, and alone reads it."""
+    """Mount the recipe on the head, where the driver runs."""
     head = cluster["spec"]["headGroupSpec"]
     head["template"]["spec"]["volumes"].append({"name": "recipe", "configMap": {"name": name}})
     _container(head)["volumeMounts"].append(
@@ -159,7 +159,7 @@ def _mount_recipe(cluster: Manifest, name: str) -> None:
 
 
 def _leave_out_claim(cluster: Manifest) -> None:
-    """A run that keeps everything in an object store needs no volume, only a place to write."""
+    """Replace the shared volume by a local one, for a run that uses an object store alone."""
     for group in _groups(cluster):
         for volume in group["template"]["spec"]["volumes"]:
             if volume.pop("persistentVolumeClaim", None):
@@ -171,14 +171,14 @@ def _config_map(metadata: Manifest, recipe: Recipe) -> Manifest:
     size = len(text.encode())
     if size > LARGEST_RECIPE:
         raise InputError(
-            f"the recipe is {size:,} bytes with all that travels in it, and a ConfigMap holds "
+            f"the recipe is {size:,} bytes with the files in it, and a ConfigMap holds "
             f"{LARGEST_RECIPE:,}; put its large parts at s3://…, gs://… or into the image"
         )
     return {
         "apiVersion": "v1",
         "kind": "ConfigMap",
         "metadata": metadata,
-        # A retry of the run must not find another recipe.
+        # A retry of the run must read the same recipe.
         "immutable": True,
         "data": {"recipe.yaml": text},
     }
@@ -202,7 +202,7 @@ def _ray_job(metadata: Manifest, run: str, cluster: Manifest) -> Manifest:
     spec = cluster["spec"]
     head = spec["headGroupSpec"]["template"]["spec"]
     head["restartPolicy"] = "Never"
-    # A queue holds the job back, not the cluster that the job then makes.
+    # A queue suspends the job, not the cluster that the job starts later.
     suspend = {"suspend": True} if spec.pop("suspend", False) else {}
     return {
         "apiVersion": cluster["apiVersion"],
@@ -212,7 +212,7 @@ def _ray_job(metadata: Manifest, run: str, cluster: Manifest) -> Manifest:
             **suspend,
             "entrypoint": f"finray train {_RECIPE_FOLDER}/recipe.yaml --address auto",
             "jobId": run,
-            # A submitter in a pod of its own can hang when the head dies.
+            # A submitter in its own pod can hang when the head dies.
             "submissionMode": "SidecarMode",
             # Each retry is a new cluster; the run's name and storage stay, so that it resumes.
             "backoffLimit": _RETRIES,
@@ -245,7 +245,7 @@ def _container(group: Manifest) -> Manifest:
 
 
 class _Dumper(yaml.SafeDumper):
-    """Texts of several lines stay readable, and nothing is written as an alias."""
+    """Writes texts of several lines readably, and no aliases."""
 
     def ignore_aliases(self, _: Any) -> bool:
         return True

@@ -6,7 +6,7 @@ from ....training.common import formatting as figures
 
 
 def render(outlook: dict[str, Any]) -> str:
-    """The outlook for people."""
+    """What `examine` returned, as text."""
     data, parameters = outlook["data"], outlook["parameters"]
     about = "" if data["is_exact"] else "about "
     rows = [("run", f"{outlook['name']}, {outlook['method']} of {outlook['base']}")]
@@ -47,4 +47,4 @@ def render(outlook: dict[str, Any]) -> str:
     where = f"{count} workers" if workers else "this process"
     rows += [("trains in", where), ("results in", outlook["folder"])]
     rows += [(line["name"], line["text"]) for line in outlook.get("cluster", ())]
-    return "\n".join(["the recipe is good", *(f"  {name:10}  {text}" for name, text in rows)])
+    return "\n".join(["recipe OK", *(f"  {name:10}  {text}" for name, text in rows)])

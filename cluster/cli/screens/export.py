@@ -1,4 +1,4 @@
-"""What `finray export` shows: a bar while weights are written, and what was written where."""
+"""The progress bar of `finray export`, and its result."""
 
 import json
 from collections.abc import Callable, Iterator
@@ -19,7 +19,7 @@ KINDS = {
 
 @contextmanager
 def export_progress(console: Console | None = None) -> Iterator[Callable[[int, int], None]]:
-    """A bar of bytes on a terminal's stderr while the block runs; nothing elsewhere."""
+    """A bar of bytes while the block runs, if stderr is a terminal."""
     console = console or Console(stderr=True)
     columns = (TextColumn("merging"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
@@ -32,7 +32,7 @@ def export_progress(console: Console | None = None) -> Iterator[Callable[[int, i
 
 
 def render_exported(exported: Exported, as_json: bool) -> str:
-    """What lies where, and how it is loaded."""
+    """The exported files, and how to load them."""
     result = exported.result
     if as_json:
         values = {

@@ -51,33 +51,33 @@ def test_a_token_is_made_once_and_closed_to_others(home: Path) -> None:
 
 
 def test_joining_without_a_token_tells_where_to_get_it() -> None:
-    with pytest.raises(InputError, match=r"head:6379 wants a token(.|\n)*scp"):
-        auth.enter_cluster("head:6379")
+    with pytest.raises(InputError, match=r"head:6379 requires a token(.|\n)*scp"):
+        auth.join_with_token("head:6379")
     auth.ensure_token()
-    auth.enter_cluster("head:6379")
+    auth.join_with_token("head:6379")
 
 
 def test_a_dashboard_decides_whether_a_token_is_needed(dashboard: tuple[str, int]) -> None:
     address, status = dashboard
     if status == 200:
-        assert auth.enter_dashboard(address) == "open"
+        assert auth.authenticate(address) == "open"
         return
-    with pytest.raises(InputError, match="wants a token"):
-        auth.enter_dashboard(address)
+    with pytest.raises(InputError, match="requires a token"):
+        auth.authenticate(address)
     auth.ensure_token()
-    assert auth.enter_dashboard(address) == "token"
+    assert auth.authenticate(address) == "token"
 
 
 def test_an_open_dashboard_elsewhere_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(auth, "knock", lambda _: "open")
+    monkeypatch.setattr(auth, "probe", lambda _: "open")
     with pytest.raises(InputError, match="answers without a token"):
-        auth.enter_dashboard("http://10.1.2.3:8265")
+        auth.authenticate("http://10.1.2.3:8265")
 
 
 @pytest.mark.parametrize("address", ["head:8265", "http://127.0.0.1:9"])
 def test_no_dashboard(address: str) -> None:
     with pytest.raises(InputError, match="8265"):
-        auth.enter_dashboard(address)
+        auth.authenticate(address)
 
 
 @pytest.mark.parametrize(
