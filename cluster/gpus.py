@@ -33,9 +33,9 @@ class Verdict:
     """Whether a run fits into a GPU's memory."""
 
     fits: bool
-    """True if it fits as it is, or with the changes that `text` suggests."""
+    """True if it fits, as it is or with a smaller microbatch or gradient checkpointing."""
     is_tight: bool
-    """True if the recipe must change before it fits."""
+    """True if the recipe must change before it fits; `text` names the changes."""
     text: str
 
 

@@ -97,7 +97,7 @@ def test_a_run_is_submitted_once_and_fetched(cluster: Cluster) -> None:
     assert "6/6" in log and "once finished" in log
     assert cluster.status("once")["status"] == "SUCCEEDED"
 
-    assert "brings its results" in cluster.job("submit", recipe)
+    assert "gets its results" in cluster.job("submit", recipe)
     listed = cluster.job("list", "--json")
     assert [job["id"] for job in json.loads(listed)] == ["once"]
 

@@ -190,7 +190,7 @@ def test_memory_and_namespace_are_taken() -> None:
 
 
 @pytest.mark.parametrize(
-    ("overlay", "changes", "told"),
+    ("overlay", "changes", "error"),
     [
         ("cpu", {"scale": {"workers": 0}}, "--set scale.workers=1"),
         ("cpu", {"scale": {"workers": 1, "gpus_per_worker": 1}}, "choose --overlay gpu"),
@@ -203,8 +203,10 @@ def test_memory_and_namespace_are_taken() -> None:
         ("cpu", {"model": {"base": "/models/x"}}, "model.base: /models/x"),
     ],
 )
-def test_what_cannot_run_there_is_refused(overlay: str, changes: dict[str, Any], told: str) -> None:
-    with pytest.raises(InputError, match=re.escape(told)):
+def test_what_cannot_run_there_is_refused(
+    overlay: str, changes: dict[str, Any], error: str
+) -> None:
+    with pytest.raises(InputError, match=re.escape(error)):
         render(recipe(**changes), Target(overlay, "finray"))
 
 
