@@ -17,11 +17,11 @@ _QUERY = ("--query-gpu=name,memory.total", "--format=csv,noheader,nounits")
 
 @dataclass(frozen=True)
 class Gpu:
-    """One of a machine's."""
+    """A GPU of a machine."""
 
     name: str
     bytes: int
-    """Its memory."""
+    """Size of its memory."""
 
     def __str__(self) -> str:
         return f"{self.name}, {amount(self.bytes)}"
@@ -29,12 +29,12 @@ class Gpu:
 
 @dataclass(frozen=True)
 class Verdict:
-    """Whether a run fits."""
+    """Whether a run fits into a GPU's memory."""
 
     fits: bool
-    """At a smaller microbatch at least."""
+    """True if it fits, as it is or with a smaller microbatch or gradient checkpointing."""
     is_tight: bool
-    """Something has to change: `text` says what."""
+    """True if the recipe must change before it fits; `text` names the changes."""
     text: str
 
 
@@ -56,14 +56,14 @@ def gpus_here() -> tuple[Gpu, ...]:
 
 
 def usable_gpus() -> int:
-    """How many GPUs of this machine its processes may use."""
-    there = len(gpus_here())
+    """Number of this machine's GPUs that its processes may use."""
+    count = len(gpus_here())
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is None:
-        return there
+        return count
     names = [name.strip() for name in visible.split(",")]
     slices = sum(name.startswith("MIG") for name in names)
-    return slices or min(there, sum(name not in ("", "-1") for name in names))
+    return slices or min(count, sum(name not in ("", "-1") for name in names))
 
 
 def memory_text(memory: "Memory", recipe: Recipe) -> str:
@@ -80,39 +80,39 @@ def judge(recipe: Recipe, sizes: "Sizes", gpus: Sequence[Gpu], share: float = 1.
     """Compare a run with the smallest GPU that a worker may get.
 
     Args:
-        recipe: the run's.
-        sizes: of its model.
+        recipe: the run's recipe.
+        sizes: sizes of its model.
         gpus: at least one.
-        share: of a GPU that a worker has, where several share one.
+        share: part of a GPU that a worker may use, if several share one.
     """
     from ..training.models.memory_estimate import estimate
 
-    recipe = _as_it_will_be(recipe, sizes, min(gpu.bytes for gpu in gpus))
+    recipe = _with_chosen_strategy(recipe, sizes, min(gpu.bytes for gpu in gpus))
     smallest = min(gpus, key=lambda gpu: gpu.bytes)
     room = round(smallest.bytes * min(share, 1.0))
     memory = estimate(recipe, sizes)
-    told = f"{memory_text(memory, recipe)}; there is {amount(room)} ({smallest.name})"
+    summary = f"{memory_text(memory, recipe)}; there is {amount(room)} ({smallest.name})"
     if memory.peak <= room:
-        return Verdict(True, False, told)
+        return Verdict(True, False, summary)
 
     def fits(changed: Recipe) -> bool:
         return estimate(changed, sizes).peak <= room
 
-    cures = [text for text, changed in _smaller(recipe) if fits(changed)]
-    if cures:
-        text = f"{told}: too much at once. It would fit with {', or with '.join(cures)}"
+    remedies = [text for text, changed in _smaller(recipe) if fits(changed)]
+    if remedies:
+        text = f"{summary}: too much at once. It would fit with {', or with '.join(remedies)}"
         return Verdict(True, True, text)
     least = _with(recipe, batch=1, gradient_checkpointing=True)
-    cures = [text for text, changed in _other(least) if fits(changed)]
+    remedies = [text for text, changed in _other(least) if fits(changed)]
     most = amount(estimate(least, sizes).peak)
-    lines = [f"{told}; at microbatch 1 with gradient checkpointing it still needs {most}"]
-    if cures:
-        lines.append(f"With these it would fit too: {', or '.join(cures)}")
+    lines = [f"{summary}; at microbatch 1 with gradient checkpointing it still needs {most}"]
+    if remedies:
+        lines.append(f"With these it would fit too: {', or '.join(remedies)}")
     return Verdict(False, True, ". ".join(lines))
 
 
-def _as_it_will_be(recipe: Recipe, sizes: "Sizes", room: int) -> Recipe:
-    """With the strategy that auto comes to; see `choose_strategy`."""
+def _with_chosen_strategy(recipe: Recipe, sizes: "Sizes", room: int) -> Recipe:
+    """The recipe with the strategy that `auto` results in; see `choose_strategy`."""
     from ..training.models.memory_estimate import estimate
     from ..training.models.sharding import USABLE
 
@@ -122,7 +122,7 @@ def _as_it_will_be(recipe: Recipe, sizes: "Sizes", room: int) -> Recipe:
 
 
 def _sharded(recipe: Recipe) -> Recipe:
-    """With its weights in shards, where that can be; they are no less on one worker."""
+    """The recipe with sharded weights, if it can be sharded over at least two workers."""
     if recipe.scale.least_workers < 2 or recipe.why_not_shardable is not None:
         return recipe
     scale = recipe.scale.model_copy(update={"strategy": "fsdp"})
@@ -130,7 +130,7 @@ def _sharded(recipe: Recipe) -> Recipe:
 
 
 def _smaller(recipe: Recipe) -> Iterator[tuple[str, Recipe]]:
-    """The same training in smaller parts: the largest of each kind that could fit comes first."""
+    """(settings, recipe) that train the same in smaller parts, the largest parts first."""
     rows = recipe.optim.micro_batch_size
     if not recipe.model.gradient_checkpointing:
         yield (
@@ -147,7 +147,7 @@ def _smaller(recipe: Recipe) -> Iterator[tuple[str, Recipe]]:
 
 
 def _other(recipe: Recipe) -> Iterator[tuple[str, Recipe]]:
-    """Another training that takes less."""
+    """(settings, recipe) that train differently and need less memory."""
     adapter = recipe.adapter
     plain = adapter is None or adapter.init in ("default", "gaussian")
     if recipe.trains_adapter and plain and recipe.model.quantize != "nf4":

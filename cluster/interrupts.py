@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM: once saves and leaves, twice leaves at once."""
+"""Ctrl-C and SIGTERM: the first saves a checkpoint and exits, the second exits immediately."""
 
 import signal
 import sys
@@ -8,19 +8,24 @@ from types import FrameType
 
 from ..training.common.background import Stop
 
+_MESSAGE = "\nSaving a checkpoint, then exiting. Press Ctrl-C again to exit immediately."
+
 
 @contextmanager
 def graceful_interrupts(stop: Stop) -> Iterator[None]:
-    """Inside, a first signal requests a stop where one is answered (`stop.armed`).
+    """Inside the context, a first signal requests `stop` if that is armed.
 
-    A signal before that, or a second one, raises KeyboardInterrupt.
+    A signal before that, and a second one, raise KeyboardInterrupt.
     """
 
     def handle(_: int, __: FrameType | None) -> None:
         if not stop.armed or stop.requested.is_set():
             raise KeyboardInterrupt
         stop.requested.set()
-        print("\nsaving, then leaving; again to leave at once", file=sys.stderr)
+        print(
+            "\nSaving a checkpoint, then exiting. Press Ctrl-C again to exit immediately.",
+            file=sys.stderr,
+        )
 
     before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
     try:

@@ -1,21 +1,17 @@
-"""What a run needs of every node, tried before a worker is started.
+"""Checks of a machine or cluster for one recipe, before a worker is started.
 
-A small task on each node tells its versions, reads the model, tries bfloat16 and writes a file
-into the storage; a second one reads what all the others wrote.
+A small task on each node reports its versions, reads the model's folder, tries bfloat16 and
+writes a file to the storage; a second one looks for the files of all other nodes.
 """
 
 import sys
 import time
-import uuid
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
-from ..training.common.errors import InputError, RunError, last_line
+from ..training.common.errors import InputError, last_line
 from ..training.common.secrets import redact
-from ..training.common.storage import Folder
 from ..training.common.versions import installed_versions
 from ..training.config.model_folder import has_vocabulary, model_folder
 from ..training.config.models import ModelSettings
@@ -31,96 +27,84 @@ from ..training.launch.resources import (
 )
 from ..training.models.dtypes import probe_bfloat16
 from .gpus import Gpu, gpus_here, judge
+from .nodes.probes import DRIVER, Line, node_names, on_every_node, render_lines, try_storage
 
-PROBE_SECONDS = 60.0
-"""A node that does not answer within it is told."""
 _POLL_SECONDS = 2.0
-_DRIVER = "driver"
-
-
-@dataclass(frozen=True)
-class Line:
-    """One thing that was tried."""
-
-    name: str
-    is_good: bool
-    text: str
-    warns: bool = False
-    """It will run, but something should be changed."""
 
 
 @dataclass(frozen=True)
 class Preflight:
-    """What was tried, and what the workers need."""
+    """The checks, and what the workers need."""
 
     lines: tuple[Line, ...]
     worker_env: dict[str, str]
 
-    def demand_good(self) -> None:
-        """Raise an InputError with the whole table, where something failed."""
+    def require_success(self) -> None:
+        """Print warnings.
+
+        Raises:
+            InputError: a check failed; the message is the whole table.
+        """
         if not all(line.is_good for line in self.lines):
             raise InputError(f"this recipe cannot run here:\n{render_lines(self.lines)}")
-
-
-def render_lines(lines: Sequence[Line]) -> str:
-    """What was tried, as a table for people."""
-    return "\n".join(f"  {line.name:10}  {_mark(line):5}  {line.text}" for line in lines)
-
-
-def _mark(line: Line) -> str:
-    return "WARNS" if line.warns else "good" if line.is_good else "FAILS"
+        for line in self.lines:
+            if line.warns:
+                print(f"{line.name}: {line.text}", file=sys.stderr)
 
 
 @dataclass(frozen=True)
-class _Answer:
-    """What one node told of itself."""
+class _NodeReport:
+    """What a node reports."""
 
     versions: dict[str, str]
     model: str | None
-    """Why it cannot be read."""
+    """Why the model cannot be read there; None if it can."""
     env: dict[str, str]
     gpus: tuple[Gpu, ...]
 
 
 def preflight(
-    recipe: Recipe, wait_seconds: float = 0.0, tell: Callable[[str], None] = lambda _: None
+    recipe: Recipe, wait_seconds: float = 0.0, notify: Callable[[str], None] = lambda _: None
 ) -> Preflight:
-    """Try the initialised cluster, which was there before, for a run.
+    """Check an initialised cluster that this command did not start.
 
     Args:
         recipe: the recipe, its paths absolute.
-        wait_seconds: how long to wait for nodes that an autoscaler brings.
-        tell: called with what is waited for.
+        wait_seconds: time to wait for an autoscaler to add missing nodes.
+        notify: called with a line about what it waits for.
     """
-    fit = _fit(recipe, wait_seconds, tell)
+    fit = _fit(recipe, wait_seconds, notify)
     if not fit.is_good:
         return Preflight((fit,), {})
-    answers = _ask_all(recipe)
+    reports = _collect(recipe)
     lines: tuple[Line, ...] = (
         fit,
-        _versions_line(answers),
-        _model_line(recipe, answers),
+        _versions_line(reports),
+        _model_line(recipe, reports),
         try_storage(recipe.storage),
-        *memory_lines(recipe, _gpus_of(answers)),
+        *memory_lines(recipe, _gpus_of(reports)),
     )
     env: dict[str, str] = {}
-    for answer in answers.values():
-        env.update(answer.env)
+    for report in reports.values():
+        env.update(report.env)
     if recipe.model.dtype == "bfloat16":
-        cure = " ".join(f"{name}={value}" for name, value in env.items())
-        text = f"set for the workers: {cure}" if cure else "works on every node"
+        variables = " ".join(f"{name}={value}" for name, value in env.items())
+        text = f"set for the workers: {variables}" if variables else "works on every node"
         lines = (*lines, Line("bfloat16", True, text))
     return Preflight(lines, env)
 
 
-def _gpus_of(answers: dict[str, _Answer]) -> list[Gpu]:
-    """Those of the nodes; the driver may be another machine."""
-    return [gpu for id, answer in answers.items() if id != _DRIVER for gpu in answer.gpus]
+def _gpus_of(reports: dict[str, _NodeReport]) -> list[Gpu]:
+    """GPUs of the nodes, without the driver's, which may be another machine."""
+    return [gpu for id, report in reports.items() if id != DRIVER for gpu in report.gpus]
 
 
 def memory_lines(recipe: Recipe, gpus: Sequence[Gpu]) -> tuple[Line, ...]:
-    """Whether a worker's memory fits these GPUs; nothing where there are none to be used, or where
-    the model's configuration is not on this machine."""
+    """Check whether a worker fits into the memory of these GPUs.
+
+    Returns:
+        No line if the run uses no GPU, or the model's configuration is not on this machine.
+    """
     share = recipe.scale.gpus_per_worker
     if not gpus or share == 0 or model_folder(recipe.model, only_cached=True) is None:
         return ()
@@ -132,144 +116,72 @@ def memory_lines(recipe: Recipe, gpus: Sequence[Gpu]) -> tuple[Line, ...]:
 
 
 def try_machine(recipe: Recipe) -> Preflight:
-    """What is to be tried where a run stays on this machine: its GPUs' memory. What should be
-    changed is printed.
+    """Check this machine for a run that stays on it, and print warnings.
 
     Raises:
-        InputError: something failed; the message is the whole table.
+        InputError: a check failed; the message is the whole table.
     """
-    return _demand_good(Preflight(memory_lines(recipe, gpus_here()), {}))
+    result = Preflight(memory_lines(recipe, gpus_here()), {})
+    result.require_success()
+    return result
 
 
 def try_running_cluster(recipe: Recipe, address: str | None, wait_seconds: float) -> Preflight:
-    """`preflight` of the initialised Ray, where it was there before; one that was started here for
-    a command is as `try_machine` says. What should be changed is printed.
+    """Check the initialised Ray for a run, and print warnings.
+
+    A cluster that was started for this command is checked like a machine, by `try_machine`.
 
     Raises:
-        InputError: something failed; the message is the whole table.
+        InputError: a check failed; the message is the whole table.
     """
     if address in (None, "local"):
         return try_machine(recipe)
-    print("trying the cluster", file=sys.stderr)
-    tell = partial(print, file=sys.stderr, flush=True)
-    return _demand_good(preflight(recipe, wait_seconds, tell))
+    print("checking the cluster", file=sys.stderr)
+    result = preflight(recipe, wait_seconds, partial(print, file=sys.stderr, flush=True))
+    result.require_success()
+    return result
 
 
-def _demand_good(tried: Preflight) -> Preflight:
-    tried.demand_good()
-    for line in tried.lines:
-        if line.warns:
-            print(f"{line.name}: {line.text}", file=sys.stderr)
-    return tried
-
-
-def _fit(recipe: Recipe, wait_seconds: float, tell: Callable[[str], None]) -> Line:
+def _fit(recipe: Recipe, wait_seconds: float, notify: Callable[[str], None]) -> Line:
     deadline = time.monotonic() + wait_seconds
-    asked = False
+    has_requested = False
     while True:
         nodes = cluster_nodes()
-        wanted = worker_request(recipe.scale, nodes)
+        requested = worker_request(recipe.scale, nodes)
         try:
-            check_fits(wanted, nodes)
+            check_fits(requested, nodes)
         except InputError as error:
             if time.monotonic() >= deadline:
                 waited = f" (after waiting {wait_seconds:g} s)" if wait_seconds else ""
                 return Line("fits", False, f"{error}{waited}")
-            if not asked:
-                asked = True
-                request_from_autoscaler(wanted)
-                tell(f"waiting up to {wait_seconds:g} s for nodes: {error}")
+            if not has_requested:
+                has_requested = True
+                request_from_autoscaler(requested)
+                notify(f"waiting up to {wait_seconds:g} s for nodes: {error}")
             time.sleep(min(_POLL_SECONDS, wait_seconds))
             continue
-        return Line("fits", True, f"{wanted}; {_busy(wanted, nodes)}")
+        return Line("fits", True, f"{requested}; {_capacity(requested, nodes)}")
 
 
-def _busy(wanted: WorkerRequest, nodes: Sequence[Resources]) -> str:
+def _capacity(requested: WorkerRequest, nodes: Sequence[Resources]) -> str:
     import ray
 
-    most = fitting_workers(wanted, nodes)
+    most = fitting_workers(requested, nodes)
     free = ray.available_resources()
     cpus, gpus = free.get("CPU", 0.0), free.get("GPU", 0.0)
-    return f"{most} would; now free: {cpus:g} CPUs, {gpus:g} GPUs"
+    return f"{most} would fit; free now: {cpus:g} CPUs, {gpus:g} GPUs"
 
 
-def _ask_all(recipe: Recipe) -> dict[str, _Answer]:
-    """What the driver and every node tell."""
+def _collect(recipe: Recipe) -> dict[str, _NodeReport]:
+    """Reports of the driver and of every node, by name."""
     names = node_names()
-    answers = on_every_node(_look, names, lambda id: (recipe.model,))
-    return {_DRIVER: _look(recipe.model), **{names[id]: answers[id] for id in names}}
+    reports = on_every_node(_inspect_node, names, lambda id: (recipe.model,))
+    return {DRIVER: _inspect_node(recipe.model), **{names[id]: reports[id] for id in names}}
 
 
-def node_names() -> dict[str, str]:
-    """Each living node's id, and what messages call it."""
-    import ray
-
-    alive = (node for node in ray.nodes() if node["Alive"])
-    return {node["NodeID"]: f"{node['NodeName']} ({node['NodeID'][:6]})" for node in alive}
-
-
-def try_storage(storage: str) -> Line:
-    """Whether the driver and all nodes write into the storage, and read what the others wrote."""
-    names = node_names()
-    probe = Folder(storage) / f".probe-{uuid.uuid4().hex[:12]}"
-    try:
-        faults = {_DRIVER: _write(probe, _DRIVER)}
-        faults.update(on_every_node(_write, names, lambda id: (probe, id)))
-        seen = {_DRIVER: _see(probe), **on_every_node(_see, names, lambda id: (probe,))}
-    finally:
-        with suppress(OSError, InputError):  # the line tells of a storage that is out of reach
-            probe.delete()
-    names[_DRIVER] = _DRIVER
-    told = [f"{names[id]}: {fault}" for id, fault in faults.items() if fault]
-    told += [
-        f"{names[id]} does not see what {names[other]} wrote"
-        for id, found in seen.items()
-        for other in names
-        if not told and other not in found
-    ]
-    if not told:
-        return Line("storage", True, f"{storage}: written by every node, read by all")
-    cure = "give a folder that all nodes share, s3:// or gs://"
-    return Line("storage", False, f"{storage}: {'; '.join(told)}; {cure}")
-
-
-def on_every_node(
-    task: Callable[..., Any], nodes: dict[str, str], arguments: Callable[[str], tuple[Any, ...]]
-) -> dict[str, Any]:
-    """Run a task once on each node, without taking a CPU; results by node id.
-
-    Raises:
-        RunError: a node does not answer, or the task fails there.
-    """
-    import ray
-    import ray.exceptions
-    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
-
-    remote = ray.remote(num_cpus=0, max_retries=1)(task)
-    references = {
-        id: remote.options(
-            scheduling_strategy=NodeAffinitySchedulingStrategy(id, soft=False)
-        ).remote(*arguments(id))
-        for id in nodes
-    }
-    results = {}
-    deadline = time.monotonic() + PROBE_SECONDS
-    for id, reference in references.items():
-        try:
-            results[id] = ray.get(reference, timeout=max(0.1, deadline - time.monotonic()))
-        except ray.exceptions.GetTimeoutError:
-            raise RunError(f"node {nodes[id]} does not answer within {PROBE_SECONDS:g} s") from None
-        except ray.exceptions.RayError as error:
-            raise RunError(
-                f"node {nodes[id]} cannot run a task: {last_line(error)}; where finray is not "
-                "installed on the nodes, finray job submit brings it along"
-            ) from None
-    return results
-
-
-def _look(model: ModelSettings) -> _Answer:
-    """Runs on a node: what it has."""
-    return _Answer(
+def _inspect_node(model: ModelSettings) -> _NodeReport:
+    """Runs on a node: collect versions, GPUs and whether the model can be read."""
+    return _NodeReport(
         versions=installed_versions(),
         model=_unreadable(model),
         env=probe_bfloat16() if model.dtype == "bfloat16" else {},
@@ -277,25 +189,8 @@ def _look(model: ModelSettings) -> _Answer:
     )
 
 
-def _write(probe: Folder, name: str) -> str | None:
-    """Runs on a node: leave a file; returns why that failed."""
-    try:
-        probe.create().write(name, b"")
-    except (OSError, InputError) as error:
-        return redact(last_line(error))
-    return None
-
-
-def _see(probe: Folder) -> list[str]:
-    """Runs on a node: the files that it sees."""
-    try:
-        return probe.names()
-    except OSError:
-        return []
-
-
 def _unreadable(model: ModelSettings) -> str | None:
-    """Why the model cannot be read here; a hub model is fetched when it is not here yet."""
+    """Why the model cannot be read here; None for a hub model that is not downloaded yet."""
     try:
         folder = model_folder(model, only_cached=True)
         if folder is not None and not (folder / "config.json").is_file():
@@ -307,18 +202,18 @@ def _unreadable(model: ModelSettings) -> str | None:
     return None
 
 
-def _versions_line(answers: dict[str, _Answer]) -> Line:
-    ours = answers[_DRIVER].versions
+def _versions_line(reports: dict[str, _NodeReport]) -> Line:
+    ours = reports[DRIVER].versions
     faults = [
-        f"{node} has {name} {answer.versions[name]}, the driver {ours[name]}"
-        for node, answer in answers.items()
+        f"{node} has {name} {report.versions[name]}, the driver {ours[name]}"
+        for node, report in reports.items()
         for name in ours
-        if answer.versions[name] != ours[name]
+        if report.versions[name] != ours[name]
     ]
     same = ", ".join(f"{name} {ours[name]}" for name in ours)
     return Line("versions", not faults, "; ".join(faults) or f"{same} on every node")
 
 
-def _model_line(recipe: Recipe, answers: dict[str, _Answer]) -> Line:
-    faults = [f"{node}: {answer.model}" for node, answer in answers.items() if answer.model]
+def _model_line(recipe: Recipe, reports: dict[str, _NodeReport]) -> Line:
+    faults = [f"{node}: {report.model}" for node, report in reports.items() if report.model]
     return Line("model", not faults, "; ".join(faults) or f"{recipe.model.base} on every node")

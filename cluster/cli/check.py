@@ -1,26 +1,51 @@
-"""`finray check`: what a run would read, hold and do, told before any of it happens."""
+"""`finray check`: what a run would read, hold and do, without starting it."""
 
+import argparse
+import json
 from dataclasses import asdict
 from typing import Any
 
-from ...training.common import formatting as figures
 from ...training.common.storage import Folder
-from ...training.config.recipe import Recipe
+from ...training.config.recipe import Recipe, load_recipe
 from ...training.data.fingerprint import fingerprint
 from ...training.data.inspection import SourceInspection
 from ...training.data.prepared import Prepared, open_prepared
 from ...training.inspection import Inspection, inspect_recipe
 from ...training.records.run_folder import PREPARED_FOLDER
+from ..environment import worker_environment
 from ..gpus import memory_text
+from ..launcher import open_ray
+from ..preflight import try_running_cluster
+from .screens.check import render
+from .screens.progress import ProgressWatcher
 
 _TYPICAL_FILL = 0.98
+"""Share of a packed sequence that holds tokens."""
+
+
+def check(options: argparse.Namespace) -> None:
+    """Validate a recipe and its data, and print what a run would do."""
+    recipe = recipe_of(options)
+    outlook = examine(recipe)
+    if options.address and recipe.scale.most_workers:
+        address, env = options.address, worker_environment(recipe)
+        with ProgressWatcher() as watcher, open_ray(recipe, watcher, address, env, options.verbose):
+            lines = try_running_cluster(recipe, address, options.wait_for_nodes).lines
+        outlook["cluster"] = [asdict(line) for line in lines]
+    print(json.dumps(outlook, indent=2) if options.json else render(outlook))
+
+
+def recipe_of(options: argparse.Namespace) -> Recipe:
+    """The recipe that the arguments of `check`, `prepare` or `train` name."""
+    local = ("scale.workers=0", "scale.strategy=auto") if options.local else ()
+    return load_recipe(options.recipe, (*options.overrides, *local))
 
 
 def examine(recipe: Recipe) -> dict[str, Any]:
-    """Everything that can be told of a recipe without running it, as plain values.
+    """Everything that is known of a recipe without running it, as plain values.
 
     Raises:
-        InputError: whatever a run would refuse before it loads a model.
+        InputError: as a run would raise before it loads a model.
     """
     inspection = inspect_recipe(recipe)
     prepared = open_prepared(Folder(recipe.storage) / PREPARED_FOLDER / fingerprint(recipe))
@@ -43,69 +68,6 @@ def examine(recipe: Recipe) -> dict[str, Any]:
     }
 
 
-def render(outlook: dict[str, Any]) -> str:
-    """The outlook for people."""
-    data, parameters = outlook["data"], outlook["parameters"]
-    about = "" if data["is_exact"] else "about "
-    rows = [("run", f"{outlook['name']}, {outlook['method']} of {outlook['base']}")]
-    for source in outlook["sources"]:
-        words = "" if source["is_exact"] else "about "
-        rows.append(
-            (
-                source["split"],
-                f"{source['path']}: {words}{figures.count(source['rows'])} rows of "
-                f"{source['format']}, {source['files']} file{'s'[: source['files'] != 1]}",
-            )
-        )
-    if data["tokens"] is not None:
-        rows.append(
-            (
-                "tokens",
-                f"{about}{figures.count(data['tokens'])} in "
-                f"{figures.count(data['sequences'])} sequences"
-                + ("" if data["is_exact"] else " (exact once prepared: finray prepare)"),
-            )
-        )
-    if outlook["steps"] is not None:
-        steps = f"{about}{figures.count(outlook['steps'])}"
-        rows.append(("steps", f"{steps} of {outlook['batch_size']} sequences"))
-    if parameters is not None:
-        share = parameters["trainable"] / parameters["total"]
-        rows.append(
-            (
-                "parameters",
-                f"{figures.count(parameters['trainable'])} trained of "
-                f"{figures.count(parameters['total'])} ({figures.percent(share)})",
-            )
-        )
-    if outlook["memory"] is not None:
-        rows.append(("memory", outlook["memory"]["text"]))
-    workers = outlook["workers"]
-    count = " to ".join(map(str, workers)) if isinstance(workers, tuple) else workers
-    where = f"{count} workers" if workers else "this process"
-    rows += [("trains in", where), ("results in", outlook["folder"])]
-    rows += [(line["name"], line["text"]) for line in outlook.get("cluster", ())]
-    return "\n".join(["the recipe is good", *(f"  {name:10}  {text}" for name, text in rows)])
-
-
-def render_data(summary: dict[str, Any]) -> str:
-    """A prepared data set's figures for people; `summary` as `Manifest.summary` gives it."""
-    dropped = ", ".join(f"{count:,} {reason}" for reason, count in summary["dropped"].items())
-    lines = [f"  {'rows read':10}  {figures.count(summary['rows_read'])}"]
-    lines.append(f"  {'dropped':10}  {dropped or 'none'}")
-    for name in ("train", "eval"):
-        split = summary[name]
-        if split is not None:
-            lines.append(
-                f"  {name:10}  {figures.count(split['sequences'])} sequences of "
-                f"{figures.count(split['documents'])} documents, "
-                f"{figures.count(split['tokens'])} tokens "
-                f"({figures.count(split['trainable_tokens'])} bear loss), "
-                f"{figures.percent(split['fill'])} full"
-            )
-    return "\n".join(lines)
-
-
 def _source(source: SourceInspection, split: str) -> dict[str, Any]:
     return {
         "split": split,
@@ -124,7 +86,7 @@ def _measured(prepared: Prepared) -> dict[str, Any]:
 
 
 def _estimated(recipe: Recipe, inspection: Inspection) -> dict[str, Any]:
-    """From the first rows of each source; None where there is no tokenizer to count with."""
+    """Estimated from the first rows of each source; None if there is no tokenizer."""
     weights = [source.weight * (1 - recipe.data.holdout) for source in recipe.data.train]
     pairs = list(zip(inspection.train, weights, strict=True))
     counts = [source.tokens for source, _ in pairs]
@@ -138,7 +100,7 @@ def _estimated(recipe: Recipe, inspection: Inspection) -> dict[str, Any]:
 
 
 def _of_the_model(recipe: Recipe, inspection: Inspection) -> dict[str, Any]:
-    """From the model's configuration; None for a hub model that is not on this machine."""
+    """Computed from the model's configuration; None for a hub model that is not on this machine."""
     if inspection.model_folder is None:
         return {"parameters": None, "memory": None}
     from ...training.models.loading import count_parameters, without_weights
@@ -146,5 +108,5 @@ def _of_the_model(recipe: Recipe, inspection: Inspection) -> dict[str, Any]:
 
     model = without_weights(recipe, recipe.method.head)
     memory = estimate(recipe, sizes_of(recipe, model))
-    told = {"peak": memory.peak, **asdict(memory), "text": memory_text(memory, recipe)}
-    return {"parameters": count_parameters(model), "memory": told}
+    values = {"peak": memory.peak, **asdict(memory), "text": memory_text(memory, recipe)}
+    return {"parameters": count_parameters(model), "memory": values}

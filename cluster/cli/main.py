@@ -6,7 +6,7 @@ Only the standard library is imported here; each command imports what it needs.
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 EPILOG = """\
@@ -22,21 +22,41 @@ examples:
   finray export runs/my-run --to my-model --merge
 """
 
+COMMANDS = {
+    "check": ("check", "check"),
+    "prepare": ("prepare", "prepare"),
+    "train": ("train", "train"),
+    "tune": ("tune", "tune"),
+    "job submit": ("job", "submit"),
+    "job list": ("job", "list_jobs"),
+    "job status": ("job", "status"),
+    "job logs": ("job", "logs"),
+    "job stop": ("job", "stop"),
+    "job fetch": ("job", "fetch"),
+    "cluster up": ("cluster", "up"),
+    "cluster down": ("cluster", "down"),
+    "cluster status": ("cluster", "status"),
+    "cluster doctor": ("cluster", "doctor"),
+    "runs": ("runs", "runs"),
+    "report": ("runs", "report"),
+    "export": ("runs", "export"),
+    "schema": ("runs", "schema"),
+    "k8s render": ("k8s", "render"),
+}
+"""Command, with its verb if it has one: the module beside this one, and the function there."""
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; returns its exit code."""
     options = _parser().parse_args(arguments)
     from ...training.common.errors import FinrayError
     from ...training.common.secrets import redact
-    from ..environment import set_environment
-    from . import commands
-    from .quiet import quiet_libraries
+    from ..environment import quiet_libraries, set_environment
 
     set_environment()
     quiet_libraries()
     try:
-        run = getattr(commands, options.command)
-        run(options)
+        command_function(options)(options)
     except FinrayError as error:
         print(f"finray: {redact(str(error))}", file=sys.stderr)
         return error.exit_code
@@ -50,6 +70,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
+def command_function(options: argparse.Namespace) -> Callable[[argparse.Namespace], None]:
+    """The function of a parsed command; only its own module is imported."""
+    import importlib
+
+    words = [options.command, options.verb] if "verb" in options else [options.command]
+    module, name = COMMANDS[" ".join(words)]
+    function: Callable[[argparse.Namespace], None] = getattr(
+        importlib.import_module(f".{module}", __package__), name
+    )
+    return function
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="finray",
@@ -59,90 +91,88 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-
-    check = commands.add_parser(
-        "check", help="validate a recipe and its data, and tell what a run would do"
+    add = commands.add_parser
+    _add_train(add("check", help="validate a recipe and its data, and show what a run would do"))
+    _add_prepare(add("prepare", help="prepare a recipe's data, without training"))
+    _add_train(add("train", help="train, or continue an unfinished run"))
+    _add_job(add("job", help="run recipes and sweeps on a cluster as Ray jobs"))
+    _add_cluster(add("cluster", help="start, stop and check a cluster of your own machines"))
+    _add_tune(
+        add("tune", help="search for good settings, continue an unfinished sweep, or show one")
     )
-    _add_recipe(check)
-    _add_local(check)
-    _add_ray(check)
-    _add_waiting(check)
-    _add_json(check)
-
-    prepare = commands.add_parser("prepare", help="prepare a recipe's data, without training")
-    _add_recipe(prepare)
-    _add_local(prepare)
-    _add_ray(prepare)
-    _add_json(prepare)
-
-    train = commands.add_parser("train", help="train, or go on with an unfinished run")
-    _add_recipe(train)
-    _add_local(train)
-    _add_ray(train)
-    _add_waiting(train)
-    _add_json(train)
-
-    _add_job(commands.add_parser("job", help="run recipes and sweeps on a cluster as Ray jobs"))
-
-    _add_cluster(
-        commands.add_parser("cluster", help="start, end and examine a cluster of one's machines")
+    _add_runs(add("runs", help="list the runs of a storage"))
+    _add_report(add("report", help="write a run's report.html again"))
+    _add_k8s(add("k8s", help="run on Kubernetes"))
+    _add_export(
+        add("export", help="write a finished run's result as a folder that loads without finray")
     )
-    tune = commands.add_parser(
-        "tune", help="search for good settings, go on with an unfinished sweep, or show one"
-    )
-    tune.add_argument(
+    _add_schema(add("schema", help="print the recipe's JSON schema, for editors"))
+    return parser
+
+
+def _add_prepare(parser: argparse.ArgumentParser) -> None:
+    _add_recipe(parser)
+    _add_local(parser)
+    _add_ray(parser)
+    _add_json(parser)
+
+
+def _add_train(parser: argparse.ArgumentParser) -> None:
+    """Of `check` too."""
+    _add_prepare(parser)
+    _add_waiting(parser)
+
+
+def _add_tune(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
         "sweep",
         metavar="[show] SWEEP",
         nargs="+",
         help="the sweep, a YAML file; after show also a sweep's folder or URI",
     )
-    _add_overrides(tune, "a setting of the sweep; recipe.KEY=VALUE changes its base recipe")
-    tune.add_argument(
+    _add_overrides(parser, "a setting of the sweep; recipe.KEY=VALUE changes its base recipe")
+    parser.add_argument(
         "--stop-when",
         dest="bounds",
         metavar="KEY=VALUE",
         action="append",
         default=[],
-        help="value, trials_without_gain or tokens: end the sweep there (may be repeated)",
+        help="stop the sweep at this value, trials_without_gain or tokens (may be repeated)",
     )
-    tune.add_argument("--local", action="store_true", help="one worker a trial, on this machine")
-    _add_ray(tune)
-    _add_waiting(tune)
-    _add_json(tune)
+    parser.add_argument("--local", action="store_true", help="one worker a trial, on this machine")
+    _add_ray(parser)
+    _add_waiting(parser)
+    _add_json(parser)
 
-    runs = commands.add_parser("runs", help="list the runs of a storage")
-    runs.add_argument("--storage", default="runs", help="folder or URI (default: runs)")
-    _add_json(runs)
 
-    report = commands.add_parser("report", help="write a run's report.html anew")
-    report.add_argument("run", metavar="RUN", help="a run's folder or URI")
+def _add_runs(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--storage", default="runs", help="folder or URI (default: runs)")
+    _add_json(parser)
 
-    kubernetes = commands.add_parser("k8s", help="run on Kubernetes")
-    _add_render(kubernetes.add_subparsers(metavar="COMMAND", required=True))
 
-    export = commands.add_parser(
-        "export", help="write a finished run's result as a folder that loads without finray"
-    )
-    _add_export(export)
+def _add_report(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run", metavar="RUN", help="a run's folder or URI")
 
-    schema = commands.add_parser("schema", help="print the recipe's JSON schema, for editors")
-    schema.add_argument(
+
+def _add_schema(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
         "of", nargs="?", choices=("recipe", "sweep"), default="recipe", help="default: recipe"
     )
-    return parser
 
 
-def _add_render(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    render = commands.add_parser("render", help="write a recipe as a RayJob of KubeRay, in YAML")
-    render.set_defaults(command="k8s_render")
+def _add_k8s(parser: argparse.ArgumentParser) -> None:
+    verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
+    render = verbs.add_parser("render", help="write a recipe as a RayJob of KubeRay, in YAML")
     _add_recipe(render)
     render.add_argument(
         "--overlay", default="gpu", help="cpu, gpu (default), gpu-spot-elastic or kueue"
     )
     render.add_argument("--namespace", default="finray", help="default: finray")
-    render.add_argument("--image", help="of all pods (default: finray:cpu or finray:gpu)")
-    render.add_argument("--memory", help="of a worker's pod, such as 64Gi (default: the overlay's)")
-    render.add_argument("--to", metavar="FILE", type=Path, help="write there (default: stdout)")
+    render.add_argument("--image", help="image of all pods (default: finray:cpu or finray:gpu)")
+    render.add_argument(
+        "--memory", help="memory of a worker's pod, such as 64Gi (default: the overlay's)"
+    )
+    render.add_argument("--to", metavar="FILE", type=Path, help="file to write (default: stdout)")
 
 
 def _add_export(parser: argparse.ArgumentParser) -> None:
@@ -152,37 +182,40 @@ def _add_export(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--dtype",
         choices=("float32", "bfloat16", "float16"),
-        help="type of a whole model's weights (default: the base's)",
+        help="data type of a whole model's weights (default: the base model's)",
     )
     _add_json(parser)
 
 
 def _add_job(parser: argparse.ArgumentParser) -> None:
     verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
-    submit = verbs.add_parser("submit", help="send a recipe or a sweep with its files, and run it")
+    submit = verbs.add_parser("submit", help="upload a recipe or sweep with its files, and run it")
     submit.add_argument("recipe", metavar="FILE", type=Path, help="a recipe or a sweep, in YAML")
     _add_overrides(submit, "a setting; recipe.KEY=VALUE changes a sweep's base recipe")
-    submit.add_argument("--wait", action="store_true", help="show its log until it ends")
+    submit.add_argument("--wait", action="store_true", help="print its log until it ends")
     submit.add_argument(
         "--on-cluster",
         metavar="FOLDER",
         action="append",
         default=[],
-        help="a folder of the cluster's nodes: what lies below does not travel (may be repeated)",
+        help="a folder of the cluster's nodes; its files are not uploaded (may be repeated)",
     )
     _add_waiting(submit)
     submit.add_argument(
-        "--max-mib", type=float, default=100.0, help="largest sum of files that travel"
+        "--max-mib",
+        type=float,
+        default=100.0,
+        help="largest size of the uploaded files (default: 100)",
     )
     submit.add_argument(
         "--python", help="the head's interpreter (default: the one that runs Ray's workers)"
     )
     listing = verbs.add_parser("list", help="list the cluster's runs")
-    status = verbs.add_parser("status", help="how a run's last attempt stands")
-    logs = verbs.add_parser("logs", help="print what a run has printed")
-    logs.add_argument("-f", "--follow", action="store_true", help="until it ends")
-    stop = verbs.add_parser("stop", help="let a run save, and end it")
-    fetch = verbs.add_parser("fetch", help="bring a run's figures, report and result here")
+    status = verbs.add_parser("status", help="show the state of a run's last attempt")
+    logs = verbs.add_parser("logs", help="show what a run has printed")
+    logs.add_argument("-f", "--follow", action="store_true", help="continue until it ends")
+    stop = verbs.add_parser("stop", help="let a run save a checkpoint and exit")
+    fetch = verbs.add_parser("fetch", help="download a run's metrics, report and result")
     fetch.add_argument("--to", type=Path, help="folder (default: runs/NAME)")
     for verb in (status, logs, stop, fetch):
         verb.add_argument("name", metavar="NAME", help="the run's name")
@@ -194,20 +227,25 @@ def _add_job(parser: argparse.ArgumentParser) -> None:
 
 def _add_cluster(parser: argparse.ArgumentParser) -> None:
     verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
-    up = verbs.add_parser("up", help="start a head here, and tell how nodes join it")
-    up.add_argument("--port", type=int, default=6379, help="of the head (default: 6379)")
-    up.add_argument("--dashboard-port", type=int, default=8265, help="on localhost (default: 8265)")
+    up = verbs.add_parser("up", help="start a head here, and show how other nodes join it")
+    up.add_argument("--port", type=int, default=6379, help="port of the head (default: 6379)")
+    up.add_argument(
+        "--dashboard-port",
+        type=int,
+        default=8265,
+        help="port of the dashboard, on localhost (default: 8265)",
+    )
     up.add_argument(
         "--start-option",
         metavar="OPTION",
         action="append",
         default=[],
-        help="passed on to ray start, such as --num-cpus=0 (may be repeated)",
+        help="option for ray start, such as --num-cpus=0 (may be repeated)",
     )
-    verbs.add_parser("down", help="end the head that was started here, and its node")
-    status = verbs.add_parser("status", help="whether the head started here runs, and its nodes")
-    doctor = verbs.add_parser("doctor", help="examine every node of a running cluster")
-    doctor.add_argument("--storage", help="a folder or URI that every node must write and read")
+    verbs.add_parser("down", help="stop the head that was started here, with its node")
+    status = verbs.add_parser("status", help="show whether the head that was started here runs")
+    doctor = verbs.add_parser("doctor", help="check every node of a running cluster")
+    doctor.add_argument("--storage", help="a folder or URI that every node must read and write")
     _add_dashboard(doctor)
     _add_json(status)
 
@@ -228,7 +266,7 @@ def _add_recipe(parser: argparse.ArgumentParser) -> None:
 
 def _add_local(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--local", action="store_true", help="in this process alone (scale.workers=0)"
+        "--local", action="store_true", help="run in this process (scale.workers=0)"
     )
 
 
@@ -246,10 +284,10 @@ def _add_overrides(parser: argparse.ArgumentParser, what: str) -> None:
 def _add_ray(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--address",
-        help="a running Ray cluster (default: $RAY_ADDRESS), or local: Ray on this machine alone, "
-        "as a sweep has it by default",
+        help="a running Ray cluster (default: $RAY_ADDRESS), or local: start Ray on this machine, "
+        "the default of a sweep",
     )
-    parser.add_argument("--verbose", action="store_true", help="pass on what the workers print")
+    parser.add_argument("--verbose", action="store_true", help="show what the workers print")
 
 
 def _add_waiting(parser: argparse.ArgumentParser) -> None:
@@ -258,7 +296,7 @@ def _add_waiting(parser: argparse.ArgumentParser) -> None:
         metavar="SECONDS",
         type=float,
         default=0.0,
-        help="how long an autoscaler has to bring what is missing (default: 0)",
+        help="seconds to wait for an autoscaler to add the missing nodes (default: 0)",
     )
 
 

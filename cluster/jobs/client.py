@@ -1,12 +1,8 @@
-"""Runs and sweeps as Ray jobs: submit, follow, stop and fetch, through Ray Jobs' own client."""
+"""Runs and sweeps as Ray jobs: submit, follow, stop and fetch them with Ray's own client."""
 
-import base64
-import binascii
-import io
 import logging
 import os
 import shlex
-import tarfile
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -18,51 +14,51 @@ from typing import Any
 from ...training.common.errors import InputError, RunError
 from ...training.config.recipe import Recipe
 from ...tuning.sweep import LoadedSweep
-from ..cli import job_entry as job_driver
-from ..nodes.token import enter_dashboard, wrong_token
+from ..nodes.token import authenticate, wrong_token
+from .results import unpack
 from .staging import LAUNCHER, LIMIT_MIB, add_finray, stage, stage_sweep
 
 ACTIVE = ("PENDING", "RUNNING")
 POLL_SECONDS = 1.0
 
 _RUN, _STORAGE, _DIGEST = "finray_run", "finray_storage", "finray_digest"
-# Between the request to stop and the kill, a run saves.
+# Time for a run to save, between the request to stop and the kill.
 _STOP_SECONDS = 180
 
 
 @dataclass(frozen=True)
 class Job:
-    """A run's or sweep's attempt on a cluster."""
+    """One attempt at a run or sweep on a cluster."""
 
     id: str
-    """Submission id: the run's name; later attempts of the same run end in ~2, ~3 and so on,
-    which no run's name can."""
+    """Submission id: the run's name, and for later attempts ~2, ~3 and so on behind it, which no
+    run's name contains."""
     run: str
     """Name of the run or sweep."""
     storage: str
     digest: str
-    """Of the recipe and the files that travelled; see `staging.Staged`."""
+    """Hash of the recipe and its staged files; see `staging.Staged`."""
     status: str
     """PENDING, RUNNING, SUCCEEDED, FAILED or STOPPED."""
     message: str
     exit_code: int | None
-    """Of `finray train` or `finray tune` there; None while it runs."""
+    """Exit code of `finray train` or `finray tune` there; None while it runs."""
     started_ms: int
-    """Since 1970."""
+    """Milliseconds since 1970."""
 
     @property
     def attempt(self) -> int:
-        """1 for the first."""
+        """Number of this attempt; the first is 1."""
         return int(self.id.removeprefix(self.run).removeprefix("~") or 1)
 
 
 @dataclass(frozen=True)
 class Submitted:
-    """What came of a submission."""
+    """The result of a submission."""
 
     job: Job
     is_new: bool
-    """False where the run is there already: under way, or done."""
+    """False if the same run is already active or has finished."""
     notes: tuple[str, ...]
 
 
@@ -73,16 +69,16 @@ class Cluster:
         address: the dashboard's URL, such as http://head:8265.
 
     Raises:
-        InputError: nobody answers, the token is missing or wrong, or the cluster is open to
-            others without one.
+        InputError: there is no answer, the token is missing or wrong, or the cluster requires
+            none and other machines can reach it.
     """
 
     def __init__(self, address: str) -> None:
-        enter_dashboard(address)
-        # Ray's client would believe RAY_ADDRESS rather than its argument.
+        authenticate(address)
+        # Without this, Ray's client prefers RAY_ADDRESS to its argument.
         os.environ["RAY_API_SERVER_ADDRESS"] = address
         self.address = address
-        with self._told():
+        with self._plain_errors():
             from ray.job_submission import JobSubmissionClient
 
             for name in ("dashboard.modules.dashboard_sdk", "_private.runtime_env.packaging"):
@@ -97,18 +93,18 @@ class Cluster:
         python: str | None = None,
         wait_for_nodes: float = 0.0,
     ) -> Submitted:
-        """Submit a run or a sweep, unless it is under way or done.
+        """Submit a run or a sweep, unless it is active or has finished.
 
         Args:
             what: recipe or sweep, its paths absolute.
-            on_cluster: folders of the nodes; paths below them do not travel.
-            limit_mib: largest sum of the files that travel, in MiB.
-            python: the interpreter on the head; None finds the one that runs Ray's workers.
-            wait_for_nodes: seconds that an autoscaler has to bring what is missing.
+            on_cluster: folders of the nodes; files below them are not uploaded.
+            limit_mib: largest sum of the uploaded files, in MiB.
+            python: the interpreter on the head; None means the one that runs Ray's workers.
+            wait_for_nodes: seconds to wait for an autoscaler to add missing nodes.
 
         Raises:
-            InputError: as `staging.stage`, and where a run of this name with another recipe or
-                other files is under way.
+            InputError: as `staging.stage`, and if a run of this name with another recipe or
+                other files is active.
         """
         if isinstance(what, Recipe) and what.scale.most_workers == 0:
             raise InputError("scale.workers: 0 trains in one process, without Ray; set at least 1")
@@ -126,7 +122,7 @@ class Cluster:
                     "or data; give this one another name, or stop that one (finray job stop "
                     f"{name})"
                 )
-            if last is not None and last.digest == staged.digest and _stands(last):
+            if last is not None and last.digest == staged.digest and _needs_no_attempt(last):
                 return Submitted(last, False, ())
             attempt = 1 if last is None else last.attempt + 1
             id = name if attempt == 1 else f"{name}~{attempt}"
@@ -136,8 +132,8 @@ class Cluster:
         return Submitted(self.job(name), True, staged.notes)
 
     def jobs(self) -> list[Job]:
-        """finray's runs and sweeps on the cluster, the one submitted last at the end."""
-        with self._told():
+        """finray's runs and sweeps on the cluster, in the order of their submission."""
+        with self._plain_errors():
             details = self._client.list_jobs()
         jobs = [_job(detail) for detail in details if _RUN in (detail.metadata or {})]
         return sorted(jobs, key=lambda job: job.started_ms)
@@ -146,24 +142,24 @@ class Cluster:
         """The last attempt of a run, or the attempt with this id.
 
         Raises:
-            InputError: there is none; the message names those that there are.
+            InputError: there is none; the message lists the existing runs.
         """
-        found = [job for job in self.jobs() if name in (job.run, job.id)]
-        exact = [job for job in found if job.run == name] or found
-        if not exact:
-            names = sorted({job.run for job in self.jobs()})
-            raise InputError(
-                f"{self.address} knows no run named {name}; known: {', '.join(names) or 'none'}"
-            )
-        return max(exact, key=lambda job: job.attempt)
+        jobs = self.jobs()
+        matches = [job for job in jobs if job.run == name] or [
+            job for job in jobs if job.id == name
+        ]
+        if not matches:
+            names = ", ".join(sorted({job.run for job in jobs})) or "none"
+            raise InputError(f"no run named {name} on {self.address}; existing runs: {names}")
+        return max(matches, key=lambda job: job.attempt)
 
     def logs(self, job: Job) -> str:
-        """All that the job has printed so far."""
-        with self._told():
+        """Everything that the job has printed so far."""
+        with self._plain_errors():
             return str(self._client.get_job_logs(job.id))
 
     def follow(self, job: Job, write: Callable[[str], object]) -> Job:
-        """Pass on what the job prints until it ends; returns how it stands then."""
+        """Pass what the job prints to `write` until it ends; returns the ended job."""
         seen = 0
         while True:
             now = self._attempt(job)
@@ -176,39 +172,37 @@ class Cluster:
             time.sleep(POLL_SECONDS)
 
     def wait(self, job: Job) -> Job:
-        """Until the job ends; returns how it ended."""
+        """Wait until the job ends; returns the ended job."""
         while (now := self._attempt(job)).status in ACTIVE:
             time.sleep(POLL_SECONDS)
         return now
 
     def stop(self, job: Job) -> bool:
-        """Ask a run to save and end; False where it has ended already."""
-        with self._told():
+        """Request a run to save and exit; returns False if it has ended already."""
+        with self._plain_errors():
             return bool(self._client.stop_job(job.id))
 
     def fetch(self, job: Job, target: Path) -> list[str]:
-        """Bring a run's figures, report and result here; returns the files' relative paths.
+        """Download a run's metrics, report and result; returns the files' relative paths.
 
-        The files come through the Jobs API, as this machine need not reach the storage.
+        They come through the Jobs API, because this machine may have no access to the storage.
 
         Raises:
             RunError: the cluster could not read them.
         """
         code, log = self.run(f"{job.run}~fetch", f"pack {shlex.quote(job.storage)} {job.run}")
-        content = _packed(log)
-        if content is None:
+        names = unpack(log, target)
+        if names is None:
             raise RunError(f"cannot fetch {job.run} (exit code {code}): {_last_lines(log)}")
-        with tarfile.open(fileobj=io.BytesIO(content)) as archive:
-            archive.extractall(target, filter="data")
-            return archive.getnames()
+        return names
 
     def run(self, name: str, what: str) -> tuple[int, str]:
-        """Let `job_driver` do something short; returns its exit code and what it printed."""
+        """Run a short command of `cli.job_entry` there; returns its exit code and output."""
         with tempfile.TemporaryDirectory(prefix="finray-job-") as folder:
             add_finray(Path(folder))
             id = f"{name}~{time.time_ns()}"
             self._start(id, what, Path(folder), {}, None)
-        with self._told():
+        with self._plain_errors():
             while (detail := self._client.get_job_info(id)).status.value in ACTIVE:
                 time.sleep(POLL_SECONDS / 2)
             log = str(self._client.get_job_logs(id))
@@ -219,7 +213,7 @@ class Cluster:
         self, id: str, what: str, folder: Path, facts: dict[str, str], python: str | None
     ) -> None:
         chosen = f"python={shlex.quote(python)} " if python else ""
-        with self._told():
+        with self._plain_errors():
             self._client.submit_job(
                 entrypoint=f"{chosen}sh {LAUNCHER} {what}",
                 submission_id=id,
@@ -235,12 +229,12 @@ class Cluster:
         return max(attempts, key=lambda job: job.attempt, default=None)
 
     def _attempt(self, job: Job) -> Job:
-        with self._told():
+        with self._plain_errors():
             return _job(self._client.get_job_info(job.id))
 
     @contextmanager
-    def _told(self) -> Iterator[None]:
-        """Ray's errors as finray's: one message, with what to do."""
+    def _plain_errors(self) -> Iterator[None]:
+        """Turn Ray's errors into finray's one-line messages."""
         from ray.exceptions import AuthenticationError
 
         try:
@@ -248,13 +242,15 @@ class Cluster:
         except AuthenticationError:
             raise InputError(wrong_token(self.address)) from None
         except ConnectionError as error:
-            raise RunError(f"{self.address} does not answer any more: {error}") from None
+            raise RunError(f"{self.address} no longer answers: {error}") from None
         except RuntimeError as error:
-            raise RunError(f"{self.address} refused: {_last_lines(str(error))}") from None
+            raise RunError(
+                f"{self.address} refused the request: {_last_lines(str(error))}"
+            ) from None
 
 
-def _stands(job: Job) -> bool:
-    """Whether submitting the same again would add nothing."""
+def _needs_no_attempt(job: Job) -> bool:
+    """True if submitting the same again would change nothing."""
     return job.status in ACTIVE or job.status == "SUCCEEDED"
 
 
@@ -270,18 +266,6 @@ def _job(detail: Any) -> Job:
         exit_code=detail.driver_exit_code,
         started_ms=detail.start_time or 0,
     )
-
-
-def _packed(log: str) -> bytes | None:
-    """The content between the marks of `job_driver.pack`."""
-    _, begin, rest = log.partition(f"{job_driver.BEGIN}\n")
-    text, end, _ = rest.partition(f"\n{job_driver.END}")
-    if not begin or not end:
-        return None
-    try:
-        return base64.b64decode(text.replace("\n", ""), validate=True)
-    except binascii.Error:
-        return None
 
 
 def _last_lines(text: str) -> str:

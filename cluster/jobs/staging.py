@@ -1,7 +1,7 @@
-"""What travels with a job: recipe or sweep, the local files it names, and finray itself.
+"""What is uploaded with a job: recipe or sweep, the local files it names, and finray itself.
 
-The files go into a folder of their own, without any .gitignore: Ray's packaging would leave out
-what one hides. On the cluster they are copied into the run's folder, which all nodes reach.
+The files go into a folder without any .gitignore, because Ray's packaging leaves out ignored
+files. On the cluster they are copied into the run's folder, which all nodes share.
 """
 
 import hashlib
@@ -13,24 +13,27 @@ from pathlib import Path
 from typing import Any
 
 from ...training.common.errors import InputError
-from ...training.common.yaml_text import dump_yaml
+from ...training.common.secrets import texts
+from ...training.common.storage import Folder
+from ...training.common.yaml_text import dump_yaml, load_yaml
 from ...training.config.recipe import Recipe
 from ...training.config.sections import Source
 from ...training.data.sources import expand
 from ...tuning.sweep import LoadedSweep
-from ..kubernetes.portable import strings
 
 LIMIT_MIB = 100.0
-"""Largest sum of the files that travel, in MiB."""
+"""Largest sum of the uploaded files, in MiB."""
 
 RECIPE_FILE = "recipe.yaml"
 SWEEP_FILE = "sweep.yaml"
 INPUTS_FOLDER = "inputs"
 LAUNCHER = "run.sh"
+_COMPLETE = "complete"
+"""Marks inputs that were copied whole."""
 _PACKAGES = ("training", "tuning", "cluster", "k8s")
 _LEFT_OUT = shutil.ignore_patterns("__pycache__", "*.pyc", ".gitignore", ".rayignore")
 
-# `python` on a head can be any: the one that runs Ray's workers is in its raylet's arguments.
+# A head's `python` may be another one; the arguments of its raylet name the workers' interpreter.
 _LAUNCH = """\
 process=$$
 while [ -z "$python" ] && [ "${process:-1}" -gt 1 ]; do
@@ -44,14 +47,14 @@ exec "${python:-python3}" -m finray.cluster.cli.job_entry "$@"
 
 @dataclass(frozen=True)
 class Staged:
-    """A folder that is ready to travel."""
+    """A folder that is ready for upload."""
 
     digest: str
-    """16 hex digits over recipe or sweep and its files; finray's own code does not count."""
+    """16 hex digits over recipe or sweep and its files, without finray's own code."""
     bytes: int
-    """Of the files that it names."""
+    """Size of the files that the recipe or sweep names."""
     notes: tuple[str, ...]
-    """What the user should know, a sentence each."""
+    """Messages to the user."""
 
 
 def stage(
@@ -62,39 +65,39 @@ def stage(
     Args:
         recipe: the recipe, its paths absolute.
         folder: an empty folder.
-        on_cluster: folders of the cluster's nodes: paths below them are not looked at here.
-        limit_mib: largest sum of the files that travel, in MiB.
+        on_cluster: folders of the cluster's nodes; paths below them are not read here.
+        limit_mib: largest sum of the uploaded files, in MiB.
 
     Raises:
         InputError: a file is missing, the files are too big, or the storage cannot hold them.
     """
     parcel = _Parcel(folder, on_cluster)
-    travelling = _travelling(recipe, parcel)
-    return parcel.close(RECIPE_FILE, travelling.model_dump(mode="json"), recipe, limit_mib)
+    recipe_there = _with_cluster_paths(recipe, parcel)
+    return parcel.close(RECIPE_FILE, recipe_there.model_dump(mode="json"), recipe, limit_mib)
 
 
 def stage_sweep(
     loaded: LoadedSweep, folder: Path, on_cluster: tuple[str, ...], limit_mib: float = LIMIT_MIB
 ) -> Staged:
-    """As `stage`, for a sweep; its base recipe travels inside it.
+    """As `stage`, for a sweep, which then contains its base recipe.
 
     Raises:
-        InputError: as `stage`, and where a searched value is a path of this machine.
+        InputError: as `stage`, and if a searched value is a path of this machine.
     """
     parcel = _Parcel(folder, on_cluster)
     for key in ("search", "points"):
         parcel.refuse_paths(loaded, key)
     sweep = loaded.sweep
     base = loaded.recipe.model_copy(update={"name": sweep.name, "storage": sweep.storage})
-    # What nobody set stays unset: a searched section would contradict written defaults.
-    recipe = _travelling(base, parcel).model_dump(mode="json", exclude_unset=True)
+    # Unset fields stay unset: written defaults would contradict a section that is searched.
+    recipe = _with_cluster_paths(base, parcel).model_dump(mode="json", exclude_unset=True)
     recipe["method"] = {"kind": base.method.kind, **recipe.get("method", {})}
     values = sweep.model_dump(mode="json", exclude_unset=True, exclude={"set"})
     return parcel.close(SWEEP_FILE, {**values, "recipe": recipe}, base, limit_mib)
 
 
-def _travelling(recipe: Recipe, parcel: "_Parcel") -> Recipe:
-    """The recipe as the cluster reads it; its files are in the parcel."""
+def _with_cluster_paths(recipe: Recipe, parcel: "_Parcel") -> Recipe:
+    """The recipe with its paths on the cluster; adds its files to the parcel."""
     data = recipe.data.model_copy(
         update={
             "train": [parcel.source(source, "data.train") for source in recipe.data.train],
@@ -109,9 +112,9 @@ def _travelling(recipe: Recipe, parcel: "_Parcel") -> Recipe:
 
 
 def add_finray(folder: Path) -> None:
-    """Put finray itself and the launcher into a folder that travels."""
+    """Copy finray itself and the launcher script into a folder for upload."""
     (folder / LAUNCHER).write_text(_LAUNCH, encoding="utf-8")
-    # Where it is not installed, its version is asked for all the same.
+    # importlib.metadata must know finray's version also where it is not installed.
     metadata = folder / "finray.dist-info" / "METADATA"
     metadata.parent.mkdir()
     metadata.write_text(f"Metadata-Version: 2.1\nName: finray\nVersion: {version('finray')}\n")
@@ -120,8 +123,43 @@ def add_finray(folder: Path) -> None:
         shutil.copytree(root / package, folder / "finray" / package, ignore=_LEFT_OUT)
 
 
+def receive(folder: Path, file: str) -> dict[str, Any]:
+    """Copy staged files into the folder of the run or sweep; the counterpart of `stage`.
+
+    Their place there depends on their content alone, so changed settings find the same data.
+
+    Args:
+        folder: what `stage` or `stage_sweep` filled.
+        file: `RECIPE_FILE` or `SWEEP_FILE`.
+
+    Returns:
+        The settings in that file, with the new paths.
+    """
+    values: dict[str, Any] = load_yaml((folder / file).read_text(encoding="utf-8"))
+    sent = folder / INPUTS_FOLDER
+    if not sent.is_dir():
+        return values
+    inputs = Folder(values["storage"]) / values["name"] / INPUTS_FOLDER / digest(sent)
+    if not inputs.exists(_COMPLETE):
+        inputs.upload(sent)
+        inputs.write(_COMPLETE, b"")
+    settings: dict[str, Any] = _replace_prefix(values, f"./{INPUTS_FOLDER}", inputs.uri)
+    return settings
+
+
+def _replace_prefix(values: Any, prefix: str, place: str) -> Any:
+    """The values, with the folder `prefix` of each text replaced by `place`."""
+    if isinstance(values, dict):
+        return {key: _replace_prefix(value, prefix, place) for key, value in values.items()}
+    if isinstance(values, list):
+        return [_replace_prefix(value, prefix, place) for value in values]
+    if isinstance(values, str) and values.startswith(f"{prefix}/"):
+        return place + values.removeprefix(prefix)
+    return values
+
+
 class _Parcel:
-    """The files that travel, each local path once."""
+    """The uploaded files, each local path once."""
 
     def __init__(self, folder: Path, on_cluster: tuple[str, ...]) -> None:
         self._folder = folder
@@ -133,11 +171,11 @@ class _Parcel:
 
     @property
     def bytes(self) -> int:
-        """Sum of the files that travel."""
+        """Size of the uploaded files."""
         return sum(self._sizes.values())
 
     def source(self, source: Source, key: str) -> Source:
-        """The source as the cluster finds it; its files are copied when they are local."""
+        """The source with its path on the cluster; local files are added to the parcel."""
         if self._stays(source.path):
             return source
         if source.path not in self._sent:
@@ -145,13 +183,13 @@ class _Parcel:
         return source.model_copy(update={"path": self._sent[source.path]})
 
     def folder(self, path: str, key: str, name: str) -> str:
-        """A folder of a model or an adapter as the cluster finds it; a hub id stays."""
+        """Path on the cluster of a model's or adapter's folder; a hub id stays."""
         if not Path(path).is_absolute() or self._stays(path):
             return path
         if not Path(path).is_dir():
             raise InputError(
-                f"{key}: there is no folder {path} on this machine; where it is one of the "
-                f"cluster's, say so: --on-cluster {path}"
+                f"{key}: there is no folder {path} on this machine; if it is on the cluster's "
+                f"nodes, add --on-cluster {path}"
             )
         files = [file for file in sorted(Path(path).iterdir()) if file.is_file()]
         self._sizes[f"{key} {path}"] = sum(file.stat().st_size for file in files)
@@ -161,20 +199,22 @@ class _Parcel:
         return self._sent[path]
 
     def refuse_paths(self, loaded: LoadedSweep, section: str) -> None:
-        """Only what the base recipe names travels, not what a sweep chooses from."""
+        """Refuse local paths among searched values, because only the base recipe's files are
+        uploaded."""
         values = loaded.sweep.model_dump(mode="json")[section]
-        for key, text in strings({section: values}):
+        for key, text in texts({section: values}):
             if not text or "\n" in text or self._stays(text):
                 continue
             if (loaded.folder / text).exists():
+                dotted = ".".join(map(str, key))
                 raise InputError(
-                    f"{loaded.place(section)}: {key}: {text} is on this machine, and searched "
-                    "files do not travel; put it where all nodes reach it, and name that: a URI, "
-                    "a hub id, or a folder with --on-cluster FOLDER"
+                    f"{loaded.place(section)}: {dotted}: {text} is on this machine, and searched "
+                    "files are not uploaded; put it where all nodes reach it, and name that: a "
+                    "URI, a hub id, or a folder with --on-cluster FOLDER"
                 )
 
     def close(self, file: str, values: Any, recipe: Recipe, limit_mib: float) -> Staged:
-        """Check what was gathered, and write recipe or sweep beside it."""
+        """Check size and storage, and write recipe or sweep beside the files."""
         self.check_size(limit_mib)
         self.check_storage(recipe)
         text = dump_yaml(values)
@@ -184,39 +224,39 @@ class _Parcel:
         return staged
 
     def check_size(self, limit_mib: float) -> None:
-        """Refuse what is too big to travel, the biggest first."""
+        """Refuse files that are too large together; the message lists the largest first."""
         if self.bytes <= limit_mib * 2**20:
             return
         sizes = sorted(self._sizes.items(), key=lambda item: -item[1])
         lines = [f"  {size / 2**20:,.1f} MiB  {name}" for name, size in sizes]
         raise InputError(
             f"the recipe's local files are {self.bytes / 2**20:,.1f} MiB, and at most "
-            f"{limit_mib:g} MiB travel with a job:\n" + "\n".join(lines) + "\n"
-            "Put the big ones where all nodes reach them and name that in the recipe: a shared "
+            f"{limit_mib:g} MiB are uploaded with a job:\n" + "\n".join(lines) + "\n"
+            "Put the large ones where all nodes reach them and name that in the recipe: a shared "
             "folder (with --on-cluster FOLDER), s3://, gs://, or for a model its hub id. "
             "--max-mib raises the limit."
         )
 
     def check_storage(self, recipe: Recipe) -> None:
-        """Refuse a storage that could not hold what travels, and tell where results go."""
+        """Refuse a storage that cannot hold the uploaded files; note where results go."""
         is_store = "://" in recipe.storage
         for path in (recipe.model.base, recipe.model.adapter):
             if is_store and path in self._sent:
                 raise InputError(
-                    f"model: the folder {path} travels only to a storage that is a folder, and "
-                    f"this one is {recipe.storage}; give a hub id, or a folder of the nodes with "
+                    f"model: the folder {path} can be uploaded only if the storage is a folder, "
+                    f"and it is {recipe.storage}; give a hub id, or a folder of the nodes with "
                     "--on-cluster"
                 )
         if is_store and self._sent and "?" in recipe.storage:
             raise InputError(
-                "data: local files do not travel to a storage whose URI has a query; put them "
+                "data: local files cannot be uploaded to a storage whose URI has a query; put them "
                 "into the store and name them by their URI"
             )
         where = "" if is_store else ", a folder of the cluster that all its nodes must share"
         self.notes.append(f"results go to {recipe.storage}{where}")
         if self._sent:
             self.notes.append(
-                f"{self.bytes / 2**20:,.1f} MiB of local files travel, and are kept in "
+                f"{self.bytes / 2**20:,.1f} MiB of local files are uploaded, and kept in "
                 f"{recipe.storage}/{recipe.name}/{INPUTS_FOLDER}"
             )
 
@@ -228,8 +268,7 @@ class _Parcel:
             files = expand(source)
         except InputError as error:
             raise InputError(
-                f"{key}: {error}; where it is a path of the cluster's nodes, say so: "
-                "--on-cluster FOLDER"
+                f"{key}: {error}; if it is a path of the cluster's nodes, add --on-cluster FOLDER"
             ) from None
         number = str(len(self._sent))
         is_file = Path(source.path).is_file()
@@ -241,10 +280,10 @@ class _Parcel:
         hidden = [file.uri for file in files if _hidden_by_git(Path(file.uri))]
         if hidden:
             more = f" and {len(hidden) - 1} more" if len(hidden) > 1 else ""
-            self.notes.append(f"{hidden[0]}{more} travels although .gitignore hides it")
+            self.notes.append(f"{hidden[0]}{more} is uploaded although .gitignore hides it")
 
     def _link(self, source: Path, target: Path) -> None:
-        """A symbolic link costs nothing where the limit will refuse; packaging follows it."""
+        """Link instead of copying: packaging follows links, and the limit may still refuse."""
         target.parent.mkdir(parents=True, exist_ok=True)
         target.symlink_to(source.resolve())
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import yaml
 
+from ... import k8s
 from ...training.common.errors import InputError
 
 Manifest = dict[str, Any]
@@ -27,21 +28,21 @@ def ray_cluster(overlay: str) -> Manifest:
     Raises:
         InputError: there is no such overlay.
     """
-    known = overlay_names()
-    if overlay not in known:
-        raise InputError(f"--overlay {overlay}: there is none; choose {', '.join(known)}")
+    names = overlay_names()
+    if overlay not in names:
+        raise InputError(f"--overlay {overlay}: there is none; choose {', '.join(names)}")
     return _kustomize(f"overlays/{overlay}")
 
 
 def _kustomize(folder: str) -> Manifest:
-    """The one RayCluster that a kustomization's resources hold, patched."""
+    """The one RayCluster among a kustomization's resources, patched."""
     kustomization = _read(f"{folder}/kustomization.yaml")[0]
-    found = [
+    clusters = [
         cluster
         for name in kustomization["resources"]
         for cluster in _ray_clusters(_normal(f"{folder}/{name}"))
     ]
-    cluster = found[0]
+    cluster = clusters[0]
     for patch in kustomization.get("patches", []):
         if patch["target"]["kind"] == "RayCluster":
             for operation in _read(f"{folder}/{patch['path']}")[0]:
@@ -56,7 +57,7 @@ def _ray_clusters(path: str) -> list[Manifest]:
 
 
 def _apply(document: Manifest, operation: dict[str, Any]) -> None:
-    """One operation of a JSON patch; only `add` and `replace` occur."""
+    """Apply one operation of a JSON patch, `add` or `replace`."""
     *parents, last = operation["path"].removeprefix("/").split("/")
     target: Any = document
     for part in parents:
@@ -72,11 +73,11 @@ def _read(path: str) -> list[Any]:
 
 
 def _shipped(path: str) -> Traversable:
-    return files(f"{__package__.rpartition('.')[0]}.k8s").joinpath(*path.split("/"))
+    return files(k8s).joinpath(*path.split("/"))
 
 
 def _normal(path: str) -> str:
-    """The path without its `..`, which a resource of a zipped package would not know."""
+    """The path without `..`, which resources of a zipped package do not resolve."""
     parts: list[str] = []
     for part in path.split("/"):
         if part == "..":

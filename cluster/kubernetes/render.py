@@ -1,9 +1,7 @@
-"""`finray k8s render`: a recipe as a RayJob, with all that it needs beside the namespace."""
+"""Manifests of a run on Kubernetes: a RayJob and what it needs beside the namespace."""
 
 import hashlib
-import os
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,17 +15,13 @@ from .overlays import Manifest, ray_cluster
 from .portable import check_no_secret, check_reachable
 
 LONGEST_NAME = 47
-"""KubeRay's limit for a RayJob: it puts its own endings behind the name."""
+"""Characters; KubeRay's limit for a RayJob, whose name it extends."""
 LARGEST_RECIPE = 2**20
 """Bytes; Kubernetes' limit for a ConfigMap."""
 
 _GPU = "nvidia.com/gpu"
 _RECIPE_FOLDER = "/etc/finray"
 _RETRIES = 3
-_CREDENTIALS = (
-    "leave it out, and put it into the cluster: kubectl create secret generic finray-credentials "
-    "--from-literal=NAME=VALUE"
-)
 
 
 @dataclass(frozen=True)
@@ -42,13 +36,12 @@ class Target:
     """Of a worker's pod, as a Kubernetes quantity; None: the overlay's own."""
 
 
-def render(recipe: Recipe, target: Target, environment: Mapping[str, str] = os.environ) -> str:
+def render(recipe: Recipe, target: Target) -> str:
     """The manifests of a run, as YAML: recipe, RayJob, and the head's disruption budget.
 
     Args:
         recipe: as `load_recipe` gives it.
         target: where it runs.
-        environment: variables whose values must not appear in the manifests.
 
     Raises:
         InputError: the target is not valid, or the recipe holds a secret, names a path of this
@@ -56,10 +49,10 @@ def render(recipe: Recipe, target: Target, environment: Mapping[str, str] = os.e
             too large.
     """
     _check(target)
-    check_no_secret(recipe, _CREDENTIALS, environment)
+    check_no_secret(recipe)
     cluster = ray_cluster(target.overlay)
     shared = check_reachable(recipe, _mount(cluster))
-    recipe = _placed(recipe, cluster)
+    recipe = _with_overlay_gpus(recipe, cluster)
     name = object_name(recipe.name)
     _fit_cluster(cluster, recipe.scale, target)
     _name_pods(cluster, name)
@@ -108,8 +101,8 @@ def _check(target: Target) -> None:
         raise InputError(f"--memory {target.memory}: expected a quantity such as 64Gi")
 
 
-def _placed(recipe: Recipe, cluster: Manifest) -> Recipe:
-    """The recipe with what `auto` means on this overlay, before any node has come up."""
+def _with_overlay_gpus(recipe: Recipe, cluster: Manifest) -> Recipe:
+    """The recipe with `gpus_per_worker` as a number, which `auto` means on this overlay."""
     scale = recipe.scale
     overlay_gpus = _GPU in _container(_worker_group(cluster))["resources"]["limits"]
     if scale.most_workers == 0:
@@ -132,7 +125,7 @@ def _placed(recipe: Recipe, cluster: Manifest) -> Recipe:
 
 
 def _fit_cluster(cluster: Manifest, scale: ScaleSettings, target: Target) -> None:
-    """A pod for each training worker, with a CPU more for the tasks that feed it."""
+    """Give each training worker a pod, with one more CPU for the tasks that feed it."""
     group = _worker_group(cluster)
     group.update(
         replicas=scale.most_workers,
@@ -158,7 +151,7 @@ def _name_pods(cluster: Manifest, name: str) -> None:
 
 
 def _mount_recipe(cluster: Manifest, name: str) -> None:
-    """The driver runs on the head, and alone reads it."""
+    """Mount the recipe on the head, where the driver runs."""
     head = cluster["spec"]["headGroupSpec"]
     head["template"]["spec"]["volumes"].append({"name": "recipe", "configMap": {"name": name}})
     _container(head)["volumeMounts"].append(
@@ -167,7 +160,7 @@ def _mount_recipe(cluster: Manifest, name: str) -> None:
 
 
 def _leave_out_claim(cluster: Manifest) -> None:
-    """A run that keeps everything in an object store needs no volume, only a place to write."""
+    """Replace the shared volume by a local one, for a run that uses an object store alone."""
     for group in _groups(cluster):
         for volume in group["template"]["spec"]["volumes"]:
             if volume.pop("persistentVolumeClaim", None):
@@ -179,14 +172,14 @@ def _config_map(metadata: Manifest, recipe: Recipe) -> Manifest:
     size = len(text.encode())
     if size > LARGEST_RECIPE:
         raise InputError(
-            f"the recipe is {size:,} bytes with all that travels in it, and a ConfigMap holds "
+            f"the recipe is {size:,} bytes with the files in it, and a ConfigMap holds "
             f"{LARGEST_RECIPE:,}; put its large parts at s3://…, gs://… or into the image"
         )
     return {
         "apiVersion": "v1",
         "kind": "ConfigMap",
         "metadata": metadata,
-        # A retry of the run must not find another recipe.
+        # A retry of the run must read the same recipe.
         "immutable": True,
         "data": {"recipe.yaml": text},
     }
@@ -210,7 +203,7 @@ def _ray_job(metadata: Manifest, run: str, cluster: Manifest) -> Manifest:
     spec = cluster["spec"]
     head = spec["headGroupSpec"]["template"]["spec"]
     head["restartPolicy"] = "Never"
-    # A queue holds the job back, not the cluster that the job then makes.
+    # A queue suspends the job, not the cluster that the job starts later.
     suspend = {"suspend": True} if spec.pop("suspend", False) else {}
     return {
         "apiVersion": cluster["apiVersion"],
@@ -220,7 +213,7 @@ def _ray_job(metadata: Manifest, run: str, cluster: Manifest) -> Manifest:
             **suspend,
             "entrypoint": f"finray train {_RECIPE_FOLDER}/recipe.yaml --address auto",
             "jobId": run,
-            # A submitter in a pod of its own can hang when the head dies.
+            # A submitter in its own pod can hang when the head dies.
             "submissionMode": "SidecarMode",
             # Each retry is a new cluster; the run's name and storage stay, so that it resumes.
             "backoffLimit": _RETRIES,
@@ -253,7 +246,7 @@ def _container(group: Manifest) -> Manifest:
 
 
 class _Dumper(yaml.SafeDumper):
-    """Texts of several lines stay readable, and nothing is written as an alias."""
+    """Writes texts of several lines readably, and no aliases."""
 
     def ignore_aliases(self, _: Any) -> bool:
         return True

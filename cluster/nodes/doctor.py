@@ -1,4 +1,4 @@
-"""Examining every node of a cluster; runs on the cluster, as a job."""
+"""Checks of every node of a cluster; runs on the cluster, as a job."""
 
 import time
 from dataclasses import dataclass
@@ -7,26 +7,26 @@ from ...training.common.errors import InputError
 from ...training.common.versions import installed_versions
 from ...training.launch.network import interface_of
 from ..gpus import Gpu, gpus_here
-from ..preflight import Line, on_every_node, render_lines, try_storage
-from .token import knock
+from .probes import Line, on_every_node, render_lines, try_storage
+from .token import probe
 
-_MOST_SKEW_SECONDS = 2.0
+_MAX_SKEW_SECONDS = 2.0
 
 
 @dataclass(frozen=True)
 class _Node:
-    """What a node tells of itself."""
+    """What a node reports."""
 
     versions: dict[str, str]
     interface: str
-    """That carries the node's Ray address."""
+    """Network interface that has the node's Ray address."""
     gpus: tuple[Gpu, ...]
     clock: float
     """Seconds since 1970."""
 
 
 def main(storage: str | None) -> int:
-    """Print the findings; exit code 2 where one is bad."""
+    """Print the checks; returns exit code 2 if one failed, else 0."""
     import ray
 
     context = ray.init(address="auto", log_to_driver=False, logging_level="error")
@@ -36,18 +36,22 @@ def main(storage: str | None) -> int:
 
 
 def examine(storage: str | None) -> list[Line]:
-    """The findings on the initialised cluster; with a storage, whether the nodes share it."""
+    """Check the initialised cluster.
+
+    Args:
+        storage: a folder or URI that all nodes must share; None skips that check.
+    """
     import ray
 
     alive = [node for node in ray.nodes() if node["Alive"]]
     names = {node["NodeID"]: node["NodeName"] for node in alive}
     addresses = {node["NodeID"]: node["NodeManagerAddress"] for node in alive}
-    # The first round starts the worker processes; the second one is quick, so its clocks compare.
-    on_every_node(_look, names, lambda id: (addresses[id],))
+    # The first round starts the worker processes; the second is quick enough to compare clocks.
+    on_every_node(_inspect_node, names, lambda id: (addresses[id],))
     skews, nodes = {}, {}
     for id, name in names.items():
         before = time.time()
-        nodes[id] = on_every_node(_look, {id: name}, lambda id: (addresses[id],))[id]
+        nodes[id] = on_every_node(_inspect_node, {id: name}, lambda id: (addresses[id],))[id]
         after = time.time()
         skews[id] = max(before - nodes[id].clock, nodes[id].clock - after, 0.0)
     lines = [_node_line(names[id], addresses[id], node, skews[id]) for id, node in nodes.items()]
@@ -55,15 +59,15 @@ def examine(storage: str | None) -> list[Line]:
     return lines if storage is None else [*lines, try_storage(storage)]
 
 
-def _look(address: str) -> _Node:
+def _inspect_node(address: str) -> _Node:
     return _Node(installed_versions(), interface_of(address) or "unknown", gpus_here(), time.time())
 
 
 def _node_line(name: str, address: str, node: _Node, skew: float) -> Line:
     gpus = "; ".join(map(str, node.gpus)) or "no GPU"
-    good = skew <= _MOST_SKEW_SECONDS
-    clock = f"clock within {max(skew, 0.1):.1f} s" if good else f"clock is {skew:.1f} s off"
-    return Line("node", good, f"{name} at {address} on {node.interface}: {gpus}; {clock}")
+    is_good = skew <= _MAX_SKEW_SECONDS
+    clock = f"clock within {max(skew, 0.1):.1f} s" if is_good else f"clock is {skew:.1f} s off"
+    return Line("node", is_good, f"{name} at {address} on {node.interface}: {gpus}; {clock}")
 
 
 def _versions(names: dict[str, str], nodes: dict[str, _Node]) -> Line:
@@ -79,11 +83,11 @@ def _versions(names: dict[str, str], nodes: dict[str, _Node]) -> Line:
 
 
 def _dashboard(url: str) -> Line:
-    if knock(url) == "token":
-        return Line("dashboard", True, f"{url} wants a token")
+    if probe(url) == "token":
+        return Line("dashboard", True, f"{url} requires a token")
     return Line(
         "dashboard",
         False,
-        f"{url} answers without a token: whoever reaches it runs code here; start Ray with "
+        f"{url} answers without a token: anyone who reaches it can run code here; start Ray with "
         "RAY_AUTH_MODE=token",
     )

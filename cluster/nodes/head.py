@@ -1,4 +1,4 @@
-"""A head on this machine: started with a token, and ended by its own process id."""
+"""A Ray head on this machine: started with a token, stopped by its process id."""
 
 import json
 import os
@@ -12,20 +12,20 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from ...training.common.errors import InputError, RunError
-from .token import MODE, ensure_token, knock, token_file
+from .token import MODE, ensure_token, probe, token_file
 
 _START_SECONDS = 90.0
-_END_SECONDS = 60.0
+_STOP_SECONDS = 60.0
 
 
 @dataclass(frozen=True)
 class Head:
-    """A head that was started here."""
+    """A head that runs on this machine."""
 
     pid: int
-    """Of `ray start --block`, which ends its node when it is ended."""
+    """Process id of `ray start --block`, which stops its node when it is stopped."""
     address: str
-    """host:port that further nodes join."""
+    """host:port that other nodes join."""
     dashboard: str
 
 
@@ -33,12 +33,12 @@ def start_head(port: int, dashboard_port: int, options: tuple[str, ...] = ()) ->
     """Start a head with its dashboard on localhost and a token.
 
     Raises:
-        InputError: one that was started here runs already, or a port is taken.
+        InputError: a head already runs here, or a port is taken.
         RunError: Ray did not start.
     """
     running = current_head()
     if running is not None:
-        raise InputError(f"a head runs here already: {running.address} (finray cluster down)")
+        raise InputError(f"a head already runs here: {running.address} (finray cluster down)")
     for taken in (port, dashboard_port):
         _check_free(taken)
     token = ensure_token()
@@ -63,7 +63,7 @@ def start_head(port: int, dashboard_port: int, options: tuple[str, ...] = ()) ->
 
 
 def current_head() -> Head | None:
-    """The head that was started here, where it still runs."""
+    """The running head that `start_head` started; None if there is none."""
     try:
         head = Head(**json.loads(_note().read_text(encoding="utf-8")))
         arguments = Path(f"/proc/{head.pid}/cmdline").read_bytes().split(b"\0")
@@ -72,27 +72,30 @@ def current_head() -> Head | None:
     return head if b"--head" in arguments else None
 
 
-def end_head() -> Head | None:
-    """End the head that was started here, and all of its node; None where there is none.
+def stop_head() -> Head | None:
+    """Stop the head that `start_head` started, with its node.
+
+    Returns:
+        The head; None if there was none.
 
     Raises:
-        RunError: it did not end.
+        RunError: it did not stop.
     """
     head = current_head()
     if head is None:
         return None
     os.kill(head.pid, signal.SIGTERM)
-    deadline = time.monotonic() + _END_SECONDS
+    deadline = time.monotonic() + _STOP_SECONDS
     while _is_alive(head.pid):
         if time.monotonic() > deadline:
-            raise RunError(f"the head (process {head.pid}) did not end in {_END_SECONDS:g} s")
+            raise RunError(f"the head (process {head.pid}) did not stop within {_STOP_SECONDS:g} s")
         time.sleep(0.1)
     _note().unlink(missing_ok=True)
     return head
 
 
 def joining_lines(head: Head) -> str:
-    """What makes another machine a node of the head's cluster."""
+    """Shell commands that make another machine a node of the head's cluster."""
     return (
         f"scp {socket.gethostname()}:{token_file()} .ray/auth_token && chmod 600 .ray/auth_token"
         " && RAY_AUTH_MODE=token RAY_worker_niceness=0 ray start --disable-usage-stats "
@@ -105,10 +108,10 @@ def _note() -> Path:
 
 
 def _check_free(port: int) -> None:
-    with closing(socket.socket()) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    with closing(socket.socket()) as server:
+        server.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
-            probe.bind(("127.0.0.1", port))
+            server.bind(("127.0.0.1", port))
         except OSError:
             raise InputError(
                 f"port {port} is taken; another Ray may run here. Choose others with --port and "
@@ -120,28 +123,28 @@ def _wait_for(process: subprocess.Popen[bytes], dashboard: str, log: Path) -> No
     deadline = time.monotonic() + _START_SECONDS
     while True:
         try:
-            door = knock(dashboard)
+            access = probe(dashboard)
             break
         except InputError:
             if process.poll() is not None or time.monotonic() > deadline:
                 process.terminate()
                 lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
-                told = " / ".join(lines[-3:])
-                raise RunError(f"Ray did not start: {told} (all of it: {log})") from None
+                last = " / ".join(lines[-3:])
+                raise RunError(f"Ray did not start: {last} (full log: {log})") from None
             time.sleep(0.2)
-    if door == "open":
+    if access == "open":
         process.terminate()
-        raise RunError(f"{dashboard} answers without a token; it was ended")
+        raise RunError(f"{dashboard} answers without a token; the head was stopped")
 
 
 def _own_address() -> str:
-    """This machine's address as other machines see it; nothing is sent."""
-    with closing(socket.socket(socket.AF_INET, socket.SOCK_DGRAM)) as probe:
+    """This machine's address in its network; no packet is sent."""
+    with closing(socket.socket(socket.AF_INET, socket.SOCK_DGRAM)) as client:
         try:
-            probe.connect(("192.0.2.1", 9))
+            client.connect(("192.0.2.1", 9))
         except OSError:  # no network at all
             return "127.0.0.1"
-        return str(probe.getsockname()[0])
+        return str(client.getsockname()[0])
 
 
 def _is_alive(pid: int) -> bool:

@@ -1,39 +1,39 @@
-"""Opening Ray for a command: a cluster of this machine's own, or one that is there already."""
+"""Ray for one command: a cluster started on this machine, or an existing one."""
 
 import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from .token import enter_cluster, enter_own_cluster
+from .token import join_with_token, start_with_token
 
-# Ray Train sets them for its processes. Where all others have them too, a process that prepared
-# data goes on as one that trains.
+# Ray Train sets these for its processes. Set for all, they let a process that prepared data
+# become a training worker without a restart.
 _OF_TRAIN = {
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
     "RAY_WARN_BLOCKING_GET_INSIDE_ASYNC": "0",
-    # finray's driver looks for drained nodes itself.
+    # finray's driver watches for drained nodes itself.
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
 }
-# Set before Ray is imported: it reads them then.
+# Set before Ray is imported, because it reads them then.
 _ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     **_OF_TRAIN,
-    # Ray runs its workers at nice 15: next to anything else they would hardly train.
+    # By default Ray's workers run at nice 15 and hardly train beside other processes.
     "RAY_worker_niceness": "0",
-    # Those have another environment than finray's tasks, and would be started for nothing.
+    # Prestarted workers lack the environment of finray's tasks and would stay unused.
     "RAY_prestart_worker_first_driver": "0",
 }
 
 
-def cluster_address(asked: str | None) -> str | None:
-    """Of the cluster that a command is for: the one asked for, else $RAY_ADDRESS, as in a job.
+def cluster_address(requested: str | None) -> str | None:
+    """Address of the cluster to use: the requested one, else $RAY_ADDRESS, which jobs have.
 
-    "local" is a cluster of this machine's own, for this command alone; None is no cluster.
+    "local" stands for a cluster on this machine for this command alone; None for no cluster.
     """
-    return asked or os.environ.get("RAY_ADDRESS")
+    return requested or os.environ.get("RAY_ADDRESS")
 
 
 @contextmanager
@@ -43,18 +43,18 @@ def ray_session(
     """Ray for as long as the context lasts.
 
     Args:
-        needed_cpus: logical CPUs that a cluster of this machine's own must have at least.
+        needed_cpus: fewest logical CPUs of a cluster that is started here.
         address: a running cluster; None and "local" start one here.
         env: environment variables of all workers.
-        verbose: pass on what workers print.
+        verbose: print what workers print.
     """
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     where = address or "local"
     if where == "local":
-        enter_own_cluster()
+        start_with_token()
     else:
-        enter_cluster(where)
+        join_with_token(where)
     import ray
 
     level = logging.INFO if verbose else logging.ERROR

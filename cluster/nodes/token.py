@@ -1,6 +1,7 @@
-"""Ray's token: made where a cluster starts, demanded where one is joined.
+"""Ray's token: created where a cluster starts, required where one is joined.
 
-Who reaches a dashboard or a GCS port without a token runs code there (CVE-2023-48022).
+Anyone who reaches a dashboard or GCS port that requires no token can run code there
+(CVE-2023-48022).
 """
 
 import ipaddress
@@ -14,8 +15,8 @@ from urllib.parse import urlsplit
 
 from ...training.common.errors import InputError
 
-Door = Literal["token", "open"]
-"""How a dashboard receives a request without a token: refuses it, or answers."""
+Access = Literal["token", "open"]
+"""What a dashboard requires of a request: a token, or nothing."""
 
 MODE = "RAY_AUTH_MODE"
 _TOKEN = "RAY_AUTH_TOKEN"
@@ -26,17 +27,17 @@ _SECONDS = 10.0
 
 
 def token_file() -> Path:
-    """Where Ray looks for the token when it is not in the environment."""
+    """The file where Ray looks for the token when it is not in the environment."""
     return Path(os.environ.get(_TOKEN_PATH) or Path.home() / ".ray" / "auth_token")
 
 
 def has_token() -> bool:
-    """Whether this user has a token, in the environment or in the file."""
+    """True if this user has a token, in the environment or in the file."""
     return bool(os.environ.get(_TOKEN)) or token_file().is_file()
 
 
 def ensure_token() -> Path:
-    """The token's file, made here with mode 0600 where there is none, and closed to others.
+    """The token's file, readable by this user alone; created if it does not exist.
 
     Raises:
         InputError: the file cannot be written.
@@ -50,7 +51,7 @@ def ensure_token() -> Path:
                 stream.write(secrets.token_hex(32))
         elif file.stat().st_mode & 0o077:
             file.chmod(0o600)
-    except FileExistsError:  # another process made it in this moment
+    except FileExistsError:  # another process created it meanwhile
         return file
     except OSError as error:
         raise InputError(
@@ -60,16 +61,19 @@ def ensure_token() -> Path:
     return file
 
 
-def enter_own_cluster() -> None:
-    """Before Ray is imported to start a cluster here: with a token, unless told otherwise."""
+def start_with_token() -> None:
+    """Make a cluster that is started here require a token, unless the environment says otherwise.
+
+    Call it before Ray is imported.
+    """
     if os.environ.setdefault(MODE, "token") == "token" and not os.environ.get(_TOKEN):
         ensure_token()
 
 
-def enter_cluster(address: str) -> None:
-    """Before Ray is imported to join a cluster: a token is presented.
+def join_with_token(address: str) -> None:
+    """Make Ray present the token to the cluster that it joins.
 
-    Inside a Ray job, the cluster has set what it wants already.
+    Call it before Ray is imported. Inside a Ray job, the cluster has set what is needed.
 
     Raises:
         InputError: there is no token to present.
@@ -80,32 +84,34 @@ def enter_cluster(address: str) -> None:
         raise InputError(no_token(address))
 
 
-def enter_dashboard(address: str) -> Door:
-    """Before Ray is imported to speak to a dashboard: is a token wanted, and is there one.
+def authenticate(address: str) -> Access:
+    """Make Ray present the token to a dashboard that requires one.
+
+    Call it before Ray is imported.
 
     Raises:
-        InputError: nobody answers; a token is wanted and there is none; or none is wanted on an
-            address that others reach.
+        InputError: there is no answer; the dashboard requires a token and there is none; or it
+            requires none and other machines can reach it.
     """
-    door = knock(address)
-    if door == "open":
+    access = probe(address)
+    if access == "open":
         if not is_loopback(address):
             raise InputError(
-                f"{address} answers without a token: whoever reaches it runs code on the "
+                f"{address} answers without a token: anyone who reaches it can run code on the "
                 f"cluster. Start Ray there with {MODE}=token (finray cluster up does)"
             )
-        return door
+        return access
     if not has_token():
         raise InputError(no_token(address))
     os.environ[MODE] = "token"
-    return door
+    return access
 
 
-def knock(address: str) -> Door:
-    """Ask a dashboard for its version without a token.
+def probe(address: str) -> Access:
+    """Request a dashboard's version without a token.
 
     Raises:
-        InputError: the address is no http(s) URL, or nobody answers there.
+        InputError: the address is not an http(s) URL, or no dashboard answers there.
     """
     if urlsplit(address).scheme not in ("http", "https"):
         raise InputError(
@@ -127,7 +133,7 @@ def knock(address: str) -> Door:
 
 
 def is_loopback(address: str) -> bool:
-    """Whether a URL's host is this machine's loopback."""
+    """True if a URL's host is this machine's loopback."""
     host = urlsplit(address).hostname or ""
     if host == "localhost":
         return True
@@ -138,16 +144,16 @@ def is_loopback(address: str) -> bool:
 
 
 def no_token(address: str) -> str:
-    """What to do where a cluster wants a token and this user has none."""
+    """Message for a cluster that requires a token when this user has none."""
     return (
-        f"the cluster at {address} wants a token, and there is none in {token_file()}; copy it "
+        f"the cluster at {address} requires a token, and there is none in {token_file()}; copy it "
         f"from the head (scp HEAD:.ray/auth_token {token_file()} && chmod 600 {token_file()}), "
         f"or name its file in {_TOKEN_PATH}"
     )
 
 
 def wrong_token(address: str) -> str:
-    """What to do where a cluster refuses this user's token."""
+    """Message for a cluster that refuses this user's token."""
     where = f"in {_TOKEN}" if os.environ.get(_TOKEN) else f"in {token_file()}"
     return (
         f"the cluster at {address} refuses the token {where}: it is another cluster's, or an "

@@ -89,7 +89,7 @@ def test_a_run_is_submitted_once_and_fetched(cluster: Cluster) -> None:
     finray = cluster.finray
     recipe = finray.recipe(name="once", scale__workers=2, optim__max_steps=6)
     assert "submitted once" in cluster.job("submit", recipe)
-    assert "under way already" in cluster.job("submit", recipe)
+    assert "is already " in cluster.job("submit", recipe)
     other = finray.recipe(name="once", scale__workers=2, optim__max_steps=7)
     assert "other settings" in cluster.job("submit", other, code=2)
     recipe = finray.recipe(name="once", scale__workers=2, optim__max_steps=6)
@@ -97,7 +97,7 @@ def test_a_run_is_submitted_once_and_fetched(cluster: Cluster) -> None:
     assert "6/6" in log and "once finished" in log
     assert cluster.status("once")["status"] == "SUCCEEDED"
 
-    assert "brings its results" in cluster.job("submit", recipe)
+    assert "gets its results" in cluster.job("submit", recipe)
     listed = cluster.job("list", "--json")
     assert [job["id"] for job in json.loads(listed)] == ["once"]
 
@@ -153,7 +153,7 @@ def test_a_sweep_stops_and_the_same_submission_goes_on(cluster: Cluster) -> None
     folder = finray.folder / "runs" / "swept"
     trial = folder / "trials" / "trial-0000"
     assert "submitted swept" in cluster.job("submit", sweep)
-    assert "under way already" in cluster.job("submit", sweep)
+    assert "is already " in cluster.job("submit", sweep)
     wait_until(lambda: reached(trial, 10), "step 10 of the first trial")
     cluster.job("stop", "swept")
     assert cluster.status("swept")["status"] == "STOPPED"
@@ -163,7 +163,7 @@ def test_a_sweep_stops_and_the_same_submission_goes_on(cluster: Cluster) -> None
     assert "submitted swept again, as swept~2" in told and "sweep swept finished" in told
     assert record(trial)["restarts"][0]["step"] >= 5
     assert sorted(losses(trial)) == list(range(1, 121))
-    assert "done already" in cluster.job("submit", sweep)
+    assert "finished already" in cluster.job("submit", sweep)
     assert "trial 0" in cluster.job("logs", "swept")
 
     target = finray.folder / "fetched-sweep"
@@ -193,12 +193,12 @@ def test_a_wrong_and_a_missing_token(
     monkeypatch.delenv("RAY_AUTH_TOKEN")
     monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(tmp_path / "absent"))
     told = cluster.job("list", code=2)
-    assert "wants a token" in told and "scp" in told
+    assert "requires a token" in told and "scp" in told
 
 
 def test_doctor(cluster: Cluster, tmp_path: Path) -> None:
     arguments = ("cluster", "doctor", "--address", cluster.address, "--storage")
     told = cluster.finray.run(*arguments, tmp_path)
-    assert "written by every node, read by all" in told and "wants a token" in told
+    assert "written by every node, read by all" in told and "requires a token" in told
     (tmp_path / "file").write_bytes(b"")
-    assert "FAILS" in cluster.finray.run(*arguments, tmp_path / "file", code=2)
+    assert "FAIL" in cluster.finray.run(*arguments, tmp_path / "file", code=2)

@@ -1,4 +1,4 @@
-"""Keeping secrets out of what finray writes and prints."""
+"""Secrets in text: one list for hiding them in output and for refusing them in settings."""
 
 import os
 import re
@@ -8,47 +8,86 @@ from typing import Any
 Key = tuple[str | int, ...]
 
 HIDDEN = "[secret]"
-_NAMES = re.compile(r"(TOKEN|SECRET|PASSWORD|PASSWD|API_KEY|ACCESS_KEY|CREDENTIAL)", re.IGNORECASE)
-_NO_VALUES = ("_PATH", "_FILE", "_ID", "_DIR", "_ISSUER")
+_KINDS = (
+    ("a Hugging Face token", re.compile(r"\bhf_[A-Za-z0-9]{16,}")),
+    ("a Weights & Biases key", re.compile(r"\bwandb_v1_[A-Za-z0-9_]{16,}")),
+    ("an AWS access key", re.compile(r"\b(AKIA|ASIA)[A-Z0-9]{16}\b")),
+    ("a GitHub token", re.compile(r"\bgh[pousr]_[A-Za-z0-9]{30,}")),
+    ("an API key", re.compile(r"\bsk-[A-Za-z0-9_-]{20,}")),
+    ("a user name with a password in a URI", re.compile(r"(?<=://)[^\s@]*:[^\s@]*(?=@)")),
+    (
+        "credentials in the query of a URI",
+        re.compile(
+            r"(?P<name>[?&][^=&\s]*(token|secret|password|passwd|access[_-]?key|api[_-]?key"
+            r"|signature|credential|(?<![a-z])sig(?![a-z]))[^=&\s]*=)[^&\s'\"]+",
+            re.IGNORECASE,
+        ),
+    ),
+)
+_VARIABLES = re.compile(
+    r"TOKEN(?!IZ)|SECRET|PASSWORD|PASSWD|API_?KEY|ACCESS_KEY|CREDENTIAL", re.IGNORECASE
+)
+"""Environment variables with such a name hold a secret…"""
+_NO_SECRET = ("_PATH", "_FILE", "_DIR", "_ISSUER", "APPLICATION_CREDENTIALS")
+"""… unless the name ends like this: those name a file or a server."""
 _SHORTEST = 8
-_TOKENS = re.compile(
-    r"\b(hf_[A-Za-z0-9]{16,}|wandb_v1_[A-Za-z0-9_]{16,}|AKIA[0-9A-Z]{16}|gh[pousr]_[A-Za-z0-9]{30,}"
-    r"|sk-[A-Za-z0-9_-]{20,})\b"
-)
-_USER_INFO = re.compile(r"(?<=://)[^\s@]*:[^\s@]*(?=@)")
-_QUERY = re.compile(
-    r"(?<=[?&])((?:[\w-]*(?:token|secret|password|access_key|api_key|signature|credential)[\w-]*)=)"
-    r"[^&\s'\"]+",
-    re.IGNORECASE,
-)
+"""Characters; shorter values of such variables occur in ordinary text."""
 
 
 def redact(text: str) -> str:
-    """The text without tokens, passwords in URLs, and values of secret environment variables."""
-    for value in _environment_secrets():
-        text = text.replace(value, HIDDEN)
-    text = _TOKENS.sub(HIDDEN, text)
-    text = _USER_INFO.sub(HIDDEN, text)
-    return _QUERY.sub(rf"\1{HIDDEN}", text)
+    """The text without tokens, passwords in URIs, and values of secret environment variables."""
+    for _, hidden in _hide(text):
+        text = hidden
+    return text
 
 
-def secret_places(values: Any, key: Key = ()) -> Iterator[Key]:
+def secret_kind(text: str) -> str | None:
+    """What `redact` would hide first, such as "a Hugging Face token"; None for ordinary text."""
+    return next((kind for kind, _ in _hide(text)), None)
+
+
+def secret_places(values: Any) -> Iterator[Key]:
     """Keys of plain settings whose text holds a secret."""
+    return (key for key, text in texts(values) if secret_kind(text) is not None)
+
+
+def texts(values: Any, key: Key = ()) -> Iterator[tuple[Key, str]]:
+    """(key, text) of every text in plain settings, at any depth."""
     if isinstance(values, dict):
         for name, value in values.items():
-            yield from secret_places(value, (*key, str(name)))
+            yield from texts(value, (*key, str(name)))
     elif isinstance(values, list):
         for index, value in enumerate(values):
-            yield from secret_places(value, (*key, index))
-    elif isinstance(values, str) and redact(values) != values:
-        yield key
+            yield from texts(value, (*key, index))
+    elif isinstance(values, str):
+        yield key, values
 
 
-def _environment_secrets() -> list[str]:
-    """Values of this process's secret variables, the longest first."""
-    found = {
-        value
+def _hide(text: str) -> Iterator[tuple[str, str]]:
+    """(kind, text in which secrets of this and all earlier kinds are hidden) of each kind that
+    the text holds."""
+    for name, value in _environment_secrets():
+        if value in text:
+            text = text.replace(value, HIDDEN)
+            yield f"the value of ${name}", text
+    for kind, pattern in _KINDS:
+        hidden = pattern.sub(_replacement, text)
+        if hidden != text:
+            text = hidden
+            yield kind, text
+
+
+def _replacement(match: re.Match[str]) -> str:
+    return match.groupdict().get("name", "") + HIDDEN
+
+
+def _environment_secrets() -> list[tuple[str, str]]:
+    """(name, value) of this process's secret variables, the longest value first."""
+    variables = [
+        (name, value)
         for name, value in os.environ.items()
-        if _NAMES.search(name) and not name.upper().endswith(_NO_VALUES) and len(value) >= _SHORTEST
-    }
-    return sorted(found, key=len, reverse=True)
+        if len(value) >= _SHORTEST
+        and _VARIABLES.search(name)
+        and not name.upper().endswith(_NO_SECRET)
+    ]
+    return sorted(variables, key=lambda variable: len(variable[1]), reverse=True)

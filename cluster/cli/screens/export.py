@@ -1,4 +1,4 @@
-"""What `finray export` shows: a bar while weights are written, and what was written where."""
+"""The progress bar of `finray export`, and its result."""
 
 import json
 from types import TracebackType
@@ -20,7 +20,7 @@ KINDS = {
 
 
 class ExportProgress(Progress):
-    """A bar of bytes on a terminal's stderr while the block runs; nothing elsewhere."""
+    """A bar of bytes while the block runs, if stderr is a terminal."""
 
     def __init__(self, console: Console | None = None) -> None:
         console = console or Console(stderr=True)
@@ -46,7 +46,7 @@ class ExportProgress(Progress):
 
 
 def render_exported(exported: Exported, as_json: bool) -> str:
-    """What lies where, and how it is loaded."""
+    """The exported files, and how to load them."""
     result = exported.result
     if as_json:
         values = {

@@ -1,7 +1,7 @@
-"""What `finray train` shows while a run goes on.
+"""Progress of a run, read from its folder.
 
-The run's folder is the source of truth: the worker that writes metrics.jsonl may be on another
-machine. So the display watches the folder and needs nothing from the run itself.
+The worker that writes metrics.jsonl may be on another machine, so the display polls the folder
+and needs nothing else from the run.
 """
 
 import threading
@@ -21,13 +21,13 @@ from ....training.records.run_folder import METRICS_FILE, Record, parse_record, 
 from .progress_display import Display, LiveDisplay, PlainDisplay, State
 
 TICK = 0.25
-"""Seconds between two looks at whether something is due."""
+"""Seconds between two checks for something to read or draw."""
 LOCAL_POLL = 0.5
 REMOTE_POLL = 5.0
 WINDOW = 20
 """Logged steps over which the speed, and with it the time left, is measured."""
 LONG_WAIT = 5.0
-"""Seconds of training spent waiting for saves that are worth a word."""
+"""Seconds spent waiting for saves above which the user is informed."""
 
 
 class ProgressWatcher(Progress):
@@ -36,9 +36,9 @@ class ProgressWatcher(Progress):
     On a terminal: one live line, with evaluations above it. Elsewhere: plain lines.
 
     Args:
-        folder: the run's folder; where it is known only later, `run_started` takes it.
+        folder: the run's folder; where it is chosen only later, `run_started` takes it.
         console: where to write; stderr by default, so that stdout stays the command's result.
-        poll_seconds: how often the folder is read; by default as its kind of storage bears.
+        poll_seconds: how often the folder is read; the default depends on its storage.
     """
 
     def __init__(
@@ -79,7 +79,7 @@ class ProgressWatcher(Progress):
             self._display.close()
 
     def run_started(self, folder: Folder) -> None:
-        """From now on tell what this run's folder gains; what it holds already is not told."""
+        """Show what is added to this run's folder from now on, not what it already holds."""
         run = _WatchedRun(folder, self._state, self._display)
         run.poll(quiet=True)
         with self._lock:
@@ -87,7 +87,7 @@ class ProgressWatcher(Progress):
         self.status("starting the workers and loading the model")
 
     def status(self, text: str) -> None:
-        """What the run is doing outside its steps: 'loading model'. The next step ends it."""
+        """Show what the run does outside its steps, such as "loading the model"."""
         with self._lock:
             self._state.phase = figures.one_line(text)
             self._display.changed()
@@ -112,10 +112,10 @@ class _WatchedRun:
         self._display = display
         self._tail = MetricsTail(folder)
         self._speed = Speed()
-        self._told: set[tuple[object, ...]] = set()
+        self._shown_evaluations: set[tuple[object, ...]] = set()
         self._restarts = 0
         self._save_error: str | None = None
-        self._told_wait = False
+        self._wait_was_shown = False
         self.poll_seconds = REMOTE_POLL if folder.local is None else LOCAL_POLL
 
     def poll(self, quiet: bool = False) -> None:
@@ -123,7 +123,7 @@ class _WatchedRun:
             run = read_run(self._folder) or {}
             lines, started_again = self._tail.poll()
         except (OSError, InputError):
-            return  # a display never ends a run: a store that is away is read at the next poll
+            return  # the storage may be unreachable for a moment; the next poll reads it again
         self._take_run(run, quiet)
         if started_again:
             self._speed = Speed()
@@ -141,7 +141,7 @@ class _WatchedRun:
         self._take_saves(run, quiet)
 
     def _take_saves(self, run: Record, quiet: bool) -> None:
-        """Tell what failed, and that the storage is too slow."""
+        """Show failed saves, and that the storage is too slow."""
         self._state.saved = run.get("last_saved_step")
         error, self._save_error = self._save_error, run.get("save_error")
         if self._save_error not in (None, error) and not quiet:
@@ -151,8 +151,8 @@ class _WatchedRun:
                 f"last saved: {newest}"
             )
         waited = run.get("save_wait_seconds")
-        if figures.is_number(waited) and waited > LONG_WAIT and not self._told_wait:
-            self._told_wait = True
+        if figures.is_number(waited) and waited > LONG_WAIT and not self._wait_was_shown:
+            self._wait_was_shown = True
             self._display.note(
                 f"saving is slower than checkpoint.every_steps asks: {figures.duration(waited)} "
                 "spent waiting for the storage"
@@ -170,29 +170,29 @@ class _WatchedRun:
             self._speed.add(int(line["step"]), line.get("seconds"))
             self._state.take(line, None if quiet else self._speed.seconds_per_step())
         if not quiet:
-            # the base model is measured at step 0, before there is a loss to show
+            # The base model is evaluated at step 0, before there is a loss to show.
             self._state.phase = "training" if self._state.step is None else ""
             self._display.changed()
 
     def _take_evaluation(self, line: Record, quiet: bool) -> None:
-        """Tell an evaluation once, also where a restart has the file read again."""
-        known = (line["step"], *(line.get(name) for name in HEADLINES))
-        if known not in self._told and not quiet:
+        """Show an evaluation once, even if a restart makes the file be read again."""
+        evaluation = (line["step"], *(line.get(name) for name in HEADLINES))
+        if evaluation not in self._shown_evaluations and not quiet:
             self._display.note(evaluation_text(line))
-        self._told.add(known)
+        self._shown_evaluations.add(evaluation)
 
 
 class MetricsTail:
-    """The lines that metrics.jsonl gained since the last look."""
+    """The lines added to metrics.jsonl since the last poll."""
 
     def __init__(self, folder: Folder) -> None:
         self._folder = folder
         self._offset = 0
         self._before = b""
-        """The bytes just before the offset: where they differ, it is another file by now."""
+        """The bytes just before the offset; if they changed, the file was rewritten."""
 
     def poll(self) -> tuple[list[Record], bool]:
-        """(whole new lines, whether the file began anew since the last look).
+        """(complete new lines, whether the file was rewritten since the last poll).
 
         A resumed run cuts the file back to its checkpoint, so it may be shorter than it was, or
         already longer again.
@@ -234,7 +234,7 @@ class Speed:
         self._seen.append((step, seconds))
 
     def seconds_per_step(self) -> float | None:
-        """None where too little is known."""
+        """None if fewer than two steps were logged."""
         if len(self._seen) < 2:
             return None
         (first, started), (last, now) = self._seen[0], self._seen[-1]

@@ -16,14 +16,14 @@ from rich.text import Text
 from ....training.common import formatting as figures
 
 PLAIN_SECONDS = 1.0
-"""Plain lines come at most this often; evaluations always."""
+"""Shortest time between two plain lines; evaluations are not delayed."""
 BAR_FROM_COLUMNS = 90
-"""Narrower terminals show no bar."""
+"""Terminal width from which a progress bar is shown."""
 
 
 @dataclass
 class State:
-    """What is known of the run at this moment."""
+    """Latest values of a run."""
 
     phase: str = ""
     step: int | None = None
@@ -33,15 +33,15 @@ class State:
     learning_rate: Any = None
     tokens_per_second: Any = None
     saved: Any = None
-    """Step of the last checkpoint that is known to be whole."""
+    """Step of the last complete checkpoint."""
     left: float | None = None
     """Seconds to the end, as of `since`."""
     since: float = 0.0
 
     def take(self, line: dict[str, Any], seconds_per_step: float | None) -> None:
-        """Show a logged step."""
+        """Take the values of a logged step."""
         self.step = int(line["step"])
-        # in the file null stands for a loss that is not a number
+        # In the file, null stands for a loss that is not a number.
         self.loss = math.nan if line["loss"] is None else line["loss"]
         self.reward = line.get("reward")
         self.learning_rate = line.get("learning_rate")
@@ -52,7 +52,7 @@ class State:
 
     @property
     def at_end(self) -> bool:
-        """Whether the last step is done: what is left is to evaluate and to save."""
+        """True if the last step is done; evaluating and saving may remain."""
         return figures.is_number(self.total) and self.step is not None and self.step >= self.total
 
     def step_text(self) -> str:
@@ -61,7 +61,7 @@ class State:
         return f"step {self.step}{total}"
 
     def values(self) -> list[str]:
-        """loss, learning rate, speed, last save and time left, as far as they are known."""
+        """Loss, learning rate, speed, last save and time left, without missing values."""
         parts = [f"loss {figures.loss(self.loss)}"]
         if figures.is_number(self.reward):
             parts.append(f"reward {figures.loss(self.reward)}")
@@ -72,7 +72,7 @@ class State:
         if figures.is_number(self.saved):
             parts.append(f"saved {self.saved:.0f}")
         if self.left is not None and not self.at_end:
-            # between two logged steps the time left runs down by the clock
+            # Between two logged steps, the time left decreases with the clock.
             left = max(0.0, self.left - (time.monotonic() - self.since))
             parts.append(f"{figures.duration(left)} left")
         return parts
@@ -86,7 +86,7 @@ class Display(Protocol):
         """Begin to draw."""
 
     def changed(self) -> None:
-        """The state is another one."""
+        """The state has changed."""
 
     def note(self, text: str) -> None:
         """A line that stays: an evaluation, a restart."""
@@ -95,7 +95,7 @@ class Display(Protocol):
         """A moment has passed."""
 
     def close(self) -> None:
-        """Draw what is not drawn yet, and end."""
+        """Draw the last state and end."""
 
 
 class PlainDisplay:
@@ -111,18 +111,18 @@ class PlainDisplay:
         """Nothing to prepare."""
 
     def changed(self) -> None:
-        """Keep a line until it is due; a newer one takes its place."""
+        """Keep a line until it is due; a newer line replaces it."""
         if self._state.phase:
             self._pending = self._state.phase
         else:
             self._pending = "  ".join([self._state.step_text(), *self._state.values()])
 
     def note(self, text: str) -> None:
-        """Print a line now; the one that waits keeps waiting."""
+        """Print a line now, before the one that waits."""
         self._print(text)
 
     def tick(self) -> None:
-        """Print the line that waits, where a second has passed since the last one."""
+        """Print the line that waits if `PLAIN_SECONDS` have passed."""
         if time.monotonic() >= self._next:
             self._flush()
 
@@ -153,7 +153,7 @@ class LiveDisplay:
             get_renderable=self._line,
             console=console,
             refresh_per_second=8,
-            # a piped stdout holds the command's result and is not ours to take
+            # A piped stdout holds the result of the command.
             redirect_stdout=sys.stdout.isatty(),
         )
 
@@ -162,14 +162,14 @@ class LiveDisplay:
         self._live.start()
 
     def changed(self) -> None:
-        """The next refresh draws it."""
+        """No-op: the next refresh draws the state."""
 
     def note(self, text: str) -> None:
         """Print a line above the live one."""
         self._console.print(Text(text, style="green", overflow="fold"))
 
     def tick(self) -> None:
-        """Refreshing is rich's own clock's."""
+        """No-op: rich refreshes by itself."""
 
     def close(self) -> None:
         """Leave the last state on the screen."""

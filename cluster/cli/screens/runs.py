@@ -9,7 +9,7 @@ from ....training.common import formatting as figures
 from ....training.records.run_folder import Record
 
 SILENT_SECONDS = 120.0
-"""A run that says it is running gives a sign of life more often than this."""
+"""A running run updates its record more often than this."""
 
 HEADERS = (
     "name",
@@ -24,17 +24,17 @@ HEADERS = (
     "started",
 )
 LEFT_ALIGNED = 3
-"""So many columns hold words; the others hold numbers."""
+"""Number of columns with words; the others hold numbers."""
 
 
 def render_runs(
     runs: Sequence[tuple[str, Record]], as_json: bool, now: datetime | None = None
 ) -> str:
-    """The runs of a storage, the one started last at the end; text in columns, or a JSON list.
+    """The runs of a storage, in the order of their start, as text in columns or a JSON list.
 
     Args:
         runs: (name, run record), as `list_runs` gives them.
-        now: the time to reckon ages from, with its zone; by default this moment.
+        now: the time from which ages count, with its zone; the present by default.
     """
     now = now or datetime.now(UTC)
     ordered = sorted(runs, key=lambda run: (str(run[1].get("started_at") or ""), run[0]))
@@ -47,7 +47,7 @@ def render_runs(
 
 
 def _entry(name: str, record: Record, now: datetime) -> Record:
-    """What is shown of a run, as plain values; what is not known is None."""
+    """Values of a run's row; None for missing ones."""
     metrics = record.get("metrics") or {}
     status = str(record.get("status") or "unknown")
     silent = _age(record.get("updated_at"), now)
@@ -94,14 +94,14 @@ def _row(entry: Record) -> tuple[str, ...]:
 
 
 def _reward(entry: Record) -> str:
-    """Of held-out prompts; for pairs, how often the chosen answer is preferred."""
+    """Mean reward on held-out prompts; for pairs, how often the chosen answer is preferred."""
     if entry["eval_reward"] is not None:
         return figures.loss(entry["eval_reward"])
     return figures.percent(entry["eval_reward_accuracy"])
 
 
 def columns(rows: Sequence[Sequence[str]], left_aligned: int) -> str:
-    """A table; the first so many columns hold words, the others numbers."""
+    """A table with its first `left_aligned` columns aligned left and the others right."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = []
     for row in rows:
@@ -118,7 +118,7 @@ def _number(value: Any) -> float | None:
 
 
 def _age(iso: Any, now: datetime) -> float | None:
-    """Seconds since an ISO time; one without a zone is in UTC."""
+    """Seconds since an ISO time, which is in UTC unless it has a zone."""
     try:
         time = datetime.fromisoformat(str(iso))
     except ValueError:

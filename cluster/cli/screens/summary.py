@@ -1,4 +1,4 @@
-"""What `finray train` prints at its end."""
+"""The summary that `finray train` prints at the end."""
 
 from collections.abc import Sequence
 
@@ -22,12 +22,13 @@ _BOLD, _DIM, _GREEN, _RED = "1", "2", "32", "31"
 
 
 def render_summary(folder: Folder, *, colour: bool = False) -> str:
-    """How a run ended, what it gained, and where its results lie; lines of at most 80 columns
-    but for paths and errors.
+    """How a run ended, what it improved, and where its results are.
+
+    Lines have at most 80 columns, except for paths and errors.
 
     Args:
         folder: the run's folder.
-        colour: whether to use a terminal's colours; the words say the same without.
+        colour: whether to use a terminal's colours.
 
     Raises:
         InputError: the folder holds no run, or one of its files is damaged.
@@ -61,10 +62,10 @@ def _headline(run: Record, paint: _Paint) -> list[str]:
         steps = f"step {figures.count(step)} of {figures.count(total)}"
     facts = [steps, f"{figures.count(run.get('tokens'))} tokens"]
     facts.append(figures.duration(run.get("wall_seconds")))
-    known = [fact for fact in facts if figures.MISSING not in fact]
+    present = [fact for fact in facts if figures.MISSING not in fact]
     colour = {"finished": _GREEN, "failed": _RED}.get(status, _BOLD)
     name = paint(figures.one_line(str(run.get("name") or "run")), _BOLD)
-    return [f"{name} {paint(status, colour)}" + (f": {', '.join(known)}" if known else "")]
+    return [f"{name} {paint(status, colour)}" + (f": {', '.join(present)}" if present else "")]
 
 
 def _error(run: Record) -> list[str]:
@@ -73,7 +74,7 @@ def _error(run: Record) -> list[str]:
 
 
 def _gains(run: Record, paint: _Paint) -> list[str]:
-    """Base against tuned, as far as either was measured."""
+    """Metrics of the base and the tuned model, if either was evaluated."""
     before, after = run.get("before") or {}, run.get("metrics") or {}
     rows = [
         (shown(key), before.get(key), after.get(key))
@@ -111,7 +112,7 @@ def _sample(sample: Record, paint: _Paint) -> list[str]:
 
 
 def shorten(text: str, columns: int = WIDTH - 16) -> str:
-    """One line of at most so many columns; a cut is marked with …"""
+    """One line of at most `columns` columns, with … at its end if it was cut."""
     line = figures.one_line(text)
     if cell_len(line) <= columns:
         return line

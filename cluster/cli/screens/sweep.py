@@ -1,4 +1,4 @@
-"""The table of a sweep, and the line of a trial that ended."""
+"""The table of a sweep, and the line for a finished trial."""
 
 import sys
 from typing import Any
@@ -11,7 +11,7 @@ from ....tuning.sweep_folder import BEST_FILE, REPORT_FILE, saved_share
 from .runs import columns
 
 _WORDS = 2
-"""So many columns hold words."""
+"""Number of columns with words."""
 _REASON = 60
 
 
@@ -28,7 +28,7 @@ class SweepLines(SweepProgress):
 
 
 def render_sweep(record: Record, folder: Folder) -> str:
-    """State, trials (the best first, then those that ended early) and results of a sweep."""
+    """State, trials (finished ones first, the best on top) and results of a sweep."""
     blocks = [_headline(record), _table(record), *_notes(record), *_places(record, folder)]
     return "\n".join(block for block in blocks if block)
 
@@ -45,7 +45,7 @@ def render_ending(ending: Ending, record: Record) -> str:
     done = f"{ended} of at most {total}"
     if record["settings"]["pruning"]["kind"] == "pbt":
         finished = sum(row["state"] == "finished" for row in rows)
-        done = f"{finished} of {total} members came to the end"
+        done = f"{finished} of {total} members finished"
     text = figures.one_line(ending.text)
     return f"trial {ending.number} {ending.state}: {text} ({best}{done})"
 
@@ -67,7 +67,7 @@ def _table(record: Record) -> str:
     if not rows:
         return ""
     keys = list(dict.fromkeys(key for row in rows for key in row["settings"]))
-    metrics = [one["metric"] for one in record["objectives"]]
+    metrics = [objective["metric"] for objective in record["objectives"]]
     short = [key.rpartition(".")[2] for key in keys]
     names = [name if short.count(name) == 1 else key for key, name in zip(keys, short, strict=True)]
     header = ["trial", "state", *metrics, *names, "tokens"]
@@ -119,8 +119,8 @@ def _notes(record: Record) -> list[str]:
     if failed:
         text = figures.one_line(str(failed[-1]["error"]))
         notes.append(f"trial {failed[-1]['number']} failed: {text[: _REASON * 3]}")
-    for name, one in (record.get("retrained") or {}).get("spread", {}).items():
-        notes.append(f"retrained: {name} {one['mean']:.6g} ± {one['deviation']:.2g}")
+    for name, value in (record.get("retrained") or {}).get("spread", {}).items():
+        notes.append(f"retrained: {name} {value['mean']:.6g} ± {value['deviation']:.2g}")
     return notes
 
 

@@ -1,14 +1,16 @@
 """Refusals by the command itself: exit code 2, one message, nothing started, nothing left."""
 
+import argparse
 import json
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
-from finray.cluster.cli.main import main
+from finray.cluster.cli.main import COMMANDS, _parser, command_function, main
 
 
 class Runner:
@@ -40,9 +42,9 @@ class Runner:
         (self.folder / name).write_text("\n".join(lines) + "\n", encoding="utf-8")
 
     def __call__(self, *arguments: str | Path, code: int) -> str:
-        found = main([str(argument) for argument in arguments])
+        exit_code = main([str(argument) for argument in arguments])
         out, err = self._capsys.readouterr()
-        assert found == code, err
+        assert exit_code == code, err
         assert "Traceback" not in err
         return err if code else out
 
@@ -67,8 +69,8 @@ def finray(
 
 @pytest.mark.parametrize("command", ["check", "train", "prepare"])
 def test_a_misspelt_key(finray: Runner, command: str) -> None:
-    told = finray(command, finray.recipe(optim__learnin_rate=1), code=2)
-    assert "recipe.yaml:" in told and "did you mean 'learning_rate'?" in told
+    output = finray(command, finray.recipe(optim__learnin_rate=1), code=2)
+    assert "recipe.yaml:" in output and "did you mean 'learning_rate'?" in output
     assert not (finray.folder / "runs").exists()
 
 
@@ -82,14 +84,14 @@ def test_a_missing_and_an_empty_file(finray: Runner) -> None:
 
 def test_rows_that_fit_no_format(finray: Runner) -> None:
     finray.rows(['{"colour": "red"}'] * 64)
-    told = finray("train", finray.recipe(), code=2)
-    assert "rows.jsonl:1" in told and "colour" in told and "messages" in told
+    output = finray("train", finray.recipe(), code=2)
+    assert "rows.jsonl:1" in output and "colour" in output and "messages" in output
 
 
 def test_bad_rows_above_the_share(finray: Runner) -> None:
     finray.rows([CHAT] * 300 + ["{oops"] * 10)
-    told = finray("train", finray.recipe(), code=2)
-    assert "rows.jsonl:301" in told and "quarantine" in told
+    output = finray("train", finray.recipe(), code=2)
+    assert "rows.jsonl:301" in output and "quarantine" in output
 
 
 def test_a_model_without_tokenizer_or_template(finray: Runner) -> None:
@@ -99,27 +101,27 @@ def test_a_model_without_tokenizer_or_template(finray: Runner) -> None:
     assert "tokenizer" in finray("train", finray.recipe(model__base=str(bare)), code=2)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(finray.model / name, bare)
-    told = finray("train", finray.recipe(model__base=str(bare)), code=2)
-    assert "chat template" in told and "data.chat_template" in told
+    output = finray("train", finray.recipe(model__base=str(bare)), code=2)
+    assert "chat template" in output and "data.chat_template" in output
 
 
 def test_max_length_beyond_the_model(finray: Runner) -> None:
-    told = finray("train", finray.recipe(data__max_length=4096), code=2)
-    assert "4096" in told and "128" in told
+    output = finray("train", finray.recipe(data__max_length=4096), code=2)
+    assert "4096" in output and "128" in output
 
 
 def test_fewer_rows_than_a_batch(finray: Runner) -> None:
-    told = finray("train", finray.recipe(optim__batch_size=100), code=2)
-    assert "batch_size" in told and "64" in told
+    output = finray("train", finray.recipe(optim__batch_size=100), code=2)
+    assert "batch_size" in output and "64" in output
 
 
-def test_check_tells_what_would_happen(finray: Runner) -> None:
+def test_check_shows_what_would_happen(finray: Runner) -> None:
     path = finray.recipe(adapter__rank=4, data__packing=False)
     outlook = json.loads(finray("check", path, "--json", code=0))
     assert outlook["steps"] == 2 and outlook["sources"][0]["rows"] == 64
     assert 0 < outlook["parameters"]["trainable"] < outlook["parameters"]["total"]
-    told = finray("check", path, code=0)
-    assert "64 rows of messages" in told and "MiB of a GPU: weights" in told
+    output = finray("check", path, code=0)
+    assert "64 rows of messages" in output and "MiB of a GPU: weights" in output
 
 
 def test_prepare_then_check_is_exact(finray: Runner) -> None:
@@ -132,10 +134,10 @@ def test_prepare_then_check_is_exact(finray: Runner) -> None:
 
 @pytest.mark.parametrize("command", ["check", "train"])
 def test_names_of_modules_that_match_nothing(finray: Runner, command: str) -> None:
-    told = finray(command, finray.recipe(adapter__targets=["q_prj"]), code=2)
-    assert "'q_prj' matches no module" in told and "q_proj" in told
-    told = finray(command, finray.recipe(freeze__train=["q_prj"]), code=2)
-    assert "'q_prj' is found in no parameter's name" in told and "q_proj" in told
+    output = finray(command, finray.recipe(adapter__targets=["q_prj"]), code=2)
+    assert "'q_prj' matches no module" in output and "q_proj" in output
+    output = finray(command, finray.recipe(freeze__train=["q_prj"]), code=2)
+    assert "'q_prj' is found in no parameter's name" in output and "q_proj" in output
     assert not list(finray.folder.glob("runs/*")), "data was prepared first"
 
 
@@ -156,6 +158,22 @@ def test_export_of_no_run(finray: Runner) -> None:
     assert not (finray.folder / "out").exists()
 
 
+def parsed_commands(parser: argparse.ArgumentParser) -> Iterator[str]:
+    """Every command that the parser accepts, with its verb."""
+    actions = [each for each in parser._actions if isinstance(each, argparse._SubParsersAction)]
+    for action in actions:
+        for name, child in action.choices.items():
+            yield from (f"{name} {verb}" for verb in [*parsed_commands(child)] or [""])
+
+
+def test_every_command_has_its_function() -> None:
+    assert {name.strip() for name in parsed_commands(_parser())} == COMMANDS.keys()
+    for name in COMMANDS:
+        command, _, verb = name.partition(" ")
+        words = {"command": command, **({"verb": verb} if verb else {})}
+        assert callable(command_function(argparse.Namespace(**words)))
+
+
 def test_export_needs_a_place(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="2"):
         main(["export", "runs/run"])
@@ -171,10 +189,10 @@ def write_sweep(finray: Runner, **settings: Any) -> Path:
 
 def test_tune_refuses_before_it_starts_anything(finray: Runner) -> None:
     sweep = write_sweep(finray, search={"optim.learning_rates": {"choice": [1]}})
-    told = finray("tune", sweep, code=2)
-    assert "did you mean 'learning_rate'" in told and "sweep.yaml" in told
-    told = finray("tune", write_sweep(finray, recipe="nowhere.yaml"), code=2)
-    assert "there is no file" in told
+    output = finray("tune", sweep, code=2)
+    assert "did you mean 'learning_rate'" in output and "sweep.yaml" in output
+    output = finray("tune", write_sweep(finray, recipe="nowhere.yaml"), code=2)
+    assert "there is no file" in output
     assert "stop_when.tokenz" in finray(
         "tune", write_sweep(finray), "--stop-when", "tokenz=1", code=2
     )
@@ -204,6 +222,6 @@ def test_a_sweep_is_no_run_of_kubernetes(finray: Runner) -> None:
 def test_more_gpus_than_there_are(finray: Runner, monkeypatch: pytest.MonkeyPatch) -> None:
     """No worker is started, and no GPU taken."""
     monkeypatch.setattr("finray.cluster.launcher.usable_gpus", lambda: 1)
-    told = finray("train", finray.recipe(scale__workers=2), code=2)
-    assert "lacks 1 GPUs; scale.workers=1 would fit" in told
+    output = finray("train", finray.recipe(scale__workers=2), code=2)
+    assert "lacks 1 GPUs; scale.workers=1 would fit" in output
     assert not (finray.folder / "runs").exists()

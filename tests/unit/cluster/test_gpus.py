@@ -1,4 +1,4 @@
-"""What is told of a GPU's memory before a run: it fits, it would in smaller parts, or never."""
+"""GPU memory before a run: the run fits, fits in smaller parts, or does not fit."""
 
 import re
 import stat
@@ -69,19 +69,19 @@ def test_it_never_fits_but_something_else_does() -> None:
     assert half.is_tight and "there is 40.0 GiB" in half.text
 
 
-def test_shards_are_told_where_workers_share_the_weights() -> None:
-    def told(**scale: Any) -> str:
+def test_shards_are_counted_where_workers_share_the_weights() -> None:
+    def advice(**scale: Any) -> str:
         rows = {"train": [{"path": "/r"}], "max_length": 512}
         settings = recipe(data=rows, micro_batch_size=1, scale={"workers": 4, **scale})
         return judge(settings, LLAMA_8B, [SMALL]).text
 
-    whole, shared = told(strategy="ddp"), told(strategy="fsdp")
+    whole, shared = advice(strategy="ddp"), advice(strategy="fsdp")
     assert "weights 15.0 GiB" in whole and "scale.strategy=fsdp" in whole
     # a quarter of all, and for a moment embedding, head and two of 32 layers
     weights = re.search(r"weights (\d+\.\d) GiB", shared)
     assert weights is not None
     assert float(weights[1]) == pytest.approx(15.0 / 4 + 1.96 + 2 * 13.1 / 32, abs=0.15)
-    assert told() == shared, "auto comes to shards"
+    assert advice() == shared, "auto comes to shards"
 
 
 def test_autocast_keeps_no_copies_of_shards() -> None:

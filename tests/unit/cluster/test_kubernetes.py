@@ -41,7 +41,7 @@ def rendered(
     of: Recipe, overlay: str = "cpu", **target: str
 ) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
     """ConfigMap, PodDisruptionBudget and RayJob."""
-    text = render(of, Target(overlay, target.pop("namespace", "finray"), **target), {})
+    text = render(of, Target(overlay, target.pop("namespace", "finray"), **target))
     documents = list(yaml.safe_load_all(text))
     assert [each["kind"] for each in documents] == ["ConfigMap", "PodDisruptionBudget", "RayJob"]
     return documents[0], documents[1], documents[2]
@@ -190,7 +190,7 @@ def test_memory_and_namespace_are_taken() -> None:
 
 
 @pytest.mark.parametrize(
-    ("overlay", "changes", "told"),
+    ("overlay", "changes", "error"),
     [
         ("cpu", {"scale": {"workers": 0}}, "--set scale.workers=1"),
         ("cpu", {"scale": {"workers": 1, "gpus_per_worker": 1}}, "choose --overlay gpu"),
@@ -203,15 +203,17 @@ def test_memory_and_namespace_are_taken() -> None:
         ("cpu", {"model": {"base": "/models/x"}}, "model.base: /models/x"),
     ],
 )
-def test_what_cannot_run_there_is_refused(overlay: str, changes: dict[str, Any], told: str) -> None:
-    with pytest.raises(InputError, match=re.escape(told)):
-        render(recipe(**changes), Target(overlay, "finray"), {})
+def test_what_cannot_run_there_is_refused(
+    overlay: str, changes: dict[str, Any], error: str
+) -> None:
+    with pytest.raises(InputError, match=re.escape(error)):
+        render(recipe(**changes), Target(overlay, "finray"))
 
 
 @pytest.mark.parametrize("target", [Target("cpu", "Not_a_name"), Target("cpu", "a", memory="big")])
 def test_a_target_that_kubernetes_would_refuse(target: Target) -> None:
     with pytest.raises(InputError, match="expected"):
-        render(recipe(), target, {})
+        render(recipe(), target)
 
 
 def test_every_local_path_is_named_at_once() -> None:
@@ -220,7 +222,7 @@ def test_every_local_path_is_named_at_once() -> None:
         data={"train": [{"path": "s3://a/b"}, {"path": "/c.jsonl"}], "eval": [{"path": "/d"}]},
     )
     with pytest.raises(InputError) as error:
-        render(of, Target("cpu", "finray"), {})
+        render(of, Target("cpu", "finray"))
     keys = [line.partition(":")[0] for line in str(error.value).splitlines()]
     assert keys == ["model.base", "data.train.1.path", "data.eval.0.path"]
     assert "hub id" in str(error.value) and "/mnt/finray/" in str(error.value)
@@ -229,7 +231,7 @@ def test_every_local_path_is_named_at_once() -> None:
 def test_a_recipe_larger_than_a_config_map() -> None:
     large = recipe(data={**recipe().data.model_dump(), "chat_template": "{" + "x" * LARGEST_RECIPE})
     with pytest.raises(InputError, match="a ConfigMap holds 1,048,576"):
-        render(large, Target("cpu", "finray"), {})
+        render(large, Target("cpu", "finray"))
 
 
 def write(folder: Path, **changes: Any) -> Path:
@@ -282,6 +284,19 @@ def test_a_secret_in_the_recipe_is_refused_and_not_repeated(
     printed = capsys.readouterr()
     assert printed.out == "" and secret not in printed.err
     assert "storage: holds " in printed.err
+    assert "finray-credentials" in printed.err
+
+
+def test_a_secret_in_a_chat_template_is_refused_and_not_repeated(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    secret = "hf_abcdefghijklmnopqrstuvwxyz"
+    (tmp_path / "chat.jinja").write_text("{{ messages }}" + secret, encoding="utf-8")
+    data = {**recipe().data.model_dump(), "chat_template": "chat.jinja"}
+    assert main(["k8s", "render", str(write(tmp_path, data=data)), "--overlay", "cpu"]) == 2
+    printed = capsys.readouterr()
+    assert printed.out == "" and secret not in printed.err
+    assert "data.chat_template: holds a Hugging Face token" in printed.err
     assert "finray-credentials" in printed.err
 
 

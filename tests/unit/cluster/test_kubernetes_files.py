@@ -30,10 +30,10 @@ def files_of(folder: Path) -> set[Path]:
     """Files that a kustomization refers to, with those of the kustomizations below it."""
     (kustomization,) = documents(folder / "kustomization.yaml")
     names = [*kustomization["resources"], *(p["path"] for p in kustomization.get("patches", []))]
-    found = {folder / "kustomization.yaml"}
+    matches = {folder / "kustomization.yaml"}
     for path in ((folder / name).resolve() for name in names):
-        found |= files_of(path) if path.is_dir() else {path}
-    return found
+        matches |= files_of(path) if path.is_dir() else {path}
+    return matches
 
 
 def kustomize(folder: Path) -> list[Any]:
@@ -174,5 +174,5 @@ def test_the_build_context_holds_what_is_copied_and_no_more() -> None:
 
 
 def test_the_image_takes_no_secret() -> None:
-    told = [arguments for name, arguments in instructions() if name in ("ARG", "ENV")]
-    assert not [each for each in told if re.search(r"TOKEN|SECRET|PASSWORD|KEY", each, re.I)]
+    settings = [arguments for name, arguments in instructions() if name in ("ARG", "ENV")]
+    assert not [each for each in settings if re.search(r"TOKEN|SECRET|PASSWORD|KEY", each, re.I)]

@@ -1,4 +1,4 @@
-"""progress: everything a run writes is told once, in order, and without a terminal plainly."""
+"""Progress: all that a run writes is shown once, in order, as plain lines without a terminal."""
 
 import io
 import json
@@ -39,7 +39,7 @@ def until(condition: Callable[[], bool]) -> None:
         time.sleep(0.01)
 
 
-def test_the_last_lines_are_told_at_the_end(folder: Folder) -> None:
+def test_the_last_lines_are_shown_at_the_end(folder: Folder) -> None:
     console, out = plain()
     with ProgressWatcher(folder, console, poll_seconds=60):
         write_run(folder, {"total_steps": 100})
@@ -56,7 +56,7 @@ def test_the_last_lines_are_told_at_the_end(folder: Folder) -> None:
     assert "\x1b" not in out.getvalue()
 
 
-def test_the_last_save_and_what_ails_saves_are_told(folder: Folder) -> None:
+def test_the_last_save_and_failed_saves_are_shown(folder: Folder) -> None:
     console, out = plain()
     with ProgressWatcher(folder, console, poll_seconds=0.01):
         write_run(folder, {"last_saved_step": 10, "save_error": None, "save_wait_seconds": 0.1})
@@ -82,7 +82,7 @@ def test_lines_come_while_the_run_goes_on(folder: Folder) -> None:
         until(lambda: "step 1  held-out loss 2.000" in out.getvalue())
 
 
-def test_plain_lines_are_few_but_every_evaluation_is_told(folder: Folder) -> None:
+def test_plain_lines_are_few_but_every_evaluation_is_shown(folder: Folder) -> None:
     console, out = plain()
     started = time.monotonic()
     with ProgressWatcher(folder, console, poll_seconds=0.01):
@@ -97,7 +97,7 @@ def test_plain_lines_are_few_but_every_evaluation_is_told(folder: Folder) -> Non
     assert others[-1] == "step 100  loss 1.000"
 
 
-def test_phases_are_told_and_cleaned(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_phases_are_shown_and_cleaned(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(progress_display, "PLAIN_SECONDS", 3600.0)  # whatever the machine's load
     console, out = plain()
     with ProgressWatcher(console=console) as watcher:
@@ -107,7 +107,7 @@ def test_phases_are_told_and_cleaned(monkeypatch: pytest.MonkeyPatch) -> None:
     assert out.getvalue() == "preparing data: pack 1/8\nloading[31m the model\n"
 
 
-def test_an_earlier_part_is_not_told_again(folder: Folder) -> None:
+def test_an_earlier_part_is_not_shown_again(folder: Folder) -> None:
     append(folder, {"step": 10, "eval_loss": 2.0}, {"step": 10, "loss": 2.0, "seconds": 5.0})
     write_run(folder, {"total_steps": 100, "restarts": [{"step": 5, "reason": "old"}]})
     console, out = plain()
@@ -124,7 +124,7 @@ def test_an_earlier_part_is_not_told_again(folder: Folder) -> None:
     assert "step 20/100  loss 1.000  1m00s left" in text
 
 
-def test_skipped_steps_are_told(folder: Folder) -> None:
+def test_skipped_steps_are_shown(folder: Folder) -> None:
     console, out = plain()
     with ProgressWatcher(folder, console, poll_seconds=0.01):
         append(folder, {"step": 10, "loss": None, "grad_norm": None, "skipped": 10})
@@ -141,8 +141,8 @@ def test_evaluations_are_not_repeated_when_the_file_is_cut(folder: Folder) -> No
         time.sleep(0.6)
         append(folder, {"step": 20, "eval_loss": 1.5})
         until(lambda: "1.500" in out.getvalue())
-    told = [line for line in out.getvalue().splitlines() if "held-out" in line]
-    assert told == [
+    evaluations = [line for line in out.getvalue().splitlines() if "held-out" in line]
+    assert evaluations == [
         "step 10  held-out loss 2.000",
         "step 20  held-out loss 1.000",
         "step 20  held-out loss 1.500",

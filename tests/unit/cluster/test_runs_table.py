@@ -1,4 +1,4 @@
-"""runs_table: one line a run, silence told, and the same as JSON."""
+"""finray runs: one line a run, silent runs marked, and the same as JSON."""
 
 import json
 from datetime import UTC, datetime, timedelta

@@ -57,11 +57,11 @@ class Runner:
         return path
 
     def __call__(self, *arguments: str | Path, code: int = 0) -> str:
-        found = main([str(argument) for argument in arguments])
-        told = "".join(self._capture.readouterr())
-        self.printed += told
-        assert found == code, told
-        return told
+        exit_code = main([str(argument) for argument in arguments])
+        output = "".join(self._capture.readouterr())
+        self.printed += output
+        assert exit_code == code, output
+        return output
 
     def leaks(self) -> Iterator[str]:
         """Where a secret stands; recipes, with which some were given, are not looked at."""
@@ -111,8 +111,8 @@ def test_from_the_environment(finray: Runner, monkeypatch: pytest.MonkeyPatch) -
 
         patch.setattr(Folder, "upload", upload)
         patch.setattr("finray.training.common.uploader.PAUSES", ())
-        told = finray("train", finray.recipe("failed"), code=1)
-    assert "[secret]" in told
+        output = finray("train", finray.recipe("failed"), code=1)
+    assert "[secret]" in output
     record = json.loads((finray.folder / "runs/failed/run.json").read_text(encoding="utf-8"))
     assert "[secret]" in record["error"] and "[secret]" in record["save_error"]
 
@@ -123,8 +123,8 @@ def test_from_the_environment(finray: Runner, monkeypatch: pytest.MonkeyPatch) -
         "generations": 2,
         "max_completion": 4,
     }
-    told = finray("train", finray.recipe("rewarded", method=method), code=1)
-    assert "cannot log in with [secret]" in told
+    output = finray("train", finray.recipe("rewarded", method=method), code=1)
+    assert "cannot log in with [secret]" in output
     finray("report", "runs/failed")
     finray("runs", "--json")
     assert not list(finray.leaks())

@@ -1,4 +1,4 @@
-"""What travels with a job: files by content, relative paths, a limit, and nothing hidden."""
+"""What is uploaded with a job: files by content, relative paths, a limit, and nothing hidden."""
 
 import subprocess
 from pathlib import Path
@@ -7,8 +7,14 @@ from typing import Any
 import pytest
 import yaml
 
-from finray.cluster.cli.job_entry import unpack
-from finray.cluster.jobs.staging import INPUTS_FOLDER, RECIPE_FILE, SWEEP_FILE, stage, stage_sweep
+from finray.cluster.jobs.staging import (
+    INPUTS_FOLDER,
+    RECIPE_FILE,
+    SWEEP_FILE,
+    receive,
+    stage,
+    stage_sweep,
+)
 from finray.training.common.errors import InputError
 from finray.training.config.recipe import Recipe, load_recipe
 from finray.tuning.sweep import LoadedSweep, load_sweep
@@ -46,7 +52,7 @@ def parcel(tmp_path: Path, name: str = "parcel") -> Path:
     return folder
 
 
-def test_local_data_travels_by_a_relative_path(tmp_path: Path, rows: Path) -> None:
+def test_local_data_is_uploaded_by_a_relative_path(tmp_path: Path, rows: Path) -> None:
     target = parcel(tmp_path)
     stage(make(rows), target, ())
     path = staged_recipe(target)["data"]["train"][0]["path"]
@@ -84,15 +90,15 @@ def test_an_absent_file_names_the_way_out(tmp_path: Path, rows: Path) -> None:
 def test_too_big_names_what_and_where_to_put_it(tmp_path: Path, rows: Path) -> None:
     (rows / "big.jsonl").write_text('{"text": "x"}\n' * 200_000, encoding="utf-8")
     recipe = make(rows, data={"train": [{"path": "rows.jsonl"}, {"path": "big.jsonl"}]})
-    with pytest.raises(InputError) as told:
+    with pytest.raises(InputError) as error:
         stage(recipe, parcel(tmp_path), (), limit_mib=2.0)
-    lines = str(told.value).splitlines()
+    lines = str(error.value).splitlines()
     assert "2.7 MiB" in lines[0] and "at most 2 MiB" in lines[0]
     assert "big.jsonl" in lines[1] and "rows.jsonl" in lines[2] and "s3://" in lines[3]
     stage(recipe, parcel(tmp_path, "larger"), (), limit_mib=3.0)
 
 
-def test_a_file_that_gitignore_hides_travels_and_is_told(tmp_path: Path, rows: Path) -> None:
+def test_a_file_that_gitignore_hides_is_uploaded_and_noted(tmp_path: Path, rows: Path) -> None:
     from ray._private.runtime_env.packaging import create_package
 
     subprocess.run(["git", "init", "--quiet", str(rows)], check=True)
@@ -106,7 +112,7 @@ def test_a_file_that_gitignore_hides_travels_and_is_told(tmp_path: Path, rows: P
 
     with ZipFile(archive) as content:
         assert content.read("inputs/0/rows.jsonl") == (rows / "rows.jsonl").read_bytes()
-        assert "finray/training/report.html" in content.namelist()
+        assert "finray/training/records/report.html" in content.namelist()
 
 
 def test_a_model_folder_needs_a_storage_that_is_a_folder(tmp_path: Path, rows: Path) -> None:
@@ -130,16 +136,16 @@ def test_the_digest_is_of_content_alone(tmp_path: Path, rows: Path) -> None:
     assert stage(make(moved, seed=1), parcel(tmp_path, "d"), ()).digest != first
 
 
-def test_the_same_files_unpack_to_the_same_recipe(tmp_path: Path, rows: Path) -> None:
-    """A resumed run must find its data at the same path, wherever Ray unpacked the job."""
+def test_the_same_files_give_the_same_recipe(tmp_path: Path, rows: Path) -> None:
+    """A resumed run must find its data at the same path, wherever Ray puts the job."""
     storage = tmp_path / "shared"
-    found = []
+    received = []
     for name in ("first", "second"):
         target = parcel(tmp_path, name)
         stage(make(rows, storage=str(storage)), target, ())
-        found.append(unpack(target, RECIPE_FILE))
-    assert found[0] == found[1]
-    path = Path(found[0]["data"]["train"][0]["path"])
+        received.append(receive(target, RECIPE_FILE))
+    assert received[0] == received[1]
+    path = Path(received[0]["data"]["train"][0]["path"])
     assert path.is_relative_to(storage / "run" / INPUTS_FOLDER)
     assert path.read_bytes() == (rows / "rows.jsonl").read_bytes()
 
@@ -159,12 +165,12 @@ def make_sweep(folder: Path, storage: Path, **changes: Any) -> LoadedSweep:
     return load_sweep(path)
 
 
-def test_a_sweep_travels_with_its_base_recipe_and_data(tmp_path: Path, rows: Path) -> None:
+def test_a_sweep_is_uploaded_with_its_base_recipe_and_data(tmp_path: Path, rows: Path) -> None:
     loaded = make_sweep(rows, tmp_path / "shared", trials=7)
     target = parcel(tmp_path)
     stage_sweep(loaded, target, ())
     there = tmp_path / "resolved.yaml"
-    there.write_text(yaml.safe_dump(unpack(target, SWEEP_FILE)), encoding="utf-8")
+    there.write_text(yaml.safe_dump(receive(target, SWEEP_FILE)), encoding="utf-8")
     arrived = load_sweep(there)
     sent = Path(arrived.recipe.data.train[0].path)
     assert sent.is_relative_to(tmp_path / "shared" / "sweep" / INPUTS_FOLDER)
@@ -175,11 +181,11 @@ def test_a_sweep_travels_with_its_base_recipe_and_data(tmp_path: Path, rows: Pat
 
     more = parcel(tmp_path, "more")
     stage_sweep(make_sweep(rows, tmp_path / "shared", trials=9), more, ())
-    again = unpack(more, SWEEP_FILE)["recipe"]["data"]["train"][0]["path"]
+    again = receive(more, SWEEP_FILE)["recipe"]["data"]["train"][0]["path"]
     assert again == str(sent), "a sweep that grows would find its data elsewhere"
 
 
-def test_reward_functions_travel_inside_the_sweep(tmp_path: Path, rows: Path) -> None:
+def test_reward_functions_are_inside_the_sweep(tmp_path: Path, rows: Path) -> None:
     (rows / "rewards.py").write_text("def good(**columns):\n    return [1.0]\n", encoding="utf-8")
     method = {"kind": "grpo", "rewards": [{"file": "rewards.py:good"}], "generations": 2}
     search = {"optim.learning_rate": {"log_uniform": [1e-5, 1e-4]}}
@@ -189,11 +195,11 @@ def test_reward_functions_travel_inside_the_sweep(tmp_path: Path, rows: Path) ->
     stage_sweep(loaded, target, ())
     (rows / "rewards.py").unlink()
     there = tmp_path / "resolved.yaml"
-    there.write_text(yaml.safe_dump(unpack(target, SWEEP_FILE)), encoding="utf-8")
+    there.write_text(yaml.safe_dump(receive(target, SWEEP_FILE)), encoding="utf-8")
     assert "return [1.0]" in load_sweep(there).recipe.method.rewards[0].source
 
 
-def test_searched_files_do_not_travel(tmp_path: Path, rows: Path) -> None:
+def test_searched_files_are_not_uploaded(tmp_path: Path, rows: Path) -> None:
     search = {"data.train.0.path": {"choice": ["rows.jsonl", "s3://bucket/rows.jsonl"]}}
     loaded = make_sweep(rows, tmp_path, search=search)
     with pytest.raises(InputError, match=r"sweep\.yaml:\d+: search\.data\.train\.0\.path.*rows"):

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from finray.cluster.nodes import token as auth
+from finray.cluster.nodes import token
 from finray.training.common.errors import InputError
 
 
@@ -41,43 +41,43 @@ def dashboard(request: pytest.FixtureRequest) -> Iterator[tuple[str, int]]:
 
 
 def test_a_token_is_made_once_and_closed_to_others(home: Path) -> None:
-    file = auth.ensure_token()
-    token = file.read_text(encoding="utf-8")
-    assert file == home / ".ray" / "auth_token" and len(token) == 64
+    file = token.ensure_token()
+    content = file.read_text(encoding="utf-8")
+    assert file == home / ".ray" / "auth_token" and len(content) == 64
     assert file.stat().st_mode & 0o777 == 0o600 and file.parent.stat().st_mode & 0o777 == 0o700
     file.chmod(0o644)
-    assert auth.ensure_token().read_text(encoding="utf-8") == token
+    assert token.ensure_token().read_text(encoding="utf-8") == content
     assert file.stat().st_mode & 0o777 == 0o600
 
 
-def test_joining_without_a_token_tells_where_to_get_it() -> None:
-    with pytest.raises(InputError, match=r"head:6379 wants a token(.|\n)*scp"):
-        auth.enter_cluster("head:6379")
-    auth.ensure_token()
-    auth.enter_cluster("head:6379")
+def test_joining_without_a_token_says_where_to_get_it() -> None:
+    with pytest.raises(InputError, match=r"head:6379 requires a token(.|\n)*scp"):
+        token.join_with_token("head:6379")
+    token.ensure_token()
+    token.join_with_token("head:6379")
 
 
 def test_a_dashboard_decides_whether_a_token_is_needed(dashboard: tuple[str, int]) -> None:
     address, status = dashboard
     if status == 200:
-        assert auth.enter_dashboard(address) == "open"
+        assert token.authenticate(address) == "open"
         return
-    with pytest.raises(InputError, match="wants a token"):
-        auth.enter_dashboard(address)
-    auth.ensure_token()
-    assert auth.enter_dashboard(address) == "token"
+    with pytest.raises(InputError, match="requires a token"):
+        token.authenticate(address)
+    token.ensure_token()
+    assert token.authenticate(address) == "token"
 
 
 def test_an_open_dashboard_elsewhere_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(auth, "knock", lambda _: "open")
+    monkeypatch.setattr(token, "probe", lambda _: "open")
     with pytest.raises(InputError, match="answers without a token"):
-        auth.enter_dashboard("http://10.1.2.3:8265")
+        token.authenticate("http://10.1.2.3:8265")
 
 
 @pytest.mark.parametrize("address", ["head:8265", "http://127.0.0.1:9"])
 def test_no_dashboard(address: str) -> None:
     with pytest.raises(InputError, match="8265"):
-        auth.enter_dashboard(address)
+        token.authenticate(address)
 
 
 @pytest.mark.parametrize(
@@ -91,4 +91,4 @@ def test_no_dashboard(address: str) -> None:
     ],
 )
 def test_loopback(address: str, is_loopback: bool) -> None:
-    assert auth.is_loopback(address) is is_loopback
+    assert token.is_loopback(address) is is_loopback

@@ -113,6 +113,6 @@ def test_a_population_tells_who_goes_on_from_whom(record: dict[str, Any], tmp_pa
     lines = render_sweep(record, Folder(str(tmp_path))).splitlines()
     assert lines[1].split()[-1] == "from" and lines[2].split()[-1] == "1"
     text = render_ending(Ending(1, "pruned", "gave way"), record)
-    assert text.endswith("1 of 5 members came to the end)")
+    assert text.endswith("1 of 5 members finished)")
     curve = learning_curves(record).data[1]
     assert list(curve.x) == [100, 1000] and list(curve.y) == [3.0, 1.0]

@@ -321,7 +321,7 @@ def test_time_budget_in_words(plan: MakePlan) -> None:
 def test_a_sweep_is_checked_without_ray_and_torch() -> None:
     """Ray takes its token and settings from the environment when it is imported."""
     script = (
-        "import sys, finray.cluster.cli.tune_command, finray.tuning.resume, finray.tuning.plan\n"
+        "import sys, finray.cluster.cli.tune, finray.tuning.resume, finray.tuning.plan\n"
         "assert not {'ray', 'torch', 'optuna'} & set(sys.modules)"
     )
     done = subprocess.run(

@@ -1,4 +1,4 @@
-"""What each verb of `finray cluster` does, one function each, named as the verb."""
+"""`finray cluster`: a cluster of the user's own machines; one function a verb."""
 
 import argparse
 import json
@@ -7,30 +7,31 @@ import sys
 from dataclasses import asdict
 
 from ...training.common.errors import InputError
-from ..nodes.head import current_head, end_head, joining_lines, start_head
+from ..jobs.client import Cluster
+from ..nodes.head import current_head, joining_lines, start_head, stop_head
 from ..nodes.token import token_file
 
 
 def up(options: argparse.Namespace) -> None:
-    """Start a head here, and tell how further nodes join it."""
+    """Start a head here, and print how other nodes join it."""
     print("starting a head", file=sys.stderr)
     head = start_head(options.port, options.dashboard_port, tuple(options.start_option))
     print(f"head       {head.address}")
     print(f"dashboard  {head.dashboard} (this machine only; from elsewhere: ssh -L)")
-    print(f"token      {token_file()} (whoever has it runs code here; it does not encrypt)")
-    print("on each further node, with the same packages installed:")
+    print(f"token      {token_file()} (anyone who has it can run code here; it does not encrypt)")
+    print("on each other node, with the same packages installed:")
     print(f"  {joining_lines(head)}")
     print(f"then       finray cluster doctor --address {head.dashboard}")
 
 
 def down(_: argparse.Namespace) -> None:
-    """End the head that was started here."""
-    head = end_head()
-    print("no head was started here" if head is None else f"ended {head.address}")
+    """Stop the head that was started here."""
+    head = stop_head()
+    print("no head was started here" if head is None else f"stopped {head.address}")
 
 
 def status(options: argparse.Namespace) -> None:
-    """Whether the head started here runs."""
+    """Print whether the head that was started here runs."""
     head = current_head()
     if options.json:
         print(json.dumps(None if head is None else asdict(head), indent=2))
@@ -41,12 +42,10 @@ def status(options: argparse.Namespace) -> None:
 
 
 def doctor(options: argparse.Namespace) -> None:
-    """Examine every node of a running cluster."""
-    from ..jobs.client import Cluster
-
+    """Check every node of a running cluster."""
     what = "doctor" if options.storage is None else f"doctor {shlex.quote(options.storage)}"
     code, log = Cluster(options.address).run("finray~doctor", what)
-    found = "\n".join(line for line in log.splitlines() if line.startswith("  "))
+    table = "\n".join(line for line in log.splitlines() if line.startswith("  "))
     if code:
-        raise InputError(f"the cluster needs care:\n{found or log}")
-    print(found)
+        raise InputError(f"the cluster has problems:\n{table or log}")
+    print(table)

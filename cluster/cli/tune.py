@@ -1,4 +1,4 @@
-"""`finray tune`: running a sweep, and showing one."""
+"""`finray tune`: run a sweep, continue an unfinished one, or show one."""
 
 import argparse
 import json
@@ -18,22 +18,33 @@ from ...training.config.sections import ScaleSettings
 from ...training.inspection import inspect_recipe
 from ...training.records.run_folder import Record
 from ...training.run import differences
+from ...tuning.plan import make_plan
+from ...tuning.resume import check_folder, describe
 from ...tuning.sweep import LoadedSweep, load_sweep, split_overrides
 from ...tuning.sweep_folder import read_sweep
+from ..environment import worker_environment
+from ..interrupts import graceful_interrupts
+from ..launcher import prepare_early
+from ..nodes.ray_session import cluster_address, ray_session
+from ..preflight import try_running_cluster
 from .screens.sweep import SweepLines, render_sweep
 
-_LOOK_SECONDS = 1.0
+_UPDATE_SECONDS = 1.0
+
+
+def tune(options: argparse.Namespace) -> None:
+    """Search for good settings, continue an unfinished sweep, or show one."""
+    words = options.sweep
+    if words[0] == "show" and len(words) == 2:
+        show_sweep(words[1], options)
+    elif len(words) == 1:
+        run_sweep(Path(words[0]), options)
+    else:
+        raise InputError(f"tune {' '.join(words)}: expected SWEEP, or show and SWEEP or its folder")
 
 
 def run_sweep(path: Path, options: argparse.Namespace) -> None:
-    """Search, or go on with an unfinished sweep."""
-    from ...tuning.plan import make_plan
-    from ...tuning.resume import check_folder, describe
-    from ..early_preparation import prepare_early
-    from ..environment import worker_environment
-    from ..interrupts import graceful_interrupts
-    from ..nodes.ray_session import cluster_address, ray_session
-
+    """Search, or continue an unfinished sweep."""
     loaded = _load(path, options)
     plan = make_plan(loaded)
     inspect_recipe(plan.recipe)
@@ -48,21 +59,20 @@ def run_sweep(path: Path, options: argparse.Namespace) -> None:
         progress.status("starting Ray")
         address = cluster_address(options.address)
         session = ray_session(_needed_cpus(plan.recipe.scale), address, env, options.verbose)
-        # Ray takes SIGTERM for itself when it starts; a sweep that is told to end saves first.
+        # Ray takes SIGTERM for itself when it starts; a sweep that receives it must save first.
         with session, graceful_interrupts(stop):
             # Ray reads its environment when it is imported, so not before.
-            from ...tuning.run import tune
-            from ..preflight import try_running_cluster
+            from ...tuning.run import tune as run_to_the_end
 
-            one = _one_worker(plan.recipe)
-            tried = try_running_cluster(one, address, options.wait_for_nodes)
+            trial = _one_worker(plan.recipe)
+            tried = try_running_cluster(trial, address, options.wait_for_nodes)
             prepared.result()
-            record = tune(plan, progress, stop, tried.worker_env)
+            record = run_to_the_end(plan, progress, stop, tried.worker_env)
     print(json.dumps(record, indent=2) if options.json else render_sweep(record, plan.folder))
 
 
 def show_sweep(name: str, options: argparse.Namespace) -> None:
-    """Print a sweep's table; on a terminal it follows a sweep that runs."""
+    """Print a sweep's table; on a terminal, update it while the sweep runs."""
     path = Path(name)
     if path.is_file():
         sweep = _load(path, options).sweep
@@ -80,7 +90,7 @@ def show_sweep(name: str, options: argparse.Namespace) -> None:
     with Live(console=console, auto_refresh=False) as live:
         while record["status"] == "running":
             live.update(Text(render_sweep(record, folder)), refresh=True)
-            time.sleep(_LOOK_SECONDS)
+            time.sleep(_UPDATE_SECONDS)
             record = _read(folder)
         live.update(Text(render_sweep(record, folder)), refresh=True)
 
@@ -100,7 +110,7 @@ def _read(folder: Folder) -> Record:
 
 
 def _one_worker(recipe: Recipe) -> Recipe:
-    """A trial without Ray Train takes a place on the cluster all the same."""
+    """The recipe with one worker if it has none: a trial takes that much of the cluster."""
     if recipe.scale.most_workers:
         return recipe
     scale = recipe.scale.model_copy(update={"workers": 1})
@@ -108,7 +118,7 @@ def _one_worker(recipe: Recipe) -> Recipe:
 
 
 def _needed_cpus(scale: ScaleSettings) -> int:
-    """Of one trial: its workers, and where Ray Train starts them, the driver and its helpers."""
+    """CPUs of one trial: its workers, and Ray Train's driver and its helpers if it starts them."""
     if scale.most_workers <= 1:
         return scale.cpus_per_worker
     return scale.most_workers * scale.cpus_per_worker + 2

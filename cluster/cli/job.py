@@ -1,4 +1,4 @@
-"""What each verb of `finray job` does, one function each, named as the verb."""
+"""`finray job`: runs and sweeps as Ray jobs; one function a verb."""
 
 import argparse
 import json
@@ -17,7 +17,7 @@ from .screens.runs import columns
 
 def submit(options: argparse.Namespace) -> None:
     """Send a recipe or a sweep and its files, and run it."""
-    what = _checked(options)
+    what = _load_and_check(options)
     cluster = Cluster(options.address)
     submitted = cluster.submit(
         what, tuple(options.on_cluster), options.max_mib, options.python, options.wait_for_nodes
@@ -26,22 +26,22 @@ def submit(options: argparse.Namespace) -> None:
     for note in submitted.notes:
         print(note, file=sys.stderr)
     if submitted.is_new:
-        told = f"submitted {job.run}" + (f" again, as {job.id}" if job.attempt > 1 else "")
+        message = f"submitted {job.run}" + (f" again, as {job.id}" if job.attempt > 1 else "")
     elif job.status in ACTIVE:
-        told = f"{job.run} is under way already"
+        message = f"{job.run} is already {job.status.lower()}"
     else:
-        told = f"{job.run} is done already; finray job fetch {job.run} brings its results"
-    print(told, file=sys.stderr)
+        message = f"{job.run} has finished already; finray job fetch {job.run} gets its results"
+    print(message, file=sys.stderr)
     if options.wait:
         job = cluster.follow(job, sys.stderr.write)
     print(json.dumps(asdict(job), indent=2) if options.json else _line(job))
     if options.wait and job.status not in (*ACTIVE, "SUCCEEDED"):
         kind = InputError if job.exit_code == InputError.exit_code else RunError
-        raise kind(f"{job.run} {job.status}; finray job logs {job.run} tells why")
+        raise kind(f"{job.run} {job.status}; see finray job logs {job.run}")
 
 
-def _checked(options: argparse.Namespace) -> Recipe | LoadedSweep:
-    """What is to run; looked at as far as its files are on this machine."""
+def _load_and_check(options: argparse.Namespace) -> Recipe | LoadedSweep:
+    """The recipe or sweep to run; its data is checked if it is on this machine."""
     is_here = not options.on_cluster
     if is_sweep(options.recipe):
         loaded = load_sweep(options.recipe, *split_overrides(options.overrides))
@@ -55,7 +55,7 @@ def _checked(options: argparse.Namespace) -> Recipe | LoadedSweep:
     return recipe
 
 
-def list(options: argparse.Namespace) -> None:
+def list_jobs(options: argparse.Namespace) -> None:
     """List the cluster's runs."""
     jobs = Cluster(options.address).jobs()
     if options.json:
@@ -68,7 +68,7 @@ def list(options: argparse.Namespace) -> None:
 
 
 def status(options: argparse.Namespace) -> None:
-    """How a run's last attempt stands."""
+    """Print the state of a run's last attempt."""
     job = Cluster(options.address).job(options.name)
     print(json.dumps(asdict(job), indent=2) if options.json else _line(job))
 
@@ -84,18 +84,18 @@ def logs(options: argparse.Namespace) -> None:
 
 
 def stop(options: argparse.Namespace) -> None:
-    """Let a run save, and end it."""
+    """Let a run save a checkpoint and exit."""
     cluster = Cluster(options.address)
     job = cluster.job(options.name)
     if not cluster.stop(job):
-        print(f"{job.run} has ended already: {job.status}")
+        print(f"{job.run} has already ended: {job.status}")
         return
-    print("saving", file=sys.stderr)
+    print("saving a checkpoint", file=sys.stderr)
     print(_line(cluster.wait(job)))
 
 
 def fetch(options: argparse.Namespace) -> None:
-    """Bring a run's figures, report and result here."""
+    """Download a run's metrics, report and result."""
     cluster = Cluster(options.address)
     job = cluster.job(options.name)
     target = options.to or Path("runs") / job.run

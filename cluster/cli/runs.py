@@ -1,0 +1,47 @@
+"""Small commands: `finray runs`, `report`, `export` and `schema`."""
+
+import argparse
+import json
+from pathlib import Path
+
+from ...training.common.storage import Folder
+from ...training.config.paths import resolve_path
+from ...training.config.recipe import Recipe
+from ...training.records.report import write_report
+from ...training.records.run_folder import REPORT_FILE, list_runs
+from ...tuning.sweep import Sweep
+from .screens.runs import render_runs
+
+
+def runs(options: argparse.Namespace) -> None:
+    """List the runs of a storage."""
+    storage = Folder(resolve_path(options.storage, Path.cwd()))
+    print(render_runs(list_runs(storage), as_json=options.json))
+
+
+def report(options: argparse.Namespace) -> None:
+    """Write a run's report again."""
+    folder = Folder(resolve_path(options.run, Path.cwd()))
+    write_report(folder)
+    print(folder / REPORT_FILE)
+
+
+def export(options: argparse.Namespace) -> None:
+    """Write a finished run's result as a folder that loads without finray."""
+    # Both load torch, which the other commands here do without.
+    from ...training.export.export import export as write_export
+    from .screens.export import ExportProgress, render_exported
+
+    run = Folder(resolve_path(options.run, Path.cwd()))
+    target = Path(resolve_path(str(options.to), Path.cwd()))
+    with ExportProgress() as progress:
+        exported = write_export(
+            run, target, merge=options.merge, dtype=options.dtype, progress=progress
+        )
+    print(render_exported(exported, as_json=options.json))
+
+
+def schema(options: argparse.Namespace) -> None:
+    """Print the JSON schema of recipes or sweeps."""
+    settings = Sweep if options.of == "sweep" else Recipe
+    print(json.dumps(settings.model_json_schema(), indent=2))
