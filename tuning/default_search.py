@@ -38,13 +38,13 @@ LEARNING_RATE, RANK, ALPHA = "optim.learning_rate", "adapter.rank", "adapter.alp
 RSLORA = "adapter.rslora"
 
 
-def rule_of_thumb(recipe: Recipe) -> float | None:
+def suggested_learning_rate(recipe: Recipe) -> float | None:
     """A learning rate that suits the recipe's model and method; of an adapter, one of alpha 32.
 
-    The alpha of an adapter that training goes on with (`model.adapter`) is not known.
+    The alpha of an adapter that training continues (`model.adapter`) is not read.
 
     Returns:
-        None where the model's configuration tells no width.
+        None where the model's configuration has no width.
     """
     width = _hidden_size(recipe.model)
     if width is None:
@@ -76,10 +76,10 @@ def default_space(recipe: Recipe) -> dict[str, Distribution]:
     """Learning rate around the rule's, and for LoRA rsLoRA or not, and the rank, with alpha tied
     to it.
 
-    Alpha and learning rate are nearly redundant, so alpha is not searched, and the rate is told at
-    one alpha: what suits one adapter then suits the others.
+    Alpha and learning rate are nearly redundant, so alpha is not searched, and the rate is given
+    at one alpha: what suits one adapter then suits the others.
     """
-    rate = rule_of_thumb(recipe) or own_rate(recipe)
+    rate = suggested_learning_rate(recipe) or own_rate(recipe)
     bounds = (_rounded(rate / _SPAN), _rounded(rate * _SPAN))
     at_alpha = RULE_ALPHA if recipe.adapter is not None else None
     space = {LEARNING_RATE: Distribution(log_uniform=bounds, at_alpha=at_alpha)}
@@ -93,7 +93,7 @@ def default_space(recipe: Recipe) -> dict[str, Distribution]:
     return space
 
 
-@functools.cache  # each guess asks, and the hub would be asked each time
+@functools.cache  # called for each guess, and a call may reach the hub
 def _hidden_size(model: ModelSettings) -> int | None:
     folder = model_folder(model)
     if folder is None:

@@ -29,7 +29,7 @@ from .default_search import (
     adapter_factor,
     own_rate,
     rate_factor,
-    rule_of_thumb,
+    suggested_learning_rate,
 )
 from .distribution import Distribution, Scalar, as_label, is_number
 
@@ -137,7 +137,9 @@ class Space:
             recipe = self.recipe(settings)
         except InputError:  # a combination that no trial will have
             recipe = self.base
-        rate = (rule_of_thumb(recipe) or own_rate(self.base)) * adapter_factor(RULE_ALPHA, recipe)
+        rate = (suggested_learning_rate(recipe) or own_rate(self.base)) * adapter_factor(
+            RULE_ALPHA, recipe
+        )
         suits = self._nearest(LEARNING_RATE, times * rate, settings)
         return self.complete({**(given or {}), LEARNING_RATE: suits})
 

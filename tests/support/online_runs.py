@@ -79,9 +79,9 @@ class Trained:
         original = objective._rollouts
 
         def recorded(requests: list[Request], rows: Rows) -> Any:
-            rollouts, judged = original(requests, rows)
+            rollouts, scores = original(requests, rows)
             self.sampled.append((requests, rollouts))
-            return rollouts, judged
+            return rollouts, scores
 
         objective._rollouts = recorded  # type: ignore[method-assign]
         self.trainer = StreamTrainer(

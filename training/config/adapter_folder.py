@@ -1,4 +1,4 @@
-"""An adapter that a run starts from: where it lies, and whether it fits; told without torch."""
+"""An adapter that a run starts from: where it is, and whether it fits; without torch."""
 
 import json
 from collections.abc import Sequence
@@ -28,14 +28,14 @@ def find_adapter(places: Sequence[str]) -> str:
         InputError: naming the places, where none is a folder on a disk with an adapter.
     """
     tried = list(dict.fromkeys(places))
-    found = [place for place in tried if "://" not in place and Path(place).is_dir()]
-    for place in found:
+    existing = [place for place in tried if "://" not in place and Path(place).is_dir()]
+    for place in existing:
         for folder in (Path(place), Path(place) / RESULT_FOLDER):
             if (folder / CONFIG_FILE).is_file():
                 return str(folder)
-    if found:
+    if existing:
         raise InputError(
-            f"model.adapter: {found[0]} holds no adapter: there is no {CONFIG_FILE} in it or in "
+            f"model.adapter: {existing[0]} holds no adapter: there is no {CONFIG_FILE} in it or in "
             f"its {RESULT_FOLDER}/, which a run writes when it finishes"
         )
     raise InputError(

@@ -179,7 +179,7 @@ class SftMethod(DocumentSettings):
 
     kind: Literal["sft"] = "sft"
     train_on: Literal["completions", "all"] = "completions"
-    """Tokens that bear loss: the assistant's turns (or the completion), or everything."""
+    """Tokens that are trained: the assistant's turns (or the completion), or everything."""
 
     @property
     def trains_on_all(self) -> bool:
@@ -403,13 +403,13 @@ class OnlineMethod(MethodSettings):
     """What a completion is worth: the weighted sum of these."""
     on_reward_error: Literal["fail", "missing"] = "fail"
     """A reward function that raises, or returns what is no reward: fail ends the run and shows
-    prompt, completion and traceback; missing counts the completion as not judged by it."""
+    prompt, completion and traceback; missing leaves the completion without its value."""
     generations: Annotated[int, Field(ge=2)] = 8
     """Completions of each prompt; optim.batch_size, which counts completions, is a multiple."""
     max_completion: PositiveInt = 256
     """Longest completion, in tokens; prompts get what data.max_length leaves."""
     mask_truncated: bool = False
-    """Completions cut off at max_completion bear no loss."""
+    """Completions cut off at max_completion are not trained on."""
     temperature: Positive = 1.0
     top_p: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
     """Sample from the likeliest tokens whose probabilities reach this sum."""
@@ -483,7 +483,11 @@ class OnlineMethod(MethodSettings):
         names = [reward.name for reward in self.rewards]
         batch_size, max_length = optim.batch_size, data.max_length
         if len(set(names)) < len(names):
-            return f"method.rewards: two have the same name, which measures go by: {names}"
+            repeated = next(name for name in names if names.count(name) > 1)
+            return (
+                f"method.rewards: two rewards share the name {repeated}; metrics are logged under "
+                "it, so give each a name of its own"
+            )
         if batch_size % self.generations:
             return (
                 f"optim.batch_size {batch_size} counts completions, and must be a multiple of "

@@ -209,7 +209,7 @@ def load_recipe(path: Path, overrides: Sequence[str | Change] = ()) -> Recipe:
         overrides: changes, or `dotted.key=value` strings; their value is parsed as YAML.
 
     Raises:
-        InputError: with file:line and key of every fault found, and for a secret in a setting.
+        InputError: with file:line and key of every fault, and for a secret in a setting.
     """
     document = read_recipe_file(path, overrides)
     check_no_secret(document)

@@ -1,4 +1,4 @@
-"""The reference that a recipe names: where it lies, and whether it fits; told without torch."""
+"""The reference that a recipe names: where it is, and whether it fits; without torch."""
 
 import json
 from collections.abc import Sequence

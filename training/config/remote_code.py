@@ -77,7 +77,7 @@ def _is_known(model_type: Any) -> bool:
 
 
 def _read(file: Path) -> dict[str, Any]:
-    """A JSON object; empty where there is none, of which others tell."""
+    """A JSON object; empty where there is none, which other checks report."""
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError):

@@ -109,11 +109,11 @@ def resolve_reward(reward: Reward, places: Sequence[Path], where: str) -> Reward
     if isinstance(reward, ModelReward):
         return reward.model_copy(update={"model": resolve_model(reward.model, places[0])})
     candidates = [resolve_path(reward.run, place) for place in places]
-    found = [path for path in candidates if "://" in path or Path(path).is_dir()]
-    if not found:
+    existing = [path for path in candidates if "://" in path or Path(path).is_dir()]
+    if not existing:
         listed = ", ".join(dict.fromkeys(candidates))
         raise InputError(f"{where}.run: there is none of these folders: {listed}")
-    return reward.model_copy(update={"run": found[0]})
+    return reward.model_copy(update={"run": existing[0]})
 
 
 def _read_function(reward: FunctionReward, where: str) -> FunctionReward:
@@ -140,10 +140,12 @@ def _read_function(reward: FunctionReward, where: str) -> FunctionReward:
 
 
 def _check_function(tree: ast.Module, reward: FunctionReward, where: str) -> None:
-    found = [node for node in tree.body if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)]
-    named = [node for node in found if node.name == reward.name]
+    functions = [
+        node for node in tree.body if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+    ]
+    named = [node for node in functions if node.name == reward.name]
     if not named:
-        names = ", ".join(node.name for node in found) or "none"
+        names = ", ".join(node.name for node in functions) or "none"
         raise InputError(
             f"{where}.file: {reward.path} has no function {reward.name!r} at its top level; "
             f"its functions: {names}"

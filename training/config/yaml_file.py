@@ -1,4 +1,4 @@
-"""Reading YAML so that every fault can be told with its file, line and key."""
+"""Reading YAML with the file and line of each key, for messages."""
 
 import difflib
 from collections.abc import Iterator, Sequence
@@ -18,7 +18,7 @@ Settings = TypeVar("Settings", bound=BaseModel)
 
 @dataclass(frozen=True)
 class Document:
-    """Values of a YAML file (with overrides applied), and where each key stands."""
+    """Values of a YAML file (with overrides applied), and the place of each key."""
 
     values: dict[str, Any]
     places: dict[Key, str]
@@ -43,7 +43,7 @@ class Change:
     """Dotted; numbers are places in lists."""
     value: Any
     place: str
-    """Who asked for it, for messages."""
+    """Where the change comes from, for messages."""
 
 
 def read_recipe_file(path: Path, overrides: Sequence[str | Change] = ()) -> Document:
@@ -196,15 +196,15 @@ def _pattern(key: Key) -> tuple[str, ...]:
 
 def suggestion(settings: type[BaseModel], key: Key) -> str:
     """The nearest known key: among the siblings first, then anywhere in the recipe."""
-    known = list(_known_keys(settings))
+    existing = list(_known_keys(settings))
     pattern = _pattern(key)
-    siblings = [name[-1] for name in known if name[:-1] == pattern[:-1]]
-    wanted = str(key[-1])
-    near = difflib.get_close_matches(wanted, siblings, n=1, cutoff=0.6)
+    siblings = [name[-1] for name in existing if name[:-1] == pattern[:-1]]
+    unknown = str(key[-1])
+    near = difflib.get_close_matches(unknown, siblings, n=1, cutoff=0.6)
     if near:
         return f"; did you mean {near[0]!r}?"
-    anywhere = {name[-1]: ".".join(name) for name in known}
-    near = difflib.get_close_matches(wanted, anywhere, n=1, cutoff=0.75)
+    anywhere = {name[-1]: ".".join(name) for name in existing}
+    near = difflib.get_close_matches(unknown, anywhere, n=1, cutoff=0.75)
     if near:
         return f"; did you mean {anywhere[near[0]]!r}?"
     return f"; known here: {', '.join(siblings)}" if siblings else ""

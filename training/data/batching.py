@@ -23,13 +23,13 @@ class Batch:
 
     inputs: dict[str, torch.Tensor]
     """What the model's forward takes: input_ids and position_ids of shape (sequences, longest),
-    and logits_to_keep, the columns whose logits bear loss."""
+    and logits_to_keep, the columns with trained tokens."""
     targets: torch.Tensor
     """Shape (sequences, columns): the token that follows each kept column, or IGNORED."""
     tokens: int
     """Tokens without padding."""
-    units: int
-    """What the loss is averaged over: tokens that bear loss, pairs, …"""
+    loss_units: int
+    """What the loss is averaged over: trained tokens, pairs, …"""
     rows: NDArray[np.int64]
     """Row numbers in the source data."""
     extra: dict[str, torch.Tensor] = field(default_factory=dict)
@@ -83,7 +83,7 @@ def in_batches(sequences: Iterator[Sequence], size: int, at_least: int = 0) -> I
 NOTHING = Sequence(
     np.zeros(2, np.int32), np.array([2], np.int32), np.zeros(2, np.bool_), np.zeros(0, np.int64)
 )
-"""Two tokens that bear no loss, and belong to no row."""
+"""Two tokens that are not trained and belong to no row."""
 
 
 def collate(sequences: Rows, pad: int = 0) -> Batch:
@@ -119,7 +119,7 @@ def collate(sequences: Rows, pad: int = 0) -> Batch:
         },
         targets=torch.from_numpy(targets),
         tokens=sum(int(s.lengths.sum()) for s in sequences if s.rows.size),
-        units=int((targets != IGNORED).sum()),
+        loss_units=int((targets != IGNORED).sum()),
         rows=np.concatenate([sequence.rows for sequence in sequences]),
     )
 
@@ -132,7 +132,7 @@ def collate_pairs(pairs: Rows, pad: int = 0) -> Batch:
     halves = [_halves(pair) for pair in pairs]
     batch = collate([half[0] for half in halves] + [half[1] for half in halves], pad)
     rows = np.concatenate([pair.rows for pair in pairs])
-    return replace(batch, units=len(rows), rows=rows)
+    return replace(batch, loss_units=len(rows), rows=rows)
 
 
 def _halves(pair: Sequence) -> tuple[Sequence, Sequence]:

@@ -13,9 +13,9 @@ from .shapes import (
     SHAPES,
     Completion,
     Conversation,
-    Labelled,
-    Normalised,
-    Pair,
+    Example,
+    LabelledExample,
+    PreferencePair,
     Question,
     RowError,
     Text,
@@ -25,15 +25,15 @@ from .shapes import (
 Row = dict[str, Any]
 
 
-def _unchanged(example: Normalised) -> Normalised:
+def _unchanged(example: Example) -> Example:
     return example
 
 
-def _undivided(row: Normalised) -> tuple[Normalised, ...]:
+def _undivided(row: Example) -> tuple[Example, ...]:
     return (row,)
 
 
-def _no_extra(_: Row, __: Normalised) -> None:
+def _no_extra(_: Row, __: Example) -> None:
     return None
 
 
@@ -41,30 +41,30 @@ def _no_extra(_: Row, __: Normalised) -> None:
 class ExampleRules:
     """How rows become the examples of a method."""
 
-    shapes: tuple[type[Normalised], ...]
+    shapes: tuple[type[Example], ...]
     """Shapes of an example."""
-    split: Callable[[Normalised], tuple[Normalised, ...]] = _undivided
+    split: Callable[[Example], tuple[Example, ...]] = _undivided
     """The examples in a row of the data."""
-    adapt: Callable[[Normalised], Normalised] = _unchanged
+    adapt: Callable[[Example], Example] = _unchanged
     """An example as it is tokenised."""
-    extra: Callable[[Row, Normalised], Row | None] = _no_extra
+    extra: Callable[[Row, Example], Row | None] = _no_extra
     """JSON object kept beside an example's tokens, from the row as read and the example."""
 
 
-def _labelled_answers(row: Normalised) -> tuple[Normalised, ...]:
+def _labelled_answers(row: Example) -> tuple[Example, ...]:
     """A pair is a good answer and a bad one."""
-    if isinstance(row, Pair):
-        return Labelled(row.chosen, True), Labelled(row.rejected, False)
+    if isinstance(row, PreferencePair):
+        return LabelledExample(row.chosen, True), LabelledExample(row.rejected, False)
     return (row,)
 
 
-def _label(_: Row, example: Normalised) -> Row:
-    assert isinstance(example, Labelled)
+def _label(_: Row, example: Example) -> Row:
+    assert isinstance(example, LabelledExample)
     return {"label": example.label}
 
 
-def _margin(_: Row, example: Normalised) -> Row | None:
-    assert isinstance(example, Pair)
+def _margin(_: Row, example: Example) -> Row | None:
+    assert isinstance(example, PreferencePair)
     return None if example.margin is None else {"margin": example.margin}
 
 
@@ -78,7 +78,7 @@ _FORMATS = (
 """Each format's own columns, by the column that identifies the format."""
 
 
-def _question(example: Normalised) -> Question:
+def _question(example: Example) -> Question:
     if isinstance(example, Question):
         return example
     assert isinstance(example, Conversation | Completion)
@@ -88,7 +88,7 @@ def _question(example: Normalised) -> Question:
     return question
 
 
-def _reward_columns(row: Row, example: Normalised) -> Row:
+def _reward_columns(row: Row, example: Example) -> Row:
     """The prompt as reward functions get it, and the columns beside it."""
     question = _question(example)
     own = next((columns for name, columns in _FORMATS if name in row), frozenset())
@@ -102,9 +102,9 @@ def _reward_columns(row: Row, example: Normalised) -> Row:
 
 EXAMPLES: dict[LearnsFrom, ExampleRules] = {
     "documents": ExampleRules((Conversation, Completion, Text)),
-    "pairs": ExampleRules((Pair,)),
-    "graded pairs": ExampleRules((Pair,), extra=_margin),
-    "labelled answers": ExampleRules((Labelled,), split=_labelled_answers, extra=_label),
+    "pairs": ExampleRules((PreferencePair,)),
+    "graded pairs": ExampleRules((PreferencePair,), extra=_margin),
+    "labelled answers": ExampleRules((LabelledExample,), split=_labelled_answers, extra=_label),
     "prompts": ExampleRules(
         (Conversation, Completion, Question), adapt=_question, extra=_reward_columns
     ),
@@ -116,7 +116,7 @@ def rules_of(kind: str) -> ExampleRules:
     return EXAMPLES[METHODS[kind].learns_from]
 
 
-def examples_of(row: Normalised, kind: str) -> tuple[Normalised, ...]:
+def examples_of(row: Example, kind: str) -> tuple[Example, ...]:
     """What a method learns from in a row of the data.
 
     Raises:
@@ -134,5 +134,5 @@ def examples_of(row: Normalised, kind: str) -> tuple[Normalised, ...]:
     return examples
 
 
-def _names(shapes: tuple[type[Normalised], ...]) -> str:
+def _names(shapes: tuple[type[Example], ...]) -> str:
     return " or ".join(SHAPES[shape] for shape in shapes)

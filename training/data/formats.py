@@ -14,7 +14,7 @@ from .fields import (
 )
 from .preference_formats import from_labelled, from_preference
 from .reading import Row
-from .shapes import Completion, Normalised, Question, Text
+from .shapes import Completion, Example, Question, Text
 
 KnownFormat = Literal[
     "preference",
@@ -81,7 +81,7 @@ def detect_format(rows: Sequence[tuple[str, Row]]) -> KnownFormat:
     return best
 
 
-def normalise(row: Row, row_format: KnownFormat) -> Normalised:
+def normalise(row: Row, row_format: KnownFormat) -> Example:
     """Bring a row of a known format to one of the shapes.
 
     Raises:
@@ -96,19 +96,19 @@ def _has_keys(row: Row, alternatives: tuple[tuple[str, ...], ...]) -> bool:
     return any(all(key in row for key in keys) for keys in alternatives)
 
 
-def _from_messages(row: Row) -> Normalised:
+def _from_messages(row: Row) -> Example:
     return conversation_of(turns_of(row.get("messages"), "messages"))
 
 
-def _from_sharegpt(row: Row) -> Normalised:
+def _from_sharegpt(row: Row) -> Example:
     return conversation_of(sharegpt_turns(row))
 
 
-def _from_alpaca(row: Row) -> Normalised:
+def _from_alpaca(row: Row) -> Example:
     return conversation_of(answered(alpaca_prompt(row), required_text(row, "output")))
 
 
-def _from_prompt_completion(row: Row) -> Normalised:
+def _from_prompt_completion(row: Row) -> Example:
     name = "completion" if "completion" in row else "response"
     if not isinstance(row.get("prompt"), list):
         return Completion(
@@ -118,17 +118,17 @@ def _from_prompt_completion(row: Row) -> Normalised:
     return conversation_of(prompt + turns_of(row.get(name), name), first_trained=len(prompt))
 
 
-def _from_prompt(row: Row) -> Normalised:
+def _from_prompt(row: Row) -> Example:
     if not isinstance(row.get("prompt"), list):
         return Question(required_text(row, "prompt"))
     return Question(tuple(turns_of(row["prompt"], "prompt")))
 
 
-def _from_text(row: Row) -> Normalised:
+def _from_text(row: Row) -> Example:
     return Text(required_text(row, "text", "content"))
 
 
-_NORMALISERS: dict[KnownFormat, Callable[[Row], Normalised]] = {
+_NORMALISERS: dict[KnownFormat, Callable[[Row], Example]] = {
     "preference": from_preference,
     "labelled": from_labelled,
     "messages": _from_messages,

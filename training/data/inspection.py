@@ -11,7 +11,7 @@ from .examples import examples_of, rules_of
 from .formats import KnownFormat, normalise
 from .reading import BadRow, Row
 from .resolve import ResolvedSource, all_rows
-from .shapes import Normalised, RowError
+from .shapes import Example, RowError
 from .sources import file_kind, parquet_metadata
 
 _ROWS_CHECKED = 200
@@ -39,7 +39,7 @@ class InspectedRows:
     """A source, and the examples in its first usable rows."""
 
     inspection: SourceInspection
-    examples: tuple[Normalised, ...]
+    examples: tuple[Example, ...]
     """As the method tokenises them."""
     per_row: float
     """Mean number of examples in a usable row of the source."""
@@ -88,10 +88,10 @@ def inspect_source(
 
 def _usable(
     source: ResolvedSource, method: str, first: Sequence[tuple[str, Row | BadRow]]
-) -> list[tuple[Normalised, ...]]:
+) -> list[tuple[Example, ...]]:
     """What each usable row gives; an InputError where none is usable."""
     rules = rules_of(method)
-    usable: list[tuple[Normalised, ...]] = []
+    usable: list[tuple[Example, ...]] = []
     fault = ""
     for place, row in first:
         try:
@@ -119,6 +119,6 @@ def _estimated_rows(source: ResolvedSource, first: Sequence[tuple[str, Row | Bad
     return max(1, round(size / mean))
 
 
-def _mean_tokens(tokenizer: Any, rows: Iterable[Normalised]) -> float:
+def _mean_tokens(tokenizer: Any, rows: Iterable[Example]) -> float:
     encodings = tokenizer.encode_batch(["\n".join(row.contents) for row in rows])
     return sum(len(encoding.ids) for encoding in encodings) / len(encodings)

@@ -18,14 +18,14 @@ from .fields import (
     turns_of,
 )
 from .reading import Row
-from .shapes import Answer, Completion, Labelled, Message, Pair, RowError
+from .shapes import Answer, Completion, LabelledExample, Message, PreferencePair, RowError
 
 _SPEAKER = re.compile(r"(?:\A|\n\n)(Human|Assistant):[ \t]?")
 _SPEAKERS = {"Human": "user", "Assistant": "assistant"}
 _SCORES = (("score_chosen", "score_rejected"), ("chosen_score", "rejected_score"))
 
 
-def from_preference(row: Row) -> Pair:
+def from_preference(row: Row) -> PreferencePair:
     """Two answers to the same prompt.
 
     Raises:
@@ -41,7 +41,7 @@ def from_preference(row: Row) -> Pair:
         chosen, rejected = (_after(prompt, row[name], name) for name in ("chosen", "rejected"))
     if chosen == rejected:
         raise RowError("chosen and rejected are the same: there is nothing to prefer")
-    return Pair(chosen, rejected, _margin(row))
+    return PreferencePair(chosen, rejected, _margin(row))
 
 
 def _holds_prompt(answer: Any) -> bool:
@@ -49,7 +49,7 @@ def _holds_prompt(answer: Any) -> bool:
     return isinstance(answer, list) and turns_of(answer, "chosen")[0]["role"] != "assistant"
 
 
-def from_labelled(row: Row) -> Labelled:
+def from_labelled(row: Row) -> LabelledExample:
     """An answer with its label: the last turn of a conversation, or what follows a prompt.
 
     Raises:
@@ -59,7 +59,7 @@ def from_labelled(row: Row) -> Labelled:
     label = row.get(name)
     if not (isinstance(label, bool) or (isinstance(label, int) and label in (0, 1))):
         raise RowError(f"{name} is {label!r}; expected true (a good answer) or false")
-    return Labelled(_labelled_answer(row), bool(label))
+    return LabelledExample(_labelled_answer(row), bool(label))
 
 
 def _labelled_answer(row: Row) -> Answer:

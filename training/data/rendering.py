@@ -16,7 +16,7 @@ from .chat import ChatTemplate, Span, chat_template_of
 from .shapes import (
     Completion,
     Conversation,
-    Normalised,
+    Example,
     Part,
     Question,
     RowError,
@@ -129,7 +129,7 @@ class Renderer:
         """The chat template; it is looked for when a conversation needs it."""
         return chat_template_of(self._tokenizer, self._settings.chat_template)
 
-    def render(self, rows: Sequence[Normalised]) -> list[Rendered]:
+    def render(self, rows: Sequence[Example]) -> list[Rendered]:
         """Tokenise rows in one call of the tokenizer, which works in parallel inside.
 
         Raises:
@@ -146,7 +146,7 @@ class Renderer:
             for parts in drafts
         ]
 
-    def prompt(self, row: Normalised) -> Prompt | None:
+    def prompt(self, row: Example) -> Prompt | None:
         """The question of a row and its reference answer; None for plain text.
 
         Raises:
@@ -162,7 +162,7 @@ class Renderer:
         ids, _ = self._tokens(draft, self._encoder.encode(draft.text, add_special_tokens=False))
         return Prompt(draft.text, ids, question.reference)
 
-    def _drafts(self, row: Normalised) -> list[_Draft] | RowError:
+    def _drafts(self, row: Example) -> list[_Draft] | RowError:
         try:
             return [self._draft(part) for part in parts_of(row)]
         except RowError as error:

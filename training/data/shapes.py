@@ -17,11 +17,11 @@ class Conversation:
 
     messages: tuple[Message, ...]
     first_trained: int = 0
-    """Assistant turns before this message are context that bears no loss."""
+    """Assistant turns before this message are context, and are not trained on."""
 
     @property
     def contents(self) -> tuple[str, ...]:
-        """Every text of the row, with the roles that tell them apart."""
+        """Every text of the row, with each message's role."""
         return tuple(part for message in self.messages for part in message.values())
 
 
@@ -55,7 +55,7 @@ Answer = Conversation | Completion
 
 
 @dataclass(frozen=True)
-class Pair:
+class PreferencePair:
     """Two answers to the same prompt, of which one is preferred."""
 
     chosen: Answer
@@ -70,8 +70,8 @@ class Pair:
 
 
 @dataclass(frozen=True)
-class Labelled:
-    """An answer that was found good or bad."""
+class LabelledExample:
+    """An answer that is labelled good or bad."""
 
     answer: Answer
     label: bool
@@ -88,7 +88,7 @@ class Question:
 
     prompt: tuple[Message, ...] | str
     reference: str | None = None
-    """An answer known to be good, where the data has one."""
+    """A good answer, where the data has one."""
 
     @property
     def contents(self) -> tuple[str, ...]:
@@ -98,14 +98,14 @@ class Question:
         return tuple(part for message in self.prompt for part in message.values())
 
 
-Normalised = Conversation | Completion | Text | Pair | Labelled | Question
+Example = Conversation | Completion | Text | PreferencePair | LabelledExample | Question
 
-SHAPES: dict[type[Normalised], str] = {
+SHAPES: dict[type[Example], str] = {
     Conversation: "conversations",
     Completion: "prompts with completions",
     Text: "plain texts",
-    Pair: "pairs of a chosen and a rejected answer",
-    Labelled: "answers with a label",
+    PreferencePair: "pairs of a chosen and a rejected answer",
+    LabelledExample: "answers with a label",
     Question: "prompts without an answer",
 }
 """What messages call them."""
@@ -114,11 +114,11 @@ Part = Conversation | Completion | Text | Question
 """What is rendered and tokenised as one text."""
 
 
-def parts_of(row: Normalised) -> tuple[Part, ...]:
+def parts_of(row: Example) -> tuple[Part, ...]:
     """The texts of a row: both answers of a pair, the chosen one first; otherwise one."""
-    if isinstance(row, Pair):
+    if isinstance(row, PreferencePair):
         return row.chosen, row.rejected
-    if isinstance(row, Labelled):
+    if isinstance(row, LabelledExample):
         return (row.answer,)
     return (row,)
 
@@ -139,7 +139,7 @@ def question_of(answer: Answer) -> Question:
     return Question(answer.messages[:last], answer.messages[last]["content"])
 
 
-def share_of(row: Normalised, purpose: str) -> float:
+def share_of(row: Example, purpose: str) -> float:
     """A number in [0, 1) drawn from the row's content: equal rows draw equal numbers."""
     digest = hashlib.blake2b(digest_size=8, person=purpose.encode())
     for part in row.contents:

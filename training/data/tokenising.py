@@ -18,7 +18,7 @@ from .examples import ExampleRules, examples_of, rules_of
 from .formats import KnownFormat, normalise
 from .reading import BadRow, Row, first_line, read_chunk, shorten
 from .rendering import Document, Prompt, Rendered, Renderer, RenderSettings, load_renderer
-from .shapes import Normalised, RowError, share_of
+from .shapes import Example, RowError, share_of
 from .sources import Chunk
 
 BAD_ROW = "bad_row"
@@ -102,7 +102,7 @@ class _Pending:
     split: str
     copies: int
     row: Row
-    normalised: Normalised
+    normalised: Example
     """As its method tokenises it."""
     extra: str | None
 
@@ -279,7 +279,7 @@ def _slices(pending: Iterable[_Pending]) -> Iterable[list[_Pending]]:
         yield part
 
 
-def _copies(row: Normalised, weight: float) -> int:
+def _copies(row: Example, weight: float) -> int:
     """Whole copies, and one more for the fraction of rows that a weight's fraction says."""
     whole = int(weight)
     fraction = weight - whole

@@ -138,7 +138,7 @@ class StreamTrainer(Trainer):
                 self._current = self._objective.batches(step, microbatches)
         counts = torch.tensor(
             [
-                sum(batch.units for batch in self._current),
+                sum(batch.loss_units for batch in self._current),
                 sum(batch.tokens for batch in self._current),
                 int(self._stop_requested()),
                 *map(int, self._flags()),

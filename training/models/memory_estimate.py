@@ -1,9 +1,9 @@
-"""Peak memory of one worker's GPU, told from recipe and model configuration; no weights are read.
+"""One worker's peak GPU memory, estimated from recipe and model configuration without weights.
 
 Weights, gradients and optimizer states are counted. Activations are those that a Llama's layers
 keep for the backward pass (with torch's fused attention), other decoders keep about as many.
-What a GPU's allocator adds, and DoRA's and LLM.int8()'s own activations, are not counted. What a
-sharded model (FSDP) takes is told by formula alone.
+What a GPU's allocator adds, and DoRA's and LLM.int8()'s own activations, are not counted. The
+estimate for a sharded model (FSDP) is a formula without measurements behind it.
 """
 
 from dataclasses import dataclass
@@ -16,9 +16,9 @@ from .dtypes import DtypeName
 from .loading import Model, without_weights
 
 CONTEXT_BYTES = 2**29
-"""What CUDA takes for itself, about."""
+"""Approximate size of CUDA's own context."""
 _NF4_BYTES = 0.516
-"""Of a value, with double quantisation: 4 bits, 8 for each 64, 32 for each 256 of those."""
+"""Bytes per value, double quantised: 4 bits, 8 for each 64, 32 for each 256 of those."""
 
 
 class _Kept(NamedTuple):
@@ -53,7 +53,7 @@ _WHOLE: dict[_Compute, _Kept] = {
 
 @dataclass(frozen=True)
 class Sizes:
-    """What of a run's model decides its memory."""
+    """The sizes of a run's model that decide its memory."""
 
     linear: int
     """Values of frozen linear layers, which quantisation packs."""
@@ -88,7 +88,7 @@ class Memory:
 
     @property
     def peak(self) -> int:
-        """All of it, and CUDA's own."""
+        """The sum, with CUDA's context."""
         return self.weights + self.training + self.activations + CONTEXT_BYTES
 
 
@@ -161,13 +161,13 @@ def _width(dtype: str) -> int:
 
 
 def _trained_width(recipe: Recipe, compute: DtypeName) -> int:
-    """Bytes of a value that is trained."""
+    """Bytes per trained value."""
     if not recipe.trains_adapter:
         return 4
-    asked = "auto" if recipe.adapter is None else recipe.adapter.dtype
-    if asked == "auto":
+    dtype = "auto" if recipe.adapter is None else recipe.adapter.dtype
+    if dtype == "auto":
         return 2 if compute == "bfloat16" else 4
-    return _width(asked)
+    return _width(dtype)
 
 
 def _weights(recipe: Recipe, sizes: Sizes, compute: DtypeName) -> int:
@@ -221,13 +221,13 @@ def _of_a_step(recipe: Recipe, sizes: Sizes, compute: DtypeName) -> int:
 
 
 def _of_a_layer(kept: _Kept, sizes: Sizes) -> int:
-    """Bytes of a token."""
+    """Activation bytes that one decoder layer keeps per token for the backward pass."""
     amounts = (sizes.hidden, sizes.queries, sizes.keys, sizes.inner, sizes.ranks, sizes.heads, 1)
     return sum(bytes_ * amount for bytes_, amount in zip(kept, amounts, strict=True))
 
 
 def _of_logits(recipe: Recipe, sizes: Sizes, kind: _Compute) -> int:
-    """Bytes of a token whose logits are computed: here all are taken to be."""
+    """Bytes per token of logits and their gradients, as if all tokens had logits."""
     if recipe.method.head == "score":
         return 0
     if recipe.method.packs:  # log-softmax, its gradient and that of the logits

@@ -10,7 +10,7 @@ _SLICE = 32
 
 
 class TokenObjective(Objective):
-    """Sum of the token losses; its unit is a token that bears loss."""
+    """Sum of the token losses; its loss unit is a trained token."""
 
     def loss(self, model: torch.nn.Module, batch: Batch, measured: bool) -> Loss:
         """Cross-entropy in nats, summed over the trainable tokens."""
@@ -34,12 +34,14 @@ def token_loss(log_probabilities: torch.Tensor, targets: torch.Tensor) -> torch.
 def measure(log_probabilities: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     """[[correct tokens, tokens], [sum of entropies in nats, tokens]], of targets not IGNORED."""
     flat = targets.flatten()
-    wanted = flat != IGNORED
+    is_trained = flat != IGNORED
     chosen = log_probabilities.gather(1, flat.clamp(min=0)[:, None]).squeeze(1)
-    correct = (chosen >= log_probabilities.amax(-1)) & wanted
+    correct = (chosen >= log_probabilities.amax(-1)) & is_trained
     # In slices that stay in the processor's cache: the whole would be written out twice.
     entropies = torch.cat(
         [-torch.linalg.vecdot(rows.exp(), rows) for rows in torch.split(log_probabilities, _SLICE)]
     )
-    count = wanted.sum()
-    return torch.stack([correct.sum(), count, entropies[wanted].sum(), count]).double().view(2, 2)
+    count = is_trained.sum()
+    return (
+        torch.stack([correct.sum(), count, entropies[is_trained].sum(), count]).double().view(2, 2)
+    )

@@ -19,10 +19,10 @@ from .references import Reference
 
 
 class KtoObjective(Objective):
-    """Each labelled answer against a baseline; its unit is an answer.
+    """Each labelled answer against a baseline; its loss unit is an answer.
 
     The baseline is the divergence from the reference, estimated on answers to other prompts: each
-    prompt of the global batch with the answer before it. It bears no gradient.
+    prompt of the global batch with the answer before it. It has no gradient.
     """
 
     def __init__(self, setup: Setup) -> None:
@@ -33,9 +33,9 @@ class KtoObjective(Objective):
         self._reference = Reference(setup, self._settings.reference_model)
 
     def collate(self, rows: Rows) -> Batch:
-        """`extra["desirable"]`, (answers,), holds the labels; the filling has none."""
+        """`extra["desirable"]`, (answers,), holds the labels; padding has none."""
         labels = [json.loads(row.extra)["label"] for row in rows if row.extra is not None]
-        batch = replace(collate(rows), units=len(labels))
+        batch = replace(collate(rows), loss_units=len(labels))
         return batch.having(desirable=torch.tensor(labels, dtype=torch.bool))
 
     def batches(self, step: int, microbatches: list[Rows]) -> list[Batch]:
@@ -74,8 +74,8 @@ class KtoObjective(Objective):
             labels.append(batch.extra["desirable"])
             if self._settings.loss == "kto":
                 real = [row for row in rows if row.rows.size]
-                known = real if last is not None else real[1:]
-                before = _mismatched(known, last or real[0], self._max_length) if known else []
+                later = real if last is not None else real[1:]
+                before = _mismatched(later, last or real[0], self._max_length) if later else []
                 divergences.append(self._divergences(before))
                 last = real[-1] if real else last
         baseline = self._mean(torch.cat(divergences))
@@ -87,7 +87,7 @@ class KtoObjective(Objective):
     def _sums(self, model: torch.nn.Module, batch: Batch) -> torch.Tensor:
         """Log-probabilities of the answers, (answers,)."""
         of_tokens = token_log_probabilities(self.kept_logits(model, batch), batch.targets)
-        return of_tokens.sum(1)[: batch.units]
+        return of_tokens.sum(1)[: batch.loss_units]
 
     def _last_before(self, own: Sequence) -> Sequence:
         """The last row of the worker before this one, as the global batch is ordered."""
@@ -101,7 +101,7 @@ class KtoObjective(Objective):
     def _divergences(self, rows: Rows) -> torch.Tensor:
         """log policy - log reference of rows, (rows,)."""
         # Without rows too: the ranks walk through a sharded model together.
-        batch = replace(collate(rows or [NOTHING]), units=len(rows)).to(self.device)
+        batch = replace(collate(rows or [NOTHING]), loss_units=len(rows)).to(self.device)
         with evaluating(self.model):
             policy = self._sums(self.model, batch)
         return policy - self._reference(self._sums, batch)

@@ -21,10 +21,10 @@ def token_log_probabilities(logits: torch.Tensor, targets: torch.Tensor) -> torc
         targets: (sequences, columns).
     """
     flat = targets.flatten()
-    wanted = (flat != IGNORED).nonzero().squeeze(1)
-    found: torch.Tensor = _Chosen.apply(logits, wanted, flat[wanted])  # type: ignore[no-untyped-call]
+    trained = (flat != IGNORED).nonzero().squeeze(1)
+    chosen: torch.Tensor = _Chosen.apply(logits, trained, flat[trained])  # type: ignore[no-untyped-call]
     empty = torch.zeros(flat.shape, dtype=torch.float32, device=logits.device)
-    return empty.index_put((wanted,), found).view(targets.shape)
+    return empty.index_put((trained,), chosen).view(targets.shape)
 
 
 class _Chosen(torch.autograd.Function):

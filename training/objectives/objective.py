@@ -1,4 +1,4 @@
-"""What every method's objective can do, and what most of them do alike."""
+"""The interface of objectives, from the rows of a step to a loss, and their common parts."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ from ..models.sharding import Strategy, shard
 
 @dataclass(frozen=True)
 class Setup:
-    """What an objective is made of."""
+    """The parts of a run that an objective is made from."""
 
     recipe: Recipe
     model: Model
@@ -39,18 +39,18 @@ class Setup:
 
 @dataclass(frozen=True)
 class Loss:
-    """What a forward pass gave."""
+    """The result of a forward pass."""
 
     total: torch.Tensor
-    """Sum of the losses over the batch's units, with its graph."""
+    """Sum of the losses over the batch's loss units, with its graph."""
     measures: torch.Tensor | None
-    """(measures, 2) in float64: sum and count of each, where they were asked for."""
+    """(measures, 2) in float64: sum and count of each, where they are requested."""
 
 
 class Objective:
     """From the rows of a step to a loss. A method overrides what it does differently.
 
-    All ranks call the same functions in the same order, so that they may talk to each other.
+    All ranks call the same functions in the same order, so that they may communicate.
     """
 
     def __init__(self, setup: Setup) -> None:
@@ -82,12 +82,12 @@ class Objective:
         Args:
             model: the model, wrapped as it is trained.
             batch: on the model's device.
-            measured: whether the measures are wanted too.
+            measured: whether to return the measures too.
         """
         raise NotImplementedError
 
     def examples(self) -> list[dict[str, Any]]:
-        """Something of the last batches for people to read, as JSON objects."""
+        """Examples from the last batches for people to read, as JSON objects."""
         return []
 
     def held_out(self, microbatches: Iterator[Rows], device: torch.device) -> torch.Tensor:
@@ -101,12 +101,12 @@ class Objective:
             batch = self.collate(rows).to(device)
             loss = self.loss(self.model, batch, measured=True)
             assert loss.measures is not None
-            total[0] += torch.stack([loss.total.double(), loss.total.new_tensor(batch.units)])
+            total[0] += torch.stack([loss.total.double(), loss.total.new_tensor(batch.loss_units)])
             total[1:] += loss.measures
         return total
 
     def kept_logits(self, model: torch.nn.Module, batch: Batch) -> torch.Tensor:
-        """Logits of the columns that bear loss: (sequences, columns, vocabulary)."""
+        """Logits of the columns with trained tokens: (sequences, columns, vocabulary)."""
         is_other = isinstance(model, Model) and model is not self.model
         taken = forward_arguments(model) if is_other else self._forward
         inputs = {name: value for name, value in batch.inputs.items() if name in taken}

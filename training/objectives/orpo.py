@@ -24,7 +24,7 @@ class OrpoObjective(PairObjective):
         self._beta = cast(OrpoMethod, setup.recipe.method).beta
 
     def collate(self, rows: Rows) -> Batch:
-        """Pairs whose chosen texts bear loss whole; `extra["answer"]` marks the answers' targets,
+        """Pairs whose chosen texts are trained whole; `extra["answer"]` marks the answers' targets,
         (sequences, columns)."""
         answers, batch = collate_pairs(rows), collate_pairs([_imitated_whole(row) for row in rows])
         columns = torch.searchsorted(
@@ -38,7 +38,7 @@ class OrpoObjective(PairObjective):
         """-beta log sigmoid(log odds ratio), eq. 7; a reward is beta times the mean per token."""
         of_tokens = token_log_probabilities(self.kept_logits(model, batch), batch.targets)
         is_answer = batch.extra["answer"]
-        answers = self._means(of_tokens * is_answer, is_answer, batch.units)
+        answers = self._means(of_tokens * is_answer, is_answer, batch.loss_units)
         losses = -self._beta * logsigmoid(log_odds_ratio(answers.chosen, answers.rejected))
         imitation = -of_tokens.chunk(2)[0].sum()
         return Compared(

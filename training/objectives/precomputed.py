@@ -40,11 +40,11 @@ _SCHEMA = pa.schema(
     ]
 )
 
-_Found = list[tuple[str, int, float, float]]
+_Values = list[tuple[str, int, float, float]]
 
 
 class PrecomputedReference:
-    """Looks up what the reference says of a row."""
+    """Looks up the reference's log-probabilities of a row."""
 
     def __init__(self, table: pa.Table) -> None:
         self._rows: dict[str, NDArray[np.int64]] = {}
@@ -58,7 +58,7 @@ class PrecomputedReference:
     def of(
         cls, setup: Setup, named: str | None, collate: Callable[[Rows], Batch], compute: Compute
     ) -> "PrecomputedReference":
-        """Found beside the prepared data, or computed now by all workers together.
+        """Read from beside the prepared data, or computed now by all workers together.
 
         Args:
             setup: the run's, before the first step and before a checkpoint is loaded.
@@ -67,17 +67,17 @@ class PrecomputedReference:
             compute: the log-probabilities of a batch, (chosen and rejected ones,).
         """
         folder = setup.prepared.folder
-        told: list[Any] = [None]
+        message: list[Any] = [None]
         if setup.rank == 0:
             name = f"reference-{_key(setup, named)}.parquet"
-            told = [(name, folder.exists(name))]
+            message = [(name, folder.exists(name))]
         if setup.world_size > 1:
-            dist.broadcast_object_list(told, src=0)
-        name, exists = told[0]
+            dist.broadcast_object_list(message, src=0)
+        name, exists = message[0]
         if not exists:
-            found = _compute(setup, Reference(setup, named), collate, compute)
+            values = _compute(setup, Reference(setup, named), collate, compute)
             if setup.rank == 0:
-                _write(folder, name, found)
+                _write(folder, name, values)
             if setup.world_size > 1:
                 dist.barrier()
         return cls(pq.read_table(folder.file(name), filesystem=folder.filesystem))
@@ -90,22 +90,22 @@ class PrecomputedReference:
 
 def _compute(
     setup: Setup, reference: Reference, collate: Callable[[Rows], Batch], compute: Compute
-) -> _Found:
+) -> _Values:
     """Every row of both splits; all of them on rank 0."""
     recipe = setup.recipe
     setup.model.to(setup.device)
-    found: dict[tuple[str, int], tuple[float, float]] = {}
+    own: dict[tuple[str, int], tuple[float, float]] = {}
     dtype = torch_dtype(choose_dtype(recipe.model))
     with torch.autocast(setup.device.type, dtype, enabled=needs_autocast(recipe)):
         for split, rows in _shares(setup):
             batch = collate(rows)
             values = reference(compute, batch).view(2, -1).cpu().tolist()
             for row, chosen, rejected in zip(batch.rows.tolist(), *values, strict=True):
-                found[split, row] = chosen, rejected
-    parts: list[Any] = [found]
+                own[split, row] = chosen, rejected
+    parts: list[Any] = [own]
     if setup.world_size > 1:
         parts = [None] * setup.world_size
-        dist.all_gather_object(parts, found)
+        dist.all_gather_object(parts, own)
     together = {place: values for part in parts for place, values in part.items()}
     return [(*place, *values) for place, values in together.items()]
 
@@ -120,8 +120,8 @@ def _shares(setup: Setup) -> Iterator[tuple[str, Rows]]:
                 yield name, part
 
 
-def _write(folder: Folder, name: str, found: _Found) -> None:
-    columns = zip(*found, strict=True)
+def _write(folder: Folder, name: str, values: _Values) -> None:
+    columns = zip(*values, strict=True)
     arrays = [pa.array(column, field.type) for column, field in zip(columns, _SCHEMA, strict=True)]
     content = pa.BufferOutputStream()
     pq.write_table(pa.table(arrays, schema=_SCHEMA), content, compression="zstd")

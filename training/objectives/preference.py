@@ -1,4 +1,4 @@
-"""What the methods on pairs of answers share."""
+"""Common parts of the objectives on pairs of answers."""
 
 from abc import abstractmethod
 from collections.abc import Iterator
@@ -38,19 +38,19 @@ class Answers:
 
 @dataclass(frozen=True)
 class Compared:
-    """What a method makes of a batch of pairs."""
+    """A method's losses and rewards for a batch of pairs."""
 
     losses: torch.Tensor
     """(pairs,)"""
     chosen_rewards: torch.Tensor
-    """(pairs,): what the method holds to be the answers' worth."""
+    """(pairs,): rewards that the method implies for the answers."""
     rejected_rewards: torch.Tensor
     imitation: torch.Tensor
     """Sum of the cross-entropies of the chosen texts' tokens, a scalar."""
 
 
 class PairObjective(Objective):
-    """A loss of each pair, its unit, and perhaps the cross-entropy of the chosen texts' tokens.
+    """A loss of each pair, its loss unit, and optionally the chosen texts' cross-entropy.
 
     The latter is the mean over the tokens of the whole batch, whatever the number of workers and
     the size of the microbatches.
@@ -62,14 +62,14 @@ class PairObjective(Objective):
 
     @abstractmethod
     def compare(self, model: torch.nn.Module, batch: Batch) -> Compared:
-        """What becomes of the pairs of a batch."""
+        """Losses and rewards of the pairs of a batch."""
 
     def collate(self, rows: Rows) -> Batch:
         """Chosen answers, then rejected ones."""
         return collate_pairs(rows)
 
     def with_reference(self, batch: Batch, split: Split) -> Batch:
-        """The batch with what the reference says of it, where the method has one."""
+        """The batch with the reference's log-probabilities, where the method has a reference."""
         del split
         return batch
 
@@ -81,7 +81,7 @@ class PairObjective(Objective):
         if self._imitation_weight == 0:
             return batches
         counts = torch.tensor(
-            [sum(batch.units for batch in batches), sum(map(_imitated, batches))],
+            [sum(batch.loss_units for batch in batches), sum(map(_imitated, batches))],
             device=self.device,
         )
         ratio = self._over_all(counts.double())
@@ -104,7 +104,9 @@ class PairObjective(Objective):
         for rows in microbatches:
             batch = self.with_reference(self.collate(rows).to(device), "eval")
             compared = self.compare(self.model, batch)
-            total[0] += compared.losses.new_tensor([compared.losses.sum(), batch.units]).double()
+            total[0] += compared.losses.new_tensor(
+                [compared.losses.sum(), batch.loss_units]
+            ).double()
             total[1:] += preference_measures(compared)
             imitated += imitated.new_tensor([compared.imitation, _imitated(batch)])
         if self._imitation_weight > 0:
@@ -127,11 +129,11 @@ class PairObjective(Objective):
 def answers_of(log_probabilities: torch.Tensor, batch: Batch) -> Answers:
     """Sums over each text of its tokens' log-probabilities, (sequences, columns).
 
-    The filling of a batch without pairs is left out.
+    Padding rows are left out.
     """
     totals = log_probabilities.sum(1).chunk(2)
     tokens = (batch.targets != IGNORED).sum(1).float().chunk(2)
-    pairs = batch.units
+    pairs = batch.loss_units
     return Answers(*(half[:pairs] for half in (*totals, *tokens)))
 
 
@@ -149,5 +151,5 @@ def preference_measures(compared: Compared) -> torch.Tensor:
 
 
 def _imitated(batch: Batch) -> int:
-    """Tokens of the chosen texts that bear loss."""
+    """Number of trained tokens in the chosen texts."""
     return int((batch.targets.chunk(2)[0] != IGNORED).sum())

@@ -19,7 +19,7 @@ from ..models.loading import Model, evaluating
 from .objective import Setup
 
 Compute = Callable[[torch.nn.Module, Batch], torch.Tensor]
-"""What is wanted of a model, such as log-probabilities."""
+"""Computes a tensor, such as log-probabilities, with a model on a batch."""
 
 
 class Reference:

@@ -43,7 +43,7 @@ class RewardObjective(PairObjective):
         names = ("input_ids", "position_ids")
         inputs = {name: batch.inputs[name] for name in names if name in self._forward}
         scores = model(**inputs, use_cache=False).logits.squeeze(-1).float()
-        chosen, rejected = (half[: batch.units] for half in scores.chunk(2))
+        chosen, rejected = (half[: batch.loss_units] for half in scores.chunk(2))
         losses = -logsigmoid(chosen - rejected - batch.extra["margin"])
         if self._centre > 0:
             losses = losses + self._centre * (chosen + rejected) ** 2

@@ -1,6 +1,6 @@
 """How much better a completion is than was to be expected of its prompt.
 
-NaN stands for a completion that no reward judged: it counts nowhere, and its advantage is 0.
+NaN stands for a completion without any reward: it counts nowhere, and its advantage is 0.
 """
 
 from typing import Literal
@@ -14,16 +14,16 @@ _TINY = 1e-4
 
 def standard_deviation(values: torch.Tensor) -> torch.Tensor:
     """Unbiased, over the last dimension, without NaN; NaN where fewer than two values are left."""
-    known = ~values.isnan()
-    count = known.sum(-1)
+    valid = ~values.isnan()
+    count = valid.sum(-1)
     squares = (values - values.nanmean(-1, keepdim=True)).square().nansum(-1)
     return torch.where(count > 1, squares / (count - 1), torch.nan).sqrt()
 
 
 def over_batch(values: torch.Tensor, world_size: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Mean and unbiased standard deviation over all workers' values, without NaN."""
-    known = ~values.isnan()
-    total = torch.stack([values.nansum(), known.sum().to(values.dtype)])
+    valid = ~values.isnan()
+    total = torch.stack([values.nansum(), valid.sum().to(values.dtype)])
     if world_size > 1:
         dist.all_reduce(total)
     mean = total[0] / total[1]

@@ -1,4 +1,4 @@
-"""What GRPO and RLOO share: completions are sampled and judged before a step, then learnt from."""
+"""What GRPO and RLOO share: before a step, completions are sampled and scored by rewards."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -19,10 +19,10 @@ from ..objectives.objective import Objective, Setup
 from ..objectives.references import Reference
 from .advantages import standard_deviation
 from .policy import divergence
-from .rewards.loading import load_judges
+from .rewards.loading import load_rewards
 from .rollouts.local import LocalRollouts
 from .rollouts.rollout import Request, Rollout, Rollouts
-from .scoring import Judged, Judging, measure, sampled_measures
+from .scoring import Scorer, Scores, measure, sampled_measures
 
 _HELD_OUT = 2**32
 """In place of a step: held-out prompts are answered with the same numbers every time."""
@@ -44,57 +44,57 @@ class OnlineObjective(Objective):
         self._tokenizer = setup.tokenizer
         self._is_shown = setup.rank == 0
         self._shown: list[dict[str, Any]] = []
-        # Beside an adapter it costs nothing, and held-out divergence is worth knowing.
-        is_known = self.settings.beta > 0 or isinstance(setup.model, PeftModel)
-        self._reference = Reference(setup, None) if is_known else None
+        # Beside an adapter it takes no memory, and the held-out divergence is a useful metric.
+        has_reference = self.settings.beta > 0 or isinstance(setup.model, PeftModel)
+        self._reference = Reference(setup, None) if has_reference else None
         rows = setup.recipe.rows_per_step
         before = (stream.share(rows, rank, setup.world_size) for rank in range(setup.rank))
         self._first_place = sum(before)
-        self._tools: tuple[Rollouts, Judging] | None = None
+        self._tools: tuple[Rollouts, Scorer] | None = None
 
-    # what a method does its own way
+    # what each method defines
 
     needs_old: bool
-    """Whether log-probabilities before the step are needed; otherwise the step's own are those."""
+    """Whether log-probabilities are computed before the step; otherwise the step's own are used."""
 
     def advantages(self, rewards: torch.Tensor, divergences: torch.Tensor | None) -> torch.Tensor:
         """Of each completion, (prompts, generations) in float64.
 
         Args:
-            rewards: (prompts, generations); NaN where nothing is known.
+            rewards: (prompts, generations); NaN where no reward has a value.
             divergences: log-probability of each completion over the reference's, in nats; None
                 without a reference.
         """
         raise NotImplementedError
 
     def weigh(self, mask: torch.Tensor, sequences: int) -> tuple[torch.Tensor, int]:
-        """Weight of each token's loss, and the units that a forward pass counts.
+        """Weight of each token's loss, and the number of loss units of a forward pass.
 
         Args:
-            mask: (sequences, columns), 1.0 where a token bears loss.
-            sequences: how many of them are completions, and not filling.
+            mask: (sequences, columns), 1.0 where a token is trained.
+            sequences: how many of them are completions, and not padding.
         """
         raise NotImplementedError
 
     # before a step
 
     def batches(self, step: int, microbatches: list[Rows]) -> list[Batch]:
-        """Sample, judge, and compute what is known before the step."""
+        """Sample and score completions, and compute their advantages."""
         prompts = [row for part in microbatches for row in part if row.rows.size]
         generations = self.settings.generations
         requests = self.requests(step, prompts)
         rows = [row for row in prompts for _ in range(generations)]
-        rollouts, judged = self._rollouts(requests, rows)
+        rollouts, scores = self._rollouts(requests, rows)
         size = self.recipe.optim.micro_batch_size
         parts = [
             self._part(rows[first : first + size], rollouts[first : first + size])
             for first in range(0, size * len(microbatches), size)
         ]
-        rewards = judged.total.to(self.device).view(-1, generations)
+        rewards = scores.total.to(self.device).view(-1, generations)
         deviations = standard_deviation(rewards)
         advantages = self.advantages(rewards, _divergences(parts, len(rows))).flatten().float()
-        sampled = measure(judged, deviations.cpu(), rollouts).to(self.device)
-        self._show(requests, judged, advantages)
+        sampled = measure(scores, deviations.cpu(), rollouts).to(self.device)
+        self._show(requests, scores, advantages)
         return [
             self._with_advantages(
                 part, advantages[index * size : (index + 1) * size], sampled * (index == 0)
@@ -103,10 +103,10 @@ class OnlineObjective(Objective):
         ]
 
     def requests(self, step: int, prompts: Rows) -> list[Request]:
-        """What is asked of the model in a step: every prompt's generations, one after another.
+        """The completions to sample in a step: every prompt's generations, one after another.
 
-        A completion's numbers go by its prompt's place in the global batch, so that another
-        number of workers draws the same.
+        The seed follows from the prompt's place in the global batch, so that another number of
+        workers draws the same.
         """
         return [
             Request(row.input_ids.tolist(), (self.recipe.seed, step, self._first_place + place, n))
@@ -114,22 +114,22 @@ class OnlineObjective(Objective):
             for n in range(self.settings.generations)
         ]
 
-    def _rollouts(self, requests: list[Request], rows: Rows) -> tuple[list[Rollout], Judged]:
-        """Completions and what they are worth; the workers fail together."""
+    def _rollouts(self, requests: list[Request], rows: Rows) -> tuple[list[Rollout], Scores]:
+        """Completions and their scores; an error on one worker is raised on all."""
         failure: FinrayError | None = None
         try:
-            sampler, judging = self._made_tools()
+            sampler, scorer = self._made_tools()
             rollouts = sampler.sample(requests)
-            judged = judging.judge(rows, rollouts)
+            scores = scorer.score(rows, rollouts)
         except FinrayError as error:
             failure = error
         _raise_together(failure, self.world_size)
-        return rollouts, judged
+        return rollouts, scores
 
-    def _made_tools(self) -> tuple[Rollouts, Judging]:
-        """Made when they are needed: what fails in them fails on all workers together."""
+    def _made_tools(self) -> tuple[Rollouts, Scorer]:
+        """Sampler and scorer, made at first use, where an error is raised on all workers."""
         if self._tools is None:
-            judges = load_judges(self.recipe, self._tokenizer, self.device)
+            rewards = load_rewards(self.recipe, self._tokenizer, self.device)
             rollouts: Rollouts
             if self.settings.rollout == "vllm":
                 from .rollouts.vllm import VllmRollouts
@@ -138,7 +138,7 @@ class OnlineObjective(Objective):
                 rollouts = VllmRollouts(self.recipe, self.model, self._tokenizer)
             else:
                 rollouts = LocalRollouts(self.model, self._tokenizer, self.settings)
-            self._tools = rollouts, Judging(judges, self._tokenizer)
+            self._tools = rollouts, Scorer(rewards, self._tokenizer)
         return self._tools
 
     def _part(self, rows: Rows, rollouts: Sequence[Rollout]) -> Batch:
@@ -155,11 +155,11 @@ class OnlineObjective(Objective):
 
     def _sequence(self, row: stream.Sequence, rollout: Rollout) -> stream.Sequence:
         prompt, size = len(row.input_ids), len(row.input_ids) + len(rollout.ids)
-        bears_loss = rollout.ended or not self.settings.mask_truncated
+        is_trained = rollout.ended or not self.settings.mask_truncated
         return stream.Sequence(
             np.concatenate([row.input_ids, np.array(rollout.ids, np.int32)]),
             np.array([size], np.int32),
-            (np.arange(size) >= prompt) & bears_loss,
+            (np.arange(size) >= prompt) & is_trained,
             row.rows,
         )
 
@@ -171,13 +171,13 @@ class OnlineObjective(Objective):
         weights, units = self.weigh(mask, len(advantages))
         padded = torch.cat([advantages, advantages.new_zeros(count - len(advantages))])
         extra = {"advantages": padded, "weights": weights, "sampled": sampled}
-        return replace(part, units=units, extra=part.extra | extra)
+        return replace(part, loss_units=units, extra=part.extra | extra)
 
     # log-probabilities
 
     def log_probabilities(self, model: torch.nn.Module, batch: Batch) -> torch.Tensor:
         """Of the completions' tokens, at the sampling's temperature: (sequences, columns) in
-        float32, 0 where nothing bears loss."""
+        float32, 0 where no token is trained."""
         logits, temperature = self.kept_logits(model, batch), self.settings.temperature
         scaled = logits if temperature == 1.0 else logits / temperature
         return token_log_probabilities(scaled, batch.targets)
@@ -187,15 +187,15 @@ class OnlineObjective(Objective):
     def measured(
         self, batch: Batch, log_probabilities: torch.Tensor, outside: torch.Tensor
     ) -> torch.Tensor:
-        """What is logged of a forward pass.
+        """The logged measures of a forward pass.
 
         Args:
             batch: with its extra tensors.
             log_probabilities: of the policy, without a graph.
-            outside: where clipping took the gradient, 1.0 or 0.0, and NaN where nothing is.
+            outside: 1.0 where clipping removes the gradient, else 0.0; NaN for padding.
         """
-        known = outside[~outside.isnan()].double()
-        clipped = torch.stack([known.sum(), known.new_tensor(len(known))])
+        valid = outside[~outside.isnan()].double()
+        clipped = torch.stack([valid.sum(), valid.new_tensor(len(valid))])
         parts = [self._kl(batch, log_probabilities, batch.extra.get("reference")), clipped]
         return torch.cat([batch.extra["sampled"], torch.stack(parts)])
 
@@ -215,8 +215,8 @@ class OnlineObjective(Objective):
             Request(row.input_ids.tolist(), (self.recipe.seed, _HELD_OUT, int(row.rows[0])))
             for row in rows
         ]
-        rollouts, judged = self._rollouts(requests, rows)
-        sampled = measure(judged, torch.zeros(0), rollouts).to(device)
+        rollouts, scores = self._rollouts(requests, rows)
+        sampled = measure(scores, torch.zeros(0), rollouts).to(device)
         kl = torch.zeros(2, dtype=torch.float64, device=device)
         size = self.recipe.optim.micro_batch_size
         for first in range(0, len(rows), size):
@@ -234,15 +234,15 @@ class OnlineObjective(Objective):
         """Some of the last completions with their rewards."""
         return self._shown
 
-    def _show(self, requests: list[Request], judged: Judged, advantages: torch.Tensor) -> None:
+    def _show(self, requests: list[Request], scores: Scores, advantages: torch.Tensor) -> None:
         generations = self.settings.generations
         names = [reward.name for reward in self.settings.rewards]
         self._shown = [
             {
                 "prompt": self._tokenizer.decode(requests[index].prompt_ids),
-                "completion": judged.texts[index],
-                "reward": float(judged.total[index]),
-                "rewards": dict(zip(names, judged.each[:, index].tolist(), strict=True)),
+                "completion": scores.texts[index],
+                "reward": float(scores.total[index]),
+                "rewards": dict(zip(names, scores.each[:, index].tolist(), strict=True)),
                 "advantage": float(advantages[index]),
             }
             for index in range(min(len(requests), _SHOWN_PROMPTS * generations))
@@ -259,11 +259,11 @@ def _divergences(parts: list[Batch], count: int) -> torch.Tensor | None:
 
 
 def _raise_together(failure: FinrayError | None, world_size: int) -> None:
-    """What one worker found wrong ends all of them, which would wait for it otherwise."""
-    found: list[FinrayError | None] = [failure]
+    """Raise one worker's error on all of them, which would wait for it otherwise."""
+    failures: list[FinrayError | None] = [failure]
     if world_size > 1:
-        found = [None] * world_size
-        dist.all_gather_object(found, failure)
-    for error in found:
+        failures = [None] * world_size
+        dist.all_gather_object(failures, failure)
+    for error in failures:
         if error is not None:
             raise error

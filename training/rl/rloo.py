@@ -43,5 +43,5 @@ class RlooObjective(OnlineObjective):
         )
         if not measured:
             return Loss(-gain.sum(), None)
-        clipped = outside.float()[: batch.units]
+        clipped = outside.float()[: batch.loss_units]
         return Loss(-gain.sum(), self.measured(batch, now.detach(), clipped))

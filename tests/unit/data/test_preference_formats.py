@@ -12,7 +12,13 @@ from finray.training.config.methods import METHODS
 from finray.training.data.examples import examples_of
 from finray.training.data.formats import KnownFormat, detect_format, normalise
 from finray.training.data.preference_formats import common_prefix
-from finray.training.data.shapes import Completion, Conversation, Labelled, Pair, RowError
+from finray.training.data.shapes import (
+    Completion,
+    Conversation,
+    LabelledExample,
+    PreferencePair,
+    RowError,
+)
 
 from .conftest import SHARED, MakeRecipe, write_jsonl
 
@@ -21,16 +27,16 @@ USER = {"role": "user", "content": "q"}
 GOOD = {"role": "assistant", "content": "good"}
 BAD = {"role": "assistant", "content": "bad"}
 HUMAN = {"from": "human", "value": "q"}
-CHAT = Pair(Conversation((USER, GOOD), 1), Conversation((USER, BAD), 1))
-LONGER = Pair(
+CHAT = PreferencePair(Conversation((USER, GOOD), 1), Conversation((USER, BAD), 1))
+LONGER = PreferencePair(
     Conversation((USER, BAD, USER, GOOD), 3),
     Conversation((USER, BAD, USER, BAD), 3),
 )
 
-PAIRS: list[tuple[dict[str, Any], Pair]] = [
+PAIRS: list[tuple[dict[str, Any], PreferencePair]] = [
     (
         {"prompt": "q", "chosen": " good", "rejected": " bad"},
-        Pair(Completion("q", " good"), Completion("q", " bad")),
+        PreferencePair(Completion("q", " good"), Completion("q", " bad")),
     ),
     ({"prompt": [USER], "chosen": [GOOD], "rejected": [BAD]}, CHAT),
     ({"prompt": [USER], "chosen": "good", "rejected": "bad"}, CHAT),
@@ -50,7 +56,7 @@ PAIRS: list[tuple[dict[str, Any], Pair]] = [
     ),
     (
         {"instruction": "q", "input": "", "chosen": "good", "rejected": "bad", "system": "s"},
-        Pair(Conversation((SYSTEM, USER, GOOD), 2), Conversation((SYSTEM, USER, BAD), 2)),
+        PreferencePair(Conversation((SYSTEM, USER, GOOD), 2), Conversation((SYSTEM, USER, BAD), 2)),
     ),
     # Anthropic HH
     (
@@ -69,21 +75,21 @@ PAIRS: list[tuple[dict[str, Any], Pair]] = [
     ),
     (
         {"chosen": "Once upon a time", "rejected": "Once upon two times"},
-        Pair(Completion("Once upon", " a time"), Completion("Once upon", " two times")),
+        PreferencePair(Completion("Once upon", " a time"), Completion("Once upon", " two times")),
     ),
     (
         {"chosen": "Once upon a time", "rejected": "Once upon an hour"},
-        Pair(Completion("Once upon", " a time"), Completion("Once upon", " an hour")),
+        PreferencePair(Completion("Once upon", " a time"), Completion("Once upon", " an hour")),
     ),
     (
         {"chosen": "Q: 1?\nA:yes", "rejected": "Q: 1?\nA:yeah"},
-        Pair(Completion("Q: 1?\nA:", "yes"), Completion("Q: 1?\nA:", "yeah")),
+        PreferencePair(Completion("Q: 1?\nA:", "yes"), Completion("Q: 1?\nA:", "yeah")),
     ),
 ]
 
 
 @pytest.mark.parametrize(("row", "expected"), PAIRS)
-def test_pairs(row: dict[str, Any], expected: Pair) -> None:
+def test_pairs(row: dict[str, Any], expected: PreferencePair) -> None:
     assert detect_format([("f:1", row)]) == "preference"
     assert normalise(row, "preference") == expected
 
@@ -100,29 +106,32 @@ def test_pairs(row: dict[str, Any], expected: Pair) -> None:
 def test_margins(more: dict[str, Any], margin: float | None) -> None:
     row = {"prompt": "q", "chosen": "a", "rejected": "b", **more}
     pair = normalise(row, "preference")
-    assert isinstance(pair, Pair)
+    assert isinstance(pair, PreferencePair)
     assert pair.margin == margin
 
 
-LABELLED: list[tuple[dict[str, Any], Labelled]] = [
-    ({"prompt": "q", "completion": "a", "label": True}, Labelled(Completion("q", "a"), True)),
-    ({"prompt": "q", "response": "a", "label": 0}, Labelled(Completion("q", "a"), False)),
+LABELLED: list[tuple[dict[str, Any], LabelledExample]] = [
+    (
+        {"prompt": "q", "completion": "a", "label": True},
+        LabelledExample(Completion("q", "a"), True),
+    ),
+    ({"prompt": "q", "response": "a", "label": 0}, LabelledExample(Completion("q", "a"), False)),
     (
         {"prompt": [USER], "completion": [GOOD], "label": False},
-        Labelled(CHAT.chosen, False),
+        LabelledExample(CHAT.chosen, False),
     ),
-    ({"messages": [USER, GOOD], "label": True}, Labelled(CHAT.chosen, True)),
-    ({"messages": [USER, BAD, USER, GOOD], "label": True}, Labelled(LONGER.chosen, True)),
+    ({"messages": [USER, GOOD], "label": True}, LabelledExample(CHAT.chosen, True)),
+    ({"messages": [USER, BAD, USER, GOOD], "label": True}, LabelledExample(LONGER.chosen, True)),
     (
         {"conversations": [HUMAN, {"from": "gpt", "value": "bad"}], "kto_tag": False},
-        Labelled(CHAT.rejected, False),
+        LabelledExample(CHAT.rejected, False),
     ),
-    ({"instruction": "q", "output": "good", "kto_tag": True}, Labelled(CHAT.chosen, True)),
+    ({"instruction": "q", "output": "good", "kto_tag": True}, LabelledExample(CHAT.chosen, True)),
 ]
 
 
 @pytest.mark.parametrize(("row", "expected"), LABELLED)
-def test_labelled(row: dict[str, Any], expected: Labelled) -> None:
+def test_labelled(row: dict[str, Any], expected: LabelledExample) -> None:
     assert detect_format([("f:1", row)]) == "labelled"
     assert normalise(row, "labelled") == expected
 
@@ -197,7 +206,7 @@ def test_conversations_part_at_an_answer_or_are_refused(
         pair = normalise(row, "preference")
     except RowError:
         return
-    assert isinstance(pair, Pair)
+    assert isinstance(pair, PreferencePair)
     chosen, rejected = pair.chosen, pair.rejected
     assert isinstance(chosen, Conversation) and isinstance(rejected, Conversation)
     assert [*chosen.messages] == row["chosen"] and [*rejected.messages] == row["rejected"]
@@ -215,7 +224,7 @@ def test_each_half_is_tokenised_as_alone(
     make_pair_renderer: Any, prompt: str, one: str, other: str
 ) -> None:
     """Joining two answers in a row changes no token of either."""
-    pair = Pair(*(Completion(prompt, answer) for answer in (one, other)))
+    pair = PreferencePair(*(Completion(prompt, answer) for answer in (one, other)))
     together = make_pair_renderer.render([pair])[0].documents
     alone = make_pair_renderer.render([pair.chosen, pair.rejected])
     if any(not rendered.documents for rendered in alone):
@@ -245,8 +254,8 @@ def make_pair_renderer(tokenizer: Any, model: Any) -> Any:
 
 def test_a_pair_is_two_labelled_answers_for_kto() -> None:
     assert examples_of(CHAT, "kto") == (
-        Labelled(CHAT.chosen, True),
-        Labelled(CHAT.rejected, False),
+        LabelledExample(CHAT.chosen, True),
+        LabelledExample(CHAT.rejected, False),
     )
 
 
@@ -285,6 +294,6 @@ def test_real_ranking_data() -> None:
     assert detect_format(places) == "preference"
     for row in rows:
         pair = normalise(row, "preference")
-        assert isinstance(pair, Pair) and isinstance(pair.chosen, Conversation)
+        assert isinstance(pair, PreferencePair) and isinstance(pair.chosen, Conversation)
         assert pair.chosen.first_trained == len(row["conversations"])
         assert pair.chosen.messages[-1]["content"] == row["chosen"]["value"]

@@ -70,7 +70,7 @@ def test_packed_equals_unpacked(tiny_model: Path, attention: str) -> None:
     sequences = make_sequences(4)
     batch = collate(sequences)
     logits = model(**batch.inputs, use_cache=False).logits
-    loss = token_loss(to_log_probabilities(logits), batch.targets) / batch.units
+    loss = token_loss(to_log_probabilities(logits), batch.targets) / batch.loss_units
     loss.backward()
     packed = gradients(model)
     model.zero_grad()

@@ -13,7 +13,7 @@ from finray.training.config.rewards import FunctionReward, ModelReward, resolve_
 from finray.training.data.examples import rules_of
 from finray.training.data.shapes import Completion, Conversation, Question
 from finray.training.rl.rewards.classifiers import load_classifier
-from finray.training.rl.rewards.functions import FunctionJudge
+from finray.training.rl.rewards.functions import UserFunctionReward
 from finray.training.rl.rewards.reward import Completions, columns_of
 
 ASKED = Completions(
@@ -24,11 +24,11 @@ ASKED = Completions(
 )
 
 
-def function(body: str, may_fail: bool = False) -> FunctionJudge:
+def function(body: str, may_fail: bool = False) -> UserFunctionReward:
     source = (
         f"import math\n\ndef f(prompts, completions, completion_ids, level, **columns):\n{body}"
     )
-    return FunctionJudge(FunctionReward(file="/u/rewards.py:f", source=source), may_fail)
+    return UserFunctionReward(FunctionReward(file="/u/rewards.py:f", source=source), may_fail)
 
 
 def test_a_function_gets_what_trl_gives() -> None:
@@ -37,8 +37,8 @@ def test_a_function_gets_what_trl_gives() -> None:
         "    assert completion_ids == [[1], [2, 2], [3, 3, 3]] and not columns\n"
         "    return [len(completions[0]), None, 0.5]\n"
     )
-    judgement = function(body).judge(ASKED)
-    assert judgement.values == [1.0, None, 0.5] and judgement.failures == 0
+    scored = function(body).score(ASKED)
+    assert scored.values == [1.0, None, 0.5] and scored.failures == 0
 
 
 @pytest.mark.parametrize(
@@ -52,20 +52,20 @@ def test_a_function_gets_what_trl_gives() -> None:
 )
 def test_a_failure_shows_its_completion(body: str, told: str) -> None:
     with pytest.raises(RunError) as caught:
-        function(body).judge(ASKED)
+        function(body).score(ASKED)
     message = str(caught.value)
     for part in (told, "/u/rewards.py", "two?", "22", "on_reward_error"):
         assert part in message
     assert "one?" not in message and "three?" not in message
-    judgement = function(body, may_fail=True).judge(ASKED)
-    assert judgement.values[1] is None and judgement.failures == 1
-    assert None not in (judgement.values[0], judgement.values[2])
+    scored = function(body, may_fail=True).score(ASKED)
+    assert scored.values[1] is None and scored.failures == 1
+    assert None not in (scored.values[0], scored.values[2])
 
 
 def test_the_traceback_is_the_users() -> None:
     body = "    def deeper():\n        raise KeyError('my own')\n    return deeper()\n"
     with pytest.raises(RunError) as caught:
-        function(body).judge(ASKED)
+        function(body).score(ASKED)
     message = str(caught.value)
     assert "raise KeyError('my own')" in message
     assert "functions.py" not in message
@@ -74,7 +74,7 @@ def test_the_traceback_is_the_users() -> None:
 @pytest.mark.parametrize("returned", ["None", "1.0", "'111'", "{1: 1.0}"])
 def test_what_is_no_list(returned: str) -> None:
     with pytest.raises(RunError, match="expected a list of floats"):
-        function(f"    return {returned}\n").judge(ASKED)
+        function(f"    return {returned}\n").score(ASKED)
 
 
 @pytest.mark.parametrize(
@@ -104,7 +104,7 @@ def test_the_text_of_a_file_travels(tmp_path: Path) -> None:
     assert isinstance(reward, FunctionReward)
     assert reward.source == text and reward.path == str(path)
     path.unlink()
-    assert FunctionJudge(reward, False).judge(ASKED).values == [2.0, 2.0, 2.0]
+    assert UserFunctionReward(reward, False).score(ASKED).values == [2.0, 2.0, 2.0]
 
 
 @pytest.mark.parametrize(
@@ -150,7 +150,7 @@ def classifier(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
 # A fresh score head is what is wanted here.
 @pytest.mark.filterwarnings("ignore")
 def test_a_classifier_reads_through_its_own_template(classifier: Path) -> None:
-    judge = load_classifier(
+    reward = load_classifier(
         ModelReward(model=str(classifier), label="good"), torch.float32, torch.device("cpu")
     )
     questions = ["How many?", "And what is the name of the order?"]
@@ -169,7 +169,7 @@ def test_a_classifier_reads_through_its_own_template(classifier: Path) -> None:
         )
         ids = tokenizer(text, return_tensors="pt", add_special_tokens=False)["input_ids"]
         expected.append(float(model(input_ids=ids).logits[0, 1]))
-    assert judge.judge(asked).values == pytest.approx(expected, abs=1e-5)
+    assert reward.score(asked).values == pytest.approx(expected, abs=1e-5)
     assert expected[0] != pytest.approx(expected[1], abs=1e-4)
 
 

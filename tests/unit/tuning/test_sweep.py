@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from finray.training.common.errors import InputError
-from finray.tuning.default_search import rule_of_thumb
+from finray.tuning.default_search import suggested_learning_rate
 from finray.tuning.plan import Plan, make_plan
 from finray.tuning.sweep import load_sweep
 
@@ -133,11 +133,11 @@ def test_whole_sections_are_choices(plan: MakePlan) -> None:
 def test_the_default_space_lies_around_the_rule(plan: MakePlan) -> None:
     made = plan(search="default")
     # 5e-5 * 10 * (2000 / 32) ** 0.78, at alpha 32
-    assert rule_of_thumb(made.recipe) == pytest.approx(0.0126, rel=0.05)
+    assert suggested_learning_rate(made.recipe) == pytest.approx(0.0126, rel=0.05)
     first = made.points[0]
     # The rank that the recipe has, with alpha tied to it: 8, a fourth of 32.
     assert first["adapter.alpha"] == 2 * first["adapter.rank"] == 8
-    assert first["optim.learning_rate"] == pytest.approx(2 * rule_of_thumb(made.recipe))
+    assert first["optim.learning_rate"] == pytest.approx(2 * suggested_learning_rate(made.recipe))
     low, high = made.space["optim.learning_rate"].bounds
     assert high / low == pytest.approx(100, rel=0.05)
     assert "adapter.alpha" not in made.space.searched
@@ -163,7 +163,7 @@ def test_the_first_guesses_of_the_default_space(plan: MakePlan) -> None:
     recipe = {"adapter": {"rank": 16, "alpha": 32}}
     guess = {"adapter.rank": 64}
     made = plan(recipe, search="default", points=[guess])
-    rule = rule_of_thumb(made.recipe)
+    rule = suggested_learning_rate(made.recipe)
     adapter = {"adapter.rank": 16, "adapter.rslora": False, "adapter.alpha": 32.0}
     assert made.points[0] == pytest.approx({**adapter, "optim.learning_rate": rule})
     assert made.points[1]["adapter.rank"] == 64
@@ -178,9 +178,9 @@ def test_the_first_guesses_of_the_default_space(plan: MakePlan) -> None:
     assert len(plan(recipe, search="default", trials=2).points) == 2
     assert len(plan(recipe, search=RATE).points) == 1
     full = plan({"adapter": None}, search="default").points
-    assert [point["optim.learning_rate"] / rule_of_thumb(made.recipe) for point in full] == (
-        pytest.approx([0.1, 10**-0.5, 10**-1.5], rel=0.05)
-    )
+    assert [
+        point["optim.learning_rate"] / suggested_learning_rate(made.recipe) for point in full
+    ] == (pytest.approx([0.1, 10**-0.5, 10**-1.5], rel=0.05))
 
 
 class Drawn:
@@ -237,7 +237,7 @@ def test_rates_at_an_alpha_need_an_adapter(plan: MakePlan) -> None:
 
 def test_full_fine_tuning_learns_ten_times_slower(plan: MakePlan) -> None:
     lora, full = plan(search="default"), plan({"adapter": None}, search="default")
-    ratio = rule_of_thumb(lora.recipe) / rule_of_thumb(full.recipe)
+    ratio = suggested_learning_rate(lora.recipe) / suggested_learning_rate(full.recipe)
     assert ratio == pytest.approx(10, rel=0.05)
     assert full.space.searched == ["optim.learning_rate"]
 

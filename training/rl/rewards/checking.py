@@ -18,10 +18,10 @@ _TOKENIZER = "tokenizer.json"
 
 
 def check_rewards(recipe: Recipe) -> None:
-    """Refuse what an online method cannot run with; other methods pass.
+    """Check the rewards and the sampler of an online method; other methods have none.
 
     Raises:
-        InputError: for a run that left no reward model, a reward model of another tokenizer, a
+        InputError: for a run without a reward model, a reward model of another tokenizer, a
             classifier that is not there or lacks the label, and vLLM where it is not installed or
             would apply the adapter `model.adapter` wrongly.
     """
@@ -77,7 +77,7 @@ def _check_run(reward: RunReward, recipe: Recipe, where: str) -> None:
 
 
 def _vocabulary(content: bytes) -> Any:
-    """What decides which text a token stands for."""
+    """The parts of tokenizer.json that decide which text a token id means."""
     tokenizer = json.loads(content)
     return tokenizer["model"], tokenizer["added_tokens"]
 

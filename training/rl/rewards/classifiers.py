@@ -13,21 +13,21 @@ from ...common.storage import Folder
 from ...config.adapter_folder import check_safetensors
 from ...config.rewards import ModelReward, RunReward
 from ...records.run_folder import read_run
-from .reward import Completions, Judgement, Turns
+from .reward import Completions, RewardValues, Turns
 
 _BATCH = 16
 # No pickle, and no code of the model's own.
 _SAFELY = {"use_safetensors": True, "trust_remote_code": False}
 
 
-class ClassifierJudge:
+class ClassifierReward:
     """A sequence classifier, one of whose logits is the reward.
 
     It reads prompt and completion together: a conversation through its tokenizer's chat template,
     plain text as it is, with an end-of-sequence token behind it.
 
     Args:
-        name: what measures call it.
+        name: in the names of metrics.
         weight: the reward counts so many times.
         model: put on the device where it works.
         tokenizer: the model's own.
@@ -42,8 +42,8 @@ class ClassifierJudge:
         self._column = column
 
     @torch.no_grad()
-    def judge(self, completions: Completions) -> Judgement:
-        """Score them, in batches of texts of like length."""
+    def score(self, completions: Completions) -> RewardValues:
+        """The logit of each completion, in batches of texts of similar length."""
         pairs = zip(completions.prompts, completions.completions, strict=True)
         texts = [self._ids(prompt, completion) for prompt, completion in pairs]
         order = sorted(range(len(texts)), key=lambda index: len(texts[index]))
@@ -53,7 +53,7 @@ class ClassifierJudge:
             scores = self._scores([texts[index] for index in chosen])
             for index, score in zip(chosen, scores, strict=True):
                 values[index] = score
-        return Judgement(values)
+        return RewardValues(values)
 
     def _ids(self, prompt: Turns, completion: Turns) -> list[int]:
         tokenizer = self._tokenizer
@@ -83,8 +83,10 @@ class ClassifierJudge:
         return scores
 
 
-def load_run(reward: RunReward, tokenizer: Any, dtype: torch.dtype, device: Any) -> ClassifierJudge:
-    """The reward model that a finray run left.
+def load_run(
+    reward: RunReward, tokenizer: Any, dtype: torch.dtype, device: Any
+) -> ClassifierReward:
+    """The reward model of a finished finray run.
 
     Args:
         reward: the run.
@@ -114,10 +116,10 @@ def load_run(reward: RunReward, tokenizer: Any, dtype: torch.dtype, device: Any)
             model: Any = PeftModel.from_pretrained(base, local)
         else:
             model = _load(local, options)
-    return _judge(reward.name, reward.weight, model.to(device), own, 0)
+    return _classifier_reward(reward.name, reward.weight, model.to(device), own, 0)
 
 
-def load_classifier(reward: ModelReward, dtype: torch.dtype, device: Any) -> ClassifierJudge:
+def load_classifier(reward: ModelReward, dtype: torch.dtype, device: Any) -> ClassifierReward:
     """Any sequence classifier.
 
     Raises:
@@ -130,7 +132,7 @@ def load_classifier(reward: ModelReward, dtype: torch.dtype, device: Any) -> Cla
     model = _load(reward.model, {"dtype": dtype, **_SAFELY})
     labels = [model.config.id2label[index] for index in range(model.config.num_labels)]
     column = label_index(reward, labels)
-    return _judge(reward.name, reward.weight, model.to(device), tokenizer, column)
+    return _classifier_reward(reward.name, reward.weight, model.to(device), tokenizer, column)
 
 
 def _load(name: str | Path, options: dict[str, Any]) -> Any:
@@ -140,11 +142,13 @@ def _load(name: str | Path, options: dict[str, Any]) -> Any:
         raise InputError(f"method.rewards: cannot load {name}: {error}") from None
 
 
-def _judge(name: str, weight: float, model: Any, tokenizer: Any, column: int) -> ClassifierJudge:
+def _classifier_reward(
+    name: str, weight: float, model: Any, tokenizer: Any, column: int
+) -> ClassifierReward:
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     # The classifier finds a text's last token by what pads it.
     model.config.pad_token_id = pad
-    return ClassifierJudge(name, weight, model, tokenizer, column)
+    return ClassifierReward(name, weight, model, tokenizer, column)
 
 
 def label_index(reward: ModelReward, labels: list[str]) -> int:

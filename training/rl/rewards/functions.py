@@ -11,27 +11,27 @@ from typing import Any
 
 from ...common.errors import RunError
 from ...config.rewards import FunctionReward
-from .reward import Completions, Judgement, told
+from .reward import Completions, RewardValues, as_text
 
 _SHOWN = 2000
 
 
 class _Unusable(Exception):
-    """What a function did is no reward."""
+    """The function raised, or returned something that is not a reward."""
 
     def __init__(self, reason: str, index: int | None = None) -> None:
         super().__init__(reason)
         self.reason = reason
         self.index = index
-        """The completion at fault, where it is known."""
+        """The completion at fault; None where it is not clear which."""
 
 
-class FunctionJudge:
+class UserFunctionReward:
     """A function out of a Python file.
 
     Args:
         settings: with the file's text.
-        may_fail: a failure counts as not judged; otherwise it ends the run.
+        may_fail: a failure leaves a completion without a value; otherwise it ends the run.
 
     Raises:
         RunError: the file raises when it is imported.
@@ -45,19 +45,19 @@ class FunctionJudge:
         try:
             self._function = getattr(_load(settings), settings.name)
         except Exception as error:  # noqa: BLE001 — the user's code may raise anything
-            told_error = _users_part(error)
-            raise RunError(f"{settings.path} cannot be imported:\n{told_error}") from None
+            trace = _users_part(error)
+            raise RunError(f"{settings.path} cannot be imported:\n{trace}") from None
 
-    def judge(self, completions: Completions) -> Judgement:
+    def score(self, completions: Completions) -> RewardValues:
         """Call the function once for all; one by one where that fails."""
-        found = self._tried(completions)
-        if not isinstance(found, _Unusable):
-            return Judgement(found)
+        values = self._tried(completions)
+        if not isinstance(values, _Unusable):
+            return RewardValues(values)
         if not self._may_fail:
-            raise RunError(self._told(completions, found))
-        values = [self._alone(completions.only(index)) for index in range(len(completions))]
-        failed = sum(isinstance(value, _Unusable) for value in values)
-        return Judgement([None if isinstance(v, _Unusable) else v for v in values], failed)
+            raise RunError(self._message(completions, values))
+        alone = [self._alone(completions.only(index)) for index in range(len(completions))]
+        failed = sum(isinstance(value, _Unusable) for value in alone)
+        return RewardValues([None if isinstance(v, _Unusable) else v for v in alone], failed)
 
     def _call(self, completions: Completions) -> list[float | None]:
         try:
@@ -81,11 +81,11 @@ class FunctionJudge:
         except _Unusable as error:
             return error
 
-    def _alone(self, one: Completions) -> float | _Unusable | None:
-        found = self._tried(one)
-        return found if isinstance(found, _Unusable) else found[0]
+    def _alone(self, completion: Completions) -> float | _Unusable | None:
+        values = self._tried(completion)
+        return values if isinstance(values, _Unusable) else values[0]
 
-    def _told(self, completions: Completions, error: _Unusable) -> str:
+    def _message(self, completions: Completions, error: _Unusable) -> str:
         """The message with the completion at fault."""
         index, note = error.index, ""
         if index is None:
@@ -93,14 +93,14 @@ class FunctionJudge:
             index = next((i for i, v in enumerate(alone) if isinstance(v, _Unusable)), None)
             if index is None:
                 index, note = 0, " (the first of the batch: none of them fails alone)"
-            elif isinstance(found := alone[index], _Unusable):
-                error = found
+            elif isinstance(failure := alone[index], _Unusable):
+                error = failure
         prompt, completion = completions.prompts[index], completions.completions[index]
         return (
             f"the reward function {self.name} of {self._path} failed: {error.reason.rstrip()}\n"
-            f"prompt{note}:\n{_indented(told(prompt))}\n"
-            f"completion:\n{_indented(told(completion))}\n"
-            "method.on_reward_error: missing would count such a completion as not judged"
+            f"prompt{note}:\n{_indented(as_text(prompt))}\n"
+            f"completion:\n{_indented(as_text(completion))}\n"
+            "method.on_reward_error: missing leaves such a completion without a value"
         )
 
 

@@ -1,4 +1,4 @@
-"""The rewards of a recipe, ready to judge."""
+"""The rewards of a recipe, loaded."""
 
 from typing import Any, cast
 
@@ -9,11 +9,11 @@ from ...config.recipe import Recipe
 from ...config.rewards import FunctionReward, RunReward
 from ...models.dtypes import choose_dtype, torch_dtype
 from .classifiers import load_classifier, load_run
-from .functions import FunctionJudge
-from .reward import Judge
+from .functions import UserFunctionReward
+from .reward import Reward
 
 
-def load_judges(recipe: Recipe, tokenizer: Any, device: torch.device) -> list[Judge]:
+def load_rewards(recipe: Recipe, tokenizer: Any, device: torch.device) -> list[Reward]:
     """Every reward of the recipe, in its order.
 
     Args:
@@ -27,12 +27,12 @@ def load_judges(recipe: Recipe, tokenizer: Any, device: torch.device) -> list[Ju
     """
     method = cast(OnlineMethod, recipe.method)
     dtype = torch_dtype(choose_dtype(recipe.model))
-    judges: list[Judge] = []
+    rewards: list[Reward] = []
     for reward in method.rewards:
         if isinstance(reward, FunctionReward):
-            judges.append(FunctionJudge(reward, may_fail=method.on_reward_error == "missing"))
+            rewards.append(UserFunctionReward(reward, may_fail=method.on_reward_error == "missing"))
         elif isinstance(reward, RunReward):
-            judges.append(load_run(reward, tokenizer, dtype, device))
+            rewards.append(load_run(reward, tokenizer, dtype, device))
         else:
-            judges.append(load_classifier(reward, dtype, device))
-    return judges
+            rewards.append(load_classifier(reward, dtype, device))
+    return rewards

@@ -1,4 +1,4 @@
-"""What every kind of reward is asked, and what it answers."""
+"""The interface of a loaded reward: completions in, one value for each out."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ Turns = str | list[Message]
 
 @dataclass(frozen=True)
 class Completions:
-    """Completions to be judged, one an index in every list."""
+    """Completions to score; every list has one item for each completion."""
 
     prompts: list[Turns]
     completions: list[Turns]
@@ -23,7 +23,7 @@ class Completions:
     """The row's other columns; a row that lacks one has None."""
 
     def only(self, index: int) -> "Completions":
-        """One of them."""
+        """The completion at an index alone."""
         return Completions(
             [self.prompts[index]],
             [self.completions[index]],
@@ -36,31 +36,31 @@ class Completions:
 
 
 @dataclass(frozen=True)
-class Judgement:
-    """What one reward says of completions."""
+class RewardValues:
+    """One reward's values of completions."""
 
     values: list[float | None]
-    """None: not applicable, or not known."""
+    """None: the reward does not apply, or failed."""
     failures: int = 0
     """How many of them are None because the reward failed."""
 
 
-class Judge(Protocol):
+class Reward(Protocol):
     """A reward of the recipe, loaded."""
 
     name: str
     weight: float
 
-    def judge(self, completions: Completions) -> Judgement:
-        """What each completion is worth.
+    def score(self, completions: Completions) -> RewardValues:
+        """The value of each completion.
 
         Raises:
-            RunError: the reward failed, and the recipe does not let it.
+            RunError: the reward failed, and `on_reward_error` is fail.
         """
 
 
-def told(turns: Turns) -> str:
-    """A prompt or completion for people."""
+def as_text(turns: Turns) -> str:
+    """A prompt or completion as text, with a line for each message."""
     if isinstance(turns, str):
         return turns
     return "\n".join(f"{turn['role']}: {turn['content']}" for turn in turns)

@@ -45,13 +45,13 @@ class LocalRollouts:
         """A completion to each request; neighbours in length share a batch."""
         size = self._settings.rollout_batch_size
         order = sorted(range(len(requests)), key=lambda index: len(requests[index].prompt_ids))
-        found: dict[int, Rollout] = {}
+        rollout_of: dict[int, Rollout] = {}
         with evaluating(self._model):
             for first in range(0, len(order), size):
                 chosen = order[first : first + size]
                 rollouts = self._batch([requests[index] for index in chosen])
-                found.update(zip(chosen, rollouts, strict=True))
-        return [found[index] for index in range(len(requests))]
+                rollout_of.update(zip(chosen, rollouts, strict=True))
+        return [rollout_of[index] for index in range(len(requests))]
 
     def _batch(self, requests: list[Request]) -> list[Rollout]:
         device = next(self._model.parameters()).device

@@ -1,4 +1,4 @@
-"""What is asked of the model, and what it answered."""
+"""Requests for completions, and the completions."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
