@@ -7,6 +7,7 @@ from typing import Any
 
 from ...training.common.storage import Folder
 from ...training.config.recipe import Recipe, load_recipe
+from ...training.config.user_code import try_import
 from ...training.data.fingerprint import fingerprint
 from ...training.data.inspection import SourceInspection
 from ...training.data.prepared import Prepared, open_prepared
@@ -27,6 +28,7 @@ def check(options: argparse.Namespace) -> None:
     """Validate a recipe and its data, and print what a run would do."""
     recipe = recipe_of(options)
     outlook = examine(recipe)
+    try_import(recipe)
     if options.address and recipe.scale.most_workers:
         address, env = options.address, worker_environment(recipe)
         with ProgressWatcher() as watcher, open_ray(recipe, watcher, address, env, options.verbose):

@@ -5,6 +5,7 @@ import json
 import sys
 
 from ...training.common.background import Stop
+from ...training.config.user_code import try_import
 from ...training.inspection import inspect_recipe
 from ...training.run import run_folder
 from ...training.run import train as run_to_the_end
@@ -18,6 +19,7 @@ def train(options: argparse.Namespace) -> None:
     """Train, or continue an unfinished run."""
     recipe = recipe_of(options)
     inspect_recipe(recipe)
+    try_import(recipe)
     stop = Stop()
     with ProgressWatcher() as watcher:
         place = choose_launcher(

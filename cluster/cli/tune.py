@@ -15,6 +15,7 @@ from ...training.common.storage import Folder
 from ...training.config.paths import resolve_path
 from ...training.config.recipe import Recipe
 from ...training.config.sections import ScaleSettings
+from ...training.config.user_code import try_import
 from ...training.inspection import inspect_recipe
 from ...training.records.run_folder import Record
 from ...training.run import differences
@@ -48,6 +49,7 @@ def run_sweep(path: Path, options: argparse.Namespace) -> None:
     loaded = _load(path, options)
     plan = make_plan(loaded)
     inspect_recipe(plan.recipe)
+    try_import(plan.recipe)
 
     record = check_folder(plan)
     done = record is not None and record["status"] == "finished"

@@ -18,6 +18,7 @@ from ...training.common.storage import Folder
 from ...training.common.yaml_text import dump_yaml, load_yaml
 from ...training.config.recipe import Recipe
 from ...training.config.sections import Source
+from ...training.config.user_code import functions_in
 from ...training.data.sources import expand
 from ...tuning.sweep import LoadedSweep
 
@@ -217,11 +218,30 @@ class _Parcel:
         """Check size and storage, and write recipe or sweep beside the files."""
         self.check_size(limit_mib)
         self.check_storage(recipe)
+        self.check_no_path_is_left(values, recipe)
         text = dump_yaml(values)
         (self._folder / file).write_text(text, encoding="utf-8")
         staged = Staged(digest(self._folder), self.bytes, tuple(self.notes))
         add_finray(self._folder)
         return staged
+
+    def check_no_path_is_left(self, values: Any, recipe: Recipe) -> None:
+        """Refuse a folder of this machine that is not uploaded: a reference, a reward model.
+
+        Files of the user's code are inside the recipe.
+        """
+        inside = tuple(f"{key}.file" for key, _ in functions_in(recipe))
+        for key, text in texts(values):
+            dotted = ".".join(map(str, key))
+            is_path = text.startswith("/") and "\n" not in text
+            if not is_path or key[-1] == "storage" or self._stays(text):
+                continue
+            if not dotted.endswith(inside) and Path(text).exists():
+                raise InputError(
+                    f"{dotted}: {text} is on this machine, and is not uploaded with a job; put it "
+                    "where all nodes reach it, and name that: a URI, a hub id, or a folder with "
+                    "--on-cluster FOLDER"
+                )
 
     def check_size(self, limit_mib: float) -> None:
         """Refuse files that are too large together; the message lists the largest first."""

@@ -3,6 +3,7 @@
 from ...training.common.errors import InputError
 from ...training.common.secrets import secret_kind, texts
 from ...training.config.recipe import Recipe
+from ...training.config.user_code import functions_in
 
 
 def check_no_secret(recipe: Recipe) -> None:
@@ -25,7 +26,7 @@ def check_no_secret(recipe: Recipe) -> None:
 
 
 def check_reachable(recipe: Recipe, mount: str) -> bool:
-    """Refuse paths of this machine.
+    """Refuse paths of this machine. Files of the user's code travel inside the recipe.
 
     Args:
         recipe: as `load_recipe` gives it: paths are absolute.
@@ -39,9 +40,10 @@ def check_reachable(recipe: Recipe, mount: str) -> bool:
     """
     faults = []
     shared = False
+    travelling = {f"{key}.file" for key, _ in functions_in(recipe)}
     for key, text in texts(recipe.model_dump(mode="json")):
         path = text.removeprefix("file://")
-        if not _is_path(path):
+        if not _is_path(path) or ".".join(map(str, key)) in travelling:
             continue
         if f"{path}/".startswith(f"{mount}/") and ".." not in path.split("/"):
             shared = True

@@ -1,7 +1,6 @@
 """Where the rewards of the online methods come from, as a recipe says it."""
 
 import ast
-import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -9,9 +8,9 @@ from typing import Annotated, Any
 from pydantic import Discriminator, Tag
 
 from ..common.errors import InputError
-from ..common.secrets import redact
 from .paths import resolve_model, resolve_path
 from .section import Section
+from .user_code import UserFunction
 
 
 class _Reward(Section):
@@ -43,7 +42,7 @@ class ModelReward(_Reward):
         return self.model.rstrip("/").rpartition("/")[2]
 
 
-class FunctionReward(_Reward):
+class FunctionReward(_Reward, UserFunction):
     file: str
     """A Python file and a function in it, "rewards.py:json_valid", relative to the recipe's
     folder. The function takes `prompts, completions, completion_ids, **columns`, as TRL's do, and
@@ -51,21 +50,13 @@ class FunctionReward(_Reward):
     source: str | None = None
     """The file's text, which travels with the recipe; leave it out, and the file is read."""
 
-    @property
-    def digest(self) -> str:
-        """SHA-256 of the file's text, in hex."""
-        assert self.source is not None
-        return hashlib.sha256(self.source.encode()).hexdigest()
-
-    @property
-    def path(self) -> str:
-        """The file."""
-        return self.file.rpartition(":")[0]
-
-    @property
-    def name(self) -> str:
-        """The function's name, which is also what measures call it."""
-        return self.file.rpartition(":")[2]
+    def check_parameters(self, function: ast.FunctionDef, place: str) -> None:
+        """The data's columns come as keyword arguments."""
+        if function.args.kwarg is None:
+            raise InputError(
+                f"{place} must take **columns, as it is called with prompts, completions, "
+                "completion_ids and the data's columns"
+            )
 
 
 _KINDS = {"run": RunReward, "model": ModelReward, "file": FunctionReward}
@@ -104,8 +95,7 @@ def resolve_reward(reward: Reward, places: Sequence[Path], where: str) -> Reward
         InputError: where there is no such run or function.
     """
     if isinstance(reward, FunctionReward):
-        file = f"{resolve_path(reward.path, places[0])}:{reward.name}"
-        return _read_function(reward.model_copy(update={"file": file}), where)
+        return reward.resolve(places[0], where)
     if isinstance(reward, ModelReward):
         return reward.model_copy(update={"model": resolve_model(reward.model, places[0])})
     candidates = [resolve_path(reward.run, place) for place in places]
@@ -114,49 +104,3 @@ def resolve_reward(reward: Reward, places: Sequence[Path], where: str) -> Reward
         listed = ", ".join(dict.fromkeys(candidates))
         raise InputError(f"{where}.run: there is none of these folders: {listed}")
     return reward.model_copy(update={"run": existing[0]})
-
-
-def _read_function(reward: FunctionReward, where: str) -> FunctionReward:
-    """Read the file of a reward function and look for the function, without running anything."""
-    if reward.source is None:
-        try:
-            source = Path(reward.path).read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise InputError(f"{where}.file: cannot read {reward.path!r}: {error}") from None
-        reward = reward.model_copy(update={"source": source})
-    assert reward.source is not None
-    if redact(reward.source) != reward.source:
-        raise InputError(
-            f"{where}.file: {reward.path} holds a secret, and its text is kept with the run; read "
-            "it from the environment instead"
-        )
-    try:
-        tree = ast.parse(reward.source, reward.path)
-    except (SyntaxError, ValueError) as error:
-        line = f":{error.lineno}" if isinstance(error, SyntaxError) else ""
-        raise InputError(f"{where}.file: {reward.path}{line}: not valid Python: {error}") from None
-    _check_function(tree, reward, where)
-    return reward
-
-
-def _check_function(tree: ast.Module, reward: FunctionReward, where: str) -> None:
-    functions = [
-        node for node in tree.body if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
-    ]
-    named = [node for node in functions if node.name == reward.name]
-    if not named:
-        names = ", ".join(node.name for node in functions) or "none"
-        raise InputError(
-            f"{where}.file: {reward.path} has no function {reward.name!r} at its top level; "
-            f"its functions: {names}"
-        )
-    if isinstance(named[-1], ast.AsyncFunctionDef):
-        raise InputError(
-            f"{where}.file: {reward.path}:{named[-1].lineno}: {reward.name} is an async function; "
-            "a reward function is called like any other: def"
-        )
-    if named[-1].args.kwarg is None:
-        raise InputError(
-            f"{where}.file: {reward.path}:{named[-1].lineno}: {reward.name} must take **columns, "
-            "as it is called with prompts, completions, completion_ids and the data's columns"
-        )

@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ from ..config.adapter_folder import WEIGHTS_FILE
 from ..config.base_digest import BASE_FILE, base_digest
 from ..config.model_folder import model_folder, tokenizer_files
 from ..config.models import ModelSettings
-from ..records.run_folder import Record, existing_run, read_recipe
+from ..records.run_folder import Record, finished_run
 from .loading import Loadable
 from .model_card import render_card
 
@@ -60,8 +59,8 @@ def export(
         InputError: there is no finished run, nothing to merge, no base, or no room for the result.
         RunError: the result cannot be written, or a merged weight is not finite.
     """
-    record, (_, recipe) = existing_run(run), read_recipe(run)
-    name = _finished_result(run, record)
+    finished = finished_run(run)
+    record, recipe, name = finished.record, finished.recipe, finished.kind
     if name == "model" and merge:
         raise InputError(f"{run}: the run trained the model itself: it is whole without --merge")
     if name == "adapter" and dtype is not None and not merge:
@@ -73,7 +72,7 @@ def export(
     if merge:
         wanted = ModelSettings(base=settings["base"], revision=settings.get("revision"))
         base = model_folder(wanted, weights=True)
-    with _staged(target) as staged, _local(run / name) as trained:
+    with _staged(target) as staged, finished.local_result() as trained:
         if base is not None:
             _merge(record, settings, base, trained, staged, dtype, progress)
         elif dtype is not None:
@@ -87,19 +86,6 @@ def export(
         (staged / CARD_FILE).write_text(card, encoding="utf-8")
         sizes = [path.stat().st_size for path in staged.rglob("*") if path.is_file()]
     return Exported(target, result, len(sizes), sum(sizes))
-
-
-def _finished_result(run: Folder, record: Record) -> str:
-    """Name of the folder with what was trained."""
-    status, name = record.get("status"), record.get("result")
-    if status != "finished" or not name:
-        raise InputError(
-            f"{run}: the run is not finished (status: {status}, step {record.get('step')} of "
-            f"{record.get('total_steps')}); `finray train` with its recipe goes on"
-        )
-    if not run.exists(str(name)):
-        raise InputError(f"{run}: the run's result, {name}/, is gone")
-    return str(name)
 
 
 @contextmanager
@@ -121,17 +107,6 @@ def _staged(target: Path) -> Iterator[Path]:
         raise RunError(f"{target}: the export failed: {error}") from error
     finally:
         shutil.rmtree(staged, ignore_errors=True)
-
-
-@contextmanager
-def _local(folder: Folder) -> Iterator[Path]:
-    """A folder on this machine's disk: itself, or a copy."""
-    if folder.local is not None:
-        yield folder.local
-        return
-    with tempfile.TemporaryDirectory(prefix="finray-") as scratch:
-        folder.download(Path(scratch))
-        yield Path(scratch)
 
 
 def _merge(

@@ -31,7 +31,7 @@ from .quantisation import is_exact_by_row, numel, prepare_for_training, quantisa
 
 Model: TypeAlias = PreTrainedModel | PeftModel
 
-_AUTO_CLASSES = {"causal": AutoModelForCausalLM, "score": AutoModelForSequenceClassification}
+AUTO_CLASSES = {"causal": AutoModelForCausalLM, "score": AutoModelForSequenceClassification}
 
 
 def load_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
@@ -87,7 +87,7 @@ def load_model(recipe: Recipe, head: Head = "causal", bases: BaseCache | None = 
 
 def _random_model(recipe: Recipe, head: Head) -> PreTrainedModel:
     trust = recipe.model.trust_remote_code
-    return _AUTO_CLASSES[head].from_config(
+    return AUTO_CLASSES[head].from_config(
         _config(recipe.model, head),
         dtype=torch.float32,
         trust_remote_code=trust,
@@ -100,7 +100,7 @@ def _config(settings: ModelSettings, head: Head) -> Any:
         settings.base,
         revision=settings.revision,
         trust_remote_code=settings.trust_remote_code,
-        **_labels(head),
+        **labels_of(head),
     )
 
 
@@ -115,13 +115,13 @@ def _load_base(recipe: Recipe, head: Head) -> PreTrainedModel:
 
 def _load_weights(settings: ModelSettings, head: Head, **more: Any) -> PreTrainedModel:
     try:
-        return _AUTO_CLASSES[head].from_pretrained(
+        return AUTO_CLASSES[head].from_pretrained(
             settings.base,
             revision=settings.revision,
             trust_remote_code=settings.trust_remote_code,
             use_safetensors=True,
             **_attention(settings),
-            **_labels(head),
+            **labels_of(head),
             **more,
         )
     except (OSError, ValueError) as error:
@@ -154,7 +154,7 @@ def _attention(settings: ModelSettings) -> dict[str, Any]:
     return {} if settings.attention == "auto" else {"attn_implementation": settings.attention}
 
 
-def _labels(head: Head) -> dict[str, Any]:
+def labels_of(head: Head) -> dict[str, Any]:
     return {"num_labels": 1} if head == "score" else {}
 
 
@@ -225,7 +225,7 @@ def without_weights(recipe: Recipe, head: Head = "causal") -> Model:
     config = _config(recipe.model, head)
     trust = recipe.model.trust_remote_code
     with torch.device("meta"):
-        model: Model = _AUTO_CLASSES[head].from_config(config, trust_remote_code=trust)
+        model: Model = AUTO_CLASSES[head].from_config(config, trust_remote_code=trust)
         if recipe.trains_adapter:
             model = _attach(model, recipe, head, weights=False)
         elif recipe.freeze is not None:

@@ -3,19 +3,15 @@
 import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 import torch
-from peft import AutoPeftModelForCausalLM, PeftModel
-from transformers import AutoModelForCausalLM
+from peft import PeftModel
 
-from ..common.errors import InputError
-from ..config.adapter_folder import CONFIG_FILE, check_safetensors
-from ..config.recipe import Recipe
 from ..data.batching import Batch
 from ..models.adapter_reference import add_reference, as_reference
 from ..models.dtypes import choose_dtype, torch_dtype
 from ..models.loading import Model, evaluating
+from ..models.open_result import open_model
 from .objective import Setup
 
 Compute = Callable[[torch.nn.Module, Batch], torch.Tensor]
@@ -36,7 +32,9 @@ class Reference:
         self._device = setup.device
         self._adapted: PeftModel | None = None
         if named is not None:
-            self._model = _frozen(load_reference(named, setup.recipe), setup)
+            dtype = torch_dtype(choose_dtype(setup.recipe.model))
+            model = open_model(named, "causal", dtype, "method.reference_model")
+            self._model = _frozen(model, setup)
         elif isinstance(setup.model, PeftModel):
             add_reference(setup.model, setup.recipe)
             self._adapted = setup.model
@@ -55,28 +53,6 @@ class Reference:
             return
         with evaluating(self._adapted), as_reference(self._adapted):
             yield self._adapted
-
-
-def load_reference(name: str, recipe: Recipe) -> Model:
-    """A causal language model by hub id or folder, or an adapter's folder with its base.
-
-    Raises:
-        InputError: where it cannot be loaded.
-    """
-    is_adapter = (Path(name) / CONFIG_FILE).is_file()
-    if is_adapter:
-        check_safetensors(Path(name), "method.reference_model")
-    source = AutoPeftModelForCausalLM if is_adapter else AutoModelForCausalLM
-    try:
-        model: Model = source.from_pretrained(
-            name,
-            dtype=torch_dtype(choose_dtype(recipe.model)),
-            use_safetensors=True,
-            trust_remote_code=False,
-        )
-    except (OSError, ValueError) as error:
-        raise InputError(f"method.reference_model: cannot load {name}: {error}") from error
-    return model
 
 
 def _frozen(model: Model, setup: Setup) -> Model:

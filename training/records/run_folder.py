@@ -2,8 +2,12 @@
 
 import json
 import math
-from collections.abc import Iterable
-from typing import Any
+import tempfile
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
 
 import yaml
 
@@ -56,6 +60,52 @@ def existing_run(folder: Folder) -> Record:
     if run is None:
         raise InputError(f"{folder} holds no run: there is no {RUN_FILE}")
     return run
+
+
+@dataclass(frozen=True)
+class FinishedRun:
+    """A run that has come to its end, and its result."""
+
+    folder: Folder
+    record: Record
+    """run.json."""
+    recipe: Record
+    """recipe.yaml, as plain values."""
+    kind: Literal["adapter", "model"]
+    """What was trained: an adapter beside the base, or the model itself."""
+
+    @property
+    def result(self) -> Folder:
+        """The folder of the result."""
+        return self.folder / self.kind
+
+    @contextmanager
+    def local_result(self) -> Iterator[Path]:
+        """The result on this machine's disk: itself, or a copy for as long as the context lasts."""
+        if self.result.local is not None:
+            yield self.result.local
+            return
+        with tempfile.TemporaryDirectory(prefix="finray-") as scratch:
+            self.result.download(Path(scratch))
+            yield Path(scratch)
+
+
+def finished_run(folder: Folder) -> FinishedRun:
+    """A finished run, by its folder.
+
+    Raises:
+        InputError: the folder holds no run, the run is not finished, or its result is gone.
+    """
+    record = existing_run(folder)
+    status, name = record.get("status"), record.get("result")
+    if status != "finished" or name not in ("adapter", "model"):
+        raise InputError(
+            f"{folder}: the run is not finished (status: {status}, step {record.get('step')} of "
+            f"{record.get('total_steps')}); `finray train` with its recipe continues it"
+        )
+    if not folder.exists(name):
+        raise InputError(f"{folder}: the run's result, {name}/, is gone")
+    return FinishedRun(folder, record, read_recipe(folder)[1], name)
 
 
 def write_run(folder: Folder, record: Record) -> None:

@@ -12,7 +12,7 @@ from ...config.methods import METHODS, OnlineMethod
 from ...config.model_folder import model_folder
 from ...config.recipe import Recipe
 from ...config.rewards import ModelReward, RunReward
-from ...records.run_folder import read_run
+from ...records.run_folder import finished_run, read_run
 
 _TOKENIZER = "tokenizer.json"
 
@@ -59,13 +59,11 @@ def _check_run(reward: RunReward, recipe: Recipe, where: str) -> None:
         raise InputError(
             f"{where}: {reward.run} is a run of method {record.get('method')}; expected {expected}"
         )
-    if record.get("status") != "finished" or "result" not in record:
-        raise InputError(
-            f"{where}: {reward.run} is {record.get('status')}: its reward model is written when "
-            "it finishes"
-        )
+    try:
+        result = finished_run(folder).result
+    except InputError as error:
+        raise InputError(f"{where}: {error}") from None
     policy = model_folder(recipe.model, only_cached=True)
-    result = folder / record["result"]
     if policy is None or not (policy / _TOKENIZER).exists() or not result.exists(_TOKENIZER):
         return  # compared once both tokenizers are loaded
     ours, theirs = (policy / _TOKENIZER).read_bytes(), result.read(_TOKENIZER)

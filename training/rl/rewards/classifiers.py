@@ -1,23 +1,18 @@
 """Reward models: finray's own, and any sequence classifier."""
 
-import tempfile
-from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoTokenizer
 
 from ...common.errors import InputError
 from ...common.storage import Folder
-from ...config.adapter_folder import check_safetensors
 from ...config.rewards import ModelReward, RunReward
-from ...records.run_folder import read_run
+from ...models.open_result import open_model, open_result
+from ...records.run_folder import finished_run
 from .reward import Completions, RewardValues, Turns
 
 _BATCH = 16
-# No pickle, and no code of the model's own.
-_SAFELY = {"use_safetensors": True, "trust_remote_code": False}
 
 
 class ClassifierReward:
@@ -97,26 +92,12 @@ def load_run(
     Raises:
         InputError: it has another tokenizer.
     """
-    folder = Folder(reward.run)
-    record = read_run(folder)
-    assert record is not None
-    with tempfile.TemporaryDirectory(prefix="finray-") as scratch:
-        result = folder / record["result"]
-        local = result.local
-        if local is None:
-            local = Path(scratch, "result")
-            result.download(local)
-        own = AutoTokenizer.from_pretrained(local, trust_remote_code=False)
-        if own.get_vocab() != tokenizer.get_vocab():
-            raise InputError(f"method.rewards: {reward.run}: a reward model of another tokenizer")
-        options = {"num_labels": 1, "dtype": dtype, **_SAFELY}
-        if record["result"] == "adapter":
-            check_safetensors(local, f"method.rewards: {reward.run}")
-            base = _load(record["base"], options)
-            model: Any = PeftModel.from_pretrained(base, local)
-        else:
-            model = _load(local, options)
-    return _classifier_reward(reward.name, reward.weight, model.to(device), own, 0)
+    where = "method.rewards"
+    opened = open_result(finished_run(Folder(reward.run)), "score", dtype, where)
+    own = opened.tokenizer
+    if own.get_vocab() != tokenizer.get_vocab():
+        raise InputError(f"{where}: {reward.run}: a reward model of another tokenizer")
+    return _classifier_reward(reward.name, reward.weight, opened.model.to(device), own, 0)
 
 
 def load_classifier(reward: ModelReward, dtype: torch.dtype, device: Any) -> ClassifierReward:
@@ -125,21 +106,15 @@ def load_classifier(reward: ModelReward, dtype: torch.dtype, device: Any) -> Cla
     Raises:
         InputError: it cannot be loaded, or has several labels of which none is named.
     """
+    where = "method.rewards"
+    model = open_model(reward.model, "score", dtype, where)
     try:
         tokenizer = AutoTokenizer.from_pretrained(reward.model, trust_remote_code=False)
     except (OSError, ValueError) as error:
-        raise InputError(f"method.rewards: cannot load {reward.model}: {error}") from None
-    model = _load(reward.model, {"dtype": dtype, **_SAFELY})
+        raise InputError(f"{where}: cannot load {reward.model}: {error}") from None
     labels = [model.config.id2label[index] for index in range(model.config.num_labels)]
     column = label_index(reward, labels)
     return _classifier_reward(reward.name, reward.weight, model.to(device), tokenizer, column)
-
-
-def _load(name: str | Path, options: dict[str, Any]) -> Any:
-    try:
-        return AutoModelForSequenceClassification.from_pretrained(name, **options)
-    except (OSError, ValueError) as error:
-        raise InputError(f"method.rewards: cannot load {name}: {error}") from None
 
 
 def _classifier_reward(

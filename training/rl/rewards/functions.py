@@ -1,16 +1,13 @@
 """Reward functions of the user."""
 
-import linecache
 import math
-import sys
-import traceback
-import types
 from collections.abc import Collection
 from numbers import Real
 from typing import Any
 
 from ...common.errors import RunError
 from ...config.rewards import FunctionReward
+from ...config.user_code import traceback_of
 from .reward import Completions, RewardValues, as_text
 
 _SHOWN = 2000
@@ -42,11 +39,7 @@ class UserFunctionReward:
         self.weight = settings.weight
         self._may_fail = may_fail
         self._path = settings.path
-        try:
-            self._function = getattr(_load(settings), settings.name)
-        except Exception as error:  # noqa: BLE001 — the user's code may raise anything
-            trace = _users_part(error)
-            raise RunError(f"{settings.path} cannot be imported:\n{trace}") from None
+        self._function = settings.load()
 
     def score(self, completions: Completions) -> RewardValues:
         """Call the function once for all; one by one where that fails."""
@@ -68,7 +61,7 @@ class UserFunctionReward:
                 **completions.columns,
             )
         except Exception as error:  # noqa: BLE001 — the user's code may raise anything
-            raise _Unusable(_users_part(error)) from None
+            raise _Unusable(traceback_of(error, self._path)) from None
         if isinstance(values, str | bytes | dict) or not isinstance(values, Collection):
             raise _Unusable(f"it returned {type(values).__name__}; expected a list of floats")
         if len(values) != len(completions):
@@ -104,19 +97,6 @@ class UserFunctionReward:
         )
 
 
-def _load(settings: FunctionReward) -> types.ModuleType:
-    """Run the file's text as a module; tracebacks show its lines on every node."""
-    assert settings.source is not None
-    lines = settings.source.splitlines(keepends=True)
-    linecache.cache[settings.path] = (len(settings.source), None, lines, settings.path)
-    module = types.ModuleType(f"finray_rewards_{settings.name}")
-    module.__file__ = settings.path
-    # Dataclasses and pickle look for the module there.
-    sys.modules[module.__name__] = module
-    exec(compile(settings.source, settings.path, "exec"), module.__dict__)
-    return module
-
-
 def _as_reward(value: Any, index: int) -> float | None:
     if value is None:
         return None
@@ -126,14 +106,6 @@ def _as_reward(value: Any, index: int) -> float | None:
     if not math.isfinite(value):
         raise _Unusable(f"it returned {value!r}; expected a finite number or None", index)
     return float(value)
-
-
-def _users_part(error: Exception) -> str:
-    """The traceback without finray's own frame."""
-    trace = error.__traceback__
-    while trace is not None and trace.tb_frame.f_code.co_filename == __file__:
-        trace = trace.tb_next
-    return "".join(traceback.format_exception(type(error), error, trace))
 
 
 def _indented(text: str) -> str:

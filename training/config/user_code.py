@@ -1,0 +1,205 @@
+"""The user's own code: a function in a Python file that a recipe names.
+
+The file is read once, where the recipe is loaded. From then on its text is part of the recipe: it
+travels with a job or a RayJob, it is the same on every node, and a changed file is another run.
+
+    python -m finray.training.config.user_code
+
+imports such a file, whose `UserFunction` comes as JSON through stdin (see `try_import`).
+"""
+
+import ast
+import hashlib
+import linecache
+import subprocess
+import sys
+import traceback
+import types
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, Self
+
+from pydantic import BaseModel
+
+from ..common.errors import InputError, RunError
+from ..common.secrets import redact
+from .paths import resolve_path
+from .section import Section
+
+_TRY_SECONDS = 300
+
+
+class UserFunction(Section):
+    """A function at the top level of a Python file, "file.py:function"."""
+
+    file: str
+    source: str | None = None
+    """The file's text; read from the file where the recipe leaves it out."""
+
+    @property
+    def path(self) -> str:
+        """The file, without the function's name."""
+        return self.file.rpartition(":")[0]
+
+    @property
+    def name(self) -> str:
+        """The function's name."""
+        return self.file.rpartition(":")[2]
+
+    @property
+    def text(self) -> str:
+        """The file's text, of a function that `resolve` returned."""
+        assert self.source is not None
+        return self.source
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the file's text, in hex."""
+        return hashlib.sha256(self.text.encode()).hexdigest()
+
+    def resolve(self, folder: Path, where: str) -> Self:
+        """The function with its file's absolute path and text; nothing of it is executed.
+
+        Args:
+            folder: where a relative path starts.
+            where: the key in the recipe, for messages.
+
+        Raises:
+            InputError: the file cannot be read, is not Python, holds a secret, or lacks the
+                function.
+        """
+        file = f"{resolve_path(self.path, folder)}:{self.name}"
+        function = self.model_copy(update={"file": file})
+        if function.source is None:
+            try:
+                source = Path(function.path).read_text(encoding="utf-8")
+            except (OSError, UnicodeDecodeError) as error:
+                raise InputError(f"{where}.file: cannot read {function.path!r}: {error}") from None
+            function = function.model_copy(update={"source": source})
+        function._check(f"{where}.file: {function.path}")
+        return function
+
+    def _check(self, place: str) -> None:
+        if redact(self.text) != self.text:
+            raise InputError(
+                f"{place} holds a secret, and its text is kept with the run; read it from the "
+                "environment instead"
+            )
+        try:
+            tree = ast.parse(self.text, self.path)
+        except (SyntaxError, ValueError) as error:
+            line = f":{error.lineno}" if isinstance(error, SyntaxError) else ""
+            raise InputError(f"{place}{line}: not valid Python: {error}") from None
+        kinds = ast.FunctionDef | ast.AsyncFunctionDef
+        functions = [node for node in tree.body if isinstance(node, kinds)]
+        named = [node for node in functions if node.name == self.name]
+        if not named:
+            names = ", ".join(node.name for node in functions) or "none"
+            raise InputError(
+                f"{place} has no function {self.name!r} at its top level; its functions: {names}"
+            )
+        if isinstance(named[-1], ast.AsyncFunctionDef):
+            raise InputError(
+                f"{place}:{named[-1].lineno}: {self.name} is an async function; it is called like "
+                "any other: def"
+            )
+        self.check_parameters(named[-1], f"{place}:{named[-1].lineno}: {self.name}")
+
+    def check_parameters(self, function: ast.FunctionDef, place: str) -> None:
+        """Refuse parameters that it cannot be called with; kinds of functions override this.
+
+        Args:
+            function: its definition.
+            place: file, line and name, for messages.
+
+        Raises:
+            InputError: with what it must take.
+        """
+
+    def load(self) -> Callable[..., Any]:
+        """Execute the file as a module and return the function; tracebacks show the file's lines.
+
+        Raises:
+            RunError: the file raises.
+        """
+        lines = self.text.splitlines(keepends=True)
+        linecache.cache[self.path] = (len(self.text), None, lines, self.path)
+        module = types.ModuleType(f"finray_user_{self.digest[:8]}")
+        module.__file__ = self.path
+        # Dataclasses and pickle look for the module there.
+        sys.modules[module.__name__] = module
+        try:
+            exec(compile(self.text, self.path, "exec"), module.__dict__)
+            function: Callable[..., Any] = module.__dict__[self.name]
+        except Exception as error:  # noqa: BLE001 - the user's code may raise anything
+            trace = traceback_of(error, self.path)
+            raise RunError(f"{self.path} cannot be imported:\n{trace}") from None
+        return function
+
+
+def traceback_of(error: Exception, path: str) -> str:
+    """The error's traceback from the user's file on, without finray's frames."""
+    trace = error.__traceback__
+    while trace is not None and trace.tb_frame.f_code.co_filename != path:
+        trace = trace.tb_next
+    return "".join(traceback.format_exception(type(error), error, trace))
+
+
+def functions_in(settings: BaseModel, key: str = "") -> Iterator[tuple[str, UserFunction]]:
+    """(dotted key, function) of all user functions in a recipe or a section of it."""
+    if isinstance(settings, UserFunction):
+        yield key, settings
+    for name in type(settings).model_fields:
+        value = getattr(settings, name)
+        for index, item in enumerate(value if isinstance(value, list | tuple) else [value]):
+            if isinstance(item, BaseModel):
+                inner = f"{name}.{index}" if isinstance(value, list | tuple) else name
+                yield from functions_in(item, f"{key}.{inner}" if key else inner)
+
+
+def try_import(settings: BaseModel) -> None:
+    """Import each file of the user's code once, in a process of its own, before anything heavy.
+
+    Args:
+        settings: the recipe.
+
+    Raises:
+        InputError: a file raises, ends its process, or does not come to an end.
+    """
+    tried: set[str] = set()
+    for key, function in functions_in(settings):
+        if function.digest in tried:
+            continue
+        tried.add(function.digest)
+        command = [sys.executable, "-P", "-m", "finray.training.config.user_code"]
+        plain = UserFunction(file=function.file, source=function.source)
+        try:
+            done = subprocess.run(
+                command,
+                input=plain.model_dump_json(),
+                capture_output=True,
+                text=True,
+                timeout=_TRY_SECONDS,
+                check=False,
+            )
+        except subprocess.TimeoutExpired:
+            raise InputError(
+                f"{key}.file: importing {function.path} takes longer than {_TRY_SECONDS} s"
+            ) from None
+        if done.returncode:
+            reason = done.stderr.strip() or f"its process ended with exit code {done.returncode}"
+            raise InputError(f"{key}.file: {redact(reason)}")
+
+
+def main() -> int:
+    """Import a file; returns the exit code."""
+    try:
+        UserFunction.model_validate_json(sys.stdin.read()).load()
+    except RunError as error:
+        print(error, file=sys.stderr)
+        return error.exit_code
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
