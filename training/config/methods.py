@@ -400,10 +400,10 @@ class OnlineMethod(MethodSettings):
     beta: NotNegative
     """Weight of the KL divergence to the reference, the model before its training; 0: none."""
     rewards: Annotated[list[Reward], Field(min_length=1)]
-    """What a completion is worth: the weighted sum of these."""
+    """A completion's reward is the weighted sum of these."""
     on_reward_error: Literal["fail", "missing"] = "fail"
-    """A reward function that raises, or returns what is no reward: fail ends the run and shows
-    prompt, completion and traceback; missing leaves the completion without its value."""
+    """When a reward function raises or does not return rewards: fail ends the run and shows prompt,
+    completion and traceback; missing leaves the completion without its value."""
     generations: Annotated[int, Field(ge=2)] = 8
     """Completions of each prompt; optim.batch_size, which counts completions, is a multiple."""
     max_completion: PositiveInt = 256
@@ -412,9 +412,9 @@ class OnlineMethod(MethodSettings):
     """Completions cut off at max_completion are not trained on."""
     temperature: Positive = 1.0
     top_p: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
-    """Sample from the likeliest tokens whose probabilities reach this sum."""
+    """Sample from the most likely tokens whose probabilities reach this sum."""
     top_k: Annotated[int, Field(ge=0)] = 0
-    """Sample from so many likeliest tokens; 0: from all."""
+    """Sample from this many most likely tokens; 0: from all."""
     epsilon: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.2
     """The ratio to the policy that sampled is clipped to [1 - epsilon, 1 + epsilon_high]."""
     epsilon_high: Positive | None = None
@@ -451,7 +451,7 @@ class OnlineMethod(MethodSettings):
 
     @property
     def clip_high(self) -> float:
-        """By how much the ratio may exceed 1."""
+        """Upper bound of the ratio, minus 1."""
         return self.epsilon if self.epsilon_high is None else self.epsilon_high
 
     @property

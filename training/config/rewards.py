@@ -1,4 +1,4 @@
-"""Where the rewards of the online methods come from, as a recipe says it."""
+"""The settings of the rewards of online methods."""
 
 import ast
 import hashlib
@@ -16,7 +16,7 @@ from .section import Section
 
 class _Reward(Section):
     weight: float = 1.0
-    """The reward counts so many times; below zero it is a penalty."""
+    """Factor of the reward in the sum; below zero it is a penalty."""
 
 
 class RunReward(_Reward):
@@ -26,7 +26,7 @@ class RunReward(_Reward):
 
     @property
     def name(self) -> str:
-        """What measures call it."""
+        """Its name in metrics."""
         return self.run.rstrip("/").rpartition("/")[2]
 
 
@@ -39,7 +39,7 @@ class ModelReward(_Reward):
 
     @property
     def name(self) -> str:
-        """What measures call it."""
+        """Its name in metrics."""
         return self.model.rstrip("/").rpartition("/")[2]
 
 
@@ -64,7 +64,7 @@ class FunctionReward(_Reward):
 
     @property
     def name(self) -> str:
-        """The function's name, which is also what measures call it."""
+        """The function's name, which is also its name in metrics."""
         return self.file.rpartition(":")[2]
 
 
