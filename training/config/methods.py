@@ -1,8 +1,8 @@
 """The methods: the settings of each kind, and every fact about it that needs no torch.
 
-The rest of finray asks these classes and knows no method by name. `engine/methods.py` maps each
-kind to the objective that computes its loss. A new method is a class here (and a member of
-`Method`), an objective, and a line there.
+`method_facts` says which facts there are. The rest of finray asks these classes and knows no method
+by name. `engine/methods.py` maps each kind to the objective that computes its loss. A new method is
+a class here (and a member of `Method`), an objective, and a line there.
 """
 
 from collections.abc import Sequence
@@ -11,12 +11,18 @@ from typing import Annotated, Any, ClassVar, Literal, Self, get_args
 
 from pydantic import Field, model_validator
 
+from .method_facts import (
+    PAIR_MEASURES,
+    DocumentSettings,
+    LearnsFrom,
+    MethodSettings,
+    PairSettings,
+    ReferenceSettings,
+)
 from .metric import Metric
 from .models import Head, LoraAdapter, ModelSettings
-from .paths import resolve_path
-from .reference_folder import find_reference
 from .rewards import FunctionReward, Reward, resolve_reward
-from .section import PositiveInt, Section
+from .section import PositiveInt
 from .sections import CheckpointSettings, DataSettings, OptimSettings
 
 Positive = Annotated[float, Field(gt=0.0)]
@@ -53,126 +59,6 @@ _OF_ANY_DIVERGENCE = {
 }
 
 
-LearnsFrom = Literal["documents", "pairs", "graded pairs", "labelled answers", "prompts"]
-"""The rows that a method learns from. A graded pair may say by how much its chosen answer leads."""
-
-_PAIR_MEASURES = ("reward_accuracy", "reward_margin", "chosen_reward", "rejected_reward")
-"""Share of the pairs whose chosen answer has the higher reward, by how much, and both rewards."""
-
-
-class MethodSettings(Section):
-    """Facts that every method has, with the defaults of most; its only setting is the kind."""
-
-    title: ClassVar[str]
-    """The method's full name, for people."""
-    learns_from: ClassVar[LearnsFrom]
-    sequences_per_row: ClassVar[int] = 1
-    """Token sequences of a row, each of at most `data.max_length` tokens."""
-    packs: ClassVar[bool] = False
-    """Rows are single documents, several of which may share a sequence."""
-    has_answers: ClassVar[bool] = False
-    """A held-out row is a prompt with a reference answer, which can be compared."""
-    splits_overlong: ClassVar[bool] = False
-    """A row that is too long becomes several sequences; otherwise `data.overlong` decides."""
-    measures: ClassVar[tuple[str, ...]]
-    """Metrics logged beside the loss; held-out data gives the same names after `eval_`."""
-    watched: ClassVar[Metric] = Metric("eval_loss", "min")
-    """The metric that decides which checkpoint is the best."""
-    head: ClassVar[Head] = "causal"
-    samples_online: ClassVar[bool] = False
-    """The model answers the prompts itself while it is trained, and rewards score its answers."""
-    learning_rate_share: ClassVar[float | None] = None
-    """Good learning rate as a share of the one for imitation, which falls with the model's width.
-    None: the rate of preference and online methods, which does not."""
-
-    kind: str
-
-    @property
-    def trains_on_all(self) -> bool:
-        """Whether the loss counts every token, or only those an assistant wrote."""
-        return False
-
-    @property
-    def starts_at_random(self) -> bool:
-        """Whether training starts from random weights instead of the base's."""
-        return False
-
-    @property
-    def reference_name(self) -> str | None:
-        """The setting `reference_model`; None where it is absent or the method has none."""
-        return None
-
-    @property
-    def uses_reference(self) -> bool:
-        """Whether steps compute log-probabilities of a reference model."""
-        return False
-
-    def holds_second_model(self, trains_adapter: bool) -> bool:
-        """Whether a second model stays in memory while training.
-
-        Beside an adapter the frozen base is the reference, unless the recipe names another one.
-        """
-        return self.uses_reference and (self.reference_name is not None or not trains_adapter)
-
-    @property
-    def completions_at_once(self) -> int:
-        """Completions that a worker generates in one batch on the trained model's own weights."""
-        return 0
-
-    @property
-    def repeats(self) -> int:
-        """Optimizer steps on the same rows, before the next ones are taken."""
-        return 1
-
-    def rows_per_step(self, batch_size: int) -> int:
-        """Number of data rows in one optimizer step of `batch_size` sequences."""
-        return batch_size
-
-    def row_length(self, max_length: int) -> int:
-        """Largest number of tokens of a text, where a sequence has at most `max_length`."""
-        return max_length
-
-    @property
-    def run_facts(self) -> dict[str, Any]:
-        """Entries of run.json that the method adds beside its kind."""
-        return {}
-
-    def resolve(self, places: Sequence[Path]) -> Self:
-        """The same settings with absolute paths.
-
-        Args:
-            places: folders that a relative path may start from; the recipe's is the first.
-
-        Raises:
-            InputError: where a path leads to nothing usable.
-        """
-        return self
-
-    @property
-    def why_not_shardable(self) -> str | None:
-        """Why this method cannot train a sharded model, and what to do instead; None if it can."""
-        return None
-
-    def contradiction(
-        self, data: DataSettings, optim: OptimSettings, checkpoint: CheckpointSettings
-    ) -> str | None:
-        """What is wrong between the method's settings and other sections, if anything."""
-        return None
-
-    def model_contradiction(self, model: ModelSettings, adapter: LoraAdapter | None) -> str | None:
-        """What is wrong between the method's settings and the trained model, if anything."""
-        return None
-
-
-class DocumentSettings(MethodSettings):
-    """What methods that imitate single documents have in common."""
-
-    learns_from: ClassVar[LearnsFrom] = "documents"
-    packs: ClassVar[bool] = True
-    measures: ClassVar[tuple[str, ...]] = ("token_accuracy", "entropy")
-    learning_rate_share: ClassVar[float | None] = 1.0
-
-
 class SftMethod(DocumentSettings):
     title: ClassVar[str] = "Supervised fine-tuning"
     has_answers: ClassVar[bool] = True
@@ -204,41 +90,6 @@ class PretrainMethod(DocumentSettings):
     def starts_at_random(self) -> bool:
         """As the setting `init` says."""
         return self.init == "random"
-
-
-class PairSettings(MethodSettings):
-    """What methods on pairs of answers have in common."""
-
-    learns_from: ClassVar[LearnsFrom] = "pairs"
-    sequences_per_row: ClassVar[int] = 2
-    has_answers: ClassVar[bool] = True
-    measures: ClassVar[tuple[str, ...]] = _PAIR_MEASURES
-
-
-class ReferenceSettings(MethodSettings):
-    """What methods that compare with a reference of the user's choice have in common."""
-
-    reference_model: str | None = None
-    """Hub id, model folder or finished run of the reference; absent: the model as this run
-    starts."""
-
-    @property
-    def reference_name(self) -> str | None:
-        """The setting `reference_model`."""
-        return self.reference_model
-
-    @property
-    def uses_reference(self) -> bool:
-        """Always."""
-        return True
-
-    def resolve(self, places: Sequence[Path]) -> Self:
-        """With `reference_model` as the folder of its weights; a hub id stays."""
-        if self.reference_model is None:
-            return self
-        folders = [resolve_path(self.reference_model, place) for place in places]
-        reference = find_reference(self.reference_model, folders)
-        return self.model_copy(update={"reference_model": reference})
 
 
 class DpoMethod(PairSettings, ReferenceSettings):
@@ -371,7 +222,7 @@ class RewardMethod(MethodSettings):
     title: ClassVar[str] = "Reward model"
     learns_from: ClassVar[LearnsFrom] = "graded pairs"
     sequences_per_row: ClassVar[int] = 2
-    measures: ClassVar[tuple[str, ...]] = _PAIR_MEASURES
+    measures: ClassVar[tuple[str, ...]] = PAIR_MEASURES
     watched: ClassVar[Metric] = Metric("eval_reward_accuracy", "max")
     head: ClassVar[Head] = "score"
     learning_rate_share: ClassVar[float | None] = 0.1
@@ -400,10 +251,10 @@ class OnlineMethod(MethodSettings):
     beta: NotNegative
     """Weight of the KL divergence to the reference, the model before its training; 0: none."""
     rewards: Annotated[list[Reward], Field(min_length=1)]
-    """What a completion is worth: the weighted sum of these."""
+    """A completion's reward is the weighted sum of these."""
     on_reward_error: Literal["fail", "missing"] = "fail"
-    """A reward function that raises, or returns what is no reward: fail ends the run and shows
-    prompt, completion and traceback; missing leaves the completion without its value."""
+    """When a reward function raises or does not return rewards: fail ends the run and shows prompt,
+    completion and traceback; missing leaves the completion without its value."""
     generations: Annotated[int, Field(ge=2)] = 8
     """Completions of each prompt; optim.batch_size, which counts completions, is a multiple."""
     max_completion: PositiveInt = 256
@@ -412,9 +263,9 @@ class OnlineMethod(MethodSettings):
     """Completions cut off at max_completion are not trained on."""
     temperature: Positive = 1.0
     top_p: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
-    """Sample from the likeliest tokens whose probabilities reach this sum."""
+    """Sample from the most likely tokens whose probabilities reach this sum."""
     top_k: Annotated[int, Field(ge=0)] = 0
-    """Sample from so many likeliest tokens; 0: from all."""
+    """Sample from this many most likely tokens; 0: from all."""
     epsilon: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.2
     """The ratio to the policy that sampled is clipped to [1 - epsilon, 1 + epsilon_high]."""
     epsilon_high: Positive | None = None
@@ -451,7 +302,7 @@ class OnlineMethod(MethodSettings):
 
     @property
     def clip_high(self) -> float:
-        """By how much the ratio may exceed 1."""
+        """Upper bound of the ratio, minus 1."""
         return self.epsilon if self.epsilon_high is None else self.epsilon_high
 
     @property

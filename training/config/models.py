@@ -30,7 +30,7 @@ class ModelSettings(Section):
     revision: str | None = None
     """Commit, tag or branch of a hub model."""
     trust_remote_code: bool = False
-    """Run the Python code that comes with a model which transformers does not know. A hub model
+    """Run the Python code that comes with a model type outside transformers. A hub model
     then needs `revision`, the full hash of a commit."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Compute type. auto: bfloat16 where a GPU has it, else float16; float32 on a CPU."""
@@ -98,13 +98,13 @@ class LoraAdapter(Section):
 
 
 class FreezeSettings(Section):
-    """What is trained of a base without an adapter; everything else stays as it is."""
+    """The weights of the base that are trained without an adapter; all others are frozen."""
 
     last_layers: PositiveInt | None = None
-    """The last so many decoder layers. Embedding, final norm and head stay frozen, unless `train`
-    names them."""
+    """Number of last decoder layers to train. Embedding, final norm and head stay frozen, unless
+    `train` names them."""
     train: list[Pattern] = []
-    """Parameters in whose names a regular expression is found, such as lm_head."""
+    """Regular expressions; parameters are trained whose name contains a match, such as lm_head."""
 
     @model_validator(mode="after")
     def _something_is_trained(self) -> Self:

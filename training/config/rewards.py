@@ -1,4 +1,4 @@
-"""Where the rewards of the online methods come from, as a recipe says it."""
+"""The settings of the rewards of online methods."""
 
 import ast
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ from .user_code import UserFunction
 
 class _Reward(Section):
     weight: float = 1.0
-    """The reward counts so many times; below zero it is a penalty."""
+    """Factor of the reward in the sum; below zero it is a penalty."""
 
 
 class RunReward(_Reward):
@@ -25,7 +25,7 @@ class RunReward(_Reward):
 
     @property
     def name(self) -> str:
-        """What measures call it."""
+        """Its name in metrics."""
         return self.run.rstrip("/").rpartition("/")[2]
 
 
@@ -38,7 +38,7 @@ class ModelReward(_Reward):
 
     @property
     def name(self) -> str:
-        """What measures call it."""
+        """Its name in metrics."""
         return self.model.rstrip("/").rpartition("/")[2]
 
 

@@ -74,12 +74,13 @@ class OptimSettings(Section):
     max_grad_norm: Annotated[float, Field(ge=0.0)] = 1.0
     """Gradients are clipped to this norm; 0 does not clip."""
     max_skipped_steps: PositiveInt = 3
-    """A step whose loss or gradient is not finite changes nothing. So many of them in a row send
-    the run back to its last checkpoint, and end it where they fail again."""
+    """A step whose loss or gradient is not finite changes nothing. After this many in a row the run
+    goes back to its last checkpoint; if they fail again, it ends."""
     beta1: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.9
     beta2: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.999
     lora_plus_ratio: Annotated[float, Field(gt=0.0)] | None = None
-    """An adapter's B matrices learn at so many times the learning rate (LoRA+; 16 is usual)."""
+    """Learning rate of an adapter's B matrices, as a multiple of learning_rate (LoRA+; 16 is
+    usual)."""
 
     @model_validator(mode="after")
     def _one_duration(self) -> Self:
@@ -100,12 +101,12 @@ class ScaleSettings(Section):
     strategy: Literal["auto", "ddp", "fsdp"] = "auto"
     """ddp: every worker holds the whole model. fsdp: a shard of every weight, of its gradient and
     of its optimizer state (FSDP2), gathered layer by layer while it computes. auto: ddp where one
-    GPU holds all that lies there all the time, else fsdp. Checkpoints are the same."""
+    GPU holds weights, gradients and optimizer states, else fsdp. Checkpoints are the same."""
     max_failures: Annotated[int, Field(ge=0)] = 3
-    """Restarts from the last good checkpoint after a failure, without a new checkpoint between
-    them. Nodes that are taken away with notice, and those that come, do not count."""
+    """Restarts from the last good checkpoint after failures, without a new checkpoint between
+    them. Nodes that leave with notice and nodes that join do not count."""
     node_wait: Annotated[float, Field(ge=0)] = 600.0
-    """Seconds that a run waits for nodes, where those that are left do not hold its workers."""
+    """Seconds to wait for nodes when the remaining ones cannot hold the workers."""
     hang_timeout: Literal["auto"] | Annotated[float, Field(gt=0.0)] | None = "auto"
     """Seconds after which a worker whose optimizer step does not end writes its stacks and gives
     up. auto: ten times the longest of the last steps, at least 300; null: never."""
@@ -118,24 +119,24 @@ class ScaleSettings(Section):
 
     @property
     def least_workers(self) -> int:
-        """The run does not train with fewer."""
+        """Smallest number of workers that the run trains with."""
         return self.workers[0] if isinstance(self.workers, tuple) else self.workers
 
     @property
     def most_workers(self) -> int:
-        """The run does not train with more; 0: in this process."""
+        """Largest number of workers that the run trains with; 0: in this process."""
         return self.workers[1] if isinstance(self.workers, tuple) else self.workers
 
 
 class CheckpointSettings(Section):
     every_steps: PositiveInt = 100
     keep: PositiveInt = 2
-    """Checkpoints kept: the last so many, and the one that is best on held-out data."""
+    """Number of latest checkpoints to keep, beside the one that is best on held-out data."""
 
 
 class EvalSettings(Section):
     every_steps: PositiveInt | None = None
-    """Held-out loss every so many steps; it is always measured at the end."""
+    """Steps between measurements of the held-out loss, which is always measured at the end."""
     samples: Annotated[int, Field(ge=0)] = 0
     """Held-out prompts answered greedily before and after training: exact match, and samples
     for the report."""

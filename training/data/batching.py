@@ -14,7 +14,7 @@ from .stream import Sequence, share
 IGNORED = -100
 
 Rows = list[Sequence]
-"""The rows of one forward pass; at least one, which may be NOTHING."""
+"""The rows of one forward pass; at least one, which may be PADDING_ROW."""
 
 
 @dataclass(frozen=True)
@@ -61,26 +61,26 @@ def microbatches(
 ) -> Iterator[Rows]:
     """Group a worker's rows into exactly `accumulation` microbatches a step.
 
-    Where the batch does not divide evenly, a worker's last microbatch is smaller, or NOTHING, so
-    that all workers take the same number of passes.
+    Where the batch does not divide evenly, a worker's last microbatch is smaller, or holds only
+    PADDING_ROW, so that all workers take the same number of passes.
     """
     while step := list(islice(sequences, own_share)):
         for index in range(accumulation):
             part = step[index * micro_batch_size : (index + 1) * micro_batch_size]
-            yield part or [NOTHING]
+            yield part or [PADDING_ROW]
 
 
 def in_batches(sequences: Iterator[Sequence], size: int, at_least: int = 0) -> Iterator[Rows]:
-    """Groups of `size` rows; the last may be smaller. NOTHING follows up to `at_least` groups."""
+    """Groups of `size` rows; the last may be smaller. PADDING_ROW fills up to `at_least` groups."""
     groups = 0
     while part := list(islice(sequences, size)):
         groups += 1
         yield part
     for _ in range(groups, at_least):
-        yield [NOTHING]
+        yield [PADDING_ROW]
 
 
-NOTHING = Sequence(
+PADDING_ROW = Sequence(
     np.zeros(2, np.int32), np.array([2], np.int32), np.zeros(2, np.bool_), np.zeros(0, np.int64)
 )
 """Two tokens that are not trained and belong to no row."""
@@ -127,7 +127,7 @@ def collate(sequences: Rows, pad: int = 0) -> Batch:
 def collate_pairs(pairs: Rows, pad: int = 0) -> Batch:
     """Both texts of every pair: all first ones, then all second ones. Its unit is a pair.
 
-    A pair that is NOTHING, which is then the only one, does not count.
+    A pair that is PADDING_ROW, which is then the only one, does not count.
     """
     halves = [_halves(pair) for pair in pairs]
     batch = collate([half[0] for half in halves] + [half[1] for half in halves], pad)

@@ -8,7 +8,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from ..config.methods import METHODS, LearnsFrom
+from ..config.method_facts import LearnsFrom
+from ..config.methods import METHODS
 from .shapes import (
     SHAPES,
     Completion,

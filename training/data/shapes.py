@@ -108,10 +108,10 @@ SHAPES: dict[type[Example], str] = {
     LabelledExample: "answers with a label",
     Question: "prompts without an answer",
 }
-"""What messages call them."""
+"""Their names in messages."""
 
 Part = Conversation | Completion | Text | Question
-"""What is rendered and tokenised as one text."""
+"""A text that is rendered and tokenised as a whole."""
 
 
 def parts_of(row: Example) -> tuple[Part, ...]:

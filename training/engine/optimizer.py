@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch.optim import AdamW
 
-from ..models.shards import shard_of
+from ..models.sharding import shard_of
 
 Named = tuple[str, torch.nn.Parameter]
 

@@ -22,8 +22,7 @@ from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 
 from ..data.batching import Batch, Rows
 from ..models.loading import Model
-from ..models.sharding import without_needless_reduction
-from ..models.shards import whole
+from ..models.sharding import whole, without_needless_reduction
 from ..models.weights import gather_weights, load_weights, save_weights
 from ..objectives.objective import Objective
 from .nonfinite import NonFiniteSteps, nonfinite_flag, propagate_nan

@@ -34,7 +34,7 @@ def new_adapter(
 
     Args:
         model: the base; `init` pissa and olora change its weights.
-        settings: the recipe's adapter. `init` loftq is left to `loftq.initialise`.
+        settings: the recipe's adapter. `init` loftq is left to `initialise_loftq`.
         head: what the model puts out.
         weights: False for a model on the meta device, whose adapter needs no first values.
 

@@ -21,13 +21,18 @@ from ..common.errors import InputError
 from ..config.models import Head, ModelSettings
 from ..config.recipe import Recipe
 from ..data.chat import CHATML
-from . import loftq
 from .adapter import cast_trained, existing_adapter, new_adapter
 from .adapter_reference import add_reference, is_copy
 from .base_cache import BaseCache
 from .dtypes import choose_adapter_dtype, choose_dtype, torch_dtype
 from .freezing import freeze
-from .quantisation import is_exact_by_row, numel, prepare_for_training, quantisation_config
+from .quantisation import (
+    initialise_loftq,
+    is_exact_by_row,
+    numel,
+    prepare_for_training,
+    quantisation_config,
+)
 
 Model: TypeAlias = PreTrainedModel | PeftModel
 
@@ -134,7 +139,7 @@ def _with_adapter(model: PreTrainedModel, recipe: Recipe, head: Head) -> PeftMod
     adapted = _attach(model, recipe, head)
     if recipe.adapter is not None and recipe.adapter.init == "loftq":
         full = _load_weights(recipe.model, head, dtype=torch.float32)
-        loftq.initialise(adapted, full)
+        initialise_loftq(adapted, full)
     cast_trained(adapted, dtype)
     if recipe.adapter is not None and recipe.adapter.changes_base:
         add_reference(adapted, recipe)  # the result is the difference from it

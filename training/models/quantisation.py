@@ -4,10 +4,15 @@ import logging
 import math
 
 import torch
+from bitsandbytes.functional import dequantize_4bit
 from bitsandbytes.nn import Linear4bit, Linear8bitLt, Params4bit
-from transformers import BitsAndBytesConfig
+from peft import PeftModel
+from peft.tuners.lora import Linear4bit as LoraLinear4bit
+from transformers import BitsAndBytesConfig, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from ..config.models import ModelSettings
+from .adapter import TRAINED
 from .dtypes import choose_dtype, torch_dtype
 
 
@@ -50,3 +55,30 @@ def numel(parameter: torch.nn.Parameter) -> int:
     if isinstance(parameter, Params4bit) and parameter.quant_state is not None:
         return math.prod(parameter.quant_state.shape)
     return parameter.numel()
+
+
+@torch.no_grad()
+def initialise_loftq(model: PeftModel, full: PreTrainedModel) -> None:
+    """LoftQ: set the adapter to the best approximation of W - dequantised(W) of its rank.
+
+    Li et al., 2023, https://arxiv.org/abs/2310.08659, with one iteration: the base stays the plain
+    NF4 one, so that the adapter loads onto it without finray. Unlike PEFT's function, this one
+    respects the adapter's scaling.
+
+    Args:
+        model: a 4-bit base under a new adapter.
+        full: the same base, not quantised.
+    """
+    for name, module in model.get_base_model().named_modules():
+        if not isinstance(module, LoraLinear4bit):
+            continue
+        layer = full.get_submodule(name)
+        packed = module.get_base_layer().weight
+        weight = layer.weight.T if isinstance(layer, Conv1D) else layer.weight
+        kept = dequantize_4bit(packed.data, packed.quant_state).float()
+        lost = weight.to(kept) - kept
+        left, values, right = torch.linalg.svd(lost, full_matrices=False)
+        rank = module.r[TRAINED]
+        roots = (values[:rank] / module.scaling[TRAINED]).sqrt()
+        module.lora_A[TRAINED].weight.copy_(roots[:, None] * right[:rank])
+        module.lora_B[TRAINED].weight.copy_(left[:, :rank] * roots)

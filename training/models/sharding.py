@@ -1,13 +1,16 @@
-"""How a model lies on the workers: whole on each of them (DDP), or a shard of it on each (FSDP2).
+"""How a model is placed on the workers: whole on each (DDP), or a shard of it on each (FSDP2).
 
-A sharded model is one to transformers that was sharded while it was loaded: the Trainer then
-neither moves nor wraps it, and generation keeps the ranks in step. Every rank loads the base whole
-on the CPU and keeps its shard, so a node needs memory for as many copies as it has workers.
+transformers takes a sharded model for one that it sharded while loading: the Trainer neither moves
+nor wraps it, and generation keeps the ranks in step. Every rank loads the base whole on the CPU and
+keeps its shard, so a node needs memory for as many copies as it has workers.
+
+FSDP2 keeps a weight as a DTensor, cut along its first dimension. What is written is always whole, so
+a checkpoint depends neither on the number of workers nor on the strategy.
 """
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -121,3 +124,46 @@ def without_needless_reduction(model: Model) -> Iterator[None]:
 def _base(model: Model) -> PreTrainedModel:
     """What is called in training as in generation."""
     return model.get_base_model() if isinstance(model, PeftModel) else model
+
+
+def whole(value: Any) -> Any:
+    """Dicts and lists of tensors, with every shard replaced by its whole tensor.
+
+    All ranks call it together. Tensors are gathered one after the other, and only rank 0 keeps
+    them, on the CPU; the others' are empty. What is not cut up stays as it is.
+    """
+    return _whole(value, {})
+
+
+def _whole(value: Any, by_id: dict[int, torch.Tensor]) -> Any:
+    if isinstance(value, DTensor):
+        if id(value) not in by_id:  # tied weights stay tied
+            gathered: torch.Tensor = value.full_tensor().detach()
+            by_id[id(value)] = gathered.cpu() if dist.get_rank() == 0 else gathered.new_empty(0)
+        return by_id[id(value)]
+    if isinstance(value, dict):
+        return {key: _whole(item, by_id) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_whole(item, by_id) for item in value]
+    return value
+
+
+def shard_of(tensor: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
+    """This rank's part of a whole tensor, cut up as a parameter is; the tensor where that is whole.
+
+    Every rank has the whole tensor: nothing is sent, and only the part goes to the device.
+    """
+    if not isinstance(parameter, DTensor) or isinstance(tensor, DTensor):
+        return tensor
+    mesh = parameter.device_mesh
+    # As FSDP2 cuts: the last parts may be smaller, or nothing.
+    parts = tensor.chunk(mesh.size())
+    part = parts[mesh.get_local_rank()] if mesh.get_local_rank() < len(parts) else tensor[:0]
+    return DTensor.from_local(
+        part.to(parameter.device, copy=True),
+        mesh,
+        parameter.placements,
+        run_check=False,
+        shape=tensor.shape,
+        stride=tensor.stride(),
+    )

@@ -15,8 +15,7 @@ from ..config.recipe import Recipe
 from .adapter import TRAINED
 from .adapter_reference import REFERENCE
 from .loading import Model
-from .sharding import is_sharded
-from .shards import shard_of, whole
+from .sharding import is_sharded, shard_of, whole
 
 Weights = dict[str, Any] | None
 """A sharded model's weights, gathered; None for a model that has its own whole."""

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 
 from ..config.methods import KtoMethod
-from ..data.batching import NOTHING, Batch, Rows, collate
+from ..data.batching import PADDING_ROW, Batch, Rows, collate
 from ..data.stream import Sequence
 from ..models.loading import evaluating
 from .logprobs import token_log_probabilities
@@ -101,7 +101,7 @@ class KtoObjective(Objective):
     def _divergences(self, rows: Rows) -> torch.Tensor:
         """log policy - log reference of rows, (rows,)."""
         # Without rows too: the ranks walk through a sharded model together.
-        batch = replace(collate(rows or [NOTHING]), loss_units=len(rows)).to(self.device)
+        batch = replace(collate(rows or [PADDING_ROW]), loss_units=len(rows)).to(self.device)
         with evaluating(self.model):
             policy = self._sums(self.model, batch)
         return policy - self._reference(self._sums, batch)

@@ -12,7 +12,7 @@ from peft import PeftModel
 from ..common.errors import FinrayError
 from ..config.methods import OnlineMethod
 from ..data import stream
-from ..data.batching import IGNORED, NOTHING, Batch, Rows, collate
+from ..data.batching import IGNORED, PADDING_ROW, Batch, Rows, collate
 from ..models.loading import evaluating
 from ..objectives.logprobs import token_log_probabilities
 from ..objectives.objective import Objective, Setup
@@ -144,7 +144,7 @@ class OnlineObjective(Objective):
     def _part(self, rows: Rows, rollouts: Sequence[Rollout]) -> Batch:
         """A forward pass on the model's device, with the log-probabilities that are needed."""
         made = [self._sequence(*pair) for pair in zip(rows, rollouts, strict=True)]
-        batch = collate(made or [NOTHING], self._tokenizer.pad_token_id).to(self.device)
+        batch = collate(made or [PADDING_ROW], self._tokenizer.pad_token_id).to(self.device)
         extra: dict[str, torch.Tensor] = {}
         with evaluating(self.model):
             if self.needs_old:

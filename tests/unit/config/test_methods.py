@@ -9,13 +9,8 @@ from typing import Any, get_args
 
 import pytest
 
-from finray.training.config.methods import (
-    METHODS,
-    Method,
-    MethodSettings,
-    ReferenceSettings,
-    title_of,
-)
+from finray.training.config.method_facts import MethodSettings, ReferenceSettings
+from finray.training.config.methods import METHODS, Method, title_of
 from finray.training.config.recipe import Recipe
 from finray.training.data.examples import EXAMPLES
 from finray.training.engine.methods import OBJECTIVES

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from finray.training.common.errors import InputError
@@ -191,6 +191,7 @@ def test_chat_template_file_travels_with_the_recipe(tmp_path: Path) -> None:
     assert "cannot read" in refusal(tmp_path, text.replace("t.jinja", "u.jinja"))
 
 
+@settings(deadline=None)
 @given(
     st.fixed_dictionaries(
         {},
@@ -218,6 +219,7 @@ def test_a_recipe_survives_being_written_as_yaml(
     assert recipe_from_dict(yaml.safe_load(text)) == recipe
 
 
+@settings(deadline=None)
 @given(st.integers(1, 10_000), st.integers(1, 64), st.floats(0.25, 4))
 def test_every_sequence_is_seen_epochs_times(sequences: int, batch: int, epochs: float) -> None:
     values = {

@@ -4,7 +4,7 @@ import json
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from finray.training.common.errors import InputError
@@ -219,6 +219,7 @@ def test_conversations_part_at_an_answer_or_are_refused(
 words = st.text("one two", min_size=1, max_size=20).filter(str.strip)
 
 
+@settings(deadline=None)
 @given(words, words, words)
 def test_each_half_is_tokenised_as_alone(
     make_pair_renderer: Any, prompt: str, one: str, other: str

@@ -1,0 +1,166 @@
+"""The facts that every method states, with the defaults of most, and what groups of them share."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, ClassVar, Literal, Self
+
+from .metric import Metric
+from .models import Head, LoraAdapter, ModelSettings
+from .paths import resolve_path
+from .reference_folder import find_reference
+from .section import Section
+from .sections import CheckpointSettings, DataSettings, OptimSettings
+
+LearnsFrom = Literal["documents", "pairs", "graded pairs", "labelled answers", "prompts"]
+"""The rows that a method learns from. A graded pair may say by how much its chosen answer leads."""
+
+PAIR_MEASURES = ("reward_accuracy", "reward_margin", "chosen_reward", "rejected_reward")
+"""Share of the pairs whose chosen answer has the higher reward, by how much, and both rewards."""
+
+
+class MethodSettings(Section):
+    """Facts that every method has, with the defaults of most; its only setting is the kind."""
+
+    title: ClassVar[str]
+    """The method's full name, for people."""
+    learns_from: ClassVar[LearnsFrom]
+    sequences_per_row: ClassVar[int] = 1
+    """Token sequences of a row, each of at most `data.max_length` tokens."""
+    packs: ClassVar[bool] = False
+    """Rows are single documents, several of which may share a sequence."""
+    has_answers: ClassVar[bool] = False
+    """A held-out row is a prompt with a reference answer, which can be compared."""
+    splits_overlong: ClassVar[bool] = False
+    """A row that is too long becomes several sequences; otherwise `data.overlong` decides."""
+    measures: ClassVar[tuple[str, ...]]
+    """Metrics logged beside the loss; held-out data gives the same names after `eval_`."""
+    watched: ClassVar[Metric] = Metric("eval_loss", "min")
+    """The metric that decides which checkpoint is the best."""
+    head: ClassVar[Head] = "causal"
+    samples_online: ClassVar[bool] = False
+    """The model answers the prompts itself while it is trained, and rewards score its answers."""
+    learning_rate_share: ClassVar[float | None] = None
+    """Good learning rate as a share of the one for imitation, which falls with the model's width.
+    None: the rate of preference and online methods, which does not."""
+
+    kind: str
+
+    @property
+    def trains_on_all(self) -> bool:
+        """Whether the loss counts every token, or only those an assistant wrote."""
+        return False
+
+    @property
+    def starts_at_random(self) -> bool:
+        """Whether training starts from random weights instead of the base's."""
+        return False
+
+    @property
+    def reference_name(self) -> str | None:
+        """The setting `reference_model`; None where it is absent or the method has none."""
+        return None
+
+    @property
+    def uses_reference(self) -> bool:
+        """Whether steps compute log-probabilities of a reference model."""
+        return False
+
+    def holds_second_model(self, trains_adapter: bool) -> bool:
+        """Whether a second model stays in memory while training.
+
+        Beside an adapter the frozen base is the reference, unless the recipe names another one.
+        """
+        return self.uses_reference and (self.reference_name is not None or not trains_adapter)
+
+    @property
+    def completions_at_once(self) -> int:
+        """Completions that a worker generates in one batch on the trained model's own weights."""
+        return 0
+
+    @property
+    def repeats(self) -> int:
+        """Optimizer steps on the same rows, before the next ones are taken."""
+        return 1
+
+    def rows_per_step(self, batch_size: int) -> int:
+        """Number of data rows in one optimizer step of `batch_size` sequences."""
+        return batch_size
+
+    def row_length(self, max_length: int) -> int:
+        """Largest number of tokens of a text, where a sequence has at most `max_length`."""
+        return max_length
+
+    @property
+    def run_facts(self) -> dict[str, Any]:
+        """Entries of run.json that the method adds beside its kind."""
+        return {}
+
+    def resolve(self, places: Sequence[Path]) -> Self:
+        """The same settings with absolute paths.
+
+        Args:
+            places: folders that a relative path may start from; the recipe's is the first.
+
+        Raises:
+            InputError: where a path leads to nothing usable.
+        """
+        return self
+
+    @property
+    def why_not_shardable(self) -> str | None:
+        """Why this method cannot train a sharded model, and what to do instead; None if it can."""
+        return None
+
+    def contradiction(
+        self, data: DataSettings, optim: OptimSettings, checkpoint: CheckpointSettings
+    ) -> str | None:
+        """What is wrong between the method's settings and other sections, if anything."""
+        return None
+
+    def model_contradiction(self, model: ModelSettings, adapter: LoraAdapter | None) -> str | None:
+        """What is wrong between the method's settings and the trained model, if anything."""
+        return None
+
+
+class DocumentSettings(MethodSettings):
+    """What methods that imitate single documents have in common."""
+
+    learns_from: ClassVar[LearnsFrom] = "documents"
+    packs: ClassVar[bool] = True
+    measures: ClassVar[tuple[str, ...]] = ("token_accuracy", "entropy")
+    learning_rate_share: ClassVar[float | None] = 1.0
+
+
+class PairSettings(MethodSettings):
+    """What methods on pairs of answers have in common."""
+
+    learns_from: ClassVar[LearnsFrom] = "pairs"
+    sequences_per_row: ClassVar[int] = 2
+    has_answers: ClassVar[bool] = True
+    measures: ClassVar[tuple[str, ...]] = PAIR_MEASURES
+
+
+class ReferenceSettings(MethodSettings):
+    """What methods that compare with a reference of the user's choice have in common."""
+
+    reference_model: str | None = None
+    """Hub id, model folder or finished run of the reference; absent: the model as this run
+    starts."""
+
+    @property
+    def reference_name(self) -> str | None:
+        """The setting `reference_model`."""
+        return self.reference_model
+
+    @property
+    def uses_reference(self) -> bool:
+        """Always."""
+        return True
+
+    def resolve(self, places: Sequence[Path]) -> Self:
+        """With `reference_model` as the folder of its weights; a hub id stays."""
+        if self.reference_model is None:
+            return self
+        folders = [resolve_path(self.reference_model, place) for place in places]
+        reference = find_reference(self.reference_model, folders)
+        return self.model_copy(update={"reference_model": reference})
