@@ -1,1 +1,1 @@
-"""WHERE a run happens: the command line, Ray sessions, preflight."""
+"""Where a run happens: the command line, launchers, Ray clusters, jobs and Kubernetes."""

@@ -16,7 +16,7 @@ from .screens.runs import columns
 
 
 def submit(options: argparse.Namespace) -> None:
-    """Send a recipe or a sweep and its files, and run it."""
+    """Upload a recipe or a sweep with its files, and run it."""
     what = _load_and_check(options)
     cluster = Cluster(options.address)
     submitted = cluster.submit(

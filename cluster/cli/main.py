@@ -64,7 +64,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("finray: interrupted", file=sys.stderr)
         return 130
     except BrokenPipeError:
-        # Whoever read the output (`| head`) has gone; that is no fault.
+        # The reader of the output, such as `head`, has closed it: no error of ours.
         sys.stderr.close()
         return 0
     return 0
@@ -118,7 +118,7 @@ def _add_prepare(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_train(parser: argparse.ArgumentParser) -> None:
-    """Of `check` too."""
+    """Arguments of `train` and of `check`."""
     _add_prepare(parser)
     _add_waiting(parser)
 

@@ -44,7 +44,7 @@ def render(outlook: dict[str, Any]) -> str:
         rows.append(("memory", outlook["memory"]["text"]))
     workers = outlook["workers"]
     count = " to ".join(map(str, workers)) if isinstance(workers, tuple) else workers
-    where = f"{count} workers" if workers else "this process"
+    where = f"{count} worker{'s'[: workers != 1]}" if workers else "this process"
     rows += [("trains in", where), ("results in", outlook["folder"])]
     rows += [(line["name"], line["text"]) for line in outlook.get("cluster", ())]
     return "\n".join(["recipe OK", *(f"  {name:10}  {text}" for name, text in rows)])
