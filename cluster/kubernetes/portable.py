@@ -1,28 +1,9 @@
-"""Checks that a recipe can leave this machine: no local path and no secret."""
+"""Checks that a recipe can leave this machine: it names no local path."""
 
 from ...training.common.errors import InputError
-from ...training.common.secrets import secret_kind, texts
+from ...training.common.secrets import texts
 from ...training.config.recipe import Recipe
 from ...training.config.user_code import functions_in
-
-
-def check_no_secret(recipe: Recipe) -> None:
-    """Refuse a recipe that holds a secret; the message names the key and not the value.
-
-    `load_recipe` refuses those in the recipe's own file; here its chat template is read, too.
-
-    Raises:
-        InputError: with every key that holds one.
-    """
-    kinds = {key: secret_kind(text) for key, text in texts(recipe.model_dump(mode="json"))}
-    faults = [
-        f"{'.'.join(map(str, key))}: holds {kind}; leave it out, and put it into the cluster: "
-        "kubectl create secret generic finray-credentials --from-literal=NAME=VALUE"
-        for key, kind in kinds.items()
-        if kind is not None
-    ]
-    if faults:
-        raise InputError("\n".join(faults))
 
 
 def check_reachable(recipe: Recipe, mount: str) -> bool:

@@ -12,7 +12,7 @@ from ...training.common.yaml_text import dump_yaml
 from ...training.config.recipe import Recipe
 from ...training.config.sections import ScaleSettings
 from .overlays import Manifest, ray_cluster
-from .portable import check_no_secret, check_reachable
+from .portable import check_reachable
 
 LONGEST_NAME = 47
 """Characters; KubeRay's limit for a RayJob, whose name it extends."""
@@ -49,7 +49,6 @@ def render(recipe: Recipe, target: Target) -> str:
             too large.
     """
     _check(target)
-    check_no_secret(recipe)
     cluster = ray_cluster(target.overlay)
     shared = check_reachable(recipe, _mount(cluster))
     recipe = _with_overlay_gpus(recipe, cluster)

@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, model_validator
 
 from ..common.errors import InputError
-from ..common.secrets import secret_places
+from ..common.secrets import secret_kind, secret_places
 from .adapter_folder import find_adapter
 from .methods import Method, SftMethod
 from .models import FreezeSettings, LoraAdapter, ModelSettings
@@ -270,9 +270,14 @@ def _read_template(template: str | None, folder: Path) -> str | None:
         return template
     file = Path(resolve_path(template, folder))
     try:
-        return file.read_text(encoding="utf-8")
+        text = file.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(
             f"data.chat_template: cannot read {file}: {error}; give 'chatml', the path of a "
             "Jinja file, or inline Jinja"
         ) from None
+    if (kind := secret_kind(text)) is not None:
+        raise InputError(
+            f"data.chat_template: {file} holds {kind}, and its text is kept with the run; remove it"
+        )
+    return text

@@ -22,7 +22,7 @@ from typing import Any, Self
 from pydantic import BaseModel
 
 from ..common.errors import InputError, RunError
-from ..common.secrets import redact
+from ..common.secrets import redact, secret_kind
 from .paths import resolve_path
 from .section import Section
 
@@ -80,9 +80,9 @@ class UserFunction(Section):
         return function
 
     def _check(self, place: str) -> None:
-        if redact(self.text) != self.text:
+        if (kind := secret_kind(self.text)) is not None:
             raise InputError(
-                f"{place} holds a secret, and its text is kept with the run; read it from the "
+                f"{place} holds {kind}, and its text is kept with the run; read it from the "
                 "environment instead"
             )
         try:

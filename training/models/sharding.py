@@ -4,7 +4,7 @@ transformers takes a sharded model for one that it sharded while loading: the Tr
 nor wraps it, and generation keeps the ranks in step. Every rank loads the base whole on the CPU and
 keeps its shard, so a node needs memory for as many copies as it has workers.
 
-FSDP2 keeps a weight as a DTensor, cut along its first dimension. What is written is always whole, so
+FSDP2 keeps a weight as a DTensor, cut along its first dimension. What is written is always whole:
 a checkpoint depends neither on the number of workers nor on the strategy.
 """
 
