@@ -32,6 +32,13 @@ from .sections import (
 from .yaml_file import Change, Document, read_recipe_file, validate
 
 
+_SECRET_REMEDY = (
+    ", which would be kept with the run; take it out, and set it in the environment instead "
+    "(HF_TOKEN, AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY; on Kubernetes the Secret "
+    "finray-credentials)"
+)
+
+
 class Recipe(Section):
     """One run, from the data to the result."""
 
@@ -218,11 +225,13 @@ def load_recipe(path: Path, overrides: Sequence[str | Change] = ()) -> Recipe:
 
 
 def check_no_secret(document: Document) -> None:
-    """A run's folder and a job's metadata hold the recipe, for all who reach them."""
+    """Refuse a secret in a setting: a run's folder and a job's metadata hold the recipe.
+
+    Raises:
+        InputError: with file, line and key of every secret.
+    """
     lines = [
-        f"{document.place(key)}: {'.'.join(map(str, key))}: holds a secret, which would be kept "
-        "with the run; take it out, and set it in the environment instead (HF_TOKEN, "
-        "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY; on Kubernetes the Secret finray-credentials)"
+        f"{document.place(key)}: {'.'.join(map(str, key))}: holds a secret{_SECRET_REMEDY}"
         for key in secret_places(document.values)
     ]
     if lines:
@@ -277,7 +286,5 @@ def _read_template(template: str | None, folder: Path) -> str | None:
             "Jinja file, or inline Jinja"
         ) from None
     if (kind := secret_kind(text)) is not None:
-        raise InputError(
-            f"data.chat_template: {file} holds {kind}, and its text is kept with the run; remove it"
-        )
+        raise InputError(f"data.chat_template: holds {kind}{_SECRET_REMEDY} ({file})")
     return text
