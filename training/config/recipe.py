@@ -31,7 +31,6 @@ from .sections import (
 )
 from .yaml_file import Change, Document, read_recipe_file, validate
 
-
 _SECRET_REMEDY = (
     ", which would be kept with the run; take it out, and set it in the environment instead "
     "(HF_TOKEN, AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY; on Kubernetes the Secret "
