@@ -1,4 +1,8 @@
-"""Tiny models and tokenizers, made once a session; no test reaches a hub."""
+"""Tiny models and tokenizers, made once a session; no test reaches a hub.
+
+Under pytest-xdist a file's tests stay together, as they share fixtures; those marked `spread` do
+not need to.
+"""
 
 import os
 
@@ -9,9 +13,11 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX512_CORE_BF16")
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from support.forking import ForkServer
 
 CHATML = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
@@ -23,6 +29,35 @@ SENTENCES = (
     "A tiny model learns a tiny task, quickly and for ever.",
     'user assistant system {"name": "Ada", "order": "12345"} 0 1 2 3 4 5 6 7 8 9',
 )
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if item.get_closest_marker("xdist_group") is None:
+            alone = item.get_closest_marker("spread") is not None
+            group = item.nodeid if alone else item.location[0]
+            item.add_marker(pytest.mark.xdist_group(group))
+    if any(item.get_closest_marker("gpu") for item in items):
+        _skip_without_gpu(items)
+
+
+def _skip_without_gpu(items: list[pytest.Item]) -> None:
+    import torch
+
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason="needs a GPU"))
+
+
+@pytest.fixture(scope="session")
+def fork_server() -> Iterator[ForkServer]:
+    """Forks commands and workers that have their libraries loaded."""
+    server = ForkServer.launch()
+    yield server
+    server.close()
 
 
 @pytest.fixture(scope="session")
