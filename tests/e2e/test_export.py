@@ -83,7 +83,7 @@ def test_kill_in_the_middle(finray: Finray) -> None:
     finished_run(finray.folder, finray.model)
     partial = finray.folder / ".out.partial"
     command = finray.start("export", "runs/support", "--to", "out", "--merge")
-    wait_until(partial.exists, "an export under way")
+    wait_until(partial.exists, "an export under way", brief=True)
     command.kill()
     assert partial.exists() and not (finray.folder / "out").exists()
     finray.run("export", "runs/support", "--to", "out", "--merge")

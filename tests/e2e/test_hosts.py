@@ -15,6 +15,8 @@ from support.harness import Finray, losses, metrics, reached, record, wait_until
 from support.hosts import Host, Network, why_not
 
 pytestmark = [
+    pytest.mark.hosts,
+    pytest.mark.ray,
     pytest.mark.timeout(600),
     pytest.mark.skipif(why_not() is not None, reason=str(why_not())),
 ]
@@ -45,7 +47,7 @@ class Cluster:
         def place(command: list[str]) -> list[str]:
             return host.command(*command, folder=self.folder)
 
-        return Finray(self.folder / host.name, model, data, place)
+        return Finray(self.folder / host.name, model, data, place=place)
 
     def start(self) -> None:
         for finray in (self.admin, self.finray):

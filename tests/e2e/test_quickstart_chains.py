@@ -71,7 +71,9 @@ def test_the_reward_model_learns(judge: dict[str, Any]) -> None:
 
 
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize(
+    "seed", [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in (1, 2))]
+)
 def test_grpo_gains_what_the_rewards_ask_for(
     chain: Chain, judge: dict[str, Any], seed: int
 ) -> None:

@@ -52,9 +52,12 @@ class Command:
         self.process.kill()
         self.process.wait(30)
 
-    def survivors(self, seconds: float) -> list[psutil.Process]:
-        """Descendants that are still there after a while."""
-        _, alive = psutil.wait_procs(list(self.family), timeout=seconds)
+    def survivors(
+        self, seconds: float, among: set[psutil.Process] | None = None
+    ) -> list[psutil.Process]:
+        """Descendants, or those given, that are still there after a while."""
+        processes = list(self.family if among is None else among)
+        _, alive = psutil.wait_procs(processes, timeout=seconds)
         return [process for process in alive if process.status() != psutil.STATUS_ZOMBIE]
 
 
@@ -176,12 +179,14 @@ def workers(command: Command) -> Iterator[psutil.Process]:
                 yield process
 
 
-def wait_until(condition: Callable[[], bool], what: str, seconds: float = 180) -> None:
-    """Poll often: some moments are short."""
+def wait_until(
+    condition: Callable[[], bool], what: str, seconds: float = 180, brief: bool = False
+) -> None:
+    """Poll a condition, and often where it holds for a brief moment only."""
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, f"not within {seconds} s: {what}"
-        time.sleep(0.0005)
+        time.sleep(0.0005 if brief else 0.02)
 
 
 def metrics(run: Path) -> list[dict[str, Any]]:
