@@ -17,6 +17,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from dataclasses import asdict, dataclass
@@ -28,6 +29,9 @@ WORKER = "finray.training.launch.worker_process"
 WORKER_TITLE = "finray-worker"
 """Name of a forked worker process; its command line is the server's."""
 LIBRARIES = (
+    # First what a trial's slot loads, in its order: it does without torch's compiler.
+    *("finray.tuning.trial_actor", "finray.training.models.base_cache"),
+    "finray.training.engine.worker",
     *("pyarrow.dataset", "pyarrow.fs", "pyarrow.json", "yaml", "rich.progress", "jinja2"),
     *("torch.distributed.fsdp", "torch.utils.tensorboard", "transformers.trainer"),
     *("transformers.models.llama.modeling_llama", "transformers.models.auto.modeling_auto"),
@@ -35,7 +39,7 @@ LIBRARIES = (
     *("peft.utils.transformers_weight_conversion", "torch.utils.serialization.config"),
     *("finray.cluster.cli.commands", "finray.cluster.launcher", "finray.cluster.cli.check"),
     *("finray.cluster.cli.screens.progress", "finray.cluster.cli.screens.summary"),
-    *("finray.training.run", "finray.training.engine.worker", "finray.training.export.export"),
+    *("finray.training.run", "finray.training.export.export"),
     WORKER,
 )
 _SET_NAME = 15
@@ -47,12 +51,14 @@ class Task:
     """What a forked process runs."""
 
     module: str
-    """Its `main` is called."""
+    """Its `main` is called; empty for a program."""
     arguments: list[str]
     environment: dict[str, str]
     folder: str
-    new_session: bool
+    new_session: bool = False
     """Else only a process group of its own."""
+    program: str = ""
+    """Python source."""
 
 
 class Forked:
@@ -141,7 +147,7 @@ class ForkServer:
         """A worker process, with pipes to its orders and from its answers."""
         (orders, stdin), (stdout, answers) = os.pipe(), os.pipe()
         log = 2 if stderr is None else stderr.fileno()
-        task = Task(WORKER, [], environment, str(Path.cwd()), new_session=False)
+        task = Task(WORKER, [], environment, str(Path.cwd()))
         try:
             worker = self.start(task, orders, answers, log)
         finally:
@@ -149,6 +155,16 @@ class ForkServer:
             os.close(answers)
         worker.stdin, worker.stdout = os.fdopen(stdin, "wb"), os.fdopen(stdout, "rb")
         return worker
+
+    def run(self, program: str, *arguments: str, seconds: float = 120) -> str:
+        """Run Python source to a good end; returns what it printed."""
+        task = Task("", list(arguments), dict(os.environ), str(Path.cwd()), program=program)
+        with tempfile.TemporaryFile() as out, Path(os.devnull).open("rb") as nothing:
+            code = self.start(task, nothing.fileno(), out.fileno(), out.fileno()).wait(seconds)
+            out.seek(0)
+            printed = out.read().decode()
+        assert code == 0, printed
+        return printed
 
 
 def fork_workers(server: ForkServer) -> type[subprocess.Popen[bytes]]:
@@ -247,6 +263,9 @@ def main() -> None:
     if task.module == COMMAND:
         task = _fork_spawner() or task
     sys.argv = [task.module, *task.arguments]
+    if task.program:
+        exec(task.program, {"__name__": "__main__"})
+        return
     sys.exit(importlib.import_module(task.module).main())
 
 
