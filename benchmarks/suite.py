@@ -18,6 +18,7 @@ from measure import HERE
 
 RESULTS = HERE / "results" / "suite.json"
 TARGETS = ("test-unit", "test", "test-rest")
+COUNTS = ("tests", "failures", "errors", "skipped")
 LONGEST = 30
 
 

@@ -48,7 +48,10 @@ class Cluster:
 
 
 @pytest.fixture(scope="module")
-def cluster(tmp_path_factory: pytest.TempPathFactory, shared_finray: Finray) -> Iterator[Cluster]:
+def cluster(
+    tmp_path_factory: pytest.TempPathFactory, tiny_model: Path, chat_file: Path
+) -> Iterator[Cluster]:
+    finray = Finray(tmp_path_factory.mktemp("finray"), tiny_model, chat_file)
     home = tmp_path_factory.mktemp("home")
     ray = Path(tempfile.mkdtemp(prefix="finray-"))  # a socket's path must be short
     head, dashboard, agent, client = _free_ports(4)
@@ -65,15 +68,16 @@ def cluster(tmp_path_factory: pytest.TempPathFactory, shared_finray: Finray) -> 
             "ray-client-server-port": client,
         }
         try:
-            told = shared_finray.run(
+            told = finray.run(
                 *("cluster", "up", "--port", str(head), "--dashboard-port", str(dashboard)),
                 *(f"--start-option=--{name}={value}" for name, value in options.items()),
             )
             assert f"--address={socket.gethostname()}" not in told and f":{head}" in told
-            yield Cluster(shared_finray, f"http://127.0.0.1:{dashboard}", ray)
+            yield Cluster(finray, f"http://127.0.0.1:{dashboard}", ray)
         finally:
-            shared_finray.run("cluster", "down")
-            assert "no head" in shared_finray.run("cluster", "status")
+            finray.run("cluster", "down")
+            assert "no head" in finray.run("cluster", "status")
+            finray.end_all()
             shutil.rmtree(ray, ignore_errors=True)
 
 

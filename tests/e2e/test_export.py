@@ -12,7 +12,7 @@ from support.harness import Finray, wait_until
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 # peft calls a name that transformers has renamed.
-pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
+pytestmark = [pytest.mark.filterwarnings("ignore::FutureWarning"), pytest.mark.spread]
 
 IDS = [5, 6, 7, 8, 9, 10]
 
@@ -55,10 +55,10 @@ def test_a_reward_model(finray: Finray, tmp_path_factory: Any) -> None:
     finray.run("export", "runs/support", "--to", "alone")
     finray.run("export", "runs/support", "--to", "whole", "--merge")
     places = [finray.folder / name for name in ("alone", "whole")]
-    apart, whole = loads_alone(*places, ids=IDS, scratch=scratch)
+    programs = {place: program_of(place) for place in places}
+    apart, whole = loads_alone(*places, ids=IDS, scratch=scratch, then=programs)
     assert apart.shape == whole.shape == (1, 1)
     assert np.abs(apart - whole).max() < 1e-5
-    run_each_alone({place: program_of(place) for place in places})
 
 
 def test_an_adapter_over_nf4(finray: Finray) -> None:
