@@ -1,8 +1,8 @@
 # Everything runs in a virtual environment of its own, pinned by constraints.txt.
 PYTHON ?= python3.11
 BIN := .venv/bin
-# Groups in the order of collection: the long ones come first.
-PYTEST := $(BIN)/python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder
+# Two processes, which share the files out in their order: the long ones come first.
+PYTEST := $(BIN)/python -m pytest -n 2 --dist loadscope --no-loadscope-reorder
 
 .PHONY: install quickstart rlhf test-unit test test-rest test-all lint check bench clean
 

@@ -1,8 +1,4 @@
-"""Tiny models and tokenizers, made once a session; no test reaches a hub.
-
-Under pytest-xdist a file's tests stay together, as they share fixtures; those marked `spread` do
-not need to.
-"""
+"""Tiny models and tokenizers, made once a session; no test reaches a hub."""
 
 import os
 
@@ -18,6 +14,8 @@ from pathlib import Path
 
 import pytest
 from support.forking import ForkServer
+from xdist.remote import Producer
+from xdist.scheduler import LoadScopeScheduling
 
 CHATML = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
@@ -31,13 +29,26 @@ SENTENCES = (
 )
 
 
-@pytest.hookimpl(tryfirst=True)
+SPREAD = {
+    f"tests/{name}.py"
+    for name in ("against_trl/test_losses", "e2e/test_export", "e2e/test_online", "e2e/test_tune")
+}
+"""Files whose tests share no fixture that takes long."""
+
+
+class _Files(LoadScopeScheduling):
+    """A file's tests stay in one process, but for those of `SPREAD`."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        file = nodeid.partition("::")[0]
+        return nodeid if file in SPREAD else file
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> LoadScopeScheduling:
+    return _Files(config, log)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    for item in items:
-        if item.get_closest_marker("xdist_group") is None:
-            alone = item.get_closest_marker("spread") is not None
-            group = item.nodeid if alone else item.location[0]
-            item.add_marker(pytest.mark.xdist_group(group))
     if any(item.get_closest_marker("gpu") for item in items):
         _skip_without_gpu(items)
 

@@ -20,7 +20,7 @@ from finray.training.engine.worker import Job, run_worker
 from finray.training.models.loading import load_tokenizer
 
 # What TRL itself does with its dependencies is not ours to cure.
-pytestmark = [pytest.mark.filterwarnings("default"), pytest.mark.timeout(600), pytest.mark.spread]
+pytestmark = [pytest.mark.filterwarnings("default"), pytest.mark.timeout(600)]
 
 STEPS = 20
 WORDS = "the quick brown fox jumps over lazy dog tiny model learns task quickly for ever".split()

@@ -12,7 +12,7 @@ from support.harness import Finray, wait_until
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 # peft calls a name that transformers has renamed.
-pytestmark = [pytest.mark.filterwarnings("ignore::FutureWarning"), pytest.mark.spread]
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 
 IDS = [5, 6, 7, 8, 9, 10]
 

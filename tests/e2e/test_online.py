@@ -9,7 +9,6 @@ import pytest
 import yaml
 from support.harness import Finray, assert_same_result, metrics, reached, record, wait_until
 
-pytestmark = pytest.mark.spread
 REWARDS = '''
 def length(prompts, completions, completion_ids, reference, **columns):
     """Short answers are good; a few are not judged."""
