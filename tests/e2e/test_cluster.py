@@ -147,6 +147,7 @@ def test_stop_saves_and_the_same_submission_resumes(cluster: Cluster) -> None:
     assert sorted(losses(run)) == list(range(1, 251))
 
 
+@pytest.mark.slow
 def test_a_sweep_stops_and_the_same_submission_goes_on(cluster: Cluster) -> None:
     finray = cluster.finray
     base = finray.recipe(name="base", data__holdout=0.1, optim__max_steps=120)

@@ -50,6 +50,7 @@ def chain(shared_finray: Finray) -> Iterator[Chain]:
     yield made
 
 
+@pytest.mark.slow
 def test_dpo_prefers_what_is_right(chain: Chain) -> None:
     told = chain.train(
         "dpo.yaml", "quickstart-dpo", optim__epochs="null", optim__max_steps=20, eval__samples=0

@@ -155,6 +155,7 @@ def test_a_killed_sweep_of_several_workers_goes_on(finray: Finray) -> None:
     assert "holds 1 at a time" in message and "Traceback" not in message
 
 
+@pytest.mark.slow
 def test_a_population(finray: Finray) -> None:
     """Members that go on from better ones, their checkpoints and curves included."""
     rate = {"optim.learning_rate": {"log_uniform": [1e-5, 5e-2]}}

@@ -183,6 +183,7 @@ def test_ctrl_c_before_the_first_step(finray: Finray) -> None:
 
 
 @pytest.mark.ray
+@pytest.mark.slow
 def test_much_data_is_prepared_by_ray_and_trained_on_without(finray: Finray) -> None:
     """Ray is started for what it is good at, and once: the data is prepared then."""
     rows = finray.data.read_text(encoding="utf-8")

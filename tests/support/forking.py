@@ -29,9 +29,8 @@ WORKER = "finray.training.launch.worker_process"
 WORKER_TITLE = "finray-worker"
 """Name of a forked worker process; its command line is the server's."""
 LIBRARIES = (
-    # First what a trial's slot loads, in its order: it does without torch's compiler.
-    *("finray.tuning.trial_actor", "finray.training.models.base_cache"),
-    "finray.training.engine.worker",
+    # First what each worker loads: it does without torch's compiler.
+    *("finray.training.models.base_cache", "finray.training.engine.worker"),
     *("pyarrow.dataset", "pyarrow.fs", "pyarrow.json", "yaml", "rich.progress", "jinja2"),
     *("torch.distributed.fsdp", "torch.utils.tensorboard", "transformers.trainer"),
     *("transformers.models.llama.modeling_llama", "transformers.models.auto.modeling_auto"),
@@ -259,6 +258,7 @@ def main() -> None:
     sys.argv, channel = [COMMAND], socket.socket(fileno=int(sys.argv[1]))
     for name in LIBRARIES:
         importlib.import_module(name)
+    assert "ray" not in sys.modules, "Ray reads its environment when it is loaded"
     task = serve(channel) or _end()
     if task.module == COMMAND:
         task = _fork_spawner() or task
