@@ -110,6 +110,7 @@ def run_of(sweep: Path, number: int) -> dict[str, Any]:
     return record(sweep / "trials" / f"trial-{number:04d}")
 
 
+@pytest.mark.slow
 def test_a_lost_slot_and_ctrl_c_cost_little(finray: Finray) -> None:
     sweep = write_sweep(finray, {"optim__max_steps": 150}, trials=2, concurrency=1)
     command = finray.start("tune", sweep)
