@@ -1,8 +1,10 @@
 # Everything runs in a virtual environment of its own, pinned by constraints.txt.
 PYTHON ?= python3.11
 BIN := .venv/bin
+# Two processes, which share the files out in their order: the long ones come first.
+PYTEST := $(BIN)/python -m pytest -n 2 --dist loadscope --no-loadscope-reorder
 
-.PHONY: install quickstart rlhf test lint check bench clean
+.PHONY: install quickstart rlhf test-unit test test-rest test-all lint check bench clean
 
 install: .venv/installed
 
@@ -25,8 +27,19 @@ rlhf: install
 	$(BIN)/finray train recipes/quickstart/reward.yaml
 	$(BIN)/finray train recipes/quickstart/grpo.yaml
 
+# While one works: no real command, no Ray.
+test-unit: install
+	$(PYTEST) -m "not slow and not ray" tests/unit
+
+# What a change must pass.
 test: install
-	$(BIN)/python -m pytest
+	$(PYTEST) -m "not slow and not hosts"
+
+# The rest: long tests, and several hosts on this machine.
+test-rest: install
+	$(PYTEST) -m "slow or hosts"
+
+test-all: test test-rest
 
 lint: install
 	$(BIN)/ruff check .
@@ -40,4 +53,4 @@ bench: install
 	$(BIN)/python benchmarks/run_all.py
 
 clean:
-	rm -rf .venv build runs
+	rm -rf .venv build

@@ -9,9 +9,13 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX512_CORE_BF16")
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from support.forking import ForkServer
+from xdist.remote import Producer
+from xdist.scheduler import LoadScopeScheduling
 
 CHATML = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
@@ -23,6 +27,48 @@ SENTENCES = (
     "A tiny model learns a tiny task, quickly and for ever.",
     'user assistant system {"name": "Ada", "order": "12345"} 0 1 2 3 4 5 6 7 8 9',
 )
+
+
+SPREAD = {
+    f"tests/{name}.py"
+    for name in ("against_trl/test_losses", "e2e/test_export", "e2e/test_online", "e2e/test_tune")
+}
+"""Files whose tests share no fixture that takes long."""
+
+
+class _Files(LoadScopeScheduling):
+    """A file's tests stay in one process, but for those of `SPREAD`."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        file = nodeid.partition("::")[0]
+        return nodeid if file in SPREAD else file
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> LoadScopeScheduling:
+    return _Files(config, log)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if any(item.get_closest_marker("gpu") for item in items):
+        _skip_without_gpu(items)
+
+
+def _skip_without_gpu(items: list[pytest.Item]) -> None:
+    import torch
+
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason="needs a GPU"))
+
+
+@pytest.fixture(scope="session")
+def fork_server() -> Iterator[ForkServer]:
+    """Forks commands and workers that have their libraries loaded."""
+    server = ForkServer.launch()
+    yield server
+    server.close()
 
 
 @pytest.fixture(scope="session")

@@ -2,6 +2,7 @@
 
 import json
 import random
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -106,7 +107,16 @@ def finray_losses(recipe: Recipe, prepared: Prepared, run: Path) -> list[float]:
     return [json.loads(line)["loss"] for line in lines]
 
 
-@pytest.mark.parametrize("method", METHODS, ids=name_of)
+def cases() -> Iterator[Any]:
+    """The first of each method is enough for every change."""
+    seen: set[str] = set()
+    for method in METHODS:
+        marks = [pytest.mark.slow] if method["kind"] in seen else []
+        seen.add(method["kind"])
+        yield pytest.param(method, id=name_of(method), marks=marks)
+
+
+@pytest.mark.parametrize("method", cases())
 def test_losses_of_the_first_steps(
     tiny_model: Path, tmp_path: Path, method: dict[str, Any]
 ) -> None:

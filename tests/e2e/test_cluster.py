@@ -13,7 +13,7 @@ import pytest
 import yaml
 from support.harness import Finray, losses, reached, record, wait_until
 
-pytestmark = pytest.mark.timeout(600)
+pytestmark = [pytest.mark.timeout(600), pytest.mark.ray]
 SECRETS = {
     "HF_TOKEN": "hf_" + "q7Zx" * 8,
     "WANDB_API_KEY": "4c81" * 10,
@@ -48,7 +48,10 @@ class Cluster:
 
 
 @pytest.fixture(scope="module")
-def cluster(tmp_path_factory: pytest.TempPathFactory, shared_finray: Finray) -> Iterator[Cluster]:
+def cluster(
+    tmp_path_factory: pytest.TempPathFactory, tiny_model: Path, chat_file: Path
+) -> Iterator[Cluster]:
+    finray = Finray(tmp_path_factory.mktemp("finray"), tiny_model, chat_file)
     home = tmp_path_factory.mktemp("home")
     ray = Path(tempfile.mkdtemp(prefix="finray-"))  # a socket's path must be short
     head, dashboard, agent, client = _free_ports(4)
@@ -65,15 +68,16 @@ def cluster(tmp_path_factory: pytest.TempPathFactory, shared_finray: Finray) -> 
             "ray-client-server-port": client,
         }
         try:
-            told = shared_finray.run(
+            told = finray.run(
                 *("cluster", "up", "--port", str(head), "--dashboard-port", str(dashboard)),
                 *(f"--start-option=--{name}={value}" for name, value in options.items()),
             )
             assert f"--address={socket.gethostname()}" not in told and f":{head}" in told
-            yield Cluster(shared_finray, f"http://127.0.0.1:{dashboard}", ray)
+            yield Cluster(finray, f"http://127.0.0.1:{dashboard}", ray)
         finally:
-            shared_finray.run("cluster", "down")
-            assert "no head" in shared_finray.run("cluster", "status")
+            finray.run("cluster", "down")
+            assert "no head" in finray.run("cluster", "status")
+            finray.end_all()
             shutil.rmtree(ray, ignore_errors=True)
 
 
@@ -143,6 +147,7 @@ def test_stop_saves_and_the_same_submission_resumes(cluster: Cluster) -> None:
     assert sorted(losses(run)) == list(range(1, 251))
 
 
+@pytest.mark.slow
 def test_a_sweep_stops_and_the_same_submission_goes_on(cluster: Cluster) -> None:
     finray = cluster.finray
     base = finray.recipe(name="base", data__holdout=0.1, optim__max_steps=120)

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from support.alone import loads_alone, run_alone
+from support.alone import loads_alone, run_alone, run_each_alone
 from support.finished_run import finished_run
 from support.harness import Finray, wait_until
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
@@ -55,11 +55,10 @@ def test_a_reward_model(finray: Finray, tmp_path_factory: Any) -> None:
     finray.run("export", "runs/support", "--to", "alone")
     finray.run("export", "runs/support", "--to", "whole", "--merge")
     places = [finray.folder / name for name in ("alone", "whole")]
-    apart, whole = loads_alone(*places, ids=IDS, scratch=scratch)
+    programs = {place: program_of(place) for place in places}
+    apart, whole = loads_alone(*places, ids=IDS, scratch=scratch, then=programs)
     assert apart.shape == whole.shape == (1, 1)
     assert np.abs(apart - whole).max() < 1e-5
-    for place in places:
-        run_alone(program_of(place), folder=place)
 
 
 def test_an_adapter_over_nf4(finray: Finray) -> None:
@@ -73,17 +72,17 @@ def test_an_adapter_over_nf4(finray: Finray) -> None:
     finished_run(finray.folder, base, quantize="nf4")
     finray.run("export", "runs/support", "--to", "alone")
     finray.run("export", "runs/support", "--to", "whole", "--merge")
-    alone, whole = (program_of(finray.folder / name) for name in ("alone", "whole"))
+    places = {name: finray.folder / name for name in ("alone", "whole")}
+    alone, whole = (program_of(place) for place in places.values())
     assert 'bnb_4bit_quant_type="nf4"' in alone and "BitsAndBytes" not in whole
-    run_alone(alone, folder=finray.folder / "alone")
-    run_alone(whole, folder=finray.folder / "whole")
+    run_each_alone({places["alone"]: alone, places["whole"]: whole})
 
 
 def test_kill_in_the_middle(finray: Finray) -> None:
     finished_run(finray.folder, finray.model)
     partial = finray.folder / ".out.partial"
     command = finray.start("export", "runs/support", "--to", "out", "--merge")
-    wait_until(partial.exists, "an export under way")
+    wait_until(partial.exists, "an export under way", brief=True)
     command.kill()
     assert partial.exists() and not (finray.folder / "out").exists()
     finray.run("export", "runs/support", "--to", "out", "--merge")

@@ -15,12 +15,14 @@ from support.harness import Finray, losses, metrics, reached, record, wait_until
 from support.hosts import Host, Network, why_not
 
 pytestmark = [
+    pytest.mark.hosts,
+    pytest.mark.ray,
     pytest.mark.timeout(600),
     pytest.mark.skipif(why_not() is not None, reason=str(why_not())),
 ]
 PORT, DASHBOARD = 6379, 8265
-STEPS = 1000
-"""More than a run takes to grow again; it is stopped then."""
+STEPS = 3000
+"""More than a run takes until all has happened to it; it is stopped then."""
 COMPARED = 400
 ENVIRONMENT = {
     # A host that is cut off is missed within seconds, not within half a minute.
@@ -45,7 +47,7 @@ class Cluster:
         def place(command: list[str]) -> list[str]:
             return host.command(*command, folder=self.folder)
 
-        return Finray(self.folder / host.name, model, data, place)
+        return Finray(self.folder / host.name, model, data, place=place)
 
     def start(self) -> None:
         for finray in (self.admin, self.finray):
@@ -154,15 +156,6 @@ def assert_same_steps(run: Path, alone: Path) -> None:
             assert first[step][name] == pytest.approx(expected[step][name], rel=1e-5), step
 
 
-def end(cluster: Cluster, name: str) -> None:
-    """Some steps more, then the run has shown enough."""
-    run = cluster.run_of(name)
-    step = max(losses(run))
-    wait_until(lambda: reached(run, step + 20), "20 more steps")
-    cluster.job("stop", name)
-    assert record(run)["status"] == "stopped", cluster.job("logs", name)
-
-
 def test_two_hosts_train_as_one_process(cluster: Cluster, alone: Path) -> None:
     cluster.job("submit", cluster.recipe("two", 60, scale__workers=2))
     told = cluster.job("logs", "two", "--follow")
@@ -190,65 +183,79 @@ def test_two_hosts_send_each_other_the_gradients_and_little_else(cluster: Cluste
     assert (after - before) / (last - first) / workers == pytest.approx(expected, rel=0.02)
 
 
-def test_a_killed_host_is_done_without_until_another_comes(cluster: Cluster, alone: Path) -> None:
-    run = cluster.run_of("killed")
-    cluster.job("submit", cluster.recipe("killed", STEPS, scale__workers=[1, 2]))
+def test_a_host_is_killed_then_drained_then_cut_off(cluster: Cluster, alone: Path) -> None:
+    """One run goes on through all of it, with the steps of a run that nothing happens to."""
+    run = cluster.run_of("elastic")
+    cluster.job("submit", cluster.recipe("elastic", STEPS, scale__workers=[1, 2]))
     wait_until(lambda: reached(run, 25), "step 25")
+    _kill_and_grow_again(cluster, run)
+    _drain_and_grow_again(cluster, run)
+    _cut_off(cluster, run)
+    wait_for_steps(run, 20)
+    cluster.job("stop", "elastic")
+    assert record(run)["status"] == "stopped", cluster.job("logs", "elastic")
+    assert_same_steps(run, alone)
+    cluster.join("beta")
+
+
+def wait_for_steps(run: Path, more: int) -> None:
+    step = max(losses(run))
+    wait_until(lambda: reached(run, step + more), f"{more} more steps")
+
+
+def wait_for_attempt(run: Path, *sizes: int) -> None:
+    """Until the run has had attempts of so many workers."""
+    wait_until(lambda: record(run)["world_sizes"] == [*sizes], f"attempts of {sizes} workers")
+
+
+def _kill_and_grow_again(cluster: Cluster, run: Path) -> None:
+    """A killed host is done without until another comes."""
     cluster.nodes["beta"].kill()
-    wait_until(lambda: record(run)["world_sizes"] == [2, 1], "an attempt with one worker")
+    wait_for_attempt(run, 2, 1)
     cluster.nodes["beta"].boot()
     cluster.join("beta")
-    wait_until(lambda: record(run)["world_sizes"] == [2, 1, 2], "an attempt with two")
-    end(cluster, "killed")
+    wait_for_attempt(run, 2, 1, 2)
     first, second = record(run)["restarts"]
     assert first["step"] >= 20 and "failed" in first["reason"]
     assert "there is room for 2 workers, 1 train" in second["reason"]
-    assert_same_steps(run, alone)
+    wait_for_steps(run, 15)
 
 
-def test_a_drained_host_is_left_with_nothing_lost(cluster: Cluster, alone: Path) -> None:
-    run = cluster.run_of("drained")
-    cluster.job("submit", cluster.recipe("drained", STEPS, scale__workers=[1, 2]))
-    wait_until(lambda: reached(run, 25), "step 25")
+def _drain_and_grow_again(cluster: Cluster, run: Path) -> None:
+    """A drained host is left with nothing lost."""
     cluster.drain("beta", 120)
     seen = 0
 
     def goes_on_without() -> bool:
         nonlocal seen
-        if record(run)["world_sizes"] == [2]:
+        if record(run)["world_sizes"] == [2, 1, 2]:
             seen = max(seen, *losses(run))
-        return record(run)["world_sizes"] == [2, 1]
+        return record(run)["world_sizes"] == [2, 1, 2, 1]
 
-    wait_until(goes_on_without, "an attempt without it")
-    (restart,) = record(run)["restarts"]
+    wait_until(goes_on_without, "an attempt without it", brief=True)
+    restart = record(run)["restarts"][2]
     assert "will be taken away" in restart["reason"] and restart["step"] >= seen
-    end(cluster, "drained")
-    assert_same_steps(run, alone)
+    wait_for_steps(run, 20)
     cluster.nodes["beta"].kill()
     cluster.nodes["beta"].boot()
     cluster.join("beta")
+    wait_for_attempt(run, 2, 1, 2, 1, 2)
+    wait_for_steps(run, 15)
 
 
-def test_a_host_that_is_cut_off_and_comes_back(cluster: Cluster, alone: Path) -> None:
-    run = cluster.run_of("cut")
+def _cut_off(cluster: Cluster, run: Path) -> None:
     beta = cluster.nodes["beta"]
-    cluster.job("submit", cluster.recipe("cut", STEPS, scale__workers=[1, 2]))
-    wait_until(lambda: reached(run, 15), "step 15")
     # For a moment: nobody minds.
     beta.unplug()
     time.sleep(1.5)
     beta.plug()
-    step = max(losses(run))
-    wait_until(lambda: reached(run, step + 20), "20 more steps")
-    assert record(run)["world_sizes"] == [2]
+    wait_for_steps(run, 20)
+    assert record(run)["world_sizes"] == [2, 1, 2, 1, 2]
     # For long: it is done without, and Ray on it ends, as the cluster gave it up.
     beta.unplug()
-    wait_until(lambda: record(run)["world_sizes"] == [2, 1], "an attempt without it")
+    wait_for_attempt(run, 2, 1, 2, 1, 2, 1)
     beta.plug()
     wait_until(lambda: not beta.is_running("raylet"), "the end of Ray on the host")
-    end(cluster, "cut")
-    assert_same_steps(run, alone)
-    cluster.join("beta")
 
 
 def test_a_sweep_loses_a_host_and_no_trial(cluster: Cluster) -> None:

@@ -37,7 +37,7 @@ def test_sigkill_in_the_middle_of_a_save(finray: Finray, undisturbed: Path) -> N
             found[:] = [path for path in new if not (path / "rank-0.json").exists()]
             return bool(found)
 
-        wait_until(being_written, "an unfinished checkpoint")
+        wait_until(being_written, "an unfinished checkpoint", brief=True)
         command.kill()
         if not (unfinished[0] / "rank-0.json").exists():
             break
@@ -81,7 +81,7 @@ def test_all_checkpoints_damaged_stops(finray: Finray) -> None:
 def test_ctrl_c_saves_and_leaves(finray: Finray, undisturbed: Path) -> None:
     recipe = finray.recipe(checkpoint__every_steps=50)
     run = finray.folder / "runs" / "run"
-    command = finray.start("train", recipe)
+    command = finray.start("train", recipe, fresh=True)
     wait_until(lambda: reached(run, 7), "step 7")
     command.interrupt()
     assert command.wait() == 130, command.output()

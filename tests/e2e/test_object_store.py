@@ -87,7 +87,7 @@ def test_stop_and_resume_in_an_object_store(finray: Finray, store: Store) -> Non
     assert command.wait() == 130, command.output()
     known = set(names())
     command = finray.start("train", recipe)
-    wait_until(lambda: any("step-" in name for name in {*names()} - known), "a save")
+    wait_until(lambda: any("step-" in name for name in {*names()} - known), "a save", brief=True)
     store.server.send_signal(signal.SIGSTOP)
     time.sleep(6)
     store.server.send_signal(signal.SIGCONT)

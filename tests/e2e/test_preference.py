@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from support.forking import ForkServer
 from support.harness import Finray, assert_same_result, losses, reached, record, wait_until, workers
 
 pytestmark = pytest.mark.timeout(600)
@@ -29,9 +30,12 @@ def pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def command(
-    tmp_path_factory: pytest.TempPathFactory, tiny_model: Path, pairs: Path
+    tmp_path_factory: pytest.TempPathFactory,
+    tiny_model: Path,
+    pairs: Path,
+    fork_server: ForkServer,
 ) -> Iterator[Finray]:
-    runner = Finray(tmp_path_factory.mktemp("dpo"), tiny_model, pairs)
+    runner = Finray(tmp_path_factory.mktemp("dpo"), tiny_model, pairs, fork_server)
     yield runner
     runner.end_all()
 
@@ -51,27 +55,41 @@ def make_recipe(command: Finray, name: str, workers: int) -> Path:
     )
 
 
-def test_two_workers_and_a_kill(command: Finray) -> None:
-    runs = command.folder / "runs"
+@pytest.mark.parametrize(
+    "train",
+    [
+        pytest.param(("train",), id="processes"),
+        pytest.param(ON_RAY, id="ray", marks=[pytest.mark.ray, pytest.mark.slow]),
+    ],
+)
+def test_two_workers_and_a_kill(command: Finray, train: tuple[str, ...]) -> None:
+    runs, way = command.folder / "runs", "-".join(train[1:])
     command.run("train", make_recipe(command, "local", 0))
-    command.run(*ON_RAY, make_recipe(command, "undisturbed", 2))
-    local, shared = losses(runs / "local"), losses(runs / "undisturbed")
+    undisturbed, killed = runs / f"undisturbed{way}", runs / f"killed{way}"
+    command.run(*train, make_recipe(command, undisturbed.name, 2))
+    local, shared = losses(runs / "local"), losses(undisturbed)
     assert sorted(local) == sorted(shared) == list(range(1, STEPS + 1))
     assert shared == pytest.approx(local, abs=1e-5)
     assert local[STEPS] < local[1] - 0.1
     assert len(list(runs.glob("prepared/*/reference-*.parquet"))) == 1
-    recipe = make_recipe(command, "killed", 2)
-    started = command.start(*ON_RAY, recipe)
-    wait_until(lambda: reached(runs / "killed", 7), "step 7")
-    started.watch_family()
+    recipe = make_recipe(command, killed.name, 2)
+    started = command.start(*train, recipe)
+    wait_until(lambda: reached(killed, 7), "step 7")
+    training = set(workers(started))
     started.kill()
-    assert not set(workers(started)) & set(started.survivors(30))
-    command.run(*ON_RAY, recipe)
-    assert_same_result(runs / "killed", runs / "undisturbed")
-    assert record(runs / "killed")["restarts"][0]["step"] >= 5
+    assert training and not started.survivors(30, training)
+    command.run(*train, recipe)
+    assert_same_result(killed, undisturbed)
+    assert record(killed)["restarts"][0]["step"] >= 5
 
 
-@pytest.mark.parametrize("kind", ["orpo", "kto", "cpo", "simpo", "reward"])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "reward",
+        *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("orpo", "kto", "cpo", "simpo")),
+    ],
+)
 def test_the_others_on_two_workers(command: Finray, kind: str) -> None:
     """Step by step as in one process, and held-out pairs are learnt too."""
     runs, found = command.folder / "runs", []

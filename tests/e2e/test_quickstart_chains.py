@@ -50,6 +50,7 @@ def chain(shared_finray: Finray) -> Iterator[Chain]:
     yield made
 
 
+@pytest.mark.slow
 def test_dpo_prefers_what_is_right(chain: Chain) -> None:
     told = chain.train(
         "dpo.yaml", "quickstart-dpo", optim__epochs="null", optim__max_steps=20, eval__samples=0
@@ -71,7 +72,9 @@ def test_the_reward_model_learns(judge: dict[str, Any]) -> None:
 
 
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize(
+    "seed", [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in (1, 2))]
+)
 def test_grpo_gains_what_the_rewards_ask_for(
     chain: Chain, judge: dict[str, Any], seed: int
 ) -> None:

@@ -33,7 +33,7 @@ assert not [name for name in sys.modules if name.startswith("finray")]
 def test_quickstart(finray: Finray) -> None:
     """The main job: two workers, and the figures that the README promises."""
     storage = finray.folder / "runs"
-    output = finray.run("train", QUICKSTART / "sft.yaml", "--set", f"storage={storage}")
+    output = finray.run("train", QUICKSTART / "sft.yaml", "--set", f"storage={storage}", fresh=True)
     run = storage / "quickstart"
     told = record(run)
     assert told["status"] == "finished" and told["world_sizes"] == [2]

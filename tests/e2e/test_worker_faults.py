@@ -3,6 +3,7 @@
 As processes of this machine, and as Ray Train's; both must come to the same weights.
 """
 
+import os
 from pathlib import Path
 
 import pytest
@@ -68,12 +69,19 @@ def undisturbed(shared_finray: Finray) -> Path:
     return run
 
 
-@pytest.fixture(params=[(), ("--address", "local")], ids=["processes", "ray"])
-def train(request: pytest.FixtureRequest) -> tuple[str, ...]:
-    """The command, with either kind of workers."""
-    return ("train", *request.param)
+LOCAL = pytest.param(("train",), id="processes")
+ON_RAY = ("train", "--address", "local")
+either = pytest.mark.parametrize(
+    "train", [LOCAL, pytest.param(ON_RAY, id="ray", marks=pytest.mark.ray)]
+)
+"""The command, with either kind of workers."""
+mostly_local = pytest.mark.parametrize(
+    "train", [LOCAL, pytest.param(ON_RAY, id="ray", marks=[pytest.mark.ray, pytest.mark.slow])]
+)
+"""What follows from the fault is the same code, and another test has Ray notice one."""
 
 
+@either
 def test_sigkill_of_a_worker_in_a_save(
     finray: Finray, undisturbed: Path, train: tuple[str, ...]
 ) -> None:
@@ -86,7 +94,7 @@ def test_sigkill_of_a_worker_in_a_save(
         newest = max((run / "checkpoints").glob("step-*"))
         return not (newest / "rank-0.json").exists() or not (newest / "rank-1.json").exists()
 
-    wait_until(saving, "a save")
+    wait_until(saving, "a save", brief=True)
     next(workers(command)).kill()
     assert command.wait() == 0, command.output()
     assert_same_result(run, undisturbed)
@@ -94,20 +102,22 @@ def test_sigkill_of_a_worker_in_a_save(
     assert record(run)["restarts"][0]["step"] >= 5
 
 
+@mostly_local
 def test_sigkill_of_the_driver(finray: Finray, undisturbed: Path, train: tuple[str, ...]) -> None:
     recipe = finray.recipe(**WORKERS)
     run = finray.folder / "runs" / "run"
-    command = finray.start(*train, recipe)
+    command = finray.start(*train, recipe, fresh=True)
     wait_until(lambda: reached(run, 17), "step 17")
-    command.watch_family()
+    training = set(workers(command))
+    assert len(training) == 2
     command.kill()
     # Ray's own agents notice later; what could still write into the run must be gone.
-    training = set(workers(command)) & set(command.survivors(30))
-    assert not training, "workers outlive their driver"
+    assert not command.survivors(30, training), "workers outlive their driver"
     finray.run(*train, recipe)
     assert_same_result(run, undisturbed)
 
 
+@mostly_local
 def test_ctrl_c_saves_and_leaves_nothing_behind(
     finray: Finray, undisturbed: Path, train: tuple[str, ...]
 ) -> None:
@@ -126,6 +136,7 @@ def test_ctrl_c_saves_and_leaves_nothing_behind(
     assert_same_result(run, undisturbed)
 
 
+@either
 def test_a_worker_that_hangs(finray: Finray, undisturbed: Path, train: tuple[str, ...]) -> None:
     """The other one's watchdog tells where it waits, and both are started again."""
     run = finray.folder / "runs" / "run"
@@ -144,6 +155,7 @@ def test_a_worker_that_hangs(finray: Finray, undisturbed: Path, train: tuple[str
     assert not command.survivors(30), "the stopped process is still there"
 
 
+@mostly_local
 def test_one_worker_is_out_of_memory(
     finray: Finray, undisturbed: Path, train: tuple[str, ...]
 ) -> None:
@@ -151,7 +163,8 @@ def test_one_worker_is_out_of_memory(
     run = finray.folder / "runs" / "run"
     (finray.folder / "sitecustomize.py").write_text(OUT_OF_MEMORY, encoding="utf-8")
     path = finray.recipe(**WORKERS, scale__max_failures=0, optim__micro_batch_size=4)
-    command = finray.start(*train, path, environment={"PYTHONPATH": str(finray.folder)})
+    paths = os.pathsep.join([str(finray.folder), os.environ.get("PYTHONPATH", "")])
+    command = finray.start(*train, path, environment={"PYTHONPATH": paths}, fresh=True)
     assert command.wait() == 0, command.output()
     assert_same_result(run, undisturbed)  # whose recipe says 2
     assert record(run)["micro_batch_size"] == 2
@@ -161,7 +174,7 @@ def test_one_worker_is_out_of_memory(
 
 def test_ctrl_c_before_the_first_step(finray: Finray) -> None:
     """Nothing is reached yet: it leaves at once, and so do the workers."""
-    command = finray.start("train", finray.recipe(**WORKERS))
+    command = finray.start("train", finray.recipe(**WORKERS), fresh=True)
     wait_until(lambda: len(list(workers(command))) == 2, "two workers")
     command.interrupt()
     assert command.wait() == 130, command.output()
@@ -169,6 +182,8 @@ def test_ctrl_c_before_the_first_step(finray: Finray) -> None:
     assert not command.survivors(30), "processes outlive Ctrl-C"
 
 
+@pytest.mark.ray
+@pytest.mark.slow
 def test_much_data_is_prepared_by_ray_and_trained_on_without(finray: Finray) -> None:
     """Ray is started for what it is good at, and once: the data is prepared then."""
     rows = finray.data.read_text(encoding="utf-8")

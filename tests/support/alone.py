@@ -42,6 +42,23 @@ np.savez(out, *found)
 """
 
 
+_EACH = """
+import json, os
+for program, folder in json.loads(sys.argv[-1]):
+    os.chdir(folder)
+    exec(program, {"__name__": "__main__"})
+"""
+
+
+def run_each_alone(programs: dict[Path, str]) -> None:
+    """Run a program in each folder, one after another in one process without finray."""
+    run_alone(_EACH, _as_argument(programs), folder=next(iter(programs)))
+
+
+def _as_argument(programs: dict[Path, str]) -> str:
+    return json.dumps([[program, str(folder)] for folder, program in programs.items()])
+
+
 def run_alone(program: str, *arguments: str, folder: Path) -> str:
     """Run Python in a folder, without finray; returns what it printed."""
     done = subprocess.run(
@@ -58,7 +75,11 @@ def run_alone(program: str, *arguments: str, folder: Path) -> str:
 
 
 def loads_alone(
-    *folders: Path, ids: list[int], scratch: Path, dtype: str = "auto"
+    *folders: Path,
+    ids: list[int],
+    scratch: Path,
+    dtype: str = "auto",
+    then: dict[Path, str] | None = None,
 ) -> list[NDArray[np.float32]]:
     """Logits that results compute when transformers and PEFT load them, by themselves.
 
@@ -68,10 +89,11 @@ def loads_alone(
         ids: one text's tokens.
         scratch: where the logits are put down.
         dtype: type in which the (base) model's weights are loaded.
+        then: programs that the same process runs afterwards, by their folder.
     """
     out = scratch / "logits.npz"
     told = json.dumps([ids, dtype, str(out), [_how_to_load(folder) for folder in folders]])
-    run_alone(_LOGITS, told, folder=scratch)
+    run_alone(_LOGITS + _EACH, told, _as_argument(then or {}), folder=scratch)
     with np.load(out) as found:
         return [found[name] for name in found.files]
 

@@ -16,12 +16,14 @@ import psutil
 import yaml
 from safetensors.numpy import load_file
 
+from .forking import COMMAND, WORKER, WORKER_TITLE, Forked, ForkServer, Task
+
 
 @dataclass
 class Command:
     """A running `finray`, with all its processes in a session of their own."""
 
-    process: subprocess.Popen[bytes]
+    process: subprocess.Popen[bytes] | Forked
     log: Path
     family: set[psutil.Process] = field(default_factory=set)
 
@@ -50,9 +52,12 @@ class Command:
         self.process.kill()
         self.process.wait(30)
 
-    def survivors(self, seconds: float) -> list[psutil.Process]:
-        """Descendants that are still there after a while."""
-        _, alive = psutil.wait_procs(list(self.family), timeout=seconds)
+    def survivors(
+        self, seconds: float, among: set[psutil.Process] | None = None
+    ) -> list[psutil.Process]:
+        """Descendants, or those given, that are still there after a while."""
+        processes = list(self.family if among is None else among)
+        _, alive = psutil.wait_procs(processes, timeout=seconds)
         return [process for process in alive if process.status() != psutil.STATUS_ZOMBIE]
 
 
@@ -63,6 +68,7 @@ class Finray:
         folder: where it runs.
         model: the recipes' base.
         data: the recipes' rows.
+        server: forks the commands; without it, each is started anew.
         place: from a command to the one that runs it elsewhere, such as on another host.
     """
 
@@ -71,9 +77,11 @@ class Finray:
         folder: Path,
         model: Path,
         data: Path,
+        server: ForkServer | None = None,
         place: Callable[[list[str]], list[str]] = lambda command: command,
     ) -> None:
-        self.place = place
+        self._server = server
+        self._place = place
         self.folder = folder
         self.model = model
         self.data = data
@@ -107,24 +115,46 @@ class Finray:
         path.write_text(yaml.safe_dump(values), encoding="utf-8")
         return path
 
-    def start(self, *arguments: str | Path, environment: dict[str, str] | None = None) -> Command:
+    def start(
+        self,
+        *arguments: str | Path,
+        environment: dict[str, str] | None = None,
+        fresh: bool = False,
+    ) -> Command:
+        """Start the command.
+
+        Args:
+            arguments: the command's.
+            environment: variables besides this process's.
+            fresh: not forked, but started as users start it.
+        """
         log = self.folder / f"output-{len(self._started)}.txt"
-        with log.open("wb") as stream:
-            process = subprocess.Popen(
-                self.place([sys.executable, "-m", "finray.cluster.cli.main", *map(str, arguments)]),
-                cwd=self.folder,
-                stdin=subprocess.DEVNULL,
-                stdout=stream,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-                env={**os.environ, "COLUMNS": "100", **(environment or {})},
-            )
+        words = [str(argument) for argument in arguments]
+        variables = {**os.environ, "COLUMNS": "100", **(environment or {})}
+        with log.open("wb") as stream, Path(os.devnull).open("rb") as nothing:
+            process: subprocess.Popen[bytes] | Forked
+            if self._server is None or fresh:
+                process = subprocess.Popen(
+                    self._place([sys.executable, "-m", COMMAND, *words]),
+                    cwd=self.folder,
+                    stdin=nothing,
+                    stdout=stream,
+                    stderr=subprocess.STDOUT,
+                    start_new_session=True,
+                    env=variables,
+                )
+            else:
+                task = Task(COMMAND, words, variables, str(self.folder), new_session=True)
+                out = stream.fileno()
+                process = self._server.start(task, nothing.fileno(), out, out)
         self._started.append(Command(process, log))
         return self._started[-1]
 
-    def run(self, *arguments: str | Path, code: int = 0, seconds: float = 240) -> str:
+    def run(
+        self, *arguments: str | Path, code: int = 0, seconds: float = 240, fresh: bool = False
+    ) -> str:
         """Run to the end; returns what was printed."""
-        command = self.start(*arguments)
+        command = self.start(*arguments, fresh=fresh)
         found = command.wait(seconds)
         assert found == code, f"exit code {found}, expected {code}:\n{command.output()}"
         return command.output()
@@ -141,20 +171,22 @@ class Finray:
 
 
 def workers(command: Command) -> Iterator[psutil.Process]:
-    """The workers that a command has now, Ray Train's or processes of its own."""
+    """The workers that a command has now: Ray Train's, or processes of its own."""
     for process in command.watch_family():
         with suppress(psutil.NoSuchProcess):
             line = " ".join((process.name(), *process.cmdline()))
-            if "RayTrainWorker" in line or "finray.training.launch.worker_process" in line:
+            if any(name in line for name in ("RayTrainWorker", WORKER, WORKER_TITLE)):
                 yield process
 
 
-def wait_until(condition: Callable[[], bool], what: str, seconds: float = 180) -> None:
-    """Poll often: some moments are short."""
+def wait_until(
+    condition: Callable[[], bool], what: str, seconds: float = 180, brief: bool = False
+) -> None:
+    """Poll a condition, and often where it holds for a brief moment only."""
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, f"not within {seconds} s: {what}"
-        time.sleep(0.0005)
+        time.sleep(0.0005 if brief else 0.02)
 
 
 def metrics(run: Path) -> list[dict[str, Any]]:

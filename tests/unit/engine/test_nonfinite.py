@@ -5,7 +5,8 @@ import json
 import math
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -98,23 +99,43 @@ def trained(
     return {"states": states, "told": told, "masters": isinstance(trainer._adamw, MasterAdamW)}
 
 
+@pytest.fixture(scope="module")
+def of_rank_0(
+    tiny_model: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[int, str], dict[str, Any]]:
+    """Rank 0's undisturbed run, of so many workers and this type; made once."""
+
+    @cache
+    def make(workers: int, dtype: str) -> dict[str, Any]:
+        folder = tmp_path_factory.mktemp("undisturbed")
+        return ranks(tiny_model, folder, workers, "none", dtype)[0]
+
+    return make
+
+
+def ranks(base: Path, folder: Path, workers: int, poison: str, dtype: str) -> list[dict[str, Any]]:
+    """What each rank tells of a run."""
+    kind: torch.dtype = getattr(torch, dtype)
+
+    def work(rank: int, size: int) -> dict[str, Any]:
+        return trained(base, folder, rank, size, poison, kind)
+
+    return [work(0, 1)] if workers == 1 else steps.by_workers(workers, folder, work)
+
+
 @pytest.mark.parametrize("poison", ["loss", "gradient"])
 @pytest.mark.parametrize(("workers", "dtype"), [(1, "float32"), (1, "bfloat16"), (2, "float32")])
 def test_the_step_changes_nothing(
-    tiny_model: Path, tmp_path: Path, poison: str, workers: int, dtype: str
+    tiny_model: Path,
+    tmp_path: Path,
+    of_rank_0: Callable[[int, str], dict[str, Any]],
+    poison: str,
+    workers: int,
+    dtype: str,
 ) -> None:
     """Of two ranks only one meets it. The schedule goes on as if nothing had been."""
-    kind: torch.dtype = getattr(torch, dtype)
-
-    def work(poison: str) -> Callable[[int, int], dict[str, Any]]:
-        return lambda rank, size: trained(tiny_model, tmp_path, rank, size, poison, kind)
-
-    if workers == 1:
-        found, undisturbed = [[work(how)(0, 1)] for how in (poison, "none")]
-    else:
-        found = steps.by_workers(workers, tmp_path, work(poison))
-        (tmp_path / "store").unlink()
-        undisturbed = steps.by_workers(workers, tmp_path, work("none"))
+    found = ranks(tiny_model, tmp_path, workers, poison, dtype)
+    undisturbed = of_rank_0(workers, dtype)
     at = POISONED_STEP - 1
     for rank in found:
         assert rank["masters"] == (dtype == "bfloat16")
@@ -129,9 +150,9 @@ def test_the_step_changes_nothing(
         assert all(value.isfinite().all() for state in states for value in state.values())
         assert [skipped for _, _, skipped in rank["told"]] == [[], [], [POISONED_STEP], [], []]
         assert math.isnan(rank["told"][at][1])
-        rates = [rate for rate, _, _ in undisturbed[0]["told"]]
+        rates = [rate for rate, _, _ in undisturbed["told"]]
         assert [rate for rate, _, _ in rank["told"]] == rates and len(set(rates)) == 5
-        assert rank["told"][1][1] == undisturbed[0]["told"][1][1]
+        assert rank["told"][1][1] == undisturbed["told"][1][1]
     for name, value in found[0]["states"][-1].items():
         assert torch.equal(value, found[-1]["states"][-1][name]), "the ranks differ"
 
@@ -176,30 +197,55 @@ def poison_row(row: int) -> Callable[[Batch, torch.Tensor], torch.Tensor]:
     return lambda batch, total: total * math.nan if row in batch.rows else total
 
 
+Reports = dict[int, dict[str, float]]
+
+
+@pytest.fixture(scope="module")
+def poisoned(
+    tiny_model: Path, chat_file: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[tuple[Path, Reports]]:
+    """A run of 30 steps with a poisoned row, which is only read, and what it reported."""
+    storage = tmp_path_factory.mktemp("poisoned")
+    told: Reports = {}
+    with pytest.MonkeyPatch.context() as patch:
+        spoil(patch, poison_row(17))
+
+        def report(line: dict[str, float]) -> None:
+            told[int(line["step"])] = line
+
+        settings = recipe(tiny_model, chat_file, storage, "run", max_steps=30)
+        train(settings, InProcessLauncher(report=report))
+    yield storage / "run", told
+
+
+def record_of(run: Path) -> dict[str, Any]:
+    values: dict[str, Any] = json.loads((run / "run.json").read_text(encoding="utf-8"))
+    return values
+
+
 def test_a_poisoned_row(
-    tiny_model: Path, chat_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_model: Path,
+    chat_file: Path,
+    tmp_path: Path,
+    poisoned: tuple[Path, Reports],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """One step is skipped and told with its rows; the logged mean is that of the others."""
-    spoil(monkeypatch, poison_row(17))
-    told: dict[int, dict[str, float]] = {}
-
-    def report(line: dict[str, float]) -> None:
-        told[int(line["step"])] = line
-
-    settings = recipe(tiny_model, chat_file, tmp_path, "run", max_steps=30)
-    record = train(settings, InProcessLauncher(report=report))
+    run, told = poisoned
+    record = record_of(run)
     (skipped,) = record["skipped"]
     step = skipped["step"]
     assert 18 in skipped["rows"][str(chat_file)] and len(skipped["rows"][str(chat_file)]) == 8
-    each = lines(tmp_path / "run")
+    each = lines(run)
     assert each[step]["skipped"] == 1 and each[step]["loss"] is None
     assert each[step]["grad_norm"] is None
     # A sweep does not judge a trial by a loss that no step was taken with.
     assert [at for at, line in told.items() if "loss" not in line] == [step]
     assert [at for at, line in each.items() if "skipped" in line] == [step]
     assert math.isfinite(record["metrics"]["loss"]) and "restarts" not in record
-    report = (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
+    report = (run / "report.html").read_text(encoding="utf-8")
     assert f"<dt>Skipped steps</dt><dd>{step}</dd>" in report
+    spoil(monkeypatch, poison_row(17))
     settings = recipe(tiny_model, chat_file, tmp_path, "rarely", max_steps=30)
     log = settings.log.model_copy(update={"every_steps": 30})
     carry_out(settings.model_copy(update={"log": log}))
@@ -211,19 +257,22 @@ def test_a_poisoned_row(
 
 
 def test_resumed_behind_a_skipped_step(
-    tiny_model: Path, chat_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_model: Path,
+    chat_file: Path,
+    tmp_path: Path,
+    poisoned: tuple[Path, Reports],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     spoil(monkeypatch, poison_row(17))
-    settings = recipe(tiny_model, chat_file, tmp_path / "whole", "run", max_steps=30)
-    at = carry_out(settings)["skipped"][0]["step"]
-    run, again = tmp_path / "whole" / "run", tmp_path / "again" / "run"
-    shutil.copytree(tmp_path / "whole", tmp_path / "again")
+    run, again = poisoned[0], tmp_path / "again" / "run"
+    at = record_of(run)["skipped"][0]["step"]
+    shutil.copytree(run.parent, tmp_path / "again")
     for checkpoint in (again / "checkpoints").iterdir():
         if int(checkpoint.name.removeprefix("step-")) >= at + 4:
             shutil.rmtree(checkpoint)
-    record = json.loads((again / "run.json").read_text(encoding="utf-8"))
+    record = record_of(again)
     (again / "run.json").write_text(json.dumps({**record, "status": "running"}), encoding="utf-8")
-    resumed = carry_out(settings.model_copy(update={"storage": str(tmp_path / "again")}))
+    resumed = carry_out(recipe(tiny_model, chat_file, tmp_path / "again", "run", max_steps=30))
     assert len(resumed["restarts"]) == 1 and resumed["skipped"] == record["skipped"]
     assert_same(again, run)
 

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from support import steps
+from support.cases import mostly_slow
 from support.steps import Gradients, gradients, make_sequences
 from transformers import AutoModelForCausalLM
 
@@ -124,7 +125,7 @@ def test_the_step_is_that_of_the_whole_batch(
     assert_close(measured, gradients(reference))
 
 
-@pytest.mark.parametrize("world_size", [2, 3, 4])
+@pytest.mark.parametrize("world_size", mostly_slow([2, 3, 4], quick={3}))
 def test_gradients_agree_whatever_the_workers(
     tiny_model: Path, model: Any, tmp_path: Path, world_size: int
 ) -> None:

@@ -10,6 +10,7 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file
+from support.cases import mostly_slow
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from finray.training.common.storage import Folder
@@ -25,6 +26,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 
 STEPS, HALF = 16, 8
 NF4 = {"quantize": "nf4"}
+GENTLE: dict[str, Any] = {"data": {"holdout": 0.2}, "optim": {"learning_rate": 1e-2}}
 
 PLAIN: dict[str, Any] = {"adapter": {"rank": 4, "alpha": 8}}
 
@@ -57,8 +59,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "nf4-dora": {**adapter(dora=True), "model": NF4},
     "loftq": {**adapter(init="loftq"), "model": NF4},
     "int8": {**PLAIN, "model": {"quantize": "int8"}},
-    "existing": {"model": {"adapter": "lora"}},
-    "existing-nf4": {"model": {"adapter": "nf4", **NF4}},
+    "existing": {**GENTLE, "model": {"adapter": "lora"}},
+    "existing-nf4": {**GENTLE, "model": {"adapter": "nf4", **NF4}},
     "freeze-layers": {"freeze": {"last_layers": 1}},
     "freeze-pattern": {"freeze": {"train": [r"mlp\.", "lm_head"]}},
     "full": {},
@@ -67,6 +69,13 @@ RESUMED = [
     *("lora", "dora", "pissa", "olora", "modules-to-save", "lora-plus", "bfloat16", "nf4"),
     *("bfloat16-autocast", "bfloat16-pissa", "loftq", "int8", "existing", "freeze-layers"),
 ]
+
+
+QUICK = {
+    *("lora", "dora", "pissa", "modules-to-save", "bfloat16-autocast", "nf4"),
+    *("existing-nf4", "freeze-layers", "full"),
+}
+"""Of each kind one; the others differ in a setting."""
 
 
 @dataclass
@@ -91,12 +100,16 @@ class Runs:
         }
         values = {
             "name": variant,
-            "data": {"train": [{"path": str(self.data)}], "max_length": 96},
             "scale": {"workers": 0},
             "storage": str(self.storage),
             "log": {"every_steps": 1},
             "checkpoint": {"every_steps": HALF, "keep": 9},
             **changes,
+            "data": {
+                "train": [{"path": str(self.data)}],
+                "max_length": 96,
+                **changes.get("data", {}),
+            },
             "model": model,
             "optim": optim,
         }
@@ -165,13 +178,17 @@ def loaded_alone(recipe: Recipe, run: Path) -> Any:
     return PeftModel.from_pretrained(base, run / "adapter", autocast_adapter_dtype=False).eval()
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", mostly_slow(VARIANTS, QUICK))
 def test_it_learns_and_loads_alone(runs: Runs, variant: str) -> None:
     recipe, run = runs.recipe(variant), runs.run(variant)
     losses = logged(run)
     assert sorted(losses) == list(range(1, STEPS + 1))
-    fall = 0.02 if variant.startswith("existing") else 0.1
-    assert losses[STEPS] < losses[1] - fall, losses
+    if variant.startswith("existing"):
+        # What is left to learn is less than batches differ by: the same rows tell.
+        told = json.loads((run / "run.json").read_text(encoding="utf-8"))
+        assert told["metrics"]["eval_loss"] < told["before"]["eval_loss"] - 0.02
+    else:
+        assert losses[STEPS] < losses[1] - 0.1, losses
     tokens = torch.arange(3, 67).reshape(2, 32)
     with torch.no_grad():
         ours = in_memory(recipe, run)(tokens).logits.float()
@@ -185,7 +202,7 @@ def test_it_learns_and_loads_alone(runs: Runs, variant: str) -> None:
     assert distance(ours, untrained) > 0.2
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", mostly_slow(VARIANTS, QUICK))
 def test_its_export_is_the_model_that_was_trained(runs: Runs, variant: str, tmp_path: Path) -> None:
     """An adapter merged into its base as the run held it, and what is a whole model already."""
     recipe, run = runs.recipe(variant), runs.run(variant)
@@ -205,7 +222,7 @@ def distance(one: torch.Tensor, other: torch.Tensor) -> float:
     return float((one - other).square().mean().sqrt() / one.std())
 
 
-@pytest.mark.parametrize("variant", RESUMED)
+@pytest.mark.parametrize("variant", mostly_slow(RESUMED, QUICK))
 def test_a_resumed_run_ends_the_same(runs: Runs, variant: str, tmp_path: Path) -> None:
     run = runs.run(variant)
     again = tmp_path / variant

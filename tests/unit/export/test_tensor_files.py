@@ -1,8 +1,6 @@
 """Weights files, read and written one tensor at a time."""
 
 import json
-import subprocess
-import sys
 import tempfile
 from collections import namedtuple
 from collections.abc import Callable
@@ -15,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig
 from safetensors.torch import load_file, save_file
+from support.forking import ForkServer
 from transformers import LlamaConfig
 
 from finray.training.common.errors import InputError
@@ -152,7 +151,7 @@ def make_adapter(folder: Path, layers: int) -> Path:
     return folder
 
 
-def test_memory_of_a_merge(tmp_path: Path) -> None:
+def test_memory_of_a_merge(tmp_path: Path, fork_server: ForkServer) -> None:
     """340 MB of weights pass through a process that grows by less than one shard."""
     paths = [
         make_base(tmp_path / "base", LAYERS),
@@ -161,10 +160,8 @@ def test_memory_of_a_merge(tmp_path: Path) -> None:
         make_adapter(tmp_path / "small-adapter", 1),
         tmp_path,
     ]
-    command = [sys.executable, "-c", MERGES, *map(str, paths)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+    grown = fork_server.run(MERGES, *map(str, paths))
     index = json.loads((tmp_path / "large" / "model.safetensors.index.json").read_bytes())
     assert index["metadata"]["total_size"] > 335_000_000
     # Of which one tensor is at most 4 MB; 30 MB were measured, with the adapter.
-    assert int(done.stdout) < SHARD
+    assert int(grown) < SHARD

@@ -13,6 +13,7 @@ from typing import Any
 
 import psutil
 import pytest
+from support.forking import WORKER, WORKER_TITLE, ForkServer, fork_workers
 from support.harness import wait_until
 from support.recorded import RecordedProgress
 
@@ -42,18 +43,32 @@ def task(tmp_path: Path) -> WorkerTask:
     return WorkerTask(recipe=recipe, run=f"{tmp_path}/run", prepared=f"{tmp_path}/gone")
 
 
+@pytest.fixture
+def forked(fork_server: ForkServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Workers are forked with their libraries loaded, instead of started."""
+    monkeypatch.setattr(subprocess, "Popen", fork_workers(fork_server))
+
+
 @contextmanager
 def started(
     env: dict[str, str], **scale: Any
 ) -> Iterator[tuple[LocalLauncher, list[psutil.Process]]]:
     """Two workers, which must be gone afterwards."""
-    settings, others = ScaleSettings(workers=2, **scale), psutil.Process().children()
+    settings, others = ScaleSettings(workers=2, **scale), worker_processes()
     request = WorkerRequest(2, 2, 1.0, 0.0)
     with LocalLauncher(settings, request, 2, Stop(), env, verbose=False) as workers:
-        children = [child for child in psutil.Process().children() if child not in others]
+        children = [child for child in worker_processes() if child not in others]
         assert len(children) == 2
         yield workers, children
     assert not any(child.is_running() for child in children)
+
+
+def worker_processes() -> list[psutil.Process]:
+    return [
+        child
+        for child in psutil.Process().children(recursive=True)
+        if WORKER in child.cmdline() or child.name() == WORKER_TITLE
+    ]
 
 
 def logs_of(told: str) -> str:
@@ -63,6 +78,7 @@ def logs_of(told: str) -> str:
     return "".join(path.read_text(encoding="utf-8") for path in sorted(folder.iterdir()))
 
 
+@pytest.mark.usefixtures("forked")
 def test_a_fault_that_a_restart_would_repeat_is_handed_on(task: WorkerTask) -> None:
     progress = RecordedProgress()
     with started({}) as (workers, _):
@@ -72,6 +88,7 @@ def test_a_fault_that_a_restart_would_repeat_is_handed_on(task: WorkerTask) -> N
     assert progress.statuses == []
 
 
+@pytest.mark.usefixtures("forked")
 def test_a_worker_that_ends_without_a_word(task: WorkerTask) -> None:
     """One more attempt is made, with both anew."""
     progress = RecordedProgress()
@@ -91,7 +108,7 @@ def test_an_error_in_a_worker_is_told_with_what_it_printed(
         "import sys\nsys.modules['finray.training.engine.worker'] = None\n", encoding="utf-8"
     )
     with (
-        started({"PYTHONPATH": str(tmp_path)}, max_failures=0) as (workers, _),
+        started({"PYTHONPATH": before_all_else(tmp_path)}, max_failures=0) as (workers, _),
         pytest.raises(RunError, match=r"worker 0 failed: ModuleNotFoundError: import of") as error,
     ):
         run_with_retries(task, workers, SILENT)
@@ -123,13 +140,19 @@ def test_what_a_worker_started_ends_with_it(task: WorkerTask, tmp_path: Path) ->
         "import subprocess\nsubprocess.Popen(['sleep', '314.15'])\nprint('not an answer')",
         encoding="utf-8",
     )
-    with started({"PYTHONPATH": str(tmp_path)}, max_failures=0) as (workers, (first, second)):
+    env = {"PYTHONPATH": before_all_else(tmp_path)}
+    with started(env, max_failures=0) as (workers, (first, second)):
         wait_until(lambda: bool(first.children() and second.children()), "what they start")
         left = [*first.children(), *second.children()]
         second.kill()
         with pytest.raises(RunError, match="worker 1 was ended by SIGKILL"):
             run_with_retries(task, workers, SILENT)
     assert [child.cmdline() for child in left if is_alive(child)] == []
+
+
+def before_all_else(folder: Path) -> str:
+    """A PYTHONPATH."""
+    return os.pathsep.join([str(folder), os.environ.get("PYTHONPATH", "")])
 
 
 def is_alive(process: psutil.Process) -> bool:

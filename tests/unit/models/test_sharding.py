@@ -12,6 +12,7 @@ from unittest.mock import patch
 import pytest
 import torch
 from safetensors.torch import load_file
+from support.cases import mostly_slow
 from support.steps import by_workers, make_sequences, make_setup, one_step
 from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
@@ -77,7 +78,11 @@ def assert_close(one: dict[str, Any], other: dict[str, Any], **tolerance: float)
 
 
 @pytest.mark.parametrize(
-    ("kind", "workers"), [*((kind, 2) for kind in KINDS), ("full", 4), ("nf4", 4)]
+    ("kind", "workers"),
+    mostly_slow(
+        [*((kind, 2) for kind in KINDS), ("full", 4), ("nf4", 4)],
+        quick={("freeze", 2), ("dora", 2), ("nf4", 2), ("recomputed", 2)},
+    ),
 )
 def test_the_step_is_that_of_one_process(
     tiny_model: Path, tmp_path: Path, kind: str, workers: int
@@ -183,7 +188,7 @@ def state_of(checkpoint: Path) -> dict[str, torch.Tensor]:
 CHAIN = [(1, "auto"), (2, "fsdp"), (4, "fsdp"), (2, "ddp"), (2, "fsdp"), (1, "auto")]
 
 
-@pytest.mark.parametrize("kind", ["full", "bfloat16"])
+@pytest.mark.parametrize("kind", mostly_slow(["full", "bfloat16"], quick={"full"}))
 def test_a_checkpoint_belongs_to_no_number_of_workers(
     tiny_model: Path, tmp_path: Path, kind: str
 ) -> None:
@@ -272,7 +277,7 @@ def settings_of(file: Path) -> dict[str, Any]:
     return {**read, "target_modules": sorted(modules)} if modules else read
 
 
-@pytest.mark.parametrize("kind", ["full", "dora", "nf4"])
+@pytest.mark.parametrize("kind", mostly_slow(["full", "dora", "nf4"], quick={"dora"}))
 def test_every_rank_holds_its_share_and_the_result_is_whole(
     tiny_model: Path, tmp_path: Path, kind: str
 ) -> None:

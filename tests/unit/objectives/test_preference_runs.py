@@ -10,6 +10,7 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file
+from support.cases import mostly_slow
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from finray.training.common.errors import InputError
@@ -86,6 +87,13 @@ def interrupted(folder: Path) -> None:
     (folder / "run.json").write_text(json.dumps({**record, "status": "running"}), encoding="utf-8")
 
 
+@pytest.fixture(scope="module")
+def direct(tiny_model: Path, pairs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of DPO that is compared with its base; only read."""
+    storage = tmp_path_factory.mktemp("direct")
+    return run(make_recipe(tiny_model, pairs, storage, method={"kind": "dpo"}))
+
+
 def references(storage: Path) -> list[Path]:
     return sorted(storage.glob("prepared/*/reference-*.parquet"))
 
@@ -104,7 +112,11 @@ RESUMED: list[tuple[dict[str, Any], bool]] = [
 """Recipes, and whether a precomputed reference is still there."""
 
 
-@pytest.mark.parametrize(("changes", "keeps_reference"), RESUMED, ids=str)
+@pytest.mark.parametrize(
+    ("changes", "keeps_reference"),
+    mostly_slow(RESUMED, quick=[RESUMED[0], RESUMED[2], *RESUMED[-2:]]),
+    ids=str,
+)
 def test_a_resumed_run_ends_the_same(
     tiny_model: Path,
     pairs: Path,
@@ -128,10 +140,11 @@ def test_a_resumed_run_ends_the_same(
     assert len(json.loads((folder / "run.json").read_text(encoding="utf-8"))["restarts"]) == 1
 
 
-def test_a_precomputed_reference(tiny_model: Path, pairs: Path, tmp_path: Path) -> None:
+def test_a_precomputed_reference(
+    tiny_model: Path, pairs: Path, direct: Path, tmp_path: Path
+) -> None:
     """It gives what the model itself gives, for every row, and is found again by its key."""
-    direct = run(make_recipe(tiny_model, pairs, tmp_path, method={"kind": "dpo"}))
-    assert not references(tmp_path)
+    assert not references(direct.parent)
     recipe = make_recipe(tiny_model, pairs, tmp_path, method=PRECOMPUTED, name="precomputed")
     folder = run(recipe)
     for one, other in zip(lines(direct), lines(folder), strict=True):
@@ -151,30 +164,28 @@ def test_a_precomputed_reference(tiny_model: Path, pairs: Path, tmp_path: Path) 
     assert len(references(tmp_path)) == 2
 
 
-def test_a_named_reference(tiny_model: Path, pairs: Path, tmp_path: Path) -> None:
+def test_a_named_reference(tiny_model: Path, pairs: Path, direct: Path, tmp_path: Path) -> None:
     """The base by name is the base under the adapter; an earlier run is another one."""
-    first = run(make_recipe(tiny_model, pairs, tmp_path, method={"kind": "dpo"}))
     by_name = {"kind": "dpo", "reference_model": str(tiny_model)}
     same = run(make_recipe(tiny_model, pairs, tmp_path, method=by_name, name="same"))
-    for one, other in zip(lines(first), lines(same), strict=True):
+    for one, other in zip(lines(direct), lines(same), strict=True):
         assert one == pytest.approx(other, abs=1e-5)
-    by_run = {"kind": "dpo", "reference_model": str(first / "adapter")}
+    by_run = {"kind": "dpo", "reference_model": str(direct / "adapter")}
     other = run(make_recipe(tiny_model, pairs, tmp_path, method=by_run, name="other"))
     start = next(line for line in lines(other) if "loss" in line)
     assert abs(start["loss"] - 0.6931) > 0.01
 
 
 def test_training_on_from_an_adapter_is_compared_with_it(
-    tiny_model: Path, pairs: Path, tmp_path: Path
+    tiny_model: Path, pairs: Path, direct: Path, tmp_path: Path
 ) -> None:
-    first = run(make_recipe(tiny_model, pairs, tmp_path, method={"kind": "dpo"}))
     on = make_recipe(
         tiny_model,
         pairs,
         tmp_path,
         name="on",
         method={"kind": "dpo"},
-        model={"base": str(tiny_model), "adapter": str(first / "adapter")},
+        model={"base": str(tiny_model), "adapter": str(direct / "adapter")},
         adapter=None,
     )
     losses = [line["loss"] for line in lines(run(on)) if "loss" in line]
@@ -182,15 +193,19 @@ def test_training_on_from_an_adapter_is_compared_with_it(
     assert losses[-1] < 0.69
 
 
-def test_preferences_are_learnt(tiny_model: Path, pairs: Path, tmp_path: Path) -> None:
-    recipe = make_recipe(tiny_model, pairs, tmp_path, method={"kind": "dpo"})
-    end = lines(run(recipe))[-1]
+def test_preferences_are_learnt(direct: Path) -> None:
+    end = lines(direct)[-1]
     assert end["eval_reward_accuracy"] > 0.9
     assert end["eval_reward_margin"] > 0.1
 
 
-@pytest.mark.parametrize("pad", ["own", "eos"])
-@pytest.mark.parametrize("adapted", [True, False])
+@pytest.mark.parametrize(
+    ("pad", "adapted"),
+    mostly_slow(
+        [("own", True), ("eos", True), ("own", False), ("eos", False)],
+        quick={("eos", True), ("own", False)},
+    ),
+)
 def test_a_reward_model_scores_alone(
     tiny_model: Path, pairs: Path, tmp_path: Path, pad: str, adapted: bool
 ) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from support.cases import mostly_slow
 from support.steps import by_workers, make_setup, one_step
 
 from finray.training.config.recipe import Recipe
@@ -78,7 +79,10 @@ def make_model(settings: Recipe) -> Any:
 
 
 @pytest.mark.parametrize("method", METHODS, ids=lambda method: method["kind"])
-@pytest.mark.parametrize(("world_size", "strategy"), [(2, "ddp"), (3, "ddp"), (2, "fsdp")])
+@pytest.mark.parametrize(
+    ("world_size", "strategy"),
+    mostly_slow([(2, "ddp"), (3, "ddp"), (2, "fsdp")], quick={(3, "ddp")}),
+)
 def test_workers(
     tiny_model: Path, tmp_path: Path, method: dict[str, Any], world_size: int, strategy: str
 ) -> None:

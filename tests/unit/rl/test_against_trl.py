@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset
+from support.cases import mostly_slow
 from support.online_runs import REWARD, Trained
 
 from finray.training.config.recipe import Recipe
@@ -105,7 +106,9 @@ def _flat(model: Any) -> torch.Tensor:
 
 # TRL's own warnings are not finray's.
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    "case", mostly_slow(CASES, quick={"grpo-kl", "grpo-passes", "rloo-passes"})
+)
 def test_the_first_20_losses(
     case: str,
     online_recipe: Callable[..., Recipe],

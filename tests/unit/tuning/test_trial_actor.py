@@ -1,11 +1,10 @@
 """A trial in its slot's process, without Ray: what it reports, and how it ends."""
 
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from support.forking import ForkServer
 from support.guarded import carry_out, lines, recipe
 from support.trials import reports_of, trial_of
 
@@ -77,16 +76,14 @@ def test_the_base_is_measured_once_for_all_trials_of_a_slot(
     assert len(measured) == 2
 
 
-def test_a_slot_does_not_load_torchs_compiler() -> None:
-    """In the order in which a slot loads what it needs."""
+def test_a_slot_does_not_load_torchs_compiler(fork_server: ForkServer) -> None:
+    """The server has what else a slot loads, and more."""
     program = (
         "import sys, finray.tuning.trial_actor\n"
         "import finray.training.models.base_cache, finray.training.engine.worker\n"
         "print('peft' in sys.modules, 'torch._inductor.compile_fx' in sys.modules)"
     )
-    command = [sys.executable, "-c", program]
-    told = subprocess.run(command, check=True, capture_output=True, text=True)
-    assert told.stdout.split() == ["True", "False"]
+    assert fork_server.run(program).split() == ["True", "False"]
 
 
 def with_holdout(settings: Recipe, rank: int) -> Recipe:

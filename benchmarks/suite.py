@@ -1,0 +1,77 @@
+"""How long the test suite takes: runs make targets, and writes seconds per file and test.
+
+python benchmarks/suite.py [test-unit test test-rest]
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import tempfile
+import time
+import xml.etree.ElementTree as xml
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from measure import HERE
+
+RESULTS = HERE / "results" / "suite.json"
+TARGETS = ("test-unit", "test", "test-rest")
+COUNTS = ("tests", "failures", "errors", "skipped")
+LONGEST = 30
+
+
+def run(target: str) -> dict[str, Any]:
+    """Seconds of a target, its tests' outcomes, and where the time goes."""
+    with tempfile.TemporaryDirectory() as folder:
+        report = Path(folder) / "report.xml"
+        options = f"-o junit_family=xunit1 --junitxml={report}"
+        began, before = time.monotonic(), os.times()
+        code = subprocess.run(
+            ["make", target],
+            cwd=HERE.parent,
+            env={**os.environ, "PYTEST_ADDOPTS": options},
+            check=False,
+        ).returncode
+        seconds, after = time.monotonic() - began, os.times()
+        suite = next(xml.parse(report).getroot().iter("testsuite"))
+    tests = {_name(case): float(case.attrib["time"]) for case in suite.iter("testcase")}
+    files: Counter[str] = Counter()
+    for name, each in tests.items():
+        files[name.partition("::")[0]] += each
+    cpu = after.children_user + after.children_system
+    return {
+        "exit_code": code,
+        "seconds": round(seconds, 1),
+        "cpu_seconds": round(cpu - before.children_user - before.children_system, 1),
+        "tests": {
+            key: int(suite.attrib[key]) for key in ("tests", "failures", "errors", "skipped")
+        },
+        "files": {name: round(each, 1) for name, each in files.most_common()},
+        "longest": {name: round(each, 1) for name, each in Counter(tests).most_common(LONGEST)},
+    }
+
+
+def _name(case: xml.Element) -> str:
+    name = case.attrib["name"].rpartition("@")[0] or case.attrib["name"]  # @ and xdist's group
+    return f"{case.attrib['file']}::{name}"
+
+
+def commit() -> str:
+    command = ["git", "rev-parse", "HEAD"]
+    return subprocess.check_output(command, cwd=HERE, text=True).strip()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("targets", nargs="*", default=list(TARGETS))
+    results = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else {}
+    for target in parser.parse_args().targets:
+        results[target] = {"commit": commit(), "cores": os.cpu_count(), **run(target)}
+        RESULTS.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+        print(f"make {target}: {results[target]['seconds']} s")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,273 @@
+"""Processes forked from one that has the libraries loaded: most of a start is imports.
+
+server (loads the libraries) → command → spawner, forked while the command is single-threaded →
+worker processes. Each has its own session or group, streams, environment and folder, and real
+signals; exit codes come back over a pipe.
+
+    python forking.py FD      # serves requests from the socket FD
+"""
+
+import ctypes
+import gc
+import importlib
+import json
+import os
+import select
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import IO, Any, NoReturn
+
+COMMAND = "finray.cluster.cli.main"
+WORKER = "finray.training.launch.worker_process"
+WORKER_TITLE = "finray-worker"
+"""Name of a forked worker process; its command line is the server's."""
+LIBRARIES = (
+    # First what each worker loads: it does without torch's compiler.
+    *("finray.training.models.base_cache", "finray.training.engine.worker"),
+    *("pyarrow.dataset", "pyarrow.fs", "pyarrow.json", "yaml", "rich.progress", "jinja2"),
+    *("torch.distributed.fsdp", "torch.utils.tensorboard", "transformers.trainer"),
+    *("transformers.models.llama.modeling_llama", "transformers.models.auto.modeling_auto"),
+    *("transformers.models.auto.tokenization_auto", "peft.tuners.lora", "bitsandbytes"),
+    *("peft.utils.transformers_weight_conversion", "torch.utils.serialization.config"),
+    *("finray.cluster.cli.train", "finray.cluster.launcher", "finray.cluster.cli.check"),
+    *("finray.cluster.cli.screens.progress", "finray.cluster.cli.screens.summary"),
+    *("finray.training.run", "finray.training.export.export"),
+    WORKER,
+)
+_SET_NAME = 15
+_PACKET = 1 << 20
+
+
+@dataclass(frozen=True)
+class Task:
+    """What a forked process runs."""
+
+    module: str
+    """Its `main` is called; empty for a program."""
+    arguments: list[str]
+    environment: dict[str, str]
+    folder: str
+    new_session: bool = False
+    """Else only a process group of its own."""
+    program: str = ""
+    """Python source."""
+
+
+class Forked:
+    """As much of `subprocess.Popen` as is used of it, for a process that a server forked."""
+
+    def __init__(self, pid: int, status: int) -> None:
+        self.pid = pid
+        self.returncode: int | None = None
+        self.stdin: IO[bytes] | None = None
+        self.stdout: IO[bytes] | None = None
+        self._status = status
+        self._lock = threading.Lock()
+
+    def __del__(self) -> None:
+        os.close(self._status)
+
+    def poll(self) -> int | None:
+        with self._lock:
+            if self.returncode is None and select.select([self._status], [], [], 0)[0]:
+                # No code: the server itself was killed.
+                self.returncode = int(os.read(self._status, 20) or -signal.SIGKILL)
+        return self.returncode
+
+    def wait(self, timeout: float | None = None) -> int:
+        end = None if timeout is None else time.monotonic() + timeout
+        while (code := self.poll()) is None:
+            left = None if end is None else max(0.0, end - time.monotonic())
+            if left == 0.0:
+                raise subprocess.TimeoutExpired(f"process {self.pid}", timeout or 0.0)
+            select.select([self._status], [], [], left)
+        return code
+
+    def send_signal(self, number: int) -> None:
+        if self.poll() is None:
+            os.kill(self.pid, number)
+
+    def kill(self) -> None:
+        self.send_signal(signal.SIGKILL)
+
+
+class ForkServer:
+    """The side of the one that asks; one request at a time."""
+
+    def __init__(self, channel: socket.socket) -> None:
+        self._channel = channel
+        self._lock = threading.Lock()
+
+    @classmethod
+    def launch(cls) -> "ForkServer":
+        """A new server, which ends with this process; it loads the libraries meanwhile."""
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        with theirs:
+            server = subprocess.Popen(
+                [sys.executable, "-P", __file__, str(theirs.fileno())],
+                pass_fds=[theirs.fileno()],
+                stdin=subprocess.DEVNULL,
+                start_new_session=True,
+                # Arrow's allocator would start a thread.
+                env={**os.environ, "JE_ARROW_MALLOC_CONF": "background_thread:false"},
+            )
+        made = cls(ours)
+        made.process = server
+        return made
+
+    process: subprocess.Popen[bytes] | None = None
+
+    def close(self) -> None:
+        self._channel.close()
+        if self.process is not None:
+            self.process.wait(60)
+
+    def start(self, task: Task, stdin: int, stdout: int, stderr: int) -> Forked:
+        """Fork a process with these streams; it has its session or group when this returns."""
+        reader, writer = os.pipe()
+        message = json.dumps(asdict(task)).encode()
+        try:
+            with self._lock:
+                socket.send_fds(self._channel, [message], [stdin, stdout, stderr, writer])
+                answer = self._channel.recv(_PACKET)
+        finally:
+            os.close(writer)
+        assert answer, "the fork server is gone"
+        return Forked(int(answer), reader)
+
+    def start_worker(self, environment: dict[str, str], stderr: IO[bytes] | None) -> Forked:
+        """A worker process, with pipes to its orders and from its answers."""
+        (orders, stdin), (stdout, answers) = os.pipe(), os.pipe()
+        log = 2 if stderr is None else stderr.fileno()
+        task = Task(WORKER, [], environment, str(Path.cwd()))
+        try:
+            worker = self.start(task, orders, answers, log)
+        finally:
+            os.close(orders)
+            os.close(answers)
+        worker.stdin, worker.stdout = os.fdopen(stdin, "wb"), os.fdopen(stdout, "rb")
+        return worker
+
+    def run(self, program: str, *arguments: str, seconds: float = 120) -> str:
+        """Run Python source to a good end; returns what it printed."""
+        task = Task("", list(arguments), dict(os.environ), str(Path.cwd()), program=program)
+        with tempfile.TemporaryFile() as out, Path(os.devnull).open("rb") as nothing:
+            code = self.start(task, nothing.fileno(), out.fileno(), out.fileno()).wait(seconds)
+            out.seek(0)
+            printed = out.read().decode()
+        assert code == 0, printed
+        return printed
+
+
+def fork_workers(server: ForkServer) -> type[subprocess.Popen[bytes]]:
+    """A `Popen` that asks the server for worker processes, and starts all else itself."""
+
+    class Popen(subprocess.Popen):  # type: ignore[type-arg]
+        def __new__(cls, args: Any, *_: Any, **options: Any) -> Any:
+            if WORKER in args:
+                return server.start_worker(options["env"], options["stderr"])
+            return super().__new__(cls)
+
+    return Popen
+
+
+def serve(channel: socket.socket) -> Task | None:
+    """Fork for each request: returns its task in the child, and None at the end in the server."""
+    children: dict[int, int] = {}
+    reader, writer = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+    signal.set_wakeup_fd(writer)
+    signal.signal(signal.SIGCHLD, lambda *_: None)
+    gc.collect()
+    gc.freeze()
+    while True:
+        ready, _, _ = select.select([channel, reader], [], [])
+        if reader in ready:
+            os.read(reader, 1000)
+            _reap(children)
+        if channel not in ready:
+            continue
+        message, streams, _, _ = socket.recv_fds(channel, _PACKET, 4)
+        if not message:
+            return None
+        *streams, status = streams
+        pid = os.fork()
+        if pid == 0:
+            signal.set_wakeup_fd(-1)
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+            task = Task(**json.loads(message))
+            _become(task, streams)
+            for other in (reader, writer, status, *children.values()):
+                os.close(other)
+            channel.send(str(os.getpid()).encode())
+            channel.close()
+            return task
+        children[pid] = status
+        for stream in streams:
+            os.close(stream)
+
+
+def _reap(children: dict[int, int]) -> None:
+    while children:
+        pid, status = os.waitpid(-1, os.WNOHANG)
+        if pid == 0:
+            return
+        pipe = children.pop(pid)
+        os.write(pipe, str(os.waitstatus_to_exitcode(status)).encode())
+        os.close(pipe)
+
+
+def _become(task: Task, streams: list[int]) -> None:
+    if task.new_session:
+        os.setsid()
+    else:
+        os.setpgid(0, 0)
+    for number, stream in enumerate(streams):
+        os.dup2(stream, number)
+        os.close(stream)
+    os.chdir(task.folder)
+    os.environ.clear()
+    os.environ.update(task.environment)
+    if task.module == WORKER:
+        ctypes.CDLL(None).prctl(_SET_NAME, WORKER_TITLE.encode(), 0, 0, 0)
+
+
+def _fork_spawner() -> Task | None:
+    """None in the command, whose worker processes are forked from now on; a task in each."""
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    if os.fork():
+        theirs.close()
+        subprocess.Popen = fork_workers(ForkServer(ours))  # type: ignore[misc]
+        return None
+    ours.close()
+    os.setpgid(0, 0)  # Ctrl-C does not reach it
+    return serve(theirs) or _end()
+
+
+def _end() -> NoReturn:
+    os._exit(0)
+
+
+def main() -> None:
+    sys.argv, channel = [COMMAND], socket.socket(fileno=int(sys.argv[1]))
+    for name in LIBRARIES:
+        importlib.import_module(name)
+    assert "ray" not in sys.modules, "Ray reads its environment when it is loaded"
+    task = serve(channel) or _end()
+    if task.module == COMMAND:
+        task = _fork_spawner() or task
+    sys.argv = [task.module, *task.arguments]
+    if task.program:
+        exec(task.program, {"__name__": "__main__"})
+        return
+    sys.exit(importlib.import_module(task.module).main())
+
+
+if __name__ == "__main__":
+    main()
