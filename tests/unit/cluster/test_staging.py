@@ -1,5 +1,6 @@
 """What is uploaded with a job: files by content, relative paths, a limit, and nothing hidden."""
 
+import os
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -101,7 +102,8 @@ def test_too_big_names_what_and_where_to_put_it(tmp_path: Path, rows: Path) -> N
 def test_a_file_that_gitignore_hides_is_uploaded_and_noted(tmp_path: Path, rows: Path) -> None:
     from ray._private.runtime_env.packaging import create_package
 
-    subprocess.run(["git", "init", "--quiet", str(rows)], check=True)
+    own = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
+    subprocess.run(["git", "init", "--quiet", str(rows)], check=True, env=own)
     (rows / ".gitignore").write_text("*.jsonl\n", encoding="utf-8")
     target = parcel(tmp_path)
     staged = stage(make(rows), target, ())
