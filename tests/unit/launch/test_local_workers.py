@@ -47,14 +47,12 @@ def forked(fork_server: ForkServer, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @contextmanager
-def started(
-    env: dict[str, str], count: int = 2, **scale: Any
-) -> Iterator[tuple[Processes, list[psutil.Process]]]:
-    """Workers, which must be gone afterwards."""
+def started(env: dict[str, str], **scale: Any) -> Iterator[tuple[Processes, list[psutil.Process]]]:
+    """Two workers, which must be gone afterwards."""
     settings, others = ScaleSettings(workers=2, **scale), worker_processes()
-    with Processes(settings, Demand(count, count, 1.0, 0.0), count, env, verbose=False) as workers:
+    with Processes(settings, Demand(2, 2, 1.0, 0.0), 2, env, verbose=False) as workers:
         children = [child for child in worker_processes() if child not in others]
-        assert len(children) == count
+        assert len(children) == 2
         yield workers, children
     assert not any(child.is_running() for child in children)
 
@@ -109,12 +107,13 @@ def test_an_error_in_a_worker_is_told_with_what_it_printed(job: Job, tmp_path: P
     assert logs_of(str(error.value)).count("Traceback") == 2
 
 
+@pytest.mark.slow
 def test_a_file_of_the_current_folder_is_not_taken_for_a_library(
     job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "torch.py").write_text("raise SystemError('not this one')", encoding="utf-8")
     monkeypatch.chdir(tmp_path)
-    with started({}, count=1, max_failures=0) as (workers, _):
+    with started({}, max_failures=0) as (workers, _):
         assert "is gone" in str(workers.launch(job, Stop(), lambda _: None)["error"])
 
 
