@@ -116,7 +116,7 @@ def cases() -> Iterator[Any]:
         yield pytest.param(method, id=name_of(method), marks=marks)
 
 
-@pytest.mark.parametrize("method", cases())
+@pytest.mark.parametrize("method", [*cases()])
 def test_losses_of_the_first_steps(
     tiny_model: Path, tmp_path: Path, method: dict[str, Any]
 ) -> None:

@@ -17,7 +17,7 @@ from support.hosts import Host, Network, why_not
 pytestmark = [
     pytest.mark.hosts,
     pytest.mark.ray,
-    pytest.mark.timeout(600),
+    pytest.mark.timeout(900),
     pytest.mark.skipif(why_not() is not None, reason=str(why_not())),
 ]
 PORT, DASHBOARD = 6379, 8265

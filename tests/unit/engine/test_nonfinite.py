@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from support import steps
+from support.cases import mostly_slow
 from support.guarded import assert_same, carry_out, lines, recipe, spoil
 from transformers import AutoModelForCausalLM
 
@@ -277,7 +278,7 @@ def test_resumed_behind_a_skipped_step(
     assert_same(again, run)
 
 
-@pytest.mark.parametrize(("log_every", "faults"), [(1, 3), (100, 2)])
+@pytest.mark.parametrize(("log_every", "faults"), mostly_slow([(1, 3), (100, 2)], quick={(100, 2)}))
 def test_a_transient_fault_is_cured(
     tiny_model: Path,
     chat_file: Path,

@@ -72,8 +72,8 @@ RESUMED = [
 
 
 QUICK = {
-    *("lora", "dora", "pissa", "modules-to-save", "bfloat16-autocast", "nf4"),
-    *("existing-nf4", "freeze-layers", "full"),
+    *("lora", "pissa", "bfloat16-autocast", "nf4", "existing-nf4"),
+    *("freeze-layers", "full"),
 }
 """Of each kind one; the others differ in a setting."""
 

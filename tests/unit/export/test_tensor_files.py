@@ -151,6 +151,7 @@ def make_adapter(folder: Path, layers: int) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_memory_of_a_merge(tmp_path: Path, fork_server: ForkServer) -> None:
     """340 MB of weights pass through a process that grows by less than one shard."""
     paths = [

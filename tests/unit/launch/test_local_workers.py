@@ -115,6 +115,7 @@ def test_an_error_in_a_worker_is_told_with_what_it_printed(
     assert logs_of(str(error.value)).count("Traceback") == 2
 
 
+@pytest.mark.slow
 def test_a_file_of_the_current_folder_is_not_taken_for_a_library(
     task: WorkerTask, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -40,10 +40,15 @@ def test_the_microbatch_is_halved(
     tiny_model: Path, chat_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """From 8 to 2; every loss and weight is that of a recipe that says 2."""
-    carry_out(recipe(tiny_model, chat_file, tmp_path, "small", micro_batch_size=2))
-    carry_out(recipe(tiny_model, chat_file, tmp_path, "large", micro_batch_size=8))
+
+    def run(name: str, rows: int) -> dict[str, Any]:
+        settings = {"micro_batch_size": rows, "max_steps": 6}
+        return carry_out(recipe(tiny_model, chat_file, tmp_path, name, **settings))
+
+    run("small", 2)
+    run("large", 8)
     spoil(monkeypatch, holds(2))
-    record = carry_out(recipe(tiny_model, chat_file, tmp_path, "run", micro_batch_size=8))
+    record = run("run", 8)
     assert_same(tmp_path / "run", tmp_path / "small")
     large = losses(tmp_path / "large")
     assert losses(tmp_path / "run") == pytest.approx(large, abs=1e-4)
@@ -72,7 +77,7 @@ def test_with_one_row_it_says_what_to_change(
     tiny_model: Path, chat_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """And the same command again starts with what was learnt."""
-    settings = recipe(tiny_model, chat_file, tmp_path, "run", micro_batch_size=3)
+    settings = recipe(tiny_model, chat_file, tmp_path, "run", micro_batch_size=3, max_steps=4)
     with monkeypatch.context() as full:
         spoil(full, holds(0))
         with pytest.raises(RunError, match=r"step 1: .*gradient_checkpointing.*max_length"):

@@ -81,7 +81,7 @@ def assert_close(one: dict[str, Any], other: dict[str, Any], **tolerance: float)
     ("kind", "workers"),
     mostly_slow(
         [*((kind, 2) for kind in KINDS), ("full", 4), ("nf4", 4)],
-        quick={("freeze", 2), ("dora", 2), ("nf4", 2), ("recomputed", 2)},
+        quick={("dora", 2), ("nf4", 2)},
     ),
 )
 def test_the_step_is_that_of_one_process(
