@@ -125,7 +125,7 @@ def test_losses_of_the_first_steps(
     data.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     recipe = make_recipe(tiny_model, data, method)
     folder = Folder(str(tmp_path / "prepared"))
-    prepared = prepare(recipe, folder, run_in_process, lambda _: None)
+    prepared = prepare(recipe, folder, run_in_process)
     order = in_order(recipe, prepared, STEPS)
     trainer = make_trainer(
         recipe,
