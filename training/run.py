@@ -73,7 +73,7 @@ def train(recipe: Recipe, launcher: Launcher, progress: Progress = SILENT) -> Re
     # If another driver takes over the lock, which is then stale, this one stops.
     with hold_run_lock(folder.create(), launcher.stop.requested, progress) as stale:
         if stale is not None:
-            progress.status(f"taking over the run from {stale}")
+            progress.status(f"taking over from {stale}")
         result = run_prepared(recipe, prepared, launcher, progress)
     _raise_failure(result, folder)
     return existing_run(folder)

@@ -42,7 +42,7 @@ def redact(text: str) -> str:
 
 
 def secret_kind(text: str) -> str | None:
-    """The first secret that `redact` would hide, such as "a Hugging Face token", or None."""
+    """The kind of the first secret in the text, such as "a Hugging Face token", or None."""
     return next((kind for kind, _ in _hide(text)), None)
 
 

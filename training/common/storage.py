@@ -124,7 +124,7 @@ class Folder:
             return bytes(stream.read())
 
     def write(self, name: str, content: bytes) -> None:
-        """Write a file atomically: after a crash it has the old content or the new."""
+        """Write a file atomically: readers get the old content or the new, also after a crash."""
         if self.local is None:
             with self.filesystem.open_output_stream(self.file(name)) as stream:
                 stream.write(content)

@@ -51,7 +51,7 @@ class Uploader:
 
     @property
     def is_idle(self) -> bool:
-        """True if no upload runs."""
+        """True if no upload is running."""
         return self._thread is None or not self._thread.is_alive()
 
     def start(self, work: Callable[[], None], clean_up: Callable[[], None] = lambda: None) -> None:

@@ -113,7 +113,7 @@ def chat_template_of(tokenizer: Any, requested: str | None) -> ChatTemplate:
     """The requested chat template, or the tokenizer's own.
 
     Args:
-        tokenizer: of the model.
+        tokenizer: the model's tokenizer.
         requested: the recipe's data.chat_template: chatml, Jinja source, or None.
 
     Raises:

@@ -40,7 +40,7 @@ def _no_extra(_: Row, __: Example) -> None:
 
 @dataclass(frozen=True)
 class ExampleRules:
-    """How rows become the examples of a method."""
+    """How the rows of a data set are converted to the examples of a method."""
 
     shapes: tuple[type[Example], ...]
     """Shapes that an example may have."""

@@ -54,7 +54,7 @@ class Split:
     files: tuple[str, ...]
     """Parquet files, relative to the attempt's folder."""
     row_groups: tuple[tuple[int, ...], ...]
-    """Sequences in each row group of each file."""
+    """Number of sequences in each row group of each file."""
     sequences: int
     documents: int
     tokens: int
@@ -75,7 +75,7 @@ class Histogram:
     edges: tuple[int, ...]
     """Bin i counts lengths in [edges[i], edges[i + 1]); the last bin includes its upper edge."""
     counts: tuple[int, ...]
-    """One fewer than edges."""
+    """Number of documents in each bin; one fewer than edges."""
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,7 @@ class Manifest:
 
     fingerprint: str
     attempt: str
-    """Name of the folder that holds the files."""
+    """Name of the attempt's folder, which contains the files."""
     train: Split
     eval: Split | None
     rows_read: int

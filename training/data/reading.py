@@ -252,7 +252,7 @@ class _Window:
 
 
 def _csv_rows(file: SourceFile, delimiter: str) -> Iterator[tuple[int, Row | BadRow]]:
-    csv.field_size_limit(sys.maxsize)  # the default of 128 KiB refuses long documents
+    csv.field_size_limit(sys.maxsize)  # the default of 128 KiB is too small for long documents
     with file.open_text() as stream:
         text = io.TextIOWrapper(stream, encoding="utf-8-sig", errors="surrogateescape", newline="")
         reader = csv.reader(text, delimiter=delimiter, strict=True)

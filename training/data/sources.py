@@ -42,7 +42,7 @@ class SourceFile:
     name: str
     """Path relative to `folder`."""
     size: int
-    """Bytes, as stored."""
+    """Size in bytes, as stored."""
     modified_ns: int
     """Modification time, nanoseconds since 1970; 0 if the store does not provide it."""
 

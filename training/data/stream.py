@@ -75,7 +75,7 @@ class Slice:
     stop_step: int
 
     def windows(self) -> Iterator[Window]:
-        """The windows that hold positions of these steps, in order."""
+        """The windows that contain positions of these steps, in order."""
         first, last = self.start_step * self.batch_size, self.stop_step * self.batch_size
         epoch = first // self.split.sequences
         while epoch * self.split.sequences < last:

@@ -7,7 +7,7 @@ cent of the box, so their labels keep their size at any width.
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from ..common import formatting
 
@@ -260,8 +260,8 @@ def _label(value: float, step: float, format: Format) -> str:
     return f"{value * scaled:.{decimals}f}{unit}"
 
 
-def value_text(value: float, format: Format) -> str:
-    """A value as text in the given format."""
+def value_text(value: Any, format: Format) -> str:
+    """A value as text in the given format; – if it is missing."""
     write = {
         "loss": formatting.loss,
         "exponent": formatting.exponent,

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..common import formatting
-from .charts import Format
+from .charts import Format, value_text
 
 
 @dataclass(frozen=True)
@@ -16,12 +16,7 @@ class MetricLabel:
 
     def write(self, value: Any) -> str:
         """The value as text; – if it is missing."""
-        return {
-            "loss": formatting.loss,
-            "percent": formatting.percent,
-            "count": formatting.count,
-            "exponent": formatting.exponent,
-        }[self.format](value)
+        return value_text(value, self.format)
 
     def difference(self, old: Any, new: Any) -> str:
         """The change as text, in percentage points for a share; empty if a value is missing."""
@@ -36,8 +31,8 @@ LABELS = {
     "token_accuracy": MetricLabel("token accuracy", "percent"),
     "entropy": MetricLabel("entropy"),
     "reward": MetricLabel("reward"),
-    "reward_std": MetricLabel("reward spread in a group"),
-    "reward_accuracy": MetricLabel("prefers chosen", "percent"),
+    "reward_std": MetricLabel("reward spread within a group"),
+    "reward_accuracy": MetricLabel("reward accuracy", "percent"),
     "reward_margin": MetricLabel("reward margin"),
     "kl": MetricLabel("KL to the reference"),
     "completion_length": MetricLabel("completion length", "count"),

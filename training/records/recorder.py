@@ -139,10 +139,10 @@ class RunRecorder:
         self._change(step=step, tokens=tokens, **facts)
         self._write()
 
-    def log_base(self, measures: dict[str, float]) -> None:
+    def log_base(self, metrics: dict[str, float]) -> None:
         """Record the evaluation of the base model, before the first step."""
-        self._metrics.add({"step": 0, "epoch": 0.0, **measures})
-        self._change(before=measures)
+        self._metrics.add({"step": 0, "epoch": 0.0, **metrics})
+        self._change(before=metrics)
         self._write()
 
     def add_answers(self, samples: list[Record], answers: list[str], when: str) -> None:

@@ -211,13 +211,13 @@ def _charts(metrics: Sequence[Record]) -> list[Chart | None]:
         chart("Gradient norm", "grad_norm", "loss", from_zero=True),
         *(
             chart(_capital(label_of(name).title), name, label_of(name).format)
-            for name in _measured(metrics)
+            for name in _own_metrics(metrics)
         ),
     ]
 
 
-def _measured(metrics: Sequence[Record]) -> list[str]:
-    """The method's own measures, in the order in which they are logged."""
+def _own_metrics(metrics: Sequence[Record]) -> list[str]:
+    """Names of the method's own metrics, in the order in which they are logged."""
     names = (name.removeprefix("eval_") for line in metrics for name in line)
     return [name for name in dict.fromkeys(names) if name not in _COMMON]
 
