@@ -1,4 +1,4 @@
-"""A quick look at a recipe's data, model folder and rewards, before anything heavy is imported."""
+"""A quick check of a recipe's data, model folder and rewards, before heavy imports."""
 
 import json
 from collections.abc import Sequence
@@ -19,33 +19,33 @@ from .rl.rewards.checking import check_rewards
 
 _COUNTED_BYTES = 64 * 2**20
 _SMALL_BYTES = 8 * 2**20
-"""Tokenised within the seconds that a task and its process take to start."""
+"""Data of this size is tokenised faster than a Ray task and its process start."""
 
 
 @dataclass(frozen=True)
 class Inspection:
-    """The sources of a recipe's data, and its model folder."""
+    """The result of an inspection: the data sources, and the model folder."""
 
     train: tuple[SourceInspection, ...]
     eval: tuple[SourceInspection, ...]
     model_folder: Path | None
-    """The model's files; None for a hub model that is not in the cache."""
+    """The folder with the model's files; None for a hub model that is not in the local cache."""
 
     @property
     def is_small(self) -> bool:
-        """Whether the data is prepared in this process sooner than in tasks elsewhere."""
+        """True if this process prepares the data faster than Ray tasks would."""
         return sum(source.bytes for source in (*self.train, *self.eval)) <= _SMALL_BYTES
 
 
 def inspect_recipe(recipe: Recipe) -> Inspection:
-    """Check a recipe's sources, model folder, adapter, reference and rewards, in seconds at most.
+    """Check a recipe's sources, model folder, adapter, reference and rewards within seconds.
 
     Raises:
-        InputError: for missing, empty or unreadable sources, unknown formats, a source whose
-            first rows are all bad, less data than a batch, and a model folder that lacks its
-            configuration, tokenizer, chat template or room for data.max_length tokens, a
-            model.adapter or method.reference_model that does not fit the model, and rewards as
-            `check_rewards`.
+        InputError: a source is missing, empty, unreadable, in an unknown format, or all its first
+            rows are bad; the data is smaller than a batch; the model folder lacks its
+            configuration, tokenizer or chat template; data.max_length exceeds the model's
+            positions; model.adapter or method.reference_model does not fit the model; or a
+            reward is wrong, see `check_rewards`.
     """
     check_rewards(recipe)
     train = [resolve_source(source) for source in recipe.data.train]
@@ -60,19 +60,19 @@ def inspect_recipe(recipe: Recipe) -> Inspection:
     if reference is not None:
         check_reference(recipe.model, reference)
     tokenizer = _tokenizer(folder)
-    counted = size <= _COUNTED_BYTES
-    looks = [
-        inspect_source(source, recipe.method.kind, counted, tokenizer)
+    count_all = size <= _COUNTED_BYTES
+    inspected = [
+        inspect_source(source, recipe.method.kind, count_all, tokenizer)
         for source in (*train, *held_out)
     ]
-    _check_template(recipe, folder, tokenizer, looks)
-    _check_enough(recipe, train, looks[: len(train)])
-    inspections = tuple(look.inspection for look in looks)
+    _check_template(recipe, folder, tokenizer, inspected)
+    _check_enough(recipe, train, inspected[: len(train)])
+    inspections = tuple(rows.inspection for rows in inspected)
     return Inspection(inspections[: len(train)], inspections[len(train) :], folder)
 
 
 def _tokenizer(folder: Path | None) -> Any:
-    """The fast tokenizer of a model folder, or None where there is none."""
+    """The fast tokenizer of a model folder, or None if it has none."""
     if folder is None or not (folder / "tokenizer.json").exists():
         return None
     from tokenizers import Tokenizer
@@ -98,16 +98,16 @@ def _check_model(folder: Path, recipe: Recipe) -> None:
             f"model.base: {folder} is a model folder without a tokenizer; save the tokenizer "
             "there too (tokenizer.json, tokenizer_config.json)"
         )
-    room = _positions(config)
-    if room is not None and recipe.data.max_length > room:
+    positions = _positions(config)
+    if positions is not None and recipe.data.max_length > positions:
         raise InputError(
-            f"data.max_length: {recipe.data.max_length} tokens, where the model takes at most "
-            f"{room:g} (max_position_embeddings); lower data.max_length"
+            f"data.max_length: {recipe.data.max_length} tokens, but the model takes at most "
+            f"{positions:g} (max_position_embeddings); lower data.max_length"
         )
 
 
 def _positions(config: dict[str, Any]) -> float | None:
-    """Positions the model can use; a scaled RoPE reaches beyond those it was trained with."""
+    """Number of positions that the model can use; a scaled RoPE extends those of its training."""
     text = config.get("text_config") or config
     positions = text.get("max_position_embeddings")
     if not isinstance(positions, int):
@@ -118,10 +118,13 @@ def _positions(config: dict[str, Any]) -> float | None:
 
 
 def _check_template(
-    recipe: Recipe, folder: Path | None, tokenizer: Any, looks: Sequence[InspectedRows]
+    recipe: Recipe, folder: Path | None, tokenizer: Any, inspected: Sequence[InspectedRows]
 ) -> None:
     has_chats = any(
-        is_chat(part) for look in looks for row in look.examples for part in parts_of(row)
+        is_chat(part)
+        for rows in inspected
+        for example in rows.examples
+        for part in parts_of(example)
     )
     if not has_chats or folder is None:
         return
@@ -132,36 +135,39 @@ def _check_template(
 
 
 def _has_template(folder: Path) -> bool:
-    named = ("chat_template.jinja", "chat_template.json", "additional_chat_templates")
-    if any((folder / name).exists() for name in named):
+    names = ("chat_template.jinja", "chat_template.json", "additional_chat_templates")
+    if any((folder / name).exists() for name in names):
         return True
     return bool((_read_json(folder / "tokenizer_config.json") or {}).get("chat_template"))
 
 
 def _check_enough(
-    recipe: Recipe, sources: Sequence[ResolvedSource], looks: Sequence[InspectedRows]
+    recipe: Recipe, sources: Sequence[ResolvedSource], inspected: Sequence[InspectedRows]
 ) -> None:
-    """A set has at most as many sequences as rows, unless long texts are split."""
+    """Refuse training data with fewer rows than a step uses.
+
+    Packing only reduces the number of sequences, so rows are an upper bound, except where long
+    texts are split.
+    """
     can_split = recipe.method.splits_overlong or any(
-        isinstance(row, Text) for look in looks for row in look.examples
+        isinstance(example, Text) for rows in inspected for example in rows.examples
     )
-    if can_split or not all(look.inspection.is_exact for look in looks):
+    if can_split or not all(rows.inspection.is_exact for rows in inspected):
         return
-    rows = sum(
-        look.inspection.rows * look.per_row * source.weight
-        for source, look in zip(sources, looks, strict=True)
+    total = sum(
+        rows.inspection.rows * rows.per_row * source.weight
+        for source, rows in zip(sources, inspected, strict=True)
     )
-    left = round(rows * (1 - recipe.data.holdout))
+    left = round(total * (1 - recipe.data.holdout))
     if left < recipe.rows_per_step:
         raise InputError(
-            f"optim.batch_size: {recipe.optim.batch_size} takes {recipe.rows_per_step} rows a "
-            f"step, and the data gives only {left} rows to train on; lower batch_size, or give "
-            "more data"
+            f"optim.batch_size: {recipe.optim.batch_size} takes {recipe.rows_per_step} rows per "
+            f"step, but the data has only {left} rows to train on; lower batch_size, or add data"
         )
 
 
 def _read_json(path: Path) -> dict[str, Any] | None:
-    """A JSON object in a file, or None where there is no file."""
+    """The JSON object in a file, or None if the file does not exist."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:

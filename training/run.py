@@ -1,8 +1,8 @@
-"""One run from the driver's side.
+"""One run, as the driver runs it.
 
     inspect → prepare → compare with an earlier attempt → train → report
 
-What can be wrong is found in the first three, before a model is loaded.
+The first three steps detect errors before a model is loaded.
 """
 
 import time
@@ -50,17 +50,17 @@ def run_folder(recipe: Recipe) -> Folder:
 
 
 def train(recipe: Recipe, launcher: Launcher, progress: Progress = SILENT) -> Record:
-    """Train to the end of the run, from wherever it is now; returns run.json.
+    """Train a run from its current state to its end; returns run.json.
 
     Args:
         recipe: what to run.
         launcher: starts the workers.
-        progress: receives what happens.
+        progress: receives the progress.
 
     Raises:
-        InputError: the recipe, the data or an earlier attempt forbid it.
-        RunError: the run failed; its folder holds what was reached.
-        Interrupted: a stop was requested; what was reached is saved.
+        InputError: the recipe or the data is wrong, or does not match the run in the folder.
+        RunError: the run failed; its folder contains the progress so far.
+        Interrupted: a stop was requested; the progress so far is saved.
     """
     finished = find_finished(recipe)
     if finished is not None:
@@ -70,7 +70,7 @@ def train(recipe: Recipe, launcher: Launcher, progress: Progress = SILENT) -> Re
     prepared = prepare_data(recipe, progress)
     _check_enough(recipe, prepared)
     _check_same_data(prepared, folder, earlier)
-    # If this driver is silent for so long that another one takes over, it stops.
+    # If another driver takes over the lock, which is then stale, this one stops.
     with hold_run_lock(folder.create(), launcher.stop.requested, progress) as stale:
         if stale is not None:
             progress.status(f"taking over from {stale}")
@@ -83,7 +83,7 @@ def find_finished(recipe: Recipe) -> Record | None:
     """run.json of a finished run; None if it is not finished.
 
     Raises:
-        InputError: its folder holds another run, or the recipe names modules that do not exist.
+        InputError: its folder contains another run, or the recipe names modules that do not exist.
     """
     folder = run_folder(recipe)
     earlier = read_run(folder)
@@ -102,14 +102,14 @@ def run_prepared(
     progress: Progress = SILENT,
     until: int | None = None,
 ) -> WorkerResult:
-    """Train a run whose data is prepared, from wherever it is now; the result says how it ended.
+    """Train a run from its current state, with prepared data; returns how it ended.
 
     Args:
         recipe: what to run.
         prepared: its data.
         launcher: starts the workers.
-        progress: receives what happens.
-        until: a step to save and stop after, before the run's end.
+        progress: receives the progress.
+        until: a step after which to save and stop, before the run's end.
 
     Raises:
         RunError: the workers failed too often, or cannot start again.
@@ -152,8 +152,8 @@ def prepares_on_ray(recipe: Recipe) -> bool:
 
 
 def prepare_data(recipe: Recipe, progress: Progress = SILENT) -> Prepared:
-    """The recipe's prepared data set, made now if it does not exist: in this process, or on the
-    initialised Ray where `prepares_on_ray` is true.
+    """The recipe's prepared data set. If it does not exist, prepare it: in this process, or on the
+    initialised Ray if `prepares_on_ray` is true.
 
     Raises:
         InputError: see `inspect_recipe` and `prepare`.
@@ -164,7 +164,7 @@ def prepare_data(recipe: Recipe, progress: Progress = SILENT) -> Prepared:
 
 
 def prepare_here(recipe: Recipe, progress: Progress = SILENT) -> Prepared:
-    """`prepare_data` in this process, of data that was inspected.
+    """As `prepare_data`, but always in this process, and for data that is already inspected.
 
     Raises:
         InputError: see `prepare`.
@@ -177,13 +177,13 @@ def _prepare(recipe: Recipe, run_tasks: RunTasks, progress: Progress) -> Prepare
 
 
 def _check_modules(recipe: Recipe) -> None:
-    """Look for the modules that a recipe names, in a model without weights.
+    """Check the module names of a recipe against a model without weights.
 
-    Only if it names any, as this loads torch, and if the model's configuration is on this machine;
-    a worker looks in any case.
+    This loads torch, so it is skipped for a recipe without such names. It is also skipped if the
+    model's configuration is not on this machine; the workers check the names in any case.
 
     Raises:
-        InputError: a name matches nothing.
+        InputError: a name matches no module.
     """
     adapter = recipe.adapter
     names_any = recipe.freeze is not None or (
@@ -205,13 +205,12 @@ def _check_enough(recipe: Recipe, prepared: Prepared) -> None:
         packed = " (packed)" if recipe.packs else ""
         raise InputError(
             f"optim.batch_size: {recipe.optim.batch_size} takes {recipe.rows_per_step} sequences "
-            f"a step, and the data gives only {sequences}{packed}; lower batch_size, or give more "
-            "data"
+            f"per step, but the data has only {sequences}{packed}; lower batch_size, or add data"
         )
 
 
 def _check_same(recipe: Recipe, folder: Folder) -> None:
-    """Refuse to resume with settings that make it another run."""
+    """Refuse to resume with settings that would change the result."""
     written = recipe_from_dict(load_yaml(folder.read(RECIPE_FILE)))
     changes = differences(
         written.model_dump(mode="json"), recipe.model_dump(mode="json"), _FREE_ON_RESUME
@@ -224,10 +223,10 @@ def _check_same(recipe: Recipe, folder: Folder) -> None:
 
 
 def differences(before: Any, after: Any, free: tuple[str, ...] = ()) -> list[str]:
-    """A line for each setting that differs, except those whose dotted key starts as in `free`."""
+    """A line for each setting that differs, except keys that start with an item of `free`."""
     old, new = _flat(before), _flat(after)
     return [
-        f"  {key}: {old.get(key)!r} there, {new.get(key)!r} now"
+        f"  {key}: {old.get(key)!r} before, {new.get(key)!r} now"
         for key in sorted(old.keys() | new.keys())
         if old.get(key) != new.get(key) and not key.startswith(free)
     ]
@@ -239,8 +238,8 @@ def _check_same_data(prepared: Prepared, folder: Folder, earlier: Record | None)
         return
     if any(name.startswith("step-") for name in (folder / CHECKPOINTS_FOLDER).names()):
         raise InputError(
-            f"the data changed since {folder} was started (it was {earlier.get('prepared')}, it "
-            f"is {fingerprint}): its checkpoints belong to the old data. Restore the data, give "
+            f"the data changed since {folder} was started (from {earlier.get('prepared')} "
+            f"to {fingerprint}): its checkpoints belong to the old data. Restore the data, give "
             "this run another name, or delete that folder."
         )
 

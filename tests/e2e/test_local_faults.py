@@ -110,9 +110,9 @@ def test_another_run_is_refused_in_its_place(finray: Finray) -> None:
     own = {"data__train": [{"path": str(data)}]}
     kill_after(finray, finray.recipe(**own), 6)
     output = finray.run("train", finray.recipe(**own, optim__learning_rate=2e-2), code=2)
-    assert "optim.learning_rate: 0.01 there, 0.02 now" in output
+    assert "optim.learning_rate: 0.01 before, 0.02 now" in output
     output = finray.run("train", finray.recipe(**own, adapter__rank=8), code=2)
-    assert "adapter.rank: 4 there, 8 now" in output
+    assert "adapter.rank: 4 before, 8 now" in output
     lines = data.read_text(encoding="utf-8").splitlines(keepends=True)
     data.write_text("".join(lines[1:]), encoding="utf-8")
     assert "the data changed since" in finray.run("train", finray.recipe(**own), code=2)

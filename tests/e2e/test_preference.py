@@ -115,5 +115,7 @@ def test_the_others_on_two_workers(command: Finray, kind: str) -> None:
 def test_data_of_another_method_is_refused(command: Finray) -> None:
     output = command.run("check", command.recipe(name="wrong"), code=2)
     assert "pairs.jsonl:1: method sft learns from" in output
-    assert "this is one of the pairs of a chosen and a rejected answer, for method dpo" in output
+    assert (
+        "this row is one of the pairs of a chosen and a rejected answer; use method dpo" in output
+    )
     assert "Traceback" not in output

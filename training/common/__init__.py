@@ -1,1 +1,1 @@
-"""What every room uses: errors, storage, secrets, locks, text."""
+"""Code that all other packages use: errors, storage, secrets, locks, text."""

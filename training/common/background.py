@@ -1,4 +1,4 @@
-"""Work in a thread of its own, and the request to stop it."""
+"""Work in a background thread, and the request to stop it."""
 
 from collections.abc import Callable
 from concurrent.futures import Future, wait
@@ -11,22 +11,22 @@ T = TypeVar("T")
 
 @dataclass
 class Stop:
-    """A request to save and end, from a signal handler to whoever runs the training."""
+    """A request to save and stop, from a signal handler to the code that runs the training."""
 
     requested: Event = field(default_factory=Event)
     armed: bool = False
-    """Whether a request is answered with a save; before that it ends the process at once."""
+    """True if a request leads to a save; before that, it ends the process at once."""
 
 
 def run_in_thread(work: Callable[[], T], name: str) -> "Future[T]":
-    """Start work in a daemon thread, so that a process which ends need not wait for it.
+    """Start work in a daemon thread, so that the process can exit without waiting for it.
 
     Args:
-        work: what to do.
-        name: the thread's.
+        work: the function to run.
+        name: name of the thread.
 
     Returns:
-        Its outcome; `result()` raises what the work raised.
+        A future; `result()` returns what the work returned, or raises what it raised.
     """
     outcome: Future[T] = Future()
 
@@ -48,11 +48,11 @@ def run_while_watching(
     on_stop: Callable[[], None] = lambda: None,
     on_tick: Callable[[], None] = lambda: None,
 ) -> T:
-    """Do work in a thread, so that this one keeps the signal handlers (Ray takes them otherwise).
+    """Run work in a thread, because Ray would replace the signal handlers of this one.
 
     Args:
-        work: what to do; its result is returned, and what it raises is raised.
-        stop: armed from here on.
+        work: the function to run; its result is returned, and its exception is raised.
+        stop: armed by this call.
         on_stop: called once, when the stop is requested.
         on_tick: called five times a second.
     """

@@ -1,6 +1,6 @@
-"""The errors finray raises on purpose; the command line maps each to an exit code.
+"""The errors that finray raises on purpose; the command line maps each to an exit code.
 
-Each takes a single message, so that it survives the pickling between Ray processes.
+Each takes a single message, so that it can be pickled between Ray processes.
 """
 
 
@@ -21,12 +21,12 @@ class RunError(FinrayError, RuntimeError):
 
 
 class Interrupted(FinrayError):
-    """The user stopped the run; what was reached is saved. Exit code 130."""
+    """The user stopped the run; its state is saved. Exit code 130."""
 
     exit_code = 130
 
 
 def last_line(error: Exception) -> str:
-    """What went wrong, of an error that carries another process's traceback."""
+    """The last line of an error that contains another process's traceback: the cause itself."""
     lines = [line for line in str(error).splitlines() if line.strip()]
     return lines[-1] if lines else type(error).__name__

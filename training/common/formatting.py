@@ -1,4 +1,4 @@
-"""Numbers as people read them: the report, the progress line and the tables write them alike."""
+"""Numbers as text for people: the same in the report, the progress line and the tables."""
 
 import math
 from typing import Any, TypeGuard
@@ -7,29 +7,29 @@ MISSING = "–"
 
 
 def is_number(value: Any) -> TypeGuard[float]:
-    """Whether a value from a JSON file is a finite number."""
+    """True if a value from a JSON file is a finite number; bool does not count."""
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def loss(value: Any) -> str:
-    """1.234; 0.00123 below a hundredth; 'nan' where a loss is there and not a number."""
+    """A loss as 1.234, or as 0.00123 below 0.01; 'nan' for a float that is not finite."""
     if not is_number(value):
         return "nan" if isinstance(value, float) else MISSING
     return f"{value:.3f}" if value == 0 or abs(value) >= 0.01 else f"{value:.3g}"
 
 
 def percent(share: Any) -> str:
-    """A share in [0, 1] as 87.5%."""
+    """A share in [0, 1] as a percentage: 87.5%."""
     return f"{100 * share:.1f}%" if is_number(share) else MISSING
 
 
 def count(number: Any) -> str:
-    """1,234,567."""
+    """A number with thousands separators: 1,234,567."""
     return f"{number:,.0f}" if is_number(number) else MISSING
 
 
 def short_count(number: Any) -> str:
-    """Three digits: 950, 12.3k, 1.23M, 7B."""
+    """A number with three digits and a unit: 950, 12.3k, 1.23M, 7B."""
     if not is_number(number):
         return MISSING
     size = abs(number)
@@ -40,12 +40,12 @@ def short_count(number: Any) -> str:
 
 
 def exponent(number: Any) -> str:
-    """A learning rate: 1.9e-04."""
+    """A number such as a learning rate in scientific notation: 1.9e-04."""
     return f"{number:.1e}" if is_number(number) else MISSING
 
 
 def duration(seconds: Any) -> str:
-    """45s, 2m10s, 3h05m, 2d04h."""
+    """A number of seconds in its two largest units: 45s, 2m10s, 3h05m, 2d04h."""
     if not is_number(seconds):
         return MISSING
     whole = max(0, round(seconds))
@@ -60,8 +60,8 @@ def duration(seconds: Any) -> str:
 
 
 def one_line(text: str) -> str:
-    """Text for one line of a terminal: white space folded, control characters dropped.
+    """The text on one line: each run of white space is a space, control characters are removed.
 
-    A model's answer may hold escape sequences; printed raw they would act on the terminal.
+    A model's answer may contain escape sequences, which would change the terminal.
     """
     return "".join(letter for letter in " ".join(text.split()) if letter.isprintable())

@@ -1,7 +1,7 @@
-"""One driver at a time: a lock in the run's folder that shows signs of life.
+"""One driver at a time: a lock file in the run's folder, which its holder renews.
 
-Two drivers of one run would write over each other's checkpoints. The holder renews its lock; a
-lock that is not renewed, or whose process is gone, belonged to a driver that died.
+Two drivers of the same run would overwrite each other's checkpoints. A lock that is not renewed,
+or whose process no longer exists, is stale: its driver died.
 """
 
 import json
@@ -22,12 +22,12 @@ from .storage import Folder
 LOCK_FILE = "lock.json"
 RENEW_SECONDS = 15.0
 STALE_SECONDS = 90.0
-"""Longer than a renewal by far: a storage may be away for a while."""
+"""Much longer than a renewal, because a storage may be unreachable for a while."""
 
 
 @dataclass(frozen=True)
 class Lock:
-    """Who works on a run."""
+    """The driver process that holds a run."""
 
     id: str
     host: str
@@ -36,12 +36,12 @@ class Lock:
     """Seconds since the epoch, by the holder's clock."""
 
     def __str__(self) -> str:
-        silent = formatting.duration(time.time() - self.renewed_at)
-        return f"process {self.pid} on {self.host}, whose last sign of life is {silent} old"
+        age = formatting.duration(time.time() - self.renewed_at)
+        return f"process {self.pid} on {self.host}, last heartbeat {age} ago"
 
     @property
-    def is_here(self) -> bool:
-        """Whether its holder is, or was, a process of this machine."""
+    def is_local(self) -> bool:
+        """True if the holder is, or was, a process on this machine."""
         return self.host == socket.gethostname()
 
 
@@ -49,12 +49,12 @@ class Lock:
 def hold_run_lock(
     folder: Folder, lost: threading.Event, progress: Progress
 ) -> Iterator[Lock | None]:
-    """Hold the folder's lock; yields the stale lock that was taken over, if there was one.
+    """Hold the folder's lock; yields the stale lock that it replaces, or None.
 
     Args:
         folder: the run's folder, which exists.
-        lost: set if another driver takes the lock, after this one was silent for long.
-        progress: receives what is waited for.
+        lost: set if another driver takes the lock because this one did not renew it in time.
+        progress: receives a status while this process waits for a heartbeat of another holder.
 
     Raises:
         InputError: another process holds the lock.
@@ -69,45 +69,45 @@ def hold_run_lock(
     finally:
         done.set()
         renewer.join()
-        if _is_ours(folder, own):
+        if _is_own(folder, own):
             folder.delete(LOCK_FILE)
 
 
 def _take(folder: Folder, own: Lock, progress: Progress) -> Lock | None:
-    found = _read(folder)
-    if found is not None and _is_alive(folder, found, progress):
+    existing = _read(folder)
+    if existing is not None and _is_alive(folder, existing, progress):
         raise InputError(
-            f"{folder}: another finray process runs it ({_read(folder) or found}); wait for it, "
-            "or stop it"
+            f"{folder}: another finray process runs it ({_read(folder) or existing}); wait for it "
+            "to finish, or stop it"
         )
-    if found is None and folder.local is not None and not folder.exists(LOCK_FILE):
+    if existing is None and folder.local is not None and not folder.exists(LOCK_FILE):
         return None if _link(folder, own) else _take(folder, own, progress)
     folder.write(LOCK_FILE, _encode(own))
-    return found if _is_ours(folder, own) else _take(folder, own, progress)
+    return existing if _is_own(folder, own) else _take(folder, own, progress)
 
 
-def _is_alive(folder: Folder, found: Lock, progress: Progress) -> bool:
-    """Whether a lock's holder still works.
+def _is_alive(folder: Folder, existing: Lock, progress: Progress) -> bool:
+    """True if the lock's holder is still running.
 
-    A process of this machine is looked for. One of another machine is alive if it renews its lock:
-    this is watched, as the clocks of two machines may differ.
+    On this machine, the process must exist. On another machine, the holder must renew its lock
+    while this function waits, because the clocks of two machines may differ.
     """
-    age = time.time() - found.renewed_at
-    if found.is_here:
-        return age < STALE_SECONDS and _exists(found.pid)
-    patience = max(2 * RENEW_SECONDS, STALE_SECONDS - age)
-    progress.status(f"waiting up to {patience:.0f}s for a sign of life of {found}")
-    end = time.monotonic() + patience
+    age = time.time() - existing.renewed_at
+    if existing.is_local:
+        return age < STALE_SECONDS and _exists(existing.pid)
+    wait_seconds = max(2 * RENEW_SECONDS, STALE_SECONDS - age)
+    progress.status(f"waiting up to {wait_seconds:.0f}s for a heartbeat of {existing}")
+    end = time.monotonic() + wait_seconds
     while time.monotonic() < end:
         time.sleep(RENEW_SECONDS / 10)
         now = _read(folder)
-        if now is None or now != found:
+        if now is None or now != existing:
             return now is not None
     return False
 
 
 def _link(folder: Folder, own: Lock) -> bool:
-    """Of two drivers that start at once on a disk, one makes the file, whole."""
+    """Create the lock file on a disk; False if another driver created it first."""
     assert folder.local is not None
     draft = f"{LOCK_FILE}.{own.id}"
     folder.write(draft, _encode(own))
@@ -123,22 +123,22 @@ def _link(folder: Folder, own: Lock) -> bool:
 def _renew(folder: Folder, own: Lock, done: threading.Event, lost: threading.Event) -> None:
     while not done.wait(RENEW_SECONDS):
         try:
-            if not _is_ours(folder, own):
+            if not _is_own(folder, own):
                 lost.set()
                 return
             renewed = Lock(own.id, own.host, own.pid, time.time())
             folder.write(LOCK_FILE, _encode(renewed))
         except OSError:
-            continue  # a storage that is away for a moment: the next renewal tries again
+            continue  # the storage is unreachable: the next renewal tries again
 
 
-def _is_ours(folder: Folder, own: Lock) -> bool:
-    found = _read(folder)
-    return found is not None and found.id == own.id
+def _is_own(folder: Folder, own: Lock) -> bool:
+    existing = _read(folder)
+    return existing is not None and existing.id == own.id
 
 
 def _read(folder: Folder) -> Lock | None:
-    """The lock; None where there is none, or only what a dying process left of one."""
+    """The lock; None if there is none, or if a process died while it wrote the file."""
     try:
         return Lock(**json.loads(folder.read(LOCK_FILE)))
     except (FileNotFoundError, ValueError, TypeError):

@@ -1,19 +1,19 @@
-"""How long work says what it does, to whoever watches it."""
+"""How long-running work reports its progress."""
 
 from .storage import Folder
 
 
 class Progress:
-    """Receives what happens. This one shows nothing; a display overrides what it shows."""
+    """Receives the progress of a run. This class shows nothing; displays override its methods."""
 
     def status(self, text: str) -> None:
-        """What happens now, in a few words: "loading the model"."""
+        """Report the current activity in a few words: "loading the model"."""
 
     def advance(self, done: int, total: int) -> None:
-        """How much of the work is done, in units of the caller's, such as bytes."""
+        """Report how much of the work is done, in a unit of the caller's choice, such as bytes."""
 
     def run_started(self, folder: Folder) -> None:
-        """The workers start: from now on metrics come into the run's folder."""
+        """Report that the workers start: from now on the run's folder receives metrics."""
 
 
 SILENT = Progress()

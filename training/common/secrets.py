@@ -1,4 +1,4 @@
-"""Secrets in text: one list for hiding them in output and for refusing them in settings."""
+"""Secrets in text: one list of patterns, to hide them in output and to refuse them in settings."""
 
 import os
 import re
@@ -27,11 +27,11 @@ _KINDS = (
 _VARIABLES = re.compile(
     r"TOKEN(?!IZ)|SECRET|PASSWORD|PASSWD|API_?KEY|ACCESS_KEY|CREDENTIAL", re.IGNORECASE
 )
-"""Environment variables with such a name hold a secret…"""
+"""An environment variable whose name matches holds a secret…"""
 _NO_SECRET = ("_PATH", "_FILE", "_DIR", "_ISSUER", "APPLICATION_CREDENTIALS")
-"""… unless the name ends like this: those name a file or a server."""
+"""… unless its name has one of these endings: then its value names a file or a server."""
 _SHORTEST = 8
-"""Characters; shorter values of such variables occur in ordinary text."""
+"""Minimum characters of a secret value; shorter ones also occur in ordinary text."""
 
 
 def redact(text: str) -> str:
@@ -42,17 +42,17 @@ def redact(text: str) -> str:
 
 
 def secret_kind(text: str) -> str | None:
-    """What `redact` would hide first, such as "a Hugging Face token"; None for ordinary text."""
+    """The kind of the first secret in the text, such as "a Hugging Face token", or None."""
     return next((kind for kind, _ in _hide(text)), None)
 
 
 def secret_places(values: Any) -> Iterator[Key]:
-    """Keys of plain settings whose text holds a secret."""
+    """Keys of the settings whose text contains a secret."""
     return (key for key, text in texts(values) if secret_kind(text) is not None)
 
 
 def texts(values: Any, key: Key = ()) -> Iterator[tuple[Key, str]]:
-    """(key, text) of every text in plain settings, at any depth."""
+    """(key, text) of every text in nested settings."""
     if isinstance(values, dict):
         for name, value in values.items():
             yield from texts(value, (*key, str(name)))
@@ -64,8 +64,8 @@ def texts(values: Any, key: Key = ()) -> Iterator[tuple[Key, str]]:
 
 
 def _hide(text: str) -> Iterator[tuple[str, str]]:
-    """(kind, text in which secrets of this and all earlier kinds are hidden) of each kind that
-    the text holds."""
+    """For each kind of secret in the text: (kind, the text without secrets of this and all
+    earlier kinds)."""
     for name, value in _environment_secrets():
         if value in text:
             text = text.replace(value, HIDDEN)
@@ -82,7 +82,7 @@ def _replacement(match: re.Match[str]) -> str:
 
 
 def _environment_secrets() -> list[tuple[str, str]]:
-    """(name, value) of this process's secret variables, the longest value first."""
+    """(name, value) of this process's secret environment variables, the longest value first."""
     variables = [
         (name, value)
         for name, value in os.environ.items()

@@ -1,7 +1,7 @@
 """Folders on a disk or in an object store, behind one small class.
 
-Whatever finray keeps (prepared data, checkpoints, a run's files) is written through `Folder`,
-so that every write has the same promise: a reader sees the old file or the new one, never half.
+finray writes all its files (prepared data, checkpoints, a run's files) through `Folder`. Each
+write is atomic: a reader gets the old file or the new one, never a part.
 """
 
 import os
@@ -19,7 +19,7 @@ from .errors import InputError
 
 @lru_cache(maxsize=16)
 def _filesystem(root: str) -> tuple[Any, str]:
-    """(filesystem, path) of the root of a URI, opened once: a client is slow to make."""
+    """(filesystem, path) of the root of a URI; cached, because a client is slow to create."""
     try:
         if root.startswith("hf://"):
             from huggingface_hub import HfFileSystem
@@ -45,7 +45,7 @@ def _open(uri: str) -> tuple[Any, str]:
 
 
 def _copy_to_disk(source: Path, target: Path) -> None:
-    """Copy a file, and wait until the disk has it."""
+    """Copy a file, and wait until it is on the disk (fsync)."""
     target.parent.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(source, target)
     with target.open("rb") as stream:
@@ -75,7 +75,7 @@ class Folder:
 
     @property
     def local(self) -> Path | None:
-        """The folder on this machine's disk; None for an object store."""
+        """The folder as a path on this machine's disk; None for an object store."""
         is_local = self.filesystem.type_name == "local"
         return Path(self.path) if is_local else None
 
@@ -91,17 +91,17 @@ class Folder:
         return f"{self.path}/{name}"
 
     def create(self) -> "Folder":
-        """Make the folder where it does not exist yet."""
+        """Create the folder if it does not exist; returns itself."""
         self.filesystem.create_dir(self.path, recursive=True)
         return self
 
     def exists(self, name: str = "") -> bool:
-        """Whether the folder, or a file or folder inside it, exists."""
+        """True if the folder, or the file or folder `name` inside it, exists."""
         path = self.file(name) if name else self.path
         return bool(self.filesystem.get_file_info(path).type != pafs.FileType.NotFound)
 
     def names(self) -> list[str]:
-        """Names of the files and folders directly inside, sorted; empty where there is none."""
+        """Sorted names of the files and folders directly inside; empty if the folder is missing."""
         selector = pafs.FileSelector(self.path, allow_not_found=True)
         return sorted(info.base_name for info in self.filesystem.get_file_info(selector))
 
@@ -115,16 +115,16 @@ class Folder:
         )
 
     def read(self, name: str) -> bytes:
-        """A file's bytes.
+        """The bytes of a file.
 
         Raises:
-            FileNotFoundError: where there is no such file.
+            FileNotFoundError: the file does not exist.
         """
         with self.filesystem.open_input_stream(self.file(name)) as stream:
             return bytes(stream.read())
 
     def write(self, name: str, content: bytes) -> None:
-        """Write a file whole: a reader, or a crash, sees the old content or the new."""
+        """Write a file atomically: readers get the old content or the new, also after a crash."""
         if self.local is None:
             with self.filesystem.open_output_stream(self.file(name)) as stream:
                 stream.write(content)
@@ -167,7 +167,7 @@ class Folder:
         )
 
     def delete(self, name: str = "") -> None:
-        """Delete a file or folder inside, or this folder; one that is gone already is fine."""
+        """Delete a file or folder inside, or this folder; no error if it does not exist."""
         path = self.file(name) if name else self.path
         kind = self.filesystem.get_file_info(path).type
         if kind == pafs.FileType.Directory:

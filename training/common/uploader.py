@@ -1,7 +1,7 @@
-"""Writing to the storage beside the training: in a thread, tried again where it fails.
+"""Write to the storage in a background thread, with retries.
 
-A save stages its files on this machine's disk, which takes a moment; hashing, copying and
-publishing them may take minutes, and a store may be away for a while.
+A save stages its files on this machine's disk within seconds; hashing, copying and publishing
+them may take minutes, and a store may be unreachable for a while.
 """
 
 import threading
@@ -18,9 +18,9 @@ _CLOSE_SECONDS = 60.0
 
 
 class Uploader:
-    """Uploads in a thread, one at a time.
+    """Runs uploads in a thread, at most one at a time.
 
-    At the end of its context it waits for the running upload, which is not retried any more.
+    At the end of its context it waits for the running upload, which is then not retried.
 
     Args:
         pauses: seconds before each retry of an upload that raised an OSError; default `PAUSES`.
@@ -32,9 +32,9 @@ class Uploader:
         self._thread: threading.Thread | None = None
         self._fault: Exception | None = None
         self.error: str | None = None
-        """Why the last upload failed, after its last attempt."""
+        """The error of the last upload after all its retries; None if it succeeded."""
         self.waited_seconds = 0.0
-        """Total time that the training waited for uploads."""
+        """Total time for which the training waited for uploads."""
 
     def __enter__(self) -> Self:
         return self
@@ -51,25 +51,25 @@ class Uploader:
 
     @property
     def is_idle(self) -> bool:
-        """True if no upload runs."""
+        """True if no upload is running."""
         return self._thread is None or not self._thread.is_alive()
 
-    def start(self, work: Callable[[], None], give_up: Callable[[], None] = lambda: None) -> None:
-        """Do the work in the thread, after the running upload.
+    def start(self, work: Callable[[], None], clean_up: Callable[[], None] = lambda: None) -> None:
+        """Run the work in the thread, after the running upload.
 
         Args:
             work: can be repeated after a part of it is done.
-            give_up: cleans up after the last attempt has failed.
+            clean_up: called after the last attempt has failed.
         """
         self.wait()
         self.error = None
         self._thread = threading.Thread(
-            target=self._run, args=(work, give_up), name="finray-upload", daemon=True
+            target=self._run, args=(work, clean_up), name="finray-upload", daemon=True
         )
         self._thread.start()
 
     def do(self, work: Callable[[], None], place: object) -> None:
-        """Do the work in the thread and wait for it.
+        """Run the work in the thread and wait for it.
 
         Raises:
             RunError: the storage failed; `place` names it.
@@ -80,7 +80,7 @@ class Uploader:
             raise RunError(f"cannot write into {place}: {self.error}")
 
     def wait(self) -> None:
-        """Wait for the running upload. Raises what it raised, unless that is an OSError."""
+        """Wait for the running upload. Raises its exception, except an OSError."""
         if self._thread is not None:
             started = time.monotonic()
             self._thread.join()
@@ -88,16 +88,16 @@ class Uploader:
         if self._fault is not None:
             raise self._fault
 
-    def _run(self, work: Callable[[], None], give_up: Callable[[], None]) -> None:
+    def _run(self, work: Callable[[], None], clean_up: Callable[[], None]) -> None:
         try:
             self.error = self._attempt(work)
             if self.error is not None:
-                give_up()
+                clean_up()
         except Exception as error:  # noqa: BLE001 - `wait` raises it in the training's thread
             self._fault = error
 
     def _attempt(self, work: Callable[[], None]) -> str | None:
-        """Do the work, with retries where the storage fails; returns the last error, if any."""
+        """Run the work, with retries after an OSError; returns the last error, or None."""
         for pause in (*self._pauses, None):
             try:
                 work()

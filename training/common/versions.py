@@ -1,4 +1,4 @@
-"""Versions: of the libraries that decide a result, and of the files that finray writes."""
+"""Versions of the libraries that affect a result, and of the files that finray writes."""
 
 import platform
 from importlib.metadata import version
@@ -10,7 +10,7 @@ _NAMES = ("finray", "ray", "torch", "transformers", "peft")
 
 
 def installed_versions() -> dict[str, str]:
-    """By distribution name, and Python's own."""
+    """The versions of Python and of the main libraries, by distribution name."""
     return {"python": platform.python_version(), **{name: version(name) for name in _NAMES}}
 
 
@@ -23,7 +23,7 @@ def check_format(content: dict[str, Any], latest: int, place: object) -> None:
         place: the file, for the message.
 
     Raises:
-        InputError: its format is newer.
+        InputError: the format is newer than `latest`.
     """
     number = content.get("format", 1)
     if isinstance(number, int) and number > latest:

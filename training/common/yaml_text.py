@@ -1,4 +1,4 @@
-"""YAML whose numbers are those of YAML 1.2: 1e-4 is one, and no text."""
+"""YAML with the numbers of YAML 1.2: 1e-4 is a number, not text."""
 
 import re
 from typing import Any
@@ -10,11 +10,11 @@ _STARTS = list("-+.0123456789")
 
 
 class Loader(yaml.SafeLoader):
-    """Reads plain values."""
+    """Reads plain values (no Python objects) with the numbers of YAML 1.2."""
 
 
 class Dumper(yaml.SafeDumper):
-    """Writes plain values so that Loader reads the same ones."""
+    """Writes plain values so that `Loader` reads the same values back."""
 
 
 for _each in (Loader, Dumper):
@@ -22,19 +22,19 @@ for _each in (Loader, Dumper):
 
 
 def load_yaml(text: str | bytes) -> Any:
-    """The values of a document.
+    """The values of a YAML document.
 
     Raises:
-        yaml.YAMLError: it is not valid.
+        yaml.YAMLError: the document is not valid YAML.
     """
     return yaml.load(text, Loader)
 
 
 def dump_yaml(values: Any, allow_unicode: bool = False) -> str:
-    """A document of plain values, their keys in order.
+    """The YAML document of plain values; keys keep their order.
 
     Args:
-        allow_unicode: for people to read. Of some line separators YAML makes a line feed, so
-            what must be read back exactly is escaped.
+        allow_unicode: write non-ASCII characters as they are, for people to read. YAML reads
+            some line separators back as a line feed, so escape text that must be exact.
     """
     return yaml.dump(values, Dumper=Dumper, sort_keys=False, allow_unicode=allow_unicode)

@@ -1,1 +1,1 @@
-"""From source files to a prepared data set, and from there to each worker's stream."""
+"""Turns source files into a prepared data set, and that into a stream of rows for each worker."""

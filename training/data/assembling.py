@@ -1,4 +1,4 @@
-"""The second pass over the data: token files become files of packed sequences."""
+"""The second pass over the data: turns token files into files of packed sequences."""
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -9,12 +9,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ..common.storage import Folder
-from .packing import Indices, one_each, pack
+from .packing import Indices, pack, unpacked
 from .prepared import ROW_GROUP, SEQUENCE_SCHEMA, Split
 from .tokenising import TokenGroup
 
-# Packed together: enough that the last sequences, which nothing fills, do not count. More would
-# take more memory.
+# A task packs at least this much, so that its few unfilled sequences do not matter. More would
+# need more memory.
 _GROUP_TOKENS = 2_000_000
 _GROUP_SEQUENCES = 256
 
@@ -29,7 +29,7 @@ class Part:
 
 @dataclass(frozen=True)
 class AssembleItem:
-    """What one task of the second pass works on."""
+    """Input of one task of the second pass."""
 
     split: str
     number: int
@@ -49,23 +49,29 @@ class SequenceFile:
 
 
 def assemble_items(split: str, parts: Iterable[Part], capacity: int) -> Iterator[AssembleItem]:
-    """Consecutive parts, as many together as one task packs."""
+    """Group consecutive parts of a split into the inputs of tasks.
+
+    Args:
+        split: train or eval.
+        parts: the split's row groups of tokens, in order.
+        capacity: tokens that a sequence can hold.
+    """
     limit = max(_GROUP_TOKENS, _GROUP_SEQUENCES * capacity)
-    taken: list[Part] = []
+    group: list[Part] = []
     tokens = number = 0
     for part in parts:
-        taken.append(part)
+        group.append(part)
         tokens += part.tokens.tokens
         if tokens >= limit:
-            yield AssembleItem(split, number, tuple(taken))
-            taken, tokens, number = [], 0, number + 1
-    if taken:
-        yield AssembleItem(split, number, tuple(taken))
+            yield AssembleItem(split, number, tuple(group))
+            group, tokens, number = [], 0, number + 1
+    if group:
+        yield AssembleItem(split, number, tuple(group))
 
 
 @dataclass(frozen=True)
 class AssembleTask:
-    """Packs the documents of some parts, shuffles the sequences, writes them."""
+    """Packs the documents of an item, shuffles the sequences and writes them to a file."""
 
     attempt: Folder
     capacity: int
@@ -75,7 +81,7 @@ class AssembleTask:
     def __call__(self, item: AssembleItem) -> SequenceFile:
         table = pa.concat_tables(self._read(part) for part in item.parts).combine_chunks()
         lengths = _sizes(table["input_ids"])
-        bins = pack(lengths, self.capacity) if self.packing else one_each(len(lengths))
+        bins = pack(lengths, self.capacity) if self.packing else unpacked(len(lengths))
         sizes = np.diff(bins.offsets)
         shuffled = np.random.default_rng((self.seed, item.number)).permutation(len(bins))
         # Documents of the shuffled bins, one after another.
@@ -111,7 +117,7 @@ class AssembleTask:
 
 
 def split_of(files: list[SequenceFile], capacity: int) -> Split | None:
-    """What the files of a split add up to; None where there are none."""
+    """The split that these files form together; None if there are none."""
     if not files:
         return None
     return Split(
@@ -126,7 +132,7 @@ def split_of(files: list[SequenceFile], capacity: int) -> Split | None:
 
 
 def _sequences(table: pa.Table, documents: Indices, offsets: Indices) -> pa.Table:
-    """Sequences of documents[offsets[s]:offsets[s + 1]], as columns."""
+    """A table of sequences; sequence s contains documents[offsets[s]:offsets[s + 1]]."""
     taken = table.take(pa.array(documents))
     lengths = _sizes(taken["input_ids"])
     token_offsets = np.concatenate(([0], np.cumsum(lengths, dtype=np.int64)))[offsets]
@@ -142,11 +148,11 @@ def _sequences(table: pa.Table, documents: Indices, offsets: Indices) -> pa.Tabl
 
 
 def _sizes(lists: Any) -> Any:
-    """Length of each list of a column, int32."""
+    """The length of each list in a column, int32."""
     return pa.compute.list_value_length(lists).to_numpy()
 
 
 def _flat(column: Any) -> Any:
-    """A column's values as one array, lists joined."""
+    """A column's values as one array; lists are concatenated."""
     joined = column.combine_chunks()
     return joined.flatten() if pa.types.is_list(joined.type) else joined

@@ -1,4 +1,4 @@
-"""From rows of the stream to the tensors of one forward pass."""
+"""Turns rows of the stream into the tensors of one forward pass."""
 
 import math
 from collections.abc import Iterator
@@ -19,24 +19,24 @@ Rows = list[Sequence]
 
 @dataclass(frozen=True)
 class Batch:
-    """One forward pass."""
+    """Tensors for one forward pass and its loss."""
 
     inputs: dict[str, torch.Tensor]
-    """What the model's forward takes: input_ids and position_ids of shape (sequences, longest),
-    and logits_to_keep, the columns with trained tokens."""
+    """Arguments of the model's forward: input_ids and position_ids of shape (sequences, longest),
+    and logits_to_keep, the columns that predict trained tokens."""
     targets: torch.Tensor
     """Shape (sequences, columns): the token that follows each kept column, or IGNORED."""
     tokens: int
-    """Tokens without padding."""
+    """Number of tokens, without padding."""
     loss_units: int
-    """What the loss is averaged over: trained tokens, pairs, …"""
+    """Number of units that the loss is averaged over: trained tokens, pairs, …"""
     rows: NDArray[np.int64]
     """Row numbers in the source data."""
     extra: dict[str, torch.Tensor] = field(default_factory=dict)
-    """What else the method's loss needs."""
+    """Further tensors that the method's loss needs."""
 
     def having(self, **extra: torch.Tensor) -> "Batch":
-        """The batch with more for the loss."""
+        """The batch with further tensors for the loss."""
         return replace(self, extra={**self.extra, **extra})
 
     def to(self, device: torch.device) -> "Batch":
@@ -52,17 +52,17 @@ class Batch:
 def accumulation_steps(
     rows: int, micro_batch_size: int, world_size: int, sequences_per_row: int = 1
 ) -> int:
-    """Microbatches of one optimizer step over `rows`: the same number on every rank."""
+    """Number of microbatches in one optimizer step over `rows`; it is the same on every rank."""
     return math.ceil(share(rows, 0, world_size) * sequences_per_row / micro_batch_size)
 
 
 def microbatches(
     sequences: Iterator[Sequence], own_share: int, micro_batch_size: int, accumulation: int
 ) -> Iterator[Rows]:
-    """Group a worker's rows into exactly `accumulation` microbatches a step.
+    """Group a worker's rows into exactly `accumulation` microbatches per step.
 
-    Where the batch does not divide evenly, a worker's last microbatch is smaller, or holds only
-    PADDING_ROW, so that all workers take the same number of passes.
+    If the batch does not divide evenly, a worker's last microbatch is smaller, or contains only
+    PADDING_ROW, so that all workers do the same number of forward passes.
     """
     while step := list(islice(sequences, own_share)):
         for index in range(accumulation):
@@ -71,7 +71,8 @@ def microbatches(
 
 
 def in_batches(sequences: Iterator[Sequence], size: int, at_least: int = 0) -> Iterator[Rows]:
-    """Groups of `size` rows; the last may be smaller. PADDING_ROW fills up to `at_least` groups."""
+    """Groups of `size` rows; the last may be smaller. Groups of PADDING_ROW follow if there are
+    fewer than `at_least`."""
     groups = 0
     while part := list(islice(sequences, size)):
         groups += 1
@@ -83,18 +84,19 @@ def in_batches(sequences: Iterator[Sequence], size: int, at_least: int = 0) -> I
 PADDING_ROW = Sequence(
     np.zeros(2, np.int32), np.array([2], np.int32), np.zeros(2, np.bool_), np.zeros(0, np.int64)
 )
-"""Two tokens that are not trained and belong to no row."""
+"""Two tokens that are not trained and belong to no row of the data."""
 
 
 def collate(sequences: Rows, pad: int = 0) -> Batch:
     """Tensors for one forward pass, padded at the end to the longest sequence.
 
-    Positions restart with every document, and transformers isolates documents by that; there is
-    no attention mask. Padding carries on its last document, whose tokens cannot look ahead at it.
+    Positions restart at 0 in every document, which makes transformers isolate the documents; there
+    is no attention mask. Padding continues the last document: attention is causal, so the
+    document's own tokens do not attend to it.
 
     Args:
-        sequences: at least one.
-        pad: the token that pads.
+        sequences: at least one row.
+        pad: id of the padding token.
     """
     longest = max(len(sequence.input_ids) for sequence in sequences)
     shape = (len(sequences), longest)
@@ -125,9 +127,9 @@ def collate(sequences: Rows, pad: int = 0) -> Batch:
 
 
 def collate_pairs(pairs: Rows, pad: int = 0) -> Batch:
-    """Both texts of every pair: all first ones, then all second ones. Its unit is a pair.
+    """Both texts of every pair: all first texts, then all second texts. The loss unit is a pair.
 
-    A pair that is PADDING_ROW, which is then the only one, does not count.
+    PADDING_ROW, which is then the only pair, does not count as a unit.
     """
     halves = [_halves(pair) for pair in pairs]
     batch = collate([half[0] for half in halves] + [half[1] for half in halves], pad)
@@ -146,7 +148,7 @@ def _halves(pair: Sequence) -> tuple[Sequence, Sequence]:
 
 
 def _positions(lengths: NDArray[np.int32], longest: int) -> NDArray[np.int64]:
-    """Position of every token in its own document; padding carries on the last one."""
+    """The position of every token in its document; padding continues the last document."""
     starts = np.concatenate(([0], np.cumsum(lengths)[:-1]))
     stretched = lengths.astype(np.int64)
     stretched[-1] += longest - int(lengths.sum())

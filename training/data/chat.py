@@ -1,4 +1,4 @@
-"""Chat templates: a conversation as one text, and which parts of it an assistant writes."""
+"""Chat templates: render a conversation as text, and locate the assistant's turns in it."""
 
 import re
 from collections.abc import Container, Sequence
@@ -17,7 +17,7 @@ CHATML = (
 _CHATML_TOKENS = ("<|im_start|>", "<|im_end|>")
 
 NO_TEMPLATE = (
-    "data.chat_template: the data holds conversations, and the tokenizer has no chat template; "
+    "data.chat_template: the data contains conversations, but the tokenizer has no chat template; "
     "set it to chatml, a Jinja file or inline Jinja"
 )
 
@@ -28,8 +28,8 @@ _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 
 class UnstableTemplate(RowError):
-    """The template renders a turn differently once others follow it, so that the prefix method
-    cannot tell which characters the assistant wrote."""
+    """The template renders a turn differently when more turns follow it, so the assistant's
+    characters cannot be located by comparing prefixes."""
 
 
 class ChatTemplate:
@@ -41,23 +41,23 @@ class ChatTemplate:
         self._is_marked = bool(_GENERATION.search(source))
 
     def render(self, messages: Sequence[Message], add_generation_prompt: bool = False) -> str:
-        """The text of some messages.
+        """Render messages as text.
 
         Raises:
-            RowError: where the template refuses these messages.
-            InputError: where the template is not valid Jinja.
+            RowError: the template does not accept these messages.
+            InputError: the template is not valid Jinja.
         """
         return self._render(messages, add_generation_prompt)[0]
 
     def render_with_spans(self, conversation: Conversation) -> tuple[str, list[Span]]:
-        """The text, and the spans of the assistant's turns that bear loss.
+        """Render a conversation; returns the text and the spans of the trained assistant turns.
 
-        A template with {% generation %} blocks says itself where they are. Otherwise a turn is
-        what rendering up to it adds to the prompt before it.
+        {% generation %} blocks in the template mark the spans. Without them, the span of a turn
+        is the text that rendering up to this turn adds to the prompt before it.
 
         Raises:
-            UnstableTemplate: where that does not hold.
-            RowError, InputError: as `render`.
+            UnstableTemplate: later turns change the rendering of earlier ones.
+            RowError, InputError: see `render`.
         """
         if self._is_marked:
             text, spans = self._render(conversation.messages, False)
@@ -78,8 +78,8 @@ class ChatTemplate:
         if not (upto.startswith(before) and text.startswith(upto)):
             raise UnstableTemplate(
                 f"the chat template rewrites earlier turns (here message {at + 1} of "
-                f"{len(messages)}), so the assistant's words cannot be told from the prompt; set "
-                "data.chat_template to chatml, or to a template that marks them with "
+                f"{len(messages)}), so the assistant's words cannot be separated from the prompt; "
+                "set data.chat_template to chatml, or to a template that marks them with "
                 "{% generation %} … {% endgeneration %}, or method.train_on: all"
             )
         return len(before), len(upto)
@@ -103,21 +103,27 @@ class ChatTemplate:
                 f"data.chat_template: not valid Jinja, line {error.lineno}: {error.message}"
             ) from None
         except (TemplateError, TypeError) as error:
-            raise RowError(f"the chat template refuses this conversation: {error}") from None
+            raise RowError(
+                f"the chat template does not accept this conversation: {error}"
+            ) from None
         return texts[0], spans[0] if self._is_marked else []
 
 
-def chat_template_of(tokenizer: Any, wanted: str | None) -> ChatTemplate:
-    """The recipe's template, or the tokenizer's own.
+def chat_template_of(tokenizer: Any, requested: str | None) -> ChatTemplate:
+    """The requested chat template, or the tokenizer's own.
+
+    Args:
+        tokenizer: the model's tokenizer.
+        requested: the recipe's data.chat_template: chatml, Jinja source, or None.
 
     Raises:
-        InputError: where the tokenizer has none, or lacks the tokens of chatml.
+        InputError: the tokenizer has no template, or lacks the tokens of chatml.
     """
-    if wanted == "chatml":
+    if requested == "chatml":
         check_chatml(tokenizer.get_vocab())
         return ChatTemplate(CHATML, tokenizer.special_tokens_map)
-    if wanted is not None:
-        return ChatTemplate(wanted, tokenizer.special_tokens_map)
+    if requested is not None:
+        return ChatTemplate(requested, tokenizer.special_tokens_map)
     try:
         return ChatTemplate(tokenizer.get_chat_template(), tokenizer.special_tokens_map)
     except ValueError:
@@ -125,14 +131,14 @@ def chat_template_of(tokenizer: Any, wanted: str | None) -> ChatTemplate:
 
 
 def check_chatml(vocabulary: Container[str]) -> None:
-    """Refuse chatml for a tokenizer that would spell out its markers letter by letter.
+    """Refuse chatml for a tokenizer that would split its markers into several tokens.
 
     Raises:
-        InputError: where a marker is no token of the vocabulary.
+        InputError: a marker is not a token of the vocabulary.
     """
     missing = [token for token in _CHATML_TOKENS if token not in vocabulary]
     if missing:
         raise InputError(
             f"data.chat_template: chatml needs the tokens {' and '.join(missing)}, which this "
-            "tokenizer does not have; give a template made of its own special tokens"
+            "tokenizer does not have; set a template that uses its own special tokens"
         )

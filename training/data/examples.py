@@ -1,4 +1,4 @@
-"""The examples that a method learns from: which rows it takes, and what it makes of them.
+"""The examples that a method learns from: which rows it accepts, and how it converts them.
 
 The table is keyed by `learns_from` of the method's settings, not by the method's kind.
 """
@@ -40,20 +40,20 @@ def _no_extra(_: Row, __: Example) -> None:
 
 @dataclass(frozen=True)
 class ExampleRules:
-    """How rows become the examples of a method."""
+    """How the rows of a data set are converted to the examples of a method."""
 
     shapes: tuple[type[Example], ...]
-    """Shapes of an example."""
+    """Shapes that an example may have."""
     split: Callable[[Example], tuple[Example, ...]] = _undivided
-    """The examples in a row of the data."""
+    """Returns the examples in a row of the data."""
     adapt: Callable[[Example], Example] = _unchanged
-    """An example as it is tokenised."""
+    """Converts an example to the shape that is tokenised."""
     extra: Callable[[Row, Example], Row | None] = _no_extra
-    """JSON object kept beside an example's tokens, from the row as read and the example."""
+    """Returns the JSON object to store with an example, from the raw row and the example."""
 
 
 def _labelled_answers(row: Example) -> tuple[Example, ...]:
-    """A pair is a good answer and a bad one."""
+    """Split a preference pair into a good answer and a bad one."""
     if isinstance(row, PreferencePair):
         return LabelledExample(row.chosen, True), LabelledExample(row.rejected, False)
     return (row,)
@@ -90,13 +90,13 @@ def _question(example: Example) -> Question:
 
 
 def _reward_columns(row: Row, example: Example) -> Row:
-    """The prompt as reward functions get it, and the columns beside it."""
+    """The arguments of reward functions: the prompt, and the row's other columns."""
     question = _question(example)
     own = next((columns for name, columns in _FORMATS if name in row), frozenset())
     columns = {name: row[name] for name in row if name not in own | _ANSWERS}
     columns["reference"] = question.reference
     prompt = question.prompt if isinstance(question.prompt, str) else list(question.prompt)
-    # What JSON does not have, such as a date of a Parquet file, becomes text.
+    # Values that JSON lacks, such as a date from a Parquet file, become text.
     values: Row = json.loads(json.dumps({"prompt": prompt, "columns": columns}, default=str))
     return values
 
@@ -118,19 +118,19 @@ def rules_of(kind: str) -> ExampleRules:
 
 
 def examples_of(row: Example, kind: str) -> tuple[Example, ...]:
-    """What a method learns from in a row of the data.
+    """The examples that a method learns from in a row of the data.
 
     Raises:
-        RowError: for a row of a shape that it does not learn from.
+        RowError: the method does not learn from rows of this shape.
     """
     rules = rules_of(kind)
     examples = rules.split(row)
     for example in examples:
         if not isinstance(example, rules.shapes):
-            others = [other for other in METHODS if isinstance(example, rules_of(other).shapes)]
+            suitable = [name for name in METHODS if isinstance(example, rules_of(name).shapes)]
             raise RowError(
-                f"method {kind} learns from {_names(rules.shapes)}, and this is one of the "
-                f"{SHAPES[type(example)]}, for method {' or '.join(others)}"
+                f"method {kind} learns from {_names(rules.shapes)}, but this row is one of the "
+                f"{SHAPES[type(example)]}; use method {' or '.join(suitable)}, or other data"
             )
     return examples
 

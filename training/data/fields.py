@@ -1,4 +1,4 @@
-"""Reading the fields of a row: texts, turns and prompts, each with its reason for refusal."""
+"""Reads the fields of a row: texts, turns and prompts. A RowError says why a field is refused."""
 
 from typing import Any
 
@@ -23,7 +23,7 @@ _ROLES = {
 
 
 def text_of(value: Any, name: str) -> str:
-    """A text that says something; `name` is what a refusal calls it."""
+    """Check that a value is text and not blank; `name` is the field's name in errors."""
     if value is None:
         raise RowError(f"{name} is null; expected text")
     if not isinstance(value, str):
@@ -33,12 +33,12 @@ def text_of(value: Any, name: str) -> str:
     try:
         value.encode("utf-8")
     except UnicodeEncodeError:
-        raise RowError(f"{name} holds half of a surrogate pair, which is no character") from None
+        raise RowError(f"{name} contains half of a surrogate pair, not a character") from None
     return value
 
 
 def required_text(row: Row, *names: str) -> str:
-    """The text under the first of these names that the row has."""
+    """The text of the first of these fields that the row has."""
     for name in names:
         if name in row:
             return text_of(row[name], name)
@@ -46,23 +46,23 @@ def required_text(row: Row, *names: str) -> str:
 
 
 def optional_text(row: Row, name: str) -> str:
-    """The text under a name; empty where it is missing, null or empty."""
+    """The text of a field; empty if the field is missing, null or empty."""
     value = row.get(name)
     return "" if value is None or value == "" else text_of(value, name)
 
 
 def turns_of(value: Any, name: str) -> list[Message]:
-    """Messages, as {role, content} or {from, value}."""
+    """Read a list of messages; each is {role, content} or {from, value}."""
     if not isinstance(value, list):
-        found = "null" if value is None else type(value).__name__
-        raise RowError(f"{name} is {found}; expected a list of messages")
+        kind = "null" if value is None else type(value).__name__
+        raise RowError(f"{name} is {kind}; expected a list of messages")
     if not value:
         raise RowError(f"{name} is an empty list; expected messages")
     return [turn_of(item, f"{name}[{index}]") for index, item in enumerate(value)]
 
 
 def turn_of(item: Any, name: str) -> Message:
-    """One message."""
+    """Read a message, {role, content} or {from, value}; the role becomes a standard one."""
     if not isinstance(item, dict):
         raise RowError(f"{name} is of type {type(item).__name__}; expected {{role, content}}")
     role_key, content_key = ("from", "value") if "from" in item else ("role", "content")
@@ -75,19 +75,19 @@ def turn_of(item: Any, name: str) -> Message:
 
 
 def conversation_of(messages: list[Message], first_trained: int = 0) -> Conversation:
-    """A conversation with at least one turn to learn from."""
+    """A conversation; refused if it has no assistant turn to learn from."""
     if not any(message["role"] == "assistant" for message in messages[first_trained:]):
         raise RowError("there is no assistant turn to learn from")
     return Conversation(tuple(messages), first_trained)
 
 
 def answered(prompt: list[Message], answer: str) -> list[Message]:
-    """The prompt with an assistant's turn after it."""
+    """The prompt followed by an assistant turn."""
     return [*prompt, {"role": "assistant", "content": answer}]
 
 
 def sharegpt_turns(row: Row) -> list[Message]:
-    """ShareGPT's conversations, with the system prompt that may stand beside them."""
+    """The messages of a ShareGPT row, with the system prompt of its `system` field, if any."""
     messages = turns_of(row.get("conversations"), "conversations")
     system = optional_text(row, "system")
     if system and messages[0]["role"] != "system":
@@ -96,7 +96,7 @@ def sharegpt_turns(row: Row) -> list[Message]:
 
 
 def alpaca_prompt(row: Row) -> list[Message]:
-    """Alpaca's instruction with its input, after the system prompt and the history."""
+    """The prompt of an Alpaca row: system prompt, history, then the instruction with its input."""
     instruction = required_text(row, "instruction")
     system, more = optional_text(row, "system"), optional_text(row, "input")
     messages = [{"role": "system", "content": system}] if system else []
@@ -106,7 +106,7 @@ def alpaca_prompt(row: Row) -> list[Message]:
     for index, pair in enumerate(history):
         if not isinstance(pair, list) or len(pair) != 2:
             raise RowError(f"history[{index}] is not a pair of a question and an answer")
-        for role, said in zip(("user", "assistant"), pair, strict=True):
-            messages.append({"role": role, "content": text_of(said, f"history[{index}]")})
+        for role, text in zip(("user", "assistant"), pair, strict=True):
+            messages.append({"role": role, "content": text_of(text, f"history[{index}]")})
     question = f"{instruction}\n\n{more}" if more else instruction
     return [*messages, {"role": "user", "content": question}]

@@ -1,4 +1,4 @@
-"""The name of a prepared data set: a hash of everything that decides its content."""
+"""The name of a prepared data set: a hash of everything that determines its content."""
 
 import hashlib
 import json
@@ -17,25 +17,25 @@ from .resolve import ResolvedData, ResolvedSource, resolve_data
 from .sources import SourceFile, file_kind
 
 FORMAT_VERSION = 2
-"""Raised when the same inputs would be prepared differently."""
+"""Increased when a new version prepares the same inputs differently."""
 
 _BLOCK = 2**20
-_SETTLED_SECONDS = 2.0
+_CACHEABLE_SECONDS = 2.0
 
 
 def fingerprint(recipe: Recipe, data: ResolvedData | None = None) -> str:
-    """16 hex digits over the content of the sources and the tokenizer, and the settings that
-    decide how rows become sequences.
+    """Hash the content of the sources and the tokenizer, and the settings that determine how
+    rows become sequences; returns 16 hex digits.
 
-    A local file counts with its content, a remote object with its size and time of change. Paths
-    do not count, nor does anything about training.
+    A local file is identified by its content, a remote object by its size and modification time.
+    Paths and training settings do not count.
 
     Args:
         recipe: the recipe.
-        data: its sources, where they are resolved already.
+        data: its sources, if they are resolved already.
 
     Raises:
-        InputError: for sources or a model that cannot be found.
+        InputError: a source or the model does not exist.
     """
     data = data or resolve_data(recipe)
     render = asdict(RenderSettings.of(recipe))
@@ -64,26 +64,26 @@ def _describe(sources: Sequence[ResolvedSource]) -> list[object]:
 def _describe_file(file: SourceFile) -> list[object]:
     kind = file_kind(file)
     if file.is_local:
-        return [kind, file.is_compressed, _hash_as_it_is(Path(file.uri))]
+        return [kind, file.is_compressed, _cached_hash(Path(file.uri))]
     return [kind, file.is_compressed, file.size, file.modified_ns]
 
 
 def _describe_tokenizer(model: ModelSettings) -> dict[str, str]:
     folder = model_folder(model)
     assert folder is not None
-    return {file.name: _hash_as_it_is(file) for file in tokenizer_files(folder)}
+    return {file.name: _cached_hash(file) for file in tokenizer_files(folder)}
 
 
-def _hash_as_it_is(path: Path) -> str:
-    """A file is read once a process, as long as it stays what it is."""
+def _cached_hash(path: Path) -> str:
+    """The hash of a file; cached in this process until the file changes."""
     status = path.stat()
-    if time.time() - status.st_ctime < _SETTLED_SECONDS:
-        return _hash(path)  # its next change may bear the same time
-    return _known_hash(path, status.st_size, status.st_ctime_ns)
+    if time.time() - status.st_ctime < _CACHEABLE_SECONDS:
+        return _hash(path)  # its next change may get the same timestamp
+    return _hash_of_version(path, status.st_size, status.st_ctime_ns)
 
 
 @lru_cache(maxsize=4096)
-def _known_hash(path: Path, size: int, changed_ns: int) -> str:
+def _hash_of_version(path: Path, size: int, changed_ns: int) -> str:
     del size, changed_ns
     return _hash(path)
 

@@ -1,4 +1,4 @@
-"""The formats in which people keep training rows, brought to the shapes that finray knows."""
+"""Row formats of training data, and their conversion to the shapes that finray uses."""
 
 from collections.abc import Callable, Sequence
 from typing import Literal
@@ -26,14 +26,14 @@ KnownFormat = Literal[
     "prompt",
     "text",
 ]
-WANTED: dict[KnownFormat, str] = {
+EXPECTED_FIELDS: dict[KnownFormat, str] = {
     "preference": "chosen and rejected, whole or after a prompt, conversations or instruction",
     "labelled": "label (or kto_tag), with messages, conversations or a prompt and its answer",
     "messages": "messages: a list of {role, content}",
     "sharegpt": "conversations: a list of {from, value} or {role, content}",
     "alpaca": "instruction and output (optionally input, system, history)",
     "prompt_completion": "prompt, and completion or response",
-    "prompt": "prompt alone",
+    "prompt": "prompt only",
     "text": "text or content",
 }
 _KEYS: dict[KnownFormat, tuple[tuple[str, ...], ...]] = {
@@ -59,13 +59,13 @@ _KEYS: dict[KnownFormat, tuple[tuple[str, ...], ...]] = {
 
 
 def detect_format(rows: Sequence[tuple[str, Row]]) -> KnownFormat:
-    """The first format that at least half of these rows fit, else the one that most fit.
+    """The first format that at least half of the rows fit, else the format that most rows fit.
 
     Args:
         rows: (file:line, row) pairs, at least one.
 
     Raises:
-        InputError: where no format fits any of them.
+        InputError: no row fits any format.
     """
     fits = {
         name: sum(_has_keys(row, alternatives) for _, row in rows)
@@ -76,18 +76,20 @@ def detect_format(rows: Sequence[tuple[str, Row]]) -> KnownFormat:
     if fits[best] == 0:
         place, row = rows[0]
         keys = ", ".join(map(str, row)) or "none"
-        wanted = "\n".join(f"  {name}: {keys}" for name, keys in WANTED.items())
-        raise InputError(f"{place}: no known row format has these keys: {keys}; known:\n{wanted}")
+        formats = "\n".join(f"  {name}: {keys}" for name, keys in EXPECTED_FIELDS.items())
+        raise InputError(
+            f"{place}: no row format has these keys: {keys}; the formats are:\n{formats}"
+        )
     return best
 
 
 def normalise(row: Row, row_format: KnownFormat) -> Example:
-    """Bring a row of a known format to one of the shapes.
+    """Convert a row of a format to one of the shapes.
 
     Raises:
-        RowError: for missing keys, nulls, wrong types, empty contents, unknown roles, and
-            conversations without an assistant turn, answers that are the same or answer
-            different prompts, and labels that are neither true nor false.
+        RowError: a key is missing, a value is null, empty or of a wrong type, a role is unknown,
+            there is no assistant turn, two answers are the same or answer different prompts, or
+            a label is neither true nor false.
     """
     return _NORMALISERS[row_format](row)
 

@@ -1,4 +1,4 @@
-"""A quick look at the first rows of a source: its format, its size, and whether it is usable."""
+"""A quick check of the first rows of a source: its format, its size, and whether it is usable."""
 
 import json
 from collections.abc import Iterable, Sequence
@@ -25,39 +25,39 @@ class SourceInspection:
     path: str
     files: int
     bytes: int
-    """As stored."""
+    """Total size as stored, before decompression."""
     format: KnownFormat
     rows: int
     is_exact: bool
-    """Whether `rows` was counted; otherwise it is estimated from the first rows."""
+    """True if `rows` is counted; otherwise it is estimated from the first rows."""
     tokens: int | None
-    """Estimate for all rows, without special tokens; None where there is no tokenizer.json."""
+    """Estimate for all rows, without special tokens; None if there is no tokenizer.json."""
 
 
 @dataclass(frozen=True)
 class InspectedRows:
-    """A source, and the examples in its first usable rows."""
+    """The inspection of a source, and the examples in its first usable rows."""
 
     inspection: SourceInspection
     examples: tuple[Example, ...]
-    """As the method tokenises them."""
+    """In the shape that the method tokenises."""
     per_row: float
     """Mean number of examples in a usable row of the source."""
 
 
 def inspect_source(
-    source: ResolvedSource, method: str, counted: bool, tokenizer: Any
+    source: ResolvedSource, method: str, count_all: bool, tokenizer: Any
 ) -> InspectedRows:
-    """Read the first rows of a source as a method learns from them.
+    """Read the first rows of a source, and convert them as the method does.
 
     Args:
-        source: where the rows are, and in which format.
+        source: the files and the format of the rows.
         method: the method's kind.
-        counted: whether to read on and count the rows; otherwise their number is estimated.
-        tokenizer: a `tokenizers.Tokenizer` to estimate tokens with, or None.
+        count_all: read all rows to count them; otherwise their number is estimated.
+        tokenizer: a `tokenizers.Tokenizer` to estimate the number of tokens, or None.
 
     Raises:
-        InputError: where none of the first rows is usable.
+        InputError: none of the first rows is usable.
     """
     rows = all_rows(source.files)
     first = list(islice(rows, _ROWS_CHECKED))
@@ -65,11 +65,11 @@ def inspect_source(
     is_parquet = [file_kind(file) == "parquet" for file in source.files]
     if all(is_parquet):
         count, is_exact = sum(parquet_metadata(file).num_rows for file in source.files), True
-    elif counted:
+    elif count_all:
         count, is_exact = len(first) + sum(1 for _ in rows), True
     else:
         count, is_exact = _estimated_rows(source, first), False
-    examples = tuple(example for one in usable for example in one)
+    examples = tuple(example for row in usable for example in row)
     per_row = len(examples) / len(usable)
     tokens = (
         None if tokenizer is None else round(_mean_tokens(tokenizer, examples) * per_row * count)
@@ -89,10 +89,10 @@ def inspect_source(
 def _usable(
     source: ResolvedSource, method: str, first: Sequence[tuple[str, Row | BadRow]]
 ) -> list[tuple[Example, ...]]:
-    """What each usable row gives; an InputError where none is usable."""
+    """The examples of each usable row; an InputError if no row is usable."""
     rules = rules_of(method)
     usable: list[tuple[Example, ...]] = []
-    fault = ""
+    first_error = ""
     for place, row in first:
         try:
             if isinstance(row, BadRow):
@@ -100,19 +100,19 @@ def _usable(
             examples = examples_of(normalise(row, source.format), method)
             usable.append(tuple(rules.adapt(example) for example in examples))
         except RowError as error:
-            fault = fault or f"{place}: {error}"
+            first_error = first_error or f"{place}: {error}"
     if not usable:
         raise InputError(
-            f"{fault}; none of the first {len(first)} rows is usable as {source.format}"
+            f"{first_error}; none of the first {len(first)} rows is usable as {source.format}"
         )
     return usable
 
 
 def _estimated_rows(source: ResolvedSource, first: Sequence[tuple[str, Row | BadRow]]) -> int:
-    shown = [
+    texts = [
         row.raw if isinstance(row, BadRow) else json.dumps(row, default=str) for _, row in first
     ]
-    mean = (sum(map(len, shown)) + 1) / len(shown)
+    mean = (sum(map(len, texts)) + 1) / len(texts)
     size = sum(
         file.size * (_TYPICAL_COMPRESSION if file.is_compressed else 1.0) for file in source.files
     )

@@ -1,18 +1,18 @@
-"""Where the rows of a step come from, in the files that the user gave."""
+"""The origin of a step's rows: their places in the user's source files."""
 
 from ..config.recipe import Recipe
 from .prepared import Manifest, Prepared
 from .stream import Slice
 
 Origins = dict[str, list[int]]
-"""Rows by source: their numbers in it, from 1; bad rows count. Of a JSON Lines file without blank
-lines these are its lines."""
+"""Row numbers by source path, counted from 1 with bad rows. For a JSON Lines file without blank
+lines these are its line numbers."""
 
 _SHOWN = 20
 
 
 def rows_of_step(recipe: Recipe, prepared: Prepared, step: int) -> Origins:
-    """The source rows that an optimizer step (counted from 1) learns from, on all workers."""
+    """The source rows that all workers together use in an optimizer step (counted from 1)."""
     at = (step - 1) // recipe.method.repeats
     whole = Slice(
         folder=prepared.files,
@@ -34,20 +34,20 @@ def rows_of_step(recipe: Recipe, prepared: Prepared, step: int) -> Origins:
 
 
 def _by_source(numbers: list[int], manifest: Manifest) -> Origins:
-    found: Origins = {}
+    origins: Origins = {}
     first = 0
     for source in manifest.sources:
         if source.split == "train":
             last = first + source.rows
             rows = [number - first + 1 for number in numbers if first <= number < last]
             if rows:
-                found[source.path] = found.get(source.path, []) + rows
+                origins[source.path] = origins.get(source.path, []) + rows
             first = last
-    return found
+    return origins
 
 
 def describe(origins: Origins) -> str:
-    """For a message: rows 3, 17 and 5 more of /data/chat.jsonl."""
+    """The origins as text for a message: rows 3, 17 and 5 more of /data/chat.jsonl."""
     return "; ".join(
         f"rows {', '.join(map(str, rows[:_SHOWN]))}"
         + (f" and {len(rows) - _SHOWN} more" if len(rows) > _SHOWN else "")

@@ -1,4 +1,4 @@
-"""Best-fit-decreasing bin packing: documents into sequences of a fixed capacity."""
+"""Best-fit-decreasing bin packing of documents into sequences of a fixed capacity."""
 
 from dataclasses import dataclass
 
@@ -10,26 +10,26 @@ Indices = NDArray[np.int64]
 
 @dataclass(frozen=True)
 class Bins:
-    """Which documents share a sequence."""
+    """An assignment of documents to bins; a bin becomes a sequence."""
 
     documents: Indices
-    """Every document's index once, bin after bin."""
+    """The index of every document, grouped by bin."""
     offsets: Indices
-    """Bin b holds documents[offsets[b]:offsets[b + 1]]; one more offset than bins."""
+    """Bin b contains documents[offsets[b]:offsets[b + 1]]; there is one more offset than bins."""
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
 
 
 def pack(lengths: NDArray[np.int32], capacity: int) -> Bins:
-    """Pack documents, the longest first, each into the fullest bin that still takes it.
+    """Pack documents, the longest first, each into the fullest bin that has enough space.
 
-    Documents of equal length are placed together: the bin that fits best takes as many of them
-    as it can, so that the work grows with the number of distinct lengths. Deterministic.
+    Documents of equal length are placed together: the best-fitting bin receives as many of them
+    as it can hold, so the work grows with the number of distinct lengths. Deterministic.
 
     Args:
         lengths: tokens of each document, 1 ≤ length ≤ capacity.
-        capacity: tokens of a bin.
+        capacity: tokens that a bin can hold.
     """
     assert lengths.size == 0 or (lengths.min() >= 1 and lengths.max() <= capacity)
     order = np.argsort(-lengths.astype(np.int64), kind="stable")
@@ -45,23 +45,23 @@ def pack(lengths: NDArray[np.int32], capacity: int) -> Bins:
     return Bins(documents, np.concatenate(([0], np.cumsum(sizes))))
 
 
-def one_each(count: int) -> Bins:
-    """Every document in a bin of its own."""
+def unpacked(count: int) -> Bins:
+    """Bins with one document each, in order."""
     return Bins(np.arange(count), np.arange(count + 1))
 
 
 class _Space:
-    """Bins by the space that is left in them."""
+    """Open bins, grouped by the space that is left in them."""
 
     def __init__(self, capacity: int) -> None:
         self._capacity = capacity
         self._open: dict[int, list[Indices]] = {}
         self._spaces = 0
-        """Bit s is set where some bin has exactly s tokens left: its search is one shift."""
+        """Bit s is set if some bin has exactly s tokens left, so a shift finds the best fit."""
         self.bins = 0
 
     def place(self, length: int, count: int) -> Indices:
-        """Bins of `count` documents of one length."""
+        """Place `count` documents of equal length; returns the bin of each."""
         parts = []
         while count > 0:
             candidates = self._spaces >> length
@@ -76,39 +76,39 @@ class _Space:
 
     def _open_bins(self, length: int, count: int) -> Indices:
         each = self._capacity // length
-        wanted = -(-count // each)
-        new = np.arange(self.bins, self.bins + wanted)
-        self.bins += wanted
+        needed = -(-count // each)
+        new = np.arange(self.bins, self.bins + needed)
+        self.bins += needed
         return self._put(new, self._capacity, length, count)
 
     def _fill(self, left: int, length: int, count: int) -> Indices:
-        wanted = -(-count // (left // length))
-        return self._put(self._take(left, wanted), left, length, count)
+        needed = -(-count // (left // length))
+        return self._put(self._remove(left, needed), left, length, count)
 
     def _put(self, bins: Indices, left: int, length: int, count: int) -> Indices:
-        """Up to `left // length` documents into each bin; the last one may get fewer."""
+        """Put up to `left // length` documents into each bin; the last bin may get fewer."""
         each = left // length
         count = min(count, each * len(bins))
         in_last = count - each * (len(bins) - 1)
-        self._give(left - each * length, bins[:-1])
-        self._give(left - in_last * length, bins[-1:])
+        self._add(left - each * length, bins[:-1])
+        self._add(left - in_last * length, bins[-1:])
         return np.repeat(bins, each)[:count]
 
-    def _take(self, left: int, wanted: int) -> Indices:
+    def _remove(self, left: int, needed: int) -> Indices:
         stack = self._open[left]
         parts: list[Indices] = []
-        while wanted > 0 and stack:
+        while needed > 0 and stack:
             top = stack.pop()
-            if len(top) > wanted:
-                stack.append(top[wanted:])
-                top = top[:wanted]
+            if len(top) > needed:
+                stack.append(top[needed:])
+                top = top[:needed]
             parts.append(top)
-            wanted -= len(top)
+            needed -= len(top)
         if not stack:
             self._spaces &= ~(1 << left)
         return np.concatenate(parts)
 
-    def _give(self, left: int, bins: Indices) -> None:
+    def _add(self, left: int, bins: Indices) -> None:
         if left > 0 and len(bins) > 0:
             self._open.setdefault(left, []).append(bins)
             self._spaces |= 1 << left

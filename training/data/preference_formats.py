@@ -1,6 +1,6 @@
-"""The formats in which people keep preferences: two answers to a prompt, or one with a label.
+"""Row formats of preference data: two answers to a prompt, or an answer with a label.
 
-The prompt stands in a field of its own, or is what two whole conversations have in common.
+The prompt is a separate field, or the common beginning of two whole conversations.
 """
 
 import math
@@ -26,10 +26,10 @@ _SCORES = (("score_chosen", "score_rejected"), ("chosen_score", "rejected_score"
 
 
 def from_preference(row: Row) -> PreferencePair:
-    """Two answers to the same prompt.
+    """Read two answers to the same prompt.
 
     Raises:
-        RowError: as `formats.normalise`.
+        RowError: see `formats.normalise`.
     """
     for name in ("chosen", "rejected"):
         if row.get(name) is None:
@@ -45,15 +45,15 @@ def from_preference(row: Row) -> PreferencePair:
 
 
 def _holds_prompt(answer: Any) -> bool:
-    """Whether an answer is a whole conversation, beside which the prompt is repeated as text."""
+    """True if an answer is a whole conversation, so the prompt field only repeats its prompt."""
     return isinstance(answer, list) and turns_of(answer, "chosen")[0]["role"] != "assistant"
 
 
 def from_labelled(row: Row) -> LabelledExample:
-    """An answer with its label: the last turn of a conversation, or what follows a prompt.
+    """Read an answer with its label: the last turn of a conversation, or the text after a prompt.
 
     Raises:
-        RowError: as `formats.normalise`.
+        RowError: see `formats.normalise`.
     """
     name = "label" if "label" in row else "kto_tag"
     label = row.get(name)
@@ -68,7 +68,7 @@ def _labelled_answer(row: Row) -> Answer:
             turns_of(row["messages"], "messages") if "messages" in row else sharegpt_turns(row)
         )
         if messages[-1]["role"] != "assistant":
-            raise RowError("the last message is not the assistant's, whom the label judges")
+            raise RowError("the last message is not an assistant turn, which the label rates")
         return conversation_of(messages, first_trained=len(messages) - 1)
     if "instruction" in row:
         return _after(alpaca_prompt(row), required_text(row, "output"), "output")
@@ -80,7 +80,7 @@ def _labelled_answer(row: Row) -> Answer:
 
 
 def _prompt(row: Row) -> list[Message] | str | None:
-    """What both answers follow, as messages or as text; None where each holds it itself."""
+    """The prompt of the answers, as messages or as text; None if the answers contain it."""
     if "conversations" in row:
         return sharegpt_turns(row)
     if "instruction" in row:
@@ -92,7 +92,7 @@ def _prompt(row: Row) -> list[Message] | str | None:
 
 
 def _after(prompt: list[Message] | str, value: Any, name: str) -> Answer:
-    """The prompt with an answer: a text, a message, or several."""
+    """The prompt followed by an answer, which is a text, a message or a list of messages."""
     if isinstance(value, str):
         answer = text_of(value, name)
         if isinstance(prompt, str):
@@ -104,54 +104,56 @@ def _after(prompt: list[Message] | str, value: Any, name: str) -> Answer:
     if messages[: len(prompt)] == prompt:  # the answer repeats it
         messages = messages[len(prompt) :]
     if not messages or messages[0]["role"] != "assistant":
-        raise RowError(f"{name} does not begin with a turn of the assistant")
+        raise RowError(f"{name} does not begin with an assistant turn")
     return conversation_of(prompt + messages, first_trained=len(prompt))
 
 
 def _whole(row: Row) -> tuple[Answer, Answer]:
-    """Two conversations, or two texts, that each begin with the prompt."""
+    """Read two conversations, or two texts, that both begin with the prompt."""
     texts = [row["chosen"], row["rejected"]]
     if any(isinstance(value, str) for value in texts):
-        one, other = (required_text(row, name) for name in ("chosen", "rejected"))
-        speakers = [_transcript(text) for text in (one, other)]
-        if speakers[0] is None or speakers[1] is None:
-            return _split_texts(one, other)
-        return _split_turns(speakers[0], speakers[1])
+        chosen, rejected = (required_text(row, name) for name in ("chosen", "rejected"))
+        transcripts = _transcript(chosen), _transcript(rejected)
+        if transcripts[0] is None or transcripts[1] is None:
+            return _split_texts(chosen, rejected)
+        return _split_turns(transcripts[0], transcripts[1])
     return _split_turns(turns_of(texts[0], "chosen"), turns_of(texts[1], "rejected"))
 
 
-def _split_turns(one: list[Message], other: list[Message]) -> tuple[Answer, Answer]:
-    cut = common_prefix(one, other)
+def _split_turns(chosen: list[Message], rejected: list[Message]) -> tuple[Answer, Answer]:
+    cut = common_prefix(chosen, rejected)
     if cut == 0:
         raise RowError("chosen and rejected have no common prompt: their first messages differ")
-    for messages, name in ((one, "chosen"), (other, "rejected")):
+    for messages, name in ((chosen, "chosen"), (rejected, "rejected")):
         if messages[cut]["role"] != "assistant":
             raise RowError(
-                f"chosen and rejected part at message {cut + 1}, which in {name} is the "
-                f"{messages[cut]['role']}'s: the prompts differ"
+                f"chosen and rejected first differ at message {cut + 1}, which in {name} has the "
+                f"role {messages[cut]['role']}; expected an assistant turn after a common prompt"
             )
-    return conversation_of(one, first_trained=cut), conversation_of(other, first_trained=cut)
+    return conversation_of(chosen, first_trained=cut), conversation_of(rejected, first_trained=cut)
 
 
-def _split_texts(one: str, other: str) -> tuple[Answer, Answer]:
-    cut = common_prefix(one, other)
-    # They part between words; a space belongs to the word that follows, as tokenizers see it.
-    while cut > 0 and one[cut - 1].isalnum() and (one[cut].isalnum() or other[cut].isalnum()):
+def _split_texts(chosen: str, rejected: str) -> tuple[Answer, Answer]:
+    cut = common_prefix(chosen, rejected)
+    # The cut is between words; a space belongs to the word after it, as in most tokenizers.
+    while (
+        cut > 0 and chosen[cut - 1].isalnum() and (chosen[cut].isalnum() or rejected[cut].isalnum())
+    ):
         cut -= 1
-    while cut > 0 and one[cut - 1] == " ":
+    while cut > 0 and chosen[cut - 1] == " ":
         cut -= 1
-    if not one[:cut].strip():
+    if not chosen[:cut].strip():
         raise RowError("chosen and rejected have no common prompt: they begin differently")
-    answers = [Completion(one[:cut], text[cut:]) for text in (one, other)]
+    answers = [Completion(chosen[:cut], text[cut:]) for text in (chosen, rejected)]
     for name, answer in zip(("chosen", "rejected"), answers, strict=True):
         text_of(answer.completion, f"{name} after the common prompt")
     return answers[0], answers[1]
 
 
-def common_prefix(one: list[Message] | str, other: list[Message] | str) -> int:
-    """How many messages (or characters) both begin with; each keeps at least one after them."""
-    longest = min(len(one), len(other)) - 1
-    pairs = zip(one[:longest], other[:longest], strict=True)
+def common_prefix(first: list[Message] | str, second: list[Message] | str) -> int:
+    """Number of messages (or characters) that both begin with; at least one of each remains."""
+    longest = min(len(first), len(second)) - 1
+    pairs = zip(first[:longest], second[:longest], strict=True)
     return next((index for index, (a, b) in enumerate(pairs) if a != b), longest)
 
 
@@ -171,7 +173,7 @@ def _transcript(text: str) -> list[Message] | None:
 
 
 def _margin(row: Row) -> float | None:
-    """By how much the chosen answer is better, where the row says it."""
+    """By how much the chosen answer is better; None if the row has no margin or scores."""
     if row.get("margin") is not None:
         return _number(row["margin"], "margin")
     for names in _SCORES:

@@ -1,4 +1,4 @@
-"""Preparing the data: read, normalise, tokenise, pack, and keep the result by its fingerprint."""
+"""Data preparation: read, normalise, tokenise, pack, and store the result by its fingerprint."""
 
 import hashlib
 import json
@@ -50,26 +50,26 @@ from .tokenising import (
 
 _STALE_SECONDS = 24 * 3600
 _QUARANTINED = 10_000
-"""Bad rows that are written down; all are counted."""
+"""Maximum number of bad rows written to the quarantine file; all of them are counted."""
 
 
 def prepare(
     recipe: Recipe, folder: Folder, run_tasks: RunTasks, progress: Progress = SILENT
 ) -> Prepared:
-    """Prepare a recipe's data, or find it prepared.
+    """Prepare a recipe's data, or return it if it is prepared already.
 
-    Everything is written to an attempt's own folder, and becomes visible when the manifest that
-    names it is written: what a killed process leaves behind is never read, and of two processes
-    that prepare the same data one result is kept.
+    Each attempt writes into its own folder, and publishes it by writing the manifest that names
+    this folder. So files of a killed process are never read, and if two processes prepare the same
+    data, one result is kept.
 
     Args:
         recipe: the recipe, its paths absolute.
         folder: <storage>/prepared.
-        run_tasks: where the work is done.
+        run_tasks: runs the tasks, in this process or on Ray.
         progress: receives a status after every finished task.
 
     Raises:
-        InputError: for wrong sources or rows, too many bad rows, and where no sequence is left.
+        InputError: sources or rows are wrong, too many rows are bad, or no sequence is left.
     """
     data = resolve_data(recipe)
     key = fingerprint(recipe, data)
@@ -78,7 +78,7 @@ def prepare(
     if prepared is None:
         attempt = (home / uuid.uuid4().hex).create()
         work = _Preparation(recipe, data, attempt, run_tasks, progress)
-        prepared = _carry_out(work, key, home, attempt)
+        prepared = _run_and_publish(work, key, home, attempt)
     manifest = prepared.manifest
     _remove_stale(home, manifest.attempt)
     _check_bad_rows(recipe, manifest.dropped.get(BAD_ROW, 0), manifest.rows_read, home)
@@ -86,16 +86,16 @@ def prepare(
 
 
 def find_prepared(recipe: Recipe, folder: Folder) -> Prepared | None:
-    """A recipe's data in <storage>/prepared, where it is prepared.
+    """The prepared data of a recipe in the folder <storage>/prepared, or None.
 
     Raises:
-        InputError: for wrong sources, and where what is prepared is damaged.
+        InputError: sources are wrong, or the prepared data is damaged.
     """
     return open_prepared(folder / fingerprint(recipe, resolve_data(recipe)))
 
 
-def _carry_out(work: "_Preparation", key: str, home: Folder, attempt: Folder) -> Prepared:
-    """Run an attempt and publish it; where another was faster, that one is the result."""
+def _run_and_publish(work: "_Preparation", key: str, home: Folder, attempt: Folder) -> Prepared:
+    """Run an attempt and publish it; if another attempt was faster, return that one."""
     try:
         manifest = work.run(key)
         attempt.delete(TOKENS)
@@ -104,7 +104,7 @@ def _carry_out(work: "_Preparation", key: str, home: Folder, attempt: Folder) ->
     except BaseException:
         _clear(attempt, keep=QUARANTINE)
         raise
-    # Outside of the clause above: what may be published already must not be cleared.
+    # Outside the clause above, because a published attempt must not be cleared.
     prepared = publish(home, manifest)
     if prepared.manifest.attempt != manifest.attempt:
         attempt.delete()
@@ -112,7 +112,7 @@ def _carry_out(work: "_Preparation", key: str, home: Folder, attempt: Folder) ->
 
 
 class _Preparation:
-    """One attempt: the running totals of its two passes."""
+    """One attempt: its two passes over the data, and their running totals."""
 
     def __init__(
         self,
@@ -136,7 +136,7 @@ class _Preparation:
         self._quarantine: list[bytes] = []
 
     def run(self, key: str) -> Manifest:
-        """Both passes; everything but the manifest is on disk afterwards."""
+        """Run both passes, and write all files except the manifest, which is returned."""
         started = time.monotonic()
         for name in (TOKENS, "train", "eval"):
             (self._attempt / name).create()
@@ -177,8 +177,8 @@ class _Preparation:
         self._histogram += result.histogram
         for split, groups in result.groups.items():
             self._parts[split].extend(Part(group, rows_before) for group in groups)
-        room = SAMPLES_KEPT - len(self._samples)
-        self._samples += [(rows_before + row, prompt) for row, prompt in result.samples[:room]]
+        missing = SAMPLES_KEPT - len(self._samples)
+        self._samples += [(rows_before + row, prompt) for row, prompt in result.samples[:missing]]
         for bad in result.bad_rows[: _QUARANTINED - len(self._quarantine)]:
             entry = {
                 "file": result.item.chunk.file.uri,
@@ -206,7 +206,7 @@ class _Preparation:
     def _report(
         self, phase: Literal["tokenise", "pack"], done: int, total: int, tokens: int
     ) -> None:
-        """Finished tasks of a phase, and the tokens that they wrote."""
+        """Report the finished tasks of a phase, and the tokens that they wrote."""
         self._progress.advance(done, total)
         self._progress.status(f"preparing data: {phase} {done}/{total}, {count(tokens)} tokens")
 
@@ -214,21 +214,22 @@ class _Preparation:
         data = self._recipe.data
         held_out = bool(data.eval) or data.holdout > 0
         if not self._parts["train"]:
-            raise InputError(f"data.train: no sequence is left to train on: {self._told_drops()}")
+            raise InputError(f"data.train: no sequence is left to train on: {self._summary()}")
         if held_out and not self._parts["eval"]:
             setting = "data.eval" if data.eval else f"data.holdout {data.holdout:g}"
             raise InputError(
-                f"{setting}: no sequence is left to evaluate on: {self._told_drops()}; "
-                "give more data, or a larger share"
+                f"{setting}: no sequence is left to evaluate on: {self._summary()}; "
+                "add data, or hold out a larger share"
             )
 
-    def _told_drops(self) -> str:
-        told = ", ".join(f"{reason} {count}" for reason, count in self._dropped.items())
-        longest, room = self._recipe.data.max_length, self._recipe.row_length
+    def _summary(self) -> str:
+        """The number of rows read, and of rows dropped for each reason."""
+        dropped = ", ".join(f"{reason} {count}" for reason, count in self._dropped.items())
+        longest, available = self._recipe.data.max_length, self._recipe.row_length
         limit = f"data.max_length is {longest}"
-        if room < longest:
-            limit += f", which leaves {room} tokens to a prompt"
-        return f"{self._rows} rows read, dropped: {told or 'none'}" + (
+        if available < longest:
+            limit += f", which leaves {available} tokens for a prompt"
+        return f"{self._rows} rows read, dropped: {dropped or 'none'}" + (
             f" ({limit})" if self._dropped["overlong"] else ""
         )
 
@@ -287,7 +288,7 @@ class _Preparation:
 
 
 def _worker_settings(recipe: Recipe) -> RenderSettings:
-    """Settings under which every worker loads the very tokenizer that the fingerprint counted."""
+    """Settings with which every worker loads the same tokenizer as the fingerprint."""
     settings = RenderSettings.of(recipe)
     if Path(recipe.model.base).is_absolute():
         return settings
@@ -297,7 +298,7 @@ def _worker_settings(recipe: Recipe) -> RenderSettings:
 
 
 def _chunk_items(data: ResolvedData) -> list[tuple[ChunkItem, int]]:
-    """Every chunk, with the number of its source within the split."""
+    """Every chunk of the sources, with the number of its source within the split."""
     items: list[tuple[ChunkItem, int]] = []
     for split, sources in (("train", data.train), ("eval", data.eval)):
         for number, source in enumerate(sources):
@@ -321,7 +322,7 @@ def _check_bad_rows(recipe: Recipe, bad: int, rows: int, folder: Folder) -> None
 
 
 def _clear(attempt: Folder, keep: str) -> None:
-    """Delete a failed attempt; its list of bad rows stays for the user."""
+    """Delete a failed attempt's files except `keep`, its list of bad rows, for the user."""
     for name in attempt.names():
         if name != keep:
             attempt.delete(name)
@@ -330,7 +331,7 @@ def _clear(attempt: Folder, keep: str) -> None:
 
 
 def _remove_stale(home: Folder, current: str) -> None:
-    """Delete what killed processes left behind, once it is a day old."""
+    """Delete attempts of killed processes, if their files are older than a day."""
     entries = home.filesystem.get_file_info(pafs.FileSelector(home.path))
     folders = [info for info in entries if info.type == pafs.FileType.Directory]
     for name in (info.base_name for info in folders if info.base_name != current):

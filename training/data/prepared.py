@@ -1,8 +1,8 @@
-"""What a prepared data set is on disk.
+"""The files of a prepared data set.
 
 <storage>/prepared/<fingerprint>/
     manifest.json            written last; names the attempt whose files are valid
-    quarantine.jsonl         rows that could not be used
+    quarantine.jsonl         rows that cannot be used
     <attempt>/train/*.parquet, eval/*.parquet, samples.parquet
 """
 
@@ -22,7 +22,7 @@ MANIFEST = "manifest.json"
 QUARANTINE = "quarantine.jsonl"
 SAMPLES = "samples.parquet"
 ROW_GROUP = 64
-"""Sequences in a row group: what a reader loads at a time."""
+"""Sequences in a row group, the unit that a reader loads."""
 
 SEQUENCE_SCHEMA = pa.schema(
     [
@@ -33,9 +33,9 @@ SEQUENCE_SCHEMA = pa.schema(
         ("extra", pa.string()),
     ]
 )
-"""A row is a sequence: its tokens, its documents' lengths, which tokens bear loss, and each
-document's row number within the split, in the order of sources, files and rows. A row may be one
-document of several texts, such as a pair's; `extra` is what else its method wants, as JSON."""
+"""A row is a sequence: its tokens, its documents' lengths, which tokens are trained, and each
+document's row number within the split, in the order of sources, files and rows. A row may also be
+a document of several texts, such as a pair. `extra` is further input of the method, as JSON."""
 
 SAMPLE_SCHEMA = pa.schema(
     [
@@ -49,12 +49,12 @@ SAMPLE_SCHEMA = pa.schema(
 
 @dataclass(frozen=True)
 class Split:
-    """The sequences of training, or of evaluation."""
+    """The sequences for training, or those for evaluation."""
 
     files: tuple[str, ...]
     """Parquet files, relative to the attempt's folder."""
     row_groups: tuple[tuple[int, ...], ...]
-    """Sequences in each row group of each file."""
+    """Number of sequences in each row group of each file."""
     sequences: int
     documents: int
     tokens: int
@@ -64,23 +64,23 @@ class Split:
 
     @property
     def fill(self) -> float:
-        """Share of the sequences' room that tokens take."""
+        """Share of the sequences' capacity that tokens fill, in [0, 1]."""
         return self.tokens / (self.sequences * self.capacity)
 
 
 @dataclass(frozen=True)
 class Histogram:
-    """Lengths of the documents in tokens."""
+    """Histogram of the documents' lengths in tokens."""
 
     edges: tuple[int, ...]
-    """Bin i counts lengths in [edges[i], edges[i + 1]); the last bin has its upper edge too."""
+    """Bin i counts lengths in [edges[i], edges[i + 1]); the last bin includes its upper edge."""
     counts: tuple[int, ...]
-    """One fewer than edges."""
+    """Number of documents in each bin; one fewer than edges."""
 
 
 @dataclass(frozen=True)
 class SourceSummary:
-    """What was read of one source."""
+    """The files and rows read from one source."""
 
     path: str
     split: str
@@ -92,35 +92,35 @@ class SourceSummary:
 
 @dataclass(frozen=True)
 class Manifest:
-    """Everything that is known about a prepared data set."""
+    """The facts about a prepared data set, as stored in manifest.json."""
 
     fingerprint: str
     attempt: str
-    """Name of the folder that holds the files."""
+    """Name of the attempt's folder, which contains the files."""
     train: Split
     eval: Split | None
     rows_read: int
     dropped: dict[str, int]
-    """Rows by the reason for which they are not in the data: bad_row, overlong, …"""
+    """Number of dropped rows for each reason: bad_row, overlong, …"""
     length_histogram: Histogram
     sources: tuple[SourceSummary, ...]
     samples: int
-    """Held-out prompts in samples.parquet."""
+    """Number of held-out prompts in samples.parquet."""
     max_length: int
     packing: bool
     created_at: str
     """UTC, ISO 8601."""
     seconds: float
-    """Time the preparation took."""
+    """Duration of the preparation."""
 
     def summary(self) -> dict[str, Any]:
-        """The manifest without the lists of files, and with each split's fill: for people."""
-        told = asdict(self)
+        """The manifest for people: without the lists of files, with each split's fill."""
+        summary = asdict(self)
         for name, split in (("train", self.train), ("eval", self.eval)):
             if split is not None:
-                del told[name]["files"], told[name]["row_groups"]
-                told[name]["fill"] = round(split.fill, 4)
-        return told
+                del summary[name]["files"], summary[name]["row_groups"]
+                summary[name]["fill"] = round(split.fill, 4)
+        return summary
 
     def to_json(self) -> bytes:
         return json.dumps(asdict(self), indent=2).encode()
@@ -158,7 +158,7 @@ class Prepared:
 
     @property
     def files(self) -> Folder:
-        """The folder that the splits' files are relative to."""
+        """The attempt's folder, which contains the splits' files."""
         return self.folder / self.manifest.attempt
 
     def samples(self, count: int) -> list[Sample]:
@@ -170,10 +170,10 @@ class Prepared:
 
 
 def open_prepared(folder: Folder) -> Prepared | None:
-    """The finished data set in a folder, or None where there is none.
+    """The finished data set in a folder, or None if there is none.
 
     Raises:
-        InputError: where the manifest is damaged or names files that are gone.
+        InputError: the manifest is damaged, or names files that no longer exist.
     """
     try:
         content = folder.read(MANIFEST)
@@ -183,7 +183,7 @@ def open_prepared(folder: Folder) -> Prepared | None:
         manifest = Manifest.from_json(content)
     except (ValueError, KeyError, TypeError) as error:
         raise InputError(
-            f"{folder}/{MANIFEST}: damaged ({error}); delete {folder}, and it is prepared again"
+            f"{folder}/{MANIFEST}: damaged ({error}); delete {folder} to prepare the data again"
         ) from None
     prepared = Prepared(folder, manifest)
     present = set(prepared.files.files())
@@ -191,24 +191,24 @@ def open_prepared(folder: Folder) -> Prepared | None:
     missing = [file for split in splits if split for file in split.files if file not in present]
     if missing:
         raise InputError(
-            f"{prepared.files}/{missing[0]}: the prepared data lacks this file; "
-            f"delete {folder}, and it is prepared again"
+            f"{prepared.files}/{missing[0]}: this file of the prepared data is missing; "
+            f"delete {folder} to prepare the data again"
         )
     return prepared
 
 
 def publish(folder: Folder, manifest: Manifest) -> Prepared:
-    """Make an attempt the folder's data set, unless another one was faster.
+    """Make an attempt the folder's data set, unless another attempt was faster.
 
-    On a disk exactly one attempt wins; an object store knows no exclusive write, and the last of
-    two attempts that finish within the same moment wins.
+    On a disk exactly one attempt wins. An object store has no exclusive write: of two attempts
+    that finish at the same moment, the last one wins.
 
     Returns:
-        The data set that won.
+        The data set of the attempt that won.
     """
     if folder.local is None:
-        if (other := open_prepared(folder)) is not None:
-            return other
+        if (winner := open_prepared(folder)) is not None:
+            return winner
         folder.write(MANIFEST, manifest.to_json())
         return Prepared(folder, manifest)
     draft = f"{MANIFEST}.{uuid.uuid4().hex}"

@@ -1,4 +1,4 @@
-"""The rows of a chunk, each with its line number; what cannot be read becomes a `BadRow`."""
+"""Reads the rows of a chunk, each with its line number; an unreadable row becomes a `BadRow`."""
 
 import codecs
 import csv
@@ -28,25 +28,25 @@ class BadRow:
 
     reason: str
     raw: str
-    """What was found, shortened."""
+    """The row as it is in the file, shortened."""
 
 
 @dataclass(frozen=True)
 class ChunkContent:
-    """What a chunk holds."""
+    """The rows of a chunk, and its number of lines."""
 
     rows: Iterator[tuple[int, Row | BadRow]]
-    """(line, row) pairs. Lines count from 1 at the chunk's first line; Parquet rows likewise."""
+    """(line, row) pairs. Lines (or Parquet rows) are counted from 1 at the start of the chunk."""
     lines: int
-    """Lines (or Parquet rows) of the chunk, where a file can have several chunks; else 0."""
+    """Lines (or Parquet rows) in the chunk; 0 for a kind of file that is always one chunk."""
 
 
 def read_chunk(chunk: Chunk) -> ChunkContent:
-    """Open a chunk and iterate its rows.
+    """Open a chunk and iterate over its rows.
 
     Raises:
-        InputError: while iterating, for a JSON array, CSV, Parquet or compressed file that is
-            damaged: what follows the damage is lost, so it is no matter of single rows.
+        InputError: while iterating, if a JSON array, CSV, Parquet or compressed file is damaged:
+            all rows after the damage are lost, so this is not a matter of single bad rows.
     """
     if chunk.kind == "parquet":
         metadata = parquet_metadata(chunk.file)
@@ -66,7 +66,7 @@ def read_chunk(chunk: Chunk) -> ChunkContent:
 
 
 def first_line(chunk: Chunk) -> int:
-    """Number of the chunk's first line (or Parquet row) in its file; reads what precedes it."""
+    """Number of the chunk's first line (or Parquet row) in its file; reads the file up to there."""
     if chunk.start == 0:
         return 1
     if chunk.kind == "parquet":
@@ -84,7 +84,7 @@ def first_line(chunk: Chunk) -> int:
 
 
 def shorten(text: str) -> str:
-    """At most a few hundred characters of a row, for messages and the quarantine."""
+    """Shorten a row's text to a few hundred characters, for messages and the quarantine."""
     return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}… ({len(text)} characters)"
 
 
@@ -107,7 +107,7 @@ def _line_range(chunk: Chunk) -> bytes:
 
 
 def _line_start(stream: Any, position: int, size: int) -> int:
-    """Where the first line begins that begins at or after `position`."""
+    """Byte position of the first line that begins at or after `position`."""
     if position == 0:
         return 0
     stream.seek(position - 1)
@@ -116,9 +116,9 @@ def _line_start(stream: Any, position: int, size: int) -> int:
         block = stream.read(_BLOCK)
         if not block:
             break
-        found = block.find(b"\n")
-        if found >= 0:
-            return int(position + found + 1)
+        newline = block.find(b"\n")
+        if newline >= 0:
+            return int(position + newline + 1)
         position += len(block)
     return size
 
@@ -161,7 +161,7 @@ def _object_or_bad(row: Any, text: str) -> Row | BadRow:
 
 
 def _array_rows(file: SourceFile) -> Iterator[tuple[int, Row | BadRow]]:
-    """Elements of a JSON array, decoded from a sliding window of its text."""
+    """The elements of a JSON array, decoded from a sliding window over its text."""
     with file.open_text() as stream:
         yield from _elements(_Window(file, stream))
 
@@ -189,12 +189,12 @@ def _elements(window: "_Window") -> Iterator[tuple[int, Row | BadRow]]:
 
 
 class _Window:
-    """A part of a text file that slides forward, and the line number of its position."""
+    """A sliding window over a text file, with a position and its line number."""
 
     def __init__(self, file: SourceFile, stream: Any) -> None:
         self._file = file
         self._stream = stream
-        # Bytes that are not UTF-8 pass as lone surrogates, and condemn their own row only.
+        # Invalid UTF-8 becomes lone surrogates here, so that only the row with them is bad.
         self._utf8 = codecs.getincrementaldecoder("utf-8-sig")(errors="surrogateescape")
         self._json = json.JSONDecoder()
         self._text = ""
@@ -203,7 +203,7 @@ class _Window:
         self._ended = False
 
     def peek(self) -> str:
-        """The next character; empty at the end."""
+        """The next character; empty at the end of the file."""
         while self._position >= len(self._text) and not self._ended:
             self._read_more()
         return self._text[self._position : self._position + 1]
@@ -214,13 +214,13 @@ class _Window:
             self._position += 1
 
     def expect(self, character: str) -> None:
-        found = self.peek()
-        if found != character:
-            self._fail(f"expected '{character}', found {found!r}" if found else "the file ends")
+        actual = self.peek()
+        if actual != character:
+            self._fail(f"expected '{character}', found {actual!r}" if actual else "the file ends")
         self._position += 1
 
     def element(self) -> tuple[int, str, Any]:
-        """(line, text, value) of the next element."""
+        """Read the next element; returns (line, text, value)."""
         while True:
             try:
                 value, end = self._json.raw_decode(self._text, self._position)
@@ -237,7 +237,7 @@ class _Window:
                 return line, text, value
 
     def _read_more(self) -> None:
-        """Drop what is behind, and double what is ahead (at least a block)."""
+        """Drop the text before the position, and double the rest (by at least a block)."""
         self._text = self._text[self._position :]
         self._position = 0
         block = self._stream.read(max(_BLOCK, len(self._text)))
@@ -246,13 +246,13 @@ class _Window:
 
     def _fail(self, reason: str) -> None:
         raise InputError(
-            f"{self._file.uri}:{self._line}: the JSON array cannot be read on from here: {reason}; "
-            "repair it, or write one object a line as .jsonl"
+            f"{self._file.uri}:{self._line}: the JSON array cannot be read from here on: {reason}; "
+            "repair it, or write one object per line as .jsonl"
         )
 
 
 def _csv_rows(file: SourceFile, delimiter: str) -> Iterator[tuple[int, Row | BadRow]]:
-    csv.field_size_limit(sys.maxsize)  # the default of 128 KiB refuses long documents
+    csv.field_size_limit(sys.maxsize)  # the default of 128 KiB is too small for long documents
     with file.open_text() as stream:
         text = io.TextIOWrapper(stream, encoding="utf-8-sig", errors="surrogateescape", newline="")
         reader = csv.reader(text, delimiter=delimiter, strict=True)
@@ -279,7 +279,7 @@ def _csv_row(header: list[str], cells: list[str]) -> Row | BadRow:
         raw = shown.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
         return BadRow("not UTF-8 text", shorten(raw))
     if len(cells) != len(header):
-        reason = f"{len(cells)} cells, where the header has {len(header)}"
+        reason = f"{len(cells)} cells, but the header has {len(header)}"
         return BadRow(reason, shorten(shown))
     return dict(zip(header, cells, strict=True))
 

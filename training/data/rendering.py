@@ -1,4 +1,4 @@
-"""From normalised rows to tokens, and which of them bear loss."""
+"""Converts normalised rows to tokens, and marks the tokens that are trained."""
 
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Sequence
@@ -31,7 +31,7 @@ NO_TRAINABLE_TOKEN = "no_trainable_token"
 
 @dataclass(frozen=True)
 class RenderSettings:
-    """What decides how a row becomes tokens."""
+    """The settings that determine how a row becomes tokens."""
 
     base: str
     revision: str | None
@@ -39,7 +39,7 @@ class RenderSettings:
     chat_template: str | None
     train_on_all: bool
     split_overlong: bool
-    """Cut everything that is too long into pieces, as continued pretraining does."""
+    """Split every text that is too long into pieces, as in continued pretraining."""
     max_length: int
     overlong: Literal["drop", "truncate"]
 
@@ -59,20 +59,20 @@ class RenderSettings:
 
 @dataclass(frozen=True)
 class Document:
-    """What is trained on as a whole, isolated from its neighbours in a sequence."""
+    """A unit of training, isolated from its neighbours in a sequence."""
 
     input_ids: NDArray[np.int32]
     """Shape (tokens,)."""
     trainable: NDArray[np.bool_]
-    """Shape (tokens,): bears loss. A text's first never does: nothing precedes it to predict it
-    from."""
+    """Shape (tokens,): True for tokens that the loss counts. The first token of a text is never
+    trained, because no token before it can predict it."""
     lengths: tuple[int, ...]
-    """Tokens of each of its texts: one, or a pair's two."""
+    """Tokens of each of its texts: one text, or the two of a pair."""
 
 
 @dataclass(frozen=True)
 class Rendered:
-    """What became of a row: documents, or the reason why there are none."""
+    """The result of rendering a row: documents, or the reason why there are none."""
 
     documents: tuple[Document, ...] = ()
     dropped: str | None = None
@@ -81,7 +81,7 @@ class Rendered:
 
 @dataclass(frozen=True)
 class Prompt:
-    """A held-out question with its answer."""
+    """A held-out prompt with its reference answer."""
 
     text: str
     input_ids: NDArray[np.int32]
@@ -94,12 +94,12 @@ class _Draft:
 
     text: str
     spans: list[Span] | None
-    """Characters that bear loss; None means all."""
+    """Character spans that are trained; None means all characters."""
     is_bare: bool
-    """Special tokens at both ends are not part of the text yet."""
+    """True if the special tokens at both ends are not part of the text yet."""
     can_split: bool
     is_open: bool = False
-    """A prompt: nothing ends it, and nothing of it bears loss."""
+    """True for a prompt: it has no end token, and none of it is trained."""
 
 
 _Tokens = tuple[NDArray[np.int32], NDArray[np.bool_]]
@@ -107,13 +107,13 @@ _Tokens = tuple[NDArray[np.int32], NDArray[np.bool_]]
 
 
 class Renderer:
-    """A tokenizer with its chat template, and the settings for rows."""
+    """Renders rows with a tokenizer, its chat template and the recipe's settings."""
 
     def __init__(self, tokenizer: Any, settings: RenderSettings) -> None:
         if not tokenizer.is_fast:
             raise InputError(
-                f"model.base: the tokenizer of {settings.base} ({type(tokenizer).__name__}) gives "
-                "no character offsets; a fast tokenizer (tokenizer.json) is needed"
+                f"model.base: the tokenizer of {settings.base} ({type(tokenizer).__name__}) has "
+                "no character offsets; use a model with a fast tokenizer (tokenizer.json)"
             )
         self._tokenizer = tokenizer
         self._settings = settings
@@ -126,15 +126,15 @@ class Renderer:
 
     @cached_property
     def template(self) -> ChatTemplate:
-        """The chat template; it is looked for when a conversation needs it."""
+        """The chat template; it is loaded when a conversation needs it."""
         return chat_template_of(self._tokenizer, self._settings.chat_template)
 
     def render(self, rows: Sequence[Example]) -> list[Rendered]:
-        """Tokenise rows in one call of the tokenizer, which works in parallel inside.
+        """Tokenise rows in one call of the tokenizer, which runs them in parallel.
 
         Raises:
-            InputError: where the tokenizer lacks a chat template or an end-of-sequence token that
-                the rows need.
+            InputError: the tokenizer lacks a chat template or an end-of-sequence token that the
+                rows need.
         """
         drafts = [self._drafts(row) for row in rows]
         texts = [part.text for parts in drafts if isinstance(parts, list) for part in parts]
@@ -147,10 +147,10 @@ class Renderer:
         ]
 
     def prompt(self, row: Example) -> Prompt | None:
-        """The question of a row and its reference answer; None for plain text.
+        """The prompt of a row with its reference answer; None if the row has no such answer.
 
         Raises:
-            RowError: where the chat template refuses the conversation.
+            RowError: the chat template does not accept the conversation.
         """
         part = parts_of(row)[0]
         if isinstance(part, Text):
@@ -205,7 +205,7 @@ class Renderer:
         return [eos]
 
     def _tokens(self, draft: _Draft, encoding: Any) -> _Tokens:
-        """A text's tokens, and which of them bear loss."""
+        """The tokens of a text, and which of them are trained."""
         lead = self._lead if draft.is_bare else []
         tail = self._tail if draft.is_bare and not draft.is_open else []
         input_ids = np.array(lead + encoding.ids + tail, np.int32)
@@ -219,14 +219,14 @@ class Renderer:
         return input_ids, trainable
 
     def _fit(self, parts: list[tuple[_Draft, NDArray[np.int32], NDArray[np.bool_]]]) -> Rendered:
-        """The document of a row's texts; several where a single long text may be split."""
+        """The document of a row's texts, or several documents if a single long text is split."""
         limit = self._settings.max_length
         if parts[0][0].can_split and len(parts) == 1:
             return _as_rendered([_joined([piece]) for piece in _pieces(*parts[0][1:], limit)])
         cuts_allowed = self._settings.overlong == "truncate"
         cut: list[_Tokens] = []
         for draft, input_ids, trainable in parts:
-            # The end of a prompt is what it asks.
+            # A prompt is never cut, because its end is the request itself.
             if len(input_ids) > limit and (draft.is_open or not cuts_allowed):
                 return Rendered(dropped=OVERLONG)
             mask = trainable[:limit]
@@ -240,7 +240,7 @@ class Renderer:
 def _pieces(
     input_ids: NDArray[np.int32], trainable: NDArray[np.bool_], limit: int
 ) -> Iterator[_Tokens]:
-    """Consecutive parts of at most `limit` tokens that bear any loss."""
+    """Consecutive pieces of at most `limit` tokens that contain a trained token."""
     for start in range(0, len(input_ids), limit):
         mask = trainable[start : start + limit]
         mask[0] = False
@@ -262,10 +262,10 @@ def _as_rendered(documents: list[Document]) -> Rendered:
 
 @lru_cache(maxsize=2)
 def load_renderer(settings: RenderSettings) -> Renderer:
-    """The renderer of this process; a tokenizer takes a second to load.
+    """The renderer for these settings; cached, because a tokenizer takes a second to load.
 
     Raises:
-        InputError: where the tokenizer cannot be loaded, or gives no offsets.
+        InputError: the tokenizer cannot be loaded, or has no character offsets.
     """
     from transformers import AutoTokenizer
 
@@ -283,10 +283,10 @@ def load_renderer(settings: RenderSettings) -> Renderer:
 
 
 def _token_ranges(offsets: list[Span], spans: list[Span]) -> list[tuple[int, int]]:
-    """Ranges of the tokens that lie wholly within each span of characters.
+    """The range of tokens that are completely inside each span of characters.
 
-    A token that trimmed its only space away has an empty offset (n, n). At the start of a span it
-    belongs to what precedes.
+    A token whose only space the tokenizer trimmed has an empty offset (n, n). At the start of a
+    span, such a token belongs to the text before the span.
     """
     return [
         (

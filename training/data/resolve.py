@@ -1,4 +1,4 @@
-"""A recipe's sources, resolved: their files, and the format of their rows."""
+"""Resolves a recipe's sources: their files, and the format of their rows."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -11,12 +11,12 @@ from .formats import KnownFormat, detect_format
 from .reading import BadRow, Row, read_chunk
 from .sources import SourceFile, expand, plan_chunks
 
-_ROWS_LOOKED_AT = 20
+_ROWS_CHECKED = 20
 
 
 @dataclass(frozen=True)
 class ResolvedSource:
-    """A source whose files were found and whose rows were looked at."""
+    """A source with its files and the format of its rows."""
 
     path: str
     weight: float
@@ -26,7 +26,7 @@ class ResolvedSource:
 
 @dataclass(frozen=True)
 class ResolvedData:
-    """A recipe's sources, resolved."""
+    """The resolved sources of a recipe, for training and for evaluation."""
 
     train: tuple[ResolvedSource, ...]
     eval: tuple[ResolvedSource, ...]
@@ -36,7 +36,7 @@ def resolve_data(recipe: Recipe) -> ResolvedData:
     """Find the files of all sources, and the formats of their rows.
 
     Raises:
-        InputError: as `resolve_source`.
+        InputError: see `resolve_source`.
     """
     return ResolvedData(
         tuple(map(resolve_source, recipe.data.train)), tuple(map(resolve_source, recipe.data.eval))
@@ -47,15 +47,15 @@ def resolve_source(source: Source) -> ResolvedSource:
     """Find a source's files and detect its format.
 
     Raises:
-        InputError: for missing, empty or damaged files, and where none of the first rows is
-            readable or fits a format.
+        InputError: files are missing, empty or damaged, or none of the first rows is readable or
+            fits a format.
     """
     files = tuple(expand(source))
     return ResolvedSource(source.path, source.weight, files, _format(source, files))
 
 
 def all_rows(files: tuple[SourceFile, ...]) -> Iterator[tuple[str, Row | BadRow]]:
-    """(file:line, row) of a source's rows, read as far as they are asked for."""
+    """Iterate over (file:line, row) of a source; files are read lazily."""
     for file in files:
         before = 0
         for chunk in plan_chunks(file):
@@ -68,11 +68,11 @@ def all_rows(files: tuple[SourceFile, ...]) -> Iterator[tuple[str, Row | BadRow]
 def _format(source: Source, files: tuple[SourceFile, ...]) -> KnownFormat:
     if source.format != "auto":
         return source.format
-    rows = list(islice(all_rows(files), _ROWS_LOOKED_AT))
+    rows = list(islice(all_rows(files), _ROWS_CHECKED))
     good = [(place, row) for place, row in rows if not isinstance(row, BadRow)]
     if good:
         return detect_format(good)
     for place, row in rows:
         if isinstance(row, BadRow):
             raise InputError(f"{place}: {row.reason}; none of the first rows can be read")
-    raise InputError(f"{files[0].uri}: there are no rows; expected at least one")
+    raise InputError(f"{files[0].uri}: the file has no rows; expected at least one")

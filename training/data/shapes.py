@@ -1,4 +1,4 @@
-"""The shapes that rows of every format are brought to."""
+"""The shapes to which rows of every format are converted."""
 
 import hashlib
 from dataclasses import dataclass
@@ -13,40 +13,40 @@ class RowError(ValueError):
 
 @dataclass(frozen=True)
 class Conversation:
-    """Turns to be rendered with the chat template."""
+    """A list of messages that the chat template renders."""
 
     messages: tuple[Message, ...]
     first_trained: int = 0
-    """Assistant turns before this message are context, and are not trained on."""
+    """Index of a message; assistant turns before it are context and are not trained."""
 
     @property
     def contents(self) -> tuple[str, ...]:
-        """Every text of the row, with each message's role."""
+        """All texts of the row, with each message's role."""
         return tuple(part for message in self.messages for part in message.values())
 
 
 @dataclass(frozen=True)
 class Completion:
-    """A prompt and what follows it, both verbatim."""
+    """A prompt and the text that follows it; both are used verbatim."""
 
     prompt: str
     completion: str
 
     @property
     def contents(self) -> tuple[str, ...]:
-        """Every text of the row."""
+        """All texts of the row."""
         return (self.prompt, self.completion)
 
 
 @dataclass(frozen=True)
 class Text:
-    """Plain text."""
+    """A plain text, all of which is trained."""
 
     text: str
 
     @property
     def contents(self) -> tuple[str, ...]:
-        """Every text of the row."""
+        """All texts of the row."""
         return (self.text,)
 
 
@@ -61,11 +61,11 @@ class PreferencePair:
     chosen: Answer
     rejected: Answer
     margin: float | None = None
-    """By how much the chosen one is better, where the data says it."""
+    """By how much the chosen answer is better; None if the data has no margin."""
 
     @property
     def contents(self) -> tuple[str, ...]:
-        """Every text of the row."""
+        """All texts of the row."""
         return self.chosen.contents + self.rejected.contents
 
 
@@ -78,21 +78,21 @@ class LabelledExample:
 
     @property
     def contents(self) -> tuple[str, ...]:
-        """Every text of the row."""
+        """All texts of the row."""
         return self.answer.contents
 
 
 @dataclass(frozen=True)
 class Question:
-    """A prompt that the model itself is to answer: messages, or text verbatim."""
+    """A prompt for the model to answer: messages, or a text that is used verbatim."""
 
     prompt: tuple[Message, ...] | str
     reference: str | None = None
-    """A good answer, where the data has one."""
+    """A good answer; None if the data has none."""
 
     @property
     def contents(self) -> tuple[str, ...]:
-        """Every text of the row."""
+        """All texts of the row."""
         if isinstance(self.prompt, str):
             return (self.prompt,)
         return tuple(part for message in self.prompt for part in message.values())
@@ -108,7 +108,7 @@ SHAPES: dict[type[Example], str] = {
     LabelledExample: "answers with a label",
     Question: "prompts without an answer",
 }
-"""Their names in messages."""
+"""The name of each shape in messages."""
 
 Part = Conversation | Completion | Text | Question
 """A text that is rendered and tokenised as a whole."""
@@ -124,14 +124,15 @@ def parts_of(row: Example) -> tuple[Part, ...]:
 
 
 def is_chat(part: Part) -> bool:
-    """Whether a chat template renders it."""
+    """True if the part is rendered with the chat template."""
     return isinstance(part, Conversation) or (
         isinstance(part, Question) and not isinstance(part.prompt, str)
     )
 
 
 def question_of(answer: Answer) -> Question:
-    """The prompt of an answer; everything before the last assistant turn of a conversation."""
+    """The prompt of an answer with the answer as reference. The prompt of a conversation is
+    everything before its last assistant turn."""
     if isinstance(answer, Completion):
         return Question(answer.prompt, answer.completion)
     roles = [message["role"] for message in answer.messages]

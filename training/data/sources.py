@@ -1,4 +1,4 @@
-"""From a recipe's source to data files, and from files to chunks that tasks read in parallel."""
+"""Finds the data files of a source, and splits them into chunks that tasks read in parallel."""
 
 import fnmatch
 from collections.abc import Iterator, Sequence
@@ -14,7 +14,7 @@ from ..common.storage import Folder
 from ..config.sections import Source
 
 CHUNK_BYTES = 4 * 2**20
-"""JSON Lines (and Parquet row groups, decompressed) that one task reads at a time."""
+"""Bytes of JSON Lines (or of decompressed Parquet row groups) that one task reads."""
 
 FileKind = Literal["lines", "array", "parquet", "csv", "tsv"]
 
@@ -38,17 +38,17 @@ class SourceFile:
     """One data file of a source."""
 
     folder: str
-    """URI or absolute path of the folder it was found under."""
+    """URI or absolute path of the source's folder."""
     name: str
     """Path relative to `folder`."""
     size: int
-    """Bytes, as stored."""
+    """Size in bytes, as stored."""
     modified_ns: int
-    """Time of last change, nanoseconds since 1970; 0 where the store does not tell."""
+    """Modification time, nanoseconds since 1970; 0 if the store does not provide it."""
 
     @property
     def uri(self) -> str:
-        """What a message calls the file."""
+        """URI or absolute path of the file."""
         return f"{self.folder.rstrip('/')}/{self.name}"
 
     @property
@@ -65,17 +65,17 @@ class SourceFile:
         return folder.filesystem.open_input_file(folder.file(self.name))
 
     def open_text(self) -> Any:
-        """The bytes from their beginning, decompressed, as a pyarrow stream."""
+        """The decompressed bytes from the start of the file, as a pyarrow stream."""
         folder = Folder(self.folder)
         return folder.filesystem.open_input_stream(folder.file(self.name))
 
 
 @dataclass(frozen=True)
 class Chunk:
-    """A part of a file that is read on its own.
+    """A part of a file that one task reads.
 
-    `start` and `stop` are bytes for JSON Lines (the chunk holds the lines that begin in between),
-    row groups for Parquet; other files are one chunk, from 0 to 1.
+    `start` and `stop` are byte positions for JSON Lines (the chunk contains the lines that begin
+    in [start, stop)) and row groups for Parquet; any other file is one chunk, from 0 to 1.
     """
 
     file: SourceFile
@@ -88,8 +88,8 @@ def expand(source: Source) -> list[SourceFile]:
     """All data files of a source, sorted by path.
 
     Raises:
-        InputError: where there is no such file, no data file in the folder, a file of an unknown
-            kind, an empty file, or a store that cannot be reached.
+        InputError: the path does not exist, the folder has no data file, a file is empty or of an
+            unknown kind, or the store cannot be reached.
     """
     path = source.path.rstrip("/")
     parent, _, name = path.rpartition("/")
@@ -104,7 +104,7 @@ def expand(source: Source) -> list[SourceFile]:
 
 
 def plan_chunks(file: SourceFile) -> list[Chunk]:
-    """Split a file into chunks; in order, they hold each of its rows once."""
+    """Split a file into chunks; together, in order, they contain each row once."""
     kind = file_kind(file)
     if kind == "parquet":
         return _row_group_chunks(file)
@@ -115,7 +115,7 @@ def plan_chunks(file: SourceFile) -> list[Chunk]:
 
 
 def file_kind(file: SourceFile) -> FileKind:
-    """The kind by the name; a .json file that begins with '[' is an array, else JSON Lines."""
+    """The kind of a file by its name; a .json file that begins with '[' is an array, else lines."""
     extension = _extension(file.name)
     if extension != ".json":
         return _KINDS[extension]
@@ -137,10 +137,10 @@ def _find(path: str, parent: str, name: str) -> list[SourceFile]:
     if info.type == pafs.FileType.Directory:
         files = _data_files(path, recursive=True)
         if not files:
-            raise InputError(f"{path}: the folder holds no data files; {_EXPECTED}")
+            raise InputError(f"{path}: the folder contains no data files; {_EXPECTED}")
         return files
     if not _is_pattern(path):
-        raise InputError(f"{path}: there is no such file or folder; {_EXPECTED}")
+        raise InputError(f"{path}: no such file or folder; {_EXPECTED}")
     base, pattern = _split_pattern(path)
     below = _data_files(base, recursive=len(pattern) > 1)
     files = [file for file in below if _matches(file.name.split("/"), pattern)]
@@ -150,7 +150,7 @@ def _find(path: str, parent: str, name: str) -> list[SourceFile]:
 
 
 def _data_files(folder: str, recursive: bool) -> list[SourceFile]:
-    """Data files below a folder, without hidden ones (.cache, _SUCCESS)."""
+    """Data files below a folder, sorted; hidden ones (.cache, _SUCCESS) are left out."""
     root = Folder(folder)
     selector = pafs.FileSelector(root.path or "/", allow_not_found=True, recursive=recursive)
     files = []
@@ -163,7 +163,8 @@ def _data_files(folder: str, recursive: bool) -> list[SourceFile]:
 
 
 def _extension(name: str) -> str:
-    """The extension in lower case, without that of a compression (Parquet has its own)."""
+    """The extension in lower case, ignoring .gz and .zst; empty for compressed Parquet files,
+    because Parquet has its own compression."""
     lower = name.lower()
     for compression in _COMPRESSIONS:
         lower = lower.removesuffix(compression)
@@ -213,10 +214,10 @@ def parquet_metadata(file: SourceFile) -> Any:
     """The footer of a Parquet file.
 
     Raises:
-        InputError: where the file is no Parquet file.
+        InputError: the file is not a Parquet file.
     """
     try:
         with file.open() as stream:
             return pq.ParquetFile(stream).metadata
     except pa.ArrowInvalid as error:
-        raise InputError(f"{file.uri}: not a Parquet file, or a damaged one: {error}") from None
+        raise InputError(f"{file.uri}: not a Parquet file, or damaged: {error}") from None

@@ -1,12 +1,13 @@
-"""The order in which prepared sequences are trained on, and one worker's slice of it.
+"""The order in which prepared sequences are used for training, and each worker's slice of it.
 
-The order is a pure function of (prepared data, seed, epoch). Global position p means the same
-sequence for any number of workers: step s takes positions [s*B, (s+1)*B) of batch size B, and
-each worker a contiguous part of them. Nothing is drawn at random twice: a stream that starts at
-position p yields exactly what an older one would have yielded from there.
+The order is a pure function of (prepared data, seed, epoch). Global position p is the same
+sequence for any number of workers: step s uses positions [s*B, (s+1)*B) for batch size B, and
+each worker a contiguous part of them. A stream that starts at position p therefore yields exactly
+the sequences that any other stream yields from there.
 
-An epoch shuffles the row groups of the Parquet files, joins every WINDOW_GROUPS of them to a
-window, and shuffles the rows inside each window: shuffled well, yet read group by group.
+An epoch shuffles the row groups of the Parquet files, joins WINDOW_GROUPS of them at a time to a
+window, and shuffles the rows inside each window. So the data is well shuffled, and still read in
+whole row groups.
 """
 
 import logging
@@ -25,30 +26,30 @@ from ..common.storage import Folder
 from .prepared import Split
 
 WINDOW_GROUPS = 32
-_TASKS_AHEAD = 2
-"""Windows that a worker has read at the same time."""
+_CONCURRENT_TASKS = 2
+"""Maximum number of windows that Ray Data reads for a worker at the same time."""
 COLUMNS = ("input_ids", "lengths", "trainable", "rows", "extra")
 
 
 @dataclass(frozen=True)
 class Sequence:
-    """One row of training: one document, several packed ones, or the two texts of a pair."""
+    """One training row: a document, several packed documents, or the two texts of a pair."""
 
     input_ids: NDArray[np.int32]
     """Shape (tokens,)."""
     lengths: NDArray[np.int32]
     """Tokens of each document (or text); their sum is the length of `input_ids`."""
     trainable: NDArray[np.bool_]
-    """Shape (tokens,): which tokens bear loss."""
+    """Shape (tokens,): True for tokens that the loss counts."""
     rows: NDArray[np.int64]
     """The documents' row numbers in the source data."""
     extra: str | None = None
-    """What else its method wants of the row, as JSON."""
+    """Further input of the method from this row, as JSON; None if there is none."""
 
 
 @dataclass(frozen=True)
 class Window:
-    """Some row groups of one epoch that are read and shuffled together."""
+    """Row groups of one epoch that are read and shuffled together."""
 
     epoch: int
     index: int
@@ -61,7 +62,7 @@ class Window:
 
 @dataclass(frozen=True)
 class Slice:
-    """What one worker sees of the stream, from one step to another."""
+    """One worker's part of the stream, for steps in [start_step, stop_step)."""
 
     folder: Folder
     """The attempt folder that holds the split's files."""
@@ -74,7 +75,7 @@ class Slice:
     stop_step: int
 
     def windows(self) -> Iterator[Window]:
-        """The windows that hold positions of these steps, in order."""
+        """The windows that contain positions of these steps, in order."""
         first, last = self.start_step * self.batch_size, self.stop_step * self.batch_size
         epoch = first // self.split.sequences
         while epoch * self.split.sequences < last:
@@ -88,10 +89,10 @@ class Slice:
         first, last = self.start_step * self.batch_size, self.stop_step * self.batch_size
         order = window_order(window, self.seed)
         positions = window.start + np.arange(window.size)
-        mine = (positions >= first) & (positions < last)
-        mine &= owner(positions % self.batch_size, self.batch_size, self.world_size) == self.rank
+        own = (positions >= first) & (positions < last)
+        own &= owner(positions % self.batch_size, self.batch_size, self.world_size) == self.rank
         table = _read_groups(self.folder, self.split, window)
-        return table.take(pa.array(order[mine]))
+        return table.take(pa.array(order[own]))
 
 
 @lru_cache(maxsize=4)
@@ -115,14 +116,14 @@ def epoch_windows(split: Split, seed: int, epoch: int) -> tuple[Window, ...]:
 
 
 def window_order(window: Window, seed: int) -> NDArray[np.int64]:
-    """Row numbers (in reading order) of a window, in the order of their positions."""
+    """Row numbers of a window (as read), in the order of their positions."""
     return np.random.default_rng((seed, window.epoch, window.index)).permutation(window.size)
 
 
 def owner(places: NDArray[np.int64], batch_size: int, world_size: int) -> NDArray[np.int64]:
-    """Rank that trains on each place (0 ≤ place < batch_size) of a batch.
+    """The rank that trains on each place (0 ≤ place < batch_size) of a batch.
 
-    Parts are contiguous and differ by at most one sequence.
+    Each rank has a contiguous part; the sizes of the parts differ by at most one sequence.
     """
     counts = [share(batch_size, rank, world_size) for rank in range(world_size)]
     owners: NDArray[np.int64] = np.repeat(np.arange(world_size), counts)[places]
@@ -130,7 +131,7 @@ def owner(places: NDArray[np.int64], batch_size: int, world_size: int) -> NDArra
 
 
 def share(batch_size: int, rank: int, world_size: int) -> int:
-    """Sequences of each global batch that a rank trains on."""
+    """Number of sequences of each global batch that a rank trains on."""
     return batch_size // world_size + (1 if rank < batch_size % world_size else 0)
 
 
@@ -145,11 +146,11 @@ def _read_groups(folder: Folder, split: Split, window: Window) -> pa.Table:
 
 
 def stream(part: Slice, on_ray: bool) -> Iterator[Sequence]:
-    """The slice's sequences in order, read ahead of their use.
+    """The sequences of a slice in order, read before they are needed.
 
     Args:
-        part: which sequences.
-        on_ray: read in Ray Data tasks anywhere in the cluster; otherwise in a thread here.
+        part: the slice.
+        on_ray: read in Ray Data tasks anywhere in the cluster; otherwise in a thread.
     """
     tables = _read_on_ray(part) if on_ray else _read_in_thread(part)
     for table in tables:
@@ -157,15 +158,15 @@ def stream(part: Slice, on_ray: bool) -> Iterator[Sequence]:
 
 
 def every_sequence(folder: Folder, split: Split, rank: int, world_size: int) -> Iterator[Sequence]:
-    """Each sequence of a split once, in its stored order, shared out among the workers."""
+    """The sequences of a split in stored order; each belongs to exactly one of the workers."""
     start = 0
     for file, sizes in enumerate(split.row_groups):
         for group, size in enumerate(sizes):
             window = Window(0, 0, start, ((file, group),), size)
-            mine = np.arange((rank - start) % world_size, size, world_size)
+            own = np.arange((rank - start) % world_size, size, world_size)
             start += size
-            if mine.size:
-                yield from _sequences(_read_groups(folder, split, window).take(pa.array(mine)))
+            if own.size:
+                yield from _sequences(_read_groups(folder, split, window).take(pa.array(own)))
 
 
 def _read_in_thread(part: Slice) -> Iterator[pa.Table]:
@@ -180,7 +181,7 @@ def _read_in_thread(part: Slice) -> Iterator[pa.Table]:
 
 
 def _read_on_ray(part: Slice) -> Iterator[pa.Table]:
-    """The first window is read here, while Ray Data starts for the others."""
+    """Read the first window in this process while Ray Data starts to read the others."""
     windows = list(part.windows())
     if len(windows) < 2:
         yield from map(part.read, windows)
@@ -197,14 +198,14 @@ def _read_on_ray(part: Slice) -> Iterator[pa.Table]:
 
 
 def _in_ray_tasks(part: Slice, windows: list[Window]) -> Iterator[pa.Table]:
-    """One Ray Data task per window, in order; rows of coming windows wait in the object store."""
+    """Read each window in a Ray Data task; yields them in order, and prefetches the next ones."""
     import ray.data
 
     context = ray.data.DataContext.get_current()
     context.execution_options.preserve_order = True
     context.enable_progress_bars = False
     context.execution_options.verbose_progress = False
-    # The trainer takes its time: neither a pause nor a slow consumer is a fault.
+    # A long pause of the consumer is normal, because training steps take long.
     context.execution_no_progress_timeout_s = -1
     context.issue_detectors_config.detectors = []
     logging.getLogger("ray.data").setLevel(logging.WARNING)
@@ -215,15 +216,15 @@ def _in_ray_tasks(part: Slice, windows: list[Window]) -> Iterator[pa.Table]:
         _WindowTask(part, windows),
         batch_size=1,
         batch_format="pyarrow",
-        # No CPU: where the workers hold them all, the tasks would never start.
+        # No CPU, or the tasks would never start if the workers hold all CPUs.
         num_cpus=0,
-        compute=ray.data.TaskPoolStrategy(size=min(_TASKS_AHEAD, len(windows))),
+        compute=ray.data.TaskPoolStrategy(size=min(_CONCURRENT_TASKS, len(windows))),
     )
     yield from rows.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=1)
 
 
 class _WindowTask:
-    """Reads the window that a row of the task list names."""
+    """Reads the window whose index is in the batch."""
 
     def __init__(self, part: Slice, windows: list[Window]) -> None:
         self._part = part

@@ -1,4 +1,4 @@
-"""Where the tasks of a preparation run: in this process, or on Ray Data."""
+"""Runs the tasks of a preparation, in this process or on Ray Data."""
 
 import logging
 import pickle
@@ -15,23 +15,23 @@ R = TypeVar("R")
 
 
 class RunTasks(Protocol):
-    """Applies a task to items, and yields the results in the order of the items."""
+    """A function that applies a task to items, and yields the results in the same order."""
 
     def __call__(self, task: Callable[[T], R], items: Sequence[T]) -> Iterator[R]: ...
 
 
 def run_in_process(task: Callable[[T], R], items: Sequence[T]) -> Iterator[R]:
-    """One item after the other, in this thread."""
+    """Run the task for one item after the other, in this thread."""
     return map(task, items)
 
 
 def run_on_ray_data(task: Callable[[T], R], items: Sequence[T]) -> Iterator[R]:
-    """Each item in a task of Ray Data, anywhere in the cluster; Ray must be initialised.
+    """Run each item in a Ray Data task, anywhere in the cluster; Ray must be initialised.
 
-    Task, items and results are pickled; the heavy output is what tasks write themselves.
+    Task, items and results are pickled; tasks write large output to storage themselves.
 
     Raises:
-        InputError: as a task raised it.
+        InputError: a task raised it.
         RunError: a task failed in another way.
     """
     if not items:
@@ -69,7 +69,7 @@ def _only_errors(logger: logging.Logger) -> Iterator[None]:
 
 
 class _Call:
-    """A task as Ray Data calls it: a row with a pickled item in, one with a pickled result out."""
+    """A task in the form that Ray Data calls: from a pickled item to a pickled result."""
 
     def __init__(self, task: Callable[[Any], Any]) -> None:
         self._task = task
@@ -78,6 +78,6 @@ class _Call:
         try:
             outcome = self._task(pickle.loads(batch["item"][0].as_py()))
         except InputError as error:
-            # Returned, as Ray would wrap it in errors of its own.
+            # Returned, because Ray would wrap a raised error in its own.
             outcome = error
         return pa.table({"result": pa.array([pickle.dumps(outcome)], pa.large_binary())})

@@ -1,4 +1,4 @@
-"""The first pass over the data: a chunk of a source file becomes a file of tokens."""
+"""The first pass over the data: turns chunks of source files into files of tokens."""
 
 import json
 from collections import Counter
@@ -24,11 +24,11 @@ from .sources import Chunk
 BAD_ROW = "bad_row"
 TOKENS = "tokens"
 """Folder of the token files, inside an attempt."""
-CARRIED_BAD_ROWS = 1000
+BAD_ROWS_RETURNED = 1000
 SAMPLES_KEPT = 1000
 
-# Rows rendered at a time: large enough for the tokenizer's threads, small enough that its
-# encodings (some hundred bytes a token) stay a small part of the memory.
+# Limits of the rows rendered in one call: enough for the tokenizer's threads, and little enough
+# that its encodings (a few hundred bytes per token) need a small part of the memory.
 _SLICE_CHARACTERS = 500_000
 _SLICE_ROWS = 1024
 
@@ -45,7 +45,7 @@ _TOKEN_SCHEMA = pa.schema(
 
 @dataclass(frozen=True)
 class ChunkItem:
-    """What one task of the first pass works on."""
+    """Input of one task of the first pass."""
 
     number: int
     chunk: Chunk
@@ -67,7 +67,7 @@ class TokenGroup:
 
 @dataclass(frozen=True)
 class Quarantined:
-    """A row that could not be used."""
+    """A row that cannot be used."""
 
     line: int
     """Counted from 1 at the chunk's first line."""
@@ -77,20 +77,20 @@ class Quarantined:
 
 @dataclass
 class ChunkResult:
-    """What a task of the first pass found and wrote."""
+    """Result of one task of the first pass."""
 
     item: ChunkItem
     lines: int
-    """Lines of the chunk, to number those of the next one."""
+    """Number of lines in the chunk, to number the lines of the next chunk."""
     histogram: NDArray[np.int64]
-    """Documents by their length: one count fewer than edges."""
+    """Number of documents by length, for the bins of `length_edges`."""
     rows: int = 0
     bad_rows: list[Quarantined] = field(default_factory=list)
-    """The first ones; `dropped` counts them all."""
+    """The first bad rows; `dropped` counts all of them."""
     dropped: Counter[str] = field(default_factory=Counter)
     groups: dict[str, list[TokenGroup]] = field(default_factory=lambda: {"train": [], "eval": []})
     samples: list[tuple[int, Prompt]] = field(default_factory=list)
-    """Row number within the chunk, and prompt."""
+    """(row number within the chunk, prompt) pairs."""
 
 
 @dataclass(frozen=True)
@@ -103,25 +103,25 @@ class _Pending:
     copies: int
     row: Row
     normalised: Example
-    """As its method tokenises it."""
+    """In the shape that the method tokenises."""
     extra: str | None
 
 
 def length_edges(max_length: int) -> NDArray[np.int64]:
-    """Edges of the length histogram's bins."""
+    """Edges of the length histogram's bins, from 0 to max_length tokens."""
     return np.unique(np.linspace(0, max_length, 33).astype(np.int64))
 
 
 @dataclass(frozen=True)
 class TokeniseTask:
-    """Reads, normalises, renders and tokenises a chunk; writes its documents."""
+    """Reads, normalises, renders and tokenises a chunk, and writes its documents."""
 
     render: RenderSettings
     method: str
-    """Its kind."""
+    """The method's kind."""
     attempt: Folder
     holdout: float
-    """Share of the training rows that go to the evaluation split."""
+    """Share of the training rows that are moved to the evaluation split."""
     with_samples: bool
     """Collect prompts of the evaluation split."""
 
@@ -162,7 +162,7 @@ class TokeniseTask:
                 examples = examples_of(normalised, self.method)
                 adapted = [rules.adapt(example) for example in examples]
             except RowError as error:
-                _quarantine(result, line, str(error), _shown(row))
+                _quarantine(result, line, str(error), _excerpt(row))
                 continue
             held_out = self.holdout > 0 and share_of(normalised, "holdout") < self.holdout
             split = "eval" if held_out else item.split
@@ -170,46 +170,49 @@ class TokeniseTask:
             pairs = zip(examples, adapted, strict=True)
             for example, text in pairs if copies > 0 else ():
                 extra = rules.extra(row, example)
-                told = None if extra is None else json.dumps(extra)
-                yield _Pending(index, line, split, copies, row, text, told)
+                encoded = None if extra is None else json.dumps(extra)
+                yield _Pending(index, line, split, copies, row, text, encoded)
 
     def _render(
         self,
         renderer: Renderer,
-        pending: list[_Pending],
+        rows: list[_Pending],
         result: ChunkResult,
         writers: dict[str, "TokenFile"],
     ) -> None:
-        rendered = renderer.render([one.normalised for one in pending])
-        for one, outcome in zip(pending, rendered, strict=True):
+        rendered = renderer.render([row.normalised for row in rows])
+        for row, outcome in zip(rows, rendered, strict=True):
             if outcome.error is not None:
-                _tell_error(result, one, outcome.error)
+                _record_error(result, row, outcome.error)
                 continue
             if outcome.dropped is not None:
                 result.dropped[outcome.dropped] += 1
             for document in outcome.documents:
-                for _ in range(one.copies):
-                    writers[one.split].add(one.index, document, one.extra)
-            self._sample(renderer, one, outcome, result)
+                for _ in range(row.copies):
+                    writers[row.split].add(row.index, document, row.extra)
+            self._sample(renderer, row, outcome, result)
         lengths = [
-            size for one in rendered for document in one.documents for size in document.lengths
+            size
+            for outcome in rendered
+            for document in outcome.documents
+            for size in document.lengths
         ]
         result.histogram += np.histogram(lengths, length_edges(self.render.max_length))[0]
         for writer in writers.values():
             writer.flush()
 
     def _sample(
-        self, renderer: Renderer, one: _Pending, outcome: Rendered, result: ChunkResult
+        self, renderer: Renderer, row: _Pending, outcome: Rendered, result: ChunkResult
     ) -> None:
-        wanted = self.with_samples and one.split == "eval" and len(outcome.documents) > 0
-        if wanted and len(result.samples) < SAMPLES_KEPT:
-            prompt = renderer.prompt(one.normalised)
+        is_held_out = row.split == "eval" and len(outcome.documents) > 0
+        if self.with_samples and is_held_out and len(result.samples) < SAMPLES_KEPT:
+            prompt = renderer.prompt(row.normalised)
             if prompt is not None:
-                result.samples.append((one.index, prompt))
+                result.samples.append((row.index, prompt))
 
 
 class TokenFile:
-    """A Parquet file of documents, made when the first one is written."""
+    """A Parquet file of documents; created when the first document is written."""
 
     def __init__(self, attempt: Folder, name: str) -> None:
         self._attempt = attempt
@@ -221,19 +224,19 @@ class TokenFile:
         self.groups: list[TokenGroup] = []
 
     def add(self, row: int, document: Document, extra: str | None) -> None:
-        """Write a document with the next flush.
+        """Buffer a document until the next flush.
 
         Args:
-            row: its number within the chunk.
-            document: its tokens.
-            extra: what else its method wants of the row, as JSON.
+            row: number of its row within the chunk.
+            document: tokens of the row.
+            extra: further input of the method from this row, as JSON.
         """
         self._rows.append(row)
         self._documents.append(document)
         self._extras.append(extra)
 
     def flush(self) -> None:
-        """Write what was added as one row group."""
+        """Write the buffered documents as one row group."""
         if not self._documents:
             return
         if self._writer is None:
@@ -267,11 +270,12 @@ class TokenFile:
 
 
 def _slices(pending: Iterable[_Pending]) -> Iterable[list[_Pending]]:
+    """Group rows into lists that the tokenizer renders in one call."""
     part: list[_Pending] = []
     size = 0
-    for one in pending:
-        part.append(one)
-        size += sum(map(len, one.normalised.contents))
+    for row in pending:
+        part.append(row)
+        size += sum(map(len, row.normalised.contents))
         if size >= _SLICE_CHARACTERS or len(part) >= _SLICE_ROWS:
             yield part
             part, size = [], 0
@@ -280,7 +284,8 @@ def _slices(pending: Iterable[_Pending]) -> Iterable[list[_Pending]]:
 
 
 def _copies(row: Example, weight: float) -> int:
-    """Whole copies, and one more for the fraction of rows that a weight's fraction says."""
+    """Number of copies of a row: the weight's whole part, plus one for a share of the rows that
+    equals its fraction."""
     whole = int(weight)
     fraction = weight - whole
     return whole + (1 if fraction > 0 and share_of(row, "weight") < fraction else 0)
@@ -288,17 +293,18 @@ def _copies(row: Example, weight: float) -> int:
 
 def _quarantine(result: ChunkResult, line: int, reason: str, raw: str) -> None:
     result.dropped[BAD_ROW] += 1
-    if len(result.bad_rows) < CARRIED_BAD_ROWS:
+    if len(result.bad_rows) < BAD_ROWS_RETURNED:
         result.bad_rows.append(Quarantined(line, reason, raw))
 
 
-def _tell_error(result: ChunkResult, one: _Pending, error: RowError) -> None:
+def _record_error(result: ChunkResult, row: _Pending, error: RowError) -> None:
+    """Quarantine a row; an unstable chat template is an InputError, as it affects all rows."""
     if isinstance(error, UnstableTemplate):
         chunk = result.item.chunk
-        line = first_line(chunk) - 1 + one.line
+        line = first_line(chunk) - 1 + row.line
         raise InputError(f"{chunk.file.uri}:{line}: {error}")
-    _quarantine(result, one.line, str(error), _shown(one.row))
+    _quarantine(result, row.line, str(error), _excerpt(row.row))
 
 
-def _shown(row: Row) -> str:
+def _excerpt(row: Row) -> str:
     return shorten(json.dumps(row, ensure_ascii=True, default=str))

@@ -9,7 +9,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from ..common import formatting as figures
 from ..config.methods import title_of
-from ..records.labels import HEADLINES, shown
+from ..records.labels import KEY_METRICS, label_of
 from ..records.report import data_statistics
 from ..records.run_folder import Record
 from .loading import Loadable
@@ -94,11 +94,11 @@ def _facts(run: Record, recipe: Record, result: Loadable) -> list[tuple[str, str
 def _metrics(run: Record) -> list[tuple[str, str, str]]:
     """(measure, before, after), what tells most first."""
     before, after = run.get("before") or {}, run.get("metrics") or {}
-    known = [name for name in HEADLINES if name in before or name in after]
+    known = [name for name in KEY_METRICS if name in before or name in after]
     names = dict.fromkeys([*known, *sorted(before.keys() | after.keys())])
     return [
-        (shown(name).title, shown(name).write(before.get(name)), shown(name).write(after.get(name)))
-        for name in names
+        (label.title, label.write(before.get(name)), label.write(after.get(name)))
+        for name, label in ((name, label_of(name)) for name in names)
         if figures.is_number(before.get(name)) or figures.is_number(after.get(name))
     ]
 

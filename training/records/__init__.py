@@ -1,1 +1,1 @@
-"""What a run writes into its folder, and the page that shows it."""
+"""The files that a run writes into its folder, and the report about them."""

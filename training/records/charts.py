@@ -1,25 +1,25 @@
-"""Line charts and histograms of the report, as geometry: no markup here.
+"""Geometry of the report's line charts and histograms, without markup.
 
-A chart's plot is drawn into a box of 1000 x 1000 units that the page stretches; ticks stand at
-per cent of the box, so that their labels keep their size at any width.
+A chart is drawn in a box of 1000 x 1000 units that the page stretches. Ticks have positions in per
+cent of the box, so their labels keep their size at any width.
 """
 
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
-from ..common import formatting as figures
+from ..common import formatting
 
 BOX = 1000
 MAX_POINTS = 1000
 SMOOTH_FROM = 120
-"""Fewer points than this are drawn as they are."""
+"""Minimum number of points for a smoothed line; fewer are drawn without smoothing."""
 DOTS_TO = 60
-"""Held-out points beyond this number would run into each other."""
+"""Maximum number of held-out points drawn as dots; more dots would overlap."""
 
 Point = tuple[float, float | None]
-"""(step, value); the value is None where it was not a number."""
+"""(step, value); the value is None if it is not a finite number."""
 Format = Literal["loss", "exponent", "count", "percent"]
 Style = Literal["main", "faint", "held-out"]
 
@@ -27,13 +27,13 @@ Style = Literal["main", "faint", "held-out"]
 @dataclass(frozen=True)
 class Tick:
     at: float
-    """Per cent from the left, or from the bottom."""
+    """Position in per cent, from the left or from the bottom."""
     label: str
 
 
 @dataclass(frozen=True)
 class Line:
-    """One drawn series, in units of the box."""
+    """One series of a chart, in units of the box."""
 
     label: str
     style: Style
@@ -42,7 +42,7 @@ class Line:
     segments: list[str]
     """SVG polyline points, split where values are missing."""
     dots: list[str]
-    """Points to mark, as 'x y': lone ones, and all of a sparse held-out line."""
+    """Points drawn as dots, as 'x y': isolated points, and all points of a short held-out line."""
 
 
 @dataclass(frozen=True)
@@ -52,13 +52,13 @@ class Chart:
     x_ticks: list[Tick]
     y_ticks: list[Tick]
     summary: str
-    """For those who do not see the chart."""
+    """Description for screen readers."""
     note: str
-    """What the chart cannot show, such as values that are not numbers; empty where all is well."""
+    """A note about values that the chart cannot show, such as NaN; empty if there are none."""
 
     @property
     def readout(self) -> list[dict[str, object]]:
-        """Every line's points, as the page's script reads them."""
+        """The points of every line, in the form that the page's script reads."""
         return [
             {"label": line.label, "style": line.style, "points": line.readout}
             for line in self.lines
@@ -69,7 +69,7 @@ class Chart:
 class Bar:
     label: str
     height: float
-    """Per cent of the tallest bar."""
+    """In per cent of the axis."""
 
 
 @dataclass(frozen=True)
@@ -88,12 +88,15 @@ def line_chart(
     from_zero: bool = False,
     noisy: bool = True,
 ) -> Chart | None:
-    """A chart of one series over steps; None without any number.
+    """A chart of a series over steps; None if it contains no number.
 
     Args:
-        held_out: values of the same quantity on held-out data, drawn as dots.
-        from_zero: the axis starts at zero, whatever the values.
-        noisy: many points are drawn faintly, with their moving average above them.
+        title: title of the chart.
+        points: the series on training data.
+        format: format of the values.
+        held_out: the same quantity on held-out data, drawn as dots.
+        from_zero: start the axis at zero.
+        noisy: if there are many points, draw them faintly, and their moving average over them.
     """
     values = [value for _, value in (*points, *held_out) if value is not None]
     if not values:
@@ -107,7 +110,7 @@ def line_chart(
     return Chart(
         title=title,
         lines=_lines(points, held_out, _Frame(x_range, y_range, format), noisy),
-        x_ticks=_ticks(x_range, x_step, figures.count),
+        x_ticks=_ticks(x_range, x_step, formatting.count),
         y_ticks=_ticks(y_range, y_step, lambda value: _label(value, y_step, format)),
         summary=_summary(title, points or held_out, format),
         note=_missing_note([*points, *held_out]),
@@ -115,11 +118,11 @@ def line_chart(
 
 
 def histogram(edges: Sequence[float], counts: Sequence[int]) -> Histogram | None:
-    """Bars of equal width, whatever the edges; None without any count.
+    """A histogram with bars of equal width; None if all counts are zero.
 
     Args:
-        edges: n + 1 rising bin edges, in tokens.
-        counts: n numbers of documents.
+        edges: n + 1 increasing bin edges, in tokens.
+        counts: number of documents in each of the n bins.
     """
     if len(edges) != len(counts) + 1 or not any(counts):
         return None
@@ -127,21 +130,22 @@ def histogram(edges: Sequence[float], counts: Sequence[int]) -> Histogram | None
     top = _range(0.0, float(max(counts)), step)[1]
     bars = [
         Bar(
-            f"{figures.count(low)} to {figures.count(high)} tokens: {figures.count(number)}",
+            f"{formatting.count(low)} to {formatting.count(high)} tokens: "
+            f"{formatting.count(number)}",
             100 * number / top,
         )
         for low, high, number in zip(edges, edges[1:], counts, strict=False)
     ]
     every = max(1, math.ceil(len(counts) / 8))
     x_ticks = [
-        Tick(100 * index / len(counts), figures.count(edges[index]))
+        Tick(100 * index / len(counts), formatting.count(edges[index]))
         for index in range(0, len(edges), every)
     ]
-    return Histogram(bars, x_ticks, _ticks((0.0, top), step, figures.short_count))
+    return Histogram(bars, x_ticks, _ticks((0.0, top), step, formatting.short_count))
 
 
 def smooth(points: Sequence[Point]) -> list[Point]:
-    """Exponential moving average over about a fiftieth of the points, without start bias."""
+    """Exponential moving average over about 2% of the points, corrected for start bias."""
     decay = 1 - 2 / (max(5, len(points) // 50) + 1)
     total = weight = 0.0
     smoothed: list[Point] = []
@@ -154,9 +158,9 @@ def smooth(points: Sequence[Point]) -> list[Point]:
 
 
 def thin(points: Sequence[Point], limit: int = MAX_POINTS) -> list[Point]:
-    """At most about `limit` points: of each stretch its lowest, its highest and a gap stay.
+    """Reduce to about `limit` points: each section keeps its lowest and highest point and a gap.
 
-    Every n-th point would be shorter to write, and would hide the spikes.
+    Taking every n-th point would be simpler, but would hide spikes.
     """
     if len(points) <= limit:
         return list(points)
@@ -164,10 +168,10 @@ def thin(points: Sequence[Point], limit: int = MAX_POINTS) -> list[Point]:
     buckets = limit // 3
     for bucket in range(buckets):
         start, end = (len(points) * edge // buckets for edge in (bucket, bucket + 1))
-        known = [(value, i) for i in range(start, end) if (value := points[i][1]) is not None]
-        if known:
-            kept |= {min(known)[1], max(known)[1]}
-        if len(known) < end - start:
+        values = [(value, i) for i in range(start, end) if (value := points[i][1]) is not None]
+        if values:
+            kept |= {min(values)[1], max(values)[1]}
+        if len(values) < end - start:
             kept.add(next(i for i in range(start, end) if points[i][1] is None))
     return [points[i] for i in sorted(kept)]
 
@@ -188,7 +192,7 @@ def _lines(
 
 @dataclass(frozen=True)
 class _Frame:
-    """Where values stand in the box."""
+    """The axes of a chart, which map values to positions in the box."""
 
     x_range: tuple[float, float]
     y_range: tuple[float, float]
@@ -203,15 +207,15 @@ class _Frame:
                 continue
             x, y = self._place(step, value)
             segments[-1].append(f"{x:g},{y:g}")
-            readout.append((x, y, figures.count(step), value_text(value, self.format)))
-        dots = [one[0] for one in segments if len(one) == 1]
+            readout.append((x, y, formatting.count(step), value_text(value, self.format)))
+        dots = [segment[0] for segment in segments if len(segment) == 1]
         if style == "held-out" and len(readout) <= DOTS_TO:
-            dots = [point for one in segments for point in one]
+            dots = [point for segment in segments for point in segment]
         return Line(
             label,
             style,
             readout,
-            [" ".join(one) for one in segments if len(one) > 1],
+            [" ".join(segment) for segment in segments if len(segment) > 1],
             [point.replace(",", " ") for point in dots],
         )
 
@@ -222,9 +226,9 @@ class _Frame:
 
 
 def _tick_step(low: float, high: float, count: int = 4) -> float:
-    """1, 2 or 5 times a power of ten, for about `count` ticks."""
+    """The distance of ticks: 1, 2 or 5 times a power of ten, for about `count` ticks."""
     size = max(abs(low), abs(high)) or 1.0
-    span = high - low if high - low > 1e-6 * size else size  # flat, but for rounding
+    span = high - low if high - low > 1e-6 * size else size  # flat, except for rounding
     power = 10.0 ** math.floor(math.log10(span / count))
     return next(power * digit for digit in (1, 2, 5, 10) if power * digit * count >= span * 0.999)
 
@@ -247,7 +251,7 @@ def _ticks(between: tuple[float, float], step: float, label: Callable[[float], s
 
 def _label(value: float, step: float, format: Format) -> str:
     if format == "count" or step >= 1000:
-        return figures.short_count(value)
+        return formatting.short_count(value)
     if format == "exponent":
         mantissa, _, power = f"{value:.1e}".partition("e")
         return "0" if value == 0 else f"{mantissa.removesuffix('.0')}e{int(power)}"
@@ -256,25 +260,25 @@ def _label(value: float, step: float, format: Format) -> str:
     return f"{value * scaled:.{decimals}f}{unit}"
 
 
-def value_text(value: float, format: Format) -> str:
-    """A value of a chart as its read-out writes it."""
+def value_text(value: Any, format: Format) -> str:
+    """A value as text in the given format; – if it is missing."""
     write = {
-        "loss": figures.loss,
-        "exponent": figures.exponent,
-        "count": figures.count,
-        "percent": figures.percent,
+        "loss": formatting.loss,
+        "exponent": formatting.exponent,
+        "count": formatting.count,
+        "percent": formatting.percent,
     }
     return write[format](value)
 
 
 def _summary(title: str, points: Sequence[Point], format: Format) -> str:
-    known = [(step, value) for step, value in points if value is not None]
-    if not known:
+    numbers = [(step, value) for step, value in points if value is not None]
+    if not numbers:
         return title
-    (first_step, first), (last_step, last) = known[0], known[-1]
+    (first_step, first), (last_step, last) = numbers[0], numbers[-1]
     return (
-        f"{title}: {value_text(first, format)} at step {figures.count(first_step)}, "
-        f"{value_text(last, format)} at step {figures.count(last_step)}"
+        f"{title}: {value_text(first, format)} at step {formatting.count(first_step)}, "
+        f"{value_text(last, format)} at step {formatting.count(last_step)}"
     )
 
 
@@ -284,5 +288,5 @@ def _missing_note(points: Sequence[Point]) -> str:
         return ""
     return (
         f"Not a number at {len(missing)} of {len(points)} logged points, "
-        f"first at step {figures.count(min(missing))}: a gap in the line."
+        f"first at step {formatting.count(min(missing))}: a gap in the line."
     )

@@ -1,9 +1,9 @@
-"""Checkpoints that can be trusted: written, verified, rotated.
+"""Checkpoints: write, verify and delete them.
 
 A checkpoint is a folder `checkpoints/step-00000100` that transformers can resume from, plus one
-`rank-<r>.json` per rank with the SHA-256 of every file which that rank wrote. A rank's manifest
-is published after its files: a checkpoint without all its manifests was never finished, one
-whose hashes differ is damaged.
+`rank-<r>.json` per rank with the SHA-256 of every file that this rank wrote. A rank publishes
+its manifest after its files. So a checkpoint that lacks a manifest is unfinished, and one whose
+hashes differ is damaged.
 """
 
 import hashlib
@@ -20,27 +20,27 @@ from ..common.versions import check_format
 from ..config.metric import Metric
 
 FORMAT = 1
-"""Of a rank's manifest; raised when an older finray could not read the checkpoint."""
+"""Format of a rank's manifest; increased when an older finray cannot read the checkpoint."""
 _NAME = re.compile(r"step-(\d{8})")
 
 
 @dataclass(frozen=True)
 class Choice:
-    """Where to resume from: a good checkpoint or none, and the newer ones that cannot be used."""
+    """The checkpoint to resume from, if any, and the newer ones that cannot be used."""
 
     name: str | None
     step: int
     skipped: tuple[str, ...]
-    """One line each: checkpoint and what is wrong with it."""
+    """A line for each unusable checkpoint: its name and what is wrong with it."""
 
 
 def checkpoint_name(step: int) -> str:
-    """Name of the folder of a step's checkpoint."""
+    """The folder name of a step's checkpoint."""
     return f"step-{step:08d}"
 
 
 def make_manifest(staged: Path, rank: int, world_size: int, metrics: dict[str, float]) -> bytes:
-    """A rank's manifest over all files that it has staged."""
+    """The manifest of a rank, with the hashes of all files that it has staged."""
     files = {
         path.relative_to(staged).as_posix(): _sha256_of_file(path)
         for path in sorted(staged.rglob("*"))
@@ -57,7 +57,7 @@ def publish(staged: Path, target: Folder, rank: int, manifest: bytes) -> None:
 
 
 def remove_partial(staged: Path, target: Folder, rank: int) -> None:
-    """Delete a rank's files of a checkpoint that it cannot complete, as a disk may be full."""
+    """Delete a rank's files of a checkpoint that it cannot complete; the disk may be full."""
     target.delete(_manifest_name(rank))
     for path in staged.rglob("*"):
         if path.is_file():
@@ -65,7 +65,7 @@ def remove_partial(staged: Path, target: Folder, rank: int) -> None:
 
 
 def choose(checkpoints: Folder) -> Choice:
-    """The newest checkpoint whose every hash holds.
+    """Choose the newest checkpoint whose hashes all match.
 
     Raises:
         InputError: a newer finray wrote one of them.
@@ -77,7 +77,7 @@ def choose(checkpoints: Folder) -> Choice:
         folder = checkpoints / name
         manifests = _manifests(folder)
         if manifests is None:
-            skipped.append(f"{name}: unfinished, the save was cut off")
+            skipped.append(f"{name}: unfinished, its save was interrupted")
             continue
         for rank, manifest in enumerate(manifests):
             check_format(manifest, FORMAT, folder / _manifest_name(rank))
@@ -90,20 +90,20 @@ def choose(checkpoints: Folder) -> Choice:
         raise RunError(
             f"all checkpoints in {checkpoints} are damaged:\n  "
             + "\n  ".join(skipped)
-            + "\nRestore one of them from a backup, or delete the run's folder to start anew."
+            + "\nRestore one of them from a backup, or delete the run's folder to start over."
         )
     return Choice(None, 0, tuple(skipped))
 
 
 def newest(checkpoints: Folder) -> str | None:
-    """Name of the newest finished checkpoint; its hashes are not looked at."""
+    """Name of the newest finished checkpoint, or None; its hashes are not checked."""
     names = reversed(_names(checkpoints))
     return next((name for name in names if _manifests(checkpoints / name) is not None), None)
 
 
 def delete_after(checkpoints: Folder, step: int) -> None:
-    """Delete later checkpoints: a new save of such a step must not be taken for complete by the
-    manifests of an old one."""
+    """Delete checkpoints of later steps. Otherwise their old manifests could make an unfinished new
+    save of the same step look complete."""
     for name in _names(checkpoints):
         if _step(name) > step:
             checkpoints.delete(name)
@@ -112,10 +112,10 @@ def delete_after(checkpoints: Folder, step: int) -> None:
 def rotate(checkpoints: Folder, keep: int, watched: Metric) -> list[str]:
     """Delete all but the last `keep` finished checkpoints and the best one.
 
-    An unfinished checkpoint older than a finished one is a leftover, and deleted too.
+    An unfinished checkpoint that is older than a finished one is deleted too.
 
     Returns:
-        Names of what was deleted.
+        Names of the deleted checkpoints.
     """
     finished: dict[str, float | None] = {}
     for name in _names(checkpoints):
@@ -136,7 +136,7 @@ def rotate(checkpoints: Folder, keep: int, watched: Metric) -> list[str]:
 
 
 def best(checkpoints: Folder, watched: Metric) -> str | None:
-    """Name of the finished checkpoint that was best on held-out data."""
+    """Name of the finished checkpoint with the best value of the watched metric, or None."""
     values: dict[str, float | None] = {}
     for name in _names(checkpoints):
         manifests = _manifests(checkpoints / name)
@@ -145,7 +145,7 @@ def best(checkpoints: Folder, watched: Metric) -> str | None:
 
 
 def _best(values: dict[str, float | None], watched: Metric) -> str | None:
-    """The first of the best names; names without a value are out."""
+    """The name with the best value, the first of equals; None if no name has a value."""
     name_of_best: str | None = None
     top = 0.0
     for name, value in values.items():
@@ -155,7 +155,7 @@ def _best(values: dict[str, float | None], watched: Metric) -> str | None:
 
 
 def _value(manifest: dict[str, Any], watched: Metric) -> float | None:
-    """The figure noted with a checkpoint; a manifest that cannot be read has none."""
+    """The value of the watched metric in a manifest; None if it has none or cannot be read."""
     value = manifest.get("metrics", {}).get(watched.name)
     return None if value is None else float(value)
 
@@ -175,7 +175,7 @@ def _manifest_name(rank: int) -> str:
 
 
 def _manifests(folder: Folder) -> list[dict[str, Any]] | None:
-    """All ranks' manifests, an empty one for what cannot be parsed; None for an unfinished save."""
+    """The manifests of all ranks; None for an unfinished save. An unreadable manifest is empty."""
     present = {name for name in folder.names() if re.fullmatch(r"rank-\d+\.json", name)}
     if _manifest_name(0) not in present:
         return None

@@ -1,57 +1,52 @@
-"""What is measured of a run, as people read it: titles, formats, and which figures tell most."""
+"""Labels of metrics for people: their titles, their number formats, and the key metrics."""
 
 from dataclasses import dataclass
 from typing import Any
 
-from ..common import formatting as figures
-from .charts import Format
+from ..common import formatting
+from .charts import Format, value_text
 
 
 @dataclass(frozen=True)
-class Shown:
-    """How a measure is written."""
+class MetricLabel:
+    """The title of a metric, and the format of its values."""
 
     title: str
     format: Format = "loss"
 
     def write(self, value: Any) -> str:
-        """The value as text."""
-        return {
-            "loss": figures.loss,
-            "percent": figures.percent,
-            "count": figures.count,
-            "exponent": figures.exponent,
-        }[self.format](value)
+        """The value as text; – if it is missing."""
+        return value_text(value, self.format)
 
     def difference(self, old: Any, new: Any) -> str:
-        """By how much it changed: percentage points for a share; empty where one is unknown."""
-        if not (figures.is_number(old) and figures.is_number(new)):
+        """The change as text, in percentage points for a share; empty if a value is missing."""
+        if not (formatting.is_number(old) and formatting.is_number(new)):
             return ""
         return f"{100 * (new - old):+.1f}" if self.format == "percent" else f"{new - old:+.3f}"
 
 
-SHOWN = {
-    "loss": Shown("loss"),
-    "exact_match": Shown("exact match", "percent"),
-    "token_accuracy": Shown("token accuracy", "percent"),
-    "entropy": Shown("entropy"),
-    "reward": Shown("reward"),
-    "reward_std": Shown("reward spread in a group"),
-    "reward_accuracy": Shown("prefers chosen", "percent"),
-    "reward_margin": Shown("reward margin"),
-    "kl": Shown("KL to the reference"),
-    "completion_length": Shown("completion length", "count"),
-    "clipped": Shown("clipped share", "percent"),
-    "truncated": Shown("truncated share", "percent"),
+LABELS = {
+    "loss": MetricLabel("loss"),
+    "exact_match": MetricLabel("exact match", "percent"),
+    "token_accuracy": MetricLabel("token accuracy", "percent"),
+    "entropy": MetricLabel("entropy"),
+    "reward": MetricLabel("reward"),
+    "reward_std": MetricLabel("reward spread within a group"),
+    "reward_accuracy": MetricLabel("reward accuracy", "percent"),
+    "reward_margin": MetricLabel("reward margin"),
+    "kl": MetricLabel("KL to the reference"),
+    "completion_length": MetricLabel("completion length", "count"),
+    "clipped": MetricLabel("clipped share", "percent"),
+    "truncated": MetricLabel("truncated share", "percent"),
 }
-"""By the measure's name; held-out values have the same name after `eval_`."""
+"""Labels by metric name; the held-out value of a metric has the prefix `eval_`."""
 
-HEADLINES = ("exact_match", "eval_reward", "eval_reward_accuracy", "eval_kl", "eval_loss")
-"""What tells most of a run, the plainest first."""
+KEY_METRICS = ("exact_match", "eval_reward", "eval_reward_accuracy", "eval_kl", "eval_loss")
+"""The metrics that describe a run best, the easiest to understand first."""
 
 
-def shown(name: str) -> Shown:
-    """How a measure is written, also one that a user's reward function named."""
+def label_of(name: str) -> MetricLabel:
+    """The label of a metric. An unknown name, such as a user's reward, becomes its own title."""
     bare = name.removeprefix("eval_")
-    known = SHOWN.get(bare) or Shown(bare.replace("_", " "))
-    return Shown(f"held-out {known.title}", known.format) if name != bare else known
+    label = LABELS.get(bare) or MetricLabel(bare.replace("_", " "))
+    return MetricLabel(f"held-out {label.title}", label.format) if name != bare else label

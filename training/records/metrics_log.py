@@ -1,4 +1,4 @@
-"""metrics.jsonl (and TensorBoard), written by rank 0 while the run goes on."""
+"""metrics.jsonl and TensorBoard files, which rank 0 writes during the run."""
 
 import json
 import math
@@ -18,14 +18,13 @@ TENSORBOARD = "tensorboard"
 class MetricsLog:
     """Appends a line per logged step.
 
-    On a disk every line is there at once; an object store cannot append: there `flush`, which any
-    thread may call, writes the file anew.
+    On a disk each line is written immediately. An object store cannot append, so there `flush`,
+    which any thread may call, writes the whole file again.
 
     Args:
         folder: the run's folder.
-        after_step: lines of later steps belong to a part of the run that a crash undid, and are
-            removed.
-        tensorboard: whether to write event files too (on a disk only).
+        after_step: existing lines of later steps are removed, because a crash undid these steps.
+        tensorboard: also write event files (on a disk only).
     """
 
     def __init__(self, folder: Folder, after_step: int, tensorboard: bool) -> None:
@@ -33,8 +32,8 @@ class MetricsLog:
         self._lines = _kept_lines(folder, after_step)
         folder.write(METRICS_FILE, "".join(self._lines).encode())
         self._lock = threading.Lock()
-        """Held while the file is written, so that the newest lines are written last."""
-        self._wants_tensorboard = tensorboard and folder.local is not None
+        """Held during a write, so that an older write cannot replace a newer one."""
+        self._has_tensorboard = tensorboard and folder.local is not None
         self._tensorboard: SummaryWriter | None = None
         self._after_step = after_step
 
@@ -48,11 +47,11 @@ class MetricsLog:
                 stream.write(line)
         else:
             self._lines.append(line)
-        if self._wants_tensorboard and local is not None:
+        if self._has_tensorboard and local is not None:
             self._to_tensorboard(local, values)
 
     def flush(self) -> None:
-        """Write everything logged so far."""
+        """Write all lines logged so far to the storage."""
         with self._lock:
             if self._folder.local is None:
                 self._folder.write(METRICS_FILE, "".join(self._lines).encode())
@@ -72,7 +71,7 @@ class MetricsLog:
 
 
 def _kept_lines(folder: Folder, after_step: int) -> list[str]:
-    """The whole lines up to a step; a line cut off by a crash is dropped."""
+    """The complete lines up to a step; a line that a crash cut off is dropped."""
     if not folder.exists(METRICS_FILE):
         return []
     lines = folder.read(METRICS_FILE).decode("utf-8", errors="replace").splitlines(keepends=True)

@@ -1,4 +1,4 @@
-"""What rank 0 writes into the run's folder while it trains."""
+"""Writes the files of the run's folder during training, on rank 0."""
 
 import math
 import threading
@@ -35,13 +35,13 @@ _SKIPPED_KEPT = 100
 class RunRecorder:
     """metrics.jsonl, samples.jsonl, rollouts.jsonl and run.json of one run.
 
-    A slow or absent store does not stop the training: a later write contains what it lacks. The
-    end of the context writes the rest, and raises a RunError if the store does not accept it.
+    A slow or unreachable store does not stop the training: a later write contains everything that
+    is missing. The end of the context writes the rest, and raises a RunError if this fails.
 
     Args:
         folder: the run's folder.
-        recipe: the run's.
-        step: the step that this attempt starts from.
+        recipe: the run's recipe.
+        step: the step from which this attempt starts.
     """
 
     def __init__(self, folder: Folder, recipe: Recipe, step: int) -> None:
@@ -51,10 +51,10 @@ class RunRecorder:
         self._uploads = Uploader()
         self._lock = threading.Lock()
         self._is_behind = False
-        """True if the folder lacks something that is due."""
+        """True if a write was due and could not start."""
         self._seconds = _HEARTBEAT_SECONDS if folder.local is not None else _REMOTE_SECONDS
         self._noted_at = time.monotonic()
-        # A crash undid the later steps.
+        # Later steps were undone by a crash.
         self._rollouts = [line for line in read_rollouts(folder) if line["step"] <= step]
 
     def __enter__(self) -> Self:
@@ -78,10 +78,10 @@ class RunRecorder:
         """Record the start of an attempt.
 
         Args:
-            choice: the checkpoint that it resumes from.
+            choice: the checkpoint from which it resumes.
             world_size: number of workers.
             facts: further keys of run.json.
-            cause: why the attempt before ended, if there was one.
+            cause: why the previous attempt ended; None if there was none.
         """
         self._change(**facts, world_sizes=[*self._record.get("world_sizes", []), world_size])
         if "skipped" in self._record:  # later steps are undone
@@ -97,13 +97,13 @@ class RunRecorder:
         write_run(self._folder, self._record)
 
     def _new_hangs(self, restarts: list[Record]) -> list[str]:
-        """Workers that hung since the last start: they leave only their stacks."""
+        """A line for each worker that hung since the last start; each left a stacks file."""
         reported = " ".join(restart["reason"] for restart in restarts)
         names = (self._folder / STACKS_FOLDER).names()
         return [f"a step hung: {STACKS_FOLDER}/{name}" for name in names if name not in reported]
 
     def add_skipped(self, steps: list[tuple[int, Origins]]) -> None:
-        """Record non-finite steps, which changed nothing, and the source rows of each."""
+        """Record non-finite steps, which were skipped, with the source rows of each."""
         noted = [*self._record.get("skipped", [])]
         noted += [{"step": step, "rows": rows} for step, rows in steps]
         self._change(skipped=noted[-_SKIPPED_KEPT:])
@@ -123,30 +123,30 @@ class RunRecorder:
             self._write()
 
     def add_rollouts(self, step: int, examples: list[Record]) -> None:
-        """Keep completions of a step; rollouts.jsonl holds the last of them."""
+        """Add completions of a step; rollouts.jsonl keeps the latest ones."""
         self._rollouts += [{"step": step, **example} for example in examples]
         del self._rollouts[:-_ROLLOUTS_KEPT]
 
     def flush(self) -> None:
-        """Write all lines and rollouts so far; any thread may call it."""
+        """Write all metrics and rollouts so far; any thread may call this."""
         self._metrics.flush()
-        with self._lock:  # of two threads the later one has more to write
+        with self._lock:  # so that an older write cannot replace a newer one
             if self._rollouts:
                 write_rollouts(self._folder, list(self._rollouts))
 
     def update(self, step: int, tokens: int, **facts: Any) -> None:
-        """Record how far the run is, and further keys of run.json."""
+        """Record the current step, the tokens so far, and further keys of run.json."""
         self._change(step=step, tokens=tokens, **facts)
         self._write()
 
-    def log_base(self, measures: dict[str, float]) -> None:
-        """Record the evaluation of the model before the first step."""
-        self._metrics.add({"step": 0, "epoch": 0.0, **measures})
-        self._change(before=measures)
+    def log_base(self, metrics: dict[str, float]) -> None:
+        """Record the evaluation of the base model, before the first step."""
+        self._metrics.add({"step": 0, "epoch": 0.0, **metrics})
+        self._change(before=metrics)
         self._write()
 
     def add_answers(self, samples: list[Record], answers: list[str], when: str) -> None:
-        """Add the answers `before` or `after` the training to samples.jsonl."""
+        """Add the model's answers from `before` or `after` the training to samples.jsonl."""
         existing = {record["row"]: record for record in read_samples(self._folder)}
         blank: Record = {"before": None, "after": None}
         write_samples(
@@ -158,15 +158,15 @@ class RunRecorder:
         )
 
     def set_result(self, result: str) -> None:
-        """Record the name of the result, a folder in the run's folder."""
+        """Record the name of the result's folder, which is in the run's folder."""
         self._change(result=result)
 
     def _change(self, **facts: Any) -> None:
-        # A new record: another thread may be writing the old one.
+        # A new record, because another thread may be writing the old one.
         self._record = {**self._record, "updated_at": now(), **facts}
 
     def _write(self) -> None:
-        """Write everything in a thread; later, if one still writes."""
+        """Write everything in a thread; if a write is still running, mark this one as due."""
         self._is_behind = not self._uploads.is_idle
         if not self._is_behind:
             self._noted_at = time.monotonic()
@@ -178,8 +178,8 @@ class RunRecorder:
 
 
 def update_run(folder: Folder, change: Callable[[Record], None]) -> None:
-    """Read run.json, change it, write it whole. One process at a time does this: the driver
-    before and after the workers, rank 0 while they train."""
+    """Read run.json, change it, and write it back. Only one process does this at a time: the driver
+    before and after the workers run, rank 0 while they train."""
     record = read_run(folder) or {}
     change(record)
     record["updated_at"] = now()
@@ -187,10 +187,10 @@ def update_run(folder: Folder, change: Callable[[Record], None]) -> None:
 
 
 def now() -> str:
-    """The time as ISO 8601 in UTC, to the second."""
+    """The current time as ISO 8601 in UTC, in seconds."""
     return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
 
 
 def as_number(value: Any) -> float:
-    """A tensor's or a number's value; NaN for None."""
+    """The value of a tensor or number as float; NaN for None."""
     return math.nan if value is None else float(value)

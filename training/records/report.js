@@ -1,4 +1,4 @@
-// The charts' read-out: the nearest logged step under the pointer, or stepped through with arrows.
+// The charts' read-out: shows the logged step nearest to the pointer; arrow keys move it.
 "use strict";
 
 function nearest(points, x) {
@@ -30,7 +30,7 @@ function attach(plot) {
     const rows = [row(`step ${lead[at][2]}`, "step")];
     for (const line of lines) {
       const point = line.points[nearest(line.points, x)];
-      // held-out values are sparse: shown only where the pointer is close to one
+      // held-out values are sparse, so show them only close to the pointer
       if (Math.abs(point[0] - x) <= 12) rows.push(row(`${line.label} ${point[3]}`, line.style));
     }
     readout.replaceChildren(...rows);

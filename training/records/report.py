@@ -1,7 +1,7 @@
-"""report.html: one page about a run, for people; everything in one file.
+"""report.html: a page about a run in a single file, without external resources.
 
-The page is a pure function of the run's folder. Its template escapes whatever it prints, as
-prompts and answers are other people's text.
+The page is a pure function of the run's folder. Its template escapes all values, because prompts
+and answers are untrusted text.
 """
 
 import json
@@ -16,12 +16,11 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 from markupsafe import Markup
 
-from ..common import formatting as figures
+from ..common import formatting
 from ..common.storage import Folder
 from ..config.methods import title_of
-from . import labels as measures
 from .charts import Chart, Format, Histogram, Point, histogram, line_chart
-from .labels import HEADLINES
+from .labels import KEY_METRICS, label_of
 from .run_folder import (
     REPORT_FILE,
     Record,
@@ -46,12 +45,12 @@ _COMMON = {
 }
 """Columns of metrics.jsonl that every method has."""
 SAMPLES_OPEN = 4
-"""Samples shown at once; the others open on a click."""
+"""Number of samples shown initially; a click shows the rest."""
 
 
 @dataclass(frozen=True)
 class Figure:
-    """A key figure: `before` is empty where there is nothing to compare with."""
+    """A key figure of the run; `before` is empty if there is no value to compare with."""
 
     label: str
     value: str
@@ -77,21 +76,21 @@ Pairs = list[tuple[str, str]]
 
 def write_report(folder: Folder) -> None:
     """Write report.html into a run's folder. Raises what `render_report` raises."""
-    # a lone surrogate in a model's answer has no UTF-8
+    # UTF-8 cannot encode a lone surrogate in a model's answer
     folder.write(REPORT_FILE, render_report(folder).encode("utf-8", "replace"))
 
 
 def render_report(folder: Folder) -> str:
-    """The page, from what the run's folder holds so far.
+    """Render the page from the current content of the run's folder.
 
     Raises:
-        InputError: the folder holds no run, or one of its files is damaged.
+        InputError: the folder contains no run, or one of its files is damaged.
     """
     run = existing_run(folder)
     metrics = read_metrics(folder)
     recipe_text, recipe = read_recipe(folder)
     samples = [_sample(sample) for sample in read_samples(folder)]
-    loss, *others = _charts(metrics)
+    loss, *small = _charts(metrics)
     return _template().render(
         css=asset("report.css"),
         script=asset("report.js"),
@@ -103,7 +102,7 @@ def render_report(folder: Folder) -> str:
         progress=_progress(run),
         key_figures=_key_figures(run, metrics),
         loss=loss,
-        charts=[chart for chart in others if chart is not None],
+        charts=[chart for chart in small if chart is not None],
         matched=_matched(samples),
         shown=samples[:SAMPLES_OPEN],
         more=samples[SAMPLES_OPEN:],
@@ -130,12 +129,12 @@ def _template() -> Template:
 
 
 def asset(name: str) -> Markup:
-    """A report's own style or script, which goes into the page as it is."""
+    """The report's style sheet or script, which the page includes without escaping."""
     return Markup((Path(__file__).parent / name).read_text(encoding="utf-8"))
 
 
 def _subject(run: Record, recipe: Record) -> Pairs:
-    """What was done to which model, under the title."""
+    """(label, text) pairs under the title: the method and the base model."""
     method = str(run.get("method") or "")
     model = recipe.get("model") or {}
     adapter = recipe.get("adapter")
@@ -146,7 +145,7 @@ def _subject(run: Record, recipe: Record) -> Pairs:
     elif model.get("adapter"):
         done.append(f"from the adapter {model['adapter']}")
     elif recipe.get("freeze"):
-        done.append("some of the base's layers")
+        done.append("some layers of the base")
     elif recipe:
         done.append("every parameter")
     if model.get("quantize", "none") != "none":
@@ -157,41 +156,41 @@ def _subject(run: Record, recipe: Record) -> Pairs:
 
 
 def _progress(run: Record) -> tuple[str, float] | None:
-    """('step 120 of 400', per cent) of a run that has not come to its end."""
+    """('step 120 of 400', per cent) of a run that is not finished; None for a finished run."""
     step, total = run.get("step"), run.get("total_steps")
-    if run.get("status") == "finished" or not figures.is_number(step):
+    if run.get("status") == "finished" or not formatting.is_number(step):
         return None
-    if not figures.is_number(total) or total <= 0:
-        return f"step {figures.count(step)}", 0.0
-    text = f"step {figures.count(step)} of {figures.count(total)}"
+    if not formatting.is_number(total) or total <= 0:
+        return f"step {formatting.count(step)}", 0.0
+    text = f"step {formatting.count(step)} of {formatting.count(total)}"
     return text, min(100.0, 100 * step / total)
 
 
 def _key_figures(run: Record, metrics: Sequence[Record]) -> list[Figure]:
     before, after = run.get("before") or {}, run.get("metrics") or {}
     shown: list[Figure] = []
-    told = [key for key in HEADLINES if figures.is_number(after.get(key))]
-    shown += [_change(before, after, key) for key in told]
-    if not told:
-        # in the file null stands for a loss that is not a number
+    available = [key for key in KEY_METRICS if formatting.is_number(after.get(key))]
+    shown += [_change(before, after, key) for key in available]
+    if not available:
+        # in the file, null means a loss that is not a finite number
         lines = [line["loss"] for line in metrics if "loss" in line]
         losses = [math.nan if loss is None else loss for loss in lines]
-        ends = {"loss": losses[0]} if len(losses) > 1 else {}
+        first = {"loss": losses[0]} if len(losses) > 1 else {}
         last = {"loss": losses[-1] if losses else after.get("loss")}
-        shown.append(_change(ends, last, "loss"))
-    shown.append(Figure("Tokens trained on", figures.short_count(run.get("tokens"))))
+        shown.append(_change(first, last, "loss"))
+    shown.append(Figure("Tokens trained on", formatting.short_count(run.get("tokens"))))
     speeds = sorted(value for _, value in _series(metrics, "tokens_per_second") if value)
     median = speeds[len(speeds) // 2] if speeds else None
-    shown.append(Figure("Tokens a second", figures.short_count(median)))
-    shown.append(Figure("Wall time", figures.duration(run.get("wall_seconds"))))
+    shown.append(Figure("Tokens per second", formatting.short_count(median)))
+    shown.append(Figure("Wall time", formatting.duration(run.get("wall_seconds"))))
     return shown
 
 
 def _change(before: Record, after: Record, key: str) -> Figure:
-    measure, old = measures.shown(key), before.get(key)
-    label = _capital("training loss" if key == "loss" else measure.title)
-    known = measure.write(old) if figures.is_number(old) else ""
-    return Figure(label, measure.write(after.get(key)), known)
+    metric, old = label_of(key), before.get(key)
+    label = _capital("training loss" if key == "loss" else metric.title)
+    previous = metric.write(old) if formatting.is_number(old) else ""
+    return Figure(label, metric.write(after.get(key)), previous)
 
 
 def _capital(text: str) -> str:
@@ -199,7 +198,7 @@ def _capital(text: str) -> str:
 
 
 def _charts(metrics: Sequence[Record]) -> list[Chart | None]:
-    """The loss, then the smaller ones."""
+    """The chart of the loss, then the small charts."""
 
     def chart(title: str, key: str, format: Format, **how: bool) -> Chart | None:
         held_out = _series(metrics, f"eval_{key}")
@@ -208,30 +207,30 @@ def _charts(metrics: Sequence[Record]) -> list[Chart | None]:
     return [
         chart("Loss", "loss", "loss"),
         chart("Learning rate", "learning_rate", "exponent", from_zero=True, noisy=False),
-        chart("Tokens a second", "tokens_per_second", "count", from_zero=True),
+        chart("Tokens per second", "tokens_per_second", "count", from_zero=True),
         chart("Gradient norm", "grad_norm", "loss", from_zero=True),
         *(
-            chart(_capital(measures.shown(name).title), name, measures.shown(name).format)
-            for name in _measured(metrics)
+            chart(_capital(label_of(name).title), name, label_of(name).format)
+            for name in _own_metrics(metrics)
         ),
     ]
 
 
-def _measured(metrics: Sequence[Record]) -> list[str]:
-    """The method's own measures, in the order in which they are logged."""
+def _own_metrics(metrics: Sequence[Record]) -> list[str]:
+    """Names of the method's own metrics, in the order in which they are logged."""
     names = (name.removeprefix("eval_") for line in metrics for name in line)
     return [name for name in dict.fromkeys(names) if name not in _COMMON]
 
 
 def _series(metrics: Sequence[Record], key: str) -> list[Point]:
-    """(step, value) by rising step; of a step that a restart ran again, the later line."""
+    """(step, value) pairs in order of steps; for a step that a restart repeated, the later line."""
     values = {
         line["step"]: line[key]
         for line in metrics
-        if key in line and figures.is_number(line.get("step"))
+        if key in line and formatting.is_number(line.get("step"))
     }
     return [
-        (float(step), float(value) if figures.is_number(value) else None)
+        (float(step), float(value) if formatting.is_number(value) else None)
         for step, value in sorted(values.items())
     ]
 
@@ -247,18 +246,19 @@ def _sample(sample: Record) -> Sample:
 
 
 def _rollouts(lines: Sequence[Record]) -> list[Sample]:
-    """The prompts of the first and of the last step that was kept, each with what was sampled."""
+    """The prompts of the first and of the last step kept, with their sampled completions."""
     steps = [line.get("step") for line in lines]
     grouped: dict[tuple[Any, str], list[Answer]] = {}
     for line in lines:
         if line.get("step") in (steps[0], steps[-1]):
-            worth = f"Reward {figures.loss(line.get('reward'))}"
-            if figures.is_number(line.get("advantage")):
-                worth += f" · advantage {line['advantage']:+.2f}"
+            label = f"Reward {formatting.loss(line.get('reward'))}"
+            if formatting.is_number(line.get("advantage")):
+                label += f" · advantage {line['advantage']:+.2f}"
             answers = grouped.setdefault((line.get("step"), str(line.get("prompt", ""))), [])
-            answers.append(Answer(worth, str(line.get("completion", "")), False))
+            answers.append(Answer(label, str(line.get("completion", "")), False))
     return [
-        Sample(figures.count(step), prompt, answers) for (step, prompt), answers in grouped.items()
+        Sample(formatting.count(step), prompt, answers)
+        for (step, prompt), answers in grouped.items()
     ]
 
 
@@ -267,23 +267,23 @@ def _matched(samples: Sequence[Sample]) -> str:
     if not tuned:
         return ""
     matching = sum(answer.matches for answer in tuned)
-    return f"{matching} of {len(tuned)} tuned answers are the reference, word for word."
+    return f"{matching} of {len(tuned)} tuned answers match the reference exactly."
 
 
 def data_statistics(run: Record) -> list[tuple[str, Pairs]]:
-    """Titled groups of data statistics."""
+    """Data statistics, as titled groups of (label, text) pairs."""
     data = run.get("data") or {}
     groups: list[tuple[str, Pairs]] = []
     for title, key in (("Training", "train"), ("Held-out", "eval")):
         if data.get(key):
             groups.append((title, _split(data[key])))
     dropped = data.get("dropped") or {}
-    if figures.is_number(data.get("rows_read")):
-        rows = [("Read", figures.count(data["rows_read"]))]
-        rows += [(f"Dropped: {reason}", figures.count(n)) for reason, n in dropped.items()]
+    if formatting.is_number(data.get("rows_read")):
+        rows = [("Read", formatting.count(data["rows_read"]))]
+        rows += [(f"Dropped: {reason}", formatting.count(n)) for reason, n in dropped.items()]
         groups.insert(0, ("Rows", rows if dropped else [*rows, ("Dropped", "0")]))
     sources = [
-        (str(source.get("path", "")), f"{figures.count(source.get('rows'))} rows, {form}")
+        (str(source.get("path", "")), f"{formatting.count(source.get('rows'))} rows, {form}")
         for source in data.get("sources") or []
         for form in [str(source.get("format", "unknown format"))]
     ]
@@ -292,13 +292,13 @@ def data_statistics(run: Record) -> list[tuple[str, Pairs]]:
 
 def _split(split: Record) -> Pairs:
     pairs = [
-        ("Sequences", figures.count(split.get("sequences"))),
-        ("Documents", figures.count(split.get("documents"))),
-        ("Tokens", figures.count(split.get("tokens"))),
-        ("Trainable tokens", figures.count(split.get("trainable_tokens"))),
-        ("Fill", figures.percent(split.get("fill"))),
+        ("Sequences", formatting.count(split.get("sequences"))),
+        ("Documents", formatting.count(split.get("documents"))),
+        ("Tokens", formatting.count(split.get("tokens"))),
+        ("Trainable tokens", formatting.count(split.get("trainable_tokens"))),
+        ("Fill", formatting.percent(split.get("fill"))),
     ]
-    return [(label, text) for label, text in pairs if text != figures.MISSING]
+    return [(label, text) for label, text in pairs if text != formatting.MISSING]
 
 
 def _lengths(run: Record) -> Histogram | None:
@@ -307,7 +307,7 @@ def _lengths(run: Record) -> Histogram | None:
 
 
 def _settings(recipe: Record) -> list[tuple[str, Pairs]]:
-    """The recipe's sections as titled (setting, value) pairs, the bare settings first."""
+    """The recipe's sections as titled (setting, value) pairs; settings outside a section first."""
     bare = {key: value for key, value in recipe.items() if not isinstance(value, dict)}
     sections = {key: value for key, value in recipe.items() if isinstance(value, dict)}
     groups = {"recipe": bare, **sections} if bare else sections
@@ -331,29 +331,29 @@ def _setting(value: Any) -> str:
 
 
 def _facts(run: Record) -> Pairs:
-    """Where and when the run ran."""
+    """Facts about the run: times, workers, device, parameters and versions."""
     parameters = run.get("parameters") or {}
     worlds = run.get("world_sizes") or []
     pairs: list[tuple[str, Any]] = [
         ("Started", _time(run.get("started_at"))),
         ("Finished", _time(run.get("finished_at"))),
-        ("Last sign of life", "" if run.get("finished_at") else _time(run.get("updated_at"))),
-        ("Last saved step", figures.count(run.get("last_saved_step"))),
+        ("Last update", "" if run.get("finished_at") else _time(run.get("updated_at"))),
+        ("Last saved step", formatting.count(run.get("last_saved_step"))),
         ("Save failed", run.get("save_error")),
         ("Workers", ", then ".join(str(size) for size in worlds)),
-        ("Skipped steps", ", ".join(str(one.get("step")) for one in run.get("skipped") or [])),
+        ("Skipped steps", ", ".join(str(step.get("step")) for step in run.get("skipped") or [])),
         ("Device", run.get("device")),
         ("Compute type", run.get("dtype")),
-        ("Parameters", figures.count(parameters.get("total"))),
+        ("Parameters", formatting.count(parameters.get("total"))),
         ("Trainable", _trainable(parameters)),
         ("Prepared data", run.get("prepared")),
         *((run.get("versions") or {}).items()),
     ]
-    return [(label, str(text)) for label, text in pairs if text and text != figures.MISSING]
+    return [(label, str(text)) for label, text in pairs if text and text != formatting.MISSING]
 
 
 def _time(iso: Any) -> str:
-    """2026-05-02 09:12:44 UTC; text that is no ISO time stays as it is."""
+    """An ISO time as 2026-05-02 09:12:44 UTC; any other text unchanged."""
     try:
         time = datetime.fromisoformat(str(iso or ""))
     except ValueError:
@@ -364,13 +364,13 @@ def _time(iso: Any) -> str:
 
 def _restarts(run: Record) -> Pairs:
     return [
-        (figures.count(restart.get("step")), str(restart.get("reason") or "unknown reason"))
+        (formatting.count(restart.get("step")), str(restart.get("reason") or "unknown reason"))
         for restart in run.get("restarts") or []
     ]
 
 
 def _trainable(parameters: Record) -> str:
     total, trainable = parameters.get("total"), parameters.get("trainable")
-    if not (figures.is_number(total) and figures.is_number(trainable)) or not total:
+    if not (formatting.is_number(total) and formatting.is_number(trainable)) or not total:
         return ""
-    return f"{figures.count(trainable)} ({100 * trainable / total:.3g}%)"
+    return f"{formatting.count(trainable)} ({100 * trainable / total:.3g}%)"

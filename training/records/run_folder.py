@@ -17,26 +17,26 @@ from ..common.versions import check_format
 from ..common.yaml_text import load_yaml
 
 RUN_FORMAT = 1
-"""Of run.json; raised when an older finray could not read the folder."""
+"""Format of run.json; increased when an older finray cannot read the folder."""
 RECIPE_FILE = "recipe.yaml"
 RUN_FILE = "run.json"
 METRICS_FILE = "metrics.jsonl"
 SAMPLES_FILE = "samples.jsonl"
 ROLLOUTS_FILE = "rollouts.jsonl"
-"""What a model answered while it was trained by an online method, and what that was worth."""
+"""Completions that an online method sampled during training, with their rewards."""
 REPORT_FILE = "report.html"
 CHECKPOINTS_FOLDER = "checkpoints"
 STACKS_FOLDER = "stacks"
-"""Where each rank was that gave up because a step did not end."""
+"""Stack traces of each rank that ended because a step hung."""
 PREPARED_FOLDER = "prepared"
-"""Inside a storage, beside the runs: prepared data, which runs share."""
+"""Prepared data, which runs share; a folder of the storage, beside the runs."""
 
 Record = dict[str, Any]
 """A JSON object."""
 
 
 def read_run(folder: Folder) -> Record | None:
-    """run.json as a record; None where the folder holds no run.
+    """run.json as a record; None if the folder contains no run.
 
     Raises:
         InputError: run.json is not a JSON object, or a newer finray wrote it.
@@ -54,7 +54,7 @@ def existing_run(folder: Folder) -> Record:
     """run.json of a run that must exist.
 
     Raises:
-        InputError: the folder holds no run, or run.json is not a JSON object.
+        InputError: the folder contains no run, or run.json is not a JSON object.
     """
     run = read_run(folder)
     if run is None:
@@ -64,24 +64,24 @@ def existing_run(folder: Folder) -> Record:
 
 @dataclass(frozen=True)
 class FinishedRun:
-    """A run that has come to its end, and its result."""
+    """A finished run and its result."""
 
     folder: Folder
     record: Record
-    """run.json."""
+    """Content of run.json."""
     recipe: Record
-    """recipe.yaml, as plain values."""
+    """Content of recipe.yaml, as plain values."""
     kind: Literal["adapter", "model"]
-    """What was trained: an adapter beside the base, or the model itself."""
+    """The kind of result: an adapter for the base model, or a whole model."""
 
     @property
     def result(self) -> Folder:
-        """The folder of the result."""
+        """The folder of the adapter or model."""
         return self.folder / self.kind
 
     @contextmanager
     def local_result(self) -> Iterator[Path]:
-        """The result on this machine's disk: itself, or a copy for as long as the context lasts."""
+        """The result on a local disk: the folder itself, or a copy that the context deletes."""
         if self.result.local is not None:
             yield self.result.local
             return
@@ -91,10 +91,10 @@ class FinishedRun:
 
 
 def finished_run(folder: Folder) -> FinishedRun:
-    """A finished run, by its folder.
+    """The finished run in a folder.
 
     Raises:
-        InputError: the folder holds no run, the run is not finished, or its result is gone.
+        InputError: the folder contains no run, the run is not finished, or its result is missing.
     """
     record = existing_run(folder)
     status, name = record.get("status"), record.get("result")
@@ -109,14 +109,14 @@ def finished_run(folder: Folder) -> FinishedRun:
 
 
 def write_run(folder: Folder, record: Record) -> None:
-    """Replace run.json. NaN and infinity become null, as JSON has neither."""
+    """Replace run.json. NaN and infinity become null, because JSON has neither."""
     numbered = {"format": RUN_FORMAT, **record} | {"format": RUN_FORMAT}
     text = json.dumps(_finite(numbered), indent=2, ensure_ascii=False, allow_nan=False)
     folder.write(RUN_FILE, _encode(text + "\n"))
 
 
 def read_recipe(folder: Folder) -> tuple[str, Record]:
-    """The run's recipe as text and as values; both empty where there is none.
+    """The run's recipe as text and as values; both are empty if there is none.
 
     Raises:
         InputError: recipe.yaml is not YAML.
@@ -132,9 +132,9 @@ def read_recipe(folder: Folder) -> tuple[str, Record]:
 
 
 def read_metrics(folder: Folder) -> list[Record]:
-    """The lines of metrics.jsonl, oldest first; none where there is no file.
+    """The lines of metrics.jsonl, oldest first; empty if there is no file.
 
-    A last line without its newline may be half-written: it counts where it is whole already.
+    A last line without its newline may be half-written; it is used if it is complete JSON.
 
     Raises:
         InputError: another line is not a JSON object; the message names it.
@@ -143,7 +143,7 @@ def read_metrics(folder: Folder) -> list[Record]:
 
 
 def read_samples(folder: Folder) -> list[Record]:
-    """The lines of samples.jsonl; errors as `read_metrics`."""
+    """The lines of samples.jsonl; for errors see `read_metrics`."""
     return _read_lines(folder, SAMPLES_FILE)
 
 
@@ -153,7 +153,7 @@ def write_samples(folder: Folder, samples: Iterable[Record]) -> None:
 
 
 def read_rollouts(folder: Folder) -> list[Record]:
-    """The lines of rollouts.jsonl; errors as `read_metrics`."""
+    """The lines of rollouts.jsonl; for errors see `read_metrics`."""
     return _read_lines(folder, ROLLOUTS_FILE)
 
 
@@ -171,7 +171,7 @@ def _write_lines(folder: Folder, name: str, records: Iterable[Record]) -> None:
 
 
 def list_runs(storage: Folder) -> list[tuple[str, Record]]:
-    """(name, run record) of every run in a storage, by name.
+    """(name, content of run.json) of every run in a storage, sorted by name.
 
     Raises:
         InputError: a run.json is not a JSON object.
@@ -182,33 +182,33 @@ def list_runs(storage: Folder) -> list[tuple[str, Record]]:
 
 
 def is_match(answer: str | None, reference: str | None) -> bool:
-    """Whether a sample's answer is the reference, but for white space around it."""
+    """True if a sample's answer equals the reference, ignoring white space at both ends."""
     return answer is not None and reference is not None and answer.strip() == reference.strip()
 
 
 def _read(folder: Folder, name: str) -> bytes | None:
     try:
         return folder.read(name)
-    except (FileNotFoundError, NotADirectoryError):  # a stray file beside the runs is no folder
+    except (FileNotFoundError, NotADirectoryError):  # a file beside the runs is not a run folder
         return None
 
 
 def _read_lines(folder: Folder, name: str) -> list[Record]:
-    *whole, last = (_read(folder, name) or b"").split(b"\n")
+    *complete, last = (_read(folder, name) or b"").split(b"\n")
     records = [
         _parse(line, f"{folder / name}:{number}")
-        for number, line in enumerate(whole, start=1)
+        for number, line in enumerate(complete, start=1)
         if line.strip()
     ]
-    torn = parse_record(last)
-    return records if torn is None else [*records, torn]
+    final = parse_record(last)
+    return records if final is None else [*records, final]
 
 
 def parse_record(line: bytes) -> Record | None:
-    """A JSON object; None for anything else, such as half a line."""
+    """Parse a JSON object; None for anything else, such as a half-written line."""
     try:
         value = json.loads(line)
-    except ValueError:  # of JSON or of UTF-8
+    except ValueError:  # not JSON, or not UTF-8
         return None
     return value if isinstance(value, dict) else None
 
@@ -232,5 +232,5 @@ def _finite(value: Any) -> Any:
 
 
 def _encode(text: str) -> bytes:
-    """UTF-8; a lone surrogate, which a model can emit, becomes its JSON escape."""
+    """Encode as UTF-8; a lone surrogate, which a model can emit, becomes its JSON escape."""
     return text.encode("utf-8", "backslashreplace")

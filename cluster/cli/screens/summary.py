@@ -6,7 +6,7 @@ from rich.cells import cell_len, set_cell_size
 
 from ....training.common import formatting as figures
 from ....training.common.storage import Folder
-from ....training.records.labels import HEADLINES, shown
+from ....training.records.labels import KEY_METRICS, label_of
 from ....training.records.run_folder import (
     METRICS_FILE,
     REPORT_FILE,
@@ -77,8 +77,8 @@ def _gains(run: Record, paint: _Paint) -> list[str]:
     """Metrics of the base and the tuned model, if either was evaluated."""
     before, after = run.get("before") or {}, run.get("metrics") or {}
     rows = [
-        (shown(key), before.get(key), after.get(key))
-        for key in HEADLINES
+        (label_of(key), before.get(key), after.get(key))
+        for key in KEY_METRICS
         if figures.is_number(before.get(key)) or figures.is_number(after.get(key))
     ]
     if not rows:

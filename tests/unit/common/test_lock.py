@@ -1,4 +1,4 @@
-"""The lock of a run's folder: one holder, and a dead one's lock is taken over."""
+"""The lock of a run's folder: it has one holder, and a stale lock is taken over."""
 
 import json
 import os
@@ -24,12 +24,12 @@ def folder(tmp_path: Path) -> Folder:
     return Folder(str(tmp_path))
 
 
-def leave(folder: Folder, **changes: object) -> None:
+def write_lock(folder: Folder, **changes: object) -> None:
     values = asdict(Lock("other", "elsewhere", 1, time.time())) | changes
     folder.write(LOCK_FILE, json.dumps(values).encode())
 
 
-def test_one_at_a_time(folder: Folder) -> None:
+def test_only_one_holder_at_a_time(folder: Folder) -> None:
     with hold_run_lock(folder, threading.Event(), SILENT) as stale:
         assert stale is None
         with (
@@ -40,9 +40,11 @@ def test_one_at_a_time(folder: Folder) -> None:
     assert not folder.exists(LOCK_FILE)
 
 
-def test_a_silent_lock_is_taken_over(folder: Folder, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_lock_that_is_not_renewed_is_taken_over(
+    folder: Folder, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(lock, "RENEW_SECONDS", 0.05)
-    leave(folder, renewed_at=time.time() - lock.STALE_SECONDS - 1)
+    write_lock(folder, renewed_at=time.time() - lock.STALE_SECONDS - 1)
     progress = RecordedProgress()
     with hold_run_lock(folder, threading.Event(), progress) as stale:
         assert stale is not None and stale.id == "other"
@@ -52,10 +54,10 @@ def test_a_silent_lock_is_taken_over(folder: Folder, monkeypatch: pytest.MonkeyP
 def test_a_lock_of_another_machine_counts_while_it_is_renewed(
     folder: Folder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Whatever that machine's clock says."""
+    """The clock of that machine does not matter."""
     monkeypatch.setattr(lock, "RENEW_SECONDS", 1.0)
-    leave(folder, renewed_at=5.0)
-    renewal = threading.Timer(0.5, leave, (folder,), {"renewed_at": 20.0})
+    write_lock(folder, renewed_at=5.0)
+    renewal = threading.Timer(0.5, write_lock, (folder,), {"renewed_at": 20.0})
     renewal.start()
     with (
         pytest.raises(InputError, match="on elsewhere"),
@@ -63,10 +65,10 @@ def test_a_lock_of_another_machine_counts_while_it_is_renewed(
     ):
         pass
     renewal.join()
-    assert folder.exists(LOCK_FILE), "it is not ours to delete"
+    assert folder.exists(LOCK_FILE), "only its holder deletes it"
 
 
-def test_a_dead_process_of_this_machine_holds_nothing(folder: Folder) -> None:
+def test_the_lock_of_a_dead_process_of_this_machine_is_stale(folder: Folder) -> None:
     script = (
         "import os, sys, threading\n"
         "from finray.training.common.lock import hold_run_lock\n"
@@ -82,19 +84,21 @@ def test_a_dead_process_of_this_machine_holds_nothing(folder: Folder) -> None:
 
 
 @pytest.mark.parametrize("content", [b"", b'{"id": "x"', b"[]", b'{"id": "x"}'])
-def test_half_a_lock_is_none(folder: Folder, content: bytes) -> None:
+def test_a_half_written_lock_does_not_count(folder: Folder, content: bytes) -> None:
     folder.write(LOCK_FILE, content)
     with hold_run_lock(folder, threading.Event(), SILENT) as stale:
         assert stale is None
     assert not folder.exists(LOCK_FILE)
 
 
-def test_who_lost_it_hears_of_it(folder: Folder, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_holder_is_notified_when_it_loses_the_lock(
+    folder: Folder, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(lock, "RENEW_SECONDS", 0.01)
     lost = threading.Event()
     with hold_run_lock(folder, lost, SILENT):
         deadline = time.monotonic() + 10
-        while not lost.wait(0.1):  # a renewal may just have written over it
+        while not lost.wait(0.1):  # a renewal may have overwritten it
             assert time.monotonic() < deadline
-            leave(folder)
-    assert folder.exists(LOCK_FILE), "the other one's lock stays"
+            write_lock(folder)
+    assert folder.exists(LOCK_FILE), "the lock of the other process stays"

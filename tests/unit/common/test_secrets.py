@@ -34,8 +34,8 @@ HUB_TOKEN = "hf_" + "a1B2" * 6
         ("https://host/x?db_passwd=pa55word", "pa55word"),
     ],
 )
-def test_known_forms(text: str, secret: str) -> None:
-    """What is hidden in output is refused in settings, and the other way round."""
+def test_formats_of_secrets(text: str, secret: str) -> None:
+    """What is hidden in output is refused in settings, and vice versa."""
     assert secret not in redact(text) and HIDDEN in redact(text)
     assert secret_kind(text) is not None and list(secret_places({"a": text})) == [("a",)]
     assert secret_kind(redact(text)) is None
@@ -93,7 +93,7 @@ def test_variables_that_name_files_hold_no_secret(
 
 
 @pytest.mark.parametrize("command", ["check", "train", "prepare"])
-def test_a_recipe_with_a_secret_is_refused_without_saying_it(
+def test_a_recipe_with_a_secret_is_refused_without_printing_it(
     tmp_path: Path,
     tiny_model: Path,
     chat_file: Path,

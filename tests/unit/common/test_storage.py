@@ -1,4 +1,4 @@
-"""Folders: whole writes, local and through a pyarrow filesystem."""
+"""Folders: atomic writes, on a local path and through a pyarrow filesystem."""
 
 import os
 from pathlib import Path

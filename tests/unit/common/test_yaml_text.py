@@ -1,4 +1,4 @@
-"""What is written as YAML is read back, and numbers are numbers."""
+"""YAML: written values are read back unchanged, and numbers are read as numbers."""
 
 import math
 
@@ -20,8 +20,8 @@ SCALARS = st.one_of(
 
 @pytest.mark.parametrize("text", ["1e-4", "1E-4", "1.0e-4", "1.e-4", "+.001e-1", "0.1e-3"])
 def test_numbers_in_any_notation(text: str) -> None:
-    found = load_yaml(f"rate: {text}")["rate"]
-    assert isinstance(found, float) and math.isclose(found, 1e-4)
+    rate = load_yaml(f"rate: {text}")["rate"]
+    assert isinstance(rate, float) and math.isclose(rate, 1e-4)
     assert load_yaml(f"rate: '{text}'") == {"rate": text}
 
 
@@ -32,6 +32,6 @@ def test_text_stays_text(text: str) -> None:
 
 @given(st.dictionaries(st.text(), SCALARS))
 def test_what_is_written_is_read_back(values: dict[str, object]) -> None:
-    found = load_yaml(dump_yaml(values))
-    assert found == values
-    assert [type(value) for value in found.values()] == [type(value) for value in values.values()]
+    loaded = load_yaml(dump_yaml(values))
+    assert loaded == values
+    assert [type(value) for value in loaded.values()] == [type(value) for value in values.values()]

@@ -20,7 +20,7 @@ WORDS = "one two three four five six seven eight nine ten the a model learns to 
 
 
 def train_tokenizer(folder: Path, texts: Iterable[str], size: int = 400) -> Path:
-    """A byte-level BPE with ChatML and bos, as a model folder."""
+    """Train a byte-level BPE with ChatML and bos; returns its model folder."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -69,17 +69,17 @@ class MakeRecipe(Protocol):
 
 @pytest.fixture
 def make_recipe(model: Path) -> MakeRecipe:
-    """A recipe over data settings; `train` and `eval` may be single paths. `method`, `optim` and
-    `base` are the recipe's."""
+    """Makes a recipe from data settings; `train` and `eval` may be single paths. `method`, `optim`
+    and `base` set the recipe's other sections."""
 
     def make(**data: Any) -> Recipe:
-        other = {key: data.pop(key) for key in ("method", "optim") if key in data}
+        sections = {key: data.pop(key) for key in ("method", "optim") if key in data}
         base = str(data.pop("base", model))
         for name in ("train", "eval"):
             if isinstance(data.get(name), str | Path):
                 data[name] = [{"path": str(data[name])}]
         values = {"max_length": 64, **data}
-        return recipe_from_dict({"name": "t", "model": {"base": base}, "data": values, **other})
+        return recipe_from_dict({"name": "t", "model": {"base": base}, "data": values, **sections})
 
     return make
 
@@ -94,7 +94,7 @@ def make_renderer(tokenizer: Any, make_recipe: MakeRecipe) -> Any:
 
 
 def write_jsonl(path: Path, rows: Iterable[Any]) -> Path:
-    """One JSON value a line."""
+    """Write one JSON value per line; returns the path."""
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return path
 

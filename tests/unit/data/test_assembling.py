@@ -1,4 +1,4 @@
-"""The second pass: which parts go together, and what becomes of their documents."""
+"""The second pass: how parts are grouped, and how their documents are packed."""
 
 from pathlib import Path
 
@@ -15,11 +15,11 @@ def part(tokens: int) -> Part:
     return Part(TokenGroup("tokens/x.parquet", 0, tokens), 0)
 
 
-def test_parts_go_together_up_to_a_limit() -> None:
+def test_parts_are_grouped_up_to_a_limit() -> None:
     parts = [part(1_500_000)] * 5
     sizes = [len(item.parts) for item in assemble_items("train", parts, 1024)]
     assert sizes == [2, 2, 1]
-    # Long sequences need more tokens, for as few of them to stay unfilled.
+    # Long sequences need more tokens per task, so that equally few of them stay unfilled.
     assert [len(item.parts) for item in assemble_items("train", parts, 20_000)] == [4, 1]
     assert [item.number for item in assemble_items("eval", parts, 1024)] == [0, 1, 2]
     assert list(assemble_items("train", [], 8)) == []
@@ -50,19 +50,19 @@ def test_documents_of_several_parts_stay_whole(tmp_path: Path) -> None:
     result = task(AssembleItem("train", 0, tuple(parts)))
     table = pq.read_table(tmp_path / result.name)
     assert table.num_rows == sum(result.row_groups)
-    found: dict[int, tuple[list[int], list[bool]]] = {}
+    assembled: dict[int, tuple[list[int], list[bool]]] = {}
     for sequence in table.to_pylist():
         assert len(sequence["input_ids"]) == sum(sequence["lengths"]) <= 40
         start = 0
         for row, size in zip(sequence["rows"], sequence["lengths"], strict=True):
             stop = start + size
-            found[row] = (sequence["input_ids"][start:stop], sequence["trainable"][start:stop])
+            assembled[row] = (sequence["input_ids"][start:stop], sequence["trainable"][start:stop])
             start = stop
     expected = {
         row: (document.input_ids.tolist(), document.trainable.tolist())
         for row, document in written.items()
     }
-    assert found == expected
+    assert assembled == expected
     assert result.documents == 100
     assert result.tokens == sum(len(document.input_ids) for document in written.values())
     assert result.trainable_tokens == sum(document.trainable.sum() for document in written.values())

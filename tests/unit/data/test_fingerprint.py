@@ -39,17 +39,17 @@ def test_settings_that_matter(data: Path, make_recipe: MakeRecipe, change: dict[
 
 
 def test_sources_matter(data: Path, tmp_path: Path, make_recipe: MakeRecipe) -> None:
-    other = write_jsonl(tmp_path / "b.jsonl", ROWS[::-1])
+    second = write_jsonl(tmp_path / "b.jsonl", ROWS[::-1])
     source = {"path": str(data)}
     prints = [
         fingerprint(make_recipe(**settings))
         for settings in (
             {"train": data},
-            {"train": other},
+            {"train": second},
             {"train": [{**source, "weight": 2.0}]},
-            {"train": [source, {"path": str(other)}]},
-            {"train": [{"path": str(other)}, source]},
-            {"train": data, "eval": other},
+            {"train": [source, {"path": str(second)}]},
+            {"train": [{"path": str(second)}, source]},
+            {"train": data, "eval": second},
             {"train": [{**source, "format": "sharegpt"}]},
         )
     ]
@@ -83,12 +83,12 @@ def test_the_tokenizer_matters_and_the_weights_do_not(
     assert fingerprint(recipe) != key
 
 
-@pytest.mark.parametrize("settled", [2.0, 0.0])
+@pytest.mark.parametrize("cacheable_after", [2.0, 0.0])
 def test_content_matters(
-    settled: float, data: Path, make_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch
+    cacheable_after: float, data: Path, make_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Not the time of modification, which can be set; also where a file that stays is read once."""
-    monkeypatch.setattr("finray.training.data.fingerprint._SETTLED_SECONDS", settled)
+    """The content counts, not the modification time, also if hashes of files are cached."""
+    monkeypatch.setattr("finray.training.data.fingerprint._CACHEABLE_SECONDS", cacheable_after)
     recipe = make_recipe(train=data)
     key = fingerprint(recipe)
     before = data.stat()
@@ -102,7 +102,7 @@ def test_content_matters(
     assert fingerprint(recipe) == key
 
 
-def test_missing_model_is_told(data: Path, make_recipe: MakeRecipe) -> None:
+def test_a_missing_model_is_an_error(data: Path, make_recipe: MakeRecipe) -> None:
     with pytest.raises(InputError, match=r"model\.base: there is no folder /nowhere"):
         fingerprint(make_recipe(train=data, base="/nowhere"))
     with pytest.raises(InputError, match=r"model\.base: cannot fetch no-such/model from the hub"):

@@ -1,4 +1,4 @@
-"""Row formats: detection, normalisation, and what is refused."""
+"""Row formats: detection, normalisation, and refused rows."""
 
 from typing import Any
 
@@ -82,18 +82,18 @@ def test_detection_goes_by_most_rows() -> None:
     assert detect_format(rows) == "messages"
 
 
-def test_unknown_format_tells_keys_and_what_is_known() -> None:
+def test_the_error_for_an_unknown_format_names_its_keys_and_all_formats() -> None:
     with pytest.raises(InputError) as caught:
         detect_format([("f.jsonl:7", {"question": 1, "answer": 2})])
-    told = str(caught.value)
-    assert told.startswith("f.jsonl:7: ")
-    assert "question, answer" in told
+    message = str(caught.value)
+    assert message.startswith("f.jsonl:7: ")
+    assert "question, answer" in message
     for name in ("messages", "sharegpt", "alpaca", "prompt_completion", "text"):
-        assert f"{name}: " in told
+        assert f"{name}: " in message
 
 
 @pytest.mark.parametrize(
-    ("row_format", "row", "told"),
+    ("row_format", "row", "message"),
     [
         ("messages", {}, "messages is null; expected a list"),
         ("messages", {"messages": None}, "messages is null"),
@@ -122,8 +122,8 @@ def test_unknown_format_tells_keys_and_what_is_known() -> None:
         ("text", {"body": "x"}, "text or content is missing"),
     ],
 )
-def test_refused(row_format: KnownFormat, row: dict[str, Any], told: str) -> None:
-    with pytest.raises(RowError, match=told):
+def test_refused(row_format: KnownFormat, row: dict[str, Any], message: str) -> None:
+    with pytest.raises(RowError, match=message):
         normalise(row, row_format)
 
 

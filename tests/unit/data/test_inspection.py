@@ -1,4 +1,4 @@
-"""The quick look: what it finds, what it refuses, and what it does not import."""
+"""The inspection: its results, what it refuses, and that it imports nothing heavy."""
 
 import json
 import shutil
@@ -24,22 +24,22 @@ def data(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def bare_model(tmp_path: Path, model: Path) -> Path:
-    """A model folder that a test may spoil."""
+    """A copy of the model folder that a test may change."""
     return Path(shutil.copytree(model, tmp_path / "model"))
 
 
-def test_what_it_tells(data: Path, tmp_path: Path, model: Path, make_recipe: MakeRecipe) -> None:
+def test_result(data: Path, tmp_path: Path, model: Path, make_recipe: MakeRecipe) -> None:
     held = tmp_path / "b.parquet"
     pq.write_table(pa.table({"text": ["one two three"] * 9}), held)
-    found = inspect_recipe(make_recipe(train=data, eval=held))
-    train, held_out = found.train[0], found.eval[0]
+    inspection = inspect_recipe(make_recipe(train=data, eval=held))
+    train, held_out = inspection.train[0], inspection.eval[0]
     assert (train.format, train.files, train.rows, train.is_exact) == ("messages", 1, 50, True)
     assert train.bytes == data.stat().st_size
     assert train.path == str(data)
     assert train.tokens is not None
     assert 50 * 3 < train.tokens < 50 * 30
     assert (held_out.format, held_out.rows) == ("text", 9)
-    assert found.model_folder == model
+    assert inspection.model_folder == model
 
 
 def test_bad_first_rows_are_tolerated_unless_all_are_bad(
@@ -56,10 +56,10 @@ def test_bad_first_rows_are_tolerated_unless_all_are_bad(
         inspect_recipe(make_recipe(train=unreadable))
     blank = tmp_path / "d.jsonl"
     blank.write_text("\n\n")
-    with pytest.raises(InputError, match=r"d\.jsonl: there are no rows"):
+    with pytest.raises(InputError, match=r"d\.jsonl: the file has no rows"):
         inspect_recipe(make_recipe(train=blank))
     strange = write_jsonl(tmp_path / "e.jsonl", [[1], {"q": 1}])
-    with pytest.raises(InputError, match=r"e\.jsonl:2: no known row format has these keys: q"):
+    with pytest.raises(InputError, match=r"e\.jsonl:2: no row format has these keys: q"):
         inspect_recipe(make_recipe(train=strange))
 
 
@@ -116,20 +116,20 @@ def test_damaged_model_files(data: Path, bare_model: Path, make_recipe: MakeReci
 
 
 @pytest.mark.parametrize(
-    ("config", "room"),
+    ("config", "positions"),
     [
         ({"max_position_embeddings": 32}, 32),
         ({"text_config": {"max_position_embeddings": 32}}, 32),
         ({"max_position_embeddings": 16, "rope_scaling": {"factor": 2.0, "type": "yarn"}}, 32),
     ],
 )
-def test_max_length_that_the_model_has_no_room_for(
-    data: Path, bare_model: Path, make_recipe: MakeRecipe, config: dict[str, Any], room: int
+def test_max_length_beyond_the_positions_of_the_model(
+    data: Path, bare_model: Path, make_recipe: MakeRecipe, config: dict[str, Any], positions: int
 ) -> None:
     (bare_model / "config.json").write_text(json.dumps(config))
-    inspect_recipe(make_recipe(train=data, base=bare_model, max_length=room))
-    with pytest.raises(InputError, match=rf"data\.max_length: 33 .* at most {room} "):
-        inspect_recipe(make_recipe(train=data, base=bare_model, max_length=room + 1))
+    inspect_recipe(make_recipe(train=data, base=bare_model, max_length=positions))
+    with pytest.raises(InputError, match=rf"data\.max_length: 33 .* at most {positions} "):
+        inspect_recipe(make_recipe(train=data, base=bare_model, max_length=positions + 1))
 
 
 def test_chatml_without_its_tokens(data: Path, bare_model: Path, make_recipe: MakeRecipe) -> None:
@@ -140,9 +140,9 @@ def test_chatml_without_its_tokens(data: Path, bare_model: Path, make_recipe: Ma
 
 
 def test_hub_model_that_is_not_cached_is_skipped(data: Path, make_recipe: MakeRecipe) -> None:
-    found = inspect_recipe(make_recipe(train=data, base="no-such/model"))
-    assert found.model_folder is None
-    assert found.train[0].tokens is None
+    inspection = inspect_recipe(make_recipe(train=data, base="no-such/model"))
+    assert inspection.model_folder is None
+    assert inspection.train[0].tokens is None
 
 
 def test_nothing_heavy_is_imported(data: Path, model: Path) -> None:

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from finray.training.data.packing import Bins, one_each, pack
+from finray.training.data.packing import Bins, pack, unpacked
 
 from .conftest import SHARED
 
@@ -28,7 +28,7 @@ def next_fit_decreasing(lengths: list[int], capacity: int) -> int:
 
 
 def best_fit_decreasing(lengths: list[int], capacity: int) -> int:
-    """The textbook's, one document after the other."""
+    """Number of bins of the textbook algorithm, which places one document after the other."""
     spaces: list[int] = []
     for length in sorted(lengths, reverse=True):
         fitting = [space for space in spaces if space >= length]
@@ -72,8 +72,8 @@ def test_nothing_packs_to_nothing() -> None:
     assert len(pack(np.zeros(0, np.int32), 8)) == 0
 
 
-def test_one_each() -> None:
-    assert [list(members) for members in bins_of(one_each(3))] == [[0], [1], [2]]
+def test_unpacked() -> None:
+    assert [list(members) for members in bins_of(unpacked(3))] == [[0], [1], [2]]
 
 
 @pytest.mark.skipif(not SHARED.exists(), reason="the shared example data is not on this machine")

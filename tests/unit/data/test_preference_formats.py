@@ -1,4 +1,4 @@
-"""Preferences in every shape that users bring: what they become, and what is refused."""
+"""Preference data in all formats: conversion to shapes, and refused rows."""
 
 import json
 from typing import Any
@@ -137,7 +137,7 @@ def test_labelled(row: dict[str, Any], expected: LabelledExample) -> None:
 
 
 @pytest.mark.parametrize(
-    ("row_format", "row", "told"),
+    ("row_format", "row", "message"),
     [
         ("preference", {"prompt": "q", "chosen": "a"}, "rejected is missing"),
         ("preference", {"prompt": "q", "chosen": "a", "rejected": None}, "rejected is null"),
@@ -152,12 +152,12 @@ def test_labelled(row: dict[str, Any], expected: LabelledExample) -> None:
         (
             "preference",
             {"chosen": [USER, GOOD, USER], "rejected": [USER, GOOD, SYSTEM, BAD]},
-            "part at message 3, which in chosen is the user's",
+            "first differ at message 3, which in chosen has the role user",
         ),
         (
             "preference",
             {"prompt": [USER], "chosen": [SYSTEM, GOOD], "rejected": [BAD]},
-            "chosen does not begin with a turn of the assistant",
+            "chosen does not begin with an assistant turn",
         ),
         (
             "preference",
@@ -174,11 +174,11 @@ def test_labelled(row: dict[str, Any], expected: LabelledExample) -> None:
         ("labelled", {"prompt": "q", "completion": "a", "label": 2}, "label is 2"),
         ("labelled", {"prompt": "q", "completion": "a", "label": 0.5}, "label is 0.5"),
         ("labelled", {"label": True, "prompt": "q"}, "completion .* missing"),
-        ("labelled", {"messages": [USER, GOOD, USER], "label": True}, "is not the assistant's"),
+        ("labelled", {"messages": [USER, GOOD, USER], "label": True}, "is not an assistant turn"),
     ],
 )
-def test_refused(row_format: KnownFormat, row: dict[str, Any], told: str) -> None:
-    with pytest.raises(RowError, match=told):
+def test_refused(row_format: KnownFormat, row: dict[str, Any], message: str) -> None:
+    with pytest.raises(RowError, match=message):
         normalise(row, row_format)
 
 
@@ -186,8 +186,8 @@ letters = st.text("ab c", max_size=8)
 
 
 @given(letters, letters, letters)
-def test_the_common_prefix_is_the_longest(shared: str, one: str, other: str) -> None:
-    first, second = shared + one + "x", shared + other + "y"
+def test_the_common_prefix_is_the_longest(shared: str, left: str, right: str) -> None:
+    first, second = shared + left + "x", shared + right + "y"
     cut = common_prefix(first, second)
     assert first[:cut] == second[:cut]
     assert len(shared) <= cut < min(len(first), len(second))
@@ -198,10 +198,10 @@ turns = st.lists(st.sampled_from([USER, GOOD, BAD]), max_size=5)
 
 
 @given(turns, turns, turns)
-def test_conversations_part_at_an_answer_or_are_refused(
-    shared: list[Any], one: list[Any], other: list[Any]
+def test_conversations_first_differ_at_an_answer_or_are_refused(
+    shared: list[Any], left: list[Any], right: list[Any]
 ) -> None:
-    row = {"chosen": [*shared, *one, GOOD], "rejected": [*shared, *other, BAD]}
+    row = {"chosen": [*shared, *left, GOOD], "rejected": [*shared, *right, BAD]}
     try:
         pair = normalise(row, "preference")
     except RowError:
@@ -222,10 +222,10 @@ words = st.text("one two", min_size=1, max_size=20).filter(str.strip)
 @settings(deadline=None)
 @given(words, words, words)
 def test_each_half_is_tokenised_as_alone(
-    make_pair_renderer: Any, prompt: str, one: str, other: str
+    make_pair_renderer: Any, prompt: str, first: str, second: str
 ) -> None:
-    """Joining two answers in a row changes no token of either."""
-    pair = PreferencePair(*(Completion(prompt, answer) for answer in (one, other)))
+    """Two answers in the same row are tokenised as they are separately."""
+    pair = PreferencePair(*(Completion(prompt, answer) for answer in (first, second)))
     together = make_pair_renderer.render([pair])[0].documents
     alone = make_pair_renderer.render([pair.chosen, pair.rejected])
     if any(not rendered.documents for rendered in alone):
@@ -261,28 +261,28 @@ def test_a_pair_is_two_labelled_answers_for_kto() -> None:
 
 
 @pytest.mark.parametrize(
-    ("kind", "row", "told"),
+    ("kind", "row", "message"),
     [
-        ("sft", PAIRS[0][0], "sft learns from .* pairs of a chosen and .* for method dpo or"),
+        ("sft", PAIRS[0][0], "sft learns from .* pairs of a chosen and .* use method dpo or"),
         (
             "sft",
             LABELLED[0][0],
-            "sft learns .* one of the answers with a label, for method kto",
+            "sft learns .* one of the answers with a label; use method kto",
         ),
-        ("dpo", {"messages": [USER, GOOD]}, "dpo learns from pairs .* conversations, .* sft"),
-        ("reward", LABELLED[0][0], "reward learns from pairs .* for method kto"),
+        ("dpo", {"messages": [USER, GOOD]}, "dpo learns from pairs .* conversations; .* sft"),
+        ("reward", LABELLED[0][0], "reward learns from pairs .* use method kto"),
         ("kto", {"text": "t"}, "kto learns from answers with a label, .* plain texts"),
     ],
 )
 def test_data_of_another_method(
-    make_recipe: MakeRecipe, tmp_path: Any, kind: str, row: dict[str, Any], told: str
+    make_recipe: MakeRecipe, tmp_path: Any, kind: str, row: dict[str, Any], message: str
 ) -> None:
-    """Refused by the quick look, with the place and the methods that take it."""
+    """The inspection refuses it, with the place and the methods for such rows."""
     from finray.training.inspection import inspect_recipe
 
     assert kind in METHODS
     data = write_jsonl(tmp_path / "a.jsonl", [row] * 64)
-    with pytest.raises(InputError, match=rf"a\.jsonl:1: method {told}"):
+    with pytest.raises(InputError, match=rf"a\.jsonl:1: method {message}"):
         inspect_recipe(make_recipe(train=data, method={"kind": kind}))
 
 

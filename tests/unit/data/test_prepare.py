@@ -54,16 +54,16 @@ def sequences(prepared: Prepared, split: Split | None) -> list[Row]:
 
 
 def documents(prepared: Prepared, split: Split | None) -> list[tuple[int, list[int], list[bool]]]:
-    """(row, ids, mask) of every document, by row."""
-    found = []
+    """(row, ids, mask) of every document, sorted by row."""
+    collected = []
     for sequence in sequences(prepared, split):
         start = 0
         for length, row in zip(sequence["lengths"], sequence["rows"], strict=True):
             part = slice(start, start + length)
-            found.append((row, sequence["input_ids"][part], sequence["trainable"][part]))
+            collected.append((row, sequence["input_ids"][part], sequence["trainable"][part]))
             start += length
         assert start == len(sequence["input_ids"]) == len(sequence["trainable"])
-    return sorted(found)
+    return sorted(collected)
 
 
 def rows_of(prepared: Prepared, split: Split | None) -> list[int]:
@@ -82,9 +82,9 @@ def test_every_row_once_and_counts_that_add_up(
     recipe = make_recipe(train=write_jsonl(tmp_path / "a.jsonl", rows), max_length=512)
     folder = Folder(str(tmp_path / "prepared"))
     prepared = prepare(recipe, folder, run_in_process, progress)
-    found = documents(prepared, prepared.manifest.train)
-    assert [row for row, _, _ in found] == list(range(500))
-    for row, ids, mask in found:
+    written = documents(prepared, prepared.manifest.train)
+    assert [row for row, _, _ in written] == list(range(500))
+    for row, ids, mask in written:
         answer = tokenizer.decode(np.array(ids)[np.array(mask)])
         assert answer == rows[row]["messages"][1]["content"] + "<|im_end|>\n"
     manifest = prepared.manifest
@@ -92,8 +92,8 @@ def test_every_row_once_and_counts_that_add_up(
     packed = sequences(prepared, split)
     assert split.sequences == len(packed)
     assert split.documents == 500
-    assert split.tokens == sum(len(ids) for _, ids, _ in found)
-    assert split.trainable_tokens == sum(sum(mask) for _, _, mask in found)
+    assert split.tokens == sum(len(ids) for _, ids, _ in written)
+    assert split.trainable_tokens == sum(sum(mask) for _, _, mask in written)
     assert split.fill > 0.9
     assert max(len(sequence["input_ids"]) for sequence in packed) <= split.capacity == 512
     assert max(map(max, split.row_groups)) <= ROW_GROUP
@@ -124,12 +124,12 @@ def test_second_call_does_no_work(tmp_path: Path, make_recipe: MakeRecipe) -> No
 
 def test_the_same_inputs_give_the_same_bytes(tmp_path: Path, make_recipe: MakeRecipe) -> None:
     recipe = make_recipe(train=write_jsonl(tmp_path / "a.jsonl", chats(300)), holdout=0.2)
-    one, two = run(recipe, tmp_path / "1"), run(recipe, tmp_path / "2")
-    assert sequences(one, one.manifest.train) == sequences(two, two.manifest.train)
-    assert one.samples(9) == two.samples(9)
+    first, second = run(recipe, tmp_path / "1"), run(recipe, tmp_path / "2")
+    assert sequences(first, first.manifest.train) == sequences(second, second.manifest.train)
+    assert first.samples(9) == second.samples(9)
 
 
-def test_token_files_are_gone(tmp_path: Path, make_recipe: MakeRecipe) -> None:
+def test_token_files_are_deleted(tmp_path: Path, make_recipe: MakeRecipe) -> None:
     recipe = make_recipe(train=write_jsonl(tmp_path / "a.jsonl", chats(20)), holdout=0.3)
     prepared = run(recipe, tmp_path)
     assert prepared.folder.names() == sorted([prepared.manifest.attempt, "manifest.json"])
@@ -147,8 +147,8 @@ def test_holdout_is_disjoint_stable_and_keeps_copies_together(
     assert sorted(train + held) == list(range(400))
     assert 0.15 < len(held) / 400 < 0.35
     assert {row % 200 for row in held}.isdisjoint(row % 200 for row in train)
-    other = run(make_recipe(train=path, holdout=0.25, max_length=100), tmp_path)
-    assert rows_of(other, other.manifest.eval) == held
+    longer = run(make_recipe(train=path, holdout=0.25, max_length=100), tmp_path)
+    assert rows_of(longer, longer.manifest.eval) == held
 
 
 def test_samples_are_held_out_prompts(
@@ -189,8 +189,10 @@ def test_rows_are_numbered_over_files_and_sources(tmp_path: Path, make_recipe: M
     sources = [{"path": str(tmp_path / name)} for name in ("x", "c.json")]
     prepared = run(make_recipe(train=sources), tmp_path)
     assert rows_of(prepared, prepared.manifest.train) == list(range(9))
-    told = [(source.format, source.files, source.rows) for source in prepared.manifest.sources]
-    assert told == [("messages", 2, 7), ("text", 1, 2)]
+    sources_read = [
+        (source.format, source.files, source.rows) for source in prepared.manifest.sources
+    ]
+    assert sources_read == [("messages", 2, 7), ("text", 1, 2)]
 
 
 def test_bad_rows_go_to_quarantine_with_their_lines(
@@ -205,24 +207,24 @@ def test_bad_rows_go_to_quarantine_with_their_lines(
     assert prepared.manifest.rows_read == 8
     assert rows_of(prepared, prepared.manifest.train) == [0, 2, 5, 7]
     lines = prepared.folder.read("quarantine.jsonl").splitlines()
-    told = [(row["file"], row["line"]) for row in map(json.loads, lines)]
-    assert told == [(str(path), line) for line in (2, 5, 6, 8)]
+    places = [(row["file"], row["line"]) for row in map(json.loads, lines)]
+    assert places == [(str(path), line) for line in (2, 5, 6, 8)]
     last = json.loads(lines[-1])
     assert last["reason"] == "messages is null; expected a list of messages"
     assert last["row"] == '{"messages": null}'
 
 
-def test_too_many_bad_rows_stop_it(tmp_path: Path, make_recipe: MakeRecipe) -> None:
+def test_too_many_bad_rows_are_an_error(tmp_path: Path, make_recipe: MakeRecipe) -> None:
     path = write_jsonl(tmp_path / "a.jsonl", [*chats(10), *[{"messages": []}] * 5])
     with pytest.raises(InputError) as caught:
         run(make_recipe(train=path, max_bad_rows=0.3), tmp_path)
-    told = str(caught.value)
-    assert "5 of 15 rows (33.3%)" in told
-    assert "allows 30.0%" in told
-    assert f"{path}:11: messages is an empty list" in told
-    assert f"{path}:13: " in told
-    assert f"{path}:14: " not in told
-    quarantine = Path(told.rsplit(": ", 1)[1])
+    message = str(caught.value)
+    assert "5 of 15 rows (33.3%)" in message
+    assert "allows 30.0%" in message
+    assert f"{path}:11: messages is an empty list" in message
+    assert f"{path}:13: " in message
+    assert f"{path}:14: " not in message
+    quarantine = Path(message.rsplit(": ", 1)[1])
     assert len(quarantine.read_text().splitlines()) == 5
     assert [path.name for path in quarantine.parent.iterdir()] == ["quarantine.jsonl"]
     assert not list((tmp_path / "prepared").glob("*/manifest.json"))
@@ -237,19 +239,19 @@ def test_a_stricter_limit_holds_for_data_prepared_before(
         run(make_recipe(train=path, max_bad_rows=0.01), tmp_path)
 
 
-def test_nothing_left_is_told(tmp_path: Path, make_recipe: MakeRecipe) -> None:
+def test_no_sequence_left_is_an_error(tmp_path: Path, make_recipe: MakeRecipe) -> None:
     path = write_jsonl(tmp_path / "a.jsonl", [chat_row("one", "two " * 99)] * 3)
     with pytest.raises(InputError) as caught:
         run(make_recipe(train=path), tmp_path)
-    told = (
+    message = (
         "no sequence is left to train on: 3 rows read, dropped: overlong 3 (data.max_length is 64)"
     )
-    assert told in str(caught.value)
+    assert message in str(caught.value)
     home = next((tmp_path / "prepared").iterdir())
     assert list(home.iterdir()) == []
 
 
-def test_empty_holdout_is_told(tmp_path: Path, make_recipe: MakeRecipe) -> None:
+def test_an_empty_holdout_is_an_error(tmp_path: Path, make_recipe: MakeRecipe) -> None:
     path = write_jsonl(tmp_path / "a.jsonl", chats(4))
     with pytest.raises(InputError, match=r"data\.holdout 0\.0001: no sequence is left to evaluate"):
         run(make_recipe(train=path, holdout=0.0001), tmp_path)
@@ -266,7 +268,7 @@ def test_unstable_template_names_its_row(tmp_path: Path, make_recipe: MakeRecipe
 
 
 class Killed(BaseException):
-    """Nothing gets to run after it."""
+    """Ends the process; no handler of ordinary exceptions runs."""
 
 
 def test_a_killed_attempt_is_not_used(tmp_path: Path, make_recipe: MakeRecipe) -> None:
@@ -299,7 +301,9 @@ def test_an_interrupted_attempt_cleans_up(tmp_path: Path, make_recipe: MakeRecip
     assert [(folder / name).names() for name in folder.names()] == [[]]
 
 
-def test_two_at_once_keep_one_result(tmp_path: Path, make_recipe: MakeRecipe) -> None:
+def test_two_concurrent_preparations_keep_one_result(
+    tmp_path: Path, make_recipe: MakeRecipe
+) -> None:
     recipe = make_recipe(train=write_jsonl(tmp_path / "a.jsonl", chats(50)))
     folder = Folder(str(tmp_path / "prepared"))
     barrier = threading.Barrier(2)
@@ -323,11 +327,13 @@ def test_two_at_once_keep_one_result(tmp_path: Path, make_recipe: MakeRecipe) ->
     assert rows_of(results[0], results[0].manifest.train) == list(range(50))
 
 
-def test_damaged_prepared_data_is_told(tmp_path: Path, make_recipe: MakeRecipe) -> None:
+def test_damaged_prepared_data_is_an_error(tmp_path: Path, make_recipe: MakeRecipe) -> None:
     recipe = make_recipe(train=write_jsonl(tmp_path / "a.jsonl", chats(20)))
     prepared = run(recipe, tmp_path)
     prepared.files.delete(prepared.manifest.train.files[0])
-    with pytest.raises(InputError, match=r"train/000000\.parquet: the prepared data lacks"):
+    with pytest.raises(
+        InputError, match=r"train/000000\.parquet: this file of the prepared data is missing"
+    ):
         run(recipe, tmp_path)
     prepared.folder.write("manifest.json", b"{")
     with pytest.raises(InputError, match=r"manifest\.json: damaged .*; delete "):
@@ -343,6 +349,6 @@ def test_pretraining_on_text(tmp_path: Path, make_recipe: MakeRecipe, tokenizer:
     split = prepared.manifest.train
     assert split.trainable_tokens == split.tokens - split.documents
     assert prepared.manifest.samples == 0
-    found = documents(prepared, split) + documents(prepared, prepared.manifest.eval)
-    assert {row for row, _, _ in found} == set(range(59))
+    written = documents(prepared, split) + documents(prepared, prepared.manifest.eval)
+    assert {row for row, _, _ in written} == set(range(59))
     assert split.documents > 59

@@ -1,4 +1,4 @@
-"""Rows, line numbers and faults of every kind of file."""
+"""Rows, line numbers and errors of every kind of file."""
 
 import gzip
 import json
@@ -8,7 +8,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from finray.training.common.errors import InputError
@@ -26,14 +26,14 @@ def read(path: Path, size: int | None = None) -> Numbered:
     if size is not None:
         starts = range(0, file.size, size)
         chunks = [Chunk(file, "lines", s, min(s + size, file.size)) for s in starts]
-    found: Numbered = []
+    numbered: Numbered = []
     before = 0
     for chunk in chunks:
         content = read_chunk(chunk)
         assert first_line(chunk) == before + 1 or content.lines == 0
-        found += [(before + line, row) for line, row in content.rows]
+        numbered += [(before + line, row) for line, row in content.rows]
         before += content.lines
-    return found
+    return numbered
 
 
 def reasons(rows: Numbered) -> list[tuple[int, str]]:
@@ -50,6 +50,7 @@ lines = st.lists(
 )
 
 
+@settings(deadline=None)
 @given(lines=lines, size=st.integers(1, 60), ends=st.booleans())
 def test_chunks_of_any_size_hold_the_rows_once(
     tmp_path_factory: pytest.TempPathFactory, lines: list[str], size: int, ends: bool
@@ -74,10 +75,10 @@ def test_bad_lines_do_not_stop_the_reading(tmp_path: Path) -> None:
         (1, {"a": 1}),
         (8, {"a": 3}),
     ]
-    told = reasons(rows)
-    assert [line for line, _ in told] == [2, 4, 5, 6, 7]
-    wanted = ("not UTF-8 text at byte 7", "not valid JSON", "found list", "nested", "NoneType")
-    for (_, reason), words in zip(told, wanted, strict=True):
+    bad = reasons(rows)
+    assert [line for line, _ in bad] == [2, 4, 5, 6, 7]
+    expected = ("not UTF-8 text at byte 7", "not valid JSON", "found list", "nested", "NoneType")
+    for (_, reason), words in zip(bad, expected, strict=True):
         assert words in reason
     assert all(len(row.raw) < 400 for _, row in rows if isinstance(row, BadRow))
 
@@ -93,14 +94,14 @@ def test_compressed_lines(tmp_path: Path) -> None:
         assert rows[2][1] == {"a": 2}
 
 
-def test_truncated_compressed_file_is_told(tmp_path: Path) -> None:
+def test_a_truncated_compressed_file_is_an_error(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl.gz"
     path.write_bytes(gzip.compress(b'{"a": 1}\n' * 10_000)[:-40])
     with pytest.raises(InputError, match=r"a\.jsonl\.gz: the file is damaged"):
         read(path)
 
 
-def test_array_elements_know_their_lines(tmp_path: Path) -> None:
+def test_array_elements_have_their_lines(tmp_path: Path) -> None:
     path = tmp_path / "a.json"
     path.write_text('\n[\n  {"a": 1},\n  {\n "a":\n 2}\n, 3, {"a": "x\\ny"},\n{"a": 4}]\n')
     rows = read(path)
@@ -119,7 +120,7 @@ def test_array_across_blocks(tmp_path: Path) -> None:
     assert [line for line, _ in rows] == [2 + 4 * n for n in range(len(elements))]
 
 
-def test_bad_utf8_in_an_array_condemns_its_element_only(tmp_path: Path) -> None:
+def test_bad_utf8_in_an_array_affects_its_element_only(tmp_path: Path) -> None:
     path = tmp_path / "a.json"
     path.write_bytes(b'[{"a": "x"},\n{"a": "\xff"},\n{"a": "z"}]')
     rows = read(path)
@@ -128,7 +129,7 @@ def test_bad_utf8_in_an_array_condemns_its_element_only(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "line", "told"),
+    ("text", "line", "message"),
     [
         ('[{"a": 1},\n{"a": 2}\n{"a": 3}]', 3, "expected ','"),
         ('[{"a": 1},\n{"a": 2},\n', 3, "Expecting value"),
@@ -136,10 +137,10 @@ def test_bad_utf8_in_an_array_condemns_its_element_only(tmp_path: Path) -> None:
         ('[\n\n{"a": x}]', 3, "Expecting value"),
     ],
 )
-def test_broken_array_is_told(tmp_path: Path, text: str, line: int, told: str) -> None:
+def test_a_broken_array_is_an_error(tmp_path: Path, text: str, line: int, message: str) -> None:
     path = tmp_path / "a.json"
     path.write_text(text)
-    with pytest.raises(InputError, match=rf"a\.json:{line}: .*{told}"):
+    with pytest.raises(InputError, match=rf"a\.json:{line}: .*{message}"):
         read(path)
 
 
@@ -148,7 +149,7 @@ def test_empty_array_has_no_rows(tmp_path: Path) -> None:
     assert read(tmp_path / "a.json") == []
 
 
-def test_csv_rows_know_their_lines(tmp_path: Path) -> None:
+def test_csv_rows_have_their_lines(tmp_path: Path) -> None:
     path = tmp_path / "a.csv"
     long = "x" * 200_000
     path.write_bytes(
@@ -158,8 +159,8 @@ def test_csv_rows_know_their_lines(tmp_path: Path) -> None:
     assert [line for line, _ in rows] == [2, 5, 6, 7]
     assert rows[0][1] == {"prompt": "a\nb", "completion": "c"}
     assert rows[3][1] == {"prompt": "e", "completion": long}
-    told = [(5, "1 cells, where the header has 2"), (6, "not UTF-8 text")]
-    assert reasons(rows) == told
+    expected = [(5, "1 cells, but the header has 2"), (6, "not UTF-8 text")]
+    assert reasons(rows) == expected
 
 
 def test_tsv_and_broken_csv(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Tokens and loss masks, against constructions of their own."""
+"""Tokens and loss masks, compared with independent constructions."""
 
 from typing import Any
 
@@ -35,7 +35,7 @@ def turns(*contents: str, system: str = "") -> Conversation:
     return Conversation(tuple(head + messages))
 
 
-def one(renderer: Renderer, row: Any) -> Document:
+def render_one(renderer: Renderer, row: Any) -> Document:
     rendered = renderer.render([row])[0]
     assert rendered.error is None
     assert len(rendered.documents) == 1
@@ -43,7 +43,7 @@ def one(renderer: Renderer, row: Any) -> Document:
 
 
 def by_segments(tokenizer: Any, row: Conversation, with_newline: bool) -> tuple[Any, Any]:
-    """ChatML put together token by token: its markers let no token straddle a segment."""
+    """ChatML assembled segment by segment; its markers keep tokens inside a segment."""
     ids: list[int] = []
     mask: list[bool] = []
     for message in row.messages:
@@ -72,7 +72,7 @@ def test_mask_of_many_turns(
     ]
     renderer = make_renderer(chat_template=template, max_length=500)
     for row in rows:
-        document = one(renderer, row)
+        document = render_one(renderer, row)
         ids, mask = by_segments(tokenizer, row, with_newline)
         assert document.input_ids.tolist() == ids
         assert document.trainable.tolist() == mask
@@ -83,16 +83,16 @@ def test_a_batch_is_its_rows(make_renderer: Any) -> None:
     renderer = make_renderer()
     rows = [turns("one", "two"), Completion("three", " four"), Text("five six"), turns("a", "the")]
     for row, rendered in zip(rows, renderer.render(rows), strict=True):
-        alone = one(renderer, row)
+        alone = render_one(renderer, row)
         assert rendered.documents[0].input_ids.tolist() == alone.input_ids.tolist()
         assert rendered.documents[0].trainable.tolist() == alone.trainable.tolist()
 
 
-def test_context_turns_bear_no_loss(make_renderer: Any, tokenizer: Any) -> None:
+def test_context_turns_are_not_trained(make_renderer: Any, tokenizer: Any) -> None:
     row = turns("one", "two three", "four", "five")
     for template in ("chatml", MARKED):
         renderer = make_renderer(chat_template=template)
-        document = one(renderer, Conversation(row.messages, first_trained=3))
+        document = render_one(renderer, Conversation(row.messages, first_trained=3))
         trained = tokenizer.decode(document.input_ids[document.trainable])
         assert trained.rstrip("\n") == "five<|im_end|>"
 
@@ -100,32 +100,32 @@ def test_context_turns_bear_no_loss(make_renderer: Any, tokenizer: Any) -> None:
 def test_everything_is_trained_but_the_first_token(make_renderer: Any) -> None:
     renderer = make_renderer(method={"kind": "sft", "train_on": "all"})
     for row in (turns("one", "two"), Completion("one", "two"), Text("one two")):
-        document = one(renderer, row)
+        document = render_one(renderer, row)
         assert not document.trainable[0]
         assert document.trainable[1:].all()
 
 
 def test_completion_has_bos_and_a_trained_end(make_renderer: Any, tokenizer: Any) -> None:
-    document = one(make_renderer(), Completion("one two", " three four"))
+    document = render_one(make_renderer(), Completion("one two", " three four"))
     assert tokenizer.decode(document.input_ids) == "<|bos|>one two three four<|im_end|>"
     assert tokenizer.decode(document.input_ids[document.trainable]) == " three four<|im_end|>"
 
 
 def test_a_token_across_the_boundary_is_not_trained(make_renderer: Any, tokenizer: Any) -> None:
-    document = one(make_renderer(), Completion("the answ", "er questions"))
+    document = render_one(make_renderer(), Completion("the answ", "er questions"))
     answer = tokenizer(" answer", add_special_tokens=False)["input_ids"]
-    assert len(answer) == 1  # else the test says nothing
+    assert len(answer) == 1  # otherwise the test proves nothing
     assert tokenizer.decode(document.input_ids[document.trainable]) == " questions<|im_end|>"
 
 
-def test_unstable_template_is_told(make_renderer: Any) -> None:
+def test_an_unstable_template_is_an_error(make_renderer: Any) -> None:
     renderer = make_renderer(chat_template=THINKING)
     single, double = renderer.render([turns("one", "two"), turns("one", "two", "three", "four")])
     assert single.documents[0].trainable.any()
     assert isinstance(double.error, UnstableTemplate)
     assert "{% generation %}" in str(double.error)
     trained = make_renderer(chat_template=THINKING, method={"kind": "sft", "train_on": "all"})
-    assert one(trained, turns("one", "two", "three", "four")).trainable.sum() > 0
+    assert render_one(trained, turns("one", "two", "three", "four")).trainable.sum() > 0
 
 
 def test_row_that_the_template_refuses(make_renderer: Any) -> None:
@@ -136,14 +136,14 @@ def test_row_that_the_template_refuses(make_renderer: Any) -> None:
     assert "two messages at most" in str(refused.error)
 
 
-def test_template_that_is_no_jinja_is_told(make_renderer: Any) -> None:
+def test_a_template_that_is_not_jinja_is_an_error(make_renderer: Any) -> None:
     renderer = make_renderer(chat_template="{% for %}")
     with pytest.raises(InputError, match=r"data\.chat_template: not valid Jinja, line 1"):
         renderer.render([turns("one", "two")])
 
 
 class WithoutTemplate:
-    """A tokenizer as `Renderer` sees it, with some of its special tokens taken away."""
+    """A tokenizer without a chat template, and with changed attributes."""
 
     def __init__(self, tokenizer: Any, **changes: Any) -> None:
         self._tokenizer = tokenizer
@@ -159,7 +159,7 @@ class WithoutTemplate:
         raise ValueError("no template")
 
 
-def test_missing_template_and_tokens_are_told(make_renderer: Any, tokenizer: Any) -> None:
+def test_a_missing_template_or_token_is_an_error(make_renderer: Any, tokenizer: Any) -> None:
     settings = make_renderer()._settings
     bare = Renderer(WithoutTemplate(tokenizer, eos_token_id=None), settings)
     with pytest.raises(InputError, match="has no chat template"):
@@ -182,8 +182,8 @@ def test_overlong_rows(make_renderer: Any) -> None:
     row = turns("one", "two " * 40)
     dropped = make_renderer(max_length=16).render([row])[0]
     assert (dropped.documents, dropped.dropped) == ((), "overlong")
-    cut = one(make_renderer(max_length=32, overlong="truncate"), row)
-    whole = one(make_renderer(max_length=500), row)
+    cut = render_one(make_renderer(max_length=32, overlong="truncate"), row)
+    whole = render_one(make_renderer(max_length=500), row)
     assert cut.input_ids.tolist() == whole.input_ids[:32].tolist()
     assert cut.trainable.tolist() == whole.trainable[:32].tolist()
 
@@ -227,6 +227,6 @@ def test_prompts_of_held_out_rows(make_renderer: Any, tokenizer: Any) -> None:
     assert renderer.prompt(Text("one")) is None
 
 
-def test_template_sees_the_special_tokens() -> None:
+def test_a_template_can_use_the_special_tokens() -> None:
     template = ChatTemplate("{{ bos_token }}{{ messages[0]['content'] }}", {"bos_token": "<s>"})
     assert template.render([{"role": "user", "content": "x"}]) == "<s>x"

@@ -47,35 +47,37 @@ def test_uri_of_a_local_file(folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("path", "told"),
+    ("path", "message"),
     [
-        ("none.jsonl", "there is no such file"),
+        ("none.jsonl", "no such file or folder"),
         ("*.parquet", "matches no data file"),
         ("README.md", "unknown kind of file"),
-        ("empty", "holds no data files"),
+        ("empty", "contains no data files"),
     ],
 )
-def test_missing_files_are_told(folder: Path, path: str, told: str) -> None:
+def test_missing_files_are_errors(folder: Path, path: str, message: str) -> None:
     (folder / "empty").mkdir()
-    with pytest.raises(InputError, match=told) as caught:
+    with pytest.raises(InputError, match=message) as caught:
         names(folder / path)
     assert str(folder / path) in str(caught.value)
     assert ".jsonl" in str(caught.value)
 
 
-def test_empty_file_is_told(folder: Path) -> None:
+def test_an_empty_file_is_an_error(folder: Path) -> None:
     (folder / "deep" / "empty.jsonl").touch()
     with pytest.raises(InputError, match=r"deep/empty\.jsonl: the file is empty"):
         names(folder)
 
 
-def test_store_that_is_no_store_is_told() -> None:
+def test_an_unknown_store_is_an_error() -> None:
     with pytest.raises(InputError, match="nostore"):
         names("nostore://bucket/a.jsonl")
 
 
 @pytest.mark.parametrize(("text", "kind"), [(' \n\n[{"a": 1}]', "array"), ('\n{"a": 1}', "lines")])
-def test_json_is_looked_into(tmp_path: Path, text: str, kind: str) -> None:
+def test_the_kind_of_a_json_file_depends_on_its_content(
+    tmp_path: Path, text: str, kind: str
+) -> None:
     plain, packed = tmp_path / "a.json", tmp_path / "b.json.gz"
     plain.write_text(text, encoding="utf-8-sig")
     packed.write_bytes(gzip.compress(text.encode()))
@@ -101,7 +103,7 @@ def test_parquet_chunks_are_row_groups(tmp_path: Path) -> None:
     assert len(chunks) > 1
 
 
-def test_damaged_parquet_is_told(tmp_path: Path) -> None:
+def test_damaged_parquet_is_an_error(tmp_path: Path) -> None:
     path = tmp_path / "a.parquet"
     path.write_bytes(b"PAR1 but not really")
     with pytest.raises(InputError, match=r"a\.parquet: not a Parquet file"):

@@ -1,4 +1,4 @@
-"""The stream's order: a pure function of data, seed and epoch, whatever the workers."""
+"""The stream's order: a pure function of data, seed and epoch, for any number of workers."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -66,7 +66,7 @@ def ids(sequences: Iterator[Sequence]) -> list[int]:
 
 
 def by_steps(split: tuple[Folder, Split], world_size: int, steps: tuple[int, int]) -> list[int]:
-    """Sample ids in global order, put together from all ranks' slices."""
+    """Sample ids in global order, merged from the slices of all ranks."""
     parts = [
         iter(ids(stream(part(split, rank, world_size, steps), on_ray=False)))
         for rank in range(world_size)
@@ -78,7 +78,7 @@ def by_steps(split: tuple[Folder, Split], world_size: int, steps: tuple[int, int
     return merged
 
 
-def test_each_epoch_sees_each_sequence_once(split: tuple[Folder, Split]) -> None:
+def test_each_epoch_contains_each_sequence_once(split: tuple[Folder, Split]) -> None:
     size = split[1].sequences
     steps = -(-3 * size // 12)
     seen = ids(stream(part(split, 0, 1, (0, steps)), on_ray=False))
@@ -96,7 +96,7 @@ def test_the_order_does_not_depend_on_the_workers(
 
 
 @pytest.mark.parametrize("start", [1, 13, 22, 23, 39])
-def test_a_resumed_stream_goes_on_exactly(split: tuple[Folder, Split], start: int) -> None:
+def test_a_resumed_stream_continues_exactly(split: tuple[Folder, Split], start: int) -> None:
     whole = by_steps(split, 1, (0, 40))
     assert by_steps(split, 3, (start, 40)) == whole[start * 12 :]
 
@@ -119,7 +119,7 @@ def test_held_out_sequences_are_shared_out_once(split: tuple[Folder, Split]) -> 
 
 
 @given(st.integers(1, 64), st.integers(1, 16), st.integers(1, 8))
-def test_shares_add_up_and_all_ranks_take_as_many_passes(
+def test_shares_add_up_and_all_ranks_do_as_many_passes(
     batch: int, world_size: int, micro: int
 ) -> None:
     shares = [share(batch, rank, world_size) for rank in range(world_size)]
@@ -131,8 +131,8 @@ def test_shares_add_up_and_all_ranks_take_as_many_passes(
 @given(st.lists(st.integers(1, 70), min_size=1, max_size=80), st.integers(0, 3), st.integers(0, 3))
 def test_windows_cover_an_epoch(groups: list[int], seed: int, epoch: int) -> None:
     size = sum(groups)
-    one = Split(("a",), (tuple(groups),), size, size, size, size, 1)
-    windows = epoch_windows(one, seed, epoch)
+    split = Split(("a",), (tuple(groups),), size, size, size, size, 1)
+    windows = epoch_windows(split, seed, epoch)
     assert [w.start for w in windows] == list(
         epoch * size + np.cumsum([0, *(w.size for w in windows[:-1])])
     )
@@ -142,9 +142,9 @@ def test_windows_cover_an_epoch(groups: list[int], seed: int, epoch: int) -> Non
 def test_uneven_batches_give_every_rank_the_same_passes(split: tuple[Folder, Split]) -> None:
     counts, tokens = [], 0
     for rank in range(5):
-        mine = stream(part(split, rank, 5, (0, 2)), on_ray=False)
-        batches = list(microbatches(mine, share(12, rank, 5), 2, accumulation_steps(12, 2, 5)))
+        rows = stream(part(split, rank, 5, (0, 2)), on_ray=False)
+        batches = list(microbatches(rows, share(12, rank, 5), 2, accumulation_steps(12, 2, 5)))
         counts.append(len(batches))
-        tokens += sum(int(row.lengths.sum()) for rows in batches for row in rows if row.rows.size)
+        tokens += sum(int(row.lengths.sum()) for batch in batches for row in batch if row.rows.size)
     assert counts == [4] * 5
     assert tokens == 2 * 12 * 2

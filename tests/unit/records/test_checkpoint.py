@@ -1,4 +1,4 @@
-"""Checkpoints: a good one is found, a damaged one is named, the last good one is kept."""
+"""Checkpoints: the newest good one is chosen, damaged ones are named, and the best one is kept."""
 
 from pathlib import Path
 
@@ -36,7 +36,7 @@ def test_none_yet(root: Folder) -> None:
     assert checkpoint.rotate(root, 1, WATCHED) == []
 
 
-def test_the_newest_good_one_is_chosen(root: Folder, tmp_path: Path) -> None:
+def test_the_newest_good_checkpoint_is_chosen(root: Folder, tmp_path: Path) -> None:
     for step in (5, 10, 100):
         save(root, tmp_path, step, world_size=2)
     assert checkpoint.choose(root) == checkpoint.Choice("step-00000100", 100, ())
@@ -44,7 +44,7 @@ def test_the_newest_good_one_is_chosen(root: Folder, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["weights.safetensors", "rng_state_1.pth", "rank-0.json"])
 @pytest.mark.parametrize("how", ["truncated", "flipped", "emptied"])
-def test_a_damaged_one_is_named_and_passed_over(
+def test_a_damaged_checkpoint_is_named_and_skipped(
     root: Folder, tmp_path: Path, name: str, how: str
 ) -> None:
     for step in (5, 10):
@@ -57,30 +57,30 @@ def test_a_damaged_one_is_named_and_passed_over(
         root.write(f"step-00000010/{name}", b"")
     choice = checkpoint.choose(root)
     assert choice.step == 5
-    assert len(choice.passed_over) == 1
-    assert "step-00000010: damaged" in choice.passed_over[0] and name in choice.passed_over[0]
+    assert len(choice.skipped) == 1
+    assert "step-00000010: damaged" in choice.skipped[0] and name in choice.skipped[0]
 
 
 def test_a_missing_file_is_damage(root: Folder, tmp_path: Path) -> None:
     save(root, tmp_path, 5)
     save(root, tmp_path, 10)
     root.delete("step-00000010/weights.safetensors")
-    assert "weights.safetensors is missing" in checkpoint.choose(root).passed_over[0]
+    assert "weights.safetensors is missing" in checkpoint.choose(root).skipped[0]
 
 
-def test_a_save_that_was_cut_off_is_unfinished(root: Folder, tmp_path: Path) -> None:
+def test_an_interrupted_save_is_unfinished(root: Folder, tmp_path: Path) -> None:
     save(root, tmp_path, 5, world_size=2)
     save(root, tmp_path, 10, world_size=2)
     root.delete("step-00000010/rank-1.json")
     choice = checkpoint.choose(root)
-    assert choice.step == 5 and "unfinished" in choice.passed_over[0]
+    assert choice.step == 5 and "unfinished" in choice.skipped[0]
 
 
-def test_a_first_save_cut_off_starts_anew(root: Folder, tmp_path: Path) -> None:
+def test_after_an_interrupted_first_save_the_run_starts_over(root: Folder, tmp_path: Path) -> None:
     save(root, tmp_path, 5)
     root.delete("step-00000005/rank-0.json")
     choice = checkpoint.choose(root)
-    assert choice.name is None and "unfinished" in choice.passed_over[0]
+    assert choice.name is None and "unfinished" in choice.skipped[0]
 
 
 def test_all_damaged_stops(root: Folder, tmp_path: Path) -> None:
@@ -99,7 +99,7 @@ def test_rotation_keeps_the_last_and_the_best(root: Folder, tmp_path: Path) -> N
     assert root.names() == ["step-00000002", "step-00000004", "step-00000005"]
 
 
-def test_rotation_never_counts_an_unfinished_one(root: Folder, tmp_path: Path) -> None:
+def test_rotation_never_counts_an_unfinished_checkpoint(root: Folder, tmp_path: Path) -> None:
     for step in (1, 2, 3):
         save(root, tmp_path, step)
     root.delete("step-00000003/rank-0.json")

@@ -1,4 +1,4 @@
-"""report: a page that stands alone, shows the numbers, and takes nobody's text as markup."""
+"""report: a page that needs no other file, shows the numbers, and treats no text as markup."""
 
 import json
 import math
@@ -19,7 +19,7 @@ VOID = {"meta", "link", "img", "br", "input", "hr"}
 
 
 class Page(HTMLParser):
-    """The page's elements, its text by element, and whether every tag is closed."""
+    """The page's elements and their text; asserts that every tag is closed."""
 
     def __init__(self, html: str) -> None:
         super().__init__()
@@ -144,7 +144,7 @@ def test_thousands_of_lines_are_thinned_and_spikes_stay(tmp_path: Path) -> None:
     assert [p[2:] for p in page.lines(0)[0]["points"] if p[3] == "9.000"] == [["33,340", "9.000"]]
 
 
-def test_losses_that_are_no_numbers_leave_a_gap(tmp_path: Path) -> None:
+def test_losses_that_are_not_finite_leave_a_gap(tmp_path: Path) -> None:
     losses = [3.0, 2.0, math.nan, math.inf, 2.5, 2.0, 1.0]
     html = render_report(make_run(tmp_path, [*steps(losses), {"step": 80, "loss": None}]))
     page = Page(html)
@@ -154,14 +154,14 @@ def test_losses_that_are_no_numbers_leave_a_gap(tmp_path: Path) -> None:
     assert "NaN" not in html
 
 
-def test_a_lone_line_is_a_dot(tmp_path: Path) -> None:
+def test_a_single_point_is_a_dot(tmp_path: Path) -> None:
     page = Page(render_report(make_run(tmp_path, steps([2.0]), status="running")))
     assert page.all("polyline") == []
     assert len(page.all("path")) == 1
     assert "Training loss 2.000" in page.text()
 
 
-def test_of_a_step_run_twice_the_later_line_counts(tmp_path: Path) -> None:
+def test_for_a_repeated_step_the_later_line_counts(tmp_path: Path) -> None:
     again = [{"step": 15, "loss": 2.75}, {"step": 20, "loss": 2.5}, {"step": 30, "loss": 2.25}]
     metrics = [*steps([3.0, 2.0, 1.0]), *again]
     page = Page(render_report(make_run(tmp_path, metrics)))
@@ -189,14 +189,14 @@ def test_key_figures_compare_before_and_after(tmp_path: Path) -> None:
         "Held-out loss 2.500 → 0.500",
         "Exact match 12.5% → 87.5%",
         "Tokens trained on 1.23M",
-        "Tokens a second 5.12k",
+        "Tokens per second 5.12k",
         "Wall time 1h02m",
         f"{folder}/adapter",
     ):
         assert part in text
 
 
-def test_samples_tell_matches(tmp_path: Path) -> None:
+def test_samples_show_matches(tmp_path: Path) -> None:
     folder = make_run(tmp_path)
     write_samples(
         folder,
@@ -208,7 +208,7 @@ def test_samples_tell_matches(tmp_path: Path) -> None:
         ],
     )
     page = Page(render_report(folder))
-    assert "6 of 7 tuned answers are the reference" in page.text()
+    assert "6 of 7 tuned answers match the reference exactly" in page.text()
     marked = [a for a in page.all("div") if a.get("class") == "answer matches"]
     assert len(marked) == 1 + 1 + 5
     assert "4 more" in page.text()
@@ -277,7 +277,7 @@ def test_written_report_survives_text_without_utf8(tmp_path: Path) -> None:
     "values",
     [[2.0, 2.0], [0.0], [1.0, math.nextafter(1.0, 2)], [-5.0, 3.0], [1e-9, 2e-9], [1e30, 1.0]],
 )
-def test_any_values_find_their_axis(values: list[float]) -> None:
+def test_any_values_get_an_axis(values: list[float]) -> None:
     chart = line_chart("x", [(float(i), value) for i, value in enumerate(values)], format="loss")
     assert chart is not None
     assert 2 <= len(chart.y_ticks) <= 8

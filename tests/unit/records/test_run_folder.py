@@ -1,4 +1,4 @@
-"""run_folder: what is written comes back, and damage is told by file and line."""
+"""run_folder: written data is read back, and errors name the file and line."""
 
 import json
 import math
@@ -9,6 +9,7 @@ import pytest
 from finray.training.common.errors import InputError
 from finray.training.common.storage import Folder
 from finray.training.records.run_folder import (
+    RUN_FORMAT,
     is_match,
     list_runs,
     read_metrics,
@@ -27,14 +28,14 @@ def folder(tmp_path: Path) -> Folder:
 def test_run_record_comes_back(folder: Folder) -> None:
     record = {"status": "running", "step": 3, "restarts": [{"step": 1, "reason": "größe"}]}
     write_run(folder, record)
-    assert read_run(folder) == record
+    assert read_run(folder) == {"format": RUN_FORMAT, **record}
 
 
 def test_numbers_json_lacks_become_null(folder: Folder) -> None:
     write_run(folder, {"metrics": {"loss": math.nan}, "list": [math.inf, 1.5]})
     text = folder.read("run.json").decode()
     strict = json.loads(text, parse_constant=lambda name: pytest.fail(f"found {name}"))
-    assert strict == {"metrics": {"loss": None}, "list": [None, 1.5]}
+    assert strict == {"format": RUN_FORMAT, "metrics": {"loss": None}, "list": [None, 1.5]}
 
 
 def test_no_run_is_none(folder: Folder) -> None:
@@ -89,7 +90,10 @@ def test_list_runs_takes_runs_only(tmp_path: Path) -> None:
     write_run(storage / "prepared", {"step": 9})
     (storage / "empty").create()
     (tmp_path / "notes.txt").write_text("no folder")
-    assert list_runs(storage) == [("a", {"step": 1}), ("b", {"step": 2})]
+    assert list_runs(storage) == [
+        ("a", {"format": RUN_FORMAT, "step": 1}),
+        ("b", {"format": RUN_FORMAT, "step": 2}),
+    ]
     assert list_runs(storage / "missing") == []
 
 

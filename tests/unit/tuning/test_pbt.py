@@ -231,7 +231,7 @@ def test_a_population_keeps_its_size(tmp_path: Path, recipe: Recipe) -> None:
     plan = make_plan(load_sweep(path))
     write_sweep(plan.folder.create(), {"settings": describe(plan)})
     assert check_folder(plan) is not None
-    with pytest.raises(InputError, match="trials: 30 there, 20 now"):
+    with pytest.raises(InputError, match="trials: 30 before, 20 now"):
         check_folder(make_plan(load_sweep(path, ("trials=20",))))
 
 
