@@ -128,7 +128,7 @@ def make_contenders(cells: list[Cell]) -> dict[str, Contender]:
     rule = default.rule_of_thumb()
     return {
         RANDOM: Contender(whole, []),
-        DEFAULT: Contender(default, [rule, *default.around_the_rule()]),
+        DEFAULT: Contender(default, [rule, *default.variations_of_the_rule()]),
         RULE_ONLY: Contender(default, [rule]),
         PLAIN: Contender(whole, []),
     }
@@ -165,7 +165,7 @@ def search(cells: list[Cell], contender: Contender, sweep: Sweep, budget: float)
     conductor = Conductor(sweep, study, 1, 0.0, lambda _: None, lambda: None)
     course = Course()
     while course.spent < min(budget, whole * sweep.trials):
-        assignment = conductor.next()
+        assignment = conductor.next_trial()
         if assignment is None:
             break
         cell = nearest(cells, contender.space, assignment.settings)
@@ -182,14 +182,14 @@ def _walk(course: Course, cell: Cell, conductor: Conductor, number: int) -> None
         is_last = place == len(cell.tokens) - 1
         if loss is None:
             break
-        if conductor.reported(number, tokens, loss, is_last):
+        if conductor.report(number, tokens, loss, is_last):
             report = {"status": "running", "measures": {"tokens": tokens}}
             break
         if is_last:
             before = [best for _, best in course.found[-1:]]
             course.found.append((course.spent, min([cell, *before], key=lambda one: one.final)))
             report = {"status": "finished", "measures": {"eval_loss": loss, "tokens": tokens}}
-    conductor.ended(number, report)
+    conductor.finish_trial(number, report)
 
 
 def main() -> None:

@@ -181,7 +181,7 @@ def test_overrides(tmp_path: Path) -> None:
         tmp_path, GOOD, "optim.learnin=1"
     )
     assert "expected key=value" in refusal(tmp_path, GOOD, "optim.learning_rate")
-    assert "no such place" in refusal(tmp_path, GOOD, "name.first=x")
+    assert "no key or list item" in refusal(tmp_path, GOOD, "name.first=x")
 
 
 def test_chat_template_file_travels_with_the_recipe(tmp_path: Path) -> None:

@@ -67,17 +67,17 @@ class Played:
         self.stops += 1
 
     def start(self) -> int:
-        assignment = self.conductor.next()
+        assignment = self.conductor.next_trial()
         assert assignment is not None
         return assignment.number
 
     def finish(self, number: int, loss: float | None, **measures: float) -> None:
         told = {"eval_loss": loss, "tokens": 900, **measures}
-        self.conductor.ended(number, {"status": "finished", "measures": told})
+        self.conductor.finish_trial(number, {"status": "finished", "measures": told})
 
     def fail(self, number: int, error: str, code: int = 1) -> None:
         report = {"status": "failed", "error": error, "exit_code": code}
-        self.conductor.ended(number, report)
+        self.conductor.finish_trial(number, report)
 
     def state(self, number: int) -> TrialState:
         return self.study.optuna.trials[number].state
@@ -86,12 +86,12 @@ class Played:
 def test_pruned_trials_are_told_as_pruned(space: Space) -> None:
     played = Played(space)
     good, bad = played.start(), played.start()
-    assert played.conductor.next() is None, "more than two at a time"
+    assert played.conductor.next_trial() is None, "more than two at a time"
     # the first rung is at a fifth of 900 tokens
-    assert not played.conductor.reported(good, 180, 1.0, False)
-    assert not played.conductor.reported(bad, 100, 2.0, False)
-    assert played.conductor.reported(bad, 180, 2.0, False)
-    played.conductor.ended(bad, {"status": "running", "measures": {"tokens": 180}})
+    assert not played.conductor.report(good, 180, 1.0, False)
+    assert not played.conductor.report(bad, 100, 2.0, False)
+    assert played.conductor.report(bad, 180, 2.0, False)
+    played.conductor.finish_trial(bad, {"status": "running", "measures": {"tokens": 180}})
     assert played.state(bad) == TrialState.PRUNED
     assert played.study.optuna.trials[bad].intermediate_values == {100: 2.0, 180: 2.0}
     played.finish(good, 0.5)
@@ -102,8 +102,8 @@ def test_pruned_trials_are_told_as_pruned(space: Space) -> None:
 def test_a_trial_at_its_end_is_not_pruned(space: Space) -> None:
     played = Played(space)
     first, second = played.start(), played.start()
-    assert not played.conductor.reported(first, 900, 1.0, True)
-    assert not played.conductor.reported(second, 900, 2.0, True)
+    assert not played.conductor.report(first, 900, 1.0, True)
+    assert not played.conductor.report(second, 900, 2.0, True)
 
 
 @pytest.mark.parametrize("loss", [None, math.nan, math.inf])
@@ -118,15 +118,15 @@ def test_an_objective_that_is_no_number_fails_the_trial(space: Space, loss: floa
 def test_nan_on_the_way_gives_a_trial_up_as_failed(space: Space) -> None:
     played = Played(space)
     number = played.start()
-    assert played.conductor.reported(number, 100, math.nan, False)
-    played.conductor.ended(number, {"status": "running", "measures": {}})
+    assert played.conductor.report(number, 100, math.nan, False)
+    played.conductor.finish_trial(number, {"status": "running", "measures": {}})
     assert played.state(number) == TrialState.FAIL
 
 
 def test_a_lost_process_fails_its_trial(space: Space) -> None:
     played = Played(space)
     number = played.start()
-    played.conductor.ended(number, None, "its process was lost")
+    played.conductor.finish_trial(number, None, "its process was lost")
     assert played.state(number) == TrialState.FAIL and played.stops == 0
 
 
@@ -158,19 +158,19 @@ def test_failures_beside_a_success_do_not_end_a_sweep(space: Space) -> None:
 def test_a_killed_sweep_takes_its_running_trials_up(space: Space, tmp_path: Path) -> None:
     before = Played(space, tmp_path, trials=3)
     done, running = before.start(), before.start()
-    before.conductor.reported(running, 50, 0.9, False)
+    before.conductor.report(running, 50, 0.9, False)
     before.finish(done, 1.0)
     settings = before.study.rows()[running]["settings"]
 
     after = Played(space, tmp_path, trials=3)
-    again = after.conductor.next()
+    again = after.conductor.next_trial()
     assert again is not None and (again.number, again.settings) == (running, settings)
     # what was told before the kill is told again, and counts once
-    assert not after.conductor.reported(running, 50, 0.8, False)
+    assert not after.conductor.report(running, 50, 0.8, False)
     assert after.study.rows()[running]["curve"] == [[50, 0.9]]
     after.finish(running, 0.7)
     after.finish(after.start(), 2.0)
-    assert after.conductor.is_finished and after.conductor.next() is None
+    assert after.conductor.is_finished and after.conductor.next_trial() is None
     assert [row["state"] for row in after.study.rows()] == ["finished"] * 3
     assert after.study.best() == [running]
 
@@ -179,8 +179,8 @@ def test_an_interrupted_trial_stays_open(space: Space) -> None:
     played = Played(space)
     number = played.start()
     played.conductor.interrupt()
-    assert played.stops == 1 and played.conductor.next() is None
-    played.conductor.ended(number, {"status": "stopped", "measures": {"tokens": 10}})
+    assert played.stops == 1 and played.conductor.next_trial() is None
+    played.conductor.finish_trial(number, {"status": "stopped", "measures": {"tokens": 10}})
     assert played.state(number) == TrialState.RUNNING and not played.endings
 
 
@@ -188,7 +188,7 @@ def test_a_used_up_budget_prunes_what_runs(space: Space) -> None:
     played = Played(space)
     number = played.start()
     played.conductor.end("the time budget is used up")
-    played.conductor.ended(number, {"status": "stopped", "measures": {"tokens": 10}})
+    played.conductor.finish_trial(number, {"status": "stopped", "measures": {"tokens": 10}})
     assert played.state(number) == TrialState.PRUNED
     assert "time budget" in str(played.study.rows()[number]["reason"])
 
@@ -218,10 +218,10 @@ def test_points_first_and_no_setting_twice(space: Space) -> None:
     ]
     played.study.set_up([*points, points[0]], [])
     for point in points:
-        assignment = played.conductor.next()
+        assignment = played.conductor.next_trial()
         assert assignment is not None and assignment.settings == point
         played.finish(assignment.number, 1.0)
-    other = played.conductor.next()
+    other = played.conductor.next_trial()
     assert other is not None and other.settings not in points
 
 
@@ -231,10 +231,10 @@ def test_numbers_are_known_in_any_notation(space: Space) -> None:
     whole = Space(search, space.base, Path("/"), lambda key: key)
     played = Played(whole)
     played.study.set_up([whole.rule_of_thumb()], [])
-    assignment = played.conductor.next()
+    assignment = played.conductor.next_trial()
     assert assignment is not None
     assert assignment.settings == {"optim.weight_decay": 0}
-    with pytest.raises(InputError, match="not in the searched space"):
+    with pytest.raises(InputError, match="not in the search space"):
         whole.point({"optim.weight_decay": False}, "points")
 
 
@@ -245,10 +245,10 @@ def test_a_grid_ends_with_its_last_setting(tiny_model: Path, space: Space) -> No
     played = Played(finite, sampler="grid")
     played.study.set_up(finite.every_setting() or [], [])
     for rank in (2, 4, 8):
-        assignment = played.conductor.next()
+        assignment = played.conductor.next_trial()
         assert assignment is not None and assignment.settings == {"adapter.rank": rank}
         played.finish(assignment.number, float(rank))
-    assert played.conductor.next() is None and played.conductor.is_finished
+    assert played.conductor.next_trial() is None and played.conductor.is_finished
 
 
 def test_the_pareto_front(space: Space) -> None:

@@ -84,12 +84,12 @@ class World:
         """Train to the end, as many at a time as may."""
         while not self.conductor.is_finished:
             running = []
-            while (assignment := self.conductor.next()) is not None:
+            while (assignment := self.conductor.next_trial()) is not None:
                 running.append(assignment)
             assert running or self.conductor.is_finished, "nobody trains, and nobody may"
             for one in reversed(running):
                 if one.number in failing:
-                    self.conductor.ended(one.number, {"status": "failed", "error": "nan"})
+                    self.conductor.finish_trial(one.number, {"status": "failed", "error": "nan"})
                 else:
                     self._train(one.number, one.settings[RATE], one.until or TURNS)
 
@@ -99,9 +99,9 @@ class World:
             loss *= 0.5 if 3e-4 < rate < 3e-3 else 0.9
         self.weights[number] = (until, loss)
         measures = {"eval_loss": loss, "tokens": until * TOKENS, "step": until}
-        self.conductor.reported(number, until * TOKENS, loss, until == TURNS)
+        self.conductor.report(number, until * TOKENS, loss, until == TURNS)
         status = "finished" if until == TURNS else "paused"
-        self.conductor.ended(number, {"status": status, "measures": measures})
+        self.conductor.finish_trial(number, {"status": status, "measures": measures})
 
     def history(self) -> list[Any]:
         rows = self.study.rows()
@@ -134,7 +134,7 @@ def test_the_worst_go_on_from_the_best(recipe: Recipe) -> None:
         assert told["trial"] == parent
         curve = dict(rows[parent]["curve"])
         loser = next(
-            row for row in rows.values() if f"gave way to trial {child}," in (row["reason"] or "")
+            row for row in rows.values() if f"replaced by trial {child}," in (row["reason"] or "")
         )
         assert curve[told["tokens"]] < dict(loser["curve"])[told["tokens"]]
         mine, theirs = rows[child]["settings"], rows[parent]["settings"]
@@ -192,10 +192,10 @@ def test_a_population_that_fails_ends(recipe: Recipe) -> None:
 def test_a_used_up_budget_ends_who_waits(recipe: Recipe) -> None:
     world = World(recipe, trials=3)
     world.open(concurrency=1)
-    first = world.conductor.next()
+    first = world.conductor.next_trial()
     assert first is not None
     world._train(first.number, 1e-3, 1)
-    second = world.conductor.next()
+    second = world.conductor.next_trial()
     assert second is not None and second.number != first.number
     world.conductor.end("the time budget is used up")
     assert [(one.number, one.state) for one in world.endings] == [(first.number, "pruned")]

@@ -108,11 +108,11 @@ def test_the_line_of_an_ended_trial(record: dict[str, Any]) -> None:
 
 def test_a_population_tells_who_goes_on_from_whom(record: dict[str, Any], tmp_path: Any) -> None:
     record["settings"]["pruning"] = {"kind": "pbt"}
-    record["trials"][0].update(state="pruned", values=None, reason="gave way to trial 2")
+    record["trials"][0].update(state="pruned", values=None, reason="replaced by trial 2")
     record["trials"][1].update(parent={"trial": 1, "tokens": 100}, curve=[[1000, 1.0]])
     lines = render_sweep(record, Folder(str(tmp_path))).splitlines()
     assert lines[1].split()[-1] == "from" and lines[2].split()[-1] == "1"
-    text = render_ending(Ending(1, "pruned", "gave way"), record)
+    text = render_ending(Ending(1, "pruned", "replaced"), record)
     assert text.endswith("1 of 5 members finished)")
     curve = learning_curves(record).data[1]
     assert list(curve.x) == [100, 1000] and list(curve.y) == [3.0, 1.0]

@@ -47,7 +47,7 @@ def test_what_is_told_late_can_still_prune(
     update_run(run, lambda record: record.update(status=was))
     with trial_of(settings, tmp_path / "sweep") as trial:
         assert trial.next_report()["measures"]["step"] == 1
-        trial.give_up()
+        trial.abort()
         end = trial.next_report()
     assert end["status"] == "pruned"
     assert (read_run(run) or {})["status"] == becomes
