@@ -24,7 +24,8 @@ Blocks = list[tuple[Moment, Moment, Moment]]
 """For each pair of blocks: start of the first, start of the second, end of the second."""
 CLOCKS: dict[str, Callable[[Moment], float]] = {
     "step time": lambda moment: moment.wall,
-    # Beside the wall clock, as other processes hardly disturb it; the upload's thread counts too.
+    # In addition to wall time, because other processes hardly affect it. It includes the upload's
+    # thread.
     "CPU time": lambda moment: moment.cpu,
 }
 

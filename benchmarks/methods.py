@@ -128,7 +128,7 @@ def compare(name: str, folder: Path, sizes: dict[str, int], options: Options) ->
     ]
     figures = [
         Figure(f"tokens/s, {name}, finray / TRL", ratios(finray, trl), Target("at least", 1.0)),
-        # Beside the wall clock, as other processes hardly disturb it.
+        # In addition to wall time, because other processes hardly affect it.
         Figure(f"tokens per CPU second, {name}, finray / TRL", ratios(*cpu)),
         Figure(
             f"loss of the first {COMPARED_STEPS} steps, {name}, finray - TRL, largest",

@@ -1,6 +1,6 @@
 """The least that two Ray Train workers do before they train: for start_ray.py.
 
-    ray_least.py OUTPUT TOLD
+    ray_least.py OUTPUT MARKER
 
 Ray without its dashboard starts them; they meet, and load what a fine-tuning loads: torch,
 transformers' Trainer and peft. No data, no model, no step. Then the file TOLD is there.

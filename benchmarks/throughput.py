@@ -169,7 +169,7 @@ def main() -> None:
             "tokens/s, finray / TRL without gradient checkpointing",
             ratios(finray, speeds["trl_no_checkpointing"]),
         ),
-        # Beside the wall clock, as other processes hardly disturb it.
+        # In addition to wall time, because other processes hardly affect it.
         Figure(
             "tokens per CPU second, finray / bare loop", ratios(per_cpu["finray"], per_cpu["bare"])
         ),

@@ -33,7 +33,7 @@ class MethodSettings(Section):
     splits_overlong: ClassVar[bool] = False
     """A row that is too long becomes several sequences; otherwise `data.overlong` decides."""
     measures: ClassVar[tuple[str, ...]]
-    """Metrics logged beside the loss; held-out data gives the same names after `eval_`."""
+    """Metrics logged in addition to the loss; held-out data gives the same names after `eval_`."""
     watched: ClassVar[Metric] = Metric("eval_loss", "min")
     """The metric that decides which checkpoint is the best."""
     head: ClassVar[Head] = "causal"
@@ -47,12 +47,12 @@ class MethodSettings(Section):
 
     @property
     def trains_on_all(self) -> bool:
-        """Whether the loss counts every token, or only those an assistant wrote."""
+        """True if the loss covers every token, False if only those of the assistant."""
         return False
 
     @property
     def starts_at_random(self) -> bool:
-        """Whether training starts from random weights instead of the base's."""
+        """True if training starts from random weights instead of the base's."""
         return False
 
     @property
@@ -62,11 +62,11 @@ class MethodSettings(Section):
 
     @property
     def uses_reference(self) -> bool:
-        """Whether steps compute log-probabilities of a reference model."""
+        """True if steps compute log-probabilities of a reference model."""
         return False
 
     def holds_second_model(self, trains_adapter: bool) -> bool:
-        """Whether a second model stays in memory while training.
+        """True if a second model stays in memory during training.
 
         Beside an adapter the frozen base is the reference, unless the recipe names another one.
         """
@@ -92,7 +92,7 @@ class MethodSettings(Section):
 
     @property
     def run_facts(self) -> dict[str, Any]:
-        """Entries of run.json that the method adds beside its kind."""
+        """Entries of run.json that the method adds to its kind."""
         return {}
 
     def resolve(self, places: Sequence[Path]) -> Self:

@@ -133,11 +133,13 @@ class DpoMethod(PairSettings, ReferenceSettings):
     def _losses_agree(self) -> Self:
         named = self.losses.keys()
         if named == {"sft"}:
-            raise ValueError("losses: sft alone prefers nothing; add another loss, or use kind sft")
+            raise ValueError(
+                "losses: sft alone ignores rejected; add another loss, or use kind sft"
+            )
         if self.label_smoothing > 0 and not named & _SMOOTHED:
             raise ValueError(
-                f"label_smoothing is used by {', '.join(sorted(_SMOOTHED))}, and losses are "
-                f"{', '.join(named)}"
+                f"label_smoothing: only {', '.join(sorted(_SMOOTHED))} use it, but losses are "
+                f"{', '.join(named)}; remove it or add one of these losses"
             )
         if "exo_pair" in named and self.label_smoothing == 0:
             raise ValueError("losses: exo_pair needs label_smoothing above 0, such as 0.001")
@@ -145,7 +147,7 @@ class DpoMethod(PairSettings, ReferenceSettings):
         if self.divergence != "reverse_kl" and others:
             raise ValueError(
                 f"divergence {self.divergence} is not defined for {', '.join(sorted(others))}; "
-                f"it is for {', '.join(sorted(_OF_ANY_DIVERGENCE))}"
+                f"use reverse_kl, or only losses of {', '.join(sorted(_OF_ANY_DIVERGENCE))}"
             )
         return self
 
@@ -200,7 +202,9 @@ class CpoMethod(PairSettings):
     @model_validator(mode="after")
     def _smoothing_is_used(self) -> Self:
         if self.label_smoothing > 0 and self.loss != "sigmoid":
-            raise ValueError(f"label_smoothing is used by loss sigmoid, and loss is {self.loss}")
+            raise ValueError(
+                f"label_smoothing: only loss sigmoid uses it, but loss is {self.loss}; remove it"
+            )
         return self
 
 
@@ -269,13 +273,13 @@ class OnlineMethod(MethodSettings):
     epsilon: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.2
     """The ratio to the policy that sampled is clipped to [1 - epsilon, 1 + epsilon_high]."""
     epsilon_high: Positive | None = None
-    """epsilon where it is left out."""
+    """Same as epsilon if it is left out."""
     passes: PositiveInt = 1
     """Optimizer steps on the same completions."""
     rollout: Literal["transformers", "vllm"] = "transformers"
     """What generates the completions; vllm needs an adapter, and the extra finray[vllm]."""
     rollout_batch_size: PositiveInt = 64
-    """Completions that a worker generates at a time."""
+    """Number of completions that a worker generates in one batch."""
 
     def rows_per_step(self, batch_size: int) -> int:
         """Number of prompts in one optimizer step."""

@@ -72,5 +72,5 @@ def tokenizer_files(folder: Path) -> list[Path]:
 
 
 def has_vocabulary(folder: Path) -> bool:
-    """Whether a folder holds a tokenizer."""
+    """True if a folder holds a tokenizer."""
     return any(_VOCABULARY_FILE.fullmatch(file.name) for file in folder.iterdir())

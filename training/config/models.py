@@ -78,7 +78,7 @@ class LoraAdapter(Section):
 
     @property
     def changes_base(self) -> bool:
-        """Whether the first values are taken out of the base's weights."""
+        """True if the initial values are taken out of the base's weights."""
         return self.init in ("pissa", "olora")
 
     @model_validator(mode="after")

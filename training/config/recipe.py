@@ -78,8 +78,8 @@ class Recipe(Section):
             )
         if self.data.packing is True and not self.method.packs:
             raise ValueError(
-                f"data.packing: method {kind} does not take single documents, which alone can "
-                "be packed; leave it out"
+                f"data.packing: only single documents can be packed, and rows of method {kind} are "
+                "not; remove it"
             )
         if self.optim.micro_batch_size > self.optim.batch_size:
             raise ValueError(
@@ -90,7 +90,7 @@ class Recipe(Section):
             raise ValueError(
                 f"scale.workers {self.scale.most_workers} is larger than the "
                 f"{self.rows_per_step} rows that a step of optim.batch_size "
-                f"{self.optim.batch_size} takes: some workers would have nothing to do"
+                f"{self.optim.batch_size} takes, so some would be idle; lower scale.workers"
             )
         return self
 
@@ -136,8 +136,8 @@ class Recipe(Section):
             return self
         if self.scale.most_workers < 2:
             raise ValueError(
-                "scale.strategy fsdp shares the weights out among workers, and scale.workers is "
-                f"{self.scale.most_workers}; set 2 or more, or leave strategy out"
+                "scale.strategy fsdp shards the weights over workers, but scale.workers is "
+                f"{self.scale.most_workers}; set 2 or more, or remove strategy"
             )
         if (reason := self.why_not_shardable) is not None:
             raise ValueError(f"scale.strategy fsdp: {reason}")
@@ -145,7 +145,7 @@ class Recipe(Section):
 
     @property
     def trains_adapter(self) -> bool:
-        """Whether an adapter is trained, a new or an existing one, and not the base itself."""
+        """True if the run trains a new or an existing adapter instead of the base model."""
         return self.adapter is not None or self.model.adapter is not None
 
     @property
@@ -177,7 +177,7 @@ class Recipe(Section):
 
     @property
     def packs(self) -> bool:
-        """Whether several documents share a sequence."""
+        """True if several documents share a sequence."""
         return self.method.packs if self.data.packing == "auto" else self.data.packing
 
     @property

@@ -102,5 +102,5 @@ def resolve_reward(reward: Reward, places: Sequence[Path], where: str) -> Reward
     existing = [path for path in candidates if "://" in path or Path(path).is_dir()]
     if not existing:
         listed = ", ".join(dict.fromkeys(candidates))
-        raise InputError(f"{where}.run: there is none of these folders: {listed}")
+        raise InputError(f"{where}.run: none of these folders exists: {listed}")
     return reward.model_copy(update={"run": existing[0]})

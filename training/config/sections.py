@@ -92,7 +92,7 @@ class OptimSettings(Section):
 class ScaleSettings(Section):
     workers: Annotated[int, Field(ge=0)] | tuple[PositiveInt, PositiveInt] = 1
     """On a cluster Ray Train's workers, else processes of this machine; 0 trains in this process.
-    [2, 8]: as many as there is room for, at least 2 and at most 8. After the loss of a node the run
+    [2, 8]: as many as fit, at least 2 and at most 8. After the loss of a node the run
     goes on with fewer, and grows again when there is room; batch_size and the order of the data
     stay."""
     gpus_per_worker: Literal["auto"] | Annotated[float, Field(ge=0.0)] = "auto"
@@ -131,7 +131,7 @@ class ScaleSettings(Section):
 class CheckpointSettings(Section):
     every_steps: PositiveInt = 100
     keep: PositiveInt = 2
-    """Number of latest checkpoints to keep, beside the one that is best on held-out data."""
+    """Number of latest checkpoints to keep, in addition to the best one on held-out data."""
 
 
 class EvalSettings(Section):

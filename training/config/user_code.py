@@ -82,7 +82,7 @@ class UserFunction(Section):
     def _check(self, place: str) -> None:
         if (kind := secret_kind(self.text)) is not None:
             raise InputError(
-                f"{place} holds {kind}, and its text is kept with the run; read it from the "
+                f"{place} holds {kind}, and its text is stored with the run; read it from the "
                 "environment instead"
             )
         try:
@@ -100,8 +100,8 @@ class UserFunction(Section):
             )
         if isinstance(named[-1], ast.AsyncFunctionDef):
             raise InputError(
-                f"{place}:{named[-1].lineno}: {self.name} is an async function; it is called like "
-                "any other: def"
+                f"{place}:{named[-1].lineno}: {self.name} is an async function; define it with "
+                "def, without async"
             )
         self.check_parameters(named[-1], f"{place}:{named[-1].lineno}: {self.name}")
 

@@ -89,7 +89,7 @@ def finray(
 
 
 def test_from_the_environment(finray: Runner, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Through runs that finish, that fail with the secrets in the error, and all that tells."""
+    """Runs that finish, runs that fail with the secrets in the error, and all commands that print."""
     recipe = finray.recipe("good")
     for command in ("check", "prepare", "train"):
         finray(command, recipe, "--json")

@@ -112,22 +112,22 @@ def _nodes_that_know_kinds(tree: ast.AST) -> Iterator[Any]:
     for node in ast.walk(tree):
         match node:
             case ast.Call(func=ast.Name("isinstance" | "issubclass"), args=[_, classes]):
-                known = any(map(_is_a_method_class, ast.walk(classes)))
+                tests_kind = any(map(_is_a_method_class, ast.walk(classes)))
             case ast.MatchClass():
-                known = _is_a_method_class(node.cls)
+                tests_kind = _is_a_method_class(node.cls)
             case ast.Dict():
-                known = sum(map(_is_kind, node.keys)) > 1
+                tests_kind = sum(map(_is_kind, node.keys)) > 1
             case ast.Set() | ast.Tuple() | ast.List():
-                known = sum(map(_is_kind, node.elts)) > 1
+                tests_kind = sum(map(_is_kind, node.elts)) > 1
             case ast.Compare():
                 sides = [node.left, *node.comparators]
-                known = any(map(_is_kind_attribute, sides)) and any(map(_has_kind, sides))
+                tests_kind = any(map(_is_kind_attribute, sides)) and any(map(_has_kind, sides))
             case ast.Match():
                 patterns = [case.pattern for case in node.cases]
-                known = _is_kind_attribute(node.subject) and any(map(_has_kind, patterns))
+                tests_kind = _is_kind_attribute(node.subject) and any(map(_has_kind, patterns))
             case _:
-                known = False
-        if known:
+                tests_kind = False
+        if tests_kind:
             yield node
 
 

@@ -1,4 +1,4 @@
-"""The recipe: what is accepted, and how each fault is told."""
+"""The recipe: what is accepted, and the message of each error."""
 
 import subprocess
 import sys
@@ -55,7 +55,7 @@ def test_uris_stay(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("addition", "line", "told"),
+    ("addition", "line", "message"),
     [
         ("optim: {learnin_rate: 1e-4}\n", 5, "did you mean 'learning_rate'?"),
         ("adaptr: {rank: 4}\n", 5, "did you mean 'adapter'?"),
@@ -89,17 +89,15 @@ def test_uris_stay(tmp_path: Path) -> None:
         ("name: again\n", 5, "already set on line 1"),
     ],
 )
-def test_each_fault_is_told_with_its_place(
-    tmp_path: Path, addition: str, line: int, told: str
-) -> None:
-    message = refusal(tmp_path, GOOD + addition)
+def test_each_error_has_its_place(tmp_path: Path, addition: str, line: int, message: str) -> None:
+    error = refusal(tmp_path, GOOD + addition)
     where = f"{tmp_path / 'recipe.yaml'}:{line}:" if line > 1 else str(tmp_path / "recipe.yaml")
-    assert message.startswith(where)
-    assert told in message
+    assert error.startswith(where)
+    assert message in error
 
 
 @pytest.mark.parametrize(
-    ("model", "addition", "told"),
+    ("model", "addition", "message"),
     [
         ("quantize: nf4", "", "quantize nf4 contradicts full fine-tuning"),
         ("quantize: int8", "freeze: {last_layers: 1}\n", "quantize int8 contradicts freeze"),
@@ -112,15 +110,15 @@ def test_each_fault_is_told_with_its_place(
     ],
 )
 def test_each_choice_of_weights_that_does_not_fit(
-    tmp_path: Path, model: str, addition: str, told: str
+    tmp_path: Path, model: str, addition: str, message: str
 ) -> None:
     (tmp_path / "empty").mkdir()
     text = GOOD.replace("some/model}", f"some/model, {model}}}") + addition
-    assert told in refusal(tmp_path, text)
+    assert message in refusal(tmp_path, text)
 
 
 @pytest.mark.parametrize(
-    ("addition", "told"),
+    ("addition", "message"),
     [
         ("model: {base: some/model, quantize: int8}\nadapter: {}\n", "take nf4"),
         ("model: {base: b}\nmethod: {kind: grpo, rewards: [{run: r}]}\n", "method grpo samples"),
@@ -131,12 +129,12 @@ def test_each_choice_of_weights_that_does_not_fit(
         ("model: {base: b}\nadapter: {init: pissa}\n", "take another init, or ddp"),
     ],
 )
-def test_what_cannot_be_sharded(tmp_path: Path, addition: str, told: str) -> None:
+def test_what_cannot_be_sharded(tmp_path: Path, addition: str, message: str) -> None:
     """Refused where fsdp is asked for; auto leaves it whole."""
     text = GOOD.replace("model: {base: some/model}\n", "") + addition
-    assert told in refusal(tmp_path, text + "scale: {workers: 2, strategy: fsdp}\n")
+    assert message in refusal(tmp_path, text + "scale: {workers: 2, strategy: fsdp}\n")
     recipe = Recipe.model_validate(yaml.safe_load(text))
-    assert recipe.scale.strategy == "auto" and told in str(recipe.why_not_shardable)
+    assert recipe.scale.strategy == "auto" and message in str(recipe.why_not_shardable)
 
 
 def test_an_adapter_is_found_beside_the_recipe_here_or_in_the_storage(
@@ -157,7 +155,7 @@ def test_an_adapter_is_found_beside_the_recipe_here_or_in_the_storage(
         assert found() == str(folder)
 
 
-def test_all_faults_are_told_at_once(tmp_path: Path) -> None:
+def test_all_errors_are_reported_at_once(tmp_path: Path) -> None:
     message = refusal(tmp_path, GOOD + "adaptr: {}\noptim: {batch_size: many}\n")
     assert len(message.splitlines()) == 2
 

@@ -1,4 +1,4 @@
-"""The course of a search without training: what Optuna is told, and when a sweep ends."""
+"""A search without training: what is stored in Optuna, and when a sweep ends."""
 
 import math
 from pathlib import Path
@@ -49,7 +49,7 @@ class Played:
         self.sweep = Sweep.model_validate({"name": "s", "recipe": {}, **settings})
         self.endings: list[Ending] = []
         self.stops = 0
-        metrics = [Metric(one.metric, "min") for one in self.sweep.objective]
+        metrics = [Metric(objective.metric, "min") for objective in self.sweep.objective]
         self.study = SweepStudy(
             storage,
             "s",
@@ -71,9 +71,9 @@ class Played:
         assert assignment is not None
         return assignment.number
 
-    def finish(self, number: int, loss: float | None, **measures: float) -> None:
-        told = {"eval_loss": loss, "tokens": 900, **measures}
-        self.conductor.finish_trial(number, {"status": "finished", "measures": told})
+    def finish(self, number: int, loss: float | None, **others: float) -> None:
+        measures = {"eval_loss": loss, "tokens": 900, **others}
+        self.conductor.finish_trial(number, {"status": "finished", "measures": measures})
 
     def fail(self, number: int, error: str, code: int = 1) -> None:
         report = {"status": "failed", "error": error, "exit_code": code}
@@ -83,7 +83,7 @@ class Played:
         return self.study.optuna.trials[number].state
 
 
-def test_pruned_trials_are_told_as_pruned(space: Space) -> None:
+def test_pruned_trials_are_stored_as_pruned(space: Space) -> None:
     played = Played(space)
     good, bad = played.start(), played.start()
     assert played.conductor.next_trial() is None, "more than two at a time"
@@ -96,7 +96,7 @@ def test_pruned_trials_are_told_as_pruned(space: Space) -> None:
     assert played.study.optuna.trials[bad].intermediate_values == {100: 2.0, 180: 2.0}
     played.finish(good, 0.5)
     assert played.state(good) == TrialState.COMPLETE and played.study.best() == [good]
-    assert [one.state for one in played.endings] == ["pruned", "finished"]
+    assert [ending.state for ending in played.endings] == ["pruned", "finished"]
 
 
 def test_a_trial_at_its_end_is_not_pruned(space: Space) -> None:
@@ -165,7 +165,7 @@ def test_a_killed_sweep_takes_its_running_trials_up(space: Space, tmp_path: Path
     after = Played(space, tmp_path, trials=3)
     again = after.conductor.next_trial()
     assert again is not None and (again.number, again.settings) == (running, settings)
-    # what was told before the kill is told again, and counts once
+    # a measurement that was reported before the kill is reported again, and counts once
     assert not after.conductor.report(running, 50, 0.8, False)
     assert after.study.rows()[running]["curve"] == [[50, 0.9]]
     after.finish(running, 0.7)
@@ -225,7 +225,7 @@ def test_points_first_and_no_setting_twice(space: Space) -> None:
     assert other is not None and other.settings not in points
 
 
-def test_numbers_are_known_in_any_notation(space: Space) -> None:
+def test_numbers_are_equal_in_any_notation(space: Space) -> None:
     """The recipe has 0.0 where the choice is 0."""
     search = {"optim.weight_decay": Distribution(choice=[0, 0.01])}
     whole = Space(search, space.base, Path("/"), lambda key: key)

@@ -31,16 +31,16 @@ def losses(base: Path, rank: int, alpha: float, rslora: bool, smaller: float) ->
                 weight.div_(smaller)
     rate = RATE * rate_factor(32, rank, alpha, rslora)
     optimizer = torch.optim.Adam(weights.values(), lr=rate, eps=1e-30)
-    told = []
+    reached = []
     for _ in range(STEPS):
         loss = torch.nn.functional.cross_entropy(
             model(TOKENS).logits[:, :-1].flatten(0, 1), TOKENS[:, 1:].flatten()
         )
-        told.append(loss.item())
+        reached.append(loss.item())
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-    return told
+    return reached
 
 
 def test_four_times_alpha_is_half_the_rate_with_half_of_a(tiny_model: Path) -> None:

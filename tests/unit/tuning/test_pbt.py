@@ -1,4 +1,4 @@
-"""Population-based training played through: who gives way to whom, and what a crash changes."""
+"""Population-based training, simulated: who is replaced, and that crashes change nothing."""
 
 import random
 from pathlib import Path
@@ -25,7 +25,7 @@ from finray.tuning.sweep import Sweep, load_sweep
 from finray.tuning.sweep_folder import write_sweep
 
 RATE, DECAY = "optim.learning_rate", "optim.weight_decay"
-TURNS, TOKENS = 4, 100
+GENERATIONS, TOKENS = 4, 100
 
 
 class Killed(Exception):
@@ -52,10 +52,10 @@ class World:
         self.weights: dict[int, tuple[int, float]] = {}
         self.copies: list[tuple[int, int]] = []
         self.kill_at: int | None = None
-        """After so many copies of a checkpoint the driver is gone."""
+        """The driver is killed after this many copies of a checkpoint."""
 
     def open(self, concurrency: int = 3) -> None:
-        """A driver starts, or starts again."""
+        """Start the driver, or start it again."""
         metrics = [Metric("eval_loss", "min")]
         self.study = SweepStudy(
             *(self.storage, "s", metrics, self.space),
@@ -81,17 +81,17 @@ class World:
         self.weights[child] = self.weights[parent]
 
     def play(self, failing: frozenset[int] = frozenset()) -> None:
-        """Train to the end, as many at a time as may."""
+        """Train to the end, with as many trials at the same time as allowed."""
         while not self.conductor.is_finished:
             running = []
             while (assignment := self.conductor.next_trial()) is not None:
                 running.append(assignment)
             assert running or self.conductor.is_finished, "nobody trains, and nobody may"
-            for one in reversed(running):
-                if one.number in failing:
-                    self.conductor.finish_trial(one.number, {"status": "failed", "error": "nan"})
+            for item in reversed(running):
+                if item.number in failing:
+                    self.conductor.finish_trial(item.number, {"status": "failed", "error": "nan"})
                 else:
-                    self._train(one.number, one.settings[RATE], one.until or TURNS)
+                    self._train(item.number, item.settings[RATE], item.until or GENERATIONS)
 
     def _train(self, number: int, rate: float, until: int) -> None:
         reached, loss = self.weights.get(number, (0, 1.0))
@@ -99,8 +99,8 @@ class World:
             loss *= 0.5 if 3e-4 < rate < 3e-3 else 0.9
         self.weights[number] = (until, loss)
         measures = {"eval_loss": loss, "tokens": until * TOKENS, "step": until}
-        self.conductor.report(number, until * TOKENS, loss, until == TURNS)
-        status = "finished" if until == TURNS else "paused"
+        self.conductor.report(number, until * TOKENS, loss, until == GENERATIONS)
+        status = "finished" if until == GENERATIONS else "paused"
         self.conductor.finish_trial(number, {"status": status, "measures": measures})
 
     def history(self) -> list[Any]:
@@ -120,32 +120,32 @@ def recipe(tiny_model: Path) -> Recipe:
     )
 
 
-def test_the_worst_go_on_from_the_best(recipe: Recipe) -> None:
+def test_copies_of_the_best_replace_the_worst(recipe: Recipe) -> None:
     world = World(recipe)
     world.open()
     world.play()
     rows = {row["number"]: row for row in world.study.rows()}
-    # of eight, two give way at each of the three turns before the last interval
-    assert len(rows) <= 8 + 2 * (TURNS - 1) and world.copies
+    # two of eight are replaced after each of the three generations before the last
+    assert len(rows) <= 8 + 2 * (GENERATIONS - 1) and world.copies
     states = [row["state"] for row in rows.values()]
     assert states.count("finished") == 8 and states.count("pruned") == len(world.copies)
     for parent, child in world.copies:
-        told = rows[child]["parent"]
-        assert told["trial"] == parent
+        origin = rows[child]["parent"]
+        assert origin["trial"] == parent
         curve = dict(rows[parent]["curve"])
-        loser = next(
+        replaced = next(
             row for row in rows.values() if f"replaced by trial {child}," in (row["reason"] or "")
         )
-        assert curve[told["tokens"]] < dict(loser["curve"])[told["tokens"]]
-        mine, theirs = rows[child]["settings"], rows[parent]["settings"]
-        assert mine != theirs and mine.keys() == theirs.keys()
-        assert rows[child]["tokens"] == rows[child]["measures"]["tokens"] - told["tokens"]
+        assert curve[origin["tokens"]] < dict(replaced["curve"])[origin["tokens"]]
+        inherited, new = rows[parent]["settings"], rows[child]["settings"]
+        assert new != inherited and new.keys() == inherited.keys()
+        assert rows[child]["tokens"] == rows[child]["measures"]["tokens"] - origin["tokens"]
     own = sum(row["tokens"] for row in rows.values())
-    assert own == 8 * TURNS * TOKENS, "a copied token counts as trained"
+    assert own == 8 * GENERATIONS * TOKENS, "a copied token counts as trained"
     best = rows[world.study.best()[0]]
     assert best["values"] == [min(loss for _, loss in world.weights.values())]
-    told = {trial.state for trial in world.study.optuna.trials}
-    assert told == {TrialState.COMPLETE, TrialState.PRUNED}
+    states = {trial.state for trial in world.study.optuna.trials}
+    assert states == {TrialState.COMPLETE, TrialState.PRUNED}
 
 
 def test_the_course_follows_from_the_seed(recipe: Recipe) -> None:
@@ -159,7 +159,7 @@ def test_the_course_follows_from_the_seed(recipe: Recipe) -> None:
 
 
 @pytest.mark.parametrize("kill_at", [0, 1, 2, 3])
-def test_a_kill_in_the_middle_of_a_turn_changes_nothing(recipe: Recipe, kill_at: int) -> None:
+def test_a_kill_while_members_are_replaced_changes_nothing(recipe: Recipe, kill_at: int) -> None:
     whole = World(recipe)
     whole.open()
     whole.play()
@@ -173,7 +173,7 @@ def test_a_kill_in_the_middle_of_a_turn_changes_nothing(recipe: Recipe, kill_at:
     assert world.history() == whole.history()
 
 
-def test_who_fails_is_replaced(recipe: Recipe) -> None:
+def test_a_failed_member_is_replaced(recipe: Recipe) -> None:
     world = World(recipe, trials=4)
     world.open()
     world.play(failing=frozenset({2}))
@@ -189,7 +189,7 @@ def test_a_population_that_fails_ends(recipe: Recipe) -> None:
     assert [row["state"] for row in world.study.rows()] == ["failed", "failed"]
 
 
-def test_a_used_up_budget_ends_who_waits(recipe: Recipe) -> None:
+def test_a_used_up_budget_ends_paused_members(recipe: Recipe) -> None:
     world = World(recipe, trials=3)
     world.open(concurrency=1)
     first = world.conductor.next_trial()
@@ -198,7 +198,7 @@ def test_a_used_up_budget_ends_who_waits(recipe: Recipe) -> None:
     second = world.conductor.next_trial()
     assert second is not None and second.number != first.number
     world.conductor.end("the time budget is used up")
-    assert [(one.number, one.state) for one in world.endings] == [(first.number, "pruned")]
+    assert [(ending.number, ending.state) for ending in world.endings] == [(first.number, "pruned")]
     assert world.conductor.is_finished
 
 
@@ -206,9 +206,9 @@ def test_perturbed_values_lie_in_the_space(recipe: Recipe) -> None:
     world = World(recipe)
     settings = {RATE: 9e-2, DECAY: 0.0}
     seen = [perturbed(world.space, settings, random.Random(seed)) for seed in range(60)]
-    rates = {one[RATE] for one in seen}
+    rates = {settings[RATE] for settings in seen}
     assert len(rates) > 10 and all(1e-5 <= rate <= 1e-1 for rate in rates)
-    assert {0.0, 0.01} <= {one[DECAY] for one in seen}, "nothing leaves zero"
+    assert {0.0, 0.01} <= {settings[DECAY] for settings in seen}, "nothing leaves zero"
 
 
 def test_a_rate_at_an_alpha_is_perturbed_like_another(recipe: Recipe) -> None:

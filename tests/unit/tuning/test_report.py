@@ -62,14 +62,14 @@ def record() -> dict[str, Any]:
 @pytest.fixture
 def study(record: dict[str, Any]) -> optuna.Study:
     made = optuna.create_study()
-    for one in record["trials"]:
+    for row in record["trials"]:
         trial = made.ask()
         trial.suggest_float("optim.learning_rate", 1e-5, 1.0, log=True)
         trial.suggest_categorical("adapter.rank", [4, 8])
-        for step, value in one["curve"]:
+        for step, value in row["curve"]:
             trial.report(value, step)
-        if one["values"]:
-            made.tell(trial, one["values"])
+        if row["values"]:
+            made.tell(trial, row["values"])
         else:
             made.tell(trial, state=optuna.trial.TrialState.PRUNED)
     return made
@@ -106,7 +106,7 @@ def test_the_line_of_an_ended_trial(record: dict[str, Any]) -> None:
     assert text == "trial 3 pruned: eval_loss 9 (best: 1 of trial 2; 4 of at most 5)"
 
 
-def test_a_population_tells_who_goes_on_from_whom(record: dict[str, Any], tmp_path: Any) -> None:
+def test_the_table_of_a_population_shows_parents(record: dict[str, Any], tmp_path: Any) -> None:
     record["settings"]["pruning"] = {"kind": "pbt"}
     record["trials"][0].update(state="pruned", values=None, reason="replaced by trial 2")
     record["trials"][1].update(parent={"trial": 1, "tokens": 100}, curve=[[1000, 1.0]])

@@ -85,9 +85,9 @@ def plan(tmp_path: Path, tiny_model: Path) -> MakePlan:
     ],
 )
 def test_bad_sweeps(plan: MakePlan, settings: dict[str, Any], message: str) -> None:
-    with pytest.raises(InputError, match=message) as told:
+    with pytest.raises(InputError, match=message) as error:
         plan(**settings)
-    assert "sweep.yaml:" in str(told.value)
+    assert "sweep.yaml:" in str(error.value)
 
 
 def test_an_eval_objective_needs_held_out_data(plan: MakePlan) -> None:
@@ -297,7 +297,7 @@ def test_the_rule_is_that_of_the_adapter_that_is_chosen(plan: MakePlan) -> None:
     assert ratio == pytest.approx(10 / 2, rel=0.05), "ten times, and half at four times alpha 32"
 
 
-def test_the_recipes_own_rate_where_the_width_is_not_known(plan: MakePlan, tmp_path: Path) -> None:
+def test_the_recipes_own_rate_without_a_width(plan: MakePlan, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"n_embd": 64}', encoding="utf-8")
     adapter = {"rank": 16, "alpha": 128}
     model = {"base": str(tmp_path)}

@@ -21,23 +21,23 @@ from finray.training.run import train
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 
 
-def test_what_nobody_heard_is_told_after_a_restart(
+def test_metrics_without_a_record_are_reported_after_a_restart(
     tiny_model: Path, chat_file: Path, tmp_path: Path
 ) -> None:
-    """The run is whole; whoever ran it heard of its first five steps only."""
+    """The run is finished, but its driver has recorded only the first five steps."""
     settings = recipe(tiny_model, chat_file, tmp_path, "run")
     carry_out(settings)
-    known = lines(tmp_path / "run")
-    with trial_of(settings, tmp_path / "sweep", reported_tokens=known[5]["tokens"]) as trial:
+    written = lines(tmp_path / "run")
+    with trial_of(settings, tmp_path / "sweep", reported_tokens=written[5]["tokens"]) as trial:
         *reports, end = reports_of(trial)
-    told = [(one["tokens"], one["value"]) for one in reports]
-    assert told == [(known[step]["tokens"], known[step]["loss"]) for step in range(6, 13)]
+    reported = [(report["tokens"], report["value"]) for report in reports]
+    assert reported == [(written[step]["tokens"], written[step]["loss"]) for step in range(6, 13)]
     assert reports[-1]["is_last"] and not reports[-2]["is_last"]
-    assert end["status"] == "finished" and end["measures"]["loss"] == known[12]["loss"]
+    assert end["status"] == "finished" and end["measures"]["loss"] == written[12]["loss"]
 
 
 @pytest.mark.parametrize(("was", "becomes"), [("finished", "finished"), ("running", "pruned")])
-def test_what_is_told_late_can_still_prune(
+def test_a_late_report_can_still_prune(
     was: str, becomes: str, tiny_model: Path, chat_file: Path, tmp_path: Path
 ) -> None:
     """A run that was killed on its way ends so; one that is whole stays what it is."""
@@ -85,8 +85,8 @@ def test_a_slot_does_not_load_torchs_compiler() -> None:
         "print('peft' in sys.modules, 'torch._inductor.compile_fx' in sys.modules)"
     )
     command = [sys.executable, "-c", program]
-    told = subprocess.run(command, check=True, capture_output=True, text=True)
-    assert told.stdout.split() == ["True", "False"]
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    assert done.stdout.split() == ["True", "False"]
 
 
 def with_holdout(settings: Recipe, rank: int) -> Recipe:

@@ -73,8 +73,8 @@ def folder(make: MakeSpace, tmp_path: Path) -> Folder:
 
 def taken(folder: Folder, space: Space) -> list[Settings]:
     """The settings that the new sweep has for what it takes over."""
-    found = earlier_trials(folder, space, METRICS)
-    return [space.suggest(FixedTrial(trial.params)) for trial in found]
+    trials = earlier_trials(folder, space, METRICS)
+    return [space.suggest(FixedTrial(trial.params)) for trial in trials]
 
 
 def test_results_are_taken_over_once_and_are_not_its_own(folder: Folder, make: MakeSpace) -> None:
@@ -83,8 +83,8 @@ def test_results_are_taken_over_once_and_are_not_its_own(folder: Folder, make: M
     after = studied(space, None)
     after.set_up([], earlier)
     after.set_up([], earlier)
-    told = after.optuna.get_trials(states=(TrialState.COMPLETE,))
-    assert [trial.value for trial in told] == [1.0, 2.0]
+    stored = after.optuna.get_trials(states=(TrialState.COMPLETE,))
+    assert [trial.value for trial in stored] == [1.0, 2.0]
     assert after.rows() == [] and after.best() == []
 
 
@@ -112,10 +112,10 @@ def test_the_recipe_says_what_was_not_searched(folder: Folder, make: MakeSpace) 
     assert taken(folder, tied) == [{**POINTS[1], ALPHA: 8}]
 
 
-def test_a_rate_moves_from_the_alpha_that_it_was_found_at(folder: Folder, make: MakeSpace) -> None:
+def test_a_rate_is_converted_to_another_alpha(folder: Folder, make: MakeSpace) -> None:
     search = {**SEARCH, RATE: AT_ALPHA}
     assert taken(folder, make(search)) == [pytest.approx(point) for point in POINTS]
-    # Four times the alpha wants half the rate.
+    # Four times the alpha needs half the rate.
     moved = [{**point, RATE: point[RATE] / 2} for point in POINTS]
     assert taken(folder, make(search, alpha=32)) == [pytest.approx(point) for point in moved]
 
