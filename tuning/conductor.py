@@ -108,7 +108,7 @@ class Conductor:
             else:
                 assignment = self._study.ask(only_queued=self._sweep.sampler == "grid")
                 if assignment is None and self.over is None:
-                    self.over = "all settings have been tried"
+                    self.over = "no new valid settings were found"
             if assignment is None:
                 return None
             self._running.add(assignment.number)

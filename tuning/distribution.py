@@ -132,10 +132,8 @@ class Distribution(Section):
     def nearest(self, value: float) -> Any:
         """The value of the range, or the number among the choices, that is closest to `value`."""
         if self.choice is not None:
-            numbers = [choice for choice in self.choice if is_number(choice)]
-            return (
-                min(numbers, key=lambda number: abs(number - value)) if numbers else self.middle()
-            )
+            numbers = [item for item in self.choice if is_number(item)]
+            return min(numbers, key=lambda item: abs(item - value)) if numbers else self.middle()
         low, high = self.bounds
         value = min(max(value, low), high)
         if self.step is not None:

@@ -121,6 +121,6 @@ def _check_changeable(loaded: LoadedSweep, space: Space) -> None:
     for key in space.keys:
         if key not in CHANGEABLE:
             raise InputError(
-                f"{loaded.place('search', key)}: search.{key}: with pruning.kind pbt a trial goes "
-                f"on from another's weights, so only {', '.join(CHANGEABLE)} can be searched"
+                f"{loaded.place('search', key)}: search.{key}: with pruning.kind pbt a trial "
+                f"continues from another's weights, so only {', '.join(CHANGEABLE)} can be searched"
             )

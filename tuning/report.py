@@ -85,12 +85,8 @@ def _facts(record: Record) -> list[tuple[str, str]]:
     facts.append(("Tokens", formatting.count(sum(row["tokens"] for row in rows))))
     share = saved_share(record)
     if share is not None and record["prunes"]:
-        facts.append(
-            (
-                "Saved by pruning",
-                f"{formatting.percent(share)} of the tokens of whole trials",
-            )
-        )
+        saved = f"{formatting.percent(share)} of the tokens of whole trials"
+        facts.append(("Saved by pruning", saved))
     facts.append(("Wall time", formatting.duration(record.get("wall_seconds"))))
     if record.get("over"):
         facts.append(("Ended early", str(record["over"])))

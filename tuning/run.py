@@ -92,9 +92,8 @@ class _SweepRun:
         self._concurrency = concurrency
         self._worker_env = worker_env
         self._folder = plan.folder
-        self._trial_tokens = _tokens_per_run(
-            plan.recipe, prepared[plan.space.data_key(plan.points[0])]
-        )
+        first_data = prepared[plan.space.data_key(plan.points[0])]
+        self._trial_tokens = _tokens_per_run(plan.recipe, first_data)
         self._record_start()
         self._file = StudyFile(plan.folder)
         self._study = self._open_study()
@@ -293,9 +292,7 @@ class _SweepRun:
         if conductor.error is not None:
             raise conductor.error
         if interrupted:
-            raise Interrupted(
-                f"stopped; run the same command again to resume the sweep {self._folder}"
-            )
+            raise Interrupted(f"stopped; the same command resumes the sweep ({self._folder})")
         if status == "failed":
             raise RunError(f"no trial finished with a result: {self._last_reason()}")
         if self._plan.sweep.retrain is not None:

@@ -252,9 +252,7 @@ class SweepStudy:
     def _refusal(self, number: int, settings: Settings) -> str | None:
         """Why these settings must not be tried; None if they can be."""
         if "parent" in self._frozen_trial(number).user_attrs:
-            return (
-                None  # it starts from a checkpoint, so equal settings do not make it a repetition
-            )
+            return None  # it starts from a checkpoint, so it is not a repetition
         for other in self._frozen((TrialState.COMPLETE, TrialState.PRUNED, TrialState.RUNNING)):
             attributes = other.user_attrs
             is_comparable = other.number != number and "earlier" not in attributes

@@ -165,7 +165,7 @@ class LoadedSweep:
 
 
 def is_sweep(path: Path) -> bool:
-    """True if a file is a sweep: it has the key `recipe`, which a recipe has not.
+    """True if a file is a sweep: it has the key `recipe`, which recipes do not have.
 
     Raises:
         InputError: the file cannot be read.

@@ -165,9 +165,7 @@ class RunningTrial:
 
         prepared = open_prepared(Folder(self._config["prepared"]))
         if prepared is None:
-            raise RunError(
-                f"the prepared data set {self._config['prepared']} does not exist any more"
-            )
+            raise RunError(f"the prepared data set {self._config['prepared']} no longer exists")
         try:
             self._report_again()
         except Pruned:

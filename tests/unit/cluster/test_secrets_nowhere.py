@@ -89,7 +89,7 @@ def finray(
 
 
 def test_from_the_environment(finray: Runner, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Runs that finish, runs that fail with the secrets in the error, and all commands that print."""
+    """Runs that finish, runs that fail with secrets in the error, and all commands that print."""
     recipe = finray.recipe("good")
     for command in ("check", "prepare", "train"):
         finray(command, recipe, "--json")
