@@ -1,4 +1,4 @@
-"""Where the files of a model's tokenizer and configuration lie on this machine."""
+"""Finds the files of a model's tokenizer and configuration on this machine."""
 
 import re
 from pathlib import Path

@@ -21,7 +21,7 @@ Pattern = Annotated[str, AfterValidator(_check_pattern)]
 
 
 Head = Literal["causal", "score"]
-"""What a model computes: logits of the next token, or one score of the whole text."""
+"""Output of a model: causal for logits of the next token, score for one number per text."""
 
 
 class ModelSettings(Section):
@@ -98,7 +98,7 @@ class LoraAdapter(Section):
 
 
 class FreezeSettings(Section):
-    """The weights of the base that are trained without an adapter; all others are frozen."""
+    """Selects the base weights to train without an adapter; all others are frozen."""
 
     last_layers: PositiveInt | None = None
     """Number of last decoder layers to train. Embedding, final norm and head stay frozen, unless

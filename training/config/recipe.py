@@ -1,4 +1,4 @@
-"""The recipe: everything a run is, validated and frozen before anything heavy is imported.
+"""The recipe: all settings of a run, validated and frozen before anything heavy is imported.
 
 `load_recipe` reads a YAML file and `key=value` overrides; `Recipe` is what the rest of finray
 receives. The docstring under a field is that field's documentation in `finray schema`.
@@ -150,27 +150,27 @@ class Recipe(Section):
 
     @property
     def adapter_kind(self) -> Literal["lora", "dora", "existing"] | None:
-        """What kind of adapter is trained, if any."""
+        """Kind of the trained adapter; None if there is none."""
         if self.adapter is None:
             return None if self.model.adapter is None else "existing"
         return "dora" if self.adapter.dora else "lora"
 
     @property
     def why_not_shardable(self) -> str | None:
-        """Why the weights cannot be cut up among workers (FSDP2), and what to do instead.
+        """Why the weights cannot be sharded over workers (FSDP2), and what to do instead.
 
         None where they can.
         """
         if self.model.quantize == "int8":
             return (
-                "model.quantize int8 keeps scales of whole rows beside the weights, which are not "
-                "cut up with them; take nf4"
+                "model.quantize int8 stores scales of whole rows, which cannot be sharded with the "
+                "weights; use nf4"
             )
         if self.method.why_not_shardable is not None:
             return self.method.why_not_shardable
         if self.adapter is not None and self.adapter.changes_base:
             return (
-                f"adapter.init {self.adapter.init} writes its result from whole weights; take "
+                f"adapter.init {self.adapter.init} writes its result from whole weights; use "
                 "another init, or ddp"
             )
         return None
@@ -187,7 +187,7 @@ class Recipe(Section):
 
     @property
     def row_length(self) -> int:
-        """Tokens that a text of the data may have."""
+        """Largest number of tokens of a text in the data."""
         return self.method.row_length(self.data.max_length)
 
     def total_steps(self, rows: int) -> int:

@@ -1,4 +1,4 @@
-"""The sections of a recipe that say nothing of the model, the adapter or the method."""
+"""The sections of a recipe that do not concern the model, the adapter or the method."""
 
 from typing import Annotated, Literal, Self
 
@@ -27,7 +27,7 @@ class Source(Section):
     format: RowFormat = "auto"
     """Shape of the rows; auto looks at the first ones."""
     weight: Annotated[float, Field(gt=0.0)] = 1.0
-    """How often each row is taken: 2 takes each twice, 0.5 every other one (by its hash)."""
+    """How often each row is used: 2 uses each row twice, 0.5 every second row (by its hash)."""
 
 
 class DataSettings(Section):
@@ -108,8 +108,8 @@ class ScaleSettings(Section):
     node_wait: Annotated[float, Field(ge=0)] = 600.0
     """Seconds to wait for nodes when the remaining ones cannot hold the workers."""
     hang_timeout: Literal["auto"] | Annotated[float, Field(gt=0.0)] | None = "auto"
-    """Seconds after which a worker whose optimizer step does not end writes its stacks and gives
-    up. auto: ten times the longest of the last steps, at least 300; null: never."""
+    """Seconds after which a worker whose optimizer step does not end writes its stacks and
+    exits. auto: ten times the longest of the last steps, at least 300; null: never."""
 
     @model_validator(mode="after")
     def _range_is_in_order(self) -> Self:

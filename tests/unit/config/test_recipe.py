@@ -70,7 +70,7 @@ def test_uris_stay(tmp_path: Path) -> None:
         ("scale: {workers: [4, 2]}\n", 5, "workers: [4, 2] is reversed"),
         ("scale: {workers: [0, 2]}\n", 5, "workers"),
         ("scale: {workers: two}\n", 5, "workers"),
-        ("scale: {workers: 0, strategy: fsdp}\n", 1, "and scale.workers is 0; set 2 or more"),
+        ("scale: {workers: 0, strategy: fsdp}\n", 1, "but scale.workers is 0; set 2 or more"),
         ("scale: {workers: 2, strategy: zero}\n", 5, "scale.strategy: "),
         ("seed: -1\n", 5, "seed: "),
         ("adapter: {targets: '(q_proj'}\n", 5, "is not a regular expression"),
@@ -126,7 +126,7 @@ def test_each_choice_of_weights_that_does_not_fit(
             "model: {base: b}\nmethod: {kind: dpo, precompute_reference: true}\n",
             "computes on whole models; leave it out",
         ),
-        ("model: {base: b}\nadapter: {init: pissa}\n", "take another init, or ddp"),
+        ("model: {base: b}\nadapter: {init: pissa}\n", "use another init, or ddp"),
     ],
 )
 def test_what_cannot_be_sharded(tmp_path: Path, addition: str, message: str) -> None:
