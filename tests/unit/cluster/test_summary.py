@@ -55,7 +55,7 @@ def test_gains_samples_and_places(full: Folder) -> None:
     assert "metrics.jsonl" not in text, "what is not there is not named"
 
 
-def test_text_of_a_model_cannot_steer_the_terminal(full: Folder) -> None:
+def test_text_of_a_model_cannot_control_the_terminal(full: Folder) -> None:
     text = render_summary(full)
     assert "\x1b" not in text
     assert "[2Jwipe out" in text

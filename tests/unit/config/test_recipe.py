@@ -41,7 +41,7 @@ def test_defaults_and_resolved_paths(tmp_path: Path) -> None:
     assert recipe.storage == str(Path.cwd() / "runs")
 
 
-def test_a_local_base_is_found_beside_the_recipe(tmp_path: Path) -> None:
+def test_a_local_base_is_searched_in_the_recipes_folder(tmp_path: Path) -> None:
     (tmp_path / "base").mkdir()
     text = GOOD.replace("some/model", "base")
     assert load_recipe(write(tmp_path, text)).model.base == str(tmp_path / "base")
@@ -109,7 +109,7 @@ def test_each_error_has_its_place(tmp_path: Path, addition: str, line: int, mess
         ("adapter: empty", "", "holds no adapter"),
     ],
 )
-def test_each_choice_of_weights_that_does_not_fit(
+def test_each_invalid_choice_of_weights(
     tmp_path: Path, model: str, addition: str, message: str
 ) -> None:
     (tmp_path / "empty").mkdir()
@@ -130,14 +130,14 @@ def test_each_choice_of_weights_that_does_not_fit(
     ],
 )
 def test_what_cannot_be_sharded(tmp_path: Path, addition: str, message: str) -> None:
-    """Refused where fsdp is asked for; auto leaves it whole."""
+    """fsdp is an error; auto does not shard."""
     text = GOOD.replace("model: {base: some/model}\n", "") + addition
     assert message in refusal(tmp_path, text + "scale: {workers: 2, strategy: fsdp}\n")
     recipe = Recipe.model_validate(yaml.safe_load(text))
     assert recipe.scale.strategy == "auto" and message in str(recipe.why_not_shardable)
 
 
-def test_an_adapter_is_found_beside_the_recipe_here_or_in_the_storage(
+def test_an_adapter_is_searched_in_the_recipes_folder_here_and_in_the_storage(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def found() -> str | None:

@@ -1,4 +1,4 @@
-"""A sweep as people see it: the page and the table."""
+"""The report page and the table of a sweep."""
 
 import re
 from typing import Any
@@ -75,7 +75,7 @@ def study(record: dict[str, Any]) -> optuna.Study:
     return made
 
 
-def test_the_page_needs_nothing_else(record: dict[str, Any], study: optuna.Study) -> None:
+def test_the_page_is_self_contained(record: dict[str, Any], study: optuna.Study) -> None:
     page = render_report(study, record)
     assert not re.search(r"<(script|link|img)[^>]+(src|href)=", page)
     for title in ("Learning curves", "Parallel coordinates", "Importance", "Slices", "Contours"):

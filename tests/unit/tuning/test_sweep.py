@@ -20,7 +20,7 @@ MakePlan = Callable[..., Plan]
 
 @pytest.fixture
 def plan(tmp_path: Path, tiny_model: Path) -> MakePlan:
-    """Plans a sweep around a small inline recipe; keyword arguments change the sweep."""
+    """A function that plans a sweep of a small recipe; keyword arguments change the sweep."""
 
     def make(recipe: dict[str, Any] | None = None, **settings: Any) -> Plan:
         base: dict[str, Any] = {
@@ -152,8 +152,8 @@ def test_the_default_space_lies_around_the_rule(plan: MakePlan) -> None:
 @pytest.mark.parametrize(
     "search", ["default", {"optim.learning_rate": {"log_uniform": [1e-7, 1e-1]}}]
 )
-def test_the_rule_of_thumb_knows_alpha(plan: MakePlan, search: Any) -> None:
-    """Of equal scaling, alpha / rank or alpha / its root, and equal rank are equal adapters."""
+def test_the_rule_of_thumb_depends_on_alpha(plan: MakePlan, search: Any) -> None:
+    """Adapters with the same rank and the same scaling get the same rate."""
 
     def rule(**adapter: Any) -> float:
         recipe = {"adapter": adapter, "method": {"kind": "dpo"}}
@@ -190,7 +190,7 @@ def test_the_first_guesses_of_the_default_space(plan: MakePlan) -> None:
 
 
 class Drawn:
-    """A trial whose values are known."""
+    """An Optuna trial with given values."""
 
     def __init__(self, **values: Any) -> None:
         self.values = values
@@ -263,7 +263,7 @@ def test_recipes_share_data_unless_its_settings_differ(plan: MakePlan) -> None:
     assert len(plan().space.data_settings()) == 1
 
 
-def test_data_that_hangs_on_other_keys_is_prepared_for_all_of_them(plan: MakePlan) -> None:
+def test_data_that_depends_on_other_keys_is_prepared_for_all_their_values(plan: MakePlan) -> None:
     ranks = {"adapter.rank": {"choice": [2, 4, 8]}}
     when = {"choice": [64, 128], "when": {"adapter.rank": 8}}
     for length, lengths in ((when, 3), ({"times": 16, "of": "adapter.rank"}, 3)):
@@ -278,14 +278,14 @@ def test_data_that_hangs_on_other_keys_is_prepared_for_all_of_them(plan: MakePla
         plan(search=rate)
 
 
-def test_what_depends_on_the_rate_follows_the_rule(plan: MakePlan) -> None:
+def test_keys_computed_from_the_rate_follow_the_rule(plan: MakePlan) -> None:
     decay = {"times": 10, "of": "optim.learning_rate"}
     search = {"optim.learning_rate": {"log_uniform": [1e-5, 0.05]}, "optim.weight_decay": decay}
     first = plan(search=search).points[0]
     assert first["optim.weight_decay"] == 10 * first["optim.learning_rate"]
 
 
-def test_the_rule_is_that_of_the_adapter_that_is_chosen(plan: MakePlan) -> None:
+def test_the_rule_is_that_of_the_chosen_adapter(plan: MakePlan) -> None:
     search = {
         "optim.learning_rate": {"log_uniform": [1e-5, 1e-1]},
         "adapter": {"choice": [None, {"rank": 4, "alpha": 128}]},
@@ -319,7 +319,7 @@ def test_numbers_need_no_point(tmp_path: Path, plan: MakePlan) -> None:
     assert make_plan(load_sweep(path)).points[1] == {"optim.learning_rate": 1e-4}
 
 
-def test_time_budget_in_words(plan: MakePlan) -> None:
+def test_time_budget_as_text(plan: MakePlan) -> None:
     assert plan(time_budget="1.5h").sweep.time_budget == 5400
     assert plan(time_budget=90).sweep.time_budget == 90
 

@@ -40,7 +40,7 @@ def test_metrics_without_a_record_are_reported_after_a_restart(
 def test_a_late_report_can_still_prune(
     was: str, becomes: str, tiny_model: Path, chat_file: Path, tmp_path: Path
 ) -> None:
-    """A run that was killed on its way ends so; one that is whole stays what it is."""
+    """An unfinished run of a killed attempt becomes pruned; a finished one stays finished."""
     settings = recipe(tiny_model, chat_file, tmp_path, "run")
     carry_out(settings)
     run = Folder(str(tmp_path / "run"))
@@ -56,7 +56,7 @@ def test_a_late_report_can_still_prune(
 def test_the_base_is_measured_once_for_all_trials_of_a_slot(
     tiny_model: Path, chat_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Another rank and rate start from the same base."""
+    """Trials with another rank start from the same base model."""
     measured: list[str] = []
     held_out = StreamTrainer.held_out
 
@@ -78,7 +78,7 @@ def test_the_base_is_measured_once_for_all_trials_of_a_slot(
 
 
 def test_a_slot_does_not_load_torchs_compiler() -> None:
-    """In the order in which a slot loads what it needs."""
+    """Imports in the order of a slot."""
     program = (
         "import sys, finray.tuning.trial_actor\n"
         "import finray.training.models.base_cache, finray.training.engine.worker\n"
