@@ -192,7 +192,7 @@ def test_tune_refuses_before_it_starts_anything(finray: Runner) -> None:
     output = finray("tune", sweep, code=2)
     assert "did you mean 'learning_rate'" in output and "sweep.yaml" in output
     output = finray("tune", write_sweep(finray, recipe="nowhere.yaml"), code=2)
-    assert "there is no file" in output
+    assert "nowhere.yaml does not exist" in output
     assert "stop_when.tokenz" in finray(
         "tune", write_sweep(finray), "--stop-when", "tokenz=1", code=2
     )

@@ -120,7 +120,7 @@ def test_each_invalid_choice_of_weights(
 @pytest.mark.parametrize(
     ("addition", "message"),
     [
-        ("model: {base: some/model, quantize: int8}\nadapter: {}\n", "take nf4"),
+        ("model: {base: some/model, quantize: int8}\nadapter: {}\n", "use nf4"),
         ("model: {base: b}\nmethod: {kind: grpo, rewards: [{run: r}]}\n", "method grpo samples"),
         (
             "model: {base: b}\nmethod: {kind: dpo, precompute_reference: true}\n",

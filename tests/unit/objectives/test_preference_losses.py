@@ -204,7 +204,7 @@ def test_no_target_has_a_graph_and_no_gradient() -> None:
             "divergence js is not defined for nca_pair",
         ),
         ({"kind": "dpo", "beta": 0}, "greater than 0"),
-        ({"kind": "cpo", "loss": "ipo", "label_smoothing": 0.1}, "and loss is ipo"),
+        ({"kind": "cpo", "loss": "ipo", "label_smoothing": 0.1}, "but loss is ipo"),
         ({"kind": "kto", "losses": {"kto": 1}}, "Extra inputs"),
     ],
 )
