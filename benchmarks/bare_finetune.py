@@ -25,17 +25,17 @@ FIRST_STEP = "first optimizer step done"
 MAX_LENGTH = 512
 
 
-class TellFirstStep(TrainerCallback):
-    """Prints when the first step is done."""
+class PrintFirstStep(TrainerCallback):
+    """Prints a line after the first optimizer step."""
 
     def on_step_end(self, _args: Any, state: Any, _control: Any, **_: Any) -> None:
-        """After every optimizer step."""
+        """Called after every optimizer step."""
         if state.global_step == 1:
             print(FIRST_STEP, flush=True)
 
 
 def tokenise(tokenizer: Any, rows: list[dict[str, Any]]) -> list[dict[str, list[int]]]:
-    """Conversations as token ids; only the answer bears loss."""
+    """Conversations as token ids; the loss covers only the answer."""
     examples = []
     for row in rows:
         text = tokenizer.apply_chat_template(row["messages"], tokenize=False)
@@ -74,7 +74,7 @@ def main() -> None:
         arguments,
         train_dataset=examples,
         data_collator=DataCollatorForSeq2Seq(tokenizer),
-        callbacks=[TellFirstStep()],
+        callbacks=[PrintFirstStep()],
     ).train()
 
 

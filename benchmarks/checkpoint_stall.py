@@ -1,4 +1,4 @@
-"""What a save every 10 steps costs the training: step time with saves against without.
+"""The cost of a save every 10 steps: step time with saves against step time without.
 
 Saves fall every 20 steps of one run; the 10 steps from a save on are compared with the 10 that
 follow, so that a machine which slows down slows both. Training is finray's own worker, in process.
@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from contenders import Job, Moment, run_finray
-from measure import Asked, Figure, conclude, parse_options, scratch, take_turns
+from measure import Figure, Target, conclude, parse_options, scratch, take_turns
 from throughput import FULL, QUICK, make_job
 
 EVERY = 10
@@ -21,10 +21,11 @@ EVERY = 10
 PAIRS, QUICK_PAIRS = 10, 2
 ADAPTER, WHOLE = "LoRA", "full fine-tuning"
 Blocks = list[tuple[Moment, Moment, Moment]]
-"""When each pair of blocks began, when its second block did, and when that ended."""
+"""For each pair of blocks: start of the first, start of the second, end of the second."""
 CLOCKS: dict[str, Callable[[Moment], float]] = {
     "step time": lambda moment: moment.wall,
-    # Beside the wall clock, as other processes hardly disturb it; the upload's thread counts too.
+    # In addition to wall time, because other processes hardly affect it. It includes the upload's
+    # thread.
     "CPU time": lambda moment: moment.cpu,
 }
 
@@ -48,7 +49,7 @@ def blocks(job: Job, pairs: int) -> Blocks:
 
 
 def ratio(pairs: Blocks, clock: Callable[[Moment], float]) -> float:
-    """The median over a run's pairs: what else the machine did falls on one of them."""
+    """Median ratio over a run's pairs, so that other load on the machine affects few of them."""
     return statistics.median(
         (clock(middle) - clock(first)) / (clock(last) - clock(middle))
         for first, middle, last in pairs
@@ -56,7 +57,7 @@ def ratio(pairs: Blocks, clock: Callable[[Moment], float]) -> float:
 
 
 def main() -> None:
-    """Measure and write."""
+    """Measure, and write the result."""
     options, _ = parse_options(__doc__, repetitions=3)
     sizes, pairs = (QUICK, QUICK_PAIRS) if options.quick else (FULL, PAIRS)
     torch.set_num_threads(options.threads)
@@ -66,17 +67,17 @@ def main() -> None:
         runs = take_turns(
             {what: partial(blocks, jobs[what], pairs) for what in jobs}, options.repetitions
         )
-    figures, told = [], {}
+    figures, seconds = [], {}
     for what, turns in runs.items():
         for name, clock in CLOCKS.items():
             values = tuple(ratio(turn, clock) for turn in turns)
-            asked = Asked("at most", 1.02) if (what, name) == (ADAPTER, "step time") else None
+            target = Target("at most", 1.02) if (what, name) == (ADAPTER, "step time") else None
             title = f"{name} saving every {EVERY} steps / not, {what}"
-            figures.append(Figure(title, values, asked))
-        told[f"{what}, seconds of {EVERY} steps without a save"] = [
+            figures.append(Figure(title, values, target))
+        seconds[f"{what}, seconds of {EVERY} steps without a save"] = [
             statistics.median(last.wall - middle.wall for _, middle, last in turn) for turn in turns
         ]
-    conclude("checkpoint_stall", options, figures, told, {**sizes, "pairs": pairs})
+    conclude("checkpoint_stall", options, figures, seconds, {**sizes, "pairs": pairs})
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Trains a few steps one way or another, in a process of its own; used by the other benchmarks.
+"""Trains a few steps with one of the contenders, in a process of its own; for other benchmarks.
 
     contenders.py NAME JOB
 
@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 import transformers
-from measure import tell
+from measure import print_result
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch.nn.modules.module import register_module_forward_pre_hook
 
@@ -35,11 +35,11 @@ Tensors = dict[str, torch.Tensor]
 
 @dataclass(frozen=True)
 class Job:
-    """What is trained, and which of its steps are timed."""
+    """What a contender trains, and which of its steps are timed."""
 
     recipe: dict[str, Any]
     prepared: str
-    """Prepared data; finray streams it, and the others are given what it holds, in its order."""
+    """URI of the prepared data; all contenders train on its rows in the same order."""
     rows: str
     """Source rows as a JSON array, for the contenders that do not pack; or empty."""
     steps: int
@@ -50,7 +50,7 @@ class Job:
 
 @dataclass(frozen=True)
 class Moment:
-    """A point in time; its CPU time does not count what other processes took."""
+    """A point in time; its CPU time is that of this process alone."""
 
     wall: float
     cpu: float
@@ -63,7 +63,7 @@ class Moment:
 
 @dataclass
 class Measured:
-    """What came of a job."""
+    """The measurements of a job."""
 
     starts: list["Moment"]
     """When each step began."""
@@ -73,7 +73,7 @@ class Measured:
     """Useful tokens of the timed steps."""
 
     def result(self, warmup: int, ids: str) -> dict[str, Any]:
-        """As it is printed. The last step is left out: its end is not seen."""
+        """The result as it is printed; without the last step, whose end is not recorded."""
         first, last = self.starts[warmup], self.starts[-1]
         return {
             "seconds": last.wall - first.wall,
@@ -100,7 +100,7 @@ def run_finray(job: Job, logged: str = "loss") -> Measured:
     from finray.training.launch.in_process import InProcessContext
 
     class TimedContext(InProcessContext):
-        """Notes the time when a step begins."""
+        """Records the time at which each step begins."""
 
         def __init__(self, run: Folder) -> None:
             super().__init__(run, Stop())
@@ -125,12 +125,12 @@ def run_finray(job: Job, logged: str = "loss") -> Measured:
 
 
 def recipe_of(job: Job) -> Recipe:
-    """The recipe, whose settings all contenders share."""
+    """The job's recipe; all contenders use its settings."""
     return recipe_from_dict(job.recipe)
 
 
 def sequences(job: Job, first: int, last: int) -> list[Sequence]:
-    """The sequences of some steps, in finray's order."""
+    """The sequences of steps `first` to `last` - 1, in finray's order."""
     recipe, data = recipe_of(job), open_prepared(Folder(job.prepared))
     assert isinstance(data, Prepared)
     part = Slice(
@@ -148,26 +148,26 @@ def sequences(job: Job, first: int, last: int) -> list[Sequence]:
 
 def timed_tokens(job: Job) -> int:
     """Tokens of the steps that are timed, without padding."""
-    return sum(len(one.input_ids) for one in sequences(job, job.warmup, job.steps - 1))
+    return sum(len(item.input_ids) for item in sequences(job, job.warmup, job.steps - 1))
 
 
 def rows_in_order(job: Job) -> list[Row]:
-    """Sequences as plain lists, which is what a dataset holds."""
+    """The sequences as rows of plain lists, for a data set."""
     return [
         {
-            "input_ids": one.input_ids.tolist(),
+            "input_ids": item.input_ids.tolist(),
             "labels": [
-                token if bears else IGNORED
-                for token, bears in zip(one.input_ids.tolist(), one.trainable, strict=True)
+                token if trainable else IGNORED
+                for token, trainable in zip(item.input_ids.tolist(), item.trainable, strict=True)
             ],
-            "seq_lengths": one.lengths.tolist(),
+            "seq_lengths": item.lengths.tolist(),
         }
-        for one in sequences(job, 0, job.steps)
+        for item in sequences(job, 0, job.steps)
     ]
 
 
 def collate(rows: list[Row]) -> Tensors:
-    """Padded at the end; positions restart with every document, which isolates it."""
+    """Pad rows at the end; positions restart with each document, which isolates documents."""
     longest = max(len(row["input_ids"]) for row in rows)
     input_ids = torch.zeros(len(rows), longest, dtype=torch.long)
     labels = torch.full((len(rows), longest), IGNORED)
@@ -183,7 +183,7 @@ def collate(rows: list[Row]) -> Tensors:
 
 
 def load_model(recipe: Recipe) -> PeftModel:
-    """Base and adapter as a user loads them; the seed gives all the same first weights."""
+    """Base and adapter as a user loads them; the seed gives equal first weights to all."""
     transformers.set_seed(recipe.seed)
     model = transformers.AutoModelForCausalLM.from_pretrained(
         recipe.model.base, dtype=torch.float32
@@ -245,27 +245,27 @@ def run_bare(job: Job) -> Measured:
 
 
 class Watch(transformers.TrainerCallback):
-    """Notes when steps begin, and what is logged when."""
+    """Records when steps begin and what is logged."""
 
     def __init__(self) -> None:
         self.starts: list[Moment] = []
         self.logs: list[tuple[Moment, dict[str, float]]] = []
 
     def on_step_begin(self, *_: Any, **__: Any) -> None:
-        """A step's batches are there."""
+        """Called when a step's batches are loaded."""
         self.starts.append(Moment.now())
 
     def on_log(self, *_: Any, logs: dict[str, float], **__: Any) -> None:
-        """Losses, and TRL's own count of tokens."""
+        """Record losses and TRL's count of tokens."""
         self.logs.append((Moment.now(), dict(logs)))
 
     def losses(self) -> list[float]:
-        """As logged."""
+        """The logged losses."""
         return [logs["loss"] for _, logs in self.logs if "loss" in logs]
 
 
 def sft_config(job: Job, folder: str, **changes: Any) -> Any:
-    """TRL's defaults but for what all contenders share: optimizer, schedule, float32, seed."""
+    """TRL's defaults, except what all contenders share: optimizer, schedule, float32, seed."""
     from trl import SFTConfig
 
     recipe = recipe_of(job)
@@ -288,7 +288,7 @@ def sft_config(job: Job, folder: str, **changes: Any) -> Any:
 
 
 def run_trl(job: Job, **changes: Any) -> Measured:
-    """SFTTrainer on the very tensors of the bare loop."""
+    """SFTTrainer on the same tensors as the bare loop."""
     from datasets import Dataset
     from trl import SFTTrainer
 
@@ -330,7 +330,7 @@ def run_trl_unpacked(job: Job, **changes: Any) -> Measured:
             processing_class=transformers.AutoTokenizer.from_pretrained(recipe.model.base),
             callbacks=[watch],
         ).train()
-    # Between two logs, as only they tell how many tokens were no padding.
+    # Between two logs, because only they hold the number of tokens without padding.
     timed = [(at, logs["num_tokens"]) for at, logs in watch.logs if "loss" in logs]
     first, last = timed[job.warmup // recipe.log.every_steps - 1], timed[-1]
     starts = [first[0]] * (job.warmup + 1) + [last[0]]
@@ -345,7 +345,7 @@ def run_trl_method(job: Job) -> Measured:
     rows = json.loads(Path(job.rows).read_text(encoding="utf-8"))
     data = open_prepared(Folder(job.prepared))
     assert isinstance(data, Prepared)
-    ordered = [rows[int(one.rows[0])] for one in in_order(recipe, data, job.steps)]
+    ordered = [rows[int(item.rows[0])] for item in in_order(recipe, data, job.steps)]
     tokenizer = transformers.AutoTokenizer.from_pretrained(recipe.model.base)
     with tempfile.TemporaryDirectory() as folder:
         trainer = make_trainer(recipe, first_model(recipe), tokenizer, ordered, Path(folder))
@@ -355,7 +355,7 @@ def run_trl_method(job: Job) -> Measured:
 
 
 def prompt_and_completion(row: dict[str, str]) -> dict[str, list[dict[str, str]]]:
-    """An alpaca row as TRL wants it, in the same words that finray makes of it."""
+    """An Alpaca row in TRL's format, with the same text that finray makes of it."""
     question = row["instruction"] + (f"\n\n{row['input']}" if row.get("input") else "")
     return {
         "prompt": [{"role": "user", "content": question}],
@@ -377,8 +377,12 @@ CONTENDERS: dict[str, Callable[[Job], Measured]] = {
 
 
 @contextmanager
-def watched_ids(wanted: bool) -> Iterator[Callable[[], str]]:
-    """Hash what goes into an embedding in training; yields how to ask for the hash so far."""
+def hashed_ids(is_enabled: bool) -> Iterator[Callable[[], str]]:
+    """Hash the token ids that an embedding receives in training.
+
+    Yields:
+        A function that returns the hash so far; an empty text if not enabled.
+    """
     digest = hashlib.sha256()
 
     def note(module: torch.nn.Module, inputs: tuple[Any, ...]) -> None:
@@ -386,8 +390,8 @@ def watched_ids(wanted: bool) -> Iterator[Callable[[], str]]:
             digest.update(str(tuple(inputs[0].shape)).encode())
             digest.update(inputs[0].cpu().numpy().tobytes())
 
-    hook = register_module_forward_pre_hook(note) if wanted else None
-    yield lambda: digest.hexdigest() if wanted else ""
+    hook = register_module_forward_pre_hook(note) if is_enabled else None
+    yield lambda: digest.hexdigest() if is_enabled else ""
     if hook is not None:
         hook.remove()
 
@@ -398,9 +402,9 @@ def main() -> None:
     job = Job(**json.loads(Path(path).read_text(encoding="utf-8")))
     torch.set_num_threads(job.threads)
     transformers.utils.logging.set_verbosity_error()
-    with watched_ids(job.watch_ids) as ids:
+    with hashed_ids(job.watch_ids) as ids:
         measured = CONTENDERS[name](job)
-    tell(measured.result(job.warmup, ids()))
+    print_result(measured.result(job.warmup, ids()))
 
 
 if __name__ == "__main__":

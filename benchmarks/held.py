@@ -1,9 +1,9 @@
-"""Prints how many bytes of parameters and buffers live once a step's batches are made.
+"""Prints the bytes of parameters and buffers in memory after a step's batches are made.
 
     held.py JOB
 
-Used by methods.py. All modules that live are counted, wherever they are kept; a frozen copy of the
-model would be seen.
+Used by methods.py. All existing modules are counted, so a frozen copy of the model would
+show.
 """
 
 import gc
@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 from contenders import Job, recipe_of
-from measure import tell
+from measure import print_result
 from trl_methods import first_model, in_order
 
 from finray.training.common.storage import Folder
@@ -23,7 +23,7 @@ from finray.training.objectives.objective import Setup
 
 
 def main() -> None:
-    """Make the objective, let it prepare a step, and count."""
+    """Build the objective, let it prepare a step, and count the bytes."""
     job = Job(**json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")))
     recipe, data = recipe_of(job), open_prepared(Folder(job.prepared))
     assert isinstance(data, Prepared)
@@ -31,11 +31,11 @@ def main() -> None:
     objective = objective_of(Setup(recipe, model, None, data, 0, 1, cpu))
     with torch.no_grad():
         objective.batches(0, [in_order(recipe, data, 1)])
-    tell(held())
+    print_result(bytes_held())
 
 
-def held() -> int:
-    """Bytes of the parameters and buffers of every module of this process, each storage once."""
+def bytes_held() -> int:
+    """Bytes of the parameters and buffers of all modules in this process; shared storages once."""
     storages: dict[int, int] = {}
     for module in gc.get_objects():
         if isinstance(module, torch.nn.Module):

@@ -1,6 +1,6 @@
-"""CPU time of `finray --help`, beside that of a Python that does nothing.
+"""CPU time of `finray --help`, compared with a Python that does nothing.
 
-User and system time of the child process, so that other processes hardly disturb it.
+It is user plus system time of the child process, which other processes hardly affect.
 """
 
 import os
@@ -9,7 +9,7 @@ import sys
 import time
 from functools import partial
 
-from measure import Asked, Figure, conclude, finray_command, parse_options, take_turns
+from measure import Figure, Target, conclude, finray_command, parse_options, take_turns
 
 
 def cpu_seconds(command: list[str]) -> dict[str, float]:
@@ -24,22 +24,22 @@ def cpu_seconds(command: list[str]) -> dict[str, float]:
 
 
 def main() -> None:
-    """Measure and write."""
+    """Measure, and write the result."""
     options, _ = parse_options(__doc__, repetitions=15)
     commands = {
         "finray --help": [*finray_command(), "--help"],
         "python": [sys.executable, "-c", ""],
     }
     contenders = {name: partial(cpu_seconds, command) for name, command in commands.items()}
-    take_turns(contenders, 1)  # files come into the page cache, modules are compiled
+    take_turns(contenders, 1)  # fills the page cache and compiles modules
     turns = take_turns(contenders, options.repetitions)
     seconds = {
-        f"{name}, {clock} seconds": [one[clock] for one in measured]
+        f"{name}, {clock} seconds": [result[clock] for result in measured]
         for name, measured in turns.items()
         for clock in ("cpu", "wall")
     }
     used = tuple(seconds["finray --help, cpu seconds"])
-    figures = [Figure("CPU time of finray --help", used, Asked("at most", 0.25, " s"), " s")]
+    figures = [Figure("CPU time of finray --help", used, Target("at most", 0.25, " s"), " s")]
     conclude("help", options, figures, seconds, {})
 
 

@@ -2,7 +2,7 @@
 
 Once as processes of this machine, once as Ray Train's workers. Every run has dropout and saves
 every 5 steps. A kill's moment and victim are drawn from its number. The result must be that of an
-undisturbed run bit for bit, the same one for both.
+undisturbed run bit for bit, for both kinds of workers.
 """
 
 import argparse
@@ -19,19 +19,19 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-from measure import Asked, Figure, Void, conclude, finray_command, parse_options, scratch
+from measure import Figure, NotComparable, Target, conclude, finray_command, parse_options, scratch
 from start import POLL_SECONDS, QUICK, make_inputs, start
 
 STEPS, EVERY = 60, 5
 LONGEST_WAIT = 600.0
 KINDS = {"processes": (), "Ray Train": ("--address", "local")}
 MARKS = ("finray.training.launch.worker_process", "RayTrainWorker")
-"""In the command line of a worker."""
+"""Parts of a worker's command line, by which workers are recognised."""
 
 
 @dataclass(frozen=True)
-class Killed:
-    """One run with a kill in it."""
+class KilledRun:
+    """One run in which a worker was killed."""
 
     start: float
     """Seconds from the command to the first step."""
@@ -76,7 +76,7 @@ class Run:
         return values
 
     def wait(self, condition: Callable[[], bool], what: str) -> float:
-        """Seconds since the command started, once something has come about."""
+        """Wait for a condition. Returns the seconds since the command started."""
         while not condition():
             seconds = time.perf_counter() - self.started
             if seconds > LONGEST_WAIT or (self._child.poll() is not None and not condition()):
@@ -85,13 +85,15 @@ class Run:
         return time.perf_counter() - self.started
 
     def kill_worker(self, number: int) -> None:
-        """SIGKILL to one of the two."""
+        """Send SIGKILL to one of the two workers."""
         family = psutil.Process(self._child.pid).children(recursive=True)
-        workers = [one for one in family if any(mark in _command(one) for mark in MARKS)]
-        sorted(workers, key=lambda one: one.pid)[number % len(workers)].kill()
+        workers = [
+            process for process in family if any(mark in _command(process) for mark in MARKS)
+        ]
+        sorted(workers, key=lambda process: process.pid)[number % len(workers)].kill()
 
     def finish(self) -> None:
-        """To the end, which must be a good one."""
+        """Wait for the end of the run, which must succeed."""
         assert self._child.stdout is not None
         self._child.stdout.close()
         try:
@@ -102,7 +104,7 @@ class Run:
             raise RuntimeError(f"{self.folder.name} ended with {code}: {self.record()}")
 
     def weights(self) -> bytes:
-        """The trained adapter."""
+        """Bytes of the trained adapter's weights."""
         return (self.folder / "adapter" / "adapter_model.safetensors").read_bytes()
 
 
@@ -113,8 +115,12 @@ def _command(process: psutil.Process) -> str:
         return ""
 
 
-def kill_once(folder: Path, number: int, kind: str, threads: int, expected: bytes) -> Killed:
-    """One run, one kill."""
+def kill_once(folder: Path, number: int, kind: str, threads: int, expected: bytes) -> KilledRun:
+    """Run once and kill a worker at a random moment.
+
+    Raises:
+        NotComparable: the result differs from that of an undisturbed run.
+    """
     draw = random.Random(number)
     moment, victim = draw.randrange(EVERY + 1, STEPS - EVERY), draw.randrange(2)
     run = Run(folder, f"kill-{number}", kind, threads)
@@ -130,34 +136,34 @@ def kill_once(folder: Path, number: int, kind: str, threads: int, expected: byte
     again = run.wait(trains_again, "step after the kill")
     run.finish()
     if run.weights() != expected:
-        raise Void(f"kill {number} at step {reached} changed the result")
-    return Killed(begun, again - killed, reached - run.record()["restarts"][0]["step"])
+        raise NotComparable(f"kill {number} at step {reached} changed the result")
+    return KilledRun(begun, again - killed, reached - run.record()["restarts"][0]["step"])
 
 
-def figures_of(kind: str, kills: list[Killed], count: int) -> list[Figure]:
-    """What is asked of either kind of workers."""
+def figures_of(kind: str, kills: list[KilledRun], count: int) -> list[Figure]:
+    """The figures of one kind of workers."""
     return [
         Figure(
             f"kill of a worker to the next step, beyond a start, {kind}",
-            tuple(one.recovery - one.start for one in kills),
-            Asked("at most", 10, " s"),
+            tuple(run.recovery - run.start for run in kills),
+            Target("at most", 10, " s"),
             " s",
         ),
         Figure(
             f"steps repeated after a kill, {kind}",
-            tuple(float(one.repeated) for one in kills),
-            Asked("at most", EVERY),
+            tuple(float(run.repeated) for run in kills),
+            Target("at most", EVERY),
         ),
         Figure(
             f"kills whose result is equal bit for bit, {kind}",
             (float(len(kills)),),
-            Asked("at least", float(count)),
+            Target("at least", float(count)),
         ),
     ]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """What only this benchmark takes."""
+    """Add the arguments of this benchmark alone."""
     parser.add_argument("--kills", type=int, default=20, help="how many; default: 20")
 
 
@@ -172,7 +178,7 @@ def main() -> None:
         undisturbed = Run(folder, "undisturbed", "processes", threads)
         undisturbed.finish()
         expected = undisturbed.weights()
-        kills: dict[str, list[Killed]] = {kind: [] for kind in KINDS}
+        kills: dict[str, list[KilledRun]] = {kind: [] for kind in KINDS}
         for number in range(count):
             for kind, done in kills.items():
                 done.append(kill_once(folder, number, kind, threads, expected))
@@ -180,8 +186,8 @@ def main() -> None:
     figures = [figure for kind, done in kills.items() for figure in figures_of(kind, done, count)]
     seconds = {}
     for kind, done in kills.items():
-        seconds[f"command to first step, {kind}"] = [one.start for one in done]
-        seconds[f"kill to next step, {kind}"] = [one.recovery for one in done]
+        seconds[f"command to first step, {kind}"] = [run.start for run in done]
+        seconds[f"kill to next step, {kind}"] = [run.recovery for run in done]
     conclude(
         "kills", options, figures, seconds, {"steps": STEPS, "every_steps": EVERY, "kills": count}
     )

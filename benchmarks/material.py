@@ -1,4 +1,4 @@
-"""Models, tokenizers and data that the benchmarks make for themselves; nothing is downloaded."""
+"""Generates the benchmarks' models, tokenizers and data; nothing is downloaded."""
 
 import json
 from collections.abc import Iterable, Iterator
@@ -16,7 +16,7 @@ CHATML = (
 
 
 def save_tokenizer(folder: Path, texts: Iterable[str], vocabulary: int) -> int:
-    """Train a byte-level BPE with a ChatML template; returns the size it reached."""
+    """Train a byte-level BPE tokenizer with a ChatML template. Returns its vocabulary size."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -37,7 +37,7 @@ def save_tokenizer(folder: Path, texts: Iterable[str], vocabulary: int) -> int:
 
 
 def save_llama(folder: Path, vocabulary: int, hidden: int, layers: int, context: int) -> None:
-    """A Llama of random weights, in float32."""
+    """Save a Llama model with random float32 weights."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -59,7 +59,7 @@ def save_llama(folder: Path, vocabulary: int, hidden: int, layers: int, context:
 
 
 class Words:
-    """Text of made-up words, their frequencies as uneven as in language."""
+    """Generates text of made-up words whose frequencies follow Zipf's law."""
 
     def __init__(self, seed: int = 0, count: int = 20_000) -> None:
         self._random = np.random.default_rng(seed)
@@ -70,12 +70,12 @@ class Words:
         self._chances = np.cumsum(weights / weights.sum())
 
     def text(self, words: int) -> str:
-        """A text of so many words."""
+        """A text with the given number of words."""
         drawn = np.searchsorted(self._chances, self._random.random(words))
         return " ".join(self._words[np.minimum(drawn, len(self._words) - 1)])
 
     def conversations(self, mean_words: int) -> Iterator[dict[str, Any]]:
-        """Endless questions and answers of log-normal lengths."""
+        """Infinitely many conversations, with answers of log-normal lengths."""
         while True:
             size = int(np.clip(self._random.lognormal(np.log(mean_words), 0.7), 4, 8 * mean_words))
             question, answer = self.text(max(size // 4, 2)), self.text(size)
@@ -88,7 +88,7 @@ class Words:
 
 
 def write_rows(path: Path, rows: Iterable[dict[str, Any]]) -> None:
-    """Write JSON Lines."""
+    """Write rows as a JSON Lines file."""
     with path.open("w", encoding="utf-8") as stream:
         stream.writelines(json.dumps(row) + "\n" for row in rows)
 

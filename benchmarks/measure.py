@@ -1,6 +1,6 @@
-"""What every benchmark needs: interleaved repetitions, medians, and a result on disk and on screen.
+"""Shared by all benchmarks: interleaved repetitions, medians, and writing and printing results.
 
-Contenders take turns (A B A B ...), so that a machine which slows down slows all of them; a ratio
+Contenders take turns (A B A B ...), so that a slowdown of the machine affects all of them; a ratio
 is taken within each turn, and the median of the ratios is the figure.
 """
 
@@ -27,20 +27,20 @@ PACKAGES = ("finray", "torch", "transformers", "peft", "trl", "ray")
 T = TypeVar("T")
 
 
-class Void(Exception):
-    """The contenders did not do the same work, so a comparison would mean nothing."""
+class NotComparable(Exception):
+    """Raised if the contenders did not do the same work, so that a comparison is meaningless."""
 
 
 @dataclass(frozen=True)
-class Asked:
-    """A bound that a figure should keep."""
+class Target:
+    """A bound that a figure should meet."""
 
     direction: Literal["at least", "at most"]
     value: float
     unit: str = ""
 
-    def met_by(self, measured: float) -> bool:
-        """Whether a figure keeps the bound."""
+    def is_met(self, measured: float) -> bool:
+        """True if a measured value meets the bound."""
         if self.direction == "at least":
             return measured >= self.value
         return measured <= self.value
@@ -51,30 +51,30 @@ class Asked:
 
 @dataclass(frozen=True)
 class Figure:
-    """One number that a benchmark is run for, from its values in every repetition."""
+    """One result of a benchmark: a name, its value in every repetition, and a target."""
 
     name: str
     values: tuple[float, ...]
-    asked: Asked | None = None
+    target: Target | None = None
     unit: str = ""
 
     def to_dict(self) -> dict[str, Any]:
-        """As it is written into the results."""
+        """The figure as it is written into the results."""
         median = statistics.median(self.values)
         return {
             "figure": self.name,
-            "asked": None if self.asked is None else str(self.asked),
+            "asked": None if self.target is None else str(self.target),
             "measured": round(median, 4),
             "lowest": round(min(self.values), 4),
             "highest": round(max(self.values), 4),
             "unit": self.unit,
-            "met": None if self.asked is None else self.asked.met_by(median),
+            "met": None if self.target is None else self.target.is_met(median),
         }
 
 
 @dataclass(frozen=True)
 class Options:
-    """What the command line said."""
+    """The command line's options that all benchmarks share."""
 
     quick: bool
     repetitions: int
@@ -101,7 +101,7 @@ def parse_options(
 
 
 def take_turns(contenders: Mapping[str, Callable[[], T]], repetitions: int) -> dict[str, list[T]]:
-    """Call all contenders one after the other, and that `repetitions` times."""
+    """Call all contenders in turn, `repetitions` times. Returns the results by contender."""
     measured: dict[str, list[T]] = {name: [] for name in contenders}
     for turn in range(repetitions):
         for name, contender in contenders.items():
@@ -113,15 +113,15 @@ def take_turns(contenders: Mapping[str, Callable[[], T]], repetitions: int) -> d
 
 
 def ratios(over: list[float], under: list[float]) -> tuple[float, ...]:
-    """The quotient of each repetition."""
+    """The ratio of both values in each repetition."""
     return tuple(a / b for a, b in zip(over, under, strict=True))
 
 
 def run_child(script: str, *arguments: str, threads: int | None = None) -> Any:
-    """Run a script of this folder in a process of its own; returns the JSON of its last line.
+    """Run a script of this folder in a child process. Returns the JSON of its last line.
 
     Raises:
-        RuntimeError: where it failed, with what it printed.
+        RuntimeError: the script failed; the message holds its error output.
     """
     env = child_environment()
     if threads is not None:
@@ -134,30 +134,30 @@ def run_child(script: str, *arguments: str, threads: int | None = None) -> Any:
         env=env,
     )
     if child.returncode != 0:
-        told = f"{script} {' '.join(arguments)} ended with {child.returncode}"
-        raise RuntimeError(f"{told}:\n{child.stderr[-4000:]}")
+        message = f"{script} {' '.join(arguments)} ended with {child.returncode}"
+        raise RuntimeError(f"{message}:\n{child.stderr[-4000:]}")
     return json.loads(child.stdout.strip().splitlines()[-1])
 
 
 def child_environment() -> dict[str, str]:
-    """This environment, kept away from hubs and trackers."""
+    """This process's environment, with model hubs and experiment trackers disabled."""
     return {**os.environ, "HF_HUB_OFFLINE": "1", "WANDB_MODE": "disabled"}
 
 
 def finray_command() -> list[str]:
-    """The installed command of this Python."""
+    """The finray command of this Python installation."""
     script = Path(sys.executable).parent / "finray"
     return [str(script)] if script.exists() else [sys.executable, "-m", "finray.cluster.cli.main"]
 
 
-def tell(result: Any) -> None:
-    """Print a child's result where `run_child` looks for it."""
+def print_result(result: Any) -> None:
+    """Print a child's result as JSON on its last line, which `run_child` reads."""
     print(json.dumps(result), flush=True)
 
 
 @contextmanager
 def scratch() -> Iterator[Path]:
-    """A temporary folder, removed afterwards."""
+    """A temporary folder, which is deleted at the end."""
     with tempfile.TemporaryDirectory(prefix="finray-benchmark-") as folder:
         yield Path(folder)
 
@@ -191,13 +191,13 @@ def conclude(
     """Write a benchmark's result and print its tables.
 
     Args:
-        name: of the benchmark.
-        options: what the command line said.
-        figures: what it was run for.
+        name: the benchmark's name.
+        options: the command line's options.
+        figures: the benchmark's results.
         repetitions: each contender's values, in order.
         settings: sizes that the values depend on.
     """
-    told = [figure.to_dict() for figure in figures]
+    written = [figure.to_dict() for figure in figures]
     result = {
         "benchmark": name,
         "quick": options.quick,
@@ -205,7 +205,7 @@ def conclude(
         "settings": settings,
         "medians": {key: round(statistics.median(v), 4) for key, v in repetitions.items()},
         "repetitions": {key: [round(x, 4) for x in v] for key, v in repetitions.items()},
-        "figures": told,
+        "figures": written,
     }
     RESULTS.mkdir(exist_ok=True)
     path = result_path(name, options.quick)
@@ -213,20 +213,20 @@ def conclude(
     rows = [[key, f"{statistics.median(v):,.4g}"] for key, v in repetitions.items()]
     print(f"\n{name}: medians of {options.repetitions}")
     print(table(["contender", "median"], rows))
-    print(table(FIGURE_COLUMNS, [figure_row(figure) for figure in told]))
+    print(table(FIGURE_COLUMNS, [figure_row(figure) for figure in written]))
     print(f"written to {path.relative_to(HERE.parent)}")
 
 
 def result_path(name: str, quick: bool) -> Path:
-    """Where a result is; quick ones lie beside the full ones and are not kept."""
+    """Path of a result; quick results have another name and are not committed."""
     return RESULTS / f"{name}{'.quick' if quick else ''}.json"
 
 
-FIGURE_COLUMNS = ["figure", "asked", "measured", "spread", "met"]
+FIGURE_COLUMNS = ["figure", "target", "measured", "spread", "met"]
 
 
 def figure_row(figure: dict[str, Any]) -> list[str]:
-    """A figure of a result as a row of a table."""
+    """The cells of one figure, for a table with `FIGURE_COLUMNS`."""
     unit = figure["unit"]
     return [
         figure["figure"],
@@ -238,7 +238,7 @@ def figure_row(figure: dict[str, Any]) -> list[str]:
 
 
 def table(columns: list[str], rows: list[list[str]]) -> str:
-    """A Markdown table that reads well as plain text."""
+    """A Markdown table with aligned columns."""
     widths = [max(map(len, cells)) for cells in zip(columns, *rows, strict=True)]
 
     def line(cells: list[str]) -> str:

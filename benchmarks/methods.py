@@ -17,9 +17,9 @@ from typing import Any
 from contenders import Job
 from material import Words, save_llama, save_tokenizer, write_rows
 from measure import (
-    Asked,
     Figure,
     Options,
+    Target,
     conclude,
     parse_options,
     ratios,
@@ -46,23 +46,23 @@ STEPS = WARMUP + TIMED + 1
 
 
 def make_rows(kind: str, sizes: dict[str, int]) -> list[dict[str, Any]]:
-    """Verbatim prompts and answers, which both sides tokenise alike."""
+    """Rows of plain prompts and answers, which finray and TRL tokenise in the same way."""
     words = Words()
     rows: list[dict[str, Any]] = []
     talks = words.conversations(sizes["words"])
-    # Enough that rows too long for the model may be dropped.
+    # More rows than needed, because rows that are too long for the model are dropped.
     for number, talk in enumerate(islice(talks, 2 * COMPARED_STEPS * sizes["batch"])):
         prompt, answer = (message["content"] for message in talk["messages"])
         if kind == "kto":
             rows.append({"prompt": prompt, "completion": f" {answer}", "label": number % 2 == 0})
         else:
-            other = f" {words.text(len(answer.split()))}"
-            rows.append({"prompt": prompt, "chosen": f" {answer}", "rejected": other})
+            rejected = f" {words.text(len(answer.split()))}"
+            rows.append({"prompt": prompt, "chosen": f" {answer}", "rejected": rejected})
     return rows
 
 
 def make_job(folder: Path, name: str, sizes: dict[str, int], threads: int) -> Job:
-    """Model, tokenizer and prepared data of one method."""
+    """A job with model, tokenizer and prepared data for one method."""
     method = METHODS[name]
     model = folder / "model"
     rows = make_rows(method["kind"], sizes)
@@ -95,7 +95,7 @@ def make_job(folder: Path, name: str, sizes: dict[str, int], threads: int) -> Jo
 
 
 def run(name: str, job: Job, folder: Path) -> dict[str, Any]:
-    """One contender in a child process."""
+    """Run one contender in a child process. Returns its printed result."""
     path = folder / "job.json"
     path.write_text(json.dumps(asdict(job)), encoding="utf-8")
     result: dict[str, Any] = run_child("contenders.py", name, str(path), threads=job.threads)
@@ -103,47 +103,48 @@ def run(name: str, job: Job, folder: Path) -> dict[str, Any]:
 
 
 def loss_difference(job: Job, folder: Path) -> float:
-    """The largest difference of the losses of the first steps."""
+    """Largest absolute difference between finray's and TRL's losses in the first steps."""
     recipe = json.loads(json.dumps(job.recipe))
     recipe["log"]["every_steps"] = 1
     recipe["optim"]["max_steps"] = COMPARED_STEPS
     job = replace(job, recipe=recipe, steps=COMPARED_STEPS, warmup=0)
-    ours, theirs = (run(name, job, folder)["losses"] for name in ("finray", "trl_method"))
-    return max(abs(a - b) for a, b in zip(ours, theirs, strict=True))
+    losses = [run(name, job, folder)["losses"] for name in ("finray", "trl_method")]
+    return max(abs(a - b) for a, b in zip(*losses, strict=True))
 
 
 def compare(name: str, folder: Path, sizes: dict[str, int], options: Options) -> "Compared":
-    """Figures of one method, and its speeds in every repetition."""
+    """The figures of one method, and both speeds in every repetition."""
     job = make_job(folder, name, sizes, options.threads)
     difference = loss_difference(job, folder)
     both = {side: partial(run, side, job, folder) for side in ("finray", "trl_method")}
     turns = take_turns(both, options.repetitions)
-    ours, theirs = (
-        [one["tokens"] / one["seconds"] for one in turns[side]] for side in ("finray", "trl_method")
+    finray, trl = (
+        [result["tokens"] / result["seconds"] for result in turns[side]]
+        for side in ("finray", "trl_method")
     )
     cpu = [
-        [one["tokens"] / one["cpu_seconds"] for one in turns[side]]
+        [result["tokens"] / result["cpu_seconds"] for result in turns[side]]
         for side in ("finray", "trl_method")
     ]
     figures = [
-        Figure(f"tokens/s, {name}, finray / TRL", ratios(ours, theirs), Asked("at least", 1.0)),
-        # Beside the wall clock, as other processes hardly disturb it.
+        Figure(f"tokens/s, {name}, finray / TRL", ratios(finray, trl), Target("at least", 1.0)),
+        # In addition to wall time, because other processes hardly affect it.
         Figure(f"tokens per CPU second, {name}, finray / TRL", ratios(*cpu)),
         Figure(
             f"loss of the first {COMPARED_STEPS} steps, {name}, finray - TRL, largest",
             (1e6 * difference,),
-            Asked("at most", 100.0, "e-6"),
+            Target("at most", 100.0, "e-6"),
             unit="e-6",
         ),
     ]
-    return figures, {f"{name}, finray": ours, f"{name}, TRL": theirs}
+    return figures, {f"{name}, finray": finray, f"{name}, TRL": trl}
 
 
 Compared = tuple[list[Figure], dict[str, list[float]]]
 
 
 def held_bytes(method: dict[str, Any], folder: Path, sizes: dict[str, int]) -> int:
-    """Bytes of all parameters and buffers once a method's first batch was seen."""
+    """Bytes of all parameters and buffers after a method has prepared its first batch."""
     job = make_job(folder, "dpo", sizes, 1)
     recipe = {**job.recipe, "method": method}
     path = folder / "held.json"
@@ -153,24 +154,24 @@ def held_bytes(method: dict[str, Any], folder: Path, sizes: dict[str, int]) -> i
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """What only this benchmark takes."""
+    """Add the arguments of this benchmark alone."""
     parser.add_argument("--only", nargs="*", choices=METHODS, help="some of the methods")
 
 
 def main() -> None:
-    """Measure, write."""
+    """Measure, and write the result."""
     options, given = parse_options(__doc__, repetitions=5, add=add_arguments)
     sizes = QUICK if options.quick else FULL
     figures: list[Figure] = []
     speeds: dict[str, list[float]] = {}
     with scratch() as folder:
         for name in given.only or METHODS:
-            found, measured = compare(name, folder, sizes, options)
-            figures += found
+            compared, measured = compare(name, folder, sizes, options)
+            figures += compared
             speeds |= measured
         held = [held_bytes({"kind": kind}, folder, sizes) for kind in ("dpo", "sft")]
     figures.append(
-        Figure("bytes of model held, dpo / sft", (held[0] / held[1],), Asked("at most", 1.1))
+        Figure("bytes of model held, dpo / sft", (held[0] / held[1],), Target("at most", 1.1))
     )
     conclude("methods", options, figures, speeds, {**sizes, "steps_timed": TIMED, "held": held})
 

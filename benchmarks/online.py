@@ -18,17 +18,17 @@ from typing import Any
 from contenders import Job, Measured, Watch, load_model, recipe_of, run_finray
 from material import Words, save_llama, save_tokenizer, write_rows
 from measure import (
-    Asked,
     Figure,
+    NotComparable,
     Options,
-    Void,
+    Target,
     conclude,
     parse_options,
+    print_result,
     ratios,
     run_child,
     scratch,
     take_turns,
-    tell,
 )
 from throughput import prepared_job
 
@@ -45,7 +45,7 @@ SIDES = ("finray", "trl")
 
 
 def make_job(folder: Path, kind: str, sizes: dict[str, int], threads: int) -> Job:
-    """Model, tokenizer, rewards and prepared prompts."""
+    """A job with model, tokenizer, rewards and prepared prompts."""
     model, data, file = folder / "model", folder / "prompts.jsonl", folder / "rewards.py"
     talks = islice(Words().conversations(sizes["words"]), STEPS * BATCH // GENERATIONS * 2)
     rows = [{"prompt": talk["messages"][0]["content"]} for talk in talks]
@@ -82,7 +82,7 @@ def make_job(folder: Path, kind: str, sizes: dict[str, int], threads: int) -> Jo
 
 
 def run_trl(job: Job) -> Measured:
-    """TRL's trainer, with finray's settings."""
+    """Train with TRL's trainer and finray's settings."""
     import trl
     from datasets import Dataset
     from transformers import AutoTokenizer
@@ -130,13 +130,13 @@ def run_trl(job: Job) -> Measured:
 
 
 def contend(side: str, job: Job) -> None:
-    """One contender, in this process."""
+    """Run one contender in this process and print its result."""
     measured = run_finray(job, "completion_length") if side == "finray" else run_trl(job)
-    tell(measured.result(job.warmup, ""))
+    print_result(measured.result(job.warmup, ""))
 
 
 def run(side: str, job: Job, folder: Path) -> dict[str, Any]:
-    """One contender in a child process."""
+    """Run one contender in a child process. Returns its printed result."""
     path = folder / "job.json"
     path.write_text(json.dumps(asdict(job)), encoding="utf-8")
     child = ("online.py", "--contender", side, str(path))
@@ -145,32 +145,36 @@ def run(side: str, job: Job, folder: Path) -> dict[str, Any]:
 
 
 def compare(kind: str, folder: Path, sizes: dict[str, int], options: Options) -> list[Figure]:
-    """Figures of one method."""
+    """The figures of one method.
+
+    Raises:
+        NotComparable: completions have another length than requested.
+    """
     job = make_job(folder, kind, sizes, options.threads)
     turns = take_turns(
         {side: partial(run, side, job, folder) for side in SIDES}, options.repetitions
     )
-    for one in (*turns["finray"], *turns["trl"]):
+    for result in (*turns["finray"], *turns["trl"]):
         # Completions that end early would be less work for one side.
-        mean = fmean(one["losses"])
+        mean = fmean(result["losses"])
         if mean < 0.97 * sizes["completion"]:
-            raise Void(f"completions of {mean:.1f} tokens, asked for {sizes['completion']}")
+            raise NotComparable(f"completions of {mean:.1f} tokens, not {sizes['completion']}")
     figures = []
-    for name, asked in (("seconds", Asked("at least", 1.0)), ("cpu_seconds", None)):
-        rates = [[TIMED * BATCH / one[name] for one in turns[side]] for side in SIDES]
+    for name, target in (("seconds", Target("at least", 1.0)), ("cpu_seconds", None)):
+        rates = [[TIMED * BATCH / result[name] for result in turns[side]] for side in SIDES]
         figures.append(
-            Figure(f"completions per {name[:-1]}, {kind}, finray / TRL", ratios(*rates), asked)
+            Figure(f"completions per {name[:-1]}, {kind}, finray / TRL", ratios(*rates), target)
         )
     return figures
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """What only this benchmark takes."""
+    """Add the arguments of this benchmark alone."""
     parser.add_argument("--contender", nargs=2, metavar=("SIDE", "JOB"), help="for its own use")
 
 
 def main() -> None:
-    """Measure, write."""
+    """Measure, and write the result."""
     options, given = parse_options(__doc__, repetitions=5, add=add_arguments)
     if given.contender:
         side, path = given.contender

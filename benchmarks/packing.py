@@ -12,7 +12,7 @@ from typing import Any
 
 from contenders import Job
 from material import save_llama, save_tokenizer
-from measure import Asked, Figure, Options, conclude, parse_options, ratios, scratch, take_turns
+from measure import Figure, Options, Target, conclude, parse_options, ratios, scratch, take_turns
 from throughput import prepared_job, run
 
 FILE = "alpaca_en_demo.json"
@@ -32,7 +32,7 @@ STEPS = {
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """What only this benchmark takes."""
+    """Add the arguments of this benchmark alone."""
     parser.add_argument(
         "--data",
         type=Path,
@@ -42,7 +42,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def find_rows(data: Path) -> Path:
-    """The file of instructions, or a word on where to get it."""
+    """Path of the instruction file.
+
+    Raises:
+        SystemExit: it is missing; the message names its source.
+    """
     path = data / FILE if data.is_dir() else data
     if not path.is_file():
         raise SystemExit(
@@ -53,7 +57,7 @@ def find_rows(data: Path) -> Path:
 
 
 def recipe_values(folder: Path, rows: Path, sizes: dict[str, int]) -> dict[str, Any]:
-    """finray's defaults, but for the sizes and the number of steps."""
+    """A recipe with finray's defaults, except sizes and number of steps."""
     return {
         "name": "packing",
         "model": {"base": str(folder / "model"), "dtype": "float32"},
@@ -72,7 +76,7 @@ def recipe_values(folder: Path, rows: Path, sizes: dict[str, int]) -> dict[str, 
 
 
 def make_jobs(folder: Path, rows: Path, options: Options) -> dict[str, Job]:
-    """Model, tokenizer and prepared data, and what each contender does with them."""
+    """The job of each contender, with model, tokenizer and prepared data."""
     sizes = QUICK if options.quick else FULL
     content = json.loads(rows.read_text(encoding="utf-8"))
     texts = [row[key] for row in content for key in ("instruction", "input", "output")]
@@ -86,7 +90,7 @@ def make_jobs(folder: Path, rows: Path, options: Options) -> dict[str, Job]:
 
 
 def main() -> None:
-    """Measure and write."""
+    """Measure, and write the result."""
     options, given = parse_options(__doc__, add=add_arguments)
     rows = find_rows(given.data)
     with scratch() as folder:
@@ -94,19 +98,19 @@ def main() -> None:
         contenders = {name: partial(run, name, job, folder) for name, job in jobs.items()}
         turns = take_turns(contenders, options.repetitions)
     speeds = {
-        name: [one["tokens"] / one["seconds"] for one in measured]
+        name: [result["tokens"] / result["seconds"] for result in measured]
         for name, measured in turns.items()
     }
-    ours = speeds["finray"]
+    finray = speeds["finray"]
     figures = [
         Figure(
             "useful tokens/s, finray packed / TRL unpacked",
-            ratios(ours, speeds["trl_unpacked"]),
-            Asked("at least", 1.5),
+            ratios(finray, speeds["trl_unpacked"]),
+            Target("at least", 1.5),
         ),
         Figure(
             "useful tokens/s, finray packed / TRL unpacked without gradient checkpointing",
-            ratios(ours, speeds["trl_unpacked_no_checkpointing"]),
+            ratios(finray, speeds["trl_unpacked_no_checkpointing"]),
         ),
     ]
     settings = {**(QUICK if options.quick else FULL), "length": LENGTH, "trl_batch": 8}

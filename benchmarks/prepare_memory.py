@@ -1,8 +1,8 @@
-"""Peak memory of the process that prepares data, as the data grows fiftyfold.
+"""Peak memory of the process that prepares data, for 10 MB and 500 MB of rows.
 
-The driver's own peak (VmHWM), in this process alone and with the work done by Ray Data's tasks;
-each size in a process of its own. One repetition unless more are asked for: a peak hardly varies,
-and the large file takes minutes.
+The driver's peak (VmHWM), without Ray and with the work done by tasks of Ray Data. Each size runs
+in a process of its own. One repetition by default: a peak hardly varies, and the large file takes
+minutes.
 """
 
 import json
@@ -16,7 +16,16 @@ from pathlib import Path
 from typing import Any
 
 from material import Words, save_llama, save_tokenizer, texts_of, write_rows
-from measure import Asked, Figure, conclude, parse_options, run_child, scratch, take_turns, tell
+from measure import (
+    Figure,
+    Target,
+    conclude,
+    parse_options,
+    print_result,
+    run_child,
+    scratch,
+    take_turns,
+)
 
 FULL = {"small": 10, "large": 500}
 # Less than 10 MB would not fill the buffers of the second pass once.
@@ -27,7 +36,7 @@ LENGTH = 1024
 
 
 def make_inputs(folder: Path, sizes: dict[str, int]) -> None:
-    """Tokenizer, and a file of each size in megabytes."""
+    """Write the tokenizer, and a file of rows for each size in MB."""
     rows = list(islice(Words().conversations(mean_words=80), DISTINCT_ROWS))
     size = save_tokenizer(folder / "model", texts_of(rows[:2000]), 8_000)
     save_llama(folder / "model", size, hidden=64, layers=1, context=LENGTH)
@@ -38,7 +47,7 @@ def make_inputs(folder: Path, sizes: dict[str, int]) -> None:
 
 
 def write_size(path: Path, block: bytes, size: int) -> None:
-    """Whole rows of the block, over and over, up to a size in bytes."""
+    """Repeat the rows of `block` until the file has `size` bytes; rows stay whole."""
     with path.open("wb") as stream:
         for _ in range(size // len(block)):
             stream.write(block)
@@ -47,7 +56,7 @@ def write_size(path: Path, block: bytes, size: int) -> None:
 
 
 def child(folder: Path, name: str, workers: int) -> dict[str, Any]:
-    """Prepare a file and look at this process's peak."""
+    """Prepare a file. Returns this process's peak memory and the time."""
     from finray.cluster.environment import set_environment
 
     set_environment()
@@ -80,14 +89,14 @@ def child(folder: Path, name: str, workers: int) -> dict[str, Any]:
 
 
 def peak_megabytes() -> float:
-    """The largest resident size this process had."""
+    """Largest resident set size of this process so far, in MB."""
     status = Path("/proc/self/status").read_text(encoding="utf-8")
     line = next(line for line in status.splitlines() if line.startswith("VmHWM"))
     return int(line.split()[1]) * 1024 / 1e6
 
 
 def measure_one(folder: Path, name: str, workers: int) -> dict[str, Any]:
-    """A child's result; what it prepared is removed, so that the next one prepares again."""
+    """Measure in a child process, and delete the prepared data so the next one prepares again."""
     arguments = ("--child", str(folder), name, str(workers))
     result: dict[str, Any] = run_child("prepare_memory.py", *arguments)
     for storage in folder.glob("runs-*"):
@@ -96,7 +105,7 @@ def measure_one(folder: Path, name: str, workers: int) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Measure and write."""
+    """Measure, and write the result."""
     options, _ = parse_options(__doc__, repetitions=1)
     sizes = QUICK if options.quick else FULL
     with scratch() as folder:
@@ -107,24 +116,24 @@ def main() -> None:
             for name, megabytes in sizes.items()
         }
         turns = take_turns(contenders, options.repetitions)
-    peaks = {name: [one["peak_mb"] for one in all_] for name, all_ in turns.items()}
+    peaks = {name: [result["peak_mb"] for result in results] for name, results in turns.items()}
     figures = []
     for place in PLACES:
         small, large = (peaks[f"{place}, {megabytes} MB"] for megabytes in sizes.values())
         growth = tuple(b - a for a, b in zip(small, large, strict=True))
         name = f"growth of peak memory, {place}, {sizes['small']} to {sizes['large']} MB"
-        figures.append(Figure(name, growth, Asked("at most", 50, " MB"), " MB"))
+        figures.append(Figure(name, growth, Target("at most", 50, " MB"), " MB"))
     seconds = {
-        name: round(statistics.median(one["seconds"] for one in all_), 1)
-        for name, all_ in turns.items()
+        name: round(statistics.median(result["seconds"] for result in results), 1)
+        for name, results in turns.items()
     }
-    rows = {name: all_[0]["rows"] for name, all_ in turns.items()}
+    rows = {name: results[0]["rows"] for name, results in turns.items()}
     settings = {**sizes, "seconds": seconds, "rows": rows}
     conclude("prepare_memory", options, figures, peaks, settings)
 
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--child"]:
-        tell(child(Path(sys.argv[2]), sys.argv[3], int(sys.argv[4])))
+        print_result(child(Path(sys.argv[2]), sys.argv[3], int(sys.argv[4])))
     else:
         main()

@@ -1,6 +1,6 @@
 """The least that two Ray Train workers do before they train: for start_ray.py.
 
-    ray_least.py OUTPUT TOLD
+    ray_least.py OUTPUT MARKER
 
 Ray without its dashboard starts them; they meet, and load what a fine-tuning loads: torch,
 transformers' Trainer and peft. No data, no model, no step. Then the file TOLD is there.
@@ -13,7 +13,7 @@ WORKERS = 2
 
 
 def train(config: dict[str, str]) -> None:
-    """One worker."""
+    """The training function of one worker."""
     import peft  # noqa: F401
     import ray.train
     import torch.distributed as dist
@@ -21,21 +21,21 @@ def train(config: dict[str, str]) -> None:
 
     dist.barrier()
     if ray.train.get_context().get_world_rank() == 0:
-        Path(config["told"]).touch()
+        Path(config["marker"]).touch()
     dist.barrier()
 
 
 def main() -> None:
-    """Start Ray, and two workers on it."""
+    """Start Ray and two workers."""
     import ray
     from ray.train import RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
 
-    output, told = (str(Path(path).resolve()) for path in sys.argv[1:])
+    output, marker = (str(Path(path).resolve()) for path in sys.argv[1:])
     ray.init(num_cpus=WORKERS, include_dashboard=False)
     TorchTrainer(
         train,
-        train_loop_config={"told": told},
+        train_loop_config={"marker": marker},
         scaling_config=ScalingConfig(num_workers=WORKERS),
         run_config=RunConfig(storage_path=output),
     ).fit()

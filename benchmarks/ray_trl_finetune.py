@@ -12,7 +12,7 @@ WORKERS = 2
 
 
 def train(config: dict[str, str]) -> None:
-    """One worker."""
+    """The training function of one worker."""
     from typing import Any  # the function travels without this module
 
     from datasets import load_dataset
@@ -21,10 +21,10 @@ def train(config: dict[str, str]) -> None:
     from transformers import TrainerCallback
     from trl import SFTConfig, SFTTrainer
 
-    class TellFirstStep(TrainerCallback):
+    class PrintFirstStep(TrainerCallback):
         def on_step_end(self, _args: Any, state: Any, _control: Any, **_: Any) -> None:
             if state.global_step == 1 and state.is_world_process_zero:
-                Path(config["told"]).touch()
+                Path(config["marker"]).touch()
 
     trainer = SFTTrainer(
         model=config["model"],
@@ -43,22 +43,22 @@ def train(config: dict[str, str]) -> None:
             report_to="none",
             disable_tqdm=True,
         ),
-        callbacks=[TellFirstStep()],
+        callbacks=[PrintFirstStep()],
     )
     prepare_trainer(trainer).train()
 
 
 def main() -> None:
-    """Start Ray, and two workers on it."""
+    """Start Ray and two workers."""
     import ray
     from ray.train import RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
 
-    model, rows, output, told = (str(Path(path).resolve()) for path in sys.argv[1:])
+    model, rows, output, marker = (str(Path(path).resolve()) for path in sys.argv[1:])
     ray.init(num_cpus=WORKERS + 2)
     TorchTrainer(
         train,
-        train_loop_config={"model": model, "rows": rows, "output": output, "told": told},
+        train_loop_config={"model": model, "rows": rows, "output": output, "marker": marker},
         scaling_config=ScalingConfig(num_workers=WORKERS),
         run_config=RunConfig(storage_path=output),
     ).fit()

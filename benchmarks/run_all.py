@@ -1,7 +1,7 @@
-"""Run all benchmarks one after the other, print one table, and renew it in README.md.
+"""Run all benchmarks one after the other, print one table, and replace the one in README.md.
 
-With --quick nothing is written into README.md. With --table nothing is run: the table is made of
-the results that are there.
+With --quick nothing is written into README.md. With --table nothing is run: the table is made from
+the existing results.
 """
 
 import argparse
@@ -32,60 +32,60 @@ BEGIN, END = "<!-- results: begin -->", "<!-- results: end -->"
 
 
 def run(name: str, arguments: list[str]) -> bool:
-    """One benchmark; returns whether it came to an end."""
+    """Run one benchmark. Returns True if it succeeded."""
     print(f"\n=== {name}", flush=True)
     command = [sys.executable, str(HERE / f"{name}.py"), *arguments]
     return subprocess.run(command, check=False).returncode == 0
 
 
 def collect(quick: bool) -> list[dict[str, Any]]:
-    """The results on disk, in order."""
+    """The results on disk, in the order of `NAMES`."""
     paths = [result_path(name, quick) for name in NAMES]
     return [json.loads(path.read_text(encoding="utf-8")) for path in paths if path.exists()]
 
 
 def overview(results: list[dict[str, Any]]) -> str:
-    """All figures, and what they were measured on."""
+    """A table of all figures, and the machines they were measured on."""
     rows = [figure_row(figure) for result in results for figure in result["figures"]]
     machines = sorted({machine(result["environment"]) for result in results})
     return "\n".join([table(FIGURE_COLUMNS, rows), "", *machines])
 
 
 def machine(environment: dict[str, Any]) -> str:
-    """The machine and versions in a line."""
+    """One line about the machine and the versions."""
     versions = ", ".join(f"{name} {environment[name]}" for name in ("torch", "transformers", "trl"))
     return f"Measured on {environment['cores']} cores of {environment['cpu']}; {versions}."
 
 
-def renew(readme: Path, block: str) -> None:
-    """Put the table between the two marks."""
+def replace_table(readme: Path, block: str) -> None:
+    """Write the table between the two marks of a file."""
     text = readme.read_text(encoding="utf-8")
     before, _, rest = text.partition(BEGIN)
-    _, found, after = rest.partition(END)
-    if not found:
+    _, end, after = rest.partition(END)
+    if not end:
         raise SystemExit(f"{readme.name} lacks the marks {BEGIN} and {END}")
     readme.write_text(f"{before}{BEGIN}\n\n{block}\n\n{END}{after}", encoding="utf-8")
 
 
 def main() -> None:
-    """Run, print, write; exit code 1 where a benchmark failed or a figure is not met."""
+    """Run, print and write; exit code 1 if a benchmark failed or a target is not met."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--quick", action="store_true", help="small sizes, one repetition")
-    parser.add_argument("--table", action="store_true", help="run nothing")
+    parser.add_argument("--table", action="store_true", help="print the table of existing results")
     parser.add_argument("--threads", type=int, default=2, help="torch's threads (default: 2)")
     parser.add_argument("--data", help="folder with the real data, for packing.py")
-    given = parser.parse_args()
-    common = ["--threads", str(given.threads), *(["--quick"] if given.quick else [])]
-    special = {"packing": ["--data", given.data] if given.data else []}
-    names = () if given.table else NAMES
+    options = parser.parse_args()
+    common = ["--threads", str(options.threads), *(["--quick"] if options.quick else [])]
+    special = {"packing": ["--data", options.data] if options.data else []}
+    names = () if options.table else NAMES
     failed = [name for name in names if not run(name, [*common, *special.get(name, [])])]
-    results = collect(given.quick)
+    results = collect(options.quick)
     if not results:
-        raise SystemExit("there are no results yet; run without --table")
+        raise SystemExit("there are no results yet; run without --table first")
     block = overview(results)
     print(f"\n{block}")
-    if not given.quick:
-        renew(README, block)
+    if not options.quick:
+        replace_table(README, block)
     missed = any(figure["met"] is False for result in results for figure in result["figures"])
     if failed:
         print(f"failed: {', '.join(failed)}", file=sys.stderr)

@@ -2,7 +2,7 @@
 
 finray starts with nothing prepared (and once more with the data prepared); the script reads,
 tokenises and trains the same rows with transformers' Trainer and peft. Steps are tiny, so that
-what is measured is the way to the first one. Each contender is killed once it got there.
+only the time to the first one is measured. Each contender is killed after its first step.
 """
 
 import json
@@ -23,8 +23,8 @@ from bare_finetune import FIRST_STEP, MAX_LENGTH
 from material import Words, save_llama, save_tokenizer, texts_of, write_rows
 from measure import (
     HERE,
-    Asked,
     Figure,
+    Target,
     child_environment,
     conclude,
     finray_command,
@@ -42,14 +42,14 @@ LONGEST_WAIT = 300.0
 
 @dataclass(frozen=True)
 class Seconds:
-    """What it took to get to the first step."""
+    """Seconds from the command to the first step."""
 
     wall: float
     cpu: float
 
 
 def make_inputs(folder: Path, sizes: dict[str, int]) -> None:
-    """Model, rows and recipe."""
+    """Write model, rows and recipe."""
     rows = list(islice(Words().conversations(mean_words=40), sizes["rows"]))
     write_rows(folder / "rows.jsonl", rows)
     size = save_tokenizer(folder / "model", texts_of(rows), sizes["vocabulary"])
@@ -67,7 +67,7 @@ def make_inputs(folder: Path, sizes: dict[str, int]) -> None:
 
 
 def start(command: list[str], folder: Path, threads: int) -> subprocess.Popen[bytes]:
-    """A command in a process group of its own."""
+    """Start a command in a process group of its own."""
     return subprocess.Popen(
         command,
         cwd=folder,
@@ -80,7 +80,7 @@ def start(command: list[str], folder: Path, threads: int) -> subprocess.Popen[by
 
 
 def end(child: subprocess.Popen[bytes]) -> float:
-    """Kill a command and whatever it started; returns the seconds of CPU time it used."""
+    """Kill a command with its child processes. Returns the seconds of CPU time it used."""
     with suppress(ProcessLookupError):
         os.killpg(child.pid, signal.SIGKILL)
     _, status, usage = os.wait4(child.pid, 0)
@@ -91,12 +91,12 @@ def end(child: subprocess.Popen[bytes]) -> float:
 
 
 def has_exited(child: subprocess.Popen[bytes]) -> bool:
-    """Whether it ended by itself; it stays to be waited for."""
+    """True if the command has ended; its exit status stays available for `wait`."""
     return os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
 
 
 def finray_seconds(folder: Path, storage: Path, name: str, threads: int) -> Seconds:
-    """Until metrics.jsonl has its first line."""
+    """Run `finray train` until metrics.jsonl has its first line."""
     metrics = storage / name / "metrics.jsonl"
     settings = ["--set", f"storage={storage}", "--set", f"name={name}"]
     command = [*finray_command(), "train", "recipe.yaml", "--local", *settings]
@@ -115,21 +115,21 @@ def finray_seconds(folder: Path, storage: Path, name: str, threads: int) -> Seco
 
 
 def cold_seconds(folder: Path, threads: int) -> Seconds:
-    """finray with a storage that holds nothing."""
+    """Run finray with an empty storage."""
     storage = folder / "runs"
     shutil.rmtree(storage, ignore_errors=True)
     return finray_seconds(folder, storage, "cold", threads)
 
 
 def prepared_seconds(folder: Path, threads: int) -> Seconds:
-    """finray with the data that the cold start before it has prepared."""
+    """Run finray with the data that the preceding cold start has prepared."""
     storage = folder / "runs"
     shutil.rmtree(storage / "warm", ignore_errors=True)
     return finray_seconds(folder, storage, "warm", threads)
 
 
 def script_seconds(folder: Path, threads: int) -> Seconds:
-    """Until the script says so."""
+    """Run the script until it reports its first step."""
     command = [sys.executable, str(HERE / "bare_finetune.py"), "model", "rows.jsonl", "output"]
     started = time.perf_counter()
     child = start(command, folder, threads)
@@ -143,7 +143,7 @@ def script_seconds(folder: Path, threads: int) -> Seconds:
 
 
 def main() -> None:
-    """Measure and write."""
+    """Measure, and write the result."""
     options, _ = parse_options(__doc__)
     sizes = QUICK if options.quick else FULL
     with scratch() as folder:
@@ -154,21 +154,21 @@ def main() -> None:
             "script": partial(script_seconds, folder, options.threads),
         }
         if not options.quick:
-            take_turns(contenders, 1)  # files come into the page cache, modules are compiled
+            take_turns(contenders, 1)  # fills the page cache and compiles modules
         turns = take_turns(contenders, options.repetitions)
-    seconds = {name: [one.wall for one in all_] for name, all_ in turns.items()}
-    cpu = {name: [one.cpu for one in all_] for name, all_ in turns.items()}
+    seconds = {name: [run.wall for run in runs] for name, runs in turns.items()}
+    cpu = {name: [run.cpu for run in runs] for name, runs in turns.items()}
     figures = [
         Figure(
             "time to the first step, finray --local / script",
             ratios(seconds["finray"], seconds["script"]),
-            Asked("at most", 1.5),
+            Target("at most", 1.5),
         ),
         Figure(
             "time to the first step, finray --local with data prepared / script",
             ratios(seconds["finray, data prepared"], seconds["script"]),
         ),
-        # Beside the wall clock, as other processes hardly disturb it.
+        # In addition to wall time, because other processes hardly affect it.
         Figure(
             "CPU time to the first step, finray --local / script",
             ratios(cpu["finray"], cpu["script"]),

@@ -18,8 +18,8 @@ from pathlib import Path
 import psutil
 from measure import (
     HERE,
-    Asked,
     Figure,
+    Target,
     conclude,
     finray_command,
     parse_options,
@@ -33,7 +33,7 @@ SCRIPT = ("ray_trl_finetune.py", "model", "rows.jsonl")
 
 
 def seconds_until(reached: Callable[[], bool], command: list[str], folder: Path) -> float:
-    """From the command's start until something is there; then its whole family is ended."""
+    """Seconds from a command's start until `reached()`; then all its processes are killed."""
     started = time.perf_counter()
     child = start(command, folder, threads=1)
     while not (there := reached()) and not has_exited(child):
@@ -41,13 +41,13 @@ def seconds_until(reached: Callable[[], bool], command: list[str], folder: Path)
             break
         time.sleep(POLL_SECONDS)
     seconds = time.perf_counter() - started
-    _end_family(child)
+    _kill_all(child)
     if not there:
         raise RuntimeError(f"{command[0]} made no step within {seconds:.0f} s")
     return seconds
 
 
-def _end_family(child: subprocess.Popen[bytes]) -> None:
+def _kill_all(child: subprocess.Popen[bytes]) -> None:
     family = [psutil.Process(child.pid), *psutil.Process(child.pid).children(recursive=True)]
     for process in family:
         process.kill()
@@ -58,7 +58,7 @@ def _end_family(child: subprocess.Popen[bytes]) -> None:
 
 
 def finray_seconds(folder: Path, name: str, fresh: bool, *place: str) -> float:
-    """Until metrics.jsonl has its first line."""
+    """Run `finray train` until metrics.jsonl has its first line."""
     storage = folder / "runs"
     shutil.rmtree(storage if fresh else storage / name, ignore_errors=True)
     metrics = storage / name / "metrics.jsonl"
@@ -69,15 +69,15 @@ def finray_seconds(folder: Path, name: str, fresh: bool, *place: str) -> float:
 
 
 def script_seconds(folder: Path, script: str, *arguments: str) -> float:
-    """Until the script says so."""
-    told = folder / "told"
-    told.unlink(missing_ok=True)
-    command = [sys.executable, str(HERE / script), *arguments, "output", str(told)]
-    return seconds_until(told.exists, command, folder)
+    """Run a script until it creates the file that marks its first step."""
+    marker = folder / "first-step"
+    marker.unlink(missing_ok=True)
+    command = [sys.executable, str(HERE / script), *arguments, "output", str(marker)]
+    return seconds_until(marker.exists, command, folder)
 
 
 def main() -> None:
-    """Measure and write."""
+    """Measure, and write the result."""
     options, _ = parse_options(__doc__)
     sizes = QUICK if options.quick else FULL
     with scratch() as folder:
@@ -94,7 +94,7 @@ def main() -> None:
         Figure(
             "time to the first step, finray with 2 workers / TorchTrainer and TRL",
             ratios(seconds["finray"], seconds["script"]),
-            Asked("at most", 0.5),
+            Target("at most", 0.5),
         ),
         Figure(
             "time to the first step, finray with 2 workers and data prepared / the same",

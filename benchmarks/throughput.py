@@ -15,10 +15,10 @@ from typing import Any
 from contenders import Job
 from material import Words, save_llama, save_tokenizer, texts_of, write_rows
 from measure import (
-    Asked,
     Figure,
+    NotComparable,
     Options,
-    Void,
+    Target,
     conclude,
     parse_options,
     ratios,
@@ -34,12 +34,12 @@ FULL = {"vocabulary": 16_000, "hidden": 256, "layers": 6, "length": 512, "batch"
 QUICK = {"vocabulary": 4_000, "hidden": 128, "layers": 3, "length": 256, "batch": 4, "micro": 2}
 WARMUP, TIMED, LOG_EVERY = 4, 10, 10
 Speeds = dict[str, list[float]]
-# One more step than is timed, as its beginning is the end of the last timed one.
+# One step more than is timed, because its beginning is the end of the last timed step.
 STEPS = WARMUP + TIMED + 1
 
 
 def make_job(folder: Path, sizes: dict[str, int], train_on: str, threads: int) -> Job:
-    """Model, tokenizer and prepared data for all contenders."""
+    """The job of all contenders, with model, tokenizer and prepared data."""
     model = folder / "model"
     conversations = Words().conversations(mean_words=60)
     enough = 4 * STEPS * sizes["batch"] * sizes["length"] // 60
@@ -53,7 +53,7 @@ def make_job(folder: Path, sizes: dict[str, int], train_on: str, threads: int) -
 def prepared_job(
     folder: Path, values: dict[str, Any], steps: int, warmup: int, threads: int, rows: str = ""
 ) -> Job:
-    """A recipe whose data is prepared, before anything is timed."""
+    """A job for a recipe; its data is prepared here, before anything is timed."""
     from finray.training.config.recipe import load_recipe
     from finray.training.run import prepare_data
 
@@ -73,7 +73,7 @@ def prepared_job(
 
 
 def recipe_values(folder: Path, sizes: dict[str, int], train_on: str) -> dict[str, Any]:
-    """finray's defaults, but for the sizes and the number of steps."""
+    """A recipe with finray's defaults, except sizes and number of steps."""
     return {
         "name": "throughput",
         "model": {"base": str(folder / "model"), "dtype": "float32"},
@@ -96,7 +96,7 @@ def recipe_values(folder: Path, sizes: dict[str, int], train_on: str) -> dict[st
 
 
 def run(name: str, job: Job, folder: Path) -> dict[str, Any]:
-    """One contender in a child process."""
+    """Run one contender in a child process. Returns its printed result."""
     path = folder / "job.json"
     path.write_text(json.dumps(asdict(job)), encoding="utf-8")
     result: dict[str, Any] = run_child("contenders.py", name, str(path), threads=job.threads)
@@ -104,10 +104,10 @@ def run(name: str, job: Job, folder: Path) -> dict[str, Any]:
 
 
 def check_same_work(job: Job, folder: Path) -> dict[str, list[float]]:
-    """Losses of the first steps of every contender.
+    """Losses of the first steps of each contender.
 
     Raises:
-        Void: where they differ, or the token ids do.
+        NotComparable: losses or token ids differ between contenders.
     """
     recipe = json.loads(json.dumps(job.recipe))
     recipe["log"]["every_steps"] = 1
@@ -119,10 +119,12 @@ def check_same_work(job: Job, folder: Path) -> dict[str, list[float]]:
     reference = results["bare"]
     for name, result in results.items():
         if result["ids"] != reference["ids"]:
-            raise Void(f"{name} saw other token ids than the bare loop")
+            raise NotComparable(f"{name} received other token ids than the bare loop")
         pairs = zip(result["losses"], reference["losses"], strict=True)
         if max(abs(a - b) for a, b in pairs) > LARGEST_DIFFERENCE:
-            raise Void(f"losses: {name} {result['losses']}, bare loop {reference['losses']}")
+            raise NotComparable(
+                f"losses: {name} {result['losses']}, bare loop {reference['losses']}"
+            )
     return {name: result["losses"] for name, result in results.items()}
 
 
@@ -132,13 +134,16 @@ def measure(job: Job, folder: Path, options: Options) -> tuple[Speeds, Speeds]:
     turns = take_turns(contenders, options.repetitions)
 
     def speeds(clock: str) -> Speeds:
-        return {name: [one["tokens"] / one[clock] for one in all_] for name, all_ in turns.items()}
+        return {
+            name: [result["tokens"] / result[clock] for result in results]
+            for name, results in turns.items()
+        }
 
     return speeds("seconds"), speeds("cpu_seconds")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """What only this benchmark takes."""
+    """Add the arguments of this benchmark alone."""
     parser.add_argument(
         "--train-on",
         choices=("all", "completions"),
@@ -156,15 +161,15 @@ def main() -> None:
         job = make_job(folder, sizes, given.train_on, options.threads)
         losses = check_same_work(job, folder)
         speeds, per_cpu = measure(job, folder, options)
-    ours = speeds["finray"]
+    finray = speeds["finray"]
     figures = [
-        Figure("tokens/s, finray / bare loop", ratios(ours, speeds["bare"]), at_least(0.97)),
-        Figure("tokens/s, finray / TRL defaults", ratios(ours, speeds["trl"]), at_least(1.10)),
+        Figure("tokens/s, finray / bare loop", ratios(finray, speeds["bare"]), at_least(0.97)),
+        Figure("tokens/s, finray / TRL defaults", ratios(finray, speeds["trl"]), at_least(1.10)),
         Figure(
             "tokens/s, finray / TRL without gradient checkpointing",
-            ratios(ours, speeds["trl_no_checkpointing"]),
+            ratios(finray, speeds["trl_no_checkpointing"]),
         ),
-        # Beside the wall clock, as other processes hardly disturb it.
+        # In addition to wall time, because other processes hardly affect it.
         Figure(
             "tokens per CPU second, finray / bare loop", ratios(per_cpu["finray"], per_cpu["bare"])
         ),
@@ -174,9 +179,9 @@ def main() -> None:
     conclude("throughput", options, figures, speeds, settings)
 
 
-def at_least(value: float) -> Asked:
-    """A lower bound of a ratio."""
-    return Asked("at least", value)
+def at_least(value: float) -> Target:
+    """A target: at least this value."""
+    return Target("at least", value)
 
 
 if __name__ == "__main__":

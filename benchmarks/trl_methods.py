@@ -32,9 +32,9 @@ class Counterpart:
     trainer: type[transformers.Trainer]
     config: type[transformers.TrainingArguments]
     settings: dict[str, Any]
-    """In TRL's names."""
+    """Settings by TRL's names."""
     texts: Callable[[Row], list[list[int]]]
-    """Token ids of the texts that TRL made of a row."""
+    """Returns the token ids of the texts that TRL made from a row."""
 
 
 def _dpo(method: Any) -> Counterpart:
@@ -132,7 +132,7 @@ def in_order(recipe: Recipe, prepared: Prepared, steps: int) -> list[Sequence]:
 
 
 def first_model(recipe: Recipe) -> Model:
-    """The model with the very weights that finray starts from."""
+    """The model with the same initial weights as in finray."""
     transformers.set_seed(recipe.seed)
     return load_model(recipe, recipe.method.head)
 
@@ -140,7 +140,7 @@ def first_model(recipe: Recipe) -> Model:
 def make_trainer(
     recipe: Recipe, model: Model, tokenizer: Any, rows: Iterable[Row], folder: Path
 ) -> Any:
-    """TRL's trainer over rows as a user writes them, in this order, with the recipe's settings.
+    """TRL's trainer for source rows in this order, with the recipe's settings.
 
     `losses` of it holds the loss of every optimizer step.
     """
@@ -176,20 +176,20 @@ def make_trainer(
 
 
 def texts_of(recipe: Recipe, trainer: Any) -> list[list[list[int]]]:
-    """The token ids of every row's texts, as TRL made them."""
+    """For each row, the token ids of the texts that TRL made from it."""
     texts = COUNTERPARTS[recipe.method.kind](recipe.method).texts
     return [texts(row) for row in trainer.train_dataset]
 
 
 class _Recording(transformers.Trainer):
-    """Keeps the loss of each step, which the log rounds."""
+    """Records the loss of each step without the rounding of the log."""
 
     def __init__(self, *arguments: Any, **settings: Any) -> None:
         super().__init__(*arguments, **settings)
         self.losses: list[float] = []
 
     def training_step(self, *arguments: Any, **settings: Any) -> torch.Tensor:
-        """As it is; the losses of a step's microbatches come already divided by their number."""
+        """Record the loss; losses of microbatches are already divided by their number."""
         loss: torch.Tensor = super().training_step(*arguments, **settings)
         if len(self.losses) == self.state.global_step:
             self.losses.append(0.0)

@@ -1,4 +1,4 @@
-"""What a sweep costs beside its training: 16 short trials, two at a time, on two cores. And how
+"""The overhead of a sweep over its training: 16 short trials, two at a time, on two cores. And how
 often 50 trials prepare their data.
 
 The command is timed whole, with the start of Ray and of the slots. It is compared with the seconds
@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from measure import (
-    Asked,
     Figure,
+    Target,
     child_environment,
     conclude,
     finray_command,
@@ -30,7 +30,7 @@ MANY_TRIALS, QUICK_MANY_TRIALS = 50, 4
 
 
 def run_sweep(folder: Path, trials: int, steps: int, threads: int) -> tuple[float, list[Any]]:
-    """Seconds of the command, and the trials' measures."""
+    """Run a sweep. Returns the seconds of the command and the trials' measures."""
     sweep: dict[str, Any] = {
         "name": "overhead",
         "recipe": str(QUICKSTART),
@@ -67,20 +67,20 @@ def run_sweep(folder: Path, trials: int, steps: int, threads: int) -> tuple[floa
 
 
 def prepared_sets(folder: Path) -> int:
-    """Manifests of prepared data in a sweep's storage."""
+    """Number of prepared data sets in a sweep's storage."""
     return len(list((folder / "runs/prepared").glob("*/manifest.json")))
 
 
 def main() -> None:
-    """Measure and write."""
+    """Measure, and write the result."""
     options, _ = parse_options(__doc__, repetitions=3)
     walls, trials, steps = [], [], []
     for _ in range(options.repetitions):
         with scratch() as folder:
             wall, measures = run_sweep(folder, TRIALS, QUICK_STEPS if options.quick else STEPS, 1)
         walls.append(wall)
-        trials.append(sum(one["wall_seconds"] for one in measures) / CONCURRENCY)
-        steps.append(sum(one["seconds"] for one in measures) / CONCURRENCY)
+        trials.append(sum(trial["wall_seconds"] for trial in measures) / CONCURRENCY)
+        steps.append(sum(trial["seconds"] for trial in measures) / CONCURRENCY)
     many = QUICK_MANY_TRIALS if options.quick else MANY_TRIALS
     with scratch() as folder:
         run_sweep(folder, many, 1, 1)
@@ -89,16 +89,18 @@ def main() -> None:
         Figure(
             "a sweep of 16 trials / the trials' own time divided by the concurrency",
             ratios(walls, trials),
-            Asked("at most", 1.25),
+            Target("at most", 1.25),
         ),
         Figure(
             "a sweep of 16 trials / their optimizer steps' time divided by the concurrency",
             ratios(walls, steps),
         ),
-        Figure(f"prepared data sets of a sweep of {many} trials", (prepared,), Asked("at most", 1)),
+        Figure(
+            f"prepared data sets of a sweep of {many} trials", (prepared,), Target("at most", 1)
+        ),
     ]
-    told = {"sweep, seconds": walls, "trials / 2, seconds": trials, "steps / 2, seconds": steps}
-    conclude("tune_overhead", options, figures, told, {"trials": TRIALS, "steps": STEPS})
+    seconds = {"sweep, seconds": walls, "trials / 2, seconds": trials, "steps / 2, seconds": steps}
+    conclude("tune_overhead", options, figures, seconds, {"trials": TRIALS, "steps": STEPS})
 
 
 if __name__ == "__main__":

@@ -1,17 +1,17 @@
-"""Quality per cost: the default sweep against random search, played through on a table.
+"""Quality per cost: the default sweep against random search, simulated on a table.
 
 tune_table.json holds runs of the quickstart's task, in short, for 120 settings of learning rate,
-rank and alpha, each with five seeds, with their held-out loss at nine token counts. A trial walks
-along the curve of the cell that is nearest to its settings; what it costs are the tokens it walked.
-The search is the product's own: its space, its first guesses, its sampler, its pruner, its
-conductor. Random search draws from the whole table. The default sweep is played once more with the
-rule of thumb as its only guess, and its sampler and pruning over the whole table, without what
-`search: default` knows of the field.
+rank and alpha, each with five seeds, with their held-out loss at nine token counts. A simulated
+trial follows the curve of the cell that is nearest to its settings; its cost is the tokens up to
+where it ends. The search uses the product's space, first guesses, sampler, pruner and conductor.
+Random search draws from the whole table. The default sweep is simulated again with the rule of
+thumb as its only guess, and its sampler and pruning over the whole table, without the prior
+knowledge of `search: default`.
 
-A search sees the cells of one seed. The setting that it would hand over is judged by the mean loss
-of the other seeds, which it has not seen: among the best settings a seed makes more of a difference
-than the settings do, so the loss it saw tells luck. For comparison, the same judgement of who has
-trained every setting of the table once, and takes the best.
+A search sees the cells of one seed. The setting that it chooses is scored by the mean loss of the
+other seeds: among the best settings, the seed changes the loss more than the settings do, so the
+loss that the search saw is partly luck. For comparison, the same score is given for the best
+setting after every setting of the table is trained once.
 """
 
 import math
@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import optuna
-from measure import Asked, Figure, conclude, parse_options
+from measure import Figure, Target, conclude, parse_options
 from tune_table import (
     LEARNING_RATES,
     QUICKSTART,
@@ -41,18 +41,18 @@ from finray.tuning.study import SweepStudy
 from finray.tuning.sweep import Pruning, Sweep
 
 RANDOM_TRIALS = 24
-"""Whole runs that random search has; a fifth of the table."""
+"""Budget of random search in whole runs: a fifth of the table."""
 SEEDS = 20
 RANDOM, DEFAULT = "random search", "default sweep"
 RULE_ONLY = "default sweep with the rule of thumb as its only guess"
 PLAIN = "its sampler and pruning over the whole table"
 NEAR = 0.02
-"""Share of the best cell's loss by which a result may miss it."""
+"""A result is good if its loss is at most this share above that of the best cell."""
 
 
 @dataclass(frozen=True)
 class Table:
-    """One seed's cells, and what the others say of their settings."""
+    """The cells of one seed, and the mean loss of the other seeds for each setting."""
 
     cells: list[Cell]
     truth: dict[Setting, float]
@@ -60,23 +60,23 @@ class Table:
 
     @property
     def tokens(self) -> int:
-        """Of all its runs."""
+        """Trained tokens of all runs of the table."""
         return sum(cell.tokens[-1] for cell in self.cells)
 
     @property
     def best(self) -> float:
-        """The least loss in it."""
+        """The lowest final loss in the table."""
         return min(cell.final for cell in self.cells)
 
     def regret(self, cell: Cell | None) -> float:
-        """Of handing over its setting; before anything was found, of the worst."""
+        """Regret of choosing the cell's setting; without a cell, that of the worst setting."""
         finite = [loss for loss in self.truth.values() if math.isfinite(loss)]
         loss = math.inf if cell is None else self.truth[cell.setting]
         return min(loss, max(finite)) - min(finite)
 
 
 def make_tables(cells: list[Cell]) -> list[Table]:
-    """One for each seed."""
+    """A table for each seed."""
     tables = []
     for seed in sorted({cell.seed for cell in cells}):
         others: dict[Setting, list[float]] = {}
@@ -90,31 +90,31 @@ def make_tables(cells: list[Cell]) -> list[Table]:
 
 @dataclass
 class Course:
-    """What a search found over its cost."""
+    """The best cell of a search over the tokens that it spent."""
 
     spent: int = 0
-    found: list[tuple[int, Cell]] = field(default_factory=list)
-    """(tokens spent, best cell so far) after every whole trial."""
+    best: list[tuple[int, Cell]] = field(default_factory=list)
+    """(tokens spent, best cell so far) after each whole trial."""
 
     def at(self, tokens: float) -> Cell | None:
-        """The best within a budget; None before anything was found."""
-        return next((cell for spent, cell in reversed(self.found) if spent <= tokens), None)
+        """The best cell within a budget of tokens; None before the first whole trial."""
+        return next((cell for spent, cell in reversed(self.best) if spent <= tokens), None)
 
     def cost_of(self, loss: float) -> float:
-        """Tokens spent until a loss was seen; infinite where it never was."""
-        return next((spent for spent, cell in self.found if cell.final <= loss), math.inf)
+        """Tokens spent until a loss was reached; infinite if it never was."""
+        return next((spent for spent, cell in self.best if cell.final <= loss), math.inf)
 
 
 @dataclass(frozen=True)
 class Contender:
-    """What a search draws from, and what it tries before that."""
+    """A search space, and the points that a search tries first."""
 
     space: Space
     points: list[Settings]
 
 
 def make_contenders(cells: list[Cell]) -> dict[str, Contender]:
-    """All of them, by name."""
+    """The contenders by name."""
     changes = ("scale.workers=0", "eval.samples=0", "eval.every_steps=null")
     recipe = load_recipe(QUICKSTART, changes)
     adapters = sorted({(cell.rank, cell.alpha, cell.rslora) for cell in cells})
@@ -128,14 +128,14 @@ def make_contenders(cells: list[Cell]) -> dict[str, Contender]:
     rule = default.rule_of_thumb()
     return {
         RANDOM: Contender(whole, []),
-        DEFAULT: Contender(default, [rule, *default.around_the_rule()]),
+        DEFAULT: Contender(default, [rule, *default.variations_of_the_rule()]),
         RULE_ONLY: Contender(default, [rule]),
         PLAIN: Contender(whole, []),
     }
 
 
 def nearest(cells: list[Cell], space: Space, settings: Settings) -> Cell:
-    """The cell of a setting: its adapter, and the closest rate."""
+    """The cell with a setting's adapter and the closest learning rate."""
     recipe = space.recipe(settings)
     own = recipe.adapter
     assert own is not None
@@ -150,7 +150,7 @@ def nearest(cells: list[Cell], space: Space, settings: Settings) -> Cell:
 
 
 def search(cells: list[Cell], contender: Contender, sweep: Sweep, budget: float) -> Course:
-    """Play a sweep through, one trial at a time, until the budget is spent."""
+    """Simulate a sweep, one trial at a time, until the budget is spent."""
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     whole = max(cell.tokens[-1] for cell in cells)
     study = SweepStudy(
@@ -165,16 +165,16 @@ def search(cells: list[Cell], contender: Contender, sweep: Sweep, budget: float)
     conductor = Conductor(sweep, study, 1, 0.0, lambda _: None, lambda: None)
     course = Course()
     while course.spent < min(budget, whole * sweep.trials):
-        assignment = conductor.next()
+        assignment = conductor.next_trial()
         if assignment is None:
             break
         cell = nearest(cells, contender.space, assignment.settings)
-        _walk(course, cell, conductor, assignment.number)
+        _simulate_trial(course, cell, conductor, assignment.number)
     return course
 
 
-def _walk(course: Course, cell: Cell, conductor: Conductor, number: int) -> None:
-    """One trial along its cell's curve."""
+def _simulate_trial(course: Course, cell: Cell, conductor: Conductor, number: int) -> None:
+    """Simulate one trial along its cell's curve."""
     done, report = 0, {"status": "failed", "error": "the loss is not a number"}
     for place, (tokens, loss) in enumerate(zip(cell.tokens, cell.eval_loss, strict=True)):
         course.spent += tokens - done
@@ -182,18 +182,18 @@ def _walk(course: Course, cell: Cell, conductor: Conductor, number: int) -> None
         is_last = place == len(cell.tokens) - 1
         if loss is None:
             break
-        if conductor.reported(number, tokens, loss, is_last):
+        if conductor.report(number, tokens, loss, is_last):
             report = {"status": "running", "measures": {"tokens": tokens}}
             break
         if is_last:
-            before = [best for _, best in course.found[-1:]]
-            course.found.append((course.spent, min([cell, *before], key=lambda one: one.final)))
+            before = [best for _, best in course.best[-1:]]
+            course.best.append((course.spent, min([cell, *before], key=lambda item: item.final)))
             report = {"status": "finished", "measures": {"eval_loss": loss, "tokens": tokens}}
-    conductor.ended(number, report)
+    conductor.finish_trial(number, report)
 
 
 def main() -> None:
-    """Play through and write."""
+    """Simulate, and write the result."""
     options, _ = parse_options(__doc__, SEEDS)
     tables = make_tables(read_table())
     whole = max(cell.tokens[-1] for table in tables for cell in table.cells)
@@ -213,19 +213,19 @@ def main() -> None:
         return [table.regret(course.at(tokens)) for table, course in pairs]
 
     def costs(name: str) -> tuple[float, ...]:
-        """A search that never gets there counts as the whole table."""
+        """Tokens of each run; a search that never reaches the loss counts as the whole table."""
         return tuple(
             min(course.cost_of(table.best * (1 + NEAR)) / table.tokens, 1.0)
             for table, course in zip(turns, courses[name], strict=True)
         )
 
     of_random = statistics.fmean(regrets(RANDOM, full))
-    of_table = [table.regret(min(table.cells, key=lambda one: one.final)) for table in turns]
+    of_table = [table.regret(min(table.cells, key=lambda cell: cell.final)) for table in turns]
     figures = [
         Figure(
             f"mean regret at a quarter of the budget / random's at the full budget, {name}",
             (statistics.fmean(regrets(name, full / 4)) / of_random,),
-            Asked("at most", 0.5) if name == DEFAULT else None,
+            Target("at most", 0.5) if name == DEFAULT else None,
         )
         for name in (DEFAULT, RULE_ONLY, PLAIN)
     ]
@@ -239,15 +239,15 @@ def main() -> None:
         Figure(
             f"tokens until within {NEAR:.0%} of the best cell / the whole table's, {name}",
             costs(name),
-            Asked("at most", 0.2) if name == DEFAULT else None,
+            Target("at most", 0.2) if name == DEFAULT else None,
         )
         for name in (DEFAULT, RULE_ONLY, PLAIN)
     ]
-    told = {f"regret at a quarter, {name}": regrets(name, full / 4) for name in courses}
-    told |= {f"regret at the full budget, {name}": regrets(name, full) for name in courses}
-    told["regret of the best of the whole table"] = of_table
+    values = {f"regret at a quarter, {name}": regrets(name, full / 4) for name in courses}
+    values |= {f"regret at the full budget, {name}": regrets(name, full) for name in courses}
+    values["regret of the best of the whole table"] = of_table
     facts = {"settings": len(tables[0].cells), "seeds": len(tables)}
-    conclude("tune_quality", options, figures, told, facts)
+    conclude("tune_quality", options, figures, values, facts)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 """Makes tune_table.json: the quickstart's task in short, over learning rate, rank and alpha.
 
 Each cell is a run of 36 steps with the held-out loss at nine token counts, so that a search with
-pruning can be played through on the table (tune_quality.py) without training anything. There is a
-cell for every setting and seed: a search sees one seed, and what it found is judged by the others.
+pruning can be simulated on the table (tune_quality.py) without training. There is a cell for every
+setting and seed: a search sees one seed, and its result is scored by the other seeds.
 The adapters are a grid of rank and alpha, and those of `search: default`; rsLoRA is as good as a
 larger alpha, so all of them are pairs of rank and alpha. A cell that is in the table already is not
 run again: the command can be stopped and started at any time.
@@ -28,7 +28,7 @@ RANKS = (4, 16, 64)
 ALPHAS = (8, 32, 128)
 DEFAULT_RANKS = (4, 8, 16, 32, 64)
 RSLORA_ALPHA = 64
-"""The quickstart's own, which `search: default` leaves as it is with rsLoRA."""
+"""The quickstart's alpha, which `search: default` keeps with rsLoRA."""
 SEEDS = 5
 STEPS, EVERY, HELD_OUT_ROWS = 36, 4, 100
 
@@ -39,7 +39,7 @@ Setting = tuple[float, int, int, bool]
 
 @dataclass(frozen=True)
 class Cell:
-    """One configuration with one seed, and what it reached."""
+    """The result of one setting with one seed."""
 
     seed: int
     learning_rate: float
@@ -49,34 +49,34 @@ class Cell:
     tokens: list[int]
     """Trained tokens at each evaluation."""
     eval_loss: list[float | None]
-    """Held-out loss there; None where it was not a number."""
+    """Held-out loss at each evaluation; None if it was not a number."""
 
     @property
     def setting(self) -> Setting:
-        """What is searched."""
+        """The cell's values of the searched keys."""
         return self.learning_rate, self.rank, self.alpha, self.rslora
 
     @property
     def key(self) -> tuple[int, Setting]:
-        """What the cell is found by."""
+        """Seed and setting, which identify the cell."""
         return self.seed, self.setting
 
     @property
     def final(self) -> float:
-        """Held-out loss at the end; infinite where the run came to no end."""
+        """Held-out loss at the end; infinite if the run did not finish."""
         last = self.eval_loss[-1] if self.eval_loss else None
         return math.inf if last is None or len(self.eval_loss) < STEPS // EVERY else last
 
 
 def read_table() -> list[Cell]:
-    """The cells that are there."""
+    """Read the existing cells."""
     if not TABLE.exists():
         return []
     return [Cell(**cell) for cell in json.loads(TABLE.read_text(encoding="utf-8"))["cells"]]
 
 
 def write_table(cells: list[Cell]) -> None:
-    """Replace the table, one cell a line."""
+    """Write the table, one cell per line."""
     settings = {
         "recipe": "recipes/quickstart/sft.yaml",
         "steps": STEPS,
@@ -92,23 +92,23 @@ def write_table(cells: list[Cell]) -> None:
 
 
 def scaling(rank: int, alpha: int, rslora: bool) -> float:
-    """Factor of an adapter's product."""
+    """Factor by which an adapter's product B · A is scaled."""
     return alpha / (math.sqrt(rank) if rslora else rank)
 
 
 def every_key() -> list[tuple[int, Setting]]:
-    """Seed and setting of each cell."""
+    """Seed and setting of every cell of the table."""
     grid = [(rank, alpha, False) for rank in RANKS for alpha in ALPHAS]
     tied = [(rank, 2 * rank, False) for rank in DEFAULT_RANKS]
     rslora = [(rank, RSLORA_ALPHA, True) for rank in DEFAULT_RANKS]
     # Settings of equal scaling are equal.
-    adapters = list({(one[0], scaling(*one)): one for one in [*rslora, *tied, *grid]}.values())
+    adapters = list({(item[0], scaling(*item)): item for item in [*rslora, *tied, *grid]}.values())
     cells = itertools.product(range(SEEDS), LEARNING_RATES, adapters)
     return [(seed, (rate, *adapter)) for seed, rate, adapter in cells]
 
 
 def measure_cell(folder: Path, seed: int, setting: Setting) -> Cell:
-    """Run one configuration in this process."""
+    """Train one setting with one seed in this process."""
     from finray.training.common.errors import RunError
     from finray.training.config.recipe import load_recipe
     from finray.training.launch.in_process import InProcessLauncher
@@ -152,7 +152,7 @@ def measure_cell(folder: Path, seed: int, setting: Setting) -> Cell:
 
 
 def main() -> None:
-    """Fill the table."""
+    """Measure the missing cells of the table."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--processes", type=int, default=2, help="runs at a time (default: 2)")
     processes = parser.parse_args().processes

@@ -29,7 +29,7 @@ class Gpu:
 
 @dataclass(frozen=True)
 class Verdict:
-    """Whether a run fits into a GPU's memory."""
+    """The result of comparing a run with a GPU's memory."""
 
     fits: bool
     """True if it fits, as it is or with a smaller microbatch or gradient checkpointing."""

@@ -203,14 +203,14 @@ def _unreadable(model: ModelSettings) -> str | None:
 
 
 def _versions_line(reports: dict[str, _NodeReport]) -> Line:
-    ours = reports[DRIVER].versions
+    driver = reports[DRIVER].versions
     faults = [
-        f"{node} has {name} {report.versions[name]}, the driver {ours[name]}"
+        f"{node} has {name} {report.versions[name]}, the driver {driver[name]}"
         for node, report in reports.items()
-        for name in ours
-        if report.versions[name] != ours[name]
+        for name in driver
+        if report.versions[name] != driver[name]
     ]
-    same = ", ".join(f"{name} {ours[name]}" for name in ours)
+    same = ", ".join(f"{name} {driver[name]}" for name in driver)
     return Line("versions", not faults, "; ".join(faults) or f"{same} on every node")
 
 

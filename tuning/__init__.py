@@ -1,1 +1,1 @@
-"""MANY runs: sweeps over recipes."""
+"""Sweeps: many runs of one recipe with different settings."""

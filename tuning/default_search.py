@@ -1,13 +1,14 @@
-"""Settings that are good without any search, and the space around them.
+"""Good settings without any search, and the default search space around them.
 
 The learning rate falls with the model's width: Schulman et al., "LoRA Without Regret" (2025), give
 5e-5 (2000 / hidden size)^0.78 for full fine-tuning of Llama models and ten times that for LoRA,
-nearly independent of the rank at alpha 32. Preference and online methods want far less.
+nearly independent of the rank at alpha 32. Preference and online methods need a far lower rate.
 
-The best rate falls with the root of alpha. An adapter adds alpha / rank · B · A. With alpha four
-times larger and A, B and the learning rate halved it is the same, and learns the same, because
-Adam's steps do not see how large a gradient is. It is not exact, as A starts where it starts. In
-rsLoRA alpha is divided by the root of the rank, which is as good as a plain alpha times that root.
+The best rate is proportional to 1 / sqrt(alpha). An adapter adds alpha / rank · B · A. If alpha is
+multiplied by four, and A, B and the learning rate are halved, the adapter adds the same and learns
+the same, because Adam's steps do not depend on the size of the gradient. This is approximate: the
+initial A is not halved. rsLoRA divides alpha by sqrt(rank) instead of rank, so its alpha acts like
+alpha · sqrt(rank) in plain LoRA.
 """
 
 import functools
@@ -23,13 +24,13 @@ from .distribution import Distribution
 _WIDTH, _EXPONENT = 2000, 0.78
 _FULL_RATE, _LORA_FACTOR = 5e-5, 10.0
 _PREFERENCE_RATE = 1e-5
-"""DPO and its kin; online methods have been reported between 1e-5 and 4e-5."""
+"""For LoRA with preference methods; for online methods, papers report 1e-5 to 4e-5."""
 RULE_ALPHA = 32.0
-"""At which the rule holds for adapters."""
+"""The alpha for which the rule gives an adapter's rate."""
 _SPAN = 10.0
-"""The default space reaches from the rule's rate divided by this to its product."""
+"""The default space reaches from the rule's rate / 10 to the rule's rate · 10."""
 SPREAD = math.sqrt(_SPAN)
-"""Of the first guesses around the rule: half of the way to either end."""
+"""Factor of the first guesses around the rule: half of the way to either end of the space."""
 _IMITATION_RANKS = [4, 8, 16, 32, 64]
 _PREFERENCE_RANKS = [1, 2, 4, 8, 16, 32]
 _ALPHA_PER_RANK = 2.0
@@ -39,12 +40,12 @@ RSLORA = "adapter.rslora"
 
 
 def suggested_learning_rate(recipe: Recipe) -> float | None:
-    """A learning rate that suits the recipe's model and method; of an adapter, one of alpha 32.
+    """A good learning rate for the recipe's model and method; for an adapter, at alpha 32.
 
     The alpha of an adapter that training continues (`model.adapter`) is not read.
 
     Returns:
-        None where the model's configuration has no width.
+        None if the model's configuration does not state its width.
     """
     width = _hidden_size(recipe.model)
     if width is None:
@@ -57,27 +58,26 @@ def suggested_learning_rate(recipe: Recipe) -> float | None:
 
 
 def own_rate(recipe: Recipe) -> float:
-    """The recipe's learning rate; of an adapter, what makes it at alpha 32."""
+    """The recipe's learning rate; for an adapter, the equivalent rate at alpha 32."""
     return recipe.optim.learning_rate / adapter_factor(RULE_ALPHA, recipe)
 
 
 def adapter_factor(at_alpha: float, recipe: Recipe) -> float:
-    """What a rate that suits `at_alpha` is to be multiplied by for the recipe's adapter."""
+    """Factor that converts a learning rate for alpha `at_alpha` to the recipe's adapter."""
     own = recipe.adapter
     return 1.0 if own is None else rate_factor(at_alpha, own.rank, own.alpha, own.rslora)
 
 
 def rate_factor(at_alpha: float, rank: int, alpha: float, rslora: bool) -> float:
-    """What a rate that suits `at_alpha` is to be multiplied by for an adapter."""
+    """Factor that converts a learning rate for alpha `at_alpha` to the given adapter."""
     return math.sqrt(at_alpha / (alpha * math.sqrt(rank) if rslora else alpha))
 
 
 def default_space(recipe: Recipe) -> dict[str, Distribution]:
-    """Learning rate around the rule's, and for LoRA rsLoRA or not, and the rank, with alpha tied
-    to it.
+    """The space of `search: default`: the learning rate and, for adapters, rank and rsLoRA or not.
 
-    Alpha and learning rate are nearly redundant, so alpha is not searched, and the rate is given
-    at one alpha: what suits one adapter then suits the others.
+    Alpha and learning rate are nearly redundant, so alpha is not searched but follows from the
+    rank. The rate is searched at a fixed alpha, so a good rate for one adapter is good for all.
     """
     rate = suggested_learning_rate(recipe) or own_rate(recipe)
     bounds = (_rounded(rate / _SPAN), _rounded(rate * _SPAN))
@@ -88,18 +88,18 @@ def default_space(recipe: Recipe) -> dict[str, Distribution]:
         ranks = _IMITATION_RANKS if imitates else _PREFERENCE_RANKS
         space[RANK] = Distribution(choice=sorted({*ranks, recipe.adapter.rank}))
         space[RSLORA] = Distribution(choice=[False, True])
-        # rsLoRA's own scale grows with the rank already.
+        # rsLoRA's own scaling already grows with the rank.
         space[ALPHA] = Distribution(times=_ALPHA_PER_RANK, of=RANK, when={RSLORA: False})
     return space
 
 
-@functools.cache  # called for each guess, and a call may reach the hub
+@functools.cache  # called for each point, and a call may reach the hub
 def _hidden_size(model: ModelSettings) -> int | None:
     folder = model_folder(model)
     if folder is None:
         return None
     config: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    # Models of several modalities keep the language model's settings one level down.
+    # Multimodal models keep the settings of their language model in text_config.
     width = config.get("hidden_size") or config.get("text_config", {}).get("hidden_size")
     return int(width) if width else None
 

@@ -1,4 +1,4 @@
-"""What a sweep may say of one searched key."""
+"""The distribution of one searched key, as it is written in a sweep file."""
 
 import json
 import math
@@ -27,29 +27,29 @@ class Distribution(Section):
     int_uniform: IntBounds | None = None
     log_int_uniform: IntBounds | None = None
     times: Annotated[float, Field(gt=0)] | None = None
-    """Not searched but computed: so many times the value of `of`."""
+    """Computed, not searched: this factor times the value of the key `of`."""
     of: str | None = None
     """The key that `times` refers to."""
     step: Annotated[float, Field(gt=0)] | None = None
     """Values lie on this grid, counted from the lowest; for uniform and int_uniform."""
     at_alpha: Annotated[float, Field(gt=0)] | None = None
-    """Of a learning rate that is searched beside adapter.rank, alpha or rslora: its range holds at
-    this alpha, and moves with the adapter's own (see tuning/rule.py)."""
+    """For a learning rate that is searched together with adapter.rank, alpha or rslora: the range
+    is for this alpha and moves with the adapter's own alpha (see tuning/default_search.py)."""
     when: dict[str, Any] | None = None
-    """{other key: value, or list of values}: searched only where the other key has it."""
+    """{other key: value, or list of values}: searched only if the other key has such a value."""
 
     @model_validator(mode="after")
-    def _is_one_thing(self) -> Self:
+    def _is_consistent(self) -> Self:
         given = [kind for kind in _KINDS if getattr(self, kind) is not None]
         if len(given) != 1:
-            found = " and ".join(given) or "none of them"
-            raise ValueError(f"expected exactly one of {', '.join(_KINDS)}; found {found}")
+            actual = " and ".join(given) or "none of them"
+            raise ValueError(f"expected exactly one of {', '.join(_KINDS)}; found {actual}")
         if (self.of is None) != (self.times is None):
             raise ValueError("times and of belong together, as in {times: 2, of: adapter.rank}")
         if self.step is not None and given[0] not in ("uniform", "int_uniform"):
-            raise ValueError(f"step does not go with {given[0]}; only with uniform, int_uniform")
+            raise ValueError(f"step cannot be combined with {given[0]}; use uniform or int_uniform")
         if self.at_alpha is not None and given[0] != "log_uniform":
-            raise ValueError(f"at_alpha does not go with {given[0]}; only with log_uniform")
+            raise ValueError(f"at_alpha cannot be combined with {given[0]}; use log_uniform")
         self._check_values(given[0])
         return self
 
@@ -57,7 +57,7 @@ class Distribution(Section):
         if kind == "choice":
             labels = self.labels()
             if len(set(labels)) < len(labels):
-                raise ValueError("choice names a value twice")
+                raise ValueError("choice contains the same value twice; remove one of them")
         if kind in _RANGES:
             low, high = self.bounds
             if low >= high:
@@ -69,37 +69,37 @@ class Distribution(Section):
 
     @property
     def is_computed(self) -> bool:
-        """Whether the value follows from another key's."""
+        """True if the value is computed from that of another key."""
         return self.times is not None
 
     @property
     def is_integer(self) -> bool:
-        """Whether a range holds whole numbers only."""
+        """True for a range of integers."""
         return self.int_uniform is not None or self.log_int_uniform is not None
 
     @property
     def is_log(self) -> bool:
-        """Whether a range is uniform in the logarithm."""
+        """True for a range that is uniform in the logarithm."""
         return self.log_uniform is not None or self.log_int_uniform is not None
 
     @property
     def bounds(self) -> tuple[float, float]:
-        """Of a range: lowest and highest value."""
-        found = self.uniform or self.log_uniform or self.int_uniform or self.log_int_uniform
-        assert found is not None
-        return found
+        """Lowest and highest value of a range."""
+        bounds = self.uniform or self.log_uniform or self.int_uniform or self.log_int_uniform
+        assert bounds is not None
+        return bounds
 
     def parameter(self, key: str) -> str:
-        """What a sampler searches, by name."""
+        """Name of the Optuna parameter for this key."""
         return key if self.at_alpha is None else f"{key} at alpha {self.at_alpha:g}"
 
     def labels(self) -> list[Scalar]:
-        """The choices as Optuna keeps them: scalars as they are, sections as JSON."""
+        """The choices as Optuna stores them: scalars unchanged, sections as JSON."""
         assert self.choice is not None
         return [as_label(value) for value in self.choice]
 
     def every_value(self) -> list[Any] | None:
-        """All values there are; None where they are too many to tell."""
+        """All possible values; None if there are infinitely many or more than 1000."""
         if self.choice is not None:
             return list(self.choice)
         if self.log_uniform is not None or (self.uniform is not None and self.step is None):
@@ -113,7 +113,7 @@ class Distribution(Section):
         return [int(value) for value in values] if self.is_integer else values
 
     def typical_values(self) -> list[Any]:
-        """All choices; of a range the ends and two values between them, neither of them round."""
+        """All choices; for a range, both ends, the middle and a value between them."""
         if self.choice is not None:
             return list(self.choice)
         low, high = self.bounds
@@ -122,7 +122,7 @@ class Distribution(Section):
         return list(dict.fromkeys(values))
 
     def middle(self) -> Any:
-        """The middle choice, or the middle of the range (in the logarithm where it is one)."""
+        """The middle choice, or the middle of the range (of a log range, the geometric mean)."""
         if self.choice is not None:
             return self.choice[(len(self.choice) - 1) // 2]
         low, high = self.bounds
@@ -130,50 +130,52 @@ class Distribution(Section):
         return self.nearest(value)
 
     def nearest(self, value: float) -> Any:
-        """The number in a range, or among the choices, that comes closest."""
+        """The value of the range, or the number among the choices, that is closest to `value`."""
         if self.choice is not None:
-            numbers = [one for one in self.choice if is_number(one)]
-            return min(numbers, key=lambda one: abs(one - value)) if numbers else self.middle()
+            numbers = [item for item in self.choice if is_number(item)]
+            return min(numbers, key=lambda item: abs(item - value)) if numbers else self.middle()
         low, high = self.bounds
         value = min(max(value, low), high)
         if self.step is not None:
             value = min(low + round((value - low) / self.step) * self.step, high)
         return round(value) if self.is_integer else value
 
-    def own(self, value: Any) -> Scalar:
-        """A value that it holds, as Optuna keeps it: as the choice is written (0, not 0.0), and rid
-        of rounding errors."""
+    def label_of(self, value: Any) -> Scalar:
+        """A value of the distribution as Optuna stores it.
+
+        Equal to the choice as written (0, not 0.0), and without rounding errors.
+        """
         if self.choice is not None:
             return next(label for label in self.labels() if _is_equal(label, as_label(value)))
         nearest: float = self.nearest(value)
         return nearest
 
-    def holds(self, value: Any) -> bool:
-        """Whether the value can come from here."""
+    def contains(self, value: Any) -> bool:
+        """True if the distribution can produce the value, up to rounding errors."""
         if self.choice is not None:
             return any(_is_equal(label, as_label(value)) for label in self.labels())
         return is_number(value) and math.isclose(self.nearest(value), value, rel_tol=1e-9)
 
 
 def is_number(value: Any) -> bool:
-    """Whether it is one, which True is not."""
+    """True for an int or float; bool does not count."""
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
-def _is_equal(one: Scalar, other: Scalar) -> bool:
-    """1 and True are not."""
-    return isinstance(one, bool) == isinstance(other, bool) and one == other
+def _is_equal(left: Scalar, right: Scalar) -> bool:
+    """Equality that distinguishes 1 from True."""
+    return isinstance(left, bool) == isinstance(right, bool) and left == right
 
 
-def is_same(one: Any, other: Any) -> bool:
-    """Whether values are equal, but for rounding errors."""
-    if is_number(one) and is_number(other):
-        return math.isclose(one, other, rel_tol=1e-9)
-    return bool(one == other)
+def is_same(left: Any, right: Any) -> bool:
+    """True if the values are equal, up to rounding errors."""
+    if is_number(left) and is_number(right):
+        return math.isclose(left, right, rel_tol=1e-9)
+    return bool(left == right)
 
 
 def as_label(value: Any) -> Scalar:
-    """A scalar as it is; a list or a mapping as JSON."""
+    """A scalar unchanged; a list or a mapping as JSON."""
     if isinstance(value, list | dict):
         return json.dumps(value, sort_keys=True)
     assert value is None or isinstance(value, bool | int | float | str)

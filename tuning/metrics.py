@@ -1,4 +1,4 @@
-"""What a sweep can look for: the metrics that a run reports, and which way is better."""
+"""The metrics that a run reports and a sweep can optimise, and their directions (min or max)."""
 
 from ..training.common.errors import InputError
 from ..training.config.metric import Metric
@@ -6,7 +6,7 @@ from ..training.config.recipe import Recipe
 from .sweep import LoadedSweep, Objective
 
 SIZES = ("adapter_bytes", "trainable_parameters")
-"""Known once a trial is finished."""
+"""Metrics that exist only after a trial has finished."""
 _MORE_IS_BETTER = ("accuracy", "match", "margin", "reward", "chosen", "per_second")
 _LESS_IS_BETTER = ("loss", "entropy", "kl", "bytes", "parameters", "clipped", "truncated")
 
@@ -15,8 +15,8 @@ def objectives(loaded: LoadedSweep) -> list[Metric]:
     """The sweep's metrics with their modes.
 
     Raises:
-        InputError: for a metric that the base recipe's run never reports, and one of which it is
-            not known whether less or more is better.
+        InputError: for a metric that the base recipe's run never reports, and for one without a
+            default mode if the sweep gives none.
     """
     return [
         _metric(objective, loaded.recipe, loaded.place("objective"))
@@ -24,41 +24,41 @@ def objectives(loaded: LoadedSweep) -> list[Metric]:
     ]
 
 
-def is_measured_on_the_way(metric: str, recipe: Recipe) -> bool:
-    """Whether a run reports the metric before its end, so that a trial can be judged early."""
+def is_measured_during_training(metric: str, recipe: Recipe) -> bool:
+    """True if a run reports the metric before its end, so a trial can be pruned by it."""
     return metric not in (*SIZES, "exact_match") and metric in reported_metrics(recipe)
 
 
 def reported_metrics(recipe: Recipe) -> list[str]:
-    """Everything that a run of the recipe reports."""
+    """Names of all metrics that a run of the recipe reports."""
     method = recipe.method
     names = ["loss", *method.measures]
-    told = [*names, "tokens_per_second", *SIZES]
+    reported = [*names, "tokens_per_second", *SIZES]
     if recipe.data.eval or recipe.data.holdout > 0:
         held_out = [f"eval_{name}" for name in names]
-        told = [*dict.fromkeys([method.watched.name, *held_out]), *told]
+        reported = [*dict.fromkeys([method.watched.name, *held_out]), *reported]
     if recipe.eval.samples > 0:
-        told.append("exact_match")
-    return told
+        reported.append("exact_match")
+    return reported
 
 
 def _metric(objective: Objective, recipe: Recipe, place: str) -> Metric:
     name = objective.metric
-    known = reported_metrics(recipe)
-    if name not in known:
+    reported = reported_metrics(recipe)
+    if name not in reported:
         hint = ""
-        if name.startswith("eval_") and not any(one.startswith("eval_") for one in known):
-            hint = "; held-out measures need data.eval or data.holdout"
+        if name.startswith("eval_") and not any(item.startswith("eval_") for item in reported):
+            hint = "; eval metrics need data.eval or data.holdout"
         if name == "exact_match":
             hint = "; exact_match needs eval.samples"
         raise InputError(
             f"{place}: objective: a run of method {recipe.method.kind} never reports {name!r}; it "
-            f"reports {', '.join(known)}{hint}"
+            f"reports {', '.join(reported)}{hint}"
         )
     mode = objective.mode or _mode(name, recipe)
     if mode is None:
         raise InputError(
-            f"{place}: objective: say whether less or more of {name} is better, as in "
+            f"{place}: objective: {name} needs a mode: min if less is better, else max, as in "
             f"{{metric: {name}, mode: min}}"
         )
     return Metric(name, "min" if mode == "min" else "max")

@@ -1,11 +1,12 @@
-"""Population-based training: members train side by side, and the worst learn from the best.
+"""Population-based training: members train in parallel, and copies of the best replace the worst.
 
-All train for an interval. The worst quarter then gives way: in place of each, a new trial goes on
-from the checkpoint of one of the best quarter, with settings perturbed around that one's. A trial
-has one setting from its birth to its end, so Optuna is told the truth: who gave way is pruned.
+All members train for one generation, up to the same milestone. Then the worst quarter is replaced:
+for each of them a new trial continues from the checkpoint of a member of the best quarter, with
+perturbed settings. A trial keeps its settings from start to end, so Optuna records the replaced
+trial as pruned and the new one as a trial of its own.
 
-Jaderberg et al., 2017, https://arxiv.org/abs/1711.09846; with a turn at which all members stand.
-What a turn does follows from the study and the seed alone, also where a crash cut it off.
+Jaderberg et al., 2017, https://arxiv.org/abs/1711.09846; here all members wait at each milestone.
+The result of a generation depends only on the study and the seed, also if a crash interrupts it.
 """
 
 import random
@@ -23,24 +24,25 @@ from .study import Assignment, SweepStudy
 from .sweep import Sweep
 
 _SHARE = 4
-"""One of so many gives way, to one of as many of the best."""
+"""One of this many members is replaced, by a copy of one of equally many best."""
 _RESAMPLED = 0.25
-"""Share of the values that are drawn anew."""
+"""Probability that a value is drawn again from its whole distribution."""
 _FACTOR = 1.25
-"""Up or down, on a logarithmic scale; on a linear one it is a tenth of the range."""
+"""Change of a value of a log range; in a linear range, a value changes by a tenth of the range."""
 
-_TURNED, _STOOD, _BORN, _REPLACES = "turned", "stood", "born", "replaces"
+# Optuna's user attributes; the values are names in optuna.db.
+_GENERATION, _MILESTONES, _FIRST_GENERATION, _REPLACES = "turned", "stood", "born", "replaces"
 
 
 class Population:
-    """Who trains next, and up to where.
+    """Decides which member trains next, and up to which milestone.
 
     Args:
         sweep: `trials` is the size of the population.
-        study: its memory.
+        study: stores the state of the population.
         space: what is searched.
-        inherit: called with (parent, child) to give the child the parent's checkpoint; after a
-            crash it may be called again.
+        inherit: called with (parent, child) to copy the parent's checkpoint to the child; after a
+            crash it may be called again for the same child.
     """
 
     def __init__(
@@ -52,194 +54,205 @@ class Population:
         self._space = space
         self._inherit = inherit
         self._members: dict[int, Assignment] = {}
-        """Those that were started here, or were open when this began."""
-        while study.has_unfinished and (one := study.ask()) is not None:
-            self._members[one.number] = one
+        """Trials started by this process, or left unfinished by an earlier one."""
+        while study.has_unfinished and (assignment := study.ask()) is not None:
+            self._members[assignment.number] = assignment
 
     @property
     def is_finished(self) -> bool:
-        """Whether nobody is left to train."""
-        return not self._is_growing and not self._alive()
+        """True if no member is left to train."""
+        return not self._is_growing and not self._unfinished()
 
-    def next(self, running: Collection[int]) -> Assignment | None:
-        """The next to train, with the turn that it trains up to; None while others must come
-        there first."""
-        turned = self._turned
-        if self._is_growing or self._waits_to_be_born():
+    def next_trial(self, running: Collection[int]) -> Assignment | None:
+        """The next member to train, with its milestone.
+
+        Returns:
+            None while it must wait for other members to reach the milestone.
+        """
+        milestone = self._generation + 1
+        if self._is_growing or self._has_queued():
             assignment = self._study.ask()
             if assignment is None:
-                self._size = len(self._first())
+                self._size = len(self._founders())
                 return None
             self._members[assignment.number] = assignment
         else:
             ready = [
                 number
-                for number in self.parked(running)
-                if str(turned + 1) not in _stood(self._trial(number))
+                for number in self.paused(running)
+                if str(milestone) not in _milestones(self._trial(number))
             ]
             if not ready:
                 return None
             assignment = self._members[ready[0]]
-        return replace(assignment, until=turned + 1)
+        return replace(assignment, until=milestone)
 
-    def parked(self, running: Collection[int]) -> list[int]:
-        """Members that live and do not run."""
+    def paused(self, running: Collection[int]) -> list[int]:
+        """Unfinished members that are not running now."""
         return [
             trial.number
-            for trial in self._alive()
+            for trial in self._unfinished()
             if trial.state == TrialState.RUNNING and trial.number not in running
         ]
 
-    def stands(self, number: int, measures: Record) -> None:
-        """A member came to the next turn."""
+    def reached_milestone(self, number: int, measures: Record) -> None:
+        """Record that a member has trained up to the current milestone."""
         value = measures[self._study.metrics[0].name]
-        stood = {**_stood(self._trial(number)), str(self._turned + 1): value}
-        self._study.note(number, measures, stood=stood)
+        reached = {**_milestones(self._trial(number)), str(self._generation + 1): value}
+        self._study.store(number, measures, **{_MILESTONES: reached})
 
-    def turn(self) -> Iterator[tuple[int, str]]:
-        """Where all members stand at the next turn, let the worst give way; yields (trial, what
-        became of it) for each that did."""
-        turn = self._turned + 1
-        waited_for = [
+    def finish_generation(self) -> Iterator[tuple[int, str]]:
+        """Replace the worst members, if all have reached the current milestone.
+
+        Yields:
+            (trial, reason) for each trial that was replaced.
+        """
+        milestone = self._generation + 1
+        missing = [
             trial
-            for trial in self._alive()
-            if _born(trial) < turn and str(turn) not in _stood(trial)
+            for trial in self._unfinished()
+            if _first_generation(trial) < milestone and str(milestone) not in _milestones(trial)
         ]
-        if self._is_growing or waited_for or not self._alive():
+        if self._is_growing or missing or not self._unfinished():
             return
-        best, losers = self._ranked(turn)
-        for loser in losers:
-            chance = random.Random(f"{self._seed}/{turn}/{loser.number}")
-            parent = chance.choice(best)
-            child = self._child(parent, loser, turn, chance)
+        best, worst = self._ranked(milestone)
+        for replaced in worst:
+            generator = random.Random(f"{self._seed}/{milestone}/{replaced.number}")
+            parent = generator.choice(best)
+            child = self._child(parent, replaced, milestone, generator)
             self._inherit(parent.number, child)
-            if loser.state == TrialState.RUNNING:
-                reason = f"gave way to trial {child}, which goes on from trial {parent.number}"
-                self._study.prune(loser.number, reason, loser.user_attrs["measures"])
-                yield loser.number, reason
-        self._study.optuna.set_user_attr(_TURNED, turn)
+            if replaced.state == TrialState.RUNNING:
+                reason = f"replaced by trial {child}, which continues from trial {parent.number}"
+                self._study.prune(replaced.number, reason, replaced.user_attrs["measures"])
+                yield replaced.number, reason
+        self._study.optuna.set_user_attr(_GENERATION, milestone)
 
     # in detail
 
     @property
-    def _turned(self) -> int:
-        """Turns that are over."""
-        return int(self._study.optuna.user_attrs.get(_TURNED, 0))
+    def _generation(self) -> int:
+        """Number of finished generations."""
+        return int(self._study.optuna.user_attrs.get(_GENERATION, 0))
 
     @property
     def _is_growing(self) -> bool:
-        return self._turned == 0 and len(self._first()) < self._size
+        return self._generation == 0 and len(self._founders()) < self._size
 
     def _own(self) -> list[FrozenTrial]:
         trials: list[FrozenTrial] = self._study.optuna.get_trials(deepcopy=False)
         return [
-            one
-            for one in trials
-            if ("settings" in one.user_attrs or _REPLACES in one.user_attrs)
-            and "earlier" not in one.user_attrs
+            trial
+            for trial in trials
+            if ("settings" in trial.user_attrs or _REPLACES in trial.user_attrs)
+            and "earlier" not in trial.user_attrs
         ]
 
-    def _first(self) -> list[FrozenTrial]:
-        """Those that started with nothing."""
-        return [one for one in self._own() if _REPLACES not in one.user_attrs]
+    def _founders(self) -> list[FrozenTrial]:
+        """Trials that started from the base model, not from another trial's checkpoint."""
+        return [trial for trial in self._own() if _REPLACES not in trial.user_attrs]
 
-    def _alive(self) -> list[FrozenTrial]:
+    def _unfinished(self) -> list[FrozenTrial]:
         states = (TrialState.RUNNING, TrialState.WAITING)
-        return [one for one in self._own() if one.state in states]
+        return [trial for trial in self._own() if trial.state in states]
 
-    def _waits_to_be_born(self) -> bool:
-        return any(one.state == TrialState.WAITING for one in self._alive())
+    def _has_queued(self) -> bool:
+        return any(trial.state == TrialState.WAITING for trial in self._unfinished())
 
     def _trial(self, number: int) -> FrozenTrial:
-        found: FrozenTrial = self._study.optuna.get_trials(deepcopy=False)[number]
-        return found
+        trial: FrozenTrial = self._study.optuna.get_trials(deepcopy=False)[number]
+        return trial
 
-    def _ranked(self, turn: int) -> tuple[list[FrozenTrial], list[FrozenTrial]]:
-        """The best at a turn, and those that give way: the worst, and who failed since the last."""
+    def _ranked(self, milestone: int) -> tuple[list[FrozenTrial], list[FrozenTrial]]:
+        """The best trials at a milestone, and those to replace: the worst, and failed ones."""
         own = self._own()
         sign = 1 if self._study.metrics[0].mode == "min" else -1
 
         def value(trial: FrozenTrial) -> float:
-            return sign * float(_stood(trial)[str(turn)])
+            return sign * float(_milestones(trial)[str(milestone)])
 
-        standing = sorted(
-            (one for one in own if str(turn) in _stood(one)),
-            key=lambda one: (value(one), one.number),
+        ranking = sorted(
+            (trial for trial in own if str(milestone) in _milestones(trial)),
+            key=lambda trial: (value(trial), trial.number),
         )
-        count = max(1, len(standing) // _SHARE)
-        best = standing[:count]
-        worst = [one for one in standing[count:][-count:] if value(one) > value(best[-1])]
-        replaced = {one.user_attrs.get(_REPLACES) for one in own if _born(one) < turn}
+        count = max(1, len(ranking) // _SHARE)
+        best = ranking[:count]
+        worst = [trial for trial in ranking[count:][-count:] if value(trial) > value(best[-1])]
+        earlier = [trial for trial in own if _first_generation(trial) < milestone]
+        replaced = {trial.user_attrs.get(_REPLACES) for trial in earlier}
         failed = [
-            one
-            for one in own
-            if one.state == TrialState.FAIL and _born(one) < turn and one.number not in replaced
+            trial
+            for trial in earlier
+            if trial.state == TrialState.FAIL and trial.number not in replaced
         ]
         return best, worst + failed if best else []
 
     def _child(
-        self, parent: FrozenTrial, loser: FrozenTrial, turn: int, chance: random.Random
+        self,
+        parent: FrozenTrial,
+        replaced: FrozenTrial,
+        milestone: int,
+        generator: random.Random,
     ) -> int:
-        """The number of the trial in a loser's place; it is there already after a crash."""
-        born = [one for one in self._own() if one.user_attrs.get(_REPLACES) == loser.number]
-        if born:
-            return int(born[0].number)
-        settings = perturbed(self._space, parent.user_attrs["settings"], chance)
+        """Number of the trial that takes the place of `replaced`, queued if it does not exist."""
+        for trial in self._own():
+            if trial.user_attrs.get(_REPLACES) == replaced.number:
+                return int(trial.number)
+        settings = perturbed(self._space, parent.user_attrs["settings"], generator)
         tokens = parent.user_attrs["measures"]["tokens"]
         self._study.optuna.enqueue_trial(
             self._space.labels(settings),
             user_attrs={
-                _REPLACES: loser.number,
-                _BORN: turn,
+                _REPLACES: replaced.number,
+                _FIRST_GENERATION: milestone,
                 "parent": {"trial": parent.number, "tokens": tokens},
             },
         )
         return len(self._study.optuna.get_trials(deepcopy=False)) - 1
 
 
-def perturbed(space: Space, settings: Settings, chance: random.Random) -> Settings:
-    """Settings a little away from others; those themselves where that makes no valid recipe."""
-    given = {
+def perturbed(space: Space, settings: Settings, generator: random.Random) -> Settings:
+    """Random settings near `settings`; `settings` itself if the result is not a valid recipe."""
+    changed = {
         key: space.in_recipe(
             key,
-            _perturbed(space[key], space.as_searched(key, settings[key], settings), chance),
+            _perturbed(space[key], space.as_searched(key, settings[key], settings), generator),
             settings,
         )
         for key in space.searched
         if key in settings
     }
-    around = space.complete(given)
+    nearby = space.complete(changed)
     try:
-        space.recipe(around)
+        space.recipe(nearby)
     except InputError:
         return settings
-    return around
+    return nearby
 
 
-def _perturbed(distribution: Distribution, value: Any, chance: random.Random) -> Any:
-    is_anew, is_up = chance.random() < _RESAMPLED, chance.random() < 0.5
-    place = chance.random()
+def _perturbed(distribution: Distribution, value: Any, generator: random.Random) -> Any:
+    is_resampled, is_up = generator.random() < _RESAMPLED, generator.random() < 0.5
+    place = generator.random()
     if distribution.choice is not None:
         choices = distribution.choice
-        if is_anew:
+        if is_resampled:
             return choices[int(place * len(choices))]
         index = choices.index(value) + (1 if is_up else -1)
         return choices[min(max(index, 0), len(choices) - 1)]
     low, high = distribution.bounds
-    if is_anew:
-        far = low * (high / low) ** place if distribution.is_log else low + place * (high - low)
-        return distribution.nearest(far)
+    if is_resampled:
+        drawn = low * (high / low) ** place if distribution.is_log else low + place * (high - low)
+        return distribution.nearest(drawn)
     if distribution.is_log:
         return distribution.nearest(value * _FACTOR if is_up else value / _FACTOR)
     step = max((high - low) / 10, distribution.step or 0.0)
     return distribution.nearest(value + step if is_up else value - step)
 
 
-def _stood(trial: FrozenTrial) -> dict[str, float]:
-    """Its objective at each turn, by the turn's number."""
-    return dict(trial.user_attrs.get(_STOOD, {}))
+def _milestones(trial: FrozenTrial) -> dict[str, float]:
+    """The trial's objective at each milestone that it reached, by the milestone's number."""
+    return dict(trial.user_attrs.get(_MILESTONES, {}))
 
 
-def _born(trial: FrozenTrial) -> int:
-    """The turn at which it began."""
-    return int(trial.user_attrs.get(_BORN, 0))
+def _first_generation(trial: FrozenTrial) -> int:
+    """The generation in which the trial started; 0 for the first members."""
+    return int(trial.user_attrs.get(_FIRST_GENERATION, 0))

@@ -1,4 +1,4 @@
-"""A sweep checked as far as it can be before Ray is started."""
+"""The checks of a sweep that need neither Ray nor torch, and the plan that results from them."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -8,7 +8,7 @@ from ..training.common.storage import Folder
 from ..training.config.metric import Metric
 from ..training.config.recipe import Recipe
 from .default_search import default_space
-from .metrics import is_measured_on_the_way, objectives
+from .metrics import is_measured_during_training, objectives
 from .space import Excluded, Settings, Space
 from .sweep import LoadedSweep, Sweep
 from .sweep_folder import trial_name
@@ -17,41 +17,42 @@ CHANGEABLE = (
     *("optim.learning_rate", "optim.weight_decay", "optim.max_grad_norm", "optim.beta1"),
     *("optim.beta2", "adapter.dropout"),
 )
-"""What may change while a model trains: neither its shape, nor its data, nor what is measured."""
+"""Keys that may change during training: they affect neither the model's shape, nor the data, nor
+what is measured."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A sweep whose every setting is known to be good, or excluded."""
+    """A checked sweep: every combination of settings is valid, or excluded."""
 
     sweep: Sweep
     recipe: Recipe
-    """The base."""
+    """The base recipe."""
     folder: Folder
     metrics: Sequence[Metric]
     space: Space
     points: Sequence[Settings]
-    """To try first: the rule of thumb, then the user's own."""
+    """Settings of the first trials: the rule of thumb, then the user's own."""
     excluded_count: int
     excluded: Sequence[Excluded]
-    """Combinations that make no valid recipe, the first ones of them."""
+    """The first of the combinations that are not valid recipes."""
     prunes: bool
-    """Whether trials are stopped early."""
+    """True if trials are stopped early by their metric."""
 
     @property
     def is_population(self) -> bool:
-        """Whether trials take over the weights of better ones."""
+        """True for population-based training, where trials take over the weights of better ones."""
         return self.sweep.pruning.kind == "pbt"
 
     @property
     def trials(self) -> int:
-        """Trials at most: a grid has an end of its own."""
+        """Maximum number of trials: a finite space may have fewer settings than `sweep.trials`."""
         every = self.space.every_setting()
         most = len(every) if every is not None else self.sweep.trials
         return min(self.sweep.trials, most)
 
     def data_recipes(self) -> dict[str, Recipe]:
-        """A recipe for each data setting, by the setting's key; trials share what it prepares."""
+        """A recipe for each prepared data set that trials share, by `Space.data_key`."""
         space = self.space
         return {
             space.data_key(settings): space.recipe(
@@ -65,7 +66,7 @@ def make_plan(loaded: LoadedSweep) -> Plan:
     """Check a loaded sweep.
 
     Raises:
-        InputError: for everything that is wrong with it.
+        InputError: with file:line and key of what is wrong.
     """
     sweep, recipe = loaded.sweep, loaded.recipe
     metrics = objectives(loaded)
@@ -73,7 +74,8 @@ def make_plan(loaded: LoadedSweep) -> Plan:
     space = Space(search, recipe, loaded.folder, lambda key: loaded.place("search", key))
     if not space.searched:
         raise InputError(
-            f"{loaded.place('search')}: search: every value is computed, none searched"
+            f"{loaded.place('search')}: search: every key is computed with times, so none is "
+            "searched; give at least one a choice or a range"
         )
     if sweep.pruning.kind == "pbt":
         _check_changeable(loaded, space)
@@ -83,7 +85,7 @@ def make_plan(loaded: LoadedSweep) -> Plan:
     for number, given in enumerate(sweep.points):
         points.append(space.point(given, f"{loaded.place('points', number)}: points.{number}"))
     if sweep.search == "default" and not sweep.warm_start:
-        points += space.around_the_rule()[: max(0, sweep.trials - len(points))]
+        points += space.variations_of_the_rule()[: max(0, sweep.trials - len(points))]
     if sweep.sampler == "grid":
         points += _grid(loaded, space)
     return Plan(
@@ -95,21 +97,22 @@ def make_plan(loaded: LoadedSweep) -> Plan:
 def _grid(loaded: LoadedSweep, space: Space) -> list[Settings]:
     settings = space.every_setting()
     if settings is None:
-        endless = [key for key in space.searched if space[key].every_value() is None]
+        uncountable = [key for key in space.searched if space[key].every_value() is None]
         raise InputError(
-            f"{loaded.place('sampler')}: sampler grid needs countable values, and "
-            f"{', '.join(endless)} has a range of them; use choice, int_uniform or step"
+            f"{loaded.place('sampler')}: sampler grid needs a finite number of values, and "
+            f"{', '.join(uncountable)} has a continuous range; use choice, int_uniform or step"
         )
     return settings
 
 
 def _prunes(loaded: LoadedSweep, metrics: Sequence[Metric]) -> bool:
     kind = loaded.sweep.pruning.kind
-    possible = len(metrics) == 1 and is_measured_on_the_way(metrics[0].name, loaded.recipe)
+    possible = len(metrics) == 1 and is_measured_during_training(metrics[0].name, loaded.recipe)
     if kind not in ("auto", "none") and not possible:
         raise InputError(
-            f"{loaded.place('pruning')}: pruning.kind {kind}: {metrics[0].name} is known at a "
-            "trial's end only, too late to stop it; leave pruning out"
+            f"{loaded.place('pruning')}: pruning.kind {kind}: it needs one objective that is "
+            f"measured during training, and {metrics[0].name} is only known at a trial's end; "
+            "remove pruning"
         )
     return possible and kind not in ("none", "pbt")
 
@@ -118,6 +121,6 @@ def _check_changeable(loaded: LoadedSweep, space: Space) -> None:
     for key in space.keys:
         if key not in CHANGEABLE:
             raise InputError(
-                f"{loaded.place('search', key)}: search.{key}: with pruning.kind pbt a trial goes "
-                f"on from another's weights, so only {', '.join(CHANGEABLE)} can be searched"
+                f"{loaded.place('search', key)}: search.{key}: with pruning.kind pbt a trial "
+                f"continues from another's weights, so only {', '.join(CHANGEABLE)} can be searched"
             )

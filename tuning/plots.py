@@ -1,4 +1,4 @@
-"""The figures of a sweep's report: Optuna's own, and two over trained tokens."""
+"""The plots of a sweep's report: those of Optuna, and two over trained tokens."""
 
 from collections.abc import Callable, Iterator
 
@@ -12,12 +12,12 @@ from .sweep_folder import lineage
 
 _COLOURS = {"finished": "#2f5bb7", "pruned": "#b9b4aa", "failed": "#b3261e", "running": "#b5520f"}
 _ENOUGH = 2
-"""Finished trials that a comparison needs."""
+"""Number of finished trials that a comparison needs."""
 
 
-def figures(study: optuna.Study, record: Record) -> Iterator[tuple[str, go.Figure]]:
-    """(title, figure) of all that can be drawn of the trials so far."""
-    metrics = [one["metric"] for one in record["objectives"]]
+def plots(study: optuna.Study, record: Record) -> Iterator[tuple[str, go.Figure]]:
+    """(title, figure) of every plot that the trials so far allow."""
+    metrics = [objective["metric"] for objective in record["objectives"]]
     if any(row["curve"] for row in record["trials"]):
         yield "Learning curves", learning_curves(record)
     finished = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
@@ -41,22 +41,22 @@ def _comparisons(
     target: Callable[[FrozenTrial], float] | None = None
     if len(study.directions) > 1:
         target = lambda trial: float(trial.values[place])  # noqa: E731
-    told = {"target": target, "target_name": name}
+    options = {"target": target, "target_name": name}
     of = f" of {name}" if target else ""
-    yield f"Parallel coordinates{of}", visualization.plot_parallel_coordinate(study, **told)
+    yield f"Parallel coordinates{of}", visualization.plot_parallel_coordinate(study, **options)
     values = {trial.values[place] for trial in finished}
     keys = set.intersection(*(set(trial.params) for trial in finished))
     if len(values) >= _ENOUGH and keys:
         evaluator = optuna.importance.PedAnovaImportanceEvaluator()
-        drawn = visualization.plot_param_importances(study, evaluator=evaluator, **told)
-        yield f"Importance{of}", drawn
-    yield f"Slices{of}", visualization.plot_slice(study, **told)
+        importances = visualization.plot_param_importances(study, evaluator=evaluator, **options)
+        yield f"Importance{of}", importances
+    yield f"Slices{of}", visualization.plot_slice(study, **options)
     if len(keys) >= 2:
-        yield f"Contours{of}", visualization.plot_contour(study, **told)
+        yield f"Contours{of}", visualization.plot_contour(study, **options)
 
 
 def learning_curves(record: Record) -> go.Figure:
-    """The objective of every trial over its tokens; pruned trials are grey and end in a cross."""
+    """The objective of every trial over its tokens; pruned trials are dotted and end in a cross."""
     figure = go.Figure()
     for row in record["trials"]:
         if not row["curve"]:
@@ -80,7 +80,7 @@ def learning_curves(record: Record) -> go.Figure:
 
 
 def _whole_curve(record: Record, row: Record) -> list[list[float]]:
-    """A trial's curve, from the point on where it took over another's weights."""
+    """A trial's curve, starting at the point where it took over another trial's weights."""
     parent = row.get("parent")
     if parent is None:
         return list(row["curve"])
@@ -90,7 +90,7 @@ def _whole_curve(record: Record, row: Record) -> list[list[float]]:
 
 
 def over_compute(record: Record) -> go.Figure:
-    """The best value after so many tokens of all trials together."""
+    """The best objective so far over the trained tokens of all trials together."""
     ended = sorted((row for row in record["trials"] if row["ended"]), key=lambda row: row["ended"])
     sign = 1 if record["objectives"][0]["mode"] == "min" else -1
     spent, best = 0, None

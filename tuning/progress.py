@@ -1,4 +1,4 @@
-"""How a sweep says what it does, to whoever watches it; without Ray."""
+"""The interface through which a sweep reports its progress; without Ray."""
 
 from dataclasses import dataclass
 
@@ -8,17 +8,17 @@ from ..training.records.run_folder import Record
 
 @dataclass(frozen=True)
 class Ending:
-    """How a trial ended."""
+    """The end of one trial."""
 
     number: int
     state: str
     """finished, pruned or failed."""
     text: str
-    """A line about it for people."""
+    """One line for the user: the reached metrics, the reason or the error."""
 
 
 class SweepProgress(Progress):
-    """Receives what happens in a sweep; this one shows nothing."""
+    """Receives the events of a sweep; this base class ignores them."""
 
     def trial_ended(self, ending: Ending, record: Record) -> None:
-        """A trial ended; `record` is sweep.json."""
+        """Called when a trial has ended; `record` is the content of sweep.json."""

@@ -1,9 +1,8 @@
-"""Running trials with Ray Tune: slots that are reused, and a searcher and a scheduler that pass
-everything on to the conductor.
+"""Runs trials with Ray Tune: reused slots, and a searcher and a scheduler that ask the conductor.
 
-Ray Tune's own OptunaSearch tells Optuna that stopped trials are complete and leaves those whose
-objective is not a number running for ever, and its schedulers forget their rungs at a restart. So
-this searcher keeps to Optuna's ask and tell, and pruning is decided from Optuna's storage.
+Ray Tune's own OptunaSearch reports stopped trials to Optuna as complete, and never ends trials
+whose objective is not a number; its schedulers lose their rungs at a restart. So this searcher uses
+Optuna's ask and tell, and pruning is decided from Optuna's storage.
 """
 
 import logging
@@ -27,8 +26,8 @@ from .study import Assignment
 from .trial_actor import TrialConfig, TrialSlot
 
 _ENVIRONMENT = {
-    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # finray keeps its own books
-    "TUNE_GLOBAL_CHECKPOINT_S": "3600",  # and resumes from them, not from Ray Tune's
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # finray writes its own records
+    "TUNE_GLOBAL_CHECKPOINT_S": "3600",  # and resumes from those, not from Ray Tune's
     "RAY_CHDIR_TO_TRIAL_DIR": "0",
     "RAY_AIR_NEW_OUTPUT": "0",
     "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",
@@ -36,7 +35,7 @@ _ENVIRONMENT = {
 MakeConfig = Callable[[Assignment], TrialConfig]
 
 
-def execute(
+def run_trials(
     conductor: Conductor,
     make_config: MakeConfig,
     scale: ScaleSettings,
@@ -46,14 +45,14 @@ def execute(
     """Run trials until the conductor has none left, or `stop` is requested.
 
     Args:
-        conductor: says which, and hears of them.
-        make_config: what a slot is told of a trial.
-        scale: the size of a trial.
-        stop: ends the sweep so that it can be taken up again.
-        progress: receives what happens to slots.
+        conductor: decides which trials run, and records their results.
+        make_config: builds the configuration of a trial's slot.
+        scale: workers and resources of a trial.
+        stop: when requested, running trials save a checkpoint and the sweep can be resumed.
+        progress: receives a status line for each lost slot.
     """
     os.environ.update(_ENVIRONMENT)
-    # A lost process is told in a line, without a traceback.
+    # A lost process is reported in one line, without a traceback.
     logging.getLogger("ray.tune").setLevel(logging.CRITICAL)
     with tempfile.TemporaryDirectory(prefix="finray-tune-") as scratch:
         guard = _Guard(conductor)
@@ -77,29 +76,33 @@ def execute(
         )
         try:
             run_while_watching(tuner.fit, stop, conductor.interrupt)
-        finally:  # else what that led to would hide it
+        finally:  # an error that follows from it must not hide it
             guard.raise_error()
 
 
 class _LossReporter(tune.Callback):
-    """Reports trials whose process was lost, with its node or alone."""
+    """Reports trials whose process or node was lost."""
 
     def __init__(self, progress: Progress) -> None:
         self._progress = progress
 
     def on_trial_recover(self, iteration: int, trials: Any, trial: Any, **_: Any) -> None:
-        """The trial will run in another slot."""
+        """Called when Ray Tune restarts a trial in another slot."""
         del iteration, trials
         number = trial.config["number"]
-        self._progress.status(f"trial {number}: its process was lost; it resumes in another one")
+        self._progress.status(
+            f"trial {number}: its process was lost; resuming the trial in a new process"
+        )
 
     def __getstate__(self) -> dict[str, Any]:
         return {}
 
 
 class _Guard:
-    """Ray Tune takes an error in its searcher or its scheduler for a trial's. Here it ends the
-    sweep, so that it can be taken up again, and is raised then."""
+    """Catches errors in the searcher and the scheduler, which Ray Tune would attribute to a trial.
+
+    The first error interrupts the sweep, so that it can be resumed, and is raised at its end.
+    """
 
     def __init__(self, conductor: Conductor) -> None:
         self._conductor = conductor
@@ -115,13 +118,13 @@ class _Guard:
                 self._conductor.interrupt()
 
     def raise_error(self) -> None:
-        """The first one, where there was one."""
+        """Raise the first error that was caught, if any."""
         if self._error is not None:
             raise self._error
 
 
 class _ConductedSearch(Searcher):
-    """Ray Tune's trials are the conductor's."""
+    """Gives the conductor's trials to Ray Tune."""
 
     def __init__(self, conductor: Conductor, make_config: MakeConfig, guard: _Guard) -> None:
         super().__init__()
@@ -131,9 +134,9 @@ class _ConductedSearch(Searcher):
         self._numbers: dict[str, int] = {}
 
     def suggest(self, trial_id: str) -> Any:
-        """A trial's configuration, None for none now, FINISHED for none any more."""
+        """A trial's configuration, None if none can start now, FINISHED if none will."""
         with self._guard():
-            assignment = self._conductor.next()
+            assignment = self._conductor.next_trial()
             if assignment is not None:
                 self._numbers[trial_id] = assignment.number
                 return dict(self._make_config(assignment))
@@ -142,23 +145,23 @@ class _ConductedSearch(Searcher):
     def on_trial_complete(
         self, trial_id: str, result: Record | None = None, error: bool = False
     ) -> None:
-        """Pass a trial's end on."""
+        """Report a trial's end to the conductor."""
         lost = "its process was lost more often than scale.max_failures" if error else None
         with self._guard():
-            self._conductor.ended(self._numbers[trial_id], _unflattened(result), lost)
+            self._conductor.finish_trial(self._numbers[trial_id], _unflattened(result), lost)
 
     def save(self, checkpoint_path: str) -> None:
-        """Nothing: the study is the sweep's memory."""
+        """Do nothing: the study holds the sweep's state."""
 
     def restore(self, checkpoint_path: str) -> None:
-        """Nothing: see `save`."""
+        """Do nothing: see `save`."""
 
     def __getstate__(self) -> dict[str, Any]:
         return {}
 
 
 class _ConductedPruning(FIFOScheduler):
-    """Stops the trials that the conductor gives up."""
+    """Stops trials when the conductor decides so."""
 
     def __init__(self, conductor: Conductor, guard: _Guard) -> None:
         super().__init__()
@@ -166,22 +169,22 @@ class _ConductedPruning(FIFOScheduler):
         self._guard = guard
 
     def on_trial_result(self, tune_controller: Any, trial: Any, result: Record) -> str:
-        """Whether a trial goes on after a report."""
+        """STOP or CONTINUE for a trial after its report."""
         del tune_controller, trial
         tokens, value = result.get("tokens"), result.get("value")
-        gives_up = False
+        must_stop = False
         with self._guard():
-            gives_up = tokens is not None and self._conductor.reported(
+            must_stop = tokens is not None and self._conductor.report(
                 result["number"], int(tokens), value, bool(result["is_last"])
             )
-        return str(TrialScheduler.STOP if gives_up else TrialScheduler.CONTINUE)
+        return str(TrialScheduler.STOP if must_stop else TrialScheduler.CONTINUE)
 
     def __getstate__(self) -> dict[str, Any]:
         return {}
 
 
 def _unflattened(result: Record | None) -> Record | None:
-    """A report as the slot made it; Ray Tune writes nested keys with slashes."""
+    """A report as the slot sent it; Ray Tune flattens nested keys with slashes."""
     if result is None:
         return None
     measures = {

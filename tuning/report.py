@@ -1,4 +1,4 @@
-"""report.html of a sweep: one self-contained page with figures and a table that sorts."""
+"""report.html of a sweep: one self-contained page with plots and a sortable table."""
 
 from pathlib import Path
 from typing import Any
@@ -8,11 +8,11 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
-from ..training.common import formatting as text
+from ..training.common import formatting
 from ..training.common.storage import Folder
 from ..training.records.report import asset
 from ..training.records.run_folder import Record
-from .plots import figures
+from .plots import plots
 from .sweep_folder import REPORT_FILE, note, saved_share
 
 
@@ -22,14 +22,14 @@ def write_report(folder: Folder, study: optuna.Study, record: Record) -> None:
 
 
 def render_report(study: optuna.Study, record: Record) -> str:
-    """The page.
+    """report.html as text.
 
     Args:
-        study: Optuna's, for its figures.
-        record: the sweep's, as sweep.json holds it.
+        study: the Optuna study, for its plots.
+        record: the content of sweep.json.
     """
-    drawn = []
-    for number, (title, figure) in enumerate(figures(study, record)):
+    figures = []
+    for number, (title, figure) in enumerate(plots(study, record)):
         figure.update_layout(title=None, margin={"l": 70, "r": 30, "t": 30, "b": 60}, autosize=True)
         html = figure.to_html(
             full_html=False,
@@ -37,22 +37,22 @@ def render_report(study: optuna.Study, record: Record) -> str:
             div_id=f"figure-{number}",
             config={"responsive": True, "displaylogo": False},
         )
-        drawn.append((title, Markup(html)))
+        figures.append((title, Markup(html)))
     return (
         _environment()
         .get_template("report.html")
         .render(
             css=asset("report.css"),
-            # A script's end inside the library's own strings would end ours.
+            # "</script" inside a string of the library would end the script element.
             plotly=Markup(get_plotlyjs().replace("</script", "<\\/script")),
             record=record,
-            metrics=[one["metric"] for one in record["objectives"]],
+            metrics=[objective["metric"] for objective in record["objectives"]],
             keys=list(dict.fromkeys(key for row in record["trials"] for key in row["settings"])),
             facts=_facts(record),
-            figures=drawn,
+            figures=figures,
             cell=_cell,
             note=note,
-            count=text.count,
+            count=formatting.count,
         )
     )
 
@@ -78,23 +78,24 @@ def _facts(record: Record) -> list[tuple[str, str]]:
     if record["best"]:
         best = next(row for row in rows if row["number"] == record["best"][0])
         values = [
-            f"{one['metric']} {value:.6g}"
-            for one, value in zip(record["objectives"], best["values"], strict=True)
+            f"{objective['metric']} {value:.6g}"
+            for objective, value in zip(record["objectives"], best["values"], strict=True)
         ]
         facts.append(("Best", f"trial {best['number']}: {', '.join(values)}"))
-    facts.append(("Tokens", text.count(sum(row["tokens"] for row in rows))))
+    facts.append(("Tokens", formatting.count(sum(row["tokens"] for row in rows))))
     share = saved_share(record)
     if share is not None and record["prunes"]:
-        facts.append(("Saved by pruning", f"{text.percent(share)} of the tokens of whole trials"))
-    facts.append(("Wall time", text.duration(record.get("wall_seconds"))))
+        saved = f"{formatting.percent(share)} of the tokens of whole trials"
+        facts.append(("Saved by pruning", saved))
+    facts.append(("Wall time", formatting.duration(record.get("wall_seconds"))))
     if record.get("over"):
         facts.append(("Ended early", str(record["over"])))
-    for name, one in (record.get("retrained") or {}).get("spread", {}).items():
-        facts.append((f"Retrained {name}", f"{one['mean']:.6g} ± {one['deviation']:.2g}"))
+    for name, spread in (record.get("retrained") or {}).get("spread", {}).items():
+        facts.append((f"Retrained {name}", f"{spread['mean']:.6g} ± {spread['deviation']:.2g}"))
     return facts
 
 
 def _cell(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:.6g}"
-    return text.MISSING if value is None else str(value)
+    return formatting.MISSING if value is None else str(value)

@@ -1,4 +1,4 @@
-"""What a sweep ends with: the best recipe ready to run, its weights, runs over several seeds."""
+"""The results of a sweep: the best recipe, its weights, and runs of it with several seeds."""
 
 import statistics
 import tempfile
@@ -21,15 +21,15 @@ from .sweep_folder import BEST_FILE, PARETO_FOLDER, RETRAINED_FOLDER, lineage, t
 
 
 def best_recipe(plan: Plan, settings: dict[str, Any], name: str) -> Recipe:
-    """A trial's settings as a recipe of its own beside the sweep."""
+    """The recipe of a trial's settings, as a run of its own in the sweep's storage."""
     return plan.space.recipe(settings, name=name[:63], storage=plan.sweep.storage)
 
 
 def export_best(plan: Plan, record: Record) -> None:
     """Write best.yaml and copy the best trial's weights into the sweep's folder.
 
-    Of a Pareto front every member's recipe is written, and best.yaml is the one that is best in
-    the first objective.
+    With several objectives, the recipe of every trial of the Pareto front is written too, and
+    best.yaml holds the best one in the first objective.
     """
     rows = {row["number"]: row for row in record["trials"]}
     front = [rows[number] for number in record["best"]]
@@ -58,22 +58,23 @@ def _write_recipe(
     written = recipe.model_dump(mode="json", exclude_unset=True)
     text = dump_yaml(written, allow_unicode=True)
     head = f"# Trial {row['number']} of the sweep {plan.sweep.name}: {values}\n"
-    folder.create().write(file, (head + _course(record, row) + text).encode())
+    folder.create().write(file, (head + _history_comment(record, row) + text).encode())
 
 
-def _course(record: Record, row: Record) -> str:
-    """Comment lines with the settings that a population's member went through; none for others."""
+def _history_comment(record: Record, row: Record) -> str:
+    """YAML comment with the earlier settings of a population's member; empty for other trials."""
     line = lineage(record, row)
     if len(line) == 1:
         return ""
-    ends = [f"{one['parent']['tokens']:,.0f} tokens" for one in line[1:]] + ["the end"]
+    ends = [f"{stage['parent']['tokens']:,.0f} tokens" for stage in line[1:]] + ["the end"]
     stages = [
-        f"#   to {end}: {one['settings']} (trial {one['number']})\n"
-        for end, one in zip(ends, line, strict=True)
+        f"#   to {end}: {stage['settings']} (trial {stage['number']})\n"
+        for end, stage in zip(ends, line, strict=True)
     ]
     return (
-        "# Its settings changed while it trained. This recipe holds the last ones, and trains\n"
-        "# other weights than those beside it, which went through:\n" + "".join(stages)
+        "# Settings of this trial changed during training. This recipe holds the last ones, so a\n"
+        "# run of it gives other weights than those beside it, which were trained with:\n"
+        + "".join(stages)
     )
 
 
@@ -91,7 +92,7 @@ def retrain(
     stop: Stop,
     worker_env: dict[str, str],
 ) -> None:
-    """Train the best recipe again with each seed; an existing run is kept."""
+    """Train the best recipe again with each seed; runs that are finished already are kept."""
     settings = plan.sweep.retrain
     assert settings is not None
     row = next(row for row in record["trials"] if row["number"] == record["best"][0])
@@ -99,7 +100,7 @@ def retrain(
     runs = []
     for seed in settings.seeds:
         recipe = _retrained(plan, row["settings"], settings, seed)
-        progress.status(f"training the best settings with seed {seed}")
+        progress.status(f"retraining the best settings with seed {seed}")
         ray = RayLauncher(scale, stop, worker_env) if scale.most_workers else None
         with ray or nullcontext(InProcessLauncher(stop)) as launcher:
             run = train(recipe, launcher, progress)

@@ -1,4 +1,4 @@
-"""Whether a sweep's folder holds an earlier attempt at it; told without Ray."""
+"""Checks whether a sweep's folder holds an earlier attempt at the same sweep; without Ray."""
 
 from ..training.common.errors import InputError
 from ..training.records.run_folder import Record
@@ -6,7 +6,7 @@ from ..training.run import differences
 from .plan import Plan
 from .sweep_folder import read_sweep
 
-# A sweep that goes on may change these; anything else would make it another search.
+# A resumed sweep may change these; a change of anything else would make it another search.
 _FREE_ON_RESUME = (
     *("trials", "time_budget", "concurrency", "stop_when", "retrain", "storage", "points"),
     "recipe.scale.max_failures",
@@ -14,7 +14,7 @@ _FREE_ON_RESUME = (
 
 
 def describe(plan: Plan) -> Record:
-    """The settings that make a sweep what it is, as plain values."""
+    """All settings of a sweep as plain values, for sweep.json and for the comparison on resume."""
     settings = plan.sweep.model_dump(mode="json", exclude={"recipe", "set", "search", "name"})
     space = {
         key: plan.space[key].model_dump(mode="json", exclude_none=True) for key in plan.space.keys
@@ -23,16 +23,16 @@ def describe(plan: Plan) -> Record:
 
 
 def check_folder(plan: Plan) -> Record | None:
-    """What an earlier attempt left; None for a new sweep.
+    """sweep.json of an earlier attempt; None for a new sweep.
 
     Raises:
-        InputError: where the folder holds another sweep, or a run.
+        InputError: the folder holds a sweep with other settings, or a run.
     """
     earlier = read_sweep(plan.folder)
     if earlier is None:
         return None
-    # A population is as large as it was from its first turn on.
-    free = tuple(one for one in _FREE_ON_RESUME if one != "trials" or not plan.is_population)
+    # The size of a population is fixed from its first generation on.
+    free = tuple(key for key in _FREE_ON_RESUME if key != "trials" or not plan.is_population)
     changes = differences(earlier["settings"], describe(plan), free)
     if changes:
         raise InputError(

@@ -1,4 +1,4 @@
-"""One sweep from the driver's side.
+"""The driver of one sweep.
 
 plan → compare with an earlier attempt → prepare → search → best → report
 """
@@ -25,7 +25,7 @@ from .conductor import Conductor
 from .pbt import Population
 from .plan import Plan
 from .progress import Ending, SweepProgress
-from .ray_tune import execute
+from .ray_tune import run_trials
 from .report import write_report
 from .results import copy, export_best, retrain
 from .resume import check_folder, describe
@@ -40,16 +40,16 @@ _RETRY_SECONDS = 2.0
 
 
 def tune(plan: Plan, progress: SweepProgress, stop: Stop, worker_env: dict[str, str]) -> Record:
-    """Carry the sweep to its end, from wherever it stands, on the initialised Ray.
+    """Run a sweep, or resume an earlier attempt at it, on the initialised Ray.
 
-    `worker_env` are environment variables for those who train.
+    `worker_env` holds environment variables for the training processes.
 
     Returns:
         sweep.json.
 
     Raises:
-        InputError: data, cluster or an earlier attempt forbid it.
-        RunError: no trial succeeded; what was reached is in its folder.
+        InputError: the data is invalid, the cluster too small, or the folder holds another sweep.
+        RunError: no trial succeeded; sweep.json and the report are written all the same.
         Interrupted: `stop` was requested; the same command resumes it.
     """
     earlier = check_folder(plan)
@@ -68,11 +68,11 @@ class _SweepRun:
     """One attempt at a sweep.
 
     Args:
-        plan: what to search.
-        progress: receives what happens.
-        prepared: the data of every data setting, by `Space.data_key`.
-        record: sweep.json of an earlier attempt, or nothing.
-        concurrency: trials at a time.
+        plan: the checked sweep.
+        progress: receives events and status lines.
+        prepared: the prepared data of each data setting, by `Space.data_key`.
+        record: sweep.json of an earlier attempt; empty for a new sweep.
+        concurrency: number of trials that run at the same time.
         worker_env: environment variables of the workers.
     """
 
@@ -92,7 +92,8 @@ class _SweepRun:
         self._concurrency = concurrency
         self._worker_env = worker_env
         self._folder = plan.folder
-        self._trial_tokens = _tokens_of(plan.recipe, prepared[plan.space.data_key(plan.points[0])])
+        first_data = prepared[plan.space.data_key(plan.points[0])]
+        self._trial_tokens = _tokens_per_run(plan.recipe, first_data)
         self._record_start()
         self._file = StudyFile(plan.folder)
         self._study = self._open_study()
@@ -106,19 +107,19 @@ class _SweepRun:
             concurrency,
             float(record.get("wall_seconds", 0.0)),
             self._changed,
-            self._ask_slots_to_stop,
+            self._write_stop_file,
             population,
         )
 
     def run(self, stop: Stop) -> Record:
-        with _Alarm(self._conductor):
-            self._progress.status(f"searching, trials at a time: {self._concurrency}")
+        with _TimeLimit(self._conductor):
+            self._progress.status(f"searching; trials at the same time: {self._concurrency}")
             scale = self._plan.recipe.scale
             try:
-                execute(self._conductor, self._config, scale, stop, self._progress)
+                run_trials(self._conductor, self._config, scale, stop, self._progress)
             except Exception as error:
                 self._record.update(status="failed", error=last_line(error), finished_at=now())
-                with suppress(OSError):  # which may be the cause
+                with suppress(OSError):  # the storage itself may be the cause
                     write_sweep(self._folder, self._record)
                 raise
         return self._conclude(stop)
@@ -135,16 +136,16 @@ class _SweepRun:
             started_at=self._record.get("started_at") or now(),
             finished_at=None,
             settings=describe(plan),
-            objectives=[{"metric": one.name, "mode": one.mode} for one in plan.metrics],
+            objectives=[{"metric": metric.name, "mode": metric.mode} for metric in plan.metrics],
             prunes=plan.prunes,
             first_rung=first_rung(plan.sweep, self._trial_tokens) if plan.prunes else None,
             trial_tokens=self._trial_tokens,
             concurrency=self._concurrency,
-            prepared=sorted({one.manifest.fingerprint for one in self._prepared.values()}),
+            prepared=sorted({data.manifest.fingerprint for data in self._prepared.values()}),
             excluded={
                 "count": plan.excluded_count,
                 "first": [
-                    {"settings": one.settings, "reason": one.reason} for one in plan.excluded
+                    {"settings": item.settings, "reason": item.reason} for item in plan.excluded
                 ],
             },
         )
@@ -165,9 +166,9 @@ class _SweepRun:
         if not study.is_set_up:
             earlier = []
             for uri in plan.sweep.warm_start:
-                found = earlier_trials(Folder(uri), plan.space, plan.metrics)
-                self._progress.status(f"taken over from {uri}: {len(found)} trials")
-                earlier += found
+                trials = earlier_trials(Folder(uri), plan.space, plan.metrics)
+                self._progress.status(f"warm start: {len(trials)} trials from {uri}")
+                earlier += trials
             study.set_up(plan.points, earlier)
         return study
 
@@ -179,7 +180,7 @@ class _SweepRun:
         metric = self._plan.metrics[0].name
         if not metric.startswith("eval_") or recipe.eval.every_steps:
             return recipe
-        # A trial can only be judged at a rung where it is measured there.
+        # A trial can be compared at a rung or milestone only if it is evaluated there.
         if self._plan.is_population:
             every = self._interval(recipe, prepared)
         elif self._plan.prunes:
@@ -192,24 +193,24 @@ class _SweepRun:
         )
 
     def _interval(self, recipe: Recipe, prepared: Prepared) -> int:
-        """Steps between a population's turns: at each it is measured, and it may stop."""
+        """Steps between a population's milestones, at which members are evaluated and may pause."""
         steps = recipe.total_steps(prepared.manifest.train.sequences)
         unit = math.lcm(recipe.method.repeats, recipe.eval.every_steps or 1)
         return interval(self._plan.sweep, self._trial_tokens, steps, unit)
 
     def _until(self, assignment: Assignment, recipe: Recipe, prepared: Prepared) -> int | None:
-        """The step at which a member stands at a turn; None where the turn is its end."""
+        """The step of an assignment's milestone; None if it trains to its last step."""
         if assignment.until is None:
             return None
         step = assignment.until * self._interval(recipe, prepared)
         return step if step < recipe.total_steps(prepared.manifest.train.sequences) else None
 
     def _inherit(self, parent: int, child: int) -> None:
-        """Let a trial go on from another's last checkpoint, with its curve up to there."""
+        """Copy a trial's last checkpoint and metrics to a new trial, which continues from there."""
         source, target = (trial_folder(self._folder, number) for number in (parent, child))
         choice = choose(source / CHECKPOINTS_FOLDER)
         if choice.name is None:
-            raise RunError(f"{source} has no checkpoint that trial {child} could go on from")
+            raise RunError(f"{source} has no checkpoint from which trial {child} could continue")
         target.delete()
         copy(source / CHECKPOINTS_FOLDER / choice.name, target / CHECKPOINTS_FOLDER / choice.name)
         target.write(METRICS_FILE, source.read(METRICS_FILE))
@@ -230,24 +231,26 @@ class _SweepRun:
         )
 
     def _changed(self, ending: Ending | None) -> None:
-        """Something is known of a trial: keep the books, and no more weights than are wanted."""
+        """Write the sweep's records after a change of a trial, and delete unneeded weights."""
         self._record["wall_seconds"] = round(self._conductor.seconds, 2)
         self._record["trials"] = self._study.rows()
         before, self._record["best"] = self._record["best"], self._study.best()
         try:
-            self._file.keep()
+            self._file.upload()
             write_sweep(self._folder, self._record)
         except OSError as error:  # the next change writes what this one could not
-            self._progress.status(f"{self._folder} does not answer: {last_line(error)}")
+            self._progress.status(
+                f"cannot write to {self._folder}, trying again later: {last_line(error)}"
+            )
         if ending is None:
             return
         self._drop_weights({*before, ending.number})
         self._progress.trial_ended(ending, self._record)
 
-    def _ask_slots_to_stop(self) -> None:
-        """As soon as the storage takes it."""
+    def _write_stop_file(self) -> None:
+        """Write the stop file in the background; a storage that fails is tried again."""
 
-        def ask() -> None:
+        def write() -> None:
             while True:
                 try:
                     self._folder.write(STOP_FILE, b"")
@@ -256,7 +259,7 @@ class _SweepRun:
                 else:
                     return
 
-        run_in_thread(ask, "stop-file")
+        run_in_thread(write, "stop-file")
 
     def _drop_weights(self, ended: Iterable[int]) -> None:
         for number in ended:
@@ -281,7 +284,7 @@ class _SweepRun:
             trials=rows,
             wall_seconds=round(conductor.seconds, 2),
         )
-        self._file.keep()
+        self._file.upload()
         if self._study.best():
             export_best(self._plan, self._record)
         write_sweep(self._folder, self._record)
@@ -289,28 +292,28 @@ class _SweepRun:
         if conductor.error is not None:
             raise conductor.error
         if interrupted:
-            raise Interrupted(f"stopped; the same command resumes from there ({self._folder})")
+            raise Interrupted(f"stopped; the same command resumes the sweep ({self._folder})")
         if status == "failed":
-            raise RunError(f"no trial came to its end with a result: {self._last_words()}")
+            raise RunError(f"no trial finished with a result: {self._last_reason()}")
         if self._plan.sweep.retrain is not None:
             retrain(self._plan, self._record, self._progress, stop, self._worker_env)
             write_sweep(self._folder, self._record)
         return self._record
 
-    def _last_words(self) -> str:
+    def _last_reason(self) -> str:
         rows = self._record["trials"]
-        told = [str(row["error"] or row["reason"]) for row in rows if row["state"] != "running"]
-        return told[-1] if told else str(self._record["over"] or "none was started")
+        reasons = [str(row["error"] or row["reason"]) for row in rows if row["state"] != "running"]
+        return reasons[-1] if reasons else str(self._record["over"] or "none was started")
 
 
-def _tokens_of(recipe: Recipe, prepared: Prepared) -> int:
-    """Tokens that a whole run trains on."""
+def _tokens_per_run(recipe: Recipe, prepared: Prepared) -> int:
+    """Number of tokens that a whole run of the recipe trains on; at least 1."""
     train = prepared.manifest.train
     steps = recipe.total_steps(train.sequences)
     return max(1, round(recipe.epoch_at(steps, train.sequences) * train.tokens))
 
 
-class _Alarm:
+class _TimeLimit:
     """Ends the sweep when its time budget is used up."""
 
     def __init__(self, conductor: Conductor) -> None:

@@ -1,4 +1,4 @@
-"""The searched space: from what a sampler suggests to valid recipes."""
+"""The search space of a sweep: turns values that a sampler suggests into valid recipes."""
 
 import copy
 import itertools
@@ -15,7 +15,7 @@ from ..training.config.yaml_file import (
     Change,
     Document,
     apply_changes,
-    is_known,
+    has_key,
     suggestion,
     validate,
 )
@@ -38,12 +38,13 @@ Settings = dict[str, Any]
 
 _SHARED = ("name", "storage", "scale", "checkpoint", "log")
 _CHECKED = 4096
-"""So many combinations are tried before a sweep starts; of more, a random part."""
-_TOLD = 20
+"""Maximum number of combinations that are validated before a sweep starts; else a sample is."""
+_SHOWN = 20
+"""Number of excluded combinations that are kept for sweep.json."""
 
 
 class Suggests(Protocol):
-    """What an Optuna trial does."""
+    """The methods of an Optuna trial that suggest values."""
 
     def suggest_categorical(self, name: str, choices: list[Scalar]) -> Any: ...
     def suggest_float(
@@ -54,24 +55,24 @@ class Suggests(Protocol):
 
 @dataclass(frozen=True)
 class Excluded:
-    """A combination that makes no valid recipe."""
+    """A combination of values that is not a valid recipe."""
 
     settings: Settings
     reason: str
 
 
 class Space:
-    """What is searched around a base recipe.
+    """The keys that a sweep searches, and their distributions, around a base recipe.
 
     Args:
         search: distributions by dotted key.
-        base: what every trial starts from.
-        folder: what relative paths among the values are relative to.
-        place: file:line of a searched key, for messages.
+        base: the recipe that each trial changes.
+        folder: base folder of relative paths among the values.
+        place: returns file:line of a searched key, for messages.
 
     Raises:
-        InputError: for keys that no recipe has or no trial may change, conditions on keys that
-            are not searched, and values that make no valid recipe.
+        InputError: a key does not exist or must not differ between trials, or depends on a key
+            that is not searched.
     """
 
     def __init__(
@@ -86,9 +87,9 @@ class Space:
         self._place = place
         self._search = search
         self._values = base.model_dump(mode="json", exclude_unset=True)
-        # A variant is found by its kind, also where that is the default.
+        # `kind` selects the section's class, so it must be present also if it is the default.
         self._values["method"] = {"kind": base.method.kind, **self._values.get("method", {})}
-        self._written = base.model_dump(mode="json")
+        self._base_values = base.model_dump(mode="json")
         self._check_keys()
         self.keys = self._in_order()
 
@@ -97,11 +98,11 @@ class Space:
 
     @property
     def searched(self) -> list[str]:
-        """The keys that a sampler decides, each after those that it depends on."""
+        """The keys that a sampler chooses, each after the keys that it depends on."""
         return [key for key in self.keys if not self._search[key].is_computed]
 
     def suggest(self, trial: Suggests) -> Settings:
-        """One setting of all keys that are active together."""
+        """The sampler's value for each active key."""
         settings: Settings = {}
         for key in self.keys:
             if self.is_active(key, settings):
@@ -113,8 +114,10 @@ class Space:
         return settings
 
     def complete(self, given: Settings) -> Settings:
-        """A whole setting from a partial one: the rest as in the base recipe, where that lies in
-        the space, or as near to it as the space allows."""
+        """Values for all active keys.
+
+        A key that is not `given` has the base recipe's value, or the nearest one in the space.
+        """
         settings: Settings = {}
         for key in self.keys:
             if self.is_active(key, settings):
@@ -124,123 +127,125 @@ class Space:
         return settings
 
     def rule_of_thumb(self, given: Settings | None = None, times: float = 1.0) -> Settings:
-        """The base recipe with the learning rate that suits its model, as far as it is searched.
+        """Settings of the base recipe, with the suggested learning rate if the rate is searched.
 
         Args:
-            given: what shall be different.
-            times: of the rate that suits.
+            given: values that differ from the base recipe's.
+            times: factor on the suggested rate.
         """
         settings = self.complete(given or {})
         if LEARNING_RATE not in self.searched or LEARNING_RATE not in settings:
             return settings
         try:
             recipe = self.recipe(settings)
-        except InputError:  # a combination that no trial will have
+        except InputError:  # not valid, so no trial will use it
             recipe = self.base
         rate = (suggested_learning_rate(recipe) or own_rate(self.base)) * adapter_factor(
             RULE_ALPHA, recipe
         )
-        suits = self._nearest(LEARNING_RATE, times * rate, settings)
-        return self.complete({**(given or {}), LEARNING_RATE: suits})
+        nearest = self._nearest(LEARNING_RATE, times * rate, settings)
+        return self.complete({**(given or {}), LEARNING_RATE: nearest})
 
-    def around_the_rule(self) -> list[Settings]:
-        """What tells most beside the rule of thumb, of `search: default`: the other kind of
-        adapter, as large as it may be, and for both kinds a faster and a slower rate."""
+    def variations_of_the_rule(self) -> list[Settings]:
+        """The first guesses of `search: default` after the rule of thumb.
+
+        These are the other adapter kind (LoRA or rsLoRA) at the largest rank, and a higher and a
+        lower learning rate for both kinds.
+        """
         around = (SPREAD, 1 / SPREAD)
         if self.base.adapter is None:
             return [self.rule_of_thumb(times=times) for times in around]
         ranks = self[RANK].choice
-        assert ranks is not None, "as the default space has it"
-        other = {RSLORA: not self.base.adapter.rslora, RANK: max(ranks)}
-        kinds: tuple[Settings, ...] = ({}, other)
+        assert ranks is not None, "the default space has a choice of ranks"
+        other_kind = {RSLORA: not self.base.adapter.rslora, RANK: max(ranks)}
+        kinds: tuple[Settings, ...] = ({}, other_kind)
         rates = [self.rule_of_thumb(kind, times) for times in around for kind in kinds]
-        return [self.rule_of_thumb(other), *rates]
+        return [self.rule_of_thumb(other_kind), *rates]
 
     def point(self, given: Settings, place: str) -> Settings:
-        """A user's own guess as a whole setting.
+        """One of the sweep's `points` as complete settings.
 
         Raises:
-            InputError: for a key that is not searched, a value outside the space, and settings
-                that make no valid recipe.
+            InputError: a key is not searched, a value lies outside the space, or the settings are
+                not a valid recipe.
         """
         for key, value in given.items():
             if key not in self.searched:
-                known = ", ".join(self.searched)
-                raise InputError(f"{place}: {key} is not searched; searched are {known}")
+                searched = ", ".join(self.searched)
+                raise InputError(f"{place}: {key} is not searched; the sweep searches {searched}")
             if self[key].at_alpha is None:
-                self._check_holds(key, value, {}, place)
+                self._check_in_space(key, value, {}, place)
         settings = self.complete(given)
         for key, value in given.items():
-            self._check_holds(key, value, settings, place)
+            self._check_in_space(key, value, settings, place)
         self.recipe(settings)
         return settings
 
     def labels(self, settings: Settings) -> dict[str, Scalar]:
-        """The searched part of a setting as Optuna keeps it, by the names that it has there."""
+        """The searched values as Optuna stores them, by Optuna's parameter names."""
         labels = {}
         for key in self.searched:
             if key in settings:
                 value = self.as_searched(key, settings[key], settings)
                 if self[key].at_alpha is not None:
-                    value = float(f"{value:.12g}")  # a rounding error must not make two of one
-                labels[self[key].parameter(key)] = self[key].own(value)
+                    value = float(f"{value:.12g}")  # equal but for rounding: one value
+                labels[self[key].parameter(key)] = self[key].label_of(value)
         return labels
 
     def recipe(self, settings: Settings, **fixed: Any) -> Recipe:
-        """The recipe of a setting.
+        """The recipe with these settings.
 
         Args:
             settings: values by dotted key.
             fixed: further top-level values, such as the name.
 
         Raises:
-            InputError: where it is no valid recipe.
+            InputError: the settings are not a valid recipe.
         """
         return resolve_recipe(self._validated(settings, fixed), self._folder)
 
     def every_setting(self) -> list[Settings] | None:
-        """All settings there are, in order; None where a key has endlessly many values."""
+        """All possible settings in order; None if a key has too many values to list."""
         values = {key: self[key].every_value() for key in self.searched}
-        if any(each is None for each in values.values()):
-            return None
-        return self._combinations({key: each for key, each in values.items() if each is not None})
+        countable = {key: each for key, each in values.items() if each is not None}
+        return self._combinations(countable) if len(countable) == len(values) else None
 
     def excluded(self) -> tuple[int, list[Excluded]]:
-        """How many of the combinations tried make no valid recipe, and the first of them.
+        """Number of tried combinations that are not valid recipes, and the first of them.
 
         Raises:
-            InputError: where a value is never part of a valid recipe.
+            InputError: a value is not part of any valid recipe.
         """
         valid: set[tuple[str, Scalar]] = set()
         refused: list[Excluded] = []
-        for settings in self._trial_balloons():
+        for settings in self._samples():
             try:
                 self._validated(settings, {})
             except InputError as error:
                 refused.append(Excluded(settings, str(error)))
             else:
                 valid.update(self._as_labels(settings).items())
-        for one in refused:
-            for key, label in self._as_labels(one.settings).items():
+        for item in refused:
+            for key, label in self._as_labels(item.settings).items():
                 if (key, label) not in valid:
                     raise InputError(
                         f"{self._place(key)}: search.{key}: {label!r} never makes a valid "
-                        f"recipe: {one.reason}"
+                        f"recipe: {item.reason}"
                     )
-        return len(refused), refused[:_TOLD]
+        return len(refused), refused[:_SHOWN]
 
     def data_settings(self) -> list[Settings]:
-        """A setting for each prepared data set that trials need.
+        """Settings for each prepared data set that trials need.
 
         Raises:
-            InputError: where a key that decides the data, or one that it depends on, has endlessly
-                many values.
+            InputError: a key that changes the data, or a key that it depends on, has too many
+                values to list.
         """
         keys = self._data_keys()
         for key in self.keys:
             if key.startswith("data.") and key not in keys:
                 raise self._uncountable(key, key)
-        varied = self._with_what_they_need(keys)
+        varied = self._with_dependencies(keys)
         values = [self[key].every_value() or [] for key in varied]
         settings = [
             self.complete(dict(zip(varied, combination, strict=True)))
@@ -249,7 +254,11 @@ class Space:
         return list({self.data_key(each): each for each in settings}.values())
 
     def _data_keys(self) -> list[str]:
-        """Of a method and a model only countable values decide the data, not a number like beta."""
+        """Searched keys that change the prepared data.
+
+        Keys of method and model count only if their values can be listed: a range of a number such
+        as beta does not change the data.
+        """
         sections = ("data", "model", "method")
         return [
             key
@@ -263,48 +272,48 @@ class Space:
             return of not in self._search or self._is_countable(of)
         return self[key].every_value() is not None
 
-    def _with_what_they_need(self, keys: list[str]) -> list[str]:
-        """The searched ones of data keys, and those that decide whether or what they are."""
-        found: dict[str, None] = {}
+    def _with_dependencies(self, keys: list[str]) -> list[str]:
+        """The searched keys among `keys`, and the searched keys that these depend on."""
+        needed: set[str] = set()
         waiting = [(key, key) for key in keys]
         while waiting:
             key, data_key = waiting.pop()
             if not self._is_countable(key):
                 raise self._uncountable(data_key, key)
-            found[key] = None
+            needed.add(key)
             waiting += [(other, data_key) for other in self._needs(key)]
-        return [key for key in self.searched if key in found]
+        return [key for key in self.searched if key in needed]
 
     def _uncountable(self, data_key: str, key: str) -> InputError:
-        why = "" if key == data_key else f", and with it those of {key}"
+        why = "" if key == data_key else f", also of {key}, on which it depends"
         return InputError(
             f"{self._place(data_key)}: search.{data_key}: data is prepared before the first trial, "
-            f"so its values must be countable{why}; use choice, int_uniform or step"
+            f"so the number of values must be finite{why}; use choice, int_uniform or step"
         )
 
     def data_key(self, settings: Settings) -> str:
-        """Equal for settings that prepare the same data."""
+        """A text that is equal for settings that use the same prepared data."""
         return repr([(key, settings[key]) for key in self._data_keys() if key in settings])
 
     def is_active(self, key: str, settings: Settings) -> bool:
-        """Whether a key is searched beside these values of the keys before it."""
+        """True if the key's `when` holds, given the values of the keys before it."""
         condition = self._search[key].when or {}
         return all(
             other in settings and settings[other] in (value if isinstance(value, list) else [value])
             for other, value in condition.items()
         )
 
-    def written(self, key: str) -> Any:
-        """The base recipe's value."""
-        return value_at(self._written, key)
+    def base_value(self, key: str) -> Any:
+        """The base recipe's value of a key."""
+        return value_at(self._base_values, key)
 
     def in_recipe(self, key: str, searched: Any, settings: Settings) -> Any:
-        """The recipe's value for a searched one, beside the values of the keys before it."""
+        """Convert a searched value to the recipe's, given the values of the keys before it."""
         at_alpha = self[key].at_alpha
         return searched if at_alpha is None else searched * self._factor(at_alpha, settings)
 
     def as_searched(self, key: str, value: Any, settings: Settings) -> Any:
-        """The searched value for the recipe's, beside the values of the keys before it."""
+        """Convert a recipe's value to the searched one, given the values of the keys before it."""
         at_alpha = self[key].at_alpha
         if at_alpha is None or not is_number(value):
             return value
@@ -317,31 +326,31 @@ class Space:
         if not distribution.is_computed:
             return choose(key)
         assert distribution.times is not None and distribution.of is not None
-        factor = settings.get(distribution.of, self.written(distribution.of))
+        factor = settings.get(distribution.of, self.base_value(distribution.of))
         value = distribution.times * factor
         return int(value) if value == int(value) else value
 
     def _own(self, key: str, settings: Settings) -> Any:
-        """The base recipe's value, or the nearest in the space, or the middle of the space."""
-        own = self.written(key)
-        if self._holds(key, own, settings):
+        """The base recipe's value if it is in the space, else the nearest one, else the middle."""
+        own = self.base_value(key)
+        if self._contains(key, own, settings):
             return own
         return self._nearest(key, own, settings) if is_number(own) else self[key].middle()
 
-    def _check_holds(self, key: str, value: Any, settings: Settings, place: str) -> None:
-        if not self._holds(key, value, settings):
-            raise InputError(f"{place}: {key}: {value!r} is not in the searched space")
+    def _check_in_space(self, key: str, value: Any, settings: Settings, place: str) -> None:
+        if not self._contains(key, value, settings):
+            raise InputError(f"{place}: {key}: {value!r} is not in the search space")
 
-    def _holds(self, key: str, value: Any, settings: Settings) -> bool:
-        return self[key].holds(self.as_searched(key, value, settings))
+    def _contains(self, key: str, value: Any, settings: Settings) -> bool:
+        return self[key].contains(self.as_searched(key, value, settings))
 
     def _nearest(self, key: str, value: Any, settings: Settings) -> Any:
         searched = self[key].nearest(self.as_searched(key, value, settings))
         return self.in_recipe(key, searched, settings)
 
     def _factor(self, at_alpha: float, settings: Settings) -> float:
-        """The rate of the settings' adapter by the one at an alpha."""
-        rank, alpha, rslora = (settings.get(k, self.written(k)) for k in (RANK, ALPHA, RSLORA))
+        """Factor from a learning rate at alpha `at_alpha` to one for the settings' adapter."""
+        rank, alpha, rslora = (settings.get(k, self.base_value(k)) for k in (RANK, ALPHA, RSLORA))
         return rate_factor(at_alpha, rank, alpha, rslora)
 
     def _as_labels(self, settings: Settings) -> dict[str, Scalar]:
@@ -358,14 +367,16 @@ class Space:
         for key, distribution in self._search.items():
             parts = tuple(int(part) if part.isdigit() else part for part in key.split("."))
             where = f"{self._place(key)}: search.{key}"
-            if not is_known(Recipe, parts):
+            if not has_key(Recipe, parts):
                 raise InputError(f"{where}: unknown key{suggestion(Recipe, parts)}")
             if parts[0] in _SHARED:
-                raise InputError(f"{where}: {parts[0]} is the same for all trials of a sweep")
-            others = [*(distribution.when or {})]
-            if distribution.of is not None and self.written(distribution.of) is None:
-                others.append(distribution.of)
-            for other in others:
+                raise InputError(
+                    f"{where}: {parts[0]} must be the same for all trials; remove it from search"
+                )
+            required = [*(distribution.when or {})]
+            if distribution.of is not None and self.base_value(distribution.of) is None:
+                required.append(distribution.of)
+            for other in required:
                 if other not in self._search:
                     raise InputError(f"{where}: it depends on {other}, which is not searched")
             if distribution.at_alpha is not None:
@@ -373,21 +384,21 @@ class Space:
 
     def _check_at_alpha(self, key: str, where: str) -> None:
         if key != LEARNING_RATE:
-            raise InputError(f"{where}: at_alpha is for {LEARNING_RATE} alone")
+            raise InputError(f"{where}: at_alpha can only be used with {LEARNING_RATE}")
         if self.base.adapter is None or "adapter" in self._search:
             raise InputError(f"{where}: at_alpha needs a base recipe with an adapter of its own")
         for other in {RANK, ALPHA, RSLORA} & self._search.keys():
-            fits = _is_bool if other == RSLORA else is_number
+            is_valid = _is_bool if other == RSLORA else is_number
             for value in self._search[other].choice or []:
-                if not fits(value):
+                if not is_valid(value):
                     expected = "true or false" if other == RSLORA else "a number"
                     raise InputError(
-                        f"{self._place(other)}: search.{other}: expected {expected}, as at_alpha "
-                        f"counts with it; found {value!r}"
+                        f"{self._place(other)}: search.{other}: expected {expected}, because "
+                        f"at_alpha is computed from it; found {value!r}"
                     )
 
     def _in_order(self) -> list[str]:
-        """The keys, each after those that it depends on."""
+        """The keys, each after the keys that it depends on."""
         ordered: list[str] = []
         waiting = list(self._search)
         while waiting:
@@ -395,7 +406,7 @@ class Space:
             if not ready:
                 raise InputError(
                     f"{self._place(waiting[0])}: search: {' and '.join(waiting)} depend on each "
-                    "other in a circle"
+                    "other in a circle; remove one `when` or `of`"
                 )
             ordered += ready
             waiting = [key for key in waiting if key not in ready]
@@ -408,7 +419,8 @@ class Space:
             others |= {RANK, ALPHA, RSLORA}
         return {*(distribution.when or {}), *others & self._search.keys()}
 
-    def _trial_balloons(self) -> Iterator[Settings]:
+    def _samples(self) -> Iterator[Settings]:
+        """Combinations of typical values: all of them, or a random sample of `_CHECKED`."""
         values = {key: self[key].typical_values() for key in self.searched}
         if math.prod(map(len, values.values())) <= _CHECKED:
             yield from self._combinations(values)
@@ -419,16 +431,16 @@ class Space:
             yield self.complete(chosen)
 
     def _combinations(self, values: dict[str, list[Any]]) -> list[Settings]:
-        """Every setting of these values; those that differ in inactive keys alone count once."""
-        found: dict[str, Settings] = {}
+        """Settings for all combinations; those that differ only in inactive keys count once."""
+        unique: dict[str, Settings] = {}
         for combination in itertools.product(*values.values()):
             settings = self.complete(dict(zip(values, combination, strict=True)))
-            found.setdefault(repr(settings), settings)
-        return list(found.values())
+            unique.setdefault(repr(settings), settings)
+        return list(unique.values())
 
 
 def value_at(values: Any, key: str) -> Any:
-    """What plain values have at a dotted key; None where they have nothing."""
+    """The value at a dotted key of nested dicts and lists; None if there is none."""
     for part in key.split("."):
         if isinstance(values, list):
             values = values[int(part)] if part.isdigit() and int(part) < len(values) else None
@@ -445,7 +457,7 @@ def _suggest(trial: Suggests, key: str, distribution: Distribution) -> Any:
     if distribution.choice is not None:
         labels = distribution.labels()
         chosen = trial.suggest_categorical(key, labels)
-        # 1 and True are equal, and other values.
+        # Compare types too: 1 == True, but they are different choices.
         kinds = [(type(label), label) for label in labels]
         return distribution.choice[kinds.index((type(chosen), chosen))]
     low, high = distribution.bounds

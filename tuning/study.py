@@ -1,8 +1,8 @@
-"""Optuna's study of a sweep, in a file of the sweep's folder.
+"""The Optuna study of a sweep, stored in a file of the sweep's folder.
 
-The file is the truth about the trials: it is written before a trial starts and when anything is
-known of one, so that a sweep goes on from it after a crash. A trial that was running then has the
-state RUNNING, and is taken up again.
+The file holds the state of all trials. It is written before a trial starts and after each change,
+so that a sweep resumes from it after a crash. A trial that ran during the crash has the state
+RUNNING and is resumed.
 """
 
 import math
@@ -24,7 +24,7 @@ from .sweep_folder import STUDY_FILE
 
 _SET_UP = "set_up"
 _TRIES = 100
-"""Suggestions that may be no valid recipe, or known already, one after the other."""
+"""Maximum number of suggestions in a row that are invalid recipes or repeat a trial."""
 _STATES = {
     TrialState.RUNNING: "running",
     TrialState.COMPLETE: "finished",
@@ -35,16 +35,16 @@ _STATES = {
 
 @dataclass(frozen=True)
 class Assignment:
-    """A trial to run."""
+    """A trial to run: its number, its settings, and where it pauses."""
 
     number: int
     settings: Settings
     until: int | None = None
-    """Of a population's member: the turn that it trains up to."""
+    """Milestone up to which a member of a population trains; None for a whole trial."""
 
 
 class StudyFile:
-    """The SQLite file; that of an object store is worked on here and copied there."""
+    """The SQLite file of a study; for an object store, a local copy that is uploaded."""
 
     def __init__(self, folder: Folder) -> None:
         self._folder = folder
@@ -58,26 +58,26 @@ class StudyFile:
             self.path.write_bytes(folder.read(STUDY_FILE))
 
     def open(self) -> optuna.storages.RDBStorage:
-        """Optuna's view of the file; it is made where there is none."""
+        """Optuna's storage of the file, which is created if it does not exist."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         return optuna.storages.RDBStorage(f"sqlite:///{self.path}")
 
-    def keep(self) -> None:
-        """Make what was written durable."""
+    def upload(self) -> None:
+        """Copy the file to the object store, if the sweep's folder is in one."""
         if self._scratch is not None:
             self._folder.write(STUDY_FILE, self.path.read_bytes())
 
 
 class SweepStudy:
-    """Asks Optuna for trials, and tells it what became of them.
+    """Gets trials from Optuna and stores their measurements and results in it.
 
     Args:
-        storage: Optuna's, in the sweep's folder or in memory.
-        name: the sweep's.
-        metrics: its objectives.
-        space: what is searched.
+        storage: Optuna's storage, in the sweep's folder or in memory.
+        name: the sweep's name.
+        metrics: the sweep's objectives.
+        space: the search space.
         sampler: chooses settings.
-        pruner: judges trials by trained tokens; with several metrics it is not asked.
+        pruner: decides by trained tokens which trials stop early; unused with several metrics.
     """
 
     def __init__(
@@ -95,7 +95,7 @@ class SweepStudy:
         self.optuna = optuna.create_study(
             storage=storage,
             study_name=name,
-            directions=["minimize" if one.mode == "min" else "maximize" for one in metrics],
+            directions=["minimize" if metric.mode == "min" else "maximize" for metric in metrics],
             sampler=sampler,
             pruner=pruner,
             load_if_exists=True,
@@ -108,31 +108,31 @@ class SweepStudy:
 
     @property
     def is_set_up(self) -> bool:
-        """Whether the first points have been queued."""
+        """True if the first points have been queued."""
         return bool(self.optuna.user_attrs.get(_SET_UP))
 
     def set_up(self, points: Sequence[Settings], earlier: Sequence[FrozenTrial]) -> None:
-        """Queue the points to try first, and take over the results of earlier sweeps."""
+        """Queue the points to try first, and add the results of earlier sweeps."""
         queued = [trial.system_attrs.get("fixed_params") for trial in self._frozen(None)]
         for point in points:
             labels = self._space.labels(point)
             if labels not in queued:
                 queued.append(labels)
                 self.optuna.enqueue_trial(labels)
-        known = {trial.user_attrs.get("earlier") for trial in self._frozen(None)}
+        existing = {trial.user_attrs.get("earlier") for trial in self._frozen(None)}
         for trial in earlier:
-            if trial.user_attrs["earlier"] not in known:
+            if trial.user_attrs["earlier"] not in existing:
                 self.optuna.add_trial(trial)
         self.optuna.set_user_attr(_SET_UP, True)
 
     def ask(self, only_queued: bool = False) -> Assignment | None:
-        """The next trial; one that an earlier attempt left running comes first.
+        """The next trial; trials that an earlier attempt left running come first.
 
         Args:
-            only_queued: end with the points that were queued, as a grid does.
+            only_queued: return queued points only, as for a grid.
 
         Returns:
-            None where no further setting is found that is valid and was not tried yet.
+            None if Optuna suggests no settings that are valid and were not tried before.
         """
         for _ in range(_TRIES):
             trial = self._next(only_queued)
@@ -150,7 +150,7 @@ class SweepStudy:
 
     @property
     def has_unfinished(self) -> bool:
-        """Whether trials that an earlier attempt left running wait to be taken up."""
+        """True if trials that an earlier attempt left running are not resumed yet."""
         return bool(self._unfinished)
 
     def _next(self, only_queued: bool) -> optuna.Trial | None:
@@ -161,48 +161,52 @@ class SweepStudy:
         return self.optuna.ask()
 
     def report(self, number: int, tokens: int, value: float, is_last: bool) -> bool:
-        """Note the objective after so many trained tokens; returns whether to prune the trial,
-        which a trial at its end never is."""
+        """Store the objective after `tokens` trained tokens. Returns True to prune the trial.
+
+        A trial at its last step (`is_last`) is never pruned.
+        """
         trial = self._open[number]
-        known = self._frozen_one(number).intermediate_values
-        if len(self.metrics) > 1 or tokens in known:
+        existing = self._frozen_trial(number).intermediate_values
+        if len(self.metrics) > 1 or tokens in existing:
             return False
         trial.report(value, tokens)
         return not is_last and trial.should_prune()
 
     def reported_tokens(self, number: int) -> int:
-        """Tokens of a trial's last measurement that was noted here, or of the one that it goes on
-        from."""
-        trial = self._frozen_one(number)
+        """Tokens at the trial's last stored measurement.
+
+        Without one, the tokens at which the trial was copied from its parent, or 0.
+        """
+        trial = self._frozen_trial(number)
         inherited = trial.user_attrs.get("parent", {"tokens": 0})["tokens"]
         return int(max(trial.intermediate_values, default=inherited))
 
     def finish(self, number: int, measures: Record) -> str | None:
-        """Tell the result of a whole trial; returns what is wrong with it, if anything is."""
+        """Store the result of a finished trial. Returns an error if an objective is not finite."""
         values = [measures.get(metric.name) for metric in self.metrics]
         for metric, value in zip(self.metrics, values, strict=True):
             if not isinstance(value, int | float) or not math.isfinite(value):
                 error = f"the objective {metric.name} is {'nan' if value is None else value}"
                 self.fail(number, error, measures)
                 return error
-        self.note(number, measures)
+        self.store(number, measures)
         self.optuna.tell(
             self._open.pop(number), [float(value) for value in values if value is not None]
         )
         return None
 
     def prune(self, number: int, reason: str, measures: Record) -> None:
-        """Tell that a trial was stopped early."""
-        self.note(number, measures, reason=reason)
+        """Store that a trial was stopped early."""
+        self.store(number, measures, reason=reason)
         self.optuna.tell(self._open.pop(number), state=TrialState.PRUNED)
 
     def fail(self, number: int, error: str, measures: Record) -> None:
-        """Tell that a trial failed."""
-        self.note(number, measures, error=error)
+        """Store that a trial failed."""
+        self.store(number, measures, error=error)
         self.optuna.tell(self._open.pop(number), state=TrialState.FAIL)
 
     def rows(self) -> list[Record]:
-        """All trials that ran or run, by number, as plain values."""
+        """All trials that have started, by number, as they are written to sweep.json."""
         return [
             _row(trial)
             for trial in self._frozen(tuple(_STATES))
@@ -210,11 +214,14 @@ class SweepStudy:
         ]
 
     def measures(self, number: int) -> Record:
-        """What was noted of a trial last."""
-        return dict(self._frozen_one(number).user_attrs.get("measures", {}))
+        """The last stored measures of a trial."""
+        return dict(self._frozen_trial(number).user_attrs.get("measures", {}))
 
     def best(self) -> list[int]:
-        """The best finished trial, or the Pareto front, the best in the first metric first."""
+        """Number of the best finished trial; with several metrics, those of the Pareto front.
+
+        They are sorted by the first metric, the best one first.
+        """
         own = {row["number"] for row in self.rows() if row["state"] == "finished"}
         if not own:
             return []
@@ -230,8 +237,8 @@ class SweepStudy:
 
     # in detail
 
-    def note(self, number: int, measures: Record, **attributes: Any) -> None:
-        """Remember what a trial measured last, and what else is known of it."""
+    def store(self, number: int, measures: Record, **attributes: Any) -> None:
+        """Store a trial's last measures (finite ones only) and further attributes."""
         trial = self._open[number]
         finite = {
             name: value
@@ -243,13 +250,14 @@ class SweepStudy:
             trial.set_user_attr(name, value)
 
     def _refusal(self, number: int, settings: Settings) -> str | None:
-        if "parent" in self._frozen_one(number).user_attrs:
-            return None  # it is not what it is by its settings alone
+        """Why these settings must not be tried; None if they can be."""
+        if "parent" in self._frozen_trial(number).user_attrs:
+            return None  # it starts from a checkpoint, so it is not a repetition
         for other in self._frozen((TrialState.COMPLETE, TrialState.PRUNED, TrialState.RUNNING)):
             attributes = other.user_attrs
-            is_own = other.number != number and "earlier" not in attributes
-            if is_own and attributes.get("settings") == settings:
-                return f"the settings of trial {other.number}"
+            is_comparable = other.number != number and "earlier" not in attributes
+            if is_comparable and attributes.get("settings") == settings:
+                return f"same settings as trial {other.number}"
         try:
             self._space.recipe(settings)
         except InputError as error:
@@ -260,7 +268,7 @@ class SweepStudy:
         trials: list[FrozenTrial] = self.optuna.get_trials(deepcopy=False, states=states)
         return trials
 
-    def _frozen_one(self, number: int) -> FrozenTrial:
+    def _frozen_trial(self, number: int) -> FrozenTrial:
         return self._frozen(None)[number]
 
 

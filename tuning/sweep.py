@@ -1,4 +1,4 @@
-"""The sweep: a base recipe and what is searched, validated before anything is started.
+"""The sweep file: a base recipe and a search space, validated before anything is started.
 
 `load_sweep` reads a YAML file; `Sweep` is what the rest of `tuning` receives.
 """
@@ -24,7 +24,7 @@ _UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 
 
 def _to_seconds(value: Any) -> Any:
-    """Seconds of a number or of text such as 90s, 30m, 1.5h or 2d."""
+    """Convert text such as 90s, 30m, 1.5h or 2d to seconds; other values stay unchanged."""
     if not isinstance(value, str):
         return value
     match = re.fullmatch(r"(\d+(?:\.\d+)?)([smhd])", value.replace(" ", ""))
@@ -36,45 +36,45 @@ Seconds = Annotated[float, Field(gt=0), BeforeValidator(_to_seconds)]
 
 class Objective(Section):
     metric: str
-    """What the run reports, such as eval_loss, or a size: adapter_bytes, trainable_parameters."""
+    """A metric that the run reports, such as eval_loss, adapter_bytes or trainable_parameters."""
     mode: Literal["min", "max"] | None = None
-    """Whether less or more is better; known for every metric, so it need not be given."""
+    """min if less is better, max if more is. Required only for metrics without a default."""
 
 
 def _as_objectives(value: Any) -> Any:
-    several = value if isinstance(value, list) else [value]
-    return [{"metric": one} if isinstance(one, str) else one for one in several]
+    items = value if isinstance(value, list) else [value]
+    return [{"metric": item} if isinstance(item, str) else item for item in items]
 
 
 class Pruning(Section):
     kind: Literal["auto", "asha", "median", "pbt", "none"] = "auto"
     """Which trials are stopped early. asha: those outside the best 1/reduction at a rung, a number
     of trained tokens (asynchronous successive halving). median: those worse than the median of
-    the others at the same number of tokens. pbt: none for good, but the worst of a population of
-    `trials` members give way to copies of the best with other settings (population-based
-    training); what is searched must be such that it can change in mid-run. auto: asha for one
-    objective that is measured while a run goes on, else none."""
+    the others at the same number of tokens. pbt: population-based training, where the worst of
+    `trials` members are replaced by copies of the best with other settings; only keys that can
+    change during a run can be searched. auto: asha for one objective that is measured during
+    training, else none."""
     reduction: Annotated[int, Field(ge=2)] = 2
-    """Each rung lies at so many times the tokens of the one before."""
+    """Factor between the tokens of one rung and those of the next."""
     min_tokens: PositiveInt | None = None
-    """The first rung; by default so that three rungs lie before a whole trial's tokens. pbt: from
-    one turn to the next; by default a fifth of a whole trial's tokens."""
+    """Tokens at the first rung; by default so that three rungs lie before a trial's end. pbt:
+    tokens of one generation; by default a fifth of a whole trial's tokens."""
 
 
 class StopWhen(Section):
     value: float | None = None
-    """A trial's objective is at least this good."""
+    """Stop when a trial's objective is at least this good."""
     trials_without_gain: PositiveInt | None = None
-    """So many trials ended one after the other without a better one."""
+    """Stop when this many trials in a row ended without an improvement."""
     tokens: PositiveInt | None = None
-    """So many tokens are trained, over all trials."""
+    """Stop when all trials together have trained this many tokens."""
 
 
 class Retrain(Section):
     seeds: Annotated[list[Annotated[int, Field(ge=0, lt=2**32)]], Field(min_length=1)] = [0, 1, 2]
-    """The best recipe is run once more with each of them."""
+    """The best recipe is trained again with each of these seeds."""
     data: Literal["train", "all"] = "all"
-    """all: the held-out rows are trained on too, and nothing is measured. train: as in a trial."""
+    """all: train on the held-out rows too, without evaluation. train: the same data as a trial."""
 
 
 Search = dict[str, Distribution]
@@ -84,37 +84,37 @@ class Sweep(Section):
     """Many runs of one recipe with different settings."""
 
     name: Name
-    """The sweep's name, formed like a run's. Its folder is <storage>/<name>."""
+    """The sweep's name, with the same rules as a run's. Its folder is <storage>/<name>."""
     recipe: str | dict[str, Any]
     """The base recipe: a file (relative to the sweep's folder), or the settings themselves."""
     set: dict[str, Any] = {}
-    """Changes of the base recipe for all trials, by dotted key."""
+    """Changes to the base recipe for all trials, by dotted key."""
     search: Literal["default"] | Annotated[Search, Field(min_length=1)] = "default"
-    """What is searched, by dotted key of the recipe. default: learning rate and adapter, around
-    what is good for a model of this size."""
+    """Distributions by dotted key of the recipe. default: learning rate and adapter, around values
+    that are good for a model of this size."""
     trials: PositiveInt = 30
     time_budget: Seconds | None = None
-    """Seconds, or text such as 90m or 8h, over all attempts; what runs then is stopped."""
+    """Seconds, or text such as 90m or 8h, over all attempts; then running trials are stopped."""
     objective: Annotated[list[Objective], Field(min_length=1), BeforeValidator(_as_objectives)] = [
         Objective(metric="eval_loss")
     ]
-    """One metric, or several: then the sweep looks for the Pareto front."""
+    """One metric; or several, for which the sweep searches the Pareto front."""
     concurrency: Literal["auto"] | PositiveInt = "auto"
-    """Trials at a time; auto: as many as the machine or cluster holds."""
+    """Number of trials at the same time; auto: as many as fit on the machine or cluster."""
     sampler: Literal["tpe", "random", "grid", "cmaes", "gp", "nsga2"] = "tpe"
     """How settings are chosen: tree of Parzen estimators, at random, every combination, CMA-ES,
     Gaussian process, NSGA-II."""
     pruning: Pruning = Pruning()
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
-    """Of the sampler; the runs have the recipe's."""
+    """Seed of the sampler; the trials use the recipe's seed."""
     points: list[dict[str, Any]] = []
-    """Settings to try first, after the rule of thumb; keys left out have the recipe's value."""
+    """Settings to try after the rule of thumb; keys that are left out have the recipe's value."""
     warm_start: list[str] = []
-    """Folders of earlier sweeps, whose results the sampler starts from."""
+    """Folders of earlier sweeps; the sampler starts with their results."""
     stop_when: StopWhen = StopWhen()
-    """Ends the sweep before its trials are used up."""
+    """Conditions that end the sweep before all its trials have run."""
     retrain: Retrain | None = None
-    """Runs with the best settings after the search."""
+    """Training with the best settings after the search."""
     storage: str = "runs"
     """Folder (relative to where the command runs) or a URI that all nodes reach."""
 
@@ -122,36 +122,36 @@ class Sweep(Section):
     def _settings_agree(self) -> Self:
         metrics = [objective.metric for objective in self.objective]
         if len(set(metrics)) < len(metrics):
-            raise ValueError("objective names a metric twice")
+            raise ValueError("objective contains the same metric twice; remove one of them")
         several = len(metrics) > 1
         if self.pruning.kind == "pbt":
             if self.retrain is not None:
                 raise ValueError(
-                    "retrain runs one recipe, and pruning.kind pbt finds a course of settings; "
-                    "leave it out"
+                    "retrain needs a single recipe, but with pruning.kind pbt settings change "
+                    "during training; remove retrain"
                 )
             if self.sampler == "grid":
-                raise ValueError("sampler grid ends with its last setting; pbt finds new ones")
+                raise ValueError("sampler grid cannot be combined with pruning.kind pbt; use tpe")
             if self.trials < 2 or 1 + len(self.points) > self.trials:
                 raise ValueError(
-                    f"trials: {self.trials} members of a population are too few; pbt needs two, "
-                    "and one more than there are points"
+                    f"trials: {self.trials} is too small for a population; pbt needs at least two "
+                    "members, and one more than there are points"
                 )
         if several and self.pruning.kind not in ("auto", "none"):
             raise ValueError(
-                f"pruning.kind {self.pruning.kind} compares one number; with several objectives "
-                "leave it out"
+                f"pruning.kind {self.pruning.kind} needs a single objective; remove pruning, or "
+                "all objectives but one"
             )
         if several and self.sampler == "cmaes":
-            raise ValueError("sampler cmaes knows one objective; use tpe, nsga2, gp or random")
+            raise ValueError("sampler cmaes needs a single objective; use tpe, nsga2, gp or random")
         if several and self.stop_when.value is not None:
-            raise ValueError("stop_when.value needs a single objective")
+            raise ValueError("stop_when.value needs a single objective; remove it")
         return self
 
 
 @dataclass(frozen=True)
 class LoadedSweep:
-    """A valid sweep, its base recipe, and where each of its keys is written."""
+    """A valid sweep, its base recipe, and the place of each key in the file."""
 
     sweep: Sweep
     recipe: Recipe
@@ -165,19 +165,19 @@ class LoadedSweep:
 
 
 def is_sweep(path: Path) -> bool:
-    """Whether a file is a sweep and no recipe, which has no base recipe.
+    """True if a file is a sweep: it has the key `recipe`, which recipes do not have.
 
     Raises:
-        InputError: it cannot be read.
+        InputError: the file cannot be read.
     """
     return "recipe" in read_recipe_file(path).values
 
 
 def split_overrides(overrides: Sequence[str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """`dotted.key=value` strings of the sweep, and those of its base recipe: recipe.KEY=VALUE."""
-    of_recipe = [one for one in overrides if one.startswith(_RECIPE)]
-    own = [one for one in overrides if not one.startswith(_RECIPE)]
-    return tuple(own), tuple(one.removeprefix(_RECIPE) for one in of_recipe)
+    """Split `key=value` texts into those of the sweep and, without prefix, `recipe.key=value`."""
+    of_sweep = tuple(text for text in overrides if not text.startswith(_RECIPE))
+    of_recipe = (text for text in overrides if text.startswith(_RECIPE))
+    return of_sweep, tuple(text.removeprefix(_RECIPE) for text in of_recipe)
 
 
 def load_sweep(
@@ -188,10 +188,10 @@ def load_sweep(
     Args:
         path: the YAML file.
         overrides: `dotted.key=value` strings for the sweep.
-        recipe_overrides: the same for its base recipe, stronger than the sweep's own `set`.
+        recipe_overrides: the same for its base recipe; they override the sweep's `set`.
 
     Raises:
-        InputError: with file:line and key of every fault found.
+        InputError: with file:line and key of every error.
     """
     document = read_recipe_file(path, overrides)
     check_no_secret(document)
@@ -218,7 +218,7 @@ def _base_recipe(
         file = Path(resolve_path(sweep.recipe, folder))
         if not file.is_file():
             place = document.place(("recipe",))
-            raise InputError(f"{place}: recipe: there is no file {file}")
+            raise InputError(f"{place}: recipe: the file {file} does not exist")
         return load_recipe(file, [*changes, *overrides])
     inline = document.section("recipe", {"name": sweep.name})
     apply_changes(inline, [*changes, *overrides])

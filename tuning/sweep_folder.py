@@ -1,4 +1,4 @@
-"""A sweep's folder: its files, and what a reader finds in them."""
+"""A sweep's folder: the names of its files, and reading and writing of sweep.json."""
 
 import json
 from contextlib import suppress
@@ -18,9 +18,9 @@ from ..training.records.run_folder import (
 )
 
 SWEEP_FORMAT = 1
-"""Of sweep.json; raised when an older finray could not read the folder."""
+"""Format number of sweep.json; it grows with each change that an older finray cannot read."""
 SWEEP_FILE = "sweep.json"
-"""Settings, state and result of the sweep; `trials` holds a record of each."""
+"""Settings, state and result of the sweep; `trials` holds one record for each trial."""
 BEST_FILE = "best.yaml"
 REPORT_FILE = "report.html"
 STUDY_FILE = "optuna.db"
@@ -33,7 +33,7 @@ _WEIGHTS = ("adapter", "model")
 
 
 def read_sweep(folder: Folder) -> Record | None:
-    """sweep.json as a record; None where the folder holds no sweep.
+    """The content of sweep.json; None if the folder holds no sweep.
 
     Raises:
         InputError: the folder holds a run, sweep.json is not a JSON object, or a newer finray
@@ -51,7 +51,7 @@ def read_sweep(folder: Folder) -> Record | None:
 
 
 def write_sweep(folder: Folder, record: Record) -> None:
-    """Replace sweep.json."""
+    """Write sweep.json with the current time and the format number."""
     record["updated_at"] = now()
     numbered = {"format": SWEEP_FORMAT, **record} | {"format": SWEEP_FORMAT}
     text = json.dumps(numbered, indent=1, ensure_ascii=False, default=_plain)
@@ -59,7 +59,7 @@ def write_sweep(folder: Folder, record: Record) -> None:
 
 
 def is_result(name: str) -> bool:
-    """Whether a file of the folder (by its relative path) is of use to a reader elsewhere."""
+    """True if a file (by its path in the folder) belongs to the results that a user fetches."""
     first, _, rest = name.partition("/")
     if first in (TRIALS_FOLDER, RETRAINED_FOLDER):
         return rest.partition("/")[2] in _OF_A_RUN
@@ -67,7 +67,7 @@ def is_result(name: str) -> bool:
 
 
 def saved_share(record: Record) -> float | None:
-    """Of the tokens that all trials would have taken without pruning, the share not spent."""
+    """Share of tokens (0 to 1) that pruning saved, compared with whole trials; None without any."""
     ended = [row for row in record["trials"] if row["state"] in ("finished", "pruned")]
     whole = len(ended) * record.get("trial_tokens", 0)
     if not whole:
@@ -77,8 +77,8 @@ def saved_share(record: Record) -> float | None:
 
 
 def lineage(record: Record, row: Record) -> list[Record]:
-    """A trial's row, behind those of the trials whose weights it goes on from."""
-    rows = {one["number"]: one for one in record["trials"]}
+    """Rows of the trials whose weights a trial continues from, oldest first, then its own row."""
+    rows = {trial["number"]: trial for trial in record["trials"]}
     line = [row]
     while (parent := line[0].get("parent")) is not None:
         line.insert(0, rows[parent["trial"]])
@@ -86,28 +86,28 @@ def lineage(record: Record, row: Record) -> list[Record]:
 
 
 def note(row: Record) -> str:
-    """What there is to say of a trial beside its figures."""
-    told = [str(text) for text in (row["error"], row["reason"]) if text]
+    """Text of the note column of a trial: its parent, its error, why it was pruned."""
+    notes = [str(text) for text in (row["error"], row["reason"]) if text]
     if row.get("parent") is not None:
-        told.insert(0, f"from trial {row['parent']['trial']}")
-    return "; ".join(told)
+        notes.insert(0, f"from trial {row['parent']['trial']}")
+    return "; ".join(notes)
 
 
 def trial_name(number: int) -> str:
-    """Name of a trial's run."""
+    """Name of a trial's run, such as trial-0007."""
     return f"trial-{number:04d}"
 
 
 def trial_folder(sweep: Folder, number: int) -> Folder:
-    """Where a trial's run lies."""
+    """Folder of a trial's run."""
     return sweep / TRIALS_FOLDER / trial_name(number)
 
 
 def drop_weights(sweep: Folder, number: int, is_best: bool) -> None:
-    """Delete an ended trial's checkpoints, and its result where it is none of the best.
+    """Delete an ended trial's checkpoints, and its result unless it is one of the best.
 
-    The workers of a trial that was given up may still write there: what cannot be deleted now is
-    deleted when all have ended.
+    Workers of a pruned trial may still write there: files that cannot be deleted now are deleted
+    at the end of the sweep.
     """
     folder = trial_folder(sweep, number)
     for name in (CHECKPOINTS_FOLDER, *(() if is_best else _WEIGHTS)):
@@ -116,4 +116,4 @@ def drop_weights(sweep: Folder, number: int, is_best: bool) -> None:
 
 
 def _plain(value: Any) -> Any:
-    raise TypeError(f"not plain: {type(value).__name__}")
+    raise TypeError(f"cannot be written as JSON: {type(value).__name__}")

@@ -34,23 +34,23 @@ _POLL_SECONDS = 0.5
 
 
 class TrialConfig(TypedDict):
-    """A trial, as a slot gets it; plain values."""
+    """The configuration of a trial, as plain values that Ray Tune sends to a slot."""
 
     number: int
     recipe: dict[str, Any]
     prepared: str
-    """URI of its prepared data set."""
+    """URI of the trial's prepared data set."""
     sweep: str
-    """URI of the sweep's folder; a stop file in it ends the trial with a save."""
+    """URI of the sweep's folder; a stop file in it makes the trial save and end."""
     env: dict[str, str]
     """Environment variables of the workers."""
     watched: list[str]
-    """Measures with one of these names are reported; the first one decides on pruning."""
+    """Metrics that are reported to the driver; the first one decides on pruning."""
     total_steps: int
     reported_tokens: int
-    """The driver has the trial's measures up to here."""
+    """The driver already has the trial's measures up to this number of tokens."""
     until: int | None
-    """A step to save and pause after, before the end."""
+    """Step after which the trial saves a checkpoint and pauses; None to train to the end."""
 
 
 class Pruned(Exception):
@@ -58,40 +58,40 @@ class Pruned(Exception):
 
 
 class TrialSlot(tune.Trainable):
-    """Ray Tune's side of a slot: each `step` returns the trial's next report.
+    """A slot as Ray Tune sees it: each `step` returns the trial's next report.
 
-    Its trials share the frozen base and the watcher of the sweep's stop file.
+    The trials of a slot share the frozen base model and the watcher of the sweep's stop file.
     """
 
     def setup(self, config: TrialConfig) -> None:
         """Start the first trial."""
-        # Before torch is loaded, which reads them.
+        # torch reads these when it is imported.
         os.environ.update(config["env"])
         self._bases = BaseCache()
         self._sweep_stop = watch_stop_file(Folder(config["sweep"]))
         self._running = RunningTrial(config, self._bases, self._sweep_stop)
 
     def step(self) -> Record:
-        """The next report; the last one has `done`."""
+        """The trial's next report; in the last one `done` is True."""
         return self._running.next_report()
 
     def reset_config(self, new_config: TrialConfig) -> bool:
-        """End the trial that still runs, and start another one in this process."""
-        self._running.give_up()
+        """End the current trial and start another one in this process."""
+        self._running.abort()
         self._running = RunningTrial(new_config, self._bases, self._sweep_stop)
         return True
 
     def cleanup(self) -> None:
         """End the trial that still runs."""
-        self._running.give_up()
+        self._running.abort()
 
 
 class RunningTrial:
-    """A trial that trains in a thread, and waits after each report for permission to go on.
+    """A trial that trains in a thread and waits after each report until it may continue.
 
     Args:
-        config: the trial.
-        bases: keeps the frozen base for the slot's next trial.
+        config: the trial's configuration.
+        bases: keeps the frozen base model for the slot's next trial.
         sweep_stop: set when the whole sweep should save and end.
     """
 
@@ -103,14 +103,14 @@ class RunningTrial:
         self._reports: queue.Queue[Record] = queue.Queue()
         self._permits = threading.Semaphore(0)
         self._is_waiting = False
-        self._given_up = threading.Event()
+        self._aborted = threading.Event()
         self._thread = threading.Thread(target=self._run, name="finray-trial", daemon=True)
 
     def next_report(self) -> Record:
-        """Let the training go on to its next report.
+        """Let the training continue to its next report, and return that.
 
-        The first call starts it: Ray Tune makes slots that it never uses, when another slot for the
-        same trial becomes free meanwhile.
+        The first call starts the training: Ray Tune creates slots that it never uses if another
+        slot becomes free for the same trial.
         """
         if self._thread.ident is None:
             self._thread.start()
@@ -120,20 +120,20 @@ class RunningTrial:
         self._is_waiting = not report["done"]
         return report
 
-    def give_up(self) -> None:
-        """End the training without a save, and wait for that."""
-        self._given_up.set()
+    def abort(self) -> None:
+        """Stop the training without a checkpoint, and wait until it has ended."""
+        self._aborted.set()
         self._permits.release()
         if self._thread.ident is not None:
             self._thread.join()
 
     def report(self, measures: dict[str, float]) -> None:
-        """In the training thread: hand measures over, and wait for the decision.
+        """Send measures to the driver and wait for its decision; called in the training thread.
 
         Raises:
-            Pruned: the driver stops the trial.
+            Pruned: the driver has stopped the trial.
         """
-        if self._given_up.is_set():
+        if self._aborted.is_set():
             raise Pruned
         if any(name in measures for name in self._config["watched"]):
             name = self._config["watched"][0]
@@ -144,7 +144,7 @@ class RunningTrial:
             }
             self._reports.put({**self._about("running"), **report, "measures": dict(measures)})
             self._permits.acquire()
-        if self._given_up.is_set():
+        if self._aborted.is_set():
             raise Pruned
 
     def _run(self) -> None:
@@ -165,7 +165,7 @@ class RunningTrial:
 
         prepared = open_prepared(Folder(self._config["prepared"]))
         if prepared is None:
-            raise RunError(f"the prepared data set {self._config['prepared']} is gone")
+            raise RunError(f"the prepared data set {self._config['prepared']} no longer exists")
         try:
             self._report_again()
         except Pruned:
@@ -189,7 +189,7 @@ class RunningTrial:
 
     @contextmanager
     def _ray_launcher(self) -> Iterator[Launcher]:
-        """Several workers: a thread reports what they write into the run's folder."""
+        """A launcher of several workers, and a thread that reports the metrics they write."""
         from ..training.launch.ray_workers import RayLauncher
 
         stop, ended = Stop(), threading.Event()
@@ -200,19 +200,19 @@ class RunningTrial:
         follower.start()
         try:
             with ray as launcher:
-                yield _PrunableLauncher(launcher, self._given_up)
+                yield _PrunableLauncher(launcher, self._aborted)
         finally:
             ended.set()
             follower.join()
 
     def _report_again(self) -> None:
-        """Report what an earlier attempt measured after its driver's last record of it."""
+        """Report metrics of an earlier attempt that its driver did not record."""
         for line in _lines(run_folder(self._recipe)):
             if line["tokens"] > self._config["reported_tokens"]:
                 self.report(line)
 
     def _record_pruned(self) -> Record:
-        """Give the run of a killed attempt an end; returns run.json."""
+        """Mark the run of a killed attempt as pruned. Returns the content of run.json."""
         folder, end = run_folder(self._recipe), {"status": "pruned", "finished_at": now()}
         if (read_run(folder) or {}).get("status") == "running":
             update_run(folder, lambda record: record.update(end))
@@ -230,11 +230,11 @@ class RunningTrial:
         }
 
     def _follow(self, run: Folder, stop: Stop, ended: threading.Event) -> None:
-        """Report what a run of several workers writes into its folder."""
+        """Report the metrics that a run of several workers writes into its folder."""
         reported, is_over = len(_lines(run)), False
         while not is_over:
             is_over = ended.wait(_POLL_SECONDS)
-            if self._sweep_stop.is_set() or self._given_up.is_set():
+            if self._sweep_stop.is_set() or self._aborted.is_set():
                 stop.requested.set()
             lines = _lines(run)
             # A restart of the workers removes the lines after its checkpoint.
@@ -247,7 +247,7 @@ class RunningTrial:
 
 
 class _TrialLauncher(InProcessLauncher):
-    """Trains in the slot's process; a pruned trial ends there."""
+    """Trains in the slot's process; `Pruned` ends the attempt with the status pruned."""
 
     def attempt(self, task: WorkerTask) -> WorkerResult:
         try:
@@ -257,17 +257,17 @@ class _TrialLauncher(InProcessLauncher):
 
 
 class _PrunableLauncher(Launcher):
-    """Another launcher, whose stop means that the trial is pruned if the driver gave it up."""
+    """Wraps a launcher: a stopped attempt counts as pruned if the driver stopped the trial."""
 
-    def __init__(self, launcher: Launcher, given_up: threading.Event) -> None:
+    def __init__(self, launcher: Launcher, aborted: threading.Event) -> None:
         self.stop = launcher.stop
         self.max_failures = launcher.max_failures
         self._launcher = launcher
-        self._given_up = given_up
+        self._aborted = aborted
 
     def attempt(self, task: WorkerTask) -> WorkerResult:
         result = self._launcher.attempt(task)
-        if self._given_up.is_set() and result["status"] == "stopped":
+        if self._aborted.is_set() and result["status"] == "stopped":
             result["status"] = "pruned"
         return result
 
@@ -276,12 +276,15 @@ class _PrunableLauncher(Launcher):
 
 
 def _lines(run: Folder) -> list[Record]:
-    """What a run measured from its first step on."""
+    """The lines of metrics.jsonl from step 1 on, without the evaluation before training."""
     return [line for line in read_metrics(run) if line["step"]]
 
 
 def final_measures(recipe: Recipe, record: Record) -> Record:
-    """What a trial reached, for its objectives and its row in the table."""
+    """The last value of each metric of a trial, and its sizes and times.
+
+    They are the values of its objectives and of its row in the table.
+    """
     folder = run_folder(recipe)
     latest: Record = {}
     speeds = []

@@ -1,7 +1,7 @@
-"""Results of an earlier sweep, as trials that a new one's sampler starts from.
+"""Results of an earlier sweep, as trials with which a new sweep's sampler starts.
 
-A trial is taken over where it had a value of the new space in every key that is searched now, also
-where the earlier sweep did not search it, and the new base recipe's in all others that were.
+An earlier trial is used if its recipe has, for every key that is searched now, a value in the new
+space, and for every other key that was searched then, the value of the new base recipe.
 """
 
 import copy
@@ -32,27 +32,29 @@ _ADAPTER = (RANK, ALPHA, RSLORA)
 
 
 def earlier_trials(folder: Folder, space: Space, metrics: Sequence[Metric]) -> list[FrozenTrial]:
-    """What another sweep found, as far as its settings lie in this space.
+    """The finished and pruned trials of another sweep whose settings lie in this space.
 
     Raises:
-        InputError: where there is no sweep, or one with other objectives.
+        InputError: the folder holds no sweep, or one with other objectives.
     """
     record = read_sweep(folder)
     if record is None or not folder.exists(STUDY_FILE):
         raise InputError(f"warm_start: {folder} holds no sweep (it has no {STUDY_FILE})")
     study = optuna.load_study(study_name=None, storage=StudyFile(folder).open())
-    directions = ["MINIMIZE" if one.mode == "min" else "MAXIMIZE" for one in metrics]
+    directions = ["MINIMIZE" if metric.mode == "min" else "MAXIMIZE" for metric in metrics]
     if [direction.name for direction in study.directions] != directions:
-        raise InputError(f"warm_start: {folder} looked for another objective")
-    found = []
+        raise InputError(f"warm_start: the sweep in {folder} has another objective; remove it")
+    trials = []
     for trial in study.get_trials(states=(TrialState.COMPLETE, TrialState.PRUNED)):
         settings = trial.user_attrs.get("settings")
         if settings is None:
             continue
-        place = _place(settings, _as_it_was(record["settings"]["recipe"], settings), space)
-        if place is not None:
-            params, distributions = place
-            found.append(
+        position = _position(
+            settings, _recipe_values(record["settings"]["recipe"], settings), space
+        )
+        if position is not None:
+            params, distributions = position
+            trials.append(
                 optuna.trial.create_trial(
                     state=trial.state,
                     values=trial.values if trial.state == TrialState.COMPLETE else None,
@@ -62,57 +64,60 @@ def earlier_trials(folder: Folder, space: Space, metrics: Sequence[Metric]) -> l
                     user_attrs={"settings": settings, "earlier": f"{folder}#{trial.number}"},
                 )
             )
-    return found
+    return trials
 
 
-def _as_it_was(base: Record, settings: Settings) -> Record:
-    """The values of an earlier trial's recipe."""
+def _recipe_values(base: Record, settings: Settings) -> Record:
+    """The plain values of an earlier trial's recipe."""
     document = Document(copy.deepcopy(base), {(): "warm_start"})
     apply_changes(document, [Change(key, value, "warm_start") for key, value in settings.items()])
     return document.values
 
 
-def _place(
+def _position(
     settings: Settings, recipe: Record, space: Space
 ) -> tuple[dict[str, Any], dict[str, BaseDistribution]] | None:
-    """Parameters of an earlier trial in this space, and their distributions; None for any outside.
+    """Optuna parameters of an earlier trial in this space, and their distributions.
 
     Args:
-        settings: what was searched then.
-        recipe: all that it was.
-        space: what is searched now.
+        settings: the trial's values of the keys that were searched then.
+        recipe: all values of the trial's recipe.
+        space: the space that is searched now.
+
+    Returns:
+        None if the trial lies outside the space.
     """
-    elsewhere = [key for key in settings if key not in space.keys]
-    if not all(is_same(space.written(key), settings[key]) for key in elsewhere):
+    fixed = [key for key in settings if key not in space.keys]
+    if not all(is_same(space.base_value(key), settings[key]) for key in fixed):
         return None
-    own = {key: value_at(recipe, key) for key in (*space.keys, *_ADAPTER)}
-    probe = _Probe(_parameters(own, space))
+    values = {key: value_at(recipe, key) for key in (*space.keys, *_ADAPTER)}
+    probe = _Probe(_parameters(values, space))
     try:
         reached = space.suggest(probe)
     except KeyError:
         return None
     computed = [key for key in reached if space[key].is_computed]
-    if not all(is_same(reached[key], own[key]) for key in computed):
+    if not all(is_same(reached[key], values[key]) for key in computed):
         return None
     return {name: probe.params[name] for name in probe.seen}, probe.seen
 
 
-def _parameters(own: Settings, space: Space) -> dict[str, Any]:
-    """By the names that Optuna has for them, those values that lie in the space."""
-    has_adapter = is_number(own[RANK]) and is_number(own[ALPHA])
-    found = {}
+def _parameters(values: Settings, space: Space) -> dict[str, Any]:
+    """The values that lie in the space, as Optuna stores them, by Optuna's parameter names."""
+    has_adapter = is_number(values[RANK]) and is_number(values[ALPHA])
+    params = {}
     for key in space.searched:
         distribution = space[key]
         if distribution.at_alpha is not None and not has_adapter:
             continue
-        value = space.as_searched(key, own[key], own)
-        if distribution.holds(value):
-            found[distribution.parameter(key)] = distribution.own(value)
-    return found
+        value = space.as_searched(key, values[key], values)
+        if distribution.contains(value):
+            params[distribution.parameter(key)] = distribution.label_of(value)
+    return params
 
 
 class _Probe:
-    """Answers as a trial with known parameters would, and notes the distributions."""
+    """Suggests given parameters like an Optuna trial, and collects their distributions."""
 
     def __init__(self, params: dict[str, Any]) -> None:
         self.params = params

@@ -255,7 +255,7 @@ SPAN = {"again": (3, 7), "lines": (1, 4), "look up": (3, 7)}
 
 
 def is_held_out(word: str) -> bool:
-    """Whether a name or an order number belongs to the evaluation side only."""
+    """True if a name or an order number belongs to the evaluation side only."""
     return zlib.crc32(word.encode()) % 5 == 0
 
 
@@ -323,8 +323,8 @@ class World:
         """Return an amount of money."""
         return f"{self.rng.randrange(5, 200)}.{self.rng.choice(('00', '50', '90', '95'))}"
 
-    def fill(self, phrase: str, **known: str) -> str:
-        """Fill a phrase's places, with what is ``known`` and else with draws."""
+    def fill(self, phrase: str, **values: str) -> str:
+        """Fill the placeholders of a phrase with ``values``, or with random draws."""
         draws: dict[str, Callable[[], str]] = {
             "price": self.price,
             "date": lambda: f"{self.rng.randrange(1, 29)} {self.rng.choice(MONTHS)}",
@@ -333,7 +333,7 @@ class World:
             "number": self.number,
             "city": lambda: self.rng.choice(CITIES),
         }
-        return re.sub(r"{(\w+)}", lambda m: known.get(m[1]) or draws[m[1]](), phrase)
+        return re.sub(r"{(\w+)}", lambda m: values.get(m[1]) or draws[m[1]](), phrase)
 
     def complaint(self, kind: str, issue: str, item: str, order: str | None) -> str:
         """Say what is wrong with the item, naming the order on the way where one is given."""
@@ -364,8 +364,8 @@ class World:
             opening.append(self.fill(rng.choice(INTROS), name=name))
         if order_at == "own":
             place = rng.choice((opening, body))
-            told = rng.choice(ORDERED).format(order=order)
-            place.append(told if place is opening else sentence(told))
+            clause = rng.choice(ORDERED).format(order=order)
+            place.append(clause if place is opening else sentence(clause))
         if name_at == "under":
             body.insert(rng.randrange(len(body) + 1), rng.choice(UNDER_NAME).format(name=name))
         if name_at == "end":
@@ -387,11 +387,11 @@ class World:
 
     def open_with(self, opening: list[str]) -> str:
         """Write the first words of a message: a greeting, who writes, which order."""
-        told = self.rng.choice((", ", " and ")).join(opening)
+        start = self.rng.choice((", ", " and ")).join(opening)
         if self.rng.random() < 0.3:
-            return sentence(told) + " " if told else ""
+            return sentence(start) + " " if start else ""
         greeting = self.rng.choice(GREETINGS)
-        return greeting + (f", {told}. " if told else self.rng.choice((",\n", ". ", "! ")))
+        return greeting + (f", {start}. " if start else self.rng.choice((",\n", ". ", "! ")))
 
 
 def sentence(clause: str) -> str:
@@ -432,8 +432,8 @@ def questions(world: World, fields: dict[str, str]) -> str:
         "issue": ["What is the issue?", "What went wrong?"],
         "wants": ["What does the customer want?", "What is asked for?"],
     }
-    asked = list(fields)[: world.rng.randrange(2, 6)]
-    return "\n".join(f"Q: {world.rng.choice(ask[key])}\nA: {fields[key]}" for key in asked)
+    keys = list(fields)[: world.rng.randrange(2, 6)]
+    return "\n".join(f"Q: {world.rng.choice(ask[key])}\nA: {fields[key]}" for key in keys)
 
 
 def note(world: World, fields: dict[str, str]) -> str:
@@ -471,11 +471,11 @@ def copying(world: World) -> str:
         between = rng.choice(("\n", " / ", '" "', " "))
         return between.join(" ".join(words) for _ in range(rng.randint(4, 12 // len(words) + 2)))
     pairs = {world.name(): world.number() for _ in words}
-    told = " ".join(f"{name} has order {number}." for name, number in pairs.items())
-    asked = rng.sample(sorted(pairs), len(pairs))
+    statements = " ".join(f"{name} has order {number}." for name, number in pairs.items())
+    names = rng.sample(sorted(pairs), len(pairs))
     if rng.random() < 0.5:
-        return told + "\n" + "\n".join(f"{name}: {pairs[name]}" for name in asked)
-    return told + "\n" + "\n".join(f"Order {pairs[name]} is from {name}." for name in asked)
+        return statements + "\n" + "\n".join(f"{name}: {pairs[name]}" for name in names)
+    return statements + "\n" + "\n".join(f"Order {pairs[name]} is from {name}." for name in names)
 
 
 def stock(world: World) -> str:

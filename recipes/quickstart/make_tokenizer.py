@@ -1,8 +1,8 @@
 """Make the quickstart's tokenizer and an untrained base model of its size.
 
 The tokenizer is a byte-level BPE trained on the corpus that ``make_data.py --corpus`` writes.  A
-capital letter is a token and a number falls into pairs of digits, so that a name or a number has
-nearly the same tokens wherever it stands, which is what copying needs.
+capital letter is a token and a number is split into pairs of digits, so that a name or a number
+has nearly the same tokens in any position. Copying needs this.
 
     python make_tokenizer.py --corpus corpus.jsonl --out skeleton
 """
@@ -59,7 +59,7 @@ def make_tokenizer(corpus: Path, size: int, context: int) -> PreTrainedTokenizer
 
 
 def make_config(tokenizer: PreTrainedTokenizerFast, context: int) -> LlamaConfig:
-    """Return the base model's shape."""
+    """Return the configuration of the base model."""
     return LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=160,
@@ -82,7 +82,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--corpus", type=Path, required=True, help="texts, from make_data.py")
     parser.add_argument("--out", type=Path, required=True, help="the folder to write")
-    parser.add_argument("--vocabulary", type=int, default=1536, help="tokens, special ones too")
+    parser.add_argument("--vocabulary", type=int, default=1536, help="number of tokens")
     parser.add_argument("--context", type=int, default=1024, help="positions of the model")
     parser.add_argument("--seed", type=int, default=0, help="seed of the first weights")
     args = parser.parse_args()

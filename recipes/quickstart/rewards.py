@@ -1,7 +1,7 @@
-"""Rewards for the quickstart's task: is the answer what the shop's desk can read, and is it right?
+"""Rewards for the quickstart's task: is the answer valid JSON, and are its fields correct?
 
-finray calls a reward function as TRL does: with lists of prompts, completions and their tokens,
-and with the data's columns, of which `reference` is the answer that the row holds.
+finray calls a reward function as TRL does: with lists of prompts, completions and token ids, and
+with the data's columns. The column `reference` holds each row's own answer.
 """
 
 import json
@@ -11,26 +11,26 @@ FIELDS = ("name", "order", "issue", "wants")
 
 
 def _fields(completion: list[dict[str, str]]) -> dict[str, Any] | None:
-    """The answer's fields; None where it is no JSON object."""
+    """The fields of an answer; None if it is not a JSON object."""
     try:
-        found = json.loads(completion[-1]["content"])
+        fields = json.loads(completion[-1]["content"])
     except ValueError:
         return None
-    return found if isinstance(found, dict) else None
+    return fields if isinstance(fields, dict) else None
 
 
 def json_valid(completions: list[list[dict[str, str]]], **columns: Any) -> list[float]:
-    """1 for a JSON object with exactly the fields that are asked for, else 0."""
-    found = map(_fields, completions)
-    return [float(fields is not None and tuple(fields) == FIELDS) for fields in found]
+    """1 for a JSON object with exactly the required fields, else 0."""
+    answers = map(_fields, completions)
+    return [float(fields is not None and tuple(fields) == FIELDS) for fields in answers]
 
 
 def fields_right(
     completions: list[list[dict[str, str]]], reference: list[str], **columns: Any
 ) -> list[float]:
-    """The share of the fields that are as the reference has them."""
+    """Share of the fields (0 to 1) that are equal to the reference's."""
     rewards = []
     for completion, expected in zip(completions, reference, strict=True):
-        found, wanted = _fields(completion) or {}, json.loads(expected)
-        rewards.append(sum(found.get(name) == wanted[name] for name in FIELDS) / len(FIELDS))
+        answer, correct = _fields(completion) or {}, json.loads(expected)
+        rewards.append(sum(answer.get(name) == correct[name] for name in FIELDS) / len(FIELDS))
     return rewards

@@ -111,7 +111,7 @@ def test_two_workers_sample_what_one_process_does(finray: Finray) -> None:
         ({"method": {"passes": 4}}, "checkpoint.every_steps 2 must be a multiple"),
         ({"method": {"rewards": [{"file": "rewards.py:nothing"}]}}, "no function 'nothing'"),
         ({"method": {"rewards": [{"weight": 1.0}]}}, "a reward is one of"),
-        ({"method": {"rewards": [{"run": "missing"}]}}, "there is none of these folders"),
+        ({"method": {"rewards": [{"run": "missing"}]}}, "none of these folders exists"),
         ({"method": {"rollout": "vllm"}}, "vllm is not installed"),
     ],
 )

@@ -30,7 +30,7 @@ def trial_of(settings: Recipe, sweep: Path, reported_tokens: int = 0) -> Iterato
     try:
         yield trial
     finally:
-        trial.give_up()
+        trial.abort()
 
 
 def reports_of(trial: RunningTrial) -> list[dict[str, Any]]:

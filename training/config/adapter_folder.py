@@ -1,4 +1,4 @@
-"""An adapter that a run starts from: where it is, and whether it fits; without torch."""
+"""Finds the adapter that a run starts from, and checks that it fits the recipe; without torch."""
 
 import json
 from collections.abc import Sequence
@@ -12,12 +12,12 @@ from .models import Head, ModelSettings
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 RESULT_FOLDER = "adapter"
-"""Inside a run's folder."""
+"""Folder of the trained adapter inside a run's folder."""
 
 TASKS = {"causal": "CAUSAL_LM", "score": "SEQ_CLS"}
-"""PEFT's task type of a model with each head."""
+"""PEFT's task type for each head of a model."""
 
-# Others would take their first values out of the base anew whenever the adapter is loaded.
+# Other initialisations change the base model again each time the adapter is loaded.
 _PLAIN_INITS = (True, False, "gaussian", "orthogonal", None)
 
 
@@ -25,7 +25,7 @@ def find_adapter(places: Sequence[str]) -> str:
     """The adapter's folder: the first place that exists, or `adapter/` inside it (a run's folder).
 
     Raises:
-        InputError: naming the places, where none is a folder on a disk with an adapter.
+        InputError: none of the places is a local folder with an adapter.
     """
     tried = list(dict.fromkeys(places))
     existing = [place for place in tried if "://" not in place and Path(place).is_dir()]
@@ -35,21 +35,21 @@ def find_adapter(places: Sequence[str]) -> str:
                 return str(folder)
     if existing:
         raise InputError(
-            f"model.adapter: {existing[0]} holds no adapter: there is no {CONFIG_FILE} in it or in "
-            f"its {RESULT_FOLDER}/, which a run writes when it finishes"
+            f"model.adapter: {existing[0]} holds no adapter: neither it nor its {RESULT_FOLDER}/, "
+            f"which a run writes when it finishes, contains {CONFIG_FILE}"
         )
     raise InputError(
-        f"model.adapter: there is no such folder on a disk: {', '.join(tried)}; give a run's "
-        "folder, or one that PEFT wrote"
+        f"model.adapter: there is no such folder on this machine: {', '.join(tried)}; give the "
+        "folder of a run or of a PEFT adapter"
     )
 
 
 def check_adapter(model: ModelSettings, head: Head) -> None:
-    """Refuse an adapter that the run cannot start from.
+    """Check that the run can start from its adapter.
 
     Raises:
-        InputError: it is not whole, of another kind, of a model with another head, or of another
-            base than `model.base`.
+        InputError: the adapter has no safetensors, is not LoRA, or belongs to a model with another
+            head or to another base than `model.base`.
     """
     assert model.adapter is not None
     folder = Path(model.adapter)
@@ -57,8 +57,8 @@ def check_adapter(model: ModelSettings, head: Head) -> None:
     check_safetensors(folder, "model.adapter")
     if config.get("peft_type") != "LORA":
         raise InputError(
-            f"model.adapter: {folder} holds an adapter of type {config.get('peft_type')}; LORA is "
-            "what can be trained further"
+            f"model.adapter: {folder} holds an adapter of type {config.get('peft_type')}; only "
+            "LORA adapters can be trained further"
         )
     init = config.get("init_lora_weights")
     if init not in _PLAIN_INITS:
@@ -70,49 +70,49 @@ def check_adapter(model: ModelSettings, head: Head) -> None:
     task = config.get("task_type")
     if task not in (TASKS["causal"], TASKS[head]):
         raise InputError(
-            f"model.adapter: {folder} was trained for task {task}; this method starts from one for "
+            f"model.adapter: {folder} was trained for task {task}; this method needs one for "
             + " or ".join(dict.fromkeys([TASKS["causal"], TASKS[head]]))
         )
     _check_base(model, folder, str(config.get("base_model_name_or_path")))
 
 
 def check_for_vllm(model: ModelSettings) -> None:
-    """Refuse an adapter that vLLM would apply in another way than it is trained.
+    """Check that vLLM applies the adapter in the same way as PEFT.
 
     Raises:
-        InputError: naming what of it vLLM does not know.
+        InputError: the adapter uses settings that vLLM does not support.
     """
     assert model.adapter is not None
     config = _read(Path(model.adapter) / CONFIG_FILE)
     names = ("use_dora", "modules_to_save", "rank_pattern", "alpha_pattern")
-    unknown = [name for name in names if config.get(name)]
-    if unknown:
+    unsupported = [name for name in names if config.get(name)]
+    if unsupported:
         raise InputError(
-            f"method.rollout: vLLM does not know {', '.join(unknown)} of the adapter "
+            f"method.rollout: vLLM does not support {', '.join(unsupported)} of the adapter "
             f"{model.adapter}; set method.rollout: transformers"
         )
 
 
 def check_safetensors(folder: Path, where: str) -> None:
-    """PEFT would read pickled weights where there are no others.
+    """Check that an adapter has safetensors; PEFT would otherwise read pickled weights.
 
     Raises:
-        InputError: an adapter's folder holds no safetensors.
+        InputError: the folder holds no safetensors.
     """
     if not (folder / WEIGHTS_FILE).is_file():
         raise InputError(
-            f"{where}: {folder} has no {WEIGHTS_FILE}; weights in other files, which are pickled "
-            "and can run code, are not read"
+            f"{where}: {folder} has no {WEIGHTS_FILE}; pickled weights can run code, so they are "
+            "not read; save the adapter with safe_serialization=True"
         )
 
 
-def _check_base(model: ModelSettings, folder: Path, named: str) -> None:
-    noted = _read(folder / BASE_FILE) if (folder / BASE_FILE).is_file() else {}
-    if not is_same_base(model, named, noted.get("digest")):
+def _check_base(model: ModelSettings, folder: Path, name: str) -> None:
+    base = _read(folder / BASE_FILE) if (folder / BASE_FILE).is_file() else {}
+    if not is_same_base(model, name, base.get("digest")):
         raise InputError(
-            f"model.adapter: {folder} is an adapter of {named}, and model.base is {model.base}, "
-            "whose weights are others; set model.base to the adapter's own (if it has only moved, "
-            f"write its new name into {CONFIG_FILE})"
+            f"model.adapter: {folder} is an adapter of {name}, and model.base is {model.base}, "
+            "which has other weights; set model.base to the adapter's base (if that has moved, "
+            f"write its new path into {CONFIG_FILE})"
         )
 
 

@@ -1,7 +1,7 @@
-"""Whether two names mean the same base model.
+"""Checks that an adapter and a recipe use the same base model.
 
-An adapter says of its base only a name, which for a folder is a path. finray's adapters also hold
-`base.json`: the base's name and a digest of its content, which outlives a move of either folder.
+An adapter records only the name of its base, which for a folder is a path. finray also writes
+`base.json` beside it: the name and a digest of the weights, which stays valid when a folder moves.
 """
 
 import hashlib
@@ -19,8 +19,8 @@ _SAMPLES = 8
 def base_digest(folder: Path) -> str | None:
     """16 hex digits over a model's weights; None where the folder has no safetensors.
 
-    Of every file its size, its header, and eight samples of 1 MiB, evenly spaced, count: two
-    models of one shape differ in them, and a model of any size takes milliseconds a file.
+    The digest covers the size of each file, its header and eight evenly spaced samples of 1 MiB.
+    Models of the same shape differ in these, and a file of any size takes only milliseconds.
     """
     files = sorted(folder.glob("*.safetensors"))
     if not files:
@@ -39,29 +39,29 @@ def base_digest(folder: Path) -> str | None:
 
 
 def write_base(model: ModelSettings, target: Path) -> None:
-    """Note beside an adapter which base it belongs to."""
+    """Write base.json with the name and the digest of the base model beside an adapter."""
     folder = model_folder(model, only_cached=True)
     note = {"base": model.base, "digest": None if folder is None else base_digest(folder)}
     (target / BASE_FILE).write_text(json.dumps(note), encoding="utf-8")
 
 
-def is_same_base(model: ModelSettings, named: str, noted: str | None) -> bool:
-    """Whether an adapter's base is the recipe's.
+def is_same_base(model: ModelSettings, name: str, digest: str | None) -> bool:
+    """True if an adapter's base is the recipe's.
 
     Args:
         model: the recipe's model.
-        named: the adapter's `base_model_name_or_path`.
-        noted: the digest of its base, where finray noted one.
+        name: the adapter's `base_model_name_or_path`.
+        digest: the digest of its base from base.json, if there is one.
     """
-    if named == model.base:
-        return noted is None or noted == (_digest(model) or noted)
-    ours = _digest(model)
-    if ours is None:
+    own_digest = _digest(model)
+    if name == model.base:
+        return digest is None or own_digest is None or digest == own_digest
+    if own_digest is None:
         return False
-    if noted is not None:
-        return ours == noted
-    folder = Path(named)
-    return folder.is_dir() and ours == base_digest(folder)
+    if digest is not None:
+        return own_digest == digest
+    folder = Path(name)
+    return folder.is_dir() and own_digest == base_digest(folder)
 
 
 def _digest(model: ModelSettings) -> str | None:

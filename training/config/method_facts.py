@@ -19,10 +19,10 @@ PAIR_MEASURES = ("reward_accuracy", "reward_margin", "chosen_reward", "rejected_
 
 
 class MethodSettings(Section):
-    """Facts that every method has, with the defaults of most; its only setting is the kind."""
+    """The facts of a method, with defaults that fit most methods; its only setting is the kind."""
 
     title: ClassVar[str]
-    """The method's full name, for people."""
+    """The method's full name, for reports."""
     learns_from: ClassVar[LearnsFrom]
     sequences_per_row: ClassVar[int] = 1
     """Token sequences of a row, each of at most `data.max_length` tokens."""
@@ -33,7 +33,7 @@ class MethodSettings(Section):
     splits_overlong: ClassVar[bool] = False
     """A row that is too long becomes several sequences; otherwise `data.overlong` decides."""
     measures: ClassVar[tuple[str, ...]]
-    """Metrics logged beside the loss; held-out data gives the same names after `eval_`."""
+    """Metrics logged in addition to the loss; held-out data gives the same names after `eval_`."""
     watched: ClassVar[Metric] = Metric("eval_loss", "min")
     """The metric that decides which checkpoint is the best."""
     head: ClassVar[Head] = "causal"
@@ -47,26 +47,26 @@ class MethodSettings(Section):
 
     @property
     def trains_on_all(self) -> bool:
-        """Whether the loss counts every token, or only those an assistant wrote."""
+        """True if the loss covers every token, False if only those of the assistant."""
         return False
 
     @property
     def starts_at_random(self) -> bool:
-        """Whether training starts from random weights instead of the base's."""
+        """True if training starts from random weights instead of the base's."""
         return False
 
     @property
     def reference_name(self) -> str | None:
-        """The setting `reference_model`; None where it is absent or the method has none."""
+        """The setting `reference_model`; None if it is absent or the method has no such setting."""
         return None
 
     @property
     def uses_reference(self) -> bool:
-        """Whether steps compute log-probabilities of a reference model."""
+        """True if steps compute log-probabilities of a reference model."""
         return False
 
     def holds_second_model(self, trains_adapter: bool) -> bool:
-        """Whether a second model stays in memory while training.
+        """True if a second model stays in memory during training.
 
         Beside an adapter the frozen base is the reference, unless the recipe names another one.
         """
@@ -79,7 +79,7 @@ class MethodSettings(Section):
 
     @property
     def repeats(self) -> int:
-        """Optimizer steps on the same rows, before the next ones are taken."""
+        """Optimizer steps on the same rows before the next rows are used."""
         return 1
 
     def rows_per_step(self, batch_size: int) -> int:
@@ -87,12 +87,12 @@ class MethodSettings(Section):
         return batch_size
 
     def row_length(self, max_length: int) -> int:
-        """Largest number of tokens of a text, where a sequence has at most `max_length`."""
+        """Largest number of tokens of a text, if a sequence has at most `max_length`."""
         return max_length
 
     @property
     def run_facts(self) -> dict[str, Any]:
-        """Entries of run.json that the method adds beside its kind."""
+        """Entries of run.json that the method adds to its kind."""
         return {}
 
     def resolve(self, places: Sequence[Path]) -> Self:
@@ -102,7 +102,7 @@ class MethodSettings(Section):
             places: folders that a relative path may start from; the recipe's is the first.
 
         Raises:
-            InputError: where a path leads to nothing usable.
+            InputError: a path does not lead to usable files.
         """
         return self
 
@@ -114,16 +114,16 @@ class MethodSettings(Section):
     def contradiction(
         self, data: DataSettings, optim: OptimSettings, checkpoint: CheckpointSettings
     ) -> str | None:
-        """What is wrong between the method's settings and other sections, if anything."""
+        """Message about a conflict between the method's settings and other sections; else None."""
         return None
 
     def model_contradiction(self, model: ModelSettings, adapter: LoraAdapter | None) -> str | None:
-        """What is wrong between the method's settings and the trained model, if anything."""
+        """Message about a conflict between the method's settings and the model; else None."""
         return None
 
 
 class DocumentSettings(MethodSettings):
-    """What methods that imitate single documents have in common."""
+    """Facts of methods that imitate single documents."""
 
     learns_from: ClassVar[LearnsFrom] = "documents"
     packs: ClassVar[bool] = True
@@ -132,7 +132,7 @@ class DocumentSettings(MethodSettings):
 
 
 class PairSettings(MethodSettings):
-    """What methods on pairs of answers have in common."""
+    """Facts of methods that learn from pairs of answers."""
 
     learns_from: ClassVar[LearnsFrom] = "pairs"
     sequences_per_row: ClassVar[int] = 2
@@ -141,7 +141,7 @@ class PairSettings(MethodSettings):
 
 
 class ReferenceSettings(MethodSettings):
-    """What methods that compare with a reference of the user's choice have in common."""
+    """Facts of methods with a reference model that the user can choose."""
 
     reference_model: str | None = None
     """Hub id, model folder or finished run of the reference; absent: the model as this run
@@ -154,11 +154,11 @@ class ReferenceSettings(MethodSettings):
 
     @property
     def uses_reference(self) -> bool:
-        """Always."""
+        """True: these methods compare with a reference."""
         return True
 
     def resolve(self, places: Sequence[Path]) -> Self:
-        """With `reference_model` as the folder of its weights; a hub id stays."""
+        """The settings with `reference_model` as the folder of its weights; a hub id stays."""
         if self.reference_model is None:
             return self
         folders = [resolve_path(self.reference_model, place) for place in places]

@@ -69,7 +69,7 @@ class SftMethod(DocumentSettings):
 
     @property
     def trains_on_all(self) -> bool:
-        """As the setting `train_on` says."""
+        """True with `train_on: all`."""
         return self.train_on == "all"
 
 
@@ -88,7 +88,7 @@ class PretrainMethod(DocumentSettings):
 
     @property
     def starts_at_random(self) -> bool:
-        """As the setting `init` says."""
+        """True with `init: random`."""
         return self.init == "random"
 
 
@@ -100,23 +100,23 @@ class DpoMethod(PairSettings, ReferenceSettings):
     """Losses, summed with their weights: {sigmoid: 1.0, sft: 0.2}. sft is the cross-entropy of the
     chosen answer's tokens; aot and aot_unpaired sort the pairs of each forward pass."""
     beta: Positive = 0.1
-    """How strongly the policy is held to the reference; tau of ipo, eta of sppo_hard."""
+    """Strength of the penalty for a distance from the reference; tau of ipo, eta of sppo_hard."""
     label_smoothing: Smoothing = 0.0
-    """Share of the pairs whose label is taken to be wrong, in sigmoid, robust, exo_pair, aot and
+    """Assumed share of wrongly labelled pairs, for sigmoid, robust, exo_pair, aot and
     aot_unpaired."""
     discopop_tau: Positive = 0.05
     """Temperature of discopop."""
     divergence: Literal["reverse_kl", "forward_kl", "js", "alpha"] = "reverse_kl"
-    """Divergence from the reference that is held small."""
+    """The divergence from the reference that is penalised."""
     divergence_alpha: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.5
-    """The alpha of divergence alpha."""
+    """The parameter of the divergence alpha."""
     precompute_reference: bool = False
     """Compute the reference's log-probabilities once, before the first step, and keep them with
     the prepared data."""
 
     @property
     def uses_reference(self) -> bool:
-        """Unless its log-probabilities are computed before the first step."""
+        """False if the reference's log-probabilities are computed before the first step."""
         return not self.precompute_reference
 
     @property
@@ -133,11 +133,13 @@ class DpoMethod(PairSettings, ReferenceSettings):
     def _losses_agree(self) -> Self:
         named = self.losses.keys()
         if named == {"sft"}:
-            raise ValueError("losses: sft alone prefers nothing; add another loss, or use kind sft")
+            raise ValueError(
+                "losses: sft alone ignores rejected; add another loss, or use kind sft"
+            )
         if self.label_smoothing > 0 and not named & _SMOOTHED:
             raise ValueError(
-                f"label_smoothing is used by {', '.join(sorted(_SMOOTHED))}, and losses are "
-                f"{', '.join(named)}"
+                f"label_smoothing: only {', '.join(sorted(_SMOOTHED))} use it, but losses are "
+                f"{', '.join(named)}; remove it or add one of these losses"
             )
         if "exo_pair" in named and self.label_smoothing == 0:
             raise ValueError("losses: exo_pair needs label_smoothing above 0, such as 0.001")
@@ -145,7 +147,7 @@ class DpoMethod(PairSettings, ReferenceSettings):
         if self.divergence != "reverse_kl" and others:
             raise ValueError(
                 f"divergence {self.divergence} is not defined for {', '.join(sorted(others))}; "
-                f"it is for {', '.join(sorted(_OF_ANY_DIVERGENCE))}"
+                f"use reverse_kl, or only losses of {', '.join(sorted(_OF_ANY_DIVERGENCE))}"
             )
         return self
 
@@ -160,7 +162,7 @@ class KtoMethod(ReferenceSettings):
     """kto compares with the divergence from the reference, estimated on the whole batch; apo_zero
     with zero."""
     beta: Positive = 0.1
-    """How strongly the policy is held to the reference."""
+    """Strength of the penalty for a distance from the reference."""
     desirable_weight: Positive = 1.0
     """Weight of answers whose label is true."""
     undesirable_weight: Positive = 1.0
@@ -180,7 +182,7 @@ class OrpoMethod(PairSettings):
 
     kind: Literal["orpo"] = "orpo"
     beta: Positive = 0.1
-    """Weight of the odds ratio beside the chosen conversation's cross-entropy."""
+    """Weight of the odds-ratio loss, which is added to the chosen answer's cross-entropy."""
 
 
 class CpoMethod(PairSettings):
@@ -195,12 +197,14 @@ class CpoMethod(PairSettings):
     sft_weight: NotNegative = 1.0
     """Weight of the cross-entropy of the chosen answer's tokens."""
     label_smoothing: Smoothing = 0.0
-    """Share of the pairs whose label is taken to be wrong, in sigmoid."""
+    """Assumed share of wrongly labelled pairs, for sigmoid."""
 
     @model_validator(mode="after")
     def _smoothing_is_used(self) -> Self:
         if self.label_smoothing > 0 and self.loss != "sigmoid":
-            raise ValueError(f"label_smoothing is used by loss sigmoid, and loss is {self.loss}")
+            raise ValueError(
+                f"label_smoothing: only loss sigmoid uses it, but loss is {self.loss}; remove it"
+            )
         return self
 
 
@@ -215,7 +219,7 @@ class SimpoMethod(PairSettings):
     sft_weight: NotNegative = 0.0
     """Weight of the cross-entropy of the chosen answer's tokens."""
     label_smoothing: Smoothing = 0.0
-    """Share of the pairs whose label is taken to be wrong."""
+    """Assumed share of wrongly labelled pairs."""
 
 
 class RewardMethod(MethodSettings):
@@ -269,13 +273,13 @@ class OnlineMethod(MethodSettings):
     epsilon: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.2
     """The ratio to the policy that sampled is clipped to [1 - epsilon, 1 + epsilon_high]."""
     epsilon_high: Positive | None = None
-    """epsilon where it is left out."""
+    """Same as epsilon if it is left out."""
     passes: PositiveInt = 1
     """Optimizer steps on the same completions."""
     rollout: Literal["transformers", "vllm"] = "transformers"
     """What generates the completions; vllm needs an adapter, and the extra finray[vllm]."""
     rollout_batch_size: PositiveInt = 64
-    """Completions that a worker generates at a time."""
+    """Number of completions that a worker generates in one batch."""
 
     def rows_per_step(self, batch_size: int) -> int:
         """Number of prompts in one optimizer step."""
@@ -287,22 +291,22 @@ class OnlineMethod(MethodSettings):
 
     @property
     def repeats(self) -> int:
-        """As the setting `passes` says."""
+        """Number of `passes` over the same completions."""
         return self.passes
 
     @property
     def uses_reference(self) -> bool:
-        """Where the divergence from it has a weight."""
+        """True if the KL divergence to the reference has a weight above 0."""
         return self.beta > 0
 
     @property
     def completions_at_once(self) -> int:
-        """As `rollout_batch_size` says; vLLM has weights and caches of its own."""
+        """Completions that the trained model generates in one batch; 0 with vLLM."""
         return self.rollout_batch_size if self.rollout == "transformers" else 0
 
     @property
     def clip_high(self) -> float:
-        """Upper bound of the ratio, minus 1."""
+        """epsilon_high, or epsilon if that is left out: the upper bound of the ratio, minus 1."""
         return self.epsilon if self.epsilon_high is None else self.epsilon_high
 
     @property
@@ -312,7 +316,7 @@ class OnlineMethod(MethodSettings):
         return {"reward_files": {function.file: function.digest for function in functions}}
 
     def resolve(self, places: Sequence[Path]) -> Self:
-        """With absolute paths in the rewards, and the text of each reward function."""
+        """The settings with absolute paths, and the text of each reward function."""
         rewards = [
             resolve_reward(reward, places, f"method.rewards[{index}]")
             for index, reward in enumerate(self.rewards)
@@ -321,65 +325,65 @@ class OnlineMethod(MethodSettings):
 
     @property
     def why_not_shardable(self) -> str | None:
-        """Every worker generates with the whole model."""
+        """Online methods cannot be sharded: every worker generates with the whole model."""
         return (
-            f"method {self.kind} samples on every worker by itself, and would gather all weights "
-            "for every token; take ddp, with model.quantize nf4 if the model is large"
+            f"method {self.kind} samples on every worker, which would gather all weights for every "
+            "token; use ddp, with model.quantize nf4 if the model is large"
         )
 
     def contradiction(
         self, data: DataSettings, optim: OptimSettings, checkpoint: CheckpointSettings
     ) -> str | None:
-        """Completions that do not fit their batch, their sequence or their checkpoint."""
+        """Message about a conflict with batch size, sequence length or checkpoint interval."""
         names = [reward.name for reward in self.rewards]
         batch_size, max_length = optim.batch_size, data.max_length
         if len(set(names)) < len(names):
             repeated = next(name for name in names if names.count(name) > 1)
             return (
                 f"method.rewards: two rewards share the name {repeated}; metrics are logged under "
-                "it, so give each a name of its own"
+                "it, so give each its own name"
             )
         if batch_size % self.generations:
             return (
-                f"optim.batch_size {batch_size} counts completions, and must be a multiple of "
+                f"optim.batch_size {batch_size} counts completions and must be a multiple of "
                 f"method.generations {self.generations}"
             )
         if self.max_completion >= max_length:
             return (
-                f"method.max_completion {self.max_completion} leaves no room for a prompt: "
-                f"data.max_length {max_length} counts both"
+                f"method.max_completion {self.max_completion} leaves no tokens for prompts: both "
+                f"share data.max_length {max_length}; lower the one or raise the other"
             )
         if checkpoint.every_steps % self.passes:
             return (
                 f"checkpoint.every_steps {checkpoint.every_steps} must be a multiple of "
-                f"method.passes {self.passes}: completions are not kept in a checkpoint"
+                f"method.passes {self.passes}: checkpoints do not hold completions"
             )
         return None
 
     def model_contradiction(self, model: ModelSettings, adapter: LoraAdapter | None) -> str | None:
-        """A model that vLLM cannot sample from, where it is to."""
+        """Message about a model that vLLM cannot sample from, if the rollout uses vLLM."""
         return _unfit_for_vllm(model, adapter) if self.rollout == "vllm" else None
 
 
 def _unfit_for_vllm(model: ModelSettings, adapter: LoraAdapter | None) -> str | None:
-    """Why vLLM would not sample from the model that is trained."""
+    """Why vLLM cannot sample from the trained model; None if it can."""
     if adapter is None and model.adapter is None:
         return (
-            "method.rollout vllm needs an adapter, which is what vLLM is handed before every "
-            "rollout; add the section adapter, or set method.rollout: transformers"
+            "method.rollout vllm needs an adapter, which vLLM loads before every rollout; add the "
+            "section adapter, or set method.rollout: transformers"
         )
-    unknown = []
+    unsupported = []
     if adapter is not None:
         names = ("dora", "modules_to_save", "rank_pattern", "alpha_pattern")
-        unknown = [f"adapter.{name}" for name in names if getattr(adapter, name)]
+        unsupported = [f"adapter.{name}" for name in names if getattr(adapter, name)]
         if adapter.changes_base or adapter.init == "loftq":
-            unknown.append(f"adapter.init {adapter.init}")
+            unsupported.append(f"adapter.init {adapter.init}")
     if model.quantize != "none":
-        unknown.append(f"model.quantize {model.quantize}")
-    if unknown:
+        unsupported.append(f"model.quantize {model.quantize}")
+    if unsupported:
         return (
-            f"method.rollout: vLLM would not sample from the model that is trained, as it does not "
-            f"know {', '.join(unknown)}; leave that out, or set method.rollout: transformers"
+            f"method.rollout: vLLM cannot sample from the trained model: it does not support "
+            f"{', '.join(unsupported)}; remove that, or set method.rollout: transformers"
         )
     return None
 
@@ -404,9 +408,9 @@ class RlooMethod(OnlineMethod):
 
     kind: Literal["rloo"] = "rloo"
     beta: NotNegative = 0.05
-    """Weight of the KL divergence to the reference, which is taken off the reward; 0: none."""
+    """Weight of the KL divergence to the reference, subtracted from the reward; 0: none."""
     normalize_advantages: bool = False
-    """Advantages of a batch are brought to mean 0 and standard deviation 1."""
+    """Normalise the advantages of a batch to mean 0 and standard deviation 1."""
 
 
 Method = Annotated[
@@ -430,5 +434,5 @@ METHODS: dict[str, type[MethodSettings]] = {
 
 
 def title_of(kind: str) -> str:
-    """A method's full name; the kind itself where this version of finray does not have it."""
+    """A method's full name; the kind itself if this version of finray does not have the method."""
     return METHODS[kind].title if kind in METHODS else kind

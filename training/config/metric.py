@@ -12,5 +12,5 @@ class Metric:
     mode: Literal["min", "max"]
 
     def better(self, value: float, other: float) -> bool:
-        """Whether `value` is strictly better than `other`."""
+        """True if `value` is strictly better than `other`."""
         return value < other if self.mode == "min" else value > other

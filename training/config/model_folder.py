@@ -1,4 +1,4 @@
-"""Where the files of a model's tokenizer and configuration lie on this machine."""
+"""Finds the files of a model's tokenizer and configuration on this machine."""
 
 import re
 from pathlib import Path
@@ -72,5 +72,5 @@ def tokenizer_files(folder: Path) -> list[Path]:
 
 
 def has_vocabulary(folder: Path) -> bool:
-    """Whether a folder holds a tokenizer."""
+    """True if a folder holds a tokenizer."""
     return any(_VOCABULARY_FILE.fullmatch(file.name) for file in folder.iterdir())

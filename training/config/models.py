@@ -21,7 +21,7 @@ Pattern = Annotated[str, AfterValidator(_check_pattern)]
 
 
 Head = Literal["causal", "score"]
-"""What a model computes: logits of the next token, or one score of the whole text."""
+"""Output of a model: causal for logits of the next token, score for one number per text."""
 
 
 class ModelSettings(Section):
@@ -78,7 +78,7 @@ class LoraAdapter(Section):
 
     @property
     def changes_base(self) -> bool:
-        """Whether the first values are taken out of the base's weights."""
+        """True if the initial values are taken out of the base's weights."""
         return self.init in ("pissa", "olora")
 
     @model_validator(mode="after")
@@ -98,7 +98,7 @@ class LoraAdapter(Section):
 
 
 class FreezeSettings(Section):
-    """The weights of the base that are trained without an adapter; all others are frozen."""
+    """Selects the base weights to train without an adapter; all others are frozen."""
 
     last_layers: PositiveInt | None = None
     """Number of last decoder layers to train. Embedding, final norm and head stay frozen, unless

@@ -1,4 +1,4 @@
-"""Paths in a recipe, made independent of the current folder."""
+"""Makes paths in a recipe independent of the current folder."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""The recipe: everything a run is, validated and frozen before anything heavy is imported.
+"""The recipe: all settings of a run, validated and frozen before anything heavy is imported.
 
 `load_recipe` reads a YAML file and `key=value` overrides; `Recipe` is what the rest of finray
 receives. The docstring under a field is that field's documentation in `finray schema`.
@@ -78,8 +78,8 @@ class Recipe(Section):
             )
         if self.data.packing is True and not self.method.packs:
             raise ValueError(
-                f"data.packing: method {kind} does not take single documents, which alone can "
-                "be packed; leave it out"
+                f"data.packing: only single documents can be packed, and rows of method {kind} are "
+                "not; remove it"
             )
         if self.optim.micro_batch_size > self.optim.batch_size:
             raise ValueError(
@@ -90,7 +90,7 @@ class Recipe(Section):
             raise ValueError(
                 f"scale.workers {self.scale.most_workers} is larger than the "
                 f"{self.rows_per_step} rows that a step of optim.batch_size "
-                f"{self.optim.batch_size} takes: some workers would have nothing to do"
+                f"{self.optim.batch_size} takes, so some would be idle; lower scale.workers"
             )
         return self
 
@@ -136,8 +136,8 @@ class Recipe(Section):
             return self
         if self.scale.most_workers < 2:
             raise ValueError(
-                "scale.strategy fsdp shares the weights out among workers, and scale.workers is "
-                f"{self.scale.most_workers}; set 2 or more, or leave strategy out"
+                "scale.strategy fsdp shards the weights over workers, but scale.workers is "
+                f"{self.scale.most_workers}; set 2 or more, or remove strategy"
             )
         if (reason := self.why_not_shardable) is not None:
             raise ValueError(f"scale.strategy fsdp: {reason}")
@@ -145,39 +145,39 @@ class Recipe(Section):
 
     @property
     def trains_adapter(self) -> bool:
-        """Whether an adapter is trained, a new or an existing one, and not the base itself."""
+        """True if the run trains a new or an existing adapter instead of the base model."""
         return self.adapter is not None or self.model.adapter is not None
 
     @property
     def adapter_kind(self) -> Literal["lora", "dora", "existing"] | None:
-        """What kind of adapter is trained, if any."""
+        """Kind of the trained adapter; None if there is none."""
         if self.adapter is None:
             return None if self.model.adapter is None else "existing"
         return "dora" if self.adapter.dora else "lora"
 
     @property
     def why_not_shardable(self) -> str | None:
-        """Why the weights cannot be cut up among workers (FSDP2), and what to do instead.
+        """Why the weights cannot be sharded over workers (FSDP2), and what to do instead.
 
         None where they can.
         """
         if self.model.quantize == "int8":
             return (
-                "model.quantize int8 keeps scales of whole rows beside the weights, which are not "
-                "cut up with them; take nf4"
+                "model.quantize int8 stores scales of whole rows, which cannot be sharded with the "
+                "weights; use nf4"
             )
         if self.method.why_not_shardable is not None:
             return self.method.why_not_shardable
         if self.adapter is not None and self.adapter.changes_base:
             return (
-                f"adapter.init {self.adapter.init} writes its result from whole weights; take "
+                f"adapter.init {self.adapter.init} writes its result from whole weights; use "
                 "another init, or ddp"
             )
         return None
 
     @property
     def packs(self) -> bool:
-        """Whether several documents share a sequence."""
+        """True if several documents share a sequence."""
         return self.method.packs if self.data.packing == "auto" else self.data.packing
 
     @property
@@ -187,7 +187,7 @@ class Recipe(Section):
 
     @property
     def row_length(self) -> int:
-        """Tokens that a text of the data may have."""
+        """Largest number of tokens of a text in the data."""
         return self.method.row_length(self.data.max_length)
 
     def total_steps(self, rows: int) -> int:

@@ -1,4 +1,4 @@
-"""The reference that a recipe names: where it is, and whether it fits; without torch."""
+"""Finds the reference model that a recipe names, and checks its tokenizer; without torch."""
 
 import json
 from collections.abc import Sequence
@@ -44,24 +44,24 @@ def find_reference(name: str, places: Sequence[str]) -> str:
 
 
 def check_reference(model: ModelSettings, name: str) -> None:
-    """Refuse a reference that reads token ids as other tokens than the model.
+    """Check that the reference has the same vocabulary as the model.
 
     Raises:
-        InputError: its tokenizer is another one.
+        InputError: the tokenizers differ.
     """
-    ours = model_folder(model, only_cached=True)
-    theirs = (
+    base_folder = model_folder(model, only_cached=True)
+    reference = (
         Path(name)
         if Path(name).is_dir()
         else model_folder(ModelSettings(base=name), only_cached=True)
     )
-    if ours is None or theirs is None:
+    if base_folder is None or reference is None:
         return
-    vocabularies = [_vocabulary(folder / _VOCABULARY) for folder in (ours, theirs)]
+    vocabularies = [_vocabulary(folder / _VOCABULARY) for folder in (base_folder, reference)]
     if None not in vocabularies and vocabularies[0] != vocabularies[1]:
         raise InputError(
-            f"method.reference_model: the tokenizer of {name} is another one than that of "
-            f"{model.base}; a reference reads the same token ids"
+            f"method.reference_model: the tokenizer of {name} differs from that of "
+            f"{model.base}; give a reference with the same tokenizer"
         )
 
 

@@ -41,20 +41,20 @@ def check_remote_code(model: ModelSettings, folder: Path) -> None:
     if "auto_map" not in config and "auto_map" not in tokenizer:
         return  # most; transformers takes long to import
     needs = {
-        "config.json": not _is_known(config.get("model_type")),
+        "config.json": not _is_in_transformers(config.get("model_type")),
         "tokenizer_config.json": not (folder / "tokenizer.json").exists(),
     }
     for file, content in (("config.json", config), ("tokenizer_config.json", tokenizer)):
         named = json.dumps(content.get("auto_map") or {})
         if model.trust_remote_code and "--" in named:
             raise InputError(
-                f"model.base: {folder / file}: auto_map asks for code of another repository "
+                f"model.base: {folder / file}: auto_map refers to code of another repository "
                 f"({named}), which model.revision does not pin; copy model and code into a folder"
             )
         if not model.trust_remote_code and named != "{}" and needs[file]:
             raise InputError(
-                f"model.base: {folder / file}: auto_map asks for Python code of the model's own "
-                f"({named}), which is not run; {_CURE} (of a hub model together with "
+                f"model.base: {folder / file}: auto_map refers to the model's own Python code "
+                f"({named}), which is not run; {_CURE} (for a hub model together with "
                 "model.revision, the full hash of a commit)"
             )
 
@@ -70,7 +70,7 @@ def code_files(model: ModelSettings) -> dict[str, str]:
     }
 
 
-def _is_known(model_type: Any) -> bool:
+def _is_in_transformers(model_type: Any) -> bool:
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
     return model_type in CONFIG_MAPPING_NAMES

@@ -25,7 +25,7 @@ class RunReward(_Reward):
 
     @property
     def name(self) -> str:
-        """Its name in metrics."""
+        """The reward's name in metrics."""
         return self.run.rstrip("/").rpartition("/")[2]
 
 
@@ -38,7 +38,7 @@ class ModelReward(_Reward):
 
     @property
     def name(self) -> str:
-        """Its name in metrics."""
+        """The reward's name in metrics."""
         return self.model.rstrip("/").rpartition("/")[2]
 
 
@@ -63,7 +63,7 @@ _KINDS = {"run": RunReward, "model": ModelReward, "file": FunctionReward}
 
 
 def _kind(value: Any) -> str | None:
-    """Which kind it is, by its one key."""
+    """The kind of a reward, by its only required key."""
     for key, kind in _KINDS.items():
         if isinstance(value, kind) or (isinstance(value, dict) and key in value):
             return key
@@ -87,8 +87,8 @@ def resolve_reward(reward: Reward, places: Sequence[Path], where: str) -> Reward
     """Make a reward independent of the current folder.
 
     Args:
-        reward: as the recipe says it.
-        places: folders in which a run is looked for; files and models belong to the first.
+        reward: the reward's settings.
+        places: folders in which a run is searched; files and models are searched in the first only.
         where: the key in the recipe, for messages.
 
     Raises:
@@ -102,5 +102,5 @@ def resolve_reward(reward: Reward, places: Sequence[Path], where: str) -> Reward
     existing = [path for path in candidates if "://" in path or Path(path).is_dir()]
     if not existing:
         listed = ", ".join(dict.fromkeys(candidates))
-        raise InputError(f"{where}.run: there is none of these folders: {listed}")
+        raise InputError(f"{where}.run: none of these folders exists: {listed}")
     return reward.model_copy(update={"run": existing[0]})

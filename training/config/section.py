@@ -1,4 +1,4 @@
-"""What every part of a recipe has in common."""
+"""The base class of all sections of a recipe."""
 
 from typing import Annotated
 

@@ -1,4 +1,4 @@
-"""The sections of a recipe that say nothing of the model, the adapter or the method."""
+"""The sections of a recipe that do not concern the model, the adapter or the method."""
 
 from typing import Annotated, Literal, Self
 
@@ -27,7 +27,7 @@ class Source(Section):
     format: RowFormat = "auto"
     """Shape of the rows; auto looks at the first ones."""
     weight: Annotated[float, Field(gt=0.0)] = 1.0
-    """How often each row is taken: 2 takes each twice, 0.5 every other one (by its hash)."""
+    """How often each row is used: 2 uses each row twice, 0.5 every second row (by its hash)."""
 
 
 class DataSettings(Section):
@@ -92,7 +92,7 @@ class OptimSettings(Section):
 class ScaleSettings(Section):
     workers: Annotated[int, Field(ge=0)] | tuple[PositiveInt, PositiveInt] = 1
     """On a cluster Ray Train's workers, else processes of this machine; 0 trains in this process.
-    [2, 8]: as many as there is room for, at least 2 and at most 8. After the loss of a node the run
+    [2, 8]: as many as fit, at least 2 and at most 8. After the loss of a node the run
     goes on with fewer, and grows again when there is room; batch_size and the order of the data
     stay."""
     gpus_per_worker: Literal["auto"] | Annotated[float, Field(ge=0.0)] = "auto"
@@ -108,8 +108,8 @@ class ScaleSettings(Section):
     node_wait: Annotated[float, Field(ge=0)] = 600.0
     """Seconds to wait for nodes when the remaining ones cannot hold the workers."""
     hang_timeout: Literal["auto"] | Annotated[float, Field(gt=0.0)] | None = "auto"
-    """Seconds after which a worker whose optimizer step does not end writes its stacks and gives
-    up. auto: ten times the longest of the last steps, at least 300; null: never."""
+    """Seconds after which a worker whose optimizer step does not end writes its stacks and
+    exits. auto: ten times the longest of the last steps, at least 300; null: never."""
 
     @model_validator(mode="after")
     def _range_is_in_order(self) -> Self:
@@ -131,7 +131,7 @@ class ScaleSettings(Section):
 class CheckpointSettings(Section):
     every_steps: PositiveInt = 100
     keep: PositiveInt = 2
-    """Number of latest checkpoints to keep, beside the one that is best on held-out data."""
+    """Number of latest checkpoints to keep, in addition to the best one on held-out data."""
 
 
 class EvalSettings(Section):

@@ -1,4 +1,4 @@
-"""The user's own code: a function in a Python file that a recipe names.
+"""The user's code: a function in a Python file that a recipe names.
 
 The file is read once, where the recipe is loaded. From then on its text is part of the recipe: it
 travels with a job or a RayJob, it is the same on every node, and a changed file is another run.
@@ -48,7 +48,7 @@ class UserFunction(Section):
 
     @property
     def text(self) -> str:
-        """The file's text, of a function that `resolve` returned."""
+        """The file's text; only functions that `resolve` returned have it."""
         assert self.source is not None
         return self.source
 
@@ -82,7 +82,7 @@ class UserFunction(Section):
     def _check(self, place: str) -> None:
         if (kind := secret_kind(self.text)) is not None:
             raise InputError(
-                f"{place} holds {kind}, and its text is kept with the run; read it from the "
+                f"{place} holds {kind}, and its text is stored with the run; read it from the "
                 "environment instead"
             )
         try:
@@ -100,20 +100,20 @@ class UserFunction(Section):
             )
         if isinstance(named[-1], ast.AsyncFunctionDef):
             raise InputError(
-                f"{place}:{named[-1].lineno}: {self.name} is an async function; it is called like "
-                "any other: def"
+                f"{place}:{named[-1].lineno}: {self.name} is an async function; define it with "
+                "def, without async"
             )
         self.check_parameters(named[-1], f"{place}:{named[-1].lineno}: {self.name}")
 
     def check_parameters(self, function: ast.FunctionDef, place: str) -> None:
-        """Refuse parameters that it cannot be called with; kinds of functions override this.
+        """Check the function's parameters; subclasses override this.
 
         Args:
             function: its definition.
             place: file, line and name, for messages.
 
         Raises:
-            InputError: with what it must take.
+            InputError: it does not take the arguments that it is called with.
         """
 
     def load(self) -> Callable[..., Any]:

@@ -1,4 +1,4 @@
-"""Reading YAML with the file and line of each key, for messages."""
+"""Reads YAML and remembers the file and line of each key, for error messages."""
 
 import difflib
 from collections.abc import Iterator, Sequence
@@ -18,40 +18,40 @@ Settings = TypeVar("Settings", bound=BaseModel)
 
 @dataclass(frozen=True)
 class Document:
-    """Values of a YAML file (with overrides applied), and the place of each key."""
+    """Values of a YAML file, with overrides applied, and file:line of each key."""
 
     values: dict[str, Any]
     places: dict[Key, str]
 
     def place(self, key: Key) -> str:
-        """file:line of a key, or of its nearest parent that is written down."""
+        """file:line of a key, or of its nearest parent that is in the file."""
         while key and key not in self.places:
             key = key[:-1]
         return self.places[key]
 
     def section(self, name: str, defaults: dict[str, Any]) -> "Document":
-        """The mapping under a key as a document of its own, with defaults for what it lacks."""
+        """The mapping under a key as a document, with defaults for missing keys."""
         places = {key[1:]: place for key, place in self.places.items() if key[:1] == (name,)}
         return Document({**defaults, **self.values[name]}, {(): self.places[()], **places})
 
 
 @dataclass(frozen=True)
 class Change:
-    """A value that overrides what a file says."""
+    """A value that overrides the one in a file."""
 
     key: str
-    """Dotted; numbers are places in lists."""
+    """Dotted key; numbers are indices of lists."""
     value: Any
     place: str
-    """Where the change comes from, for messages."""
+    """Origin of the change, for messages."""
 
 
 def read_recipe_file(path: Path, overrides: Sequence[str | Change] = ()) -> Document:
-    """Parse the file and apply overrides; text is `dotted.key=value`.
+    """Parse the file and apply overrides; an override given as text is `dotted.key=value`.
 
     Raises:
-        InputError: for a file that cannot be read, is no YAML mapping, or repeats a key, and for
-            an override that is not `key=value`.
+        InputError: the file cannot be read, is not a YAML mapping or repeats a key, or an override
+            is not `key=value`.
     """
     try:
         text = path.read_text(encoding="utf-8")
@@ -76,21 +76,25 @@ def read_recipe_file(path: Path, overrides: Sequence[str | Change] = ()) -> Docu
 
 
 def apply_changes(document: Document, overrides: Sequence[str | Change]) -> None:
-    """Put values into a document.
+    """Set values in a document.
 
     Raises:
-        InputError: for text that is not `key=value`, and a key that has no place.
+        InputError: a text is not `key=value`, or a key does not fit into the document.
     """
     for override in overrides:
         _apply(document, _parse(override) if isinstance(override, str) else override)
 
 
 def validate(settings: type[Settings], document: Document) -> Settings:
-    """Build `settings`, telling every fault in one InputError, one line each."""
+    """Build `settings` from a document.
+
+    Raises:
+        InputError: with one line for each error.
+    """
     try:
         return settings.model_validate(document.values)
     except ValidationError as error:
-        lines = [_tell(settings, document, dict(fault)) for fault in error.errors()]
+        lines = [_message(settings, document, dict(fault)) for fault in error.errors()]
         raise InputError("\n".join(dict.fromkeys(lines))) from None
 
 
@@ -137,7 +141,7 @@ def _apply(document: Document, change: Change) -> None:
     elif isinstance(target, dict):
         target[str(last)] = change.value
     else:
-        raise InputError(f"{change.place}: there is no such place in the recipe")
+        raise InputError(f"{change.place}: the recipe has no key or list item {change.key}")
     for depth in range(1, len(key) + 1):
         document.places.setdefault(key[:depth], change.place)
     document.places[key] = change.place
@@ -151,8 +155,8 @@ def _child(target: Any, part: str | int, place: str, dotted: str) -> Any:
     raise InputError(f"{place}: {dotted} is not a section of the recipe")
 
 
-def _tell(settings: type[BaseModel], document: Document, fault: dict[str, Any]) -> str:
-    """One fault as `file:line: key: what is wrong; what would be right`."""
+def _message(settings: type[BaseModel], document: Document, fault: dict[str, Any]) -> str:
+    """One error of pydantic as `file:line: key: what is wrong; how to fix it`."""
     key = _written_key(document, fault["loc"])
     dotted = ".".join(map(str, key)) or "recipe"
     place = document.place(key)
@@ -171,7 +175,7 @@ def _tell(settings: type[BaseModel], document: Document, fault: dict[str, Any]) 
 
 
 def _written_key(document: Document, location: tuple[str | int, ...]) -> Key:
-    """pydantic's location without the names of union members, which nobody wrote."""
+    """pydantic's location without the names of union members, which are not in the file."""
     key: list[str | int] = []
     value: Any = document.values
     for index, part in enumerate(location):
@@ -185,9 +189,9 @@ def _written_key(document: Document, location: tuple[str | int, ...]) -> Key:
     return tuple(key)
 
 
-def is_known(settings: type[BaseModel], key: Key) -> bool:
-    """Whether the settings have such a key in any of their variants."""
-    return _pattern(key) in set(_known_keys(settings))
+def has_key(settings: type[BaseModel], key: Key) -> bool:
+    """True if any variant of the settings has the key."""
+    return _pattern(key) in set(_keys(settings))
 
 
 def _pattern(key: Key) -> tuple[str, ...]:
@@ -195,8 +199,8 @@ def _pattern(key: Key) -> tuple[str, ...]:
 
 
 def suggestion(settings: type[BaseModel], key: Key) -> str:
-    """The nearest known key: among the siblings first, then anywhere in the recipe."""
-    existing = list(_known_keys(settings))
+    """The end of a message about an unknown key: the most similar existing key, or all siblings."""
+    existing = list(_keys(settings))
     pattern = _pattern(key)
     siblings = [name[-1] for name in existing if name[:-1] == pattern[:-1]]
     unknown = str(key[-1])
@@ -207,15 +211,15 @@ def suggestion(settings: type[BaseModel], key: Key) -> str:
     near = difflib.get_close_matches(unknown, anywhere, n=1, cutoff=0.75)
     if near:
         return f"; did you mean {anywhere[near[0]]!r}?"
-    return f"; known here: {', '.join(siblings)}" if siblings else ""
+    return f"; possible keys: {', '.join(siblings)}" if siblings else ""
 
 
-def _known_keys(settings: type[BaseModel]) -> Iterator[tuple[str, ...]]:
+def _keys(settings: type[BaseModel]) -> Iterator[tuple[str, ...]]:
     for name, field in settings.model_fields.items():
         yield (name,)
         for model, many in _models_in(field.annotation):
             prefix = (name, "*") if many else (name,)
-            yield from ((*prefix, *rest) for rest in _known_keys(model))
+            yield from ((*prefix, *rest) for rest in _keys(model))
 
 
 def _models_in(annotation: Any, many: bool = False) -> Iterator[tuple[type[BaseModel], bool]]:

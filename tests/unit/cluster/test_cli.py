@@ -1,4 +1,4 @@
-"""Refusals by the command itself: exit code 2, one message, nothing started, nothing left."""
+"""Input errors of the command: exit code 2, one message, nothing started, no files left."""
 
 import argparse
 import json
@@ -115,7 +115,7 @@ def test_fewer_rows_than_a_batch(finray: Runner) -> None:
     assert "batch_size" in output and "64" in output
 
 
-def test_check_shows_what_would_happen(finray: Runner) -> None:
+def test_check_shows_what_a_run_would_do(finray: Runner) -> None:
     path = finray.recipe(adapter__rank=4, data__packing=False)
     outlook = json.loads(finray("check", path, "--json", code=0))
     assert outlook["steps"] == 2 and outlook["sources"][0]["rows"] == 64
@@ -192,7 +192,7 @@ def test_tune_refuses_before_it_starts_anything(finray: Runner) -> None:
     output = finray("tune", sweep, code=2)
     assert "did you mean 'learning_rate'" in output and "sweep.yaml" in output
     output = finray("tune", write_sweep(finray, recipe="nowhere.yaml"), code=2)
-    assert "there is no file" in output
+    assert "nowhere.yaml does not exist" in output
     assert "stop_when.tokenz" in finray(
         "tune", write_sweep(finray), "--stop-when", "tokenz=1", code=2
     )
@@ -212,7 +212,7 @@ def test_a_sweep_does_not_take_a_runs_folder(finray: Runner) -> None:
     assert "holds a sweep with other settings" in finray("tune", write_sweep(finray), code=2)
 
 
-def test_a_sweep_is_no_run_of_kubernetes(finray: Runner) -> None:
+def test_kubernetes_does_not_take_a_sweep(finray: Runner) -> None:
     recipe = finray.recipe()
     path = finray.folder / "sweep.yaml"
     path.write_text(yaml.safe_dump({"name": "s", "recipe": str(recipe)}), encoding="utf-8")
@@ -220,7 +220,7 @@ def test_a_sweep_is_no_run_of_kubernetes(finray: Runner) -> None:
 
 
 def test_more_gpus_than_there_are(finray: Runner, monkeypatch: pytest.MonkeyPatch) -> None:
-    """No worker is started, and no GPU taken."""
+    """No worker starts and no GPU is used."""
     monkeypatch.setattr("finray.cluster.launcher.usable_gpus", lambda: 1)
     output = finray("train", finray.recipe(scale__workers=2), code=2)
     assert "lacks 1 GPUs; scale.workers=1 would fit" in output

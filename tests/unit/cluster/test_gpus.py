@@ -60,7 +60,7 @@ def test_smaller_parts_fit() -> None:
     assert "there is 80.0 GiB" in verdict.text
 
 
-def test_it_never_fits_but_something_else_does() -> None:
+def test_it_does_not_fit_but_other_settings_do() -> None:
     verdict = judge(recipe(data={"train": [{"path": "/r"}], "max_length": 1024}), LLAMA_8B, [SMALL])
     assert not verdict.fits
     assert "at microbatch 1 with gradient checkpointing it still needs 1" in verdict.text
@@ -109,7 +109,7 @@ def test_the_smallest_gpu_counts(tiny_model: Path) -> None:
     assert memory_lines(recipe_from_dict(values), [H100]) == ()
 
 
-def test_what_nvidia_smi_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_output_of_nvidia_smi(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     assert gpus_here() == ()
     command = tmp_path / "nvidia-smi"

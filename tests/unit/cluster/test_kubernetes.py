@@ -105,7 +105,7 @@ def test_every_recipe_makes_valid_manifests(
 @settings(max_examples=30, deadline=None)
 @example("\x85")
 @given(st.text(st.characters(codec="utf-8")))
-def test_every_text_arrives_as_it_left(text: str) -> None:
+def test_every_text_is_unchanged(text: str) -> None:
     template = "{{ messages }}" + text
     of = recipe(data={"train": [{"path": "s3://bucket/rows"}], "chat_template": template})
     config_map, _, _ = rendered(of)
@@ -168,7 +168,7 @@ def test_the_job_reads_its_recipe_and_resumes_under_a_fixed_name(tmp_path: Path)
     assert spec["rayClusterSpec"]["headGroupSpec"]["rayStartParams"]["num-cpus"] == "0"
 
 
-def test_overlays_differ_in_what_they_are_for() -> None:
+def test_overlays_differ_as_intended() -> None:
     _, _, gpu = rendered(recipe(), "gpu")
     _, _, queued = rendered(recipe(), "kueue")
     _, _, spot = rendered(recipe(), "gpu-spot-elastic")

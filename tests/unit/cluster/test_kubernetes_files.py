@@ -137,7 +137,7 @@ def instructions() -> list[tuple[str, str]]:
     return [(name.upper(), " ".join(arguments.split())) for name, arguments in pairs]
 
 
-def test_the_image_runs_as_a_user_of_its_own() -> None:
+def test_the_image_runs_as_its_own_user() -> None:
     stages = [index for index, (name, _) in enumerate(instructions()) if name == "FROM"]
     final = instructions()[stages[-1] :]
     assert len(stages) == 2

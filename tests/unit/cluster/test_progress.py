@@ -1,4 +1,4 @@
-"""Progress: all that a run writes is shown once, in order, as plain lines without a terminal."""
+"""Progress: everything a run writes is shown once, in order; plain lines without a terminal."""
 
 import io
 import json

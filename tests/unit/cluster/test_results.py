@@ -8,7 +8,7 @@ from finray.cluster.jobs.results import pack, unpack
 from finray.training.common.storage import Folder
 
 
-def test_results_arrive_as_they_left(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_results_are_unchanged(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = tmp_path / "run"
     (run / "adapter").mkdir(parents=True)
     (run / "checkpoints").mkdir()

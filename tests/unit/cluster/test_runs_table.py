@@ -1,4 +1,4 @@
-"""finray runs: one line a run, silent runs marked, and the same as JSON."""
+"""finray runs: one line per run, silent runs marked, and the same as JSON."""
 
 import json
 from datetime import UTC, datetime, timedelta
@@ -42,7 +42,7 @@ def test_a_reward_or_a_preference_has_its_column() -> None:
     assert " 0.750 " in policy and "90.0%" in pairs
 
 
-def test_a_silent_run_is_doubted() -> None:
+def test_a_silent_run_is_marked() -> None:
     runs = [
         ("alive", run(status="running", updated_at=ago(seconds=119))),
         ("dead", run(status="running", updated_at=ago(minutes=14))),

@@ -1,4 +1,4 @@
-"""Secrets planted everywhere, and looked for in all that a run writes and prints."""
+"""Secrets in every input must not appear in anything that a run writes or prints."""
 
 import json
 from collections.abc import Iterator
@@ -64,7 +64,7 @@ class Runner:
         return output
 
     def leaks(self) -> Iterator[str]:
-        """Where a secret stands; recipes, with which some were given, are not looked at."""
+        """Files that contain a secret, except recipes, which hold some as input."""
         for name, value in SECRETS.items():
             if value in self.printed:
                 yield f"{name} was printed"
@@ -89,7 +89,7 @@ def finray(
 
 
 def test_from_the_environment(finray: Runner, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Through runs that finish, that fail with the secrets in the error, and all that tells."""
+    """Runs that finish, runs that fail with secrets in the error, and all commands that print."""
     recipe = finray.recipe("good")
     for command in ("check", "prepare", "train"):
         finray(command, recipe, "--json")

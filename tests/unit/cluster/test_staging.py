@@ -1,4 +1,4 @@
-"""What is uploaded with a job: files by content, relative paths, a limit, and nothing hidden."""
+"""Uploads of a job: files by content, relative paths, a size limit, and a note of hidden files."""
 
 import os
 import subprocess
@@ -82,7 +82,7 @@ def test_what_is_on_the_cluster_or_a_uri_stays(tmp_path: Path, rows: Path) -> No
     assert not (target / INPUTS_FOLDER).exists()
 
 
-def test_an_absent_file_names_the_way_out(tmp_path: Path, rows: Path) -> None:
+def test_a_missing_file_names_the_remedy(tmp_path: Path, rows: Path) -> None:
     recipe = make(rows, data={"train": [{"path": "/mnt/share/absent.jsonl"}]})
     with pytest.raises(InputError, match=r"absent\.jsonl(.|\n)*--on-cluster"):
         stage(recipe, parcel(tmp_path), ())

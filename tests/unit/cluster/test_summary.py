@@ -1,4 +1,4 @@
-"""summary: what the run gained and where it lies, in 80 columns."""
+"""The summary of a run: its gain and its folder, in 80 columns."""
 
 import re
 from pathlib import Path
@@ -55,7 +55,7 @@ def test_gains_samples_and_places(full: Folder) -> None:
     assert "metrics.jsonl" not in text, "what is not there is not named"
 
 
-def test_text_of_a_model_cannot_steer_the_terminal(full: Folder) -> None:
+def test_text_of_a_model_cannot_control_the_terminal(full: Folder) -> None:
     text = render_summary(full)
     assert "\x1b" not in text
     assert "[2Jwipe out" in text
@@ -78,7 +78,7 @@ def test_without_held_out_data(tmp_path: Path) -> None:
     assert text == "demo finished: 400 steps, 12,345 tokens, 2m10s\n\n  training loss 0.250"
 
 
-def test_a_failed_run_tells_why(tmp_path: Path) -> None:
+def test_a_failed_run_shows_its_error(tmp_path: Path) -> None:
     folder = make_run(tmp_path, status="failed", step=43, error="worker 1 died\n\nout of memory")
     text = render_summary(folder)
     assert text.startswith("demo failed: step 43 of 400, ")

@@ -1,4 +1,4 @@
-"""Ray's token: made closed, demanded, and an open dashboard refused."""
+"""Ray's token: its file is private, it is required, and a dashboard without one is refused."""
 
 import threading
 from collections.abc import Iterator
@@ -40,7 +40,7 @@ def dashboard(request: pytest.FixtureRequest) -> Iterator[tuple[str, int]]:
     server.server_close()
 
 
-def test_a_token_is_made_once_and_closed_to_others(home: Path) -> None:
+def test_a_token_is_made_once_and_is_private(home: Path) -> None:
     file = token.ensure_token()
     content = file.read_text(encoding="utf-8")
     assert file == home / ".ray" / "auth_token" and len(content) == 64

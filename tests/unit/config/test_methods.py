@@ -1,4 +1,4 @@
-"""Methods: each kind has one class of facts and one objective, and no other file knows kinds."""
+"""Methods: each kind has one class of facts and one objective; no other file depends on kinds."""
 
 import ast
 import subprocess
@@ -103,31 +103,31 @@ def test_facts_and_examples_need_no_torch() -> None:
     assert done.returncode == 0, done.stderr
 
 
-def lines_that_know_kinds(source: str) -> list[int]:
+def lines_that_depend_on_kinds(source: str) -> list[int]:
     """Lines that test for a method's class, list two kinds, or compare with one."""
-    return sorted(node.lineno for node in _nodes_that_know_kinds(ast.parse(source)))
+    return sorted(node.lineno for node in _nodes_that_depend_on_kinds(ast.parse(source)))
 
 
-def _nodes_that_know_kinds(tree: ast.AST) -> Iterator[Any]:
+def _nodes_that_depend_on_kinds(tree: ast.AST) -> Iterator[Any]:
     for node in ast.walk(tree):
         match node:
             case ast.Call(func=ast.Name("isinstance" | "issubclass"), args=[_, classes]):
-                known = any(map(_is_a_method_class, ast.walk(classes)))
+                tests_kind = any(map(_is_a_method_class, ast.walk(classes)))
             case ast.MatchClass():
-                known = _is_a_method_class(node.cls)
+                tests_kind = _is_a_method_class(node.cls)
             case ast.Dict():
-                known = sum(map(_is_kind, node.keys)) > 1
+                tests_kind = sum(map(_is_kind, node.keys)) > 1
             case ast.Set() | ast.Tuple() | ast.List():
-                known = sum(map(_is_kind, node.elts)) > 1
+                tests_kind = sum(map(_is_kind, node.elts)) > 1
             case ast.Compare():
                 sides = [node.left, *node.comparators]
-                known = any(map(_is_kind_attribute, sides)) and any(map(_has_kind, sides))
+                tests_kind = any(map(_is_kind_attribute, sides)) and any(map(_has_kind, sides))
             case ast.Match():
                 patterns = [case.pattern for case in node.cases]
-                known = _is_kind_attribute(node.subject) and any(map(_has_kind, patterns))
+                tests_kind = _is_kind_attribute(node.subject) and any(map(_has_kind, patterns))
             case _:
-                known = False
-        if known:
+                tests_kind = False
+        if tests_kind:
             yield node
 
 
@@ -148,12 +148,12 @@ def _is_kind_attribute(node: ast.AST) -> bool:
     return isinstance(node, ast.Attribute) and node.attr == "kind"
 
 
-def test_no_other_file_knows_kinds() -> None:
+def test_no_other_file_depends_on_kinds() -> None:
     for floor in ("training", "tuning", "cluster"):
         for path in (ROOT / floor).rglob("*.py"):
             name = str(path.relative_to(ROOT))
             if name not in ALLOWED:
-                lines = lines_that_know_kinds(path.read_text(encoding="utf-8"))
+                lines = lines_that_depend_on_kinds(path.read_text(encoding="utf-8"))
                 assert not lines, f"{name}:{lines[0]}: ask the facts of the method's settings"
 
 
@@ -183,6 +183,6 @@ method = cast(DpoMethod, recipe.method)
 """
 
 
-def test_each_way_to_know_kinds_is_seen() -> None:
-    assert lines_that_know_kinds(PLANTED) == [*range(1, 11), 13]
-    assert lines_that_know_kinds(FINE) == []
+def test_each_dependence_on_kinds_is_detected() -> None:
+    assert lines_that_depend_on_kinds(PLANTED) == [*range(1, 11), 13]
+    assert lines_that_depend_on_kinds(FINE) == []

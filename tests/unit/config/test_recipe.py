@@ -1,4 +1,4 @@
-"""The recipe: what is accepted, and how each fault is told."""
+"""The recipe: what is accepted, and the message of each error."""
 
 import subprocess
 import sys
@@ -41,7 +41,7 @@ def test_defaults_and_resolved_paths(tmp_path: Path) -> None:
     assert recipe.storage == str(Path.cwd() / "runs")
 
 
-def test_a_local_base_is_found_beside_the_recipe(tmp_path: Path) -> None:
+def test_a_local_base_is_searched_in_the_recipes_folder(tmp_path: Path) -> None:
     (tmp_path / "base").mkdir()
     text = GOOD.replace("some/model", "base")
     assert load_recipe(write(tmp_path, text)).model.base == str(tmp_path / "base")
@@ -55,7 +55,7 @@ def test_uris_stay(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("addition", "line", "told"),
+    ("addition", "line", "message"),
     [
         ("optim: {learnin_rate: 1e-4}\n", 5, "did you mean 'learning_rate'?"),
         ("adaptr: {rank: 4}\n", 5, "did you mean 'adapter'?"),
@@ -70,7 +70,7 @@ def test_uris_stay(tmp_path: Path) -> None:
         ("scale: {workers: [4, 2]}\n", 5, "workers: [4, 2] is reversed"),
         ("scale: {workers: [0, 2]}\n", 5, "workers"),
         ("scale: {workers: two}\n", 5, "workers"),
-        ("scale: {workers: 0, strategy: fsdp}\n", 1, "and scale.workers is 0; set 2 or more"),
+        ("scale: {workers: 0, strategy: fsdp}\n", 1, "but scale.workers is 0; set 2 or more"),
         ("scale: {workers: 2, strategy: zero}\n", 5, "scale.strategy: "),
         ("seed: -1\n", 5, "seed: "),
         ("adapter: {targets: '(q_proj'}\n", 5, "is not a regular expression"),
@@ -89,17 +89,15 @@ def test_uris_stay(tmp_path: Path) -> None:
         ("name: again\n", 5, "already set on line 1"),
     ],
 )
-def test_each_fault_is_told_with_its_place(
-    tmp_path: Path, addition: str, line: int, told: str
-) -> None:
-    message = refusal(tmp_path, GOOD + addition)
+def test_each_error_has_its_place(tmp_path: Path, addition: str, line: int, message: str) -> None:
+    error = refusal(tmp_path, GOOD + addition)
     where = f"{tmp_path / 'recipe.yaml'}:{line}:" if line > 1 else str(tmp_path / "recipe.yaml")
-    assert message.startswith(where)
-    assert told in message
+    assert error.startswith(where)
+    assert message in error
 
 
 @pytest.mark.parametrize(
-    ("model", "addition", "told"),
+    ("model", "addition", "message"),
     [
         ("quantize: nf4", "", "quantize nf4 contradicts full fine-tuning"),
         ("quantize: int8", "freeze: {last_layers: 1}\n", "quantize int8 contradicts freeze"),
@@ -111,35 +109,35 @@ def test_each_fault_is_told_with_its_place(
         ("adapter: empty", "", "holds no adapter"),
     ],
 )
-def test_each_choice_of_weights_that_does_not_fit(
-    tmp_path: Path, model: str, addition: str, told: str
+def test_each_invalid_choice_of_weights(
+    tmp_path: Path, model: str, addition: str, message: str
 ) -> None:
     (tmp_path / "empty").mkdir()
     text = GOOD.replace("some/model}", f"some/model, {model}}}") + addition
-    assert told in refusal(tmp_path, text)
+    assert message in refusal(tmp_path, text)
 
 
 @pytest.mark.parametrize(
-    ("addition", "told"),
+    ("addition", "message"),
     [
-        ("model: {base: some/model, quantize: int8}\nadapter: {}\n", "take nf4"),
+        ("model: {base: some/model, quantize: int8}\nadapter: {}\n", "use nf4"),
         ("model: {base: b}\nmethod: {kind: grpo, rewards: [{run: r}]}\n", "method grpo samples"),
         (
             "model: {base: b}\nmethod: {kind: dpo, precompute_reference: true}\n",
             "computes on whole models; leave it out",
         ),
-        ("model: {base: b}\nadapter: {init: pissa}\n", "take another init, or ddp"),
+        ("model: {base: b}\nadapter: {init: pissa}\n", "use another init, or ddp"),
     ],
 )
-def test_what_cannot_be_sharded(tmp_path: Path, addition: str, told: str) -> None:
-    """Refused where fsdp is asked for; auto leaves it whole."""
+def test_what_cannot_be_sharded(tmp_path: Path, addition: str, message: str) -> None:
+    """fsdp is an error; auto does not shard."""
     text = GOOD.replace("model: {base: some/model}\n", "") + addition
-    assert told in refusal(tmp_path, text + "scale: {workers: 2, strategy: fsdp}\n")
+    assert message in refusal(tmp_path, text + "scale: {workers: 2, strategy: fsdp}\n")
     recipe = Recipe.model_validate(yaml.safe_load(text))
-    assert recipe.scale.strategy == "auto" and told in str(recipe.why_not_shardable)
+    assert recipe.scale.strategy == "auto" and message in str(recipe.why_not_shardable)
 
 
-def test_an_adapter_is_found_beside_the_recipe_here_or_in_the_storage(
+def test_an_adapter_is_searched_in_the_recipes_folder_here_and_in_the_storage(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def found() -> str | None:
@@ -157,7 +155,7 @@ def test_an_adapter_is_found_beside_the_recipe_here_or_in_the_storage(
         assert found() == str(folder)
 
 
-def test_all_faults_are_told_at_once(tmp_path: Path) -> None:
+def test_all_errors_are_reported_at_once(tmp_path: Path) -> None:
     message = refusal(tmp_path, GOOD + "adaptr: {}\noptim: {batch_size: many}\n")
     assert len(message.splitlines()) == 2
 
@@ -181,7 +179,7 @@ def test_overrides(tmp_path: Path) -> None:
         tmp_path, GOOD, "optim.learnin=1"
     )
     assert "expected key=value" in refusal(tmp_path, GOOD, "optim.learning_rate")
-    assert "no such place" in refusal(tmp_path, GOOD, "name.first=x")
+    assert "no key or list item" in refusal(tmp_path, GOOD, "name.first=x")
 
 
 def test_chat_template_file_travels_with_the_recipe(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Code and pickles that come with models: neither runs unless the recipe says so."""
+"""Python code and pickles of models: neither runs unless the recipe allows it."""
 
 import hashlib
 import json
@@ -45,7 +45,7 @@ AUTO_MAP = {
 
 
 class Foreign:
-    """A model whose own code leaves a mark when it runs."""
+    """A model whose own code writes a file when it runs."""
 
     def __init__(self, tiny_model: Path, folder: Path) -> None:
         self.folder = folder / "foreign"
@@ -98,14 +98,14 @@ def test_trusted_code_runs_and_is_named(foreign: Foreign, chat_file: Path) -> No
     assert record["model_code"] == {str(foreign.code): digest}
 
 
-def test_a_model_that_transformers_knows_needs_no_code(foreign: Foreign, chat_file: Path) -> None:
+def test_a_model_type_of_transformers_needs_no_code(foreign: Foreign, chat_file: Path) -> None:
     foreign.change(model_type="llama")
     inspect_recipe(foreign.recipe(chat_file))
     load_model(foreign.recipe(chat_file))
     assert not foreign.mark.exists()
 
 
-def test_a_hub_model_is_trusted_at_one_commit_only(tmp_path: Path, chat_file: Path) -> None:
+def test_a_hub_model_needs_a_pinned_commit(tmp_path: Path, chat_file: Path) -> None:
     text = f"""
 name: run
 model: {{base: owner/name, trust_remote_code: true, revision: REVISION}}

@@ -20,7 +20,7 @@ GOOD = "def short(prompts, completions, completion_ids, **columns):\n    return 
 
 
 def grpo(folder: Path, code: str = GOOD, **method: Any) -> Path:
-    """A recipe beside its data, its base and its reward function."""
+    """A recipe in a folder with its data, base model and reward function."""
     (folder / "rewards.py").write_text(code, encoding="utf-8")
     (folder / "rows.jsonl").write_text('{"prompt": "a"}\n', encoding="utf-8")
     (folder / "base").mkdir(exist_ok=True)
@@ -43,7 +43,7 @@ def grpo(folder: Path, code: str = GOOD, **method: Any) -> Path:
 
 
 def test_the_text_is_part_of_the_recipe(tmp_path: Path) -> None:
-    """A file that changes or goes afterwards changes nothing; a changed text is another run."""
+    """Later changes of the file have no effect; a recipe with another text is another run."""
     recipe = load_recipe(grpo(tmp_path))
     (key, function), *others = functions_in(recipe)
     assert (key, others) == ("method.rewards.0", [])

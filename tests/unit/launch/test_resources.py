@@ -12,7 +12,7 @@ from finray.training.launch.resources import (
     fitting_workers,
     worker_request,
 )
-from finray.tuning.concurrency import trials_held
+from finray.tuning.concurrency import trials_that_fit
 
 GPU_NODE = {"CPU": 8.0, "GPU": 4.0}
 CPU_NODE = {"CPU": 16.0}
@@ -73,4 +73,4 @@ def test_gpus_are_taken_where_there_are_any() -> None:
 def test_trials_that_a_cluster_holds(
     scale: dict[str, Any], nodes: list[dict[str, float]], held: int
 ) -> None:
-    assert trials_held(ScaleSettings(**scale), nodes) == held
+    assert trials_that_fit(ScaleSettings(**scale), nodes) == held

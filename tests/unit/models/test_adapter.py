@@ -190,7 +190,7 @@ def test_adapters_that_cannot_be_trained_further(tiny_model: Path, saved: Path) 
     check_adapter(recipe(tiny_model, model={"adapter": str(saved)}).model, "causal")
     assert "type IA3" in refusal(peft_type="IA3")
     assert "init_lora_weights 'pissa'" in refusal(init_lora_weights="pissa")
-    assert "task SEQ_CLS; this method starts from one for CAUSAL_LM" in refusal(task_type="SEQ_CLS")
+    assert "task SEQ_CLS; this method needs one for CAUSAL_LM" in refusal(task_type="SEQ_CLS")
     (saved / "adapter_model.safetensors").unlink()
     with pytest.raises(InputError, match=r"has no adapter_model\.safetensors"):
         check_adapter(recipe(tiny_model, model={"adapter": str(saved)}).model, "causal")
@@ -215,7 +215,7 @@ def test_the_base_of_an_adapter(tiny_model: Path, saved: Path, tmp_path: Path) -
     # PEFT's own adapters say only where their base lies.
     (saved / "base.json").unlink()
     check(moved)
-    with pytest.raises(InputError, match="whose weights are others"):
+    with pytest.raises(InputError, match="which has other weights"):
         check(other)
     change(saved, base_model_name_or_path="/gone")
     with pytest.raises(InputError, match="adapter of /gone"):

@@ -192,7 +192,7 @@ def test_no_target_has_a_graph_and_no_gradient() -> None:
 @pytest.mark.parametrize(
     ("settings", "told"),
     [
-        ({"kind": "dpo", "losses": {"sft": 1.0}}, "sft alone prefers nothing"),
+        ({"kind": "dpo", "losses": {"sft": 1.0}}, "sft alone ignores rejected"),
         ({"kind": "dpo", "losses": {}}, "at least 1 item"),
         ({"kind": "dpo", "losses": {"sigmoid": 0.0}}, "greater than 0"),
         ({"kind": "dpo", "losses": {"sigmod": 1.0}}, "should be 'sigmoid'"),
@@ -204,7 +204,7 @@ def test_no_target_has_a_graph_and_no_gradient() -> None:
             "divergence js is not defined for nca_pair",
         ),
         ({"kind": "dpo", "beta": 0}, "greater than 0"),
-        ({"kind": "cpo", "loss": "ipo", "label_smoothing": 0.1}, "and loss is ipo"),
+        ({"kind": "cpo", "loss": "ipo", "label_smoothing": 0.1}, "but loss is ipo"),
         ({"kind": "kto", "losses": {"kto": 1}}, "Extra inputs"),
     ],
 )

@@ -151,7 +151,7 @@ def test_what_it_does_not_know_is_refused(
     values.setdefault("adapter", {})
     assert Recipe.model_validate(values)
     values[section][key] = value
-    with pytest.raises(ValueError, match=f"does not know {section}.{key}"):
+    with pytest.raises(ValueError, match=f"does not support {section}.{key}"):
         Recipe.model_validate(values)
 
 

@@ -1,4 +1,4 @@
-"""The course of a search without training: what Optuna is told, and when a sweep ends."""
+"""A search without training: what is stored in Optuna, and when a sweep ends."""
 
 import math
 from pathlib import Path
@@ -39,8 +39,8 @@ def space(tiny_model: Path) -> Space:
     return Space(SEARCH, recipe, Path("/"), lambda key: key)
 
 
-class Played:
-    """A sweep whose trials are played by the test."""
+class SimulatedSweep:
+    """A sweep whose trials are simulated by the test."""
 
     def __init__(self, space: Space, folder: Path | None = None, **settings: Any) -> None:
         storage: Any = optuna.storages.InMemoryStorage()
@@ -49,7 +49,7 @@ class Played:
         self.sweep = Sweep.model_validate({"name": "s", "recipe": {}, **settings})
         self.endings: list[Ending] = []
         self.stops = 0
-        metrics = [Metric(one.metric, "min") for one in self.sweep.objective]
+        metrics = [Metric(objective.metric, "min") for objective in self.sweep.objective]
         self.study = SweepStudy(
             storage,
             "s",
@@ -67,130 +67,130 @@ class Played:
         self.stops += 1
 
     def start(self) -> int:
-        assignment = self.conductor.next()
+        assignment = self.conductor.next_trial()
         assert assignment is not None
         return assignment.number
 
-    def finish(self, number: int, loss: float | None, **measures: float) -> None:
-        told = {"eval_loss": loss, "tokens": 900, **measures}
-        self.conductor.ended(number, {"status": "finished", "measures": told})
+    def finish(self, number: int, loss: float | None, **others: float) -> None:
+        measures = {"eval_loss": loss, "tokens": 900, **others}
+        self.conductor.finish_trial(number, {"status": "finished", "measures": measures})
 
     def fail(self, number: int, error: str, code: int = 1) -> None:
         report = {"status": "failed", "error": error, "exit_code": code}
-        self.conductor.ended(number, report)
+        self.conductor.finish_trial(number, report)
 
     def state(self, number: int) -> TrialState:
         return self.study.optuna.trials[number].state
 
 
-def test_pruned_trials_are_told_as_pruned(space: Space) -> None:
-    played = Played(space)
-    good, bad = played.start(), played.start()
-    assert played.conductor.next() is None, "more than two at a time"
+def test_pruned_trials_are_stored_as_pruned(space: Space) -> None:
+    sweep = SimulatedSweep(space)
+    good, bad = sweep.start(), sweep.start()
+    assert sweep.conductor.next_trial() is None, "more than two at a time"
     # the first rung is at a fifth of 900 tokens
-    assert not played.conductor.reported(good, 180, 1.0, False)
-    assert not played.conductor.reported(bad, 100, 2.0, False)
-    assert played.conductor.reported(bad, 180, 2.0, False)
-    played.conductor.ended(bad, {"status": "running", "measures": {"tokens": 180}})
-    assert played.state(bad) == TrialState.PRUNED
-    assert played.study.optuna.trials[bad].intermediate_values == {100: 2.0, 180: 2.0}
-    played.finish(good, 0.5)
-    assert played.state(good) == TrialState.COMPLETE and played.study.best() == [good]
-    assert [one.state for one in played.endings] == ["pruned", "finished"]
+    assert not sweep.conductor.report(good, 180, 1.0, False)
+    assert not sweep.conductor.report(bad, 100, 2.0, False)
+    assert sweep.conductor.report(bad, 180, 2.0, False)
+    sweep.conductor.finish_trial(bad, {"status": "running", "measures": {"tokens": 180}})
+    assert sweep.state(bad) == TrialState.PRUNED
+    assert sweep.study.optuna.trials[bad].intermediate_values == {100: 2.0, 180: 2.0}
+    sweep.finish(good, 0.5)
+    assert sweep.state(good) == TrialState.COMPLETE and sweep.study.best() == [good]
+    assert [ending.state for ending in sweep.endings] == ["pruned", "finished"]
 
 
 def test_a_trial_at_its_end_is_not_pruned(space: Space) -> None:
-    played = Played(space)
-    first, second = played.start(), played.start()
-    assert not played.conductor.reported(first, 900, 1.0, True)
-    assert not played.conductor.reported(second, 900, 2.0, True)
+    sweep = SimulatedSweep(space)
+    first, second = sweep.start(), sweep.start()
+    assert not sweep.conductor.report(first, 900, 1.0, True)
+    assert not sweep.conductor.report(second, 900, 2.0, True)
 
 
 @pytest.mark.parametrize("loss", [None, math.nan, math.inf])
-def test_an_objective_that_is_no_number_fails_the_trial(space: Space, loss: float | None) -> None:
-    played = Played(space)
-    number = played.start()
-    played.finish(number, loss)
-    assert played.state(number) == TrialState.FAIL
-    assert "eval_loss is" in str(played.study.rows()[number]["error"])
+def test_an_objective_that_is_not_finite_fails_the_trial(space: Space, loss: float | None) -> None:
+    sweep = SimulatedSweep(space)
+    number = sweep.start()
+    sweep.finish(number, loss)
+    assert sweep.state(number) == TrialState.FAIL
+    assert "eval_loss is" in str(sweep.study.rows()[number]["error"])
 
 
-def test_nan_on_the_way_gives_a_trial_up_as_failed(space: Space) -> None:
-    played = Played(space)
-    number = played.start()
-    assert played.conductor.reported(number, 100, math.nan, False)
-    played.conductor.ended(number, {"status": "running", "measures": {}})
-    assert played.state(number) == TrialState.FAIL
+def test_nan_during_training_fails_the_trial(space: Space) -> None:
+    sweep = SimulatedSweep(space)
+    number = sweep.start()
+    assert sweep.conductor.report(number, 100, math.nan, False)
+    sweep.conductor.finish_trial(number, {"status": "running", "measures": {}})
+    assert sweep.state(number) == TrialState.FAIL
 
 
 def test_a_lost_process_fails_its_trial(space: Space) -> None:
-    played = Played(space)
-    number = played.start()
-    played.conductor.ended(number, None, "its process was lost")
-    assert played.state(number) == TrialState.FAIL and played.stops == 0
+    sweep = SimulatedSweep(space)
+    number = sweep.start()
+    sweep.conductor.finish_trial(number, None, "its process was lost")
+    assert sweep.state(number) == TrialState.FAIL and sweep.stops == 0
 
 
 def test_three_equal_failures_end_a_sweep(space: Space) -> None:
-    played = Played(space, trials=100)
+    sweep = SimulatedSweep(space, trials=100)
     for step in (1, 22, 333):
-        assert played.stops == 0
-        played.fail(played.start(), f"step {step}: the loss is nan")
-    assert played.stops == 1 and played.conductor.is_finished
-    assert isinstance(played.conductor.error, RunError)
-    assert "step 1: the loss is nan" in str(played.conductor.error)
+        assert sweep.stops == 0
+        sweep.fail(sweep.start(), f"step {step}: the loss is nan")
+    assert sweep.stops == 1 and sweep.conductor.is_finished
+    assert isinstance(sweep.conductor.error, RunError)
+    assert "step 1: the loss is nan" in str(sweep.conductor.error)
 
 
-def test_bad_input_stays_bad_input(space: Space) -> None:
-    played = Played(space)
+def test_input_errors_of_trials_are_an_input_error_of_the_sweep(space: Space) -> None:
+    sweep = SimulatedSweep(space)
     for _ in range(3):
-        played.fail(played.start(), "wrong", 2)
-    assert isinstance(played.conductor.error, InputError)
+        sweep.fail(sweep.start(), "wrong", 2)
+    assert isinstance(sweep.conductor.error, InputError)
 
 
-def test_failures_beside_a_success_do_not_end_a_sweep(space: Space) -> None:
-    played = Played(space)
-    played.finish(played.start(), 1.0)
+def test_failures_after_a_success_do_not_end_a_sweep(space: Space) -> None:
+    sweep = SimulatedSweep(space)
+    sweep.finish(sweep.start(), 1.0)
     for _ in range(4):
-        played.fail(played.start(), "same")
-    assert played.conductor.error is None and not played.conductor.is_finished
+        sweep.fail(sweep.start(), "same")
+    assert sweep.conductor.error is None and not sweep.conductor.is_finished
 
 
-def test_a_killed_sweep_takes_its_running_trials_up(space: Space, tmp_path: Path) -> None:
-    before = Played(space, tmp_path, trials=3)
+def test_a_killed_sweep_resumes_its_running_trials(space: Space, tmp_path: Path) -> None:
+    before = SimulatedSweep(space, tmp_path, trials=3)
     done, running = before.start(), before.start()
-    before.conductor.reported(running, 50, 0.9, False)
+    before.conductor.report(running, 50, 0.9, False)
     before.finish(done, 1.0)
     settings = before.study.rows()[running]["settings"]
 
-    after = Played(space, tmp_path, trials=3)
-    again = after.conductor.next()
+    after = SimulatedSweep(space, tmp_path, trials=3)
+    again = after.conductor.next_trial()
     assert again is not None and (again.number, again.settings) == (running, settings)
-    # what was told before the kill is told again, and counts once
-    assert not after.conductor.reported(running, 50, 0.8, False)
+    # a measurement that was reported before the kill is reported again, and counts once
+    assert not after.conductor.report(running, 50, 0.8, False)
     assert after.study.rows()[running]["curve"] == [[50, 0.9]]
     after.finish(running, 0.7)
     after.finish(after.start(), 2.0)
-    assert after.conductor.is_finished and after.conductor.next() is None
+    assert after.conductor.is_finished and after.conductor.next_trial() is None
     assert [row["state"] for row in after.study.rows()] == ["finished"] * 3
     assert after.study.best() == [running]
 
 
 def test_an_interrupted_trial_stays_open(space: Space) -> None:
-    played = Played(space)
-    number = played.start()
-    played.conductor.interrupt()
-    assert played.stops == 1 and played.conductor.next() is None
-    played.conductor.ended(number, {"status": "stopped", "measures": {"tokens": 10}})
-    assert played.state(number) == TrialState.RUNNING and not played.endings
+    sweep = SimulatedSweep(space)
+    number = sweep.start()
+    sweep.conductor.interrupt()
+    assert sweep.stops == 1 and sweep.conductor.next_trial() is None
+    sweep.conductor.finish_trial(number, {"status": "stopped", "measures": {"tokens": 10}})
+    assert sweep.state(number) == TrialState.RUNNING and not sweep.endings
 
 
-def test_a_used_up_budget_prunes_what_runs(space: Space) -> None:
-    played = Played(space)
-    number = played.start()
-    played.conductor.end("the time budget is used up")
-    played.conductor.ended(number, {"status": "stopped", "measures": {"tokens": 10}})
-    assert played.state(number) == TrialState.PRUNED
-    assert "time budget" in str(played.study.rows()[number]["reason"])
+def test_a_used_up_budget_prunes_running_trials(space: Space) -> None:
+    sweep = SimulatedSweep(space)
+    number = sweep.start()
+    sweep.conductor.end("the time budget is used up")
+    sweep.conductor.finish_trial(number, {"status": "stopped", "measures": {"tokens": 10}})
+    assert sweep.state(number) == TrialState.PRUNED
+    assert "time budget" in str(sweep.study.rows()[number]["reason"])
 
 
 @pytest.mark.parametrize(
@@ -204,37 +204,37 @@ def test_a_used_up_budget_prunes_what_runs(space: Space) -> None:
 def test_stop_when(
     space: Space, bounds: dict[str, Any], losses: list[float], ends: list[bool]
 ) -> None:
-    played = Played(space, stop_when=bounds)
+    sweep = SimulatedSweep(space, stop_when=bounds)
     for loss, ended in zip(losses, ends, strict=True):
-        played.finish(played.start(), loss)
-        assert (played.conductor.over is not None) == ended
+        sweep.finish(sweep.start(), loss)
+        assert (sweep.conductor.over is not None) == ended
 
 
 def test_points_first_and_no_setting_twice(space: Space) -> None:
-    played = Played(space)
+    sweep = SimulatedSweep(space)
     points = [
         {"optim.learning_rate": 1e-3, "adapter.rank": 4},
         {"optim.learning_rate": 1e-4, "adapter.rank": 2},
     ]
-    played.study.set_up([*points, points[0]], [])
+    sweep.study.set_up([*points, points[0]], [])
     for point in points:
-        assignment = played.conductor.next()
+        assignment = sweep.conductor.next_trial()
         assert assignment is not None and assignment.settings == point
-        played.finish(assignment.number, 1.0)
-    other = played.conductor.next()
+        sweep.finish(assignment.number, 1.0)
+    other = sweep.conductor.next_trial()
     assert other is not None and other.settings not in points
 
 
-def test_numbers_are_known_in_any_notation(space: Space) -> None:
-    """The recipe has 0.0 where the choice is 0."""
+def test_numbers_are_equal_in_any_notation(space: Space) -> None:
+    """The recipe has 0.0, and the choice is 0."""
     search = {"optim.weight_decay": Distribution(choice=[0, 0.01])}
     whole = Space(search, space.base, Path("/"), lambda key: key)
-    played = Played(whole)
-    played.study.set_up([whole.rule_of_thumb()], [])
-    assignment = played.conductor.next()
+    sweep = SimulatedSweep(whole)
+    sweep.study.set_up([whole.rule_of_thumb()], [])
+    assignment = sweep.conductor.next_trial()
     assert assignment is not None
     assert assignment.settings == {"optim.weight_decay": 0}
-    with pytest.raises(InputError, match="not in the searched space"):
+    with pytest.raises(InputError, match="not in the search space"):
         whole.point({"optim.weight_decay": False}, "points")
 
 
@@ -242,20 +242,20 @@ def test_a_grid_ends_with_its_last_setting(tiny_model: Path, space: Space) -> No
     finite = Space(
         {"adapter.rank": Distribution(choice=[2, 4, 8])}, space.base, Path("/"), lambda key: key
     )
-    played = Played(finite, sampler="grid")
-    played.study.set_up(finite.every_setting() or [], [])
+    sweep = SimulatedSweep(finite, sampler="grid")
+    sweep.study.set_up(finite.every_setting() or [], [])
     for rank in (2, 4, 8):
-        assignment = played.conductor.next()
+        assignment = sweep.conductor.next_trial()
         assert assignment is not None and assignment.settings == {"adapter.rank": rank}
-        played.finish(assignment.number, float(rank))
-    assert played.conductor.next() is None and played.conductor.is_finished
+        sweep.finish(assignment.number, float(rank))
+    assert sweep.conductor.next_trial() is None and sweep.conductor.is_finished
 
 
 def test_the_pareto_front(space: Space) -> None:
-    played = Played(space, objective=["eval_loss", "adapter_bytes"])
+    sweep = SimulatedSweep(space, objective=["eval_loss", "adapter_bytes"])
     for loss, size in ((1.0, 5.0), (0.5, 9.0), (1.5, 6.0)):
-        played.finish(played.start(), loss, adapter_bytes=size)
-    assert played.study.best() == [1, 0]
+        sweep.finish(sweep.start(), loss, adapter_bytes=size)
+    assert sweep.study.best() == [1, 0]
 
 
 def test_the_median_pruner_compares_unequal_token_counts(space: Space) -> None:

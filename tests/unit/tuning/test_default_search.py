@@ -1,4 +1,4 @@
-"""The rule of thumb's law of alpha: what moves the learning rate leaves what is learned alike."""
+"""The rule for alpha: adapters with equivalent learning rates learn the same."""
 
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ RATE, STEPS = 1e-3, 5
 
 
 def losses(base: Path, rank: int, alpha: float, rslora: bool, smaller: float) -> list[float]:
-    """Of a few of Adam's steps at the rate that the rule gives, when A starts so much smaller."""
+    """Losses of a few Adam steps at the rule's learning rate, with the initial A / `smaller`."""
     adapter = {"rank": rank, "alpha": alpha, "rslora": rslora}
     values: dict[str, Any] = {"name": "x", "data": {"train": [{"path": "/x"}]}}
     values |= {"model": {"base": str(base), "dtype": "float32"}, "adapter": adapter}
@@ -31,24 +31,24 @@ def losses(base: Path, rank: int, alpha: float, rslora: bool, smaller: float) ->
                 weight.div_(smaller)
     rate = RATE * rate_factor(32, rank, alpha, rslora)
     optimizer = torch.optim.Adam(weights.values(), lr=rate, eps=1e-30)
-    told = []
+    reached = []
     for _ in range(STEPS):
         loss = torch.nn.functional.cross_entropy(
             model(TOKENS).logits[:, :-1].flatten(0, 1), TOKENS[:, 1:].flatten()
         )
-        told.append(loss.item())
+        reached.append(loss.item())
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-    return told
+    return reached
 
 
-def test_four_times_alpha_is_half_the_rate_with_half_of_a(tiny_model: Path) -> None:
+def test_four_times_alpha_with_half_of_a_needs_half_the_rate(tiny_model: Path) -> None:
     plain = losses(tiny_model, 4, 32, False, 1)
     assert plain[-1] < plain[0] - 0.01
     assert losses(tiny_model, 4, 128, False, 2) == pytest.approx(plain, rel=1e-5)
     assert losses(tiny_model, 4, 128, False, 1) != pytest.approx(plain, rel=1e-5)
 
 
-def test_rslora_is_an_alpha_larger_by_the_root_of_the_rank(tiny_model: Path) -> None:
+def test_rslora_equals_an_alpha_times_the_root_of_the_rank(tiny_model: Path) -> None:
     assert losses(tiny_model, 4, 32, True, 1) == losses(tiny_model, 4, 64, False, 1)

@@ -1,4 +1,4 @@
-"""Population-based training played through: who gives way to whom, and what a crash changes."""
+"""Population-based training, simulated: who is replaced, and that crashes change nothing."""
 
 import random
 from pathlib import Path
@@ -25,19 +25,19 @@ from finray.tuning.sweep import Sweep, load_sweep
 from finray.tuning.sweep_folder import write_sweep
 
 RATE, DECAY = "optim.learning_rate", "optim.weight_decay"
-TURNS, TOKENS = 4, 100
+GENERATIONS, TOKENS = 4, 100
 
 
 class Killed(Exception):
     pass
 
 
-class World:
-    """Members whose loss falls by how near their rate is to 1e-3; `weights` are what they reached.
+class SimulatedSweep:
+    """A simulated sweep, whose loss falls faster near a rate of 1e-3; `weights` is the state.
 
     Args:
-        recipe: the base.
-        settings: of the sweep.
+        recipe: the base recipe.
+        settings: settings of the sweep.
     """
 
     def __init__(self, recipe: Recipe, **settings: Any) -> None:
@@ -52,10 +52,10 @@ class World:
         self.weights: dict[int, tuple[int, float]] = {}
         self.copies: list[tuple[int, int]] = []
         self.kill_at: int | None = None
-        """After so many copies of a checkpoint the driver is gone."""
+        """The driver is killed after this many copies of a checkpoint."""
 
     def open(self, concurrency: int = 3) -> None:
-        """A driver starts, or starts again."""
+        """Start the driver, or start it again."""
         metrics = [Metric("eval_loss", "min")]
         self.study = SweepStudy(
             *(self.storage, "s", metrics, self.space),
@@ -81,17 +81,17 @@ class World:
         self.weights[child] = self.weights[parent]
 
     def play(self, failing: frozenset[int] = frozenset()) -> None:
-        """Train to the end, as many at a time as may."""
+        """Train to the end, with as many trials at the same time as allowed."""
         while not self.conductor.is_finished:
             running = []
-            while (assignment := self.conductor.next()) is not None:
+            while (assignment := self.conductor.next_trial()) is not None:
                 running.append(assignment)
             assert running or self.conductor.is_finished, "nobody trains, and nobody may"
-            for one in reversed(running):
-                if one.number in failing:
-                    self.conductor.ended(one.number, {"status": "failed", "error": "nan"})
+            for item in reversed(running):
+                if item.number in failing:
+                    self.conductor.finish_trial(item.number, {"status": "failed", "error": "nan"})
                 else:
-                    self._train(one.number, one.settings[RATE], one.until or TURNS)
+                    self._train(item.number, item.settings[RATE], item.until or GENERATIONS)
 
     def _train(self, number: int, rate: float, until: int) -> None:
         reached, loss = self.weights.get(number, (0, 1.0))
@@ -99,9 +99,9 @@ class World:
             loss *= 0.5 if 3e-4 < rate < 3e-3 else 0.9
         self.weights[number] = (until, loss)
         measures = {"eval_loss": loss, "tokens": until * TOKENS, "step": until}
-        self.conductor.reported(number, until * TOKENS, loss, until == TURNS)
-        status = "finished" if until == TURNS else "paused"
-        self.conductor.ended(number, {"status": status, "measures": measures})
+        self.conductor.report(number, until * TOKENS, loss, until == GENERATIONS)
+        status = "finished" if until == GENERATIONS else "paused"
+        self.conductor.finish_trial(number, {"status": status, "measures": measures})
 
     def history(self) -> list[Any]:
         rows = self.study.rows()
@@ -120,95 +120,95 @@ def recipe(tiny_model: Path) -> Recipe:
     )
 
 
-def test_the_worst_go_on_from_the_best(recipe: Recipe) -> None:
-    world = World(recipe)
-    world.open()
-    world.play()
-    rows = {row["number"]: row for row in world.study.rows()}
-    # of eight, two give way at each of the three turns before the last interval
-    assert len(rows) <= 8 + 2 * (TURNS - 1) and world.copies
+def test_copies_of_the_best_replace_the_worst(recipe: Recipe) -> None:
+    sweep = SimulatedSweep(recipe)
+    sweep.open()
+    sweep.play()
+    rows = {row["number"]: row for row in sweep.study.rows()}
+    # two of eight are replaced after each of the three generations before the last
+    assert len(rows) <= 8 + 2 * (GENERATIONS - 1) and sweep.copies
     states = [row["state"] for row in rows.values()]
-    assert states.count("finished") == 8 and states.count("pruned") == len(world.copies)
-    for parent, child in world.copies:
-        told = rows[child]["parent"]
-        assert told["trial"] == parent
+    assert states.count("finished") == 8 and states.count("pruned") == len(sweep.copies)
+    for parent, child in sweep.copies:
+        origin = rows[child]["parent"]
+        assert origin["trial"] == parent
         curve = dict(rows[parent]["curve"])
-        loser = next(
-            row for row in rows.values() if f"gave way to trial {child}," in (row["reason"] or "")
+        replaced = next(
+            row for row in rows.values() if f"replaced by trial {child}," in (row["reason"] or "")
         )
-        assert curve[told["tokens"]] < dict(loser["curve"])[told["tokens"]]
-        mine, theirs = rows[child]["settings"], rows[parent]["settings"]
-        assert mine != theirs and mine.keys() == theirs.keys()
-        assert rows[child]["tokens"] == rows[child]["measures"]["tokens"] - told["tokens"]
+        assert curve[origin["tokens"]] < dict(replaced["curve"])[origin["tokens"]]
+        inherited, new = rows[parent]["settings"], rows[child]["settings"]
+        assert new != inherited and new.keys() == inherited.keys()
+        assert rows[child]["tokens"] == rows[child]["measures"]["tokens"] - origin["tokens"]
     own = sum(row["tokens"] for row in rows.values())
-    assert own == 8 * TURNS * TOKENS, "a copied token counts as trained"
-    best = rows[world.study.best()[0]]
-    assert best["values"] == [min(loss for _, loss in world.weights.values())]
-    told = {trial.state for trial in world.study.optuna.trials}
-    assert told == {TrialState.COMPLETE, TrialState.PRUNED}
+    assert own == 8 * GENERATIONS * TOKENS, "a copied token counts as trained"
+    best = rows[sweep.study.best()[0]]
+    assert best["values"] == [min(loss for _, loss in sweep.weights.values())]
+    states = {trial.state for trial in sweep.study.optuna.trials}
+    assert states == {TrialState.COMPLETE, TrialState.PRUNED}
 
 
-def test_the_course_follows_from_the_seed(recipe: Recipe) -> None:
+def test_the_seed_decides_the_result(recipe: Recipe) -> None:
     courses = []
     for concurrency, seed in ((8, 0), (1, 0), (8, 1)):
-        world = World(recipe, seed=seed)
-        world.open(concurrency)
-        world.play()
-        courses.append(world.history())
+        sweep = SimulatedSweep(recipe, seed=seed)
+        sweep.open(concurrency)
+        sweep.play()
+        courses.append(sweep.history())
     assert courses[0] == courses[1] != courses[2]
 
 
 @pytest.mark.parametrize("kill_at", [0, 1, 2, 3])
-def test_a_kill_in_the_middle_of_a_turn_changes_nothing(recipe: Recipe, kill_at: int) -> None:
-    whole = World(recipe)
+def test_a_kill_while_members_are_replaced_changes_nothing(recipe: Recipe, kill_at: int) -> None:
+    whole = SimulatedSweep(recipe)
     whole.open()
     whole.play()
-    world = World(recipe)
-    world.kill_at = kill_at
-    world.open()
+    sweep = SimulatedSweep(recipe)
+    sweep.kill_at = kill_at
+    sweep.open()
     with pytest.raises(Killed):
-        world.play()
-    world.open()
-    world.play()
-    assert world.history() == whole.history()
+        sweep.play()
+    sweep.open()
+    sweep.play()
+    assert sweep.history() == whole.history()
 
 
-def test_who_fails_is_replaced(recipe: Recipe) -> None:
-    world = World(recipe, trials=4)
-    world.open()
-    world.play(failing=frozenset({2}))
-    rows = world.study.rows()
+def test_a_failed_member_is_replaced(recipe: Recipe) -> None:
+    sweep = SimulatedSweep(recipe, trials=4)
+    sweep.open()
+    sweep.play(failing=frozenset({2}))
+    rows = sweep.study.rows()
     assert rows[2]["state"] == "failed"
     assert [row["state"] for row in rows].count("finished") == 4
 
 
 def test_a_population_that_fails_ends(recipe: Recipe) -> None:
-    world = World(recipe, trials=2)
-    world.open()
-    world.play(failing=frozenset(range(10)))
-    assert [row["state"] for row in world.study.rows()] == ["failed", "failed"]
+    sweep = SimulatedSweep(recipe, trials=2)
+    sweep.open()
+    sweep.play(failing=frozenset(range(10)))
+    assert [row["state"] for row in sweep.study.rows()] == ["failed", "failed"]
 
 
-def test_a_used_up_budget_ends_who_waits(recipe: Recipe) -> None:
-    world = World(recipe, trials=3)
-    world.open(concurrency=1)
-    first = world.conductor.next()
+def test_a_used_up_budget_ends_paused_members(recipe: Recipe) -> None:
+    sweep = SimulatedSweep(recipe, trials=3)
+    sweep.open(concurrency=1)
+    first = sweep.conductor.next_trial()
     assert first is not None
-    world._train(first.number, 1e-3, 1)
-    second = world.conductor.next()
+    sweep._train(first.number, 1e-3, 1)
+    second = sweep.conductor.next_trial()
     assert second is not None and second.number != first.number
-    world.conductor.end("the time budget is used up")
-    assert [(one.number, one.state) for one in world.endings] == [(first.number, "pruned")]
-    assert world.conductor.is_finished
+    sweep.conductor.end("the time budget is used up")
+    assert [(ending.number, ending.state) for ending in sweep.endings] == [(first.number, "pruned")]
+    assert sweep.conductor.is_finished
 
 
 def test_perturbed_values_lie_in_the_space(recipe: Recipe) -> None:
-    world = World(recipe)
+    sweep = SimulatedSweep(recipe)
     settings = {RATE: 9e-2, DECAY: 0.0}
-    seen = [perturbed(world.space, settings, random.Random(seed)) for seed in range(60)]
-    rates = {one[RATE] for one in seen}
+    seen = [perturbed(sweep.space, settings, random.Random(seed)) for seed in range(60)]
+    rates = {settings[RATE] for settings in seen}
     assert len(rates) > 10 and all(1e-5 <= rate <= 1e-1 for rate in rates)
-    assert {0.0, 0.01} <= {one[DECAY] for one in seen}, "nothing leaves zero"
+    assert {0.0, 0.01} <= {settings[DECAY] for settings in seen}, "nothing leaves zero"
 
 
 def test_a_rate_at_an_alpha_is_perturbed_like_another(recipe: Recipe) -> None:
@@ -235,7 +235,7 @@ def test_a_population_keeps_its_size(tmp_path: Path, recipe: Recipe) -> None:
         check_folder(make_plan(load_sweep(path, ("trials=20",))))
 
 
-def test_what_cannot_change_in_mid_run_is_refused(tmp_path: Path) -> None:
+def test_keys_that_cannot_change_during_a_run_are_refused(tmp_path: Path) -> None:
     text = """\
 name: s
 recipe: {model: {base: owner/model}, adapter: {}, data: {train: [{path: /x}], holdout: 0.1}}

@@ -1,4 +1,4 @@
-"""A sweep as people see it: the page and the table."""
+"""The report page and the table of a sweep."""
 
 import re
 from typing import Any
@@ -62,20 +62,20 @@ def record() -> dict[str, Any]:
 @pytest.fixture
 def study(record: dict[str, Any]) -> optuna.Study:
     made = optuna.create_study()
-    for one in record["trials"]:
+    for row in record["trials"]:
         trial = made.ask()
         trial.suggest_float("optim.learning_rate", 1e-5, 1.0, log=True)
         trial.suggest_categorical("adapter.rank", [4, 8])
-        for step, value in one["curve"]:
+        for step, value in row["curve"]:
             trial.report(value, step)
-        if one["values"]:
-            made.tell(trial, one["values"])
+        if row["values"]:
+            made.tell(trial, row["values"])
         else:
             made.tell(trial, state=optuna.trial.TrialState.PRUNED)
     return made
 
 
-def test_the_page_needs_nothing_else(record: dict[str, Any], study: optuna.Study) -> None:
+def test_the_page_is_self_contained(record: dict[str, Any], study: optuna.Study) -> None:
     page = render_report(study, record)
     assert not re.search(r"<(script|link|img)[^>]+(src|href)=", page)
     for title in ("Learning curves", "Parallel coordinates", "Importance", "Slices", "Contours"):
@@ -106,13 +106,13 @@ def test_the_line_of_an_ended_trial(record: dict[str, Any]) -> None:
     assert text == "trial 3 pruned: eval_loss 9 (best: 1 of trial 2; 4 of at most 5)"
 
 
-def test_a_population_tells_who_goes_on_from_whom(record: dict[str, Any], tmp_path: Any) -> None:
+def test_the_table_of_a_population_shows_parents(record: dict[str, Any], tmp_path: Any) -> None:
     record["settings"]["pruning"] = {"kind": "pbt"}
-    record["trials"][0].update(state="pruned", values=None, reason="gave way to trial 2")
+    record["trials"][0].update(state="pruned", values=None, reason="replaced by trial 2")
     record["trials"][1].update(parent={"trial": 1, "tokens": 100}, curve=[[1000, 1.0]])
     lines = render_sweep(record, Folder(str(tmp_path))).splitlines()
     assert lines[1].split()[-1] == "from" and lines[2].split()[-1] == "1"
-    text = render_ending(Ending(1, "pruned", "gave way"), record)
+    text = render_ending(Ending(1, "pruned", "replaced"), record)
     assert text.endswith("1 of 5 members finished)")
     curve = learning_curves(record).data[1]
     assert list(curve.x) == [100, 1000] and list(curve.y) == [3.0, 1.0]

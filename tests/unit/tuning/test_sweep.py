@@ -20,7 +20,7 @@ MakePlan = Callable[..., Plan]
 
 @pytest.fixture
 def plan(tmp_path: Path, tiny_model: Path) -> MakePlan:
-    """Plans a sweep around a small inline recipe; keyword arguments change the sweep."""
+    """A function that plans a sweep of a small recipe; keyword arguments change the sweep."""
 
     def make(recipe: dict[str, Any] | None = None, **settings: Any) -> Plan:
         base: dict[str, Any] = {
@@ -45,7 +45,10 @@ def plan(tmp_path: Path, tiny_model: Path) -> MakePlan:
             {"search": {"optim.learning_rat": {"choice": [1]}}},
             r"sweep.yaml:3: search.optim.learning_rat: unknown key; did you mean 'learning_rate'",
         ),
-        ({"search": {"scale.workers": {"choice": [1, 2]}}}, "scale is the same for all trials"),
+        (
+            {"search": {"scale.workers": {"choice": [1, 2]}}},
+            "scale must be the same for all",
+        ),
         ({"search": {"adapter.rank": {"choice": []}}}, "adapter.rank.choice: list should have"),
         ({"search": {"adapter.rank": {"int_uniform": [8, 4]}}}, r"bounds are reversed.*\[8, 4\]"),
         ({"search": {"adapter.rank": {"uniform": [4, 8]}}}, "never makes a valid recipe.*integer"),
@@ -60,28 +63,31 @@ def plan(tmp_path: Path, tiny_model: Path) -> MakePlan:
         ({"search": {"data.holdout": {"uniform": [0.1, 0.2]}}}, "prepared before the first trial"),
         ({"objective": "eval_los"}, "never reports 'eval_los'; it reports eval_loss"),
         ({"objective": "exact_match"}, "exact_match needs eval.samples"),
-        ({"objective": ["loss", "loss"]}, "names a metric twice"),
-        ({"objective": "adapter_bytes", "pruning": {"kind": "asha"}}, "at a trial's end only"),
-        ({"objective": ["loss", "eval_loss"], "pruning": {"kind": "median"}}, "compares one numb"),
-        ({"sampler": "grid"}, "grid needs countable values, and optim.learning_rate has a range"),
+        ({"objective": ["loss", "loss"]}, "contains the same metric twice"),
+        (
+            {"objective": "adapter_bytes", "pruning": {"kind": "asha"}},
+            "only known at a trial",
+        ),
+        ({"objective": ["loss", "eval_loss"], "pruning": {"kind": "median"}}, "needs a single obj"),
+        ({"sampler": "grid"}, "grid needs a finite number .* optim.learning_rate has a continuous"),
         ({"points": [{"adapter.rank": 4}]}, "points.0: adapter.rank is not searched"),
-        ({"points": [{"optim.learning_rate": 1}]}, "points.0: .*1 is not in the searched space"),
+        ({"points": [{"optim.learning_rate": 1}]}, "points.0: .*1 is not in the search space"),
         (
             {"search": {"adapter.rank": {"choice": [4], "at_alpha": 32}}},
-            "at_alpha does not go with choice",
+            "at_alpha cannot be combined with choice",
         ),
         (
             {"search": {"optim.weight_decay": {"log_uniform": [0.01, 0.1], "at_alpha": 32}}},
-            "at_alpha is for optim.learning_rate alone",
+            "at_alpha can only be used with optim.learning_rate",
         ),
         ({"trails": 3}, "trails: unknown key; did you mean 'trials'"),
         ({"time_budget": "soon"}, "time_budget"),
     ],
 )
 def test_bad_sweeps(plan: MakePlan, settings: dict[str, Any], message: str) -> None:
-    with pytest.raises(InputError, match=message) as told:
+    with pytest.raises(InputError, match=message) as error:
         plan(**settings)
-    assert "sweep.yaml:" in str(told.value)
+    assert "sweep.yaml:" in str(error.value)
 
 
 def test_an_eval_objective_needs_held_out_data(plan: MakePlan) -> None:
@@ -146,8 +152,8 @@ def test_the_default_space_lies_around_the_rule(plan: MakePlan) -> None:
 @pytest.mark.parametrize(
     "search", ["default", {"optim.learning_rate": {"log_uniform": [1e-7, 1e-1]}}]
 )
-def test_the_rule_of_thumb_knows_alpha(plan: MakePlan, search: Any) -> None:
-    """Of equal scaling, alpha / rank or alpha / its root, and equal rank are equal adapters."""
+def test_the_rule_of_thumb_depends_on_alpha(plan: MakePlan, search: Any) -> None:
+    """Adapters with the same rank and the same scaling get the same rate."""
 
     def rule(**adapter: Any) -> float:
         recipe = {"adapter": adapter, "method": {"kind": "dpo"}}
@@ -184,7 +190,7 @@ def test_the_first_guesses_of_the_default_space(plan: MakePlan) -> None:
 
 
 class Drawn:
-    """A trial whose values are known."""
+    """An Optuna trial with given values."""
 
     def __init__(self, **values: Any) -> None:
         self.values = values
@@ -220,9 +226,9 @@ def test_a_guess_of_a_rate_is_the_recipes_rate(plan: MakePlan) -> None:
     guess = {"adapter.rank": 64, "optim.learning_rate": high / 2.1}
     made = plan(**settings, points=[guess])
     assert made.points[1]["optim.learning_rate"] == guess["optim.learning_rate"]
-    with pytest.raises(InputError, match="not in the searched space"):
+    with pytest.raises(InputError, match="not in the search space"):
         plan(**settings, points=[{**guess, "optim.learning_rate": high / 1.9}])
-    with pytest.raises(InputError, match="'fast' is not in the searched space"):
+    with pytest.raises(InputError, match="'fast' is not in the search space"):
         plan(**settings, points=[{"optim.learning_rate": "fast"}])
 
 
@@ -257,7 +263,7 @@ def test_recipes_share_data_unless_its_settings_differ(plan: MakePlan) -> None:
     assert len(plan().space.data_settings()) == 1
 
 
-def test_data_that_hangs_on_other_keys_is_prepared_for_all_of_them(plan: MakePlan) -> None:
+def test_data_that_depends_on_other_keys_is_prepared_for_all_their_values(plan: MakePlan) -> None:
     ranks = {"adapter.rank": {"choice": [2, 4, 8]}}
     when = {"choice": [64, 128], "when": {"adapter.rank": 8}}
     for length, lengths in ((when, 3), ({"times": 16, "of": "adapter.rank"}, 3)):
@@ -268,18 +274,18 @@ def test_data_that_hangs_on_other_keys_is_prepared_for_all_of_them(plan: MakePla
             recipe = recipes[made.space.data_key(settings)]
             assert recipe.data.max_length == made.space.recipe(settings).data.max_length
     rate = {**RATE, "data.max_length": {"choice": [64], "when": {"optim.learning_rate": 1e-4}}}
-    with pytest.raises(InputError, match=r"max_length: .*countable, and with it those of optim"):
+    with pytest.raises(InputError, match=r"max_length: .*finite, also of optim"):
         plan(search=rate)
 
 
-def test_what_depends_on_the_rate_follows_the_rule(plan: MakePlan) -> None:
+def test_keys_computed_from_the_rate_follow_the_rule(plan: MakePlan) -> None:
     decay = {"times": 10, "of": "optim.learning_rate"}
     search = {"optim.learning_rate": {"log_uniform": [1e-5, 0.05]}, "optim.weight_decay": decay}
     first = plan(search=search).points[0]
     assert first["optim.weight_decay"] == 10 * first["optim.learning_rate"]
 
 
-def test_the_rule_is_that_of_the_adapter_that_is_chosen(plan: MakePlan) -> None:
+def test_the_rule_is_that_of_the_chosen_adapter(plan: MakePlan) -> None:
     search = {
         "optim.learning_rate": {"log_uniform": [1e-5, 1e-1]},
         "adapter": {"choice": [None, {"rank": 4, "alpha": 128}]},
@@ -291,7 +297,7 @@ def test_the_rule_is_that_of_the_adapter_that_is_chosen(plan: MakePlan) -> None:
     assert ratio == pytest.approx(10 / 2, rel=0.05), "ten times, and half at four times alpha 32"
 
 
-def test_the_recipes_own_rate_where_the_width_is_not_known(plan: MakePlan, tmp_path: Path) -> None:
+def test_the_recipes_own_rate_without_a_width(plan: MakePlan, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"n_embd": 64}', encoding="utf-8")
     adapter = {"rank": 16, "alpha": 128}
     model = {"base": str(tmp_path)}
@@ -313,7 +319,7 @@ def test_numbers_need_no_point(tmp_path: Path, plan: MakePlan) -> None:
     assert make_plan(load_sweep(path)).points[1] == {"optim.learning_rate": 1e-4}
 
 
-def test_time_budget_in_words(plan: MakePlan) -> None:
+def test_time_budget_as_text(plan: MakePlan) -> None:
     assert plan(time_budget="1.5h").sweep.time_budget == 5400
     assert plan(time_budget=90).sweep.time_budget == 90
 

@@ -1,4 +1,4 @@
-"""A sweep whose own books cannot be kept: Ray Tune would take that for a trial's fault."""
+"""Errors of the sweep itself, such as a failing storage, are not attributed to a trial."""
 
 import time
 from pathlib import Path
@@ -17,7 +17,7 @@ from finray.tuning.sweep_folder import Record, read_sweep
 
 
 class Broken:
-    """A conductor whose every answer is an error of its own."""
+    """A conductor whose methods all raise."""
 
     is_finished = True
 
@@ -27,17 +27,17 @@ class Broken:
     def interrupt(self) -> None:
         self.interrupts += 1
 
-    def next(self) -> None:
+    def next_trial(self) -> None:
         raise ZeroDivisionError("first")
 
-    def reported(self, *_: Any) -> bool:
+    def report(self, *_: Any) -> bool:
         raise ZeroDivisionError("second")
 
-    def ended(self, *_: Any) -> None:
+    def finish_trial(self, *_: Any) -> None:
         raise ZeroDivisionError("third")
 
 
-def test_an_error_of_its_own_ends_the_sweep_and_is_raised_then() -> None:
+def test_an_error_of_the_conductor_ends_the_sweep_and_is_raised() -> None:
     conductor: Any = Broken()
     guard = _Guard(conductor)
     search = _ConductedSearch(conductor, lambda assignment: cast(Any, assignment), guard)
@@ -51,7 +51,7 @@ def test_an_error_of_its_own_ends_the_sweep_and_is_raised_then() -> None:
         guard.raise_error()
 
 
-def test_nothing_is_raised_where_nothing_was() -> None:
+def test_without_an_error_nothing_is_raised() -> None:
     conductor: Any = Broken()
     guard = _Guard(conductor)
     with guard():
@@ -60,8 +60,8 @@ def test_nothing_is_raised_where_nothing_was() -> None:
     assert conductor.interrupts == 0
 
 
-class Away(Folder):
-    """A storage that does not answer for a while."""
+class FailingFolder(Folder):
+    """A storage whose first `failures` writes fail."""
 
     failures = 0
 
@@ -72,8 +72,8 @@ class Away(Folder):
         super().write(name, content)
 
 
-class Known:
-    """What a sweep asks of its study, its file and its conductor for its books."""
+class Recorded:
+    """The parts of a study, its file and a conductor that a sweep needs for its records."""
 
     seconds = 1.0
 
@@ -83,12 +83,12 @@ class Known:
     def best(self) -> list[int]:
         return []
 
-    def keep(self) -> None:
-        """The study lies on this machine."""
+    def upload(self) -> None:
+        """Do nothing: the study lies on this machine."""
 
 
 class Texts(SweepProgress):
-    """Keeps what is said, in its order."""
+    """Collects status lines and the texts of ended trials, in order."""
 
     def __init__(self) -> None:
         self.texts: list[str] = []
@@ -103,15 +103,15 @@ class Texts(SweepProgress):
 @pytest.fixture
 def tuning(tmp_path: Path) -> Any:
     made: Any = object.__new__(_SweepRun)
-    made._folder = Away(str(tmp_path))
+    made._folder = FailingFolder(str(tmp_path))
     made._record = {"trials": [], "best": []}
     made._progress = Texts()
-    made._study = made._file = made._conductor = Known()
+    made._study = made._file = made._conductor = Recorded()
     made._plan = cast(Plan, None)
     return made
 
 
-def test_books_that_the_storage_does_not_take_are_kept_later(tuning: Any) -> None:
+def test_records_that_cannot_be_written_are_written_later(tuning: Any) -> None:
     tuning._folder.failures = 1
     tuning._changed(Ending(0, "finished", "loss 0.1"))
     assert read_sweep(tuning._folder) is None
@@ -123,12 +123,12 @@ def test_books_that_the_storage_does_not_take_are_kept_later(tuning: Any) -> Non
     assert (read_sweep(tuning._folder) or {})["trials"] == [{"number": 0}]
 
 
-def test_slots_are_asked_to_stop_as_soon_as_the_storage_takes_it(
+def test_the_stop_file_is_written_again_until_it_succeeds(
     tuning: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(run, "_RETRY_SECONDS", 0.01)
     tuning._folder.failures = 3
-    tuning._ask_slots_to_stop()
+    tuning._write_stop_file()
     deadline = time.monotonic() + 30
     while not tuning._folder.exists(STOP_FILE):
         assert time.monotonic() < deadline

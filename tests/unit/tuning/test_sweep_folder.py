@@ -1,4 +1,4 @@
-"""What a sweep keeps of its trials."""
+"""Which files of its trials a sweep keeps."""
 
 from pathlib import Path
 
@@ -9,10 +9,10 @@ from finray.tuning.sweep_folder import drop_weights, trial_folder
 
 
 @pytest.mark.parametrize("is_best", [True, False])
-def test_weights_that_are_still_written_go_later(
+def test_weights_that_cannot_be_deleted_now_are_deleted_later(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_best: bool
 ) -> None:
-    """A worker that writes a checkpoint keeps its folder from being deleted, for a while."""
+    """While a worker writes a checkpoint, its folder cannot be deleted."""
     sweep = Folder(str(tmp_path))
     trial = trial_folder(sweep, 3)
     for name in ("checkpoints/step-5", "adapter"):

@@ -20,33 +20,33 @@ from finray.training.run import train
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 
 
-def test_what_nobody_heard_is_told_after_a_restart(
+def test_metrics_without_a_record_are_reported_after_a_restart(
     tiny_model: Path, chat_file: Path, tmp_path: Path
 ) -> None:
-    """The run is whole; whoever ran it heard of its first five steps only."""
+    """The run is finished, but its driver has recorded only the first five steps."""
     settings = recipe(tiny_model, chat_file, tmp_path, "run")
     carry_out(settings)
-    known = lines(tmp_path / "run")
-    with trial_of(settings, tmp_path / "sweep", reported_tokens=known[5]["tokens"]) as trial:
+    written = lines(tmp_path / "run")
+    with trial_of(settings, tmp_path / "sweep", reported_tokens=written[5]["tokens"]) as trial:
         *reports, end = reports_of(trial)
-    told = [(one["tokens"], one["value"]) for one in reports]
-    assert told == [(known[step]["tokens"], known[step]["loss"]) for step in range(6, 13)]
+    reported = [(report["tokens"], report["value"]) for report in reports]
+    assert reported == [(written[step]["tokens"], written[step]["loss"]) for step in range(6, 13)]
     assert reports[-1]["is_last"] and not reports[-2]["is_last"]
-    assert end["status"] == "finished" and end["measures"]["loss"] == known[12]["loss"]
+    assert end["status"] == "finished" and end["measures"]["loss"] == written[12]["loss"]
 
 
 @pytest.mark.parametrize(("was", "becomes"), [("finished", "finished"), ("running", "pruned")])
-def test_what_is_told_late_can_still_prune(
+def test_a_late_report_can_still_prune(
     was: str, becomes: str, tiny_model: Path, chat_file: Path, tmp_path: Path
 ) -> None:
-    """A run that was killed on its way ends so; one that is whole stays what it is."""
+    """An unfinished run of a killed attempt becomes pruned; a finished one stays finished."""
     settings = recipe(tiny_model, chat_file, tmp_path, "run")
     carry_out(settings)
     run = Folder(str(tmp_path / "run"))
     update_run(run, lambda record: record.update(status=was))
     with trial_of(settings, tmp_path / "sweep") as trial:
         assert trial.next_report()["measures"]["step"] == 1
-        trial.give_up()
+        trial.abort()
         end = trial.next_report()
     assert end["status"] == "pruned"
     assert (read_run(run) or {})["status"] == becomes
@@ -55,7 +55,7 @@ def test_what_is_told_late_can_still_prune(
 def test_the_base_is_measured_once_for_all_trials_of_a_slot(
     tiny_model: Path, chat_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Another rank and rate start from the same base."""
+    """Trials with another rank start from the same base model."""
     measured: list[str] = []
     held_out = StreamTrainer.held_out
 

@@ -1,4 +1,4 @@
-"""Which results of an earlier sweep a new one starts from, and as what."""
+"""Which results of an earlier sweep a new one starts with, and with which settings."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -44,7 +44,7 @@ def make(tiny_model: Path) -> MakeSpace:
 
 
 def studied(space: Space, folder: Path | None, *points: Settings) -> SweepStudy:
-    """A finished sweep over points, whose losses are 1, 2, and so on."""
+    """A finished sweep over the points, with losses 1, 2, and so on."""
     storage: Any = optuna.storages.InMemoryStorage()
     if folder is not None:
         storage = StudyFile(Folder(str(folder))).open()
@@ -66,15 +66,15 @@ POINTS = [{RATE: 1e-3, RANK: 2}, {RATE: 2e-3, RANK: 4}]
 
 @pytest.fixture
 def folder(make: MakeSpace, tmp_path: Path) -> Folder:
-    """Of a sweep over rate and rank, with two trials."""
+    """Folder of a finished sweep over rate and rank, with two trials."""
     studied(make(SEARCH), tmp_path / "before", *POINTS)
     return Folder(str(tmp_path / "before"))
 
 
 def taken(folder: Folder, space: Space) -> list[Settings]:
-    """The settings that the new sweep has for what it takes over."""
-    found = earlier_trials(folder, space, METRICS)
-    return [space.suggest(FixedTrial(trial.params)) for trial in found]
+    """Settings, in the new space, of the trials that are taken over."""
+    trials = earlier_trials(folder, space, METRICS)
+    return [space.suggest(FixedTrial(trial.params)) for trial in trials]
 
 
 def test_results_are_taken_over_once_and_are_not_its_own(folder: Folder, make: MakeSpace) -> None:
@@ -83,8 +83,8 @@ def test_results_are_taken_over_once_and_are_not_its_own(folder: Folder, make: M
     after = studied(space, None)
     after.set_up([], earlier)
     after.set_up([], earlier)
-    told = after.optuna.get_trials(states=(TrialState.COMPLETE,))
-    assert [trial.value for trial in told] == [1.0, 2.0]
+    stored = after.optuna.get_trials(states=(TrialState.COMPLETE,))
+    assert [trial.value for trial in stored] == [1.0, 2.0]
     assert after.rows() == [] and after.best() == []
 
 
@@ -95,13 +95,13 @@ def test_no_sweep_and_another_objective(folder: Folder, make: MakeSpace, tmp_pat
         earlier_trials(Folder(str(tmp_path)), make(SEARCH), METRICS)
 
 
-def test_what_lies_outside_is_left_out(folder: Folder, make: MakeSpace) -> None:
+def test_trials_outside_the_space_are_left_out(folder: Folder, make: MakeSpace) -> None:
     assert taken(folder, make({**SEARCH, RATE: Distribution(log_uniform=(0.01, 0.1))})) == []
     assert taken(folder, make({**SEARCH, RANK: Distribution(choice=[4, 8])})) == POINTS[1:]
     assert taken(folder, make({**SEARCH, RATE: Distribution(choice=["fast", 1e-3])})) == POINTS[:1]
 
 
-def test_the_recipe_says_what_was_not_searched(folder: Folder, make: MakeSpace) -> None:
+def test_keys_that_were_not_searched_come_from_the_recipe(folder: Folder, make: MakeSpace) -> None:
     alpha = Distribution(choice=[8, 16])
     wider = make({**SEARCH, ALPHA: alpha})
     assert taken(folder, wider) == [{**point, ALPHA: 8} for point in POINTS]
@@ -112,10 +112,10 @@ def test_the_recipe_says_what_was_not_searched(folder: Folder, make: MakeSpace) 
     assert taken(folder, tied) == [{**POINTS[1], ALPHA: 8}]
 
 
-def test_a_rate_moves_from_the_alpha_that_it_was_found_at(folder: Folder, make: MakeSpace) -> None:
+def test_a_rate_is_converted_to_another_alpha(folder: Folder, make: MakeSpace) -> None:
     search = {**SEARCH, RATE: AT_ALPHA}
     assert taken(folder, make(search)) == [pytest.approx(point) for point in POINTS]
-    # Four times the alpha wants half the rate.
+    # Four times the alpha needs half the rate.
     moved = [{**point, RATE: point[RATE] / 2} for point in POINTS]
     assert taken(folder, make(search, alpha=32)) == [pytest.approx(point) for point in moved]
 
@@ -129,7 +129,7 @@ def test_a_sweep_without_an_adapter_has_no_rate_at_an_alpha(
     assert taken(Folder(str(tmp_path / "full")), make({RATE: AT_ALPHA})) == []
 
 
-def test_conditions_decide_what_counts(folder: Folder, make: MakeSpace) -> None:
+def test_conditions_decide_which_keys_count(folder: Folder, make: MakeSpace) -> None:
     beta = Distribution(uniform=(0.5, 0.6), when={RANK: 4})
     # The recipe's own 0.999 lies outside, where it is searched at all.
     assert taken(folder, make({**SEARCH, "optim.beta2": beta})) == POINTS[:1]
