@@ -16,14 +16,14 @@ Measures = dict[str, float]
 
 
 class BaseCache:
-    """Holds one base at a time, and what was measured of bases before training."""
+    """Holds one base at a time, and the measures of bases before training."""
 
     def __init__(self) -> None:
         self._kept: tuple[str, PeftModel] | None = None
         self._measured: dict[str, Measures] = {}
 
     def take(self, recipe: Recipe) -> Any | None:
-        """The base without its last adapter if it is the recipe's, else None; it is not kept."""
+        """Remove the base; returns it without an adapter, or None if the recipe has another."""
         kept, self._kept = self._kept, None  # two bases may not fit into memory
         if kept is None or kept[0] != _key(recipe):
             return None
@@ -35,11 +35,11 @@ class BaseCache:
             self._kept = _key(recipe), model
 
     def measured(self, recipe: Recipe, prepared: str, measure: Callable[[], Measures]) -> Measures:
-        """What a run measures before its first step, computed once for each base and data set.
+        """The measures before the first step, computed once for each base and data set.
 
         Args:
-            recipe: the run's.
-            prepared: fingerprint of its data.
+            recipe: the run's recipe.
+            prepared: fingerprint of the run's data.
             measure: computes the measures.
         """
         if not _leaves_base(recipe):

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from ..config.methods import KtoMethod
 from ..data.batching import PADDING_ROW, Batch, Rows, collate
 from ..data.stream import Sequence
-from ..models.loading import evaluating
+from ..models.loading import evaluation_mode
 from .logprobs import token_log_probabilities
 from .objective import Loss, Objective, Setup
 from .references import Reference
@@ -62,8 +62,8 @@ class KtoObjective(Objective):
         total = answer_losses(ratios, desirable, baseline, self._settings).sum()
         return Loss(total, self._measure(ratios, desirable, baseline) if measured else None)
 
-    def held_out(self, microbatches: Iterator[Rows], device: torch.device) -> torch.Tensor:
-        """As `Objective.held_out`; the baseline is that of all held-out rows together."""
+    def evaluate_held_out(self, microbatches: Iterator[Rows], device: torch.device) -> torch.Tensor:
+        """As `Objective.evaluate_held_out`; the baseline is that of all held-out rows together."""
         ratios = [torch.zeros(0, device=device)]
         labels = [torch.zeros(0, dtype=torch.bool, device=device)]
         divergences = [torch.zeros(0, device=device)]
@@ -102,7 +102,7 @@ class KtoObjective(Objective):
         """log policy - log reference of rows, (rows,)."""
         # Without rows too: the ranks walk through a sharded model together.
         batch = replace(collate(rows or [PADDING_ROW]), loss_units=len(rows)).to(self.device)
-        with evaluating(self.model):
+        with evaluation_mode(self.model):
             policy = self._sums(self.model, batch)
         return policy - self._reference(self._sums, batch)
 

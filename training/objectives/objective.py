@@ -90,7 +90,7 @@ class Objective:
         """Examples from the last batches for people to read, as JSON objects."""
         return []
 
-    def held_out(self, microbatches: Iterator[Rows], device: torch.device) -> torch.Tensor:
+    def evaluate_held_out(self, microbatches: Iterator[Rows], device: torch.device) -> torch.Tensor:
         """Measure this worker's share of the held-out rows; called without a graph.
 
         Returns:

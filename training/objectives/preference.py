@@ -97,8 +97,8 @@ class PairObjective(Objective):
             total = total + weight * compared.imitation
         return Loss(total, preference_measures(compared) if measured else None)
 
-    def held_out(self, microbatches: Iterator[Rows], device: torch.device) -> torch.Tensor:
-        """As `Objective.held_out`; the cross-entropy is the mean over all held-out tokens."""
+    def evaluate_held_out(self, microbatches: Iterator[Rows], device: torch.device) -> torch.Tensor:
+        """As `Objective.evaluate_held_out`; the cross-entropy is a mean over all held-out tokens."""
         total = torch.zeros(1 + len(self.measures), 2, dtype=torch.float64, device=device)
         imitated = torch.zeros(2, dtype=torch.float64, device=device)
         for rows in microbatches:

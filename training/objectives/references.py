@@ -8,9 +8,9 @@ import torch
 from peft import PeftModel
 
 from ..data.batching import Batch
-from ..models.adapter_reference import add_reference, as_reference
+from ..models.adapter_reference import add_reference, reference_weights
 from ..models.dtypes import choose_dtype, torch_dtype
-from ..models.loading import Model, evaluating
+from ..models.loading import Model, evaluation_mode
 from ..models.open_result import open_model
 from .objective import Setup
 
@@ -51,7 +51,7 @@ class Reference:
         if self._adapted is None:
             yield self._model
             return
-        with evaluating(self._adapted), as_reference(self._adapted):
+        with evaluation_mode(self._adapted), reference_weights(self._adapted):
             yield self._adapted
 
 

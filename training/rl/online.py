@@ -13,7 +13,7 @@ from ..common.errors import FinrayError
 from ..config.methods import OnlineMethod
 from ..data import stream
 from ..data.batching import IGNORED, PADDING_ROW, Batch, Rows, collate
-from ..models.loading import evaluating
+from ..models.loading import evaluation_mode
 from ..objectives.logprobs import token_log_probabilities
 from ..objectives.objective import Objective, Setup
 from ..objectives.references import Reference
@@ -146,7 +146,7 @@ class OnlineObjective(Objective):
         made = [self._sequence(*pair) for pair in zip(rows, rollouts, strict=True)]
         batch = collate(made or [PADDING_ROW], self._tokenizer.pad_token_id).to(self.device)
         extra: dict[str, torch.Tensor] = {}
-        with evaluating(self.model):
+        with evaluation_mode(self.model):
             if self.needs_old:
                 extra["old"] = self.log_probabilities(self.model, batch)
             if self._reference is not None and self.settings.beta > 0:
@@ -208,7 +208,7 @@ class OnlineObjective(Objective):
         total = (divergence(policy, reference) * mask).sum().double()
         return torch.stack([total, mask.sum().double()])
 
-    def held_out(self, microbatches: Iterator[Rows], device: torch.device) -> torch.Tensor:
+    def evaluate_held_out(self, microbatches: Iterator[Rows], device: torch.device) -> torch.Tensor:
         """Sample one completion to each held-out prompt, always with the same numbers."""
         rows = [row for part in microbatches for row in part]
         requests = [

@@ -116,9 +116,7 @@ def test_refusals(tiny_model: Path, tmp_path: Path) -> None:
 
 
 def test_a_whole_model_has_nothing_to_merge(tiny_model: Path, tmp_path: Path) -> None:
-    assert "it is whole without --merge" in refusal(
-        finished_run(tmp_path, tiny_model, "model"), merge=True
-    )
+    assert "omit --merge" in refusal(finished_run(tmp_path, tiny_model, "model"), merge=True)
 
 
 def test_a_base_that_is_gone(tiny_model: Path, tmp_path: Path) -> None:

@@ -14,10 +14,10 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from finray.training.common.errors import InputError
 from finray.training.config.adapter_folder import check_adapter, find_adapter
 from finray.training.config.recipe import Recipe
-from finray.training.models.adapter_reference import add_reference, as_reference
+from finray.training.models.adapter_reference import add_reference, reference_weights
 from finray.training.models.loading import (
+    count_meta_parameters,
     count_parameters,
-    count_without_weights,
     load_model,
     load_tokenizer,
 )
@@ -80,7 +80,7 @@ def saved(tiny_model: Path, tmp_path: Path) -> Path:
 )
 def test_names_that_match_nothing(tiny_model: Path, settings: dict[str, Any], told: str) -> None:
     asked = recipe(tiny_model, adapter=settings)
-    for look in (load_model, count_without_weights):
+    for look in (load_model, count_meta_parameters):
         with pytest.raises(InputError, match=told):
             look(asked)
 
@@ -102,7 +102,7 @@ def test_patterns_reach_the_modules_they_name(tiny_model: Path) -> None:
     assert layers[1].mlp.down_proj.lora_B["default"].weight.shape == (32, 6)
     assert layers[1].self_attn.k_proj.scaling["default"] == 32 / 4
     assert layers[1].self_attn.v_proj.scaling["default"] == 8 / 4
-    assert count_parameters(model) == count_without_weights(asked)
+    assert count_parameters(model) == count_meta_parameters(asked)
 
 
 @pytest.mark.parametrize("init", ["default", "gaussian", "orthogonal", "pissa", "olora"])
@@ -111,7 +111,7 @@ def test_every_start_is_the_base(tiny_model: Path, init: str) -> None:
     asked = recipe(tiny_model, adapter={"rank": 4, "alpha": 8, "init": init})
     model = load_model(asked)
     torch.testing.assert_close(logits(model), base, atol=1e-4, rtol=1e-4)
-    assert count_parameters(model) == count_without_weights(asked)
+    assert count_parameters(model) == count_meta_parameters(asked)
 
 
 def test_dtypes_of_adapters(tiny_model: Path) -> None:
@@ -136,17 +136,17 @@ def test_freeze_trains_what_it_names(tiny_model: Path) -> None:
     names = trained_names(model)
     assert all(name.startswith("model.layers.1.") or "0.mlp.up" in name for name in names)
     assert len(names) == 9 + 1
-    assert count_parameters(model) == count_without_weights(asked)
+    assert count_parameters(model) == count_meta_parameters(asked)
     # The head is the embedding, under a name of its own.
     head = load_model(recipe(tiny_model, freeze={"train": ["lm_head"]}))
     assert trained_names(head) == ["model.embed_tokens.weight"]
 
 
 def test_freeze_refuses_what_does_not_exist(tiny_model: Path) -> None:
-    with pytest.raises(InputError, match=r"last_layers: 3, where the model has 2"):
-        count_without_weights(recipe(tiny_model, freeze={"last_layers": 3}))
-    with pytest.raises(InputError, match=r"'lm_hed' is found in no.*lm_head\.weight"):
-        count_without_weights(recipe(tiny_model, freeze={"train": ["lm_hed"]}))
+    with pytest.raises(InputError, match=r"last_layers: 3 is too large; the model has 2"):
+        count_meta_parameters(recipe(tiny_model, freeze={"last_layers": 3}))
+    with pytest.raises(InputError, match=r"'lm_hed' matches no parameter.*lm_head\.weight"):
+        count_meta_parameters(recipe(tiny_model, freeze={"train": ["lm_hed"]}))
 
 
 # an existing adapter
@@ -158,7 +158,7 @@ def test_an_existing_adapter_goes_on(tiny_model: Path, saved: Path) -> None:
     model = load_model(asked)
     assert torch.equal(logits(model), logits(PeftModel.from_pretrained(base, saved)))
     assert all("lora_" in name for name in trained_names(model)) and trained_names(model)
-    assert count_parameters(model) == count_without_weights(asked)
+    assert count_parameters(model) == count_meta_parameters(asked)
 
 
 def test_where_an_adapter_is_looked_for(saved: Path, tmp_path: Path) -> None:
@@ -250,7 +250,7 @@ def test_the_reference_stays_as_the_start(tiny_model: Path, saved: Path, start: 
     train_a_little(model)
     trained = logits(model)
     assert (trained - before).abs().max() > 0.05
-    with torch.no_grad(), as_reference(model):
+    with torch.no_grad(), reference_weights(model):
         reference = logits(model)
     torch.testing.assert_close(reference, before, atol=1e-4, rtol=1e-4)
     assert trained_names(model) == names
@@ -278,7 +278,7 @@ def test_a_step_after_the_reference_trains_the_adapter(tiny_model: Path, saved: 
         add_reference(model, asked)
         loss = model(TOKENS).logits.square().mean()
         if with_reference:
-            with torch.no_grad(), as_reference(model):
+            with torch.no_grad(), reference_weights(model):
                 model(TOKENS)
         loss.backward()
         return {name: w.grad for name, w in model.named_parameters() if w.grad is not None}
@@ -300,7 +300,7 @@ def test_a_score_head_is_trained_and_saved(tiny_model: Path, tmp_path: Path, qua
         "default"
     }
     assert any("score.modules_to_save" in name for name in trained_names(model))
-    assert count_parameters(model) == count_without_weights(asked, head="score")
+    assert count_parameters(model) == count_meta_parameters(asked, head="score")
     train_a_little(model)
     save_result(asked, model, load_tokenizer(asked), tmp_path / "adapter")
     again = load_model(

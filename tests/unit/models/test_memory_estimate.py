@@ -11,7 +11,7 @@ import torch
 from finray.training.config.recipe import Recipe, recipe_from_dict
 from finray.training.models import memory_estimate as memory
 from finray.training.models.loading import load_model
-from finray.training.models.memory_estimate import Memory, Sizes, estimate, sizes_of
+from finray.training.models.memory_estimate import MemoryEstimate, Sizes, estimate, sizes_of
 
 # peft calls a name that transformers has renamed.
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
@@ -217,7 +217,7 @@ def test_a_known_model(tmp_path: Path) -> None:
                 "optim": {"micro_batch_size": 1},
             }
         )
-        told: Memory = estimate(settings, LLAMA_8B)
+        told: MemoryEstimate = estimate(settings, LLAMA_8B)
         assert told.weights / 2**30 == pytest.approx(5.4, abs=0.1)
         return (told.activations - 8192 * 128_256 * 14) / 2**30
 

@@ -14,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import AutoModelForCausalLM
 
 from finray.training.config.recipe import Recipe
-from finray.training.models.loading import count_parameters, count_without_weights, load_model
+from finray.training.models.loading import count_meta_parameters, count_parameters, load_model
 
 # peft calls a name that transformers has renamed.
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
@@ -55,7 +55,7 @@ def test_nf4_weighs_half_a_byte(tiny_model: Path) -> None:
         values += layer.in_features * layer.out_features
     assert held / values < 0.6
     told = recipe(tiny_model, "nf4")
-    assert count_parameters(model) == count_without_weights(told)
+    assert count_parameters(model) == count_meta_parameters(told)
 
 
 @pytest.mark.parametrize(("quantize", "kind"), [("nf4", Linear4bit), ("int8", Linear8bitLt)])

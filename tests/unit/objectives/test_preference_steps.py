@@ -111,7 +111,7 @@ def test_held_out_rows(tiny_model: Path, tmp_path: Path, method: dict[str, Any])
     objective = objective_of(make_setup(settings, model, tmp_path, 0, 1))
     with torch.no_grad():
         one, other = (
-            objective.held_out(in_batches(iter(rows), size), torch.device("cpu"))
+            objective.evaluate_held_out(in_batches(iter(rows), size), torch.device("cpu"))
             for size in (2, BATCH)
         )
     torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-5)
@@ -136,7 +136,7 @@ def test_held_out_rows_of_a_sharded_model(
             setup.place(model.eval())
             mine = in_batches(iter(rows[rank::world_size]), 1, at_least=3)
             with torch.no_grad():
-                return {"total": objective.held_out(mine, torch.device("cpu"))}
+                return {"total": objective.evaluate_held_out(mine, torch.device("cpu"))}
 
         folder = tmp_path / strategy
         folder.mkdir()

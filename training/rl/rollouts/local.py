@@ -9,7 +9,7 @@ from transformers import GenerationConfig, LogitsProcessorList
 
 from ...config.methods import OnlineMethod
 from ...models.generation import left_padded, stop_tokens
-from ...models.loading import Model, evaluating
+from ...models.loading import Model, evaluation_mode
 from .rollout import Request, Rollout
 from .sampling import Sampler
 
@@ -46,7 +46,7 @@ class LocalRollouts:
         size = self._settings.rollout_batch_size
         order = sorted(range(len(requests)), key=lambda index: len(requests[index].prompt_ids))
         rollout_of: dict[int, Rollout] = {}
-        with evaluating(self._model):
+        with evaluation_mode(self._model):
             for first in range(0, len(order), size):
                 chosen = order[first : first + size]
                 rollouts = self._batch([requests[index] for index in chosen])
