@@ -252,8 +252,8 @@ def _seconds_for_others(reply: Reply) -> float:
     if reply is None or reply["status"] == "error":
         return _LAST_RESULTS_SECONDS
     retry = reply.get("retry")
-    is_alone = retry is not None and retry["cause"] == "memory"
-    return _LAST_RESULTS_SECONDS if is_alone else _LAST_WRITES_SECONDS
+    others_may_wait = retry is not None and retry["cause"] == "memory"
+    return _LAST_RESULTS_SECONDS if others_may_wait else _LAST_WRITES_SECONDS
 
 
 def _is_good(reply: Reply) -> bool:

@@ -79,14 +79,14 @@ def test_a_completion_depends_on_its_seed_alone(model: Any, tokenizer: Any) -> N
     together = LocalRollouts(model, tokenizer, method).sample(requests)
     alone = LocalRollouts(model, tokenizer, method.model_copy(update={"rollout_batch_size": 1}))
     assert alone.sample(requests[::-1])[::-1] == together
-    assert len({tuple(one.ids) for one in together}) > 12
-    later = [replace(one, seed=(0, 4, *one.seed[2:])) for one in requests]
+    assert len({tuple(rollout.ids) for rollout in together}) > 12
+    later = [replace(request, seed=(0, 4, *request.seed[2:])) for request in requests]
     assert LocalRollouts(model, tokenizer, method).sample(later) != together
     stops = set(model.generation_config.eos_token_id)
-    for one in together:
-        assert not stops & set(one.ids[:-1])
-        assert one.ended == (one.ids[-1] in stops)
-        assert one.ended or len(one.ids) == 10
+    for rollout in together:
+        assert not stops & set(rollout.ids[:-1])
+        assert rollout.ended == (rollout.ids[-1] in stops)
+        assert rollout.ended or len(rollout.ids) == 10
 
 
 def test_the_log_probabilities_are_those_of_sampling(model: Any, tokenizer: Any) -> None:
@@ -95,7 +95,7 @@ def test_the_log_probabilities_are_those_of_sampling(model: Any, tokenizer: Any)
     requests = [Request(row.input_ids.tolist(), (1, n)) for n in range(4000)]
     method = settings(max_completion=1, temperature=0.7, rollout_batch_size=4000)
     rollouts = LocalRollouts(model, tokenizer, method).sample(requests)
-    drawn = torch.tensor([one.ids[0] for one in rollouts])
+    drawn = torch.tensor([rollout.ids[0] for rollout in rollouts])
     with torch.no_grad():
         logits = model(torch.tensor([row.input_ids.tolist()])).logits[0, -1]
     shares = (logits / 0.7).softmax(0)
@@ -119,7 +119,7 @@ def test_workers_sample_what_one_would(
         places = [objective._first_place + place for place in range(len(mine))]
         assert places == list(range(before, before + len(mine)))
         requests = objective.requests(7, mine)
-        return [one.ids for one in objective._made_tools()[0].sample(requests)]
+        return [rollout.ids for rollout in objective._sampler_and_scorer()[0].sample(requests)]
 
     parts = [ids for rank in range(workers) for ids in sampled(rank, workers)]
     assert parts == sampled(0, 1)
