@@ -221,7 +221,7 @@ def test_a_drained_host_is_left_with_nothing_lost(cluster: Cluster, alone: Path)
 
     wait_until(goes_on_without, "an attempt without it")
     (restart,) = record(run)["restarts"]
-    assert "will be taken away" in restart["reason"] and restart["step"] >= seen
+    assert "are being removed" in restart["reason"] and restart["step"] >= seen
     end(cluster, "drained")
     assert_same_steps(run, alone)
     cluster.nodes["beta"].kill()

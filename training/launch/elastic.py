@@ -70,7 +70,7 @@ class ClusterWatcher:
             training = leaving & set((read_run(self._run) or {}).get("nodes", ()))
         except OSError:
             return None  # the storage is unavailable for a moment: the next poll reads it
-        return f"{len(training)} of the run's nodes will be taken away" if training else None
+        return f"{len(training)} of the run's nodes are being removed" if training else None
 
     def _growth(self, now: float) -> str | None:
         capacity = self._capacity() if self._workers < self._request.max else 0
@@ -83,7 +83,7 @@ class ClusterWatcher:
         return f"there is room for {capacity} workers, {self._workers} train"
 
     def _capacity(self) -> int:
-        """Number of workers that fit: those that train, and those that fit beside other jobs."""
+        """Number of workers that fit: those that train, and those that fit next to other jobs."""
         import ray
 
         free = ray.available_resources()

@@ -145,7 +145,7 @@ class RayContext:
         self._stop = watch_stop_file(run) if self.rank == 0 else threading.Event()
 
     def stop_requested(self) -> bool:
-        """True on rank 0 once there is a stop file; the step's counts tell the other ranks."""
+        """True on rank 0 once there is a stop file; rank 0 passes it on in the step's counts."""
         return self._stop.is_set()
 
     def abort(self, message: str) -> NoReturn:
@@ -196,7 +196,7 @@ def _cause(error: Exception) -> str:
 
 
 def _is_preemption(error: Exception) -> bool:
-    """True if the workers ended because their node was taken away."""
+    """True if the workers ended because their node was removed."""
     import ray.exceptions
     import ray.train
 

@@ -45,7 +45,7 @@ def cluster_nodes() -> list[Resources]:
 
 
 def draining_nodes() -> frozenset[str]:
-    """Ids of the nodes that will be taken away, by a spot notice or `ray drain-node`."""
+    """Ids of the nodes that will be removed, after a spot notice or `ray drain-node`."""
     # Ray has no public API for it; Ray Train itself uses this one.
     from ray._private.state import state
 
@@ -73,7 +73,7 @@ def check_fits(request: WorkerRequest, nodes: Sequence[Resources]) -> int:
         How many workers fit, at most `request.max`.
 
     Raises:
-        InputError: fewer than `request.min` fit; the message says what is missing.
+        InputError: fewer than `request.min` fit; the message lists what is missing.
     """
     fits = fitting_workers(request, nodes)
     if fits >= request.min:

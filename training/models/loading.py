@@ -74,8 +74,8 @@ def load_model(recipe: Recipe, head: Head = "causal", bases: BaseCache | None = 
     if recipe.method.starts_at_random:
         model = _random_model(recipe, head)
     else:
-        kept = bases.take(recipe) if bases is not None and head == "causal" else None
-        model = kept or _load_base(recipe, head)
+        cached = bases.take(recipe) if bases is not None and head == "causal" else None
+        model = cached or _load_base(recipe, head)
     model.config.use_cache = False
     if head == "score":
         model.config.pad_token_id = load_tokenizer(recipe).pad_token_id

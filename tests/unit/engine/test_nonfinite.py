@@ -56,19 +56,19 @@ def trained(
         )
         for number in range(20)
     ]
-    mine = [row for row in rows if int(row.rows[0]) % 4 // share == rank]
+    own = [row for row in rows if int(row.rows[0]) % 4 // share == rank]
     states: list[State] = []
-    told: list[tuple[float, float, list[int]]] = []
+    logged: list[tuple[float, float, list[int]]] = []
 
     def after_step(measures: StepMeasures) -> bool:
         state = {name: weight.detach().clone() for name, weight in model.named_parameters()}
         saved = trainer.optimizer.state_dict()
         for index, moments in saved["state"].items():
             state |= {f"{index}.{name}": copy.deepcopy(value) for name, value in moments.items()}
-        state |= {f"master.{i}": one.clone() for i, one in enumerate(saved.get("masters", []))}
+        state |= {f"master.{i}": item.clone() for i, item in enumerate(saved.get("masters", []))}
         states.append(state)
         loss, skipped = trainer.take_loss(1)
-        told.append((measures.learning_rate, loss, skipped))
+        logged.append((measures.learning_rate, loss, skipped))
         return False
 
     objective = objective_of(steps.make_setup(settings, model, scratch, rank, world_size))
@@ -77,7 +77,7 @@ def trained(
         training_arguments(settings, 5, world_size, scratch),
         objective=objective,
         passes=1,
-        rows=lambda: microbatches(iter(mine), share, 1, accumulation(settings, world_size)),
+        rows=lambda: microbatches(iter(own), share, 1, accumulation(settings, world_size)),
         after_step=after_step,
         is_logged=lambda step: True,
         stop_requested=lambda: False,
@@ -85,17 +85,17 @@ def trained(
     honest = objective.loss
 
     def loss(wrapped: torch.nn.Module, batch: Batch, measured: bool) -> Any:
-        found = honest(wrapped, batch, measured)
+        result = honest(wrapped, batch, measured)
         if poison == "none" or int(batch.rows[0]) != 4 * POISONED_STEP - 1:
-            return found
+            return result
         if poison == "loss":  # not finite itself, and its gradient is
-            return copy.copy(type(found)(found.total + math.inf, found.measures))
-        found.total.register_hook(lambda gradient: gradient * math.inf)
-        return found
+            return copy.copy(type(result)(result.total + math.inf, result.measures))
+        result.total.register_hook(lambda gradient: gradient * math.inf)
+        return result
 
     objective.loss = loss
     trainer.train()
-    return {"states": states, "told": told, "masters": isinstance(trainer._adamw, MasterAdamW)}
+    return {"states": states, "logged": logged, "masters": isinstance(trainer._adamw, MasterAdamW)}
 
 
 @pytest.mark.parametrize("poison", ["loss", "gradient"])
@@ -110,13 +110,13 @@ def test_the_step_changes_nothing(
         return lambda rank, size: trained(tiny_model, tmp_path, rank, size, poison, kind)
 
     if workers == 1:
-        found, undisturbed = [[work(how)(0, 1)] for how in (poison, "none")]
+        result, undisturbed = [[work(how)(0, 1)] for how in (poison, "none")]
     else:
-        found = steps.by_workers(workers, tmp_path, work(poison))
+        result = steps.by_workers(workers, tmp_path, work(poison))
         (tmp_path / "store").unlink()
         undisturbed = steps.by_workers(workers, tmp_path, work("none"))
     at = POISONED_STEP - 1
-    for rank in found:
+    for rank in result:
         assert rank["masters"] == (dtype == "bfloat16")
         states = rank["states"]
         assert states[at].keys() == states[at - 1].keys()
@@ -127,13 +127,13 @@ def test_the_step_changes_nothing(
                 not torch.equal(states[after][key], states[before][key]) for key in states[0]
             )
         assert all(value.isfinite().all() for state in states for value in state.values())
-        assert [skipped for _, _, skipped in rank["told"]] == [[], [], [POISONED_STEP], [], []]
-        assert math.isnan(rank["told"][at][1])
-        rates = [rate for rate, _, _ in undisturbed[0]["told"]]
-        assert [rate for rate, _, _ in rank["told"]] == rates and len(set(rates)) == 5
-        assert rank["told"][1][1] == undisturbed[0]["told"][1][1]
-    for name, value in found[0]["states"][-1].items():
-        assert torch.equal(value, found[-1]["states"][-1][name]), "the ranks differ"
+        assert [skipped for _, _, skipped in rank["logged"]] == [[], [], [POISONED_STEP], [], []]
+        assert math.isnan(rank["logged"][at][1])
+        rates = [rate for rate, _, _ in undisturbed[0]["logged"]]
+        assert [rate for rate, _, _ in rank["logged"]] == rates and len(set(rates)) == 5
+        assert rank["logged"][1][1] == undisturbed[0]["logged"][1][1]
+    for name, value in result[0]["states"][-1].items():
+        assert torch.equal(value, result[-1]["states"][-1][name]), "the ranks differ"
 
 
 def test_fp16_scaler_and_the_guard_agree() -> None:
@@ -181,10 +181,10 @@ def test_a_poisoned_row(
 ) -> None:
     """One step is skipped and told with its rows; the logged mean is that of the others."""
     spoil(monkeypatch, poison_row(17))
-    told: dict[int, dict[str, float]] = {}
+    logged: dict[int, dict[str, float]] = {}
 
     def report(line: dict[str, float]) -> None:
-        told[int(line["step"])] = line
+        logged[int(line["step"])] = line
 
     settings = recipe(tiny_model, chat_file, tmp_path, "run", max_steps=30)
     record = train(settings, InProcessLauncher(report=report))
@@ -195,7 +195,7 @@ def test_a_poisoned_row(
     assert each[step]["skipped"] == 1 and each[step]["loss"] is None
     assert each[step]["grad_norm"] is None
     # A sweep does not judge a trial by a loss that no step was taken with.
-    assert [at for at, line in told.items() if "loss" not in line] == [step]
+    assert [at for at, line in logged.items() if "loss" not in line] == [step]
     assert [at for at, line in each.items() if "skipped" in line] == [step]
     assert math.isfinite(record["metrics"]["loss"]) and "restarts" not in record
     report = (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
@@ -205,7 +205,7 @@ def test_a_poisoned_row(
     carry_out(settings.model_copy(update={"log": log}))
     for at, line in lines(tmp_path / "rarely").items():
         window = range(1 + (at - 1) // 4 * 4, at + 1)  # from one checkpoint to the next
-        means = [each[one]["loss"] for one in window if one != step]
+        means = [each[number]["loss"] for number in window if number != step]
         assert line["loss"] == pytest.approx(sum(means) / len(means), rel=1e-5)
         assert line.get("skipped", 0) == (step in window)
 
@@ -242,12 +242,12 @@ def test_a_transient_fault_is_cured(
     Also where it is not a logged step that tells of them.
     """
 
-    def carry(name: str) -> dict[str, Any]:
+    def run(name: str) -> dict[str, Any]:
         settings = recipe(tiny_model, chat_file, tmp_path, name, max_skipped_steps=faults)
         log = settings.log.model_copy(update={"every_steps": log_every})
         return carry_out(settings.model_copy(update={"log": log}))
 
-    carry("clean")
+    run("clean")
     calls = [0]
 
     def change(batch: Batch, total: torch.Tensor) -> torch.Tensor:
@@ -255,7 +255,7 @@ def test_a_transient_fault_is_cured(
         return total * math.inf if 8 < calls[0] <= 8 + 2 * faults else total
 
     spoil(monkeypatch, change)
-    record = carry("run")
+    record = run("run")
     assert_same(tmp_path / "run", tmp_path / "clean")
     steps_ = range(5, 5 + faults)
     first, second = record["restarts"]
@@ -281,10 +281,12 @@ def test_a_lasting_fault_ends_the_run(
     settings = recipe(tiny_model, chat_file, tmp_path, "run", max_skipped_steps=2)
     with pytest.raises(RunError) as error:
         carry_out(settings)
-    told = str(error.value)
-    assert "steps 7, 8" in told and "optim.learning_rate" in told and str(chat_file) in told
-    shown = {int(number) for number in re.findall(r"rows ([\d, ]+) of", told)[0].split(", ")}
+    message = str(error.value)
+    assert (
+        "steps 7, 8" in message and "optim.learning_rate" in message and str(chat_file) in message
+    )
+    shown = {int(number) for number in re.findall(r"rows ([\d, ]+) of", message)[0].split(", ")}
     assert len(shown) == 8 and {number - 1 for number in shown} < bad
     record = json.loads((tmp_path / "run" / "run.json").read_text(encoding="utf-8"))
-    assert record["status"] == "failed" and record["error"] == told
-    assert [one["step"] for one in record["restarts"]] == [8, 4]
+    assert record["status"] == "failed" and record["error"] == message
+    assert [item["step"] for item in record["restarts"]] == [8, 4]

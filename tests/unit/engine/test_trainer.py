@@ -56,10 +56,10 @@ def recipe(base: Path, **optim: Any) -> Recipe:
     )
 
 
-def assert_close(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:
-    assert one.keys() == other.keys()
-    for name, gradient in one.items():
-        torch.testing.assert_close(gradient, other[name], atol=1e-5, rtol=1e-4)
+def assert_close(actual: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    assert actual.keys() == expected.keys()
+    for name, gradient in actual.items():
+        torch.testing.assert_close(gradient, expected[name], atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
@@ -162,8 +162,8 @@ def test_measures_against_their_definitions() -> None:
     targets[:, ::5] = logits[:, ::5].argmax(-1)
     targets[0, :20] = IGNORED
     (correct, count), (entropy, _) = measure(to_log_probabilities(logits), targets).tolist()
-    wanted = targets != IGNORED
-    distribution = torch.distributions.Categorical(logits=logits[wanted])
-    assert count == int(wanted.sum())
-    assert correct == int((logits.argmax(-1) == targets)[wanted].sum()) > 0
+    is_trained = targets != IGNORED
+    distribution = torch.distributions.Categorical(logits=logits[is_trained])
+    assert count == int(is_trained.sum())
+    assert correct == int((logits.argmax(-1) == targets)[is_trained].sum()) > 0
     assert entropy == pytest.approx(float(distribution.entropy().sum()), rel=1e-5)

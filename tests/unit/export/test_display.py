@@ -32,8 +32,8 @@ def test_what_lies_where_and_how_it_loads() -> None:
 
 
 def test_json() -> None:
-    told = json.loads(render_exported(EXPORTED, as_json=True))
-    assert told == {
+    values = json.loads(render_exported(EXPORTED, as_json=True))
+    assert values == {
         "folder": "/out",
         "kind": "adapter",
         "base": "acme/tiny",

@@ -34,12 +34,12 @@ Tensors = dict[str, torch.Tensor]
 def tensors(draw: st.DrawFn) -> Tensors:
     """Any shapes, also empty ones and scalars, of all types."""
     names = draw(st.lists(st.text('ab.é"', min_size=1), min_size=1, max_size=6, unique=True))
-    found: Tensors = {}
+    values_of: Tensors = {}
     for name in names:
         shape = draw(st.lists(st.integers(0, 5), max_size=3))
         values = torch.randint(0, 2, shape) if draw(st.booleans()) else torch.randn(shape) * 9
-        found[name] = values.to(draw(st.sampled_from(list(DTYPES.values()))))
-    return found
+        values_of[name] = values.to(draw(st.sampled_from(list(DTYPES.values()))))
+    return values_of
 
 
 def outputs(values: Tensors) -> list[Output]:
@@ -59,15 +59,15 @@ def test_what_is_written_is_read(values: Tensors, shard_bytes: int) -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         write_model_files(folder, outputs(values), SILENT, shard_bytes)
-        theirs: Tensors = {}
+        expected: Tensors = {}
         for path in folder.glob("*.safetensors"):
-            theirs |= load_file(path)
-        ours = TensorFiles(folder)
-        assert theirs.keys() == values.keys() == ours.info.keys()
+            expected |= load_file(path)
+        actual = TensorFiles(folder)
+        assert expected.keys() == values.keys() == actual.info.keys()
         for key, value in values.items():
-            assert torch.equal(theirs[key], value) and theirs[key].dtype == value.dtype
-            assert torch.equal(ours.read(key), value)
-            assert ours.info[key] == TensorInfo(tuple(value.shape), value.dtype)
+            assert torch.equal(expected[key], value) and expected[key].dtype == value.dtype
+            assert torch.equal(actual.read(key), value)
+            assert actual.info[key] == TensorInfo(tuple(value.shape), value.dtype)
 
 
 def test_a_quantised_type_is_refused(tmp_path: Path) -> None:
@@ -136,9 +136,9 @@ def make_base(folder: Path, layers: int) -> Path:
 def linear_layers(layers: int) -> dict[str, tuple[int, int]]:
     """(out, in) by name."""
     square, up, down = (HIDDEN, HIDDEN), (WIDE, HIDDEN), (HIDDEN, WIDE)
-    one = {f"self_attn.{name}_proj": square for name in "qkvo"}
-    one |= {"mlp.gate_proj": up, "mlp.up_proj": up, "mlp.down_proj": down}
-    return {f"model.layers.{n}.{name}": size for n in range(layers) for name, size in one.items()}
+    layer = {f"self_attn.{name}_proj": square for name in "qkvo"}
+    layer |= {"mlp.gate_proj": up, "mlp.up_proj": up, "mlp.down_proj": down}
+    return {f"model.layers.{n}.{name}": size for n in range(layers) for name, size in layer.items()}
 
 
 def make_adapter(folder: Path, layers: int) -> Path:

@@ -56,9 +56,9 @@ def started(
     assert not any(child.is_running() for child in children)
 
 
-def logs_of(told: str) -> str:
+def logs_of(message: str) -> str:
     """What the named folder holds."""
-    folder = Path(told.partition("the workers' output: ")[2].rstrip(")"))
+    folder = Path(message.partition("the workers' output: ")[2].rstrip(")"))
     assert folder.stat().st_mode & 0o077 == 0, "others can read it"
     return "".join(path.read_text(encoding="utf-8") for path in sorted(folder.iterdir()))
 
@@ -179,7 +179,7 @@ def test_a_stop_before_the_workers_train(task: WorkerTask) -> None:
 
 
 @pytest.mark.parametrize(
-    ("gpus", "asked", "devices", "visible"),
+    ("gpus", "requested", "devices", "visible"),
     [
         (0.0, "auto", ["cpu", "cpu"], None),
         (0.0, 0, ["cpu", "cpu"], ""),
@@ -192,7 +192,7 @@ def test_a_stop_before_the_workers_train(task: WorkerTask) -> None:
 )
 def test_each_worker_has_a_device(
     gpus: float,
-    asked: Any,
+    requested: Any,
     devices: list[str],
     visible: str | None,
     monkeypatch: pytest.MonkeyPatch,
@@ -208,7 +208,7 @@ def test_each_worker_has_a_device(
             """There is nothing to end."""
 
     monkeypatch.setattr(local_workers, "_WorkerGroup", Noted)
-    scale = ScaleSettings(workers=2, gpus_per_worker=asked)
+    scale = ScaleSettings(workers=2, gpus_per_worker=requested)
     with LocalLauncher(scale, WorkerRequest(2, 2, 1.0, gpus), 2, Stop(), {}, verbose=False):
         assert begun == [(devices, visible)]
 

@@ -48,8 +48,8 @@ def test_the_microbatch_is_halved(
     large = losses(tmp_path / "large")
     assert losses(tmp_path / "run") == pytest.approx(large, abs=1e-4)
     assert record["micro_batch_size"] == 2
-    reasons = [one["reason"] for one in record["restarts"]]
-    assert [one["step"] for one in record["restarts"]] == [1, 1]
+    reasons = [restart["reason"] for restart in record["restarts"]]
+    assert [restart["step"] for restart in record["restarts"]] == [1, 1]
     assert "micro_batch_size 4 instead of 8" in reasons[0] and "2 instead of 4" in reasons[1]
     assert TOLD in reasons[0]
 
@@ -61,11 +61,11 @@ def test_it_goes_on_from_the_checkpoint(
     carry_out(recipe(tiny_model, chat_file, tmp_path, "whole"))
     spoil(monkeypatch, holds(2, after_calls=20))
     record = carry_out(recipe(tiny_model, chat_file, tmp_path, "run"))
-    assert [one["step"] for one in record["restarts"]] == [11, 8]
-    ours, whole = losses(tmp_path / "run"), losses(tmp_path / "whole")
-    assert list(ours) == list(range(1, 13))
-    assert ours == pytest.approx(whole, abs=1e-4)
-    assert {step: ours[step] for step in range(1, 9)} == {s: whole[s] for s in range(1, 9)}
+    assert [restart["step"] for restart in record["restarts"]] == [11, 8]
+    actual, expected = losses(tmp_path / "run"), losses(tmp_path / "whole")
+    assert list(actual) == list(range(1, 13))
+    assert actual == pytest.approx(expected, abs=1e-4)
+    assert {step: actual[step] for step in range(1, 9)} == {s: expected[s] for s in range(1, 9)}
 
 
 def test_with_one_row_it_says_what_to_change(

@@ -42,14 +42,14 @@ def test_full_fine_tuning_trains_everything_in_float32(tiny_model: Path) -> None
 
 
 def test_lora_trains_the_adapter_alone(tiny_model: Path) -> None:
-    told = recipe(tiny_model, adapter={"rank": 4, "alpha": 8})
-    model = load_model(told)
+    settings = recipe(tiny_model, adapter={"rank": 4, "alpha": 8})
+    model = load_model(settings)
     names = [name for name, p in model.named_parameters() if p.requires_grad]
     assert names and all("lora_" in name for name in names)
     # rank * (in + out) of q, k, v, o, gate, up and down, in two layers
     expected = 2 * 4 * ((32 + 32) + 2 * (32 + 16) + (32 + 32) + 3 * (32 + 64))
     assert count_parameters(model)["trainable"] == expected
-    assert count_parameters(model) == count_meta_parameters(told)
+    assert count_parameters(model) == count_meta_parameters(settings)
 
 
 def test_targets_by_name(tiny_model: Path) -> None:

@@ -1,4 +1,4 @@
-"""The memory that is told, against what a model really keeps for its backward pass."""
+"""The estimated memory, compared with what a model really keeps for its backward pass."""
 
 import gc
 import json
@@ -104,7 +104,7 @@ def bytes_kept(settings: Recipe) -> int:
     return sum(storages.values())
 
 
-def told(settings: Recipe) -> int:
+def estimated_bytes(settings: Recipe) -> int:
     """Bytes of a microbatch's activations and logits."""
     return estimate(settings, sizes_of(settings)).activations
 
@@ -112,8 +112,10 @@ def told(settings: Recipe) -> int:
 @pytest.mark.parametrize("case", CASES)
 def test_two_layers_keep_what_is_told(bases: dict[int, Path], case: str) -> None:
     """Exactly; embedding, head and logits are the same in both models."""
-    one, three = (recipe(bases[layers], **CASES[case]) for layers in (1, 3))
-    assert told(three) - told(one) == bytes_kept(three) - bytes_kept(one)
+    single, three = (recipe(bases[layers], **CASES[case]) for layers in (1, 3))
+    assert estimated_bytes(three) - estimated_bytes(single) == bytes_kept(three) - bytes_kept(
+        single
+    )
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -126,19 +128,21 @@ def test_checkpointing_keeps_the_layers_inputs(bases: dict[int, Path], dtype: st
         logits = forward(settings, model)
         gc.collect()
         shape = (1, TOKENS, 48)
-        found = {
+        sizes = {
             tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes()
             for tensor in gc.get_objects()
             if isinstance(tensor, torch.Tensor) and tensor.shape == shape
         }
         assert logits.requires_grad
-        return sum(found.values())
+        return sum(sizes.values())
 
     settings = [
         recipe(bases[n], **LORA, model={"dtype": dtype, "gradient_checkpointing": True})
         for n in (1, 3)
     ]
-    assert told(settings[1]) - told(settings[0]) == live(settings[1]) - live(settings[0])
+    assert estimated_bytes(settings[1]) - estimated_bytes(settings[0]) == live(settings[1]) - live(
+        settings[0]
+    )
 
 
 @pytest.mark.parametrize("case", ["lora-float32", "lora-bfloat16", "full-float32"])
@@ -175,12 +179,14 @@ def test_weights_and_states_are_what_is_told(bases: dict[int, Path], case: str) 
 
 def test_what_multiplies_it(bases: dict[int, Path]) -> None:
     plain = recipe(bases[3], **LORA)
-    assert told(recipe(bases[3], **LORA, optim={"micro_batch_size": 3})) == 3 * told(plain)
+    assert estimated_bytes(
+        recipe(bases[3], **LORA, optim={"micro_batch_size": 3})
+    ) == 3 * estimated_bytes(plain)
     pairs = recipe(bases[3], **LORA, method={"kind": "simpo"})
     logits = TOKENS * 64
-    assert told(pairs) - 2 * logits * 4 == 2 * (told(plain) - logits * 14)
+    assert estimated_bytes(pairs) - 2 * logits * 4 == 2 * (estimated_bytes(plain) - logits * 14)
     scored = recipe(bases[3], **LORA, method={"kind": "reward"})
-    assert told(scored) == 2 * (told(plain) - logits * 14)
+    assert estimated_bytes(scored) == 2 * (estimated_bytes(plain) - logits * 14)
     full = recipe(bases[3], method={"kind": "dpo"})
     without = recipe(bases[3], method={"kind": "dpo", "precompute_reference": True})
     sizes = sizes_of(full)
@@ -217,9 +223,9 @@ def test_a_known_model(tmp_path: Path) -> None:
                 "optim": {"micro_batch_size": 1},
             }
         )
-        told: MemoryEstimate = estimate(settings, LLAMA_8B)
-        assert told.weights / 2**30 == pytest.approx(5.4, abs=0.1)
-        return (told.activations - 8192 * 128_256 * 14) / 2**30
+        memory: MemoryEstimate = estimate(settings, LLAMA_8B)
+        assert memory.weights / 2**30 == pytest.approx(5.4, abs=0.1)
+        return (memory.activations - 8192 * 128_256 * 14) / 2**30
 
     assert layers() == pytest.approx(45, abs=1)
     assert layers(dropout=0.1, dtype="float32") == pytest.approx(91, abs=3)

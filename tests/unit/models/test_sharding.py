@@ -68,11 +68,11 @@ def make_model(settings: Recipe) -> Any:
     return model
 
 
-def assert_close(one: dict[str, Any], other: dict[str, Any], **tolerance: float) -> None:
-    assert one.keys() == other.keys() and one
-    for name, value in one.items():
+def assert_close(actual: dict[str, Any], expected: dict[str, Any], **tolerance: float) -> None:
+    assert actual.keys() == expected.keys() and actual
+    for name, value in actual.items():
         torch.testing.assert_close(
-            value, other[name], **tolerance, msg=lambda m, n=name: f"{n}: {m}"
+            value, expected[name], **tolerance, msg=lambda m, n=name: f"{n}: {m}"
         )
 
 
@@ -92,9 +92,9 @@ def test_the_step_is_that_of_one_process(
 
     def work(rank: int, world_size: int) -> dict[str, Any]:
         model = make_model(settings)
-        measured, told, _ = one_step(model, settings, rows, tmp_path, rank, world_size)
+        measured, values, _ = one_step(model, settings, rows, tmp_path, rank, world_size)
         assert all(isinstance(weight, DTensor) for weight in model.parameters())
-        return {"gradients": measured, "logged": told}
+        return {"gradients": measured, "logged": values}
 
     for saved in by_workers(workers, tmp_path, work):
         assert saved["logged"] == pytest.approx(logged, abs=1e-5)
@@ -129,10 +129,10 @@ def train(
     def rows() -> Iterator[Rows]:
         for step in steps:
             batch = make_sequences(BATCH, step)
-            first = sum(share(BATCH, other, world_size) for other in range(rank))
-            mine = batch[first : first + share(BATCH, rank, world_size)]
+            first = sum(share(BATCH, earlier, world_size) for earlier in range(rank))
+            own = batch[first : first + share(BATCH, rank, world_size)]
             number = accumulation(settings, world_size)
-            yield from microbatches(iter(mine), len(mine), optim.micro_batch_size, number)
+            yield from microbatches(iter(own), len(own), optim.micro_batch_size, number)
 
     def after_step(measures: StepMeasures) -> bool:
         losses.append(trainer.take_loss(1)[0])
@@ -192,20 +192,20 @@ def test_a_checkpoint_belongs_to_no_number_of_workers(
     In bfloat16 there are masters, and the losses are rounded.
     """
     settings = make_recipe(tiny_model, kind, 0, learning_rate=1e-3)
-    alone, handed = tmp_path / "alone", tmp_path / "handed"
+    alone, chain = tmp_path / "alone", tmp_path / "chain"
     alone.mkdir()
-    handed.mkdir()
+    chain.mkdir()
     expected = train(settings, alone, 0, 1, range(len(CHAIN)))
     losses: list[float] = []
     norms: list[float] = []
     for step, (workers, strategy) in enumerate(CHAIN):
         scale = settings.scale.model_copy(update={"workers": workers, "strategy": strategy})
-        told = settings.model_copy(update={"scale": scale})
+        scaled = settings.model_copy(update={"scale": scale})
 
         def work(
-            rank: int, world_size: int, told: Recipe = told, step: int = step
+            rank: int, world_size: int, scaled: Recipe = scaled, step: int = step
         ) -> dict[str, Any]:
-            return train(told, handed, rank, world_size, range(step, step + 1))
+            return train(scaled, chain, rank, world_size, range(step, step + 1))
 
         meeting = tmp_path / f"meeting-{step}"
         meeting.mkdir()
@@ -217,15 +217,15 @@ def test_a_checkpoint_belongs_to_no_number_of_workers(
         losses += parts[0]["losses"]
         norms += parts[0]["norms"]
         if step:
-            written = state_of(handed / f"again-{step}")
-            assert_close(written, state_of(handed / f"step-{step}"), atol=0, rtol=0)
+            written = state_of(chain / f"again-{step}")
+            assert_close(written, state_of(chain / f"step-{step}"), atol=0, rtol=0)
     rounding = 1e-2 if kind == "bfloat16" else 1e-5
     assert losses == pytest.approx(expected["losses"], abs=rounding)
     assert len(set(losses)) == len(CHAIN)
     if kind != "bfloat16":
         assert norms == pytest.approx(expected["norms"], rel=1e-4)
-        ours, theirs = (state_of(folder / f"step-{len(CHAIN)}") for folder in (handed, alone))
-        assert_close(ours, theirs, atol=1e-5, rtol=1e-4)
+        chained, single = (state_of(folder / f"step-{len(CHAIN)}") for folder in (chain, alone))
+        assert_close(chained, single, atol=1e-5, rtol=1e-4)
 
 
 def test_weights_trained_in_float32_are_gathered_in_the_compute_type(
@@ -235,9 +235,9 @@ def test_weights_trained_in_float32_are_gathered_in_the_compute_type(
     whole = make_recipe(tiny_model, "full", 0)
     rows = make_sequences(BATCH)
     expected, logged, _ = one_step(make_model(whole), whole, rows, tmp_path, 0, 1)
-    told = make_recipe(tiny_model, "full", 2)
-    low = told.model.model_copy(update={"dtype": "bfloat16"})
-    settings = told.model_copy(update={"model": low})
+    full = make_recipe(tiny_model, "full", 2)
+    low = full.model.model_copy(update={"dtype": "bfloat16"})
+    settings = full.model_copy(update={"model": low})
 
     def work(rank: int, world_size: int) -> dict[str, Any]:
         model = make_model(settings)
@@ -294,11 +294,11 @@ def test_every_rank_holds_its_share_and_the_result_is_whole(
     names = sorted(path.name for path in (tmp_path / "whole").iterdir())
     assert names == sorted(path.name for path in (tmp_path / "gathered").iterdir())
     for name in names:
-        ours, theirs = tmp_path / "gathered" / name, tmp_path / "whole" / name
+        actual, expected = tmp_path / "gathered" / name, tmp_path / "whole" / name
         if name.endswith(".safetensors"):
-            assert_close(load_file(ours), load_file(theirs), atol=0, rtol=0)
+            assert_close(load_file(actual), load_file(expected), atol=0, rtol=0)
         elif name.endswith(".json"):
-            assert settings_of(ours) == settings_of(theirs), name
+            assert settings_of(actual) == settings_of(expected), name
 
 
 @pytest.mark.parametrize("prompts", [1, 3])
@@ -306,12 +306,12 @@ def test_answers(tiny_model: Path, tmp_path: Path, prompts: int) -> None:
     """The same as one process's, also where a rank has no prompt of its own."""
     settings = make_recipe(tiny_model, "lora", 2)
     model, tokenizer = make_model(settings), load_tokenizer(settings)
-    asked = [list(range(5 + 2 * number, 40)) for number in range(prompts)]
-    expected = generate_answers(model, tokenizer, asked, 12, 0, 1)
+    prompt_ids = [list(range(5 + 2 * number, 40)) for number in range(prompts)]
+    expected = generate_answers(model, tokenizer, prompt_ids, 12, 0, 1)
 
     def work(rank: int, world_size: int) -> dict[str, Any]:
         shard(model, settings, torch.device("cpu"))
-        return {"answers": generate_answers(model, tokenizer, asked, 12, rank, world_size)}
+        return {"answers": generate_answers(model, tokenizer, prompt_ids, 12, rank, world_size)}
 
     for saved in by_workers(2, tmp_path, work):
         assert saved["answers"] == expected

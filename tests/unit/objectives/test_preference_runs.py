@@ -66,9 +66,9 @@ def run(recipe: Recipe) -> Path:
 def lines(folder: Path) -> list[dict[str, Any]]:
     """Logged lines, without what time decides."""
     text = (folder / "metrics.jsonl").read_text(encoding="utf-8")
-    found = [json.loads(line) for line in text.splitlines()]
+    records = [json.loads(line) for line in text.splitlines()]
     timed = ("seconds", "tokens_per_second")
-    return [{key: line[key] for key in line if key not in timed} for line in found]
+    return [{key: line[key] for key in line if key not in timed} for line in records]
 
 
 def tensors(folder: Path) -> dict[str, torch.Tensor]:
@@ -134,11 +134,11 @@ def test_a_precomputed_reference(tiny_model: Path, pairs: Path, tmp_path: Path) 
     assert not references(tmp_path)
     recipe = make_recipe(tiny_model, pairs, tmp_path, method=PRECOMPUTED, name="precomputed")
     folder = run(recipe)
-    for one, other in zip(lines(direct), lines(folder), strict=True):
+    for actual, expected in zip(lines(direct), lines(folder), strict=True):
         # At the start all rewards are 0, but for what rounding makes of them.
-        tied = ("reward_accuracy",) if one["step"] == 1 else ()
-        assert {k: v for k, v in one.items() if k not in tied} == pytest.approx(
-            {k: v for k, v in other.items() if k not in tied}, abs=1e-4, rel=1e-4
+        tied = ("reward_accuracy",) if actual["step"] == 1 else ()
+        assert {k: v for k, v in actual.items() if k not in tied} == pytest.approx(
+            {k: v for k, v in expected.items() if k not in tied}, abs=1e-4, rel=1e-4
         )
     (file,) = references(tmp_path)
     table = pq.read_table(file).to_pylist()
@@ -156,11 +156,11 @@ def test_a_named_reference(tiny_model: Path, pairs: Path, tmp_path: Path) -> Non
     first = run(make_recipe(tiny_model, pairs, tmp_path, method={"kind": "dpo"}))
     by_name = {"kind": "dpo", "reference_model": str(tiny_model)}
     same = run(make_recipe(tiny_model, pairs, tmp_path, method=by_name, name="same"))
-    for one, other in zip(lines(first), lines(same), strict=True):
-        assert one == pytest.approx(other, abs=1e-5)
+    for actual, expected in zip(lines(first), lines(same), strict=True):
+        assert actual == pytest.approx(expected, abs=1e-5)
     by_run = {"kind": "dpo", "reference_model": str(first / "adapter")}
-    other = run(make_recipe(tiny_model, pairs, tmp_path, method=by_run, name="other"))
-    start = next(line for line in lines(other) if "loss" in line)
+    by_run_folder = run(make_recipe(tiny_model, pairs, tmp_path, method=by_run, name="other"))
+    start = next(line for line in lines(by_run_folder) if "loss" in line)
     assert abs(start["loss"] - 0.6931) > 0.01
 
 
@@ -244,8 +244,8 @@ def test_a_reward_model_scores_alone(
 def score(model: Any, tokenizer: Any, texts: list[str]) -> torch.Tensor:
     encoded = tokenizer(texts, padding=True, return_tensors="pt", padding_side="right")
     inputs = {name: encoded[name] for name in ("input_ids", "attention_mask")}
-    found: torch.Tensor = model(**inputs).logits.squeeze(-1)
-    return found
+    logits: torch.Tensor = model(**inputs).logits.squeeze(-1)
+    return logits
 
 
 def written(folder: Path, base: Path, data: Path, method: str, **more: str) -> Path:
@@ -269,13 +269,13 @@ def test_a_reference_that_is_not_there(tiny_model: Path, pairs: Path, tmp_path: 
 
 
 def test_a_reference_of_another_tokenizer(tiny_model: Path, pairs: Path, tmp_path: Path) -> None:
-    other = Path(shutil.copytree(tiny_model, tmp_path / "other"))
-    tokenizer = json.loads((other / "tokenizer.json").read_text(encoding="utf-8"))
+    copied = Path(shutil.copytree(tiny_model, tmp_path / "other"))
+    tokenizer = json.loads((copied / "tokenizer.json").read_text(encoding="utf-8"))
     first, second = list(tokenizer["model"]["vocab"])[10:12]
     vocabulary = tokenizer["model"]["vocab"]
     vocabulary[first], vocabulary[second] = vocabulary[second], vocabulary[first]
-    (other / "tokenizer.json").write_text(json.dumps(tokenizer), encoding="utf-8")
-    method = {"kind": "dpo", "reference_model": str(other)}
+    (copied / "tokenizer.json").write_text(json.dumps(tokenizer), encoding="utf-8")
+    method = {"kind": "dpo", "reference_model": str(copied)}
     with pytest.raises(InputError, match=r"tokenizer of .*other is another one"):
         run(make_recipe(tiny_model, pairs, tmp_path, method=method))
 

@@ -110,13 +110,13 @@ def test_held_out_rows(tiny_model: Path, tmp_path: Path, method: dict[str, Any])
     model = make_model(settings).eval()
     objective = objective_of(make_setup(settings, model, tmp_path, 0, 1))
     with torch.no_grad():
-        one, other = (
+        actual, expected = (
             objective.evaluate_held_out(in_batches(iter(rows), size), torch.device("cpu"))
             for size in (2, BATCH)
         )
-    torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-5)
-    assert one[0, 1] == BATCH
-    assert torch.isfinite(one).all()
+    torch.testing.assert_close(actual, expected, atol=1e-5, rtol=1e-5)
+    assert actual[0, 1] == BATCH
+    assert torch.isfinite(actual).all()
 
 
 @pytest.mark.parametrize("method", METHODS, ids=lambda method: method["kind"])
@@ -134,9 +134,9 @@ def test_held_out_rows_of_a_sharded_model(
             setup = make_setup(settings, model, tmp_path, rank, world_size)
             objective = objective_of(setup)
             setup.place(model.eval())
-            mine = in_batches(iter(rows[rank::world_size]), 1, at_least=3)
+            own = in_batches(iter(rows[rank::world_size]), 1, at_least=3)
             with torch.no_grad():
-                return {"total": objective.evaluate_held_out(mine, torch.device("cpu"))}
+                return {"total": objective.evaluate_held_out(own, torch.device("cpu"))}
 
         folder = tmp_path / strategy
         folder.mkdir()
@@ -152,8 +152,8 @@ def test_sharded_full_fine_tuning_with_a_reference(tiny_model: Path, tmp_path: P
     rows = make_rows("dpo")
 
     def full(micro: int, strategy: str) -> Recipe:
-        told = make_recipe(tiny_model, {"kind": "dpo"}, micro, strategy)
-        return told.model_copy(update={"adapter": None})
+        settings = make_recipe(tiny_model, {"kind": "dpo"}, micro, strategy)
+        return settings.model_copy(update={"adapter": None})
 
     whole = full(BATCH, "ddp")
     expected, logged, _ = one_step(load_model(whole), whole, rows, tmp_path, 0, 1)

@@ -36,9 +36,9 @@ def expected_shares(logits: torch.Tensor, method: GrpoMethod) -> torch.Tensor:
             break
         chosen.append(token)
         reached += float(shares[token])
-    found = torch.zeros_like(shares)
-    found[chosen] = shares[chosen] / reached
-    return found
+    expected = torch.zeros_like(shares)
+    expected[chosen] = shares[chosen] / reached
+    return expected
 
 
 @pytest.mark.parametrize(
@@ -51,14 +51,14 @@ def test_tokens_follow_the_distribution(changes: dict[str, Any]) -> None:
     logits = torch.randn(VOCABULARY, generator=generator) * 2
     method = settings(**changes)
     shares = probabilities(logits[None], method)
-    wanted = expected_shares(logits, method)
-    torch.testing.assert_close(shares[0], wanted)
+    distribution = expected_shares(logits, method)
+    torch.testing.assert_close(shares[0], distribution)
     uniform = torch.rand(DRAWS, generator=generator, dtype=torch.float64)
     drawn = pick(shares.expand(DRAWS, -1), uniform)
     counts = torch.bincount(drawn, minlength=VOCABULARY).double()
-    assert counts[wanted == 0].sum() == 0
-    expected = wanted[wanted > 0] * DRAWS
-    statistic = float(((counts[wanted > 0] - expected) ** 2 / expected).sum())
+    assert counts[distribution == 0].sum() == 0
+    expected = distribution[distribution > 0] * DRAWS
+    statistic = float(((counts[distribution > 0] - expected) ** 2 / expected).sum())
     assert statistic < CRITICAL
 
 
@@ -115,10 +115,10 @@ def test_workers_sample_what_one_would(
     def sampled(rank: int, world: int) -> list[list[int]]:
         objective = objective_of(setup_of(recipe, model, tokenizer, rank, world))
         before = sum(4 // world + (other < 4 % world) for other in range(rank))
-        mine = rows[before : before + 4 // world + (rank < 4 % world)]
-        places = [objective._first_place + place for place in range(len(mine))]
-        assert places == list(range(before, before + len(mine)))
-        requests = objective.requests(7, mine)
+        own = rows[before : before + 4 // world + (rank < 4 % world)]
+        places = [objective._first_place + place for place in range(len(own))]
+        assert places == list(range(before, before + len(own)))
+        requests = objective.requests(7, own)
         return [rollout.ids for rollout in objective._sampler_and_scorer()[0].sample(requests)]
 
     parts = [ids for rank in range(workers) for ids in sampled(rank, workers)]

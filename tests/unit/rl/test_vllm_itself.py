@@ -104,15 +104,15 @@ def test_it_answers_as_the_model_that_is_trained(
 ) -> None:
     """Greedily, each token is the one transformers finds; so with the next adapter."""
     greedy = sampling(top_k=1)
-    asked = requests(tokenizer, 12)
-    found: list[list[Rollout]] = []
+    sample_requests = requests(tokenizer, 12)
+    samples: list[list[Rollout]] = []
     for seed in (1, 2):
         turn(model, seed)
-        found.append(vllm.sample(asked))
-        assert found[-1] == LocalRollouts(model, tokenizer, greedy).sample(asked)
-    assert found[0] != found[1]
-    assert {rollout.ended for rollouts in found for rollout in rollouts} == {True, False}
-    for rollout in (one for rollouts in found for one in rollouts):
+        samples.append(vllm.sample(sample_requests))
+        assert samples[-1] == LocalRollouts(model, tokenizer, greedy).sample(sample_requests)
+    assert samples[0] != samples[1]
+    assert {rollout.ended for rollouts in samples for rollout in rollouts} == {True, False}
+    for rollout in (sample for rollouts in samples for sample in rollouts):
         assert len(rollout.ids) <= 60 and (rollout.ended or len(rollout.ids) == 60)
 
 
@@ -124,16 +124,16 @@ def test_tokens_follow_the_models_distribution(
     prompt = requests(tokenizer, 1)[0].prompt_ids
     with torch.no_grad():
         logits = model(input_ids=torch.tensor([prompt])).logits[0, -1]
-    asked = [Request(prompt, (9, draw)) for draw in range(DRAWS)]
+    sample_requests = [Request(prompt, (9, draw)) for draw in range(DRAWS)]
     sampling(max_completion=1, temperature=0.8)
-    first = vllm.sample(asked)
+    first = vllm.sample(sample_requests)
     drawn = torch.tensor([rollout.ids[0] for rollout in first])
     shares = (logits.double() / 0.8).softmax(0)
     likely = shares * DRAWS >= 5
     counts = torch.bincount(drawn, minlength=len(shares)).double()
     pooled = torch.cat([counts[likely], counts[~likely].sum()[None]])
-    wanted = torch.cat([shares[likely], shares[~likely].sum()[None]]) * DRAWS
-    freedom = len(wanted) - 1
+    expected = torch.cat([shares[likely], shares[~likely].sum()[None]]) * DRAWS
+    freedom = len(expected) - 1
     # Five standard deviations of a chi-square distribution.
-    assert ((pooled - wanted) ** 2 / wanted).sum() < freedom + 5 * (2 * freedom) ** 0.5
-    assert vllm.sample(asked[:50]) == first[:50]
+    assert ((pooled - expected) ** 2 / expected).sum() < freedom + 5 * (2 * freedom) ** 0.5
+    assert vllm.sample(sample_requests[:50]) == first[:50]

