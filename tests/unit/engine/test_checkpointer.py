@@ -1,4 +1,4 @@
-"""Saves beside the training, into a store that fails, is slow or is full."""
+"""Background saves to a storage that fails, is slow or is full."""
 
 import errno
 import json
@@ -29,7 +29,7 @@ NO_PAUSES = (0.0, 0.0)
 
 
 class Store:
-    """Stands before `Folder.upload`: fails as often as it is told, and waits where it is closed."""
+    """Replaces `Folder.upload`: fails `failures` times, and waits while it is closed."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.failures = 0

@@ -1,4 +1,4 @@
-"""A loss or a gradient that is not finite: no update, on no rank, and what follows from it."""
+"""A non-finite loss or gradient updates no rank, and is recorded."""
 
 import copy
 import json
@@ -35,7 +35,7 @@ State = dict[str, torch.Tensor]
 def trained(
     base: Path, scratch: Path, rank: int, world_size: int, poison: str, dtype: torch.dtype
 ) -> dict[str, Any]:
-    """Weights and optimizer after each of five steps; one is spoilt on the last rank."""
+    """Weights and optimizer after each of five steps; one step is not finite on the last rank."""
     settings = Recipe.model_validate(
         {
             "name": "x",
@@ -103,7 +103,7 @@ def trained(
 def test_the_step_changes_nothing(
     tiny_model: Path, tmp_path: Path, poison: str, workers: int, dtype: str
 ) -> None:
-    """Of two ranks only one meets it. The schedule goes on as if nothing had been."""
+    """It occurs on one of two ranks. The learning-rate schedule continues unchanged."""
     kind: torch.dtype = getattr(torch, dtype)
 
     def work(poison: str) -> Callable[[int, int], dict[str, Any]]:
@@ -137,7 +137,7 @@ def test_the_step_changes_nothing(
 
 
 def test_fp16_scaler_and_the_guard_agree() -> None:
-    """Either's word leaves the step out, and the next one is taken."""
+    """Either of them skips the step, and the next step is taken."""
     weight = torch.nn.Parameter(torch.ones(3))
     optimizer = SkippingAdamW([{"params": [weight]}], lr=0.1)
     scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
@@ -158,13 +158,13 @@ def test_fp16_scaler_and_the_guard_agree() -> None:
 
 @pytest.mark.parametrize(("scaled", "patience"), [(False, 3), (True, 19)])
 def test_patience(scaled: bool, patience: int) -> None:
-    """Only steps in a row count; a scaler may look for its scale first."""
+    """Only consecutive steps count; fp16's scaler gets more of them to find its scale."""
     steps_ = NonFiniteSteps(torch.device("cpu"), 3, scaled)
     flags = [1.0] * (patience - 1) + [0.0] + [1.0] * patience
     for step, flag in enumerate(flags, start=1):
         steps_.check()
         steps_.add(step, torch.tensor(flag), torch.tensor(2.0 if flag == 0.0 else math.nan))
-        steps_.hear(step)
+        steps_.read_flags(step)
     with pytest.raises(NonFiniteError) as error:
         steps_.check()
     assert error.value.steps == tuple(range(patience + 1, 2 * patience + 1))
@@ -179,7 +179,7 @@ def poison_row(row: int) -> Callable[[Batch, torch.Tensor], torch.Tensor]:
 def test_a_poisoned_row(
     tiny_model: Path, chat_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One step is skipped and told with its rows; the logged mean is that of the others."""
+    """One step is skipped and recorded with its rows; the logged mean leaves it out."""
     spoil(monkeypatch, poison_row(17))
     logged: dict[int, dict[str, float]] = {}
 
@@ -237,9 +237,9 @@ def test_a_transient_fault_is_cured(
     log_every: int,
     faults: int,
 ) -> None:
-    """Steps in a row go wrong once, from the fifth; the run goes back, and ends as if they had not.
+    """Consecutive steps from the fifth fail once: the run rolls back, and its result is the same.
 
-    Also where it is not a logged step that tells of them.
+    That holds too if the check happens after a step that is not logged.
     """
 
     def run(name: str) -> dict[str, Any]:

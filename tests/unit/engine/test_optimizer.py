@@ -1,4 +1,4 @@
-"""AdamW over weights of any type: masters, groups, and how a state goes on."""
+"""AdamW for weights of any type: masters, groups and resumed states."""
 
 import copy
 from collections.abc import Callable
@@ -36,7 +36,7 @@ def linear(dtype: torch.dtype) -> nn.Module:
 
 
 def steps(model: nn.Module, optimizer: torch.optim.Optimizer, seeds: range) -> None:
-    """One step on random gradients for each seed."""
+    """Take one step on random gradients for each seed."""
     for seed in seeds:
         generator = torch.Generator().manual_seed(seed)
         for parameter in model.parameters():
@@ -66,7 +66,7 @@ def test_float32_is_torchs_own() -> None:
 
 
 def test_masters_collect_updates_that_bfloat16_loses() -> None:
-    """Weights of 1 move by 1e-5 a step: 2**-8 is the least that bfloat16 shows of them."""
+    """Weights of 1 move by 1e-5 a step; bfloat16 represents only steps of 2**-8 there."""
 
     def ones() -> nn.Module:
         model = nn.Linear(4, 4, bias=False, dtype=torch.bfloat16)

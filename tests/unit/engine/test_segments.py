@@ -1,4 +1,4 @@
-"""A run in segments is the run in one go, and another's checkpoint goes on with own settings."""
+"""A run in segments equals an uninterrupted run; a checkpoint continues with other settings."""
 
 from pathlib import Path
 from typing import Any

@@ -20,7 +20,7 @@ BATCH = 8
 
 
 def documents(sequence: Sequence) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """(input_ids, trainable) of each document."""
+    """Pairs (input_ids, trainable), one for each document."""
     ids = torch.from_numpy(sequence.input_ids.astype(np.int64))
     trainable = torch.from_numpy(sequence.trainable)
     sizes = sequence.lengths.tolist()
@@ -81,7 +81,7 @@ def test_packed_equals_unpacked(tiny_model: Path, attention: str) -> None:
 
 
 def test_a_neighbour_changes_nothing(model: Any) -> None:
-    """A document's logits are the same whatever it is packed with."""
+    """A document's logits do not depend on the documents packed with it."""
     first, second = (make_sequences(1, seed)[0] for seed in (1, 2))
     joined = Sequence(
         np.concatenate([first.input_ids, second.input_ids]),

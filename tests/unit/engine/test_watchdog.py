@@ -1,4 +1,4 @@
-"""The watchdog: what it times, what it leaves alone, and what it writes."""
+"""What the watchdog times, what it ignores, and what it writes."""
 
 import subprocess
 import sys
@@ -40,7 +40,7 @@ def test_a_step_that_does_not_end() -> None:
 
 
 def test_what_is_left_alone() -> None:
-    """The first step, what follows a step, and steps that end."""
+    """It ignores the first step, work after a step, and steps that end in time."""
     calls: list[float] = []
     with Watchdog(SHORT, calls.append) as dog:
         time.sleep(3 * SHORT)
@@ -75,7 +75,7 @@ def test_auto_goes_by_the_longest_step(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_stacks_of_all_threads(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    """And the next attempt tells of them, once."""
+    """The next attempt records them once."""
     waits = threading.Event()
 
     def hanging_collective() -> None:
@@ -104,7 +104,7 @@ def test_the_stacks_of_all_threads(tmp_path: Path, capfd: pytest.CaptureFixture[
 
 
 class _Abandoned(Exception):
-    """In the place of the process's end."""
+    """Raised instead of ending the process."""
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")

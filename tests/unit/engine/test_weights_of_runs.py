@@ -1,4 +1,4 @@
-"""Whole runs in this process: what each choice of weights learns, leaves behind and resumes."""
+"""Complete runs in this process, for each choice of trained weights: result and resume."""
 
 import json
 import shutil
@@ -71,7 +71,7 @@ RESUMED = [
 
 @dataclass
 class Runs:
-    """Runs beside each other in one storage, each made when it is first asked for."""
+    """Runs in one storage, each made at its first use."""
 
     base: Path
     data: Path
@@ -131,7 +131,7 @@ def tensors(run: Path) -> dict[str, torch.Tensor]:
 
 
 def in_memory(recipe: Recipe, run: Path) -> Any:
-    """The model as it was trained, with the weights of its last checkpoint."""
+    """The model in training, with the weights of its last checkpoint."""
     model = load_model(recipe)
     weights = run / "checkpoints" / f"step-{STEPS:08d}"
     if isinstance(model, PeftModel):
@@ -142,7 +142,7 @@ def in_memory(recipe: Recipe, run: Path) -> Any:
 
 
 def loaded_alone(recipe: Recipe, run: Path) -> Any:
-    """The result, as transformers and PEFT load it."""
+    """The result, loaded by transformers and PEFT."""
     dtype = getattr(torch, recipe.model.dtype) if recipe.model.dtype != "auto" else torch.float32
     if not recipe.trains_adapter:
         return AutoModelForCausalLM.from_pretrained(run / "model", dtype=torch.float32).eval()
@@ -187,7 +187,7 @@ def test_it_learns_and_loads_alone(runs: Runs, variant: str) -> None:
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_its_export_is_the_model_that_was_trained(runs: Runs, variant: str, tmp_path: Path) -> None:
-    """An adapter merged into its base as the run held it, and what is a whole model already."""
+    """Covers an adapter merged into its (quantised) base, and a full model."""
     recipe, run = runs.recipe(variant), runs.run(variant)
     to = tmp_path / "whole"
     export(Folder(str(run)), to, merge=recipe.trains_adapter)
@@ -201,7 +201,7 @@ def test_its_export_is_the_model_that_was_trained(runs: Runs, variant: str, tmp_
 
 
 def distance(actual: torch.Tensor, expected: torch.Tensor) -> float:
-    """Root of the mean square of the difference, in standard deviations."""
+    """Root mean square of the difference, in standard deviations."""
     return float((actual - expected).square().mean().sqrt() / actual.std())
 
 

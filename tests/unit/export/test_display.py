@@ -1,4 +1,4 @@
-"""What the export command shows."""
+"""The output of the export command."""
 
 import io
 import json

@@ -1,4 +1,4 @@
-"""What an export holds, what its card says, and what is refused."""
+"""The files of an export, its model card, and refusals."""
 
 import json
 import shutil

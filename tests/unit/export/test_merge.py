@@ -1,4 +1,4 @@
-"""Merging, against PEFT: the unmerged model and its own `merge_and_unload` are the oracles."""
+"""Merging, compared with PEFT's unmerged model and its `merge_and_unload`."""
 
 import json
 import shutil
@@ -46,19 +46,19 @@ def llama(tied: bool = False) -> PreTrainedModel:
 
 
 def qwen2() -> PreTrainedModel:
-    """Its q, k and v have biases."""
+    """A model whose q, k and v layers have biases."""
     return Qwen2ForCausalLM(
         Qwen2Config(**SMALL, intermediate_size=48, num_key_value_heads=2, pad_token_id=0)
     )
 
 
 def gpt2() -> PreTrainedModel:
-    """Its layers are Conv1D: weights lie as (in, out)."""
+    """A model of Conv1D layers, whose weights are stored as (in, out)."""
     return GPT2LMHeadModel(GPT2Config(vocab_size=64, n_embd=32, n_layer=2, n_head=4))
 
 
 def mixtral() -> PreTrainedModel:
-    """Its files hold experts one by one, the model holds them fused."""
+    """A model with fused experts, which its files hold as separate tensors."""
     return MixtralForCausalLM(
         MixtralConfig(**SMALL, intermediate_size=48, num_key_value_heads=2, num_local_experts=2)
     )
@@ -73,7 +73,7 @@ def save(model: PreTrainedModel, folder: Path, **how: Any) -> Path:
 
 
 def adapt(base: Path, folder: Path, make: Any = AutoModelForCausalLM, **settings: Any) -> Path:
-    """Write an adapter with random weights over a base."""
+    """Write an adapter with random weights for a base."""
     task = "SEQ_CLS" if make is AutoModelForSequenceClassification else "CAUSAL_LM"
     more = {"num_labels": 1} if task == "SEQ_CLS" else {}
     settings = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear", **settings}
@@ -107,7 +107,7 @@ def unmerged(base: Path, adapter: Path, make: Any = AutoModelForCausalLM, **how:
 
 
 def load(folder: Path, make: Any = AutoModelForCausalLM, **how: Any) -> PreTrainedModel:
-    """Load a merged model; nothing may be missing in it, nor left over."""
+    """Load a merged model; no tensor may be missing or unexpected."""
     model, info = make.from_pretrained(folder, output_loading_info=True, **how)
     assert not info["missing_keys"] and not info["mismatched_keys"], info
     loaded: PreTrainedModel = model
@@ -115,7 +115,7 @@ def load(folder: Path, make: Any = AutoModelForCausalLM, **how: Any) -> PreTrain
 
 
 def assert_close(actual: torch.Tensor, expected: torch.Tensor, share: float = 1e-5) -> None:
-    """Equal within a share of the logits' own spread."""
+    """Assert equality within a share of the logits' standard deviation."""
     assert (actual - expected).abs().max() <= share * expected.std(), (
         (actual - expected).abs().max()
     )
@@ -218,7 +218,7 @@ def test_tied_weights_that_are_trained_as_one(case: str, tmp_path: Path) -> None
 
 
 def test_names_of_an_older_file(tmp_path: Path) -> None:
-    """GPT-2's own files were written from the model without its head."""
+    """GPT-2's original files were written from the model without its head."""
     torch.manual_seed(0)
     whole = gpt2()
     base = save(whole.transformer, tmp_path / "base")
@@ -312,7 +312,7 @@ def test_an_adapter_trained_over_nf4(
 
 
 def test_nf4_leaves_the_weights_that_were_trained_over(tmp_path: Path) -> None:
-    """Weight for weight what bitsandbytes holds, in the type in which the run held it."""
+    """Every weight equals bitsandbytes' dequantised weight, in the compute type of the run."""
     torch.manual_seed(0)
     base = save(llama(), tmp_path / "base")
     adapter = adapt(base, tmp_path / "adapter", target_modules=["q_proj"])

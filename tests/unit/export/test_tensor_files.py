@@ -1,4 +1,4 @@
-"""Weights files, read and written one tensor at a time."""
+"""Reading and writing of weights files, one tensor at a time."""
 
 import json
 import subprocess
@@ -32,7 +32,7 @@ Tensors = dict[str, torch.Tensor]
 
 @st.composite
 def tensors(draw: st.DrawFn) -> Tensors:
-    """Any shapes, also empty ones and scalars, of all types."""
+    """Tensors of all types and any shapes, also empty ones and scalars."""
     names = draw(st.lists(st.text('ab.é"', min_size=1), min_size=1, max_size=6, unique=True))
     values_of: Tensors = {}
     for name in names:
@@ -55,7 +55,7 @@ def outputs(values: Tensors) -> list[Output]:
 @settings(max_examples=60, deadline=None)
 @given(tensors(), st.integers(1, 200))
 def test_what_is_written_is_read(values: Tensors, shard_bytes: int) -> None:
-    """By safetensors itself, and by ours."""
+    """Both safetensors and `TensorFiles` read it."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         write_model_files(folder, outputs(values), SILENT, shard_bytes)
@@ -109,7 +109,7 @@ print(resident("VmHWM") - before)
 
 
 def make_base(folder: Path, layers: int) -> Path:
-    """A Llama of random float32 weights, written without ever being whole in memory."""
+    """Write a Llama with random float32 weights, one tensor at a time."""
     folder.mkdir()
     config = LlamaConfig(
         vocab_size=1000,
@@ -134,7 +134,7 @@ def make_base(folder: Path, layers: int) -> Path:
 
 
 def linear_layers(layers: int) -> dict[str, tuple[int, int]]:
-    """(out, in) by name."""
+    """Shapes (out, in) of all linear layers, by name."""
     square, up, down = (HIDDEN, HIDDEN), (WIDE, HIDDEN), (HIDDEN, WIDE)
     layer = {f"self_attn.{name}_proj": square for name in "qkvo"}
     layer |= {"mlp.gate_proj": up, "mlp.up_proj": up, "mlp.down_proj": down}
@@ -153,7 +153,7 @@ def make_adapter(folder: Path, layers: int) -> Path:
 
 
 def test_memory_of_a_merge(tmp_path: Path) -> None:
-    """340 MB of weights pass through a process that grows by less than one shard."""
+    """Merging 340 MB of weights takes less memory than one shard."""
     paths = [
         make_base(tmp_path / "base", LAYERS),
         make_adapter(tmp_path / "adapter", LAYERS),

@@ -1,4 +1,4 @@
-"""Workers as processes of this machine: what becomes of their answers, and of those without one."""
+"""Workers as processes of this machine: their results, and processes that end without one."""
 
 import json
 import os
@@ -32,7 +32,7 @@ DEADLINE = 60.0
 
 @pytest.fixture
 def task(tmp_path: Path) -> WorkerTask:
-    """Its prepared data is gone, so that a worker which has its libraries fails at once."""
+    """A task without prepared data, so that a worker fails once it has loaded the libraries."""
     recipe = {
         "name": "run",
         "model": {"base": "/m"},
@@ -46,7 +46,7 @@ def task(tmp_path: Path) -> WorkerTask:
 def started(
     env: dict[str, str], **scale: Any
 ) -> Iterator[tuple[LocalLauncher, list[psutil.Process]]]:
-    """Two workers, which must be gone afterwards."""
+    """Two workers; afterwards their processes must have ended."""
     settings, others = ScaleSettings(workers=2, **scale), psutil.Process().children()
     request = WorkerRequest(2, 2, 1.0, 0.0)
     with LocalLauncher(settings, request, 2, Stop(), env, verbose=False) as workers:
@@ -57,7 +57,7 @@ def started(
 
 
 def logs_of(message: str) -> str:
-    """What the named folder holds."""
+    """The contents of the log folder that the message names."""
     folder = Path(message.partition("the workers' output: ")[2].rstrip(")"))
     assert folder.stat().st_mode & 0o077 == 0, "others can read it"
     return "".join(path.read_text(encoding="utf-8") for path in sorted(folder.iterdir()))
@@ -73,7 +73,7 @@ def test_a_fault_that_a_restart_would_repeat_is_handed_on(task: WorkerTask) -> N
 
 
 def test_a_worker_that_ends_without_a_word(task: WorkerTask) -> None:
-    """One more attempt is made, with both anew."""
+    """A second attempt starts both workers again."""
     progress = RecordedProgress()
     with started({}, max_failures=1) as (workers, (_, second)):
         second.send_signal(signal.SIGSEGV)
@@ -108,7 +108,7 @@ def test_a_file_of_the_current_folder_is_not_taken_for_a_library(
 
 
 def test_workers_end_when_their_driver_does(tmp_path: Path) -> None:
-    """Even while they load their libraries."""
+    """That holds too while they load their libraries."""
     child = local_workers.start_process(dict(os.environ), tmp_path / "log.txt")
     assert child.stdin is not None and child.stdout is not None
     child.stdin.close()
@@ -118,7 +118,7 @@ def test_workers_end_when_their_driver_does(tmp_path: Path) -> None:
 
 
 def test_what_a_worker_started_ends_with_it(task: WorkerTask, tmp_path: Path) -> None:
-    """Also where it holds the worker's pipes, and the worker is gone before."""
+    """That holds too for a child that keeps the worker's pipes open after the worker has ended."""
     (tmp_path / "sitecustomize.py").write_text(
         "import subprocess\nsubprocess.Popen(['sleep', '314.15'])\nprint('not an answer')",
         encoding="utf-8",
@@ -155,7 +155,7 @@ threading.Event().wait()
 
 
 def test_a_reward_may_fork(tmp_path: Path) -> None:
-    """Neither the pipes nor the signals of the worker are in its children's way."""
+    """The worker's pipes and signal handlers do not disturb its children."""
     pipe = subprocess.PIPE
     child = subprocess.Popen(
         [sys.executable, "-c", POOL], stdin=pipe, stdout=pipe, stderr=pipe, process_group=0
@@ -205,7 +205,7 @@ def test_each_worker_has_a_device(
             begun.append((devices, env.get("CUDA_VISIBLE_DEVICES")))
 
         def end(self) -> None:
-            """There is nothing to end."""
+            """Do nothing."""
 
     monkeypatch.setattr(local_workers, "_WorkerGroup", Noted)
     scale = ScaleSettings(workers=2, gpus_per_worker=requested)

@@ -1,4 +1,4 @@
-"""Adapters: how they start, what names they refuse, and the model that they are compared with."""
+"""Adapters: initial weights, refused names, and the reference model."""
 
 import copy
 import json
@@ -42,7 +42,7 @@ def logits(model: Any) -> torch.Tensor:
 
 
 def train_a_little(model: Any) -> None:
-    """A few large steps, so that every trained weight moves."""
+    """Take a few large steps, so that every trained weight changes."""
     model.train()
     weights = [weight for weight in model.parameters() if weight.requires_grad]
     optimizer = torch.optim.AdamW(weights, lr=1e-2)
@@ -224,7 +224,7 @@ def test_the_base_of_an_adapter(tiny_model: Path, saved: Path, tmp_path: Path) -
 
 def test_weights_that_do_not_fit(tiny_model: Path, saved: Path) -> None:
     change(saved, r=8)
-    with pytest.raises(InputError, match=r"does not fit the model: .*lora_A.*\(28 tensors\)"):
+    with pytest.raises(InputError, match=r"does not fit the model: .*lora_A.*\(28 tensors in all\)"):
         load_model(recipe(tiny_model, model={"adapter": str(saved)}))
 
 
@@ -270,7 +270,7 @@ def test_the_reference_is_not_saved(tiny_model: Path, saved: Path, tmp_path: Pat
 
 
 def test_a_step_after_the_reference_trains_the_adapter(tiny_model: Path, saved: Path) -> None:
-    """Gradients of a graph that was made before the reference are those without it."""
+    """A graph made before the reference computes has the same gradients as without it."""
     settings = recipe(tiny_model, model={"adapter": str(saved)})
 
     def gradients(with_reference: bool) -> dict[str, torch.Tensor]:
@@ -319,7 +319,7 @@ def test_a_score_head_is_trained_and_saved(tiny_model: Path, tmp_path: Path, qua
 
 
 def test_a_score_head_over_a_causal_adapter(tiny_model: Path, saved: Path) -> None:
-    """The adapter's weights are taken over, and the head is fresh."""
+    """The adapter's weights are loaded, and the head is new."""
     torch.manual_seed(0)
     model = load_model(recipe(tiny_model, model={"adapter": str(saved)}), head="score")
     causal = load_model(recipe(tiny_model, model={"adapter": str(saved)}))

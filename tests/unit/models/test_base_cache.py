@@ -1,4 +1,4 @@
-"""A base that is kept for the next run is the one that would be loaded."""
+"""A base that is cached for the next run equals a newly loaded one."""
 
 from pathlib import Path
 from typing import Any
@@ -73,7 +73,7 @@ def test_a_base_is_kept_once_and_for_its_own_recipe(tiny_model: Path) -> None:
 
 
 def test_what_the_base_measures_goes_by_all_that_decides_it(tiny_model: Path) -> None:
-    """By model, method, data and, as online methods sample, by the seed; not by the rank."""
+    """They depend on model, method, data and seed (online methods sample), not on the LoRA rank."""
     base = make(tiny_model)
     reseeded = base.model_copy(update={"seed": base.seed + 1})
     bases = BaseCache()

@@ -1,4 +1,4 @@
-"""Models: what is trained, how it starts, and which may be packed."""
+"""Loading of models: trained weights, initial weights, and packing."""
 
 from pathlib import Path
 from typing import Any

@@ -83,7 +83,7 @@ def forward(settings: Recipe, model: Any) -> torch.Tensor:
 
 
 def bytes_kept(settings: Recipe) -> int:
-    """Of all that a forward pass keeps for the backward pass, but the model itself."""
+    """Bytes that a forward pass keeps for the backward pass, without the model itself."""
     model = load_model(settings)
     model.train()
     own = {
@@ -111,7 +111,7 @@ def estimated_bytes(settings: Recipe) -> int:
 
 @pytest.mark.parametrize("case", CASES)
 def test_two_layers_keep_what_is_told(bases: dict[int, Path], case: str) -> None:
-    """Exactly; embedding, head and logits are the same in both models."""
+    """The values are equal; embedding, head and logits are the same in both models."""
     single, three = (recipe(bases[layers], **CASES[case]) for layers in (1, 3))
     assert estimated_bytes(three) - estimated_bytes(single) == bytes_kept(three) - bytes_kept(
         single
@@ -147,7 +147,7 @@ def test_checkpointing_keeps_the_layers_inputs(bases: dict[int, Path], dtype: st
 
 @pytest.mark.parametrize("case", ["lora-float32", "lora-bfloat16", "full-float32"])
 def test_weights_and_states_are_what_is_told(bases: dict[int, Path], case: str) -> None:
-    """Of a real model after a real optimizer step."""
+    """The estimate equals the size of a real model's tensors after an optimizer step."""
     from finray.training.engine.optimizer import make_optimizer
 
     settings = recipe(bases[3], **CASES[case], scale={"workers": 0})
@@ -232,7 +232,7 @@ def test_a_known_model(tmp_path: Path) -> None:
 
 
 def test_its_sizes_are_those_of_a_configuration(tmp_path: Path) -> None:
-    """Read without weights."""
+    """The sizes need no weights."""
     config = {
         "model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_size": 4096,
         "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32,

@@ -1,4 +1,4 @@
-"""A base in 4 or 8 bits: what it weighs, that it stays as it is, and several workers on it."""
+"""A base in 4 or 8 bits: its size, that it does not change, and several workers."""
 
 import os
 from pathlib import Path
@@ -43,7 +43,7 @@ def frozen(model: Any) -> dict[str, torch.Tensor]:
 
 
 def test_nf4_weighs_half_a_byte(tiny_model: Path) -> None:
-    """Packed weights, and their scales with those scales' own."""
+    """Counts the packed weights and their scales, which are quantised too."""
     model = load_model(recipe(tiny_model, "nf4"))
     quantised = layers(model, Linear4bit)
     assert len(quantised) == 2 * 7
@@ -60,7 +60,7 @@ def test_nf4_weighs_half_a_byte(tiny_model: Path) -> None:
 
 @pytest.mark.parametrize(("quantize", "kind"), [("nf4", Linear4bit), ("int8", Linear8bitLt)])
 def test_the_base_stays_as_it_is(tiny_model: Path, quantize: str, kind: type) -> None:
-    """Training, an evaluation, and training again: the weights are the same, gradients flow."""
+    """Training, evaluation and training again do not change the weights; gradients flow."""
     torch.manual_seed(0)
     model = load_model(recipe(tiny_model, quantize))
     assert layers(model, kind)
@@ -87,7 +87,7 @@ def test_the_base_stays_as_it_is(tiny_model: Path, quantize: str, kind: type) ->
 
 
 def test_loftq_gives_back_what_quantisation_took(tiny_model: Path) -> None:
-    """The product is the best of its rank: Eckart and Young's error remains."""
+    """The product is the best approximation of its rank (Eckart-Young)."""
     model = load_model(recipe(tiny_model, "nf4", init="loftq", alpha=20))
     plain = load_model(recipe(tiny_model, "nf4"))
     full = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
@@ -134,7 +134,7 @@ def _rank(rank: int, base: str, quantize: str, folder: str) -> None:
 def test_two_workers_share_a_quantised_base(
     tiny_model: Path, tmp_path: Path, quantize: str
 ) -> None:
-    """Their mean gradient is that of one worker; they start from rank 0's adapter."""
+    """Their mean gradient equals that of one worker; they start from rank 0's adapter."""
     torch.manual_seed(0)
     expected = gradients(load_model(recipe(tiny_model, quantize)), TOKENS)
     arguments = (str(tiny_model), quantize, str(tmp_path))

@@ -1,4 +1,4 @@
-"""Shards on several workers: one process's gradients, checkpoints of any number of workers."""
+"""Sharding: gradients equal those of one process; checkpoints fit any number of workers."""
 
 import copy
 import json
@@ -59,7 +59,7 @@ def make_recipe(base: Path, kind: str, workers: int, **optim: Any) -> Recipe:
 
 
 def make_model(settings: Recipe) -> Any:
-    """Its adapter does something, so that all of it has a gradient."""
+    """A model whose adapter is not zero, so that all its weights get gradients."""
     torch.manual_seed(4)
     model = load_model(settings)
     for name, parameter in model.named_parameters():
@@ -102,7 +102,7 @@ def test_the_step_is_that_of_one_process(
 
 
 class _Written(TrainerCallback):  # type: ignore[misc]
-    """Writes what a resumed trainer holds before its first step."""
+    """Writes the state of a resumed trainer before its first step."""
 
     def __init__(self, write: Callable[[], None]) -> None:
         self._write = write
@@ -114,7 +114,7 @@ class _Written(TrainerCallback):  # type: ignore[misc]
 def train(
     settings: Recipe, folder: Path, rank: int, world_size: int, steps: range
 ) -> dict[str, Any]:
-    """Train some steps from the checkpoint before them, and write one after them.
+    """Train some steps from the previous checkpoint, and write a new one.
 
     Returns:
         Loss and gradient norm of each step, and the size of the moments on this rank in bytes.
@@ -187,9 +187,9 @@ CHAIN = [(1, "auto"), (2, "fsdp"), (4, "fsdp"), (2, "ddp"), (2, "fsdp"), (1, "au
 def test_a_checkpoint_belongs_to_no_number_of_workers(
     tiny_model: Path, tmp_path: Path, kind: str
 ) -> None:
-    """Handed on from one set of workers to the next: nothing is lost, and the steps are the same.
+    """Several groups of workers continue one run: the checkpoints and steps are the same.
 
-    In bfloat16 there are masters, and the losses are rounded.
+    In bfloat16 the optimizer has masters, and the losses are rounded.
     """
     settings = make_recipe(tiny_model, kind, 0, learning_rate=1e-3)
     alone, chain = tmp_path / "alone", tmp_path / "chain"
@@ -266,7 +266,7 @@ def test_weights_trained_in_float32_are_gathered_in_the_compute_type(
 
 
 def settings_of(file: Path) -> dict[str, Any]:
-    """PEFT writes its sets of names in any order."""
+    """The adapter's configuration with sorted lists, as PEFT writes sets in any order."""
     read: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
     modules = read.get("target_modules")
     return {**read, "target_modules": sorted(modules)} if modules else read
@@ -303,7 +303,7 @@ def test_every_rank_holds_its_share_and_the_result_is_whole(
 
 @pytest.mark.parametrize("prompts", [1, 3])
 def test_answers(tiny_model: Path, tmp_path: Path, prompts: int) -> None:
-    """The same as one process's, also where a rank has no prompt of its own."""
+    """They equal those of one process, also if a rank has no prompt."""
     settings = make_recipe(tiny_model, "lora", 2)
     model, tokenizer = make_model(settings), load_tokenizer(settings)
     prompt_ids = [list(range(5 + 2 * number, 40)) for number in range(prompts)]
@@ -321,7 +321,7 @@ def test_answers(tiny_model: Path, tmp_path: Path, prompts: int) -> None:
 def test_auto_shards_what_the_smallest_device_cannot_hold(
     tiny_model: Path, tmp_path: Path, spare: int, chosen: str
 ) -> None:
-    """16 bytes a weight that is trained in float32, in four fifths of the memory."""
+    """A weight trained in float32 takes 16 bytes; four fifths of the memory are usable."""
     settings = make_recipe(tiny_model, "full", 0)
     model = make_model(settings)
     needed = 16 * sum(weight.numel() for weight in model.parameters())

@@ -1,4 +1,4 @@
-"""Losses of preferences against formulas written down anew, in plain numbers."""
+"""Preference losses, compared with independent formulas on plain numbers."""
 
 import math
 from typing import Any, get_args
@@ -37,7 +37,7 @@ def sigmoid(x: float) -> float:
 
 
 def expected(w: float, lo: float, n: float, m: float) -> dict[str, float]:
-    """Every loss of one pair with log-ratios w and lo, and n and m tokens, as its paper has it."""
+    """Every loss of a pair by its paper's formula: log-ratios w and lo, n and m tokens."""
     z, e = BETA * (w - lo), WRONG
     mean = w / n - lo / m
     p = sigmoid(z)
@@ -107,7 +107,7 @@ def test_optimal_transport_sorts_the_pairs_of_a_batch() -> None:
     ],
 )
 def test_divergences(divergence: Any, derivative: Any) -> None:
-    """Scores are f'(t), but for a constant that a difference does not see."""
+    """Scores are f'(t) up to a constant, which cancels in differences."""
     settings = DpoMethod(divergence=divergence, divergence_alpha=0.3)
     pairs = pairs_of(PAIR, settings=settings)
     chosen, rejected, chosen_before, rejected_before, *_ = PAIR
@@ -167,7 +167,7 @@ def test_odds_ratio() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("vocabulary", [17, 400_000])
 def test_token_log_probabilities(dtype: torch.dtype, vocabulary: int) -> None:
-    """As log_softmax in float32, with its gradient; several parts of rows."""
+    """Values and gradient equal those of log_softmax in float32, with several parts of rows."""
     torch.manual_seed(0)
     logits = torch.randn(2, 4, vocabulary).to(dtype).requires_grad_()
     targets = torch.randint(0, vocabulary, (2, 4))

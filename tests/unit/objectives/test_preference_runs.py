@@ -1,4 +1,4 @@
-"""Whole runs of the preference methods: resuming, the precomputed reference, the reward model."""
+"""Complete runs of the preference methods: resume, precomputed reference, reward model."""
 
 import json
 import shutil
@@ -25,7 +25,7 @@ STEPS, HALF = 8, 4
 
 @pytest.fixture(scope="module")
 def pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """120 conversations whose chosen answer counts on, and whose rejected one does not."""
+    """120 conversations: the chosen answer continues to count, the rejected one does not."""
     path = tmp_path_factory.mktemp("pairs") / "pairs.jsonl"
     rows = [
         {
@@ -64,7 +64,7 @@ def run(recipe: Recipe) -> Path:
 
 
 def lines(folder: Path) -> list[dict[str, Any]]:
-    """Logged lines, without what time decides."""
+    """Logged lines, without the values that depend on time."""
     text = (folder / "metrics.jsonl").read_text(encoding="utf-8")
     records = [json.loads(line) for line in text.splitlines()]
     timed = ("seconds", "tokens_per_second")
@@ -78,7 +78,7 @@ def tensors(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def interrupted(folder: Path) -> None:
-    """As if the run had been killed after half of its steps."""
+    """Make the run look as if it was killed after half of its steps."""
     shutil.rmtree(folder / "checkpoints" / f"step-{STEPS:08d}")
     for result in ("adapter", "model"):
         shutil.rmtree(folder / result, ignore_errors=True)
@@ -101,7 +101,7 @@ RESUMED: list[tuple[dict[str, Any], bool]] = [
     ({"method": {"kind": "kto"}, "adapter": {"rank": 4, "dropout": 0.1}}, True),
     ({"method": {"kind": "reward"}}, True),
 ]
-"""Recipes, and whether a precomputed reference is still there."""
+"""Recipes, and whether the precomputed reference still fits them."""
 
 
 @pytest.mark.parametrize(("changes", "keeps_reference"), RESUMED, ids=str)
@@ -129,7 +129,7 @@ def test_a_resumed_run_ends_the_same(
 
 
 def test_a_precomputed_reference(tiny_model: Path, pairs: Path, tmp_path: Path) -> None:
-    """It gives what the model itself gives, for every row, and is found again by its key."""
+    """It equals the model's own values for every row, and later runs load it by its key."""
     direct = run(make_recipe(tiny_model, pairs, tmp_path, method={"kind": "dpo"}))
     assert not references(tmp_path)
     recipe = make_recipe(tiny_model, pairs, tmp_path, method=PRECOMPUTED, name="precomputed")
@@ -152,7 +152,7 @@ def test_a_precomputed_reference(tiny_model: Path, pairs: Path, tmp_path: Path) 
 
 
 def test_a_named_reference(tiny_model: Path, pairs: Path, tmp_path: Path) -> None:
-    """The base by name is the base under the adapter; an earlier run is another one."""
+    """A reference named as the base equals the adapter's base; an earlier run's result differs."""
     first = run(make_recipe(tiny_model, pairs, tmp_path, method={"kind": "dpo"}))
     by_name = {"kind": "dpo", "reference_model": str(tiny_model)}
     same = run(make_recipe(tiny_model, pairs, tmp_path, method=by_name, name="same"))
@@ -194,7 +194,7 @@ def test_preferences_are_learnt(tiny_model: Path, pairs: Path, tmp_path: Path) -
 def test_a_reward_model_scores_alone(
     tiny_model: Path, pairs: Path, tmp_path: Path, pad: str, adapted: bool
 ) -> None:
-    """With transformers and PEFT, one text at a time and padded, as while it was trained."""
+    """transformers and PEFT compute the training's scores, for single and for padded texts."""
     base = Path(shutil.copytree(tiny_model, tmp_path / "base"))
     if pad == "eos":
         settings = json.loads((base / "tokenizer_config.json").read_text(encoding="utf-8"))

@@ -1,4 +1,4 @@
-"""A step of the preference methods is the same however the batch is shared out."""
+"""A step of the preference methods does not depend on the number of workers."""
 
 import copy
 import json
@@ -68,7 +68,7 @@ def make_recipe(
 
 
 def make_model(settings: Recipe) -> Any:
-    """Its adapter does something, so that it differs from its reference."""
+    """A model whose adapter is not zero, so that it differs from its reference."""
     torch.manual_seed(4)
     model = load_model(settings, settings.method.head)
     for name, parameter in model.named_parameters():
@@ -82,7 +82,7 @@ def make_model(settings: Recipe) -> Any:
 def test_workers(
     tiny_model: Path, tmp_path: Path, method: dict[str, Any], world_size: int, strategy: str
 ) -> None:
-    """Five rows, one at a time: the last worker has a microbatch with nothing in it."""
+    """Five rows, one per microbatch: the last worker has an empty microbatch."""
     rows, whole = make_rows(method["kind"]), make_recipe(tiny_model, method, BATCH)
     model = make_model(whole)
     expected, logged, counts = one_step(copy.deepcopy(model), whole, rows, tmp_path, 0, 1)
@@ -105,7 +105,7 @@ def test_workers(
 
 @pytest.mark.parametrize("method", METHODS, ids=lambda method: method["kind"])
 def test_held_out_rows(tiny_model: Path, tmp_path: Path, method: dict[str, Any]) -> None:
-    """Their figures do not depend on how many are taken at a time."""
+    """Their measures do not depend on the size of the microbatches."""
     rows, settings = make_rows(method["kind"]), make_recipe(tiny_model, method, 2)
     model = make_model(settings).eval()
     objective = objective_of(make_setup(settings, model, tmp_path, 0, 1))
@@ -123,7 +123,7 @@ def test_held_out_rows(tiny_model: Path, tmp_path: Path, method: dict[str, Any])
 def test_held_out_rows_of_a_sharded_model(
     tiny_model: Path, tmp_path: Path, method: dict[str, Any]
 ) -> None:
-    """Two workers, of whom one has a row less, go through it equally often."""
+    """Two workers call the model equally often, though one has a row less."""
     rows = make_rows(method["kind"])
 
     def measure(strategy: str) -> list[dict[str, Any]]:
@@ -148,7 +148,7 @@ def test_held_out_rows_of_a_sharded_model(
 
 
 def test_sharded_full_fine_tuning_with_a_reference(tiny_model: Path, tmp_path: Path) -> None:
-    """The reference is a copy of the model, which is sharded as well."""
+    """The reference is a copy of the model, and is sharded too."""
     rows = make_rows("dpo")
 
     def full(micro: int, strategy: str) -> Recipe:
@@ -170,7 +170,7 @@ def test_sharded_full_fine_tuning_with_a_reference(tiny_model: Path, tmp_path: P
 
 
 def test_a_reference_is_left_as_it_was(tiny_model: Path, tmp_path: Path) -> None:
-    """Full fine-tuning is compared with a copy; with an adapter there is none."""
+    """Full fine-tuning uses a copy as reference; an adapter needs no copy."""
     settings = make_recipe(tiny_model, {"kind": "dpo"}, 2)
     adapted = load_model(settings)
     held = sum(p.numel() for p in adapted.parameters())

@@ -1,4 +1,4 @@
-"""GRPO and RLOO against TRL's trainers, on the completions that finray sampled."""
+"""GRPO and RLOO, compared with TRL's trainers on the completions that finray sampled."""
 
 import copy
 from collections.abc import Callable
@@ -34,7 +34,7 @@ CASES: dict[str, dict[str, Any]] = {
 def reference_losses(
     recipe: Recipe, trained: Trained, model: Any, tokenizer: Any, out: Path
 ) -> Any:
-    """The losses that TRL's trainer computes when it is given the same completions."""
+    """The losses that TRL's trainer computes for the same completions."""
     import trl
 
     method = recipe.method
@@ -44,7 +44,7 @@ def reference_losses(
     losses: list[float] = []
 
     class Given(base):  # type: ignore[misc]
-        """Does not generate."""
+        """A trainer that uses finray's completions instead of generating."""
 
         def _generate_single_turn(self, prompt_ids: Any, *_: Any, **__: Any) -> Any:
             requests, rollouts = next(waiting)

