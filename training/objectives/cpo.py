@@ -3,12 +3,11 @@
 from typing import cast
 
 import torch
-from torch.nn.functional import logsigmoid
 
 from ..config.methods import CpoMethod, SimpoMethod
 from ..data.batching import Batch
 from .objective import Setup
-from .preference import Comparison, PairObjective
+from .preference import Comparison, PairObjective, smoothed_sigmoid_loss
 
 
 class CpoObjective(PairObjective):
@@ -70,7 +69,7 @@ def cpo_loss(difference: torch.Tensor, settings: CpoMethod) -> torch.Tensor:
         case "ipo":
             return (difference - 1 / (2 * settings.beta)) ** 2
         case "sigmoid":
-            return _smoothed_sigmoid(logits, settings.label_smoothing)
+            return smoothed_sigmoid_loss(logits, settings.label_smoothing)
 
 
 def simpo_loss(difference: torch.Tensor, settings: SimpoMethod) -> torch.Tensor:
@@ -85,9 +84,4 @@ def simpo_loss(difference: torch.Tensor, settings: SimpoMethod) -> torch.Tensor:
         (pairs,)
     """
     logits = settings.beta * difference - settings.gamma
-    return _smoothed_sigmoid(logits, settings.label_smoothing)
-
-
-def _smoothed_sigmoid(logits: torch.Tensor, wrong: float) -> torch.Tensor:
-    """-log sigmoid(logits) with label smoothing: a share `wrong` of the labels is wrong."""
-    return -(1 - wrong) * logsigmoid(logits) - wrong * logsigmoid(-logits)
+    return smoothed_sigmoid_loss(logits, settings.label_smoothing)

@@ -13,7 +13,7 @@ import torch
 from torch.nn.functional import logsigmoid
 
 from ..config.methods import DpoLoss, DpoMethod
-from .preference import Answers
+from .preference import Answers, smoothed_sigmoid_loss
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ def sigmoid(pairs: Pairs, settings: DpoMethod) -> torch.Tensor:
 
     With label smoothing, cDPO: Mitchell, 2023, https://ericmitchell.ai/cdpo.pdf.
     """
-    return _smoothed(settings.beta * pairs.difference, settings.label_smoothing)
+    return smoothed_sigmoid_loss(settings.beta * pairs.difference, settings.label_smoothing)
 
 
 def sigmoid_norm(pairs: Pairs, settings: DpoMethod) -> torch.Tensor:
@@ -131,13 +131,13 @@ def aot(pairs: Pairs, settings: DpoMethod) -> torch.Tensor:
     https://arxiv.org/abs/2406.05882. It sorts the pairs of one forward pass."""
     policy = (pairs.policy.chosen - pairs.policy.rejected).sort().values
     reference = (pairs.reference.chosen - pairs.reference.rejected).sort().values
-    return _smoothed(settings.beta * (policy - reference), settings.label_smoothing)
+    return smoothed_sigmoid_loss(settings.beta * (policy - reference), settings.label_smoothing)
 
 
 def aot_unpaired(pairs: Pairs, settings: DpoMethod) -> torch.Tensor:
     """Like `aot`, with sorted log-ratios of the chosen against those of the rejected answers."""
     difference = pairs.chosen_ratios.sort().values - pairs.rejected_ratios.sort().values
-    return _smoothed(settings.beta * difference, settings.label_smoothing)
+    return smoothed_sigmoid_loss(settings.beta * difference, settings.label_smoothing)
 
 
 def apo_zero(pairs: Pairs, settings: DpoMethod) -> torch.Tensor:
@@ -159,11 +159,6 @@ def discopop(pairs: Pairs, settings: DpoMethod) -> torch.Tensor:
     logits = settings.beta * pairs.difference
     mix = torch.sigmoid(logits / settings.discopop_tau)
     return (mix - 1) * logsigmoid(logits) + mix * torch.exp(-logits)
-
-
-def _smoothed(logits: torch.Tensor, wrong: float) -> torch.Tensor:
-    """-log sigmoid(logits) with label smoothing: a share `wrong` of the labels is wrong."""
-    return -(1 - wrong) * logsigmoid(logits) - wrong * logsigmoid(-logits)
 
 
 PAIR_LOSSES: dict[DpoLoss, Callable[[Pairs, DpoMethod], torch.Tensor]] = {

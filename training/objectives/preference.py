@@ -7,6 +7,7 @@ from typing import Literal
 
 import torch
 import torch.distributed as dist
+from torch.nn.functional import logsigmoid
 
 from ..data.batching import IGNORED, Batch, Rows, collate_pairs
 from .logprobs import token_log_probabilities
@@ -156,6 +157,11 @@ def preference_measures(compared: Comparison) -> torch.Tensor:
     accuracy = (chosen > rejected).to(chosen.dtype)
     sums = torch.stack([accuracy, chosen - rejected, chosen, rejected]).double().sum(1)
     return torch.stack([sums, torch.full_like(sums, len(chosen))], dim=1)
+
+
+def smoothed_sigmoid_loss(logits: torch.Tensor, wrong: float) -> torch.Tensor:
+    """-log sigmoid(logits) with label smoothing: a share `wrong` of the labels is wrong."""
+    return -(1 - wrong) * logsigmoid(logits) - wrong * logsigmoid(-logits)
 
 
 def _imitated(batch: Batch) -> int:

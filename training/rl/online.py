@@ -26,7 +26,7 @@ from .scoring import Scorer, Scores, measure, sampled_measures
 
 _HELD_OUT = 2**32
 """Takes the place of a step in seeds: every evaluation draws the same numbers."""
-_SHOWN_PROMPTS, _SHOWN_COMPLETIONS = 2, 4
+_EXAMPLE_PROMPTS, _EXAMPLE_COMPLETIONS = 2, 4
 
 
 class OnlineObjective(Objective):
@@ -42,8 +42,8 @@ class OnlineObjective(Objective):
         self.settings = cast(OnlineMethod, setup.recipe.method)
         self.measures = (*sampled_measures(self.settings), *self.policy_measures)
         self._tokenizer = setup.tokenizer
-        self._is_shown = setup.rank == 0
-        self._shown: list[dict[str, Any]] = []
+        self._keeps_examples = setup.rank == 0
+        self._examples: list[dict[str, Any]] = []
         # With an adapter it takes no memory, and the held-out divergence is a useful metric.
         has_reference = self.settings.beta > 0 or isinstance(setup.model, PeftModel)
         self._reference = Reference(setup, None) if has_reference else None
@@ -97,7 +97,7 @@ class OnlineObjective(Objective):
         deviations = standard_deviation(rewards)
         advantages = self.advantages(rewards, _divergences(parts, len(rows))).flatten().float()
         sampled = measure(scores, deviations.cpu(), rollouts).to(self.device)
-        self._show(requests, scores, advantages)
+        self._keep_examples(requests, scores, advantages)
         return [
             self._with_advantages(
                 part, advantages[index * size : (index + 1) * size], sampled * (index == 0)
@@ -238,12 +238,14 @@ class OnlineObjective(Objective):
 
     def examples(self) -> list[dict[str, Any]]:
         """Some of the last step's completions with their rewards and advantages."""
-        return self._shown
+        return self._examples
 
-    def _show(self, requests: list[Request], scores: Scores, advantages: torch.Tensor) -> None:
+    def _keep_examples(
+        self, requests: list[Request], scores: Scores, advantages: torch.Tensor
+    ) -> None:
         generations = self.settings.generations
         names = [reward.name for reward in self.settings.rewards]
-        self._shown = [
+        self._examples = [
             {
                 "prompt": self._tokenizer.decode(requests[index].prompt_ids),
                 "completion": scores.texts[index],
@@ -251,8 +253,8 @@ class OnlineObjective(Objective):
                 "rewards": dict(zip(names, scores.each[:, index].tolist(), strict=True)),
                 "advantage": float(advantages[index]),
             }
-            for index in range(min(len(requests), _SHOWN_PROMPTS * generations))
-            if self._is_shown and index % generations < _SHOWN_COMPLETIONS
+            for index in range(min(len(requests), _EXAMPLE_PROMPTS * generations))
+            if self._keeps_examples and index % generations < _EXAMPLE_COMPLETIONS
         ]
 
 

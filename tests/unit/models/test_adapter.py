@@ -224,7 +224,9 @@ def test_the_base_of_an_adapter(tiny_model: Path, saved: Path, tmp_path: Path) -
 
 def test_weights_that_do_not_fit(tiny_model: Path, saved: Path) -> None:
     change(saved, r=8)
-    with pytest.raises(InputError, match=r"does not fit the model: .*lora_A.*\(28 tensors in all\)"):
+    with pytest.raises(
+        InputError, match=r"does not fit the model: .*lora_A.*\(28 tensors in all\)"
+    ):
         load_model(recipe(tiny_model, model={"adapter": str(saved)}))
 
 
