@@ -168,7 +168,8 @@ def test_a_full_disk_while_staging(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         checkpointer.save(10, fail, {})
     checkpointer = make_checkpointer(tmp_path, Uploader(NO_PAUSES))
     usage = namedtuple("usage", "total used free")
-    monkeypatch.setattr(checkpointer.shutil, "disk_usage", lambda _: usage(10, 10, 0))
+    disk_usage = "finray.training.engine.checkpointer.shutil.disk_usage"
+    monkeypatch.setattr(disk_usage, lambda _: usage(10, 10, 0))
     checkpointer.save(10, fail, {})
     checkpointer.wait()
     assert checkpointer.state.error is not None and "is full" in checkpointer.state.error

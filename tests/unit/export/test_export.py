@@ -50,7 +50,7 @@ def test_the_card(tiny_model: Path, tmp_path: Path) -> None:
     assert adapter["base_model_name_or_path"] == "acme/tiny" and adapter["revision"] == "v2"
 
 
-def test_nothing_of_this_machine_is_told(tmp_path: Path, tiny_model: Path) -> None:
+def test_the_card_names_nothing_of_this_machine(tmp_path: Path, tiny_model: Path) -> None:
     run = finished_run(tmp_path, tiny_model)
     for folder in (exported(run), exported(run, "merged", merge=True)):
         names = sorted(path.name for path in folder.iterdir())

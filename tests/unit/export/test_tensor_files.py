@@ -77,7 +77,9 @@ def test_a_quantised_type_is_refused(tmp_path: Path) -> None:
         TensorFiles(tmp_path)
 
 
-def test_a_full_disk_is_told_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_is_refused_before_writing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     usage = namedtuple("usage", "total used free")(10, 5, 5)
     monkeypatch.setattr("shutil.disk_usage", lambda _: usage)
     with pytest.raises(InputError, match="takes 16 bytes, but only 5 are free"):

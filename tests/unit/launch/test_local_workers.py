@@ -84,9 +84,7 @@ def test_a_worker_that_ends_without_a_word(task: WorkerTask) -> None:
     assert outcome["status"] == "failed"
 
 
-def test_an_error_in_a_worker_is_told_with_what_it_printed(
-    task: WorkerTask, tmp_path: Path
-) -> None:
+def test_the_message_of_a_failed_worker_names_its_output(task: WorkerTask, tmp_path: Path) -> None:
     (tmp_path / "sitecustomize.py").write_text(
         "import sys\nsys.modules['finray.training.engine.worker'] = None\n", encoding="utf-8"
     )

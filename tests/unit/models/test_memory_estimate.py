@@ -110,7 +110,7 @@ def estimated_bytes(settings: Recipe) -> int:
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_two_layers_keep_what_is_told(bases: dict[int, Path], case: str) -> None:
+def test_two_layers_keep_the_estimated_bytes(bases: dict[int, Path], case: str) -> None:
     """The values are equal; embedding, head and logits are the same in both models."""
     single, three = (recipe(bases[layers], **CASES[case]) for layers in (1, 3))
     assert estimated_bytes(three) - estimated_bytes(single) == bytes_kept(three) - bytes_kept(
@@ -146,7 +146,7 @@ def test_checkpointing_keeps_the_layers_inputs(bases: dict[int, Path], dtype: st
 
 
 @pytest.mark.parametrize("case", ["lora-float32", "lora-bfloat16", "full-float32"])
-def test_weights_and_states_are_what_is_told(bases: dict[int, Path], case: str) -> None:
+def test_weights_and_states_have_the_estimated_size(bases: dict[int, Path], case: str) -> None:
     """The estimate equals the size of a real model's tensors after an optimizer step."""
     from finray.training.engine.optimizer import make_optimizer
 
