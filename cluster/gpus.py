@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from ..training.config.recipe import Recipe
 
 if TYPE_CHECKING:
-    from ..training.models.memory_estimate import Memory, Sizes
+    from ..training.models.memory_estimate import MemoryEstimate, Sizes
 
 _QUERY = ("--query-gpu=name,memory.total", "--format=csv,noheader,nounits")
 
@@ -66,7 +66,7 @@ def usable_gpus() -> int:
     return slices or min(count, sum(name not in ("", "-1") for name in names))
 
 
-def memory_text(memory: "Memory", recipe: Recipe) -> str:
+def memory_text(memory: "MemoryEstimate", recipe: Recipe) -> str:
     """about 12.3 GiB of a GPU: …"""
     rows = recipe.optim.micro_batch_size
     return (

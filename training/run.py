@@ -194,9 +194,9 @@ def _check_modules(recipe: Recipe) -> None:
         )
     )
     if names_any and model_folder(recipe.model, only_cached=True) is not None:
-        from .models.loading import count_without_weights
+        from .models.loading import count_meta_parameters
 
-        count_without_weights(recipe, recipe.method.head)
+        count_meta_parameters(recipe, recipe.method.head)
 
 
 def _check_enough(recipe: Recipe, prepared: Prepared) -> None:

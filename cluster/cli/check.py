@@ -105,10 +105,10 @@ def _of_the_model(recipe: Recipe, inspection: Inspection) -> dict[str, Any]:
     """Computed from the model's configuration; None for a hub model that is not on this machine."""
     if inspection.model_folder is None:
         return {"parameters": None, "memory": None}
-    from ...training.models.loading import count_parameters, without_weights
+    from ...training.models.loading import build_meta_model, count_parameters
     from ...training.models.memory_estimate import estimate, sizes_of
 
-    model = without_weights(recipe, recipe.method.head)
+    model = build_meta_model(recipe, recipe.method.head)
     memory = estimate(recipe, sizes_of(recipe, model))
     values = {"peak": memory.peak, **asdict(memory), "text": memory_text(memory, recipe)}
     return {"parameters": count_parameters(model), "memory": values}

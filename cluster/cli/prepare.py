@@ -5,7 +5,7 @@ import json
 from contextlib import nullcontext
 from typing import Any
 
-from ...training.common import formatting as figures
+from ...training.common import formatting
 from ...training.run import prepare_data, prepares_on_ray
 from ..environment import worker_environment
 from ..launcher import open_ray
@@ -35,16 +35,16 @@ def prepare(options: argparse.Namespace) -> None:
 def render_data(summary: dict[str, Any]) -> str:
     """The numbers of a prepared data set as text; `summary` as `Manifest.summary` returns it."""
     dropped = ", ".join(f"{count:,} {reason}" for reason, count in summary["dropped"].items())
-    lines = [f"  {'rows read':10}  {figures.count(summary['rows_read'])}"]
+    lines = [f"  {'rows read':10}  {formatting.count(summary['rows_read'])}"]
     lines.append(f"  {'dropped':10}  {dropped or 'none'}")
     for name in ("train", "eval"):
         split = summary[name]
         if split is not None:
             lines.append(
-                f"  {name:10}  {figures.count(split['sequences'])} sequences of "
-                f"{figures.count(split['documents'])} documents, "
-                f"{figures.count(split['tokens'])} tokens "
-                f"({figures.count(split['trainable_tokens'])} trained), "
-                f"{figures.percent(split['fill'])} full"
+                f"  {name:10}  {formatting.count(split['sequences'])} sequences of "
+                f"{formatting.count(split['documents'])} documents, "
+                f"{formatting.count(split['tokens'])} tokens "
+                f"({formatting.count(split['trainable_tokens'])} trained), "
+                f"{formatting.percent(split['fill'])} full"
             )
     return "\n".join(lines)

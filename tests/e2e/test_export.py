@@ -45,7 +45,7 @@ def test_a_model_trained_whole(finray: Finray, tmp_path: Path) -> None:
     assert told["kind"] == "model" and told["folder"] == str(finray.folder / "out")
     run_alone(program_of(finray.folder / "out"), folder=finray.folder / "out")
     told_no = finray.run("export", "runs/run", "--to", "other", "--merge", code=2)
-    assert "it is whole without --merge" in told_no
+    assert "omit --merge" in told_no
 
 
 def test_a_reward_model(finray: Finray, tmp_path_factory: Any) -> None:

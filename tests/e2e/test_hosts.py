@@ -234,7 +234,7 @@ def _drain_and_grow_again(cluster: Cluster, run: Path) -> None:
 
     wait_until(goes_on_without, "an attempt without it", brief=True)
     restart = record(run)["restarts"][2]
-    assert "will be taken away" in restart["reason"] and restart["step"] >= seen
+    assert "are being removed" in restart["reason"] and restart["step"] >= seen
     wait_for_steps(run, 20)
     cluster.nodes["beta"].kill()
     cluster.nodes["beta"].boot()

@@ -136,4 +136,4 @@ def test_a_reward_run_must_fit(finray: Finray) -> None:
     tokenizer = json.loads((finray.model / "tokenizer.json").read_text(encoding="utf-8"))
     tokenizer["added_tokens"][0]["content"] = "<another>"
     (judge / "adapter" / "tokenizer.json").write_text(json.dumps(tokenizer), encoding="utf-8")
-    assert "a reward model of another tokenizer" in finray.run("check", path, code=2)
+    assert "has another tokenizer than model.base" in finray.run("check", path, code=2)

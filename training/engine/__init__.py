@@ -1,1 +1,1 @@
-"""One worker's training, the same in every place."""
+"""The training loop of one worker: the same in this process, in local processes and on Ray."""

@@ -1,7 +1,7 @@
-"""One worker's part in saving checkpoints, beside the training.
+"""Saves one worker's part of each checkpoint while the training continues.
 
-write to this machine's disk (the training waits) → hash, upload, publish (it goes on)
-    → `wait`: all workers exchange how it went; the newest good checkpoints stay, older ones go
+write to this machine's disk (the training waits) → hash, upload, publish (in a thread)
+    → `wait`: all workers exchange the outcome; old checkpoints are deleted
 """
 
 import shutil
@@ -26,17 +26,17 @@ _FULL_BYTES = 2**20
 
 @dataclass(frozen=True)
 class SaveState:
-    """How the saves went so far."""
+    """The outcome of the saves so far."""
 
     step: int | None
-    """Of the newest checkpoint that is complete on all workers."""
+    """Step of the newest checkpoint that is complete on all workers; None if there is none."""
     error: str | None = None
-    """Why the last save failed."""
+    """Why the last save failed; None if it succeeded."""
     waited_seconds: float = 0.0
-    """Time that saves waited for the one before: the store is slower than `every_steps` needs."""
+    """Total time that saves waited for earlier ones, because the storage is slow."""
 
     def as_record(self) -> dict[str, Any]:
-        """As run.json holds it."""
+        """The fields of run.json."""
         return {
             "last_saved_step": self.step,
             "save_error": self.error,
@@ -50,15 +50,15 @@ class Checkpointer:
     Args:
         checkpoints: the folder of the checkpoints.
         scratch: a folder on this machine's disk.
-        rank: of this worker.
+        rank: rank of this worker.
         world_size: number of workers.
         settings: how many checkpoints are kept.
-        watched: the metric by which the best one is kept.
-        uploads: this worker's.
+        watched: the metric that decides which checkpoint is the best.
+        uploads: uploads in the background.
         before_publishing: called in the upload's thread before a checkpoint becomes visible.
         gather: returns every worker's value, by rank.
-        on_saved: called when all workers know how a save went.
-        last_step: step of the checkpoint that training starts from.
+        on_saved: called when all workers have the outcome of a save.
+        last_step: step of the checkpoint that training starts from; None without one.
     """
 
     def __init__(
@@ -97,10 +97,10 @@ class Checkpointer:
         return self._pending is None or self._uploads.is_idle
 
     def save(self, step: int, write: Callable[[Path], None], metrics: dict[str, float]) -> None:
-        """Start a save; one that still runs is waited for first.
+        """Start a save; waits for the previous one if it still runs.
 
         Args:
-            step: the checkpoint's.
+            step: the step of the checkpoint.
             write: writes this worker's part into a folder.
             metrics: values that are stored with the checkpoint.
 
@@ -128,7 +128,7 @@ class Checkpointer:
         self._uploads.start(upload, give_up)
 
     def wait(self) -> None:
-        """Wait for the running save, if there is one, and exchange how it went on all workers.
+        """Wait for the running save, if there is one, and exchange its outcome with all workers.
 
         Raises:
             RunError: several saves in a row failed.
@@ -155,7 +155,7 @@ class Checkpointer:
             raise RunError(f"the last state could not be saved; {self._summary()}")
 
     def _write(self, write: Callable[[Path], None]) -> Path | None:
-        """A folder with this worker's part; None if the disk is full."""
+        """Write this worker's part into a new folder; returns it, or None if the disk is full."""
         self._write_error = None
         staged = Path(tempfile.mkdtemp(prefix="checkpoint-", dir=self._scratch))
         try:
@@ -189,5 +189,5 @@ class Checkpointer:
 
     def _summary(self) -> str:
         step = self.state.step
-        newest = "there is none yet" if step is None else f"the newest is that of step {step}"
-        return f"{self.state.error} (of the checkpoints in {self._checkpoints} {newest})"
+        newest = "no checkpoint yet" if step is None else f"newest checkpoint: step {step}"
+        return f"{self.state.error} ({newest}, in {self._checkpoints})"

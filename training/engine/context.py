@@ -1,4 +1,4 @@
-"""What a worker knows of its surroundings: its rank, when to stop, how to give up."""
+"""The interface between a worker and its launcher: rank, stop request, abort."""
 
 import os
 import sys
@@ -12,7 +12,7 @@ from ..common.storage import Folder
 STOP_FILE = "stop"
 """In a folder of a run or sweep: a request to save and end, for workers on any node."""
 STACKS_SECONDS = 3.0
-"""Before a hanging worker ends: time for the other ranks to write their stacks."""
+"""Delay before a hanging worker ends, in which the other ranks write their stacks."""
 _POLL_SECONDS = 1.0
 
 
@@ -33,7 +33,7 @@ class WorkerContext(Protocol):
 
 
 def end_process(message: str) -> NoReturn:
-    """End this process at once, as its threads may hang; what it started is left to its parent."""
+    """End this process at once, as its threads may hang; its children are left to its parent."""
     print(f"finray: {message}", file=sys.stderr, flush=True)
     os._exit(RunError.exit_code)
 
@@ -44,7 +44,7 @@ def watch_stop_file(folder: Folder) -> threading.Event:
 
     def watch() -> None:
         while not stop.wait(_POLL_SECONDS):
-            with suppress(OSError):  # a storage that is away for a moment: try again
+            with suppress(OSError):  # the storage is unavailable for a moment: try again
                 if folder.exists(STOP_FILE):
                     stop.set()
 

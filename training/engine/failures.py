@@ -1,4 +1,4 @@
-"""Which errors of a training another attempt may cure, and how they end this attempt."""
+"""Turns errors that another attempt may fix into retry requests."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -23,11 +23,11 @@ _OUT_OF_MEMORY = (
 def retry_requests(
     recipe: Recipe, prepared: Prepared, progress: TrainingProgress, on_skips: Callable[[], None]
 ) -> Iterator[None]:
-    """Inside, an error that another attempt may cure leaves the block as `RetryError`.
+    """Inside, an error that another attempt may fix leaves the block as `RetryError`.
 
     Args:
-        recipe: the run's.
-        prepared: its data; messages name the rows of a step.
+        recipe: the run's recipe.
+        prepared: the run's data; messages name the rows of a step.
         progress: the last step that is complete.
         on_skips: called before non-finite steps end the attempt.
     """
@@ -41,8 +41,7 @@ def retry_requests(
                 cause="not_finite",
                 steps=list(error.steps),
                 rows=describe(rows_of_step(recipe, prepared, error.steps[-1])),
-                problem=f"the loss or the gradient is not finite in steps {listed}, one after the "
-                "other",
+                problem=f"the loss or the gradient is not finite in the consecutive steps {listed}",
             )
         ) from None
     except RuntimeError as error:

@@ -1,4 +1,4 @@
-"""The objective that computes each method's loss: the only table that knows both."""
+"""Maps each kind of method to the objective that computes its loss."""
 
 from collections.abc import Callable, Mapping
 

@@ -1,4 +1,4 @@
-"""Steps that change nothing, because their loss or their gradient is not finite.
+"""Skips steps whose loss or gradient is not finite: they change no weights.
 
 The device decides by the norm of the gradient, which is the same on all ranks: a loss that is not
 finite makes its gradients NaN (`propagate_nan`), and the mean over the workers carries that to

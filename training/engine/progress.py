@@ -1,4 +1,4 @@
-"""How far a run is, and how long its steps take."""
+"""The progress of a run, and the time of its steps."""
 
 import time
 from collections.abc import Iterator
@@ -6,12 +6,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 PROGRESS_FILE = "position.json"
-"""In every checkpoint."""
+"""File with the progress in every checkpoint."""
 
 
 @dataclass
 class TrainingProgress:
-    """Kept in every checkpoint; a step takes `batch_size` positions of the stream."""
+    """The run's position, saved in every checkpoint."""
 
     step: int = 0
     tokens: int = 0
@@ -39,7 +39,7 @@ class StepTimer:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Time inside does not count."""
+        """Inside, the timer does not count the time."""
         started = time.monotonic()
         yield
         self._since += time.monotonic() - started

@@ -1,4 +1,4 @@
-"""What the driver hands to a worker, and what comes back; without torch, for both sides."""
+"""A worker's task and its result, exchanged with the driver; imports no torch."""
 
 from collections.abc import Callable
 from typing import Any, Literal, NotRequired, TypedDict
@@ -8,7 +8,7 @@ Report = Callable[[dict[str, float]], None]
 
 
 class WorkerTask(TypedDict):
-    """A run, as each of its workers gets it; plain values, so that any process can read it."""
+    """The description of a run that each of its workers gets; plain values for any process."""
 
     recipe: dict[str, Any]
     run: str
@@ -16,13 +16,13 @@ class WorkerTask(TypedDict):
     prepared: str
     """URI of the prepared data set."""
     until: NotRequired[int | None]
-    """A step to save and stop after, before the run's end."""
+    """The step after which to save and stop, before the run's end; None for the whole run."""
     cause: NotRequired[str]
     """Why an earlier attempt of the same driver ended."""
 
 
 class RetryRequest(TypedDict):
-    """Why an attempt ended that another attempt may complete; plain values.
+    """Why an attempt ended if another attempt may complete the run; plain values.
 
     The driver decides what the next attempt does differently (`launch/retries.py`).
     """
@@ -31,19 +31,19 @@ class RetryRequest(TypedDict):
     steps: list[int]
     """The optimizer steps, counted from 1, that failed."""
     rows: str
-    """Their source rows, for people; empty where they do not matter."""
+    """Their source rows, for messages; empty if the cause is not the data."""
     problem: str
-    """What happened, in a few words."""
+    """Short text of what happened, for messages."""
 
 
 class WorkerResult(TypedDict):
-    """How a worker's part ended."""
+    """The end of a worker's training."""
 
     status: Literal["finished", "stopped", "failed", "pruned", "retry"]
     error: str | None
     exit_code: int
     retry: NotRequired[RetryRequest]
-    """With that status."""
+    """Present if the status is retry."""
 
 
 class RetryError(Exception):

@@ -1,7 +1,7 @@
-"""transformers' Trainer, fed by finray's stream and stripped of what a step does not need.
+"""transformers' Trainer with finray's data stream, losses and actions after a step.
 
-The optimizer step is the Trainer's own: autocast, accumulation, clipping, scheduler, DDP. Ours
-are the data, the method's loss over a global batch, and what happens after a step.
+The Trainer does the optimizer step: autocast, accumulation, clipping, scheduler, DDP. finray
+provides the data, the method's loss over a global batch, and everything after a step.
 """
 
 import math
@@ -22,7 +22,7 @@ from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 
 from ..data.batching import Batch, Rows
 from ..models.loading import Model
-from ..models.sharding import whole, without_needless_reduction
+from ..models.sharding import defer_gradient_reduction, full_tensors
 from ..models.weights import gather_weights, load_weights, save_weights
 from ..objectives.objective import Objective
 from .nonfinite import NonFiniteSteps, nonfinite_flag, propagate_nan
@@ -31,20 +31,20 @@ from .optimizer import SkippingAdamW, make_optimizer
 
 @dataclass
 class Counts:
-    """What one optimizer step saw, over all workers."""
+    """Sums over all workers for one optimizer step."""
 
     units: int
-    """What the loss is averaged over: tokens that bear loss, pairs, …"""
+    """Loss units, which the loss is averaged over: trained tokens, pairs, …"""
     tokens: int
     stop: bool
-    """Somebody asked for the run to stop after this step."""
+    """True if a worker got a request to stop after this step."""
     flags: tuple[int, ...] = ()
-    """How many workers raised each of theirs before the step."""
+    """For each flag, the number of workers that set it before the step."""
 
 
 @dataclass(frozen=True)
 class StepMeasures:
-    """What is known after an optimizer step; the loss is fetched only where it is wanted."""
+    """Measures of an optimizer step; `take_loss` fetches the loss, on logged steps only."""
 
     step: int
     learning_rate: float
@@ -52,20 +52,20 @@ class StepMeasures:
 
 
 class StreamTrainer(Trainer):
-    """A Trainer whose rows come from a stream, and whose loss from a method's objective.
+    """A Trainer that trains on a stream of rows with the loss of a method's objective.
 
     Args:
-        model: what to train.
+        model: the model to train.
         args: transformers' settings; its own logging, evaluation and saving are off.
-        objective: the method's.
-        passes: optimizer steps on the same rows.
-        rows: makes the iterator over the rows of all this worker's remaining microbatches.
+        objective: the method's objective.
+        passes: number of optimizer steps on the same rows.
+        rows: returns an iterator over the rows of this worker's remaining microbatches.
         after_step: called after every optimizer step; returns True to end the training.
-        is_logged: whether a step (counted from 1) will be logged.
-        stop_requested: whether this worker was asked to stop.
-        flags: this worker's; `counts` has them of all.
+        is_logged: returns True if a step (counted from 1) will be logged.
+        stop_requested: returns True if this worker got a stop request.
+        flags: returns this worker's flags; `counts` holds their sums over all workers.
         lora_plus_ratio: see `make_optimizer`.
-        max_skipped_steps: so many in a row, not finite, raise NonFiniteError.
+        max_skipped_steps: number of non-finite steps in a row that raises NonFiniteError.
     """
 
     def __init__(
@@ -100,12 +100,12 @@ class StreamTrainer(Trainer):
         self._is_skipped = torch.zeros(())
         self.skipped = NonFiniteSteps(args.device, max_skipped_steps, scaled=args.fp16)
         self._measured: list[torch.Tensor] = []
-        # Counts are exchanged between CPUs, so that a GPU never waits for them.
+        # The CPUs exchange the counts, so that a GPU never waits for them.
         self.cpu_group = dist.new_group(backend="gloo") if args.world_size > 1 else None
         self.counts = Counts(0, 0, False)
 
     def create_optimizer(self, model: torch.nn.Module | None = None) -> torch.optim.Optimizer:
-        """AdamW as `make_optimizer` sets it up."""
+        """The AdamW of `make_optimizer`, made at the first call."""
         if self.optimizer is None:
             args = self.args
             self._adamw = make_optimizer(
@@ -121,13 +121,13 @@ class StreamTrainer(Trainer):
         return self.optimizer
 
     def get_train_dataloader(self) -> Any:
-        """This worker's microbatches, without a length: `max_steps` ends the training."""
+        """An iterable of this worker's microbatches; `max_steps` ends the training."""
         return _Microbatches(self._rows)
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[Rows], num_batches: int, device: torch.device
     ) -> tuple[list[Batch], torch.Tensor]:
-        """The microbatches of one step, and the units of the whole global batch."""
+        """The batches of one step, and the loss units of the global batch (at least 1)."""
         step = self.state.global_step
         self.skipped.read_flags(step - 1)
         self.skipped.check()
@@ -146,7 +146,7 @@ class StreamTrainer(Trainer):
         if self.cpu_group is not None:
             dist.all_reduce(counts, group=self.cpu_group)
         units, tokens, stop, *flags = counts.tolist()
-        # Rows that will be trained on again are not left half-way: nothing keeps them.
+        # No stop between passes on the same rows: a checkpoint does not hold these rows.
         may_stop = (step + 1) % self._passes == 0
         self.counts = Counts(units, tokens, stop > 0 and may_stop, tuple(flags))
         return self._current, torch.tensor(max(units, 1), device=device)
@@ -155,11 +155,11 @@ class StreamTrainer(Trainer):
         return inputs.to(self.args.device)
 
     def floating_point_ops(self, inputs: Batch) -> int:
-        """Not counted: the report speaks of tokens."""
+        """Always 0: the report counts tokens instead."""
         return 0
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Silent: `after_step` tells what there is to tell."""
+        """No-op: `after_step` does the logging."""
 
     def compute_loss(
         self,
@@ -168,10 +168,10 @@ class StreamTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> torch.Tensor:
-        """The objective's losses over the units of the global batch.
+        """The sum of the objective's losses divided by the loss units of the global batch.
 
-        DDP averages gradients over the workers, so each worker's share is scaled by their number:
-        the gradient is that of one process that sees the whole batch.
+        DDP averages gradients over the workers, so each worker's loss is multiplied by their
+        number: the gradient equals that of one process with the global batch.
         """
         assert num_items_in_batch is not None
         loss = self._objective.loss(model, inputs, self._is_logged(self.state.global_step + 1))
@@ -180,19 +180,20 @@ class StreamTrainer(Trainer):
         return propagate_nan(loss.total / num_items_in_batch * self.args.world_size)
 
     def _defer_fsdp_gradient_reduction(self) -> AbstractContextManager[None]:
-        """The Trainer's seam for all microbatches but the last of a sharded model."""
-        return without_needless_reduction(self.model)
+        """Overrides the Trainer's method for all microbatches but the last of a sharded model."""
+        return defer_gradient_reduction(self.model)
 
     def _get_grad_norm(self, model: torch.nn.Module, grad_norm: Any = None) -> Any:
-        """The Trainer's seam before the optimizer's step: a gradient that is not finite is left.
+        """Overrides the Trainer's method before the optimizer step: skips a non-finite gradient.
 
-        The norm is that over all workers, a number of every one's own.
+        Returns:
+            The norm of the gradient over all workers, the same on every rank.
         """
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)
-        whole_norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+        full_norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
         assert self._adamw is not None
-        self._adamw.skip = self._is_skipped = nonfinite_flag(whole_norm)
-        return whole_norm
+        self._adamw.skip = self._is_skipped = nonfinite_flag(full_norm)
+        return full_norm
 
     def _maybe_log_save_evaluate(
         self,
@@ -202,7 +203,7 @@ class StreamTrainer(Trainer):
         learning_rate: float | None = None,
         **__: Any,
     ) -> None:
-        """The Trainer's seam for what follows a step; it also calls it once at the end."""
+        """Overrides the Trainer's method after a step, which it also calls once at the end."""
         step = self.state.global_step
         if step == self._handled_step:
             return
@@ -214,9 +215,10 @@ class StreamTrainer(Trainer):
             self.control.should_training_stop = True
 
     def take_loss(self, steps: int) -> tuple[float, list[int]]:
-        """(mean loss, skipped ones) of the last `steps` steps over all workers; starts a new mean.
+        """Mean loss of the last `steps` steps over all workers, and the skipped steps.
 
-        The mean is that of the steps that were not skipped; NaN where all were.
+        The mean leaves out the skipped steps; it is NaN if all steps were skipped. The next call
+        starts a new mean.
         """
         self.skipped.read_flags(self.state.global_step)
         total, skipped = self.skipped.take_loss(), self.skipped.take_steps()
@@ -227,7 +229,7 @@ class StreamTrainer(Trainer):
         return (float(total) / taken if taken else math.nan), skipped
 
     def take_measures(self) -> dict[str, float]:
-        """The objective's measures of the logged step, over all workers."""
+        """Means of the objective's measures in the logged step, over all workers."""
         if not self._measured:
             return {}
         total = torch.stack(self._measured).sum(0)
@@ -239,11 +241,11 @@ class StreamTrainer(Trainer):
     def write_state(self, folder: Path) -> None:
         """Write this rank's part of a checkpoint that `train` can resume from.
 
-        Rank 0 writes weights (adapter or model, safetensors), optimizer, scheduler, scaler and
-        the Trainer's state, all of it whole; every rank its random generators.
+        Rank 0 writes the full weights (adapter or model, safetensors), optimizer, scheduler, scaler
+        and the Trainer's state; every rank writes the state of its random generators.
         """
         assert self.optimizer is not None
-        weights, optimizer = gather_weights(self.model), whole(self.optimizer.state_dict())
+        weights, optimizer = gather_weights(self.model), full_tensors(self.optimizer.state_dict())
         if self.args.process_index == 0:
             save_weights(self.model, folder, weights)
             torch.save(optimizer, folder / OPTIMIZER_NAME)
@@ -258,10 +260,10 @@ class StreamTrainer(Trainer):
         load_weights(self.model, Path(resume_from_checkpoint))
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        """The state is the checkpoint's, the settings are the recipe's: a population's member goes
-        on from another's weights with settings of its own.
+        """Load the checkpoint's state, but keep the recipe's settings (rates, decay, betas).
 
-        By way of the CPU: the Trainer would load the whole state on every GPU.
+        Population-based training continues from another trial's checkpoint with other settings.
+        The state is loaded on the CPU: the Trainer would load all of it on every GPU.
         """
         if checkpoint is None:
             return
@@ -285,7 +287,7 @@ class StreamTrainer(Trainer):
         scheduler._last_lr = [group["lr"] for group in self.optimizer.param_groups]
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
-        """Each rank's own state; by another number of workers, one drawn from seed, step, rank."""
+        """Load this rank's state; with another number of workers, seed from seed, step and rank."""
         if checkpoint is None:
             return
         args = self.args
@@ -297,17 +299,17 @@ class StreamTrainer(Trainer):
         transformers.set_seed(int(np.random.SeedSequence(words).generate_state(1)[0]))
 
     def load_weights(self, folder: str) -> None:
-        """Take the weights of a checkpoint, and nothing else of it."""
+        """Load the weights of a checkpoint, without optimizer and random state."""
         self._load_from_checkpoint(folder)
 
     @torch.no_grad()
-    def held_out(self, microbatches: Iterator[Rows]) -> dict[str, float]:
-        """eval_loss and the objective's measures, over all workers' held-out rows."""
+    def evaluate_held_out(self, microbatches: Iterator[Rows]) -> dict[str, float]:
+        """eval_loss and the objective's measures over the held-out rows of all workers."""
         model = self.model
         training = model.training
         model.eval()
         with self.compute_loss_context_manager():
-            total = self._objective.held_out(microbatches, self.args.device)
+            total = self._objective.evaluate_held_out(microbatches, self.args.device)
         model.train(training)
         if self.args.world_size > 1:
             dist.all_reduce(total)
@@ -316,13 +318,18 @@ class StreamTrainer(Trainer):
 
 
 def _means(names: tuple[str, ...], total: torch.Tensor) -> dict[str, float]:
-    """Mean of each measure that was taken at all; `total` holds sums and counts."""
+    """Mean of each measure with values.
+
+    Args:
+        names: the measures.
+        total: (measures, 2), sum and count of each.
+    """
     pairs = zip(names, total.tolist(), strict=True)
     return {name: sum_ / count for name, (sum_, count) in pairs if count > 0}
 
 
 class _Microbatches:
-    """Re-iterable without a length, as the Trainer asks of a stream."""
+    """An iterable without a length, as the Trainer expects for a stream."""
 
     def __init__(self, rows: Callable[[], Iterator[Rows]]) -> None:
         self._rows = rows

@@ -1,4 +1,4 @@
-"""From the recipe to transformers' TrainingArguments."""
+"""Translates the recipe into transformers' TrainingArguments."""
 
 import math
 from pathlib import Path
@@ -14,7 +14,7 @@ _SCHEDULES = {"constant": "constant_with_warmup", "linear": "linear", "cosine": 
 
 
 def accumulation(recipe: Recipe, world_size: int) -> int:
-    """Microbatches of one optimizer step on every worker."""
+    """Number of microbatches in one optimizer step on every worker."""
     optim = recipe.optim
     rows = recipe.rows_per_step
     return accumulation_steps(rows, optim.micro_batch_size, world_size, optim.batch_size // rows)
@@ -23,7 +23,7 @@ def accumulation(recipe: Recipe, world_size: int) -> int:
 def training_arguments(
     recipe: Recipe, total_steps: int, world_size: int, scratch: Path
 ) -> TrainingArguments:
-    """Settings of the Trainer's step; data, logging, evaluation and saving are finray's own."""
+    """Settings for the Trainer's step; finray does data, logging, evaluation and saving itself."""
     optim = recipe.optim
     autocast_type = choose_dtype(recipe.model) if needs_autocast(recipe) else None
     return TrainingArguments(

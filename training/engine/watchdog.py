@@ -1,4 +1,4 @@
-"""Notices that a worker hangs: a thread beside the training, armed while a step runs."""
+"""Detects a hanging worker: a thread that is armed while a step runs."""
 
 import faulthandler
 import sys
@@ -18,17 +18,17 @@ _FACTOR = 10.0
 _STEPS = 20
 _TICK = 0.5
 _WRITE_SECONDS = 30.0
-"""For the stacks; a storage that hangs as well does not keep the process."""
+"""Time limit for writing the stacks: a storage that hangs must not block the process."""
 
 
 class Watchdog:
     """Calls `on_hang` once, in its own thread, when a step takes too long.
 
-    Neither the first step, which compiles, nor evaluations, answers and saves are timed. Time in
-    which the whole process was stopped, as by Ctrl-Z, does not count.
+    It does not time the first step, which compiles, nor evaluations, answers and saves. Time while
+    the whole process is stopped, for example by Ctrl-Z, does not count.
 
     Args:
-        timeout: seconds; auto goes by the longest of the last steps; None for no watch.
+        timeout: limit in seconds; auto derives it from the longest recent step; None disables it.
         on_hang: called with the seconds that the step has taken.
     """
 
@@ -40,7 +40,7 @@ class Watchdog:
         self._lock = threading.Lock()
         self._since: float | None = None
         self._last: deque[float] = deque(maxlen=_STEPS)
-        self._waited: float | None = None
+        self._elapsed: float | None = None
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
@@ -61,25 +61,25 @@ class Watchdog:
             self._thread.join()
 
     def arm(self) -> None:
-        """A step begins, and one that was timed has ended."""
+        """Start to time a step; ends the timing of the previous one."""
         with self._lock:
-            self._note()
+            self._record_duration()
             self._since = time.monotonic()
-            self._waited = 0.0
+            self._elapsed = 0.0
 
     def disarm(self) -> None:
-        """What comes now is no step, and one that was timed has ended."""
+        """End the timing of a step without starting another."""
         with self._lock:
-            self._note()
-            self._since = self._waited = None
+            self._record_duration()
+            self._since = self._elapsed = None
 
-    def _note(self) -> None:
+    def _record_duration(self) -> None:
         if self._since is not None:
             self._last.append(time.monotonic() - self._since)
 
     @property
     def limit(self) -> float:
-        """Seconds that a step may take now."""
+        """Seconds that a step may take at present."""
         if isinstance(self._timeout, int | float):
             return self._timeout
         return max(_FLOOR_SECONDS, _FACTOR * max(self._last, default=0.0))
@@ -88,18 +88,19 @@ class Watchdog:
         tick = min(_TICK, self.limit / 4)
         while not self._ended.wait(tick):
             with self._lock:
-                if self._waited is None:
+                if self._elapsed is None:
                     continue
-                self._waited += tick  # by ticks, not by the clock, which a stop does not stop
-                waited = self._waited
-                hangs = waited >= self.limit
+                # Ticks, not the clock: the clock continues while the process is stopped.
+                self._elapsed += tick
+                elapsed = self._elapsed
+                hangs = elapsed >= self.limit
             if hangs:
-                self._on_hang(waited)
+                self._on_hang(elapsed)
                 return
 
 
 def write_stacks(run: Folder, rank: int, step: int) -> str:
-    """Write every thread's stack to stderr and into the run's folder; returns the file's name."""
+    """Write the stacks of all threads to stderr and the run's folder; returns the file's name."""
     name = f"{STACKS_FOLDER}/rank-{rank}-step-{step}.txt"
     with tempfile.TemporaryFile() as stream:
         faulthandler.dump_traceback(stream, all_threads=True)

@@ -1,8 +1,8 @@
-"""One worker's part of a run, the same in this process, in a local process and on Ray.
+"""One worker's part of a run: the same code in this process, in a local process and on Ray.
 
     choose a checkpoint → load the model → evaluate the base → train → evaluate → write the result
 
-All ranks walk through this together; rank 0 also records the run and writes the result.
+All ranks do these steps together; rank 0 also records the run and writes the result.
 """
 
 import json
@@ -28,8 +28,8 @@ from ..data.stream import Slice, every_sequence, share, stream
 from ..models import import_peft  # noqa: F401 - before what loads peft
 from ..models.base_cache import BaseCache
 from ..models.dtypes import choose_dtype
-from ..models.generation import answer, exact_match
-from ..models.loading import check_isolation, count_parameters, load_model, load_tokenizer
+from ..models.generation import exact_match, generate_answers
+from ..models.loading import check_packing_isolation, count_parameters, load_model, load_tokenizer
 from ..models.sharding import choose_strategy
 from ..models.weights import gather_weights, save_result
 from ..objectives.objective import Setup
@@ -53,13 +53,17 @@ def run_worker(
     report: Report | None = None,
     bases: BaseCache | None = None,
 ) -> WorkerResult:
-    """Train; an error that a retry would only repeat is returned, not raised.
+    """Train one worker's part of a run.
 
     Args:
         task: the run.
-        context: this worker's place among the others.
-        report: receives measures while the run trains.
-        bases: frozen bases of earlier runs in this process, where it keeps any.
+        context: this worker's rank and stop requests.
+        report: receives measures while the run trains; None for no reports.
+        bases: frozen bases of earlier runs in this process; None keeps nothing.
+
+    Returns:
+        The result. finray's own errors and requests for a retry are results too; every other error
+        is raised.
     """
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
@@ -78,15 +82,15 @@ def run_worker(
 
 
 class TrainingWorker:
-    """Everything that one worker needs to train, built whole; `fit` then trains.
+    """Holds all parts that one worker needs to train; `fit` trains.
 
     Args:
         task: the run.
-        context: this worker's place among the others.
+        context: this worker's rank and stop requests.
         scratch: a folder on this machine's disk.
-        uploads: for checkpoints and the result.
-        report: receives measures; None where nobody follows.
-        bases: frozen bases of earlier runs in this process, if it keeps any.
+        uploads: uploads checkpoints and the result.
+        report: receives measures while the run trains; None for no reports.
+        bases: frozen bases of earlier runs in this process; None keeps nothing.
     """
 
     def __init__(
@@ -108,7 +112,7 @@ class TrainingWorker:
         self.until = task.get("until")
         self.prepared = _open_prepared(task["prepared"])
         self.total_steps = self.recipe.total_steps(self.prepared.manifest.train.sequences)
-        self.held_out: dict[str, float] = {}
+        self.eval_metrics: dict[str, float] = {}
         self.stopped = False
 
         checkpoints = self.run_folder / CHECKPOINTS_FOLDER
@@ -117,7 +121,7 @@ class TrainingWorker:
         self.tokenizer = load_tokenizer(self.recipe)
         self.model = load_model(self.recipe, self.recipe.method.head, bases)
         if self.recipe.packs:
-            check_isolation(self.model)
+            check_packing_isolation(self.model)
         self.checkpoint = _fetch(checkpoints, choice, scratch)
         self.progress = _progress_of(self.checkpoint)
         self.checkpointer = self._make_checkpointer(checkpoints, choice)
@@ -137,7 +141,7 @@ class TrainingWorker:
         )
         self.objective = objective_of(setup)
         self.parameters = count_parameters(self.model)
-        if self.strategy == "fsdp":  # the Trainer places a whole model
+        if self.strategy == "fsdp":  # without sharding the Trainer places the model
             setup.place(self.model)
         self.trainer = self._make_trainer(arguments)
         self.timer = StepTimer(self.progress)
@@ -149,7 +153,7 @@ class TrainingWorker:
 
         Raises:
             RetryError: another attempt may complete the run.
-            FinrayError: the run cannot go on.
+            FinrayError: the run cannot continue.
         """
         retries = retry_requests(
             self.recipe, self.prepared, self.progress, self._record_last_skipped
@@ -161,7 +165,7 @@ class TrainingWorker:
                     self._evaluate_base()
             if self.progress.step < self.total_steps:
                 self.trainer.train(resume_from_checkpoint=self.checkpoint)
-            else:  # only the end is missing
+            else:  # all steps are done, only the result is missing
                 self.trainer.load_weights(str(self.checkpoint))
             if self.stopped:
                 self.checkpointer.close()
@@ -172,7 +176,7 @@ class TrainingWorker:
     # the start
 
     def _agree_on_checkpoint(self, checkpoints: Folder) -> checkpoint.Choice:
-        """Rank 0 chooses for all: they resume from the same checkpoint, or fail together."""
+        """Rank 0's choice for all ranks: they resume from the same checkpoint, or fail together."""
         choices: list[checkpoint.Choice | FinrayError | None] = [None]
         if self.context.rank == 0:
             try:
@@ -225,7 +229,7 @@ class TrainingWorker:
         )
 
     def _start_recorder(self, choice: checkpoint.Choice, cause: str | None) -> RunRecorder | None:
-        """Rank 0's; None on the other ranks."""
+        """The recorder of rank 0; None on the other ranks."""
         if self.context.rank != 0:
             return None
         recorder = RunRecorder(self.run_folder, self.recipe, self.progress.step)
@@ -271,12 +275,12 @@ class TrainingWorker:
         assert split is not None
         context, size = self.context, self.recipe.optim.micro_batch_size
         sequences = every_sequence(self.prepared.files, split, context.rank, context.world_size)
-        # Ranks of a sharded model compute together: all as often as the busiest one.
+        # Ranks of a sharded model compute together, so all need equally many batches.
         passes = accumulation_steps(split.sequences, size, context.world_size)
         return in_batches(sequences, size, at_least=passes if self.strategy == "fsdp" else 0)
 
     def _stop_requested(self) -> bool:
-        """Before a step: True if the run saves and stops after it."""
+        """True if the run should save and stop after the next step."""
         is_due = self.until is not None and self.progress.step + 1 >= self.until
         return is_due or self.context.stop_requested()
 
@@ -286,7 +290,7 @@ class TrainingWorker:
         return step % self.recipe.checkpoint.every_steps == 0 or step == self.total_steps
 
     def _is_logged(self, step: int) -> bool:
-        # A checkpoint is always logged: a resumed run then averages over the same steps.
+        # Saved steps are always logged, so that a resumed run averages over the same steps.
         return step % self.recipe.log.every_steps == 0 or self._is_saved(step)
 
     def _is_evaluated(self, step: int) -> bool:
@@ -295,7 +299,7 @@ class TrainingWorker:
         return due and self.prepared.manifest.eval is not None
 
     def _after_step(self, measures: StepMeasures) -> bool:
-        """Log, evaluate and start to save what is due; True if the training ends here."""
+        """Log, evaluate and save if that is due; True if the training ends after this step."""
         step, counts = measures.step, self.trainer.counts
         self.progress.step = step
         self.progress.tokens += counts.tokens
@@ -320,7 +324,8 @@ class TrainingWorker:
         file = write_stacks(self.run_folder, self.context.rank, step)
         self.context.abort(
             f"step {step} did not end within {seconds:.0f} s; {self.run_folder / file} shows where "
-            f"rank {self.context.rank} hangs. If steps take so long, raise scale.hang_timeout"
+            f"rank {self.context.rank} hangs. If steps really take so long, increase "
+            "scale.hang_timeout"
         )
 
     def _epoch(self) -> float:
@@ -328,7 +333,7 @@ class TrainingWorker:
 
     def _log(self, measures: StepMeasures) -> None:
         loss, skipped = self.trainer.take_loss(measures.step - self.timer.step)
-        accuracy = self.trainer.take_measures()
+        measured = self.trainer.take_measures()
         speed = self.timer.tick(self.progress)
         line = {
             "step": measures.step,
@@ -338,7 +343,7 @@ class TrainingWorker:
             "grad_norm": as_number(measures.grad_norm),
             "tokens_per_second": round(speed, 1),
             "seconds": round(self.progress.seconds, 3),
-            **accuracy,
+            **measured,
             **({"skipped": len(skipped)} if skipped else {}),
         }
         with self.timer.paused():
@@ -357,9 +362,9 @@ class TrainingWorker:
         self._record_skipped(self.trainer.skipped.take_steps())
 
     def _evaluate(self) -> None:
-        measured = self.trainer.held_out(self._held_out_rows())
-        self.held_out = {"step": self.progress.step, **measured}
-        self._record_line({"epoch": self._epoch(), **self.held_out})
+        measured = self.trainer.evaluate_held_out(self._held_out_rows())
+        self.eval_metrics = {"step": self.progress.step, **measured}
+        self._record_line({"epoch": self._epoch(), **self.eval_metrics})
 
     def _record_line(self, line: dict[str, float]) -> None:
         """Write a line of metrics, and report it."""
@@ -374,8 +379,8 @@ class TrainingWorker:
     def _save(self) -> None:
         step = self.progress.step
         name = self.recipe.method.watched.name
-        is_fresh = self.held_out.get("step") == step and name in self.held_out
-        metrics = {name: self.held_out[name]} if is_fresh else {}
+        is_fresh = self.eval_metrics.get("step") == step and name in self.eval_metrics
+        metrics = {name: self.eval_metrics[name]} if is_fresh else {}
         self.checkpointer.save(step, self._write_state, metrics)
 
     def _write_state(self, folder: Path) -> None:
@@ -384,7 +389,7 @@ class TrainingWorker:
             (folder / PROGRESS_FILE).write_text(json.dumps(asdict(self.progress)))
 
     def _flush_records(self) -> None:
-        """In the upload's thread: the lines of a checkpoint are written before it is."""
+        """Write all metrics before the checkpoint is published; runs in the upload's thread."""
         if self.recorder is not None:
             self.recorder.flush()
 
@@ -395,12 +400,12 @@ class TrainingWorker:
     # before and after
 
     def _evaluate_base(self) -> None:
-        """Held-out measures and answers of the model before the first step."""
+        """Record held-out measures and answers of the model before the first step."""
         if self.prepared.manifest.eval is None:
             return
 
         def measure() -> dict[str, float]:
-            return self.trainer.held_out(self._held_out_rows())
+            return self.trainer.evaluate_held_out(self._held_out_rows())
 
         fingerprint = self.prepared.manifest.fingerprint
         if self.bases is None:
@@ -412,12 +417,16 @@ class TrainingWorker:
             self.recorder.log_base(measured)
 
     def _answer(self, when: str) -> dict[str, float]:
-        """Answer the held-out samples greedily; their exact match, where there are any."""
+        """Answer the held-out samples greedily; returns `exact_match`, or nothing without samples.
+
+        Args:
+            when: before or after the training, for the record.
+        """
         samples = self.prepared.samples(self.recipe.eval.samples)
         if not samples:
             return {}
         with self.trainer.compute_loss_context_manager():
-            answers = answer(
+            answers = generate_answers(
                 self.model,
                 self.tokenizer,
                 [sample.prompt_ids for sample in samples],
@@ -436,7 +445,7 @@ class TrainingWorker:
     def _finish(self) -> None:
         """Evaluate the trained model and write it."""
         step = self.progress.step
-        if self._is_evaluated(step) and self.held_out.get("step") != step:
+        if self._is_evaluated(step) and self.eval_metrics.get("step") != step:
             self._evaluate()
         matches = self._answer("after")
         self.checkpointer.close()
@@ -458,12 +467,12 @@ class TrainingWorker:
 def _open_prepared(uri: str) -> Prepared:
     prepared = open_prepared(Folder(uri))
     if prepared is None:
-        raise RunError(f"the prepared data set {uri} is gone")
+        raise RunError(f"the prepared data set {uri} is gone; start the run again")
     return prepared
 
 
 def _fetch(checkpoints: Folder, choice: checkpoint.Choice, scratch: Path) -> str | None:
-    """The checkpoint's folder on this node; None without a checkpoint."""
+    """Path of the checkpoint on this node, downloaded if necessary; None without a checkpoint."""
     if choice.name is None:
         return None
     folder = checkpoints / choice.name

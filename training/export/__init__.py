@@ -1,1 +1,1 @@
-"""A finished run's result, taken elsewhere: copied or merged, with a model card."""
+"""Exports a finished run's result: copies or merges it, and writes a model card."""

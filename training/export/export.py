@@ -1,4 +1,4 @@
-"""`finray export`: a finished run's result as a folder that stands by itself."""
+"""`finray export`: writes a finished run's result into a self-contained folder."""
 
 import json
 import shutil
@@ -17,7 +17,7 @@ from ..config.base_digest import BASE_FILE, base_digest
 from ..config.model_folder import model_folder, tokenizer_files
 from ..config.models import ModelSettings
 from ..records.run_folder import Record, finished_run
-from .loading import Loadable
+from .loading import ExportedModel
 from .model_card import render_card
 
 if TYPE_CHECKING:
@@ -29,13 +29,15 @@ GENERATION_CONFIG = "generation_config.json"
 
 
 @dataclass(frozen=True)
-class Exported:
-    """What was written."""
+class ExportSummary:
+    """The folder that an export wrote."""
 
     folder: Path
-    result: Loadable
+    result: ExportedModel
     files: int
+    """Number of files."""
     bytes: int
+    """Size of all files together."""
 
 
 def export(
@@ -45,33 +47,33 @@ def export(
     merge: bool = False,
     dtype: "DtypeName | None" = None,
     progress: Progress = SILENT,
-) -> Exported:
-    """Write a run's result and its model card into a folder, whole or not at all.
+) -> ExportSummary:
+    """Write a run's result and its model card into a folder, completely or not at all.
 
     Args:
         run: the run's folder.
-        target: where to; it does not exist, or is empty.
+        target: the folder to write; it must not exist, or be empty.
         merge: merge the adapter into its base.
-        dtype: type of the written weights; by default the base's, or the trained model's.
+        dtype: type of the written weights; by default that of the base or the trained model.
         progress: receives the bytes of weights written so far and in all.
 
     Raises:
-        InputError: there is no finished run, nothing to merge, no base, or no room for the result.
+        InputError: there is no finished run, nothing to merge, no base, or no space on the disk.
         RunError: the result cannot be written, or a merged weight is not finite.
     """
     finished = finished_run(run)
     record, recipe, name = finished.record, finished.recipe, finished.kind
     if name == "model" and merge:
-        raise InputError(f"{run}: the run trained the model itself: it is whole without --merge")
+        raise InputError(f"{run}: the run trained the full model, not an adapter; omit --merge")
     if name == "adapter" and dtype is not None and not merge:
-        raise InputError("--dtype is the type of a whole model's weights: it needs --merge here")
+        raise InputError("--dtype sets the type of a full model's weights; add --merge")
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise InputError(f"{target} exists already; give a folder that is new or empty")
+        raise InputError(f"{target} exists already; give a new or empty folder")
     settings = recipe["model"]
     base = None
     if merge:
-        wanted = ModelSettings(base=settings["base"], revision=settings.get("revision"))
-        base = model_folder(wanted, weights=True)
+        model = ModelSettings(base=settings["base"], revision=settings.get("revision"))
+        base = model_folder(model, weights=True)
     with _staged(target) as staged, finished.local_result() as trained:
         if base is not None:
             _merge(record, settings, base, trained, staged, dtype, progress)
@@ -80,19 +82,19 @@ def export(
         else:
             shutil.copytree(trained, staged, dirs_exist_ok=True)
             if name == "adapter":
-                _name_base(staged, settings)
+                _write_base_name(staged, settings)
         result = _describe(name, merge, settings, trained)
         card = render_card(record, recipe, result)
         (staged / CARD_FILE).write_text(card, encoding="utf-8")
         sizes = [path.stat().st_size for path in staged.rglob("*") if path.is_file()]
-    return Exported(target, result, len(sizes), sum(sizes))
+    return ExportSummary(target, result, len(sizes), sum(sizes))
 
 
 @contextmanager
 def _staged(target: Path) -> Iterator[Path]:
-    """A folder beside the target that takes its name at the end.
+    """A temporary folder next to the target, renamed to the target at the end.
 
-    What a killed export left there is deleted by the next one.
+    The next export deletes the folder that a killed one leaves behind.
     """
     staged = target.with_name(f".{target.name}.partial")
     try:
@@ -135,26 +137,26 @@ def _merge(
             adapter, trust_remote_code=settings.get("trust_remote_code", False)
         ).pad_token_id,
     )
-    _copy(tokenizer_files(adapter), staged)
-    _copy([base / GENERATION_CONFIG], staged)
+    _copy_existing(tokenizer_files(adapter), staged)
+    _copy_existing([base / GENERATION_CONFIG], staged)
 
 
 def _recast(model: Path, staged: Path, dtype: "DtypeName", progress: Progress) -> None:
     from .merge import recast
 
     recast(model, staged, dtype, progress)
-    _copy([*tokenizer_files(model), model / GENERATION_CONFIG], staged)
+    _copy_existing([*tokenizer_files(model), model / GENERATION_CONFIG], staged)
 
 
-def _copy(files: list[Path], target: Path) -> None:
-    """Copy those files that are there."""
+def _copy_existing(files: list[Path], target: Path) -> None:
+    """Copy the files that exist."""
     for file in files:
         if file.is_file():
             shutil.copy(file, target)
 
 
-def _name_base(adapter: Path, settings: Record) -> None:
-    """Let PEFT's own configuration lead to the base that the recipe names."""
+def _write_base_name(adapter: Path, settings: Record) -> None:
+    """Write the recipe's base into PEFT's configuration, and no local path into the digest file."""
     base = settings["base"]
     _change_json(
         adapter / ADAPTER_CONFIG,
@@ -166,16 +168,17 @@ def _name_base(adapter: Path, settings: Record) -> None:
 
 
 def _check_base(base: Path, adapter: Path) -> None:
-    """Refuse a base whose weights are others than when the adapter was trained."""
-    note = adapter / BASE_FILE
-    noted = _read_json(note).get("digest") if note.is_file() else None
-    if noted is not None and base_digest(base) not in (noted, None):
+    """Refuse a base whose weights have changed since the adapter was trained."""
+    file = adapter / BASE_FILE
+    recorded = _read_json(file).get("digest") if file.is_file() else None
+    if recorded is not None and base_digest(base) not in (recorded, None):
         raise InputError(
-            f"{base}: the base's weights changed since the adapter was trained over them"
+            f"{base}: the base's weights changed since the adapter was trained; merge needs the "
+            "original weights"
         )
 
 
-def _describe(name: str, merge: bool, settings: Record, trained: Path) -> Loadable:
+def _describe(name: str, merge: bool, settings: Record, trained: Path) -> ExportedModel:
     from transformers import AutoTokenizer
 
     if name == "adapter":
@@ -187,7 +190,7 @@ def _describe(name: str, merge: bool, settings: Record, trained: Path) -> Loadab
         labels = len(config.get("id2label") or ())
     trust = settings.get("trust_remote_code", False)
     template = AutoTokenizer.from_pretrained(trained, trust_remote_code=trust).chat_template
-    return Loadable(
+    return ExportedModel(
         kind="merged" if merge else "adapter" if name == "adapter" else "model",
         is_classifier=is_classifier,
         labels=labels,
@@ -199,7 +202,7 @@ def _describe(name: str, merge: bool, settings: Record, trained: Path) -> Loadab
 
 
 def _score_outputs(adapter: Path) -> int:
-    """Rows of the score head that lies with an adapter."""
+    """Number of outputs of the score head that is saved with an adapter."""
     from safetensors import safe_open
 
     with safe_open(adapter / WEIGHTS_FILE, framework="np") as file:

@@ -1,4 +1,4 @@
-"""Python that loads an exported result with transformers and PEFT alone."""
+"""Python code that loads an exported result with transformers and PEFT, without finray."""
 
 import json
 from dataclasses import dataclass
@@ -17,35 +17,35 @@ _QUANTISATION = {
 
 
 @dataclass(frozen=True)
-class Loadable:
-    """What was exported, as far as it matters to who loads it."""
+class ExportedModel:
+    """The properties of an exported result that matter for loading it."""
 
     kind: Kind
-    """adapter: beside its base. merged: an adapter in its base. model: trained as a whole."""
+    """adapter: without its base. merged: an adapter merged into its base. model: a full model."""
     is_classifier: bool
-    """Scores texts; otherwise it writes them."""
+    """True if it scores texts, False if it generates them."""
     labels: int
-    """Outputs of a classifier."""
+    """Number of outputs of a classifier."""
     base: str
     """Hub id or absolute folder of the base model."""
     revision: str | None
     quantize: str
-    """How the base was quantised while the adapter was trained."""
+    """Quantisation of the base while the adapter was trained: none, nf4 or int8."""
     has_chat_template: bool
 
     @property
     def base_is_public(self) -> bool:
-        """Whether the base's name is a hub id, not a folder of this machine."""
+        """True if the base's name is a hub id, False for a folder of this machine."""
         return not Path(self.base).is_absolute()
 
     @property
     def model_class(self) -> str:
-        """transformers' automatic class."""
+        """Name of the transformers auto class that loads it."""
         kind = "SequenceClassification" if self.is_classifier else "CausalLM"
         return f"AutoModelFor{kind}"
 
-    def two_lines(self, folder: Path) -> list[str]:
-        """The lines that load it from a folder, without imports."""
+    def loading_lines(self, folder: Path) -> list[str]:
+        """The lines of code that load it from a folder, without imports."""
         if self.kind != "adapter":
             return [
                 f"model = {self.model_class}.from_pretrained({_quoted(str(folder))})",
@@ -57,7 +57,7 @@ class Loadable:
         ]
 
     def program(self) -> str:
-        """A program that loads it from its own folder and uses it. It names no local path."""
+        """A program that loads it from its own folder and uses it, without local paths."""
         return "\n".join([*self._imports(), "", *self._loading(), "", *self._using()])
 
     def _base_line(self, base: str) -> str:
@@ -134,5 +134,5 @@ class Loadable:
 
 
 def _quoted(text: str) -> str:
-    """A string of Python, in the style of the rest."""
+    """A Python string literal with double quotes."""
     return json.dumps(text, ensure_ascii=False)

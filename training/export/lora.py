@@ -1,7 +1,7 @@
-"""What a LoRA adapter does to a weight: the formulas of PEFT's `merge_and_unload`.
+"""Merges a LoRA adapter into weights, with the formulas of PEFT's `merge_and_unload`.
 
-LoRA (Hu et al., 2021), rsLoRA (Kalajdzievski, 2023) and DoRA (Liu et al., 2024). Everything is
-computed in float32, one weight at a time.
+LoRA (Hu et al., 2021), rsLoRA (Kalajdzievski, 2023) and DoRA (Liu et al., 2024), computed in
+float32 for one weight at a time.
 """
 
 import math
@@ -23,15 +23,15 @@ _B = (".lora_B.weight", ".lora_embedding_B")
 _BIAS = ".lora_B.bias"
 _MAGNITUDE = ".lora_magnitude_vector"
 
-# These set the base's weights to what the first adapter leaves over; they are not written.
-_CHANGE_THE_BASE = ("pissa", "corda", "olora", "loftq", "lora_ga")
+# These initialisations subtract the initial adapter from the base; PEFT does not save that base.
+_CHANGES_BASE = ("pissa", "corda", "olora", "loftq", "lora_ga")
 
 
 @dataclass(frozen=True)
 class Update:
-    """The change of one module, all float32: W becomes W + scaling · B·A.
+    """The change of one module, in float32: W becomes W + scaling · B·A.
 
-    With a magnitude m (DoRA) each row of that is scaled to the length that m says.
+    With a magnitude m (DoRA) each row of the result is scaled to the norm m.
     """
 
     a: torch.Tensor
@@ -45,7 +45,7 @@ class Update:
     """(out)"""
 
     def apply(self, weight: torch.Tensor) -> torch.Tensor:
-        """The new weight, in the place of the old one: float32, (out, in), of any strides."""
+        """Change a weight in place, and return it: float32, (out, in), with any strides."""
         weight.addmm_(self.b, self.a, alpha=self.scaling)
         if self.magnitude is not None:
             weight *= (self.magnitude / torch.linalg.norm(weight, dim=1))[:, None]
@@ -53,10 +53,10 @@ class Update:
 
 
 class Adapter:
-    """An adapter's folder as PEFT writes it.
+    """A LoRA adapter, read from a folder that PEFT wrote.
 
     Raises:
-        InputError: for adapters that cannot be merged, and for tensors of an unknown meaning.
+        InputError: the adapter cannot be merged.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -66,17 +66,17 @@ class Adapter:
         _check_mergeable(config)
         self.task = str(config.task_type)
         self.keeps_ties = bool(config.ensure_weight_tying)
-        """Weights that the base shares were trained as one; both names hold the same."""
+        """True if tied weights were trained as one parameter, so that they stay equal."""
         self._config: Any = config
         self.updates: dict[str, Update] = {}
-        """By module, as the model names it."""
+        """By the model's name of the module."""
         self.replacements: dict[str, torch.Tensor] = {}
-        """Parameters trained as a whole, by name: a score head, biases, modules_to_save."""
+        """New values of parameters, by name: a score head, biases, modules_to_save."""
         with safe_open(folder / WEIGHTS_FILE, framework="pt") as file:
             names = list(file.keys())
-            self._take({name.removeprefix(_PREFIX): file.get_tensor(name) for name in names})
+            self._add_tensors({name.removeprefix(_PREFIX): file.get_tensor(name) for name in names})
 
-    def _take(self, tensors: dict[str, torch.Tensor]) -> None:
+    def _add_tensors(self, tensors: dict[str, torch.Tensor]) -> None:
         for name in [name for name in tensors if name.endswith(_A)]:
             module, _, kind = name.partition(".lora_")
             partner = f"{module}.lora_{kind.replace('A', 'B', 1)}"
@@ -88,7 +88,7 @@ class Adapter:
                 tensors.pop(module + _MAGNITUDE, None),
             )
         for name, tensor in tensors.items():
-            # The frozen weight under an adapted embedding is written along with it.
+            # PEFT also saves the frozen weight of an adapted embedding.
             self.replacements[name.replace(".base_layer.", ".")] = tensor
 
     def _update(
@@ -110,15 +110,15 @@ class Adapter:
             magnitude=None if magnitude is None else magnitude.float(),
         )
 
-    def touches(self, name: str) -> bool:
-        """Whether the adapter changes this parameter of the model."""
+    def changes(self, name: str) -> bool:
+        """True if the adapter changes the parameter of this name."""
         if name in self.replacements:
             return True
         module, _, kind = name.rpartition(".")
         update = self.updates.get(module)
         return update is not None and (kind == "weight" or update.bias is not None)
 
-    def changed(self) -> set[str]:
+    def changed_names(self) -> set[str]:
         """Names of all parameters that the adapter changes."""
         weights = {f"{module}.weight" for module in self.updates}
         biases = {
@@ -127,12 +127,12 @@ class Adapter:
         return weights | biases | self.replacements.keys()
 
     def merged(self, name: str, base: torch.Tensor, transposed: bool) -> torch.Tensor:
-        """A parameter with what was learnt.
+        """The merged value of a parameter, float32.
 
         Args:
-            name: its name in the model.
+            name: the parameter's name in the model.
             base: its value in the base, float32; it is overwritten.
-            transposed: whether it is stored as (in, out): embeddings and GPT-2's Conv1D.
+            transposed: True if it is stored as (in, out), as in embeddings and GPT-2's Conv1D.
         """
         replacement = self.replacements.get(name)
         if replacement is not None:
@@ -147,10 +147,15 @@ class Adapter:
         return base
 
     def check_fits(self, name: str, base: tuple[int, ...], transposed: bool) -> None:
-        """Compare shapes.
+        """Check that the adapter's shapes match a parameter of the base.
+
+        Args:
+            name: the parameter's name in the model.
+            base: its shape in the base.
+            transposed: True if it is stored as (in, out).
 
         Raises:
-            InputError: where they differ from the base's.
+            InputError: the shapes differ.
         """
         module, _, kind = name.rpartition(".")
         shapes = [tuple(self.replacements[name].shape)] if name in self.replacements else []
@@ -161,13 +166,13 @@ class Adapter:
         for shape in shapes:
             if shape != base:
                 raise InputError(
-                    f"the adapter is of another base model: it was trained over a {name} of shape "
-                    f"{shape}, and the base has {base}"
+                    f"the adapter belongs to another base model: it was trained on {name} of shape "
+                    f"{shape}, but the base's has shape {base}"
                 )
 
 
 def _check_mergeable(config: LoraConfig) -> None:
-    """Refuse what has no single weight to merge into, by PEFT's own marks."""
+    """Refuse LoRA variants that cannot be merged into single weights, by PEFT's field metadata."""
     refused = [
         field.name
         for field in fields(config)
@@ -177,8 +182,8 @@ def _check_mergeable(config: LoraConfig) -> None:
     ]
     names = ("target_parameters", "layer_replication", "trainable_token_indices")
     refused += [name for name in names if getattr(config, name)]
-    start = str(config.init_lora_weights).lower()
-    if start.startswith(_CHANGE_THE_BASE):
-        refused.append(f"init_lora_weights: {start} (it changes the base's weights)")
+    init = str(config.init_lora_weights).lower()
+    if init.startswith(_CHANGES_BASE):
+        refused.append(f"init_lora_weights: {init} (it changes the base's weights)")
     if refused:
         raise InputError(f"an adapter with {', '.join(refused)} cannot be merged")

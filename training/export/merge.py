@@ -1,6 +1,6 @@
-"""An adapter merged into its base: read, changed and written one tensor at a time.
+"""Merges an adapter into its base: reads, changes and writes one tensor at a time.
 
-What is written keeps the base's own names and order, so that it loads as the base does.
+The merged model keeps the names and the order of the base's tensors, so it loads like the base.
 """
 
 import json
@@ -47,45 +47,44 @@ def merge(
     Args:
         base: folder of the base model, with safetensors.
         adapter: folder of a LoRA adapter as PEFT writes it.
-        target: where to; the folder exists.
+        target: an existing folder for the merged model.
         progress: receives the bytes written so far and in all.
-        quantize: how the base was quantised while the adapter was trained: the merged weights
-            start from what the quantised ones stand for, not from the base's own.
-        compute_dtype: the type in which the run held the base's weights; it matters to `quantize`.
-        dtype: type of the merged floating-point weights; by default each keeps the base's.
-        pad_token_id: a sequence classifier needs it in its configuration.
-        shard_bytes: largest size of a weights file.
+        quantize: how the base was quantised while the adapter was trained. The adapter is then
+            merged into the dequantised weights, not into the base's original ones.
+        compute_dtype: the type in which the run loaded the base's weights; needed for `quantize`.
+        dtype: type of the merged floating-point weights; None keeps the types of the base.
+        pad_token_id: padding token for the configuration of a sequence classifier.
+        shard_bytes: maximum size of a weights file in bytes.
 
     Raises:
-        InputError: for a base or an adapter that cannot be merged, or do not belong together.
-        RunError: where a merged weight is not finite in its type.
+        InputError: the base or the adapter cannot be merged, or they do not belong together.
+        RunError: a merged weight is not finite in its type.
     """
-    learnt = Adapter(adapter)
-    score = learnt.replacements.get("score.weight")
-    skeleton = Skeleton(base, learnt.task, None if score is None else score.shape[0])
-    plan = _Plan(TensorFiles(base), learnt, skeleton, quantize, torch_dtype(compute_dtype))
-    wanted = None if dtype is None else torch_dtype(dtype)
-    outputs = list(plan.outputs(wanted))
+    lora = Adapter(adapter)
+    score = lora.replacements.get("score.weight")
+    skeleton = Skeleton(base, lora.task, None if score is None else score.shape[0])
+    plan = _MergePlan(TensorFiles(base), lora, skeleton, quantize, torch_dtype(compute_dtype))
+    outputs = list(plan.outputs(None if dtype is None else torch_dtype(dtype)))
     config = json.loads((base / CONFIG_FILE).read_text(encoding="utf-8"))
     _write_config(_changed_config(config, plan, dtype, pad_token_id), target)
     write_model_files(target, outputs, progress, shard_bytes)
 
 
 def recast(model: Path, target: Path, dtype: DtypeName, progress: Progress) -> None:
-    """Write a whole model's weights and configuration anew, in another floating-point type.
+    """Write a full model's weights and configuration in another floating-point type.
 
     Raises:
-        InputError: for weights that cannot be read.
+        InputError: the weights cannot be read.
     """
-    files, wanted = TensorFiles(model), torch_dtype(dtype)
-    outputs = [_kept(files, key, info, wanted) for key, info in files.info.items()]
+    files, target_dtype = TensorFiles(model), torch_dtype(dtype)
+    outputs = [_unchanged(files, key, info, target_dtype) for key, info in files.info.items()]
     config = json.loads((model / CONFIG_FILE).read_text(encoding="utf-8"))
     _write_config(_in_dtype(config, dtype), target)
     write_model_files(target, outputs, progress)
 
 
-class _Plan:
-    """Which tensors the merged model has, and how each comes about."""
+class _MergePlan:
+    """Decides which tensors the merged model has, and how each is computed."""
 
     def __init__(
         self,
@@ -103,22 +102,23 @@ class _Plan:
         self.names = skeleton.names_of(files.info)
         self.quantised = skeleton.quantised() if quantize != "none" else frozenset()
         pairs = skeleton.tied.items()
-        touched = any(adapter.touches(name) for pair in pairs for name in pair)
-        self.unties = touched and not adapter.keeps_ties
-        """Whether weights that the base shares are no longer equal."""
+        is_changed = any(adapter.changes(name) for pair in pairs for name in pair)
+        self.unties = is_changed and not adapter.keeps_ties
+        """True if weights that are tied in the base differ in the merged model."""
 
     def outputs(self, dtype: torch.dtype | None) -> Iterator[Output]:
         """Every tensor of the merged model, in the base's order.
 
         Raises:
-            InputError: where the adapter changes what the base does not have.
+            InputError: the adapter changes a parameter that the base does not have.
         """
         stored = {name: key for key, name in self.names.items() if name is not None}
         for key, info in self.files.info.items():
             name = self.names.get(key)
-            # What this model does not load stays (a vision tower), but for a classifier's old head.
+            # Tensors that this model does not load, such as a vision tower, are copied; only a
+            # classifier leaves out the language-model head of its base.
             if name is None and (key in self.names or self.skeleton.task == "CAUSAL_LM"):
-                yield _kept(self.files, key, info, dtype)
+                yield _unchanged(self.files, key, info, dtype)
             elif name is not None and not (self.unties and name in self.skeleton.tied):
                 yield self._output(key, name, key, info, dtype)
         for name in sorted(self._added(stored)):
@@ -127,22 +127,22 @@ class _Plan:
             yield self._output(name, name, source, info, dtype)
 
     def _added(self, stored: dict[str, str]) -> set[str]:
-        """Parameters that are not stored in the base's files: a score head, an untied head."""
+        """Names of new parameters that the base's files lack: a score head, an untied head."""
         tied = self.skeleton.tied
         added = set(tied) if self.unties else set()
-        needed = {tied[name] for name in added} | (self.adapter.changed() - tied.keys())
+        needed = {tied[name] for name in added} | (self.adapter.changed_names() - tied.keys())
         for name in sorted(needed - stored.keys()):
             if name not in self.adapter.replacements or not self.skeleton.has(name):
                 raise InputError(
-                    f"the adapter changes {name}, which the base's files do not hold as a tensor "
-                    "of its own: it is of another base model, or a part of fused experts, which "
-                    "cannot be merged"
+                    f"the adapter changes {name}, which is no separate tensor in the base's files: "
+                    "the adapter belongs to another base model, or the tensor is a part of fused "
+                    "experts, which cannot be merged"
                 )
             added.add(name)
         return added
 
     def _added_info(self, name: str) -> TensorInfo:
-        """A replacement's shape, in the type that most of the base's weights have."""
+        """Shape of a new parameter, in the type that most of the base's weights have."""
         sizes: Counter[torch.dtype] = Counter()
         for info in self.files.info.values():
             sizes[info.dtype] += info.bytes
@@ -152,8 +152,8 @@ class _Plan:
     def _output(
         self, key: str, name: str, source: str | None, info: TensorInfo, dtype: torch.dtype | None
     ) -> Output:
-        if source is not None and name not in self.quantised and not self.adapter.touches(name):
-            return replace(_kept(self.files, source, info, dtype), name=key)
+        if source is not None and name not in self.quantised and not self.adapter.changes(name):
+            return replace(_unchanged(self.files, source, info, dtype), name=key)
         if source is not None:
             self.adapter.check_fits(name, info.shape, self.skeleton.is_transposed(name))
         info = TensorInfo(info.shape, _cast_to(info.dtype, dtype))
@@ -170,33 +170,33 @@ class _Plan:
         merged = weight.to(dtype)
         if not torch.isfinite(merged).all():
             raise RunError(
-                f"{name}: the merged weight is not finite as {str(dtype).removeprefix('torch.')}; "
-                "another --dtype may hold it, or the training went astray"
+                f"{name}: the merged weight is not finite in {str(dtype).removeprefix('torch.')}; "
+                "try another --dtype; if that fails too, the training diverged"
             )
         return merged
 
     def _base_weight(self, name: str, source: str, transposed: bool) -> torch.Tensor:
-        """What the adapter was trained over, float32 and free to be overwritten."""
+        """The weight that the adapter was trained on, as a new float32 tensor."""
         stored = self.files.read(source)
         if name not in self.quantised or self.quantize == "none":
             return stored.to(torch.float32, copy=True)
         return dequantised(stored.to(self.compute_dtype), self.quantize, transposed)
 
 
-def _kept(files: TensorFiles, key: str, info: TensorInfo, dtype: torch.dtype | None) -> Output:
-    """A stored tensor as it is, or in another floating-point type."""
+def _unchanged(files: TensorFiles, key: str, info: TensorInfo, dtype: torch.dtype | None) -> Output:
+    """A stored tensor with its values, in its own or another floating-point type."""
     info = TensorInfo(info.shape, _cast_to(info.dtype, dtype))
     return Output(key, info, lambda: files.read(key).to(info.dtype))
 
 
-def _cast_to(stored: torch.dtype, wanted: torch.dtype | None) -> torch.dtype:
-    return wanted if wanted is not None and stored.is_floating_point else stored
+def _cast_to(stored: torch.dtype, requested: torch.dtype | None) -> torch.dtype:
+    return requested if requested is not None and stored.is_floating_point else stored
 
 
 def _changed_config(
-    config: dict[str, Any], plan: _Plan, dtype: DtypeName | None, pad_token_id: int | None
+    config: dict[str, Any], plan: _MergePlan, dtype: DtypeName | None, pad_token_id: int | None
 ) -> dict[str, Any]:
-    """The base's configuration, for what the model has become."""
+    """The base's configuration, adapted to the merged model."""
     if dtype is not None:
         config = _in_dtype(config, dtype)
     if plan.unties:
@@ -222,7 +222,7 @@ def _in_dtype(config: dict[str, Any], dtype: DtypeName) -> dict[str, Any]:
 
 
 def _sections(config: dict[str, Any]) -> list[dict[str, Any]]:
-    """A configuration and those of its parts, such as text_config."""
+    """A configuration and its nested configurations, such as text_config."""
     return [config, *(part for part in config.values() if isinstance(part, dict))]
 
 

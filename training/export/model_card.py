@@ -1,4 +1,4 @@
-"""README.md of an exported result: a model card as the Hugging Face Hub reads it."""
+"""Writes README.md of an exported result: a model card for the Hugging Face Hub."""
 
 import re
 from pathlib import Path
@@ -7,26 +7,26 @@ from typing import Any
 import yaml
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from ..common import formatting as figures
+from ..common import formatting
 from ..config.methods import title_of
 from ..records.labels import KEY_METRICS, label_of
 from ..records.report import data_statistics
 from ..records.run_folder import Record
-from .loading import Loadable
+from .loading import ExportedModel
 
 _PLACE = re.compile(r"(/|[A-Za-z][A-Za-z0-9+.-]*://)[^\n]*")
 
 
-def render_card(run: Record, recipe: Record, result: Loadable) -> str:
-    """The card: what was trained from what, on which data, how well, and how to load it.
+def render_card(run: Record, recipe: Record, result: ExportedModel) -> str:
+    """The model card: method and base, metrics, data, recipe, and code that loads the model.
 
-    It names no folder of this machine and no address of a storage: they tell a reader nothing, and
-    may tell too much.
+    It names no folder of this machine and no storage address: they are useless to other people and
+    may be private.
 
     Args:
-        run: run.json.
-        recipe: recipe.yaml.
-        result: what was exported.
+        run: values of run.json.
+        recipe: values of recipe.yaml.
+        result: the exported model.
     """
     run, recipe = _without_places(run), _without_places(recipe)
     environment = Environment(
@@ -50,7 +50,7 @@ def render_card(run: Record, recipe: Record, result: Loadable) -> str:
     )
 
 
-def _header(run: Record, recipe: Record, result: Loadable) -> Record:
+def _header(run: Record, recipe: Record, result: ExportedModel) -> Record:
     method = str(run.get("method"))
     adapter = recipe.get("adapter")
     tags = ["finray", method]
@@ -67,44 +67,44 @@ def _header(run: Record, recipe: Record, result: Loadable) -> Record:
     return header
 
 
-def _facts(run: Record, recipe: Record, result: Loadable) -> list[tuple[str, str]]:
-    """What was done to which model."""
+def _facts(run: Record, recipe: Record, result: ExportedModel) -> list[tuple[str, str]]:
+    """Labels and texts on the method, the base model and the result."""
     method = str(run.get("method"))
     base = f"`{Path(result.base).name}` (a local folder)"
     if result.base_is_public:
         base = f"[{result.base}](https://huggingface.co/{result.base})"
         base += f" at `{result.revision}`" if result.revision else ""
     kind = {
-        "adapter": "adapter, to be loaded over the base model",
+        "adapter": "adapter, to be loaded on the base model",
         "merged": "adapter merged into the base model",
         "model": "model, trained without an adapter",
     }[result.kind]
     if result.kind == "merged" and result.quantize != "none":
-        kind += f" as {result.quantize} holds it, which it was trained over"
+        kind += f", dequantised from the {result.quantize} weights that it was trained on"
     facts = [("Method", title_of(method)), ("Base model", base), ("Result", kind)]
     adapter = recipe.get("adapter") or {}
     settings = {key: value for key, value in adapter.items() if value not in (None, {}, [])}
     if settings:
         facts.append(("Adapter", ", ".join(f"{key} {value}" for key, value in settings.items())))
-    steps, tokens = figures.count(run.get("step")), figures.count(run.get("tokens"))
+    steps, tokens = formatting.count(run.get("step")), formatting.count(run.get("tokens"))
     facts.append(("Trained for", f"{steps} steps over {tokens} tokens"))
     return facts
 
 
 def _metrics(run: Record) -> list[tuple[str, str, str]]:
-    """(measure, before, after), what tells most first."""
+    """Rows (measure, before, after), with the key metrics first."""
     before, after = run.get("before") or {}, run.get("metrics") or {}
-    known = [name for name in KEY_METRICS if name in before or name in after]
-    names = dict.fromkeys([*known, *sorted(before.keys() | after.keys())])
+    first = [name for name in KEY_METRICS if name in before or name in after]
+    names = dict.fromkeys([*first, *sorted(before.keys() | after.keys())])
     return [
         (label.title, label.write(before.get(name)), label.write(after.get(name)))
         for name, label in ((name, label_of(name)) for name in names)
-        if figures.is_number(before.get(name)) or figures.is_number(after.get(name))
+        if formatting.is_number(before.get(name)) or formatting.is_number(after.get(name))
     ]
 
 
 def _without_places(value: Any) -> Any:
-    """Values in which a local path or a URI is its last name; public data sets stay."""
+    """Values with every local path or URI shortened to its last part; public data sets stay."""
     if isinstance(value, dict):
         return {key: _without_places(item) for key, item in value.items()}
     if isinstance(value, list):
@@ -116,8 +116,8 @@ def _without_places(value: Any) -> Any:
 
 
 def _cell(text: str) -> str:
-    """Text inside a table of Markdown."""
-    return figures.one_line(text).replace("|", "\\|")
+    """Text for a cell of a Markdown table."""
+    return formatting.one_line(text).replace("|", "\\|")
 
 
 def _yaml(values: Record) -> str:

@@ -1,4 +1,4 @@
-"""A weight as a quantised model computes with it."""
+"""Computes the weights that a quantised model effectively uses."""
 
 from typing import Literal
 
@@ -8,13 +8,13 @@ Quantisation = Literal["none", "nf4", "int8"]
 
 
 def dequantised(weight: torch.Tensor, scheme: Quantisation, transposed: bool) -> torch.Tensor:
-    """Quantise a weight as bitsandbytes does when transformers loads it, and back; float32.
+    """Quantise a weight as transformers does with bitsandbytes, and dequantise it; float32.
 
     Args:
-        weight: as it was given to bitsandbytes: in the type that the run computed in.
-        scheme: nf4: 4 bits in blocks of 64, their scales quantised again (Dettmers et al., QLoRA,
-            2023). int8: 8 bits for each row, by its largest value (LLM.int8, 2022).
-        transposed: whether the weight is stored as (in, out).
+        weight: the weight in the compute type of the run.
+        scheme: nf4: 4 bits in blocks of 64 with quantised scales (Dettmers et al., QLoRA, 2023).
+            int8: 8 bits, scaled by the largest value of each row (LLM.int8, 2022).
+        transposed: True if the weight is stored as (in, out).
     """
     from bitsandbytes import functional
 

@@ -1,4 +1,4 @@
-"""A model without its weights: what its parameters are called, and how each is stored."""
+"""A model without weights: the names of its parameters, and how each is stored."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -25,7 +25,7 @@ from transformers.quantizers.quantizers_utils import should_convert_module
 from ..common.errors import InputError
 
 Task = Literal["CAUSAL_LM", "SEQ_CLS"]
-"""PEFT's names of what a model is for."""
+"""PEFT's names for the tasks of models."""
 
 
 class Skeleton:
@@ -33,20 +33,20 @@ class Skeleton:
 
     Args:
         folder: the base model's folder.
-        task: what the adapter was trained for.
-        labels: outputs of a sequence classifier.
+        task: the task that the adapter was trained for.
+        labels: number of outputs of a sequence classifier.
 
     Raises:
-        InputError: for a base that is stored quantised, and for another task.
+        InputError: the base is stored quantised or needs its own code, or another task is given.
     """
 
     def __init__(self, folder: Path, task: str, labels: int | None) -> None:
         try:
             config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-        except ValueError as error:  # it needs code of its own
-            raise InputError(f"{folder}: the base cannot be merged into: {error}") from None
+        except ValueError as error:  # the model needs code from its folder
+            raise InputError(f"{folder}: cannot merge into this base: {error}") from None
         if "quantization_config" in config.to_dict():
-            raise InputError(f"{folder}: the base is stored quantised: it cannot be merged into")
+            raise InputError(f"{folder}: cannot merge into a base that is stored quantised")
         if task == "CAUSAL_LM":
             make: Any = AutoModelForCausalLM
         elif task == "SEQ_CLS":
@@ -58,22 +58,23 @@ class Skeleton:
             model: PreTrainedModel = make.from_config(config)
         self.task = task
         self.labels = int(config.num_labels)
-        """Outputs of a sequence classifier."""
+        """Number of outputs of a sequence classifier."""
         self._model = model
         self._state = model.state_dict()
         self.architecture = type(model).__name__
         self.tied: dict[str, str] = dict(model.all_tied_weights_keys)
-        """Parameters that share the weights of another one."""
+        """Names of tied parameters: each to the parameter whose weights it shares."""
 
     def has(self, name: str) -> bool:
-        """Whether the model has a parameter of this name."""
+        """True if the model has a parameter of this name."""
         return name in self._state
 
     def names_of(self, stored: Iterable[str]) -> dict[str, str | None]:
-        """The model's names of stored tensors: older or smaller models' files have other ones.
+        """The model's parameter name of each stored tensor; some files use other names.
 
-        None for a tensor that is one of several in a parameter (fused experts); absent is what
-        the model does not load.
+        Returns:
+            By the stored name. None means that several tensors form one parameter (fused experts).
+            Tensors that the model does not load are left out.
         """
         transforms = get_model_conversion_mapping(self._model)
         renamings = [entry for entry in transforms if isinstance(entry, WeightRenaming)]
@@ -89,13 +90,13 @@ class Skeleton:
         return names
 
     def is_transposed(self, name: str) -> bool:
-        """Whether a module's weight is stored as (in, out), for embeddings (tokens, width)."""
+        """True if a weight is stored as (in, out), or as (tokens, width) in embeddings."""
         module = self._model.get_submodule(name.rpartition(".")[0])
         return isinstance(module, Conv1D | torch.nn.Embedding)
 
     def quantised(self) -> frozenset[str]:
-        """Names of the weights that transformers quantises when it loads the model by
-        bitsandbytes: those of linear layers but the head and what is tied to it."""
+        """Names of the weights that transformers quantises with bitsandbytes: those of all linear
+        layers except the head and layers tied to it."""
         skipped = HfQuantizer.get_modules_to_not_convert(
             self._model, None, self._model._keep_in_fp32_modules
         )

@@ -1,7 +1,4 @@
-"""Safetensors files, read and written one tensor at a time.
-
-Nothing here holds more than one tensor: a model may be larger than memory.
-"""
+"""Reads and writes safetensors files one tensor at a time, as a model may be larger than memory."""
 
 import json
 import shutil
@@ -20,7 +17,7 @@ from ..common.progress import Progress
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
 SHARD_BYTES = 5 * 10**9
-"""Largest weights file that is written, unless one tensor alone is larger."""
+"""Maximum size of a weights file in bytes, unless a single tensor is larger."""
 
 DTYPES = {
     "F64": torch.float64,
@@ -34,28 +31,28 @@ DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
-"""The format's names of number types."""
+"""torch dtypes by their names in the safetensors format."""
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """What a file's header says of a tensor."""
+    """Shape and type of a tensor, from a file's header."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
 
     @property
     def bytes(self) -> int:
-        """Size of the values."""
+        """Size of the values in bytes."""
         return prod(self.shape) * self.dtype.itemsize
 
 
 class TensorFiles:
-    """The weights of a folder, as transformers finds them: the index's files, or the only one.
+    """The weights in a folder, which holds an index and its files, or a single file.
 
     Raises:
-        InputError: where there are none, one is missing or damaged, or of an unknown type.
+        InputError: a file is missing or damaged, or a tensor has an unsupported type.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -73,12 +70,15 @@ class TensorFiles:
                 part = file.get_slice(name)
                 dtype = DTYPES.get(part.get_dtype())
                 if dtype is None:
-                    raise InputError(f"{path}: {name} is stored as {part.get_dtype()}: quantised")
+                    raise InputError(
+                        f"{path}: {name} is stored as {part.get_dtype()}, which is not supported; "
+                        "give weights that are not quantised"
+                    )
                 self.info[name] = TensorInfo(tuple(part.get_shape()), dtype)
                 self._file[name] = path
 
     def read(self, name: str) -> torch.Tensor:
-        """A tensor as it is stored. The file is closed again, so that its pages can go."""
+        """A tensor in its stored type. The file is closed, so that its memory can be freed."""
         with safe_open(self._file[name], framework="pt") as file:
             tensor: torch.Tensor = file.get_tensor(name)
             return tensor
@@ -102,12 +102,12 @@ def _weight_files(folder: Path) -> list[Path]:
 
 @dataclass(frozen=True)
 class Output:
-    """A tensor to write."""
+    """A tensor to write, computed at the time of writing."""
 
     name: str
     info: TensorInfo
     make: Callable[[], torch.Tensor]
-    """Gives the tensor when its turn comes."""
+    """Returns the tensor."""
 
 
 def write_model_files(
@@ -116,22 +116,24 @@ def write_model_files(
     progress: Progress,
     shard_bytes: int = SHARD_BYTES,
 ) -> None:
-    """Write tensors as transformers reads them: one file, or shards and their index.
+    """Write tensors in the layout of transformers: one file, or shards and their index.
 
     Args:
-        folder: where to; it exists.
-        outputs: what to write; each is made once, written and forgotten.
+        folder: an existing folder.
+        outputs: the tensors; each is computed once and released after writing.
         progress: receives the bytes written so far and in all, after every tensor.
-        shard_bytes: largest size of a file.
+        shard_bytes: maximum size of a file in bytes.
 
     Raises:
-        InputError: where the disk has no room for them.
+        InputError: the disk has not enough free space.
     """
     shards = _in_shards(outputs, shard_bytes)
     total = sum(output.info.bytes for output in outputs)
     free = shutil.disk_usage(folder).free
     if total > free:
-        raise InputError(f"{folder.parent}: the model takes {total:,} bytes, and {free:,} are free")
+        raise InputError(
+            f"{folder.parent}: the model takes {total:,} bytes, but only {free:,} are free"
+        )
     done = 0
     weight_map: dict[str, str] = {}
     for number, shard in enumerate(shards, start=1):
@@ -162,10 +164,10 @@ def _in_shards(outputs: Iterable[Output], shard_bytes: int) -> list[list[Output]
 
 
 def _write_header(stream: BinaryIO, shard: list[Output]) -> list[Output]:
-    """Write a file's header; returns the tensors in the order in which they must follow.
+    """Write a file's header; returns the tensors in the order that the header declares.
 
-    The format: 8 bytes with the header's length, the header as JSON padded to 8 bytes, then the
-    tensors without gaps, the widest types first so that each is aligned.
+    The format is: 8 bytes with the header's length, the header as JSON padded to 8 bytes, then the
+    tensors without gaps. The widest types come first, so that each tensor is aligned.
     """
     ordered = sorted(shard, key=lambda output: (-output.info.dtype.itemsize, output.name))
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}

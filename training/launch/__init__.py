@@ -1,1 +1,1 @@
-"""Starting a run's workers: in this process, in local processes, on Ray."""
+"""Starts a run's workers: in this process, in local processes or on Ray."""

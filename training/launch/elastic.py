@@ -1,6 +1,6 @@
-"""Workers on a cluster that changes: how many, and when to restart them.
+"""Decides on a changing cluster how many workers train, and when to restart them.
 
-    how many fit now → train → a worker fails, nodes leave or come → how many fit now → …
+    how many fit now → train → a worker fails, nodes leave or join → how many fit now → …
 
 Every attempt is a Ray Train worker group of a fixed size that resumes from the newest good
 checkpoint. Ray Train's own elastic groups count draining nodes, and lose the steps since the last
@@ -23,9 +23,9 @@ from .resources import (
     request_from_autoscaler,
 )
 
-_LOOK_SECONDS = 2.0
+_POLL_SECONDS = 2.0
 GROW_SECONDS = 20.0
-"""Room for more workers is used once it lasts this long, as nodes rarely come alone."""
+"""Capacity for more workers is used once it lasts this long, as nodes often join in groups."""
 
 
 class ClusterWatcher:
@@ -35,7 +35,7 @@ class ClusterWatcher:
         run: the run's folder; its run.json names the nodes that train.
         request: the run's workers.
         workers: number of this attempt's workers.
-        grow_seconds: how long room for more workers lasts before it is used.
+        grow_seconds: how long capacity for more workers must last before it is used.
     """
 
     def __init__(
@@ -49,16 +49,16 @@ class ClusterWatcher:
         self._request = request
         self._workers = workers
         self._grow_seconds = grow_seconds
-        self._next_look = time.monotonic() + _LOOK_SECONDS
-        self._room_since: float | None = None
+        self._next_poll = time.monotonic() + _POLL_SECONDS
+        self._capacity_since: float | None = None
         self.reason: str | None = None
         """Why the attempt should end; None while it should not."""
 
     def has_reason(self) -> bool:
         """True if the attempt should end; cheap enough to call all the time."""
         now = time.monotonic()
-        if self.reason is None and now >= self._next_look:
-            self._next_look = now + _LOOK_SECONDS
+        if self.reason is None and now >= self._next_poll:
+            self._next_poll = now + _POLL_SECONDS
             self.reason = self._leaving_nodes() or self._growth(now)
         return self.reason is not None
 
@@ -69,21 +69,21 @@ class ClusterWatcher:
         try:
             training = leaving & set((read_run(self._run) or {}).get("nodes", ()))
         except OSError:
-            return None  # a storage that is away for a moment: the next look reads it
-        return f"{len(training)} of the run's nodes will be taken away" if training else None
+            return None  # the storage is unavailable for a moment: the next poll reads it
+        return f"{len(training)} of the run's nodes are being removed" if training else None
 
     def _growth(self, now: float) -> str | None:
-        room = self._room() if self._workers < self._request.max else 0
-        if room <= self._workers:
-            self._room_since = None
+        capacity = self._capacity() if self._workers < self._request.max else 0
+        if capacity <= self._workers:
+            self._capacity_since = None
             return None
-        self._room_since = self._room_since or now
-        if now - self._room_since < self._grow_seconds:
+        self._capacity_since = self._capacity_since or now
+        if now - self._capacity_since < self._grow_seconds:
             return None
-        return f"there is room for {room} workers, {self._workers} train"
+        return f"there is room for {capacity} workers, {self._workers} train"
 
-    def _room(self) -> int:
-        """Workers that fit, with those that train already; others' work on the cluster stays."""
+    def _capacity(self) -> int:
+        """Number of workers that fit: those that train, and those that fit next to other jobs."""
         import ray
 
         free = ray.available_resources()
@@ -96,7 +96,10 @@ class ClusterWatcher:
 def wait_for_capacity(
     request: WorkerRequest, seconds: float, stop: Stop, progress: Progress
 ) -> int | None:
-    """Wait until the cluster holds the workers; returns how many fit, None if stopped before.
+    """Wait until the workers fit into the cluster.
+
+    Returns:
+        How many workers fit; None if a stop is requested before.
 
     Raises:
         RunError: they do not fit within `seconds`.
@@ -116,5 +119,5 @@ def wait_for_capacity(
                 is_waiting = True
                 request_from_autoscaler(request)
                 progress.status(f"waiting up to {seconds:g} s for nodes: {error}")
-        stop.requested.wait(_LOOK_SECONDS)
+        stop.requested.wait(_POLL_SECONDS)
     return None

@@ -1,4 +1,4 @@
-"""Training in this process, without Ray."""
+"""Trains in this process, without Ray."""
 
 from typing import NoReturn
 
@@ -34,7 +34,7 @@ class InProcessContext:
         return self._stop.requested.is_set()
 
     def abort(self, message: str) -> NoReturn:
-        """Record the failure, as no other process does, and end this one."""
+        """Record the failure, as there is no other process to do it, and end this one."""
         failed = {"status": "failed", "error": message, "finished_at": now()}
         update_run(self._run, lambda record: record.update(failed))
         end_process(message)
@@ -73,4 +73,4 @@ class InProcessLauncher(Launcher):
         return result
 
     def wait_until_ready(self, progress: Progress) -> None:
-        """At once: this machine is always ready."""
+        """No-op: this machine is always ready."""

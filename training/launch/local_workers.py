@@ -1,8 +1,8 @@
-"""Workers as processes of this machine: without a cluster, Ray would only delay a run.
+"""Runs workers as processes of this machine: without a cluster, Ray would only delay a run.
 
 start → each loads the libraries while the data is prepared → a task → train → each sends its result
 
-A process that ends without a result, or aborts, ends the others; then all start again.
+If a process ends without a result, or aborts, the others are ended and all start again.
 """
 
 import json
@@ -33,9 +33,9 @@ from .worker_process import STOP_LINE, Start
 
 _POLL_SECONDS = 0.1
 _LAST_RESULTS_SECONDS = 2.0
-"""For the other workers to send a result after one failed: they may wait for it for ever."""
+"""Time for the other workers to send a result after one failed: they may wait for it for ever."""
 _LAST_WRITES_SECONDS = 60.0
-"""The same after one ended as all do: rank 0 may still write into a slow storage."""
+"""The same if all workers end for the same reason: rank 0 may still write to a slow storage."""
 _END_SECONDS = 30.0
 
 Reply = dict[str, Any] | None
@@ -43,15 +43,17 @@ Reply = dict[str, Any] | None
 
 
 class LocalLauncher(Launcher):
-    """Starts the workers of a run as processes; its context starts them at once and ends them.
+    """Starts the workers of a run as processes.
+
+    As a context manager it starts the processes on entry, and ends them on exit.
 
     Args:
-        scale: the run's.
-        request: what a worker holds.
+        scale: the recipe's `scale` section.
+        request: the resources of a worker.
         workers: number of workers.
         stop: requested when the run should save and end.
         env: environment variables of the workers.
-        verbose: pass on what the workers print; otherwise it is kept if they fail.
+        verbose: print the workers' output; otherwise it goes to files, kept if workers fail.
     """
 
     def __init__(
@@ -86,7 +88,7 @@ class LocalLauncher(Launcher):
             shutil.rmtree(self._logs)
 
     def attempt(self, task: WorkerTask) -> WorkerResult:
-        """Train until all workers end; they are new ones after the first attempt."""
+        """Train until all workers end; every attempt but the first starts new processes."""
         group, self._group = self._group or self._start(), None
         try:
             return group.train(task, self.stop)
@@ -94,14 +96,14 @@ class LocalLauncher(Launcher):
             self._keeps_logs = not self._verbose
             hint = f" (the workers' output: {self._logs})" if self._keeps_logs else ""
             raise AttemptEndedError(str(failure), hint=hint) from None
-        except KeyboardInterrupt:  # who leaves at once may look for what hung
+        except KeyboardInterrupt:  # the user may want to find out what hung
             self._keeps_logs = True
             raise
         finally:
             group.end()
 
     def wait_until_ready(self, progress: Progress) -> None:
-        """At once: this machine is always ready."""
+        """No-op: this machine is always ready."""
 
     def _start(self) -> "_WorkerGroup":
         return _WorkerGroup(self._devices, self._env, None if self._verbose else self._logs)
@@ -118,7 +120,7 @@ class _Worker:
     reply: Reply = None
 
     def send(self, line: bytes) -> None:
-        """Send a command; a worker that has ended gets no more, and its reply is known."""
+        """Send a command; does nothing if the worker has ended."""
         assert self.process.stdin is not None
         try:
             self.process.stdin.write(line)
@@ -127,14 +129,14 @@ class _Worker:
             return
 
     def close(self) -> None:
-        """Send no more commands."""
+        """Close the channel for commands."""
         assert self.process.stdin is not None
-        with suppress(BrokenPipeError):  # a command that it has not read
+        with suppress(BrokenPipeError):  # a command that the worker has not read
             self.process.stdin.close()
 
 
 class _WorkerGroup:
-    """Processes that train one attempt and end with it."""
+    """The worker processes of one attempt."""
 
     def __init__(self, devices: list[str], env: dict[str, str], logs: Path | None) -> None:
         self._workers = [
@@ -159,7 +161,7 @@ class _WorkerGroup:
         while running:
             if stop.requested.is_set() and not is_stopping:
                 is_stopping = True
-                self._workers[0].send(STOP_LINE)  # rank 0 tells the others, at the same step
+                self._workers[0].send(STOP_LINE)  # rank 0 passes it on, for the same step on all
             try:
                 rank = self._ended.get(timeout=_POLL_SECONDS)
             except Empty:
@@ -199,13 +201,17 @@ class _WorkerGroup:
                     self._ended.put(rank)
 
     def _watch(self, rank: int, worker: _Worker, reader: threading.Thread) -> None:
-        """Note the process's end; a child of it may hold its pipe open longer."""
+        """Put the rank into the queue when its process ends; children may keep the pipe open."""
         worker.process.wait()
         reader.join(_LAST_RESULTS_SECONDS)
         self._ended.put(rank)
 
     def _result(self, silent: list[int]) -> WorkerResult:
-        """The attempt's result: from what ended first, not from what that did to the others."""
+        """The attempt's result: the original cause, not the failures that it causes on others.
+
+        Args:
+            silent: ranks that have neither replied nor ended.
+        """
         replies = [worker.reply for worker in self._workers]
         for reply in replies:
             if reply is not None and reply["status"] == "retry":
@@ -221,19 +227,19 @@ class _WorkerGroup:
 
 
 def start_process(env: dict[str, str], log: Path | None) -> "subprocess.Popen[bytes]":
-    """Start a worker process, whose stderr goes into the log, or to this process's stderr."""
-    # -P: a file of the current folder must not be imported in place of a library.
+    """Start a worker process; its stderr goes into the log, without one to this process's."""
+    # -P: a file in the current folder must not be imported instead of a library.
     command = [sys.executable, "-P", "-m", "finray.training.launch.worker_process"]
     pipe = subprocess.PIPE
     with log.open("ab") if log is not None else nullcontext() as stream:
-        # A process group of its own: Ctrl-C in a terminal does not reach it, and it ends whole.
+        # Its own process group: Ctrl-C does not reach it, and its children end with it.
         return subprocess.Popen(
             command, stdin=pipe, stdout=pipe, stderr=stream, env=env, process_group=0
         )
 
 
 def _devices(gpus: float, workers: int) -> list[str]:
-    """Each worker's device, as torch names it; workers with less than a GPU share one."""
+    """Each worker's torch device, by rank; workers that need a part of a GPU share one."""
     if not gpus:
         return ["cpu"] * workers
     if gpus >= 1:
@@ -242,12 +248,12 @@ def _devices(gpus: float, workers: int) -> list[str]:
 
 
 def _seconds_for_others(reply: Reply) -> float:
-    """How long the other workers have after this one ended: less if they may wait for it."""
+    """Seconds that the other workers get after this reply: few if they may wait for this one."""
     if reply is None or reply["status"] == "error":
         return _LAST_RESULTS_SECONDS
     retry = reply.get("retry")
-    is_alone = retry is not None and retry["cause"] == "memory"
-    return _LAST_RESULTS_SECONDS if is_alone else _LAST_WRITES_SECONDS
+    others_may_wait = retry is not None and retry["cause"] == "memory"
+    return _LAST_RESULTS_SECONDS if others_may_wait else _LAST_WRITES_SECONDS
 
 
 def _is_good(reply: Reply) -> bool:

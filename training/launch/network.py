@@ -1,8 +1,8 @@
-"""How workers find each other: the interface that all of them reach, and their process group.
+"""Forms the process group of the workers, on a network interface that all of them reach.
 
-gloo binds what the machine's name resolves to, on many machines a loopback address: workers on
-other machines then wait for it in vain. The interface that carries a node's own address among the
-workers is reached by all.
+gloo binds the address that the host name resolves to. On many machines that is a loopback address,
+which workers on other machines cannot reach. The interface with the node's address in the cluster
+is reachable from all nodes.
 """
 
 import os
@@ -18,7 +18,7 @@ _TIMEOUT_SECONDS = 1800
 
 @dataclass(frozen=True)
 class Place:
-    """Where a worker stands among the others."""
+    """A worker's position in the process group, as torch's environment variables describe it."""
 
     rank: int
     world_size: int
@@ -26,19 +26,19 @@ class Place:
     local_world_size: int
     node_rank: int
     address: str
-    """Of rank 0, for all."""
+    """Address of rank 0's node."""
     port: int
-    """There."""
+    """Port on rank 0's node where the workers meet."""
     device: str
-    """What the worker trains on, as torch names it: cpu, cuda:1."""
+    """The torch device that the worker trains on: cpu, cuda:1."""
 
 
 def join_group(place: Place, own_address: str) -> None:
-    """Form the process group of all workers: NCCL where they have GPUs, else gloo.
+    """Form the process group of all workers: NCCL on GPUs, gloo on CPUs.
 
     Args:
-        place: this worker's.
-        own_address: of this node, on the interface that the others reach.
+        place: this worker's place.
+        own_address: address of this node, on the interface that the others reach.
     """
     import torch.distributed as dist
 
@@ -59,25 +59,25 @@ def join_group(place: Place, own_address: str) -> None:
 
 
 def interface_of(address: str) -> str | None:
-    """The name of the interface with this IPv4 address; None where there is none."""
+    """The name of the interface with this IPv4 address; None if there is none."""
     import fcntl
     import struct
 
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         for _, name in socket.if_nameindex():
             try:
-                answer = fcntl.ioctl(
+                reply = fcntl.ioctl(
                     probe.fileno(), _SIOCGIFADDR, struct.pack("256s", name.encode()[:15])
                 )
             except OSError:  # an interface without an IPv4 address
                 continue
-            if socket.inet_ntoa(answer[20:24]) == address:
+            if socket.inet_ntoa(reply[20:24]) == address:
                 return name
     return None
 
 
 def _choose_interface(own_address: str) -> None:
-    """What the user has set stays."""
+    """Set the interface for gloo and NCCL, unless the user has set it."""
     name = interface_of(own_address)
     if name is not None:
         for variable in _VARIABLES:
@@ -85,7 +85,7 @@ def _choose_interface(own_address: str) -> None:
 
 
 def free_port() -> int:
-    """A TCP port that nobody listens on now."""
+    """A TCP port of this machine that is free now."""
     with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
         probe.bind(("", 0))
         return int(probe.getsockname()[1])

@@ -1,8 +1,7 @@
-"""How Ray Train's workers form their torch process group, over the interface that all of them
-reach.
+"""Forms the torch process group of Ray Train's workers, with `network.join_group`.
 
-Ray Train's own TorchConfig does as much, but loads torch in the driver and in the controller too:
-seconds before the workers start.
+Ray Train's own TorchConfig does that too, but imports torch in the driver and in the controller,
+which delays the start by seconds.
 """
 
 from collections.abc import Iterator
@@ -14,50 +13,50 @@ from ray.train.backend import Backend, BackendConfig
 
 from .network import Place, free_port, join_group
 
-_LEAVE_SECONDS = 5.0
+_SHUTDOWN_SECONDS = 5.0
 
 
 @dataclass
 class ProcessGroup(BackendConfig):
-    """See `network.join_group`."""
+    """Ray Train's configuration for a torch process group made by `network.join_group`."""
 
     @property
     def backend_cls(self) -> type[Backend]:
-        """What the controller calls."""
+        """The class whose methods Ray Train's controller calls."""
         return _Backend
 
     @property
     def train_func_context(self) -> Any:
-        """What a worker trains in."""
+        """The context manager that a worker trains in."""
         return _own_device
 
 
 class _Backend(Backend):
-    # Peers reach each other's memory only where each sees all of the node's GPUs.
+    # GPUs access each other's memory only if every worker sees all GPUs of the node.
     share_cuda_visible_devices = True
 
     def on_start(self, worker_group: Any, backend_config: BackendConfig) -> None:
-        worker_group.execute(_join, *worker_group.execute_single(0, _meeting_point))
+        worker_group.execute(_join, *worker_group.execute_single(0, _rendezvous_address))
 
     def on_shutdown(self, worker_group: Any, backend_config: BackendConfig) -> None:
         import ray
         from ray.exceptions import GetTimeoutError
 
         try:
-            ray.get(worker_group.execute_async(_leave), timeout=_LEAVE_SECONDS)
+            ray.get(worker_group.execute_async(_leave), timeout=_SHUTDOWN_SECONDS)
         except GetTimeoutError:
-            return  # one of them hangs in a collective; their processes are ended next
+            return  # a worker hangs in a collective; Ray ends the processes next
 
 
-def _meeting_point() -> tuple[str, int]:
-    """Runs in the first worker: where all meet."""
+def _rendezvous_address() -> tuple[str, int]:
+    """Address and port where the workers meet; runs in the first worker."""
     import ray
 
     return ray.util.get_node_ip_address(), free_port()
 
 
 def _join(address: str, port: int) -> None:
-    """Runs in every worker."""
+    """Join the process group; runs in every worker."""
     import ray
     import ray.train
     from ray.train.torch import get_device
@@ -77,7 +76,7 @@ def _join(address: str, port: int) -> None:
 
 
 def _leave() -> None:
-    """Runs in every worker, before its process is ended."""
+    """Leave the process group; runs in every worker before its process ends."""
     import torch.distributed as dist
 
     if dist.is_initialized():
@@ -86,7 +85,7 @@ def _leave() -> None:
 
 @contextmanager
 def _own_device() -> Iterator[None]:
-    """The thread's current GPU is the worker's: it sees those of the whole node."""
+    """Inside, the thread's current GPU is the worker's own, as it sees all GPUs of the node."""
     import torch
     from ray.train.torch import get_device
 

@@ -1,4 +1,4 @@
-"""Training in Ray Train worker groups on the initialised Ray."""
+"""Trains in Ray Train worker groups on an initialised Ray."""
 
 import threading
 import time
@@ -21,13 +21,13 @@ from .retries import AttemptEndedError, Launcher
 class RayLauncher(Launcher):
     """Starts a worker group for each attempt, with as many workers as fit.
 
-    As a context it lets the cluster's autoscaler keep nodes for the workers.
+    As a context manager it requests nodes for the workers from the cluster's autoscaler.
 
     Args:
-        scale: the run's.
+        scale: the recipe's `scale` section.
         stop: requested when the run should save and end.
         worker_env: environment variables of the workers.
-        grow_seconds: how long room for more workers lasts before it is used.
+        grow_seconds: how long capacity for more workers must last before it is used.
 
     Raises:
         InputError: the cluster can never hold the workers.
@@ -60,7 +60,7 @@ class RayLauncher(Launcher):
     def attempt(self, task: WorkerTask) -> WorkerResult:
         """Train in one worker group until it ends; it saves and ends when the cluster changes."""
         run = Folder(task["run"])
-        run.delete(STOP_FILE)  # the request that ended the attempt before
+        run.delete(STOP_FILE)  # the stop request that ended the previous attempt
         watcher = ClusterWatcher(run, self._request, self._workers, self._grow_seconds)
         try:
             result = self._fit(task, run, watcher)
@@ -81,19 +81,19 @@ class RayLauncher(Launcher):
     def _fit(self, task: WorkerTask, run: Folder, watcher: ClusterWatcher) -> WorkerResult:
         is_stopping = False
 
-        def stop_where_due() -> None:
+        def stop_if_due() -> None:
             nonlocal is_stopping
             if is_stopping or not (self.stop.requested.is_set() or watcher.has_reason()):
                 return
             try:
                 run.write(STOP_FILE, b"")
             except OSError:
-                return  # a storage that is away for a moment: the next tick tries again
+                return  # the storage is unavailable for a moment: the next tick tries again
             is_stopping = True
 
         trainer = self._make_trainer(task, run)
         result: WorkerResult = run_while_watching(
-            trainer.fit, self.stop, on_tick=stop_where_due
+            trainer.fit, self.stop, on_tick=stop_if_due
         ).return_value
         return result
 
@@ -103,7 +103,7 @@ class RayLauncher(Launcher):
 
         from .ray_backend import ProcessGroup
 
-        # TorchTrainer, but without torch in the driver and in the controller.
+        # Like TorchTrainer, but without torch in the driver and in the controller.
         return DataParallelTrainer(
             _ray_worker,
             train_loop_config=dict(task),
@@ -145,7 +145,7 @@ class RayContext:
         self._stop = watch_stop_file(run) if self.rank == 0 else threading.Event()
 
     def stop_requested(self) -> bool:
-        """True on rank 0 once there is a stop file; the step's counts tell the other ranks."""
+        """True on rank 0 once there is a stop file; rank 0 passes it on in the step's counts."""
         return self._stop.is_set()
 
     def abort(self, message: str) -> NoReturn:
@@ -159,7 +159,7 @@ def _ray_worker(task: dict[str, Any]) -> WorkerResult:
 
     result = run_worker(cast(WorkerTask, task), RayContext(Folder(task["run"])))
     if result["status"] == "retry":
-        # Raised, as other ranks may wait for this one in a collective.
+        # An exception ends the other ranks too, which may wait for this one in a collective.
         raise RetryError(result["retry"])
     return result
 
@@ -175,7 +175,7 @@ def _node_of_each_rank(world_size: int) -> tuple[str, ...]:
 
 
 def _retry_request(error: Exception) -> RetryRequest | None:
-    """A worker's request for another attempt, if that ended the group."""
+    """The request for another attempt that ended the worker group; None if another error did."""
     import ray.train
 
     if isinstance(error, ray.train.WorkerGroupError):
@@ -196,7 +196,7 @@ def _cause(error: Exception) -> str:
 
 
 def _is_preemption(error: Exception) -> bool:
-    """True if the workers ended because their node was taken away."""
+    """True if the workers ended because their node was removed."""
     import ray.exceptions
     import ray.train
 

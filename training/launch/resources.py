@@ -1,4 +1,4 @@
-"""What a run's workers need of a cluster, and whether they fit."""
+"""The resources that a run's workers need, and whether they fit into a cluster."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,14 +12,14 @@ Resources = dict[str, float]
 
 @dataclass(frozen=True)
 class WorkerRequest:
-    """The workers of a run, and what each holds. The tasks that stream its data hold no CPU."""
+    """Number and resources of a run's workers. The tasks that stream the data hold no CPU."""
 
     min: int
     max: int
     cpus: float
-    """Of one worker."""
+    """CPUs of one worker."""
     gpus: float
-    """Of one worker."""
+    """GPUs of one worker; may be a fraction."""
 
     @property
     def worker(self) -> Resources:
@@ -45,7 +45,7 @@ def cluster_nodes() -> list[Resources]:
 
 
 def draining_nodes() -> frozenset[str]:
-    """Ids of the nodes that will be taken away: a spot instance's notice, `ray drain-node`."""
+    """Ids of the nodes that will be removed, after a spot notice or `ray drain-node`."""
     # Ray has no public API for it; Ray Train itself uses this one.
     from ray._private.state import state
 
@@ -62,18 +62,18 @@ def worker_request(scale: ScaleSettings, nodes: Sequence[Resources]) -> WorkerRe
 
 
 def fitting_workers(request: WorkerRequest, nodes: Sequence[Resources]) -> int:
-    """Number of such workers that the nodes hold."""
+    """Number of workers of this size that fit on the nodes."""
     return sum(_on_node(request, node) for node in nodes)
 
 
 def check_fits(request: WorkerRequest, nodes: Sequence[Resources]) -> int:
-    """Refuse what the cluster cannot hold: Ray would wait for it for ever.
+    """Refuse workers that the cluster cannot hold: Ray would wait for them for ever.
 
     Returns:
         How many workers fit, at most `request.max`.
 
     Raises:
-        InputError: fewer than `request.min` fit; the message says what is missing.
+        InputError: fewer than `request.min` fit; the message lists what is missing.
     """
     fits = fitting_workers(request, nodes)
     if fits >= request.min:
@@ -86,10 +86,10 @@ def check_fits(request: WorkerRequest, nodes: Sequence[Resources]) -> int:
     if gpus < request.min * request.gpus:
         missing.append(f"{request.min * request.gpus - gpus:g} GPUs")
     lacks = " and ".join(missing) or "nodes large enough for a worker"
-    cure = f"scale.workers={fits} would fit" if fits else "not one worker would fit"
+    remedy = f"scale.workers={fits} would fit" if fits else "not one worker would fit"
     raise InputError(
         f"scale: {request} do not fit a cluster of {len(nodes)} nodes with {cpus:g} CPUs and "
-        f"{gpus:g} GPUs: it lacks {lacks}; {cure}, or add nodes"
+        f"{gpus:g} GPUs: it lacks {lacks}; {remedy}, or add nodes"
     )
 
 
@@ -104,5 +104,5 @@ def request_from_autoscaler(request: WorkerRequest | None) -> None:
 
 
 def _on_node(request: WorkerRequest, node: Resources) -> int:
-    rooms = [node.get(kind, 0.0) / amount for kind, amount in request.worker.items() if amount]
-    return int(min(rooms))
+    fits = [node.get(kind, 0.0) / amount for kind, amount in request.worker.items() if amount]
+    return int(min(fits))

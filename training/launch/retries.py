@@ -1,12 +1,12 @@
-"""One attempt after another at a run, until one ends it.
+"""Runs attempts until the run is finished, stopped or failed.
 
 Workers fail, or the cluster changes: the next attempt resumes from the last checkpoint.
 
-Out of memory: the next attempt takes half the microbatch, and twice as many of them. Losses are
-normalised by the whole batch, so the steps stay the same.
+Out of memory: the next attempt uses half the microbatch size and twice as many microbatches. Losses
+are normalised by the global batch, so the steps stay the same.
 
-Not finite: the next attempt resumes from the last good checkpoint. If the hardware was at fault,
-that cures it; if the same steps fail again, the run ends.
+Not finite: the next attempt resumes from the last good checkpoint. That helps if the hardware was
+the cause; if the same steps fail again, the run fails.
 """
 
 import copy
@@ -29,9 +29,9 @@ class AttemptEndedError(Exception):
     """An attempt ended before the run did; another one may resume it.
 
     Args:
-        cause: why, for run.json.
+        cause: why it ended, for run.json.
         is_failure: True if it counts towards `scale.max_failures`.
-        hint: what else a person wants to know now, such as where the workers' output is.
+        hint: more text for the user's message, such as the place of the workers' output.
     """
 
     def __init__(self, cause: str, is_failure: bool = True, hint: str = "") -> None:
@@ -41,15 +41,15 @@ class AttemptEndedError(Exception):
 
 
 class Launcher(Protocol):
-    """Starts the workers of a run, in one of the places where they can be."""
+    """Starts the workers of a run: in this process, in local processes or on Ray."""
 
     stop: Stop
     """Requested when the run should save and end."""
     max_failures: int
-    """Failures in a row without a new checkpoint that another attempt follows."""
+    """Failures in a row without a new checkpoint that a run survives."""
 
     def attempt(self, task: WorkerTask) -> WorkerResult:
-        """Train once.
+        """Train until the attempt ends.
 
         Raises:
             AttemptEndedError: another attempt may resume the run.
@@ -59,7 +59,7 @@ class Launcher(Protocol):
         """Wait until another attempt can start, or a stop is requested.
 
         Raises:
-            RunError: the place does not become ready.
+            RunError: no attempt can start in time.
         """
 
 
@@ -68,8 +68,8 @@ class FailurePolicy:
     """How many failures without progress a run survives.
 
     Args:
-        checkpoints: a new checkpoint here is progress.
-        limit: failures in a row without one.
+        checkpoints: the folder of the checkpoints; a new one is progress.
+        limit: number of failures in a row without progress that are allowed.
     """
 
     checkpoints: Folder
@@ -81,7 +81,7 @@ class FailurePolicy:
         """Record a failure. Returns True if another attempt is allowed."""
         try:
             newest = checkpoint.newest(self.checkpoints)
-        except OSError:  # an absent storage shows no progress
+        except OSError:  # an unavailable storage shows no progress
             newest = self._newest
         self._failures = self._failures + 1 if newest == self._newest else 1
         self._newest = newest
@@ -92,9 +92,9 @@ def run_with_retries(task: WorkerTask, launcher: Launcher, progress: Progress) -
     """Run attempts until one finishes, is stopped, or fails in a way that a retry cannot fix.
 
     Args:
-        task: the run. If an earlier driver had to halve its microbatch, this one starts so.
+        task: the run. It starts with the microbatch size that an earlier driver reduced.
         launcher: makes an attempt.
-        progress: receives why the workers restart, and what is waited for.
+        progress: receives messages on restarts and waiting.
 
     Raises:
         RunError: the workers failed too often, or cannot start again.
@@ -122,12 +122,12 @@ def run_with_retries(task: WorkerTask, launcher: Launcher, progress: Progress) -
 
 
 class _NoRemedyError(RunError):
-    """Nothing is left to try."""
+    """A retry cannot fix the failure."""
 
 
 @dataclass
 class _Remedies:
-    """What the next attempt does differently after a `RetryRequest`.
+    """Changes the next attempt's task according to a `RetryRequest`.
 
     Args:
         run: the run's folder.
@@ -135,10 +135,10 @@ class _Remedies:
 
     run: Folder
     _failed_steps: set[int] = field(default_factory=set)
-    """Non-finite steps that a rollback has tried to cure."""
+    """Non-finite steps that have already caused a rollback."""
 
     def resume(self, task: WorkerTask) -> WorkerTask:
-        """The task with the microbatch that an earlier driver found to fit."""
+        """The task with the microbatch size that an earlier driver reduced, if it did."""
         size = (read_run(self.run) or {}).get(_SIZE)
         return task if size is None else _with_size(task, min(size, _size(task)))
 
@@ -146,7 +146,7 @@ class _Remedies:
         """The next attempt's task.
 
         Raises:
-            _NoRemedyError: it would only fail again.
+            _NoRemedyError: the next attempt would fail in the same way.
         """
         if request["cause"] == "memory":
             return self._halve(task, request)

@@ -1,10 +1,10 @@
-"""One worker of a run in a process of its own, as `local_workers.py` starts it.
+"""The program of one worker process, which `local_workers.py` starts.
 
     python -m finray.training.launch.worker_process
 
-Commands come in through stdin, replies leave through stdout, both as lines of JSON. The libraries
-are loaded before there is a command. When the driver is gone, stdin ends: this process then ends
-too, with all processes that it started.
+It reads commands from stdin and writes replies to stdout, both as lines of JSON. It loads the
+libraries before the first command. When the driver ends, stdin closes: this process then ends
+itself and all processes that it started.
 """
 
 import faulthandler
@@ -35,7 +35,7 @@ class Start(TypedDict):
 
 
 class Failure(TypedDict):
-    """A reply in the place of a `WorkerResult`: another attempt may succeed."""
+    """A reply instead of a `WorkerResult`: another attempt may succeed."""
 
     status: Literal["error"]
     error: str
@@ -46,10 +46,10 @@ STOP_LINE = b"stop\n"
 
 
 class ProcessContext:
-    """One of the run's processes on this machine.
+    """The context of a worker in a process of this machine.
 
     Args:
-        place: its rank among the others.
+        place: the worker's rank and device.
         stop: set when the driver requests a stop.
         fail: sends the driver the reason for an abort.
     """
@@ -75,7 +75,7 @@ class ProcessContext:
 
 
 def main() -> None:
-    """Train once, then wait until the driver ends this process: others may still need it."""
+    """Train once, then wait until the driver ends this process: other ranks may still need it."""
     _leave_signals_to_driver()
     faulthandler.enable()
     commands, reply = _open_channels()
@@ -107,8 +107,8 @@ def _train(
         torch.cuda.set_device(place.device)
     elif torch.cuda.is_available():
         message = (
-            "torch finds a GPU here, and nvidia-smi does not; set scale.gpus_per_worker=0 to train "
-            "on the CPU, or use --address local: Ray supports GPUs of other makers"
+            "torch finds a GPU here, but nvidia-smi does not; set scale.gpus_per_worker=0 to train "
+            "on the CPU, or use --address local: Ray supports GPUs of other vendors"
         )
         return WorkerResult(status="failed", error=message, exit_code=InputError.exit_code)
     join_group(place, LOOPBACK)
@@ -127,14 +127,14 @@ def _read_commands(
 
 
 def _leave_signals_to_driver() -> None:
-    """Ignore SIGINT and SIGTERM: the driver gets them too, and sends a command.
+    """Ignore SIGINT and SIGTERM: the driver receives them too, and sends a command.
 
-    Processes that a worker starts, such as a reward function's pool, keep the default handlers, as
-    signals end them.
+    Processes that a worker forks, such as a reward function's pool, get the default handlers back,
+    so that signals end them.
     """
 
     def ignore(_: int, __: FrameType | None) -> None:
-        """Unlike SIG_IGN, a handler is not inherited by a program that is executed."""
+        """Do nothing. Unlike SIG_IGN, programs that this process executes do not inherit it."""
 
     def restore() -> None:
         for number, handler in before.items():
@@ -147,7 +147,7 @@ def _leave_signals_to_driver() -> None:
 def _open_channels() -> tuple[IO[bytes], Callable[[WorkerResult | Failure], None]]:
     """The stream of commands, and a function that sends a reply.
 
-    Everything else in this process has an empty stdin, and prints to stderr.
+    All other code in this process gets an empty stdin, and its stdout goes to stderr.
     """
     commands: IO[bytes] = os.fdopen(os.dup(sys.stdin.fileno()), "rb")
     stream: IO[bytes] = os.fdopen(os.dup(sys.stdout.fileno()), "wb")

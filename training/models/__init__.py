@@ -1,1 +1,1 @@
-"""Base models and adapters: loaded, quantised, sharded, saved."""
+"""Loads, quantises, shards and saves base models and adapters."""

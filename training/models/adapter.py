@@ -1,4 +1,4 @@
-"""LoRA adapters beside a frozen base: new ones, and existing ones that are trained further."""
+"""LoRA adapters on a frozen base: new ones, and existing ones that are trained further."""
 
 import re
 import warnings
@@ -21,25 +21,25 @@ from ..config.adapter_folder import TASKS, WEIGHTS_FILE
 from ..config.models import Head, LoraAdapter
 
 TRAINED = "default"
-"""PEFT's name of the adapter that is trained."""
+"""PEFT's name for the adapter that is trained."""
 
-# PEFT itself adds them to an adapter of a model with a score head.
+# PEFT adds these modules to the adapter of a model with a score head by itself.
 _SCORE_HEADS = ("classifier", "score")
 
 
 def new_adapter(
     model: PreTrainedModel, settings: LoraAdapter, head: Head, *, weights: bool = True
 ) -> PeftModel:
-    """Freeze the model and put a new LoRA adapter beside its target modules.
+    """Freeze the model and add a new LoRA adapter to its target modules.
 
     Args:
         model: the base; `init` pissa and olora change its weights.
-        settings: the recipe's adapter. `init` loftq is left to `initialise_loftq`.
-        head: what the model puts out.
-        weights: False for a model on the meta device, whose adapter needs no first values.
+        settings: the recipe's adapter. `initialise_loftq` handles `init` loftq.
+        head: causal for next-token logits, score for one number per text.
+        weights: False for a model on the meta device, whose adapter needs no initial values.
 
     Raises:
-        InputError: where a name or a pattern matches nothing; the names that exist are listed.
+        InputError: a name or pattern matches nothing; the message lists the existing names.
     """
     _check_names(model, settings)
     init: bool | str = settings.init
@@ -66,8 +66,8 @@ def new_adapter(
         for pattern in getattr(settings, field):
             if not any(re.match(rf"(.*\.)?({pattern})$", name) for name in targets):
                 raise InputError(
-                    f"adapter.{field}: {pattern!r} matches no target module; they are "
-                    f"{told(targets)}"
+                    f"adapter.{field}: {pattern!r} matches no target module; the target modules "
+                    f"are {list_names(targets)}"
                 )
     return adapted
 
@@ -75,63 +75,63 @@ def new_adapter(
 def existing_adapter(
     model: PreTrainedModel, folder: Path, head: Head, *, weights: bool = True
 ) -> PeftModel:
-    """Freeze the model and put an adapter beside it that was trained before.
+    """Freeze the model and add an adapter that an earlier run trained.
 
-    An adapter of a causal language model goes on under a fresh score head too.
+    A model with a new score head also accepts the adapter of a causal language model.
 
     Raises:
-        InputError: the adapter's weights are not those that its configuration asks for here.
+        InputError: the adapter's tensors do not match its configuration on this model.
     """
     config = LoraConfig.from_pretrained(folder)
     config.task_type = TASKS[head]
     config.inference_mode = False
     config.init_lora_weights = True
     config.base_model_name_or_path = None
-    kept = [name for name in config.modules_to_save or () if name not in _SCORE_HEADS]
-    config.modules_to_save = kept or None
+    saved = [name for name in config.modules_to_save or () if name not in _SCORE_HEADS]
+    config.modules_to_save = saved or None
     adapted = _attach(model, config)
     if not weights:
         return adapted
     tensors = load_file(folder / WEIGHTS_FILE)
     expected = get_peft_model_state_dict(adapted, save_embedding_layers=False)
-    fresh = {name for name in expected if head == "score" and _is_score_head(name)}
-    wrong = (expected.keys() - fresh) ^ (tensors.keys() - fresh)
-    wrong |= {
+    new_head = {name for name in expected if head == "score" and _is_score_head(name)}
+    mismatches = (expected.keys() - new_head) ^ (tensors.keys() - new_head)
+    mismatches |= {
         name
         for name in expected.keys() & tensors.keys()
         if expected[name].shape != tensors[name].shape
     }
-    if wrong:
+    if mismatches:
         raise InputError(
-            f"model.adapter: {folder} does not fit the model: {', '.join(sorted(wrong)[:5])} "
-            f"({len(wrong)} tensors) are missing, left over or of another shape"
+            f"model.adapter: {folder} does not fit the model: {', '.join(sorted(mismatches)[:5])} "
+            f"({len(mismatches)} tensors in all) are missing, unexpected or of another shape"
         )
-    own = {name: expected[name] for name in fresh}
-    set_peft_model_state_dict(adapted, {**own, **tensors}, adapter_name=TRAINED)
+    head_weights = {name: expected[name] for name in new_head}
+    set_peft_model_state_dict(adapted, {**head_weights, **tensors}, adapter_name=TRAINED)
     return adapted
 
 
-def cast_trained(model: PeftModel, dtype: torch.dtype) -> None:
-    """Give all weights that are trained a type."""
+def cast_trainable_parameters(model: PeftModel, dtype: torch.dtype) -> None:
+    """Cast all trainable parameters to `dtype`."""
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.to(dtype)
 
 
-def told(names: Iterable[str]) -> str:
-    """Names of modules or parameters for a message: each layer's are told once."""
+def list_names(names: Iterable[str]) -> str:
+    """Sorted names of modules or parameters for a message; layer numbers become `*`."""
     return ", ".join(sorted({re.sub(r"\.\d+(?=\.|$)", ".*", name) for name in names}))
 
 
 def _attach(model: PreTrainedModel, config: LoraConfig) -> PeftModel:
     try:
         with warnings.catch_warnings():
-            # A pattern that matches nothing is refused.
+            # new_adapter refuses a pattern that matches nothing.
             warnings.filterwarnings("ignore", message="The following (rank|alpha)_pattern keys")
             adapted = get_peft_model(model, config, autocast_adapter_dtype=False)
-    except ValueError as error:  # such as a target of a kind that takes no adapter
+    except ValueError as error:  # for example a target of a kind that LoRA does not support
         raise InputError(f"adapter: {' '.join(str(error).split())}") from error
-    # The first values are set: whoever loads the adapter has nothing to repeat.
+    # The initial values are set now: loading the saved adapter must not compute them again.
     config.init_lora_weights = True
     return adapted
 
@@ -151,13 +151,14 @@ def _check_names(model: PreTrainedModel, settings: LoraAdapter) -> None:
     elif targets != "all-linear" and not any(re.fullmatch(targets, name) for name in modules):
         raise InputError(
             f"adapter.targets: the regular expression {targets!r} matches no module's whole name; "
-            f"the linear layers are {told(linear)}"
+            f"the linear layers are {list_names(linear)}"
         )
+    leaves = (name for name, module in modules.items() if not list(module.children()))
     for saved in settings.modules_to_save:
         if not any(name.endswith(saved) for name in modules):
             raise InputError(
-                f"adapter.modules_to_save: {saved!r} matches no module of the model; they are "
-                f"{told(name for name, module in modules.items() if not list(module.children()))}"
+                f"adapter.modules_to_save: {saved!r} matches no module of the model; its modules "
+                f"are {list_names(leaves)}"
             )
 
 

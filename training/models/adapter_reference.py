@@ -1,7 +1,8 @@
-"""The model as it was before the first step, without a second copy of the base.
+"""The reference model of a run with an adapter, without a second copy of the base.
 
-Mostly that is the base under the adapter. Where the adapter did not start at nothing, a frozen
-copy of its first weights stands beside it.
+The reference is the model before the first step. Usually that is the base with the adapter
+disabled. If the adapter's initial weights change the model's outputs, a frozen copy of them is a
+second PEFT adapter.
 """
 
 import copy
@@ -14,19 +15,19 @@ from ..config.recipe import Recipe
 from .adapter import TRAINED
 
 REFERENCE = "reference"
-"""PEFT's name of the frozen copy."""
+"""PEFT's name for the frozen copy."""
 
 
 def add_reference(model: PeftModel, recipe: Recipe) -> None:
-    """Make sure that `as_reference` computes with the model as it is now.
+    """Make the present weights the reference that `reference_weights` computes with.
 
-    Called before the first step, and before a checkpoint is loaded. It adds a frozen copy of the
-    adapter where the recipe's does not start at nothing; a copy that is there already stays.
+    Call it before the first step, and before a checkpoint is loaded. It adds a frozen copy of the
+    adapter if the adapter's initial weights change the outputs; an existing copy stays.
     """
-    starts_at_nothing = recipe.model.adapter is None and (
+    starts_at_zero = recipe.model.adapter is None and (
         recipe.adapter is None or recipe.adapter.init not in ("pissa", "olora", "loftq")
     )
-    if starts_at_nothing or REFERENCE in model.peft_config:
+    if starts_at_zero or REFERENCE in model.peft_config:
         return
     config = copy.deepcopy(model.peft_config[TRAINED])
     config.inference_mode = True
@@ -39,12 +40,13 @@ def add_reference(model: PeftModel, recipe: Recipe) -> None:
 
 
 @contextmanager
-def as_reference(model: PeftModel) -> Iterator[None]:
-    """Inside, the model computes as it did before the first step.
+def reference_weights(model: PeftModel) -> Iterator[None]:
+    """Inside, the model computes with its weights from before the first step.
 
-    What requires gradients is the same afterwards; inside, call it without a graph.
+    Call the model without gradients inside. Afterwards the same parameters as before require
+    gradients.
     """
-    needed = [parameter.requires_grad for parameter in model.parameters()]
+    trainable = [parameter.requires_grad for parameter in model.parameters()]
     try:
         if REFERENCE in model.peft_config:
             model.set_adapter(REFERENCE, inference_mode=True)
@@ -55,10 +57,10 @@ def as_reference(model: PeftModel) -> Iterator[None]:
     finally:
         if REFERENCE in model.peft_config:
             model.set_adapter(TRAINED)
-        for parameter, wanted in zip(model.parameters(), needed, strict=True):
-            parameter.requires_grad_(wanted)
+        for parameter, is_trainable in zip(model.parameters(), trainable, strict=True):
+            parameter.requires_grad_(is_trainable)
 
 
-def is_copy(name: str) -> bool:
-    """Whether a parameter belongs to the frozen copy."""
+def is_reference_copy(name: str) -> bool:
+    """True if the parameter of this name belongs to the frozen copy."""
     return f".{REFERENCE}" in name

@@ -1,6 +1,6 @@
 """The frozen base of a run, kept for the next run of the same process.
 
-A sweep's trials train adapters beside the same base one after the other. PEFT removes an adapter
+A sweep's trials train adapters on the same base, one after the other. PEFT removes an adapter
 without a trace, and the base is frozen, so the next trial gets it unchanged.
 """
 
@@ -16,30 +16,30 @@ Measures = dict[str, float]
 
 
 class BaseCache:
-    """Holds one base at a time, and what was measured of bases before training."""
+    """Holds one base at a time, and the measures of bases before training."""
 
     def __init__(self) -> None:
-        self._kept: tuple[str, PeftModel] | None = None
+        self._cached: tuple[str, PeftModel] | None = None
         self._measured: dict[str, Measures] = {}
 
     def take(self, recipe: Recipe) -> Any | None:
-        """The base without its last adapter if it is the recipe's, else None; it is not kept."""
-        kept, self._kept = self._kept, None  # two bases may not fit into memory
-        if kept is None or kept[0] != _key(recipe):
+        """Remove the base; returns it without an adapter, or None if the recipe has another."""
+        cached, self._cached = self._cached, None  # two bases may not fit into memory
+        if cached is None or cached[0] != _key(recipe):
             return None
-        return kept[1].unload()
+        return cached[1].unload()
 
     def put(self, recipe: Recipe, model: "PeftModel") -> None:
         """Keep the base under a new adapter for the next run, unless the adapter changes it."""
         if _leaves_base(recipe):
-            self._kept = _key(recipe), model
+            self._cached = _key(recipe), model
 
     def measured(self, recipe: Recipe, prepared: str, measure: Callable[[], Measures]) -> Measures:
-        """What a run measures before its first step, computed once for each base and data set.
+        """The measures before the first step, computed once for each base and data set.
 
         Args:
-            recipe: the run's.
-            prepared: fingerprint of its data.
+            recipe: the run's recipe.
+            prepared: fingerprint of the run's data.
             measure: computes the measures.
         """
         if not _leaves_base(recipe):

@@ -1,4 +1,4 @@
-"""What this process computes on, and in which number type."""
+"""The number types that this process computes and trains in."""
 
 import gc
 import subprocess
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 DtypeName = Literal["float32", "bfloat16", "float16"]
 
-# oneDNN then leaves out AMX, which some virtual CPUs announce and fault on.
+# oneDNN then does not use AMX, which some virtual CPUs announce but do not support.
 SAFE_ISA = {"ONEDNN_MAX_CPU_ISA": "AVX512_CORE_BF16"}
 
 _BF16_PROBE = """
@@ -26,16 +26,16 @@ a = torch.randn(64, 64, dtype=torch.bfloat16, requires_grad=True)
 
 
 def choose_dtype(settings: "ModelSettings") -> DtypeName:
-    """The compute type: what the recipe says, or the best that the device can do.
+    """The compute type: the recipe's, or for `auto` the best that the device supports.
 
     Raises:
-        InputError: for float16 without a GPU.
+        InputError: float16 without a GPU.
     """
     import torch
 
     if settings.dtype == "float16" and not torch.cuda.is_available():
         raise InputError(
-            "model.dtype: float16 trains on a GPU only, and there is none; use auto, float32 or "
+            "model.dtype: float16 needs a GPU, and this machine has none; use auto, float32 or "
             "bfloat16"
         )
     if settings.dtype != "auto":
@@ -46,35 +46,36 @@ def choose_dtype(settings: "ModelSettings") -> DtypeName:
 
 
 def choose_adapter_dtype(recipe: "Recipe") -> DtypeName:
-    """The type of an adapter's weights: what the recipe says, or one that trains well.
+    """The type of an adapter's weights: the recipe's, or for `auto` one that trains well.
 
-    That is bfloat16 where the model computes in it: its activations take half the memory of
-    float32's, and the optimizer keeps float32 copies. Gradients in float16 cannot be unscaled.
+    `auto` is bfloat16 if the model computes in it: the activations take half the memory of
+    float32, and the optimizer keeps float32 copies. It is never float16, because GradScaler cannot
+    unscale float16 gradients.
 
     Raises:
-        InputError: for bfloat16 beside a model that computes in float16.
+        InputError: bfloat16 for a model that computes in float16.
     """
     compute = choose_dtype(recipe.model)
-    asked = "auto" if recipe.adapter is None else recipe.adapter.dtype
-    if asked == "auto":
+    requested = "auto" if recipe.adapter is None else recipe.adapter.dtype
+    if requested == "auto":
         return "bfloat16" if compute == "bfloat16" else "float32"
-    if asked == "bfloat16" and compute == "float16":
+    if requested == "bfloat16" and compute == "float16":
         raise InputError(
-            "adapter.dtype: bfloat16 does not go with a model that computes in float16; use auto "
-            "or float32"
+            "adapter.dtype: a model that computes in float16 cannot train a bfloat16 adapter; use "
+            "auto or float32"
         )
-    return asked
+    return requested
 
 
 def needs_autocast(recipe: "Recipe") -> bool:
-    """Whether trained weights are of a higher type than the one that the model computes in."""
+    """True if the trained weights have a wider type than the one that the model computes in."""
     compute = choose_dtype(recipe.model)
     trained = choose_adapter_dtype(recipe) if recipe.trains_adapter else "float32"
     return compute not in ("float32", trained)
 
 
 def torch_dtype(name: DtypeName) -> "torch.dtype":
-    """torch's own name of a number type."""
+    """The torch dtype of this name."""
     import torch
 
     return {
@@ -85,7 +86,7 @@ def torch_dtype(name: DtypeName) -> "torch.dtype":
 
 
 def free_memory() -> None:
-    """Give back what no tensor holds any more, to whoever trains next."""
+    """Release unused memory on the host and the GPU, for the next training in this process."""
     import torch
 
     gc.collect()
@@ -94,11 +95,12 @@ def free_memory() -> None:
 
 
 def probe_bfloat16() -> dict[str, str]:
-    """Environment variables that bfloat16 on this machine's CPU needs; mostly none.
+    """Environment variables that bfloat16 needs on this machine's CPU; usually none.
 
-    A matrix product is tried in a child process, because on some virtual CPUs it ends the process
-    with an illegal instruction. Call it before torch is imported here.
+    A child process tries a matrix product, because on some virtual CPUs an illegal instruction
+    ends the process. Call this before torch is imported in this process.
     """
     command = [sys.executable, "-c", _BF16_PROBE]
-    died = subprocess.run(command, check=False, capture_output=True, timeout=120).returncode < 0
-    return SAFE_ISA if died else {}
+    code = subprocess.run(command, check=False, capture_output=True, timeout=120).returncode
+    was_killed = code < 0
+    return SAFE_ISA if was_killed else {}

@@ -1,4 +1,4 @@
-"""Training some of a base's own weights while the others stay frozen."""
+"""Trains some of the base's own weights and freezes the others."""
 
 import re
 
@@ -7,23 +7,24 @@ from transformers import PreTrainedModel
 
 from ..common.errors import InputError
 from ..config.models import FreezeSettings
-from .adapter import told
+from .adapter import list_names
 
 
 def freeze(model: PreTrainedModel, settings: FreezeSettings) -> None:
-    """Let gradients reach the recipe's choice of weights alone.
+    """Freeze every parameter except those that the recipe selects.
 
     Raises:
-        InputError: there are fewer layers, or a pattern matches nothing; what exists is listed.
+        InputError: the model has fewer layers, or a pattern matches no parameter; the message
+            lists the existing names.
     """
-    # A tied head has a name of its own here.
+    # Duplicates too: a tied head then has its own name.
     parameters = dict(model.named_parameters(remove_duplicate=False))
     chosen = [_layers_prefix(model, settings.last_layers)] if settings.last_layers else []
     for pattern in settings.train:
         if not any(re.search(pattern, name) for name in parameters):
             raise InputError(
-                f"freeze.train: {pattern!r} is found in no parameter's name; they are "
-                f"{told(parameters)}"
+                f"freeze.train: {pattern!r} matches no parameter; the parameters are "
+                f"{list_names(parameters)}"
             )
         chosen.append(pattern)
     model.requires_grad_(False)
@@ -33,7 +34,7 @@ def freeze(model: PreTrainedModel, settings: FreezeSettings) -> None:
 
 
 def decoder_layers(model: PreTrainedModel) -> tuple[str, torch.nn.ModuleList]:
-    """The decoder layers, and their list's name."""
+    """The name of the list of decoder layers, and the list."""
     count = model.config.get_text_config().num_hidden_layers
     return next(
         (name, module)
@@ -43,10 +44,12 @@ def decoder_layers(model: PreTrainedModel) -> tuple[str, torch.nn.ModuleList]:
 
 
 def _layers_prefix(model: PreTrainedModel, last: int) -> str:
-    """A pattern for the names of the last decoder layers' parameters."""
+    """A regular expression for the parameter names of the last `last` decoder layers."""
     count = model.config.get_text_config().num_hidden_layers
     if last > count:
-        raise InputError(f"freeze.last_layers: {last}, where the model has {count} decoder layers")
+        raise InputError(
+            f"freeze.last_layers: {last} is too large; the model has {count} decoder layers"
+        )
     layers, _ = decoder_layers(model)
     numbers = "|".join(str(number) for number in range(count - last, count))
     return rf"^{re.escape(layers)}\.({numbers})\."

@@ -13,7 +13,7 @@ _BATCH = 32
 
 
 @torch.no_grad()
-def answer(
+def generate_answers(
     model: Model,
     tokenizer: Any,
     prompts: list[list[int]],
@@ -21,7 +21,7 @@ def answer(
     rank: int,
     world_size: int,
 ) -> list[str]:
-    """Greedy completions of all prompts, shared out among the workers.
+    """Generate greedy completions of all prompts; each worker generates a share of them.
 
     Args:
         prompts: token ids of each prompt, ending where the answer begins.
@@ -29,16 +29,16 @@ def answer(
     Returns:
         One text per prompt, the same on every rank.
     """
-    mine = list(range(rank, len(prompts), world_size))
-    # Neighbours in length share a batch, so that little of it is padding.
-    mine.sort(key=lambda index: len(prompts[index]))
+    own = list(range(rank, len(prompts), world_size))
+    # Prompts of similar length share a batch, which then has little padding.
+    own.sort(key=lambda index: len(prompts[index]))
     training = model.training
     model.eval()
     answers: dict[int, str] = {}
-    # All ranks generate equally often, as they must with a sharded model: one that has no prompt
-    # left takes another's, and its answer counts nowhere.
+    # A sharded model needs equally many calls on all ranks: a rank without prompts left generates
+    # for prompt 0 and discards the answer.
     for first in range(0, math.ceil(len(prompts) / world_size), _BATCH):
-        chosen = mine[first : first + _BATCH]
+        chosen = own[first : first + _BATCH]
         texts = _generate(model, tokenizer, [prompts[i] for i in chosen or [0]], max_new_tokens)
         answers.update(zip(chosen, texts, strict=False))
     model.train(training)
@@ -68,7 +68,12 @@ def _generate(
 
 
 def left_padded(prompts: list[list[int]], pad: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Token ids and attention mask, both (prompts, longest); prompts end in the last column."""
+    """Token ids and attention mask, both (prompts, longest prompt), with the padding on the left.
+
+    Args:
+        prompts: token ids of each prompt.
+        pad: token id of the padding.
+    """
     longest = max(len(prompt) for prompt in prompts)
     ids = torch.full((len(prompts), longest), pad)
     mask = torch.zeros_like(ids)
@@ -79,9 +84,9 @@ def left_padded(prompts: list[list[int]], pad: int) -> tuple[torch.Tensor, torch
 
 
 def stop_tokens(model: Model, tokenizer: Any) -> list[int]:
-    """Tokens that end an answer: the tokenizer's, the model's, and ChatML's end of a turn."""
-    named = model.generation_config.eos_token_id
-    tokens = {tokenizer.eos_token_id, *(named if isinstance(named, list) else [named])}
+    """Ids of the tokens that end an answer: the tokenizer's, the model's and ChatML's."""
+    of_model = model.generation_config.eos_token_id
+    tokens = {tokenizer.eos_token_id, *(of_model if isinstance(of_model, list) else [of_model])}
     if "<|im_end|>" in (tokenizer.chat_template or ""):
         tokens.add(tokenizer.get_vocab().get("<|im_end|>"))
     return sorted(token for token in tokens if token is not None)
@@ -96,6 +101,6 @@ def _gather(answers: dict[int, str], world_size: int) -> list[dict[int, str]]:
 
 
 def exact_match(answers: list[str], references: list[str]) -> float:
-    """Share of the answers that are their reference."""
+    """Share (0 to 1) of the answers that match their reference."""
     pairs = list(zip(answers, references, strict=True))
     return sum(is_match(answer, reference) for answer, reference in pairs) / len(pairs)

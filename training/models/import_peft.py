@@ -1,7 +1,7 @@
-"""Loads peft without torch's compiler; to be imported before anything that loads peft.
+"""Imports peft without torch's compiler. Import this module before any other that imports peft.
 
-peft loads bitsandbytes, which has torch compile the fallbacks of its kernels, and that loads the
-compiler: most of a second in every process. What is compiled later still is.
+peft imports bitsandbytes, which compiles its fallback kernels with torch: loading the compiler
+takes most of a second in every process. Later compilations still work.
 """
 
 import os

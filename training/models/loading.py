@@ -1,4 +1,4 @@
-"""The model of a run: base weights, tokenizer, adapter."""
+"""Loads the model of a run: base weights, tokenizer, adapter."""
 
 import inspect
 from collections.abc import Iterator
@@ -21,14 +21,14 @@ from ..common.errors import InputError
 from ..config.models import Head, ModelSettings
 from ..config.recipe import Recipe
 from ..data.chat import CHATML
-from .adapter import cast_trained, existing_adapter, new_adapter
-from .adapter_reference import add_reference, is_copy
+from .adapter import cast_trainable_parameters, existing_adapter, new_adapter
+from .adapter_reference import add_reference, is_reference_copy
 from .base_cache import BaseCache
 from .dtypes import choose_adapter_dtype, choose_dtype, torch_dtype
 from .freezing import freeze
 from .quantisation import (
     initialise_loftq,
-    is_exact_by_row,
+    is_batch_invariant,
     numel,
     prepare_for_training,
     quantisation_config,
@@ -40,7 +40,7 @@ AUTO_CLASSES = {"causal": AutoModelForCausalLM, "score": AutoModelForSequenceCla
 
 
 def load_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
-    """The base's tokenizer, with the recipe's chat template where it names one."""
+    """The base's tokenizer, with the recipe's chat template if it names one."""
     settings = recipe.model
     tokenizer = AutoTokenizer.from_pretrained(
         settings.base,
@@ -56,27 +56,26 @@ def load_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
 
 
 def load_model(recipe: Recipe, head: Head = "causal", bases: BaseCache | None = None) -> Model:
-    """The model to train, with its adapter where the recipe has one.
+    """The model to train, with its adapter if the recipe has one.
 
-    It lies on the CPU, but for a quantised base, which lies on this process's GPU where it has
-    one. Weights of the base that are trained are float32 (lower types are used by autocast), an
-    adapter's as `choose_adapter_dtype` says; frozen ones beside an adapter have the compute type.
+    The model is on the CPU; only a quantised base is on this process's GPU, if there is one.
+    Trained weights of the base are float32 (autocast computes in lower types), those of an adapter
+    have the type of `choose_adapter_dtype`, and a frozen base has the compute type.
 
     Args:
-        recipe: the run's.
-        head: causal puts out logits of the next token; score one number of the whole text, with
-            a fresh linear layer `score` that is trained and saved.
+        recipe: the run's recipe.
+        head: causal returns logits of the next token; score returns one number for the whole text
+            through a new linear layer `score`, which is trained and saved.
         bases: keeps the frozen base for the next run of this process; None keeps nothing.
 
     Raises:
-        InputError: for weights that cannot be read, and for names of modules or parameters that
-            match nothing.
+        InputError: the weights cannot be read, or a name of a module or parameter matches nothing.
     """
     if recipe.method.starts_at_random:
         model = _random_model(recipe, head)
     else:
-        kept = bases.take(recipe) if bases is not None and head == "causal" else None
-        model = kept or _load_base(recipe, head)
+        cached = bases.take(recipe) if bases is not None and head == "causal" else None
+        model = cached or _load_base(recipe, head)
     model.config.use_cache = False
     if head == "score":
         model.config.pad_token_id = load_tokenizer(recipe).pad_token_id
@@ -105,7 +104,7 @@ def _config(settings: ModelSettings, head: Head) -> Any:
         settings.base,
         revision=settings.revision,
         trust_remote_code=settings.trust_remote_code,
-        **labels_of(head),
+        **head_arguments(head),
     )
 
 
@@ -126,7 +125,7 @@ def _load_weights(settings: ModelSettings, head: Head, **more: Any) -> PreTraine
             trust_remote_code=settings.trust_remote_code,
             use_safetensors=True,
             **_attention(settings),
-            **labels_of(head),
+            **head_arguments(head),
             **more,
         )
     except (OSError, ValueError) as error:
@@ -134,15 +133,15 @@ def _load_weights(settings: ModelSettings, head: Head, **more: Any) -> PreTraine
 
 
 def _with_adapter(model: PreTrainedModel, recipe: Recipe, head: Head) -> PeftModel:
-    """The frozen model under the recipe's adapter, as it is before the first step."""
+    """The frozen model with the recipe's adapter, in the state before the first step."""
     dtype = torch_dtype(choose_adapter_dtype(recipe))
     adapted = _attach(model, recipe, head)
     if recipe.adapter is not None and recipe.adapter.init == "loftq":
         full = _load_weights(recipe.model, head, dtype=torch.float32)
         initialise_loftq(adapted, full)
-    cast_trained(adapted, dtype)
+    cast_trainable_parameters(adapted, dtype)
     if recipe.adapter is not None and recipe.adapter.changes_base:
-        add_reference(adapted, recipe)  # the result is the difference from it
+        add_reference(adapted, recipe)  # the saved adapter is the difference from this state
     return adapted
 
 
@@ -159,24 +158,25 @@ def _attention(settings: ModelSettings) -> dict[str, Any]:
     return {} if settings.attention == "auto" else {"attn_implementation": settings.attention}
 
 
-def labels_of(head: Head) -> dict[str, Any]:
+def head_arguments(head: Head) -> dict[str, Any]:
+    """Arguments of `from_pretrained` that a model with this head needs."""
     return {"num_labels": 1} if head == "score" else {}
 
 
 def forward_arguments(model: Model) -> frozenset[str]:
-    """Names that the base model's forward takes."""
+    """Parameter names of the base model's `forward`."""
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     return frozenset(inspect.signature(base.forward).parameters)
 
 
 @torch.no_grad()
-def check_isolation(model: Model) -> None:
-    """Try whether documents packed into one sequence leave each other alone.
+def check_packing_isolation(model: Model) -> None:
+    """Test that documents packed into one sequence do not influence each other.
 
-    Attention does, by its positions; convolutions and recurrences between tokens do not.
+    Attention separates them by their positions; convolutions and recurrences over tokens do not.
 
     Raises:
-        InputError: where a document's logits depend on its neighbour.
+        InputError: a document's logits depend on the document before it.
     """
     if "position_ids" in forward_arguments(model):
         device = next(model.parameters()).device
@@ -189,8 +189,8 @@ def check_isolation(model: Model) -> None:
             input_ids=tokens, position_ids=torch.cat([positions] * 2, dim=1), use_cache=False
         ).logits[:, 8:]
         model.train(training)
-        # Far above what rounding does, far below what a trained neighbour does.
-        is_exact = alone.dtype == torch.float32 and is_exact_by_row(model)
+        # Far above rounding errors, far below the influence of the other document.
+        is_exact = alone.dtype == torch.float32 and is_batch_invariant(model)
         tolerance = 1e-4 if is_exact else 0.2
         if (alone - both).abs().max() <= tolerance * alone.std():
             return
@@ -201,8 +201,8 @@ def check_isolation(model: Model) -> None:
 
 
 @contextmanager
-def evaluating(model: torch.nn.Module) -> Iterator[None]:
-    """Inside, the model drops nothing out, and keeps no activations for a backward pass."""
+def evaluation_mode(model: torch.nn.Module) -> Iterator[None]:
+    """Inside, the model is in evaluation mode: without dropout and gradient checkpointing."""
     training = model.training
     model.eval()
     try:
@@ -212,20 +212,20 @@ def evaluating(model: torch.nn.Module) -> Iterator[None]:
 
 
 def count_parameters(model: torch.nn.Module) -> dict[str, int]:
-    """Numbers of all and of trainable parameters; an adapter's frozen copy does not count."""
+    """Numbers of all (`total`) and of trainable parameters, without an adapter's frozen copy."""
     total = trainable = 0
     for name, parameter in model.named_parameters():
-        if not is_copy(name):
+        if not is_reference_copy(name):
             total += numel(parameter)
             trainable += numel(parameter) if parameter.requires_grad else 0
     return {"total": total, "trainable": trainable}
 
 
-def without_weights(recipe: Recipe, head: Head = "causal") -> Model:
-    """The model to train on the meta device, from its configuration alone.
+def build_meta_model(recipe: Recipe, head: Head = "causal") -> Model:
+    """The model to train on the meta device: built from its configuration, without weights.
 
     Raises:
-        InputError: for names of modules or parameters that match nothing.
+        InputError: a name of a module or parameter matches nothing.
     """
     config = _config(recipe.model, head)
     trust = recipe.model.trust_remote_code
@@ -238,6 +238,10 @@ def without_weights(recipe: Recipe, head: Head = "causal") -> Model:
     return model
 
 
-def count_without_weights(recipe: Recipe, head: Head = "causal") -> dict[str, int]:
-    """Parameters the run would have; raises what `without_weights` raises."""
-    return count_parameters(without_weights(recipe, head))
+def count_meta_parameters(recipe: Recipe, head: Head = "causal") -> dict[str, int]:
+    """`count_parameters` of the run's model, computed without weights.
+
+    Raises:
+        InputError: as `build_meta_model`.
+    """
+    return count_parameters(build_meta_model(recipe, head))

@@ -1,5 +1,5 @@
-"""Opens a trained model: of a finished run, of a folder that transformers or PEFT wrote, or of the
-hub. Everything that uses a result (references, reward models, …) opens it here."""
+"""Opens a trained model of a finished run, of a folder written by transformers or PEFT, or of the
+hub. All users of a result (references, reward models, …) open it here."""
 
 import json
 from collections.abc import Iterator
@@ -16,7 +16,7 @@ from ..common.errors import InputError
 from ..config.adapter_folder import CONFIG_FILE, check_safetensors
 from ..config.models import Head
 from ..records.run_folder import FinishedRun
-from .loading import AUTO_CLASSES, Model, labels_of
+from .loading import AUTO_CLASSES, Model, head_arguments
 
 # No pickled weights, and no code of the model's own.
 _SAFELY = {"use_safetensors": True, "trust_remote_code": False}
@@ -31,7 +31,7 @@ class OpenedModel:
 
 
 def open_result(run: FinishedRun, head: Head, dtype: torch.dtype, where: str) -> OpenedModel:
-    """The model that a run trained; an adapter comes with the run's base under it.
+    """The model that a run trained; an adapter comes on the run's base.
 
     Args:
         run: the run.
@@ -40,12 +40,12 @@ def open_result(run: FinishedRun, head: Head, dtype: torch.dtype, where: str) ->
         where: the key in the recipe, for messages.
 
     Raises:
-        InputError: it cannot be loaded.
+        InputError: the model cannot be loaded.
     """
     with run.local_result() as folder, _load_errors(where, run.folder):
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         if run.kind == "model":
-            return OpenedModel(_load(folder, head, dtype, labels_of(head)), tokenizer)
+            return OpenedModel(_load(folder, head, dtype, head_arguments(head)), tokenizer)
         settings = run.recipe["model"]
         base, revision = settings["base"], settings.get("revision")
         return OpenedModel(_under_adapter(folder, base, revision, head, dtype, where), tokenizer)
@@ -55,13 +55,13 @@ def open_model(name: str, head: Head, dtype: torch.dtype, where: str) -> Model:
     """A model by hub id or folder; the folder may hold an adapter, which names its base.
 
     Args:
-        name: hub id, or a folder as transformers or PEFT writes it.
+        name: hub id, or a folder written by transformers or PEFT.
         head: causal for a language model, score for a sequence classifier.
         dtype: type of the weights.
         where: the key in the recipe, for messages.
 
     Raises:
-        InputError: it cannot be loaded.
+        InputError: the model cannot be loaded.
     """
     config_file = Path(name) / CONFIG_FILE
     with _load_errors(where, name):
@@ -76,7 +76,7 @@ def _under_adapter(
     adapter: Path, base: str, revision: str | None, head: Head, dtype: torch.dtype, where: str
 ) -> Model:
     check_safetensors(adapter, where)
-    model = _load(base, head, dtype, {"revision": revision, **labels_of(head)})
+    model = _load(base, head, dtype, {"revision": revision, **head_arguments(head)})
     adapted: Model = PeftModel.from_pretrained(model, adapter)
     return adapted
 

@@ -1,4 +1,4 @@
-"""A frozen base in 4 or 8 bits, through bitsandbytes."""
+"""Quantises a frozen base to 4 or 8 bits with bitsandbytes."""
 
 import logging
 import math
@@ -17,7 +17,7 @@ from .dtypes import choose_dtype, torch_dtype
 
 
 def quantisation_config(settings: ModelSettings) -> BitsAndBytesConfig | None:
-    """What transformers needs to quantise while it loads; None for an unquantised base."""
+    """transformers' settings to quantise while it loads; None for an unquantised base."""
     if settings.quantize == "none":
         return None
     if settings.quantize == "int8":
@@ -31,27 +31,27 @@ def quantisation_config(settings: ModelSettings) -> BitsAndBytesConfig | None:
 
 
 def prepare_for_training(model: torch.nn.Module) -> None:
-    """Keep a quantised base as it is for as long as it is trained on."""
-    # It tells of every product's cast to float16.
+    """Make sure that a quantised base does not change while an adapter is trained on it."""
+    # bitsandbytes warns of every cast to float16 in a matrix product.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     for module in model.modules():
         if isinstance(module, Linear4bit):
-            # On CPUs with AVX512-BF16 an evaluation would repack the weights for inference:
-            # lossily, and into a layout that has no backward pass.
+            # On CPUs with AVX512-BF16 an evaluation would repack the weights for inference, with
+            # losses and in a layout without a backward pass.
             module.support_avx512bf16_for_cpu = False
 
 
-def is_exact_by_row(model: torch.nn.Module) -> bool:
-    """Whether a token's values are computed apart from other tokens'.
+def is_batch_invariant(model: torch.nn.Module) -> bool:
+    """True if a token's values do not depend on the other tokens of the batch.
 
-    LLM.int8() looks for outliers over all tokens of a batch, and treats the columns where one has
-    them differently for all.
+    LLM.int8() searches for outliers in all tokens of a batch; a column with an outlier in one token
+    is computed differently for all tokens.
     """
     return not any(isinstance(module, Linear8bitLt) for module in model.modules())
 
 
 def numel(parameter: torch.nn.Parameter) -> int:
-    """Number of a parameter's values; a 4-bit one packs two into a byte."""
+    """Number of values of a parameter; a 4-bit parameter packs two into a byte."""
     if isinstance(parameter, Params4bit) and parameter.quant_state is not None:
         return math.prod(parameter.quant_state.shape)
     return parameter.numel()
@@ -59,14 +59,14 @@ def numel(parameter: torch.nn.Parameter) -> int:
 
 @torch.no_grad()
 def initialise_loftq(model: PeftModel, full: PreTrainedModel) -> None:
-    """LoftQ: set the adapter to the best approximation of W - dequantised(W) of its rank.
+    """LoftQ: set the adapter to the best approximation of W - dequantised(W) at its rank.
 
-    Li et al., 2023, https://arxiv.org/abs/2310.08659, with one iteration: the base stays the plain
-    NF4 one, so that the adapter loads onto it without finray. Unlike PEFT's function, this one
-    respects the adapter's scaling.
+    Li et al., 2023, https://arxiv.org/abs/2310.08659, with one iteration: the base keeps its plain
+    NF4 weights, so the adapter works without finray. Unlike PEFT's function, this one respects the
+    adapter's scaling.
 
     Args:
-        model: a 4-bit base under a new adapter.
+        model: a 4-bit base with a new adapter.
         full: the same base, not quantised.
     """
     for name, module in model.get_base_model().named_modules():
@@ -75,9 +75,9 @@ def initialise_loftq(model: PeftModel, full: PreTrainedModel) -> None:
         layer = full.get_submodule(name)
         packed = module.get_base_layer().weight
         weight = layer.weight.T if isinstance(layer, Conv1D) else layer.weight
-        kept = dequantize_4bit(packed.data, packed.quant_state).float()
-        lost = weight.to(kept) - kept
-        left, values, right = torch.linalg.svd(lost, full_matrices=False)
+        dequantised = dequantize_4bit(packed.data, packed.quant_state).float()
+        error = weight.to(dequantised) - dequantised
+        left, values, right = torch.linalg.svd(error, full_matrices=False)
         rank = module.r[TRAINED]
         roots = (values[:rank] / module.scaling[TRAINED]).sqrt()
         module.lora_A[TRAINED].weight.copy_(roots[:, None] * right[:rank])

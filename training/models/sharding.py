@@ -1,10 +1,10 @@
-"""How a model is placed on the workers: whole on each (DDP), or a shard of it on each (FSDP2).
+"""Places a model on the workers: a full copy on each (DDP), or a shard on each (FSDP2).
 
-transformers takes a sharded model for one that it sharded while loading: the Trainer neither moves
-nor wraps it, and generation keeps the ranks in step. Every rank loads the base whole on the CPU and
-keeps its shard, so a node needs memory for as many copies as it has workers.
+transformers treats a sharded model like one that it sharded while loading: the Trainer neither
+moves nor wraps it, and generation keeps the ranks in step. Every rank loads the full base on the
+CPU and keeps its shard, so a node needs memory for one copy per worker.
 
-FSDP2 keeps a weight as a DTensor, cut along its first dimension. What is written is always whole:
+FSDP2 stores a weight as a DTensor, split along its first dimension. Files always hold full tensors:
 a checkpoint depends neither on the number of workers nor on the strategy.
 """
 
@@ -29,44 +29,44 @@ from .loading import Model
 Strategy = Literal["ddp", "fsdp"]
 
 USABLE = 0.8
-"""Share of a device's memory for what lies there all the time; the rest is for activations."""
+"""Share of a device's memory for model states; the rest is for activations."""
 
 
 def choose_strategy(
     recipe: Recipe, model: Model, world_size: int, device: torch.device
 ) -> Strategy:
-    """What the recipe says; auto takes shards where a device cannot hold all of it.
+    """The recipe's strategy; `auto` chooses fsdp if the full model does not fit a device.
 
-    One worker has nobody to share with. All ranks call it together, and decide alike.
+    A single worker always uses ddp. All ranks call this together and get the same result.
 
     Args:
-        recipe: the run's.
-        model: whole, wherever it is.
-        world_size: how many workers there are.
-        device: where this worker trains.
+        recipe: the run's recipe.
+        model: the full model, on any device.
+        world_size: number of workers.
+        device: the device that this worker trains on.
 
     Raises:
-        InputError: for fsdp in float16, whose scaled gradients no test has seen.
+        InputError: fsdp in float16, which finray does not support (its gradients are scaled).
     """
-    asked, is_half = recipe.scale.strategy, choose_dtype(recipe.model) == "float16"
-    if world_size == 1 or asked == "ddp":
+    requested, is_half = recipe.scale.strategy, choose_dtype(recipe.model) == "float16"
+    if world_size == 1 or requested == "ddp":
         return "ddp"
-    if asked == "fsdp":
+    if requested == "fsdp":
         if is_half:
             raise InputError(
-                "scale.strategy: fsdp computes in bfloat16 or float32, and this model in float16; "
-                "set model.dtype, or take ddp"
+                "scale.strategy: fsdp does not support float16, which this model computes in; set "
+                "model.dtype to bfloat16 or float32, or use ddp"
             )
         return "fsdp"
     if is_half or recipe.why_not_shardable is not None or device.type == "cpu":
         return "ddp"
     memory: list[int] = [0] * world_size
     dist.all_gather_object(memory, torch.cuda.get_device_properties(device).total_memory)
-    return "ddp" if static_bytes(model) <= USABLE * min(memory) else "fsdp"
+    return "ddp" if model_state_bytes(model) <= USABLE * min(memory) else "fsdp"
 
 
-def static_bytes(model: torch.nn.Module) -> int:
-    """Bytes of the weights and, of what is trained, gradients, AdamW's moments and masters."""
+def model_state_bytes(model: torch.nn.Module) -> int:
+    """Bytes of all weights, and of the trained weights' gradients, moments and float32 masters."""
     total = 0
     for weight in model.parameters():
         total += weight.nbytes
@@ -77,23 +77,23 @@ def static_bytes(model: torch.nn.Module) -> int:
 
 
 def shard(model: Model, recipe: Recipe, device: torch.device) -> None:
-    """Leave on this rank's device its shard of every weight; all ranks call it together.
+    """Keep only this rank's shard of every weight, on its device; all ranks call this together.
 
     A decoder layer's weights are gathered for its forward and its backward pass, and freed after
-    each. Weights that are trained in float32 under autocast are gathered in the compute type:
-    autocast's own copies of them would stay until the backward pass.
+    each. Float32 weights that train under autocast are gathered in the compute type: autocast's own
+    copies of them would stay until the backward pass.
 
     Args:
-        model: as it is trained, adapter and all.
-        recipe: the run's.
-        device: where this rank trains.
+        model: the model to train, with its adapter.
+        recipe: the run's recipe.
+        device: the device that this rank trains on.
     """
     base = _base(model)
     policy, compute = MixedPrecisionPolicy(), torch_dtype(choose_dtype(recipe.model))
     if base is model and compute != torch.float32:
         policy = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32)
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
-    # The root last: it has what is in no layer. It too lies in shards whenever one looks at it.
+    # The root comes last: it holds the weights outside the layers, and reshards them after forward.
     for module in (*decoder_layers(base)[1], base):
         fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
     base._is_distributed_loading_by_transformers = True
@@ -101,16 +101,16 @@ def shard(model: Model, recipe: Recipe, device: torch.device) -> None:
 
 
 def is_sharded(model: torch.nn.Module) -> bool:
-    """Whether `shard` was there."""
+    """True if the model's parameters are FSDP2 shards (DTensors)."""
     return any(isinstance(weight, DTensor) for weight in model.parameters())
 
 
 @contextmanager
-def without_needless_reduction(model: Model) -> Iterator[None]:
-    """Inside, a sharded model's gradients stay with the rank, where that costs little.
+def defer_gradient_reduction(model: Model) -> Iterator[None]:
+    """Inside, an adapter's gradients stay on the rank; the last microbatch reduces them.
 
-    An adapter's wait for the last microbatch. Of all weights whole gradients would take the memory
-    that shards save: those are reduced in every microbatch.
+    Without an adapter they are reduced in every microbatch: full gradients of all weights would
+    take the memory that sharding saves.
     """
     base = _base(model)
     assert isinstance(base, FSDPModule)
@@ -122,41 +122,41 @@ def without_needless_reduction(model: Model) -> Iterator[None]:
 
 
 def _base(model: Model) -> PreTrainedModel:
-    """What is called in training as in generation."""
+    """The transformers model: training and generation both call it."""
     return model.get_base_model() if isinstance(model, PeftModel) else model
 
 
-def whole(value: Any) -> Any:
-    """Dicts and lists of tensors, with every shard replaced by its whole tensor.
+def full_tensors(value: Any) -> Any:
+    """Replace every shard in nested dicts and lists by its full tensor.
 
-    All ranks call it together. Tensors are gathered one after the other, and only rank 0 keeps
-    them, on the CPU; the others' are empty. What is not cut up stays as it is.
+    All ranks call this together. Tensors are gathered one after the other; rank 0 gets them on the
+    CPU, the other ranks get empty tensors. Values that are no shards stay unchanged.
     """
-    return _whole(value, {})
+    return _full_tensors(value, {})
 
 
-def _whole(value: Any, by_id: dict[int, torch.Tensor]) -> Any:
+def _full_tensors(value: Any, by_id: dict[int, torch.Tensor]) -> Any:
     if isinstance(value, DTensor):
         if id(value) not in by_id:  # tied weights stay tied
             gathered: torch.Tensor = value.full_tensor().detach()
             by_id[id(value)] = gathered.cpu() if dist.get_rank() == 0 else gathered.new_empty(0)
         return by_id[id(value)]
     if isinstance(value, dict):
-        return {key: _whole(item, by_id) for key, item in value.items()}
+        return {key: _full_tensors(item, by_id) for key, item in value.items()}
     if isinstance(value, list):
-        return [_whole(item, by_id) for item in value]
+        return [_full_tensors(item, by_id) for item in value]
     return value
 
 
 def shard_of(tensor: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
-    """This rank's part of a whole tensor, cut up as a parameter is; the tensor where that is whole.
+    """This rank's shard of a full tensor, split like `parameter`; the tensor if it is not sharded.
 
-    Every rank has the whole tensor: nothing is sent, and only the part goes to the device.
+    Every rank holds the full tensor, so nothing is sent; only the shard goes to the device.
     """
     if not isinstance(parameter, DTensor) or isinstance(tensor, DTensor):
         return tensor
     mesh = parameter.device_mesh
-    # As FSDP2 cuts: the last parts may be smaller, or nothing.
+    # FSDP2 splits in the same way: the last shards may be smaller, or empty.
     parts = tensor.chunk(mesh.size())
     part = parts[mesh.get_local_rank()] if mesh.get_local_rank() < len(parts) else tensor[:0]
     return DTensor.from_local(

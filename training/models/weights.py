@@ -1,4 +1,4 @@
-"""Writing what was trained, so that transformers and PEFT load it without finray."""
+"""Writes trained weights in files that transformers and PEFT load without finray."""
 
 import tempfile
 from pathlib import Path
@@ -15,31 +15,31 @@ from ..config.recipe import Recipe
 from .adapter import TRAINED
 from .adapter_reference import REFERENCE
 from .loading import Model
-from .sharding import is_sharded, shard_of, whole
+from .sharding import full_tensors, is_sharded, shard_of
 
 Weights = dict[str, Any] | None
-"""A sharded model's weights, gathered; None for a model that has its own whole."""
+"""The gathered weights of a sharded model; None for a model that is not sharded."""
 
 
 def gather_weights(model: Model) -> Weights:
-    """What of a sharded model is to be saved, on rank 0; all ranks call it together."""
+    """Gather the weights of a sharded model to save on rank 0; all ranks call this together."""
     if not is_sharded(model):
         return None
     state = model.state_dict(keep_vars=True)
     if isinstance(model, PeftModel):
         saved = {id(value) for value in _adapter_state(model).values()}
         state = {name: value for name, value in state.items() if id(value) in saved}
-    gathered: dict[str, Any] = whole(state)
+    gathered: dict[str, Any] = full_tensors(state)
     return gathered
 
 
 def save_weights(model: Model, target: Path, weights: Weights = None) -> None:
-    """The weights alone, as a checkpoint needs them: under the model's own names.
+    """Write the weights of a checkpoint, under the model's own names.
 
     Args:
-        model: whose they are.
-        target: a folder.
-        weights: what `gather_weights` gave.
+        model: the trained model.
+        target: an existing folder.
+        weights: the result of `gather_weights`.
     """
     if isinstance(model, PeftModel):
         model.save_pretrained(target, selected_adapters=[TRAINED], state_dict=weights)
@@ -49,10 +49,10 @@ def save_weights(model: Model, target: Path, weights: Weights = None) -> None:
 
 @torch.no_grad()
 def load_weights(model: Model, source: Path) -> None:
-    """Take the weights that `save_weights` wrote; each keeps its own type, and its shards.
+    """Load the weights that `save_weights` wrote; parameters keep their types and shards.
 
     Raises:
-        RunError: they are another model's.
+        RunError: the files lack weights of this model.
     """
     adapted = isinstance(model, PeftModel)
     own = _adapter_state(model) if adapted else model.state_dict(keep_vars=True)
@@ -68,7 +68,7 @@ def load_weights(model: Model, source: Path) -> None:
 
 
 def _adapter_state(model: PeftModel) -> dict[str, Any]:
-    """The trained adapter's parameters under the names that they are saved by."""
+    """The trained adapter's parameters, by their names in the saved file."""
     state: dict[str, Any] = get_peft_model_state_dict(
         model,
         state_dict=model.state_dict(keep_vars=True),
@@ -85,7 +85,15 @@ def save_result(
     target: Path,
     weights: Weights = None,
 ) -> None:
-    """The adapter (with a note of its base) or the model, and the tokenizer."""
+    """Write the adapter (with a digest of its base) or the model, and the tokenizer.
+
+    Args:
+        recipe: the run's recipe.
+        model: the trained model.
+        tokenizer: the model's tokenizer.
+        target: folder for the files.
+        weights: the result of `gather_weights`.
+    """
     model.config.use_cache = True
     if recipe.adapter is not None and recipe.adapter.changes_base:
         _save_converted(model, target)
@@ -100,9 +108,10 @@ def save_result(
 
 
 def _save_converted(model: PeftModel, target: Path) -> None:
-    """Write the adapter for the whole base, of which its first weights B0 A0 had been taken.
+    """Write an adapter for the original base W, from which the initialisation took s B0 A0.
 
-    (W - s B0 A0) + s B A = W + s (B A - B0 A0), an adapter of twice the rank.
+    B0 and A0 are the adapter's initial weights. (W - s B0 A0) + s B A = W + s (B A - B0 A0), an
+    adapter of twice the rank.
     """
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder, selected_adapters=[REFERENCE])

@@ -1,1 +1,1 @@
-"""What each method makes of a batch: its loss, and what is measured beside it."""
+"""The loss and the measures that each method computes for a batch."""

@@ -1,4 +1,4 @@
-"""The next token's cross-entropy: supervised fine-tuning and pretraining."""
+"""Cross-entropy of the next token, for supervised fine-tuning and pretraining."""
 
 import torch
 import torch.nn.functional as F
@@ -21,23 +21,27 @@ class TokenObjective(Objective):
 
 
 def to_log_probabilities(logits: torch.Tensor) -> torch.Tensor:
-    """Log-softmax in float32, flattened to (tokens, vocabulary); loss and measures share it."""
+    """Log-softmax in float32, flattened to (tokens, vocabulary), for loss and measures."""
     return F.log_softmax(logits.flatten(0, 1).float(), dim=-1)
 
 
 def token_loss(log_probabilities: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """Sum of the cross-entropies (nats) of all targets that are not IGNORED."""
+    """Sum of the cross-entropies in nats over all targets that are not IGNORED."""
     return F.nll_loss(log_probabilities, targets.flatten(), ignore_index=IGNORED, reduction="sum")
 
 
 @torch.no_grad()
 def measure(log_probabilities: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """[[correct tokens, tokens], [sum of entropies in nats, tokens]], of targets not IGNORED."""
+    """Sums and counts of accuracy and entropy over the targets that are not IGNORED.
+
+    Returns:
+        [[correct tokens, tokens], [sum of entropies in nats, tokens]] in float64.
+    """
     flat = targets.flatten()
     is_trained = flat != IGNORED
     chosen = log_probabilities.gather(1, flat.clamp(min=0)[:, None]).squeeze(1)
     correct = (chosen >= log_probabilities.amax(-1)) & is_trained
-    # In slices that stay in the processor's cache: the whole would be written out twice.
+    # Slices stay in the processor's cache; all rows at once would be written to memory twice.
     entropies = torch.cat(
         [-torch.linalg.vecdot(rows.exp(), rows) for rows in torch.split(log_probabilities, _SLICE)]
     )

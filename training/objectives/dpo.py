@@ -10,33 +10,35 @@ from ..data.batching import Batch
 from .dpo_losses import PAIR_LOSSES, Pairs
 from .objective import Setup
 from .precomputed import PrecomputedReference
-from .preference import Answers, Compared, PairObjective, Split
+from .preference import Answers, Comparison, PairObjective, Split
 from .references import Reference
 
 
 class ReferencedPairObjective(PairObjective):
-    """Pairs with the log-probabilities of a reference in each batch."""
+    """A loss on pairs that also uses a reference model's log-probabilities."""
 
     def __init__(
         self, setup: Setup, imitation_weight: float = 0.0, precomputes: bool = False
     ) -> None:
         """
         Args:
-            setup: of a method with the setting `reference_model`.
-            imitation_weight: of the chosen answers' cross-entropy.
-            precomputes: whether the reference computes all rows now, and not at each step.
+            setup: the run's setup; its method has the setting `reference_model`.
+            imitation_weight: weight of the chosen answers' cross-entropy.
+            precomputes: True to compute the reference for all rows now, not at each step.
         """
         super().__init__(setup, imitation_weight)
         name = setup.recipe.method.reference_name
         self._reference: Reference | None = None
         self._precomputed: PrecomputedReference | None = None
         if precomputes:
-            self._precomputed = PrecomputedReference.of(setup, name, self.collate, self._sums)
+            self._precomputed = PrecomputedReference.load_or_compute(
+                setup, name, self.collate, self._sums
+            )
         else:
             self._reference = Reference(setup, name)
 
     def with_reference(self, batch: Batch, split: Split) -> Batch:
-        """With `extra["reference"]`: log-probabilities of the chosen, then the rejected ones."""
+        """Add `extra["reference"]`: log-probabilities of the chosen, then the rejected answers."""
         if self._precomputed is not None:
             return batch.having(reference=self._precomputed.of_batch(batch, split))
         assert self._reference is not None
@@ -54,7 +56,7 @@ class ReferencedPairObjective(PairObjective):
 
 
 class DpoObjective(ReferencedPairObjective):
-    """Losses of each pair against the reference."""
+    """DPO: losses of each pair relative to the reference."""
 
     def __init__(self, setup: Setup) -> None:
         self._settings = cast(DpoMethod, setup.recipe.method)
@@ -64,8 +66,8 @@ class DpoObjective(ReferencedPairObjective):
             precomputes=self._settings.precompute_reference,
         )
 
-    def compare(self, model: torch.nn.Module, batch: Batch) -> Compared:
-        """The weighted sum of the losses; a reward is beta times the log-ratio."""
+    def compare(self, model: torch.nn.Module, batch: Batch) -> Comparison:
+        """The weighted sum of the losses; the implied reward is beta times the log-ratio."""
         settings = self._settings
         policy, reference = self.both_answers(model, batch)
         pairs = Pairs.of(policy, reference, settings)
@@ -78,6 +80,6 @@ class DpoObjective(ReferencedPairObjective):
             start=torch.zeros_like(policy.chosen),
         )
         beta = settings.beta
-        return Compared(
+        return Comparison(
             losses, beta * pairs.chosen_ratios, beta * pairs.rejected_ratios, -policy.chosen.sum()
         )

@@ -1,7 +1,8 @@
-"""DPO's family of losses: functions of pairs of log-ratios to the reference.
+"""DPO's family of losses: functions of the log-ratios of policy and reference.
 
-Each takes pairs and settings and returns the pairs' losses, (pairs,). In the formulas, w and l are
-the chosen and the rejected answer's log-ratio, and s their difference after the divergence.
+Each takes pairs and settings and returns the losses, (pairs,). In the formulas, w and l are the
+log-ratios of the chosen and the rejected answer, and s is the difference of their divergence
+scores.
 """
 
 import math
@@ -12,12 +13,12 @@ import torch
 from torch.nn.functional import logsigmoid
 
 from ..config.methods import DpoLoss, DpoMethod
-from .preference import Answers
+from .preference import Answers, smoothed_sigmoid_loss
 
 
 @dataclass(frozen=True)
 class Pairs:
-    """The answers under the policy and the reference."""
+    """Pairs of answers under the policy and the reference, with their log-ratios."""
 
     policy: Answers
     reference: Answers
@@ -25,23 +26,24 @@ class Pairs:
     """log policy(y) - log reference(y) of the chosen answers, (pairs,)."""
     rejected_ratios: torch.Tensor
     chosen_scores: torch.Tensor
-    """The derivative of the divergence at the ratio; the log-ratio for reverse_kl. (pairs,)"""
+    """`divergence_score` of the log-ratios, (pairs,); for reverse_kl the log-ratios themselves."""
     rejected_scores: torch.Tensor
 
     @classmethod
     def of(cls, policy: Answers, reference: Answers, settings: DpoMethod) -> "Pairs":
+        """Compute log-ratios and scores from the answers under both models."""
         ratios = policy.chosen - reference.chosen, policy.rejected - reference.rejected
         scores = (divergence_score(ratio, settings) for ratio in ratios)
         return cls(policy, reference, *ratios, *scores)
 
     @property
     def difference(self) -> torch.Tensor:
-        """s, (pairs,)."""
+        """s: the chosen answer's score minus the rejected one's, (pairs,)."""
         return self.chosen_scores - self.rejected_scores
 
     @property
     def mean_difference(self) -> torch.Tensor:
-        """s of the scores per token, (pairs,)."""
+        """s with the scores divided by the answers' numbers of tokens, (pairs,)."""
         policy = self.policy
         return (
             self.chosen_scores / policy.chosen_tokens
@@ -50,7 +52,7 @@ class Pairs:
 
 
 def divergence_score(log_ratio: torch.Tensor, settings: DpoMethod) -> torch.Tensor:
-    """f'(t) of the f-divergence at t = exp(log_ratio), constants left out where they cancel.
+    """f'(t) of the f-divergence at t = exp(log_ratio), without constants that cancel out.
 
     Wang et al., 2023, https://arxiv.org/abs/2309.16240, table 1.
     """
@@ -69,11 +71,11 @@ def sigmoid(pairs: Pairs, settings: DpoMethod) -> torch.Tensor:
 
     With label smoothing, cDPO: Mitchell, 2023, https://ericmitchell.ai/cdpo.pdf.
     """
-    return _smoothed(settings.beta * pairs.difference, settings.label_smoothing)
+    return smoothed_sigmoid_loss(settings.beta * pairs.difference, settings.label_smoothing)
 
 
 def sigmoid_norm(pairs: Pairs, settings: DpoMethod) -> torch.Tensor:
-    """sigmoid of scores per token: Lambert et al., 2024, https://arxiv.org/abs/2411.15124."""
+    """`sigmoid` with scores per token: Lambert et al., 2024, https://arxiv.org/abs/2411.15124."""
     return -logsigmoid(settings.beta * pairs.mean_difference)
 
 
@@ -83,8 +85,8 @@ def hinge(pairs: Pairs, settings: DpoMethod) -> torch.Tensor:
 
 
 def ipo(pairs: Pairs, settings: DpoMethod) -> torch.Tensor:
-    """(s - 1 / (2 beta))^2 of scores per token: Azar et al., 2023, https://arxiv.org/abs/2310.12036,
-    eq. 17."""
+    """(s - 1 / (2 beta))^2 with scores per token: Azar et al., 2023,
+    https://arxiv.org/abs/2310.12036, eq. 17."""
     return (pairs.mean_difference - 1 / (2 * settings.beta)) ** 2
 
 
@@ -104,14 +106,14 @@ def nca_pair(pairs: Pairs, settings: DpoMethod) -> torch.Tensor:
 
 
 def robust(pairs: Pairs, settings: DpoMethod) -> torch.Tensor:
-    """An unbiased estimate under flipped labels: Chowdhury et al., 2024,
+    """An estimate that is unbiased if labels are flipped: Chowdhury et al., 2024,
     https://arxiv.org/abs/2403.00409."""
     logits, wrong = settings.beta * pairs.difference, settings.label_smoothing
     return (wrong * logsigmoid(-logits) - (1 - wrong) * logsigmoid(logits)) / (1 - 2 * wrong)
 
 
 def bco_pair(pairs: Pairs, settings: DpoMethod) -> torch.Tensor:
-    """Binary classification of both answers, without a shift of the reward: Jung et al., 2024,
+    """Binary classification of both answers, without the reward shift: Jung et al., 2024,
     https://arxiv.org/abs/2404.04656."""
     beta = settings.beta
     return -logsigmoid(beta * pairs.chosen_ratios) - logsigmoid(-beta * pairs.rejected_ratios)
@@ -125,28 +127,28 @@ def sppo_hard(pairs: Pairs, settings: DpoMethod) -> torch.Tensor:
 
 
 def aot(pairs: Pairs, settings: DpoMethod) -> torch.Tensor:
-    """Sorted policy against sorted reference margins: Melnyk et al., 2024,
-    https://arxiv.org/abs/2406.05882. The pairs sorted are those of a forward pass."""
+    """Sorted margins of the policy against sorted margins of the reference: Melnyk et al., 2024,
+    https://arxiv.org/abs/2406.05882. It sorts the pairs of one forward pass."""
     policy = (pairs.policy.chosen - pairs.policy.rejected).sort().values
     reference = (pairs.reference.chosen - pairs.reference.rejected).sort().values
-    return _smoothed(settings.beta * (policy - reference), settings.label_smoothing)
+    return smoothed_sigmoid_loss(settings.beta * (policy - reference), settings.label_smoothing)
 
 
 def aot_unpaired(pairs: Pairs, settings: DpoMethod) -> torch.Tensor:
-    """Sorted chosen against sorted rejected log-ratios; as aot."""
+    """Like `aot`, with sorted log-ratios of the chosen against those of the rejected answers."""
     difference = pairs.chosen_ratios.sort().values - pairs.rejected_ratios.sort().values
-    return _smoothed(settings.beta * difference, settings.label_smoothing)
+    return smoothed_sigmoid_loss(settings.beta * difference, settings.label_smoothing)
 
 
 def apo_zero(pairs: Pairs, settings: DpoMethod) -> torch.Tensor:
-    """Chosen answers up, rejected ones down: D'Oosterlinck et al., 2024,
+    """Raises chosen answers and lowers rejected ones: D'Oosterlinck et al., 2024,
     https://arxiv.org/abs/2408.06266, eq. 7."""
     up = 1 - torch.sigmoid(settings.beta * pairs.chosen_ratios)
     return up + torch.sigmoid(settings.beta * pairs.rejected_ratios)
 
 
 def apo_down(pairs: Pairs, settings: DpoMethod) -> torch.Tensor:
-    """Chosen answers down, rejected ones further: as apo_zero, eq. 8."""
+    """Lowers chosen answers, and rejected ones more: as `apo_zero`, eq. 8."""
     difference = pairs.chosen_ratios - pairs.rejected_ratios
     down = torch.sigmoid(settings.beta * pairs.chosen_ratios)
     return down + 1 - torch.sigmoid(settings.beta * difference)
@@ -157,11 +159,6 @@ def discopop(pairs: Pairs, settings: DpoMethod) -> torch.Tensor:
     logits = settings.beta * pairs.difference
     mix = torch.sigmoid(logits / settings.discopop_tau)
     return (mix - 1) * logsigmoid(logits) + mix * torch.exp(-logits)
-
-
-def _smoothed(logits: torch.Tensor, wrong: float) -> torch.Tensor:
-    """-log sigmoid(logits), where a share of the labels is taken to be wrong."""
-    return -(1 - wrong) * logsigmoid(logits) - wrong * logsigmoid(-logits)
 
 
 PAIR_LOSSES: dict[DpoLoss, Callable[[Pairs, DpoMethod], torch.Tensor]] = {
@@ -180,4 +177,4 @@ PAIR_LOSSES: dict[DpoLoss, Callable[[Pairs, DpoMethod], torch.Tensor]] = {
     "apo_down": apo_down,
     "discopop": discopop,
 }
-"""Every loss of `DpoMethod.losses` but sft, which is no function of log-ratios."""
+"""All losses of `DpoMethod.losses` except sft, which does not depend on log-ratios."""

@@ -12,17 +12,17 @@ import torch.distributed as dist
 from ..config.methods import KtoMethod
 from ..data.batching import PADDING_ROW, Batch, Rows, collate
 from ..data.stream import Sequence
-from ..models.loading import evaluating
+from ..models.loading import evaluation_mode
 from .logprobs import token_log_probabilities
 from .objective import Loss, Objective, Setup
 from .references import Reference
 
 
 class KtoObjective(Objective):
-    """Each labelled answer against a baseline; its loss unit is an answer.
+    """Compares each labelled answer with a baseline; the loss unit is an answer.
 
-    The baseline is the divergence from the reference, estimated on answers to other prompts: each
-    prompt of the global batch with the answer before it. It has no gradient.
+    The baseline is the divergence from the reference, estimated on mismatched answers: each prompt
+    of the global batch with the answer of the previous row. It has no gradient.
     """
 
     def __init__(self, setup: Setup) -> None:
@@ -33,17 +33,17 @@ class KtoObjective(Objective):
         self._reference = Reference(setup, self._settings.reference_model)
 
     def collate(self, rows: Rows) -> Batch:
-        """`extra["desirable"]`, (answers,), holds the labels; padding has none."""
+        """Add the labels as `extra["desirable"]`, (answers,), without padding rows."""
         labels = [json.loads(row.extra)["label"] for row in rows if row.extra is not None]
         batch = replace(collate(rows), loss_units=len(labels))
         return batch.having(desirable=torch.tensor(labels, dtype=torch.bool))
 
     def batches(self, step: int, microbatches: list[Rows]) -> list[Batch]:
-        """With the reference's log-probabilities, and the baseline of the global batch."""
+        """Add the reference's log-probabilities and the baseline of the global batch."""
         baseline = torch.zeros((), device=self.device)
         if self._settings.loss == "kto":
             rows = [row for part in microbatches for row in part if row.rows.size]
-            last = self._last_before(rows[-1])
+            last = self._last_row_of_previous_rank(rows[-1])
             mismatched = iter(_mismatched(rows, last, self._max_length))
             ratios = [
                 self._divergences([next(mismatched) for row in part if row.rows.size])
@@ -62,8 +62,8 @@ class KtoObjective(Objective):
         total = answer_losses(ratios, desirable, baseline, self._settings).sum()
         return Loss(total, self._measure(ratios, desirable, baseline) if measured else None)
 
-    def held_out(self, microbatches: Iterator[Rows], device: torch.device) -> torch.Tensor:
-        """As `Objective.held_out`; the baseline is that of all held-out rows together."""
+    def evaluate_held_out(self, microbatches: Iterator[Rows], device: torch.device) -> torch.Tensor:
+        """As `Objective.evaluate_held_out`, with one baseline for all held-out rows."""
         ratios = [torch.zeros(0, device=device)]
         labels = [torch.zeros(0, dtype=torch.bool, device=device)]
         divergences = [torch.zeros(0, device=device)]
@@ -85,12 +85,12 @@ class KtoObjective(Objective):
         return torch.cat([total[None], self._measure(ratio, desirable, baseline)])
 
     def _sums(self, model: torch.nn.Module, batch: Batch) -> torch.Tensor:
-        """Log-probabilities of the answers, (answers,)."""
+        """Log-probabilities of the answers in nats, (answers,)."""
         of_tokens = token_log_probabilities(self.kept_logits(model, batch), batch.targets)
         return of_tokens.sum(1)[: batch.loss_units]
 
-    def _last_before(self, own: Sequence) -> Sequence:
-        """The last row of the worker before this one, as the global batch is ordered."""
+    def _last_row_of_previous_rank(self, own: Sequence) -> Sequence:
+        """The row that precedes this worker's first row in the (cyclic) global batch."""
         if self.world_size == 1:
             return own
         lasts: list[Sequence] = [own] * self.world_size
@@ -99,15 +99,15 @@ class KtoObjective(Objective):
 
     @torch.no_grad()
     def _divergences(self, rows: Rows) -> torch.Tensor:
-        """log policy - log reference of rows, (rows,)."""
-        # Without rows too: the ranks walk through a sharded model together.
+        """log policy - log reference of the rows' answers, (rows,)."""
+        # Also without rows: all ranks must call a sharded model together.
         batch = replace(collate(rows or [PADDING_ROW]), loss_units=len(rows)).to(self.device)
-        with evaluating(self.model):
+        with evaluation_mode(self.model):
             policy = self._sums(self.model, batch)
         return policy - self._reference(self._sums, batch)
 
     def _mean(self, divergences: torch.Tensor) -> torch.Tensor:
-        """The mean over all workers, at least 0: a divergence is not negative."""
+        """The mean over all workers; at least 0, because a divergence is not negative."""
         sums = torch.stack(
             [divergences.double().sum(), divergences.new_tensor(len(divergences)).double()]
         )
@@ -119,7 +119,7 @@ class KtoObjective(Objective):
     def _measure(
         self, ratios: torch.Tensor, desirable: torch.Tensor, baseline: torch.Tensor
     ) -> torch.Tensor:
-        """Sums and counts of the rewards of desirable and other answers, and of the baseline."""
+        """Sums and counts of the rewards of desirable and undesirable answers, and the baseline."""
         rewards = self._settings.beta * ratios.double()
         count = float(len(ratios)) if self._settings.loss == "kto" else 0.0
         rows = [
@@ -136,14 +136,14 @@ def answer_losses(
 ) -> torch.Tensor:
     """Losses of answers, (answers,).
 
-    1 - sigmoid(beta (ratio - baseline)) of desirable ones, with the signs turned of others: eq. 7.
-    apo_zero, the same without a baseline, is D'Oosterlinck et al., 2024,
+    1 - sigmoid(beta (ratio - baseline)) for desirable answers, and with the opposite sign for
+    undesirable ones: eq. 7. apo_zero uses no baseline: D'Oosterlinck et al., 2024,
     https://arxiv.org/abs/2408.06266, eq. 7.
 
     Args:
         ratios: log policy(y) - log reference(y), (answers,).
-        desirable: (answers,).
-        baseline: in nats, a scalar.
+        desirable: True for a desirable answer, (answers,).
+        baseline: a scalar, in nats.
         settings: beta and weights.
     """
     sign = torch.where(desirable, 1.0, -1.0)
@@ -152,17 +152,17 @@ def answer_losses(
 
 
 def _mismatched(rows: Rows, last: Sequence, max_length: int) -> Rows:
-    """Each row's prompt with the answer of the row before it; `last` is before the first."""
+    """Each row's prompt with the answer of the previous row; `last` precedes the first row."""
     return [
-        _joined(row, before, max_length)
-        for row, before in zip(rows, [last, *rows[:-1]], strict=True)
+        _join(row, previous, max_length)
+        for row, previous in zip(rows, [last, *rows[:-1]], strict=True)
     ]
 
 
-def _joined(row: Sequence, other: Sequence, max_length: int) -> Sequence:
-    start, end = _answer_start(row), _answer_start(other)
-    input_ids = np.concatenate([row.input_ids[:start], other.input_ids[end:]])[:max_length]
-    trainable = np.concatenate([row.trainable[:start], other.trainable[end:]])[:max_length]
+def _join(row: Sequence, previous: Sequence, max_length: int) -> Sequence:
+    start, end = _answer_start(row), _answer_start(previous)
+    input_ids = np.concatenate([row.input_ids[:start], previous.input_ids[end:]])[:max_length]
+    trainable = np.concatenate([row.trainable[:start], previous.trainable[end:]])[:max_length]
     return Sequence(input_ids, np.array([len(input_ids)], np.int32), trainable, row.rows)
 
 

@@ -6,15 +6,15 @@ import torch
 
 from ..data.batching import IGNORED
 
-# Logits that are worked on at a time, as float32.
+# Number of logits that are converted to float32 at a time.
 _PART = 2**20
 
 
 def token_log_probabilities(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     """Log-probability (nats) of each target, 0 for IGNORED ones: (sequences, columns), float32.
 
-    Only rows of logits with a target are read, part by part: of the logits' size nothing but
-    their gradient is made.
+    It reads only rows of logits with a target, part by part. The only tensor of the logits' size
+    that it makes is their gradient.
 
     Args:
         logits: (sequences, columns, vocabulary).
@@ -46,12 +46,12 @@ class _Chosen(torch.autograd.Function):
         gradient = torch.zeros_like(logits)
         flat, into = logits.flatten(0, 1), gradient.flatten(0, 1)
         size = _rows_at_a_time(logits)
-        for part, token, norm, up in zip(
+        for part, token, norm, factor in zip(
             *(torch.split(tensor, size) for tensor in (rows, tokens, norms, upstream[0])),
             strict=True,
         ):
-            of_part = (flat[part].float() - norm[:, None]).exp_().mul_(-up[:, None])
-            of_part[torch.arange(len(part), device=part.device), token] += up
+            of_part = (flat[part].float() - norm[:, None]).exp_().mul_(-factor[:, None])
+            of_part[torch.arange(len(part), device=part.device), token] += factor
             into[part] = of_part.to(logits.dtype)
         return gradient, None, None
 

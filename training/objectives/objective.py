@@ -15,21 +15,21 @@ from ..models.sharding import Strategy, shard
 
 @dataclass(frozen=True)
 class Setup:
-    """The parts of a run that an objective is made from."""
+    """The parts of a run that an objective needs."""
 
     recipe: Recipe
     model: Model
-    """The model that is trained, as it is before the first step, not wrapped by DDP."""
+    """The model to train, in its state before the first step, not wrapped by DDP."""
     tokenizer: Any
     prepared: Prepared
     rank: int
     world_size: int
     device: torch.device
-    """Where the model will be trained; it is not there yet."""
+    """The device to train on; the model is not on it yet."""
     strategy: Strategy = "ddp"
 
     def place(self, model: Model) -> Model:
-        """A whole model on the CPU, brought to where it computes as the strategy says."""
+        """Move a full model from the CPU to the device, or shard it, as the strategy says."""
         if self.strategy == "fsdp":
             shard(model, self.recipe, self.device)
             return model
@@ -42,13 +42,13 @@ class Loss:
     """The result of a forward pass."""
 
     total: torch.Tensor
-    """Sum of the losses over the batch's loss units, with its graph."""
+    """Sum of the losses over the batch's loss units, a scalar with its graph."""
     measures: torch.Tensor | None
-    """(measures, 2) in float64: sum and count of each, where they are requested."""
+    """(measures, 2) in float64: sum and count of each; None if they are not requested."""
 
 
 class Objective:
-    """From the rows of a step to a loss. A method overrides what it does differently.
+    """Computes a loss from the rows of a step. A method overrides the parts that differ.
 
     All ranks call the same functions in the same order, so that they may communicate.
     """
@@ -62,13 +62,13 @@ class Objective:
         self._forward = forward_arguments(setup.model)
 
     def collate(self, rows: Rows) -> Batch:
-        """Tensors for one forward pass."""
+        """The rows as tensors for one forward pass."""
         return collate(rows)
 
     def batches(self, step: int, microbatches: list[Rows]) -> list[Batch]:
-        """This worker's forward passes of one optimizer step, as many as it has microbatches.
+        """The batches for this worker's forward passes in one optimizer step, one per microbatch.
 
-        Called without a graph, under autocast, before the step.
+        Called without gradients, under autocast, before the step.
 
         Args:
             step: the step, counted from 0.
@@ -80,18 +80,18 @@ class Objective:
         """The loss of a batch.
 
         Args:
-            model: the model, wrapped as it is trained.
-            batch: on the model's device.
-            measured: whether to return the measures too.
+            model: the model, wrapped for training.
+            batch: the batch, on the model's device.
+            measured: True to return the measures too.
         """
         raise NotImplementedError
 
     def examples(self) -> list[dict[str, Any]]:
-        """Examples from the last batches for people to read, as JSON objects."""
+        """Examples from the last batches for the report, as JSON objects."""
         return []
 
-    def held_out(self, microbatches: Iterator[Rows], device: torch.device) -> torch.Tensor:
-        """Measure this worker's share of the held-out rows; called without a graph.
+    def evaluate_held_out(self, microbatches: Iterator[Rows], device: torch.device) -> torch.Tensor:
+        """Measure this worker's share of the held-out rows; called without gradients.
 
         Returns:
             (1 + measures, 2) in float64: sum and count of the loss, then of each measure.
@@ -108,9 +108,9 @@ class Objective:
     def kept_logits(self, model: torch.nn.Module, batch: Batch) -> torch.Tensor:
         """Logits of the columns with trained tokens: (sequences, columns, vocabulary)."""
         is_other = isinstance(model, Model) and model is not self.model
-        taken = forward_arguments(model) if is_other else self._forward
-        inputs = {name: value for name, value in batch.inputs.items() if name in taken}
+        accepted = forward_arguments(model) if is_other else self._forward
+        inputs = {name: value for name, value in batch.inputs.items() if name in accepted}
         logits: torch.Tensor = model(**inputs, use_cache=False).logits
-        if "logits_to_keep" in taken:
+        if "logits_to_keep" in accepted:
             return logits
         return logits[:, batch.inputs["logits_to_keep"]]

@@ -13,20 +13,22 @@ from ..data.batching import IGNORED, Batch, Rows, collate_pairs
 from ..data.stream import Sequence
 from .logprobs import token_log_probabilities
 from .objective import Setup
-from .preference import Answers, Compared, PairObjective
+from .preference import Answers, Comparison, PairObjective
 
 
 class OrpoObjective(PairObjective):
-    """Cross-entropy of the chosen conversations, prompts too, and the odds ratio of each pair."""
+    """Cross-entropy of chosen texts with their prompts, and a loss on each pair's odds ratio."""
 
     def __init__(self, setup: Setup) -> None:
         super().__init__(setup, imitation_weight=1.0)
         self._beta = cast(OrpoMethod, setup.recipe.method).beta
 
     def collate(self, rows: Rows) -> Batch:
-        """Pairs whose chosen texts are trained whole; `extra["answer"]` marks the answers' targets,
-        (sequences, columns)."""
-        answers, batch = collate_pairs(rows), collate_pairs([_imitated_whole(row) for row in rows])
+        """Pairs whose chosen texts are trained with their prompts.
+
+        `extra["answer"]`, (sequences, columns), is True for the targets of answers.
+        """
+        answers, batch = collate_pairs(rows), collate_pairs([_with_prompt(row) for row in rows])
         columns = torch.searchsorted(
             batch.inputs["logits_to_keep"], answers.inputs["logits_to_keep"]
         )
@@ -34,14 +36,17 @@ class OrpoObjective(PairObjective):
         is_answer[:, columns] = answers.targets != IGNORED
         return batch.having(answer=is_answer)
 
-    def compare(self, model: torch.nn.Module, batch: Batch) -> Compared:
-        """-beta log sigmoid(log odds ratio), eq. 7; a reward is beta times the mean per token."""
+    def compare(self, model: torch.nn.Module, batch: Batch) -> Comparison:
+        """-beta log sigmoid(log odds ratio), eq. 7.
+
+        The implied reward is beta times the log-probability per token.
+        """
         of_tokens = token_log_probabilities(self.kept_logits(model, batch), batch.targets)
         is_answer = batch.extra["answer"]
         answers = self._means(of_tokens * is_answer, is_answer, batch.loss_units)
         losses = -self._beta * logsigmoid(log_odds_ratio(answers.chosen, answers.rejected))
         imitation = -of_tokens.chunk(2)[0].sum()
-        return Compared(
+        return Comparison(
             losses, self._beta * answers.chosen, self._beta * answers.rejected, imitation
         )
 
@@ -51,20 +56,21 @@ class OrpoObjective(PairObjective):
 
 
 def log_odds_ratio(chosen: torch.Tensor, rejected: torch.Tensor) -> torch.Tensor:
-    """log(odds(chosen) / odds(rejected)) with odds(p) = p / (1 - p), of log-probabilities."""
+    """log(odds(chosen) / odds(rejected)) of two log-probabilities; odds(p) = p / (1 - p)."""
     return (chosen - rejected) - (_log_complement(chosen) - _log_complement(rejected))
 
 
 def _log_complement(log_probability: torch.Tensor) -> torch.Tensor:
     """log(1 - exp(x)) for x < 0: Mächler, 2012, "Accurately computing log(1 - exp(-|a|))"."""
-    # Neither branch's gradient may be infinite where the other is taken.
+    # torch.where needs finite gradients in both branches, also in the unused one.
     x = log_probability.clamp(max=-1e-7)
     near = torch.log(-torch.expm1(x.clamp(min=-math.log(2))))
     far = torch.log1p(-torch.exp(x.clamp(max=-math.log(2))))
     return torch.where(x > -math.log(2), near, far)
 
 
-def _imitated_whole(pair: Sequence) -> Sequence:
+def _with_prompt(pair: Sequence) -> Sequence:
+    """The pair with all tokens of the chosen text trained."""
     if not pair.rows.size:
         return pair
     trainable = pair.trainable.copy()

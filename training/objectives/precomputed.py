@@ -1,7 +1,7 @@
-"""The reference's log-probabilities, computed once and kept beside the prepared data.
+"""Computes the reference's log-probabilities once, and stores them with the prepared data.
 
 <storage>/prepared/<fingerprint>/reference-<key>.parquet holds a row for each row of the data. The
-key is a hash of everything that decides the values: another reference has another file.
+key is a hash of everything that the values depend on: each reference has its own file.
 """
 
 import hashlib
@@ -29,7 +29,7 @@ from .preference import Split
 from .references import Compute, Reference
 
 _VERSION = 1
-"""Raised when the same reference would give other values."""
+"""Increase it when the same reference would give other values."""
 
 _SCHEMA = pa.schema(
     [
@@ -55,16 +55,16 @@ class PrecomputedReference:
             self._values[split] = np.stack([part["chosen"], part["rejected"]])
 
     @classmethod
-    def of(
+    def load_or_compute(
         cls, setup: Setup, named: str | None, collate: Callable[[Rows], Batch], compute: Compute
     ) -> "PrecomputedReference":
-        """Read from beside the prepared data, or computed now by all workers together.
+        """Read the stored values; if there are none, all workers compute them together.
 
         Args:
-            setup: the run's, before the first step and before a checkpoint is loaded.
-            named: `method.reference_model`.
-            collate: rows to a batch of pairs.
-            compute: the log-probabilities of a batch, (chosen and rejected ones,).
+            setup: the run's setup, before the first step and before a checkpoint is loaded.
+            named: `method.reference_model`; None for the model at the start of the run.
+            collate: makes a batch of pairs from rows.
+            compute: returns the log-probabilities of a batch, first the chosen, then the rejected.
         """
         folder = setup.prepared.folder
         message: list[Any] = [None]
@@ -83,7 +83,7 @@ class PrecomputedReference:
         return cls(pq.read_table(folder.file(name), filesystem=folder.filesystem))
 
     def of_batch(self, batch: Batch, split: Split) -> torch.Tensor:
-        """Log-probabilities of a batch's chosen answers, then of its rejected ones."""
+        """Log-probabilities of a batch's chosen answers, then of its rejected ones, (2 pairs,)."""
         at = np.searchsorted(self._rows[split], batch.rows)
         return torch.from_numpy(self._values[split][:, at].reshape(-1)).to(batch.targets.device)
 
@@ -91,7 +91,7 @@ class PrecomputedReference:
 def _compute(
     setup: Setup, reference: Reference, collate: Callable[[Rows], Batch], compute: Compute
 ) -> _Values:
-    """Every row of both splits; all of them on rank 0."""
+    """Compute the values of all rows of both splits; every rank returns all of them."""
     recipe = setup.recipe
     setup.model.to(setup.device)
     own: dict[tuple[str, int], tuple[float, float]] = {}
@@ -106,12 +106,12 @@ def _compute(
     if setup.world_size > 1:
         parts = [None] * setup.world_size
         dist.all_gather_object(parts, own)
-    together = {place: values for part in parts for place, values in part.items()}
-    return [(*place, *values) for place, values in together.items()]
+    merged = {key: values for part in parts for key, values in part.items()}
+    return [(*key, *values) for key, values in merged.items()]
 
 
 def _shares(setup: Setup) -> Iterator[tuple[str, Rows]]:
-    """This worker's rows of each split, as many together as a forward pass takes."""
+    """This worker's rows with the name of their split, in microbatches."""
     manifest = setup.prepared.manifest
     for name, split in (("train", manifest.train), ("eval", manifest.eval)):
         if split is not None:
@@ -129,7 +129,7 @@ def _write(folder: Folder, name: str, values: _Values) -> None:
 
 
 def _key(setup: Setup, named: str | None) -> str:
-    """16 hex digits over what decides the values."""
+    """16 hex digits of a hash of everything that the values depend on."""
     model, adapter = setup.recipe.model, setup.recipe.adapter
     facts: dict[str, Any] = {
         "version": _VERSION,
@@ -144,13 +144,13 @@ def _key(setup: Setup, named: str | None) -> str:
         facts["reference"] = _identity(model.base, model.revision)
         facts["quantize"] = model.quantize
         facts["from"] = None if model.adapter is None else _identity(model.adapter)
-        # What was taken out of the base is put back with rounding.
+        # pissa and olora change the base; the reference adds the change back with rounding.
         facts["init"] = None if adapter is None else adapter.init
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def _identity(name: str, revision: str | None = None) -> list[str | None]:
-    """A model by its weights; by its name where they do not lie on this disk."""
+    """Identify a model by the digest of its weights, or by its name if they are not on disk."""
     settings = ModelSettings(base=name, revision=revision)
     folder = Path(name) if Path(name).is_dir() else model_folder(settings, only_cached=True)
     digest = None if folder is None else base_digest(folder)

@@ -7,6 +7,7 @@ from typing import Literal
 
 import torch
 import torch.distributed as dist
+from torch.nn.functional import logsigmoid
 
 from ..data.batching import IGNORED, Batch, Rows, collate_pairs
 from .logprobs import token_log_probabilities
@@ -17,18 +18,18 @@ Split = Literal["train", "eval"]
 
 @dataclass(frozen=True)
 class Answers:
-    """Pairs of answers under a model; everything of shape (pairs,), in float32."""
+    """Log-probabilities of pairs of answers under a model; all tensors are (pairs,), float32."""
 
     chosen: torch.Tensor
     """Log-probability (nats) of the whole answer."""
     rejected: torch.Tensor
     chosen_tokens: torch.Tensor
-    """Its number of tokens."""
+    """Number of tokens of the chosen answer."""
     rejected_tokens: torch.Tensor
 
     @property
     def means(self) -> "Answers":
-        """With log-probabilities per token."""
+        """The same answers with log-probabilities per token."""
         return replace(
             self,
             chosen=self.chosen / self.chosen_tokens,
@@ -37,23 +38,23 @@ class Answers:
 
 
 @dataclass(frozen=True)
-class Compared:
+class Comparison:
     """A method's losses and rewards for a batch of pairs."""
 
     losses: torch.Tensor
     """(pairs,)"""
     chosen_rewards: torch.Tensor
-    """(pairs,): rewards that the method implies for the answers."""
+    """(pairs,): the rewards that the method implies for the chosen answers."""
     rejected_rewards: torch.Tensor
     imitation: torch.Tensor
     """Sum of the cross-entropies of the chosen texts' tokens, a scalar."""
 
 
 class PairObjective(Objective):
-    """A loss of each pair, its loss unit, and optionally the chosen texts' cross-entropy.
+    """A loss on each pair (the loss unit), and optionally the chosen texts' cross-entropy.
 
-    The latter is the mean over the tokens of the whole batch, whatever the number of workers and
-    the size of the microbatches.
+    The cross-entropy is the mean over the tokens of the global batch, independent of the number of
+    workers and the size of the microbatches.
     """
 
     def __init__(self, setup: Setup, imitation_weight: float = 0.0) -> None:
@@ -61,20 +62,20 @@ class PairObjective(Objective):
         self._imitation_weight = imitation_weight
 
     @abstractmethod
-    def compare(self, model: torch.nn.Module, batch: Batch) -> Compared:
+    def compare(self, model: torch.nn.Module, batch: Batch) -> Comparison:
         """Losses and rewards of the pairs of a batch."""
 
     def collate(self, rows: Rows) -> Batch:
-        """Chosen answers, then rejected ones."""
+        """The rows as tensors: first all chosen answers, then the rejected ones."""
         return collate_pairs(rows)
 
     def with_reference(self, batch: Batch, split: Split) -> Batch:
-        """The batch with the reference's log-probabilities, where the method has a reference."""
+        """The batch with the reference's log-probabilities, if the method uses a reference."""
         del split
         return batch
 
     def batches(self, step: int, microbatches: list[Rows]) -> list[Batch]:
-        """The step's batches, with `pairs_per_token`: pairs over tokens imitated."""
+        """The step's batches; `extra["pairs_per_token"]` is pairs over trained chosen tokens."""
         batches = [
             self.with_reference(batch, "train") for batch in super().batches(step, microbatches)
         ]
@@ -84,12 +85,15 @@ class PairObjective(Objective):
             [sum(batch.loss_units for batch in batches), sum(map(_imitated, batches))],
             device=self.device,
         )
-        ratio = self._over_all(counts.double())
+        ratio = self._sum_over_workers(counts.double())
         share = (ratio[0] / ratio[1].clamp(min=1)).float()
         return [batch.having(pairs_per_token=share) for batch in batches]
 
     def loss(self, model: torch.nn.Module, batch: Batch, measured: bool) -> Loss:
-        """Sum of the pairs' losses, and of the tokens' so that its mean over pairs is theirs."""
+        """Sum of the pairs' losses, plus the weighted cross-entropy scaled to pairs.
+
+        Divided by the number of pairs, the cross-entropy is its mean per token.
+        """
         compared = self.compare(model, batch)
         total = compared.losses.sum()
         if self._imitation_weight > 0:
@@ -97,8 +101,8 @@ class PairObjective(Objective):
             total = total + weight * compared.imitation
         return Loss(total, preference_measures(compared) if measured else None)
 
-    def held_out(self, microbatches: Iterator[Rows], device: torch.device) -> torch.Tensor:
-        """As `Objective.held_out`; the cross-entropy is the mean over all held-out tokens."""
+    def evaluate_held_out(self, microbatches: Iterator[Rows], device: torch.device) -> torch.Tensor:
+        """As `Objective.evaluate_held_out`; the cross-entropy is the mean per held-out token."""
         total = torch.zeros(1 + len(self.measures), 2, dtype=torch.float64, device=device)
         imitated = torch.zeros(2, dtype=torch.float64, device=device)
         for rows in microbatches:
@@ -110,7 +114,8 @@ class PairObjective(Objective):
             total[1:] += preference_measures(compared)
             imitated += imitated.new_tensor([compared.imitation, _imitated(batch)])
         if self._imitation_weight > 0:
-            pairs, tokens = self._over_all(torch.stack([total[0, 1], imitated[1]])).unbind()
+            counts = torch.stack([total[0, 1], imitated[1]])
+            pairs, tokens = self._sum_over_workers(counts).unbind()
             total[0, 0] += self._imitation_weight * imitated[0] * pairs / tokens.clamp(min=1)
         return total
 
@@ -119,17 +124,19 @@ class PairObjective(Objective):
         logits = self.kept_logits(model, batch)
         return answers_of(token_log_probabilities(logits, batch.targets), batch)
 
-    def _over_all(self, sums: torch.Tensor) -> torch.Tensor:
-        """Summed over the workers."""
+    def _sum_over_workers(self, sums: torch.Tensor) -> torch.Tensor:
+        """Add the tensors of all workers in place, and return the sum."""
         if self.world_size > 1:
             dist.all_reduce(sums)
         return sums
 
 
 def answers_of(log_probabilities: torch.Tensor, batch: Batch) -> Answers:
-    """Sums over each text of its tokens' log-probabilities, (sequences, columns).
+    """Answers of a batch, without padding rows.
 
-    Padding rows are left out.
+    Args:
+        log_probabilities: of each target, (sequences, columns), 0 where none is trained.
+        batch: pairs as `collate_pairs` makes them.
     """
     totals = log_probabilities.sum(1).chunk(2)
     tokens = (batch.targets != IGNORED).sum(1).float().chunk(2)
@@ -138,8 +145,10 @@ def answers_of(log_probabilities: torch.Tensor, batch: Batch) -> Answers:
 
 
 @torch.no_grad()
-def preference_measures(compared: Compared) -> torch.Tensor:
-    """Sums and counts of: whether the chosen answer's reward is higher, by how much, both rewards.
+def preference_measures(compared: Comparison) -> torch.Tensor:
+    """Sums and counts of accuracy, reward margin, chosen reward and rejected reward.
+
+    Accuracy is 1 if the chosen answer's reward is higher, the margin is the difference.
 
     Returns:
         (4, 2) in float64, in the order of `PairSettings.measures`.
@@ -148,6 +157,11 @@ def preference_measures(compared: Compared) -> torch.Tensor:
     accuracy = (chosen > rejected).to(chosen.dtype)
     sums = torch.stack([accuracy, chosen - rejected, chosen, rejected]).double().sum(1)
     return torch.stack([sums, torch.full_like(sums, len(chosen))], dim=1)
+
+
+def smoothed_sigmoid_loss(logits: torch.Tensor, wrong: float) -> torch.Tensor:
+    """-log sigmoid(logits) with label smoothing: a share `wrong` of the labels is wrong."""
+    return -(1 - wrong) * logsigmoid(logits) - wrong * logsigmoid(-logits)
 
 
 def _imitated(batch: Batch) -> int:

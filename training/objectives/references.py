@@ -1,4 +1,4 @@
-"""The frozen model that a policy is compared with."""
+"""The frozen reference model that preference and online methods compare the policy with."""
 
 import copy
 from collections.abc import Callable, Iterator
@@ -8,9 +8,9 @@ import torch
 from peft import PeftModel
 
 from ..data.batching import Batch
-from ..models.adapter_reference import add_reference, as_reference
+from ..models.adapter_reference import add_reference, reference_weights
 from ..models.dtypes import choose_dtype, torch_dtype
-from ..models.loading import Model, evaluating
+from ..models.loading import Model, evaluation_mode
 from ..models.open_result import open_model
 from .objective import Setup
 
@@ -19,13 +19,13 @@ Compute = Callable[[torch.nn.Module, Batch], torch.Tensor]
 
 
 class Reference:
-    """The model as the run starts, or the one that the recipe names.
+    """The model at the start of the run, or the model that the recipe names.
 
-    Beside an adapter no second copy of the base is held. Without one, the model is copied.
+    With an adapter, the base is not copied; without one, the model is copied.
 
     Args:
-        setup: its model is as it is before the first step.
-        named: `method.reference_model`.
+        setup: the run's setup; its model is in the state before the first step.
+        named: `method.reference_model`; None for the model at the start of the run.
     """
 
     def __init__(self, setup: Setup, named: str | None) -> None:
@@ -42,7 +42,7 @@ class Reference:
             self._model = _frozen(copy.deepcopy(setup.model), setup)
 
     def __call__(self, compute: Compute, batch: Batch) -> torch.Tensor:
-        """What `compute` gives for the reference and a batch; without a graph, on its device."""
+        """The result of `compute` for the reference and a batch, without a graph, on its device."""
         with torch.no_grad(), self._model_as_reference() as model:
             return compute(model, batch.to(self._device))
 
@@ -51,7 +51,7 @@ class Reference:
         if self._adapted is None:
             yield self._model
             return
-        with evaluating(self._adapted), as_reference(self._adapted):
+        with evaluation_mode(self._adapted), reference_weights(self._adapted):
             yield self._adapted
 
 

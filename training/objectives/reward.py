@@ -1,7 +1,7 @@
-"""A reward model, after Bradley and Terry: the chosen text scores higher than the rejected one.
+"""A Bradley-Terry reward model: the chosen text gets a higher score than the rejected one.
 
-Stiennon et al., 2020, https://arxiv.org/abs/2009.01325, section 3.4; the margin is Llama 2's,
-https://arxiv.org/abs/2307.09288, eq. 2, and centring Eisenstein et al., 2023,
+Stiennon et al., 2020, https://arxiv.org/abs/2009.01325, section 3.4. The margin is from Llama 2,
+https://arxiv.org/abs/2307.09288, eq. 2; the centring is from Eisenstein et al., 2023,
 https://arxiv.org/abs/2312.09244, appendix.
 """
 
@@ -15,7 +15,7 @@ from ..common.errors import InputError
 from ..config.methods import RewardMethod
 from ..data.batching import Batch, Rows, collate_pairs
 from .objective import Setup
-from .preference import Compared, PairObjective
+from .preference import Comparison, PairObjective
 
 
 class RewardObjective(PairObjective):
@@ -28,18 +28,18 @@ class RewardObjective(PairObjective):
         if pad is None:
             raise InputError(
                 f"model.base: the tokenizer of {setup.recipe.model.base} has neither a padding nor "
-                "an end-of-sequence token, and a score is read off the last token that is not "
-                "padding; set pad_token in tokenizer_config.json"
+                "an end-of-sequence token, but a reward model needs one to find the end of a text; "
+                "set pad_token in tokenizer_config.json"
             )
         self._pad: int = pad
 
     def collate(self, rows: Rows) -> Batch:
-        """Padded as the model's own pooling expects; `extra["margin"]` is of shape (pairs,)."""
+        """Pad rows with the model's padding token; `extra["margin"]` has shape (pairs,)."""
         margins = [_margin(row.extra) for row in rows if row.rows.size]
         return collate_pairs(rows, self._pad).having(margin=torch.tensor(margins))
 
-    def compare(self, model: torch.nn.Module, batch: Batch) -> Compared:
-        """A reward is the model's score."""
+    def compare(self, model: torch.nn.Module, batch: Batch) -> Comparison:
+        """Losses of the pairs; the reward is the model's score."""
         names = ("input_ids", "position_ids")
         inputs = {name: batch.inputs[name] for name in names if name in self._forward}
         scores = model(**inputs, use_cache=False).logits.squeeze(-1).float()
@@ -47,7 +47,7 @@ class RewardObjective(PairObjective):
         losses = -logsigmoid(chosen - rejected - batch.extra["margin"])
         if self._centre > 0:
             losses = losses + self._centre * (chosen + rejected) ** 2
-        return Compared(losses, chosen, rejected, imitation=losses.new_zeros(()))
+        return Comparison(losses, chosen, rejected, imitation=losses.new_zeros(()))
 
 
 def _margin(extra: str | None) -> float:

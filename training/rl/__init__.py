@@ -1,1 +1,1 @@
-"""Online methods: the model samples answers and learns from their rewards."""
+"""Online reinforcement learning: the model samples answers and learns from their rewards."""

@@ -1,6 +1,6 @@
-"""How much better a completion is than was to be expected of its prompt.
+"""Advantages: how much better a completion is than the average of its prompt.
 
-NaN stands for a completion without any reward: it counts nowhere, and its advantage is 0.
+The reward NaN marks a completion without any reward: means leave it out, its advantage is 0.
 """
 
 from typing import Literal
@@ -13,7 +13,11 @@ _TINY = 1e-4
 
 
 def standard_deviation(values: torch.Tensor) -> torch.Tensor:
-    """Unbiased, over the last dimension, without NaN; NaN where fewer than two values are left."""
+    """Unbiased standard deviation over the last dimension, without NaN values.
+
+    Returns:
+        NaN where fewer than two values remain.
+    """
     valid = ~values.isnan()
     count = valid.sum(-1)
     squares = (values - values.nanmean(-1, keepdim=True)).square().nansum(-1)
@@ -21,7 +25,7 @@ def standard_deviation(values: torch.Tensor) -> torch.Tensor:
 
 
 def over_batch(values: torch.Tensor, world_size: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean and unbiased standard deviation over all workers' values, without NaN."""
+    """Mean and unbiased standard deviation over the values of all workers, without NaN values."""
     valid = ~values.isnan()
     total = torch.stack([values.nansum(), valid.sum().to(values.dtype)])
     if world_size > 1:
@@ -36,12 +40,12 @@ def over_batch(values: torch.Tensor, world_size: int) -> tuple[torch.Tensor, tor
 def group_relative(
     rewards: torch.Tensor, scale: Literal["group", "batch", "none"], world_size: int
 ) -> torch.Tensor:
-    """Above the mean of the prompt's completions, in standard deviations (GRPO, eq. 3 and 4).
+    """Reward minus the mean of the prompt's completions, in standard deviations (GRPO, eq. 3, 4).
 
     Args:
         rewards: (prompts, generations).
-        scale: whose standard deviation divides.
-        world_size: the workers that share the batch.
+        scale: divide by the standard deviation of the prompt's group, of the batch, or of none.
+        world_size: number of workers that share the batch.
     """
     above = rewards - rewards.nanmean(-1, keepdim=True)
     if scale == "group":
@@ -52,12 +56,12 @@ def group_relative(
 
 
 def leave_one_out(rewards: torch.Tensor, normalize: bool, world_size: int) -> torch.Tensor:
-    """Above the mean of the prompt's other completions (RLOO, eq. 6).
+    """Reward minus the mean of the prompt's other completions (RLOO, eq. 6).
 
     Args:
         rewards: (prompts, generations).
-        normalize: bring the batch's advantages to mean 0 and standard deviation 1.
-        world_size: the workers that share the batch.
+        normalize: scale the batch's advantages to mean 0 and standard deviation 1.
+        world_size: number of workers that share the batch.
     """
     others = (~rewards.isnan()).sum(-1, keepdim=True) - 1
     above = rewards - (rewards.nansum(-1, keepdim=True) - rewards) / others

@@ -1,4 +1,4 @@
-"""Group relative policy optimisation, with the variants of its average.
+"""Group relative policy optimisation, with variants that average the loss differently.
 
 GRPO: Shao et al., 2024, https://arxiv.org/abs/2402.03300, eq. 3 and 4.
 DAPO: Yu et al., 2025, https://arxiv.org/abs/2503.14476.
@@ -18,7 +18,7 @@ from .policy import clipped_gain, divergence
 
 
 class GrpoObjective(OnlineObjective):
-    """Every token is a step of its own, with the completion's advantage."""
+    """Treats every token as one action with the completion's advantage."""
 
     def __init__(self, setup: Setup) -> None:
         super().__init__(setup)
@@ -26,11 +26,11 @@ class GrpoObjective(OnlineObjective):
         self.needs_old = self._own.passes > 1
 
     def advantages(self, rewards: torch.Tensor, divergences: torch.Tensor | None) -> torch.Tensor:
-        """Relative to the prompt's group."""
+        """Advantages relative to the prompt's group, (prompts, generations)."""
         return group_relative(rewards, self._own.scale_rewards, self.world_size)
 
     def weigh(self, mask: torch.Tensor, sequences: int) -> tuple[torch.Tensor, int]:
-        """As `loss` of the settings says."""
+        """Token weights and loss units of the recipe's `method.loss`."""
         tokens = int(mask.sum())
         match self._own.loss:
             case "dapo":
@@ -43,7 +43,7 @@ class GrpoObjective(OnlineObjective):
                 return mask / self._own.max_completion, sequences
 
     def loss(self, model: torch.nn.Module, batch: Batch, measured: bool) -> Loss:
-        """Sum of the clipped losses and of the divergences, weighted."""
+        """Weighted sum of the clipped losses and the divergences of all tokens."""
         now = self.log_probabilities(model, batch)
         old = batch.extra.get("old", now.detach())
         gain, outside = clipped_gain(

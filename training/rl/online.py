@@ -1,4 +1,4 @@
-"""What GRPO and RLOO share: before a step, completions are sampled and scored by rewards."""
+"""The common part of GRPO and RLOO: completions are sampled and scored before a step."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -13,7 +13,7 @@ from ..common.errors import FinrayError
 from ..config.methods import OnlineMethod
 from ..data import stream
 from ..data.batching import IGNORED, PADDING_ROW, Batch, Rows, collate
-from ..models.loading import evaluating
+from ..models.loading import evaluation_mode
 from ..objectives.logprobs import token_log_probabilities
 from ..objectives.objective import Objective, Setup
 from ..objectives.references import Reference
@@ -25,14 +25,14 @@ from .rollouts.rollout import Request, Rollout, Rollouts
 from .scoring import Scorer, Scores, measure, sampled_measures
 
 _HELD_OUT = 2**32
-"""In place of a step: held-out prompts are answered with the same numbers every time."""
-_SHOWN_PROMPTS, _SHOWN_COMPLETIONS = 2, 4
+"""Takes the place of a step in seeds: every evaluation draws the same numbers."""
+_EXAMPLE_PROMPTS, _EXAMPLE_COMPLETIONS = 2, 4
 
 
 class OnlineObjective(Objective):
-    """Rollouts, rewards and log-probabilities; a method adds advantages and its loss.
+    """Samples rollouts and computes rewards and log-probabilities; its rows are prompts.
 
-    Its rows are prompts.
+    A method adds advantages and its loss.
     """
 
     policy_measures: ClassVar[tuple[str, ...]] = ("kl", "clipped")
@@ -42,28 +42,31 @@ class OnlineObjective(Objective):
         self.settings = cast(OnlineMethod, setup.recipe.method)
         self.measures = (*sampled_measures(self.settings), *self.policy_measures)
         self._tokenizer = setup.tokenizer
-        self._is_shown = setup.rank == 0
-        self._shown: list[dict[str, Any]] = []
-        # Beside an adapter it takes no memory, and the held-out divergence is a useful metric.
+        self._keeps_examples = setup.rank == 0
+        self._examples: list[dict[str, Any]] = []
+        # With an adapter it takes no memory, and the held-out divergence is a useful metric.
         has_reference = self.settings.beta > 0 or isinstance(setup.model, PeftModel)
         self._reference = Reference(setup, None) if has_reference else None
         rows = setup.recipe.rows_per_step
-        before = (stream.share(rows, rank, setup.world_size) for rank in range(setup.rank))
-        self._first_place = sum(before)
+        earlier = (stream.share(rows, rank, setup.world_size) for rank in range(setup.rank))
+        self._first_place = sum(earlier)
         self._tools: tuple[Rollouts, Scorer] | None = None
 
     # what each method defines
 
     needs_old: bool
-    """Whether log-probabilities are computed before the step; otherwise the step's own are used."""
+    """True if the old policy's log-probabilities are computed before the step.
+
+    Otherwise the loss uses the step's own, without a gradient.
+    """
 
     def advantages(self, rewards: torch.Tensor, divergences: torch.Tensor | None) -> torch.Tensor:
-        """Of each completion, (prompts, generations) in float64.
+        """The advantage of each completion, (prompts, generations) in float64.
 
         Args:
             rewards: (prompts, generations); NaN where no reward has a value.
-            divergences: log-probability of each completion over the reference's, in nats; None
-                without a reference.
+            divergences: log policy - log reference of each completion, (completions,), in nats;
+                None without a reference.
         """
         raise NotImplementedError
 
@@ -72,7 +75,7 @@ class OnlineObjective(Objective):
 
         Args:
             mask: (sequences, columns), 1.0 where a token is trained.
-            sequences: how many of them are completions, and not padding.
+            sequences: number of sequences that are completions, not padding.
         """
         raise NotImplementedError
 
@@ -94,7 +97,7 @@ class OnlineObjective(Objective):
         deviations = standard_deviation(rewards)
         advantages = self.advantages(rewards, _divergences(parts, len(rows))).flatten().float()
         sampled = measure(scores, deviations.cpu(), rollouts).to(self.device)
-        self._show(requests, scores, advantages)
+        self._keep_examples(requests, scores, advantages)
         return [
             self._with_advantages(
                 part, advantages[index * size : (index + 1) * size], sampled * (index == 0)
@@ -103,10 +106,10 @@ class OnlineObjective(Objective):
         ]
 
     def requests(self, step: int, prompts: Rows) -> list[Request]:
-        """The completions to sample in a step: every prompt's generations, one after another.
+        """The completions to sample in a step, prompt by prompt.
 
-        The seed follows from the prompt's place in the global batch, so that another number of
-        workers draws the same.
+        The seed depends on the prompt's place in the global batch, so the samples do not depend on
+        the number of workers.
         """
         return [
             Request(row.input_ids.tolist(), (self.recipe.seed, step, self._first_place + place, n))
@@ -118,7 +121,7 @@ class OnlineObjective(Objective):
         """Completions and their scores; an error on one worker is raised on all."""
         failure: FinrayError | None = None
         try:
-            sampler, scorer = self._made_tools()
+            sampler, scorer = self._sampler_and_scorer()
             rollouts = sampler.sample(requests)
             scores = scorer.score(rows, rollouts)
         except FinrayError as error:
@@ -126,8 +129,8 @@ class OnlineObjective(Objective):
         _raise_together(failure, self.world_size)
         return rollouts, scores
 
-    def _made_tools(self) -> tuple[Rollouts, Scorer]:
-        """Sampler and scorer, made at first use, where an error is raised on all workers."""
+    def _sampler_and_scorer(self) -> tuple[Rollouts, Scorer]:
+        """Sampler and scorer, made at the first use, so that an error is raised on all workers."""
         if self._tools is None:
             rewards = load_rewards(self.recipe, self._tokenizer, self.device)
             rollouts: Rollouts
@@ -142,11 +145,11 @@ class OnlineObjective(Objective):
         return self._tools
 
     def _part(self, rows: Rows, rollouts: Sequence[Rollout]) -> Batch:
-        """A forward pass on the model's device, with the log-probabilities that are needed."""
-        made = [self._sequence(*pair) for pair in zip(rows, rollouts, strict=True)]
-        batch = collate(made or [PADDING_ROW], self._tokenizer.pad_token_id).to(self.device)
+        """The batch of a forward pass, with the old and the reference's log-probabilities."""
+        sequences = [self._sequence(*pair) for pair in zip(rows, rollouts, strict=True)]
+        batch = collate(sequences or [PADDING_ROW], self._tokenizer.pad_token_id).to(self.device)
         extra: dict[str, torch.Tensor] = {}
-        with evaluating(self.model):
+        with evaluation_mode(self.model):
             if self.needs_old:
                 extra["old"] = self.log_probabilities(self.model, batch)
             if self._reference is not None and self.settings.beta > 0:
@@ -176,22 +179,25 @@ class OnlineObjective(Objective):
     # log-probabilities
 
     def log_probabilities(self, model: torch.nn.Module, batch: Batch) -> torch.Tensor:
-        """Of the completions' tokens, at the sampling's temperature: (sequences, columns) in
-        float32, 0 where no token is trained."""
+        """Log-probabilities of the completions' tokens at the sampling temperature.
+
+        Returns:
+            (sequences, columns) in float32, 0 where no token is trained.
+        """
         logits, temperature = self.kept_logits(model, batch), self.settings.temperature
         scaled = logits if temperature == 1.0 else logits / temperature
         return token_log_probabilities(scaled, batch.targets)
 
-    # after it
+    # measures and examples
 
     def measured(
         self, batch: Batch, log_probabilities: torch.Tensor, outside: torch.Tensor
     ) -> torch.Tensor:
-        """The logged measures of a forward pass.
+        """Sums and counts of the measures of a forward pass, (measures, 2) in float64.
 
         Args:
-            batch: with its extra tensors.
-            log_probabilities: of the policy, without a graph.
+            batch: the batch, with its extra tensors.
+            log_probabilities: the policy's, without a graph.
             outside: 1.0 where clipping removes the gradient, else 0.0; NaN for padding.
         """
         valid = outside[~outside.isnan()].double()
@@ -201,15 +207,15 @@ class OnlineObjective(Objective):
 
     @staticmethod
     def _kl(batch: Batch, policy: torch.Tensor, reference: torch.Tensor | None) -> torch.Tensor:
-        """Sum and count of the tokens' divergences; nothing without a reference."""
+        """Sum and count of the tokens' divergences, (2,); zeros without a reference."""
         if reference is None:
             return policy.new_zeros(2, dtype=torch.float64)
         mask = batch.targets != IGNORED
         total = (divergence(policy, reference) * mask).sum().double()
         return torch.stack([total, mask.sum().double()])
 
-    def held_out(self, microbatches: Iterator[Rows], device: torch.device) -> torch.Tensor:
-        """Sample one completion to each held-out prompt, always with the same numbers."""
+    def evaluate_held_out(self, microbatches: Iterator[Rows], device: torch.device) -> torch.Tensor:
+        """Sample and score one completion per held-out prompt, always with the same seeds."""
         rows = [row for part in microbatches for row in part]
         requests = [
             Request(row.input_ids.tolist(), (self.recipe.seed, _HELD_OUT, int(row.rows[0])))
@@ -223,21 +229,23 @@ class OnlineObjective(Objective):
             if self._reference is None:
                 break
             pairs = zip(rows[first : first + size], rollouts[first : first + size], strict=True)
-            made = [self._sequence(*pair) for pair in pairs]
-            batch = collate(made, self._tokenizer.pad_token_id).to(device)
+            sequences = [self._sequence(*pair) for pair in pairs]
+            batch = collate(sequences, self._tokenizer.pad_token_id).to(device)
             policy = self.log_probabilities(self.model, batch)
             kl += self._kl(batch, policy, self._reference(self.log_probabilities, batch))
-        nothing = torch.zeros(1, 2, dtype=torch.float64, device=device)
-        return torch.cat([nothing, sampled, kl[None], nothing])
+        no_values = torch.zeros(1, 2, dtype=torch.float64, device=device)
+        return torch.cat([no_values, sampled, kl[None], no_values])
 
     def examples(self) -> list[dict[str, Any]]:
-        """Some of the last completions with their rewards."""
-        return self._shown
+        """Some of the last step's completions with their rewards and advantages."""
+        return self._examples
 
-    def _show(self, requests: list[Request], scores: Scores, advantages: torch.Tensor) -> None:
+    def _keep_examples(
+        self, requests: list[Request], scores: Scores, advantages: torch.Tensor
+    ) -> None:
         generations = self.settings.generations
         names = [reward.name for reward in self.settings.rewards]
-        self._shown = [
+        self._examples = [
             {
                 "prompt": self._tokenizer.decode(requests[index].prompt_ids),
                 "completion": scores.texts[index],
@@ -245,13 +253,13 @@ class OnlineObjective(Objective):
                 "rewards": dict(zip(names, scores.each[:, index].tolist(), strict=True)),
                 "advantage": float(advantages[index]),
             }
-            for index in range(min(len(requests), _SHOWN_PROMPTS * generations))
-            if self._is_shown and index % generations < _SHOWN_COMPLETIONS
+            for index in range(min(len(requests), _EXAMPLE_PROMPTS * generations))
+            if self._keeps_examples and index % generations < _EXAMPLE_COMPLETIONS
         ]
 
 
 def _divergences(parts: list[Batch], count: int) -> torch.Tensor | None:
-    """Log-probability of each completion over the reference's, in nats: (completions,)."""
+    """log policy - log reference of each completion, in nats, (completions,); None without both."""
     if "reference" not in parts[0].extra or "old" not in parts[0].extra:
         return None
     sums = [(part.extra["old"] - part.extra["reference"]).sum(1) for part in parts]
@@ -259,7 +267,7 @@ def _divergences(parts: list[Batch], count: int) -> torch.Tensor | None:
 
 
 def _raise_together(failure: FinrayError | None, world_size: int) -> None:
-    """Raise one worker's error on all of them, which would wait for it otherwise."""
+    """Raise one worker's error on all workers: the others would wait for it otherwise."""
     failures: list[FinrayError | None] = [failure]
     if world_size > 1:
         failures = [None] * world_size

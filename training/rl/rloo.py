@@ -16,7 +16,7 @@ from .policy import clipped_gain
 
 
 class RlooObjective(OnlineObjective):
-    """A completion as a whole is the step; its unit is a completion."""
+    """Treats a whole completion as one action; the loss unit is a completion."""
 
     def __init__(self, setup: Setup) -> None:
         super().__init__(setup)
@@ -24,13 +24,13 @@ class RlooObjective(OnlineObjective):
         self.needs_old = self._own.passes > 1 or self._own.beta > 0
 
     def advantages(self, rewards: torch.Tensor, divergences: torch.Tensor | None) -> torch.Tensor:
-        """Against the prompt's other completions, the divergence taken off the rewards."""
+        """Leave-one-out advantages of the rewards minus beta times the divergences."""
         if divergences is not None:
             rewards = rewards - self._own.beta * divergences.view(rewards.shape)
         return leave_one_out(rewards, self._own.normalize_advantages, self.world_size)
 
     def weigh(self, mask: torch.Tensor, sequences: int) -> tuple[torch.Tensor, int]:
-        """All tokens of a completion add up."""
+        """Equal weights, so that a completion's tokens are summed."""
         return mask, sequences
 
     def loss(self, model: torch.nn.Module, batch: Batch, measured: bool) -> Loss:

@@ -1,4 +1,4 @@
-"""Scores of rollouts by all rewards of a recipe."""
+"""Scores rollouts with all rewards of a recipe."""
 
 import json
 from collections.abc import Sequence
@@ -18,21 +18,21 @@ class Scores:
     """Rewards of completions; NaN where no reward has a value."""
 
     total: torch.Tensor
-    """(completions,) in float64: the weighted sum."""
+    """(completions,) in float64: the weighted sum of the rewards."""
     each: torch.Tensor
-    """(rewards, completions), unweighted."""
+    """(rewards, completions) in float64: the rewards without weights."""
     failures: int
-    """Values that are missing because a reward failed."""
+    """Number of values that are missing because a reward failed."""
     texts: list[str]
     """The completions as text."""
 
 
 class Scorer:
-    """All rewards of a recipe.
+    """Computes all rewards of a recipe and their weighted sum.
 
     Args:
-        rewards: in the recipe's order.
-        tokenizer: the policy's.
+        rewards: the rewards in the recipe's order.
+        tokenizer: the policy's tokenizer.
     """
 
     def __init__(self, rewards: list[Reward], tokenizer: Any) -> None:
@@ -40,7 +40,7 @@ class Scorer:
         self._tokenizer = tokenizer
 
     def score(self, prompts: Sequence[stream.Sequence], rollouts: Sequence[Rollout]) -> Scores:
-        """Every reward's value of every completion, and their weighted sum.
+        """The value of every reward for every completion, and the weighted sums.
 
         Args:
             prompts: the rows, one for each rollout.
@@ -67,7 +67,7 @@ class Scorer:
 
 
 def sampled_measures(settings: OnlineMethod) -> tuple[str, ...]:
-    """Names of the rows of `measure`."""
+    """Names of the measures that `measure` returns, in its order."""
     names = [f"reward/{reward.name}" for reward in settings.rewards]
     return ("reward", "reward_std", *names, "failed_rewards", "completion_length", "truncated")
 
@@ -76,8 +76,8 @@ def measure(scores: Scores, deviations: torch.Tensor, rollouts: Sequence[Rollout
     """Sum and count of each measure of rollouts, (measures, 2) in float64.
 
     Args:
-        scores: of the rollouts.
-        deviations: standard deviation of the rewards of each prompt.
+        scores: the scores of the rollouts.
+        deviations: standard deviation of the rewards of each prompt, (prompts,).
         rollouts: the completions.
     """
     values = [scores.total, deviations, *scores.each]

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from ....training.common import formatting as figures
+from ....training.common import formatting
 
 
 def render(outlook: dict[str, Any]) -> str:
@@ -15,7 +15,7 @@ def render(outlook: dict[str, Any]) -> str:
         rows.append(
             (
                 source["split"],
-                f"{source['path']}: {words}{figures.count(source['rows'])} rows of "
+                f"{source['path']}: {words}{formatting.count(source['rows'])} rows of "
                 f"{source['format']}, {source['files']} file{'s'[: source['files'] != 1]}",
             )
         )
@@ -23,21 +23,21 @@ def render(outlook: dict[str, Any]) -> str:
         rows.append(
             (
                 "tokens",
-                f"{about}{figures.count(data['tokens'])} in "
-                f"{figures.count(data['sequences'])} sequences"
+                f"{about}{formatting.count(data['tokens'])} in "
+                f"{formatting.count(data['sequences'])} sequences"
                 + ("" if data["is_exact"] else " (exact once prepared: finray prepare)"),
             )
         )
     if outlook["steps"] is not None:
-        steps = f"{about}{figures.count(outlook['steps'])}"
+        steps = f"{about}{formatting.count(outlook['steps'])}"
         rows.append(("steps", f"{steps} of {outlook['batch_size']} sequences"))
     if parameters is not None:
         share = parameters["trainable"] / parameters["total"]
         rows.append(
             (
                 "parameters",
-                f"{figures.count(parameters['trainable'])} trained of "
-                f"{figures.count(parameters['total'])} ({figures.percent(share)})",
+                f"{formatting.count(parameters['trainable'])} trained of "
+                f"{formatting.count(parameters['total'])} ({formatting.percent(share)})",
             )
         )
     if outlook["memory"] is not None:

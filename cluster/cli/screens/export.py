@@ -10,7 +10,7 @@ from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingCo
 from rich.progress import Progress as Bars
 
 from ....training.common.progress import Progress
-from ....training.export.export import Exported
+from ....training.export.export import ExportSummary
 
 KINDS = {
     "adapter": "the adapter alone",
@@ -45,7 +45,7 @@ class ExportProgress(Progress):
         self._bars.update(self._bar, completed=done, total=total, visible=True)
 
 
-def render_exported(exported: Exported, as_json: bool) -> str:
+def render_exported(exported: ExportSummary, as_json: bool) -> str:
     """The exported files, and how to load them."""
     result = exported.result
     if as_json:
@@ -59,5 +59,5 @@ def render_exported(exported: Exported, as_json: bool) -> str:
         return json.dumps(values, indent=2)
     size = f"{exported.files} files, {decimal(exported.bytes)}"
     lines = [f"{exported.folder}: {KINDS[result.kind]} ({size})", ""]
-    lines += [f"  {line}" for line in result.two_lines(exported.folder)]
+    lines += [f"  {line}" for line in result.loading_lines(exported.folder)]
     return "\n".join(lines)

@@ -12,7 +12,7 @@ from typing import Any, Self
 
 from rich.console import Console
 
-from ....training.common import formatting as figures
+from ....training.common import formatting
 from ....training.common.errors import InputError
 from ....training.common.progress import Progress
 from ....training.common.storage import Folder
@@ -89,7 +89,7 @@ class ProgressWatcher(Progress):
     def status(self, text: str) -> None:
         """Show what the run does outside its steps, such as "loading the model"."""
         with self._lock:
-            self._state.phase = figures.one_line(text)
+            self._state.phase = formatting.one_line(text)
             self._display.changed()
             self._display.tick()
 
@@ -134,7 +134,7 @@ class _WatchedRun:
         self._state.total = run.get("total_steps")
         restarts = run.get("restarts") or []
         for restart in restarts[self._restarts :]:
-            reason = figures.one_line(str(restart.get("reason") or "unknown reason"))
+            reason = formatting.one_line(str(restart.get("reason") or "unknown reason"))
             if not quiet:
                 self._display.note(f"restart at step {restart.get('step')}: {reason}")
         self._restarts = len(restarts)
@@ -147,19 +147,19 @@ class _WatchedRun:
         if self._save_error not in (None, error) and not quiet:
             newest = "none yet" if self._state.saved is None else f"step {self._state.saved}"
             self._display.note(
-                f"a save failed ({figures.one_line(str(self._save_error))}); training goes on, "
+                f"a save failed ({formatting.one_line(str(self._save_error))}); training goes on, "
                 f"last saved: {newest}"
             )
         waited = run.get("save_wait_seconds")
-        if figures.is_number(waited) and waited > LONG_WAIT and not self._wait_was_shown:
+        if formatting.is_number(waited) and waited > LONG_WAIT and not self._wait_was_shown:
             self._wait_was_shown = True
             self._display.note(
-                f"saving is slower than checkpoint.every_steps asks: {figures.duration(waited)} "
+                f"saving is slower than checkpoint.every_steps asks: {formatting.duration(waited)} "
                 "spent waiting for the storage"
             )
 
     def _take_line(self, line: Record, quiet: bool) -> None:
-        if not figures.is_number(line.get("step")):
+        if not formatting.is_number(line.get("step")):
             return
         if not line.keys().isdisjoint(KEY_METRICS):
             self._take_evaluation(line, quiet)
@@ -227,7 +227,7 @@ class Speed:
 
     def add(self, step: int, seconds: Any) -> None:
         """Take a logged step and the seconds that all steps up to it took."""
-        if not figures.is_number(seconds):
+        if not formatting.is_number(seconds):
             return
         if self._seen and (step <= self._seen[-1][0] or seconds <= self._seen[-1][1]):
             self._seen.clear()  # a restart, from an earlier step
@@ -243,7 +243,7 @@ class Speed:
 
 def evaluation_text(line: Record) -> str:
     """An evaluation line of metrics.jsonl: step 100  held-out loss 1.234  exact match 45.0%."""
-    parts = [f"step {figures.count(line.get('step'))}"]
+    parts = [f"step {formatting.count(line.get('step'))}"]
     for name in ("eval_loss", "eval_token_accuracy", *KEY_METRICS):
         if name in line:
             measure = label_of(name)

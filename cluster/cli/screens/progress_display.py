@@ -13,7 +13,7 @@ from rich.spinner import Spinner
 from rich.table import Table
 from rich.text import Text
 
-from ....training.common import formatting as figures
+from ....training.common import formatting
 
 PLAIN_SECONDS = 1.0
 """Shortest time between two plain lines; evaluations are not delayed."""
@@ -47,34 +47,36 @@ class State:
         self.learning_rate = line.get("learning_rate")
         self.tokens_per_second = line.get("tokens_per_second")
         self.left, self.since = None, time.monotonic()
-        if seconds_per_step is not None and figures.is_number(self.total):
+        if seconds_per_step is not None and formatting.is_number(self.total):
             self.left = seconds_per_step * (self.total - self.step)
 
     @property
     def at_end(self) -> bool:
         """True if the last step is done; evaluating and saving may remain."""
-        return figures.is_number(self.total) and self.step is not None and self.step >= self.total
+        return (
+            formatting.is_number(self.total) and self.step is not None and self.step >= self.total
+        )
 
     def step_text(self) -> str:
         """step 120/400"""
-        total = f"/{self.total:.0f}" if figures.is_number(self.total) else ""
+        total = f"/{self.total:.0f}" if formatting.is_number(self.total) else ""
         return f"step {self.step}{total}"
 
     def values(self) -> list[str]:
         """Loss, learning rate, speed, last save and time left, without missing values."""
-        parts = [f"loss {figures.loss(self.loss)}"]
-        if figures.is_number(self.reward):
-            parts.append(f"reward {figures.loss(self.reward)}")
-        if figures.is_number(self.learning_rate):
-            parts.append(f"lr {figures.exponent(self.learning_rate)}")
-        if figures.is_number(self.tokens_per_second):
-            parts.append(f"{figures.count(self.tokens_per_second)} tok/s")
-        if figures.is_number(self.saved):
+        parts = [f"loss {formatting.loss(self.loss)}"]
+        if formatting.is_number(self.reward):
+            parts.append(f"reward {formatting.loss(self.reward)}")
+        if formatting.is_number(self.learning_rate):
+            parts.append(f"lr {formatting.exponent(self.learning_rate)}")
+        if formatting.is_number(self.tokens_per_second):
+            parts.append(f"{formatting.count(self.tokens_per_second)} tok/s")
+        if formatting.is_number(self.saved):
             parts.append(f"saved {self.saved:.0f}")
         if self.left is not None and not self.at_end:
             # Between two logged steps, the time left decreases with the clock.
             left = max(0.0, self.left - (time.monotonic() - self.since))
-            parts.append(f"{figures.duration(left)} left")
+            parts.append(f"{formatting.duration(left)} left")
         return parts
 
 
@@ -185,7 +187,7 @@ class LiveDisplay:
             row.add_row(Text("·") if self._closed else self._spinner, phase)
             return row
         cells: list[RenderableType] = [Text(state.step_text(), style="bold", no_wrap=True)]
-        if figures.is_number(state.total) and self._console.width >= BAR_FROM_COLUMNS:
+        if formatting.is_number(state.total) and self._console.width >= BAR_FROM_COLUMNS:
             cells.append(ProgressBar(total=state.total, completed=state.step, width=24))
         finishing = ["finishing"] if state.at_end and not self._closed else []
         values = "  ".join([*state.values(), *finishing])

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from datetime import UTC, datetime
 from typing import Any
 
-from ....training.common import formatting as figures
+from ....training.common import formatting
 from ....training.records.run_folder import Record
 
 SILENT_SECONDS = 120.0
@@ -74,30 +74,30 @@ def _entry(name: str, record: Record, now: datetime) -> Record:
 def _row(entry: Record) -> tuple[str, ...]:
     status = entry["status"]
     if status == "running?":
-        status += f" silent {figures.duration(entry['silent_seconds'])}"
-    step = figures.count(entry["step"])
+        status += f" silent {formatting.duration(entry['silent_seconds'])}"
+    step = formatting.count(entry["step"])
     if entry["total_steps"] is not None:
-        step += f"/{figures.count(entry['total_steps'])}"
+        step += f"/{formatting.count(entry['total_steps'])}"
     age = entry["age_seconds"]
     return (
-        figures.one_line(entry["name"]),
-        figures.one_line(status),
-        figures.one_line(str(entry["method"] or figures.MISSING)),
+        formatting.one_line(entry["name"]),
+        formatting.one_line(status),
+        formatting.one_line(str(entry["method"] or formatting.MISSING)),
         step,
-        figures.loss(entry["loss"]),
-        figures.loss(entry["eval_loss"]),
-        figures.percent(entry["exact_match"]),
+        formatting.loss(entry["loss"]),
+        formatting.loss(entry["eval_loss"]),
+        formatting.percent(entry["exact_match"]),
         _reward(entry),
-        figures.short_count(entry["tokens"]),
-        figures.MISSING if age is None else f"{figures.duration(age)} ago",
+        formatting.short_count(entry["tokens"]),
+        formatting.MISSING if age is None else f"{formatting.duration(age)} ago",
     )
 
 
 def _reward(entry: Record) -> str:
     """Mean reward on held-out prompts; for pairs, how often the chosen answer is preferred."""
     if entry["eval_reward"] is not None:
-        return figures.loss(entry["eval_reward"])
-    return figures.percent(entry["eval_reward_accuracy"])
+        return formatting.loss(entry["eval_reward"])
+    return formatting.percent(entry["eval_reward_accuracy"])
 
 
 def columns(rows: Sequence[Sequence[str]], left_aligned: int) -> str:
@@ -114,7 +114,7 @@ def columns(rows: Sequence[Sequence[str]], left_aligned: int) -> str:
 
 
 def _number(value: Any) -> float | None:
-    return value if figures.is_number(value) else None
+    return value if formatting.is_number(value) else None
 
 
 def _age(iso: Any, now: datetime) -> float | None:

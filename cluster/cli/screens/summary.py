@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from rich.cells import cell_len, set_cell_size
 
-from ....training.common import formatting as figures
+from ....training.common import formatting
 from ....training.common.storage import Folder
 from ....training.records.labels import KEY_METRICS, label_of
 from ....training.records.run_folder import (
@@ -57,20 +57,20 @@ def _headline(run: Record, paint: _Paint) -> list[str]:
     """support-lora finished: 400 steps, 1,234,567 tokens, 12m03s"""
     status = str(run.get("status") or "unknown")
     step, total = run.get("step"), run.get("total_steps")
-    steps = f"{figures.count(step)} steps"
-    if status != "finished" and figures.is_number(total):
-        steps = f"step {figures.count(step)} of {figures.count(total)}"
-    facts = [steps, f"{figures.count(run.get('tokens'))} tokens"]
-    facts.append(figures.duration(run.get("wall_seconds")))
-    present = [fact for fact in facts if figures.MISSING not in fact]
+    steps = f"{formatting.count(step)} steps"
+    if status != "finished" and formatting.is_number(total):
+        steps = f"step {formatting.count(step)} of {formatting.count(total)}"
+    facts = [steps, f"{formatting.count(run.get('tokens'))} tokens"]
+    facts.append(formatting.duration(run.get("wall_seconds")))
+    present = [fact for fact in facts if formatting.MISSING not in fact]
     colour = {"finished": _GREEN, "failed": _RED}.get(status, _BOLD)
-    name = paint(figures.one_line(str(run.get("name") or "run")), _BOLD)
+    name = paint(formatting.one_line(str(run.get("name") or "run")), _BOLD)
     return [f"{name} {paint(status, colour)}" + (f": {', '.join(present)}" if present else "")]
 
 
 def _error(run: Record) -> list[str]:
     lines = str(run.get("error") or "").strip().splitlines()
-    return [f"  {figures.one_line(line)}".rstrip() for line in lines]
+    return [f"  {formatting.one_line(line)}".rstrip() for line in lines]
 
 
 def _gains(run: Record, paint: _Paint) -> list[str]:
@@ -79,10 +79,10 @@ def _gains(run: Record, paint: _Paint) -> list[str]:
     rows = [
         (label_of(key), before.get(key), after.get(key))
         for key in KEY_METRICS
-        if figures.is_number(before.get(key)) or figures.is_number(after.get(key))
+        if formatting.is_number(before.get(key)) or formatting.is_number(after.get(key))
     ]
     if not rows:
-        return [f"  training loss {figures.loss(after.get('loss'))}"] if "loss" in after else []
+        return [f"  training loss {formatting.loss(after.get('loss'))}"] if "loss" in after else []
     width = max(len(measure.title) for measure, _, _ in rows)
     lines = [paint(f"  {'':{width}}  {'base':>8}  {'tuned':>8}  {'change':>8}", _DIM)]
     for measure, old, new in rows:
@@ -113,7 +113,7 @@ def _sample(sample: Record, paint: _Paint) -> list[str]:
 
 def shorten(text: str, columns: int = WIDTH - 16) -> str:
     """One line of at most `columns` columns, with … at its end if it was cut."""
-    line = figures.one_line(text)
+    line = formatting.one_line(text)
     if cell_len(line) <= columns:
         return line
     return set_cell_size(line, columns - 1).rstrip() + "…"

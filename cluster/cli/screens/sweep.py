@@ -3,7 +3,7 @@
 import sys
 from typing import Any
 
-from ....training.common import formatting as figures
+from ....training.common import formatting
 from ....training.common.storage import Folder
 from ....training.records.run_folder import Record
 from ....tuning.progress import Ending, SweepProgress
@@ -46,7 +46,7 @@ def render_ending(ending: Ending, record: Record) -> str:
     if record["settings"]["pruning"]["kind"] == "pbt":
         finished = sum(row["state"] == "finished" for row in rows)
         done = f"{finished} of {total} members finished"
-    text = figures.one_line(ending.text)
+    text = formatting.one_line(ending.text)
     return f"trial {ending.number} {ending.state}: {text} ({best}{done})"
 
 
@@ -58,7 +58,7 @@ def _headline(record: Record) -> str:
         if any(row["state"] == state for row in rows)
     ]
     facts = ", ".join(counts) or "no trial yet"
-    seconds = figures.duration(record.get("wall_seconds"))
+    seconds = formatting.duration(record.get("wall_seconds"))
     return f"sweep {record['name']} {record['status']}: {facts}; {seconds}"
 
 
@@ -92,16 +92,16 @@ def _ordered(record: Record) -> list[Record]:
 
 def _line(row: Record, keys: list[str], metrics: list[str], is_best: bool) -> list[str]:
     values = row["values"] or [row["latest"], *(None for _ in metrics[1:])]
-    cells = [f"{value:.6g}" if value is not None else figures.MISSING for value in values]
+    cells = [f"{value:.6g}" if value is not None else formatting.MISSING for value in values]
     settings = [_value(row["settings"].get(key)) for key in keys]
     number = f"{'*' if is_best else ' '}{row['number']}"
-    return [number, row["state"], *cells, *settings, figures.short_count(row["tokens"])]
+    return [number, row["state"], *cells, *settings, formatting.short_count(row["tokens"])]
 
 
 def _value(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:.3g}"
-    return figures.MISSING if value is None else figures.one_line(str(value))
+    return formatting.MISSING if value is None else formatting.one_line(str(value))
 
 
 def _notes(record: Record) -> list[str]:
@@ -110,14 +110,14 @@ def _notes(record: Record) -> list[str]:
         notes.append(f"ended early: {record['over']}")
     share = saved_share(record)
     if share is not None and record["prunes"]:
-        notes.append(f"pruning saved {figures.percent(share)} of the tokens of whole trials")
+        notes.append(f"pruning saved {formatting.percent(share)} of the tokens of whole trials")
     excluded = record["excluded"]["count"]
     if excluded:
-        reason = figures.one_line(record["excluded"]["first"][0]["reason"])
+        reason = formatting.one_line(record["excluded"]["first"][0]["reason"])
         notes.append(f"{excluded} combinations make no valid recipe, such as: {reason}")
     failed = [row for row in record["trials"] if row["state"] == "failed"]
     if failed:
-        text = figures.one_line(str(failed[-1]["error"]))
+        text = formatting.one_line(str(failed[-1]["error"]))
         notes.append(f"trial {failed[-1]['number']} failed: {text[: _REASON * 3]}")
     for name, value in (record.get("retrained") or {}).get("spread", {}).items():
         notes.append(f"retrained: {name} {value['mean']:.6g} ± {value['deviation']:.2g}")

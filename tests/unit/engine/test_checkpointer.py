@@ -1,4 +1,4 @@
-"""Saves beside the training, into a store that fails, is slow or is full."""
+"""Background saves to a storage that fails, is slow or is full."""
 
 import errno
 import json
@@ -16,7 +16,6 @@ from finray.training.common.storage import Folder
 from finray.training.common.uploader import Uploader
 from finray.training.config.metric import Metric
 from finray.training.config.sections import CheckpointSettings
-from finray.training.engine import checkpointer
 from finray.training.engine.checkpointer import Checkpointer, SaveState
 from finray.training.launch.in_process import InProcessLauncher
 from finray.training.records import checkpoint
@@ -30,7 +29,7 @@ NO_PAUSES = (0.0, 0.0)
 
 
 class Store:
-    """Stands before `Folder.upload`: fails as often as it is told, and waits where it is closed."""
+    """Replaces `Folder.upload`: fails `failures` times, and waits while it is closed."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.failures = 0
@@ -60,7 +59,7 @@ def make_checkpointer(
     folder: Path,
     uploads: Uploader,
     *,
-    told: list[SaveState] | None = None,
+    states: list[SaveState] | None = None,
     others: Callable[[], list[str | None]] = list,
 ) -> Checkpointer:
     scratch = folder / "scratch"
@@ -75,7 +74,7 @@ def make_checkpointer(
         uploads=uploads,
         before_publishing=lambda: None,
         gather=lambda value: [value, *others()],
-        on_saved=([] if told is None else told).append,
+        on_saved=([] if states is None else states).append,
         last_step=None,
     )
 
@@ -86,14 +85,14 @@ def write(folder: Path) -> None:
 
 def test_a_store_that_fails_twice_is_tried_again(store: Store, tmp_path: Path) -> None:
     store.failures = 2
-    told: list[SaveState] = []
+    states: list[SaveState] = []
     uploads = Uploader(NO_PAUSES)
-    one = make_checkpointer(tmp_path, uploads, told=told)
-    one.save(5, write, {})
-    one.close()
+    checkpointer = make_checkpointer(tmp_path, uploads, states=states)
+    checkpointer.save(5, write, {})
+    checkpointer.close()
     assert store.attempts == 3
     assert checkpoint.choose(Folder(str(tmp_path / "checkpoints"))).step == 5
-    assert [(state.step, state.error) for state in told] == [(5, None)]
+    assert [(state.step, state.error) for state in states] == [(5, None)]
     assert not list((tmp_path / "scratch").iterdir())
 
 
@@ -102,77 +101,78 @@ def test_a_full_store_costs_no_good_checkpoint(
 ) -> None:
     monkeypatch.setenv("HF_TOKEN", "not-a-usual-form-42")
     store.error = OSError("no room for not-a-usual-form-42")
-    told: list[SaveState] = []
-    one = make_checkpointer(tmp_path, Uploader(NO_PAUSES), told=told)
-    one.save(5, write, {})
-    one.wait()
+    states: list[SaveState] = []
+    checkpointer = make_checkpointer(tmp_path, Uploader(NO_PAUSES), states=states)
+    checkpointer.save(5, write, {})
+    checkpointer.wait()
     store.failures = 9
     for step in (10, 15):
-        one.save(step, write, {})
-        one.wait()
-    assert told[-1].step == 5 and told[-1].error == f"step 15: no room for {HIDDEN}"
+        checkpointer.save(step, write, {})
+        checkpointer.wait()
+    assert states[-1].step == 5 and states[-1].error == f"step 15: no room for {HIDDEN}"
     folder = Folder(str(tmp_path / "checkpoints"))
     assert checkpoint.choose(folder).step == 5
     assert folder.files() == ["step-00000005/rank-0.json", "step-00000005/weights"]
-    one.save(20, write, {})
+    checkpointer.save(20, write, {})
     with pytest.raises(RunError, match=r"3 saves in a row failed; step 20: .* step 5"):
-        one.wait()
+        checkpointer.wait()
 
 
 def test_a_failed_save_is_made_good_by_the_next(store: Store, tmp_path: Path) -> None:
-    one = make_checkpointer(tmp_path, Uploader(NO_PAUSES))
+    checkpointer = make_checkpointer(tmp_path, Uploader(NO_PAUSES))
     store.failures = 3
-    one.save(5, write, {})
+    checkpointer.save(5, write, {})
     with pytest.raises(RunError, match=r"the last state could not be saved; step 5: .*No space"):
-        one.close()
-    one.save(10, write, {})
-    one.close()
-    assert one.state.step == 10 and one.state.error is None
+        checkpointer.close()
+    checkpointer.save(10, write, {})
+    checkpointer.close()
+    assert checkpointer.state.step == 10 and checkpointer.state.error is None
     assert Folder(str(tmp_path / "checkpoints")).names() == ["step-00000010"]
 
 
 def test_training_goes_on_while_a_store_is_slow(store: Store, tmp_path: Path) -> None:
     uploads = Uploader()
-    one = make_checkpointer(tmp_path, uploads)
+    checkpointer = make_checkpointer(tmp_path, uploads)
     store.is_open.clear()
-    one.save(5, write, {})  # returns
-    assert not one.is_idle
+    checkpointer.save(5, write, {})  # returns
+    assert not checkpointer.is_idle
     threading.Timer(0.3, store.is_open.set).start()
-    one.save(10, write, {})  # waits: one upload at a time
-    assert one.state.step == 5 and one.state.waited_seconds > 0.1
-    one.close()
-    assert one.state.step == 10
+    checkpointer.save(10, write, {})  # waits: one upload at a time
+    assert checkpointer.state.step == 5 and checkpointer.state.waited_seconds > 0.1
+    checkpointer.close()
+    assert checkpointer.state.step == 10
 
 
 def test_a_checkpoint_is_whole_when_all_workers_have_saved(store: Store, tmp_path: Path) -> None:
-    other: list[str | None] = [None]
-    one = make_checkpointer(tmp_path, Uploader(NO_PAUSES), others=lambda: other)
-    one.save(5, write, {})
-    one.wait()
-    other[0] = "the store is away"
-    one.save(10, write, {})
-    one.wait()
-    assert one.state.step == 5
-    assert one.state.error == "step 10: worker 1: the store is away"
+    replies: list[str | None] = [None]
+    checkpointer = make_checkpointer(tmp_path, Uploader(NO_PAUSES), others=lambda: replies)
+    checkpointer.save(5, write, {})
+    checkpointer.wait()
+    replies[0] = "the store is away"
+    checkpointer.save(10, write, {})
+    checkpointer.wait()
+    assert checkpointer.state.step == 5
+    assert checkpointer.state.error == "step 10: worker 1: the store is away"
 
 
 def test_a_full_disk_while_staging(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    one = make_checkpointer(tmp_path, Uploader(NO_PAUSES))
-    one.save(5, write, {})
-    one.wait()
+    checkpointer = make_checkpointer(tmp_path, Uploader(NO_PAUSES))
+    checkpointer.save(5, write, {})
+    checkpointer.wait()
 
     def fail(folder: Path) -> None:
         write(folder)
         raise RuntimeError("PytorchStreamWriter failed writing file data/0")
 
     with pytest.raises(RuntimeError, match="PytorchStreamWriter"):
-        one.save(10, fail, {})
-    one = make_checkpointer(tmp_path, Uploader(NO_PAUSES))
+        checkpointer.save(10, fail, {})
+    checkpointer = make_checkpointer(tmp_path, Uploader(NO_PAUSES))
     usage = namedtuple("usage", "total used free")
-    monkeypatch.setattr(checkpointer.shutil, "disk_usage", lambda _: usage(10, 10, 0))
-    one.save(10, fail, {})
-    one.wait()
-    assert one.state.error is not None and "is full" in one.state.error
+    disk_usage = "finray.training.engine.checkpointer.shutil.disk_usage"
+    monkeypatch.setattr(disk_usage, lambda _: usage(10, 10, 0))
+    checkpointer.save(10, fail, {})
+    checkpointer.wait()
+    assert checkpointer.state.error is not None and "is full" in checkpointer.state.error
     assert Folder(str(tmp_path / "checkpoints")).names() == ["step-00000005"]
 
 
@@ -214,7 +214,7 @@ def test_a_run_outlives_a_store_that_fails(
     store.failures = 99
     with pytest.raises(RunError, match="3 saves in a row failed; step 6"):
         train(recipe_from_dict(values), InProcessLauncher())
-    told = read_run(Folder(str(tmp_path / "runs/lost")))
-    assert told is not None and told["status"] == "failed" and told["step"] == 6
-    assert told["last_saved_step"] is None and "step 6" in told["save_error"]
-    assert "No space left" in json.dumps(told)
+    record = read_run(Folder(str(tmp_path / "runs/lost")))
+    assert record is not None and record["status"] == "failed" and record["step"] == 6
+    assert record["last_saved_step"] is None and "step 6" in record["save_error"]
+    assert "No space left" in json.dumps(record)

@@ -1,4 +1,4 @@
-"""A loss or a gradient that is not finite: no update, on no rank, and what follows from it."""
+"""A non-finite loss or gradient updates no rank, and is recorded."""
 
 import copy
 import json
@@ -37,7 +37,7 @@ State = dict[str, torch.Tensor]
 def trained(
     base: Path, scratch: Path, rank: int, world_size: int, poison: str, dtype: torch.dtype
 ) -> dict[str, Any]:
-    """Weights and optimizer after each of five steps; one is spoilt on the last rank."""
+    """Weights and optimizer after each of five steps; one step is not finite on the last rank."""
     settings = Recipe.model_validate(
         {
             "name": "x",
@@ -58,19 +58,19 @@ def trained(
         )
         for number in range(20)
     ]
-    mine = [row for row in rows if int(row.rows[0]) % 4 // share == rank]
+    own = [row for row in rows if int(row.rows[0]) % 4 // share == rank]
     states: list[State] = []
-    told: list[tuple[float, float, list[int]]] = []
+    logged: list[tuple[float, float, list[int]]] = []
 
     def after_step(measures: StepMeasures) -> bool:
         state = {name: weight.detach().clone() for name, weight in model.named_parameters()}
         saved = trainer.optimizer.state_dict()
         for index, moments in saved["state"].items():
             state |= {f"{index}.{name}": copy.deepcopy(value) for name, value in moments.items()}
-        state |= {f"master.{i}": one.clone() for i, one in enumerate(saved.get("masters", []))}
+        state |= {f"master.{i}": item.clone() for i, item in enumerate(saved.get("masters", []))}
         states.append(state)
         loss, skipped = trainer.take_loss(1)
-        told.append((measures.learning_rate, loss, skipped))
+        logged.append((measures.learning_rate, loss, skipped))
         return False
 
     objective = objective_of(steps.make_setup(settings, model, scratch, rank, world_size))
@@ -79,7 +79,7 @@ def trained(
         training_arguments(settings, 5, world_size, scratch),
         objective=objective,
         passes=1,
-        rows=lambda: microbatches(iter(mine), share, 1, accumulation(settings, world_size)),
+        rows=lambda: microbatches(iter(own), share, 1, accumulation(settings, world_size)),
         after_step=after_step,
         is_logged=lambda step: True,
         stop_requested=lambda: False,
@@ -87,17 +87,17 @@ def trained(
     honest = objective.loss
 
     def loss(wrapped: torch.nn.Module, batch: Batch, measured: bool) -> Any:
-        found = honest(wrapped, batch, measured)
+        result = honest(wrapped, batch, measured)
         if poison == "none" or int(batch.rows[0]) != 4 * POISONED_STEP - 1:
-            return found
+            return result
         if poison == "loss":  # not finite itself, and its gradient is
-            return copy.copy(type(found)(found.total + math.inf, found.measures))
-        found.total.register_hook(lambda gradient: gradient * math.inf)
-        return found
+            return copy.copy(type(result)(result.total + math.inf, result.measures))
+        result.total.register_hook(lambda gradient: gradient * math.inf)
+        return result
 
     objective.loss = loss
     trainer.train()
-    return {"states": states, "told": told, "masters": isinstance(trainer._adamw, MasterAdamW)}
+    return {"states": states, "logged": logged, "masters": isinstance(trainer._adamw, MasterAdamW)}
 
 
 @pytest.fixture(scope="module")
@@ -134,11 +134,11 @@ def test_the_step_changes_nothing(
     workers: int,
     dtype: str,
 ) -> None:
-    """Of two ranks only one meets it. The schedule goes on as if nothing had been."""
-    found = ranks(tiny_model, tmp_path, workers, poison, dtype)
+    """It occurs on one of two ranks. The learning-rate schedule continues unchanged."""
+    result = ranks(tiny_model, tmp_path, workers, poison, dtype)
     undisturbed = of_rank_0(workers, dtype)
     at = POISONED_STEP - 1
-    for rank in found:
+    for rank in result:
         assert rank["masters"] == (dtype == "bfloat16")
         states = rank["states"]
         assert states[at].keys() == states[at - 1].keys()
@@ -149,17 +149,17 @@ def test_the_step_changes_nothing(
                 not torch.equal(states[after][key], states[before][key]) for key in states[0]
             )
         assert all(value.isfinite().all() for state in states for value in state.values())
-        assert [skipped for _, _, skipped in rank["told"]] == [[], [], [POISONED_STEP], [], []]
-        assert math.isnan(rank["told"][at][1])
-        rates = [rate for rate, _, _ in undisturbed["told"]]
-        assert [rate for rate, _, _ in rank["told"]] == rates and len(set(rates)) == 5
-        assert rank["told"][1][1] == undisturbed["told"][1][1]
-    for name, value in found[0]["states"][-1].items():
-        assert torch.equal(value, found[-1]["states"][-1][name]), "the ranks differ"
+        assert [skipped for _, _, skipped in rank["logged"]] == [[], [], [POISONED_STEP], [], []]
+        assert math.isnan(rank["logged"][at][1])
+        rates = [rate for rate, _, _ in undisturbed["logged"]]
+        assert [rate for rate, _, _ in rank["logged"]] == rates and len(set(rates)) == 5
+        assert rank["logged"][1][1] == undisturbed["logged"][1][1]
+    for name, value in result[0]["states"][-1].items():
+        assert torch.equal(value, result[-1]["states"][-1][name]), "the ranks differ"
 
 
 def test_fp16_scaler_and_the_guard_agree() -> None:
-    """Either's word leaves the step out, and the next one is taken."""
+    """Either of them skips the step, and the next step is taken."""
     weight = torch.nn.Parameter(torch.ones(3))
     optimizer = SkippingAdamW([{"params": [weight]}], lr=0.1)
     scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
@@ -180,13 +180,13 @@ def test_fp16_scaler_and_the_guard_agree() -> None:
 
 @pytest.mark.parametrize(("scaled", "patience"), [(False, 3), (True, 19)])
 def test_patience(scaled: bool, patience: int) -> None:
-    """Only steps in a row count; a scaler may look for its scale first."""
+    """Only consecutive steps count; fp16's scaler gets more of them to find its scale."""
     steps_ = NonFiniteSteps(torch.device("cpu"), 3, scaled)
     flags = [1.0] * (patience - 1) + [0.0] + [1.0] * patience
     for step, flag in enumerate(flags, start=1):
         steps_.check()
         steps_.add(step, torch.tensor(flag), torch.tensor(2.0 if flag == 0.0 else math.nan))
-        steps_.hear(step)
+        steps_.read_flags(step)
     with pytest.raises(NonFiniteError) as error:
         steps_.check()
     assert error.value.steps == tuple(range(patience + 1, 2 * patience + 1))
@@ -207,16 +207,16 @@ def poisoned(
 ) -> Iterator[tuple[Path, Reports]]:
     """A run of 30 steps with a poisoned row, which is only read, and what it reported."""
     storage = tmp_path_factory.mktemp("poisoned")
-    told: Reports = {}
+    logged: Reports = {}
     with pytest.MonkeyPatch.context() as patch:
         spoil(patch, poison_row(17))
 
         def report(line: dict[str, float]) -> None:
-            told[int(line["step"])] = line
+            logged[int(line["step"])] = line
 
         settings = recipe(tiny_model, chat_file, storage, "run", max_steps=30)
         train(settings, InProcessLauncher(report=report))
-    yield storage / "run", told
+    yield storage / "run", logged
 
 
 def record_of(run: Path) -> dict[str, Any]:
@@ -231,8 +231,8 @@ def test_a_poisoned_row(
     poisoned: tuple[Path, Reports],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """One step is skipped and told with its rows; the logged mean is that of the others."""
-    run, told = poisoned
+    """One step is skipped and recorded with its rows; the logged mean leaves it out."""
+    run, logged = poisoned
     record = record_of(run)
     (skipped,) = record["skipped"]
     step = skipped["step"]
@@ -241,7 +241,7 @@ def test_a_poisoned_row(
     assert each[step]["skipped"] == 1 and each[step]["loss"] is None
     assert each[step]["grad_norm"] is None
     # A sweep does not judge a trial by a loss that no step was taken with.
-    assert [at for at, line in told.items() if "loss" not in line] == [step]
+    assert [at for at, line in logged.items() if "loss" not in line] == [step]
     assert [at for at, line in each.items() if "skipped" in line] == [step]
     assert math.isfinite(record["metrics"]["loss"]) and "restarts" not in record
     report = (run / "report.html").read_text(encoding="utf-8")
@@ -252,7 +252,7 @@ def test_a_poisoned_row(
     carry_out(settings.model_copy(update={"log": log}))
     for at, line in lines(tmp_path / "rarely").items():
         window = range(1 + (at - 1) // 4 * 4, at + 1)  # from one checkpoint to the next
-        means = [each[one]["loss"] for one in window if one != step]
+        means = [each[number]["loss"] for number in window if number != step]
         assert line["loss"] == pytest.approx(sum(means) / len(means), rel=1e-5)
         assert line.get("skipped", 0) == (step in window)
 
@@ -287,17 +287,17 @@ def test_a_transient_fault_is_cured(
     log_every: int,
     faults: int,
 ) -> None:
-    """Steps in a row go wrong once, from the fifth; the run goes back, and ends as if they had not.
+    """Consecutive steps from the fifth fail once: the run rolls back, and its result is the same.
 
-    Also where it is not a logged step that tells of them.
+    That holds too if the check happens after a step that is not logged.
     """
 
-    def carry(name: str) -> dict[str, Any]:
+    def run(name: str) -> dict[str, Any]:
         settings = recipe(tiny_model, chat_file, tmp_path, name, max_skipped_steps=faults)
         log = settings.log.model_copy(update={"every_steps": log_every})
         return carry_out(settings.model_copy(update={"log": log}))
 
-    carry("clean")
+    run("clean")
     calls = [0]
 
     def change(batch: Batch, total: torch.Tensor) -> torch.Tensor:
@@ -305,7 +305,7 @@ def test_a_transient_fault_is_cured(
         return total * math.inf if 8 < calls[0] <= 8 + 2 * faults else total
 
     spoil(monkeypatch, change)
-    record = carry("run")
+    record = run("run")
     assert_same(tmp_path / "run", tmp_path / "clean")
     steps_ = range(5, 5 + faults)
     first, second = record["restarts"]
@@ -331,10 +331,12 @@ def test_a_lasting_fault_ends_the_run(
     settings = recipe(tiny_model, chat_file, tmp_path, "run", max_skipped_steps=2)
     with pytest.raises(RunError) as error:
         carry_out(settings)
-    told = str(error.value)
-    assert "steps 7, 8" in told and "optim.learning_rate" in told and str(chat_file) in told
-    shown = {int(number) for number in re.findall(r"rows ([\d, ]+) of", told)[0].split(", ")}
+    message = str(error.value)
+    assert (
+        "steps 7, 8" in message and "optim.learning_rate" in message and str(chat_file) in message
+    )
+    shown = {int(number) for number in re.findall(r"rows ([\d, ]+) of", message)[0].split(", ")}
     assert len(shown) == 8 and {number - 1 for number in shown} < bad
     record = json.loads((tmp_path / "run" / "run.json").read_text(encoding="utf-8"))
-    assert record["status"] == "failed" and record["error"] == told
-    assert [one["step"] for one in record["restarts"]] == [8, 4]
+    assert record["status"] == "failed" and record["error"] == message
+    assert [item["step"] for item in record["restarts"]] == [8, 4]

@@ -1,4 +1,4 @@
-"""Random states after a resume, with as many workers and with more."""
+"""Random states after a resume with the same and with a larger number of workers."""
 
 from pathlib import Path
 from typing import Any

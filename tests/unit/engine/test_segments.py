@@ -1,4 +1,4 @@
-"""A run in segments is the run in one go, and another's checkpoint goes on with own settings."""
+"""A run in segments equals an uninterrupted run; a checkpoint continues with other settings."""
 
 from pathlib import Path
 from typing import Any
@@ -44,8 +44,8 @@ def go(recipe: Recipe, until: int | None = None) -> dict[str, Any]:
 
 
 def test_segments_make_the_same_run(tiny_model: Path, chat_file: Path, tmp_path: Path) -> None:
-    whole, parts = (make(tiny_model, chat_file, tmp_path, name) for name in ("whole", "parts"))
-    assert go(whole)["status"] == "finished"
+    single, parts = (make(tiny_model, chat_file, tmp_path, name) for name in ("whole", "parts"))
+    assert go(single)["status"] == "finished"
     for until in (3, 7):
         record = go(parts, until)
         assert (record["status"], record["step"]) == ("stopped", until)
@@ -57,8 +57,8 @@ def test_an_inherited_checkpoint_goes_on_with_own_settings(
     tiny_model: Path, chat_file: Path, tmp_path: Path
 ) -> None:
     parent = make(tiny_model, chat_file, tmp_path, "parent", weight_decay=0.1)
-    other = {"learning_rate": 3e-3, "beta2": 0.9, "weight_decay": 0.0}
-    child = make(tiny_model, chat_file, tmp_path, "child", **other)
+    settings = {"learning_rate": 3e-3, "beta2": 0.9, "weight_decay": 0.0}
+    child = make(tiny_model, chat_file, tmp_path, "child", **settings)
     go(parent, 4)
     inherited = run_folder(child)
     inherited.upload(tmp_path / "parent")
@@ -67,8 +67,8 @@ def test_an_inherited_checkpoint_goes_on_with_own_settings(
     go(parent, 5)
     rates = [metrics(tmp_path / name)[-1]["learning_rate"] for name in ("parent", "child")]
     assert rates[1] == pytest.approx(3 * rates[0])
-    mine, theirs = losses(tmp_path / "child"), losses(tmp_path / "parent")
-    assert mine == theirs, "the fifth loss is that of the inherited weights"
+    child_losses, parent_losses = losses(tmp_path / "child"), losses(tmp_path / "parent")
+    assert child_losses == parent_losses, "the fifth loss is that of the inherited weights"
 
     import torch
 
@@ -76,5 +76,5 @@ def test_an_inherited_checkpoint_goes_on_with_own_settings(
     for group in state["param_groups"]:
         assert group["betas"] == (0.9, 0.9) and group["weight_decay"] == 0.0
         assert group["initial_lr"] == 3e-3
-    steps = [one["step"] for one in state["state"].values()]
+    steps = [entry["step"] for entry in state["state"].values()]
     assert steps and set(map(float, steps)) == {5.0}, "the moments began anew"

@@ -21,7 +21,7 @@ BATCH = 8
 
 
 def documents(sequence: Sequence) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """(input_ids, trainable) of each document."""
+    """Pairs (input_ids, trainable), one for each document."""
     ids = torch.from_numpy(sequence.input_ids.astype(np.int64))
     trainable = torch.from_numpy(sequence.trainable)
     sizes = sequence.lengths.tolist()
@@ -57,10 +57,10 @@ def recipe(base: Path, **optim: Any) -> Recipe:
     )
 
 
-def assert_close(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:
-    assert one.keys() == other.keys()
-    for name, gradient in one.items():
-        torch.testing.assert_close(gradient, other[name], atol=1e-5, rtol=1e-4)
+def assert_close(actual: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    assert actual.keys() == expected.keys()
+    for name, gradient in actual.items():
+        torch.testing.assert_close(gradient, expected[name], atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
@@ -82,7 +82,7 @@ def test_packed_equals_unpacked(tiny_model: Path, attention: str) -> None:
 
 
 def test_a_neighbour_changes_nothing(model: Any) -> None:
-    """A document's logits are the same whatever it is packed with."""
+    """A document's logits do not depend on the documents packed with it."""
     first, second = (make_sequences(1, seed)[0] for seed in (1, 2))
     joined = Sequence(
         np.concatenate([first.input_ids, second.input_ids]),
@@ -163,8 +163,8 @@ def test_measures_against_their_definitions() -> None:
     targets[:, ::5] = logits[:, ::5].argmax(-1)
     targets[0, :20] = IGNORED
     (correct, count), (entropy, _) = measure(to_log_probabilities(logits), targets).tolist()
-    wanted = targets != IGNORED
-    distribution = torch.distributions.Categorical(logits=logits[wanted])
-    assert count == int(wanted.sum())
-    assert correct == int((logits.argmax(-1) == targets)[wanted].sum()) > 0
+    is_trained = targets != IGNORED
+    distribution = torch.distributions.Categorical(logits=logits[is_trained])
+    assert count == int(is_trained.sum())
+    assert correct == int((logits.argmax(-1) == targets)[is_trained].sum()) > 0
     assert entropy == pytest.approx(float(distribution.entropy().sum()), rel=1e-5)

@@ -1,4 +1,4 @@
-"""The watchdog: what it times, what it leaves alone, and what it writes."""
+"""What the watchdog times, what it ignores, and what it writes."""
 
 import subprocess
 import sys
@@ -25,24 +25,24 @@ LONG = 30.0
 
 
 def test_a_step_that_does_not_end() -> None:
-    told: list[float] = []
+    calls: list[float] = []
     hung = threading.Event()
 
     def on_hang(seconds: float) -> None:
-        told.append(seconds)
+        calls.append(seconds)
         hung.set()
 
     with Watchdog(SHORT, on_hang) as dog:
         dog.disarm()
         dog.arm()
         assert hung.wait(LONG)
-    assert len(told) == 1 and told[0] >= SHORT
+    assert len(calls) == 1 and calls[0] >= SHORT
 
 
 def test_what_is_left_alone() -> None:
-    """The first step, what follows a step, and steps that end."""
-    told: list[float] = []
-    with Watchdog(SHORT, told.append) as dog:
+    """It ignores the first step, work after a step, and steps that end in time."""
+    calls: list[float] = []
+    with Watchdog(SHORT, calls.append) as dog:
         time.sleep(3 * SHORT)
         dog.disarm()
         time.sleep(3 * SHORT)
@@ -50,11 +50,11 @@ def test_what_is_left_alone() -> None:
             dog.arm()
             time.sleep(SHORT / 4)
         dog.disarm()
-    assert told == []
-    with Watchdog(None, told.append) as dog:
+    assert calls == []
+    with Watchdog(None, calls.append) as dog:
         dog.arm()
         time.sleep(3 * SHORT)
-    assert told == []
+    assert calls == []
 
 
 def test_auto_goes_by_the_longest_step(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -75,7 +75,7 @@ def test_auto_goes_by_the_longest_step(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_stacks_of_all_threads(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    """And the next attempt tells of them, once."""
+    """The next attempt records them once."""
     waits = threading.Event()
 
     def hanging_collective() -> None:
@@ -99,28 +99,28 @@ def test_the_stacks_of_all_threads(tmp_path: Path, capfd: pytest.CaptureFixture[
         )
     record = read_run(Folder(str(tmp_path)))
     assert record is not None
-    first, second = (one["reason"] for one in record["restarts"])
+    first, second = (restart["reason"] for restart in record["restarts"])
     assert name in first and name not in second
 
 
 class _Abandoned(Exception):
-    """In the place of the process's end."""
+    """Raised instead of ending the process."""
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")
 def test_a_run_is_watched(
     tiny_model: Path, chat_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A forward pass that waits for nobody; the message names the file that says so."""
-    told: list[str] = []
+    """A forward pass that never ends; the message names the file with its stack."""
+    messages: list[str] = []
     over = threading.Event()
     calls = [0]
 
     def abort(self: InProcessContext, message: str) -> None:
-        told.append(message)
+        messages.append(message)
         over.set()
 
-    def waits_for_nobody(batch: Batch, total: torch.Tensor) -> torch.Tensor:
+    def waits_forever(batch: Batch, total: torch.Tensor) -> torch.Tensor:
         calls[0] += 1
         if calls[0] == 9:
             over.wait(LONG)
@@ -128,15 +128,15 @@ def test_a_run_is_watched(
         return total
 
     monkeypatch.setattr(InProcessContext, "abort", abort)
-    spoil(monkeypatch, waits_for_nobody)
+    spoil(monkeypatch, waits_forever)
     settings = recipe(tiny_model, chat_file, tmp_path, "run")
     scale = settings.scale.model_copy(update={"hang_timeout": 2.0})
     with pytest.raises(_Abandoned):
         carry_out(settings.model_copy(update={"scale": scale}))
-    (message,) = told
+    (message,) = messages
     (stacks,) = (tmp_path / "run" / "stacks").iterdir()
     assert str(stacks) in message and "scale.hang_timeout" in message
-    assert "waits_for_nobody" in stacks.read_text(encoding="utf-8")
+    assert "waits_forever" in stacks.read_text(encoding="utf-8")
 
 
 def test_a_local_run_ends_as_failed(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Whole runs in this process: what each choice of weights learns, leaves behind and resumes."""
+"""Complete runs in this process, for each choice of trained weights: result and resume."""
 
 import json
 import shutil
@@ -80,7 +80,7 @@ QUICK = {
 
 @dataclass
 class Runs:
-    """Runs beside each other in one storage, each made when it is first asked for."""
+    """Runs in one storage, each made at its first use."""
 
     base: Path
     data: Path
@@ -144,7 +144,7 @@ def tensors(run: Path) -> dict[str, torch.Tensor]:
 
 
 def in_memory(recipe: Recipe, run: Path) -> Any:
-    """The model as it was trained, with the weights of its last checkpoint."""
+    """The model in training, with the weights of its last checkpoint."""
     model = load_model(recipe)
     weights = run / "checkpoints" / f"step-{STEPS:08d}"
     if isinstance(model, PeftModel):
@@ -155,7 +155,7 @@ def in_memory(recipe: Recipe, run: Path) -> Any:
 
 
 def loaded_alone(recipe: Recipe, run: Path) -> Any:
-    """The result, as transformers and PEFT load it."""
+    """The result, loaded by transformers and PEFT."""
     dtype = getattr(torch, recipe.model.dtype) if recipe.model.dtype != "auto" else torch.float32
     if not recipe.trains_adapter:
         return AutoModelForCausalLM.from_pretrained(run / "model", dtype=torch.float32).eval()
@@ -191,35 +191,35 @@ def test_it_learns_and_loads_alone(runs: Runs, variant: str) -> None:
         assert losses[STEPS] < losses[1] - 0.1, losses
     tokens = torch.arange(3, 67).reshape(2, 32)
     with torch.no_grad():
-        ours = in_memory(recipe, run)(tokens).logits.float()
-        theirs = loaded_alone(recipe, run)(tokens).logits.float()
+        actual = in_memory(recipe, run)(tokens).logits.float()
+        expected = loaded_alone(recipe, run)(tokens).logits.float()
         base = AutoModelForCausalLM.from_pretrained(runs.base, dtype=torch.float32).eval()
         untrained = base(tokens).logits
     # bfloat16 rounds what PiSSA leaves of the base, and autocast the adapter.
     rounded = variant in ("bfloat16-pissa", "bfloat16-autocast")
     tolerance = 0.05 if rounded else 1e-5
-    assert distance(ours, theirs) < tolerance
-    assert distance(ours, untrained) > 0.2
+    assert distance(actual, expected) < tolerance
+    assert distance(actual, untrained) > 0.2
 
 
 @pytest.mark.parametrize("variant", mostly_slow(VARIANTS, QUICK))
 def test_its_export_is_the_model_that_was_trained(runs: Runs, variant: str, tmp_path: Path) -> None:
-    """An adapter merged into its base as the run held it, and what is a whole model already."""
+    """Covers an adapter merged into its (quantised) base, and a full model."""
     recipe, run = runs.recipe(variant), runs.run(variant)
     to = tmp_path / "whole"
     export(Folder(str(run)), to, merge=recipe.trains_adapter)
     tokens = torch.arange(3, 67).reshape(2, 32)
     with torch.no_grad():
-        ours = in_memory(recipe, run)(tokens).logits.float()
-        theirs = AutoModelForCausalLM.from_pretrained(to, dtype=torch.float32)(tokens).logits
+        actual = in_memory(recipe, run)(tokens).logits.float()
+        expected = AutoModelForCausalLM.from_pretrained(to, dtype=torch.float32)(tokens).logits
     # A float32 model does not round as bfloat16 and int8 activations do.
     rounded = recipe.model.dtype == "bfloat16" or recipe.model.quantize == "int8"
-    assert distance(ours, theirs) < (0.05 if rounded else 1e-4)
+    assert distance(actual, expected) < (0.05 if rounded else 1e-4)
 
 
-def distance(one: torch.Tensor, other: torch.Tensor) -> float:
-    """Root of the mean square of the difference, in standard deviations."""
-    return float((one - other).square().mean().sqrt() / one.std())
+def distance(actual: torch.Tensor, expected: torch.Tensor) -> float:
+    """Root mean square of the difference, in standard deviations."""
+    return float((actual - expected).square().mean().sqrt() / actual.std())
 
 
 @pytest.mark.parametrize("variant", mostly_slow(RESUMED, QUICK))
@@ -239,5 +239,5 @@ def test_a_resumed_run_ends_the_same(runs: Runs, variant: str, tmp_path: Path) -
     for name, tensor in before.items():
         assert torch.equal(tensor, after[name]), name
     assert logged(run) == logged(again)
-    told = json.loads((again / "run.json").read_text(encoding="utf-8"))
-    assert len(told["restarts"]) == 1
+    record = json.loads((again / "run.json").read_text(encoding="utf-8"))
+    assert len(record["restarts"]) == 1

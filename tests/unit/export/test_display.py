@@ -1,4 +1,4 @@
-"""What the export command shows."""
+"""The output of the export command."""
 
 import io
 import json
@@ -7,10 +7,10 @@ from pathlib import Path
 from rich.console import Console
 
 from finray.cluster.cli.screens.export import ExportProgress, render_exported
-from finray.training.export.export import Exported
-from finray.training.export.loading import Loadable
+from finray.training.export.export import ExportSummary
+from finray.training.export.loading import ExportedModel
 
-RESULT = Loadable(
+RESULT = ExportedModel(
     kind="adapter",
     is_classifier=False,
     labels=0,
@@ -19,7 +19,7 @@ RESULT = Loadable(
     quantize="none",
     has_chat_template=True,
 )
-EXPORTED = Exported(Path("/out"), RESULT, 7, 1_234_567)
+EXPORTED = ExportSummary(Path("/out"), RESULT, 7, 1_234_567)
 
 
 def test_what_lies_where_and_how_it_loads() -> None:
@@ -32,8 +32,8 @@ def test_what_lies_where_and_how_it_loads() -> None:
 
 
 def test_json() -> None:
-    told = json.loads(render_exported(EXPORTED, as_json=True))
-    assert told == {
+    values = json.loads(render_exported(EXPORTED, as_json=True))
+    assert values == {
         "folder": "/out",
         "kind": "adapter",
         "base": "acme/tiny",

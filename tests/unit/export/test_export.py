@@ -1,4 +1,4 @@
-"""What an export holds, what its card says, and what is refused."""
+"""The files of an export, its model card, and refusals."""
 
 import json
 import shutil
@@ -32,7 +32,7 @@ def test_the_card(tiny_model: Path, tmp_path: Path) -> None:
     assert data.base_model == "acme/tiny" and data.library_name == "peft"
     assert data.pipeline_tag == "text-generation" and data.tags == ["finray", "sft", "lora"]
     assert "| exact match" not in card.text or "87.5%" in card.text
-    for told in (
+    for text in (
         "Supervised fine-tuning",
         "rank 4",
         "| held-out loss | 2.500 | 0.750 |",
@@ -43,14 +43,14 @@ def test_the_card(tiny_model: Path, tmp_path: Path) -> None:
         "rows.jsonl",
         'revision="v2"',
     ):
-        assert told in card.text, told
+        assert text in card.text, text
     recipe = yaml.safe_load(card.text.partition("```yaml\n")[2].partition("```")[0])
     assert recipe["model"]["base"] == "acme/tiny" and recipe["storage"] == "runs"
     adapter = json.loads((folder / "adapter_config.json").read_bytes())
     assert adapter["base_model_name_or_path"] == "acme/tiny" and adapter["revision"] == "v2"
 
 
-def test_nothing_of_this_machine_is_told(tmp_path: Path, tiny_model: Path) -> None:
+def test_the_card_names_nothing_of_this_machine(tmp_path: Path, tiny_model: Path) -> None:
     run = finished_run(tmp_path, tiny_model)
     for folder in (exported(run), exported(run, "merged", merge=True)):
         names = sorted(path.name for path in folder.iterdir())
@@ -88,16 +88,16 @@ def test_a_base_in_the_hub_s_cache(
 def test_another_type(tiny_model: Path, tmp_path: Path) -> None:
     folder = exported(finished_run(tmp_path, tiny_model, "model"), dtype="bfloat16")
     assert json.loads((folder / "config.json").read_bytes())["dtype"] == "bfloat16"
-    ours = load_file(folder / "model.safetensors")
-    theirs = load_file(tiny_model / "model.safetensors")
-    assert all(torch.equal(ours[name], theirs[name].bfloat16()) for name in theirs)
+    actual = load_file(folder / "model.safetensors")
+    expected = load_file(tiny_model / "model.safetensors")
+    assert all(torch.equal(actual[name], expected[name].bfloat16()) for name in expected)
 
 
 def refusal(run: Path, **how: Any) -> str:
-    with pytest.raises(InputError) as told:
+    with pytest.raises(InputError) as error:
         exported(run, **how)
     assert not (run.parent.parent / how.get("to", "out")).exists()
-    return str(told.value)
+    return str(error.value)
 
 
 def change_record(run: Path, **values: Any) -> None:
@@ -116,9 +116,7 @@ def test_refusals(tiny_model: Path, tmp_path: Path) -> None:
 
 
 def test_a_whole_model_has_nothing_to_merge(tiny_model: Path, tmp_path: Path) -> None:
-    assert "it is whole without --merge" in refusal(
-        finished_run(tmp_path, tiny_model, "model"), merge=True
-    )
+    assert "omit --merge" in refusal(finished_run(tmp_path, tiny_model, "model"), merge=True)
 
 
 def test_a_base_that_is_gone(tiny_model: Path, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Merging, against PEFT: the unmerged model and its own `merge_and_unload` are the oracles."""
+"""Merging, compared with PEFT's unmerged model and its `merge_and_unload`."""
 
 import json
 import shutil
@@ -46,19 +46,19 @@ def llama(tied: bool = False) -> PreTrainedModel:
 
 
 def qwen2() -> PreTrainedModel:
-    """Its q, k and v have biases."""
+    """A model whose q, k and v layers have biases."""
     return Qwen2ForCausalLM(
         Qwen2Config(**SMALL, intermediate_size=48, num_key_value_heads=2, pad_token_id=0)
     )
 
 
 def gpt2() -> PreTrainedModel:
-    """Its layers are Conv1D: weights lie as (in, out)."""
+    """A model of Conv1D layers, whose weights are stored as (in, out)."""
     return GPT2LMHeadModel(GPT2Config(vocab_size=64, n_embd=32, n_layer=2, n_head=4))
 
 
 def mixtral() -> PreTrainedModel:
-    """Its files hold experts one by one, the model holds them fused."""
+    """A model with fused experts, which its files hold as separate tensors."""
     return MixtralForCausalLM(
         MixtralConfig(**SMALL, intermediate_size=48, num_key_value_heads=2, num_local_experts=2)
     )
@@ -73,7 +73,7 @@ def save(model: PreTrainedModel, folder: Path, **how: Any) -> Path:
 
 
 def adapt(base: Path, folder: Path, make: Any = AutoModelForCausalLM, **settings: Any) -> Path:
-    """Write an adapter with random weights over a base."""
+    """Write an adapter with random weights for a base."""
     task = "SEQ_CLS" if make is AutoModelForSequenceClassification else "CAUSAL_LM"
     more = {"num_labels": 1} if task == "SEQ_CLS" else {}
     settings = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear", **settings}
@@ -93,8 +93,8 @@ def adapt(base: Path, folder: Path, make: Any = AutoModelForCausalLM, **settings
 
 @torch.no_grad()
 def logits(model: torch.nn.Module) -> torch.Tensor:
-    found: torch.Tensor = model.eval()(input_ids=IDS.to(next(model.parameters()).device)).logits
-    return found.float()
+    output: torch.Tensor = model.eval()(input_ids=IDS.to(next(model.parameters()).device)).logits
+    return output.float()
 
 
 def unmerged(base: Path, adapter: Path, make: Any = AutoModelForCausalLM, **how: Any) -> PeftModel:
@@ -107,16 +107,18 @@ def unmerged(base: Path, adapter: Path, make: Any = AutoModelForCausalLM, **how:
 
 
 def load(folder: Path, make: Any = AutoModelForCausalLM, **how: Any) -> PreTrainedModel:
-    """Load a merged model; nothing may be missing in it, nor left over."""
+    """Load a merged model; no tensor may be missing or unexpected."""
     model, info = make.from_pretrained(folder, output_loading_info=True, **how)
     assert not info["missing_keys"] and not info["mismatched_keys"], info
     loaded: PreTrainedModel = model
     return loaded
 
 
-def assert_close(ours: torch.Tensor, theirs: torch.Tensor, share: float = 1e-5) -> None:
-    """Equal within a share of the logits' own spread."""
-    assert (ours - theirs).abs().max() <= share * theirs.std(), (ours - theirs).abs().max()
+def assert_close(actual: torch.Tensor, expected: torch.Tensor, share: float = 1e-5) -> None:
+    """Assert equality within a share of the logits' standard deviation."""
+    assert (actual - expected).abs().max() <= share * expected.std(), (
+        (actual - expected).abs().max()
+    )
 
 
 Q_AND_UP = ["q_proj", "up_proj"]
@@ -156,10 +158,10 @@ def test_agrees_with_peft(case: str, tmp_path: Path) -> None:
     target.mkdir()
     merge(base, adapter, target, SILENT)
     model = unmerged(base, adapter)
-    ours, theirs = logits(load(target)), logits(model)
-    assert (theirs - logits(AutoModelForCausalLM.from_pretrained(base))).abs().max() > 0.1
-    assert_close(ours, theirs)
-    assert_close(ours, logits(model.merge_and_unload()))
+    actual, expected = logits(load(target)), logits(model)
+    assert (expected - logits(AutoModelForCausalLM.from_pretrained(base))).abs().max() > 0.1
+    assert_close(actual, expected)
+    assert_close(actual, logits(model.merge_and_unload()))
     assert TensorFiles(target).info == TensorFiles(base).info
 
 
@@ -216,7 +218,7 @@ def test_tied_weights_that_are_trained_as_one(case: str, tmp_path: Path) -> None
 
 
 def test_names_of_an_older_file(tmp_path: Path) -> None:
-    """GPT-2's own files were written from the model without its head."""
+    """GPT-2's original files were written from the model without its head."""
     torch.manual_seed(0)
     whole = gpt2()
     base = save(whole.transformer, tmp_path / "base")
@@ -238,12 +240,12 @@ def test_a_bfloat16_base_keeps_its_type(tmp_path: Path, settings: dict[str, Any]
     merge(base, adapter, target, SILENT)
     assert {info.dtype for info in TensorFiles(target).info.values()} == {torch.bfloat16}
     # In float32 over the same bfloat16 base: what is left is one rounding of each weight.
-    theirs = logits(unmerged(base, adapter, dtype=torch.float32))
-    assert_close(logits(load(target, dtype=torch.float32)), theirs, share=0.03)
+    expected = logits(unmerged(base, adapter, dtype=torch.float32))
+    assert_close(logits(load(target, dtype=torch.float32)), expected, share=0.03)
     wide = tmp_path / "wide"
     wide.mkdir()
     merge(base, adapter, wide, SILENT, dtype="float32")
-    assert_close(logits(load(wide, dtype="auto")), theirs)
+    assert_close(logits(load(wide, dtype="auto")), expected)
     assert json.loads((wide / "config.json").read_bytes())["dtype"] == "float32"
 
 
@@ -277,9 +279,9 @@ def test_a_score_head(tmp_path: Path) -> None:
     merge(base, adapter, target, SILENT, pad_token_id=0)
     assert "lm_head.weight" not in TensorFiles(target).info
     model = load(target, AutoModelForSequenceClassification)
-    theirs = logits(unmerged(base, adapter, AutoModelForSequenceClassification))
-    ours = logits(model)
-    assert ours.shape == (1, 1) and abs(ours - theirs).max() < 1e-5
+    expected = logits(unmerged(base, adapter, AutoModelForSequenceClassification))
+    actual = logits(model)
+    assert actual.shape == (1, 1) and abs(actual - expected).max() < 1e-5
     assert model.config.num_labels == 1 and model.config.pad_token_id == 0
 
 
@@ -299,18 +301,18 @@ def test_an_adapter_trained_over_nf4(
     torch.manual_seed(0)
     base = save(make(), tmp_path / "base")
     adapter = adapt(base, tmp_path / "adapter", **settings)
-    theirs = logits(unmerged(base, adapter, quantization_config=NF4, dtype=torch.float32))
+    expected = logits(unmerged(base, adapter, quantization_config=NF4, dtype=torch.float32))
     for folder, quantize in (("merged", "nf4"), ("other", "none")):
         (tmp_path / folder).mkdir()
         merge(base, adapter, tmp_path / folder, SILENT, quantize=quantize)
-    assert_close(logits(load(tmp_path / "merged")), theirs, share=1e-4)
+    assert_close(logits(load(tmp_path / "merged")), expected, share=1e-4)
     # The original weights are another model: what merging into them would lose.
-    lost = (logits(load(tmp_path / "other")) - theirs).abs().max()
-    assert lost > 0.05 * theirs.std()
+    lost = (logits(load(tmp_path / "other")) - expected).abs().max()
+    assert lost > 0.05 * expected.std()
 
 
 def test_nf4_leaves_the_weights_that_were_trained_over(tmp_path: Path) -> None:
-    """Weight for weight what bitsandbytes holds, in the type in which the run held it."""
+    """Every weight equals bitsandbytes' dequantised weight, in the compute type of the run."""
     torch.manual_seed(0)
     base = save(llama(), tmp_path / "base")
     adapter = adapt(base, tmp_path / "adapter", target_modules=["q_proj"])
@@ -320,24 +322,24 @@ def test_nf4_leaves_the_weights_that_were_trained_over(tmp_path: Path) -> None:
     held = AutoModelForCausalLM.from_pretrained(
         base, quantization_config=NF4, dtype=torch.bfloat16
     ).dequantize()
-    ours, theirs = load_file(target / "model.safetensors"), held.state_dict()
+    actual, expected = load_file(target / "model.safetensors"), held.state_dict()
     name = "model.layers.1.mlp.down_proj.weight"
-    assert torch.equal(ours[name], theirs[name].float())
+    assert torch.equal(actual[name], expected[name].float())
     original = load_file(base / "model.safetensors")
-    assert torch.equal(ours["lm_head.weight"], original["lm_head.weight"])
-    assert not torch.equal(ours[name], original[name])
+    assert torch.equal(actual["lm_head.weight"], original["lm_head.weight"])
+    assert not torch.equal(actual[name], original[name])
 
 
 def test_an_adapter_trained_over_int8(tmp_path: Path) -> None:
     torch.manual_seed(0)
     base = save(llama(), tmp_path / "base")
     adapter = adapt(base, tmp_path / "adapter")
-    theirs = logits(unmerged(base, adapter, quantization_config=INT8, dtype=torch.float32))
+    expected = logits(unmerged(base, adapter, quantization_config=INT8, dtype=torch.float32))
     target = tmp_path / "merged"
     target.mkdir()
     merge(base, adapter, target, SILENT, quantize="int8")
     # LLM.int8() rounds activations too, which a merged model does not.
-    assert_close(logits(load(target)), theirs, share=0.1)
+    assert_close(logits(load(target)), expected, share=0.1)
 
 
 def test_a_whole_model_in_another_type(tmp_path: Path) -> None:
@@ -345,9 +347,12 @@ def test_a_whole_model_in_another_type(tmp_path: Path) -> None:
     target = tmp_path / "half"
     target.mkdir()
     recast(base, target, "bfloat16", SILENT)
-    ours, theirs = load_file(target / "model.safetensors"), load_file(base / "model.safetensors")
-    assert ours.keys() == theirs.keys()
-    assert all(torch.equal(ours[name], theirs[name].bfloat16()) for name in theirs)
+    actual, expected = (
+        load_file(target / "model.safetensors"),
+        load_file(base / "model.safetensors"),
+    )
+    assert actual.keys() == expected.keys()
+    assert all(torch.equal(actual[name], expected[name].bfloat16()) for name in expected)
     assert load(target, dtype="auto").dtype == torch.bfloat16
 
 
@@ -370,7 +375,9 @@ def test_another_base_is_refused(tmp_path: Path) -> None:
     other = save(LlamaForCausalLM(config), tmp_path / "other")
     with pytest.raises(InputError, match=r"another base model.*of shape \(32, 48\), .*\(64, 48\)"):
         merge(other, adapter, tmp_path, SILENT)
-    with pytest.raises(InputError, match=r"changes .*down_proj.weight, which the base's files"):
+    with pytest.raises(
+        InputError, match=r"changes .*down_proj.weight, which is no separate tensor"
+    ):
         merge(save(gpt2(), tmp_path / "gpt2"), adapter, tmp_path, SILENT)
 
 
@@ -386,7 +393,7 @@ def test_weights_beyond_their_type(tmp_path: Path) -> None:
     adapter = adapt(base, tmp_path / "adapter", lora_alpha=1e8)
     target = tmp_path / "merged"
     target.mkdir()
-    with pytest.raises(RunError, match=r"proj.weight: .*not finite as float16"):
+    with pytest.raises(RunError, match=r"proj.weight: .*not finite in float16"):
         merge(base, adapter, target, SILENT, dtype="float16")
 
 

@@ -1,4 +1,4 @@
-"""Weights files, read and written one tensor at a time."""
+"""Reading and writing of weights files, one tensor at a time."""
 
 import json
 import tempfile
@@ -31,14 +31,14 @@ Tensors = dict[str, torch.Tensor]
 
 @st.composite
 def tensors(draw: st.DrawFn) -> Tensors:
-    """Any shapes, also empty ones and scalars, of all types."""
+    """Tensors of all types and any shapes, also empty ones and scalars."""
     names = draw(st.lists(st.text('ab.é"', min_size=1), min_size=1, max_size=6, unique=True))
-    found: Tensors = {}
+    values_of: Tensors = {}
     for name in names:
         shape = draw(st.lists(st.integers(0, 5), max_size=3))
         values = torch.randint(0, 2, shape) if draw(st.booleans()) else torch.randn(shape) * 9
-        found[name] = values.to(draw(st.sampled_from(list(DTYPES.values()))))
-    return found
+        values_of[name] = values.to(draw(st.sampled_from(list(DTYPES.values()))))
+    return values_of
 
 
 def outputs(values: Tensors) -> list[Output]:
@@ -54,19 +54,19 @@ def outputs(values: Tensors) -> list[Output]:
 @settings(max_examples=60, deadline=None)
 @given(tensors(), st.integers(1, 200))
 def test_what_is_written_is_read(values: Tensors, shard_bytes: int) -> None:
-    """By safetensors itself, and by ours."""
+    """Both safetensors and `TensorFiles` read it."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         write_model_files(folder, outputs(values), SILENT, shard_bytes)
-        theirs: Tensors = {}
+        expected: Tensors = {}
         for path in folder.glob("*.safetensors"):
-            theirs |= load_file(path)
-        ours = TensorFiles(folder)
-        assert theirs.keys() == values.keys() == ours.info.keys()
+            expected |= load_file(path)
+        actual = TensorFiles(folder)
+        assert expected.keys() == values.keys() == actual.info.keys()
         for key, value in values.items():
-            assert torch.equal(theirs[key], value) and theirs[key].dtype == value.dtype
-            assert torch.equal(ours.read(key), value)
-            assert ours.info[key] == TensorInfo(tuple(value.shape), value.dtype)
+            assert torch.equal(expected[key], value) and expected[key].dtype == value.dtype
+            assert torch.equal(actual.read(key), value)
+            assert actual.info[key] == TensorInfo(tuple(value.shape), value.dtype)
 
 
 def test_a_quantised_type_is_refused(tmp_path: Path) -> None:
@@ -76,10 +76,12 @@ def test_a_quantised_type_is_refused(tmp_path: Path) -> None:
         TensorFiles(tmp_path)
 
 
-def test_a_full_disk_is_told_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_is_refused_before_writing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     usage = namedtuple("usage", "total used free")(10, 5, 5)
     monkeypatch.setattr("shutil.disk_usage", lambda _: usage)
-    with pytest.raises(InputError, match="takes 16 bytes, and 5 are free"):
+    with pytest.raises(InputError, match="takes 16 bytes, but only 5 are free"):
         write_model_files(tmp_path, outputs({"a": torch.zeros(4)}), SILENT)
     assert not list(tmp_path.iterdir())
 
@@ -108,7 +110,7 @@ print(resident("VmHWM") - before)
 
 
 def make_base(folder: Path, layers: int) -> Path:
-    """A Llama of random float32 weights, written without ever being whole in memory."""
+    """Write a Llama with random float32 weights, one tensor at a time."""
     folder.mkdir()
     config = LlamaConfig(
         vocab_size=1000,
@@ -133,11 +135,11 @@ def make_base(folder: Path, layers: int) -> Path:
 
 
 def linear_layers(layers: int) -> dict[str, tuple[int, int]]:
-    """(out, in) by name."""
+    """Shapes (out, in) of all linear layers, by name."""
     square, up, down = (HIDDEN, HIDDEN), (WIDE, HIDDEN), (HIDDEN, WIDE)
-    one = {f"self_attn.{name}_proj": square for name in "qkvo"}
-    one |= {"mlp.gate_proj": up, "mlp.up_proj": up, "mlp.down_proj": down}
-    return {f"model.layers.{n}.{name}": size for n in range(layers) for name, size in one.items()}
+    layer = {f"self_attn.{name}_proj": square for name in "qkvo"}
+    layer |= {"mlp.gate_proj": up, "mlp.up_proj": up, "mlp.down_proj": down}
+    return {f"model.layers.{n}.{name}": size for n in range(layers) for name, size in layer.items()}
 
 
 def make_adapter(folder: Path, layers: int) -> Path:
@@ -153,7 +155,7 @@ def make_adapter(folder: Path, layers: int) -> Path:
 
 @pytest.mark.slow
 def test_memory_of_a_merge(tmp_path: Path, fork_server: ForkServer) -> None:
-    """340 MB of weights pass through a process that grows by less than one shard."""
+    """Merging 340 MB of weights takes less memory than one shard."""
     paths = [
         make_base(tmp_path / "base", LAYERS),
         make_adapter(tmp_path / "adapter", LAYERS),

@@ -1,4 +1,4 @@
-"""Workers as processes of this machine: what becomes of their answers, and of those without one."""
+"""Workers as processes of this machine: their results, and processes that end without one."""
 
 import json
 import os
@@ -33,7 +33,7 @@ DEADLINE = 60.0
 
 @pytest.fixture
 def task(tmp_path: Path) -> WorkerTask:
-    """Its prepared data is gone, so that a worker which has its libraries fails at once."""
+    """A task without prepared data, so that a worker fails once it has loaded the libraries."""
     recipe = {
         "name": "run",
         "model": {"base": "/m"},
@@ -53,7 +53,7 @@ def forked(fork_server: ForkServer, monkeypatch: pytest.MonkeyPatch) -> None:
 def started(
     env: dict[str, str], **scale: Any
 ) -> Iterator[tuple[LocalLauncher, list[psutil.Process]]]:
-    """Two workers, which must be gone afterwards."""
+    """Two workers; afterwards their processes must have ended."""
     settings, others = ScaleSettings(workers=2, **scale), worker_processes()
     request = WorkerRequest(2, 2, 1.0, 0.0)
     with LocalLauncher(settings, request, 2, Stop(), env, verbose=False) as workers:
@@ -71,9 +71,9 @@ def worker_processes() -> list[psutil.Process]:
     ]
 
 
-def logs_of(told: str) -> str:
-    """What the named folder holds."""
-    folder = Path(told.partition("the workers' output: ")[2].rstrip(")"))
+def logs_of(message: str) -> str:
+    """The contents of the log folder that the message names."""
+    folder = Path(message.partition("the workers' output: ")[2].rstrip(")"))
     assert folder.stat().st_mode & 0o077 == 0, "others can read it"
     return "".join(path.read_text(encoding="utf-8") for path in sorted(folder.iterdir()))
 
@@ -90,7 +90,7 @@ def test_a_fault_that_a_restart_would_repeat_is_handed_on(task: WorkerTask) -> N
 
 @pytest.mark.usefixtures("forked")
 def test_a_worker_that_ends_without_a_word(task: WorkerTask) -> None:
-    """One more attempt is made, with both anew."""
+    """A second attempt starts both workers again."""
     progress = RecordedProgress()
     with started({}, max_failures=1) as (workers, (_, second)):
         second.send_signal(signal.SIGSEGV)
@@ -101,9 +101,7 @@ def test_a_worker_that_ends_without_a_word(task: WorkerTask) -> None:
     assert outcome["status"] == "failed"
 
 
-def test_an_error_in_a_worker_is_told_with_what_it_printed(
-    task: WorkerTask, tmp_path: Path
-) -> None:
+def test_the_message_of_a_failed_worker_names_its_output(task: WorkerTask, tmp_path: Path) -> None:
     (tmp_path / "sitecustomize.py").write_text(
         "import sys\nsys.modules['finray.training.engine.worker'] = None\n", encoding="utf-8"
     )
@@ -126,7 +124,7 @@ def test_a_file_of_the_current_folder_is_not_taken_for_a_library(
 
 
 def test_workers_end_when_their_driver_does(tmp_path: Path) -> None:
-    """Even while they load their libraries."""
+    """That holds too while they load their libraries."""
     child = local_workers.start_process(dict(os.environ), tmp_path / "log.txt")
     assert child.stdin is not None and child.stdout is not None
     child.stdin.close()
@@ -136,7 +134,7 @@ def test_workers_end_when_their_driver_does(tmp_path: Path) -> None:
 
 
 def test_what_a_worker_started_ends_with_it(task: WorkerTask, tmp_path: Path) -> None:
-    """Also where it holds the worker's pipes, and the worker is gone before."""
+    """That holds too for a child that keeps the worker's pipes open after the worker has ended."""
     (tmp_path / "sitecustomize.py").write_text(
         "import subprocess\nsubprocess.Popen(['sleep', '314.15'])\nprint('not an answer')",
         encoding="utf-8",
@@ -179,7 +177,7 @@ threading.Event().wait()
 
 
 def test_a_reward_may_fork(tmp_path: Path) -> None:
-    """Neither the pipes nor the signals of the worker are in its children's way."""
+    """The worker's pipes and signal handlers do not disturb its children."""
     pipe = subprocess.PIPE
     child = subprocess.Popen(
         [sys.executable, "-c", POOL], stdin=pipe, stdout=pipe, stderr=pipe, process_group=0
@@ -203,7 +201,7 @@ def test_a_stop_before_the_workers_train(task: WorkerTask) -> None:
 
 
 @pytest.mark.parametrize(
-    ("gpus", "asked", "devices", "visible"),
+    ("gpus", "requested", "devices", "visible"),
     [
         (0.0, "auto", ["cpu", "cpu"], None),
         (0.0, 0, ["cpu", "cpu"], ""),
@@ -216,7 +214,7 @@ def test_a_stop_before_the_workers_train(task: WorkerTask) -> None:
 )
 def test_each_worker_has_a_device(
     gpus: float,
-    asked: Any,
+    requested: Any,
     devices: list[str],
     visible: str | None,
     monkeypatch: pytest.MonkeyPatch,
@@ -229,10 +227,10 @@ def test_each_worker_has_a_device(
             begun.append((devices, env.get("CUDA_VISIBLE_DEVICES")))
 
         def end(self) -> None:
-            """There is nothing to end."""
+            """Do nothing."""
 
     monkeypatch.setattr(local_workers, "_WorkerGroup", Noted)
-    scale = ScaleSettings(workers=2, gpus_per_worker=asked)
+    scale = ScaleSettings(workers=2, gpus_per_worker=requested)
     with LocalLauncher(scale, WorkerRequest(2, 2, 1.0, gpus), 2, Stop(), {}, verbose=False):
         assert begun == [(devices, visible)]
 

@@ -1,4 +1,4 @@
-"""Out of memory: half the microbatch, the same steps."""
+"""Out of memory: the microbatch is halved, and the steps stay the same."""
 
 import json
 from collections.abc import Callable
@@ -19,7 +19,7 @@ TOLD = "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capaci
 
 
 def holds(rows: int, after_calls: int = 0) -> Callable[[Batch, torch.Tensor], torch.Tensor]:
-    """A device that has no room for more than so many rows, from some forward pass on."""
+    """Imitate a device that fits only `rows` rows, from some forward pass on."""
     calls = [0]
 
     def change(batch: Batch, total: torch.Tensor) -> torch.Tensor:
@@ -39,7 +39,7 @@ def record_of(run: Path) -> dict[str, Any]:
 def test_the_microbatch_is_halved(
     tiny_model: Path, chat_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """From 8 to 2; every loss and weight is that of a recipe that says 2."""
+    """From 8 to 2: all losses and weights equal those of a recipe with 2."""
 
     def run(name: str, rows: int) -> dict[str, Any]:
         settings = {"micro_batch_size": rows, "max_steps": 6}
@@ -53,8 +53,8 @@ def test_the_microbatch_is_halved(
     large = losses(tmp_path / "large")
     assert losses(tmp_path / "run") == pytest.approx(large, abs=1e-4)
     assert record["micro_batch_size"] == 2
-    reasons = [one["reason"] for one in record["restarts"]]
-    assert [one["step"] for one in record["restarts"]] == [1, 1]
+    reasons = [restart["reason"] for restart in record["restarts"]]
+    assert [restart["step"] for restart in record["restarts"]] == [1, 1]
     assert "micro_batch_size 4 instead of 8" in reasons[0] and "2 instead of 4" in reasons[1]
     assert TOLD in reasons[0]
 
@@ -62,21 +62,21 @@ def test_the_microbatch_is_halved(
 def test_it_goes_on_from_the_checkpoint(
     tiny_model: Path, chat_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The eleventh step does not fit; the ninth, saved as the eighth was, is taken again."""
+    """Step 11 does not fit; the run continues with step 9, after the checkpoint of step 8."""
     carry_out(recipe(tiny_model, chat_file, tmp_path, "whole"))
     spoil(monkeypatch, holds(2, after_calls=20))
     record = carry_out(recipe(tiny_model, chat_file, tmp_path, "run"))
-    assert [one["step"] for one in record["restarts"]] == [11, 8]
-    ours, whole = losses(tmp_path / "run"), losses(tmp_path / "whole")
-    assert list(ours) == list(range(1, 13))
-    assert ours == pytest.approx(whole, abs=1e-4)
-    assert {step: ours[step] for step in range(1, 9)} == {s: whole[s] for s in range(1, 9)}
+    assert [restart["step"] for restart in record["restarts"]] == [11, 8]
+    actual, expected = losses(tmp_path / "run"), losses(tmp_path / "whole")
+    assert list(actual) == list(range(1, 13))
+    assert actual == pytest.approx(expected, abs=1e-4)
+    assert {step: actual[step] for step in range(1, 9)} == {s: expected[s] for s in range(1, 9)}
 
 
 def test_with_one_row_it_says_what_to_change(
     tiny_model: Path, chat_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """And the same command again starts with what was learnt."""
+    """The same command later starts with the reduced microbatch."""
     settings = recipe(tiny_model, chat_file, tmp_path, "run", micro_batch_size=3, max_steps=4)
     with monkeypatch.context() as full:
         spoil(full, holds(0))
@@ -124,7 +124,7 @@ def test_another_error_is_not_tried_again(
 def test_a_trial_in_a_slot_too(
     tiny_model: Path, chat_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Its process goes on with the smaller microbatch, and the trial does not fail."""
+    """Its process continues with the smaller microbatch, and the trial does not fail."""
     settings = recipe(tiny_model, chat_file, tmp_path, "run")
     spoil(monkeypatch, holds(2, after_calls=20))
     with trial_of(settings, tmp_path / "sweep") as trial:

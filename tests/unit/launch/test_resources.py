@@ -1,4 +1,4 @@
-"""Whether workers fit nodes, and what would."""
+"""Tests whether workers fit the nodes, and which number would fit."""
 
 from typing import Any
 

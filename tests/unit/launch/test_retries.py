@@ -1,4 +1,4 @@
-"""How many failures a run survives."""
+"""The number of failures that a run survives."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Adapters: how they start, what names they refuse, and the model that they are compared with."""
+"""Adapters: initial weights, refused names, and the reference model."""
 
 import copy
 import json
@@ -14,10 +14,10 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from finray.training.common.errors import InputError
 from finray.training.config.adapter_folder import check_adapter, find_adapter
 from finray.training.config.recipe import Recipe
-from finray.training.models.adapter_reference import add_reference, as_reference
+from finray.training.models.adapter_reference import add_reference, reference_weights
 from finray.training.models.loading import (
+    count_meta_parameters,
     count_parameters,
-    count_without_weights,
     load_model,
     load_tokenizer,
 )
@@ -37,12 +37,12 @@ def recipe(base: Path, **changes: Any) -> Recipe:
 
 def logits(model: Any) -> torch.Tensor:
     with torch.no_grad():
-        found: torch.Tensor = model.eval()(TOKENS).logits
-    return found
+        output: torch.Tensor = model.eval()(TOKENS).logits
+    return output
 
 
 def train_a_little(model: Any) -> None:
-    """A few large steps, so that every trained weight moves."""
+    """Take a few large steps, so that every trained weight changes."""
     model.train()
     weights = [weight for weight in model.parameters() if weight.requires_grad]
     optimizer = torch.optim.AdamW(weights, lr=1e-2)
@@ -60,15 +60,15 @@ def trained_names(model: Any) -> list[str]:
 @pytest.fixture
 def saved(tiny_model: Path, tmp_path: Path) -> Path:
     """The folder of an adapter of `tiny_model`, trained a little."""
-    told = recipe(tiny_model, adapter={"rank": 4, "alpha": 8})
-    model = load_model(told)
+    settings = recipe(tiny_model, adapter={"rank": 4, "alpha": 8})
+    model = load_model(settings)
     train_a_little(model)
-    save_result(told, model, load_tokenizer(told), tmp_path / "run" / "adapter")
+    save_result(settings, model, load_tokenizer(settings), tmp_path / "run" / "adapter")
     return tmp_path / "run" / "adapter"
 
 
 @pytest.mark.parametrize(
-    ("settings", "told"),
+    ("adapter", "message"),
     [
         ({"targets": ["q_prj"]}, r"adapter\.targets: 'q_prj' matches no module.*q_proj"),
         ({"targets": r".*\.q_prj"}, r"adapter\.targets.*q_prj.*layers\.\*\.self_attn\.q_proj"),
@@ -78,15 +78,15 @@ def saved(tiny_model: Path, tmp_path: Path) -> Path:
         ({"targets": ["self_attn"]}, r"adapter: .*not supported"),
     ],
 )
-def test_names_that_match_nothing(tiny_model: Path, settings: dict[str, Any], told: str) -> None:
-    asked = recipe(tiny_model, adapter=settings)
-    for look in (load_model, count_without_weights):
-        with pytest.raises(InputError, match=told):
-            look(asked)
+def test_names_that_match_nothing(tiny_model: Path, adapter: dict[str, Any], message: str) -> None:
+    settings = recipe(tiny_model, adapter=adapter)
+    for load in (load_model, count_meta_parameters):
+        with pytest.raises(InputError, match=message):
+            load(settings)
 
 
 def test_patterns_reach_the_modules_they_name(tiny_model: Path) -> None:
-    asked = recipe(
+    settings = recipe(
         tiny_model,
         adapter={
             "rank": 4,
@@ -95,23 +95,23 @@ def test_patterns_reach_the_modules_they_name(tiny_model: Path) -> None:
             "alpha_pattern": {"k_proj": 32},
         },
     )
-    model = load_model(asked)
+    model = load_model(settings)
     layers = model.get_base_model().model.layers
     assert layers[0].self_attn.q_proj.lora_A["default"].weight.shape == (2, 32)
     assert layers[1].self_attn.q_proj.lora_A["default"].weight.shape == (4, 32)
     assert layers[1].mlp.down_proj.lora_B["default"].weight.shape == (32, 6)
     assert layers[1].self_attn.k_proj.scaling["default"] == 32 / 4
     assert layers[1].self_attn.v_proj.scaling["default"] == 8 / 4
-    assert count_parameters(model) == count_without_weights(asked)
+    assert count_parameters(model) == count_meta_parameters(settings)
 
 
 @pytest.mark.parametrize("init", ["default", "gaussian", "orthogonal", "pissa", "olora"])
 def test_every_start_is_the_base(tiny_model: Path, init: str) -> None:
     base = logits(load_model(recipe(tiny_model)))
-    asked = recipe(tiny_model, adapter={"rank": 4, "alpha": 8, "init": init})
-    model = load_model(asked)
+    settings = recipe(tiny_model, adapter={"rank": 4, "alpha": 8, "init": init})
+    model = load_model(settings)
     torch.testing.assert_close(logits(model), base, atol=1e-4, rtol=1e-4)
-    assert count_parameters(model) == count_without_weights(asked)
+    assert count_parameters(model) == count_meta_parameters(settings)
 
 
 def test_dtypes_of_adapters(tiny_model: Path) -> None:
@@ -131,34 +131,34 @@ def test_dtypes_of_adapters(tiny_model: Path) -> None:
 
 
 def test_freeze_trains_what_it_names(tiny_model: Path) -> None:
-    asked = recipe(tiny_model, freeze={"last_layers": 1, "train": [r"layers\.0\.mlp\.up"]})
-    model = load_model(asked)
+    settings = recipe(tiny_model, freeze={"last_layers": 1, "train": [r"layers\.0\.mlp\.up"]})
+    model = load_model(settings)
     names = trained_names(model)
     assert all(name.startswith("model.layers.1.") or "0.mlp.up" in name for name in names)
     assert len(names) == 9 + 1
-    assert count_parameters(model) == count_without_weights(asked)
+    assert count_parameters(model) == count_meta_parameters(settings)
     # The head is the embedding, under a name of its own.
     head = load_model(recipe(tiny_model, freeze={"train": ["lm_head"]}))
     assert trained_names(head) == ["model.embed_tokens.weight"]
 
 
 def test_freeze_refuses_what_does_not_exist(tiny_model: Path) -> None:
-    with pytest.raises(InputError, match=r"last_layers: 3, where the model has 2"):
-        count_without_weights(recipe(tiny_model, freeze={"last_layers": 3}))
-    with pytest.raises(InputError, match=r"'lm_hed' is found in no.*lm_head\.weight"):
-        count_without_weights(recipe(tiny_model, freeze={"train": ["lm_hed"]}))
+    with pytest.raises(InputError, match=r"last_layers: 3 is too large; the model has 2"):
+        count_meta_parameters(recipe(tiny_model, freeze={"last_layers": 3}))
+    with pytest.raises(InputError, match=r"'lm_hed' matches no parameter.*lm_head\.weight"):
+        count_meta_parameters(recipe(tiny_model, freeze={"train": ["lm_hed"]}))
 
 
 # an existing adapter
 
 
 def test_an_existing_adapter_goes_on(tiny_model: Path, saved: Path) -> None:
-    asked = recipe(tiny_model, model={"adapter": str(saved)})
+    settings = recipe(tiny_model, model={"adapter": str(saved)})
     base = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
-    model = load_model(asked)
+    model = load_model(settings)
     assert torch.equal(logits(model), logits(PeftModel.from_pretrained(base, saved)))
     assert all("lora_" in name for name in trained_names(model)) and trained_names(model)
-    assert count_parameters(model) == count_without_weights(asked)
+    assert count_parameters(model) == count_meta_parameters(settings)
 
 
 def test_where_an_adapter_is_looked_for(saved: Path, tmp_path: Path) -> None:
@@ -224,7 +224,9 @@ def test_the_base_of_an_adapter(tiny_model: Path, saved: Path, tmp_path: Path) -
 
 def test_weights_that_do_not_fit(tiny_model: Path, saved: Path) -> None:
     change(saved, r=8)
-    with pytest.raises(InputError, match=r"does not fit the model: .*lora_A.*\(28 tensors\)"):
+    with pytest.raises(
+        InputError, match=r"does not fit the model: .*lora_A.*\(28 tensors in all\)"
+    ):
         load_model(recipe(tiny_model, model={"adapter": str(saved)}))
 
 
@@ -241,16 +243,16 @@ def test_the_reference_stays_as_the_start(tiny_model: Path, saved: Path, start: 
         "existing": {"model": {"adapter": str(saved)}},
         "loftq": {"adapter": {"init": "loftq"}, "model": {"quantize": "nf4"}},
     }.get(start, {"adapter": {"init": start}})
-    asked = recipe(tiny_model, **changes)
-    model = load_model(asked)
-    add_reference(model, asked)
-    add_reference(model, asked)
+    settings = recipe(tiny_model, **changes)
+    model = load_model(settings)
+    add_reference(model, settings)
+    add_reference(model, settings)
     before, names = logits(model), trained_names(model)
     assert names and not any("reference" in name for name in names)
     train_a_little(model)
     trained = logits(model)
     assert (trained - before).abs().max() > 0.05
-    with torch.no_grad(), as_reference(model):
+    with torch.no_grad(), reference_weights(model):
         reference = logits(model)
     torch.testing.assert_close(reference, before, atol=1e-4, rtol=1e-4)
     assert trained_names(model) == names
@@ -258,10 +260,10 @@ def test_the_reference_stays_as_the_start(tiny_model: Path, saved: Path, start: 
 
 
 def test_the_reference_is_not_saved(tiny_model: Path, saved: Path, tmp_path: Path) -> None:
-    asked = recipe(tiny_model, model={"adapter": str(saved)})
-    model = load_model(asked)
+    settings = recipe(tiny_model, model={"adapter": str(saved)})
+    model = load_model(settings)
     counted = count_parameters(model)
-    add_reference(model, asked)
+    add_reference(model, settings)
     assert count_parameters(model) == counted
     save_weights(model, tmp_path / "checkpoint")
     assert not [path for path in (tmp_path / "checkpoint").iterdir() if path.is_dir()]
@@ -270,22 +272,22 @@ def test_the_reference_is_not_saved(tiny_model: Path, saved: Path, tmp_path: Pat
 
 
 def test_a_step_after_the_reference_trains_the_adapter(tiny_model: Path, saved: Path) -> None:
-    """Gradients of a graph that was made before the reference are those without it."""
-    asked = recipe(tiny_model, model={"adapter": str(saved)})
+    """A graph made before the reference computes has the same gradients as without it."""
+    settings = recipe(tiny_model, model={"adapter": str(saved)})
 
     def gradients(with_reference: bool) -> dict[str, torch.Tensor]:
-        model = load_model(asked)
-        add_reference(model, asked)
+        model = load_model(settings)
+        add_reference(model, settings)
         loss = model(TOKENS).logits.square().mean()
         if with_reference:
-            with torch.no_grad(), as_reference(model):
+            with torch.no_grad(), reference_weights(model):
                 model(TOKENS)
         loss.backward()
         return {name: w.grad for name, w in model.named_parameters() if w.grad is not None}
 
-    plain, beside = gradients(False), gradients(True)
-    assert plain.keys() == beside.keys() and plain
-    assert all(torch.equal(plain[name], beside[name]) for name in plain)
+    plain, after_reference = gradients(False), gradients(True)
+    assert plain.keys() == after_reference.keys() and plain
+    assert all(torch.equal(plain[name], after_reference[name]) for name in plain)
 
 
 # a score head
@@ -293,16 +295,16 @@ def test_a_step_after_the_reference_trains_the_adapter(tiny_model: Path, saved: 
 
 @pytest.mark.parametrize("quantize", ["none", "nf4"])
 def test_a_score_head_is_trained_and_saved(tiny_model: Path, tmp_path: Path, quantize: str) -> None:
-    asked = recipe(tiny_model, adapter={"rank": 4}, model={"quantize": quantize})
-    model = load_model(asked, head="score")
+    settings = recipe(tiny_model, adapter={"rank": 4}, model={"quantize": quantize})
+    model = load_model(settings, head="score")
     assert logits(model).shape == (2, 1)
     assert {name.split(".")[-2] for name in trained_names(model) if "lora" not in name} == {
         "default"
     }
     assert any("score.modules_to_save" in name for name in trained_names(model))
-    assert count_parameters(model) == count_without_weights(asked, head="score")
+    assert count_parameters(model) == count_meta_parameters(settings, head="score")
     train_a_little(model)
-    save_result(asked, model, load_tokenizer(asked), tmp_path / "adapter")
+    save_result(settings, model, load_tokenizer(settings), tmp_path / "adapter")
     again = load_model(
         recipe(tiny_model, model={"adapter": str(tmp_path / "adapter"), "quantize": quantize}),
         head="score",
@@ -311,31 +313,31 @@ def test_a_score_head_is_trained_and_saved(tiny_model: Path, tmp_path: Path, qua
     config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
     assert config["task_type"] == "SEQ_CLS"
     if quantize == "none":
-        alone = AutoPeftModelForSequenceClassification.from_pretrained(
+        loaded = AutoPeftModelForSequenceClassification.from_pretrained(
             tmp_path / "adapter", num_labels=1, dtype=torch.float32
         )
-        alone.config.pad_token_id = 0
-        assert torch.equal(logits(alone), logits(model))
+        loaded.config.pad_token_id = 0
+        assert torch.equal(logits(loaded), logits(model))
 
 
 def test_a_score_head_over_a_causal_adapter(tiny_model: Path, saved: Path) -> None:
-    """The adapter's weights are taken over, and the head is fresh."""
+    """The adapter's weights are loaded, and the head is new."""
     torch.manual_seed(0)
     model = load_model(recipe(tiny_model, model={"adapter": str(saved)}), head="score")
     causal = load_model(recipe(tiny_model, model={"adapter": str(saved)}))
-    theirs = dict(causal.named_parameters())
+    causal_weights = dict(causal.named_parameters())
     for name, weight in model.named_parameters():
         if "lora_" in name:
-            assert torch.equal(weight, theirs[name]), name
+            assert torch.equal(weight, causal_weights[name]), name
     assert any("score" in name for name in trained_names(model))
     check_adapter(recipe(tiny_model, model={"adapter": str(saved)}).model, "score")
 
 
 def test_full_fine_tuning_of_a_score_head(tiny_model: Path, tmp_path: Path) -> None:
-    asked = recipe(tiny_model)
-    model = load_model(asked, head="score")
-    save_result(asked, model, load_tokenizer(asked), tmp_path / "model")
-    alone = AutoModelForSequenceClassification.from_pretrained(
+    settings = recipe(tiny_model)
+    model = load_model(settings, head="score")
+    save_result(settings, model, load_tokenizer(settings), tmp_path / "model")
+    loaded = AutoModelForSequenceClassification.from_pretrained(
         tmp_path / "model", dtype=torch.float32
     )
-    assert torch.equal(logits(alone), logits(copy.deepcopy(model)))
+    assert torch.equal(logits(loaded), logits(copy.deepcopy(model)))

@@ -1,4 +1,4 @@
-"""A base that is kept for the next run is the one that would be loaded."""
+"""A base that is cached for the next run equals a newly loaded one."""
 
 from pathlib import Path
 from typing import Any
@@ -47,10 +47,10 @@ def test_a_reused_base_is_as_if_loaded(tiny_model: Path) -> None:
     reused = load(second, bases)
     assert reused.get_base_model().model.embed_tokens is base, "it was loaded anew"
     fresh = load(second)
-    one, other = state(reused), state(fresh)
-    assert one.keys() == other.keys()
-    for name, value in one.items():
-        assert torch.equal(value, other[name]), name
+    actual, expected = state(reused), state(fresh)
+    assert actual.keys() == expected.keys()
+    for name, value in actual.items():
+        assert torch.equal(value, expected[name]), name
     trained = {name for name, each in reused.named_parameters() if each.requires_grad}
     assert trained == {name for name, each in fresh.named_parameters() if each.requires_grad}
 
@@ -64,16 +64,16 @@ def test_a_base_that_its_adapter_changes_is_not_kept(tiny_model: Path) -> None:
 def test_a_base_is_kept_once_and_for_its_own_recipe(tiny_model: Path) -> None:
     bases = BaseCache()
     load(make(tiny_model), bases)
-    other = make(tiny_model)
-    other = other.model_copy(
-        update={"model": other.model.model_copy(update={"attention": "eager"})}
+    eager = make(tiny_model)
+    eager = eager.model_copy(
+        update={"model": eager.model.model_copy(update={"attention": "eager"})}
     )
-    assert bases.take(other) is None
+    assert bases.take(eager) is None
     assert bases.take(make(tiny_model)) is None, "two bases may not fit"
 
 
 def test_what_the_base_measures_goes_by_all_that_decides_it(tiny_model: Path) -> None:
-    """By model, method, data and, as online methods sample, by the seed; not by the rank."""
+    """They depend on model, method, data and seed (online methods sample), not on the LoRA rank."""
     base = make(tiny_model)
     reseeded = base.model_copy(update={"seed": base.seed + 1})
     bases = BaseCache()

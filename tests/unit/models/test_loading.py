@@ -1,4 +1,4 @@
-"""Models: what is trained, how it starts, and which may be packed."""
+"""Loading of models: trained weights, initial weights, and packing."""
 
 from pathlib import Path
 from typing import Any
@@ -16,9 +16,9 @@ from transformers import (
 from finray.training.common.errors import InputError
 from finray.training.config.recipe import Recipe
 from finray.training.models.loading import (
-    check_isolation,
+    check_packing_isolation,
+    count_meta_parameters,
     count_parameters,
-    count_without_weights,
     forward_arguments,
     load_model,
 )
@@ -36,20 +36,20 @@ def test_full_fine_tuning_trains_everything_in_float32(tiny_model: Path) -> None
     model = load_model(recipe(tiny_model))
     counts = count_parameters(model)
     assert (
-        counts["total"] == counts["trainable"] == count_without_weights(recipe(tiny_model))["total"]
+        counts["total"] == counts["trainable"] == count_meta_parameters(recipe(tiny_model))["total"]
     )
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
 
 
 def test_lora_trains_the_adapter_alone(tiny_model: Path) -> None:
-    told = recipe(tiny_model, adapter={"rank": 4, "alpha": 8})
-    model = load_model(told)
+    settings = recipe(tiny_model, adapter={"rank": 4, "alpha": 8})
+    model = load_model(settings)
     names = [name for name, p in model.named_parameters() if p.requires_grad]
     assert names and all("lora_" in name for name in names)
     # rank * (in + out) of q, k, v, o, gate, up and down, in two layers
     expected = 2 * 4 * ((32 + 32) + 2 * (32 + 16) + (32 + 32) + 3 * (32 + 64))
     assert count_parameters(model)["trainable"] == expected
-    assert count_parameters(model) == count_without_weights(told)
+    assert count_parameters(model) == count_meta_parameters(settings)
 
 
 def test_targets_by_name(tiny_model: Path) -> None:
@@ -77,7 +77,7 @@ def test_weights_that_are_not_safetensors_are_refused(tiny_model: Path, tmp_path
 
 
 def test_attention_models_may_be_packed(tiny_model: Path) -> None:
-    check_isolation(load_model(recipe(tiny_model)))
+    check_packing_isolation(load_model(recipe(tiny_model)))
 
 
 def test_convolutions_may_not_be_packed() -> None:
@@ -91,7 +91,7 @@ def test_convolutions_may_not_be_packed() -> None:
         layer_types=["conv", "full_attention"],
     )
     with pytest.raises(InputError, match="lfm2 model mixes the documents"):
-        check_isolation(Lfm2ForCausalLM(config))
+        check_packing_isolation(Lfm2ForCausalLM(config))
 
 
 def test_a_model_without_positions_trains_unpacked_only() -> None:
@@ -99,4 +99,4 @@ def test_a_model_without_positions_trains_unpacked_only() -> None:
     model = BloomForCausalLM(config)
     assert "position_ids" not in forward_arguments(model)
     with pytest.raises(InputError, match=r"data\.packing: false"):
-        check_isolation(model)
+        check_packing_isolation(model)

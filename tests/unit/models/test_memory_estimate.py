@@ -1,4 +1,4 @@
-"""The memory that is told, against what a model really keeps for its backward pass."""
+"""The estimated memory, compared with what a model really keeps for its backward pass."""
 
 import gc
 import json
@@ -11,7 +11,7 @@ import torch
 from finray.training.config.recipe import Recipe, recipe_from_dict
 from finray.training.models import memory_estimate as memory
 from finray.training.models.loading import load_model
-from finray.training.models.memory_estimate import Memory, Sizes, estimate, sizes_of
+from finray.training.models.memory_estimate import MemoryEstimate, Sizes, estimate, sizes_of
 
 # peft calls a name that transformers has renamed.
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
@@ -83,7 +83,7 @@ def forward(settings: Recipe, model: Any) -> torch.Tensor:
 
 
 def bytes_kept(settings: Recipe) -> int:
-    """Of all that a forward pass keeps for the backward pass, but the model itself."""
+    """Bytes that a forward pass keeps for the backward pass, without the model itself."""
     model = load_model(settings)
     model.train()
     own = {
@@ -104,16 +104,18 @@ def bytes_kept(settings: Recipe) -> int:
     return sum(storages.values())
 
 
-def told(settings: Recipe) -> int:
+def estimated_bytes(settings: Recipe) -> int:
     """Bytes of a microbatch's activations and logits."""
     return estimate(settings, sizes_of(settings)).activations
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_two_layers_keep_what_is_told(bases: dict[int, Path], case: str) -> None:
-    """Exactly; embedding, head and logits are the same in both models."""
-    one, three = (recipe(bases[layers], **CASES[case]) for layers in (1, 3))
-    assert told(three) - told(one) == bytes_kept(three) - bytes_kept(one)
+def test_two_layers_keep_the_estimated_bytes(bases: dict[int, Path], case: str) -> None:
+    """The values are equal; embedding, head and logits are the same in both models."""
+    single, three = (recipe(bases[layers], **CASES[case]) for layers in (1, 3))
+    assert estimated_bytes(three) - estimated_bytes(single) == bytes_kept(three) - bytes_kept(
+        single
+    )
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -126,24 +128,26 @@ def test_checkpointing_keeps_the_layers_inputs(bases: dict[int, Path], dtype: st
         logits = forward(settings, model)
         gc.collect()
         shape = (1, TOKENS, 48)
-        found = {
+        sizes = {
             tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes()
             for tensor in gc.get_objects()
             if isinstance(tensor, torch.Tensor) and tensor.shape == shape
         }
         assert logits.requires_grad
-        return sum(found.values())
+        return sum(sizes.values())
 
     settings = [
         recipe(bases[n], **LORA, model={"dtype": dtype, "gradient_checkpointing": True})
         for n in (1, 3)
     ]
-    assert told(settings[1]) - told(settings[0]) == live(settings[1]) - live(settings[0])
+    assert estimated_bytes(settings[1]) - estimated_bytes(settings[0]) == live(settings[1]) - live(
+        settings[0]
+    )
 
 
 @pytest.mark.parametrize("case", ["lora-float32", "lora-bfloat16", "full-float32"])
-def test_weights_and_states_are_what_is_told(bases: dict[int, Path], case: str) -> None:
-    """Of a real model after a real optimizer step."""
+def test_weights_and_states_have_the_estimated_size(bases: dict[int, Path], case: str) -> None:
+    """The estimate equals the size of a real model's tensors after an optimizer step."""
     from finray.training.engine.optimizer import make_optimizer
 
     settings = recipe(bases[3], **CASES[case], scale={"workers": 0})
@@ -175,12 +179,14 @@ def test_weights_and_states_are_what_is_told(bases: dict[int, Path], case: str) 
 
 def test_what_multiplies_it(bases: dict[int, Path]) -> None:
     plain = recipe(bases[3], **LORA)
-    assert told(recipe(bases[3], **LORA, optim={"micro_batch_size": 3})) == 3 * told(plain)
+    assert estimated_bytes(
+        recipe(bases[3], **LORA, optim={"micro_batch_size": 3})
+    ) == 3 * estimated_bytes(plain)
     pairs = recipe(bases[3], **LORA, method={"kind": "simpo"})
     logits = TOKENS * 64
-    assert told(pairs) - 2 * logits * 4 == 2 * (told(plain) - logits * 14)
+    assert estimated_bytes(pairs) - 2 * logits * 4 == 2 * (estimated_bytes(plain) - logits * 14)
     scored = recipe(bases[3], **LORA, method={"kind": "reward"})
-    assert told(scored) == 2 * (told(plain) - logits * 14)
+    assert estimated_bytes(scored) == 2 * (estimated_bytes(plain) - logits * 14)
     full = recipe(bases[3], method={"kind": "dpo"})
     without = recipe(bases[3], method={"kind": "dpo", "precompute_reference": True})
     sizes = sizes_of(full)
@@ -217,16 +223,16 @@ def test_a_known_model(tmp_path: Path) -> None:
                 "optim": {"micro_batch_size": 1},
             }
         )
-        told: Memory = estimate(settings, LLAMA_8B)
-        assert told.weights / 2**30 == pytest.approx(5.4, abs=0.1)
-        return (told.activations - 8192 * 128_256 * 14) / 2**30
+        memory: MemoryEstimate = estimate(settings, LLAMA_8B)
+        assert memory.weights / 2**30 == pytest.approx(5.4, abs=0.1)
+        return (memory.activations - 8192 * 128_256 * 14) / 2**30
 
     assert layers() == pytest.approx(45, abs=1)
     assert layers(dropout=0.1, dtype="float32") == pytest.approx(91, abs=3)
 
 
 def test_its_sizes_are_those_of_a_configuration(tmp_path: Path) -> None:
-    """Read without weights."""
+    """The sizes need no weights."""
     config = {
         "model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_size": 4096,
         "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32,

@@ -1,4 +1,4 @@
-"""A base in 4 or 8 bits: what it weighs, that it stays as it is, and several workers on it."""
+"""A base in 4 or 8 bits: its size, that it does not change, and several workers."""
 
 import os
 from pathlib import Path
@@ -14,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import AutoModelForCausalLM
 
 from finray.training.config.recipe import Recipe
-from finray.training.models.loading import count_parameters, count_without_weights, load_model
+from finray.training.models.loading import count_meta_parameters, count_parameters, load_model
 
 # peft calls a name that transformers has renamed.
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
@@ -43,24 +43,24 @@ def frozen(model: Any) -> dict[str, torch.Tensor]:
 
 
 def test_nf4_weighs_half_a_byte(tiny_model: Path) -> None:
-    """Packed weights, and their scales with those scales' own."""
+    """Counts the packed weights and their scales, which are quantised too."""
     model = load_model(recipe(tiny_model, "nf4"))
-    found = layers(model, Linear4bit)
-    assert len(found) == 2 * 7
+    quantised = layers(model, Linear4bit)
+    assert len(quantised) == 2 * 7
     held = values = 0
-    for layer in found:
+    for layer in quantised:
         weight, state = layer.weight, layer.weight.quant_state
         assert weight.dtype == torch.uint8 and state.quant_type == "nf4" and state.nested
         held += weight.nbytes + state.absmax.nbytes + state.state2.absmax.nbytes
         values += layer.in_features * layer.out_features
     assert held / values < 0.6
-    told = recipe(tiny_model, "nf4")
-    assert count_parameters(model) == count_without_weights(told)
+    settings = recipe(tiny_model, "nf4")
+    assert count_parameters(model) == count_meta_parameters(settings)
 
 
 @pytest.mark.parametrize(("quantize", "kind"), [("nf4", Linear4bit), ("int8", Linear8bitLt)])
 def test_the_base_stays_as_it_is(tiny_model: Path, quantize: str, kind: type) -> None:
-    """Training, an evaluation, and training again: the weights are the same, gradients flow."""
+    """Training, evaluation and training again do not change the weights; gradients flow."""
     torch.manual_seed(0)
     model = load_model(recipe(tiny_model, quantize))
     assert layers(model, kind)
@@ -87,7 +87,7 @@ def test_the_base_stays_as_it_is(tiny_model: Path, quantize: str, kind: type) ->
 
 
 def test_loftq_gives_back_what_quantisation_took(tiny_model: Path) -> None:
-    """The product is the best of its rank: Eckart and Young's error remains."""
+    """The product is the best approximation of its rank (Eckart-Young)."""
     model = load_model(recipe(tiny_model, "nf4", init="loftq", alpha=20))
     plain = load_model(recipe(tiny_model, "nf4"))
     full = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
@@ -102,9 +102,9 @@ def test_loftq_gives_back_what_quantisation_took(tiny_model: Path) -> None:
         expected = torch.linalg.svdvals(lost)[4:].square().sum().sqrt()
         torch.testing.assert_close(torch.linalg.norm(lost - update), expected, rtol=1e-4, atol=0)
     with torch.no_grad():
-        wanted = full(TOKENS).logits
-        with_loftq = (model.eval()(TOKENS).logits - wanted).norm()
-        assert with_loftq < 0.9 * (plain.eval()(TOKENS).logits - wanted).norm()
+        expected = full(TOKENS).logits
+        with_loftq = (model.eval()(TOKENS).logits - expected).norm()
+        assert with_loftq < 0.9 * (plain.eval()(TOKENS).logits - expected).norm()
 
 
 def gradients(model: Any, tokens: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -122,10 +122,10 @@ def _rank(rank: int, base: str, quantize: str, folder: str) -> None:
     model = load_model(recipe(base, quantize))
     before = frozen(model)
     wrapped = DistributedDataParallel(model, find_unused_parameters=False)
-    found = gradients(wrapped, TOKENS[2 * rank : 2 * rank + 2])
+    own = gradients(wrapped, TOKENS[2 * rank : 2 * rank + 2])
     after = frozen(model)
     same = all(torch.equal(after[name], weight) for name, weight in before.items())
-    torch.save({"gradients": found, "same": same}, f"{folder}/rank-{rank}.pt")
+    torch.save({"gradients": own, "same": same}, f"{folder}/rank-{rank}.pt")
     del wrapped, model  # after the group their end can hang
     dist.destroy_process_group()
 
@@ -134,7 +134,7 @@ def _rank(rank: int, base: str, quantize: str, folder: str) -> None:
 def test_two_workers_share_a_quantised_base(
     tiny_model: Path, tmp_path: Path, quantize: str
 ) -> None:
-    """Their mean gradient is that of one worker; they start from rank 0's adapter."""
+    """Their mean gradient equals that of one worker; they start from rank 0's adapter."""
     torch.manual_seed(0)
     expected = gradients(load_model(recipe(tiny_model, quantize)), TOKENS)
     arguments = (str(tiny_model), quantize, str(tmp_path))
@@ -145,5 +145,5 @@ def test_two_workers_share_a_quantised_base(
         assert saved["same"]
         assert len(saved["gradients"]) == len(expected) == 2 * 7 * 2
         for name, gradient in saved["gradients"].items():
-            wanted = expected[name.removeprefix("module.")]
-            torch.testing.assert_close(gradient, wanted, atol=1e-5, rtol=1e-4)
+            expected_gradient = expected[name.removeprefix("module.")]
+            torch.testing.assert_close(gradient, expected_gradient, atol=1e-5, rtol=1e-4)

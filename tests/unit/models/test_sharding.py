@@ -1,4 +1,4 @@
-"""Shards on several workers: one process's gradients, checkpoints of any number of workers."""
+"""Sharding: gradients equal those of one process; checkpoints fit any number of workers."""
 
 import copy
 import json
@@ -23,7 +23,7 @@ from finray.training.data.stream import share
 from finray.training.engine.methods import objective_of
 from finray.training.engine.trainer import StepMeasures, StreamTrainer
 from finray.training.engine.trainer_arguments import accumulation, training_arguments
-from finray.training.models.generation import answer
+from finray.training.models.generation import generate_answers
 from finray.training.models.loading import load_model, load_tokenizer
 from finray.training.models.sharding import choose_strategy, shard
 from finray.training.models.weights import gather_weights, save_result
@@ -60,7 +60,7 @@ def make_recipe(base: Path, kind: str, workers: int, **optim: Any) -> Recipe:
 
 
 def make_model(settings: Recipe) -> Any:
-    """Its adapter does something, so that all of it has a gradient."""
+    """A model whose adapter is not zero, so that all its weights get gradients."""
     torch.manual_seed(4)
     model = load_model(settings)
     for name, parameter in model.named_parameters():
@@ -69,11 +69,11 @@ def make_model(settings: Recipe) -> Any:
     return model
 
 
-def assert_close(one: dict[str, Any], other: dict[str, Any], **tolerance: float) -> None:
-    assert one.keys() == other.keys() and one
-    for name, value in one.items():
+def assert_close(actual: dict[str, Any], expected: dict[str, Any], **tolerance: float) -> None:
+    assert actual.keys() == expected.keys() and actual
+    for name, value in actual.items():
         torch.testing.assert_close(
-            value, other[name], **tolerance, msg=lambda m, n=name: f"{n}: {m}"
+            value, expected[name], **tolerance, msg=lambda m, n=name: f"{n}: {m}"
         )
 
 
@@ -97,9 +97,9 @@ def test_the_step_is_that_of_one_process(
 
     def work(rank: int, world_size: int) -> dict[str, Any]:
         model = make_model(settings)
-        measured, told, _ = one_step(model, settings, rows, tmp_path, rank, world_size)
+        measured, values, _ = one_step(model, settings, rows, tmp_path, rank, world_size)
         assert all(isinstance(weight, DTensor) for weight in model.parameters())
-        return {"gradients": measured, "logged": told}
+        return {"gradients": measured, "logged": values}
 
     for saved in by_workers(workers, tmp_path, work):
         assert saved["logged"] == pytest.approx(logged, abs=1e-5)
@@ -107,7 +107,7 @@ def test_the_step_is_that_of_one_process(
 
 
 class _Written(TrainerCallback):  # type: ignore[misc]
-    """Writes what a resumed trainer holds before its first step."""
+    """Writes the state of a resumed trainer before its first step."""
 
     def __init__(self, write: Callable[[], None]) -> None:
         self._write = write
@@ -119,7 +119,7 @@ class _Written(TrainerCallback):  # type: ignore[misc]
 def train(
     settings: Recipe, folder: Path, rank: int, world_size: int, steps: range
 ) -> dict[str, Any]:
-    """Train some steps from the checkpoint before them, and write one after them.
+    """Train some steps from the previous checkpoint, and write a new one.
 
     Returns:
         Loss and gradient norm of each step, and the size of the moments on this rank in bytes.
@@ -134,10 +134,10 @@ def train(
     def rows() -> Iterator[Rows]:
         for step in steps:
             batch = make_sequences(BATCH, step)
-            first = sum(share(BATCH, other, world_size) for other in range(rank))
-            mine = batch[first : first + share(BATCH, rank, world_size)]
+            first = sum(share(BATCH, earlier, world_size) for earlier in range(rank))
+            own = batch[first : first + share(BATCH, rank, world_size)]
             number = accumulation(settings, world_size)
-            yield from microbatches(iter(mine), len(mine), optim.micro_batch_size, number)
+            yield from microbatches(iter(own), len(own), optim.micro_batch_size, number)
 
     def after_step(measures: StepMeasures) -> bool:
         losses.append(trainer.take_loss(1)[0])
@@ -192,25 +192,25 @@ CHAIN = [(1, "auto"), (2, "fsdp"), (4, "fsdp"), (2, "ddp"), (2, "fsdp"), (1, "au
 def test_a_checkpoint_belongs_to_no_number_of_workers(
     tiny_model: Path, tmp_path: Path, kind: str
 ) -> None:
-    """Handed on from one set of workers to the next: nothing is lost, and the steps are the same.
+    """Several groups of workers continue one run: the checkpoints and steps are the same.
 
-    In bfloat16 there are masters, and the losses are rounded.
+    In bfloat16 the optimizer has masters, and the losses are rounded.
     """
     settings = make_recipe(tiny_model, kind, 0, learning_rate=1e-3)
-    alone, handed = tmp_path / "alone", tmp_path / "handed"
+    alone, chain = tmp_path / "alone", tmp_path / "chain"
     alone.mkdir()
-    handed.mkdir()
+    chain.mkdir()
     expected = train(settings, alone, 0, 1, range(len(CHAIN)))
     losses: list[float] = []
     norms: list[float] = []
     for step, (workers, strategy) in enumerate(CHAIN):
         scale = settings.scale.model_copy(update={"workers": workers, "strategy": strategy})
-        told = settings.model_copy(update={"scale": scale})
+        scaled = settings.model_copy(update={"scale": scale})
 
         def work(
-            rank: int, world_size: int, told: Recipe = told, step: int = step
+            rank: int, world_size: int, scaled: Recipe = scaled, step: int = step
         ) -> dict[str, Any]:
-            return train(told, handed, rank, world_size, range(step, step + 1))
+            return train(scaled, chain, rank, world_size, range(step, step + 1))
 
         meeting = tmp_path / f"meeting-{step}"
         meeting.mkdir()
@@ -222,15 +222,15 @@ def test_a_checkpoint_belongs_to_no_number_of_workers(
         losses += parts[0]["losses"]
         norms += parts[0]["norms"]
         if step:
-            written = state_of(handed / f"again-{step}")
-            assert_close(written, state_of(handed / f"step-{step}"), atol=0, rtol=0)
+            written = state_of(chain / f"again-{step}")
+            assert_close(written, state_of(chain / f"step-{step}"), atol=0, rtol=0)
     rounding = 1e-2 if kind == "bfloat16" else 1e-5
     assert losses == pytest.approx(expected["losses"], abs=rounding)
     assert len(set(losses)) == len(CHAIN)
     if kind != "bfloat16":
         assert norms == pytest.approx(expected["norms"], rel=1e-4)
-        ours, theirs = (state_of(folder / f"step-{len(CHAIN)}") for folder in (handed, alone))
-        assert_close(ours, theirs, atol=1e-5, rtol=1e-4)
+        chained, single = (state_of(folder / f"step-{len(CHAIN)}") for folder in (chain, alone))
+        assert_close(chained, single, atol=1e-5, rtol=1e-4)
 
 
 def test_weights_trained_in_float32_are_gathered_in_the_compute_type(
@@ -240,9 +240,9 @@ def test_weights_trained_in_float32_are_gathered_in_the_compute_type(
     whole = make_recipe(tiny_model, "full", 0)
     rows = make_sequences(BATCH)
     expected, logged, _ = one_step(make_model(whole), whole, rows, tmp_path, 0, 1)
-    told = make_recipe(tiny_model, "full", 2)
-    low = told.model.model_copy(update={"dtype": "bfloat16"})
-    settings = told.model_copy(update={"model": low})
+    full = make_recipe(tiny_model, "full", 2)
+    low = full.model.model_copy(update={"dtype": "bfloat16"})
+    settings = full.model_copy(update={"model": low})
 
     def work(rank: int, world_size: int) -> dict[str, Any]:
         model = make_model(settings)
@@ -271,7 +271,7 @@ def test_weights_trained_in_float32_are_gathered_in_the_compute_type(
 
 
 def settings_of(file: Path) -> dict[str, Any]:
-    """PEFT writes its sets of names in any order."""
+    """The adapter's configuration with sorted lists, as PEFT writes sets in any order."""
     read: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
     modules = read.get("target_modules")
     return {**read, "target_modules": sorted(modules)} if modules else read
@@ -299,24 +299,24 @@ def test_every_rank_holds_its_share_and_the_result_is_whole(
     names = sorted(path.name for path in (tmp_path / "whole").iterdir())
     assert names == sorted(path.name for path in (tmp_path / "gathered").iterdir())
     for name in names:
-        ours, theirs = tmp_path / "gathered" / name, tmp_path / "whole" / name
+        actual, expected = tmp_path / "gathered" / name, tmp_path / "whole" / name
         if name.endswith(".safetensors"):
-            assert_close(load_file(ours), load_file(theirs), atol=0, rtol=0)
+            assert_close(load_file(actual), load_file(expected), atol=0, rtol=0)
         elif name.endswith(".json"):
-            assert settings_of(ours) == settings_of(theirs), name
+            assert settings_of(actual) == settings_of(expected), name
 
 
 @pytest.mark.parametrize("prompts", [1, 3])
 def test_answers(tiny_model: Path, tmp_path: Path, prompts: int) -> None:
-    """The same as one process's, also where a rank has no prompt of its own."""
+    """They equal those of one process, also if a rank has no prompt."""
     settings = make_recipe(tiny_model, "lora", 2)
     model, tokenizer = make_model(settings), load_tokenizer(settings)
-    asked = [list(range(5 + 2 * number, 40)) for number in range(prompts)]
-    expected = answer(model, tokenizer, asked, 12, 0, 1)
+    prompt_ids = [list(range(5 + 2 * number, 40)) for number in range(prompts)]
+    expected = generate_answers(model, tokenizer, prompt_ids, 12, 0, 1)
 
     def work(rank: int, world_size: int) -> dict[str, Any]:
         shard(model, settings, torch.device("cpu"))
-        return {"answers": answer(model, tokenizer, asked, 12, rank, world_size)}
+        return {"answers": generate_answers(model, tokenizer, prompt_ids, 12, rank, world_size)}
 
     for saved in by_workers(2, tmp_path, work):
         assert saved["answers"] == expected
@@ -326,7 +326,7 @@ def test_answers(tiny_model: Path, tmp_path: Path, prompts: int) -> None:
 def test_auto_shards_what_the_smallest_device_cannot_hold(
     tiny_model: Path, tmp_path: Path, spare: int, chosen: str
 ) -> None:
-    """16 bytes a weight that is trained in float32, in four fifths of the memory."""
+    """A weight trained in float32 takes 16 bytes; four fifths of the memory are usable."""
     settings = make_recipe(tiny_model, "full", 0)
     model = make_model(settings)
     needed = 16 * sum(weight.numel() for weight in model.parameters())

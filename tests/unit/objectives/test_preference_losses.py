@@ -1,4 +1,4 @@
-"""Losses of preferences against formulas written down anew, in plain numbers."""
+"""Preference losses, compared with independent formulas on plain numbers."""
 
 import math
 from typing import Any, get_args
@@ -37,7 +37,7 @@ def sigmoid(x: float) -> float:
 
 
 def expected(w: float, lo: float, n: float, m: float) -> dict[str, float]:
-    """Every loss of one pair with log-ratios w and lo, and n and m tokens, as its paper has it."""
+    """Every loss of a pair by its paper's formula: log-ratios w and lo, n and m tokens."""
     z, e = BETA * (w - lo), WRONG
     mean = w / n - lo / m
     p = sigmoid(z)
@@ -78,21 +78,23 @@ def test_losses_of_a_pair(name: DpoLoss) -> None:
     settings = DpoMethod(
         losses={name: 1.0}, beta=BETA, label_smoothing=WRONG if smooths else 0.0, discopop_tau=TAU
     )
-    found = PAIR_LOSSES[name](pairs_of(PAIR, settings=settings), settings)
+    actual = PAIR_LOSSES[name](pairs_of(PAIR, settings=settings), settings)
     chosen, rejected, chosen_before, rejected_before, n, m = PAIR
-    wanted = expected(chosen - chosen_before, rejected - rejected_before, n, m)[name]
-    assert found.tolist() == pytest.approx([wanted], rel=1e-5)
+    expected_loss = expected(chosen - chosen_before, rejected - rejected_before, n, m)[name]
+    assert actual.tolist() == pytest.approx([expected_loss], rel=1e-5)
 
 
 def test_optimal_transport_sorts_the_pairs_of_a_batch() -> None:
     settings = DpoMethod(losses={"aot": 1.0, "aot_unpaired": 1.0}, beta=BETA)
     # margins of the policy 1 and 5, of the reference 4 and 2: sorted differences -1 and 1
     two = pairs_of((-2, -3, -1, -5, 1, 1), (-1, -6, -1, -3, 1, 1), settings=settings)
-    wanted = [-ln_sigmoid(BETA * (1 - 2)), -ln_sigmoid(BETA * (5 - 4))]
-    assert PAIR_LOSSES["aot"](two, settings).tolist() == pytest.approx(wanted, rel=1e-5)
+    expected_losses = [-ln_sigmoid(BETA * (1 - 2)), -ln_sigmoid(BETA * (5 - 4))]
+    assert PAIR_LOSSES["aot"](two, settings).tolist() == pytest.approx(expected_losses, rel=1e-5)
     # log-ratios of chosen -1 and 0, of rejected 2 and -3
-    wanted = [-ln_sigmoid(BETA * (-1 + 3)), -ln_sigmoid(BETA * (0 - 2))]
-    assert PAIR_LOSSES["aot_unpaired"](two, settings).tolist() == pytest.approx(wanted, rel=1e-5)
+    expected_losses = [-ln_sigmoid(BETA * (-1 + 3)), -ln_sigmoid(BETA * (0 - 2))]
+    assert PAIR_LOSSES["aot_unpaired"](two, settings).tolist() == pytest.approx(
+        expected_losses, rel=1e-5
+    )
 
 
 @pytest.mark.parametrize(
@@ -105,13 +107,13 @@ def test_optimal_transport_sorts_the_pairs_of_a_batch() -> None:
     ],
 )
 def test_divergences(divergence: Any, derivative: Any) -> None:
-    """Scores are f'(t), but for a constant that a difference does not see."""
+    """Scores are f'(t) up to a constant, which cancels in differences."""
     settings = DpoMethod(divergence=divergence, divergence_alpha=0.3)
     pairs = pairs_of(PAIR, settings=settings)
     chosen, rejected, chosen_before, rejected_before, *_ = PAIR
     ratios = math.exp(chosen - chosen_before), math.exp(rejected - rejected_before)
-    wanted = derivative(ratios[0]) - derivative(ratios[1])
-    assert pairs.difference.tolist() == pytest.approx([wanted], rel=1e-5)
+    expected_loss = derivative(ratios[0]) - derivative(ratios[1])
+    assert pairs.difference.tolist() == pytest.approx([expected_loss], rel=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -139,45 +141,47 @@ def test_loss_of_simpo() -> None:
 def test_losses_of_labelled_answers() -> None:
     ratios, labels = torch.tensor([0.7, 0.7, -2.0]), torch.tensor([True, False, False])
     settings = KtoMethod(beta=BETA, desirable_weight=1.5, undesirable_weight=0.5)
-    found = answer_losses(ratios, labels, torch.tensor(0.2), settings).tolist()
-    wanted = [
+    actual = answer_losses(ratios, labels, torch.tensor(0.2), settings).tolist()
+    expected_losses = [
         1.5 * (1 - sigmoid(BETA * 0.5)),
         0.5 * (1 - sigmoid(-BETA * 0.5)),
         0.5 * (1 - sigmoid(BETA * 2.2)),
     ]
-    assert found == pytest.approx(wanted, rel=1e-5)
+    assert actual == pytest.approx(expected_losses, rel=1e-5)
 
 
 def test_odds_ratio() -> None:
     chosen, rejected = torch.tensor([-0.1, -3.0, -1e-9]), torch.tensor([-2.0, -0.2, -40.0])
     chosen.requires_grad_()
-    found = log_odds_ratio(chosen, rejected)
+    actual = log_odds_ratio(chosen, rejected)
 
     def odds(x: float) -> float:
         return math.exp(x) / -math.expm1(x)
 
-    wanted = [math.log(odds(-0.1) / odds(-2.0)), math.log(odds(-3.0) / odds(-0.2))]
-    assert found[:2].tolist() == pytest.approx(wanted, rel=1e-5)
-    found.sum().backward()
-    assert torch.isfinite(found).all() and torch.isfinite(chosen.grad).all()
+    expected_ratios = [math.log(odds(-0.1) / odds(-2.0)), math.log(odds(-3.0) / odds(-0.2))]
+    assert actual[:2].tolist() == pytest.approx(expected_ratios, rel=1e-5)
+    actual.sum().backward()
+    assert torch.isfinite(actual).all() and torch.isfinite(chosen.grad).all()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("vocabulary", [17, 400_000])
 def test_token_log_probabilities(dtype: torch.dtype, vocabulary: int) -> None:
-    """As log_softmax in float32, with its gradient; several parts of rows."""
+    """Values and gradient equal those of log_softmax in float32, with several parts of rows."""
     torch.manual_seed(0)
     logits = torch.randn(2, 4, vocabulary).to(dtype).requires_grad_()
     targets = torch.randint(0, vocabulary, (2, 4))
     targets[0, :2] = IGNORED
-    wanted = targets != IGNORED
+    is_trained = targets != IGNORED
     reference = logits.detach().float().requires_grad_()
-    known = reference.log_softmax(-1).gather(2, targets.clamp(min=0)[..., None]).squeeze(2) * wanted
+    expected = (
+        reference.log_softmax(-1).gather(2, targets.clamp(min=0)[..., None]).squeeze(2) * is_trained
+    )
     upstream = torch.randn(2, 4)
-    found = token_log_probabilities(logits, targets)
-    torch.testing.assert_close(found, known, atol=1e-5, rtol=1e-5)
-    found.backward(upstream)
-    known.backward(upstream)
+    actual = token_log_probabilities(logits, targets)
+    torch.testing.assert_close(actual, expected, atol=1e-5, rtol=1e-5)
+    actual.backward(upstream)
+    expected.backward(upstream)
     assert logits.grad is not None and reference.grad is not None
     tolerance = 1e-6 if dtype == torch.float32 else 1e-2
     torch.testing.assert_close(logits.grad.float(), reference.grad, atol=tolerance, rtol=tolerance)
@@ -190,7 +194,7 @@ def test_no_target_has_a_graph_and_no_gradient() -> None:
 
 
 @pytest.mark.parametrize(
-    ("settings", "told"),
+    ("settings", "message"),
     [
         ({"kind": "dpo", "losses": {"sft": 1.0}}, "sft alone ignores rejected"),
         ({"kind": "dpo", "losses": {}}, "at least 1 item"),
@@ -208,8 +212,8 @@ def test_no_target_has_a_graph_and_no_gradient() -> None:
         ({"kind": "kto", "losses": {"kto": 1}}, "Extra inputs"),
     ],
 )
-def test_settings_that_contradict_each_other(settings: dict[str, Any], told: str) -> None:
+def test_settings_that_contradict_each_other(settings: dict[str, Any], message: str) -> None:
     from pydantic import TypeAdapter
 
-    with pytest.raises(ValidationError, match=told):
+    with pytest.raises(ValidationError, match=message):
         TypeAdapter(Method).validate_python(settings)

@@ -1,4 +1,4 @@
-"""Whole runs of the preference methods: resuming, the precomputed reference, the reward model."""
+"""Complete runs of the preference methods: resume, precomputed reference, reward model."""
 
 import json
 import shutil
@@ -26,7 +26,7 @@ STEPS, HALF = 8, 4
 
 @pytest.fixture(scope="module")
 def pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """120 conversations whose chosen answer counts on, and whose rejected one does not."""
+    """120 conversations: the chosen answer continues to count, the rejected one does not."""
     path = tmp_path_factory.mktemp("pairs") / "pairs.jsonl"
     rows = [
         {
@@ -65,11 +65,11 @@ def run(recipe: Recipe) -> Path:
 
 
 def lines(folder: Path) -> list[dict[str, Any]]:
-    """Logged lines, without what time decides."""
+    """Logged lines, without the values that depend on time."""
     text = (folder / "metrics.jsonl").read_text(encoding="utf-8")
-    found = [json.loads(line) for line in text.splitlines()]
+    records = [json.loads(line) for line in text.splitlines()]
     timed = ("seconds", "tokens_per_second")
-    return [{key: line[key] for key in line if key not in timed} for line in found]
+    return [{key: line[key] for key in line if key not in timed} for line in records]
 
 
 def tensors(folder: Path) -> dict[str, torch.Tensor]:
@@ -79,7 +79,7 @@ def tensors(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def interrupted(folder: Path) -> None:
-    """As if the run had been killed after half of its steps."""
+    """Make the run look as if it was killed after half of its steps."""
     shutil.rmtree(folder / "checkpoints" / f"step-{STEPS:08d}")
     for result in ("adapter", "model"):
         shutil.rmtree(folder / result, ignore_errors=True)
@@ -109,7 +109,7 @@ RESUMED: list[tuple[dict[str, Any], bool]] = [
     ({"method": {"kind": "kto"}, "adapter": {"rank": 4, "dropout": 0.1}}, True),
     ({"method": {"kind": "reward"}}, True),
 ]
-"""Recipes, and whether a precomputed reference is still there."""
+"""Recipes, and whether the precomputed reference still fits them."""
 
 
 @pytest.mark.parametrize(
@@ -143,15 +143,15 @@ def test_a_resumed_run_ends_the_same(
 def test_a_precomputed_reference(
     tiny_model: Path, pairs: Path, direct: Path, tmp_path: Path
 ) -> None:
-    """It gives what the model itself gives, for every row, and is found again by its key."""
+    """It equals the model's own values for every row, and later runs load it by its key."""
     assert not references(direct.parent)
     recipe = make_recipe(tiny_model, pairs, tmp_path, method=PRECOMPUTED, name="precomputed")
     folder = run(recipe)
-    for one, other in zip(lines(direct), lines(folder), strict=True):
+    for actual, expected in zip(lines(direct), lines(folder), strict=True):
         # At the start all rewards are 0, but for what rounding makes of them.
-        tied = ("reward_accuracy",) if one["step"] == 1 else ()
-        assert {k: v for k, v in one.items() if k not in tied} == pytest.approx(
-            {k: v for k, v in other.items() if k not in tied}, abs=1e-4, rel=1e-4
+        tied = ("reward_accuracy",) if actual["step"] == 1 else ()
+        assert {k: v for k, v in actual.items() if k not in tied} == pytest.approx(
+            {k: v for k, v in expected.items() if k not in tied}, abs=1e-4, rel=1e-4
         )
     (file,) = references(tmp_path)
     table = pq.read_table(file).to_pylist()
@@ -165,11 +165,11 @@ def test_a_precomputed_reference(
 
 
 def test_a_named_reference(tiny_model: Path, pairs: Path, direct: Path, tmp_path: Path) -> None:
-    """The base by name is the base under the adapter; an earlier run is another one."""
+    """A reference named as the base equals the adapter's base; an earlier run's result differs."""
     by_name = {"kind": "dpo", "reference_model": str(tiny_model)}
     same = run(make_recipe(tiny_model, pairs, tmp_path, method=by_name, name="same"))
-    for one, other in zip(lines(direct), lines(same), strict=True):
-        assert one == pytest.approx(other, abs=1e-5)
+    for actual, expected in zip(lines(direct), lines(same), strict=True):
+        assert actual == pytest.approx(expected, abs=1e-5)
     by_run = {"kind": "dpo", "reference_model": str(direct / "adapter")}
     other = run(make_recipe(tiny_model, pairs, tmp_path, method=by_run, name="other"))
     start = next(line for line in lines(other) if "loss" in line)
@@ -209,7 +209,7 @@ def test_preferences_are_learnt(direct: Path) -> None:
 def test_a_reward_model_scores_alone(
     tiny_model: Path, pairs: Path, tmp_path: Path, pad: str, adapted: bool
 ) -> None:
-    """With transformers and PEFT, one text at a time and padded, as while it was trained."""
+    """transformers and PEFT compute the training's scores, for single and for padded texts."""
     base = Path(shutil.copytree(tiny_model, tmp_path / "base"))
     if pad == "eos":
         settings = json.loads((base / "tokenizer_config.json").read_text(encoding="utf-8"))
@@ -259,8 +259,8 @@ def test_a_reward_model_scores_alone(
 def score(model: Any, tokenizer: Any, texts: list[str]) -> torch.Tensor:
     encoded = tokenizer(texts, padding=True, return_tensors="pt", padding_side="right")
     inputs = {name: encoded[name] for name in ("input_ids", "attention_mask")}
-    found: torch.Tensor = model(**inputs).logits.squeeze(-1)
-    return found
+    logits: torch.Tensor = model(**inputs).logits.squeeze(-1)
+    return logits
 
 
 def written(folder: Path, base: Path, data: Path, method: str, **more: str) -> Path:
@@ -284,13 +284,13 @@ def test_a_reference_that_is_not_there(tiny_model: Path, pairs: Path, tmp_path: 
 
 
 def test_a_reference_of_another_tokenizer(tiny_model: Path, pairs: Path, tmp_path: Path) -> None:
-    other = Path(shutil.copytree(tiny_model, tmp_path / "other"))
-    tokenizer = json.loads((other / "tokenizer.json").read_text(encoding="utf-8"))
+    copied = Path(shutil.copytree(tiny_model, tmp_path / "other"))
+    tokenizer = json.loads((copied / "tokenizer.json").read_text(encoding="utf-8"))
     first, second = list(tokenizer["model"]["vocab"])[10:12]
     vocabulary = tokenizer["model"]["vocab"]
     vocabulary[first], vocabulary[second] = vocabulary[second], vocabulary[first]
-    (other / "tokenizer.json").write_text(json.dumps(tokenizer), encoding="utf-8")
-    method = {"kind": "dpo", "reference_model": str(other)}
+    (copied / "tokenizer.json").write_text(json.dumps(tokenizer), encoding="utf-8")
+    method = {"kind": "dpo", "reference_model": str(copied)}
     with pytest.raises(InputError, match=r"tokenizer of .*other is another one"):
         run(make_recipe(tiny_model, pairs, tmp_path, method=method))
 

@@ -1,4 +1,4 @@
-"""A step of the preference methods is the same however the batch is shared out."""
+"""A step of the preference methods does not depend on the number of workers."""
 
 import copy
 import json
@@ -69,7 +69,7 @@ def make_recipe(
 
 
 def make_model(settings: Recipe) -> Any:
-    """Its adapter does something, so that it differs from its reference."""
+    """A model whose adapter is not zero, so that it differs from its reference."""
     torch.manual_seed(4)
     model = load_model(settings, settings.method.head)
     for name, parameter in model.named_parameters():
@@ -86,7 +86,7 @@ def make_model(settings: Recipe) -> Any:
 def test_workers(
     tiny_model: Path, tmp_path: Path, method: dict[str, Any], world_size: int, strategy: str
 ) -> None:
-    """Five rows, one at a time: the last worker has a microbatch with nothing in it."""
+    """Five rows, one per microbatch: the last worker has an empty microbatch."""
     rows, whole = make_rows(method["kind"]), make_recipe(tiny_model, method, BATCH)
     model = make_model(whole)
     expected, logged, counts = one_step(copy.deepcopy(model), whole, rows, tmp_path, 0, 1)
@@ -109,25 +109,25 @@ def test_workers(
 
 @pytest.mark.parametrize("method", METHODS, ids=lambda method: method["kind"])
 def test_held_out_rows(tiny_model: Path, tmp_path: Path, method: dict[str, Any]) -> None:
-    """Their figures do not depend on how many are taken at a time."""
+    """Their measures do not depend on the size of the microbatches."""
     rows, settings = make_rows(method["kind"]), make_recipe(tiny_model, method, 2)
     model = make_model(settings).eval()
     objective = objective_of(make_setup(settings, model, tmp_path, 0, 1))
     with torch.no_grad():
-        one, other = (
-            objective.held_out(in_batches(iter(rows), size), torch.device("cpu"))
+        actual, expected = (
+            objective.evaluate_held_out(in_batches(iter(rows), size), torch.device("cpu"))
             for size in (2, BATCH)
         )
-    torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-5)
-    assert one[0, 1] == BATCH
-    assert torch.isfinite(one).all()
+    torch.testing.assert_close(actual, expected, atol=1e-5, rtol=1e-5)
+    assert actual[0, 1] == BATCH
+    assert torch.isfinite(actual).all()
 
 
 @pytest.mark.parametrize("method", METHODS, ids=lambda method: method["kind"])
 def test_held_out_rows_of_a_sharded_model(
     tiny_model: Path, tmp_path: Path, method: dict[str, Any]
 ) -> None:
-    """Two workers, of whom one has a row less, go through it equally often."""
+    """Two workers call the model equally often, though one has a row less."""
     rows = make_rows(method["kind"])
 
     def measure(strategy: str) -> list[dict[str, Any]]:
@@ -138,9 +138,9 @@ def test_held_out_rows_of_a_sharded_model(
             setup = make_setup(settings, model, tmp_path, rank, world_size)
             objective = objective_of(setup)
             setup.place(model.eval())
-            mine = in_batches(iter(rows[rank::world_size]), 1, at_least=3)
+            own = in_batches(iter(rows[rank::world_size]), 1, at_least=3)
             with torch.no_grad():
-                return {"total": objective.held_out(mine, torch.device("cpu"))}
+                return {"total": objective.evaluate_held_out(own, torch.device("cpu"))}
 
         folder = tmp_path / strategy
         folder.mkdir()
@@ -152,12 +152,12 @@ def test_held_out_rows_of_a_sharded_model(
 
 
 def test_sharded_full_fine_tuning_with_a_reference(tiny_model: Path, tmp_path: Path) -> None:
-    """The reference is a copy of the model, which is sharded as well."""
+    """The reference is a copy of the model, and is sharded too."""
     rows = make_rows("dpo")
 
     def full(micro: int, strategy: str) -> Recipe:
-        told = make_recipe(tiny_model, {"kind": "dpo"}, micro, strategy)
-        return told.model_copy(update={"adapter": None})
+        settings = make_recipe(tiny_model, {"kind": "dpo"}, micro, strategy)
+        return settings.model_copy(update={"adapter": None})
 
     whole = full(BATCH, "ddp")
     expected, logged, _ = one_step(load_model(whole), whole, rows, tmp_path, 0, 1)
@@ -174,7 +174,7 @@ def test_sharded_full_fine_tuning_with_a_reference(tiny_model: Path, tmp_path: P
 
 
 def test_a_reference_is_left_as_it_was(tiny_model: Path, tmp_path: Path) -> None:
-    """Full fine-tuning is compared with a copy; with an adapter there is none."""
+    """Full fine-tuning uses a copy as reference; an adapter needs no copy."""
     settings = make_recipe(tiny_model, {"kind": "dpo"}, 2)
     adapted = load_model(settings)
     held = sum(p.numel() for p in adapted.parameters())

@@ -14,7 +14,7 @@ from finray.training.config.recipe import Recipe
 
 @pytest.fixture
 def online_recipe(tiny_model: Path) -> Callable[..., Recipe]:
-    """A recipe of 20 steps of two prompts each; `method` settings, and `optim` ones."""
+    """Makes a recipe of 20 steps with two prompts each, from `method` and `optim` settings."""
 
     def make(method: dict[str, Any], **optim: Any) -> Recipe:
         settings = {"learning_rate": 1e-3, "schedule": "constant", "warmup_ratio": 0.0}
@@ -50,7 +50,7 @@ def tokenizer(tiny_model: Path) -> Any:
 
 @pytest.fixture(scope="session")
 def model(tiny_model: Path, tokenizer: Any) -> Any:
-    """Copy it before training. Some tokens are likely, and every sixth one ends a completion."""
+    """A model in which every sixth token ends a completion. Copy it before training."""
     model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
     with torch.no_grad():
         model.get_input_embeddings().weight.mul_(8)

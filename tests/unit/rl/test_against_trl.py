@@ -1,4 +1,4 @@
-"""GRPO and RLOO against TRL's trainers, on the completions that finray sampled."""
+"""GRPO and RLOO, compared with TRL's trainers on the completions that finray sampled."""
 
 import copy
 from collections.abc import Callable
@@ -32,18 +32,20 @@ CASES: dict[str, dict[str, Any]] = {
 }
 
 
-def reference_losses(recipe: Recipe, ours: Trained, model: Any, tokenizer: Any, out: Path) -> Any:
-    """The losses that TRL's trainer computes when it is given the same completions."""
+def reference_losses(
+    recipe: Recipe, trained: Trained, model: Any, tokenizer: Any, out: Path
+) -> Any:
+    """The losses that TRL's trainer computes for the same completions."""
     import trl
 
     method = recipe.method
     is_grpo = method.kind == "grpo"
     base: Any = trl.GRPOTrainer if is_grpo else trl.RLOOTrainer
-    waiting = iter(ours.sampled)
+    waiting = iter(trained.sampled)
     losses: list[float] = []
 
     class Given(base):  # type: ignore[misc]
-        """Does not generate."""
+        """A trainer that uses finray's completions instead of generating."""
 
         def _generate_single_turn(self, prompt_ids: Any, *_: Any, **__: Any) -> Any:
             requests, rollouts = next(waiting)
@@ -94,7 +96,7 @@ def reference_losses(recipe: Recipe, ours: Trained, model: Any, tokenizer: Any, 
         model=model,
         reward_funcs=[space["worth"]],
         args=config,
-        train_dataset=Dataset.from_dict({"prompt": ours.texts}),
+        train_dataset=Dataset.from_dict({"prompt": trained.texts}),
         processing_class=tokenizer,
     ).train()
     return [sum(losses[at : at + accumulated]) for at in range(0, len(losses), accumulated)]
@@ -120,16 +122,16 @@ def test_the_first_20_losses(
     base = tmp_path / "base"
     model.save_pretrained(base)
     tokenizer.save_pretrained(base)
-    own, theirs = copy.deepcopy(model), copy.deepcopy(model)
-    theirs.config._name_or_path = str(base)
-    ours = Trained(recipe, own, tokenizer, tmp_path)
-    expected = reference_losses(recipe, ours, theirs, tokenizer, tmp_path / "trl")
-    assert len(ours.losses) == len(expected) == 20
-    assert ours.losses == pytest.approx(expected, abs=1e-4)
+    own, trl_model = copy.deepcopy(model), copy.deepcopy(model)
+    trl_model.config._name_or_path = str(base)
+    trained = Trained(recipe, own, tokenizer, tmp_path)
+    expected = reference_losses(recipe, trained, trl_model, tokenizer, tmp_path / "trl")
+    assert len(trained.losses) == len(expected) == 20
+    assert trained.losses == pytest.approx(expected, abs=1e-4)
     # Without clipping and divergence, RLOO's loss is 0 by construction: its weights tell.
     assert case in ("rloo", "rloo-free") or max(map(abs, expected)) > 1e-3
-    assert {len(one.ids) for _, rollouts in ours.sampled for one in rollouts} > {1, 2, 3}
-    start, ended, wanted = (_flat(one) for one in (model, own, theirs))
-    assert (ended - wanted).norm() < 0.02 * (wanted - start).norm()
+    assert {len(rollout.ids) for _, rollouts in trained.sampled for rollout in rollouts} > {1, 2, 3}
+    start, ended, expected_end = (_flat(item) for item in (model, own, trl_model))
+    assert (ended - expected_end).norm() < 0.02 * (expected_end - start).norm()
     if recipe.method.repeats > 1:
-        assert max(step["clipped"] for step in ours.measures) > 0
+        assert max(step["clipped"] for step in trained.measures) > 0

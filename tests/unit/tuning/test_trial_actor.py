@@ -57,14 +57,14 @@ def test_the_base_is_measured_once_for_all_trials_of_a_slot(
 ) -> None:
     """Trials with another rank start from the same base model."""
     measured: list[str] = []
-    held_out = StreamTrainer.held_out
+    held_out = StreamTrainer.evaluate_held_out
 
     def counted(trainer: StreamTrainer, rows: Any) -> dict[str, float]:
         if trainer.state.global_step == 0:
             measured.append(trainer.args.output_dir)
         return held_out(trainer, rows)
 
-    monkeypatch.setattr(StreamTrainer, "held_out", counted)
+    monkeypatch.setattr(StreamTrainer, "evaluate_held_out", counted)
     before = []
     bases = BaseCache()
     for name, rank in (("one", 4), ("two", 8)):

@@ -1,1 +1,1 @@
-"""What a completion is worth: functions of the user, reward models, classifiers."""
+"""Rewards of completions: the user's functions, reward models and classifiers."""

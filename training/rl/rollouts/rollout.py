@@ -1,4 +1,4 @@
-"""Requests for completions, and the completions."""
+"""Requests for completions, and the interface that samples them."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,30 +9,30 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Request:
-    """One completion to be sampled."""
+    """One completion to sample."""
 
     prompt_ids: list[int]
-    """Ending where the completion begins."""
+    """Token ids of the prompt, up to the start of the completion."""
     seed: tuple[int, ...]
-    """Equal seeds draw equal numbers."""
+    """Seed of the completion's random numbers."""
 
     def random(self) -> np.random.Generator:
-        """The numbers that this completion is drawn with."""
+        """A new generator of the completion's random numbers."""
         return np.random.default_rng(self.seed)
 
 
 @dataclass(frozen=True)
 class Rollout:
-    """A completion."""
+    """A sampled completion."""
 
     ids: list[int]
-    """Its tokens, with the one that ended it."""
+    """Token ids, including the token that ended the completion."""
     ended: bool
-    """Whether a token ended it; otherwise it was cut off."""
+    """True if a stop token ended it, False if it was cut off at the maximum length."""
 
 
 class Rollouts(Protocol):
-    """Something that samples completions of the model as it is now."""
+    """Samples completions from the model with its present weights."""
 
     def sample(self, requests: Sequence[Request]) -> list[Rollout]:
-        """A completion to each request."""
+        """Sample a completion for each request, in the same order."""

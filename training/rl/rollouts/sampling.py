@@ -1,7 +1,7 @@
-"""Sampling a token with numbers that are drawn before.
+"""Samples tokens with random numbers that are drawn in advance.
 
-Every (sequence, position) has one uniform number of its own, which picks the token by the inverse
-of the cumulative distribution: exact, and independent of what else is in the batch.
+Every (sequence, position) has its own uniform number, which selects the token by inverting the
+cumulative distribution. This is exact, and independent of the rest of the batch.
 """
 
 from typing import Any
@@ -12,7 +12,7 @@ from transformers import LogitsProcessor
 from ...config.methods import OnlineMethod
 
 _ALMOST_ONE = 1.0 - 1e-12
-"""A number rounded up to 1 would lie behind the last token."""
+"""Maximum of the uniform numbers: one that is rounded up to 1 would select no token."""
 
 
 def probabilities(logits: torch.Tensor, settings: OnlineMethod) -> torch.Tensor:
@@ -32,18 +32,18 @@ def probabilities(logits: torch.Tensor, settings: OnlineMethod) -> torch.Tensor:
     if settings.top_p < 1.0:
         ordered, order = scaled.sort(descending=True)
         shares = ordered.softmax(-1)
-        # A token stays as long as those before it do not reach top_p yet; the first always does.
+        # A token is kept if the tokens before it do not reach top_p; the first is always kept.
         outside = shares.cumsum(-1) - shares >= settings.top_p
         scaled = scaled.masked_fill(outside.scatter(1, order, outside), -torch.inf)
     return scaled.softmax(-1)
 
 
 def pick(shares: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
-    """The token of each sequence whose part of the unit interval a number falls into.
+    """Select a token of each sequence by inverting the cumulative distribution.
 
     Args:
-        shares: (sequences, vocabulary), in float64.
-        uniform: (sequences,), in [0, 1).
+        shares: probabilities, (sequences, vocabulary), in float64.
+        uniform: random numbers, (sequences,), in [0, 1).
 
     Returns:
         (sequences,) token ids, none of probability 0.
@@ -54,12 +54,12 @@ def pick(shares: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
 
 
 class Sampler(LogitsProcessor):
-    """Leaves greedy decoding no choice but the token that the numbers pick.
+    """Makes greedy decoding choose the token that the random numbers select.
 
     Args:
         settings: temperature, top_k and top_p.
-        uniform: (sequences, positions), in [0, 1).
-        prompt: width of the prompts, with their padding.
+        uniform: random numbers, (sequences, positions), in [0, 1).
+        prompt: width of the prompts in tokens, with their padding.
     """
 
     def __init__(self, settings: OnlineMethod, uniform: torch.Tensor, prompt: int) -> None:
@@ -68,7 +68,7 @@ class Sampler(LogitsProcessor):
         self._prompt = prompt
 
     def __call__(self, input_ids: Any, scores: torch.Tensor) -> torch.Tensor:
-        """Scores of 0 for the picked tokens, minus infinity for the others."""
+        """Scores of 0 for the selected tokens, minus infinity for the others."""
         position = input_ids.shape[1] - self._prompt
         shares = probabilities(scores, self._settings)
         tokens = pick(shares, self._uniform[:, position])

@@ -1,6 +1,6 @@
-"""Rollouts by vLLM, on the same GPU as the training (colocated), in a process of its own.
+"""Samples rollouts with vLLM on the GPU of the training (colocated), in a separate process.
 
-The adapter is handed over before every generation, as a folder that vLLM loads as LoRA weights.
+Before every generation the adapter is written to a folder, which vLLM loads as LoRA weights.
 """
 
 import os
@@ -19,10 +19,10 @@ from ...models.generation import stop_tokens
 from .rollout import Request, Rollout
 
 _RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
-"""What vLLM reserves room for."""
+"""The maximum LoRA ranks that vLLM supports."""
 _MEMORY_SHARE = 0.3
-"""Of the GPU, for vLLM's weights and cache; the rest is the training's."""
-_OF_THE_WORKERS = (
+"""Share of the GPU's memory for vLLM's weights and cache; the rest is for the training."""
+_GROUP_VARIABLES = (
     *("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "NODE_RANK"),
     *("MASTER_ADDR", "MASTER_PORT"),
 )
@@ -30,16 +30,16 @@ _GPUS = "CUDA_VISIBLE_DEVICES"
 
 
 class VllmRollouts:
-    """vLLM's engine with the base's weights, and the adapter as it is at each call.
+    """Samples with vLLM's engine: the base's weights, and the adapter's at the time of a call.
 
     Args:
-        recipe: of an online method, with an adapter.
-        model: what is trained, not wrapped: an adapter on a base.
-        tokenizer: the model's.
+        recipe: a recipe with an online method and an adapter.
+        model: the model in training, not wrapped: an adapter on a base.
+        tokenizer: the model's tokenizer.
     """
 
     def __init__(self, recipe: Recipe, model: PeftModel, tokenizer: Any) -> None:
-        os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # read when it is imported
+        os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # vLLM reads it when imported
         from vllm import LLM
 
         self._model = model
@@ -55,15 +55,15 @@ class VllmRollouts:
                 dtype=choose_dtype(recipe.model),
                 max_model_len=recipe.data.max_length,
                 enable_lora=True,
-                max_lora_rank=next(room for room in _RANKS if room >= rank),
+                max_lora_rank=next(maximum for maximum in _RANKS if maximum >= rank),
                 gpu_memory_utilization=_MEMORY_SHARE,
-                # A prompt in pieces takes drawn numbers back, which a CPU's generator cannot.
+                # Chunked prefill rewinds the random generator, which the CPU's does not support.
                 enable_chunked_prefill=torch.cuda.is_available(),
                 seed=recipe.seed,
             )
 
     def sample(self, requests: Sequence[Request]) -> list[Rollout]:
-        """A completion to each request, drawn with a seed of its own."""
+        """Sample a completion for each request, with the request's own seed."""
         from vllm.lora.request import LoRARequest
 
         if not requests:
@@ -73,15 +73,13 @@ class VllmRollouts:
         parameters = [self._parameters(request) for request in requests]
         with tempfile.TemporaryDirectory(prefix="finray-") as folder:
             self._model.save_pretrained(folder, selected_adapters=[self._model.active_adapter])
-            # A new number for every call: vLLM keeps what it loaded under a number.
+            # A new id for every call: vLLM caches the adapter of each id.
             adapter = LoRARequest(f"call-{self._calls}", self._calls, folder)
             outputs = self._engine.generate(
                 prompts, parameters, lora_request=adapter, use_tqdm=False
             )
-        answers = [output.outputs[0] for output in outputs]
-        return [
-            Rollout(list(answer.token_ids), answer.finish_reason == "stop") for answer in answers
-        ]
+        completions = [output.outputs[0] for output in outputs]
+        return [Rollout(list(c.token_ids), c.finish_reason == "stop") for c in completions]
 
     def _parameters(self, request: Request) -> Any:
         from vllm import SamplingParams
@@ -101,10 +99,10 @@ class VllmRollouts:
 
 @contextmanager
 def _own_device() -> Iterator[None]:
-    """What vLLM's process inherits: this worker's GPU alone, and no place in a process group."""
-    changed = (*_OF_THE_WORKERS, _GPUS)
+    """Inside, a new process inherits only this worker's GPU, and no place in a process group."""
+    changed = (*_GROUP_VARIABLES, _GPUS)
     before = {name: os.environ[name] for name in changed if name in os.environ}
-    for name in _OF_THE_WORKERS:
+    for name in _GROUP_VARIABLES:
         os.environ.pop(name, None)
     if torch.cuda.is_available():
         number = torch.cuda.current_device()
