@@ -161,7 +161,7 @@ def _check_enough(
     left = round(total * (1 - recipe.data.holdout))
     if left < recipe.rows_per_step:
         raise InputError(
-            f"optim.batch_size: {recipe.optim.batch_size} takes {recipe.rows_per_step} rows per "
+            f"optim.batch_size: {recipe.optim.batch_size} needs {recipe.rows_per_step} rows per "
             f"step, but the data has only {left} rows to train on; lower batch_size, or add data"
         )
 

@@ -73,7 +73,7 @@ def train(recipe: Recipe, launcher: Launcher, progress: Progress = SILENT) -> Re
     # If another driver takes over the lock, which is then stale, this one stops.
     with hold_run_lock(folder.create(), launcher.stop.requested, progress) as stale:
         if stale is not None:
-            progress.status(f"taking over from {stale}")
+            progress.status(f"taking over the lock, whose holder no longer runs: {stale}")
         result = run_prepared(recipe, prepared, launcher, progress)
     _raise_failure(result, folder)
     return existing_run(folder)
@@ -204,7 +204,7 @@ def _check_enough(recipe: Recipe, prepared: Prepared) -> None:
     if sequences < recipe.rows_per_step:
         packed = " (packed)" if recipe.packs else ""
         raise InputError(
-            f"optim.batch_size: {recipe.optim.batch_size} takes {recipe.rows_per_step} sequences "
+            f"optim.batch_size: {recipe.optim.batch_size} needs {recipe.rows_per_step} sequences "
             f"per step, but the data has only {sequences}{packed}; lower batch_size, or add data"
         )
 
@@ -298,7 +298,9 @@ def _record_end(
 
 def _raise_failure(result: WorkerResult, folder: Folder) -> None:
     if result["status"] == "stopped":
-        raise Interrupted(f"stopped and saved; the same command resumes from there ({folder})")
+        raise Interrupted(
+            f"stopped after saving a checkpoint; the same command resumes the run ({folder})"
+        )
     if result["status"] == "failed":
         kind: type[FinrayError] = InputError if result["exit_code"] == 2 else RunError
         raise kind(str(result["error"]))

@@ -56,7 +56,7 @@ def tune(plan: Plan, progress: SweepProgress, stop: Stop, worker_env: dict[str, 
     concurrency = decide_concurrency(plan.sweep.concurrency, plan.recipe.scale)
     with hold_run_lock(plan.folder.create(), stop.requested, progress) as stale:
         if stale is not None:
-            progress.status(f"taking over from {stale}")
+            progress.status(f"taking over the lock, whose holder no longer runs: {stale}")
         plan.folder.delete(STOP_FILE)
         recipes = plan.data_recipes()  # each data setting is prepared once
         prepared = {key: prepare_data(recipe, progress) for key, recipe in recipes.items()}

@@ -77,7 +77,7 @@ def render(recipe: Recipe, target: Target) -> str:
 def object_name(run: str) -> str:
     """A Kubernetes name (DNS label that starts with a letter) of a run's name.
 
-    A name that is not valid as it stands gets eight digits of its hash, so that different runs
+    A name that is not valid unchanged gets eight digits of its hash, so that different runs
     have different names; so does one that ends like that already.
     """
     if re.fullmatch(rf"[a-z]([a-z0-9-]{{0,{LONGEST_NAME - 2}}}[a-z0-9])?", run) and not re.search(

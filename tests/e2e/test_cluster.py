@@ -68,11 +68,11 @@ def cluster(
             "ray-client-server-port": client,
         }
         try:
-            told = finray.run(
+            output = finray.run(
                 *("cluster", "up", "--port", str(head), "--dashboard-port", str(dashboard)),
                 *(f"--start-option=--{name}={value}" for name, value in options.items()),
             )
-            assert f"--address={socket.gethostname()}" not in told and f":{head}" in told
+            assert f"--address={socket.gethostname()}" not in output and f":{head}" in output
             yield Cluster(finray, f"http://127.0.0.1:{dashboard}", ray)
         finally:
             finray.run("cluster", "down")
@@ -119,9 +119,9 @@ def test_a_run_is_submitted_once_and_fetched(cluster: Cluster) -> None:
         for file in (file for file in folder.rglob("*") if file.is_file()):
             content = file.read_bytes()
             assert not [name for name, value in secrets.items() if value.encode() in content], file
-    told = listed + log + cluster.rays_own_notes(token)
-    assert '"submission_id"' in told
-    assert not [name for name, value in secrets.items() if value in told]
+    texts = listed + log + cluster.rays_own_notes(token)
+    assert '"submission_id"' in texts
+    assert not [name for name, value in secrets.items() if value in texts]
 
 
 def test_stop_saves_and_the_same_submission_resumes(cluster: Cluster) -> None:
@@ -140,8 +140,8 @@ def test_stop_saves_and_the_same_submission_resumes(cluster: Cluster) -> None:
     assert cluster.status("stopped")["status"] == "STOPPED"
     saved = record(run)["step"]
     assert 5 <= saved < 250
-    told = cluster.job("submit", recipe, "--wait")
-    assert "submitted stopped again, as stopped~2" in told
+    output = cluster.job("submit", recipe, "--wait")
+    assert "submitted stopped again, as stopped~2" in output
     assert record(run)["status"] == "finished"
     assert record(run)["restarts"][0]["step"] == saved
     assert sorted(losses(run)) == list(range(1, 251))
@@ -164,8 +164,8 @@ def test_a_sweep_stops_and_the_same_submission_goes_on(cluster: Cluster) -> None
     assert cluster.status("swept")["status"] == "STOPPED"
     assert json.loads((folder / "sweep.json").read_text())["status"] == "stopped"
 
-    told = cluster.job("submit", sweep, "--wait")
-    assert "submitted swept again, as swept~2" in told and "sweep swept finished" in told
+    output = cluster.job("submit", sweep, "--wait")
+    assert "submitted swept again, as swept~2" in output and "sweep swept finished" in output
     assert record(trial)["restarts"][0]["step"] >= 5
     assert sorted(losses(trial)) == list(range(1, 121))
     assert "finished already" in cluster.job("submit", sweep)
@@ -181,10 +181,10 @@ def test_a_sweep_stops_and_the_same_submission_goes_on(cluster: Cluster) -> None
     assert str(finray.data) not in (folder / "best.yaml").read_text(encoding="utf-8")
 
 
-def test_what_never_fits_is_told_at_once(cluster: Cluster) -> None:
+def test_what_never_fits_is_reported_at_once(cluster: Cluster) -> None:
     recipe = cluster.finray.recipe(name="wide", scale__workers=8)
-    told = cluster.job("submit", recipe, "--wait", code=2)
-    assert f"scale.workers={CPUS} would fit" in told
+    output = cluster.job("submit", recipe, "--wait", code=2)
+    assert f"scale.workers={CPUS} would fit" in output
     assert cluster.status("wide")["exit_code"] == 2
     assert not (cluster.finray.folder / "runs" / "wide" / "run.json").exists()
 
@@ -193,17 +193,17 @@ def test_a_wrong_and_a_missing_token(
     cluster: Cluster, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setenv("RAY_AUTH_TOKEN", "0" * 64)
-    told = cluster.job("list", code=2)
-    assert "refuses the token" in told and "0" * 64 not in told
+    output = cluster.job("list", code=2)
+    assert "refuses the token" in output and "0" * 64 not in output
     monkeypatch.delenv("RAY_AUTH_TOKEN")
     monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(tmp_path / "absent"))
-    told = cluster.job("list", code=2)
-    assert "requires a token" in told and "scp" in told
+    output = cluster.job("list", code=2)
+    assert "requires a token" in output and "scp" in output
 
 
 def test_doctor(cluster: Cluster, tmp_path: Path) -> None:
     arguments = ("cluster", "doctor", "--address", cluster.address, "--storage")
-    told = cluster.finray.run(*arguments, tmp_path)
-    assert "written by every node, read by all" in told and "requires a token" in told
+    output = cluster.finray.run(*arguments, tmp_path)
+    assert "written by every node, read by all" in output and "requires a token" in output
     (tmp_path / "file").write_bytes(b"")
     assert "FAIL" in cluster.finray.run(*arguments, tmp_path / "file", code=2)

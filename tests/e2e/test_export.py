@@ -26,10 +26,10 @@ def program_of(folder: Path) -> str:
 def test_a_trained_adapter_and_its_merge(finray: Finray, tmp_path_factory: Any) -> None:
     finray.run("train", finray.recipe(data__holdout=0.05))
     run, scratch = finray.folder / "runs" / "run", tmp_path_factory.mktemp("scratch")
-    told = finray.run("export", "runs/run", "--to", "alone")
-    assert "the adapter alone" in told and "PeftModel.from_pretrained(base, " in told
-    told = finray.run("export", "runs/run", "--to", "whole", "--merge")
-    assert "merged into its base" in told and "Traceback" not in told
+    output = finray.run("export", "runs/run", "--to", "alone")
+    assert "the adapter alone" in output and "PeftModel.from_pretrained(base, " in output
+    output = finray.run("export", "runs/run", "--to", "whole", "--merge")
+    assert "merged into its base" in output and "Traceback" not in output
     places = (run / "adapter", finray.folder / "alone", finray.folder / "whole")
     trained, alone, whole, base = loads_alone(*places, finray.model, ids=IDS, scratch=scratch)
     assert np.array_equal(trained, alone)
@@ -41,11 +41,11 @@ def test_a_trained_adapter_and_its_merge(finray: Finray, tmp_path_factory: Any) 
 
 def test_a_model_trained_whole(finray: Finray, tmp_path: Path) -> None:
     finray.run("train", finray.recipe(adapter=None, optim__max_steps=4))
-    told = json.loads(finray.run("export", "runs/run", "--to", "out", "--json"))
-    assert told["kind"] == "model" and told["folder"] == str(finray.folder / "out")
+    result = json.loads(finray.run("export", "runs/run", "--to", "out", "--json"))
+    assert result["kind"] == "model" and result["folder"] == str(finray.folder / "out")
     run_alone(program_of(finray.folder / "out"), folder=finray.folder / "out")
-    told_no = finray.run("export", "runs/run", "--to", "other", "--merge", code=2)
-    assert "omit --merge" in told_no
+    output = finray.run("export", "runs/run", "--to", "other", "--merge", code=2)
+    assert "omit --merge" in output
 
 
 def test_a_reward_model(finray: Finray, tmp_path_factory: Any) -> None:
@@ -93,6 +93,6 @@ def test_kill_in_the_middle(finray: Finray) -> None:
 @pytest.mark.parametrize("arguments", [("nowhere",), ("runs/support", "--dtype", "bfloat16")])
 def test_refusals(finray: Finray, arguments: tuple[str, ...]) -> None:
     finished_run(finray.folder, finray.model)
-    told = finray.run("export", *arguments, "--to", "out", code=2)
-    assert told.startswith("finray: ") and "Traceback" not in told
+    output = finray.run("export", *arguments, "--to", "out", code=2)
+    assert output.startswith("finray: ") and "Traceback" not in output
     assert not (finray.folder / "out").exists()

@@ -53,8 +53,8 @@ class Cluster:
         for finray in (self.admin, self.finray):
             finray.folder.mkdir()
         options = ("--dashboard-host=0.0.0.0", "--num-cpus=0")
-        told = self.admin.run("cluster", "up", *(f"--start-option={one}" for one in options))
-        assert f"--address={self.head.address}:{PORT}" in told
+        output = self.admin.run("cluster", "up", *(f"--start-option={one}" for one in options))
+        assert f"--address={self.head.address}:{PORT}" in output
         for name in self.nodes:
             self.join(name)
 
@@ -75,7 +75,7 @@ class Cluster:
         self.head.ray("drain-node", address, *node, *reason, *deadline, env=env)
 
     def node_id(self, name: str) -> str:
-        told = self.head.run(
+        output = self.head.run(
             sys.executable,
             "-c",
             "import json, ray; ray.init('auto', log_to_driver=False, logging_level='ERROR');"
@@ -83,8 +83,8 @@ class Cluster:
             " if n['Alive']]))",
             env={"RAY_AUTH_MODE": "token"},
         )
-        found = dict(json.loads(told.strip().splitlines()[-1]))
-        return str(found[self.nodes[name].address])
+        ids = dict(json.loads(output.strip().splitlines()[-1]))
+        return str(ids[self.nodes[name].address])
 
     def job(self, verb: str, *arguments: str | Path, code: int = 0, seconds: float = 240) -> str:
         address = f"http://{self.head.address}:{DASHBOARD}"
@@ -158,9 +158,9 @@ def assert_same_steps(run: Path, alone: Path) -> None:
 
 def test_two_hosts_train_as_one_process(cluster: Cluster, alone: Path) -> None:
     cluster.job("submit", cluster.recipe("two", 60, scale__workers=2))
-    told = cluster.job("logs", "two", "--follow")
+    output = cluster.job("logs", "two", "--follow")
     run = cluster.run_of("two")
-    assert "two finished" in told
+    assert "two finished" in output
     assert record(run)["world_sizes"] == [2] and len(record(run)["nodes"]) == 2
     assert_same_steps(run, alone)
 
@@ -270,8 +270,8 @@ def test_a_sweep_loses_a_host_and_no_trial(cluster: Cluster) -> None:
     cluster.job("submit", sweep)
     wait_until(lambda: all(reached(trial, 15) for trial in trials), "step 15 of both trials")
     cluster.nodes["beta"].kill()
-    told = cluster.job("logs", "swept", "--follow", seconds=500)
-    assert "sweep swept finished" in told
+    output = cluster.job("logs", "swept", "--follow", seconds=500)
+    assert "sweep swept finished" in output
     for trial in trials:
         assert record(trial)["status"] == "finished"
         assert sorted(losses(trial)) == list(range(1, 151))

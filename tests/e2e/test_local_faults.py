@@ -98,7 +98,7 @@ def test_one_driver_at_a_time(finray: Finray, undisturbed: Path) -> None:
     run = finray.folder / "runs" / "run"
     first = finray.start("train", recipe)
     wait_until(lambda: reached(run, 5), "step 5")
-    assert "another finray process runs it" in finray.run("train", recipe, code=2)
+    assert "another finray process is using it" in finray.run("train", recipe, code=2)
     assert first.wait() == 0, first.output()
     assert_same_result(run, undisturbed)
     assert not (run / "lock.json").exists()

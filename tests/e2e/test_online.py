@@ -63,16 +63,16 @@ def test_killed_and_resumed(finray: Finray, method: dict[str, Any]) -> None:
     wait_until(lambda: reached(runs / "killed", 7), "step 7")
     command.kill()
     finray.run("train", path)
-    told = record(runs / "killed")
-    assert told["status"] == "finished" and told["restarts"][0]["step"] in (6, 8, 10)
+    run = record(runs / "killed")
+    assert run["status"] == "finished" and run["restarts"][0]["step"] in (6, 8, 10)
     assert_same_result(runs / "killed", runs / "whole")
     digest = hashlib.sha256(REWARDS.encode()).hexdigest()
-    assert told["reward_files"] == {f"{finray.folder}/rewards.py:length": digest}
+    assert run["reward_files"] == {f"{finray.folder}/rewards.py:length": digest}
     names = ("reward", "kl", "clipped", "completion_length", "truncated", "reward/length")
     steps = [line for line in metrics(runs / "whole") if "loss" in line]
     assert all(name in line for line in steps for name in names)
-    assert {"eval_reward", "eval_kl"} <= told["metrics"].keys()
-    assert told["before"]["eval_kl"] == 0.0 < told["metrics"]["eval_kl"]
+    assert {"eval_reward", "eval_kl"} <= run["metrics"].keys()
+    assert run["before"]["eval_kl"] == 0.0 < run["metrics"]["eval_kl"]
     shown = [
         (runs / name / "rollouts.jsonl").read_text(encoding="utf-8") for name in ("whole", "killed")
     ]
@@ -93,7 +93,7 @@ def test_two_workers_sample_what_one_process_does(finray: Finray) -> None:
     assert record(runs / "two")["world_sizes"] == [2]
     for name in ("reward", "reward_std", "completion_length", "loss", "grad_norm"):
         assert two[0][name] == pytest.approx(one[0][name], abs=1e-4), name
-    # A failure of one worker ends both, and is told.
+    # A failure of one worker ends both, and is reported.
     path = recipe(
         finray, name="bad", scale__workers=2, method={"rewards": [{"file": "rewards.py:fails"}]}
     )
@@ -104,7 +104,7 @@ def test_two_workers_sample_what_one_process_does(finray: Finray) -> None:
 
 
 @pytest.mark.parametrize(
-    ("changes", "told"),
+    ("changes", "message"),
     [
         ({"optim__batch_size": 18}, "multiple of method.generations 4"),
         ({"method": {"max_completion": 96}}, "no room for a prompt"),
@@ -115,9 +115,9 @@ def test_two_workers_sample_what_one_process_does(finray: Finray) -> None:
         ({"method": {"rollout": "vllm"}}, "vllm is not installed"),
     ],
 )
-def test_refused(finray: Finray, changes: dict[str, Any], told: str) -> None:
+def test_refused(finray: Finray, changes: dict[str, Any], message: str) -> None:
     output = finray.run("train", recipe(finray, **changes), code=2)
-    assert told in output
+    assert message in output
     assert "Traceback" not in output
     assert not (finray.folder / "runs" / "run").exists()
 
@@ -127,12 +127,12 @@ def test_a_reward_run_must_fit(finray: Finray) -> None:
     rewards = [{"run": "judge"}]
     judge = finray.folder / "runs" / "judge"
     (judge / "adapter").mkdir(parents=True)
-    told = {"method": "sft", "status": "finished", "result": "adapter", "base": "somewhere"}
-    (judge / "run.json").write_text(json.dumps(told), encoding="utf-8")
+    reward_run = {"method": "sft", "status": "finished", "result": "adapter", "base": "somewhere"}
+    (judge / "run.json").write_text(json.dumps(reward_run), encoding="utf-8")
     path = recipe(finray, method={"rewards": rewards})
     assert "is a run of method sft; expected reward" in finray.run("check", path, code=2)
-    told["method"] = "reward"
-    (judge / "run.json").write_text(json.dumps(told), encoding="utf-8")
+    reward_run["method"] = "reward"
+    (judge / "run.json").write_text(json.dumps(reward_run), encoding="utf-8")
     tokenizer = json.loads((finray.model / "tokenizer.json").read_text(encoding="utf-8"))
     tokenizer["added_tokens"][0]["content"] = "<another>"
     (judge / "adapter" / "tokenizer.json").write_text(json.dumps(tokenizer), encoding="utf-8")

@@ -92,7 +92,7 @@ def test_two_workers_and_a_kill(command: Finray, train: tuple[str, ...]) -> None
 )
 def test_the_others_on_two_workers(command: Finray, kind: str) -> None:
     """Step by step as in one process, and held-out pairs are learnt too."""
-    runs, found = command.folder / "runs", []
+    runs, curves = command.folder / "runs", []
     for count in (0, 2):
         name = f"{kind}-{count}"
         recipe = command.recipe(
@@ -104,12 +104,12 @@ def test_the_others_on_two_workers(command: Finray, kind: str) -> None:
             scale__workers=count,
         )
         command.run("train", recipe)
-        found.append(losses(runs / name))
-        told = record(runs / name)
-        assert told["world_sizes"] == [max(1, count)]
-        assert told["metrics"]["eval_loss"] < told["before"]["eval_loss"]
-    assert sorted(found[0]) == sorted(found[1]) == list(range(1, STEPS + 1))
-    assert found[1] == pytest.approx(found[0], abs=1e-5)
+        curves.append(losses(runs / name))
+        run = record(runs / name)
+        assert run["world_sizes"] == [max(1, count)]
+        assert run["metrics"]["eval_loss"] < run["before"]["eval_loss"]
+    assert sorted(curves[0]) == sorted(curves[1]) == list(range(1, STEPS + 1))
+    assert curves[1] == pytest.approx(curves[0], abs=1e-5)
 
 
 def test_data_of_another_method_is_refused(command: Finray) -> None:

@@ -24,17 +24,17 @@ def undisturbed(shared_finray: Finray) -> Path:
 
 
 def test_it_learns(undisturbed: Path, shared_finray: Finray) -> None:
-    found = losses(undisturbed)
-    assert found[60] < found[1] - 0.2
+    logged = losses(undisturbed)
+    assert logged[60] < logged[1] - 0.2
     evaluated = {
         line["step"]: line["eval_loss"] for line in metrics(undisturbed) if "eval_loss" in line
     }
     assert sorted(evaluated) == [0, 20, 40, 60]
     assert evaluated[60] < evaluated[20] < evaluated[0]
     outlook = json.loads(shared_finray.run("check", shared_finray.recipe(**QLORA), "--json"))
-    told = record(undisturbed)["parameters"]
-    assert {name: told[name] for name in ("total", "trainable")} == outlook["parameters"]
-    assert (told["adapter"], told["quantize"]) == ("lora", "nf4")
+    parameters = record(undisturbed)["parameters"]
+    assert {name: parameters[name] for name in ("total", "trainable")} == outlook["parameters"]
+    assert (parameters["adapter"], parameters["quantize"]) == ("lora", "nf4")
 
 
 def test_sigkill_and_again(finray: Finray, undisturbed: Path) -> None:
@@ -69,6 +69,6 @@ def test_a_run_starts_from_the_one_before(shared_finray: Finray, undisturbed: Pa
     weights = other / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-4] + b"\x00\x00\x00\x40")
     changes = {**changes, **more, "name": "other", "model__base": str(other)}
-    told = finray.run("train", finray.recipe(**changes), code=2)
-    assert f"is an adapter of {finray.model}, and model.base is {other}" in told
+    output = finray.run("train", finray.recipe(**changes), code=2)
+    assert f"is an adapter of {finray.model}, and model.base is {other}" in output
     assert not (finray.folder / "runs" / "other").exists()

@@ -52,12 +52,12 @@ def chain(shared_finray: Finray) -> Iterator[Chain]:
 
 @pytest.mark.slow
 def test_dpo_prefers_what_is_right(chain: Chain) -> None:
-    told = chain.train(
+    run = chain.train(
         "dpo.yaml", "quickstart-dpo", optim__epochs="null", optim__max_steps=20, eval__samples=0
     )
-    assert told["before"]["eval_reward_margin"] == 0.0
-    assert told["metrics"]["eval_reward_accuracy"] > 0.8
-    assert told["metrics"]["eval_reward_margin"] > 0.5
+    assert run["before"]["eval_reward_margin"] == 0.0
+    assert run["metrics"]["eval_reward_accuracy"] > 0.8
+    assert run["metrics"]["eval_reward_margin"] > 0.5
 
 
 @pytest.fixture(scope="module")
@@ -80,7 +80,7 @@ def test_grpo_gains_what_the_rewards_ask_for(
 ) -> None:
     """On held-out messages, and without straying far from the start."""
     name = f"quickstart-grpo-{seed}"
-    told = chain.train(
+    run = chain.train(
         "grpo.yaml",
         name,
         seed=seed,
@@ -89,7 +89,7 @@ def test_grpo_gains_what_the_rewards_ask_for(
         eval__samples=0,
         eval__every_steps="null",
     )
-    before, after = told["before"], told["metrics"]
+    before, after = run["before"], run["metrics"]
     assert after["eval_reward"] > before["eval_reward"] + 0.4
     for reward in ("json_valid", "fields_right"):
         assert after[f"eval_reward/{reward}"] > before[f"eval_reward/{reward}"] + 0.25

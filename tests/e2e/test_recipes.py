@@ -31,15 +31,15 @@ assert not [name for name in sys.modules if name.startswith("finray")]
 
 @pytest.mark.timeout(600)
 def test_quickstart(finray: Finray) -> None:
-    """The main job: two workers, and the figures that the README promises."""
+    """The main job: two workers, and the results that the README promises."""
     storage = finray.folder / "runs"
     output = finray.run("train", QUICKSTART / "sft.yaml", "--set", f"storage={storage}", fresh=True)
     run = storage / "quickstart"
-    told = record(run)
-    assert told["status"] == "finished" and told["world_sizes"] == [2]
-    assert told["before"]["exact_match"] < 0.10
-    assert told["metrics"]["exact_match"] >= 0.80
-    assert told["metrics"]["eval_loss"] < told["before"]["eval_loss"]
+    run_record = record(run)
+    assert run_record["status"] == "finished" and run_record["world_sizes"] == [2]
+    assert run_record["before"]["exact_match"] < 0.10
+    assert run_record["metrics"]["exact_match"] >= 0.80
+    assert run_record["metrics"]["eval_loss"] < run_record["before"]["eval_loss"]
     for shown in ("exact match", "held-out loss", "adapter", "report.html"):
         assert shown in output
     done = subprocess.run(
@@ -85,8 +85,8 @@ def test_the_base_model_can_be_made(finray: Finray) -> None:
         *("--set", "log.every_steps=5", "--set", "eval.every_steps=15"),
     )
     run = finray.folder / "runs" / "quickstart-base"
-    found = losses(run)
-    assert found[30] < found[5] - 1.0
+    logged = losses(run)
+    assert logged[30] < logged[5] - 1.0
     assert [line["step"] for line in metrics(run) if "eval_loss" in line] == [0, 15, 30]
     assert (run / "model" / "model.safetensors").exists()
     assert (run / "model" / "tokenizer.json").exists()

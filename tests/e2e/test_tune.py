@@ -37,7 +37,7 @@ def write_sweep(finray: Finray, recipe: dict[str, Any] | None = None, **settings
     return path
 
 
-def told(finray: Finray) -> dict[str, Any]:
+def sweep_record(finray: Finray) -> dict[str, Any]:
     """sweep.json."""
     path = finray.folder / "runs" / "sweep" / "sweep.json"
     values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
@@ -45,7 +45,7 @@ def told(finray: Finray) -> dict[str, Any]:
 
 
 def states(finray: Finray) -> list[str]:
-    return [row["state"] for row in told(finray).get("trials", [])]
+    return [row["state"] for row in sweep_record(finray).get("trials", [])]
 
 
 def slots(processes: Iterable[psutil.Process]) -> list[psutil.Process]:
@@ -62,14 +62,14 @@ def test_a_sweep_killed_in_its_middle_goes_on(finray: Finray) -> None:
     wait_until(lambda: bool(slots(command.watch_family())), "slots")
     held = set(slots(command.watch_family()))
     command.kill()
-    ended = [row for row in told(finray)["trials"] if row["state"] != "running"]
-    running = [row["number"] for row in told(finray)["trials"] if row["state"] == "running"]
+    ended = [row for row in sweep_record(finray)["trials"] if row["state"] != "running"]
+    running = [row["number"] for row in sweep_record(finray)["trials"] if row["state"] == "running"]
     assert ended and running
     assert not command.survivors(30, held), "slots outlive their driver"
     started = {row["number"]: run_of(folder, row["number"])["started_at"] for row in ended}
 
     finray.run("tune", sweep, seconds=600)
-    after = told(finray)
+    after = sweep_record(finray)
     rows = {row["number"]: row for row in after["trials"]}
     assert after["status"] == "finished" and len(rows) == 7
     for row in ended:
@@ -120,7 +120,7 @@ def test_a_lost_slot_and_ctrl_c_cost_little(finray: Finray) -> None:
     slot.kill()
     wait_until(lambda: len(record(trial).get("world_sizes", [])) == 2, "the trial elsewhere")
     lost = record(trial)["restarts"][0]["step"]
-    assert lost > 0, "the trial began anew"
+    assert lost > 0, "the trial started from scratch"
     assert "trial 0: its process was lost" in command.output()
 
     wait_until(lambda: reached(trial, lost + 5), "some more steps")
@@ -129,10 +129,10 @@ def test_a_lost_slot_and_ctrl_c_cost_little(finray: Finray) -> None:
     assert command.wait() == 130, command.output()
     assert "Traceback" not in command.output()
     assert not command.survivors(30), "processes outlive Ctrl-C"
-    assert told(finray)["status"] == "stopped" and states(finray) == ["running"]
+    assert sweep_record(finray)["status"] == "stopped" and states(finray) == ["running"]
     saved = record(trial)["step"]
     finray.run("tune", sweep, seconds=600)
-    assert told(finray)["status"] == "finished" and len(states(finray)) == 2
+    assert sweep_record(finray)["status"] == "finished" and len(states(finray)) == 2
     assert [one["step"] for one in record(trial)["restarts"]] == [lost, saved]
     assert sorted(losses(trial)) == list(range(1, 151))
 
@@ -150,7 +150,7 @@ def test_a_killed_sweep_of_several_workers_goes_on(finray: Finray) -> None:
     finray.run("tune", sweep, seconds=600)
     assert set(states(finray)) <= {"finished", "pruned"} and "finished" in states(finray)
     assert record(trial)["world_sizes"] == [2, 2] and record(trial)["restarts"][0]["step"] > 0
-    rows = told(finray)["trials"]
+    rows = sweep_record(finray)["trials"]
     assert rows[0]["curve"] and rows[0]["curve"][0][0] > 0
     message = finray.run("tune", sweep, "--set", "concurrency=9", code=2)
     assert "holds 1 at a time" in message and "Traceback" not in message
@@ -165,7 +165,7 @@ def test_a_population(finray: Finray) -> None:
     )
     finray.run("tune", sweep, "--local", seconds=600)
     folder = finray.folder / "runs" / "sweep"
-    rows = {row["number"]: row for row in told(finray)["trials"]}
+    rows = {row["number"]: row for row in sweep_record(finray)["trials"]}
     assert [row["state"] for row in rows.values()].count("finished") == 4
     children = [row for row in rows.values() if row["parent"]]
     assert children
@@ -174,8 +174,8 @@ def test_a_population(finray: Finray) -> None:
         parent = folder / "trials" / f"trial-{row['parent']['trial']:04d}"
         begins = record(run)["restarts"][0]["step"]
         assert begins > 0 and begins % 4 == 0
-        mine, theirs = losses(run), losses(parent)
-        assert {step: mine[step] for step in mine if step <= begins} == {
+        own, theirs = losses(run), losses(parent)
+        assert {step: own[step] for step in own if step <= begins} == {
             step: theirs[step] for step in theirs if step <= begins
         }
         rates = {line["step"]: line["learning_rate"] for line in metrics(run) if "loss" in line}
@@ -187,7 +187,9 @@ def test_a_population(finray: Finray) -> None:
         if after in rates and after in others and settings[0] != settings[1]:
             assert rates[after] / others[after] == pytest.approx(settings[0] / settings[1])
     best = (folder / "best.yaml").read_text(encoding="utf-8")
-    assert ("changed while it trained" in best) == bool(rows[told(finray)["best"][0]]["parent"])
+    assert ("changed while it trained" in best) == bool(
+        rows[sweep_record(finray)["best"][0]]["parent"]
+    )
 
 
 def test_trials_that_all_fail_alike_end_the_sweep(finray: Finray) -> None:
@@ -212,7 +214,7 @@ def test_a_pareto_front(finray: Finray) -> None:
         sampler="nsga2",
     )
     finray.run("tune", sweep, seconds=600)
-    after = told(finray)
+    after = sweep_record(finray)
     assert states(finray) == ["finished"] * 4
     rows = {row["number"]: row["values"] for row in after["trials"]}
     for number in after["best"]:

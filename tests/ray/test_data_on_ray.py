@@ -76,7 +76,9 @@ def test_ray_data_prepares_the_same(
 
 
 @pytest.mark.usefixtures("local_ray")
-def test_a_bad_row_in_a_task_is_told_as_in_this_process(tiny_model: Path, tmp_path: Path) -> None:
+def test_a_bad_row_in_a_task_is_reported_as_in_this_process(
+    tiny_model: Path, tmp_path: Path
+) -> None:
     bad = tmp_path / "bad.jsonl"
     good = json.dumps({"prompt": "a", "completion": "b"}) + "\n"
     bad.write_text(good * 10 + "{oops\n" * 10, encoding="utf-8")

@@ -29,7 +29,7 @@ import transformers
 from peft import PeftModel
 
 ids, dtype, out, results = json.loads(sys.argv[1])
-found = []
+logits = []
 for result in results:
     transformers.AutoTokenizer.from_pretrained(result["folder"])
     make = getattr(transformers, result["class"])
@@ -37,8 +37,8 @@ for result in results:
     if result["whole"] != result["folder"]:
         model = PeftModel.from_pretrained(model, result["folder"])
     with torch.no_grad():
-        found.append(model.eval()(input_ids=torch.tensor([ids])).logits.float().numpy())
-np.savez(out, *found)
+        logits.append(model.eval()(input_ids=torch.tensor([ids])).logits.float().numpy())
+np.savez(out, *logits)
 """
 
 
@@ -92,10 +92,10 @@ def loads_alone(
         then: programs that the same process runs afterwards, by their folder.
     """
     out = scratch / "logits.npz"
-    told = json.dumps([ids, dtype, str(out), [_how_to_load(folder) for folder in folders]])
-    run_alone(_LOGITS + _EACH, told, _as_argument(then or {}), folder=scratch)
-    with np.load(out) as found:
-        return [found[name] for name in found.files]
+    inputs = json.dumps([ids, dtype, str(out), [_how_to_load(folder) for folder in folders]])
+    run_alone(_LOGITS + _EACH, inputs, _as_argument(then or {}), folder=scratch)
+    with np.load(out) as saved:
+        return [saved[name] for name in saved.files]
 
 
 def _how_to_load(folder: Path) -> dict[str, Any]:

@@ -42,8 +42,8 @@ def recipe(base: Path, data: Path, storage: Path, name: str, **optim: Any) -> Re
     )
 
 
-def carry_out(settings: Recipe) -> dict[str, Any]:
-    """run.json of the finished run."""
+def run_to_the_end(settings: Recipe) -> dict[str, Any]:
+    """Train in this process; returns run.json of the finished run."""
     return train(settings, InProcessLauncher())
 
 

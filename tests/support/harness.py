@@ -68,7 +68,7 @@ class Finray:
         folder: where it runs.
         model: the recipes' base.
         data: the recipes' rows.
-        server: forks the commands; without it, each is started anew.
+        server: forks the commands; without it, each starts a new process.
         place: from a command to the one that runs it elsewhere, such as on another host.
     """
 
@@ -155,8 +155,8 @@ class Finray:
     ) -> str:
         """Run to the end; returns what was printed."""
         command = self.start(*arguments, fresh=fresh)
-        found = command.wait(seconds)
-        assert found == code, f"exit code {found}, expected {code}:\n{command.output()}"
+        actual = command.wait(seconds)
+        assert actual == code, f"exit code {actual}, expected {code}:\n{command.output()}"
         return command.output()
 
     def end_all(self) -> None:
@@ -203,12 +203,12 @@ def reached(run: Path, step: int) -> bool:
 
 def losses(run: Path) -> dict[int, float]:
     """Training loss by step; a step logged twice is a fault."""
-    found: dict[int, float] = {}
+    values: dict[int, float] = {}
     for line in metrics(run):
         if "loss" in line:
-            assert line["step"] not in found, f"step {line['step']} is logged twice"
-            found[line["step"]] = line["loss"]
-    return found
+            assert line["step"] not in values, f"step {line['step']} is logged twice"
+            values[line["step"]] = line["loss"]
+    return values
 
 
 def assert_same_result(run: Path, reference: Path) -> None:

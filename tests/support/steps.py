@@ -28,7 +28,7 @@ Gradients = dict[str, torch.Tensor]
 
 
 def make_sequences(count: int, seed: int = 0) -> list[Sequence]:
-    """Packed sequences of random documents, about half of whose tokens bear loss."""
+    """Packed sequences of random documents, about half of whose tokens count in the loss."""
     random = np.random.default_rng(seed)
     made = []
     for number in range(count):
@@ -43,15 +43,15 @@ def make_sequences(count: int, seed: int = 0) -> list[Sequence]:
 
 
 def gradients(model: Any) -> Gradients:
-    """Whole ones, also of a sharded model, of which all ranks ask together."""
-    found = {
+    """The full gradients by name. All ranks of a sharded model must call this together."""
+    existing = {
         name: parameter.grad
         for name, parameter in model.named_parameters()
         if parameter.grad is not None
     }
     return {
         name: gradient.full_tensor() if isinstance(gradient, DTensor) else gradient.clone()
-        for name, gradient in found.items()
+        for name, gradient in existing.items()
     }
 
 
@@ -77,7 +77,7 @@ def one_step(
 ) -> tuple[Gradients, dict[str, float], Counts]:
     """The gradient, the logged loss and measures, and the counts of a step over all rows."""
     first = sum(share(len(rows), other, world_size) for other in range(rank))
-    mine = rows[first : first + share(len(rows), rank, world_size)]
+    own_rows = rows[first : first + share(len(rows), rank, world_size)]
     logged: dict[str, float] = {}
 
     def after_step(_: StepMeasures) -> bool:
@@ -94,8 +94,8 @@ def one_step(
         objective=objective,
         passes=1,
         rows=lambda: microbatches(
-            iter(mine),
-            len(mine),
+            iter(own_rows),
+            len(own_rows),
             settings.optim.micro_batch_size,
             accumulation(settings, world_size),
         ),

@@ -77,8 +77,8 @@ def _take(folder: Folder, own: Lock, progress: Progress) -> Lock | None:
     existing = _read(folder)
     if existing is not None and _is_alive(folder, existing, progress):
         raise InputError(
-            f"{folder}: another finray process runs it ({_read(folder) or existing}); wait for it "
-            "to finish, or stop it"
+            f"{folder}: another finray process is using it ({_read(folder) or existing}); "
+            "wait until it ends, or stop it"
         )
     if existing is None and folder.local is not None and not folder.exists(LOCK_FILE):
         return None if _link(folder, own) else _take(folder, own, progress)
@@ -96,7 +96,9 @@ def _is_alive(folder: Folder, existing: Lock, progress: Progress) -> bool:
     if existing.is_local:
         return age < STALE_SECONDS and _exists(existing.pid)
     wait_seconds = max(2 * RENEW_SECONDS, STALE_SECONDS - age)
-    progress.status(f"waiting up to {wait_seconds:.0f}s for a heartbeat of {existing}")
+    progress.status(
+        f"waiting up to {wait_seconds:.0f} s for a heartbeat of the lock's holder ({existing})"
+    )
     end = time.monotonic() + wait_seconds
     while time.monotonic() < end:
         time.sleep(RENEW_SECONDS / 10)

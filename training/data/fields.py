@@ -33,7 +33,9 @@ def text_of(value: Any, name: str) -> str:
     try:
         value.encode("utf-8")
     except UnicodeEncodeError:
-        raise RowError(f"{name} contains half of a surrogate pair, not a character") from None
+        raise RowError(
+            f"{name} contains an unpaired surrogate, which is not a valid character"
+        ) from None
     return value
 
 

@@ -40,7 +40,7 @@ def from_preference(row: Row) -> PreferencePair:
     else:
         chosen, rejected = (_after(prompt, row[name], name) for name in ("chosen", "rejected"))
     if chosen == rejected:
-        raise RowError("chosen and rejected are the same: there is nothing to prefer")
+        raise RowError("chosen and rejected are equal, so the row states no preference")
     return PreferencePair(chosen, rejected, _margin(row))
 
 
@@ -68,7 +68,7 @@ def _labelled_answer(row: Row) -> Answer:
             turns_of(row["messages"], "messages") if "messages" in row else sharegpt_turns(row)
         )
         if messages[-1]["role"] != "assistant":
-            raise RowError("the last message is not an assistant turn, which the label rates")
+            raise RowError("the last message must be an assistant turn, because the label rates it")
         return conversation_of(messages, first_trained=len(messages) - 1)
     if "instruction" in row:
         return _after(alpaca_prompt(row), required_text(row, "output"), "output")

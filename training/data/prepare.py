@@ -214,7 +214,12 @@ class _Preparation:
         data = self._recipe.data
         held_out = bool(data.eval) or data.holdout > 0
         if not self._parts["train"]:
-            raise InputError(f"data.train: no sequence is left to train on: {self._summary()}")
+            remedy = (
+                "raise data.max_length, or add data" if self._dropped["overlong"] else "add data"
+            )
+            raise InputError(
+                f"data.train: no sequence is left to train on: {self._summary()}; {remedy}"
+            )
         if held_out and not self._parts["eval"]:
             setting = "data.eval" if data.eval else f"data.holdout {data.holdout:g}"
             raise InputError(

@@ -246,7 +246,7 @@ class _Window:
 
     def _fail(self, reason: str) -> None:
         raise InputError(
-            f"{self._file.uri}:{self._line}: the JSON array cannot be read from here on: {reason}; "
+            f"{self._file.uri}:{self._line}: the JSON array is invalid from here on: {reason}; "
             "repair it, or write one object per line as .jsonl"
         )
 

@@ -96,7 +96,7 @@ def expand(source: Source) -> list[SourceFile]:
     try:
         files = _find(path, parent or "/", name)
     except OSError as error:
-        raise InputError(f"{source.path}: cannot be read: {error}") from None
+        raise InputError(f"{source.path}: cannot read it: {error}") from None
     for file in files:
         if file.size == 0:
             raise InputError(f"{file.uri}: the file is empty; expected at least one row of data")

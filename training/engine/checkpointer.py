@@ -141,7 +141,9 @@ class Checkpointer:
         self._pending = None
         self._on_saved(self.state)
         if self._failures >= _MOST_FAILURES:
-            raise RunError(f"{self._failures} saves in a row failed; {self._summary()}")
+            raise RunError(
+                f"saving a checkpoint failed {self._failures} times in a row; {self._summary()}"
+            )
 
     def close(self) -> None:
         """Wait until everything is saved.
@@ -152,7 +154,7 @@ class Checkpointer:
         self.wait()
         self._uploads.wait()  # for the rotation
         if self.state.error is not None:
-            raise RunError(f"the last state could not be saved; {self._summary()}")
+            raise RunError(f"the last checkpoint could not be saved; {self._summary()}")
 
     def _write(self, write: Callable[[Path], None]) -> Path | None:
         """Write this worker's part into a new folder; returns it, or None if the disk is full."""

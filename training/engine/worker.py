@@ -467,7 +467,7 @@ class TrainingWorker:
 def _open_prepared(uri: str) -> Prepared:
     prepared = open_prepared(Folder(uri))
     if prepared is None:
-        raise RunError(f"the prepared data set {uri} is gone; start the run again")
+        raise RunError(f"the prepared data set {uri} no longer exists; start the run again")
     return prepared
 
 

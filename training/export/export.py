@@ -173,8 +173,8 @@ def _check_base(base: Path, adapter: Path) -> None:
     recorded = _read_json(file).get("digest") if file.is_file() else None
     if recorded is not None and base_digest(base) not in (recorded, None):
         raise InputError(
-            f"{base}: the base's weights changed since the adapter was trained; merge needs the "
-            "original weights"
+            f"{base}: the base's weights have changed since the adapter was trained; "
+            "merge needs the original weights"
         )
 
 

@@ -101,10 +101,10 @@ def finished_run(folder: Folder) -> FinishedRun:
     if status != "finished" or name not in ("adapter", "model"):
         raise InputError(
             f"{folder}: the run is not finished (status: {status}, step {record.get('step')} of "
-            f"{record.get('total_steps')}); `finray train` with its recipe continues it"
+            f"{record.get('total_steps')}); `finray train` with its recipe resumes it"
         )
     if not folder.exists(name):
-        raise InputError(f"{folder}: the run's result, {name}/, is gone")
+        raise InputError(f"{folder}: the run's result folder {name}/ no longer exists")
     return FinishedRun(folder, record, read_recipe(folder)[1], name)
 
 

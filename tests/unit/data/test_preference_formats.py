@@ -141,8 +141,8 @@ def test_labelled(row: dict[str, Any], expected: LabelledExample) -> None:
     [
         ("preference", {"prompt": "q", "chosen": "a"}, "rejected is missing"),
         ("preference", {"prompt": "q", "chosen": "a", "rejected": None}, "rejected is null"),
-        ("preference", {"prompt": "q", "chosen": "a", "rejected": "a"}, "are the same"),
-        ("preference", {"chosen": [USER, GOOD], "rejected": [USER, GOOD]}, "are the same"),
+        ("preference", {"prompt": "q", "chosen": "a", "rejected": "a"}, "are equal"),
+        ("preference", {"chosen": [USER, GOOD], "rejected": [USER, GOOD]}, "are equal"),
         ("preference", {"prompt": "q", "chosen": "a", "rejected": " "}, "rejected is empty"),
         ("preference", {"prompt": "q", "chosen": "a", "rejected": 3}, "rejected is int"),
         ("preference", {"prompt": "", "chosen": "a", "rejected": "b"}, "prompt is empty"),
@@ -174,7 +174,7 @@ def test_labelled(row: dict[str, Any], expected: LabelledExample) -> None:
         ("labelled", {"prompt": "q", "completion": "a", "label": 2}, "label is 2"),
         ("labelled", {"prompt": "q", "completion": "a", "label": 0.5}, "label is 0.5"),
         ("labelled", {"label": True, "prompt": "q"}, "completion .* missing"),
-        ("labelled", {"messages": [USER, GOOD, USER], "label": True}, "is not an assistant turn"),
+        ("labelled", {"messages": [USER, GOOD, USER], "label": True}, "must be an assistant turn"),
     ],
 )
 def test_refused(row_format: KnownFormat, row: dict[str, Any], message: str) -> None:

@@ -245,6 +245,7 @@ def test_no_sequence_left_is_an_error(tmp_path: Path, make_recipe: MakeRecipe) -
         run(make_recipe(train=path), tmp_path)
     message = (
         "no sequence is left to train on: 3 rows read, dropped: overlong 3 (data.max_length is 64)"
+        "; raise data.max_length, or add data"
     )
     assert message in str(caught.value)
     home = next((tmp_path / "prepared").iterdir())

@@ -114,7 +114,9 @@ def test_a_full_store_costs_no_good_checkpoint(
     assert checkpoint.choose(folder).step == 5
     assert folder.files() == ["step-00000005/rank-0.json", "step-00000005/weights"]
     checkpointer.save(20, write, {})
-    with pytest.raises(RunError, match=r"3 saves in a row failed; step 20: .* step 5"):
+    with pytest.raises(
+        RunError, match=r"saving a checkpoint failed 3 times in a row; step 20: .* step 5"
+    ):
         checkpointer.wait()
 
 
@@ -122,7 +124,9 @@ def test_a_failed_save_is_made_good_by_the_next(store: Store, tmp_path: Path) ->
     checkpointer = make_checkpointer(tmp_path, Uploader(NO_PAUSES))
     store.failures = 3
     checkpointer.save(5, write, {})
-    with pytest.raises(RunError, match=r"the last state could not be saved; step 5: .*No space"):
+    with pytest.raises(
+        RunError, match=r"the last checkpoint could not be saved; step 5: .*No space"
+    ):
         checkpointer.close()
     checkpointer.save(10, write, {})
     checkpointer.close()
@@ -212,7 +216,7 @@ def test_a_run_outlives_a_store_that_fails(
     assert (folder / "checkpoints").names() == ["step-00000006"]
     values["name"] = "lost"
     store.failures = 99
-    with pytest.raises(RunError, match="3 saves in a row failed; step 6"):
+    with pytest.raises(RunError, match="saving a checkpoint failed 3 times in a row; step 6"):
         train(recipe_from_dict(values), InProcessLauncher())
     record = read_run(Folder(str(tmp_path / "runs/lost")))
     assert record is not None and record["status"] == "failed" and record["step"] == 6

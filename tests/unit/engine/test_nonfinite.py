@@ -14,7 +14,7 @@ import pytest
 import torch
 from support import steps
 from support.cases import mostly_slow
-from support.guarded import assert_same, carry_out, lines, recipe, spoil
+from support.guarded import assert_same, lines, recipe, run_to_the_end, spoil
 from transformers import AutoModelForCausalLM
 
 from finray.training.common.errors import RunError
@@ -115,7 +115,7 @@ def of_rank_0(
 
 
 def ranks(base: Path, folder: Path, workers: int, poison: str, dtype: str) -> list[dict[str, Any]]:
-    """What each rank tells of a run."""
+    """What each rank reports of a run."""
     kind: torch.dtype = getattr(torch, dtype)
 
     def work(rank: int, size: int) -> dict[str, Any]:
@@ -249,7 +249,7 @@ def test_a_poisoned_row(
     spoil(monkeypatch, poison_row(17))
     settings = recipe(tiny_model, chat_file, tmp_path, "rarely", max_steps=30)
     log = settings.log.model_copy(update={"every_steps": 30})
-    carry_out(settings.model_copy(update={"log": log}))
+    run_to_the_end(settings.model_copy(update={"log": log}))
     for at, line in lines(tmp_path / "rarely").items():
         window = range(1 + (at - 1) // 4 * 4, at + 1)  # from one checkpoint to the next
         means = [each[number]["loss"] for number in window if number != step]
@@ -273,7 +273,7 @@ def test_resumed_behind_a_skipped_step(
             shutil.rmtree(checkpoint)
     record = record_of(again)
     (again / "run.json").write_text(json.dumps({**record, "status": "running"}), encoding="utf-8")
-    resumed = carry_out(recipe(tiny_model, chat_file, tmp_path / "again", "run", max_steps=30))
+    resumed = run_to_the_end(recipe(tiny_model, chat_file, tmp_path / "again", "run", max_steps=30))
     assert len(resumed["restarts"]) == 1 and resumed["skipped"] == record["skipped"]
     assert_same(again, run)
 
@@ -295,7 +295,7 @@ def test_a_transient_fault_is_cured(
     def run(name: str) -> dict[str, Any]:
         settings = recipe(tiny_model, chat_file, tmp_path, name, max_skipped_steps=faults)
         log = settings.log.model_copy(update={"every_steps": log_every})
-        return carry_out(settings.model_copy(update={"log": log}))
+        return run_to_the_end(settings.model_copy(update={"log": log}))
 
     run("clean")
     calls = [0]
@@ -330,7 +330,7 @@ def test_a_lasting_fault_ends_the_run(
     spoil(monkeypatch, change)
     settings = recipe(tiny_model, chat_file, tmp_path, "run", max_skipped_steps=2)
     with pytest.raises(RunError) as error:
-        carry_out(settings)
+        run_to_the_end(settings)
     message = str(error.value)
     assert (
         "steps 7, 8" in message and "optim.learning_rate" in message and str(chat_file) in message

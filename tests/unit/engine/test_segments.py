@@ -77,4 +77,4 @@ def test_an_inherited_checkpoint_goes_on_with_own_settings(
         assert group["betas"] == (0.9, 0.9) and group["weight_decay"] == 0.0
         assert group["initial_lr"] == 3e-3
     steps = [entry["step"] for entry in state["state"].values()]
-    assert steps and set(map(float, steps)) == {5.0}, "the moments began anew"
+    assert steps and set(map(float, steps)) == {5.0}, "the moments restarted from zero"

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.guarded import carry_out, recipe, spoil
+from support.guarded import recipe, run_to_the_end, spoil
 
 from finray.training.common.storage import Folder
 from finray.training.config.recipe import Recipe
@@ -132,7 +132,7 @@ def test_a_run_is_watched(
     settings = recipe(tiny_model, chat_file, tmp_path, "run")
     scale = settings.scale.model_copy(update={"hang_timeout": 2.0})
     with pytest.raises(_Abandoned):
-        carry_out(settings.model_copy(update={"scale": scale}))
+        run_to_the_end(settings.model_copy(update={"scale": scale}))
     (message,) = messages
     (stacks,) = (tmp_path / "run" / "stacks").iterdir()
     assert str(stacks) in message and "scale.hang_timeout" in message

@@ -185,8 +185,8 @@ def test_it_learns_and_loads_alone(runs: Runs, variant: str) -> None:
     assert sorted(losses) == list(range(1, STEPS + 1))
     if variant.startswith("existing"):
         # What is left to learn is less than batches differ by: the same rows tell.
-        told = json.loads((run / "run.json").read_text(encoding="utf-8"))
-        assert told["metrics"]["eval_loss"] < told["before"]["eval_loss"] - 0.02
+        record = json.loads((run / "run.json").read_text(encoding="utf-8"))
+        assert record["metrics"]["eval_loss"] < record["before"]["eval_loss"] - 0.02
     else:
         assert losses[STEPS] < losses[1] - 0.1, losses
     tokens = torch.arange(3, 67).reshape(2, 32)

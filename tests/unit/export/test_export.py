@@ -112,7 +112,7 @@ def test_refusals(tiny_model: Path, tmp_path: Path) -> None:
     change_record(run, status="stopped", result=None, step=12)
     assert "not finished (status: stopped, step 12 of 60)" in refusal(run)
     change_record(run, status="finished", result="model")
-    assert "model/, is gone" in refusal(run)
+    assert "the run's result folder model/ no longer exists" in refusal(run)
 
 
 def test_a_whole_model_has_nothing_to_merge(tiny_model: Path, tmp_path: Path) -> None:
@@ -132,7 +132,7 @@ def test_a_base_that_changed(tiny_model: Path, tmp_path: Path) -> None:
     run = finished_run(tmp_path, base)
     weights = load_file(base / "model.safetensors")
     save_file({name: value + 1 for name, value in weights.items()}, base / "model.safetensors")
-    assert "weights changed since the adapter was trained" in refusal(run, merge=True)
+    assert "weights have changed since the adapter was trained" in refusal(run, merge=True)
 
 
 def test_a_folder_in_use_is_left_alone(tiny_model: Path, tmp_path: Path) -> None:

@@ -101,7 +101,7 @@ def unmerged(base: Path, adapter: Path, make: Any = AutoModelForCausalLM, **how:
     more = {"num_labels": 1} if make is AutoModelForSequenceClassification else {}
     model = make.from_pretrained(base, **more, **how)
     for module in model.modules():
-        if isinstance(module, Linear4bit):  # else evaluation on some CPUs packs it anew, lossily
+        if isinstance(module, Linear4bit):  # else evaluation on some CPUs repacks it, lossily
             module.support_avx512bf16_for_cpu = False
     return PeftModel.from_pretrained(model, adapter)
 

@@ -81,7 +81,7 @@ def test_a_full_disk_is_refused_before_writing(
 ) -> None:
     usage = namedtuple("usage", "total used free")(10, 5, 5)
     monkeypatch.setattr("shutil.disk_usage", lambda _: usage)
-    with pytest.raises(InputError, match="takes 16 bytes, but only 5 are free"):
+    with pytest.raises(InputError, match="needs 16 bytes, but only 5 are free"):
         write_model_files(tmp_path, outputs({"a": torch.zeros(4)}), SILENT)
     assert not list(tmp_path.iterdir())
 

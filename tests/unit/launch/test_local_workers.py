@@ -84,7 +84,7 @@ def test_a_fault_that_a_restart_would_repeat_is_handed_on(task: WorkerTask) -> N
     with started({}) as (workers, _):
         outcome = run_with_retries(task, workers, progress)
     assert outcome["status"] == "failed" and outcome["exit_code"] == 1
-    assert "is gone" in str(outcome["error"])
+    assert "no longer exists" in str(outcome["error"])
     assert progress.statuses == []
 
 
@@ -120,7 +120,7 @@ def test_a_file_of_the_current_folder_is_not_taken_for_a_library(
     (tmp_path / "torch.py").write_text("raise SystemError('not this one')", encoding="utf-8")
     monkeypatch.chdir(tmp_path)
     with started({}, max_failures=0) as (workers, _):
-        assert "is gone" in str(run_with_retries(task, workers, SILENT)["error"])
+        assert "no longer exists" in str(run_with_retries(task, workers, SILENT)["error"])
 
 
 def test_workers_end_when_their_driver_does(tmp_path: Path) -> None:

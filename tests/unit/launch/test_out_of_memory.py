@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.guarded import assert_same, carry_out, losses, recipe, spoil
+from support.guarded import assert_same, losses, recipe, run_to_the_end, spoil
 from support.trials import reports_of, trial_of
 
 from finray.training.common.errors import RunError
@@ -15,7 +15,7 @@ from finray.training.data.batching import Batch
 from finray.training.engine.failures import is_out_of_memory
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
-TOLD = "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 79 GiB"
+MESSAGE = "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 79 GiB"
 
 
 def holds(rows: int, after_calls: int = 0) -> Callable[[Batch, torch.Tensor], torch.Tensor]:
@@ -25,7 +25,7 @@ def holds(rows: int, after_calls: int = 0) -> Callable[[Batch, torch.Tensor], to
     def change(batch: Batch, total: torch.Tensor) -> torch.Tensor:
         calls[0] += 1
         if calls[0] > after_calls and len(batch.inputs["input_ids"]) > rows:
-            raise torch.OutOfMemoryError(TOLD)
+            raise torch.OutOfMemoryError(MESSAGE)
         return total
 
     return change
@@ -43,7 +43,7 @@ def test_the_microbatch_is_halved(
 
     def run(name: str, rows: int) -> dict[str, Any]:
         settings = {"micro_batch_size": rows, "max_steps": 6}
-        return carry_out(recipe(tiny_model, chat_file, tmp_path, name, **settings))
+        return run_to_the_end(recipe(tiny_model, chat_file, tmp_path, name, **settings))
 
     run("small", 2)
     run("large", 8)
@@ -56,16 +56,16 @@ def test_the_microbatch_is_halved(
     reasons = [restart["reason"] for restart in record["restarts"]]
     assert [restart["step"] for restart in record["restarts"]] == [1, 1]
     assert "micro_batch_size 4 instead of 8" in reasons[0] and "2 instead of 4" in reasons[1]
-    assert TOLD in reasons[0]
+    assert MESSAGE in reasons[0]
 
 
 def test_it_goes_on_from_the_checkpoint(
     tiny_model: Path, chat_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Step 11 does not fit; the run continues with step 9, after the checkpoint of step 8."""
-    carry_out(recipe(tiny_model, chat_file, tmp_path, "whole"))
+    run_to_the_end(recipe(tiny_model, chat_file, tmp_path, "whole"))
     spoil(monkeypatch, holds(2, after_calls=20))
-    record = carry_out(recipe(tiny_model, chat_file, tmp_path, "run"))
+    record = run_to_the_end(recipe(tiny_model, chat_file, tmp_path, "run"))
     assert [restart["step"] for restart in record["restarts"]] == [11, 8]
     actual, expected = losses(tmp_path / "run"), losses(tmp_path / "whole")
     assert list(actual) == list(range(1, 13))
@@ -81,18 +81,18 @@ def test_with_one_row_it_says_what_to_change(
     with monkeypatch.context() as full:
         spoil(full, holds(0))
         with pytest.raises(RunError, match=r"step 1: .*gradient_checkpointing.*max_length"):
-            carry_out(settings)
+            run_to_the_end(settings)
     record = record_of(tmp_path / "run")
     assert record["status"] == "failed" and record["micro_batch_size"] == 1
     assert len(record["restarts"]) == 2  # 3, 2, 1
     spoil(monkeypatch, holds(1))
-    assert len(carry_out(settings)["restarts"]) == 2
+    assert len(run_to_the_end(settings)["restarts"]) == 2
 
 
 @pytest.mark.parametrize(
     ("error", "is_memory"),
     [
-        (torch.OutOfMemoryError(TOLD), True),
+        (torch.OutOfMemoryError(MESSAGE), True),
         (
             RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be"),
             True,
@@ -117,7 +117,7 @@ def test_another_error_is_not_tried_again(
 
     spoil(monkeypatch, change)
     with pytest.raises(RuntimeError, match="shapes differ"):
-        carry_out(recipe(tiny_model, chat_file, tmp_path, "run"))
+        run_to_the_end(recipe(tiny_model, chat_file, tmp_path, "run"))
     assert "restarts" not in record_of(tmp_path / "run")
 
 

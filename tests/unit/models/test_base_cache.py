@@ -45,7 +45,7 @@ def test_a_reused_base_is_as_if_loaded(tiny_model: Path) -> None:
         assert ("lora" in name) == parameter.requires_grad
     base = used.get_base_model().model.embed_tokens
     reused = load(second, bases)
-    assert reused.get_base_model().model.embed_tokens is base, "it was loaded anew"
+    assert reused.get_base_model().model.embed_tokens is base, "it was loaded again"
     fresh = load(second)
     actual, expected = state(reused), state(fresh)
     assert actual.keys() == expected.keys()

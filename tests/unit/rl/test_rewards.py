@@ -149,7 +149,7 @@ def classifier(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
     return folder
 
 
-# transformers warns of a new score head, which this test wants.
+# transformers warns of a new score head, which this test expects.
 @pytest.mark.filterwarnings("ignore")
 def test_a_classifier_reads_through_its_own_template(classifier: Path) -> None:
     reward = load_classifier(

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 from support.forking import ForkServer
-from support.guarded import carry_out, lines, recipe
+from support.guarded import lines, recipe, run_to_the_end
 from support.trials import reports_of, trial_of
 
 from finray.training.common.storage import Folder
@@ -25,7 +25,7 @@ def test_metrics_without_a_record_are_reported_after_a_restart(
 ) -> None:
     """The run is finished, but its driver has recorded only the first five steps."""
     settings = recipe(tiny_model, chat_file, tmp_path, "run")
-    carry_out(settings)
+    run_to_the_end(settings)
     written = lines(tmp_path / "run")
     with trial_of(settings, tmp_path / "sweep", reported_tokens=written[5]["tokens"]) as trial:
         *reports, end = reports_of(trial)
@@ -41,7 +41,7 @@ def test_a_late_report_can_still_prune(
 ) -> None:
     """An unfinished run of a killed attempt becomes pruned; a finished one stays finished."""
     settings = recipe(tiny_model, chat_file, tmp_path, "run")
-    carry_out(settings)
+    run_to_the_end(settings)
     run = Folder(str(tmp_path / "run"))
     update_run(run, lambda record: record.update(status=was))
     with trial_of(settings, tmp_path / "sweep") as trial:
@@ -71,7 +71,7 @@ def test_the_base_is_measured_once_for_all_trials_of_a_slot(
         settings = with_holdout(recipe(tiny_model, chat_file, tmp_path, name), rank)
         before.append(train(settings, InProcessLauncher(bases=bases))["before"])
     assert len(measured) == 1
-    alone = carry_out(with_holdout(recipe(tiny_model, chat_file, tmp_path, "alone"), 8))
+    alone = run_to_the_end(with_holdout(recipe(tiny_model, chat_file, tmp_path, "alone"), 8))
     assert before[0] == before[1] == alone["before"] and before[0]["eval_loss"] > 0
     assert len(measured) == 2
 
