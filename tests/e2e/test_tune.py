@@ -187,7 +187,7 @@ def test_a_population(finray: Finray) -> None:
         if after in rates and after in others and settings[0] != settings[1]:
             assert rates[after] / others[after] == pytest.approx(settings[0] / settings[1])
     best = (folder / "best.yaml").read_text(encoding="utf-8")
-    assert ("changed while it trained" in best) == bool(
+    assert ("changed during training" in best) == bool(
         rows[sweep_record(finray)["best"][0]]["parent"]
     )
 

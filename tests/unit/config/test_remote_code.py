@@ -83,7 +83,9 @@ def foreign(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_code_of_a_models_own_is_refused(foreign: Foreign, chat_file: Path) -> None:
-    with pytest.raises(InputError, match=r"config\.json: auto_map asks .*foreign\.ForeignConfig"):
+    with pytest.raises(
+        InputError, match=r"config\.json: auto_map refers to .*foreign\.ForeignConfig"
+    ):
         inspect_recipe(foreign.recipe(chat_file))
     with pytest.raises((InputError, ValueError), match=r"custom code|cannot load"):
         load_model(foreign.recipe(chat_file))

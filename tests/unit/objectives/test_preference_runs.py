@@ -291,7 +291,7 @@ def test_a_reference_of_another_tokenizer(tiny_model: Path, pairs: Path, tmp_pat
     vocabulary[first], vocabulary[second] = vocabulary[second], vocabulary[first]
     (copied / "tokenizer.json").write_text(json.dumps(tokenizer), encoding="utf-8")
     method = {"kind": "dpo", "reference_model": str(copied)}
-    with pytest.raises(InputError, match=r"tokenizer of .*other is another one"):
+    with pytest.raises(InputError, match=r"tokenizer of .*other differs from that of"):
         run(make_recipe(tiny_model, pairs, tmp_path, method=method))
 
 
