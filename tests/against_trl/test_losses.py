@@ -19,7 +19,7 @@ from finray.training.launch.in_process import InProcessLauncher
 from finray.training.models.loading import load_tokenizer
 
 # What TRL itself does with its dependencies is not ours to cure.
-pytestmark = [pytest.mark.filterwarnings("default"), pytest.mark.timeout(600)]
+pytestmark = pytest.mark.filterwarnings("default")
 
 STEPS = 20
 WORDS = "the quick brown fox jumps over lazy dog tiny model learns task quickly for ever".split()

@@ -13,7 +13,7 @@ import pytest
 import yaml
 from support.harness import Finray, losses, reached, record, wait_until
 
-pytestmark = [pytest.mark.timeout(600), pytest.mark.ray]
+pytestmark = pytest.mark.ray
 SECRETS = {
     "HF_TOKEN": "hf_" + "q7Zx" * 8,
     "WANDB_API_KEY": "4c81" * 10,

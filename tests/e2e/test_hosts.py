@@ -17,7 +17,7 @@ from support.hosts import Host, Network, why_not
 pytestmark = [
     pytest.mark.hosts,
     pytest.mark.ray,
-    pytest.mark.timeout(900),
+    pytest.mark.timeout(1800),
     pytest.mark.skipif(why_not() is not None, reason=str(why_not())),
 ]
 PORT, DASHBOARD = 6379, 8265
@@ -86,7 +86,7 @@ class Cluster:
         ids = dict(json.loads(output.strip().splitlines()[-1]))
         return str(ids[self.nodes[name].address])
 
-    def job(self, verb: str, *arguments: str | Path, code: int = 0, seconds: float = 240) -> str:
+    def job(self, verb: str, *arguments: str | Path, code: int = 0, seconds: float = 480) -> str:
         address = f"http://{self.head.address}:{DASHBOARD}"
         return self.finray.run(
             "job", verb, *arguments, "--address", address, code=code, seconds=seconds

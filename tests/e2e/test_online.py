@@ -81,7 +81,6 @@ def test_killed_and_resumed(finray: Finray, method: dict[str, Any]) -> None:
     assert first.keys() == {"step", "prompt", "completion", "reward", "rewards", "advantage"}
 
 
-@pytest.mark.timeout(600)
 def test_two_workers_sample_what_one_process_does(finray: Finray) -> None:
     runs = finray.folder / "runs"
     changes = {"adapter__dropout": 0.0, "optim__max_steps": 2}

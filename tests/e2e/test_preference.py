@@ -8,7 +8,6 @@ import pytest
 from support.forking import ForkServer
 from support.harness import Finray, assert_same_result, losses, reached, record, wait_until, workers
 
-pytestmark = pytest.mark.timeout(600)
 STEPS = 12
 ON_RAY = ("train", "--address", "local")
 

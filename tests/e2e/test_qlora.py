@@ -46,7 +46,6 @@ def test_sigkill_and_again(finray: Finray, undisturbed: Path) -> None:
     assert_same_result(run, undisturbed)
 
 
-@pytest.mark.timeout(600)
 def test_two_workers_take_the_same_steps(finray: Finray, undisturbed: Path) -> None:
     finray.run("train", finray.recipe(**QLORA, scale__workers=2))
     run = finray.folder / "runs" / "run"

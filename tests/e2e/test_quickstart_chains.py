@@ -71,7 +71,6 @@ def test_the_reward_model_learns(judge: dict[str, Any]) -> None:
     assert judge["metrics"][accuracy] > max(0.55, judge["before"][accuracy] + 0.15)
 
 
-@pytest.mark.timeout(600)
 @pytest.mark.parametrize(
     "seed", [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in (1, 2))]
 )

@@ -6,7 +6,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
 from support.harness import Finray, losses, metrics, record
 
 QUICKSTART = Path(__file__).resolve().parents[2] / "recipes" / "quickstart"
@@ -29,7 +28,6 @@ assert not [name for name in sys.modules if name.startswith("finray")]
 """
 
 
-@pytest.mark.timeout(600)
 def test_quickstart(finray: Finray) -> None:
     """The main job: two workers, and the results that the README promises."""
     storage = finray.folder / "runs"

@@ -8,7 +8,7 @@ from safetensors.numpy import load_file
 from support.alone import loads_alone
 from support.harness import Finray, assert_same_result, losses, reached, record, wait_until, workers
 
-pytestmark = [pytest.mark.timeout(900), pytest.mark.slow]
+pytestmark = pytest.mark.slow
 
 
 def test_a_sharded_run(finray: Finray, tmp_path: Path) -> None:

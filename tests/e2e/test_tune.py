@@ -10,7 +10,7 @@ import pytest
 import yaml
 from support.harness import Finray, losses, metrics, reached, record, wait_until, workers
 
-pytestmark = [pytest.mark.timeout(900), pytest.mark.ray]
+pytestmark = pytest.mark.ray
 
 QUICKSTART = Path(__file__).resolve().parents[2] / "recipes" / "quickstart"
 SPACE = {

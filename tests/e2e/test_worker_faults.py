@@ -17,7 +17,6 @@ from support.harness import (
     workers,
 )
 
-pytestmark = pytest.mark.timeout(600)
 WORKERS = {"scale__workers": 2}
 OUT_OF_MEMORY = '''
 import importlib.util

@@ -17,7 +17,6 @@ from finray.training.data.tasks import run_in_process, run_on_ray_data
 
 pytestmark = [
     pytest.mark.ray,
-    pytest.mark.timeout(300),
     # Ray Data and pandas warn of their own deprecations while tasks run.
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),
     pytest.mark.filterwarnings("ignore::FutureWarning"),

@@ -36,7 +36,7 @@ class Command:
             self.family |= set(psutil.Process(self.process.pid).children(recursive=True))
         return self.family
 
-    def wait(self, seconds: float = 240) -> int:
+    def wait(self, seconds: float = 480) -> int:
         """The exit code."""
         try:
             return self.process.wait(seconds)
@@ -151,7 +151,7 @@ class Finray:
         return self._started[-1]
 
     def run(
-        self, *arguments: str | Path, code: int = 0, seconds: float = 240, fresh: bool = False
+        self, *arguments: str | Path, code: int = 0, seconds: float = 480, fresh: bool = False
     ) -> str:
         """Run to the end; returns what was printed."""
         command = self.start(*arguments, fresh=fresh)
