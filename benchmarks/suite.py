@@ -36,7 +36,10 @@ def run(target: str) -> dict[str, Any]:
         ).returncode
         seconds, after = time.monotonic() - began, os.times()
         suite = next(xml.parse(report).getroot().iter("testsuite"))
-    tests = {_name(case): float(case.attrib["time"]) for case in suite.iter("testcase")}
+    tests = {
+        f"{case.attrib['file']}::{case.attrib['name']}": float(case.attrib["time"])
+        for case in suite.iter("testcase")
+    }
     files: Counter[str] = Counter()
     for name, each in tests.items():
         files[name.partition("::")[0]] += each
@@ -45,17 +48,10 @@ def run(target: str) -> dict[str, Any]:
         "exit_code": code,
         "seconds": round(seconds, 1),
         "cpu_seconds": round(cpu - before.children_user - before.children_system, 1),
-        "tests": {
-            key: int(suite.attrib[key]) for key in ("tests", "failures", "errors", "skipped")
-        },
+        "tests": {key: int(suite.attrib[key]) for key in COUNTS},
         "files": {name: round(each, 1) for name, each in files.most_common()},
         "longest": {name: round(each, 1) for name, each in Counter(tests).most_common(LONGEST)},
     }
-
-
-def _name(case: xml.Element) -> str:
-    name = case.attrib["name"].rpartition("@")[0] or case.attrib["name"]  # @ and xdist's group
-    return f"{case.attrib['file']}::{name}"
 
 
 def commit() -> str:
