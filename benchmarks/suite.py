@@ -10,7 +10,8 @@ import subprocess
 import tempfile
 import time
 import xml.etree.ElementTree as xml
-from collections import Counter
+from collections import defaultdict
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +41,7 @@ def run(target: str) -> dict[str, Any]:
         f"{case.attrib['file']}::{case.attrib['name']}": float(case.attrib["time"])
         for case in suite.iter("testcase")
     }
-    files: Counter[str] = Counter()
+    files: defaultdict[str, float] = defaultdict(float)
     for name, each in tests.items():
         files[name.partition("::")[0]] += each
     cpu = after.children_user + after.children_system
@@ -49,9 +50,14 @@ def run(target: str) -> dict[str, Any]:
         "seconds": round(seconds, 1),
         "cpu_seconds": round(cpu - before.children_user - before.children_system, 1),
         "tests": {key: int(suite.attrib[key]) for key in COUNTS},
-        "files": {name: round(each, 1) for name, each in files.most_common()},
-        "longest": {name: round(each, 1) for name, each in Counter(tests).most_common(LONGEST)},
+        "files": _longest_first(files),
+        "longest": dict(list(_longest_first(tests).items())[:LONGEST]),
     }
+
+
+def _longest_first(seconds: Mapping[str, float]) -> dict[str, float]:
+    order = sorted(seconds, key=lambda name: -seconds[name])
+    return {name: round(seconds[name], 1) for name in order}
 
 
 def commit() -> str:

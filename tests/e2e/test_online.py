@@ -106,7 +106,7 @@ def test_two_workers_sample_what_one_process_does(finray: Finray) -> None:
     ("changes", "message"),
     [
         ({"optim__batch_size": 18}, "multiple of method.generations 4"),
-        ({"method": {"max_completion": 96}}, "no room for a prompt"),
+        ({"method": {"max_completion": 96}}, "leaves no tokens for prompts"),
         ({"method": {"passes": 4}}, "checkpoint.every_steps 2 must be a multiple"),
         ({"method": {"rewards": [{"file": "rewards.py:nothing"}]}}, "no function 'nothing'"),
         ({"method": {"rewards": [{"weight": 1.0}]}}, "a reward is one of"),
