@@ -2,16 +2,26 @@
 
 import logging
 import os
+import sys
 import warnings
 
+from ..training.common.logs import limit, log_environment
 from ..training.config.recipe import Recipe
 from ..training.models.dtypes import SAFE_ISA, probe_bfloat16
 
 _ALWAYS = {
+    # Operations that Apple's GPUs lack run on the CPU.
+    **({"PYTORCH_ENABLE_MPS_FALLBACK": "1"} if sys.platform == "darwin" else {}),
     "TOKENIZERS_PARALLELISM": "true",
     # Arrow's own allocators keep freed memory: up to 50 MB more for 500 MB of rows.
     "ARROW_DEFAULT_MEMORY_POOL": "system",
 }
+
+
+_ALLOCATOR_NAMES = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF")
+"""The allocator's settings: by their present name, and by the earlier ones that torch reads too."""
+_ALLOCATOR = {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}
+"""Batches differ in length: fixed segments would break the memory into pieces that none fills."""
 
 
 def set_environment() -> None:
@@ -29,6 +39,9 @@ def worker_environment(recipe: Recipe) -> dict[str, str]:
     bfloat16 is probed only if the recipe requests it, because `auto` uses it on GPUs only.
     """
     env = {name: os.environ.get(name, value) for name, value in _ALWAYS.items()}
+    own = {name: os.environ[name] for name in _ALLOCATOR_NAMES if name in os.environ}
+    env.update(own or _ALLOCATOR)
+    env.update(log_environment())
     dtypes = {recipe.model.dtype, "auto" if recipe.adapter is None else recipe.adapter.dtype}
     if "bfloat16" in dtypes and not SAFE_ISA.keys() <= os.environ.keys():
         env.update(probe_bfloat16())
@@ -37,8 +50,10 @@ def worker_environment(recipe: Recipe) -> dict[str, str]:
 
 
 def quiet_libraries() -> None:
-    """Hide log lines and warnings of libraries that a user of finray cannot act on."""
+    """Hide warnings and, unless a level was chosen, log lines that a user cannot act on."""
     # It reports optional kernels that no run here uses.
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    limit("bitsandbytes", logging.ERROR)
+    # It says which cache it reads, as the run's own report does.
+    limit("datasets", logging.ERROR)
     # peft still uses names that transformers renamed.
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")

@@ -1,41 +1,46 @@
-"""GPUs of a machine, and whether a run fits into their memory."""
+"""The GPUs of a machine, as their drivers and torch describe them."""
 
 import os
+import re
 import shutil
 import subprocess
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+import sys
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from pathlib import Path
 
-from ..training.config.recipe import Recipe
-
-if TYPE_CHECKING:
-    from ..training.models.memory_estimate import MemoryEstimate, Sizes
-
-_QUERY = ("--query-gpu=name,memory.total", "--format=csv,noheader,nounits")
+_DEVICE_FILES = ("/dev/kfd", "/dev/dri", "/dev/nvidiactl")
+"""Of the drivers for AMD's and Intel's GPUs, and for NVIDIA's where nvidia-smi is missing."""
+_QUERIES = ("name,memory.total,compute_cap,uuid,mig.mode.current", "name,memory.total")
+"""What nvidia-smi is asked for; older drivers refuse the first as a whole."""
+_SECONDS = 30.0
+"""A driver that hangs must not hang every command."""
+_SLICE = re.compile(r"\s*MIG\s+(\S+)\s.*UUID:\s*([^)\s]+)")
+_SLICE_SIZE = re.compile(r"\.(\d+)gb")
+_OF_SLICE = 0.95
+"""GiB that a MIG slice has for each GB of its profile's name, about."""
+_EMULATED_BFLOAT16 = 8.0
+"""The compute capability (Ampere) from which on bfloat16 is not emulated."""
 
 
 @dataclass(frozen=True)
 class Gpu:
-    """A GPU of a machine."""
+    """A GPU of a machine, or a MIG slice of one."""
 
     name: str
-    bytes: int
-    """Size of its memory."""
+    bytes: int | None
+    """Size of its memory; None if the driver does not say."""
+    kind: str = "cuda"
+    """As torch names it: cuda (AMD's too), xpu, mps, or one that finray does not train on."""
+    has_bfloat16: bool = True
+    """False if it is known to emulate bfloat16 only, as T4 and V100 do."""
+    uuid: str = ""
+    """NVIDIA's name of this very GPU or slice; empty if it is not known."""
+    is_slice: bool = False
+    """True for a MIG slice: a process sees one, and NCCL joins none."""
 
     def __str__(self) -> str:
-        return f"{self.name}, {amount(self.bytes)}"
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """The result of comparing a run with a GPU's memory."""
-
-    fits: bool
-    """True if it fits, as it is or with a smaller microbatch or gradient checkpointing."""
-    is_tight: bool
-    """True if the recipe must change before it fits; `text` names the changes."""
-    text: str
+        return f"{self.name}, {amount(self.bytes)}" if self.bytes else self.name
 
 
 def amount(count: float) -> str:
@@ -44,123 +49,123 @@ def amount(count: float) -> str:
 
 
 def gpus_here() -> tuple[Gpu, ...]:
-    """This machine's NVIDIA GPUs; none where nvidia-smi is missing or fails."""
+    """This machine's GPUs: NVIDIA's by nvidia-smi, others as torch has them."""
+    return _nvidia_gpus() or _other_gpus()
+
+
+def kind_here() -> str:
+    """The kind of this machine's GPUs; cpu if there are none."""
+    gpus = gpus_here()
+    return gpus[0].kind if gpus else "cpu"
+
+
+def _other_gpus() -> tuple[Gpu, ...]:
+    """The GPUs that torch has here; it takes seconds to load, so only where there may be any."""
+    if sys.platform != "darwin" and not any(Path(file).exists() for file in _DEVICE_FILES):
+        return ()
+    from ..training.models.devices import accelerators
+
+    return tuple(Gpu(name, size, kind) for kind, name, size in accelerators())
+
+
+def _nvidia_gpus() -> tuple[Gpu, ...]:
     command = shutil.which("nvidia-smi")
-    if command is None:
+    return () if command is None else _listed(command, Path(command).stat().st_mtime_ns)
+
+
+@lru_cache(maxsize=1)
+def _listed(command: str, changed_ns: int) -> tuple[Gpu, ...]:
+    """The GPUs that nvidia-smi lists, asked once by a process."""
+    del changed_ns
+    for fields in _QUERIES:
+        text = _output(command, f"--query-gpu={fields}", "--format=csv,noheader,nounits")
+        if text is not None:
+            break
+    else:
         return ()
-    done = subprocess.run([command, *_QUERY], check=False, capture_output=True, text=True)
-    if done.returncode != 0:
-        return ()
-    fields = (line.rpartition(",") for line in done.stdout.strip().splitlines())
-    return tuple(Gpu(name.strip(), int(mib) * 2**20) for name, _, mib in fields)
+    gpus: list[Gpu] = []
+    for line in filter(str.strip, text.splitlines()):
+        name, *values = (part.strip() for part in line.split(","))
+        size, capability, uuid, mig = (*values, "", "", "", "")[:4]
+        gpu = Gpu(name, _mebibytes(size), has_bfloat16=_computes_bfloat16(capability), uuid=uuid)
+        slices = _slices(command, gpu) if mig == "Enabled" else []
+        gpus += slices or [gpu]
+    return tuple(gpus)
+
+
+def _output(command: str, *arguments: str) -> str | None:
+    """What a command prints; None if it fails, hangs or cannot be started."""
+    try:
+        done = subprocess.run(
+            [command, *arguments],
+            check=False,
+            capture_output=True,
+            text=True,
+            errors="replace",
+            timeout=_SECONDS,
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout if done.returncode == 0 else None
+
+
+def _mebibytes(text: str) -> int | None:
+    """Bytes; None for answers such as [N/A], which a GPU with shared memory gives."""
+    return int(text) * 2**20 if text.isdecimal() and int(text) else None
+
+
+def _computes_bfloat16(capability: str) -> bool:
+    try:
+        return float(capability) >= _EMULATED_BFLOAT16
+    except ValueError:  # not known
+        return True
+
+
+def _slices(command: str, gpu: Gpu) -> list[Gpu]:
+    """The MIG slices of a GPU, in the order in which processes see them."""
+    slices: list[Gpu] = []
+    is_own = False
+    for line in (_output(command, "-L") or "").splitlines():
+        if line.startswith("GPU "):
+            is_own = gpu.uuid in line
+        elif is_own and (match := _SLICE.match(line)):
+            profile, uuid = match.groups()
+            size = _SLICE_SIZE.search(profile)
+            room = round(int(size[1]) * _OF_SLICE * 2**30) if size else None
+            name = f"{gpu.name} MIG {profile}"
+            slices.append(replace(gpu, name=name, bytes=room, uuid=uuid, is_slice=True))
+    return slices
+
+
+def visible_gpus() -> tuple[Gpu, ...]:
+    """This machine's GPUs that its processes may use, as CUDA_VISIBLE_DEVICES says.
+
+    Of MIG slices a process sees one.
+    """
+    gpus = gpus_here()
+    names = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if names is not None:
+        gpus = _chosen(gpus, [name.strip() for name in names.split(",")])
+    slices = [gpu for gpu in gpus if gpu.is_slice]
+    return tuple(slices[:1]) or gpus
+
+
+def _chosen(gpus: tuple[Gpu, ...], names: list[str]) -> tuple[Gpu, ...]:
+    """The GPUs of these names; like CUDA, none after the first name that there is not."""
+    chosen: list[Gpu] = []
+    for name in names:
+        if name.startswith(("GPU-", "MIG")):
+            match = [gpu for gpu in gpus if gpu.uuid.startswith(name)] or [
+                replace(gpu, is_slice=name.startswith("MIG")) for gpu in gpus if not gpu.uuid
+            ]
+        else:
+            match = [gpus[int(name)]] if name.isdecimal() and int(name) < len(gpus) else []
+        if not match:
+            break
+        chosen += match[:1]
+    return tuple(chosen)
 
 
 def usable_gpus() -> int:
     """Number of this machine's GPUs that its processes may use."""
-    count = len(gpus_here())
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if visible is None:
-        return count
-    names = [name.strip() for name in visible.split(",")]
-    slices = sum(name.startswith("MIG") for name in names)
-    return slices or min(count, sum(name not in ("", "-1") for name in names))
-
-
-def memory_text(memory: "MemoryEstimate", recipe: Recipe) -> str:
-    """about 12.3 GiB of a GPU: …"""
-    rows = recipe.optim.micro_batch_size
-    return (
-        f"about {amount(memory.peak)} of a GPU: weights {amount(memory.weights)}, gradients and "
-        f"optimizer {amount(memory.training)}, activations {amount(memory.activations)} at "
-        f"microbatch {rows}"
-    )
-
-
-def judge(recipe: Recipe, sizes: "Sizes", gpus: Sequence[Gpu], share: float = 1.0) -> Verdict:
-    """Compare a run with the smallest GPU that a worker may get.
-
-    Args:
-        recipe: the run's recipe.
-        sizes: sizes of its model.
-        gpus: at least one.
-        share: part of a GPU that a worker may use, if several share one.
-    """
-    from ..training.models.memory_estimate import estimate
-
-    recipe = _with_chosen_strategy(recipe, sizes, min(gpu.bytes for gpu in gpus))
-    smallest = min(gpus, key=lambda gpu: gpu.bytes)
-    room = round(smallest.bytes * min(share, 1.0))
-    memory = estimate(recipe, sizes)
-    summary = f"{memory_text(memory, recipe)}; there is {amount(room)} ({smallest.name})"
-    if memory.peak <= room:
-        return Verdict(True, False, summary)
-
-    def fits(changed: Recipe) -> bool:
-        return estimate(changed, sizes).peak <= room
-
-    remedies = [text for text, changed in _smaller(recipe) if fits(changed)]
-    if remedies:
-        text = f"{summary}: too much at once. It would fit with {', or with '.join(remedies)}"
-        return Verdict(True, True, text)
-    least = _with(recipe, batch=1, gradient_checkpointing=True)
-    remedies = [text for text, changed in _other(least) if fits(changed)]
-    most = amount(estimate(least, sizes).peak)
-    lines = [f"{summary}; at microbatch 1 with gradient checkpointing it still needs {most}"]
-    if remedies:
-        lines.append(f"With these it would fit too: {', or '.join(remedies)}")
-    return Verdict(False, True, ". ".join(lines))
-
-
-def _with_chosen_strategy(recipe: Recipe, sizes: "Sizes", room: int) -> Recipe:
-    """The recipe with the strategy that `auto` results in; see `choose_strategy`."""
-    from ..training.models.memory_estimate import estimate
-    from ..training.models.sharding import USABLE
-
-    memory = estimate(recipe, sizes)
-    is_large = memory.weights + memory.training > USABLE * room
-    return _sharded(recipe) if recipe.scale.strategy == "auto" and is_large else recipe
-
-
-def _sharded(recipe: Recipe) -> Recipe:
-    """The recipe with sharded weights, if it can be sharded over at least two workers."""
-    if recipe.scale.least_workers < 2 or recipe.why_not_shardable is not None:
-        return recipe
-    scale = recipe.scale.model_copy(update={"strategy": "fsdp"})
-    return recipe.model_copy(update={"scale": scale})
-
-
-def _smaller(recipe: Recipe) -> Iterator[tuple[str, Recipe]]:
-    """(settings, recipe) that train the same in smaller parts, the largest parts first."""
-    rows = recipe.optim.micro_batch_size
-    if not recipe.model.gradient_checkpointing:
-        yield (
-            "model.gradient_checkpointing=true",
-            _with(recipe, batch=rows, gradient_checkpointing=True),
-        )
-    while rows > 1:
-        rows //= 2
-        text = f"optim.micro_batch_size={rows}"
-        yield text, _with(recipe, batch=rows)
-        if not recipe.model.gradient_checkpointing:
-            both = f"{text} and model.gradient_checkpointing=true"
-            yield both, _with(recipe, batch=rows, gradient_checkpointing=True)
-
-
-def _other(recipe: Recipe) -> Iterator[tuple[str, Recipe]]:
-    """(settings, recipe) that train differently and need less memory."""
-    adapter = recipe.adapter
-    plain = adapter is None or adapter.init in ("default", "gaussian")
-    if recipe.trains_adapter and plain and recipe.model.quantize != "nf4":
-        yield "model.quantize=nf4", _with(recipe, quantize="nf4")
-    if recipe.scale.strategy != "fsdp" and (sharded := _sharded(recipe)) is not recipe:
-        yield "scale.strategy=fsdp", sharded
-    for length in (recipe.data.max_length // 2, recipe.data.max_length // 4):
-        data = recipe.data.model_copy(update={"max_length": length})
-        yield f"data.max_length={length}", recipe.model_copy(update={"data": data})
-
-
-def _with(recipe: Recipe, batch: int | None = None, **model: Any) -> Recipe:
-    update: dict[str, Any] = {"model": recipe.model.model_copy(update=model)}
-    if batch is not None:
-        update["optim"] = recipe.optim.model_copy(update={"micro_batch_size": batch})
-    return recipe.model_copy(update=update)
+    return len(visible_gpus())

@@ -4,17 +4,17 @@ A small task on each node reports its versions, reads the model's folder, tries 
 writes a file to the storage; a second one looks for the files of all other nodes.
 """
 
-import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 
-from ..training.common.errors import InputError, last_line
+from ..training.common.errors import InputError, in_one_line
+from ..training.common.progress import Progress
 from ..training.common.secrets import redact
 from ..training.common.versions import installed_versions
 from ..training.config.model_folder import has_vocabulary, model_folder
 from ..training.config.models import ModelSettings
+from ..training.config.places import locates
 from ..training.config.recipe import Recipe
 from ..training.launch.resources import (
     Resources,
@@ -25,8 +25,10 @@ from ..training.launch.resources import (
     request_from_autoscaler,
     worker_request,
 )
+from ..training.models.devices import Room
 from ..training.models.dtypes import probe_bfloat16
-from .gpus import Gpu, gpus_here, judge
+from .gpus import Gpu, gpus_here, visible_gpus
+from .memory_fit import judge, room_of
 from .nodes.probes import DRIVER, Line, node_names, on_every_node, render_lines, try_storage
 
 _POLL_SECONDS = 2.0
@@ -38,9 +40,11 @@ class Preflight:
 
     lines: tuple[Line, ...]
     worker_env: dict[str, str]
+    room: Room | None = None
+    """What a worker's GPU offers; None without one, or if its memory is not known."""
 
-    def require_success(self) -> None:
-        """Print warnings.
+    def require_success(self, progress: Progress) -> None:
+        """Report warnings.
 
         Raises:
             InputError: a check failed; the message is the whole table.
@@ -49,7 +53,7 @@ class Preflight:
             raise InputError(f"this recipe cannot run here:\n{render_lines(self.lines)}")
         for line in self.lines:
             if line.warns:
-                print(f"{line.name}: {line.text}", file=sys.stderr)
+                progress.note(f"{line.name}: {line.text}")
 
 
 @dataclass(frozen=True)
@@ -63,17 +67,15 @@ class _NodeReport:
     gpus: tuple[Gpu, ...]
 
 
-def preflight(
-    recipe: Recipe, wait_seconds: float = 0.0, notify: Callable[[str], None] = lambda _: None
-) -> Preflight:
+def preflight(recipe: Recipe, wait_seconds: float, progress: Progress) -> Preflight:
     """Check an initialised cluster that this command did not start.
 
     Args:
         recipe: the recipe, its paths absolute.
         wait_seconds: time to wait for an autoscaler to add missing nodes.
-        notify: called with a line about what it waits for.
+        progress: receives a line about what it waits for.
     """
-    fit = _fit(recipe, wait_seconds, notify)
+    fit = _fit(recipe, wait_seconds, progress)
     if not fit.is_good:
         return Preflight((fit,), {})
     reports = _collect(recipe)
@@ -91,7 +93,7 @@ def preflight(
         variables = " ".join(f"{name}={value}" for name, value in env.items())
         text = f"set for the workers: {variables}" if variables else "works on every node"
         lines = (*lines, Line("bfloat16", True, text))
-    return Preflight(lines, env)
+    return Preflight(lines, env, _room(recipe, _gpus_of(reports)))
 
 
 def _gpus_of(reports: dict[str, _NodeReport]) -> list[Gpu]:
@@ -99,35 +101,53 @@ def _gpus_of(reports: dict[str, _NodeReport]) -> list[Gpu]:
     return [gpu for id, report in reports.items() if id != DRIVER for gpu in report.gpus]
 
 
+def _room(recipe: Recipe, gpus: Sequence[Gpu]) -> Room | None:
+    """What a worker gets of these GPUs."""
+    share = recipe.scale.gpus_per_worker
+    return None if share == 0 else room_of(gpus, 1.0 if share == "auto" else share)
+
+
+def room_here(recipe: Recipe) -> Room | None:
+    """What a worker gets of this machine's GPUs."""
+    return _room(recipe, visible_gpus())
+
+
 def memory_lines(recipe: Recipe, gpus: Sequence[Gpu]) -> tuple[Line, ...]:
     """Check whether a worker fits into the memory of these GPUs.
 
     Returns:
-        No line if the run uses no GPU, or the model's configuration is not on this machine.
+        No line if the run uses no GPU, no size of one is known, or the model's configuration is
+        not on this machine.
     """
     share = recipe.scale.gpus_per_worker
-    if not gpus or share == 0 or model_folder(recipe.model, only_cached=True) is None:
+    measured = [gpu for gpu in gpus if gpu.bytes]
+    if not measured or share == 0 or model_folder(recipe.model, only_cached=True) is None:
         return ()
     from ..training.models.memory_estimate import sizes_of
 
-    verdict = judge(recipe, sizes_of(recipe), gpus, 1.0 if share == "auto" else share)
+    verdict = judge(recipe, sizes_of(recipe), measured, 1.0 if share == "auto" else share)
     warns = verdict.fits and verdict.is_tight
     return (Line("memory", verdict.fits, verdict.text, warns),)
 
 
-def try_machine(recipe: Recipe) -> Preflight:
-    """Check this machine for a run that stays on it, and print warnings.
+@locates
+def try_machine(recipe: Recipe, progress: Progress) -> Preflight:
+    """Check this machine for a run that stays on it, and report warnings.
 
     Raises:
         InputError: a check failed; the message is the whole table.
     """
-    result = Preflight(memory_lines(recipe, gpus_here()), {})
-    result.require_success()
+    gpus = visible_gpus()
+    result = Preflight(memory_lines(recipe, gpus), {}, _room(recipe, gpus))
+    result.require_success(progress)
     return result
 
 
-def try_running_cluster(recipe: Recipe, address: str | None, wait_seconds: float) -> Preflight:
-    """Check the initialised Ray for a run, and print warnings.
+@locates
+def try_running_cluster(
+    recipe: Recipe, address: str | None, wait_seconds: float, progress: Progress
+) -> Preflight:
+    """Check the initialised Ray for a run, and report warnings.
 
     A cluster that was started for this command is checked like a machine, by `try_machine`.
 
@@ -135,14 +155,14 @@ def try_running_cluster(recipe: Recipe, address: str | None, wait_seconds: float
         InputError: a check failed; the message is the whole table.
     """
     if address in (None, "local"):
-        return try_machine(recipe)
-    print("checking the cluster", file=sys.stderr)
-    result = preflight(recipe, wait_seconds, partial(print, file=sys.stderr, flush=True))
-    result.require_success()
+        return try_machine(recipe, progress)
+    progress.status("checking the cluster")
+    result = preflight(recipe, wait_seconds, progress)
+    result.require_success(progress)
     return result
 
 
-def _fit(recipe: Recipe, wait_seconds: float, notify: Callable[[str], None]) -> Line:
+def _fit(recipe: Recipe, wait_seconds: float, progress: Progress) -> Line:
     deadline = time.monotonic() + wait_seconds
     has_requested = False
     while True:
@@ -153,11 +173,11 @@ def _fit(recipe: Recipe, wait_seconds: float, notify: Callable[[str], None]) -> 
         except InputError as error:
             if time.monotonic() >= deadline:
                 waited = f" (after waiting {wait_seconds:g} s)" if wait_seconds else ""
-                return Line("fits", False, f"{error}{waited}")
+                return Line("fits", False, recipe.located(f"{error}{waited}"))
             if not has_requested:
                 has_requested = True
                 request_from_autoscaler(requested)
-                notify(f"waiting up to {wait_seconds:g} s for nodes: {error}")
+                progress.status(f"waiting up to {wait_seconds:g} s for nodes: {error}")
             time.sleep(min(_POLL_SECONDS, wait_seconds))
             continue
         return Line("fits", True, f"{requested}; {_capacity(requested, nodes)}")
@@ -198,7 +218,7 @@ def _unreadable(model: ModelSettings) -> str | None:
         if folder is not None and not has_vocabulary(folder):
             return f"{folder} has no tokenizer"
     except (OSError, InputError) as error:
-        return redact(last_line(error))
+        return redact(in_one_line(error))
     return None
 
 

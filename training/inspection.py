@@ -7,13 +7,23 @@ from pathlib import Path
 from typing import Any
 
 from .common.errors import InputError
+from .common.storage import Folder
 from .config.adapter_folder import check_adapter
 from .config.model_folder import has_vocabulary, model_folder
+from .config.places import about, locates
 from .config.recipe import Recipe
 from .config.reference_folder import check_reference
-from .data.chat import NO_TEMPLATE, check_chatml
+from .config.weight_checks import (
+    check_adapter_weights,
+    check_base_weights,
+    check_named_weights,
+    embedding_rows,
+    text_part,
+)
+from .data.added_tokens import check_embedded, marks_of, tokens_to_add
+from .data.chat import NO_TEMPLATE, check_chatml, check_syntax
 from .data.inspection import InspectedRows, SourceInspection, inspect_source
-from .data.resolve import ResolvedSource, resolve_source
+from .data.resolve import ResolvedSource, resolve_data
 from .data.shapes import Text, is_chat, parts_of
 from .rl.rewards.checking import check_rewards
 
@@ -32,25 +42,31 @@ class Inspection:
     """The folder with the model's files; None for a hub model that is not in the local cache."""
 
     @property
+    def bytes(self) -> int:
+        """Size of all sources."""
+        return sum(source.bytes for source in (*self.train, *self.eval))
+
+    @property
     def is_small(self) -> bool:
         """True if this process prepares the data faster than Ray tasks would."""
-        return sum(source.bytes for source in (*self.train, *self.eval)) <= _SMALL_BYTES
+        return self.bytes <= _SMALL_BYTES
 
 
+@locates
 def inspect_recipe(recipe: Recipe) -> Inspection:
     """Check a recipe's sources, model folder, adapter, reference and rewards within seconds.
 
     Raises:
         InputError: a source is missing, empty, unreadable, in an unknown format, or all its first
             rows are bad; the data is smaller than a batch; the model folder lacks its
-            configuration, tokenizer or chat template; data.max_length exceeds the model's
+            configuration, weights, tokenizer or chat template, or its weights are damaged;
+            data.max_length exceeds the model's
             positions; model.adapter or method.reference_model does not fit the model; or a
             reward is wrong, see `check_rewards`.
     """
     check_rewards(recipe)
-    train = [resolve_source(source) for source in recipe.data.train]
-    held_out = [resolve_source(source) for source in recipe.data.eval]
-    size = sum(file.size for source in (*train, *held_out) for file in source.files)
+    data = resolve_data(recipe)
+    size = sum(file.size for source in (*data.train, *data.eval) for file in source.files)
     folder = model_folder(recipe.model, only_cached=True)
     if folder is not None:
         _check_model(folder, recipe)
@@ -61,14 +77,42 @@ def inspect_recipe(recipe: Recipe) -> Inspection:
         check_reference(recipe.model, reference)
     tokenizer = _tokenizer(folder)
     count_all = size <= _COUNTED_BYTES
-    inspected = [
-        inspect_source(source, recipe.method.kind, count_all, tokenizer)
-        for source in (*train, *held_out)
-    ]
-    _check_template(recipe, folder, tokenizer, inspected)
-    _check_enough(recipe, train, inspected[: len(train)])
-    inspections = tuple(rows.inspection for rows in inspected)
-    return Inspection(inspections[: len(train)], inspections[len(train) :], folder)
+    inspected: dict[str, list[InspectedRows]] = {}
+    for split, sources in (("train", data.train), ("eval", data.eval)):
+        inspected[split] = []
+        for index, source in enumerate(sources):
+            with about(f"data.{split}.{index}"):
+                rows = inspect_source(
+                    source, recipe.method, recipe.data.max_row_bytes, count_all, tokenizer
+                )
+            inspected[split].append(rows)
+    _check_template(recipe, folder, tokenizer, [*inspected["train"], *inspected["eval"]])
+    _check_enough(recipe, data.train, inspected["train"])
+    _check_weights(recipe)
+    return Inspection(
+        tuple(rows.inspection for rows in inspected["train"]),
+        tuple(rows.inspection for rows in inspected["eval"]),
+        folder,
+    )
+
+
+@locates
+def check_storage(recipe: Recipe, writes: bool = True) -> None:
+    """Check that the storage is a folder in which this process can write.
+
+    Args:
+        recipe: the recipe.
+        writes: False for a run that is only read.
+
+    Raises:
+        InputError: it is a file, cannot be reached, or is read-only.
+    """
+    with about("storage"):
+        storage = Folder(recipe.storage)
+        storage.require_folder()
+        if writes:
+            storage.require_writable()
+            (storage / recipe.name).require_writable()
 
 
 def _tokenizer(folder: Path | None) -> Any:
@@ -80,7 +124,10 @@ def _tokenizer(folder: Path | None) -> Any:
     try:
         tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
     except Exception as error:  # noqa: BLE001 — tokenizers raises nothing more precise
-        raise InputError(f"{folder}/tokenizer.json: not a usable tokenizer: {error}") from None
+        raise InputError(
+            f"model.base: {folder}/tokenizer.json: not a usable tokenizer: {error}; save the "
+            "tokenizer again"
+        ) from None
     tokenizer.no_truncation()
     tokenizer.no_padding()
     return tokenizer
@@ -106,9 +153,18 @@ def _check_model(folder: Path, recipe: Recipe) -> None:
         )
 
 
+def _check_weights(recipe: Recipe) -> None:
+    if not recipe.method.starts_at_random:
+        check_base_weights(recipe.model, recipe.method.head)
+    if recipe.model.adapter is not None:
+        check_adapter_weights(Path(recipe.model.adapter), "model.adapter")
+    if recipe.method.reference_name is not None:
+        check_named_weights(recipe.method.reference_name, "causal", "method.reference_model")
+
+
 def _positions(config: dict[str, Any]) -> float | None:
     """Number of positions that the model can use; a scaled RoPE extends those of its training."""
-    text = config.get("text_config") or config
+    text = text_part(config)
     positions = text.get("max_position_embeddings")
     if not isinstance(positions, int):
         return None
@@ -120,6 +176,9 @@ def _positions(config: dict[str, Any]) -> float | None:
 def _check_template(
     recipe: Recipe, folder: Path | None, tokenizer: Any, inspected: Sequence[InspectedRows]
 ) -> None:
+    template = recipe.data.chat_template
+    if template is not None and template != "chatml":
+        check_syntax(template)
     has_chats = any(
         is_chat(part)
         for rows in inspected
@@ -128,10 +187,22 @@ def _check_template(
     )
     if not has_chats or folder is None:
         return
-    if recipe.data.chat_template == "chatml" and tokenizer is not None:
-        check_chatml(tokenizer.get_vocab())
     if recipe.data.chat_template is None and not _has_template(folder):
         raise InputError(NO_TEMPLATE)
+    if tokenizer is not None:
+        _check_marks(recipe, tokenizer.get_vocab())
+
+
+def _check_marks(recipe: Recipe, vocabulary: dict[str, int]) -> None:
+    """Check that the template's marks are tokens, with rows of the embedding."""
+    template = recipe.data.chat_template
+    added = tokens_to_add(recipe.model.add_tokens, vocabulary, template)
+    if template == "chatml":
+        check_chatml({*vocabulary, *added})
+    rows = embedding_rows(recipe.model)
+    marks = {vocabulary[mark]: mark for mark in marks_of(template) if mark in vocabulary}
+    if rows is not None:
+        check_embedded({i: mark for i, mark in marks.items() if mark not in added}, rows)
 
 
 def _has_template(folder: Path) -> bool:
@@ -149,7 +220,7 @@ def _check_enough(
     Packing only reduces the number of sequences, so rows are an upper bound, except where long
     texts are split.
     """
-    can_split = recipe.method.splits_overlong or any(
+    can_split = (recipe.method.splits_overlong or recipe.data.overlong == "split") or any(
         isinstance(example, Text) for rows in inspected for example in rows.examples
     )
     if can_split or not all(rows.inspection.is_exact for rows in inspected):
@@ -158,11 +229,24 @@ def _check_enough(
         rows.inspection.rows * rows.per_row * source.weight
         for source, rows in zip(sources, inspected, strict=True)
     )
-    left = round(total * (1 - recipe.data.holdout))
-    if left < recipe.rows_per_step:
+    left = round(total * (1 - recipe.data.held_out_share))
+    bad = [line for rows in inspected for line in rows.bad]
+    if left - len(bad) < recipe.rows_per_step:
+        _check_bad_rows(recipe, bad, sum(rows.inspection.rows for rows in inspected))
+        left -= len(bad)
         raise InputError(
             f"optim.batch_size: {recipe.optim.batch_size} needs {recipe.rows_per_step} rows per "
             f"step, but the data has only {left} rows to train on; lower batch_size, or add data"
+        )
+
+
+def _check_bad_rows(recipe: Recipe, bad: Sequence[str], rows: int) -> None:
+    """Refuse bad rows, which the preparation would refuse: they are the cause."""
+    if len(bad) > recipe.data.max_bad_rows * rows:
+        first = "\n".join(f"  {line}" for line in bad[:3])
+        raise InputError(
+            f"{len(bad)} of {rows} rows cannot be used; data.max_bad_rows allows "
+            f"{recipe.data.max_bad_rows:.1%}. The first ones:\n{first}"
         )
 
 
@@ -173,7 +257,9 @@ def _read_json(path: Path) -> dict[str, Any] | None:
     except FileNotFoundError:
         return None
     except ValueError as error:
-        raise InputError(f"{path}: not valid JSON: {error}") from None
+        raise InputError(
+            f"model.base: {path}: not valid JSON: {error}; save the model again"
+        ) from None
     if not isinstance(content, dict):
-        raise InputError(f"{path}: expected a JSON object")
+        raise InputError(f"model.base: {path}: expected a JSON object; save the model again")
     return content

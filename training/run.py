@@ -1,11 +1,14 @@
 """One run, as the driver runs it.
 
-    inspect → prepare → compare with an earlier attempt → train → report
+    inspect → prepare, and rehearse beside it → compare with an earlier attempt → train → report
 
-The first three steps detect errors before a model is loaded.
+All steps but the last two detect errors before a model is loaded.
 """
 
+import threading
 import time
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from .common.errors import FinrayError, InputError, Interrupted, RunError
@@ -14,34 +17,45 @@ from .common.progress import SILENT, Progress
 from .common.secrets import redact
 from .common.storage import Folder
 from .common.versions import installed_versions
-from .common.yaml_text import dump_yaml, load_yaml
+from .common.yaml_text import dump_yaml
 from .config.model_folder import model_folder
-from .config.recipe import Recipe, recipe_from_dict
+from .config.places import locates
+from .config.recipe import Recipe
 from .config.remote_code import code_files
-from .data.prepare import find_prepared, prepare
+from .data.curation.report import report_of
+from .data.fingerprint import fingerprint
+from .data.prepare import find_prepared, prepare, storage_errors
 from .data.prepared import Prepared
 from .data.tasks import RunTasks, run_in_process, run_on_ray_data
 from .engine.context import STOP_FILE
 from .engine.task import WorkerResult, WorkerTask
 from .inspection import inspect_recipe
 from .launch.retries import Launcher, run_with_retries
+from .models.devices import Room
 from .records.checkpoint import best
+from .records.identity import Commits, at_commits, check_identity, hub_commits, identity_of
 from .records.recorder import now, update_run
 from .records.report import write_report
+from .records.resume import (
+    RunState,
+    check_same_data,
+    has_checkpoints,
+    schedule_of,
+    set_aside,
+    state_of,
+)
 from .records.run_folder import (
     CHECKPOINTS_FOLDER,
     PREPARED_FOLDER,
     RECIPE_FILE,
+    RUN_FILE,
     Record,
+    check_run_folder,
     existing_run,
     read_run,
 )
-
-# A resumed run may change these; anything else would change its result.
-_FREE_ON_RESUME = (
-    *("scale", "checkpoint", "eval", "log", "storage"),
-    *("optim.micro_batch_size", "optim.max_skipped_steps"),
-)
+from .rehearsal.child import Rehearsal, rehearse
+from .rehearsal.outcome import Outcome, with_packing
 
 
 def run_folder(recipe: Recipe) -> Folder:
@@ -49,50 +63,124 @@ def run_folder(recipe: Recipe) -> Folder:
     return Folder(recipe.storage) / recipe.name
 
 
-def train(recipe: Recipe, launcher: Launcher, progress: Progress = SILENT) -> Record:
+@locates
+def state_of_run(recipe: Recipe, *, longer: bool = False) -> RunState:
+    """How far a run is, before anything is prepared or started.
+
+    Args:
+        recipe: what to run.
+        longer: whether steps may be added under a schedule of their own.
+
+    Raises:
+        InputError: its folder holds another run, or the recipe names modules that do not exist.
+    """
+    folder = run_folder(recipe)
+    check_run_folder(folder)
+    earlier = read_run(folder)
+    state = RunState(folder, None)
+    if earlier is not None:
+        recipe = with_packing(at_commits(recipe, earlier.get("commits")), packed_before(earlier))
+        state = state_of(recipe, folder)
+        _check_same_files(recipe, folder, earlier)
+        check_same_data(folder, earlier, fingerprint(recipe))
+    if state.has_new_length:
+        steps = recipe.optim.max_steps
+        prepared = (
+            None if steps else find_prepared(recipe, Folder(recipe.storage) / PREPARED_FOLDER)
+        )
+        if prepared is not None:
+            steps = recipe.total_steps(prepared.manifest.train.sequences)
+        if steps is not None:
+            schedule_of(recipe, state, steps, longer)
+    if not state.is_finished:
+        _check_modules(recipe)
+    return state
+
+
+@locates
+def train(
+    recipe: Recipe,
+    launcher: Launcher,
+    progress: Progress = SILENT,
+    *,
+    longer: bool = False,
+    rehearsal: Rehearsal | None = None,
+) -> Record:
     """Train a run from its current state to its end; returns run.json.
 
     Args:
         recipe: what to run.
         launcher: starts the workers.
         progress: receives the progress.
+        longer: whether steps may be added under a schedule of their own.
+        rehearsal: the recipe's, if it is started already.
 
     Raises:
         InputError: the recipe or the data is wrong, or does not match the run in the folder.
         RunError: the run failed; its folder contains the progress so far.
         Interrupted: a stop was requested; the progress so far is saved.
     """
-    finished = find_finished(recipe)
-    if finished is not None:
-        return finished
-    folder = run_folder(recipe)
-    earlier = read_run(folder)
-    prepared = prepare_data(recipe, progress)
-    _check_enough(recipe, prepared)
-    _check_same_data(prepared, folder, earlier)
+    state = state_of_run(recipe, longer=longer)
+    folder = state.folder
+    if state.record is not None and state.is_finished:
+        return state.record
+    commits = _commits(recipe, state.record)
+    recipe = at_commits(recipe, commits)
+    with rehearsal or Rehearsal(recipe) as running:
+        ready = _prepare_and_rehearse(recipe, running, packed_before(state.record), progress)
+    recipe, prepared = ready.recipe, ready.prepared
+    check_enough(recipe, prepared)
+    total_steps = recipe.total_steps(prepared.manifest.train.sequences)
+    schedule = schedule_of(recipe, state, total_steps, longer)
     # If another driver takes over the lock, which is then stale, this one stops.
     with hold_run_lock(folder.create(), launcher.stop.requested, progress) as stale:
         if stale is not None:
             progress.status(f"taking over the lock, whose holder no longer runs: {stale}")
-        result = run_prepared(recipe, prepared, launcher, progress)
+        result = run_prepared(
+            *(recipe, prepared, launcher, progress),
+            schedule=schedule,
+            commits=commits,
+            outcome=ready.outcome,
+        )
     _raise_failure(result, folder)
     return existing_run(folder)
 
 
-def find_finished(recipe: Recipe) -> Record | None:
-    """run.json of a finished run; None if it is not finished.
+def begin_anew(recipe: Recipe, progress: Progress = SILENT) -> Folder | None:
+    """Move a run's folder aside, so that the run begins anew.
+
+    Returns:
+        The old run's new folder; None if there was no run.
 
     Raises:
-        InputError: its folder contains another run, or the recipe names modules that do not exist.
+        InputError: another driver is training the run.
     """
     folder = run_folder(recipe)
-    earlier = read_run(folder)
-    if earlier is not None:
-        _check_same(recipe, folder)
-        if earlier.get("status") == "finished":
-            return earlier
-    _check_modules(recipe)
-    return None
+    if not folder.exists():
+        return None
+    with hold_run_lock(folder, threading.Event(), progress):
+        pass
+    return set_aside(Folder(recipe.storage), recipe.name)
+
+
+def at_earlier_commits(recipe: Recipe) -> Recipe:
+    """The recipe with what comes from the hub at the commits of the run's first start; as it is for
+    a new run. A run.json that cannot be read is refused by `state_of_run`."""
+    try:
+        earlier = read_run(run_folder(recipe))
+    except (InputError, OSError):
+        return recipe
+    return at_commits(recipe, (earlier or {}).get("commits"))
+
+
+def at_noted_commits(recipe: Recipe) -> Recipe:
+    """The recipe with what comes from the hub at the commits of the run's first start, or at
+    today's.
+
+    Raises:
+        InputError: the hub does not give a model or data set, or run.json cannot be read.
+    """
+    return at_commits(recipe, _commits(recipe, read_run(run_folder(recipe))))
 
 
 def run_prepared(
@@ -101,6 +189,9 @@ def run_prepared(
     launcher: Launcher,
     progress: Progress = SILENT,
     until: int | None = None,
+    schedule: list[int] | None = None,
+    commits: Commits | None = None,
+    outcome: Outcome | None = None,
 ) -> WorkerResult:
     """Train a run from its current state, with prepared data; returns how it ended.
 
@@ -110,33 +201,80 @@ def run_prepared(
         launcher: starts the workers.
         progress: receives the progress.
         until: a step after which to save and stop, before the run's end.
+        schedule: the last step of each of its learning-rate schedules; None for a single one.
+        commits: the commits of what comes from the hub, to which the recipe refers.
+        outcome: of the recipe's rehearsal; None to rehearse it here.
 
     Raises:
+        InputError: the run started from other files.
         RunError: the workers failed too often, or cannot start again.
+        InputError: damaged data cannot be prepared again.
     """
     folder = run_folder(recipe)
     earlier = read_run(folder)
-    if earlier is not None and earlier.get("status") == "finished":
+    is_finished = earlier is not None and earlier.get("status") == "finished"
+    if is_finished and (schedule is None or schedule[-1] == (earlier or {}).get("total_steps")):
         return WorkerResult(status="finished", error=None, exit_code=0)
-    _record_start(recipe, folder, prepared)
+    if earlier is not None:
+        _check_same_files(recipe, folder, earlier)
+    outcome = outcome or rehearse(recipe, progress)
+    recipe, decided = _placed(outcome.allowed(recipe), earlier, launcher.room, progress)
+    _record_start(recipe, folder, prepared, schedule, commits or {}, outcome, decided)
     progress.run_started(folder)
     task = WorkerTask(
         recipe=recipe.model_dump(mode="json"),
         run=folder.uri,
         prepared=prepared.folder.uri,
+        isolation=outcome.isolation if prepared.manifest.packing else None,
+        left_out=list(outcome.left_out),
         until=until,
+        schedule=schedule,
     )
     started = time.monotonic()
     try:
-        result = run_with_retries(task, launcher, progress)
+        result = run_with_retries(
+            task, launcher, progress, lambda: _prepare_again(recipe, prepared, progress)
+        )
     except BaseException as error:
         status = "stopped" if isinstance(error, KeyboardInterrupt) else "failed"
         message = str(error) or type(error).__name__
         _record_end(recipe, folder, status, message, time.monotonic() - started)
         raise
     _record_end(recipe, folder, result["status"], result["error"], time.monotonic() - started)
-    write_report(folder)
+    if folder.exists(RUN_FILE):
+        write_report(folder)
     return result
+
+
+def _placed(
+    recipe: Recipe, earlier: Record | None, room: Room | None, progress: Progress
+) -> tuple[Recipe, Record]:
+    """The recipe with what its GPU's memory decides, and that as run.json keeps it.
+
+    A run goes on as it was first decided, whatever GPU it has now.
+    """
+    if not recipe.leaves_open:
+        return recipe, {}
+    before = (earlier or {}).get("decided")
+    rows, checkpoints = recipe.optim.microbatch, recipe.model.checkpoints
+    if before:
+        if recipe.optim.micro_batch_size == "auto":
+            rows = before["micro_batch_size"]
+        if recipe.model.gradient_checkpointing == "auto":
+            checkpoints = before["gradient_checkpointing"]
+    elif room is not None and model_folder(recipe.model, only_cached=True) is not None:
+        from .models import import_peft  # noqa: F401 - before what loads peft
+        from .models.memory_estimate import sizes_of
+        from .models.placement import decide
+
+        recipe = decide(recipe, sizes_of(recipe), room)
+        rows, checkpoints = recipe.optim.microbatch, recipe.model.checkpoints
+        progress.note(
+            f"by the estimate of the GPU's memory: optim.micro_batch_size {rows}, "
+            f"model.gradient_checkpointing {str(checkpoints).lower()}"
+        )
+    decided = {"micro_batch_size": rows, "gradient_checkpointing": checkpoints}
+    return recipe.with_placement(rows, checkpoints), decided
 
 
 def prepares_on_ray(recipe: Recipe) -> bool:
@@ -145,12 +283,12 @@ def prepares_on_ray(recipe: Recipe) -> bool:
     Raises:
         InputError: see `inspect_recipe`.
     """
-    is_small = inspect_recipe(recipe).is_small
-    if recipe.scale.most_workers == 0 or is_small:
+    if not curates_on_ray(recipe):
         return False
     return find_prepared(recipe, Folder(recipe.storage) / PREPARED_FOLDER) is None
 
 
+@locates
 def prepare_data(recipe: Recipe, progress: Progress = SILENT) -> Prepared:
     """The recipe's prepared data set. If it does not exist, prepare it: in this process, or on the
     initialised Ray if `prepares_on_ray` is true.
@@ -163,6 +301,31 @@ def prepare_data(recipe: Recipe, progress: Progress = SILENT) -> Prepared:
     return _prepare(recipe, run_on_ray_data if on_ray else run_in_process, progress)
 
 
+def curates_on_ray(recipe: Recipe) -> bool:
+    """True if the data is not small, and the run has workers.
+
+    Raises:
+        InputError: see `inspect_recipe`.
+    """
+    return not inspect_recipe(recipe).is_small and recipe.scale.most_workers > 0
+
+
+@locates
+def curate_data(recipe: Recipe, progress: Progress = SILENT) -> dict[str, Any]:
+    """Take the recipe's training rows through its stages, without training: in this process, or on
+    the initialised Ray if `curates_on_ray` is true.
+
+    Raises:
+        InputError: the recipe has no stages; see also `prepare`.
+        RunError: a data task on Ray failed, or the storage cannot be written to.
+    """
+    run_tasks = run_on_ray_data if curates_on_ray(recipe) else run_in_process
+    folder = Folder(recipe.storage) / PREPARED_FOLDER
+    with storage_errors(folder):
+        return report_of(recipe, folder, run_tasks, progress)
+
+
+@locates
 def prepare_here(recipe: Recipe, progress: Progress = SILENT) -> Prepared:
     """As `prepare_data`, but always in this process, and for data that is already inspected.
 
@@ -172,18 +335,73 @@ def prepare_here(recipe: Recipe, progress: Progress = SILENT) -> Prepared:
     return _prepare(recipe, run_in_process, progress)
 
 
+@dataclass(frozen=True)
+class _Ready:
+    """All that a run needs before it takes workers."""
+
+    recipe: Recipe
+    """With its packing decided."""
+    prepared: Prepared
+    outcome: Outcome
+
+
+def _prepare_and_rehearse(
+    recipe: Recipe, rehearsal: Rehearsal, packed_before: bool | None, progress: Progress
+) -> _Ready:
+    """Prepare the data while the rehearsal runs; if it decides otherwise on packing, once more.
+
+    Large data, which is prepared on Ray, waits for the decision.
+    """
+    guess, prepared = with_packing(recipe, packed_before), None
+    if not rehearsal.is_done and not prepares_on_ray(guess):
+        prepared = prepare_data(guess, progress)
+        if recipe.scale.most_workers == 0:  # this process trains, and is idle until then
+            from .engine import worker  # noqa: F401
+    outcome = rehearsal.outcome(progress)
+    decided = outcome.settle(recipe, packed_before)
+    if prepared is None or decided.packs != guess.packs:
+        prepared = prepare_data(decided, progress)
+    for line in outcome.lines(decided):
+        progress.note(line)
+    return _Ready(decided, prepared, outcome)
+
+
+def packed_before(record: Record | None) -> bool | None:
+    """Whether the data of an earlier attempt is packed; None if there is none."""
+    data = (record or {}).get("data") or {}
+    packing = data.get("packing")
+    return packing if isinstance(packing, bool) else None
+
+
+def _prepare_again(recipe: Recipe, damaged: Prepared, progress: Progress) -> None:
+    """Prepare damaged data again while the run goes on: always here, where no Ray is needed."""
+    again = prepare_here(recipe, progress)
+    if again.folder != damaged.folder:
+        raise InputError(
+            f"{damaged.folder}: this prepared data is damaged, and cannot be prepared again: the "
+            "data changed since the run was started. Restore the data, or give this run another "
+            "name"
+        )
+
+
 def _prepare(recipe: Recipe, run_tasks: RunTasks, progress: Progress) -> Prepared:
     return prepare(recipe, Folder(recipe.storage) / PREPARED_FOLDER, run_tasks, progress)
+
+
+def _names_experts(folder: Path) -> bool:
+    """True if the model's configuration mentions experts."""
+    return "expert" in (folder / "config.json").read_text(encoding="utf-8")
 
 
 def _check_modules(recipe: Recipe) -> None:
     """Check the module names of a recipe against a model without weights.
 
-    This loads torch, so it is skipped for a recipe without such names. It is also skipped if the
-    model's configuration is not on this machine; the workers check the names in any case.
+    This loads torch, so it is skipped for a recipe without such names, unless an adapter meets
+    experts, which do not take all of its settings. It is also skipped if the model's configuration
+    is not on this machine; the workers check the names in any case.
 
     Raises:
-        InputError: a name matches no module.
+        InputError: a name matches no module, or experts do not take a setting.
     """
     adapter = recipe.adapter
     names_any = recipe.freeze is not None or (
@@ -193,13 +411,20 @@ def _check_modules(recipe: Recipe) -> None:
             or bool(adapter.modules_to_save or adapter.rank_pattern or adapter.alpha_pattern)
         )
     )
-    if names_any and model_folder(recipe.model, only_cached=True) is not None:
+    folder = model_folder(recipe.model, only_cached=True)
+    if folder is not None and (names_any or (recipe.trains_adapter and _names_experts(folder))):
         from .models.loading import count_meta_parameters
 
         count_meta_parameters(recipe, recipe.method.head)
 
 
-def _check_enough(recipe: Recipe, prepared: Prepared) -> None:
+@locates
+def check_enough(recipe: Recipe, prepared: Prepared) -> None:
+    """Refuse prepared data with fewer sequences than a step uses.
+
+    Raises:
+        InputError: there are too few.
+    """
     sequences = prepared.manifest.train.sequences
     if sequences < recipe.rows_per_step:
         packed = " (packed)" if recipe.packs else ""
@@ -209,55 +434,29 @@ def _check_enough(recipe: Recipe, prepared: Prepared) -> None:
         )
 
 
-def _check_same(recipe: Recipe, folder: Folder) -> None:
-    """Refuse to resume with settings that would change the result."""
-    written = recipe_from_dict(load_yaml(folder.read(RECIPE_FILE)))
-    changes = differences(
-        written.model_dump(mode="json"), recipe.model_dump(mode="json"), _FREE_ON_RESUME
-    )
-    if changes:
-        raise InputError(
-            f"{folder} holds a run with other settings:\n" + "\n".join(changes) + "\n"
-            "Give this run another name, or delete that folder."
-        )
+def _check_same_files(recipe: Recipe, folder: Folder, earlier: Record) -> None:
+    """Refuse to go on from another base, tokenizer, adapter, reference or reward model."""
+    if earlier.get("status") == "finished" or has_checkpoints(folder):
+        check_identity(earlier.get("identity"), identity_of(recipe), folder)
 
 
-def differences(before: Any, after: Any, free: tuple[str, ...] = ()) -> list[str]:
-    """A line for each setting that differs, except keys that start with an item of `free`."""
-    old, new = _flat(before), _flat(after)
-    return [
-        f"  {key}: {old.get(key)!r} before, {new.get(key)!r} now"
-        for key in sorted(old.keys() | new.keys())
-        if old.get(key) != new.get(key) and not key.startswith(free)
-    ]
+def _commits(recipe: Recipe, earlier: Record | None) -> Commits:
+    """The commits of what comes from the hub; an older finray's runs note none and go on so."""
+    if earlier is None:
+        return hub_commits(recipe)
+    return hub_commits(recipe, earlier["commits"]) if "commits" in earlier else {}
 
 
-def _check_same_data(prepared: Prepared, folder: Folder, earlier: Record | None) -> None:
-    fingerprint = prepared.manifest.fingerprint
-    if earlier is None or earlier.get("prepared") == fingerprint:
-        return
-    if any(name.startswith("step-") for name in (folder / CHECKPOINTS_FOLDER).names()):
-        raise InputError(
-            f"the data changed since {folder} was started (from {earlier.get('prepared')} "
-            f"to {fingerprint}): its checkpoints belong to the old data. Restore the data, give "
-            "this run another name, or delete that folder."
-        )
-
-
-def _flat(values: Any, prefix: str = "") -> dict[str, Any]:
-    if isinstance(values, dict):
-        items = values.items()
-    elif isinstance(values, list) and any(isinstance(item, dict) for item in values):
-        items = {str(index): item for index, item in enumerate(values)}.items()
-    else:
-        return {prefix: values}
-    flat: dict[str, Any] = {}
-    for key, value in items:
-        flat.update(_flat(value, f"{prefix}.{key}" if prefix else str(key)))
-    return flat
-
-
-def _record_start(recipe: Recipe, folder: Folder, prepared: Prepared) -> None:
+def _record_start(
+    recipe: Recipe,
+    folder: Folder,
+    prepared: Prepared,
+    schedule: list[int] | None,
+    commits: Commits,
+    outcome: Outcome,
+    decided: Record,
+) -> None:
+    identity = identity_of(recipe)
     folder.delete(STOP_FILE)
     folder.write(RECIPE_FILE, dump_yaml(recipe.model_dump(mode="json")).encode())
 
@@ -272,11 +471,16 @@ def _record_start(recipe: Recipe, folder: Folder, prepared: Prepared) -> None:
             method=recipe.method.kind,
             base=recipe.model.base,
             versions=installed_versions(),
+            identity=identity,
+            commits=commits,
             prepared=prepared.manifest.fingerprint,
             data=prepared.manifest.summary(),
+            rehearsal=outcome.as_record(recipe),
             error=None,
             finished_at=None,
+            schedule=schedule,
             **recipe.method.run_facts,
+            **({"decided": decided} if decided else {}),
             **({"model_code": code} if (code := code_files(recipe.model)) else {}),
         )
 
@@ -286,6 +490,9 @@ def _record_start(recipe: Recipe, folder: Folder, prepared: Prepared) -> None:
 def _record_end(
     recipe: Recipe, folder: Folder, status: str, error: str | None, seconds: float
 ) -> None:
+    if not folder.exists(RUN_FILE):  # deleted by the user, who would not want it back
+        return
+
     def change(record: Record) -> None:
         record["status"] = status
         record["error"] = None if error is None else redact(error)

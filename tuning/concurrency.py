@@ -20,8 +20,13 @@ def slot_resources(scale: ScaleSettings) -> dict[str, float]:
     return worker_request(scale, cluster_nodes()).worker
 
 
-def decide_concurrency(requested: int | str, scale: ScaleSettings) -> int:
+def decide_concurrency(requested: int | str, scale: ScaleSettings, place: str) -> int:
     """Number of trials that run at the same time on the initialised Ray.
+
+    Args:
+        requested: the sweep's setting.
+        scale: workers and resources of a trial.
+        place: file:line of the setting, for messages.
 
     Raises:
         InputError: the cluster cannot hold that many, or not even one.
@@ -35,8 +40,8 @@ def decide_concurrency(requested: int | str, scale: ScaleSettings) -> int:
         gpus = f" and {request.gpus:g} GPU" if request.gpus else ""
         workers = f"{request.min} x " if request.min > 1 else ""
         raise InputError(
-            f"concurrency: {requested} trials of {workers}{request.cpus:g} CPU{gpus} each are "
-            f"requested, but the cluster of {len(nodes)} nodes holds {most} at a time; lower "
+            f"{place}: concurrency: {requested} trials of {workers}{request.cpus:g} CPU{gpus} each "
+            f"are requested, but the cluster of {len(nodes)} nodes holds {most} at a time; lower "
             "concurrency or scale, or add nodes"
         )
     return int(requested)

@@ -106,9 +106,9 @@ class Conductor:
                     self._on_change(Ending(number, "pruned", reason))
                 assignment = self._population.next_trial(self._running)
             else:
-                assignment = self._study.ask(only_queued=self._sweep.sampler == "grid")
-                if assignment is None and self.over is None:
-                    self.over = "no new valid settings were found"
+                assignment = self._study.ask(in_order=self._sweep.sampler == "grid")
+                if assignment is None:
+                    self.over = self._study.exhausted
             if assignment is None:
                 return None
             self._running.add(assignment.number)
@@ -159,6 +159,11 @@ class Conductor:
                 self._check_end_of_sweep(ending, report or {})
             self._on_change(ending)
 
+    def refuse_trial(self, number: int, error: FinrayError) -> None:
+        """Record that a trial cannot start."""
+        report = {"status": "failed", "error": str(error), "exit_code": error.exit_code}
+        self.finish_trial(number, report)
+
     def _ending(self, number: int, report: Record, error: str | None) -> Ending | None:
         """Store how a trial ended; None for a trial that is only paused."""
         measures = report.get("measures") or {}
@@ -174,6 +179,10 @@ class Conductor:
             return Ending(number, "pruned", self._summary(measures))
         elif stop_reason is None and status != "failed" and error is None:
             if status == "paused" and self._population is not None and self.over is None:
+                error = self._study.fault(measures)
+                if error is not None:
+                    self._study.fail(number, error, measures)
+                    return Ending(number, "failed", error)
                 self._all_failed = False
                 self._population.reached_milestone(number, measures)
             if self.over is None:
@@ -200,15 +209,17 @@ class Conductor:
         rows = self._study.rows()
         if bounds.tokens is not None and sum(row["tokens"] for row in rows) >= bounds.tokens:
             self.end(f"{bounds.tokens:,} tokens have been trained")
-        best = self._study.best()
-        if not best:
+        numbers = self._study.best()
+        if not numbers:
             return
-        row = next(row for row in rows if row["number"] == best[0])
-        value = row["values"][0]
+        best = [row for row in rows if row["number"] in numbers]
+        value = best[0]["values"][0]  # stop_when.value needs a single objective, so one is best
         if bounds.value is not None and not self._metric.better(bounds.value, value):
             self.end(f"{self._metric.name} {value:.6g} reached stop_when.value {bounds.value:g}")
         if bounds.trials_without_gain is not None:
-            since = [other for other in rows if other["ended"] and other["ended"] > row["ended"]]
+            # With several objectives a trial is a gain if it has joined the Pareto front.
+            last = max(row["ended"] for row in best)
+            since = [other for other in rows if other["ended"] and other["ended"] > last]
             if len(since) >= bounds.trials_without_gain:
                 self.end(f"{len(since)} trials ended without an improvement")
 

@@ -18,6 +18,7 @@ from typing import Any
 
 from ..training.config.model_folder import model_folder
 from ..training.config.models import ModelSettings
+from ..training.config.places import locates
 from ..training.config.recipe import Recipe
 from .distribution import Distribution
 
@@ -39,6 +40,7 @@ LEARNING_RATE, RANK, ALPHA = "optim.learning_rate", "adapter.rank", "adapter.alp
 RSLORA = "adapter.rslora"
 
 
+@locates
 def suggested_learning_rate(recipe: Recipe) -> float | None:
     """A good learning rate for the recipe's model and method; for an adapter, at alpha 32.
 
@@ -73,6 +75,7 @@ def rate_factor(at_alpha: float, rank: int, alpha: float, rslora: bool) -> float
     return math.sqrt(at_alpha / (alpha * math.sqrt(rank) if rslora else alpha))
 
 
+@locates
 def default_space(recipe: Recipe) -> dict[str, Distribution]:
     """The space of `search: default`: the learning rate and, for adapters, rank and rsLoRA or not.
 

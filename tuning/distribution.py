@@ -2,6 +2,7 @@
 
 import json
 import math
+from decimal import Decimal
 from typing import Annotated, Any, Self
 
 from pydantic import Field, model_validator
@@ -9,11 +10,13 @@ from pydantic import Field, model_validator
 from ..training.config.section import Section
 
 Scalar = None | bool | int | float | str
-Bounds = Annotated[tuple[float, float], Field(description="[lowest, highest], both included")]
-IntBounds = Annotated[tuple[int, int], Field(description="[lowest, highest], both included")]
+Bounds = tuple[float, float]
+IntBounds = tuple[int, int]
 
 _RANGES = ("uniform", "log_uniform", "int_uniform", "log_int_uniform")
 _KINDS = ("choice", *_RANGES, "times")
+_LISTED = 1000
+"""Maximum number of values of a range that are listed."""
 
 
 class Distribution(Section):
@@ -22,10 +25,13 @@ class Distribution(Section):
     choice: Annotated[list[Any], Field(min_length=1)] | None = None
     """One of these values; a whole section (a mapping) can be a value too."""
     uniform: Bounds | None = None
+    """Any number from [lowest, highest], both included."""
     log_uniform: Bounds | None = None
-    """Uniform in the logarithm: for learning rates and other scales."""
+    """[lowest, highest], uniform in the logarithm: for learning rates and other scales."""
     int_uniform: IntBounds | None = None
+    """Any whole number from [lowest, highest], both included."""
     log_int_uniform: IntBounds | None = None
+    """[lowest, highest], whole numbers, uniform in the logarithm: for ranks and other sizes."""
     times: Annotated[float, Field(gt=0)] | None = None
     """Computed, not searched: this factor times the value of the key `of`."""
     of: str | None = None
@@ -34,7 +40,7 @@ class Distribution(Section):
     """Values lie on this grid, counted from the lowest; for uniform and int_uniform."""
     at_alpha: Annotated[float, Field(gt=0)] | None = None
     """For a learning rate that is searched together with adapter.rank, alpha or rslora: the range
-    is for this alpha and moves with the adapter's own alpha (see tuning/default_search.py)."""
+    is for this alpha, and a trial's rate is scaled by 1 / sqrt(alpha) of its own adapter."""
     when: dict[str, Any] | None = None
     """{other key: value, or list of values}: searched only if the other key has such a value."""
 
@@ -43,7 +49,9 @@ class Distribution(Section):
         given = [kind for kind in _KINDS if getattr(self, kind) is not None]
         if len(given) != 1:
             actual = " and ".join(given) or "none of them"
-            raise ValueError(f"expected exactly one of {', '.join(_KINDS)}; found {actual}")
+            raise ValueError(
+                f"expected exactly one of {', '.join(_KINDS)}; found {actual}; keep one of them"
+            )
         if (self.of is None) != (self.times is None):
             raise ValueError("times and of belong together, as in {times: 2, of: adapter.rank}")
         if self.step is not None and given[0] not in ("uniform", "int_uniform"):
@@ -59,13 +67,16 @@ class Distribution(Section):
             if len(set(labels)) < len(labels):
                 raise ValueError("choice contains the same value twice; remove one of them")
         if kind in _RANGES:
-            low, high = self.bounds
+            low, high = self._written_bounds
             if low >= high:
-                raise ValueError(f"{kind}: the bounds are reversed or equal: [{low:g}, {high:g}]")
+                raise ValueError(
+                    f"{kind}: the bounds are reversed or equal: [{low:g}, {high:g}]; write "
+                    "[lowest, highest]"
+                )
             if kind.startswith("log") and low <= 0:
-                raise ValueError(f"{kind}: the lowest value must be above 0, found {low:g}")
+                raise ValueError(f"{kind}: the lowest must be above 0, found {low:g}; raise it")
         if kind == "int_uniform" and self.step is not None and self.step != int(self.step):
-            raise ValueError(f"step of int_uniform must be a whole number, found {self.step:g}")
+            raise ValueError(f"step of int_uniform must be whole, found {self.step:g}; round it")
 
     @property
     def is_computed(self) -> bool:
@@ -84,10 +95,27 @@ class Distribution(Section):
 
     @property
     def bounds(self) -> tuple[float, float]:
-        """Lowest and highest value of a range."""
+        """Lowest and highest value of a range; with a step, the highest one on the grid."""
+        low, high = self._written_bounds
+        return (low, high) if self.step is None else (low, self._on_grid(self._last_place))
+
+    @property
+    def _written_bounds(self) -> tuple[float, float]:
         bounds = self.uniform or self.log_uniform or self.int_uniform or self.log_int_uniform
         assert bounds is not None
         return bounds
+
+    @property
+    def _last_place(self) -> int:
+        """The place of the highest value on the grid, counted from 0."""
+        low, high = (Decimal(str(bound)) for bound in self._written_bounds)
+        return int((high - low) // Decimal(str(self.step or 1)))
+
+    def _on_grid(self, place: int) -> Any:
+        """A value of the grid, computed in decimals as Optuna does: 0.3, not 0.1 + 2 * 0.1."""
+        low, step = (Decimal(str(item)) for item in (self._written_bounds[0], self.step or 1))
+        value = low + place * step
+        return int(value) if self.is_integer else float(value)
 
     def parameter(self, key: str) -> str:
         """Name of the Optuna parameter for this key."""
@@ -99,18 +127,13 @@ class Distribution(Section):
         return [as_label(value) for value in self.choice]
 
     def every_value(self) -> list[Any] | None:
-        """All possible values; None if there are infinitely many or more than 1000."""
+        """All possible values; None if there are infinitely many or too many to list."""
         if self.choice is not None:
             return list(self.choice)
-        if self.log_uniform is not None or (self.uniform is not None and self.step is None):
+        is_continuous = not self.is_integer and self.step is None
+        if is_continuous or self._last_place >= _LISTED:
             return None
-        low, high = self.bounds
-        step = self.step or 1
-        count = math.floor((high - low) / step + 1e-9) + 1
-        if count > 1000:
-            return None
-        values = [low + index * step for index in range(count)]
-        return [int(value) for value in values] if self.is_integer else values
+        return [self._on_grid(place) for place in range(self._last_place + 1)]
 
     def typical_values(self) -> list[Any]:
         """All choices; for a range, both ends, the middle and a value between them."""
@@ -137,8 +160,15 @@ class Distribution(Section):
         low, high = self.bounds
         value = min(max(value, low), high)
         if self.step is not None:
-            value = min(low + round((value - low) / self.step) * self.step, high)
+            return self._on_grid(round((value - low) / self.step))
         return round(value) if self.is_integer else value
+
+    def spelled(self, value: Any) -> Any:
+        """A value of the distribution as it is written there: 0 for 0.0, if the choice is 0."""
+        if self.choice is not None:
+            label = as_label(value)
+            return next((item for item in self.choice if _is_equal(as_label(item), label)), value)
+        return self.nearest(value) if self.step is not None and self.contains(value) else value
 
     def label_of(self, value: Any) -> Scalar:
         """A value of the distribution as Optuna stores it.

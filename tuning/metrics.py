@@ -1,4 +1,6 @@
-"""The metrics that a run reports and a sweep can optimise, and their directions (min or max)."""
+"""The metrics that a run reports and a sweep can optimise."""
+
+from collections.abc import Sequence
 
 from ..training.common.errors import InputError
 from ..training.config.metric import Metric
@@ -6,68 +8,80 @@ from ..training.config.recipe import Recipe
 from .sweep import LoadedSweep, Objective
 
 SIZES = ("adapter_bytes", "trainable_parameters")
-"""Metrics that exist only after a trial has finished."""
-_MORE_IS_BETTER = ("accuracy", "match", "margin", "reward", "chosen", "per_second")
-_LESS_IS_BETTER = ("loss", "entropy", "kl", "bytes", "parameters", "clipped", "truncated")
+_STEP = ("grad_norm", "tokens_per_second", "tokens", "seconds")
+"""Metrics that a logged step of every method reports."""
+_AT_THE_END = (*SIZES, "exact_match", "wall_seconds", "tokens")
+"""Metrics by which an unfinished trial cannot be compared: they exist only at its end, or are equal
+for all trials that are compared."""
 
 
 def objectives(loaded: LoadedSweep) -> list[Metric]:
     """The sweep's metrics with their modes.
 
     Raises:
-        InputError: for a metric that the base recipe's run never reports, and for one without a
-            default mode if the sweep gives none.
+        InputError: for a metric that the base recipe's run never reports.
     """
-    return [
-        _metric(objective, loaded.recipe, loaded.place("objective"))
-        for objective in loaded.sweep.objective
-    ]
+    metrics = []
+    for number, objective in enumerate(loaded.sweep.objective):
+        place = loaded.place("objective" if loaded.names_objective else "recipe", number)
+        if objective.metric not in reported_metrics(loaded.recipe):
+            raise InputError(f"{place}: objective: {_why(objective, loaded)}")
+        metric = loaded.recipe.method.metric(objective.metric)
+        metrics.append(Metric(metric.name, objective.mode or metric.mode))
+    return metrics
+
+
+def check_reported(metrics: Sequence[Metric], recipe: Recipe) -> None:
+    """Check that a trial with this recipe has a result.
+
+    Raises:
+        InputError: for a metric that its run never reports.
+    """
+    reported = reported_metrics(recipe)
+    for metric in metrics:
+        if metric.name not in reported:
+            raise InputError(
+                f"objective: {_never_reports(metric.name, recipe)}; search only settings whose "
+                "runs report it, or choose another objective"
+            )
 
 
 def is_measured_during_training(metric: str, recipe: Recipe) -> bool:
     """True if a run reports the metric before its end, so a trial can be pruned by it."""
-    return metric not in (*SIZES, "exact_match") and metric in reported_metrics(recipe)
+    return metric not in _AT_THE_END and metric in reported_metrics(recipe)
 
 
 def reported_metrics(recipe: Recipe) -> list[str]:
-    """Names of all metrics that a run of the recipe reports."""
+    """Names of all metrics that a run of the recipe reports, the watched one first."""
     method = recipe.method
-    names = ["loss", *method.measures]
-    reported = [*names, "tokens_per_second", *SIZES]
-    if recipe.data.eval or recipe.data.holdout > 0:
-        held_out = [f"eval_{name}" for name in names]
+    reported = [*method.step_metrics(), *_STEP, "wall_seconds", *SIZES]
+    if _holds_out(recipe):
+        held_out = [f"eval_{name}" for name in method.held_out_metrics(recipe.trains_adapter)]
         reported = [*dict.fromkeys([method.watched.name, *held_out]), *reported]
     if recipe.eval.samples > 0:
         reported.append("exact_match")
     return reported
 
 
-def _metric(objective: Objective, recipe: Recipe, place: str) -> Metric:
-    name = objective.metric
-    reported = reported_metrics(recipe)
-    if name not in reported:
-        hint = ""
-        if name.startswith("eval_") and not any(item.startswith("eval_") for item in reported):
-            hint = "; eval metrics need data.eval or data.holdout"
-        if name == "exact_match":
-            hint = "; exact_match needs eval.samples"
-        raise InputError(
-            f"{place}: objective: a run of method {recipe.method.kind} never reports {name!r}; it "
-            f"reports {', '.join(reported)}{hint}"
-        )
-    mode = objective.mode or _mode(name, recipe)
-    if mode is None:
-        raise InputError(
-            f"{place}: objective: {name} needs a mode: min if less is better, else max, as in "
-            f"{{metric: {name}, mode: min}}"
-        )
-    return Metric(name, "min" if mode == "min" else "max")
+def _holds_out(recipe: Recipe) -> bool:
+    return bool(recipe.data.eval) or recipe.data.holds_out
 
 
-def _mode(name: str, recipe: Recipe) -> str | None:
-    watched = recipe.method.watched
-    if name == watched.name:
-        return watched.mode
-    if any(part in name for part in _LESS_IS_BETTER):
-        return "min"
-    return "max" if any(part in name for part in _MORE_IS_BETTER) else None
+def _why(objective: Objective, loaded: LoadedSweep) -> str:
+    """Why a metric cannot be the sweep's objective, and which ones can."""
+    name, recipe = objective.metric, loaded.recipe
+    text = _never_reports(name, recipe)
+    if not loaded.names_objective:
+        text = f"it is {name} unless the sweep names another one, but {text}"
+    if name.startswith("eval_") and not _holds_out(recipe):
+        return f"{text}; eval metrics need data.eval or data.holdout"
+    if name == "exact_match":
+        return f"{text}; exact_match needs eval.samples"
+    return text
+
+
+def _never_reports(name: str, recipe: Recipe) -> str:
+    return (
+        f"a run of method {recipe.method.kind} never reports {name!r}; it reports "
+        f"{', '.join(reported_metrics(recipe))}"
+    )

@@ -1,17 +1,18 @@
 """The checks of a sweep that need neither Ray nor torch, and the plan that results from them."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 
 from ..training.common.errors import InputError
 from ..training.common.storage import Folder
 from ..training.config.metric import Metric
 from ..training.config.recipe import Recipe
 from .default_search import default_space
-from .metrics import is_measured_during_training, objectives
+from .metrics import check_reported, is_measured_during_training, objectives
 from .space import Excluded, Settings, Space
 from .sweep import LoadedSweep, Sweep
-from .sweep_folder import trial_name
+from .sweep_folder import STUDY_FILE, read_earlier, trial_name
 
 CHANGEABLE = (
     *("optim.learning_rate", "optim.weight_decay", "optim.max_grad_norm", "optim.beta1"),
@@ -19,6 +20,8 @@ CHANGEABLE = (
 )
 """Keys that may change during training: they affect neither the model's shape, nor the data, nor
 what is measured."""
+_PACKAGES = {"cmaes": "cmaes", "gp": "scipy"}
+"""Samplers that need a package of their own."""
 
 
 @dataclass(frozen=True)
@@ -38,27 +41,27 @@ class Plan:
     """The first of the combinations that are not valid recipes."""
     prunes: bool
     """True if trials are stopped early by their metric."""
+    place: Callable[..., str]
+    """Returns file:line of a key of the sweep."""
 
     @property
     def is_population(self) -> bool:
         """True for population-based training, where trials take over the weights of better ones."""
         return self.sweep.pruning.kind == "pbt"
 
-    @property
-    def trials(self) -> int:
-        """Maximum number of trials: a finite space may have fewer settings than `sweep.trials`."""
-        every = self.space.every_setting()
-        most = len(every) if every is not None else self.sweep.trials
-        return min(self.sweep.trials, most)
+    def trial_recipe(self, settings: Settings) -> Recipe:
+        """The recipe of a trial, in the sweep's storage.
+
+        Raises:
+            InputError: the settings are not a valid recipe.
+        """
+        return self.space.recipe(settings, name=trial_name(0), storage=self.sweep.storage)
 
     def data_recipes(self) -> dict[str, Recipe]:
         """A recipe for each prepared data set that trials share, by `Space.data_key`."""
-        space = self.space
         return {
-            space.data_key(settings): space.recipe(
-                settings, name=trial_name(0), storage=self.sweep.storage
-            )
-            for settings in space.data_settings()
+            self.space.data_key(settings): self.trial_recipe(settings)
+            for settings in self.space.data_settings()
         }
 
 
@@ -69,9 +72,14 @@ def make_plan(loaded: LoadedSweep) -> Plan:
         InputError: with file:line and key of what is wrong.
     """
     sweep, recipe = loaded.sweep, loaded.recipe
+    folder = Folder(sweep.storage) / sweep.name
     metrics = objectives(loaded)
+    _check_sampler(loaded)
     search = default_space(recipe) if sweep.search == "default" else sweep.search
-    space = Space(search, recipe, loaded.folder, lambda key: loaded.place("search", key))
+    space = Space(
+        *(search, recipe, loaded.folder, lambda key: loaded.place("search", key)),
+        lambda changed: check_reported(metrics, changed),
+    )
     if not space.searched:
         raise InputError(
             f"{loaded.place('search')}: search: every key is computed with times, so none is "
@@ -81,28 +89,60 @@ def make_plan(loaded: LoadedSweep) -> Plan:
         _check_changeable(loaded, space)
     count, excluded = space.excluded()
     space.data_settings()
+    if sweep.sampler == "grid":
+        _check_grid(loaded, space)
+    # A sweep that has begun has their results in its own study.
+    if sweep.warm_start and not folder.exists(STUDY_FILE):
+        _check_warm_start(loaded, metrics)
+    points = _points(loaded, space)
+    return Plan(
+        *(sweep, recipe, folder, metrics, space, points),
+        *(count, excluded, _prunes(loaded, metrics), loaded.place),
+    )
+
+
+def _points(loaded: LoadedSweep, space: Space) -> list[Settings]:
+    sweep = loaded.sweep
     points = [space.rule_of_thumb()]
     for number, given in enumerate(sweep.points):
         points.append(space.point(given, f"{loaded.place('points', number)}: points.{number}"))
     if sweep.search == "default" and not sweep.warm_start:
         points += space.variations_of_the_rule()[: max(0, sweep.trials - len(points))]
-    if sweep.sampler == "grid":
-        points += _grid(loaded, space)
-    return Plan(
-        *(sweep, recipe, Folder(sweep.storage) / sweep.name, metrics, space, points),
-        *(count, excluded, _prunes(loaded, metrics)),
-    )
+    return points
 
 
-def _grid(loaded: LoadedSweep, space: Space) -> list[Settings]:
-    settings = space.every_setting()
-    if settings is None:
-        uncountable = [key for key in space.searched if space[key].every_value() is None]
+def _check_sampler(loaded: LoadedSweep) -> None:
+    sampler = loaded.sweep.sampler
+    package = _PACKAGES.get(sampler)
+    if package is not None and find_spec(package) is None:
         raise InputError(
-            f"{loaded.place('sampler')}: sampler grid needs a finite number of values, and "
-            f"{', '.join(uncountable)} has a continuous range; use choice, int_uniform or step"
+            f"{loaded.place('sampler')}: sampler: {sampler} needs the package {package}; install "
+            "finray[search], or use sampler: tpe"
         )
-    return settings
+
+
+def _check_grid(loaded: LoadedSweep, space: Space) -> None:
+    if space.every_setting() is not None:
+        return
+    place = f"{loaded.place('sampler')}: sampler grid needs"
+    uncountable = [key for key in space.searched if space[key].every_value() is None]
+    if uncountable:
+        raise InputError(
+            f"{place} a finite number of values, and {', '.join(uncountable)} has a continuous "
+            "range; use choice, int_uniform or step"
+        )
+    raise InputError(f"{place} a smaller space than this one; use random, or search fewer values")
+
+
+def _check_warm_start(loaded: LoadedSweep, metrics: Sequence[Metric]) -> None:
+    for number, uri in enumerate(loaded.sweep.warm_start):
+        try:
+            folder = Folder(uri)
+            folder.require_folder()
+            read_earlier(folder, metrics)
+        except InputError as error:
+            place = loaded.place("warm_start", number)
+            raise InputError(f"{place}: warm_start.{number}: {error}") from None
 
 
 def _prunes(loaded: LoadedSweep, metrics: Sequence[Metric]) -> bool:
@@ -110,8 +150,8 @@ def _prunes(loaded: LoadedSweep, metrics: Sequence[Metric]) -> bool:
     possible = len(metrics) == 1 and is_measured_during_training(metrics[0].name, loaded.recipe)
     if kind not in ("auto", "none") and not possible:
         raise InputError(
-            f"{loaded.place('pruning')}: pruning.kind {kind}: it needs one objective that is "
-            f"measured during training, and {metrics[0].name} is only known at a trial's end; "
+            f"{loaded.place('pruning')}: pruning.kind {kind}: it needs one objective that tells "
+            f"trials apart during training, and {metrics[0].name} is only known at a trial's end; "
             "remove pruning"
         )
     return possible and kind not in ("none", "pbt")

@@ -7,7 +7,6 @@ Optuna's ask and tell, and pruning is decided from Optuna's storage.
 
 import logging
 import os
-import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -17,11 +16,14 @@ from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
 
 from ..training.common.background import Stop, run_while_watching
+from ..training.common.logs import limit
 from ..training.common.progress import Progress
+from ..training.common.scratch import scratch_folder
 from ..training.config.sections import ScaleSettings
 from ..training.records.run_folder import Record
 from .concurrency import slot_resources
 from .conductor import Conductor
+from .rehearsals import Refused
 from .study import Assignment
 from .trial_actor import TrialConfig, TrialSlot
 
@@ -46,15 +48,15 @@ def run_trials(
 
     Args:
         conductor: decides which trials run, and records their results.
-        make_config: builds the configuration of a trial's slot.
+        make_config: builds the configuration of a trial's slot; a trial that it refuses takes none.
         scale: workers and resources of a trial.
         stop: when requested, running trials save a checkpoint and the sweep can be resumed.
         progress: receives a status line for each lost slot.
     """
     os.environ.update(_ENVIRONMENT)
     # A lost process is reported in one line, without a traceback.
-    logging.getLogger("ray.tune").setLevel(logging.CRITICAL)
-    with tempfile.TemporaryDirectory(prefix="finray-tune-") as scratch:
+    limit("ray.tune", logging.CRITICAL)
+    with scratch_folder("tune") as scratch:
         guard = _Guard(conductor)
         searcher = _ConductedSearch(conductor, make_config, guard)
         tuner = tune.Tuner(
@@ -67,7 +69,7 @@ def run_trials(
             ),
             run_config=tune.RunConfig(
                 name="trials",
-                storage_path=scratch,
+                storage_path=str(scratch),
                 verbose=0,
                 callbacks=[_LossReporter(progress)],
                 failure_config=tune.FailureConfig(max_failures=scale.max_failures),
@@ -136,10 +138,14 @@ class _ConductedSearch(Searcher):
     def suggest(self, trial_id: str) -> Any:
         """A trial's configuration, None if none can start now, FINISHED if none will."""
         with self._guard():
-            assignment = self._conductor.next_trial()
-            if assignment is not None:
-                self._numbers[trial_id] = assignment.number
-                return dict(self._make_config(assignment))
+            while (assignment := self._conductor.next_trial()) is not None:
+                try:
+                    config = self._make_config(assignment)
+                except Refused as error:
+                    self._conductor.refuse_trial(assignment.number, error)
+                else:
+                    self._numbers[trial_id] = assignment.number
+                    return dict(config)
         return Searcher.FINISHED if self._conductor.is_finished else None
 
     def on_trial_complete(

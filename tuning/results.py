@@ -1,23 +1,25 @@
 """The results of a sweep: the best recipe, its weights, and runs of it with several seeds."""
 
 import statistics
-import tempfile
 from contextlib import nullcontext
-from pathlib import Path
 from typing import Any
 
+from ..training.common import formatting
 from ..training.common.background import Stop
 from ..training.common.progress import Progress
+from ..training.common.scratch import scratch_folder
 from ..training.common.storage import Folder
 from ..training.common.yaml_text import dump_yaml
 from ..training.config.recipe import Recipe
 from ..training.launch.in_process import InProcessLauncher
 from ..training.launch.ray_workers import RayLauncher
+from ..training.models.devices import Room
 from ..training.records.run_folder import Record, read_run
 from ..training.run import run_folder, train
 from .plan import Plan
 from .sweep import Retrain
 from .sweep_folder import BEST_FILE, PARETO_FOLDER, RETRAINED_FOLDER, lineage, trial_folder
+from .trial_actor import final_measures
 
 
 def best_recipe(plan: Plan, settings: dict[str, Any], name: str) -> Recipe:
@@ -80,9 +82,9 @@ def _history_comment(record: Record, row: Record) -> str:
 
 def copy(source: Folder, target: Folder) -> None:
     """Copy every file of a folder into another, on any storage."""
-    with tempfile.TemporaryDirectory(prefix="finray-best-") as scratch:
-        source.download(Path(scratch))
-        target.upload(Path(scratch))
+    with scratch_folder("best") as scratch:
+        source.download(scratch)
+        target.upload(scratch)
 
 
 def retrain(
@@ -91,6 +93,7 @@ def retrain(
     progress: Progress,
     stop: Stop,
     worker_env: dict[str, str],
+    room: Room | None,
 ) -> None:
     """Train the best recipe again with each seed; runs that are finished already are kept."""
     settings = plan.sweep.retrain
@@ -101,11 +104,23 @@ def retrain(
     for seed in settings.seeds:
         recipe = _retrained(plan, row["settings"], settings, seed)
         progress.status(f"retraining the best settings with seed {seed}")
-        ray = RayLauncher(scale, stop, worker_env) if scale.most_workers else None
-        with ray or nullcontext(InProcessLauncher(stop)) as launcher:
+        ray = RayLauncher(scale, stop, worker_env, room=room) if scale.most_workers else None
+        with ray or nullcontext(InProcessLauncher(stop, room=room)) as launcher:
             run = train(recipe, launcher, progress)
-        runs.append({"seed": seed, "folder": run_folder(recipe).uri, "metrics": run["metrics"]})
+        metrics = _metrics(plan, recipe, run)
+        runs.append({"seed": seed, "folder": run_folder(recipe).uri, "metrics": metrics})
     record["retrained"] = {"data": settings.data, "runs": runs, "spread": _spread(runs)}
+
+
+def _metrics(plan: Plan, recipe: Recipe, run: Record) -> Record:
+    """The metrics of a run, with its objectives as far as it reports them.
+
+    A run on all rows has none held out; its training metric of the same name stands for those.
+    """
+    measures = final_measures(recipe, run)
+    names = [metric.name for metric in plan.metrics]
+    names += [name.removeprefix("eval_") for name in names]
+    return {**{name: measures[name] for name in names if name in measures}, **run["metrics"]}
 
 
 def _retrained(plan: Plan, settings: dict[str, Any], retrain: Retrain, seed: int) -> Recipe:
@@ -120,8 +135,12 @@ def _retrained(plan: Plan, settings: dict[str, Any], retrain: Retrain, seed: int
 
 
 def _spread(runs: list[Record]) -> Record:
-    """Mean and standard deviation of every metric over the seeds."""
-    names = set.intersection(*(set(run["metrics"]) for run in runs))
+    """Mean and standard deviation over the seeds, of every metric that is finite for all."""
+    finite = (
+        {name for name, value in run["metrics"].items() if formatting.is_number(value)}
+        for run in runs
+    )
+    names = set.intersection(*finite)
     spread = {}
     for name in sorted(names):
         values = [run["metrics"][name] for run in runs]

@@ -1,8 +1,9 @@
-"""Checks whether a sweep's folder holds an earlier attempt at the same sweep; without Ray."""
+"""Checks a sweep's folder: it holds this sweep or none, and can be written; without Ray."""
 
 from ..training.common.errors import InputError
+from ..training.config.places import about
+from ..training.records.resume import differences
 from ..training.records.run_folder import Record
-from ..training.run import differences
 from .plan import Plan
 from .sweep_folder import read_sweep
 
@@ -11,6 +12,9 @@ _FREE_ON_RESUME = (
     *("trials", "time_budget", "concurrency", "stop_when", "retrain", "storage", "points"),
     "recipe.scale.max_failures",
 )
+
+
+_PROBE = ".writable"
 
 
 def describe(plan: Plan) -> Record:
@@ -28,15 +32,26 @@ def check_folder(plan: Plan) -> Record | None:
     Raises:
         InputError: the folder holds a sweep with other settings, or a run.
     """
-    earlier = read_sweep(plan.folder)
+    with plan.sweep.locating(), about("name"):
+        earlier = read_sweep(plan.folder)
     if earlier is None:
         return None
     # The size of a population is fixed from its first generation on.
     free = tuple(key for key in _FREE_ON_RESUME if key != "trials" or not plan.is_population)
     changes = differences(earlier["settings"], describe(plan), free)
     if changes:
-        raise InputError(
-            f"{plan.folder} holds a sweep with other settings:\n" + "\n".join(changes) + "\n"
-            "Give this one another name, or delete that folder."
-        )
+        message = f"name: {plan.folder} holds a sweep with other settings:"
+        remedy = "Give this one another name, or delete that folder."
+        raise InputError(plan.sweep.located("\n".join([message, *changes, remedy])))
     return earlier
+
+
+def check_writable(plan: Plan) -> None:
+    """Try the sweep's storage.
+
+    Raises:
+        InputError: it is no folder, or nothing can be written there.
+    """
+    with plan.sweep.locating(), about("storage"):
+        plan.folder.require_folder()
+        plan.folder.require_writable()

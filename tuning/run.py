@@ -8,24 +8,27 @@ import threading
 import time
 from collections.abc import Iterable
 from contextlib import suppress
+from dataclasses import asdict
 
 from ..training.common.background import Stop, run_in_thread
-from ..training.common.errors import Interrupted, RunError, last_line
+from ..training.common.errors import InputError, Interrupted, RunError, in_one_line
 from ..training.common.lock import hold_run_lock
 from ..training.common.storage import Folder
 from ..training.config.recipe import Recipe
 from ..training.data.prepared import Prepared
 from ..training.engine.context import STOP_FILE
+from ..training.models.devices import Room
 from ..training.records.checkpoint import choose
+from ..training.records.identity import at_commits, check_identity, hub_commits, identity_of
 from ..training.records.recorder import now
 from ..training.records.run_folder import CHECKPOINTS_FOLDER, METRICS_FILE, Record
-from ..training.run import prepare_data
 from .concurrency import decide_concurrency
 from .conductor import Conductor
 from .pbt import Population
 from .plan import Plan
 from .progress import Ending, SweepProgress
 from .ray_tune import run_trials
+from .rehearsals import Rehearsals
 from .report import write_report
 from .results import copy, export_best, retrain
 from .resume import check_folder, describe
@@ -39,10 +42,21 @@ from .warm_start import earlier_trials
 _RETRY_SECONDS = 2.0
 
 
-def tune(plan: Plan, progress: SweepProgress, stop: Stop, worker_env: dict[str, str]) -> Record:
+def tune(
+    plan: Plan,
+    progress: SweepProgress,
+    stop: Stop,
+    worker_env: dict[str, str],
+    room: Room | None = None,
+) -> Record:
     """Run a sweep, or resume an earlier attempt at it, on the initialised Ray.
 
-    `worker_env` holds environment variables for the training processes.
+    Args:
+        plan: the checked sweep.
+        progress: receives events and status lines.
+        stop: requested when running trials should save and end.
+        worker_env: environment variables for the training processes.
+        room: what a trial's GPU offers; None without one.
 
     Returns:
         sweep.json.
@@ -53,14 +67,24 @@ def tune(plan: Plan, progress: SweepProgress, stop: Stop, worker_env: dict[str, 
         Interrupted: `stop` was requested; the same command resumes it.
     """
     earlier = check_folder(plan)
-    concurrency = decide_concurrency(plan.sweep.concurrency, plan.recipe.scale)
+    place = plan.place("concurrency")
+    concurrency = decide_concurrency(plan.sweep.concurrency, plan.recipe.scale, place)
     with hold_run_lock(plan.folder.create(), stop.requested, progress) as stale:
         if stale is not None:
             progress.status(f"taking over the lock, whose holder no longer runs: {stale}")
         plan.folder.delete(STOP_FILE)
-        recipes = plan.data_recipes()  # each data setting is prepared once
-        prepared = {key: prepare_data(recipe, progress) for key, recipe in recipes.items()}
-        sweep = _SweepRun(plan, progress, prepared, earlier or {}, concurrency, worker_env)
+        earlier = earlier or {}
+        commits = earlier.get("commits")
+        for recipe in plan.data_recipes().values():
+            commits = hub_commits(recipe, commits)
+        rehearsals = Rehearsals(
+            plan.space, lambda settings: at_commits(plan.trial_recipe(settings), commits), progress
+        )
+        with plan.sweep.locating():
+            rehearsals.start(plan.points)
+        _check_answers(plan, rehearsals.prepared)
+        record = {**earlier, "commits": commits}
+        sweep = _SweepRun(plan, progress, rehearsals, record, concurrency, worker_env, room)
         return sweep.run(stop)
 
 
@@ -70,39 +94,41 @@ class _SweepRun:
     Args:
         plan: the checked sweep.
         progress: receives events and status lines.
-        prepared: the prepared data of each data setting, by `Space.data_key`.
-        record: sweep.json of an earlier attempt; empty for a new sweep.
+        rehearsals: of its trials, which have started.
+        record: sweep.json of an earlier attempt, and the commits of what comes from the hub.
         concurrency: number of trials that run at the same time.
         worker_env: environment variables of the workers.
+        room: what a trial's GPU offers.
     """
 
     def __init__(
         self,
         plan: Plan,
         progress: SweepProgress,
-        prepared: dict[str, Prepared],
+        rehearsals: Rehearsals,
         record: Record,
         concurrency: int,
         worker_env: dict[str, str],
+        room: Room | None,
     ) -> None:
         self._plan = plan
+        self._room = room
         self._progress = progress
-        self._prepared = prepared
+        self._rehearsals = rehearsals
         self._record = record
         self._concurrency = concurrency
         self._worker_env = worker_env
         self._folder = plan.folder
-        first_data = prepared[plan.space.data_key(plan.points[0])]
-        self._trial_tokens = _tokens_per_run(plan.recipe, first_data)
+        self._trial_tokens = _tokens_per_run(plan.recipe, rehearsals.prepared[0])
         self._record_start()
         self._file = StudyFile(plan.folder)
-        self._study = self._open_study()
-        sweep = plan.sweep.model_copy(update={"trials": plan.trials})
+        with plan.sweep.locating():
+            self._study = self._open_study()
         population = None
         if plan.is_population:
-            population = Population(sweep, self._study, plan.space, self._inherit)
+            population = Population(plan.sweep, self._study, plan.space, self._inherit)
         self._conductor = Conductor(
-            sweep,
+            plan.sweep,
             self._study,
             concurrency,
             float(record.get("wall_seconds", 0.0)),
@@ -118,7 +144,7 @@ class _SweepRun:
             try:
                 run_trials(self._conductor, self._config, scale, stop, self._progress)
             except Exception as error:
-                self._record.update(status="failed", error=last_line(error), finished_at=now())
+                self._record.update(status="failed", error=in_one_line(error), finished_at=now())
                 with suppress(OSError):  # the storage itself may be the cause
                     write_sweep(self._folder, self._record)
                 raise
@@ -141,7 +167,7 @@ class _SweepRun:
             first_rung=first_rung(plan.sweep, self._trial_tokens) if plan.prunes else None,
             trial_tokens=self._trial_tokens,
             concurrency=self._concurrency,
-            prepared=sorted({data.manifest.fingerprint for data in self._prepared.values()}),
+            prepared=sorted({data.manifest.fingerprint for data in self._rehearsals.prepared}),
             excluded={
                 "count": plan.excluded_count,
                 "first": [
@@ -162,6 +188,8 @@ class _SweepRun:
             plan.space,
             make_sampler(plan.sweep, len(self._record["trials"])),
             make_pruner(plan.sweep, plan.prunes, self._trial_tokens),
+            plan.sweep.seed,
+            self._rehearsals.refusal,
         )
         if not study.is_set_up:
             earlier = []
@@ -177,6 +205,7 @@ class _SweepRun:
     def _recipe(self, number: int, settings: Settings, prepared: Prepared) -> Recipe:
         storage = (self._folder / TRIALS_FOLDER).uri
         recipe = self._plan.space.recipe(settings, name=trial_name(number), storage=storage)
+        recipe = self._with_noted_files(recipe)
         metric = self._plan.metrics[0].name
         if not metric.startswith("eval_") or recipe.eval.every_steps:
             return recipe
@@ -191,6 +220,19 @@ class _SweepRun:
         return recipe.model_copy(
             update={"eval": recipe.eval.model_copy(update={"every_steps": every})}
         )
+
+    def _with_noted_files(self, recipe: Recipe) -> Recipe:
+        """The recipe with its hub models at the sweep's commits; trials share what they start from.
+
+        Raises:
+            InputError: a base, reference or reward has changed since the sweep's first trial.
+        """
+        commits = hub_commits(recipe, self._record.get("commits"))
+        recipe = at_commits(recipe, commits)
+        noted, present = self._record.get("identity") or {}, identity_of(recipe)
+        check_identity(noted, present, self._folder)
+        self._record.update(commits=commits, identity={**noted, **present})
+        return recipe
 
     def _interval(self, recipe: Recipe, prepared: Prepared) -> int:
         """Steps between a population's milestones, at which members are evaluated and may pause."""
@@ -216,14 +258,17 @@ class _SweepRun:
         target.write(METRICS_FILE, source.read(METRICS_FILE))
 
     def _config(self, assignment: Assignment) -> TrialConfig:
-        prepared = self._prepared[self._plan.space.data_key(assignment.settings)]
+        ready = self._rehearsals.ready(assignment.settings)
+        prepared = ready.prepared
         recipe = self._recipe(assignment.number, assignment.settings, prepared)
         return TrialConfig(
             number=assignment.number,
             recipe=recipe.model_dump(mode="json"),
             prepared=prepared.folder.uri,
+            rehearsal=ready.outcome.to_json(),
             sweep=self._folder.uri,
             env=self._worker_env,
+            room=None if self._room is None else asdict(self._room),
             watched=[metric.name for metric in self._plan.metrics],
             total_steps=recipe.total_steps(prepared.manifest.train.sequences),
             reported_tokens=self._study.reported_tokens(assignment.number),
@@ -240,7 +285,7 @@ class _SweepRun:
             write_sweep(self._folder, self._record)
         except OSError as error:  # the next change writes what this one could not
             self._progress.status(
-                f"cannot write to {self._folder}, trying again later: {last_line(error)}"
+                f"cannot write to {self._folder}, trying again later: {in_one_line(error)}"
             )
         if ending is None:
             return
@@ -294,9 +339,11 @@ class _SweepRun:
         if interrupted:
             raise Interrupted(f"stopped; the same command resumes the sweep ({self._folder})")
         if status == "failed":
-            raise RunError(f"no trial finished with a result: {self._last_reason()}")
+            refused = {row["error"] for row in rows} <= self._rehearsals.refusals
+            kind = InputError if rows and refused else RunError
+            raise kind(f"no trial finished with a result: {self._last_reason()}")
         if self._plan.sweep.retrain is not None:
-            retrain(self._plan, self._record, self._progress, stop, self._worker_env)
+            retrain(self._plan, self._record, self._progress, stop, self._worker_env, self._room)
             write_sweep(self._folder, self._record)
         return self._record
 
@@ -304,6 +351,16 @@ class _SweepRun:
         rows = self._record["trials"]
         reasons = [str(row["error"] or row["reason"]) for row in rows if row["state"] != "running"]
         return reasons[-1] if reasons else str(self._record["over"] or "none was started")
+
+
+def _check_answers(plan: Plan, prepared: Iterable[Prepared]) -> None:
+    """Refuse exact_match as an objective if the data holds no answers to compare with."""
+    compares = any(metric.name == "exact_match" for metric in plan.metrics)
+    if compares and not all(data.manifest.samples for data in prepared):
+        raise InputError(
+            f"{plan.place('objective')}: objective: no held-out row has both a prompt and an "
+            "answer, so no run reports exact_match; add such rows, or choose another objective"
+        )
 
 
 def _tokens_per_run(recipe: Recipe, prepared: Prepared) -> int:

@@ -1,17 +1,21 @@
 """Builds Optuna's sampler and pruner from a sweep's settings."""
 
 import math
-from importlib.util import find_spec
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import optuna
-from optuna.trial import TrialState
+from optuna.distributions import BaseDistribution, CategoricalDistribution
+from optuna.trial import FrozenTrial, TrialState
 
-from ..training.common.errors import InputError
+from .draft import Choose, Draft
+from .space import Settings, Space
 from .sweep import Sweep
 
 _STARTUP_TRIALS = 4
 """Trials before the Parzen estimators are used: guesses of `search: default`, or random ones."""
+_SUGGESTIONS = 20
+"""A sampler that suggests this many refused settings in a row repeats itself."""
 
 
 def make_sampler(sweep: Sweep, trials_before: int) -> optuna.samplers.BaseSampler:
@@ -21,31 +25,114 @@ def make_sampler(sweep: Sweep, trials_before: int) -> optuna.samplers.BaseSample
         sweep: names the sampler and its seed.
         trials_before: number of trials of earlier attempts; it changes the seed, so that a resumed
             sweep does not repeat their random numbers.
-
-    Raises:
-        InputError: the sampler needs a package that is not installed.
     """
     seed = (sweep.seed + 7919 * trials_before) % 2**32
     if sweep.sampler == "tpe":
         return optuna.samplers.TPESampler(seed=seed, n_startup_trials=_STARTUP_TRIALS)
     if sweep.sampler == "cmaes":
-        _check_installed("cmaes", "cmaes")
         return optuna.samplers.CmaEsSampler(seed=seed, warn_independent_sampling=False)
     if sweep.sampler == "gp":
-        _check_installed("gp", "scipy")
         return optuna.samplers.GPSampler(seed=seed)
     if sweep.sampler == "nsga2":
         return optuna.samplers.NSGAIISampler(seed=seed)
-    # All settings of a grid are queued as points, so its sampler never chooses one.
+    # The settings of a grid are taken in order, so its sampler never chooses one.
     return optuna.samplers.RandomSampler(seed=seed)
 
 
-def _check_installed(sampler: str, package: str) -> None:
-    if find_spec(package) is None:
-        raise InputError(
-            f"sampler: {sampler} needs the package {package}; install finray[search], or use "
-            "sampler: tpe"
-        )
+class DistinctSampler(optuna.samplers.BaseSampler):
+    """Takes settings from another sampler, but none that are refused.
+
+    Only the settings that a trial gets are stored in the study. Once the other sampler suggests
+    nothing but refused settings, the trial gets `reserve`.
+
+    Args:
+        sampler: suggests settings.
+        space: what is searched.
+        refusal: returns why settings must not be tried; None if they can be.
+    """
+
+    def __init__(
+        self,
+        sampler: optuna.samplers.BaseSampler,
+        space: Space,
+        refusal: Callable[[Settings], str | None],
+    ) -> None:
+        self._sampler = sampler
+        self._space = space
+        self._refusal = refusal
+        self.reserve: Settings = {}
+
+    def infer_relative_search_space(
+        self, study: optuna.Study, trial: FrozenTrial
+    ) -> dict[str, BaseDistribution]:
+        """The distributions of all keys: `sample_relative` chooses all of a trial's values."""
+        del study, trial
+        draft = Draft(lambda _, distribution: _lowest(distribution))
+        self._space.suggest_all(draft)
+        return draft.distributions
+
+    def sample_relative(
+        self,
+        study: optuna.Study,
+        trial: FrozenTrial,
+        search_space: dict[str, BaseDistribution],
+    ) -> dict[str, Any]:
+        """The values of the first suggestion that is not refused, else those of `reserve`."""
+        del search_space
+        joint = self._sampler.infer_relative_search_space(study, trial)
+        for _ in range(_SUGGESTIONS):
+            draft = Draft(self._choose(study, trial, joint))
+            if self._refusal(self._space.suggest(draft)) is None:
+                return draft.params
+        return self._space.labels(self.reserve)
+
+    def _choose(
+        self, study: optuna.Study, trial: FrozenTrial, joint: dict[str, BaseDistribution]
+    ) -> Choose:
+        """Chooses values as an Optuna trial does; those that are `joint` are sampled together."""
+        together = self._sampler.sample_relative(study, trial, joint)
+
+        def choose(name: str, distribution: BaseDistribution) -> Any:
+            if name in trial.params:  # stored before a crash
+                return trial.params[name]
+            if distribution.single():
+                return _lowest(distribution)
+            if name in together:
+                return together[name]
+            return self._sampler.sample_independent(study, trial, name, distribution)
+
+        return choose
+
+    def sample_independent(
+        self,
+        study: optuna.Study,
+        trial: FrozenTrial,
+        param_name: str,
+        param_distribution: BaseDistribution,
+    ) -> Any:
+        """The other sampler's value."""
+        return self._sampler.sample_independent(study, trial, param_name, param_distribution)
+
+    def before_trial(self, study: optuna.Study, trial: FrozenTrial) -> None:
+        """Called when a trial is created."""
+        self._sampler.before_trial(study, trial)
+
+    def after_trial(
+        self,
+        study: optuna.Study,
+        trial: FrozenTrial,
+        state: TrialState,
+        values: Sequence[float] | None,
+    ) -> None:
+        """Called when a trial has ended."""
+        self._sampler.after_trial(study, trial, state, values)
+
+
+def _lowest(distribution: Any) -> Any:
+    """The first choice, or the lowest value of a range."""
+    if isinstance(distribution, CategoricalDistribution):
+        return distribution.choices[0]
+    return distribution.low
 
 
 def make_pruner(sweep: Sweep, is_pruned: bool, trial_tokens: int) -> optuna.pruners.BasePruner:

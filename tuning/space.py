@@ -2,23 +2,18 @@
 
 import copy
 import itertools
-import math
+import json
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 from ..training.common.errors import InputError
-from ..training.config.recipe import Recipe, resolve_recipe
-from ..training.config.yaml_file import (
-    Change,
-    Document,
-    apply_changes,
-    has_key,
-    suggestion,
-    validate,
-)
+from ..training.config.recipe import Recipe, build_recipe, resolve_recipe
+from ..training.config.short_forms import write_out
+from ..training.config.validation import has_key, suggestion
+from ..training.config.yaml_file import Change, Document, apply_changes, split_key
 from .default_search import (
     ALPHA,
     LEARNING_RATE,
@@ -39,6 +34,8 @@ Settings = dict[str, Any]
 _SHARED = ("name", "storage", "scale", "checkpoint", "log")
 _CHECKED = 4096
 """Maximum number of combinations that are validated before a sweep starts; else a sample is."""
+_LISTED = 10_000
+"""Maximum number of settings of a space that are listed."""
 _SHOWN = 20
 """Number of excluded combinations that are kept for sweep.json."""
 
@@ -69,6 +66,7 @@ class Space:
         base: the recipe that each trial changes.
         folder: base folder of relative paths among the values.
         place: returns file:line of a searched key, for messages.
+        check: raises an InputError for a valid recipe that a trial must not have.
 
     Raises:
         InputError: a key does not exist or must not differ between trials, or depends on a key
@@ -81,10 +79,12 @@ class Space:
         base: Recipe,
         folder: Path,
         place: Callable[[str], str],
+        check: Callable[[Recipe], None] = lambda recipe: None,
     ) -> None:
         self.base = base
         self._folder = folder
         self._place = place
+        self._check = check
         self._search = search
         self._values = base.model_dump(mode="json", exclude_unset=True)
         # `kind` selects the section's class, so it must be present also if it is the default.
@@ -113,6 +113,11 @@ class Space:
                 )
         return settings
 
+    def suggest_all(self, trial: Suggests) -> None:
+        """Suggest a value for every key, also for keys that are not active together."""
+        for key in self.searched:
+            _suggest(trial, key, self[key])
+
     def complete(self, given: Settings) -> Settings:
         """Values for all active keys.
 
@@ -122,7 +127,9 @@ class Space:
         for key in self.keys:
             if self.is_active(key, settings):
                 settings[key] = self._value(
-                    key, settings, lambda k: given[k] if k in given else self._own(k, settings)
+                    key,
+                    settings,
+                    lambda k: self[k].spelled(given[k]) if k in given else self._own(k, settings),
                 )
         return settings
 
@@ -192,6 +199,10 @@ class Space:
                 labels[self[key].parameter(key)] = self[key].label_of(value)
         return labels
 
+    def identity(self, settings: Settings) -> str:
+        """A text that is equal for equal settings, up to the notation of numbers."""
+        return json.dumps(self.labels(settings), sort_keys=True)
+
     def recipe(self, settings: Settings, **fixed: Any) -> Recipe:
         """The recipe with these settings.
 
@@ -205,10 +216,8 @@ class Space:
         return resolve_recipe(self._validated(settings, fixed), self._folder)
 
     def every_setting(self) -> list[Settings] | None:
-        """All possible settings in order; None if a key has too many values to list."""
-        values = {key: self[key].every_value() for key in self.searched}
-        countable = {key: each for key, each in values.items() if each is not None}
-        return self._combinations(countable) if len(countable) == len(values) else None
+        """All possible settings in order; None if there are too many to list."""
+        return self._combinations(lambda key: self[key].every_value(), _LISTED)
 
     def excluded(self) -> tuple[int, list[Excluded]]:
         """Number of tried combinations that are not valid recipes, and the first of them.
@@ -322,9 +331,11 @@ class Space:
     # in detail
 
     def _value(self, key: str, settings: Settings, choose: Callable[[str], Any]) -> Any:
+        return self._computed(key, settings) if self[key].is_computed else choose(key)
+
+    def _computed(self, key: str, settings: Settings) -> Any:
+        """The value of a key with `times`, given the values of the keys before it."""
         distribution = self._search[key]
-        if not distribution.is_computed:
-            return choose(key)
         assert distribution.times is not None and distribution.of is not None
         factor = settings.get(distribution.of, self.base_value(distribution.of))
         value = distribution.times * factor
@@ -334,7 +345,7 @@ class Space:
         """The base recipe's value if it is in the space, else the nearest one, else the middle."""
         own = self.base_value(key)
         if self._contains(key, own, settings):
-            return own
+            return self[key].spelled(own)
         return self._nearest(key, own, settings) if is_number(own) else self[key].middle()
 
     def _check_in_space(self, key: str, value: Any, settings: Settings, place: str) -> None:
@@ -358,14 +369,17 @@ class Space:
 
     def _validated(self, settings: Settings, fixed: dict[str, Any]) -> Recipe:
         values = {**copy.deepcopy(self._values), **fixed}
-        document = Document(values, {(): "the base recipe"})
+        places = dict(self.base.places) or {(): "the base recipe"}
+        document = Document(values, places, write_out)
         changes = [Change(key, value, self._place(key)) for key, value in settings.items()]
         apply_changes(document, changes)
-        return validate(Recipe, document)
+        recipe = build_recipe(document)
+        self._check(recipe)
+        return recipe
 
     def _check_keys(self) -> None:
         for key, distribution in self._search.items():
-            parts = tuple(int(part) if part.isdigit() else part for part in key.split("."))
+            parts = split_key(key)
             where = f"{self._place(key)}: search.{key}"
             if not has_key(Recipe, parts):
                 raise InputError(f"{where}: unknown key{suggestion(Recipe, parts)}")
@@ -419,33 +433,65 @@ class Space:
             others |= {RANK, ALPHA, RSLORA}
         return {*(distribution.when or {}), *others & self._search.keys()}
 
+    def varied(self, sections: Collection[str]) -> Iterator[Settings]:
+        """Typical settings with all combinations of values of the keys in these sections."""
+        shown: set[str] = set()
+        for settings in self._samples():
+            kind = repr([p for p in settings.items() if p[0].partition(".")[0] in sections])
+            if kind not in shown:
+                shown.add(kind)
+                yield settings
+
     def _samples(self) -> Iterator[Settings]:
         """Combinations of typical values: all of them, or a random sample of `_CHECKED`."""
-        values = {key: self[key].typical_values() for key in self.searched}
-        if math.prod(map(len, values.values())) <= _CHECKED:
-            yield from self._combinations(values)
+        every = self._combinations(lambda key: self[key].typical_values(), _CHECKED)
+        if every is not None:
+            yield from every
             return
+        values = {key: self[key].typical_values() for key in self.searched}
         generator = random.Random(0)
         for _ in range(_CHECKED):
             chosen = {key: generator.choice(each) for key, each in values.items()}
             yield self.complete(chosen)
 
-    def _combinations(self, values: dict[str, list[Any]]) -> list[Settings]:
-        """Settings for all combinations; those that differ only in inactive keys count once."""
-        unique: dict[str, Settings] = {}
-        for combination in itertools.product(*values.values()):
-            settings = self.complete(dict(zip(values, combination, strict=True)))
-            unique.setdefault(repr(settings), settings)
-        return list(unique.values())
+    def _combinations(
+        self, values_of: Callable[[str], list[Any] | None], most: int
+    ) -> list[Settings] | None:
+        """Settings for all combinations of the active keys' values, in order.
+
+        Returns:
+            None if there are more than `most`, or if the values of an active key are not listed.
+        """
+        settings: list[Settings] = [{}]
+        for key in self.keys:
+            longer: list[Settings] = []
+            for given in settings:
+                values = self._branches(key, given, values_of)
+                if values is None or len(longer) + len(values) > most:
+                    return None
+                longer += values
+            settings = longer
+        return settings
+
+    def _branches(
+        self, key: str, given: Settings, values_of: Callable[[str], list[Any] | None]
+    ) -> list[Settings] | None:
+        """`given` with each value of a key; as it is where the key is not active."""
+        if not self.is_active(key, given):
+            return [given]
+        if self[key].is_computed:
+            return [{**given, key: self._computed(key, given)}]
+        values = values_of(key)
+        return None if values is None else [{**given, key: value} for value in values]
 
 
 def value_at(values: Any, key: str) -> Any:
     """The value at a dotted key of nested dicts and lists; None if there is none."""
-    for part in key.split("."):
+    for part in split_key(key):
         if isinstance(values, list):
-            values = values[int(part)] if part.isdigit() and int(part) < len(values) else None
+            values = values[part] if isinstance(part, int) and part < len(values) else None
         else:
-            values = values.get(part) if isinstance(values, dict) else None
+            values = values.get(str(part)) if isinstance(values, dict) else None
     return values
 
 
@@ -464,5 +510,6 @@ def _suggest(trial: Suggests, key: str, distribution: Distribution) -> Any:
     if distribution.is_integer:
         step = int(distribution.step or 1)
         return trial.suggest_int(key, int(low), int(high), step=step, log=distribution.is_log)
-    name = distribution.parameter(key)
-    return trial.suggest_float(name, low, high, step=distribution.step, log=distribution.is_log)
+    name, grid = distribution.parameter(key), distribution.step
+    value = trial.suggest_float(name, low, high, step=grid, log=distribution.is_log)
+    return value if grid is None else distribution.nearest(value)

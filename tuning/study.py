@@ -6,25 +6,25 @@ RUNNING and is resumed.
 """
 
 import math
-import tempfile
-from collections.abc import Sequence
+import weakref
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import optuna
 from optuna.trial import FrozenTrial, TrialState
 
-from ..training.common.errors import InputError
+from ..training.common.logs import chosen_level
+from ..training.common.scratch import ScratchFolder
 from ..training.common.storage import Folder
 from ..training.config.metric import Metric
 from ..training.records.run_folder import Record
+from .samplers import DistinctSampler
 from .space import Settings, Space
 from .sweep_folder import STUDY_FILE
+from .untried import Untried
 
 _SET_UP = "set_up"
-_TRIES = 100
-"""Maximum number of suggestions in a row that are invalid recipes or repeat a trial."""
 _STATES = {
     TrialState.RUNNING: "running",
     TrialState.COMPLETE: "finished",
@@ -48,12 +48,13 @@ class StudyFile:
 
     def __init__(self, folder: Folder) -> None:
         self._folder = folder
-        self._scratch: tempfile.TemporaryDirectory[str] | None = None
+        self._scratch: ScratchFolder | None = None
         if folder.local is not None:
             self.path = folder.local / STUDY_FILE
             return
-        self._scratch = tempfile.TemporaryDirectory(prefix="finray-study-")
-        self.path = Path(self._scratch.name) / STUDY_FILE
+        self._scratch = ScratchFolder("study")
+        weakref.finalize(self, self._scratch.close)
+        self.path = self._scratch.path / STUDY_FILE
         if folder.exists(STUDY_FILE):
             self.path.write_bytes(folder.read(STUDY_FILE))
 
@@ -78,6 +79,8 @@ class SweepStudy:
         space: the search space.
         sampler: chooses settings.
         pruner: decides by trained tokens which trials stop early; unused with several metrics.
+        seed: decides which settings a trial gets when the sampler repeats itself.
+        refused: why settings that make a valid recipe cannot run, as far as that is known.
     """
 
     def __init__(
@@ -88,15 +91,20 @@ class SweepStudy:
         space: Space,
         sampler: optuna.samplers.BaseSampler,
         pruner: optuna.pruners.BasePruner,
+        seed: int = 0,
+        refused: Callable[[Settings], str | None] = lambda _: None,
     ) -> None:
-        optuna.logging.set_verbosity(optuna.logging.ERROR)
+        optuna.logging.set_verbosity(chosen_level() or optuna.logging.ERROR)
         self.metrics = list(metrics)
         self._space = space
+        self._seed = seed
+        self._untried = Untried(space, refused)
+        self._sampler = DistinctSampler(sampler, space, self._untried.refusal)
         self.optuna = optuna.create_study(
             storage=storage,
             study_name=name,
             directions=["minimize" if metric.mode == "min" else "maximize" for metric in metrics],
-            sampler=sampler,
+            sampler=self._sampler,
             pruner=pruner,
             load_if_exists=True,
         )
@@ -105,6 +113,9 @@ class SweepStudy:
             for trial in self._frozen((TrialState.RUNNING,))
         }
         self._unfinished = list(self._open)
+        for trial in self._frozen(None):
+            if _is_own(trial):
+                self._untried.add(trial.user_attrs["settings"])
 
     @property
     def is_set_up(self) -> bool:
@@ -112,11 +123,11 @@ class SweepStudy:
         return bool(self.optuna.user_attrs.get(_SET_UP))
 
     def set_up(self, points: Sequence[Settings], earlier: Sequence[FrozenTrial]) -> None:
-        """Queue the points to try first, and add the results of earlier sweeps."""
+        """Queue the valid points to try first, and add the results of earlier sweeps."""
         queued = [trial.system_attrs.get("fixed_params") for trial in self._frozen(None)]
         for point in points:
             labels = self._space.labels(point)
-            if labels not in queued:
+            if labels not in queued and self._untried.refusal(point) is None:
                 queued.append(labels)
                 self.optuna.enqueue_trial(labels)
         existing = {trial.user_attrs.get("earlier") for trial in self._frozen(None)}
@@ -125,40 +136,44 @@ class SweepStudy:
                 self.optuna.add_trial(trial)
         self.optuna.set_user_attr(_SET_UP, True)
 
-    def ask(self, only_queued: bool = False) -> Assignment | None:
-        """The next trial; trials that an earlier attempt left running come first.
+    def ask(self, in_order: bool = False) -> Assignment | None:
+        """The next trial: one that an earlier attempt left running, a queued one, or a new one.
 
         Args:
-            only_queued: return queued points only, as for a grid.
+            in_order: give new trials the settings of the space in their order, as for a grid.
 
         Returns:
-            None if Optuna suggests no settings that are valid and were not tried before.
+            None if no valid settings are left to try; `exhausted` says so.
         """
-        for _ in range(_TRIES):
-            trial = self._next(only_queued)
-            if trial is None:
-                return None
+        while self._unfinished or self._frozen((TrialState.WAITING,)):
+            trial = self._next_existing()
             settings = self._space.suggest(trial)
-            reason = self._refusal(trial.number, settings)
+            reason = self._refusal(trial, settings)
             if reason is None:
-                trial.set_user_attr("settings", settings)
-                self._open[trial.number] = trial
-                return Assignment(trial.number, settings)
+                return self._assign(trial, settings)
             trial.set_user_attr("excluded", reason)
             self.optuna.tell(trial, state=TrialState.FAIL)
-        return None
+        if in_order:
+            left = self._untried.first()
+        else:
+            left = self._untried.draw(f"{self._seed}/{len(self._frozen(None))}")
+        if left is None:
+            return None
+        self._sampler.reserve = left
+        if in_order:
+            self.optuna.enqueue_trial(self._space.labels(left))
+        trial = self.optuna.ask()
+        return self._assign(trial, self._space.suggest(trial))
+
+    @property
+    def exhausted(self) -> str:
+        """Why `ask` has returned None."""
+        return self._untried.exhausted
 
     @property
     def has_unfinished(self) -> bool:
         """True if trials that an earlier attempt left running are not resumed yet."""
         return bool(self._unfinished)
-
-    def _next(self, only_queued: bool) -> optuna.Trial | None:
-        if self._unfinished:
-            return self._open[self._unfinished.pop(0)]
-        if only_queued and not self._frozen((TrialState.WAITING,)):
-            return None
-        return self.optuna.ask()
 
     def report(self, number: int, tokens: int, value: float, is_last: bool) -> bool:
         """Store the objective after `tokens` trained tokens. Returns True to prune the trial.
@@ -181,18 +196,25 @@ class SweepStudy:
         inherited = trial.user_attrs.get("parent", {"tokens": 0})["tokens"]
         return int(max(trial.intermediate_values, default=inherited))
 
+    def fault(self, measures: Record) -> str | None:
+        """Why a trial with these measures has no result; None if all objectives are finite."""
+        for metric in self.metrics:
+            if metric.name not in measures:
+                return f"the run did not report the objective {metric.name}"
+            value = measures[metric.name]
+            if not isinstance(value, int | float) or not math.isfinite(value):
+                return f"the objective {metric.name} is {'nan' if value is None else value}"
+        return None
+
     def finish(self, number: int, measures: Record) -> str | None:
         """Store the result of a finished trial. Returns an error if an objective is not finite."""
-        values = [measures.get(metric.name) for metric in self.metrics]
-        for metric, value in zip(self.metrics, values, strict=True):
-            if not isinstance(value, int | float) or not math.isfinite(value):
-                error = f"the objective {metric.name} is {'nan' if value is None else value}"
-                self.fail(number, error, measures)
-                return error
+        error = self.fault(measures)
+        if error is not None:
+            self.fail(number, error, measures)
+            return error
         self.store(number, measures)
-        self.optuna.tell(
-            self._open.pop(number), [float(value) for value in values if value is not None]
-        )
+        values = [float(measures[metric.name]) for metric in self.metrics]
+        self.optuna.tell(self._open.pop(number), values)
         return None
 
     def prune(self, number: int, reason: str, measures: Record) -> None:
@@ -207,11 +229,7 @@ class SweepStudy:
 
     def rows(self) -> list[Record]:
         """All trials that have started, by number, as they are written to sweep.json."""
-        return [
-            _row(trial)
-            for trial in self._frozen(tuple(_STATES))
-            if "settings" in trial.user_attrs and "earlier" not in trial.user_attrs
-        ]
+        return [_row(trial) for trial in self._frozen(tuple(_STATES)) if _is_own(trial)]
 
     def measures(self, number: int) -> Record:
         """The last stored measures of a trial."""
@@ -249,20 +267,23 @@ class SweepStudy:
         for name, value in attributes.items():
             trial.set_user_attr(name, value)
 
-    def _refusal(self, number: int, settings: Settings) -> str | None:
-        """Why these settings must not be tried; None if they can be."""
-        if "parent" in self._frozen_trial(number).user_attrs:
-            return None  # it starts from a checkpoint, so it is not a repetition
-        for other in self._frozen((TrialState.COMPLETE, TrialState.PRUNED, TrialState.RUNNING)):
-            attributes = other.user_attrs
-            is_comparable = other.number != number and "earlier" not in attributes
-            if is_comparable and attributes.get("settings") == settings:
-                return f"same settings as trial {other.number}"
-        try:
-            self._space.recipe(settings)
-        except InputError as error:
-            return str(error)
-        return None
+    def _next_existing(self) -> optuna.Trial:
+        if self._unfinished:
+            return self._open[self._unfinished.pop(0)]
+        return self.optuna.ask()
+
+    def _assign(self, trial: optuna.Trial, settings: Settings) -> Assignment:
+        trial.set_user_attr("settings", settings)
+        self._untried.add(settings)
+        self._open[trial.number] = trial
+        return Assignment(trial.number, settings)
+
+    def _refusal(self, trial: optuna.Trial, settings: Settings) -> str | None:
+        """Why an existing trial must not run; None if it can."""
+        # Started trials go on, and one that starts from a checkpoint is not a repetition.
+        if trial.user_attrs.keys() & {"settings", "parent"}:
+            return None
+        return self._untried.refusal(settings)
 
     def _frozen(self, states: tuple[TrialState, ...] | None) -> list[FrozenTrial]:
         trials: list[FrozenTrial] = self.optuna.get_trials(deepcopy=False, states=states)
@@ -270,6 +291,11 @@ class SweepStudy:
 
     def _frozen_trial(self, number: int) -> FrozenTrial:
         return self._frozen(None)[number]
+
+
+def _is_own(trial: FrozenTrial) -> bool:
+    """True for a trial of this sweep that has started, False for one of an earlier sweep."""
+    return "settings" in trial.user_attrs and "earlier" not in trial.user_attrs
 
 
 def _row(trial: FrozenTrial) -> Record:

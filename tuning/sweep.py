@@ -4,19 +4,36 @@
 """
 
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, Field, model_validator
 
 from ..training.common.errors import InputError
-from ..training.config.paths import resolve_path
-from ..training.config.recipe import Recipe, check_no_secret, load_recipe, resolve_recipe
+from ..training.common.formatting import shown
+from ..training.config.default_storage import check_storage_kind, settle_storage
+from ..training.config.paths import is_file, resolve_path
+from ..training.config.places import PlacedSection, about
+from ..training.config.recipe import (
+    Recipe,
+    build_recipe,
+    check_no_secret,
+    load_recipe,
+    resolve_recipe,
+)
 from ..training.config.section import PositiveInt, Section
 from ..training.config.sections import Name
-from ..training.config.yaml_file import Change, Document, apply_changes, read_recipe_file, validate
+from ..training.config.short_forms import write_out
+from ..training.config.validation import validate
+from ..training.config.yaml_file import (
+    Change,
+    Document,
+    apply_changes,
+    read_recipe_file,
+    read_settings,
+)
 from .distribution import Distribution
 
 _RECIPE = "recipe."
@@ -24,21 +41,36 @@ _UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 
 
 def _to_seconds(value: Any) -> Any:
-    """Convert text such as 90s, 30m, 1.5h or 2d to seconds; other values stay unchanged."""
+    """Convert text such as 90s, 30m, 1.5h or 2d to seconds; other values stay unchanged.
+
+    Raises:
+        ValueError: the text is neither a number nor a duration.
+    """
     if not isinstance(value, str):
         return value
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)([smhd])", value.replace(" ", ""))
-    return float(match[1]) * _UNITS[match[2]] if match else value
+    match = re.fullmatch(r"(\d{1,9}(?:\.\d{1,9})?)([smhd]?)", value.replace(" ", ""))
+    if match is None:
+        raise ValueError(
+            f"expected seconds, or text such as 90s, 30m, 1.5h or 2d, found {shown(value)}"
+        )
+    return float(match[1]) * _UNITS.get(match[2], 1)
 
 
-Seconds = Annotated[float, Field(gt=0), BeforeValidator(_to_seconds)]
+Duration = Annotated[str, Field(pattern=r"^\d+(\.\d+)? *[smhd]$")]
+Seconds = Annotated[
+    float,
+    Field(gt=0),
+    BeforeValidator(_to_seconds, json_schema_input_type=Annotated[float, Field(gt=0)] | Duration),
+]
 
 
 class Objective(Section):
+    """A metric to optimise."""
+
     metric: str
     """A metric that the run reports, such as eval_loss, adapter_bytes or trainable_parameters."""
     mode: Literal["min", "max"] | None = None
-    """min if less is better, max if more is. Required only for metrics without a default."""
+    """min if less is better, max if more is; left out: as it is for the metric."""
 
 
 def _as_objectives(value: Any) -> Any:
@@ -46,7 +78,21 @@ def _as_objectives(value: Any) -> Any:
     return [{"metric": item} if isinstance(item, str) else item for item in items]
 
 
+Objectives = Annotated[
+    list[Objective],
+    Field(min_length=1),
+    BeforeValidator(
+        _as_objectives,
+        json_schema_input_type=str
+        | Objective
+        | Annotated[list[str | Objective], Field(min_length=1)],
+    ),
+]
+
+
 class Pruning(Section):
+    """Which trials end before their last step."""
+
     kind: Literal["auto", "asha", "median", "pbt", "none"] = "auto"
     """Which trials are stopped early. asha: those outside the best 1/reduction at a rung, a number
     of trained tokens (asynchronous successive halving). median: those worse than the median of
@@ -62,6 +108,8 @@ class Pruning(Section):
 
 
 class StopWhen(Section):
+    """Conditions, any of which ends the sweep."""
+
     value: float | None = None
     """Stop when a trial's objective is at least this good."""
     trials_without_gain: PositiveInt | None = None
@@ -71,6 +119,8 @@ class StopWhen(Section):
 
 
 class Retrain(Section):
+    """Runs of the best settings after the search."""
+
     seeds: Annotated[list[Annotated[int, Field(ge=0, lt=2**32)]], Field(min_length=1)] = [0, 1, 2]
     """The best recipe is trained again with each of these seeds."""
     data: Literal["train", "all"] = "all"
@@ -80,7 +130,7 @@ class Retrain(Section):
 Search = dict[str, Distribution]
 
 
-class Sweep(Section):
+class Sweep(PlacedSection):
     """Many runs of one recipe with different settings."""
 
     name: Name
@@ -93,18 +143,19 @@ class Sweep(Section):
     """Distributions by dotted key of the recipe. default: learning rate and adapter, around values
     that are good for a model of this size."""
     trials: PositiveInt = 30
+    """Number of trials; with pruning.kind pbt, of members of the population."""
     time_budget: Seconds | None = None
     """Seconds, or text such as 90m or 8h, over all attempts; then running trials are stopped."""
-    objective: Annotated[list[Objective], Field(min_length=1), BeforeValidator(_as_objectives)] = [
-        Objective(metric="eval_loss")
-    ]
-    """One metric; or several, for which the sweep searches the Pareto front."""
+    objective: Objectives = []
+    """One metric; or several, for which the sweep searches the Pareto front. Left out: the metric
+    that the recipe's method watches, such as eval_loss, eval_reward or eval_reward_accuracy."""
     concurrency: Literal["auto"] | PositiveInt = "auto"
     """Number of trials at the same time; auto: as many as fit on the machine or cluster."""
     sampler: Literal["tpe", "random", "grid", "cmaes", "gp", "nsga2"] = "tpe"
     """How settings are chosen: tree of Parzen estimators, at random, every combination, CMA-ES,
     Gaussian process, NSGA-II."""
     pruning: Pruning = Pruning()
+    """Early end of weak trials."""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     """Seed of the sampler; the trials use the recipe's seed."""
     points: list[dict[str, Any]] = []
@@ -116,7 +167,8 @@ class Sweep(Section):
     retrain: Retrain | None = None
     """Training with the best settings after the search."""
     storage: str = "runs"
-    """Folder (relative to where the command runs) or a URI that all nodes reach."""
+    """Folder (relative to where the command runs) or a URI that all nodes reach. Where it is not
+    set, the environment variable FINRAY_STORAGE decides."""
 
     @model_validator(mode="after")
     def _settings_agree(self) -> Self:
@@ -135,7 +187,7 @@ class Sweep(Section):
             if self.trials < 2 or 1 + len(self.points) > self.trials:
                 raise ValueError(
                     f"trials: {self.trials} is too small for a population; pbt needs at least two "
-                    "members, and one more than there are points"
+                    "members, and one more than there are points; raise it"
                 )
         if several and self.pruning.kind not in ("auto", "none"):
             raise ValueError(
@@ -154,72 +206,97 @@ class LoadedSweep:
     """A valid sweep, its base recipe, and the place of each key in the file."""
 
     sweep: Sweep
+    """It names its objective."""
     recipe: Recipe
     document: Document
     folder: Path
-    """The sweep file's folder."""
+    """The sweep file's folder; the current one for settings without a file."""
+
+    @property
+    def names_objective(self) -> bool:
+        """False if the objective is the method's watched metric because the file names none."""
+        return "objective" in self.document.values
 
     def place(self, *key: str | int) -> str:
         """file:line of a key of the sweep."""
         return self.document.place(key)
 
 
-def is_sweep(path: Path) -> bool:
-    """True if a file is a sweep: it has the key `recipe`, which recipes do not have.
+def is_sweep(source: Path | Mapping[str, Any]) -> bool:
+    """True if a file or mapping is a sweep: it has the key `recipe`, which recipes do not have.
 
     Raises:
         InputError: the file cannot be read.
     """
-    return "recipe" in read_recipe_file(path).values
+    return "recipe" in (read_recipe_file(source).values if isinstance(source, Path) else source)
 
 
-def split_overrides(overrides: Sequence[str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Split `key=value` texts into those of the sweep and, without prefix, `recipe.key=value`."""
-    of_sweep = tuple(text for text in overrides if not text.startswith(_RECIPE))
-    of_recipe = (text for text in overrides if text.startswith(_RECIPE))
-    return of_sweep, tuple(text.removeprefix(_RECIPE) for text in of_recipe)
+def split_overrides(
+    overrides: Sequence[str | Change],
+) -> tuple[list[str | Change], list[str | Change]]:
+    """Split changes into those of the sweep and, without their prefix, those of `recipe.`."""
+    of_sweep: list[str | Change] = []
+    of_recipe: list[str | Change] = []
+    for override in overrides:
+        key = override if isinstance(override, str) else override.key
+        if not key.startswith(_RECIPE):
+            of_sweep.append(override)
+        elif isinstance(override, str):
+            of_recipe.append(override.removeprefix(_RECIPE))
+        else:
+            of_recipe.append(replace(override, key=key.removeprefix(_RECIPE)))
+    return of_sweep, of_recipe
 
 
 def load_sweep(
-    path: Path, overrides: tuple[str, ...] = (), recipe_overrides: tuple[str, ...] = ()
+    source: Path | Mapping[str, Any],
+    overrides: Sequence[str | Change] = (),
+    recipe_overrides: Sequence[str | Change] = (),
 ) -> LoadedSweep:
     """Read and validate a sweep and its base recipe; all paths become absolute.
 
     Args:
-        path: the YAML file.
-        overrides: `dotted.key=value` strings for the sweep.
+        source: the YAML file, or the settings.
+        overrides: changes of the sweep, or `dotted.key=value` strings.
         recipe_overrides: the same for its base recipe; they override the sweep's `set`.
 
     Raises:
         InputError: with file:line and key of every error.
     """
-    document = read_recipe_file(path, overrides)
+    document, folder = read_settings(source, overrides)
+    settle_storage(document)
     check_no_secret(document)
-    sweep = validate(Sweep, document)
-    folder = path.resolve().parent
-    sweep = sweep.model_copy(
-        update={
-            "storage": resolve_path(sweep.storage, Path.cwd()),
-            "warm_start": [resolve_path(earlier, Path.cwd()) for earlier in sweep.warm_start],
-        }
-    )
+    check_storage_kind(document)
+    sweep = validate(Sweep, document).with_places(document.places)
+    with sweep.locating(), about("storage"):
+        storage = resolve_path(sweep.storage, Path.cwd())
+    with sweep.locating(), about("warm_start"):
+        earlier = [resolve_path(each, Path.cwd()) for each in sweep.warm_start]
+    sweep = sweep.model_copy(update={"storage": storage, "warm_start": earlier})
     recipe = _base_recipe(sweep, document, folder, recipe_overrides)
+    if not sweep.objective:
+        watched = Objective(metric=recipe.method.watched.name)
+        sweep = sweep.model_copy(update={"objective": [watched]})
     return LoadedSweep(sweep, recipe, document, folder)
 
 
 def _base_recipe(
-    sweep: Sweep, document: Document, folder: Path, overrides: tuple[str, ...]
+    sweep: Sweep, document: Document, folder: Path, overrides: Sequence[str | Change]
 ) -> Recipe:
     changes = [
         Change(key, value, f"{document.place(('set', key))}: set")
         for key, value in sweep.set.items()
     ]
     if isinstance(sweep.recipe, str):
-        file = Path(resolve_path(sweep.recipe, folder))
-        if not file.is_file():
+        with sweep.locating(), about("recipe"):
+            file = Path(resolve_path(sweep.recipe, folder))
+        if not is_file(file):
             place = document.place(("recipe",))
-            raise InputError(f"{place}: recipe: the file {file} does not exist")
+            raise InputError(f"{place}: recipe: the file {file} does not exist; correct the path")
         return load_recipe(file, [*changes, *overrides])
-    inline = document.section("recipe", {"name": sweep.name})
+    inline = document.section("recipe", {"name": sweep.name}, write_out)
     apply_changes(inline, [*changes, *overrides])
-    return resolve_recipe(validate(Recipe, inline), folder)
+    settle_storage(inline)
+    check_no_secret(inline)
+    check_storage_kind(inline)
+    return resolve_recipe(build_recipe(inline), folder)

@@ -1,12 +1,14 @@
 """A sweep's folder: the names of its files, and reading and writing of sweep.json."""
 
 import json
+from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any
 
 from ..training.common.errors import InputError
 from ..training.common.storage import Folder
 from ..training.common.versions import check_format
+from ..training.config.metric import Metric
 from ..training.records.recorder import now
 from ..training.records.run_folder import (
     CHECKPOINTS_FOLDER,
@@ -47,6 +49,38 @@ def read_sweep(folder: Folder) -> Record | None:
     if record is None:
         raise InputError(f"{folder / SWEEP_FILE}: expected a JSON object")
     check_format(record, SWEEP_FORMAT, folder / SWEEP_FILE)
+    return record
+
+
+def existing_sweep(folder: Folder) -> Record:
+    """The content of sweep.json of a sweep that must exist.
+
+    Raises:
+        InputError: as `read_sweep`, and if the folder holds no sweep.
+    """
+    record = read_sweep(folder)
+    if record is None:
+        raise InputError(f"{folder} holds no sweep")
+    return record
+
+
+def read_earlier(folder: Folder, metrics: Sequence[Metric]) -> Record:
+    """sweep.json of a sweep whose results another one with these objectives can use.
+
+    Raises:
+        InputError: the folder holds no sweep, or one with other objectives.
+    """
+    record = read_sweep(folder)
+    if record is None or not folder.exists(STUDY_FILE):
+        missing = SWEEP_FILE if record is None else STUDY_FILE
+        raise InputError(f"{folder} holds no sweep (it has no {missing}); remove it")
+    theirs = [f"{item['metric']} ({item['mode']})" for item in record.get("objectives", [])]
+    ours = [f"{metric.name} ({metric.mode})" for metric in metrics]
+    if theirs != ours:
+        raise InputError(
+            f"the sweep in {folder} has another objective: {', '.join(theirs)}, and this one "
+            f"{', '.join(ours)}; remove it, or set objective"
+        )
     return record
 
 

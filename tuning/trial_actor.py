@@ -5,6 +5,7 @@ decision: a pruned trial takes no further step. A trial with several workers is 
 the thread starts and follows.
 """
 
+import math
 import os
 import queue
 import threading
@@ -15,7 +16,7 @@ from typing import Any, TypedDict
 from ray import tune
 
 from ..training.common.background import Stop
-from ..training.common.errors import FinrayError, RunError, last_line
+from ..training.common.errors import FinrayError, RunError, in_one_line
 from ..training.common.progress import Progress
 from ..training.common.secrets import redact
 from ..training.common.storage import Folder
@@ -25,12 +26,16 @@ from ..training.engine.task import WorkerResult, WorkerTask
 from ..training.launch.in_process import InProcessLauncher
 from ..training.launch.retries import Launcher
 from ..training.models.base_cache import BaseCache
+from ..training.models.devices import Room
 from ..training.models.dtypes import free_memory
 from ..training.records.recorder import now, update_run
 from ..training.records.run_folder import Record, existing_run, read_metrics, read_run
+from ..training.rehearsal.outcome import Outcome
 from ..training.run import run_folder
 
 _POLL_SECONDS = 0.5
+_OF_ITS_STEPS = ("loss", "grad_norm")
+"""Metrics that are not finite where steps were skipped; such steps change nothing."""
 
 
 class TrialConfig(TypedDict):
@@ -40,10 +45,14 @@ class TrialConfig(TypedDict):
     recipe: dict[str, Any]
     prepared: str
     """URI of the trial's prepared data set."""
+    rehearsal: str
+    """The outcome of the sweep's rehearsal, as JSON."""
     sweep: str
     """URI of the sweep's folder; a stop file in it makes the trial save and end."""
     env: dict[str, str]
     """Environment variables of the workers."""
+    room: dict[str, Any] | None
+    """`Room` of the trial's GPU; None without one."""
     watched: list[str]
     """Metrics that are reported to the driver; the first one decides on pruning."""
     total_steps: int
@@ -100,6 +109,8 @@ class RunningTrial:
         self._bases = bases
         self._sweep_stop = sweep_stop
         self._recipe = recipe_from_dict(config["recipe"])
+        room = config["room"]
+        self._room = None if room is None else Room(**room)
         self._reports: queue.Queue[Record] = queue.Queue()
         self._permits = threading.Semaphore(0)
         self._is_waiting = False
@@ -139,7 +150,7 @@ class RunningTrial:
             name = self._config["watched"][0]
             report = {
                 "tokens": measures["tokens"],
-                "value": measures.get(name),
+                "value": _objective(measures, name),
                 "is_last": measures["step"] >= self._config["total_steps"],
             }
             self._reports.put({**self._about("running"), **report, "measures": dict(measures)})
@@ -151,7 +162,7 @@ class RunningTrial:
         try:
             self._reports.put(self._train())
         except Exception as error:  # noqa: BLE001 - a trial's error must not end the slot
-            message, code = f"{type(error).__name__}: {last_line(error)}", 1
+            message, code = f"{type(error).__name__}: {in_one_line(error)}", 1
             if isinstance(error, FinrayError):
                 message, code = str(error), error.exit_code
             failure = {"error": redact(message), "exit_code": code}
@@ -172,7 +183,8 @@ class RunningTrial:
             return self._last_report(self._record_pruned(), "pruned")
         until = self._config["until"]
         with self._launcher() as launcher:
-            result = run_prepared(self._recipe, prepared, launcher, until=until)
+            outcome = Outcome.from_json(self._config["rehearsal"])
+            result = run_prepared(self._recipe, prepared, launcher, until=until, outcome=outcome)
         record = existing_run(run_folder(self._recipe))
         status = str(record["status"])
         if status == "stopped" and until is not None and record["step"] >= until:
@@ -184,7 +196,8 @@ class RunningTrial:
 
     def _launcher(self) -> AbstractContextManager[Launcher]:
         if self._recipe.scale.most_workers <= 1:
-            return nullcontext(_TrialLauncher(Stop(self._sweep_stop), self.report, self._bases))
+            stop = Stop(self._sweep_stop)
+            return nullcontext(_TrialLauncher(stop, self.report, self._bases, self._room))
         return self._ray_launcher()
 
     @contextmanager
@@ -196,7 +209,7 @@ class RunningTrial:
         follower = threading.Thread(
             target=self._follow, args=(run_folder(self._recipe), stop, ended)
         )
-        ray = RayLauncher(self._recipe.scale, stop, self._config["env"])
+        ray = RayLauncher(self._recipe.scale, stop, self._config["env"], room=self._room)
         follower.start()
         try:
             with ray as launcher:
@@ -261,6 +274,7 @@ class _PrunableLauncher(Launcher):
 
     def __init__(self, launcher: Launcher, aborted: threading.Event) -> None:
         self.stop = launcher.stop
+        self.room = launcher.room
         self.max_failures = launcher.max_failures
         self._launcher = launcher
         self._aborted = aborted
@@ -273,6 +287,14 @@ class _PrunableLauncher(Launcher):
 
     def wait_until_ready(self, progress: Progress) -> None:
         self._launcher.wait_until_ready(progress)
+
+
+def _objective(measures: Record, name: str) -> float | None:
+    """The objective in a line of metrics, which writes nan as null; None if it has no value."""
+    value: float | None = measures.get(name)
+    if name in _OF_ITS_STEPS:
+        return value if value is not None and math.isfinite(value) else None
+    return math.nan if value is None and name in measures else value
 
 
 def _lines(run: Folder) -> list[Record]:
@@ -289,7 +311,8 @@ def final_measures(recipe: Recipe, record: Record) -> Record:
     latest: Record = {}
     speeds = []
     for line in _lines(folder):
-        latest.update(line)
+        skipped = [name for name in _OF_ITS_STEPS if line.get(name) is None]
+        latest.update({name: value for name, value in line.items() if name not in skipped})
         speeds += [line["tokens_per_second"]] if line.get("tokens_per_second") else []
     if speeds:
         latest["tokens_per_second"] = sorted(speeds)[len(speeds) // 2]

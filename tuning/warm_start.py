@@ -9,24 +9,20 @@ from collections.abc import Sequence
 from typing import Any
 
 import optuna
-from optuna.distributions import (
-    BaseDistribution,
-    CategoricalDistribution,
-    FloatDistribution,
-    IntDistribution,
-)
+from optuna.distributions import BaseDistribution
 from optuna.trial import FrozenTrial, TrialState
 
-from ..training.common.errors import InputError
 from ..training.common.storage import Folder
 from ..training.config.metric import Metric
+from ..training.config.short_forms import write_out
 from ..training.config.yaml_file import Change, Document, apply_changes
 from ..training.records.run_folder import Record
 from .default_search import ALPHA, RANK, RSLORA
 from .distribution import is_number, is_same
+from .draft import Draft
 from .space import Settings, Space, value_at
 from .study import StudyFile
-from .sweep_folder import STUDY_FILE, read_sweep
+from .sweep_folder import read_earlier
 
 _ADAPTER = (RANK, ALPHA, RSLORA)
 
@@ -37,13 +33,8 @@ def earlier_trials(folder: Folder, space: Space, metrics: Sequence[Metric]) -> l
     Raises:
         InputError: the folder holds no sweep, or one with other objectives.
     """
-    record = read_sweep(folder)
-    if record is None or not folder.exists(STUDY_FILE):
-        raise InputError(f"warm_start: {folder} holds no sweep (it has no {STUDY_FILE})")
+    record = read_earlier(folder, metrics)
     study = optuna.load_study(study_name=None, storage=StudyFile(folder).open())
-    directions = ["MINIMIZE" if metric.mode == "min" else "MAXIMIZE" for metric in metrics]
-    if [direction.name for direction in study.directions] != directions:
-        raise InputError(f"warm_start: the sweep in {folder} has another objective; remove it")
     trials = []
     for trial in study.get_trials(states=(TrialState.COMPLETE, TrialState.PRUNED)):
         settings = trial.user_attrs.get("settings")
@@ -69,7 +60,7 @@ def earlier_trials(folder: Folder, space: Space, metrics: Sequence[Metric]) -> l
 
 def _recipe_values(base: Record, settings: Settings) -> Record:
     """The plain values of an earlier trial's recipe."""
-    document = Document(copy.deepcopy(base), {(): "warm_start"})
+    document = Document(copy.deepcopy(base), {(): "warm_start"}, write_out)
     apply_changes(document, [Change(key, value, "warm_start") for key, value in settings.items()])
     return document.values
 
@@ -91,15 +82,16 @@ def _position(
     if not all(is_same(space.base_value(key), settings[key]) for key in fixed):
         return None
     values = {key: value_at(recipe, key) for key in (*space.keys, *_ADAPTER)}
-    probe = _Probe(_parameters(values, space))
+    params = _parameters(values, space)
+    draft = Draft(lambda name, kind: kind.to_external_repr(kind.to_internal_repr(params[name])))
     try:
-        reached = space.suggest(probe)
+        reached = space.suggest(draft)
     except KeyError:
         return None
     computed = [key for key in reached if space[key].is_computed]
     if not all(is_same(reached[key], values[key]) for key in computed):
         return None
-    return {name: probe.params[name] for name in probe.seen}, probe.seen
+    return draft.params, draft.distributions
 
 
 def _parameters(values: Settings, space: Space) -> dict[str, Any]:
@@ -114,25 +106,3 @@ def _parameters(values: Settings, space: Space) -> dict[str, Any]:
         if distribution.contains(value):
             params[distribution.parameter(key)] = distribution.label_of(value)
     return params
-
-
-class _Probe:
-    """Suggests given parameters like an Optuna trial, and collects their distributions."""
-
-    def __init__(self, params: dict[str, Any]) -> None:
-        self.params = params
-        self.seen: dict[str, BaseDistribution] = {}
-
-    def suggest_categorical(self, name: str, choices: list[Any]) -> Any:
-        self.seen[name] = CategoricalDistribution(choices)
-        return self.params[name]
-
-    def suggest_float(
-        self, name: str, low: float, high: float, *, step: float | None, log: bool
-    ) -> float:
-        self.seen[name] = FloatDistribution(low, high, log=log, step=step)
-        return float(self.params[name])
-
-    def suggest_int(self, name: str, low: int, high: int, *, step: int, log: bool) -> int:
-        self.seen[name] = IntDistribution(low, high, log, step)
-        return int(self.params[name])

@@ -8,18 +8,20 @@ from dataclasses import asdict
 
 from ...training.common.errors import InputError
 from ..jobs.client import Cluster
+from ..nodes.address import dashboard_address
 from ..nodes.head import current_head, joining_lines, start_head, stop_head
 from ..nodes.token import token_file
 
 
 def up(options: argparse.Namespace) -> None:
     """Start a head here, and print how other nodes join it."""
-    print("starting a head", file=sys.stderr)
+    if not options.quiet:
+        print("starting a head", file=sys.stderr)
     head = start_head(options.port, options.dashboard_port, tuple(options.start_option))
     print(f"head       {head.address}")
     print(f"dashboard  {head.dashboard} (this machine only; from elsewhere: ssh -L)")
     print(f"token      {token_file()} (anyone who has it can run code here; it does not encrypt)")
-    print("on each other node, with the same packages installed:")
+    print("on each other node, with the same packages installed (it runs until it is stopped):")
     print(f"  {joining_lines(head)}")
     print(f"then       finray cluster doctor --address {head.dashboard}")
 
@@ -44,7 +46,7 @@ def status(options: argparse.Namespace) -> None:
 def doctor(options: argparse.Namespace) -> None:
     """Check every node of a running cluster."""
     what = "doctor" if options.storage is None else f"doctor {shlex.quote(options.storage)}"
-    code, log = Cluster(options.address).run("finray~doctor", what)
+    code, log = Cluster(dashboard_address(options.address)).run("finray~doctor", what)
     table = "\n".join(line for line in log.splitlines() if line.startswith("  "))
     if code:
         raise InputError(f"the cluster has problems:\n{table or log}")

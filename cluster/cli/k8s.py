@@ -1,11 +1,14 @@
 """`finray k8s`: a recipe as Kubernetes manifests."""
 
 import argparse
+import hashlib
 
 from ...training.common.errors import InputError
+from ...training.common.storage import Folder
 from ...training.config.recipe import load_recipe
 from ...tuning.sweep import is_sweep
-from ..kubernetes.render import Target
+from ..kubernetes.refusals import Refusal
+from ..kubernetes.render import RETRIES, Target
 from ..kubernetes.render import render as render_manifests
 
 
@@ -16,7 +19,7 @@ def render(options: argparse.Namespace) -> None:
             f"{options.recipe} is a sweep, and k8s render writes runs; start the overlay's "
             "RayCluster and submit the sweep to it: finray job submit"
         )
-    target = Target(options.overlay, options.namespace, options.image, options.memory)
+    target = Target(options.overlay, options.namespace, options.image, options.memory, options.disk)
     text = render_manifests(load_recipe(options.recipe, tuple(options.overrides)), target)
     if options.to is None:
         print(text, end="")
@@ -25,3 +28,23 @@ def render(options: argparse.Namespace) -> None:
         options.to.write_text(text, encoding="utf-8")
     except OSError as error:
         raise InputError(f"--to {options.to}: cannot write the file: {error.strerror}") from None
+
+
+def run(options: argparse.Namespace) -> None:
+    """Train, unless an earlier attempt of the same job refused the recipe.
+
+    Training checks the recipe and prepares small data before it asks for nodes. KubeRay repeats a
+    job that failed, also one that can only be refused again.
+    """
+    from .train import train
+
+    recipe = load_recipe(options.recipe, tuple(options.overrides))
+    digest = hashlib.sha256(recipe.model_dump_json().encode()).hexdigest()
+    refusal = Refusal(Folder(recipe.storage), recipe.name, digest)
+    if (reason := refusal.take()) is not None:
+        raise InputError(f"an earlier attempt of this job was refused: {reason}")
+    try:
+        train(options)
+    except InputError as error:
+        refusal.write(str(error), RETRIES)
+        raise

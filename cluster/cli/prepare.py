@@ -2,33 +2,29 @@
 
 import argparse
 import json
-from contextlib import nullcontext
 from typing import Any
 
 from ...training.common import formatting
-from ...training.run import prepare_data, prepares_on_ray
-from ..environment import worker_environment
-from ..launcher import open_ray
-from ..nodes.ray_session import cluster_address
-from .check import recipe_of
-from .screens.progress import ProgressWatcher
+from ...training.data.curation.funnel import describe_funnel
+from ...training.data.prepared import remarks
+from ...training.data.row_facts import describe_lengths
+from ..api.runs import prepare as prepare_data
 
 
 def prepare(options: argparse.Namespace) -> None:
     """Prepare a recipe's data."""
-    recipe = recipe_of(options)
-    env = worker_environment(recipe)
-    on_ray = prepares_on_ray(recipe)
-    address = cluster_address(options.address)
-    with ProgressWatcher() as watcher:
-        ray = open_ray(recipe, watcher, address, env, options.verbose) if on_ray else nullcontext()
-        with ray:
-            prepared = prepare_data(recipe, watcher)
-    summary = prepared.manifest.summary()
+    prepared = prepare_data(
+        options.recipe,
+        options.overrides,
+        local=options.local,
+        address=options.address,
+        verbose=options.verbose,
+        quiet=options.quiet,
+    )
     if options.json:
-        print(json.dumps({"folder": str(prepared.folder), **summary}, indent=2))
+        print(json.dumps({"folder": prepared.folder, **prepared.summary}, indent=2))
     else:
-        print(render_data(summary))
+        print(render_data(prepared.summary))
         print(f"prepared data: {prepared.folder}")
 
 
@@ -37,6 +33,11 @@ def render_data(summary: dict[str, Any]) -> str:
     dropped = ", ".join(f"{count:,} {reason}" for reason, count in summary["dropped"].items())
     lines = [f"  {'rows read':10}  {formatting.count(summary['rows_read'])}"]
     lines.append(f"  {'dropped':10}  {dropped or 'none'}")
+    lines.append(
+        f"  {'lengths':10}  {describe_lengths(summary['length_quantiles'], summary['max_length'])}"
+    )
+    lines += [f"  {'curated':10}  {line}" for line in describe_funnel(summary["funnel"])]
+    lines += [f"  {'note':10}  {remark}" for remark in remarks(summary)]
     for name in ("train", "eval"):
         split = summary[name]
         if split is not None:

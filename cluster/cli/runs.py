@@ -5,17 +5,20 @@ import json
 from pathlib import Path
 
 from ...training.common.storage import Folder
+from ...training.config.default_storage import default_storage
 from ...training.config.paths import resolve_path
 from ...training.config.recipe import Recipe
+from ...training.config.section import json_schema
 from ...training.records.report import write_report
 from ...training.records.run_folder import REPORT_FILE, list_runs
 from ...tuning.sweep import Sweep
-from .screens.runs import render_runs
+from ..api.runs import export as write_export
+from ..screens.runs import render_runs
 
 
 def runs(options: argparse.Namespace) -> None:
     """List the runs of a storage."""
-    storage = Folder(resolve_path(options.storage, Path.cwd()))
+    storage = Folder(resolve_path(options.storage or default_storage(), Path.cwd()))
     print(render_runs(list_runs(storage), as_json=options.json))
 
 
@@ -28,20 +31,16 @@ def report(options: argparse.Namespace) -> None:
 
 def export(options: argparse.Namespace) -> None:
     """Write a finished run's result as a folder that loads without finray."""
-    # Both load torch, which the other commands here do without.
-    from ...training.export.export import export as write_export
-    from .screens.export import ExportProgress, render_exported
+    # It loads torch, which the other commands here do without.
+    from ..screens.export import render_exported
 
-    run = Folder(resolve_path(options.run, Path.cwd()))
-    target = Path(resolve_path(str(options.to), Path.cwd()))
-    with ExportProgress() as progress:
-        exported = write_export(
-            run, target, merge=options.merge, dtype=options.dtype, progress=progress
-        )
+    exported = write_export(
+        options.run, options.to, merge=options.merge, dtype=options.dtype, quiet=options.quiet
+    )
     print(render_exported(exported, as_json=options.json))
 
 
 def schema(options: argparse.Namespace) -> None:
     """Print the JSON schema of recipes or sweeps."""
     settings = Sweep if options.of == "sweep" else Recipe
-    print(json.dumps(settings.model_json_schema(), indent=2))
+    print(json.dumps(json_schema(settings), indent=2))

@@ -3,7 +3,6 @@
 import logging
 import os
 import shlex
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -12,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from ...training.common.errors import InputError, RunError
+from ...training.common.logs import limit
+from ...training.common.scratch import scratch_folder
 from ...training.config.recipe import Recipe
 from ...tuning.sweep import LoadedSweep
 from ..nodes.token import authenticate, wrong_token
@@ -82,7 +83,7 @@ class Cluster:
             from ray.job_submission import JobSubmissionClient
 
             for name in ("dashboard.modules.dashboard_sdk", "_private.runtime_env.packaging"):
-                logging.getLogger(f"ray.{name}").setLevel(logging.WARNING)
+                limit(f"ray.{name}", logging.WARNING)
             self._client = JobSubmissionClient(address)
 
     def submit(
@@ -92,6 +93,10 @@ class Cluster:
         limit_mib: float = LIMIT_MIB,
         python: str | None = None,
         wait_for_nodes: float = 0.0,
+        log_level: str | None = None,
+        *,
+        fresh: bool = False,
+        longer: bool = False,
     ) -> Submitted:
         """Submit a run or a sweep, unless it is active or has finished.
 
@@ -101,20 +106,26 @@ class Cluster:
             limit_mib: largest sum of the uploaded files, in MiB.
             python: the interpreter on the head; None means the one that runs Ray's workers.
             wait_for_nodes: seconds to wait for an autoscaler to add missing nodes.
+            log_level: how much the libraries log there; None for the default.
+            fresh: begin a finished run anew.
+            longer: added steps get a learning-rate schedule of their own.
 
         Raises:
             InputError: as `staging.stage`, and if a run of this name with another recipe or
                 other files is active.
         """
+        if isinstance(what, LoadedSweep) and (fresh or longer):
+            raise InputError("--fresh and --longer are for runs; give the sweep another name")
         if isinstance(what, Recipe) and what.scale.most_workers == 0:
-            raise InputError("scale.workers: 0 trains in one process, without Ray; set at least 1")
-        with tempfile.TemporaryDirectory(prefix="finray-job-") as folder:
+            message = "scale.workers: 0 trains in one process, without Ray; set at least 1"
+            raise InputError(what.located(message))
+        with scratch_folder("job") as folder:
             if isinstance(what, Recipe):
                 name, storage, verb = what.name, what.storage, "train"
-                staged = stage(what, Path(folder), on_cluster, limit_mib)
+                staged = stage(what, folder, on_cluster, limit_mib)
             else:
                 name, storage, verb = what.sweep.name, what.sweep.storage, "tune"
-                staged = stage_sweep(what, Path(folder), on_cluster, limit_mib)
+                staged = stage_sweep(what, folder, on_cluster, limit_mib)
             last = self._last(name)
             if last is not None and last.status in ACTIVE and last.digest != staged.digest:
                 raise InputError(
@@ -122,13 +133,16 @@ class Cluster:
                     "or data; give this one another name, or stop that one (finray job stop "
                     f"{name})"
                 )
-            if last is not None and last.digest == staged.digest and _needs_no_attempt(last):
+            is_same = last is not None and last.digest == staged.digest
+            if last is not None and is_same and _needs_no_attempt(last, fresh):
                 return Submitted(last, False, ())
             attempt = 1 if last is None else last.attempt + 1
             id = name if attempt == 1 else f"{name}~{attempt}"
             facts = {_RUN: name, _STORAGE: storage, _DIGEST: staged.digest}
-            entry = f"{verb} --wait-for-nodes {wait_for_nodes:g}"
-            self._start(id, entry, Path(folder), facts, python)
+            words = [verb, "--wait-for-nodes", f"{wait_for_nodes:g}"]
+            words += ["--fresh"] * fresh + ["--longer"] * longer
+            words += ["--log-level", log_level] if log_level else []
+            self._start(id, " ".join(words), folder, facts, python)
         return Submitted(self.job(name), True, staged.notes)
 
     def jobs(self) -> list[Job]:
@@ -198,10 +212,10 @@ class Cluster:
 
     def run(self, name: str, what: str) -> tuple[int, str]:
         """Run a short command of `cli.job_entry` there; returns its exit code and output."""
-        with tempfile.TemporaryDirectory(prefix="finray-job-") as folder:
-            add_finray(Path(folder))
+        with scratch_folder("job") as folder:
+            add_finray(folder)
             id = f"{name}~{time.time_ns()}"
-            self._start(id, what, Path(folder), {}, None)
+            self._start(id, what, folder, {}, None)
         with self._plain_errors():
             while (detail := self._client.get_job_info(id)).status.value in ACTIVE:
                 time.sleep(POLL_SECONDS / 2)
@@ -249,9 +263,9 @@ class Cluster:
             ) from None
 
 
-def _needs_no_attempt(job: Job) -> bool:
+def _needs_no_attempt(job: Job, fresh: bool) -> bool:
     """True if submitting the same again would change nothing."""
-    return job.status in ACTIVE or job.status == "SUCCEEDED"
+    return job.status in ACTIVE or (job.status == "SUCCEEDED" and not fresh)
 
 
 def _job(detail: Any) -> Job:

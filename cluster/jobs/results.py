@@ -8,8 +8,10 @@ import binascii
 import io
 import sys
 import tarfile
+import tempfile
 from pathlib import Path
 
+from ...training.common.errors import InputError, RunError
 from ...training.common.storage import Folder
 from ...training.records.run_folder import (
     METRICS_FILE,
@@ -59,6 +61,10 @@ def unpack(log: str, target: Path) -> list[str] | None:
 
     Returns:
         Their relative paths; None where the log holds no whole archive.
+
+    Raises:
+        InputError: something that lies there is in the way; nothing is written then.
+        RunError: the files cannot be written.
     """
     _, begin, rest = log.partition(f"{_BEGIN}\n")
     text, end, _ = rest.partition(f"\n{_END}")
@@ -69,8 +75,40 @@ def unpack(log: str, target: Path) -> list[str] | None:
     except binascii.Error:
         return None
     with tarfile.open(fileobj=io.BytesIO(content)) as archive:
-        archive.extractall(target, filter="data")
-        return archive.getnames()
+        names = archive.getnames()
+        _check_free(target, names)
+        _extract(archive, names, target)
+    return names
+
+
+def _check_free(target: Path, names: list[str]) -> None:
+    """Refuse what would be written through a link, or cannot be written, before anything is."""
+    for name in names:
+        path = target / name
+        for place in [path, *(target / parent for parent in Path(name).parents)]:
+            is_inside = place != target
+            should_be_folder = place != path
+            if (is_inside and place.is_symlink()) or (
+                place.exists() and place.is_dir() != should_be_folder
+            ):
+                raise InputError(
+                    f"{place} is in the way, and nothing is fetched; move it, or name another "
+                    "folder with --to"
+                )
+
+
+def _extract(archive: tarfile.TarFile, names: list[str], target: Path) -> None:
+    """Extract beside the target, then move: a full disk leaves the target as it was."""
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f".{target.name}-", dir=target.parent) as folder:
+            archive.extractall(folder, filter="data")
+            for name in names:
+                path = target / name
+                path.parent.mkdir(parents=True, exist_ok=True)
+                (Path(folder) / name).replace(path)
+    except OSError as error:
+        raise RunError(f"cannot write into {target}: {error}") from None
 
 
 def _is_run_result(name: str) -> bool:

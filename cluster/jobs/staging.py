@@ -7,6 +7,7 @@ files. On the cluster they are copied into the run's folder, which all nodes sha
 import hashlib
 import shutil
 import subprocess
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -16,10 +17,14 @@ from ...training.common.errors import InputError
 from ...training.common.secrets import texts
 from ...training.common.storage import Folder
 from ...training.common.yaml_text import dump_yaml, load_yaml
+from ...training.config.paths import exists, is_folder
+from ...training.config.places import locates
 from ...training.config.recipe import Recipe
-from ...training.config.sections import Source
+from ...training.config.source import Source
 from ...training.config.user_code import functions_in
-from ...training.data.sources import expand
+from ...training.data.expand import expand
+from ...training.data.sources import SourceFile, base_of
+from ...training.data.splits import side_files
 from ...tuning.sweep import LoadedSweep
 
 LIMIT_MIB = 100.0
@@ -32,6 +37,7 @@ LAUNCHER = "run.sh"
 _COMPLETE = "complete"
 """Marks inputs that were copied whole."""
 _PACKAGES = ("training", "tuning", "cluster", "k8s")
+_FILES = ("__init__.py", "py.typed")
 _LEFT_OUT = shutil.ignore_patterns("__pycache__", "*.pyc", ".gitignore", ".rayignore")
 
 # A head's `python` may be another one; the arguments of its raylet name the workers' interpreter.
@@ -58,6 +64,7 @@ class Staged:
     """Messages to the user."""
 
 
+@locates
 def stage(
     recipe: Recipe, folder: Path, on_cluster: tuple[str, ...], limit_mib: float = LIMIT_MIB
 ) -> Staged:
@@ -85,26 +92,22 @@ def stage_sweep(
     Raises:
         InputError: as `stage`, and if a searched value is a path of this machine.
     """
-    parcel = _Parcel(folder, on_cluster)
-    for key in ("search", "points"):
-        parcel.refuse_paths(loaded, key)
-    sweep = loaded.sweep
-    base = loaded.recipe.model_copy(update={"name": sweep.name, "storage": sweep.storage})
-    # Unset fields stay unset: written defaults would contradict a section that is searched.
-    recipe = _with_cluster_paths(base, parcel).model_dump(mode="json", exclude_unset=True)
-    recipe["method"] = {"kind": base.method.kind, **recipe.get("method", {})}
-    values = sweep.model_dump(mode="json", exclude_unset=True, exclude={"set"})
-    return parcel.close(SWEEP_FILE, {**values, "recipe": recipe}, base, limit_mib)
+    with loaded.sweep.locating(), loaded.recipe.locating():
+        parcel = _Parcel(folder, on_cluster)
+        for key in ("search", "points"):
+            parcel.refuse_paths(loaded, key)
+        sweep = loaded.sweep
+        base = loaded.recipe.model_copy(update={"name": sweep.name, "storage": sweep.storage})
+        # Unset fields stay unset: written defaults would contradict a section that is searched.
+        recipe = _with_cluster_paths(base, parcel).model_dump(mode="json", exclude_unset=True)
+        recipe["method"] = {"kind": base.method.kind, **recipe.get("method", {})}
+        values = sweep.model_dump(mode="json", exclude_unset=True, exclude={"set"})
+        return parcel.close(SWEEP_FILE, {**values, "recipe": recipe}, base, limit_mib)
 
 
 def _with_cluster_paths(recipe: Recipe, parcel: "_Parcel") -> Recipe:
     """The recipe with its paths on the cluster; adds its files to the parcel."""
-    data = recipe.data.model_copy(
-        update={
-            "train": [parcel.source(source, "data.train") for source in recipe.data.train],
-            "eval": [parcel.source(source, "data.eval") for source in recipe.data.eval],
-        }
-    )
+    data = recipe.data.with_sources(lambda key, source: parcel.source(source, key))
     folders = {"base": parcel.folder(recipe.model.base, "model.base", "model")}
     if recipe.model.adapter is not None:
         folders["adapter"] = parcel.folder(recipe.model.adapter, "model.adapter", "adapter")
@@ -122,6 +125,8 @@ def add_finray(folder: Path) -> None:
     root = Path(__file__).resolve().parents[2]
     for package in _PACKAGES:
         shutil.copytree(root / package, folder / "finray" / package, ignore=_LEFT_OUT)
+    for file in _FILES:
+        shutil.copyfile(root / file, folder / "finray" / file)
 
 
 def receive(folder: Path, file: str) -> dict[str, Any]:
@@ -177,17 +182,15 @@ class _Parcel:
 
     def source(self, source: Source, key: str) -> Source:
         """The source with its path on the cluster; local files are added to the parcel."""
-        if self._stays(source.path):
+        if source.path is None or self._stays(source.path):
             return source
-        if source.path not in self._sent:
-            self._copy_source(source, key)
-        return source.model_copy(update={"path": self._sent[source.path]})
+        return source.model_copy(update={"path": self._copy_source(source, key)})
 
     def folder(self, path: str, key: str, name: str) -> str:
         """Path on the cluster of a model's or adapter's folder; a hub id stays."""
         if not Path(path).is_absolute() or self._stays(path):
             return path
-        if not Path(path).is_dir():
+        if not is_folder(path):
             raise InputError(
                 f"{key}: there is no folder {path} on this machine; if it is on the cluster's "
                 f"nodes, add --on-cluster {path}"
@@ -206,7 +209,7 @@ class _Parcel:
         for key, text in texts({section: values}):
             if not text or "\n" in text or self._stays(text):
                 continue
-            if (loaded.folder / text).exists():
+            if exists(loaded.folder / text):
                 dotted = ".".join(map(str, key))
                 raise InputError(
                     f"{loaded.place(section)}: {dotted}: {text} is on this machine, and searched "
@@ -234,9 +237,9 @@ class _Parcel:
         for key, text in texts(values):
             dotted = ".".join(map(str, key))
             is_path = text.startswith("/") and "\n" not in text
-            if not is_path or key[-1] == "storage" or self._stays(text):
+            if not is_path or key[-1] in ("storage", "system") or self._stays(text):
                 continue
-            if not dotted.endswith(inside) and Path(text).exists():
+            if not dotted.endswith(inside) and exists(text):
                 raise InputError(
                     f"{dotted}: {text} is on this machine, and is not uploaded with a job; put it "
                     "where all nodes reach it, and name that: a URI, a hub id, or a folder with "
@@ -248,10 +251,11 @@ class _Parcel:
         if self.bytes <= limit_mib * 2**20:
             return
         sizes = sorted(self._sizes.items(), key=lambda item: -item[1])
-        lines = [f"  {size / 2**20:,.1f} MiB  {name}" for name, size in sizes]
+        key = sizes[0][0].partition(" ")[0]
+        listed = "\n".join(f"  {size / 2**20:,.1f} MiB  {name}" for name, size in sizes)
         raise InputError(
-            f"the recipe's local files are {self.bytes / 2**20:,.1f} MiB, and at most "
-            f"{limit_mib:g} MiB are uploaded with a job:\n" + "\n".join(lines) + "\n"
+            f"{key}: the recipe's local files are {self.bytes / 2**20:,.1f} MiB, and at most "
+            f"{limit_mib:g} MiB are uploaded with a job:\n{listed}\n"
             "Put the large ones where all nodes reach them and name that in the recipe: a shared "
             "folder (with --on-cluster FOLDER), s3://, gs://, or for a model its hub id. "
             "--max-mib raises the limit."
@@ -260,17 +264,17 @@ class _Parcel:
     def check_storage(self, recipe: Recipe) -> None:
         """Refuse a storage that cannot hold the uploaded files; note where results go."""
         is_store = "://" in recipe.storage
-        for path in (recipe.model.base, recipe.model.adapter):
+        for key, path in (("base", recipe.model.base), ("adapter", recipe.model.adapter)):
             if is_store and path in self._sent:
                 raise InputError(
-                    f"model: the folder {path} can be uploaded only if the storage is a folder, "
-                    f"and it is {recipe.storage}; give a hub id, or a folder of the nodes with "
-                    "--on-cluster"
+                    f"model.{key}: the folder {path} can be uploaded only if the storage is a "
+                    f"folder, and it is {recipe.storage}; give a hub id, or a folder of the nodes "
+                    "with --on-cluster"
                 )
         if is_store and self._sent and "?" in recipe.storage:
             raise InputError(
-                "data: local files cannot be uploaded to a storage whose URI has a query; put them "
-                "into the store and name them by their URI"
+                "storage: local files cannot be uploaded to a storage whose URI has a query; put "
+                "them into the store and name them by their URI"
             )
         where = "" if is_store else ", a folder of the cluster that all its nodes must share"
         self.notes.append(f"results go to {recipe.storage}{where}")
@@ -283,20 +287,34 @@ class _Parcel:
     def _stays(self, path: str) -> bool:
         return "://" in path or any(Path(path).is_relative_to(there) for there in self._on_cluster)
 
-    def _copy_source(self, source: Source, key: str) -> None:
+    def _copy_source(self, source: Source, key: str) -> str:
+        """Add a source's files; returns its path on the cluster.
+
+        Sources can take splits of the same folder, whose files then lie together.
+        """
+        path = source.place
         try:
-            files = expand(source)
+            files = expand(source).files
         except InputError as error:
             raise InputError(
                 f"{key}: {error}; if it is a path of the cluster's nodes, add --on-cluster FOLDER"
             ) from None
-        number = str(len(self._sent))
-        is_file = Path(source.path).is_file()
-        for file in files:
-            self._link(Path(file.uri), self._inputs / number / file.name)
-        self._sizes[f"{key} {source.path}"] = sum(file.size for file in files)
-        name = f"/{files[0].name}" if is_file else ""
-        self._sent[source.path] = f"./{INPUTS_FOLDER}/{number}{name}"
+        base, name = base_of(path)
+        if path not in self._sent:
+            self._sent[path] = f"./{INPUTS_FOLDER}/{len(self._sent)}{name}"
+        folder = self._folder / self._sent[path].removesuffix(name)
+        described = [] if name else side_files(base, files)
+        for local in dict.fromkeys([*(Path(file.uri) for file in files), *described]):
+            target = folder / local.relative_to(base)
+            if not target.is_symlink():
+                self._link(local, target)
+                self._sizes[f"{key} {path}"] = (
+                    self._sizes.get(f"{key} {path}", 0) + local.stat().st_size
+                )
+        self._note_hidden(files)
+        return self._sent[path]
+
+    def _note_hidden(self, files: Sequence[SourceFile]) -> None:
         hidden = [file.uri for file in files if _hidden_by_git(Path(file.uri))]
         if hidden:
             more = f" and {len(hidden) - 1} more" if len(hidden) > 1 else ""

@@ -24,7 +24,8 @@ def check_reachable(recipe: Recipe, mount: str) -> bool:
     travelling = {f"{key}.file" for key, _ in functions_in(recipe)}
     for key, text in texts(recipe.model_dump(mode="json")):
         path = text.removeprefix("file://")
-        if not _is_path(path) or ".".join(map(str, key)) in travelling:
+        is_prompt = key[-1] == "system"  # such as "/no_think"
+        if not _is_path(path) or is_prompt or ".".join(map(str, key)) in travelling:
             continue
         if f"{path}/".startswith(f"{mount}/") and ".." not in path.split("/"):
             shared = True

@@ -1,4 +1,4 @@
-"""Manifests of a run on Kubernetes: a RayJob and what it needs beside the namespace."""
+"""The manifest of a run on Kubernetes: a RayJob, and nothing beside it that would outlive it."""
 
 import hashlib
 import re
@@ -9,6 +9,7 @@ import yaml
 
 from ...training.common.errors import InputError
 from ...training.common.yaml_text import dump_yaml
+from ...training.config.places import locates
 from ...training.config.recipe import Recipe
 from ...training.config.sections import ScaleSettings
 from .overlays import Manifest, ray_cluster
@@ -16,12 +17,13 @@ from .portable import check_reachable
 
 LONGEST_NAME = 47
 """Characters; KubeRay's limit for a RayJob, whose name it extends."""
-LARGEST_RECIPE = 2**20
-"""Bytes; Kubernetes' limit for a ConfigMap."""
+LARGEST_RECIPE = 200 * 2**10
+"""Bytes; Kubernetes' limit for all annotations of an object is 256 KiB."""
+RETRIES = 3
 
 _GPU = "nvidia.com/gpu"
 _RECIPE_FOLDER = "/etc/finray"
-_RETRIES = 3
+_ANNOTATION = "finray.dev/recipe"
 
 
 @dataclass(frozen=True)
@@ -34,10 +36,13 @@ class Target:
     """None: the overlay's own."""
     memory: str | None = None
     """Of a worker's pod, as a Kubernetes quantity; None: the overlay's own."""
+    disk: str | None = None
+    """Ephemeral storage of every pod, likewise."""
 
 
+@locates
 def render(recipe: Recipe, target: Target) -> str:
-    """The manifests of a run, as YAML: recipe, RayJob, and the head's disruption budget.
+    """The manifest of a run, as YAML: a RayJob that holds the recipe.
 
     Args:
         recipe: as `load_recipe` gives it.
@@ -55,7 +60,7 @@ def render(recipe: Recipe, target: Target) -> str:
     name = object_name(recipe.name)
     _fit_cluster(cluster, recipe.scale, target)
     _name_pods(cluster, name)
-    _mount_recipe(cluster, name)
+    _mount_recipe(cluster, recipe)
     if not shared:
         _leave_out_claim(cluster)
     metadata = {
@@ -66,12 +71,8 @@ def render(recipe: Recipe, target: Target) -> str:
             "app.kubernetes.io/instance": name,
         },
     }
-    manifests = [
-        _config_map(metadata, recipe),
-        _disruption_budget(metadata),
-        _ray_job(metadata, recipe.name, cluster),
-    ]
-    return yaml.dump_all(manifests, Dumper=_Dumper, sort_keys=False, width=100)
+    job = _ray_job(metadata, recipe.name, cluster)
+    return yaml.dump(job, Dumper=_Dumper, sort_keys=False, width=100)
 
 
 def object_name(run: str) -> str:
@@ -96,8 +97,9 @@ def _check(target: Target) -> None:
         raise InputError(
             f"--namespace {target.namespace}: expected small letters, digits and '-', at most 63"
         )
-    if target.memory and not re.fullmatch(r"[1-9][0-9]*([kMGT]|[KMGT]i)?", target.memory):
-        raise InputError(f"--memory {target.memory}: expected a quantity such as 64Gi")
+    for option, amount in (("--memory", target.memory), ("--disk", target.disk)):
+        if amount and not re.fullmatch(r"[1-9][0-9]*([kMGT]|[KMGT]i)?", amount):
+            raise InputError(f"{option} {amount}: expected a quantity such as 64Gi")
 
 
 def _with_overlay_gpus(recipe: Recipe, cluster: Manifest) -> Recipe:
@@ -124,11 +126,15 @@ def _with_overlay_gpus(recipe: Recipe, cluster: Manifest) -> Recipe:
 
 
 def _fit_cluster(cluster: Manifest, scale: ScaleSettings, target: Target) -> None:
-    """Give each training worker a pod, with one more CPU for the tasks that feed it."""
+    """Give each training worker a pod, with one more CPU for the tasks that feed it.
+
+    Where there is an autoscaler, they come when the driver asks for them, not before.
+    """
     group = _worker_group(cluster)
+    scales = cluster["spec"].get("enableInTreeAutoscaling", False)
     group.update(
-        replicas=scale.most_workers,
-        minReplicas=scale.least_workers,
+        replicas=0 if scales else scale.most_workers,
+        minReplicas=0 if scales else scale.least_workers,
         maxReplicas=scale.most_workers,
     )
     amounts = {"cpu": str(scale.cpus_per_worker + 1)}
@@ -139,9 +145,12 @@ def _fit_cluster(cluster: Manifest, scale: ScaleSettings, target: Target) -> Non
     resources = _container(group)["resources"]
     for kind in ("requests", "limits"):
         resources[kind].update(amounts)
-    if target.image:
-        for each in _groups(cluster):
+    for each in _groups(cluster):
+        if target.image:
             _container(each)["image"] = target.image
+        if target.disk:
+            for kind in ("requests", "limits"):
+                _container(each)["resources"][kind]["ephemeral-storage"] = target.disk
 
 
 def _name_pods(cluster: Manifest, name: str) -> None:
@@ -149,11 +158,21 @@ def _name_pods(cluster: Manifest, name: str) -> None:
         group["template"]["metadata"]["labels"]["app.kubernetes.io/instance"] = name
 
 
-def _mount_recipe(cluster: Manifest, name: str) -> None:
-    """Mount the recipe on the head, where the driver runs."""
-    head = cluster["spec"]["headGroupSpec"]
-    head["template"]["spec"]["volumes"].append({"name": "recipe", "configMap": {"name": name}})
-    _container(head)["volumeMounts"].append(
+def _mount_recipe(cluster: Manifest, recipe: Recipe) -> None:
+    """Mount the recipe on the head, where the driver runs; it is an annotation of that pod."""
+    text = dump_yaml(recipe.model_dump(mode="json"))
+    size = len(text.encode())
+    if size > LARGEST_RECIPE:
+        raise InputError(
+            f"the recipe is {size:,} bytes with the files in it, and a pod's annotations hold "
+            f"{LARGEST_RECIPE:,}; put its large parts at s3://…, gs://… or into the image"
+        )
+    template = cluster["spec"]["headGroupSpec"]["template"]
+    template["metadata"].setdefault("annotations", {})[_ANNOTATION] = text
+    source = {"fieldPath": f"metadata.annotations['{_ANNOTATION}']"}
+    items = [{"path": "recipe.yaml", "fieldRef": source}]
+    template["spec"]["volumes"].append({"name": "recipe", "downwardAPI": {"items": items}})
+    _container(cluster["spec"]["headGroupSpec"])["volumeMounts"].append(
         {"name": "recipe", "mountPath": _RECIPE_FOLDER, "readOnly": True}
     )
 
@@ -164,37 +183,6 @@ def _leave_out_claim(cluster: Manifest) -> None:
         for volume in group["template"]["spec"]["volumes"]:
             if volume.pop("persistentVolumeClaim", None):
                 volume["emptyDir"] = {}
-
-
-def _config_map(metadata: Manifest, recipe: Recipe) -> Manifest:
-    text = dump_yaml(recipe.model_dump(mode="json"))
-    size = len(text.encode())
-    if size > LARGEST_RECIPE:
-        raise InputError(
-            f"the recipe is {size:,} bytes with the files in it, and a ConfigMap holds "
-            f"{LARGEST_RECIPE:,}; put its large parts at s3://…, gs://… or into the image"
-        )
-    return {
-        "apiVersion": "v1",
-        "kind": "ConfigMap",
-        "metadata": metadata,
-        # A retry of the run must read the same recipe.
-        "immutable": True,
-        "data": {"recipe.yaml": text},
-    }
-
-
-def _disruption_budget(metadata: Manifest) -> Manifest:
-    labels = {
-        "app.kubernetes.io/instance": metadata["name"],
-        "ray.io/node-type": "head",
-    }
-    return {
-        "apiVersion": "policy/v1",
-        "kind": "PodDisruptionBudget",
-        "metadata": metadata,
-        "spec": {"minAvailable": 1, "selector": {"matchLabels": labels}},
-    }
 
 
 def _ray_job(metadata: Manifest, run: str, cluster: Manifest) -> Manifest:
@@ -210,12 +198,12 @@ def _ray_job(metadata: Manifest, run: str, cluster: Manifest) -> Manifest:
         "metadata": {**metadata, "labels": labels},
         "spec": {
             **suspend,
-            "entrypoint": f"finray train {_RECIPE_FOLDER}/recipe.yaml --address auto",
+            "entrypoint": f"finray k8s run {_RECIPE_FOLDER}/recipe.yaml",
             "jobId": run,
             # A submitter in its own pod can hang when the head dies.
             "submissionMode": "SidecarMode",
             # Each retry is a new cluster; the run's name and storage stay, so that it resumes.
-            "backoffLimit": _RETRIES,
+            "backoffLimit": RETRIES,
             "preRunningDeadlineSeconds": 3600,
             "shutdownAfterJobFinishes": True,
             "ttlSecondsAfterFinished": 600,

@@ -1,7 +1,10 @@
 """Checks of every node of a cluster; runs on the cluster, as a job."""
 
 import time
+import urllib.request
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from ...training.common.errors import InputError
 from ...training.common.versions import installed_versions
@@ -11,6 +14,9 @@ from .probes import Line, on_every_node, render_lines, try_storage
 from .token import probe
 
 _MAX_SKEW_SECONDS = 2.0
+_METRICS_SECONDS = 2.0
+_HEAD_METRICS = (44217, 44227)
+"""Ports of the autoscaler and of the dashboard on the head."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +61,7 @@ def examine(storage: str | None) -> list[Line]:
         after = time.time()
         skews[id] = max(before - nodes[id].clock, nodes[id].clock - after, 0.0)
     lines = [_node_line(names[id], addresses[id], node, skews[id]) for id, node in nodes.items()]
-    lines.append(_versions(names, nodes))
+    lines += [_versions(names, nodes), _metrics(alive)]
     return lines if storage is None else [*lines, try_storage(storage)]
 
 
@@ -80,6 +86,32 @@ def _versions(names: dict[str, str], nodes: dict[str, _Node]) -> Line:
     ]
     same = ", ".join(f"{name} {version}" for name, version in ours.items())
     return Line("versions", not faults, "; ".join(faults) or f"{same} on every node")
+
+
+def _metrics(nodes: Sequence[dict[str, Any]]) -> Line:
+    """Ray's figures for Prometheus, which it serves to everyone; it has no setting for that."""
+    addresses = [
+        f"{node['NodeManagerAddress']}:{port}"
+        for node in nodes
+        for port in (node["MetricsExportPort"], *(_HEAD_METRICS if _is_head(node) else ()))
+    ]
+    answering = [address for address in addresses if _serves_metrics(address)]
+    if not answering:
+        return Line("metrics", True, "no port serves metrics")
+    text = f"{', '.join(answering)}: /metrics answers without a token; close them in a firewall"
+    return Line("metrics", True, text, warns=True)
+
+
+def _is_head(node: dict[str, Any]) -> bool:
+    return "node:__internal_head__" in node["Resources"]
+
+
+def _serves_metrics(address: str) -> bool:
+    try:
+        with urllib.request.urlopen(f"http://{address}/metrics", timeout=_METRICS_SECONDS):
+            return True
+    except (OSError, ValueError):
+        return False
 
 
 def _dashboard(url: str) -> Line:

@@ -12,9 +12,19 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from ...training.common.errors import InputError, RunError
+from .ray_start import START_VARIABLES
 from .token import MODE, ensure_token, probe, token_file
 
-_START_SECONDS = 90.0
+DRAIN_SECONDS = 570
+"""How long a node lets its work end on SIGTERM: long enough to save a checkpoint, and less than the
+grace period of a pod. By default Ray waits for 30 s."""
+_VARIABLES = {
+    MODE: "token",
+    "RAY_worker_niceness": "0",
+    "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": str(DRAIN_SECONDS),
+}
+"""Environment of `ray start` on the other nodes."""
+_START_SECONDS = 180.0
 _STOP_SECONDS = 60.0
 
 
@@ -53,7 +63,8 @@ def start_head(port: int, dashboard_port: int, options: tuple[str, ...] = ()) ->
             stdout=stream,
             stderr=subprocess.STDOUT,
             start_new_session=True,
-            env={**os.environ, MODE: "token", "RAY_worker_niceness": "0"},
+            # The head drains no longer than Ray's default: `cluster down` stops what runs on it.
+            env={**START_VARIABLES, **os.environ, MODE: "token", "RAY_worker_niceness": "0"},
         )
     dashboard = f"http://127.0.0.1:{dashboard_port}"
     _wait_for(process, dashboard, log)
@@ -95,11 +106,14 @@ def stop_head() -> Head | None:
 
 
 def joining_lines(head: Head) -> str:
-    """Shell commands that make another machine a node of the head's cluster."""
+    """Shell commands that make another machine a node of the head's cluster.
+
+    With --block, because only that process lets the node's work end when it is stopped.
+    """
+    variables = " ".join(f"{name}={value}" for name, value in _VARIABLES.items())
     return (
         f"scp {socket.gethostname()}:{token_file()} .ray/auth_token && chmod 600 .ray/auth_token"
-        " && RAY_AUTH_MODE=token RAY_worker_niceness=0 ray start --disable-usage-stats "
-        f"--address={head.address}"
+        f" && {variables} ray start --block --disable-usage-stats --address={head.address}"
     )
 
 

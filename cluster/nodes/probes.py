@@ -7,7 +7,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
-from ...training.common.errors import InputError, RunError, last_line
+from ...training.common.errors import InputError, RunError, in_one_line
 from ...training.common.secrets import redact
 from ...training.common.storage import Folder
 
@@ -107,7 +107,7 @@ def on_every_node(
             raise RunError(f"node {nodes[id]} did not answer within {PROBE_SECONDS:g} s") from None
         except ray.exceptions.RayError as error:
             raise RunError(
-                f"node {nodes[id]} cannot run a task: {last_line(error)}; where finray is not "
+                f"node {nodes[id]} cannot run a task: {in_one_line(error)}; where finray is not "
                 "installed on the nodes, finray job submit brings it along"
             ) from None
     return results
@@ -118,7 +118,7 @@ def _write(probe: Folder, name: str) -> str | None:
     try:
         probe.create().write(name, b"")
     except (OSError, InputError) as error:
-        return redact(last_line(error))
+        return redact(in_one_line(error))
     return None
 
 

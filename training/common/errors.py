@@ -3,11 +3,34 @@
 Each takes a single message, so that it can be pickled between Ray processes.
 """
 
+import re
+
+from .formatting import one_line, printable
+from .secrets import redact
+
+_LONG = re.compile(r"\S{500,}")
+"""A path or a word that would fill the screen."""
+
+
+def _shortened(match: re.Match[str]) -> str:
+    return f"{match[0][:200]}…{match[0][-60:]}"
+
+
+_ERROR_NAME = re.compile(r"[\w.]*(Error|Exception|Exit|Interrupt)\b")
+
 
 class FinrayError(Exception):
-    """Root of all errors that finray raises on purpose."""
+    """Root of all errors that finray raises on purpose.
+
+    Args:
+        message: may quote the user's input; secrets and the terminal's control characters in it
+            are replaced, and very long words cut.
+    """
 
     exit_code = 1
+
+    def __init__(self, message: str = "") -> None:
+        super().__init__(_LONG.sub(_shortened, redact(printable(message))))
 
 
 class InputError(FinrayError, ValueError):
@@ -26,7 +49,26 @@ class Interrupted(FinrayError):
     exit_code = 130
 
 
-def last_line(error: Exception) -> str:
-    """The last line of an error that contains another process's traceback: the cause itself."""
+def reason(error: Exception) -> str:
+    """Why a file cannot be read, on one line, without its path."""
+    if isinstance(error, UnicodeDecodeError):
+        return "not UTF-8 text"
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    return one_line(str(error)) or type(error).__name__
+
+
+def in_one_line(error: BaseException) -> str:
+    """What an error says: its first line, and its last where that says more.
+
+    If it contains the traceback of another process, these are lines of the cause, which follows it.
+    """
     lines = [line for line in str(error).splitlines() if line.strip()]
-    return lines[-1] if lines else type(error).__name__
+    frames = [number for number, line in enumerate(lines) if line.startswith('  File "')]
+    after = lines[frames[-1] + 1 :] if frames else lines
+    cause = [line for line in after if not (frames and line.startswith("  "))]
+    if not cause:
+        return lines[-1].strip() if lines else type(error).__name__
+    first, last = cause[0].strip(), cause[-1].strip()
+    says_more = last != first and (first.endswith(":") or _ERROR_NAME.match(last))
+    return f"{first} {last}" if says_more else first

@@ -1,9 +1,16 @@
-"""Numbers as text for people: the same in the report, the progress line and the tables."""
+"""Numbers, values and keys as text for people: the same in messages, reports and tables."""
 
 import math
+from collections.abc import Iterable
 from typing import Any, TypeGuard
 
+from .secrets import redact
+
 MISSING = "–"
+_LONGEST = 60
+"""Maximum number of characters of a value or a key in a message."""
+_READ = 1000
+"""Characters of a text that are looked at for a message."""
 
 
 def is_number(value: Any) -> TypeGuard[float]:
@@ -65,3 +72,37 @@ def one_line(text: str) -> str:
     A model's answer may contain escape sequences, which would change the terminal.
     """
     return "".join(letter for letter in " ".join(text.split()) if letter.isprintable())
+
+
+def printable(text: str) -> str:
+    """The text with escapes for its control characters, but for line feeds and tabs."""
+    return "".join(
+        letter if letter.isprintable() or letter in "\n\t" else repr(letter)[1:-1]
+        for letter in text
+    )
+
+
+def shown(value: Any) -> str:
+    """A value of the user's in a message: on one line, short, and without secrets."""
+    if value is None or isinstance(value, bool):
+        return "nothing" if value is None else str(value).lower()
+    if isinstance(value, list | tuple):
+        return f"a list of {len(value)}"
+    if isinstance(value, dict):
+        return f"a mapping ({_cut(', '.join(map(str, value)))})" if value else "an empty mapping"
+    if isinstance(value, str):
+        return _cut(repr(value[:_READ]))
+    if isinstance(value, int) and abs(value) > 10**_LONGEST:
+        return "a number that is too large"
+    return _cut(str(value))
+
+
+def dotted(key: Iterable[str | int]) -> str:
+    """A key in a message: its parts joined by dots."""
+    return _cut(".".join(map(str, key)))
+
+
+def _cut(text: str) -> str:
+    """One line of at most `_LONGEST` characters, without secrets."""
+    line = " ".join(printable(redact(text[:_READ])).split())
+    return line if len(line) <= _LONGEST else f"{line[: _LONGEST - 1]}…"

@@ -1,7 +1,8 @@
 """One driver at a time: a lock file in the run's folder, which its holder renews.
 
-Two drivers of the same run would overwrite each other's checkpoints. A lock that is not renewed,
-or whose process no longer exists, is stale: its driver died.
+Two drivers of the same run would overwrite each other's checkpoints. A lock is stale if its
+holder's process has ended, or, where that process is not visible from here, if it is not renewed
+while this driver waits. Clocks of two machines are never compared.
 """
 
 import json
@@ -12,10 +13,10 @@ import time
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
-from . import formatting
 from .errors import InputError
+from .processes import Process, this_process
 from .progress import Progress
 from .storage import Folder
 
@@ -33,16 +34,18 @@ class Lock:
     host: str
     pid: int
     renewed_at: float
-    """Seconds since the epoch, by the holder's clock."""
+    """The holder's clock; only its changes count."""
+    boot: str = ""
+    namespace: str = ""
+    started: int = 0
 
     def __str__(self) -> str:
-        age = formatting.duration(time.time() - self.renewed_at)
-        return f"process {self.pid} on {self.host}, last heartbeat {age} ago"
+        return f"process {self.pid} on {self.host}"
 
     @property
-    def is_local(self) -> bool:
-        """True if the holder is, or was, a process on this machine."""
-        return self.host == socket.gethostname()
+    def holder(self) -> Process:
+        """The holder's process."""
+        return Process(self.pid, self.boot, self.namespace, self.started)
 
 
 @contextmanager
@@ -59,7 +62,12 @@ def hold_run_lock(
     Raises:
         InputError: another process holds the lock.
     """
-    own = Lock(uuid.uuid4().hex, socket.gethostname(), os.getpid(), time.time())
+    own = Lock(
+        id=uuid.uuid4().hex,
+        host=socket.gethostname(),
+        renewed_at=time.time(),
+        **asdict(this_process()),
+    )
     stale = _take(folder, own, progress)
     done = threading.Event()
     renewer = threading.Thread(target=_renew, args=(folder, own, done, lost), daemon=True)
@@ -89,13 +97,13 @@ def _take(folder: Folder, own: Lock, progress: Progress) -> Lock | None:
 def _is_alive(folder: Folder, existing: Lock, progress: Progress) -> bool:
     """True if the lock's holder is still running.
 
-    On this machine, the process must exist. On another machine, the holder must renew its lock
-    while this function waits, because the clocks of two machines may differ.
+    A process that is visible from here exists or does not. Any other must renew its lock while
+    this function waits.
     """
-    age = time.time() - existing.renewed_at
-    if existing.is_local:
-        return age < STALE_SECONDS and _exists(existing.pid)
-    wait_seconds = max(2 * RENEW_SECONDS, STALE_SECONDS - age)
+    is_running = existing.holder.is_running()
+    if is_running is not None:
+        return is_running
+    wait_seconds = _seconds_to_stale(folder)
     progress.status(
         f"waiting up to {wait_seconds:.0f} s for a heartbeat of the lock's holder ({existing})"
     )
@@ -106,6 +114,21 @@ def _is_alive(folder: Folder, existing: Lock, progress: Progress) -> bool:
         if now is None or now != existing:
             return now is not None
     return False
+
+
+def _seconds_to_stale(folder: Folder) -> float:
+    """Seconds to wait for a renewal: at least two renewals, and less the older the lock is.
+
+    Its age is the difference of two times by the storage's own clock.
+    """
+    probe = f"{LOCK_FILE}.{uuid.uuid4().hex}"
+    folder.write(probe, b"")
+    try:
+        written, now = folder.modified(LOCK_FILE), folder.modified(probe)
+    finally:
+        folder.delete(probe)
+    age = 0.0 if written is None or now is None else now - written
+    return min(max(2 * RENEW_SECONDS, STALE_SECONDS - age), STALE_SECONDS)
 
 
 def _link(folder: Folder, own: Lock) -> bool:
@@ -128,8 +151,7 @@ def _renew(folder: Folder, own: Lock, done: threading.Event, lost: threading.Eve
             if not _is_own(folder, own):
                 lost.set()
                 return
-            renewed = Lock(own.id, own.host, own.pid, time.time())
-            folder.write(LOCK_FILE, _encode(renewed))
+            folder.write(LOCK_FILE, _encode(replace(own, renewed_at=time.time())))
         except OSError:
             continue  # the storage is unreachable: the next renewal tries again
 
@@ -142,20 +164,11 @@ def _is_own(folder: Folder, own: Lock) -> bool:
 def _read(folder: Folder) -> Lock | None:
     """The lock; None if there is none, or if a process died while it wrote the file."""
     try:
-        return Lock(**json.loads(folder.read(LOCK_FILE)))
+        lock = Lock(**json.loads(folder.read(LOCK_FILE)))
     except (FileNotFoundError, ValueError, TypeError):
         return None
+    return lock if isinstance(lock.pid, int) else None
 
 
 def _encode(lock: Lock) -> bytes:
     return json.dumps(asdict(lock)).encode()
-
-
-def _exists(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True

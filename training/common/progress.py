@@ -9,6 +9,9 @@ class Progress:
     def status(self, text: str) -> None:
         """Report the current activity in a few words: "loading the model"."""
 
+    def note(self, text: str) -> None:
+        """Report in one line what must stay on the screen, such as a warning."""
+
     def advance(self, done: int, total: int) -> None:
         """Report how much of the work is done, in a unit of the caller's choice, such as bytes."""
 

@@ -1,37 +1,38 @@
-"""Secrets in text: one list of patterns, to hide them in output and to refuse them in settings."""
+"""Secrets in text: one list of patterns, to hide them in output and to refuse them in settings.
+
+The patterns are finray's own: detect-secrets has few of the tokens that a recipe may hold, and its
+test of entropy also hits digests, commits and names of models.
+"""
 
 import os
 import re
 from collections.abc import Iterator
 from typing import Any
 
+from .secret_patterns import PATTERNS
+
 Key = tuple[str | int, ...]
 
 HIDDEN = "[secret]"
-_KINDS = (
-    ("a Hugging Face token", re.compile(r"\bhf_[A-Za-z0-9]{16,}")),
-    ("a Weights & Biases key", re.compile(r"\bwandb_v1_[A-Za-z0-9_]{16,}")),
-    ("an AWS access key", re.compile(r"\b(AKIA|ASIA)[A-Z0-9]{16}\b")),
-    ("a GitHub token", re.compile(r"\bgh[pousr]_[A-Za-z0-9]{30,}")),
-    ("an API key", re.compile(r"\bsk-[A-Za-z0-9_-]{20,}")),
-    ("a user name with a password in a URI", re.compile(r"(?<=://)[^\s@]*:[^\s@]*(?=@)")),
-    (
-        "credentials in the query of a URI",
-        re.compile(
-            r"(?P<name>[?&][^=&\s]*(token|secret|password|passwd|access[_-]?key|api[_-]?key"
-            r"|signature|credential|(?<![a-z])sig(?![a-z]))[^=&\s]*=)[^&\s'\"]+",
-            re.IGNORECASE,
-        ),
-    ),
-)
-_VARIABLES = re.compile(
-    r"TOKEN(?!IZ)|SECRET|PASSWORD|PASSWD|API_?KEY|ACCESS_KEY|CREDENTIAL", re.IGNORECASE
+
+_STRONG = re.compile(
+    r"TOKEN(?!IZ|S$)|SECRET|PASSWORD|PASSWD|PASSPHRASE|PASS(?:$|_)|API_?KEY|(?:ACCESS|PRIVATE|"
+    r"ACCOUNT|SIGNING|ENCRYPTION|MASTER)_?KEY|CREDENTIAL|WEBHOOK|CONNECTION_?STRING",
+    re.IGNORECASE,
 )
 """An environment variable whose name matches holds a secret…"""
-_NO_SECRET = ("_PATH", "_FILE", "_DIR", "_ISSUER", "APPLICATION_CREDENTIALS")
+_WEAK = re.compile(r"KEY(?!BOARD|CLOAK|MAP|RING)|(?<!X)AUTH(?!OR)|PASS", re.IGNORECASE)
+"""… and one whose name matches this, if its value is neither a path nor an ordinary word."""
+_ORDINARY = re.compile(r"(?:~?/|\.{1,2}/|[A-Za-z]:[\\/]).*|[a-z]+(?:[_-][a-z]+)?|[\w.-]+://[^@?]*")
+_NO_SECRET = (
+    *("_PATH", "_FILE", "_DIR", "_SOCK", "_ISSUER", "_MODE", "_TYPE", "_HOST", "_PORT"),
+    *("_METHOD", "_DOMAIN", "_REGION", "_ENABLED", "_TIMEOUT", "APPLICATION_CREDENTIALS"),
+)
 """… unless its name has one of these endings: then its value names a file or a server."""
 _SHORTEST = 8
 """Minimum characters of a secret value; shorter ones also occur in ordinary text."""
+_LONGEST_ORDINARY = 16
+"""Characters up to which lower-case letters may be an ordinary word."""
 
 
 def redact(text: str) -> str:
@@ -46,20 +47,35 @@ def secret_kind(text: str) -> str | None:
     return next((kind for kind, _ in _hide(text)), None)
 
 
-def secret_places(values: Any) -> Iterator[Key]:
-    """Keys of the settings whose text contains a secret."""
-    return (key for key, text in texts(values) if secret_kind(text) is not None)
-
-
-def texts(values: Any, key: Key = ()) -> Iterator[tuple[Key, str]]:
-    """(key, text) of every text in nested settings."""
+def secret_places(values: Any, key: Key = ()) -> Iterator[Key]:
+    """Keys of the settings that are, or whose text contains, a secret."""
     if isinstance(values, dict):
         for name, value in values.items():
-            yield from texts(value, (*key, str(name)))
+            if secret_kind(str(name)) is not None:
+                yield (*key, str(name))
+            else:
+                yield from secret_places(value, (*key, str(name)))
     elif isinstance(values, list):
         for index, value in enumerate(values):
-            yield from texts(value, (*key, index))
-    elif isinstance(values, str):
+            yield from secret_places(value, (*key, index))
+    elif isinstance(values, str) and secret_kind(values) is not None:
+        yield key
+
+
+def texts(values: Any) -> Iterator[tuple[Key, str]]:
+    """(key, text) of every text in nested settings."""
+    return ((key, value) for key, value in leaves(values) if isinstance(value, str))
+
+
+def leaves(values: Any, key: Key = ()) -> Iterator[tuple[Key, Any]]:
+    """(key, value) of every value in nested settings that is no list or mapping."""
+    if isinstance(values, dict):
+        for name, value in values.items():
+            yield from leaves(value, (*key, str(name)))
+    elif isinstance(values, list):
+        for index, value in enumerate(values):
+            yield from leaves(value, (*key, index))
+    else:
         yield key, values
 
 
@@ -70,15 +86,15 @@ def _hide(text: str) -> Iterator[tuple[str, str]]:
         if value in text:
             text = text.replace(value, HIDDEN)
             yield f"the value of ${name}", text
-    for kind, pattern in _KINDS:
-        hidden = pattern.sub(_replacement, text)
+    for kind, needed, expression in PATTERNS:
+        hidden = expression.sub(_replacement, text) if needed in text else text
         if hidden != text:
             text = hidden
             yield kind, text
 
 
 def _replacement(match: re.Match[str]) -> str:
-    return match.groupdict().get("name", "") + HIDDEN
+    return (match.groupdict().get("name") or "") + HIDDEN
 
 
 def _environment_secrets() -> list[tuple[str, str]]:
@@ -86,8 +102,17 @@ def _environment_secrets() -> list[tuple[str, str]]:
     variables = [
         (name, value)
         for name, value in os.environ.items()
-        if len(value) >= _SHORTEST
-        and _VARIABLES.search(name)
-        and not name.upper().endswith(_NO_SECRET)
+        if len(value) >= _SHORTEST and _is_secret(name, value)
     ]
     return sorted(variables, key=lambda variable: len(variable[1]), reverse=True)
+
+
+def _is_secret(name: str, value: str) -> bool:
+    if name.upper().endswith(_NO_SECRET):
+        return False
+    if _STRONG.search(name):
+        return True
+    is_ordinary = _ORDINARY.fullmatch(value) and (
+        len(value) <= _LONGEST_ORDINARY or not value.isalpha()
+    )
+    return _WEAK.search(name) is not None and not is_ordinary

@@ -15,6 +15,10 @@ from typing import Any
 from pyarrow import fs as pafs
 
 from .errors import InputError
+from .formatting import one_line
+
+_BUCKETS = frozenset({"s3", "gs", "gcs", "abfs", "abfss", "viewfs", "hdfs"})
+"""Kinds of storage whose URI names a bucket, a container or a host first."""
 
 
 @lru_cache(maxsize=16)
@@ -27,7 +31,9 @@ def _filesystem(root: str) -> tuple[Any, str]:
             return pafs.PyFileSystem(pafs.FSSpecHandler(HfFileSystem())), ""
         filesystem, path = pafs.FileSystem.from_uri(root)
     except (ValueError, OSError) as error:
-        raise InputError(f"cannot open storage {root}: {error}") from None
+        raise InputError(
+            f"cannot open storage {root}: {one_line(str(error))}; correct the URI"
+        ) from None
     return filesystem, str(path)
 
 
@@ -38,6 +44,8 @@ def _open(uri: str) -> tuple[Any, str]:
     address, question, query = uri.partition("?")
     scheme, _, rest = address.partition("://")
     host, _, below = ("", "", rest) if scheme == "hf" else rest.partition("/")
+    if scheme in _BUCKETS and not host:
+        raise InputError(f"cannot open storage {uri}: it names no bucket; give {scheme}://BUCKET/…")
     filesystem, root = _filesystem(
         f"{scheme}://{host}{'/' if scheme == 'file' else ''}{question}{query}"
     )
@@ -80,7 +88,10 @@ class Folder:
         return Path(self.path) if is_local else None
 
     def __truediv__(self, name: str) -> "Folder":
-        address, question, query = self.uri.partition("?")
+        # Only a URI has a query; a local path may contain a question mark.
+        address, question, query = (
+            self.uri.partition("?") if "://" in self.uri else (self.uri, "", "")
+        )
         return Folder(f"{address.rstrip('/')}/{name}{question}{query}")
 
     def __str__(self) -> str:
@@ -95,10 +106,50 @@ class Folder:
         self.filesystem.create_dir(self.path, recursive=True)
         return self
 
+    def require_folder(self) -> None:
+        """Refuse a path that is not a folder and cannot become one.
+
+        Raises:
+            InputError: a file stands there, or the store cannot be reached.
+        """
+        local = self.local
+        try:
+            if local is None:
+                self.exists()
+                return
+            nearest = next(path for path in (local, *local.parents) if path.exists())
+        except OSError as error:
+            raise InputError(
+                f"{self.uri}: cannot be reached: {one_line(str(error))}; give another folder"
+            ) from None
+        if not nearest.is_dir():
+            raise InputError(f"{self.uri}: {nearest} is a file; give a folder")
+
+    def require_writable(self) -> None:
+        """Refuse a local folder in which this process may not write.
+
+        Raises:
+            InputError: naming the folder that lacks the permission, or that is read-only.
+        """
+        local = self.local
+        if local is None:
+            return
+        nearest = next(path for path in (local, *local.parents) if path.exists())
+        if not os.access(nearest, os.W_OK | os.X_OK):
+            raise InputError(
+                f"{self.uri}: cannot write in {nearest}; give another folder, or change its "
+                "permissions"
+            )
+
     def exists(self, name: str = "") -> bool:
         """True if the folder, or the file or folder `name` inside it, exists."""
         path = self.file(name) if name else self.path
         return bool(self.filesystem.get_file_info(path).type != pafs.FileType.NotFound)
+
+    def modified(self, name: str) -> float | None:
+        """When a file was written, in seconds by the storage's clock; None if it does not exist."""
+        mtime_ns = self.filesystem.get_file_info(self.file(name)).mtime_ns
+        return None if mtime_ns is None else mtime_ns / 1e9
 
     def names(self) -> list[str]:
         """Sorted names of the files and folders directly inside; empty if the folder is missing."""
@@ -165,6 +216,19 @@ class Folder:
             source_filesystem=self.filesystem,
             destination_filesystem=pafs.LocalFileSystem(),
         )
+
+    def move_to(self, target: "Folder") -> None:
+        """Rename this folder; in an object store, copy its files and then delete them here."""
+        if self.local is not None and target.local is not None:
+            self.local.rename(target.local)
+            return
+        pafs.copy_files(
+            self.path,
+            target.path,
+            source_filesystem=self.filesystem,
+            destination_filesystem=target.filesystem,
+        )
+        self.delete()
 
     def delete(self, name: str = "") -> None:
         """Delete a file or folder inside, or this folder; no error if it does not exist."""

@@ -23,10 +23,12 @@ def check_format(content: dict[str, Any], latest: int, place: object) -> None:
         place: the file, for the message.
 
     Raises:
-        InputError: the format is newer than `latest`.
+        InputError: the format is newer than `latest`, or no number.
     """
     number = content.get("format", 1)
-    if isinstance(number, int) and number > latest:
+    if type(number) is not int:
+        raise InputError(f"{place}: format: expected a number, not {number!r}")
+    if number > latest:
         raise InputError(
             f"{place}: a newer finray wrote this file (format {number}; finray {version('finray')} "
             f"reads up to {latest}); upgrade finray"

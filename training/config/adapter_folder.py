@@ -1,16 +1,18 @@
 """Finds the adapter that a run starts from, and checks that it fits the recipe; without torch."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..common.errors import InputError
-from .base_digest import BASE_FILE, is_same_base
+from ..common.errors import InputError, reason
+from .base_digest import ADDED, BASE_FILE, is_same_base
 from .models import Head, ModelSettings
+from .paths import is_folder
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
+_TOKENIZER = "tokenizer.json"
 RESULT_FOLDER = "adapter"
 """Folder of the trained adapter inside a run's folder."""
 
@@ -28,7 +30,7 @@ def find_adapter(places: Sequence[str]) -> str:
         InputError: none of the places is a local folder with an adapter.
     """
     tried = list(dict.fromkeys(places))
-    existing = [place for place in tried if "://" not in place and Path(place).is_dir()]
+    existing = [place for place in tried if "://" not in place and is_folder(place)]
     for place in existing:
         for folder in (Path(place), Path(place) / RESULT_FOLDER):
             if (folder / CONFIG_FILE).is_file():
@@ -36,7 +38,8 @@ def find_adapter(places: Sequence[str]) -> str:
     if existing:
         raise InputError(
             f"model.adapter: {existing[0]} holds no adapter: neither it nor its {RESULT_FOLDER}/, "
-            f"which a run writes when it finishes, contains {CONFIG_FILE}"
+            f"which a run writes when it finishes, contains {CONFIG_FILE}; give "
+            "another folder, or finish that run"
         )
     raise InputError(
         f"model.adapter: there is no such folder on this machine: {', '.join(tried)}; give the "
@@ -53,12 +56,12 @@ def check_adapter(model: ModelSettings, head: Head) -> None:
     """
     assert model.adapter is not None
     folder = Path(model.adapter)
-    config = _read(folder / CONFIG_FILE)
+    config = read_adapter_config(folder, "model.adapter")
     check_safetensors(folder, "model.adapter")
     if config.get("peft_type") != "LORA":
         raise InputError(
             f"model.adapter: {folder} holds an adapter of type {config.get('peft_type')}; only "
-            "LORA adapters can be trained further"
+            "LORA adapters can be trained further; give one of those"
         )
     init = config.get("init_lora_weights")
     if init not in _PLAIN_INITS:
@@ -76,6 +79,32 @@ def check_adapter(model: ModelSettings, head: Head) -> None:
     _check_base(model, folder, str(config.get("base_model_name_or_path")))
 
 
+def added_tokens(folder: Path) -> list[str]:
+    """The tokens that came with an adapter: finray notes them, and PEFT the rows that it trains.
+
+    Raises:
+        InputError: a file cannot be read.
+    """
+    where = "model.adapter"
+    noted = _read(folder / BASE_FILE, where) if (folder / BASE_FILE).is_file() else {}
+    if ADDED in noted:
+        return list(noted[ADDED])
+    ids = trained_rows(read_adapter_config(folder, where))
+    if not ids or not (folder / _TOKENIZER).is_file():
+        return []
+    tokenizer = _read(folder / _TOKENIZER, where)
+    names = {index: token for token, index in tokenizer["model"]["vocab"].items()}
+    names |= {token["id"]: token["content"] for token in tokenizer["added_tokens"]}
+    return [names[index] for index in ids]
+
+
+def trained_rows(config: Mapping[str, Any]) -> list[int]:
+    """Ids of the tokens whose rows an adapter trains, from PEFT's configuration of it."""
+    rows = config.get("trainable_token_indices") or []
+    parts = rows.values() if isinstance(rows, dict) else [rows]
+    return sorted({index for part in parts for index in part})
+
+
 def check_for_vllm(model: ModelSettings) -> None:
     """Check that vLLM applies the adapter in the same way as PEFT.
 
@@ -83,8 +112,11 @@ def check_for_vllm(model: ModelSettings) -> None:
         InputError: the adapter uses settings that vLLM does not support.
     """
     assert model.adapter is not None
-    config = _read(Path(model.adapter) / CONFIG_FILE)
-    names = ("use_dora", "modules_to_save", "rank_pattern", "alpha_pattern")
+    config = read_adapter_config(Path(model.adapter), "model.adapter")
+    names = (
+        *("use_dora", "modules_to_save", "rank_pattern", "alpha_pattern"),
+        *("target_parameters", "trainable_token_indices"),
+    )
     unsupported = [name for name in names if config.get(name)]
     if unsupported:
         raise InputError(
@@ -107,20 +139,51 @@ def check_safetensors(folder: Path, where: str) -> None:
 
 
 def _check_base(model: ModelSettings, folder: Path, name: str) -> None:
-    base = _read(folder / BASE_FILE) if (folder / BASE_FILE).is_file() else {}
+    where = "model.adapter"
+    base = _read(folder / BASE_FILE, where) if (folder / BASE_FILE).is_file() else {}
     if not is_same_base(model, name, base.get("digest")):
         raise InputError(
-            f"model.adapter: {folder} is an adapter of {name}, and model.base is {model.base}, "
+            f"{where}: {folder} is an adapter of {name}, and model.base is {model.base}, "
             "which has other weights; set model.base to the adapter's base (if that has moved, "
             f"write its new path into {CONFIG_FILE})"
         )
 
 
-def _read(path: Path) -> dict[str, Any]:
+def read_adapter_config(folder: Path, where: str) -> dict[str, Any]:
+    """PEFT's configuration of an adapter.
+
+    Raises:
+        InputError: it cannot be read; `where` is the key in the recipe.
+    """
+    return _read(folder / CONFIG_FILE, where)
+
+
+def adapter_base(folder: Path, head: Head, where: str) -> tuple[str, str | None]:
+    """The name and the revision of the base that a finished adapter belongs to.
+
+    Raises:
+        InputError: the adapter's model has another head, or it names no base.
+    """
+    config = read_adapter_config(folder, where)
+    task, base, revision = (
+        config.get(name) for name in ("task_type", "base_model_name_or_path", "revision")
+    )
+    if task != TASKS[head]:
+        raise InputError(
+            f"{where}: {folder} is an adapter for the task {task}; expected one for {TASKS[head]}"
+        )
+    if not isinstance(base, str) or not base:
+        raise InputError(f"{where}: {folder / CONFIG_FILE} has no base_model_name_or_path")
+    return base, revision if isinstance(revision, str) else None
+
+
+def _read(path: Path, where: str) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise InputError(f"model.adapter: cannot read {path}: {error}") from None
+        raise InputError(
+            f"{where}: cannot read {path}: {reason(error)}; save the adapter again"
+        ) from None
     if not isinstance(content, dict):
-        raise InputError(f"model.adapter: {path} is not a JSON object")
+        raise InputError(f"{where}: {path} is not a JSON object; save it again")
     return content

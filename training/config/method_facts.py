@@ -1,18 +1,22 @@
 """The facts that every method states, with the defaults of most, and what groups of them share."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
 
-from .metric import Metric
+from .metric import Metric, declared
 from .models import Head, LoraAdapter, ModelSettings
 from .paths import resolve_path
+from .places import about
 from .reference_folder import find_reference
 from .section import Section
 from .sections import CheckpointSettings, DataSettings, OptimSettings
 
 LearnsFrom = Literal["documents", "pairs", "graded pairs", "labelled answers", "prompts"]
-"""The rows that a method learns from. A graded pair may say by how much its chosen answer leads."""
+"""The rows that a method learns from. A graded pair may say by how much its chosen answer leads: in
+the method's `columns`."""
+
+_REFERENCE = "method.reference_model"
 
 PAIR_MEASURES = ("reward_accuracy", "reward_margin", "chosen_reward", "rejected_reward")
 """Share of the pairs whose chosen answer has the higher reward, by how much, and both rewards."""
@@ -34,8 +38,8 @@ class MethodSettings(Section):
     """A row that is too long becomes several sequences; otherwise `data.overlong` decides."""
     measures: ClassVar[tuple[str, ...]]
     """Metrics logged in addition to the loss; held-out data gives the same names after `eval_`."""
-    watched: ClassVar[Metric] = Metric("eval_loss", "min")
-    """The metric that decides which checkpoint is the best."""
+    watched: ClassVar[Metric] = declared("eval_loss")
+    """The metric that decides which checkpoint is the best; a sweep's objective by default."""
     head: ClassVar[Head] = "causal"
     samples_online: ClassVar[bool] = False
     """The model answers the prompts itself while it is trained, and rewards score its answers."""
@@ -45,10 +49,42 @@ class MethodSettings(Section):
 
     kind: str
 
+    def step_metrics(self) -> tuple[str, ...]:
+        """Loss and measures that a logged step reports."""
+        return ("loss", *self.measures)
+
+    def held_out_metrics(self, trains_adapter: bool) -> tuple[str, ...]:
+        """Loss and measures that held-out data gives, without their prefix `eval_`.
+
+        Args:
+            trains_adapter: beside an adapter, the frozen base is a reference at no cost.
+        """
+        del trains_adapter
+        return self.step_metrics()
+
+    def metric(self, name: str) -> Metric:
+        """A metric that a run of the method reports, with its direction."""
+        return declared(name)
+
     @property
     def trains_on_all(self) -> bool:
         """True if the loss covers every token, False if only those of the assistant."""
         return False
+
+    @property
+    def trains_on_last(self) -> bool:
+        """True if only the last assistant turn of a conversation is trained."""
+        return False
+
+    @property
+    def trains_on_reasoning(self) -> bool:
+        """True if the reasoning of an answer is trained with it."""
+        return True
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """Columns of the data that the recipe names for the loss, beside those of the format."""
+        return ()
 
     @property
     def starts_at_random(self) -> bool:
@@ -107,6 +143,23 @@ class MethodSettings(Section):
         return self
 
     @property
+    def models(self) -> dict[str, str]:
+        """The models that the method loads beside the base, by key in the recipe.
+
+        Each is a folder, or a hub id that may have a revision (owner/name@revision).
+        """
+        return {}
+
+    def with_models(self, names: Mapping[str, str]) -> Self:
+        """The same settings with other names for the models of these keys."""
+        return self
+
+    @property
+    def runs(self) -> dict[str, str]:
+        """The finished runs whose results the method loads, by key in the recipe."""
+        return {}
+
+    @property
     def why_not_shardable(self) -> str | None:
         """Why this method cannot train a sharded model, and what to do instead; None if it can."""
         return None
@@ -144,8 +197,8 @@ class ReferenceSettings(MethodSettings):
     """Facts of methods with a reference model that the user can choose."""
 
     reference_model: str | None = None
-    """Hub id, model folder or finished run of the reference; absent: the model as this run
-    starts."""
+    """Hub id (owner/name, or owner/name@revision), model folder or finished run of the reference;
+    absent: the model as this run starts."""
 
     @property
     def reference_name(self) -> str | None:
@@ -161,6 +214,17 @@ class ReferenceSettings(MethodSettings):
         """The settings with `reference_model` as the folder of its weights; a hub id stays."""
         if self.reference_model is None:
             return self
-        folders = [resolve_path(self.reference_model, place) for place in places]
+        with about("method.reference_model"):
+            folders = [resolve_path(self.reference_model, place) for place in places]
         reference = find_reference(self.reference_model, folders)
         return self.model_copy(update={"reference_model": reference})
+
+    @property
+    def models(self) -> dict[str, str]:
+        """The reference, if the recipe names one."""
+        return {} if self.reference_model is None else {_REFERENCE: self.reference_model}
+
+    def with_models(self, names: Mapping[str, str]) -> Self:
+        """The same settings with another name of the reference."""
+        update = {"reference_model": names.get(_REFERENCE, self.reference_model)}
+        return self.model_copy(update=update)

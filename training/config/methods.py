@@ -5,11 +5,11 @@ by name. `engine/methods.py` maps each kind to the objective that computes its l
 a class here (and a member of `Method`), an objective, and a line there.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self, get_args
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from .method_facts import (
     PAIR_MEASURES,
@@ -19,15 +19,17 @@ from .method_facts import (
     PairSettings,
     ReferenceSettings,
 )
-from .metric import Metric
+from .metric import Metric, declared
 from .models import Head, LoraAdapter, ModelSettings
-from .rewards import FunctionReward, Reward, resolve_reward
+from .rewards import FunctionReward, ModelReward, Reward, RunReward, resolve_reward
 from .section import PositiveInt
 from .sections import CheckpointSettings, DataSettings, OptimSettings
+from .short_forms import as_method
 
 Positive = Annotated[float, Field(gt=0.0)]
 NotNegative = Annotated[float, Field(ge=0.0)]
 Smoothing = Annotated[float, Field(ge=0.0, lt=0.5)]
+Column = Annotated[str, Field(min_length=1)]
 
 DpoLoss = Literal[
     "sigmoid",
@@ -64,13 +66,27 @@ class SftMethod(DocumentSettings):
     has_answers: ClassVar[bool] = True
 
     kind: Literal["sft"] = "sft"
-    train_on: Literal["completions", "all"] = "completions"
-    """Tokens that are trained: the assistant's turns (or the completion), or everything."""
+    """Imitates the answers of conversations and prompts, or plain text."""
+    train_on: Literal["completions", "last", "all"] = "completions"
+    """Tokens that are trained: the assistant's turns (or the completion), the last of these turns,
+    or everything. A message whose weight is 0 is never trained."""
+    train_on_reasoning: bool = True
+    """Train the reasoning of an answer, too; with false it is only context."""
 
     @property
     def trains_on_all(self) -> bool:
         """True with `train_on: all`."""
         return self.train_on == "all"
+
+    @property
+    def trains_on_last(self) -> bool:
+        """True with `train_on: last`."""
+        return self.train_on == "last"
+
+    @property
+    def trains_on_reasoning(self) -> bool:
+        """The setting `train_on_reasoning`."""
+        return self.train_on_reasoning
 
 
 class PretrainMethod(DocumentSettings):
@@ -78,6 +94,7 @@ class PretrainMethod(DocumentSettings):
     splits_overlong: ClassVar[bool] = True
 
     kind: Literal["pretrain"] = "pretrain"
+    """Continues pretraining on the whole text of every row."""
     init: Literal["weights", "random"] = "weights"
     """weights: continue from the base's weights. random: only its configuration is used."""
 
@@ -96,6 +113,7 @@ class DpoMethod(PairSettings, ReferenceSettings):
     title: ClassVar[str] = "Direct preference optimisation"
 
     kind: Literal["dpo"] = "dpo"
+    """Learns from pairs of a chosen and a rejected answer, close to a reference model."""
     losses: Annotated[dict[DpoLoss, Positive], Field(min_length=1)] = {"sigmoid": 1.0}
     """Losses, summed with their weights: {sigmoid: 1.0, sft: 0.2}. sft is the cross-entropy of the
     chosen answer's tokens; aot and aot_unpaired sort the pairs of each forward pass."""
@@ -158,6 +176,7 @@ class KtoMethod(ReferenceSettings):
     measures: ClassVar[tuple[str, ...]] = ("chosen_reward", "rejected_reward", "kl")
 
     kind: Literal["kto"] = "kto"
+    """Learns from single answers, each labelled good or bad, close to a reference model."""
     loss: Literal["kto", "apo_zero"] = "kto"
     """kto compares with the divergence from the reference, estimated on the whole batch; apo_zero
     with zero."""
@@ -167,6 +186,11 @@ class KtoMethod(ReferenceSettings):
     """Weight of answers whose label is true."""
     undesirable_weight: Positive = 1.0
     """Weight of answers whose label is false."""
+
+    def step_metrics(self) -> tuple[str, ...]:
+        """Without kl if the loss compares with zero: that does not estimate the divergence."""
+        without = () if self.loss == "kto" else ("kl",)
+        return tuple(name for name in super().step_metrics() if name not in without)
 
     def contradiction(
         self, data: DataSettings, optim: OptimSettings, checkpoint: CheckpointSettings
@@ -181,6 +205,7 @@ class OrpoMethod(PairSettings):
     title: ClassVar[str] = "Odds-ratio preference optimisation"
 
     kind: Literal["orpo"] = "orpo"
+    """Learns from pairs without a reference model, by the odds ratio of both answers."""
     beta: Positive = 0.1
     """Weight of the odds-ratio loss, which is added to the chosen answer's cross-entropy."""
 
@@ -189,6 +214,7 @@ class CpoMethod(PairSettings):
     title: ClassVar[str] = "Contrastive preference optimisation"
 
     kind: Literal["cpo"] = "cpo"
+    """Learns from pairs without a reference model, by the answers' log-probabilities."""
     loss: Literal["sigmoid", "hinge", "ipo"] = "sigmoid"
     """Loss of the difference between the answers' log-probabilities; ipo takes their means over
     tokens."""
@@ -212,6 +238,7 @@ class SimpoMethod(PairSettings):
     title: ClassVar[str] = "Simple preference optimisation"
 
     kind: Literal["simpo"] = "simpo"
+    """Learns from pairs without a reference model, by mean log-probabilities and a margin."""
     beta: Positive = 2.0
     """Scale of the answers' mean log-probabilities."""
     gamma: NotNegative = 1.0
@@ -227,13 +254,25 @@ class RewardMethod(MethodSettings):
     learns_from: ClassVar[LearnsFrom] = "graded pairs"
     sequences_per_row: ClassVar[int] = 2
     measures: ClassVar[tuple[str, ...]] = PAIR_MEASURES
-    watched: ClassVar[Metric] = Metric("eval_reward_accuracy", "max")
+    watched: ClassVar[Metric] = declared("eval_reward_accuracy")
     head: ClassVar[Head] = "score"
     learning_rate_share: ClassVar[float | None] = 0.1
 
     kind: Literal["reward"] = "reward"
+    """Trains a reward model on pairs: it gives each text one number, its score."""
     center_coefficient: NotNegative = 0.0
     """Weight of the squared sum of both scores, which keeps scores around zero."""
+    margin: Column | tuple[Column, Column] | None = None
+    """By how much the chosen answer's score should lead: a column of numbers, or
+    [score_chosen, score_rejected], two columns whose difference it is. Absent: by no set amount,
+    whatever columns the data has."""
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """The columns of `margin`."""
+        if self.margin is None:
+            return ()
+        return (self.margin,) if isinstance(self.margin, str) else self.margin
 
 
 class OnlineMethod(MethodSettings):
@@ -249,7 +288,7 @@ class OnlineMethod(MethodSettings):
         "kl",
         "clipped",
     )
-    watched: ClassVar[Metric] = Metric("eval_reward", "max")
+    watched: ClassVar[Metric] = declared("eval_reward")
     samples_online: ClassVar[bool] = True
 
     beta: NotNegative
@@ -266,6 +305,7 @@ class OnlineMethod(MethodSettings):
     mask_truncated: bool = False
     """Completions cut off at max_completion are not trained on."""
     temperature: Positive = 1.0
+    """Logits are divided by this before sampling; below 1 the likely tokens gain."""
     top_p: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
     """Sample from the most likely tokens whose probabilities reach this sum."""
     top_k: Annotated[int, Field(ge=0)] = 0
@@ -280,6 +320,28 @@ class OnlineMethod(MethodSettings):
     """What generates the completions; vllm needs an adapter, and the extra finray[vllm]."""
     rollout_batch_size: PositiveInt = 64
     """Number of completions that a worker generates in one batch."""
+
+    def step_metrics(self) -> tuple[str, ...]:
+        """With a metric for each reward; the divergence only if the loss uses a reference."""
+        without = () if self.uses_reference else ("kl",)
+        names = (name for name in super().step_metrics() if name not in without)
+        return (*names, *self._reward_metrics())
+
+    def held_out_metrics(self, trains_adapter: bool) -> tuple[str, ...]:
+        """Held-out completions, one for each prompt, have no loss and no group."""
+        kl = ("kl",) if self.uses_reference or trains_adapter else ()
+        return ("reward", *self._reward_metrics(), "completion_length", "truncated", *kl)
+
+    def metric(self, name: str) -> Metric:
+        """A reward with a weight below zero is a penalty, so less of it is better."""
+        rewards = dict(zip(self._reward_metrics(), self.rewards, strict=True))
+        reward = rewards.get(name.removeprefix("eval_"))
+        if reward is None:
+            return super().metric(name)
+        return Metric(name, "max" if reward.weight >= 0 else "min")
+
+    def _reward_metrics(self) -> tuple[str, ...]:
+        return tuple(f"reward/{reward.name}" for reward in self.rewards)
 
     def rows_per_step(self, batch_size: int) -> int:
         """Number of prompts in one optimizer step."""
@@ -318,10 +380,37 @@ class OnlineMethod(MethodSettings):
     def resolve(self, places: Sequence[Path]) -> Self:
         """The settings with absolute paths, and the text of each reward function."""
         rewards = [
-            resolve_reward(reward, places, f"method.rewards[{index}]")
+            resolve_reward(reward, places, f"method.rewards.{index}")
             for index, reward in enumerate(self.rewards)
         ]
         return self.model_copy(update={"rewards": rewards})
+
+    @property
+    def models(self) -> dict[str, str]:
+        """The classifiers among the rewards."""
+        return {
+            f"method.rewards[{index}].model": reward.model
+            for index, reward in enumerate(self.rewards)
+            if isinstance(reward, ModelReward)
+        }
+
+    def with_models(self, names: Mapping[str, str]) -> Self:
+        """The same settings with other names for these classifiers."""
+        rewards = [
+            reward.model_copy(update={"model": names[key]}) if key in names else reward
+            for index, reward in enumerate(self.rewards)
+            for key in [f"method.rewards[{index}].model"]
+        ]
+        return self.model_copy(update={"rewards": rewards})
+
+    @property
+    def runs(self) -> dict[str, str]:
+        """The finished runs among the rewards."""
+        return {
+            f"method.rewards[{index}].run": reward.run
+            for index, reward in enumerate(self.rewards)
+            if isinstance(reward, RunReward)
+        }
 
     @property
     def why_not_shardable(self) -> str | None:
@@ -380,6 +469,8 @@ def _unfit_for_vllm(model: ModelSettings, adapter: LoraAdapter | None) -> str | 
             unsupported.append(f"adapter.init {adapter.init}")
     if model.quantize != "none":
         unsupported.append(f"model.quantize {model.quantize}")
+    if model.add_tokens:
+        unsupported.append("model.add_tokens")
     if unsupported:
         return (
             f"method.rollout: vLLM cannot sample from the trained model: it does not support "
@@ -392,6 +483,7 @@ class GrpoMethod(OnlineMethod):
     title: ClassVar[str] = "Group-relative policy optimisation"
 
     kind: Literal["grpo"] = "grpo"
+    """Samples completions of each prompt and learns from their rewards relative to the group."""
     beta: NotNegative = 0.0
     """Weight of the KL divergence to the reference, the model before its training; 0: none."""
     loss: Literal["dapo", "grpo", "bnpo", "dr_grpo"] = "dapo"
@@ -407,13 +499,14 @@ class RlooMethod(OnlineMethod):
     title: ClassVar[str] = "REINFORCE leave-one-out"
 
     kind: Literal["rloo"] = "rloo"
+    """Samples completions of each prompt; the mean reward of the others is the baseline."""
     beta: NotNegative = 0.05
     """Weight of the KL divergence to the reference, subtracted from the reward; 0: none."""
     normalize_advantages: bool = False
     """Normalise the advantages of a batch to mean 0 and standard deviation 1."""
 
 
-Method = Annotated[
+_Variants = Annotated[
     SftMethod
     | PretrainMethod
     | DpoMethod
@@ -428,9 +521,13 @@ Method = Annotated[
 ]
 
 METHODS: dict[str, type[MethodSettings]] = {
-    variant.model_fields["kind"].default: variant for variant in get_args(get_args(Method)[0])
+    variant.model_fields["kind"].default: variant for variant in get_args(get_args(_Variants)[0])
 }
 """The settings class of each kind."""
+
+_Name = Annotated[str, Field(json_schema_extra={"enum": list(METHODS)})]
+Method = Annotated[_Variants, BeforeValidator(as_method, _Name | _Variants)]
+"""A section, or only its kind."""
 
 
 def title_of(kind: str) -> str:

@@ -3,16 +3,19 @@
 import re
 from typing import Annotated, Literal, Self
 
-from pydantic import AfterValidator, Field, model_validator
+from pydantic import AfterValidator, Field, field_validator, model_validator
 
+from ..common.formatting import shown
 from .section import PositiveInt, Section
 
 
 def _check_pattern(pattern: str) -> str:
     try:
         re.compile(pattern)
-    except re.error as error:
-        raise ValueError(f"{pattern!r} is not a regular expression: {error}") from None
+    except (re.error, RecursionError, OverflowError) as error:
+        raise ValueError(
+            f"{shown(pattern)} is not a regular expression: {error}; correct it"
+        ) from None
     return pattern
 
 
@@ -25,6 +28,8 @@ Head = Literal["causal", "score"]
 
 
 class ModelSettings(Section):
+    """The model to start from, and how it is loaded."""
+
     base: str
     """Hub id, or a folder (relative to the recipe's folder) as transformers writes it."""
     revision: str | None = None
@@ -35,20 +40,44 @@ class ModelSettings(Section):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Compute type. auto: bfloat16 where a GPU has it, else float16; float32 on a CPU."""
     attention: Literal["auto", "sdpa", "eager", "flash_attention_2"] = "auto"
-    """Attention kernel; auto lets transformers choose."""
-    gradient_checkpointing: bool = False
-    """Recompute activations in the backward pass: less memory, about a third more time."""
+    """Attention kernel. auto: packed documents one at a time, and transformers' choice where a
+    model's attention cannot be replaced; sdpa and eager take a mask over the whole row."""
+    gradient_checkpointing: Literal["auto"] | bool = "auto"
+    """Recompute activations in the backward pass: less memory, about a third more time. auto: only
+    where the run does not fit the GPU without it, by the estimate; decided at its first start."""
     quantize: Literal["none", "nf4", "int8"] = "none"
     """Keep the frozen base's linear layers in 4 bits (NF4 with double quantisation: QLoRA) or in
     8 (LLM.int8()), through bitsandbytes. Needs an adapter."""
+    add_tokens: Literal["auto"] | tuple[Annotated[str, Field(min_length=1)], ...] = ()
+    """Tokens that get a row of their own in embedding and head, which is trained whole; the
+    tokenizer learns those that it lacks. auto: the marks like <|im_start|> that the chat template
+    writes and the tokenizer would split. New rows start at the mean of the others."""
     adapter: str | None = None
     """An adapter to start from and to train on: a run's folder, or one that PEFT wrote (relative
-    to the recipe's folder, to where the command runs, or to `storage`). Its rank, targets and so
-    on come with it, instead of the section `adapter`."""
+    to the recipe's folder, to where the command runs, or to `storage`). Its rank, targets, added
+    tokens and so on come with it, instead of the section `adapter`."""
+
+    @property
+    def checkpoints(self) -> bool:
+        """True if activations are recomputed; `auto` does not, before it is decided."""
+        return self.gradient_checkpointing is True
+
+    @field_validator("add_tokens")
+    @classmethod
+    def _tokens_differ(
+        cls, tokens: Literal["auto"] | tuple[str, ...]
+    ) -> Literal["auto"] | tuple[str, ...]:
+        twice = sorted({token for token in tokens if tokens.count(token) > 1})
+        if tokens != "auto" and twice:
+            raise ValueError(f"{shown(twice[0])} is listed twice; remove one of them")
+        return tokens
 
 
 class LoraAdapter(Section):
+    """A new LoRA adapter, which is trained while the base stays frozen."""
+
     kind: Literal["lora"] = "lora"
+    """Low-rank adaptation, the only kind; dora and rslora below are variants of it."""
     rank: PositiveInt = 16
     """Rank of the update."""
     alpha: Annotated[float, Field(gt=0)] = 32
@@ -56,8 +85,12 @@ class LoraAdapter(Section):
     dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
     """Dropout on the adapter's input."""
     targets: list[str] | Pattern = "all-linear"
-    """Modules that get an adapter: all-linear (every linear layer but the head), names of
-    modules, or a regular expression that a module's whole name must match."""
+    """What gets an adapter: all-linear (every linear layer and every expert, but no router and no
+    head), names of modules and of experts' parameters, or a regular expression that a whole name
+    must match."""
+    experts: bool = True
+    """Adapt the experts of a mixture of experts, each with its own matrices of this rank. false
+    leaves them out: attention, dense and shared layers alone are adapted."""
     modules_to_save: list[str] = []
     """Modules that are trained whole and saved with the adapter, such as embed_tokens."""
     rank_pattern: dict[Pattern, PositiveInt] = {}
@@ -88,7 +121,7 @@ class LoraAdapter(Section):
         if self.init == "orthogonal" and any(
             rank % 2 for rank in (self.rank, *self.rank_pattern.values())
         ):
-            raise ValueError("init orthogonal needs even ranks")
+            raise ValueError("init orthogonal needs even ranks; take another rank or init")
         if self.changes_base and self.rslora and (self.rank_pattern or self.alpha_pattern):
             raise ValueError(
                 f"init {self.init} with rslora has one rank and one alpha; leave out rank_pattern "

@@ -5,31 +5,36 @@ receives. The docstring under a field is that field's documentation in `finray s
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, PrivateAttr, model_validator
 
-from ..common.errors import InputError
+from ..common.errors import InputError, reason
+from ..common.formatting import dotted
 from ..common.secrets import secret_kind, secret_places
-from .adapter_folder import find_adapter
+from .adapter_folder import added_tokens, find_adapter
+from .default_storage import check_storage_kind, settle_storage
 from .methods import Method, SftMethod
 from .models import FreezeSettings, LoraAdapter, ModelSettings
 from .paths import resolve_model, resolve_path
+from .places import PlacedSection, about, locates
 from .remote_code import check_pinned
-from .section import Section
+from .resolved_sources import resolve_sources
 from .sections import (
     CheckpointSettings,
     DataSettings,
     EvalSettings,
+    Isolation,
     LogSettings,
     Name,
     OptimSettings,
     ScaleSettings,
-    Source,
 )
-from .yaml_file import Change, Document, read_recipe_file, validate
+from .short_forms import AdapterName, as_adapter, as_model, write_out
+from .validation import validate
+from .yaml_file import Change, Document, read_settings
 
 _SECRET_REMEDY = (
     ", which would be kept with the run; take it out, and set it in the environment instead "
@@ -38,31 +43,51 @@ _SECRET_REMEDY = (
 )
 
 
-class Recipe(Section):
+class Recipe(PlacedSection):
     """One run, from the data to the result."""
 
     name: Name
     """The run's name: letters, digits, '.', '_' and '-', at most 63. Its folder is
     <storage>/<name>."""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
-    model: ModelSettings
-    adapter: LoraAdapter | None = None
-    """Absent (and without model.adapter): the base's own weights are trained."""
+    """Seed of all that is random: new weights, dropout, the order of the data, completions."""
+    deterministic: bool = False
+    """true: a GPU computes the same every time, so that a resumed run equals an undisturbed one bit
+    for bit there too; some kernels are slower. A CPU does so anyway."""
+    model: Annotated[ModelSettings, BeforeValidator(as_model, str | ModelSettings)]
+    """A section, or only the base: its hub id or folder."""
+    adapter: Annotated[
+        LoraAdapter | None, BeforeValidator(as_adapter, AdapterName | LoraAdapter | None)
+    ] = None
+    """A section, or lora or dora with its defaults. Absent (and without model.adapter): the base's
+    own weights are trained."""
     freeze: FreezeSettings | None = None
     """Absent, and without an adapter: full fine-tuning."""
     method: Method = SftMethod()
+    """What is learnt from the rows; its key kind selects the method, and with it the other keys."""
     data: DataSettings
+    """The rows to learn from."""
     optim: OptimSettings = OptimSettings()
+    """Optimizer, batch size and duration."""
     scale: ScaleSettings = ScaleSettings()
+    """Number and size of the workers."""
     checkpoint: CheckpointSettings = CheckpointSettings()
+    """Saving while the run trains."""
     eval: EvalSettings = EvalSettings()
+    """Measurements on held-out data."""
     log: LogSettings = LogSettings()
+    """Metrics while the run trains."""
     storage: str = "runs"
-    """Folder (relative to where the command runs) or a URI that all nodes reach."""
+    """Folder (relative to where the command runs) or a URI that all nodes reach. Where it is not
+    set, the environment variable FINRAY_STORAGE decides."""
+
+    _isolates: bool | None = PrivateAttr(default=None)
+    _isolation: Isolation | None = PrivateAttr(default=None)
+    """Whether the model keeps packed documents apart; None before a rehearsal."""
 
     @model_validator(mode="after")
     def _settings_agree(self) -> Self:
-        held_out = bool(self.data.eval) or self.data.holdout > 0
+        held_out = bool(self.data.eval) or self.data.holds_out
         if self.eval.every_steps is not None and not held_out:
             raise ValueError("eval.every_steps needs held-out data: set data.eval or data.holdout")
         if self.eval.samples > 0 and not held_out:
@@ -74,17 +99,23 @@ class Recipe(Section):
             raise ValueError(message)
         if self.eval.samples > 0 and not self.method.has_answers:
             raise ValueError(
-                f"eval.samples needs prompts with answers, which method {kind} does not have"
+                f"eval.samples needs prompts with answers, which method {kind} does not have; "
+                "remove it"
             )
         if self.data.packing is True and not self.method.packs:
             raise ValueError(
                 f"data.packing: only single documents can be packed, and rows of method {kind} are "
                 "not; remove it"
             )
-        if self.optim.micro_batch_size > self.optim.batch_size:
+        if self.data.overlong == "split" and self.method.learns_from != "documents":
+            raise ValueError(
+                "data.overlong split: only single documents can be split, and rows of method "
+                f"{kind} are not; use truncate_left, truncate or drop"
+            )
+        if self.optim.microbatch > self.optim.batch_size:
             raise ValueError(
                 f"optim.micro_batch_size {self.optim.micro_batch_size} is larger than "
-                f"optim.batch_size {self.optim.batch_size}"
+                f"optim.batch_size {self.optim.batch_size}; lower it"
             )
         if self.scale.most_workers > self.rows_per_step:
             raise ValueError(
@@ -100,34 +131,49 @@ class Recipe(Section):
         init = "default" if self.adapter is None else self.adapter.init
         own = "full fine-tuning" if self.freeze is None else "freeze"
         contradictions = {
-            "adapter and model.adapter contradict each other: the latter brings its own rank": (
-                self.adapter is not None and self.model.adapter is not None
-            ),
-            "freeze contradicts an adapter, beside which the whole base is frozen": (
+            "adapter and model.adapter contradict each other: the latter brings its own rank; keep "
+            "one of them": (self.adapter is not None and self.model.adapter is not None),
+            "freeze contradicts an adapter, beside which the base is frozen; keep one of them": (
                 self.freeze is not None and self.trains_adapter
             ),
             f"model.quantize {quantize} contradicts {own}: quantised weights are not trained; add "
             "the section adapter, or leave out quantize": (
                 quantize != "none" and not self.trains_adapter
             ),
-            "method.init random contradicts an adapter on frozen weights": (
+            "method.init random contradicts an adapter on frozen weights; keep one of them": (
                 self.method.starts_at_random and self.trains_adapter
             ),
-            "method.init random contradicts freeze, which keeps weights as they are": (
+            "method.init random contradicts freeze, which keeps weights; remove one of them": (
                 self.method.starts_at_random and self.freeze is not None
             ),
-            "adapter.init loftq needs model.quantize nf4, whose loss it makes up for": (
+            "adapter.init loftq needs model.quantize nf4, whose loss it makes up for; add that": (
                 init == "loftq" and quantize != "nf4"
+            ),
+            "adapter.dora contradicts model.quantize int8, whose layers give DoRA no weights to "
+            "measure; use nf4": (
+                quantize == "int8" and self.adapter is not None and self.adapter.dora
             ),
             f"adapter.init {init} contradicts model.quantize {quantize}; keep one of them, or take "
             "init loftq": init in ("pissa", "olora", "orthogonal") and quantize != "none",
-            "optim.lora_plus_ratio needs an adapter": (
+            "model.add_tokens contradicts method.reference_model, which has no rows for them; keep "
+            "one of them": (bool(self.model.add_tokens) and self.method.reference_name is not None),
+            "optim.lora_plus_ratio needs an adapter; add the section adapter, or remove it": (
                 self.optim.lora_plus_ratio is not None and not self.trains_adapter
             ),
         }
         for message, holds in contradictions.items():
             if holds:
                 raise ValueError(message)
+        return self
+
+    @model_validator(mode="after")
+    def _can_be_deterministic(self) -> Self:
+        uses_vllm = self.method.samples_online and not self.method.completions_at_once
+        if self.deterministic and uses_vllm:
+            raise ValueError(
+                "deterministic contradicts method.rollout vllm, whose completions differ from run "
+                "to run; use rollout transformers, or remove deterministic"
+            )
         return self
 
     @model_validator(mode="after")
@@ -177,8 +223,37 @@ class Recipe(Section):
 
     @property
     def packs(self) -> bool:
-        """True if several documents share a sequence."""
-        return self.method.packs if self.data.packing == "auto" else self.data.packing
+        """True if several documents share a sequence; before `with_isolation` a guess for auto."""
+        if self.data.packing == "auto":
+            return self.method.packs and self._isolates is not False
+        return self.data.packing
+
+    @property
+    def isolation(self) -> Isolation | None:
+        """How documents of a row are kept apart; None if they are not, or it is not known yet."""
+        return self._isolation
+
+    def with_isolation(self, isolates: bool, way: Isolation | None = None) -> Self:
+        """The same recipe, whose `data.packing: auto` packs if the model keeps documents apart.
+
+        Args:
+            isolates: True if it does.
+            way: how, if it is known.
+        """
+        decided = self.model_copy()
+        decided._isolates, decided._isolation = isolates, way
+        return decided
+
+    @property
+    def leaves_open(self) -> bool:
+        """True if a setting is auto that follows from the GPU's memory when the run starts."""
+        return "auto" in (self.optim.micro_batch_size, self.model.gradient_checkpointing)
+
+    def with_placement(self, rows: int, checkpoints: bool) -> Self:
+        """The same recipe with a microbatch, and with or without gradient checkpointing."""
+        model = self.model.model_copy(update={"gradient_checkpointing": checkpoints})
+        optim = self.optim.model_copy(update={"micro_batch_size": rows})
+        return self.model_copy(update={"model": model, "optim": optim})
 
     @property
     def rows_per_step(self) -> int:
@@ -207,20 +282,32 @@ class Recipe(Section):
         return round(step / self.method.repeats * self.rows_per_step / rows, 4)
 
 
-def load_recipe(path: Path, overrides: Sequence[str | Change] = ()) -> Recipe:
-    """Read, override and validate a recipe; its input paths become absolute.
+def load_recipe(source: Path | Mapping[str, Any], overrides: Sequence[str | Change] = ()) -> Recipe:
+    """Read, override and validate a recipe; its paths become absolute.
+
+    $FINRAY_STORAGE is the storage of a recipe that names none.
 
     Args:
-        path: the YAML file.
+        source: the YAML file, or the settings.
         overrides: changes, or `dotted.key=value` strings; their value is parsed as YAML.
 
     Raises:
         InputError: with file:line and key of every fault, and for a secret in a setting.
     """
-    document = read_recipe_file(path, overrides)
+    document, folder = read_settings(source, overrides, write_out)
+    settle_storage(document)
     check_no_secret(document)
-    recipe = validate(Recipe, document)
-    return resolve_recipe(recipe, path.resolve().parent)
+    check_storage_kind(document)
+    return resolve_recipe(build_recipe(document), folder)
+
+
+def build_recipe(document: Document) -> Recipe:
+    """The recipe of a document, with the places of its keys; paths stay as they are written.
+
+    Raises:
+        InputError: with the place of every fault.
+    """
+    return validate(Recipe, document).with_places(document.places)
 
 
 def check_no_secret(document: Document) -> None:
@@ -230,7 +317,7 @@ def check_no_secret(document: Document) -> None:
         InputError: with file, line and key of every secret.
     """
     lines = [
-        f"{document.place(key)}: {'.'.join(map(str, key))}: holds a secret{_SECRET_REMEDY}"
+        f"{document.place(key)}: {dotted(key)}: holds a secret{_SECRET_REMEDY}"
         for key in secret_places(document.values)
     ]
     if lines:
@@ -242,47 +329,70 @@ def recipe_from_dict(values: dict[str, Any]) -> Recipe:
     return Recipe.model_validate(values)
 
 
+@locates
 def resolve_recipe(recipe: Recipe, folder: Path) -> Recipe:
-    """Make a recipe from a folder independent of the current one: Ray's workers run elsewhere."""
+    """Make a recipe from a folder independent of the current one: Ray's workers run elsewhere.
 
-    def absolute(source: Source) -> Source:
-        return source.model_copy(update={"path": resolve_path(source.path, folder)})
+    Raises:
+        InputError: a path does not lead to usable files.
+    """
 
     data = recipe.data.model_copy(
         update={
-            "train": [absolute(source) for source in recipe.data.train],
-            "eval": [absolute(source) for source in recipe.data.eval],
+            **resolve_sources(recipe.data, folder),
             "chat_template": _read_template(recipe.data.chat_template, folder),
         }
     )
-    base = resolve_model(recipe.model.base, folder)
+    with about("model.base"):
+        base = resolve_model(recipe.model.base, folder)
     check_pinned(recipe.model.model_copy(update={"base": base}))
-    storage = resolve_path(recipe.storage, Path.cwd())
+    with about("storage"):
+        storage = resolve_path(recipe.storage, Path.cwd())
     places = (folder, Path.cwd(), Path(storage))
     adapter = recipe.model.adapter
     if adapter is not None:
-        adapter = find_adapter([resolve_path(adapter, place) for place in places])
+        with about("model.adapter"):
+            candidates = [resolve_path(adapter, place) for place in places]
+        adapter = find_adapter(candidates)
+    tokens = _tokens_of(recipe, adapter)
     return recipe.model_copy(
         update={
             "data": data,
             "method": recipe.method.resolve(places),
-            "model": recipe.model.model_copy(update={"base": base, "adapter": adapter}),
+            "model": recipe.model.model_copy(
+                update={"base": base, "adapter": adapter, "add_tokens": tokens}
+            ),
             "storage": storage,
         }
     )
+
+
+def _tokens_of(recipe: Recipe, adapter: str | None) -> Literal["auto"] | tuple[str, ...]:
+    """The added tokens: the recipe's, or those that come with an existing adapter."""
+    own = recipe.model.add_tokens
+    if adapter is None:
+        return own
+    tokens = tuple(added_tokens(Path(adapter)))
+    if own not in ((), "auto", tokens):
+        raise InputError(
+            f"model.add_tokens: {adapter} trains {', '.join(tokens) or 'no tokens'}, and no "
+            "others can be added to it; remove add_tokens"
+        )
+    return tokens
 
 
 def _read_template(template: str | None, folder: Path) -> str | None:
     """Inline Jinja and the name chatml stay; a file is read, so that it travels with the recipe."""
     if template is None or template == "chatml" or "{" in template:
         return template
-    file = Path(resolve_path(template, folder))
+    with about("data.chat_template"):
+        file = Path(resolve_path(template, folder))
     try:
         text = file.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(
-            f"data.chat_template: cannot read {file}: {error}; give 'chatml', the path of a "
-            "Jinja file, or inline Jinja"
+            f"data.chat_template: cannot read {file}: {reason(error)}; give 'chatml', the path "
+            "of a Jinja file, or inline Jinja"
         ) from None
     if (kind := secret_kind(text)) is not None:
         raise InputError(f"data.chat_template: holds {kind}{_SECRET_REMEDY} ({file})")

@@ -6,8 +6,9 @@ from pathlib import Path
 
 from ..common.errors import InputError
 from .adapter_folder import CONFIG_FILE, RESULT_FOLDER
-from .model_folder import model_folder
+from .model_folder import model_folder, named_model
 from .models import ModelSettings
+from .paths import is_folder
 
 _MODEL_FILE = "config.json"
 _INSIDE = ("", RESULT_FOLDER, "model")
@@ -24,17 +25,16 @@ def find_reference(name: str, places: Sequence[str]) -> str:
     Raises:
         InputError: for a folder without a model, and for a path where there is none.
     """
-    for place in places:
+    for place in filter(is_folder, places):
         for inside in _INSIDE:
             folder = Path(place) / inside
             if any((folder / file).is_file() for file in (CONFIG_FILE, _MODEL_FILE)):
                 return str(folder)
-        if Path(place).is_dir():
-            raise InputError(
-                f"method.reference_model: {place} holds no model: there is no {_MODEL_FILE} or "
-                f"{CONFIG_FILE} in it, nor in model/ or {RESULT_FOLDER}/, which a run writes when "
-                "it finishes"
-            )
+        raise InputError(
+            f"method.reference_model: {place} holds no model: there is no {_MODEL_FILE} or "
+            f"{CONFIG_FILE} in it, nor in model/ or {RESULT_FOLDER}/, which a run writes when "
+            "it finishes; give another folder, or finish that run"
+        )
     if name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise InputError(
             f"method.reference_model: there is no such folder: {', '.join(dict.fromkeys(places))}; "
@@ -50,11 +50,8 @@ def check_reference(model: ModelSettings, name: str) -> None:
         InputError: the tokenizers differ.
     """
     base_folder = model_folder(model, only_cached=True)
-    reference = (
-        Path(name)
-        if Path(name).is_dir()
-        else model_folder(ModelSettings(base=name), only_cached=True)
-    )
+    named = named_model(name)
+    reference = Path(name) if is_folder(name) else model_folder(named, only_cached=True)
     if base_folder is None or reference is None:
         return
     vocabularies = [_vocabulary(folder / _VOCABULARY) for folder in (base_folder, reference)]

@@ -13,6 +13,11 @@ _COMMIT = re.compile(r"[0-9a-f]{40}")
 _CURE = "look at that code, and set model.trust_remote_code: true if you trust it"
 
 
+def is_commit(revision: str | None) -> bool:
+    """True for the full hash of a commit, which always means the same files."""
+    return _COMMIT.fullmatch(revision or "") is not None
+
+
 def check_pinned(model: ModelSettings) -> None:
     """Refuse code that its author could change between two runs.
 
@@ -20,7 +25,7 @@ def check_pinned(model: ModelSettings) -> None:
         InputError: the code of a hub model is trusted without the full hash of a commit.
     """
     is_hub_model = not Path(model.base).is_absolute()
-    if model.trust_remote_code and is_hub_model and not _COMMIT.fullmatch(model.revision or ""):
+    if model.trust_remote_code and is_hub_model and not is_commit(model.revision):
         raise InputError(
             f"model.trust_remote_code: {model.base} could change its code at any time; set "
             f"model.revision to the full hash of a commit (40 hex digits), not {model.revision!r}"

@@ -9,6 +9,7 @@ imports such a file, whose `UserFunction` comes as JSON through stdin (see `try_
 """
 
 import ast
+import functools
 import hashlib
 import linecache
 import subprocess
@@ -21,12 +22,15 @@ from typing import Any, Self
 
 from pydantic import BaseModel
 
-from ..common.errors import InputError, RunError
+from ..common.errors import InputError, RunError, reason
 from ..common.secrets import redact, secret_kind
 from .paths import resolve_path
+from .places import PlacedSection, about, locates
 from .section import Section
 
 _TRY_SECONDS = 300
+_TRIED = "tried"
+"""What the process that imports a file prints last."""
 
 
 class UserFunction(Section):
@@ -68,13 +72,17 @@ class UserFunction(Section):
             InputError: the file cannot be read, is not Python, holds a secret, or lacks the
                 function.
         """
-        file = f"{resolve_path(self.path, folder)}:{self.name}"
+        with about(f"{where}.file"):
+            file = f"{resolve_path(self.path, folder)}:{self.name}"
         function = self.model_copy(update={"file": file})
         if function.source is None:
             try:
                 source = Path(function.path).read_text(encoding="utf-8")
             except (OSError, UnicodeDecodeError) as error:
-                raise InputError(f"{where}.file: cannot read {function.path!r}: {error}") from None
+                raise InputError(
+                    f"{where}.file: cannot read {function.path!r}: {reason(error)}; "
+                    "give a Python file and a function in it, as in rewards.py:score"
+                ) from None
             function = function.model_copy(update={"source": source})
         function._check(f"{where}.file: {function.path}")
         return function
@@ -87,16 +95,17 @@ class UserFunction(Section):
             )
         try:
             tree = ast.parse(self.text, self.path)
-        except (SyntaxError, ValueError) as error:
+        except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
             line = f":{error.lineno}" if isinstance(error, SyntaxError) else ""
-            raise InputError(f"{place}{line}: not valid Python: {error}") from None
+            raise InputError(f"{place}{line}: not valid Python: {error}; correct it") from None
         kinds = ast.FunctionDef | ast.AsyncFunctionDef
         functions = [node for node in tree.body if isinstance(node, kinds)]
         named = [node for node in functions if node.name == self.name]
         if not named:
             names = ", ".join(node.name for node in functions) or "none"
             raise InputError(
-                f"{place} has no function {self.name!r} at its top level; its functions: {names}"
+                f"{place} has no function {self.name!r} at its top level; its functions: {names}; "
+                "name one of them"
             )
         if isinstance(named[-1], ast.AsyncFunctionDef):
             raise InputError(
@@ -131,13 +140,27 @@ class UserFunction(Section):
         try:
             exec(compile(self.text, self.path, "exec"), module.__dict__)
             function: Callable[..., Any] = module.__dict__[self.name]
-        except Exception as error:  # noqa: BLE001 - the user's code may raise anything
+        except (Exception, SystemExit) as error:  # noqa: BLE001 - the user's code may raise anything
             trace = traceback_of(error, self.path)
             raise RunError(f"{self.path} cannot be imported:\n{trace}") from None
-        return function
+        return _without_exit(function)
 
 
-def traceback_of(error: Exception, path: str) -> str:
+def _without_exit(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function; `sys.exit` in it is an error like others, and does not end the run."""
+
+    @functools.wraps(function)
+    def call(*arguments: Any, **options: Any) -> Any:
+        try:
+            return function(*arguments, **options)
+        except SystemExit as end:
+            problem = RuntimeError(f"the function called sys.exit({end.code!r})")
+            raise problem.with_traceback(end.__traceback__) from None
+
+    return call
+
+
+def traceback_of(error: BaseException, path: str) -> str:
     """The error's traceback from the user's file on, without finray's frames."""
     trace = error.__traceback__
     while trace is not None and trace.tb_frame.f_code.co_filename != path:
@@ -157,7 +180,8 @@ def functions_in(settings: BaseModel, key: str = "") -> Iterator[tuple[str, User
                 yield from functions_in(item, f"{key}.{inner}" if key else inner)
 
 
-def try_import(settings: BaseModel) -> None:
+@locates
+def try_import(settings: PlacedSection) -> None:
     """Import each file of the user's code once, in a process of its own, before anything heavy.
 
     Args:
@@ -186,7 +210,7 @@ def try_import(settings: BaseModel) -> None:
             raise InputError(
                 f"{key}.file: importing {function.path} takes longer than {_TRY_SECONDS} s"
             ) from None
-        if done.returncode:
+        if done.returncode or not done.stdout.endswith(_TRIED):
             reason = done.stderr.strip() or f"its process ended with exit code {done.returncode}"
             raise InputError(f"{key}.file: {redact(reason)}")
 
@@ -198,6 +222,7 @@ def main() -> int:
     except RunError as error:
         print(error, file=sys.stderr)
         return error.exit_code
+    print(_TRIED, end="")
     return 0
 
 

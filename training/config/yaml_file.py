@@ -1,19 +1,30 @@
 """Reads YAML and remembers the file and line of each key, for error messages."""
 
-import difflib
-from collections.abc import Iterator, Sequence
+import codecs
+import copy
+import os
+import re
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar, get_args
-
-import yaml
-from pydantic import BaseModel, ValidationError
+from typing import Any
 
 from ..common.errors import InputError
-from ..common.yaml_text import Loader, load_yaml
+from ..common.formatting import dotted, printable, shown
+from ..common.secrets import redact, texts
+from ..common.yaml_faults import YamlFault
+from ..common.yaml_text import Key, parse_setting, parse_yaml
 
-Key = tuple[str | int, ...]
-Settings = TypeVar("Settings", bound=BaseModel)
+LARGEST = 2**20
+"""Bytes; a larger file is no recipe."""
+_EXPECTED = "expected a mapping of settings, such as 'name: my-run'"
+_UNUSABLE = re.compile("[\x00\ud800-\udfff]")
+"""Characters that neither a path nor a file's text can have."""
+_UTF16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+
+
+def keep(values: dict[str, Any]) -> None:
+    """The full form of settings that have no short form."""
 
 
 @dataclass(frozen=True)
@@ -22,17 +33,25 @@ class Document:
 
     values: dict[str, Any]
     places: dict[Key, str]
+    write_out: Callable[[dict[str, Any]], None] = keep
+    """Replaces short forms in the values by their full forms."""
 
     def place(self, key: Key) -> str:
         """file:line of a key, or of its nearest parent that is in the file."""
-        while key and key not in self.places:
-            key = key[:-1]
-        return self.places[key]
+        return place_of(self.places, key)
 
-    def section(self, name: str, defaults: dict[str, Any]) -> "Document":
+    def section(
+        self,
+        name: str,
+        defaults: dict[str, Any],
+        write_out: Callable[[dict[str, Any]], None] = keep,
+    ) -> "Document":
         """The mapping under a key as a document, with defaults for missing keys."""
         places = {key[1:]: place for key, place in self.places.items() if key[:1] == (name,)}
-        return Document({**defaults, **self.values[name]}, {(): self.places[()], **places})
+        places = {(): self.places[()], **places}
+        document = Document({**defaults, **self.values[name]}, places, write_out)
+        write_out(document.values)
+        return document
 
 
 @dataclass(frozen=True)
@@ -46,31 +65,79 @@ class Change:
     """Origin of the change, for messages."""
 
 
-def read_recipe_file(path: Path, overrides: Sequence[str | Change] = ()) -> Document:
+def place_of(places: dict[Key, str], key: Key) -> str:
+    """The place of a key, or of its nearest parent that has one."""
+    while key and key not in places:
+        key = key[:-1]
+    return places[key]
+
+
+def split_key(key: str) -> Key:
+    """The parts of a dotted key; whole numbers are indices of lists."""
+    return tuple(
+        int(part) if part.isdecimal() and len(part) < 10 else part for part in key.split(".")
+    )
+
+
+def read_settings(
+    source: Path | Mapping[str, Any],
+    overrides: Sequence[str | Change] = (),
+    write_out: Callable[[dict[str, Any]], None] = keep,
+) -> tuple[Document, Path]:
+    """The document of a YAML file or of a mapping, and the folder that its paths start from.
+
+    Raises:
+        InputError: as `read_recipe_file`, and if a key of the mapping is no text.
+    """
+    if isinstance(source, Path):
+        return read_recipe_file(source, overrides, write_out), source.resolve().parent
+    document = Document(_plain(source, ()), {(): "settings"}, write_out)
+    _check_texts(document.values, lambda _: "settings")
+    write_out(document.values)
+    apply_changes(document, overrides)
+    return document, Path.cwd()
+
+
+def _plain(value: Any, key: Key) -> Any:
+    """A copy with the types that YAML has, so that changes and errors treat both alike."""
+    if isinstance(value, Mapping):
+        if wrong := [name for name in value if not isinstance(name, str)]:
+            where = dotted(key) or "settings"
+            raise InputError(f"settings: {where}: the key {wrong[0]!r} is no text")
+        return {name: _plain(item, (*key, name)) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item, (*key, index)) for index, item in enumerate(value)]
+    return os.fspath(value) if isinstance(value, os.PathLike) else value
+
+
+def read_recipe_file(
+    path: Path,
+    overrides: Sequence[str | Change] = (),
+    write_out: Callable[[dict[str, Any]], None] = keep,
+) -> Document:
     """Parse the file and apply overrides; an override given as text is `dotted.key=value`.
+
+    Args:
+        path: the file.
+        overrides: changes to its values, in their order.
+        write_out: see `Document`.
 
     Raises:
         InputError: the file cannot be read, is not a YAML mapping or repeats a key, or an override
             is not `key=value`.
     """
+    file = printable(str(path))
     try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
-        raise InputError(f"{path}: cannot read the file: {reason}") from None
-    try:
-        root = yaml.compose(text, Loader=Loader)
-        values = load_yaml(text)
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f"{path}:{mark.line + 1}" if mark else str(path)
-        problem = getattr(error, "problem", None) or "not valid YAML"
-        raise InputError(f"{where}: not valid YAML: {problem}") from None
-    if not isinstance(values, dict) or root is None:
-        raise InputError(f"{path}: expected a mapping of settings, such as 'name: my-run'")
-    places: dict[Key, str] = {(): str(path)}
-    places.update(_places(root, str(path), ()))
-    document = Document(values, places)
+        parsed = parse_yaml(_read(path, file))
+    except YamlFault as fault:
+        raise InputError(f"{file}:{fault}") from None
+    if not isinstance(parsed.values, dict):
+        what = "the file is empty" if parsed.values is None else f"found {shown(parsed.values)}"
+        raise InputError(f"{file}:{parsed.lines[()]}: {_EXPECTED}; {what}")
+    places = {key: f"{file}:{line}" for key, line in parsed.lines.items()}
+    _check_texts(parsed.values, lambda key: place_of(places, key))
+    document = Document(parsed.values, places, write_out)
+    write_out(document.values)
     apply_changes(document, overrides)
     return document
 
@@ -83,149 +150,81 @@ def apply_changes(document: Document, overrides: Sequence[str | Change]) -> None
     """
     for override in overrides:
         _apply(document, _parse(override) if isinstance(override, str) else override)
+        document.write_out(document.values)
 
 
-def validate(settings: type[Settings], document: Document) -> Settings:
-    """Build `settings` from a document.
-
-    Raises:
-        InputError: with one line for each error.
-    """
+def _read(path: Path, file: str) -> str:
     try:
-        return settings.model_validate(document.values)
-    except ValidationError as error:
-        lines = [_message(settings, document, dict(fault)) for fault in error.errors()]
-        raise InputError("\n".join(dict.fromkeys(lines))) from None
+        with path.open("rb") as stream:
+            content = stream.read(LARGEST + 1)
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else str(error)
+        raise InputError(f"{file}: cannot read the file: {reason}; name a YAML file") from None
+    if len(content) > LARGEST:
+        raise InputError(f"{file}: larger than {LARGEST / 2**20:g} MiB, so it is no recipe")
+    if content.startswith(_UTF16):
+        raise InputError(f"{file}:1: cannot read the file: it is UTF-16; save it as UTF-8")
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        raise InputError(
+            f"{file}:{line}: cannot read the file: not UTF-8 text; save it as UTF-8"
+        ) from None
 
 
-def _places(node: yaml.Node, file: str, key: Key) -> Iterator[tuple[Key, str]]:
-    if isinstance(node, yaml.MappingNode):
-        seen: dict[str, int] = {}
-        for key_node, value_node in node.value:
-            name = str(key_node.value)
-            line = key_node.start_mark.line + 1
-            if name in seen:
-                dotted = ".".join(map(str, (*key, name)))
-                raise InputError(f"{file}:{line}: {dotted}: already set on line {seen[name]}")
-            seen[name] = line
-            yield (*key, name), f"{file}:{line}"
-            yield from _places(value_node, file, (*key, name))
-    elif isinstance(node, yaml.SequenceNode):
-        for index, item in enumerate(node.value):
-            yield (*key, index), f"{file}:{item.start_mark.line + 1}"
-            yield from _places(item, file, (*key, index))
+def _check_texts(values: Any, place: Callable[[Key], str]) -> None:
+    for key, text in texts(values):
+        match = _UNUSABLE.search(text)
+        if match is not None:
+            raise InputError(
+                f"{place(key)}: {dotted(key)}: the text contains the character "
+                f"U+{ord(match[0]):04X}; remove it"
+            )
 
 
 def _parse(override: str) -> Change:
-    dotted, separator, text = override.partition("=")
-    place = f"--set {override}"
-    if not separator or not dotted:
+    name, separator, text = override.partition("=")
+    place = f"--set {_short(override)}"
+    if not separator or not name:
         raise InputError(f"{place}: expected key=value, such as optim.learning_rate=1e-4")
     try:
-        return Change(dotted, load_yaml(text), place)
-    except yaml.YAMLError:
-        raise InputError(f"{place}: the value is not valid YAML") from None
+        value = parse_setting(text)
+    except YamlFault as fault:
+        raise InputError(f"{place}: the value is not valid: {fault.problem}") from None
+    _check_texts(value, lambda _: place)
+    return Change(name, value, place)
+
+
+def _short(override: str) -> str:
+    text = " ".join(printable(redact(override)).split())
+    return text if len(text) <= 60 else f"{text[:59]}…"
 
 
 def _apply(document: Document, change: Change) -> None:
-    parts = change.key.split(".")
-    key: Key = tuple(int(part) if part.isdigit() else part for part in parts)
+    *parents, last = change.key.split(".")
     target: Any = document.values
-    for depth, part in enumerate(key[:-1]):
-        if isinstance(target, dict) and target.get(str(part)) is None:
-            target[str(part)] = {}
-        target = _child(target, part, change.place, ".".join(parts[: depth + 1]))
-    last = key[-1]
-    if isinstance(target, list) and isinstance(last, int) and last < len(target):
-        target[last] = change.value
-    elif isinstance(target, dict):
-        target[str(last)] = change.value
-    else:
-        raise InputError(f"{change.place}: the recipe has no key or list item {change.key}")
-    for depth in range(1, len(key) + 1):
-        document.places.setdefault(key[:depth], change.place)
+    key: Key = ()
+    for part in parents:
+        if isinstance(target, dict) and target.get(part) is None:
+            target[part] = {}
+        key = (*key, _part(target, part, change))
+        target = target[key[-1]]
+        document.places.setdefault(key, change.place)
+    key = (*key, _part(target, last, change))
+    for inner in [each for each in document.places if each[: len(key)] == key]:
+        del document.places[inner]
     document.places[key] = change.place
+    target[key[-1]] = copy.deepcopy(change.value)
 
 
-def _child(target: Any, part: str | int, place: str, dotted: str) -> Any:
+def _part(target: Any, part: str, change: Change) -> str | int:
+    """A part of a key as the key of a mapping, or as the index of an item of a list."""
     if isinstance(target, dict):
-        return target[str(part)]
-    if isinstance(target, list) and isinstance(part, int) and part < len(target):
-        return target[part]
-    raise InputError(f"{place}: {dotted} is not a section of the recipe")
-
-
-def _message(settings: type[BaseModel], document: Document, fault: dict[str, Any]) -> str:
-    """One error of pydantic as `file:line: key: what is wrong; how to fix it`."""
-    key = _written_key(document, fault["loc"])
-    dotted = ".".join(map(str, key)) or "recipe"
-    place = document.place(key)
-    kind = fault["type"]
-    if kind == "extra_forbidden":
-        return f"{place}: {dotted}: unknown key{suggestion(settings, key)}"
-    if kind == "missing":
-        return f"{place}: {dotted}: missing, and it has no default"
-    if kind in ("union_tag_invalid", "union_tag_not_found"):
-        expected = str(fault.get("ctx", {}).get("expected_tags", ""))
-        return f"{place}: {dotted}.kind: expected one of {expected}"
-    message = str(fault["msg"]).removeprefix("Value error, ")
-    if kind == "value_error":
-        return f"{place}: {message}" if not key else f"{place}: {dotted}: {message}"
-    return f"{place}: {dotted}: {message[:1].lower()}{message[1:]}, found {fault['input']!r}"
-
-
-def _written_key(document: Document, location: tuple[str | int, ...]) -> Key:
-    """pydantic's location without the names of union members, which are not in the file."""
-    key: list[str | int] = []
-    value: Any = document.values
-    for index, part in enumerate(location):
-        is_last = index == len(location) - 1
-        if isinstance(value, dict) and (part in value or is_last):
-            key.append(part)
-            value = value.get(part)
-        elif isinstance(value, list) and isinstance(part, int) and part < len(value):
-            key.append(part)
-            value = value[part]
-    return tuple(key)
-
-
-def has_key(settings: type[BaseModel], key: Key) -> bool:
-    """True if any variant of the settings has the key."""
-    return _pattern(key) in set(_keys(settings))
-
-
-def _pattern(key: Key) -> tuple[str, ...]:
-    return tuple("*" if isinstance(part, int) else part for part in key)
-
-
-def suggestion(settings: type[BaseModel], key: Key) -> str:
-    """The end of a message about an unknown key: the most similar existing key, or all siblings."""
-    existing = list(_keys(settings))
-    pattern = _pattern(key)
-    siblings = [name[-1] for name in existing if name[:-1] == pattern[:-1]]
-    unknown = str(key[-1])
-    near = difflib.get_close_matches(unknown, siblings, n=1, cutoff=0.6)
-    if near:
-        return f"; did you mean {near[0]!r}?"
-    anywhere = {name[-1]: ".".join(name) for name in existing}
-    near = difflib.get_close_matches(unknown, anywhere, n=1, cutoff=0.75)
-    if near:
-        return f"; did you mean {anywhere[near[0]]!r}?"
-    return f"; possible keys: {', '.join(siblings)}" if siblings else ""
-
-
-def _keys(settings: type[BaseModel]) -> Iterator[tuple[str, ...]]:
-    for name, field in settings.model_fields.items():
-        yield (name,)
-        for model, many in _models_in(field.annotation):
-            prefix = (name, "*") if many else (name,)
-            yield from ((*prefix, *rest) for rest in _keys(model))
-
-
-def _models_in(annotation: Any, many: bool = False) -> Iterator[tuple[type[BaseModel], bool]]:
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        yield annotation, many
-        return
-    inside_list = many or getattr(annotation, "__origin__", None) is list
-    for argument in get_args(annotation):
-        yield from _models_in(argument, inside_list)
+        return part
+    if isinstance(target, list) and part.isdecimal() and len(part) < 10 and int(part) < len(target):
+        return int(part)
+    count = f"; that list has {len(target)}, from 0" if isinstance(target, list) else ""
+    raise InputError(
+        f"{change.place}: the recipe has no key or list item {shown(change.key)}{count}"
+    )

@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 
 from ..common.storage import Folder
 from .packing import Indices, pack, unpacked
-from .prepared import ROW_GROUP, SEQUENCE_SCHEMA, Split
+from .prepared import ROW_GROUP, SEQUENCE_SCHEMA, Split, write_hashed
 from .tokenising import TokenGroup
 
 # A task packs at least this much, so that its few unfilled sequences do not matter. More would
@@ -42,6 +42,8 @@ class SequenceFile:
 
     split: str
     name: str
+    hash: str
+    """Of the file's content."""
     row_groups: tuple[int, ...]
     documents: int
     tokens: int
@@ -90,18 +92,14 @@ class AssembleTask:
         documents = bins.documents[np.arange(len(lengths)) + shift]
         sequences = _sequences(table, documents, offsets)
         name = f"{item.split}/{item.number:06d}.parquet"
-        pq.write_table(
-            sequences,
-            self.attempt.file(name),
-            filesystem=self.attempt.filesystem,
-            row_group_size=ROW_GROUP,
-            compression="zstd",
-            use_dictionary=False,
+        content_hash = write_hashed(
+            self.attempt, name, sequences, row_group_size=ROW_GROUP, use_dictionary=False
         )
         full, rest = divmod(len(bins), ROW_GROUP)
         return SequenceFile(
             split=item.split,
             name=name,
+            hash=content_hash,
             row_groups=(ROW_GROUP,) * full + ((rest,) if rest else ()),
             documents=len(lengths),
             tokens=int(lengths.sum()),
@@ -122,6 +120,7 @@ def split_of(files: list[SequenceFile], capacity: int) -> Split | None:
         return None
     return Split(
         files=tuple(file.name for file in files),
+        hashes=tuple(file.hash for file in files),
         row_groups=tuple(file.row_groups for file in files),
         sequences=sum(sum(file.row_groups) for file in files),
         documents=sum(file.documents for file in files),

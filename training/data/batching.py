@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from .documents import Documents, moved
 from .stream import Sequence, share
 
 IGNORED = -100
@@ -23,15 +24,19 @@ class Batch:
 
     inputs: dict[str, torch.Tensor]
     """Arguments of the model's forward: input_ids and position_ids of shape (sequences, longest),
-    and logits_to_keep, the columns that predict trained tokens."""
+    and logits_to_keep, the columns that predict trained tokens. A flat batch is a single row."""
     targets: torch.Tensor
     """Shape (sequences, columns): the token that follows each kept column, or IGNORED."""
+    trained: torch.Tensor
+    """Places of the targets that are not IGNORED, in the flattened targets: (trained tokens,)."""
     tokens: int
     """Number of tokens, without padding."""
     loss_units: int
     """Number of units that the loss is averaged over: trained tokens, pairs, …"""
     rows: NDArray[np.int64]
     """Row numbers in the source data."""
+    documents: Documents | None = None
+    """Of the single row of a flat batch."""
     extra: dict[str, torch.Tensor] = field(default_factory=dict)
     """Further tensors that the method's loss needs."""
 
@@ -40,12 +45,18 @@ class Batch:
         return replace(self, extra={**self.extra, **extra})
 
     def to(self, device: torch.device) -> "Batch":
-        """The batch on another device."""
+        """The batch on another device; the host does not wait for copies to a GPU."""
+
+        def all_moved(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+            return {name: moved(tensor, device) for name, tensor in tensors.items()}
+
         return replace(
             self,
-            inputs={name: tensor.to(device) for name, tensor in self.inputs.items()},
-            targets=self.targets.to(device),
-            extra={name: tensor.to(device) for name, tensor in self.extra.items()},
+            inputs=all_moved(self.inputs),
+            targets=moved(self.targets, device),
+            trained=moved(self.trained, device),
+            documents=None if self.documents is None else self.documents.to(device),
+            extra=all_moved(self.extra),
         )
 
 
@@ -120,9 +131,37 @@ def collate(sequences: Rows, pad: int = 0) -> Batch:
             "logits_to_keep": torch.from_numpy(columns),
         },
         targets=torch.from_numpy(targets),
+        trained=torch.from_numpy(np.flatnonzero(targets != IGNORED)),
         tokens=sum(int(s.lengths.sum()) for s in sequences if s.rows.size),
         loss_units=int((targets != IGNORED).sum()),
         rows=np.concatenate([sequence.rows for sequence in sequences]),
+    )
+
+
+def collate_flat(sequences: Rows) -> Batch:
+    """Tensors for one forward pass on a single row that holds all documents, without padding.
+
+    Args:
+        sequences: at least one row. The first token of no document is trained.
+    """
+    lengths = np.concatenate([sequence.lengths for sequence in sequences])
+    input_ids = np.concatenate([sequence.input_ids for sequence in sequences]).astype(np.int64)
+    trained = np.flatnonzero(np.concatenate([sequence.trainable for sequence in sequences]))
+    is_empty = not trained.size
+    targets = np.array([IGNORED]) if is_empty else input_ids[trained]
+    columns = np.zeros(1, np.int64) if is_empty else trained - 1
+    return Batch(
+        inputs={
+            "input_ids": torch.from_numpy(input_ids)[None],
+            "position_ids": torch.from_numpy(_positions(lengths, len(input_ids)))[None],
+            "logits_to_keep": torch.from_numpy(columns),
+        },
+        targets=torch.from_numpy(targets)[None],
+        trained=torch.arange(len(trained)),
+        tokens=sum(int(s.lengths.sum()) for s in sequences if s.rows.size),
+        loss_units=len(trained),
+        rows=np.concatenate([sequence.rows for sequence in sequences]),
+        documents=Documents.of(lengths),
     )
 
 

@@ -4,12 +4,13 @@ The table is keyed by `learns_from` of the method's settings, not by the method'
 """
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from ..config.method_facts import LearnsFrom
 from ..config.methods import METHODS
+from .fields import number_of
+from .rows import Row
 from .shapes import (
     SHAPES,
     Completion,
@@ -23,8 +24,6 @@ from .shapes import (
     question_of,
 )
 
-Row = dict[str, Any]
-
 
 def _unchanged(example: Example) -> Example:
     return example
@@ -34,7 +33,7 @@ def _undivided(row: Example) -> tuple[Example, ...]:
     return (row,)
 
 
-def _no_extra(_: Row, __: Example) -> None:
+def _no_extra(_: Row, __: Example, ___: Sequence[str]) -> None:
     return None
 
 
@@ -48,8 +47,9 @@ class ExampleRules:
     """Returns the examples in a row of the data."""
     adapt: Callable[[Example], Example] = _unchanged
     """Converts an example to the shape that is tokenised."""
-    extra: Callable[[Row, Example], Row | None] = _no_extra
-    """Returns the JSON object to store with an example, from the raw row and the example."""
+    extra: Callable[[Row, Example, Sequence[str]], Row | None] = _no_extra
+    """Returns the JSON object to store with an example, from the raw row, the example and the
+    `columns` of the method's settings; raises a RowError if they are not usable."""
 
 
 def _labelled_answers(row: Example) -> tuple[Example, ...]:
@@ -59,22 +59,26 @@ def _labelled_answers(row: Example) -> tuple[Example, ...]:
     return (row,)
 
 
-def _label(_: Row, example: Example) -> Row:
+def _label(_: Row, example: Example, __: Sequence[str]) -> Row:
     assert isinstance(example, LabelledExample)
     return {"label": example.label}
 
 
-def _margin(_: Row, example: Example) -> Row | None:
-    assert isinstance(example, PreferencePair)
-    return None if example.margin is None else {"margin": example.margin}
+def _margin(row: Row, _: Example, columns: Sequence[str]) -> Row | None:
+    """The column's number, or the first column's minus the second's."""
+    if not columns:
+        return None
+    better, *worse = (number_of(row, name) for name in columns)
+    return {"margin": better - sum(worse)}
 
 
-_ANSWERS = frozenset({"completion", "response", "prompts", "completions", "completion_ids"})
+_ARGUMENTS = frozenset({"prompts", "completions", "completion_ids"})
+"""The other arguments of reward functions."""
 _FORMATS = (
     ("messages", frozenset({"messages"})),
     ("conversations", frozenset({"conversations", "system"})),
     ("instruction", frozenset({"instruction", "input", "output", "history", "system"})),
-    ("prompt", frozenset({"prompt"})),
+    ("prompt", frozenset({"prompt", "completion", "response"})),
 )
 """Each format's own columns, by the column that identifies the format."""
 
@@ -89,16 +93,27 @@ def _question(example: Example) -> Question:
     return question
 
 
-def _reward_columns(row: Row, example: Example) -> Row:
-    """The arguments of reward functions: the prompt, and the row's other columns."""
+def _reward_columns(row: Row, example: Example, _: Sequence[str]) -> Row:
+    """The arguments of reward functions: the prompt, and the row's other columns.
+
+    `reference` is the row's own column, else the answer that the row has.
+    """
     question = _question(example)
-    own = next((columns for name, columns in _FORMATS if name in row), frozenset())
-    columns = {name: row[name] for name in row if name not in own | _ANSWERS}
-    columns["reference"] = question.reference
+    own = _format_columns(row, example) | _ARGUMENTS
+    columns = {name: value for name, value in row.items() if name not in own}
+    if columns.get("reference") is None:
+        columns["reference"] = question.reference
     prompt = question.prompt if isinstance(question.prompt, str) else list(question.prompt)
     # Values that JSON lacks, such as a date from a Parquet file, become text.
     values: Row = json.loads(json.dumps({"prompt": prompt, "columns": columns}, default=str))
     return values
+
+
+def _format_columns(row: Row, example: Example) -> frozenset[str]:
+    """The columns from which the example was read."""
+    if isinstance(example, Question):  # it has no answer, so no column is one
+        return frozenset({"prompt"})
+    return next((columns for name, columns in _FORMATS if name in row), frozenset())
 
 
 EXAMPLES: dict[LearnsFrom, ExampleRules] = {
@@ -115,6 +130,13 @@ EXAMPLES: dict[LearnsFrom, ExampleRules] = {
 def rules_of(kind: str) -> ExampleRules:
     """The rules of a method, by its kind."""
     return EXAMPLES[METHODS[kind].learns_from]
+
+
+def suits(shape: type[Example], kind: str) -> bool:
+    """True if a method learns from rows of a shape."""
+    rules = rules_of(kind)
+    is_divided = rules.split is not _undivided and shape is PreferencePair
+    return shape in rules.shapes or is_divided
 
 
 def examples_of(row: Example, kind: str) -> tuple[Example, ...]:

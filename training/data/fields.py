@@ -1,31 +1,24 @@
-"""Reads the fields of a row: texts, turns and prompts. A RowError says why a field is refused."""
+"""Reads the fields of a row: texts, numbers and prompts. A RowError says why a field is refused."""
 
+import json
 from typing import Any
 
-from .reading import Row
-from .shapes import Conversation, Message, RowError
+from .rows import Row, Unreadable, shown
+from .scalars import number_in
+from .shapes import ChatContext, Conversation, Message, Question, RowError
+from .tool_fields import check_calls, names_tools, tools_of
 
-_ROLES = {
-    "system": "system",
-    "user": "user",
-    "assistant": "assistant",
-    "tool": "tool",
-    "human": "user",
-    "gpt": "assistant",
-    "chatgpt": "assistant",
-    "bot": "assistant",
-    "model": "assistant",
-    "developer": "system",
-    "function_call": "assistant",
-    "function": "tool",
-    "observation": "tool",
-}
+_NO_OPTIONS = frozenset({"messages", "tools", "add_generation_prompt"})
+_LARGEST = 1e30
+"""Of float32's size; NaN is not below it either."""
 
 
 def text_of(value: Any, name: str) -> str:
     """Check that a value is text and not blank; `name` is the field's name in errors."""
     if value is None:
         raise RowError(f"{name} is null; expected text")
+    if isinstance(value, Unreadable):
+        raise RowError(f"{name} cannot be read: {value.reason}")
     if not isinstance(value, str):
         raise RowError(f"{name} is of type {type(value).__name__}; expected text")
     if not value.strip():
@@ -53,34 +46,79 @@ def optional_text(row: Row, name: str) -> str:
     return "" if value is None or value == "" else text_of(value, name)
 
 
-def turns_of(value: Any, name: str) -> list[Message]:
-    """Read a list of messages; each is {role, content} or {from, value}."""
-    if not isinstance(value, list):
-        kind = "null" if value is None else type(value).__name__
-        raise RowError(f"{name} is {kind}; expected a list of messages")
-    if not value:
-        raise RowError(f"{name} is an empty list; expected messages")
-    return [turn_of(item, f"{name}[{index}]") for index, item in enumerate(value)]
+def number_of(row: Row, name: str) -> float:
+    """The finite number in a field."""
+    if name not in row:
+        raise RowError(f"{name} is missing; expected a number")
+    value = number_in(row[name])
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not is_number or not abs(value) < _LARGEST:
+        raise RowError(f"{name} is {shown(value)}; expected a number")
+    return float(value)
 
 
-def turn_of(item: Any, name: str) -> Message:
-    """Read a message, {role, content} or {from, value}; the role becomes a standard one."""
-    if not isinstance(item, dict):
-        raise RowError(f"{name} is of type {type(item).__name__}; expected {{role, content}}")
-    role_key, content_key = ("from", "value") if "from" in item else ("role", "content")
-    role = item.get(role_key)
-    if not isinstance(role, str) or role not in _ROLES:
-        raise RowError(f"{name}.{role_key} is {role!r}; expected system, user, assistant or tool")
-    if content_key not in item:
-        raise RowError(f"{name}.{content_key} is missing")
-    return {"role": _ROLES[role], "content": text_of(item[content_key], f"{name}.{content_key}")}
+def conversation_of(row: Row, messages: list[Message], first_trained: int = 0) -> Conversation:
+    """A conversation; refused if it has no assistant turn to learn from.
 
-
-def conversation_of(messages: list[Message], first_trained: int = 0) -> Conversation:
-    """A conversation; refused if it has no assistant turn to learn from."""
+    Args:
+        row: its row, which may hold a system prompt, tools and settings for the chat template.
+        messages: all its messages.
+        first_trained: index of the first message that may be trained.
+    """
     if not any(message["role"] == "assistant" for message in messages[first_trained:]):
         raise RowError("there is no assistant turn to learn from")
-    return Conversation(tuple(messages), first_trained)
+    check_calls(messages, "messages")
+    begun = _with_system(row, messages)
+    first_trained += len(begun) - len(messages) if first_trained else 0
+    silent = frozenset(n for n, message in enumerate(begun) if message.get("weight") == 0)
+    return Conversation(tuple(map(_unweighted, begun)), first_trained, context_of(row), silent)
+
+
+def chat_question(row: Row, prompt: list[Message]) -> Question:
+    """A prompt of messages; system prompt, tools and settings are those of its row."""
+    check_calls(prompt, "prompt")
+    begun = _with_system(row, prompt)
+    return Question(tuple(map(_unweighted, begun)), context=context_of(row))
+
+
+def _with_system(row: Row, messages: list[Message]) -> list[Message]:
+    """The messages after the system prompt of the row's column, unless they begin with one."""
+    system = _system_of(row)
+    if not system or messages[0]["role"] == "system":
+        return messages
+    return [{"role": "system", "content": system}, *messages]
+
+
+def is_for_chat(row: Row) -> bool:
+    """True if the row has what only a chat template can render: a system prompt, or tools."""
+    return bool(_system_of(row)) or names_tools(row)
+
+
+def _system_of(row: Row) -> str:
+    """The row's system prompt; empty without one. A column of this name may hold other data."""
+    value = row.get("system")
+    return text_of(value, "system") if isinstance(value, str) and value.strip() else ""
+
+
+def _unweighted(message: Message) -> Message:
+    if "weight" not in message:
+        return message
+    return {key: value for key, value in message.items() if key != "weight"}
+
+
+def context_of(row: Row) -> ChatContext:
+    """The tools of a row, and its settings for the chat template."""
+    options = row.get("chat_template_kwargs")
+    if isinstance(options, str) and options.strip():
+        try:
+            options = json.loads(options)
+        except ValueError as error:
+            raise RowError(f"chat_template_kwargs is not valid JSON: {error}") from None
+    if options is not None and not isinstance(options, dict):
+        raise RowError(f"chat_template_kwargs is {shown(options)}; expected an object")
+    for name in _NO_OPTIONS.intersection(options or {}):
+        raise RowError(f"chat_template_kwargs sets {name}, which the row has of its own; remove it")
+    return ChatContext(tools_of(row), options or {})
 
 
 def answered(prompt: list[Message], answer: str) -> list[Message]:
@@ -88,20 +126,11 @@ def answered(prompt: list[Message], answer: str) -> list[Message]:
     return [*prompt, {"role": "assistant", "content": answer}]
 
 
-def sharegpt_turns(row: Row) -> list[Message]:
-    """The messages of a ShareGPT row, with the system prompt of its `system` field, if any."""
-    messages = turns_of(row.get("conversations"), "conversations")
-    system = optional_text(row, "system")
-    if system and messages[0]["role"] != "system":
-        messages.insert(0, {"role": "system", "content": system})
-    return messages
-
-
 def alpaca_prompt(row: Row) -> list[Message]:
-    """The prompt of an Alpaca row: system prompt, history, then the instruction with its input."""
+    """The prompt of an Alpaca row: its history, then the instruction with its input."""
     instruction = required_text(row, "instruction")
-    system, more = optional_text(row, "system"), optional_text(row, "input")
-    messages = [{"role": "system", "content": system}] if system else []
+    more = optional_text(row, "input")
+    messages: list[Message] = []
     history = row.get("history") or []
     if not isinstance(history, list):
         raise RowError(f"history is {type(history).__name__}; expected a list of pairs")

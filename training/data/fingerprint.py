@@ -2,32 +2,27 @@
 
 import hashlib
 import json
-import time
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
-from functools import lru_cache
-from pathlib import Path
 
-from ..config.model_folder import model_folder, tokenizer_files
-from ..config.models import ModelSettings
+from ..config.places import locates
 from ..config.recipe import Recipe
-from .rendering import RenderSettings
+from .contents import describe_files, describe_tokenizer
+from .curation.plan import plan_stages
+from .render_settings import RenderSettings
 from .resolve import ResolvedData, ResolvedSource, resolve_data
-from .sources import SourceFile, file_kind
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 4
 """Increased when a new version prepares the same inputs differently."""
 
-_BLOCK = 2**20
-_CACHEABLE_SECONDS = 2.0
 
-
+@locates
 def fingerprint(recipe: Recipe, data: ResolvedData | None = None) -> str:
     """Hash the content of the sources and the tokenizer, and the settings that determine how
     rows become sequences; returns 16 hex digits.
 
-    A local file is identified by its content, a remote object by its size and modification time.
+    A local file is identified by its content, a remote object by its size and modification time, a
+    data set of the hub by its commit.
     Paths and training settings do not count.
 
     Args:
@@ -39,58 +34,27 @@ def fingerprint(recipe: Recipe, data: ResolvedData | None = None) -> str:
     """
     data = data or resolve_data(recipe)
     render = asdict(RenderSettings.of(recipe))
-    del render["base"], render["revision"], render["trust_remote_code"]
+    del render["base"], render["revision"], render["trust_remote_code"], render["rows"]
     facts = {
         "version": FORMAT_VERSION,
         "train": _describe(data.train),
         "eval": _describe(data.eval),
         "render": render,
         "method": recipe.method.kind,
+        "columns": recipe.method.columns,
         "packing": recipe.packs,
-        "holdout": recipe.data.holdout,
-        "tokenizer": _describe_tokenizer(recipe.model),
+        "max_row_bytes": recipe.data.max_row_bytes,
+        "holdout": recipe.data.held_out_share,
+        "tokenizer": describe_tokenizer(recipe.model),
     }
+    if recipe.data.is_curated:
+        mix = recipe.data.mix
+        facts["curation"] = [plan_stages(recipe, data)[-1].key, mix and mix.model_dump()]
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def _describe(sources: Sequence[ResolvedSource]) -> list[object]:
-    with ThreadPoolExecutor() as pool:
-        return [
-            [source.format, source.weight, list(pool.map(_describe_file, source.files))]
-            for source in sources
-        ]
-
-
-def _describe_file(file: SourceFile) -> list[object]:
-    kind = file_kind(file)
-    if file.is_local:
-        return [kind, file.is_compressed, _cached_hash(Path(file.uri))]
-    return [kind, file.is_compressed, file.size, file.modified_ns]
-
-
-def _describe_tokenizer(model: ModelSettings) -> dict[str, str]:
-    folder = model_folder(model)
-    assert folder is not None
-    return {file.name: _cached_hash(file) for file in tokenizer_files(folder)}
-
-
-def _cached_hash(path: Path) -> str:
-    """The hash of a file; cached in this process until the file changes."""
-    status = path.stat()
-    if time.time() - status.st_ctime < _CACHEABLE_SECONDS:
-        return _hash(path)  # its next change may get the same timestamp
-    return _hash_of_version(path, status.st_size, status.st_ctime_ns)
-
-
-@lru_cache(maxsize=4096)
-def _hash_of_version(path: Path, size: int, changed_ns: int) -> str:
-    del size, changed_ns
-    return _hash(path)
-
-
-def _hash(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as stream:
-        while block := stream.read(_BLOCK):
-            digest.update(block)
-    return digest.hexdigest()
+    return [
+        [source.format, source.weight, describe_files(source.files), source.changes.facts]
+        for source in sources
+    ]

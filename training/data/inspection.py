@@ -1,20 +1,24 @@
 """A quick check of the first rows of a source: its format, its size, and whether it is usable."""
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import islice
 from typing import Any
 
 from ..common.errors import InputError
-from .examples import examples_of, rules_of
-from .formats import KnownFormat, normalise
-from .reading import BadRow, Row
+from ..config.method_facts import MethodSettings
+from ..config.source import KnownFormat
+from .formats import detect_format, read_examples
 from .resolve import ResolvedSource, all_rows
+from .rows import BadRow, Row
 from .shapes import Example, RowError
 from .sources import file_kind, parquet_metadata
 
 _ROWS_CHECKED = 200
+_TEXT_CHECKED = 64 * 2**20
+"""Characters of JSON in the first rows, which are held in memory together."""
+_ENCODED = 20_000
+"""Characters of a row that are tokenised for the estimate."""
 _TYPICAL_COMPRESSION = 3.0
 
 
@@ -32,6 +36,8 @@ class SourceInspection:
     """True if `rows` is counted; otherwise it is estimated from the first rows."""
     tokens: int | None
     """Estimate for all rows, without special tokens; None if there is no tokenizer.json."""
+    unread_splits: tuple[str, ...] = ()
+    """Splits of the folder or data set that no source reads."""
 
 
 @dataclass(frozen=True)
@@ -43,32 +49,39 @@ class InspectedRows:
     """In the shape that the method tokenises."""
     per_row: float
     """Mean number of examples in a usable row of the source."""
+    bad: tuple[str, ...]
+    """Place and fault of the first rows that cannot be used."""
 
 
 def inspect_source(
-    source: ResolvedSource, method: str, count_all: bool, tokenizer: Any
+    source: ResolvedSource,
+    method: MethodSettings,
+    max_row_bytes: int,
+    count_all: bool,
+    tokenizer: Any,
 ) -> InspectedRows:
     """Read the first rows of a source, and convert them as the method does.
 
     Args:
         source: the files and the format of the rows.
-        method: the method's kind.
+        method: the method's settings.
+        max_row_bytes: size of the largest row that is used.
         count_all: read all rows to count them; otherwise their number is estimated.
         tokenizer: a `tokenizers.Tokenizer` to estimate the number of tokens, or None.
 
     Raises:
         InputError: none of the first rows is usable.
     """
-    rows = all_rows(source.files)
-    first = list(islice(rows, _ROWS_CHECKED))
-    usable = _usable(source, method, first)
+    rows = all_rows(source.files, source.changes, max_row_bytes)
+    first, mean = _first(rows)
+    usable, bad = _usable(source, method, first)
     is_parquet = [file_kind(file) == "parquet" for file in source.files]
     if all(is_parquet):
         count, is_exact = sum(parquet_metadata(file).num_rows for file in source.files), True
     elif count_all:
         count, is_exact = len(first) + sum(1 for _ in rows), True
     else:
-        count, is_exact = _estimated_rows(source, first), False
+        count, is_exact = _estimated_rows(source, mean), False
     examples = tuple(example for row in usable for example in row)
     per_row = len(examples) / len(usable)
     tokens = (
@@ -82,43 +95,83 @@ def inspect_source(
         rows=count,
         is_exact=is_exact,
         tokens=tokens,
+        unread_splits=source.unread_splits,
     )
-    return InspectedRows(inspection, examples, per_row)
+    return InspectedRows(inspection, examples, per_row, bad)
+
+
+def _first(
+    rows: Iterator[tuple[str, Row | BadRow]],
+) -> tuple[list[tuple[str, Row | BadRow]], float]:
+    """The first rows, and the mean length of their text."""
+    first: list[tuple[str, Row | BadRow]] = []
+    size = 0
+    for place, row in rows:
+        first.append((place, row))
+        size += _text_length(row)
+        if len(first) == _ROWS_CHECKED or size > _TEXT_CHECKED:
+            break
+    return first, (size + 1) / len(first)
+
+
+def _text_length(row: Row | BadRow) -> int:
+    try:
+        return len(row.raw if isinstance(row, BadRow) else json.dumps(row, default=str))
+    except RecursionError:
+        return 0
+
+
+def _other_format(
+    source: ResolvedSource, method: MethodSettings, first: Sequence[tuple[str, Row | BadRow]]
+) -> str | None:
+    """The fault of the first row, if the rows look like those of another method."""
+    rows = [(place, row) for place, row in first if not isinstance(row, BadRow)]
+    likely = detect_format(rows) if rows else source.format
+    if likely == source.format:
+        return None
+    place, row = rows[0]
+    try:
+        read_examples(row, likely, method.kind, method.columns)
+    except RowError as error:
+        return f"{place}: {error}"
+    return None
 
 
 def _usable(
-    source: ResolvedSource, method: str, first: Sequence[tuple[str, Row | BadRow]]
-) -> list[tuple[Example, ...]]:
-    """The examples of each usable row; an InputError if no row is usable."""
-    rules = rules_of(method)
+    source: ResolvedSource, method: MethodSettings, first: Sequence[tuple[str, Row | BadRow]]
+) -> tuple[list[tuple[Example, ...]], tuple[str, ...]]:
+    """The examples of each usable row, and the faults of the others; an InputError if no row is
+    usable."""
     usable: list[tuple[Example, ...]] = []
-    first_error = ""
+    bad: list[str] = []
     for place, row in first:
         try:
             if isinstance(row, BadRow):
                 raise RowError(row.reason)
-            examples = examples_of(normalise(row, source.format), method)
-            usable.append(tuple(rules.adapt(example) for example in examples))
+            _, examples = read_examples(row, source.format, method.kind, method.columns)
+            usable.append(tuple(example for example, _ in examples))
         except RowError as error:
-            first_error = first_error or f"{place}: {error}"
+            bad.append(f"{place}: {error}")
     if not usable:
+        fault = _other_format(source, method, first) or bad[0]
         raise InputError(
-            f"{first_error}; none of the first {len(first)} rows is usable as {source.format}"
+            f"{fault}; none of the first {len(first)} rows is usable as {source.format}"
         )
-    return usable
+    return usable, tuple(bad)
 
 
-def _estimated_rows(source: ResolvedSource, first: Sequence[tuple[str, Row | BadRow]]) -> int:
-    texts = [
-        row.raw if isinstance(row, BadRow) else json.dumps(row, default=str) for _, row in first
-    ]
-    mean = (sum(map(len, texts)) + 1) / len(texts)
+def _estimated_rows(source: ResolvedSource, mean: float) -> int:
     size = sum(
         file.size * (_TYPICAL_COMPRESSION if file.is_compressed else 1.0) for file in source.files
     )
     return max(1, round(size / mean))
 
 
-def _mean_tokens(tokenizer: Any, rows: Iterable[Example]) -> float:
-    encodings = tokenizer.encode_batch(["\n".join(row.contents) for row in rows])
-    return sum(len(encoding.ids) for encoding in encodings) / len(encodings)
+def _mean_tokens(tokenizer: Any, rows: Sequence[Example]) -> float:
+    texts = ["\n".join(row.contents) for row in rows]
+    encodings = tokenizer.encode_batch([text[:_ENCODED] for text in texts])
+    sizes = [
+        len(encoding.ids) * max(1.0, len(text) / _ENCODED)
+        for text, encoding in zip(texts, encodings, strict=True)
+    ]
+    return sum(sizes) / len(sizes)

@@ -3,26 +3,26 @@
 The prompt is a separate field, or the common beginning of two whole conversations.
 """
 
-import math
 import re
+from collections.abc import Sequence
 from typing import Any
 
 from .fields import (
     alpaca_prompt,
     answered,
     conversation_of,
+    is_for_chat,
     required_text,
-    sharegpt_turns,
     text_of,
-    turn_of,
-    turns_of,
 )
-from .reading import Row
+from .messages import are_equal, turn_of, turns_of, with_lists
+from .rows import Row, shown
+from .scalars import label_of
 from .shapes import Answer, Completion, LabelledExample, Message, PreferencePair, RowError
 
 _SPEAKER = re.compile(r"(?:\A|\n\n)(Human|Assistant):[ \t]?")
+_ANSWERS = ("chosen", "rejected")
 _SPEAKERS = {"Human": "user", "Assistant": "assistant"}
-_SCORES = (("score_chosen", "score_rejected"), ("chosen_score", "rejected_score"))
 
 
 def from_preference(row: Row) -> PreferencePair:
@@ -31,22 +31,32 @@ def from_preference(row: Row) -> PreferencePair:
     Raises:
         RowError: see `formats.normalise`.
     """
+    row = with_lists(_with_plain_names(row))
     for name in ("chosen", "rejected"):
         if row.get(name) is None:
             raise RowError(f"{name} is {'null' if name in row else 'missing'}; expected an answer")
-    prompt = _prompt(row)
-    if prompt is None or (isinstance(prompt, str) and _holds_prompt(row["chosen"])):
+    prompt = None if _repeats_prompt(row) else _prompt(row)
+    if prompt is None:
         chosen, rejected = _whole(row)
     else:
-        chosen, rejected = (_after(prompt, row[name], name) for name in ("chosen", "rejected"))
-    if chosen == rejected:
+        chosen, rejected = (answer_to(row, prompt, row[name], name) for name in _ANSWERS)
+    if chosen.contents == rejected.contents:
         raise RowError("chosen and rejected are equal, so the row states no preference")
-    return PreferencePair(chosen, rejected, _margin(row))
+    return PreferencePair(chosen, rejected)
 
 
-def _holds_prompt(answer: Any) -> bool:
-    """True if an answer is a whole conversation, so the prompt field only repeats its prompt."""
-    return isinstance(answer, list) and turns_of(answer, "chosen")[0]["role"] != "assistant"
+def _with_plain_names(row: Row) -> Row:
+    """The row with `chosen` for `chosen_messages`, where it has no other."""
+    names = [name for name in _ANSWERS if row.get(name) is None]
+    return {**row, **{n: row[f"{n}_messages"] for n in names if f"{n}_messages" in row}}
+
+
+def _repeats_prompt(row: Row) -> bool:
+    """True if the answers are whole conversations, beside which a prompt of text is not needed."""
+    if "conversations" in row or "instruction" in row or isinstance(row.get("prompt"), list):
+        return False
+    chosen = row["chosen"]
+    return isinstance(chosen, list) and turns_of(chosen, "chosen")[0]["role"] != "assistant"
 
 
 def from_labelled(row: Row) -> LabelledExample:
@@ -55,57 +65,86 @@ def from_labelled(row: Row) -> LabelledExample:
     Raises:
         RowError: see `formats.normalise`.
     """
+    name, value = _label(row)
+    label = label_of(value)
+    if label is None:
+        raise RowError(f"{name} is {shown(value)}; expected true (a good answer) or false")
+    return LabelledExample(_labelled_answer(row), label)
+
+
+def is_rated(row: Row) -> bool:
+    """True if the row's label says that its answer is good, or that it is bad."""
+    return label_of(_label(row)[1]) is not None
+
+
+def _label(row: Row) -> tuple[str, Any]:
     name = "label" if "label" in row else "kto_tag"
-    label = row.get(name)
-    if not (isinstance(label, bool) or (isinstance(label, int) and label in (0, 1))):
-        raise RowError(f"{name} is {label!r}; expected true (a good answer) or false")
-    return LabelledExample(_labelled_answer(row), bool(label))
+    return name, row.get(name)
 
 
 def _labelled_answer(row: Row) -> Answer:
     if "messages" in row or "conversations" in row:
-        messages = (
-            turns_of(row["messages"], "messages") if "messages" in row else sharegpt_turns(row)
-        )
+        name = "messages" if "messages" in row else "conversations"
+        messages = turns_of(row[name], name)
         if messages[-1]["role"] != "assistant":
             raise RowError("the last message must be an assistant turn, because the label rates it")
-        return conversation_of(messages, first_trained=len(messages) - 1)
+        return conversation_of(row, messages, first_trained=len(messages) - 1)
     if "instruction" in row:
-        return _after(alpaca_prompt(row), required_text(row, "output"), "output")
+        return answer_to(row, alpaca_prompt(row), required_text(row, "output"), "output")
     name = "completion" if "completion" in row else "response"
     prompt = _prompt(row)
     if prompt is None or row.get(name) is None:
         raise RowError("prompt and completion (or response) are missing")
-    return _after(prompt, row[name], name)
+    return answer_to(row, prompt, row[name], name)
 
 
 def _prompt(row: Row) -> list[Message] | str | None:
     """The prompt of the answers, as messages or as text; None if the answers contain it."""
     if "conversations" in row:
-        return sharegpt_turns(row)
+        return turns_of(row["conversations"], "conversations")
     if "instruction" in row:
         return alpaca_prompt(row)
+    if row.get("prompt") is not None or row.get("messages") is None:
+        return prompt_of(row)
+    messages = turns_of(row["messages"], "messages")
+    return None if messages[-1]["role"] == "assistant" else messages
+
+
+def prompt_of(row: Row) -> list[Message] | str | None:
+    """The column `prompt`: messages, also where a system prompt or tools stand beside its text; or
+    text that is used verbatim. None without one.
+
+    Raises:
+        RowError: it is neither messages nor text.
+    """
     prompt = row.get("prompt")
     if prompt is None:
         return None
-    return turns_of(prompt, "prompt") if isinstance(prompt, list) else text_of(prompt, "prompt")
+    if isinstance(prompt, list):
+        return turns_of(prompt, "prompt")
+    text = text_of(prompt, "prompt")
+    return [{"role": "user", "content": text}] if is_for_chat(row) else text
 
 
-def _after(prompt: list[Message] | str, value: Any, name: str) -> Answer:
-    """The prompt followed by an answer, which is a text, a message or a list of messages."""
+def answer_to(row: Row, prompt: list[Message] | str, value: Any, name: str) -> Answer:
+    """The prompt followed by an answer, which is a text, a message or a list of messages.
+
+    Raises:
+        RowError: it is none of these, or does not begin with an assistant turn.
+    """
     if isinstance(value, str):
         answer = text_of(value, name)
         if isinstance(prompt, str):
             return Completion(prompt, answer)
-        return conversation_of(answered(prompt, answer), first_trained=len(prompt))
+        return conversation_of(row, answered(prompt, answer), first_trained=len(prompt))
     messages = [turn_of(value, name)] if isinstance(value, dict) else turns_of(value, name)
     if isinstance(prompt, str):
         prompt = [{"role": "user", "content": prompt}]
-    if messages[: len(prompt)] == prompt:  # the answer repeats it
+    if all(map(are_equal, messages, prompt)) and len(messages) > len(prompt):  # it is repeated
         messages = messages[len(prompt) :]
     if not messages or messages[0]["role"] != "assistant":
         raise RowError(f"{name} does not begin with an assistant turn")
-    return conversation_of(prompt + messages, first_trained=len(prompt))
+    return conversation_of(row, prompt + messages, first_trained=len(prompt))
 
 
 def _whole(row: Row) -> tuple[Answer, Answer]:
@@ -115,12 +154,17 @@ def _whole(row: Row) -> tuple[Answer, Answer]:
         chosen, rejected = (required_text(row, name) for name in ("chosen", "rejected"))
         transcripts = _transcript(chosen), _transcript(rejected)
         if transcripts[0] is None or transcripts[1] is None:
+            if row.get("messages") is not None or is_for_chat(row):
+                raise RowError(
+                    "chosen and rejected are texts without a prompt, so nothing can be done with "
+                    "messages, system and tools beside them; give the prompt as a column of its own"
+                )
             return _split_texts(chosen, rejected)
-        return _split_turns(transcripts[0], transcripts[1])
-    return _split_turns(turns_of(texts[0], "chosen"), turns_of(texts[1], "rejected"))
+        return _split_turns(row, transcripts[0], transcripts[1])
+    return _split_turns(row, turns_of(texts[0], "chosen"), turns_of(texts[1], "rejected"))
 
 
-def _split_turns(chosen: list[Message], rejected: list[Message]) -> tuple[Answer, Answer]:
+def _split_turns(row: Row, chosen: list[Message], rejected: list[Message]) -> tuple[Answer, Answer]:
     cut = common_prefix(chosen, rejected)
     if cut == 0:
         raise RowError("chosen and rejected have no common prompt: their first messages differ")
@@ -130,7 +174,7 @@ def _split_turns(chosen: list[Message], rejected: list[Message]) -> tuple[Answer
                 f"chosen and rejected first differ at message {cut + 1}, which in {name} has the "
                 f"role {messages[cut]['role']}; expected an assistant turn after a common prompt"
             )
-    return conversation_of(chosen, first_trained=cut), conversation_of(rejected, first_trained=cut)
+    return conversation_of(row, chosen, cut), conversation_of(row, rejected, cut)
 
 
 def _split_texts(chosen: str, rejected: str) -> tuple[Answer, Answer]:
@@ -150,11 +194,17 @@ def _split_texts(chosen: str, rejected: str) -> tuple[Answer, Answer]:
     return answers[0], answers[1]
 
 
-def common_prefix(first: list[Message] | str, second: list[Message] | str) -> int:
+def common_prefix(first: Sequence[Message | str], second: Sequence[Message | str]) -> int:
     """Number of messages (or characters) that both begin with; at least one of each remains."""
     longest = min(len(first), len(second)) - 1
     pairs = zip(first[:longest], second[:longest], strict=True)
-    return next((index for index, (a, b) in enumerate(pairs) if a != b), longest)
+    return next((index for index, (a, b) in enumerate(pairs) if not _same(a, b)), longest)
+
+
+def _same(first: Message | str, second: Message | str) -> bool:
+    if isinstance(first, str) or isinstance(second, str):
+        return first == second
+    return are_equal(first, second)
 
 
 def _transcript(text: str) -> list[Message] | None:
@@ -170,20 +220,3 @@ def _transcript(text: str) -> list[Message] | None:
         }
         for number, (mark, end) in enumerate(zip(marks, ends, strict=True), start=1)
     ]
-
-
-def _margin(row: Row) -> float | None:
-    """By how much the chosen answer is better; None if the row has no margin or scores."""
-    if row.get("margin") is not None:
-        return _number(row["margin"], "margin")
-    for names in _SCORES:
-        if all(row.get(name) is not None for name in names):
-            better, worse = (_number(row[name], name) for name in names)
-            return better - worse
-    return None
-
-
-def _number(value: Any, name: str) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise RowError(f"{name} is {value!r}; expected a number")
-    return float(value)

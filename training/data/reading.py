@@ -5,64 +5,98 @@ import csv
 import io
 import json
 import sys
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from itertools import islice
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from ..common.errors import InputError
-from .sources import Chunk, SourceFile, parquet_metadata
+from ..common.errors import InputError, reason
+from ..common.formatting import one_line
+from .json_array import array_rows
+from .json_features import decode_json
+from .rows import SHOWN, BadRow, Row, Unreadable, row_or_bad, shorten, size_in_bytes, too_large
+from .sources import Chunk, SourceFile, arrow_batches, parquet_metadata, plan_chunks
+from .struct_nulls import chat_columns, without_nulls
 
 _BLOCK = 2**20
-_LARGEST_ELEMENT = 64 * 2**20
-_SHOWN = 300
-
-Row = dict[str, Any]
-
-
-@dataclass(frozen=True)
-class BadRow:
-    """A row that cannot be used."""
-
-    reason: str
-    raw: str
-    """The row as it is in the file, shortened."""
+_READ_AHEAD = 8 * 2**20
+"""Bytes of Parquet rows that are converted together."""
+_MOST_TOGETHER = 512
 
 
-@dataclass(frozen=True)
+@dataclass
 class ChunkContent:
     """The rows of a chunk, and its number of lines."""
 
     rows: Iterator[tuple[int, Row | BadRow]]
     """(line, row) pairs. Lines (or Parquet rows) are counted from 1 at the start of the chunk."""
-    lines: int
-    """Lines (or Parquet rows) in the chunk; 0 for a kind of file that is always one chunk."""
+    lines: int = 0
+    """Lines (or Parquet rows) in the chunk, once all rows are taken; 0 for a kind of file that is
+    always one chunk."""
 
 
-def read_chunk(chunk: Chunk) -> ChunkContent:
+def read_chunk(chunk: Chunk, max_bytes: int) -> ChunkContent:
     """Open a chunk and iterate over its rows.
 
+    Args:
+        chunk: the chunk.
+        max_bytes: a larger row becomes a `BadRow`; of lines, no more is held in memory.
+
     Raises:
-        InputError: while iterating, if a JSON array, CSV, Parquet or compressed file is damaged:
-            all rows after the damage are lost, so this is not a matter of single bad rows.
+        InputError: while iterating, if a file cannot be read, or a JSON array, CSV, Parquet or
+            compressed file is damaged: all rows after the damage are lost, so this is not a matter
+            of single bad rows.
     """
+    file = chunk.file
+    content = ChunkContent(iter(()))
     if chunk.kind == "parquet":
-        metadata = parquet_metadata(chunk.file)
+        metadata = parquet_metadata(file)
         groups = range(chunk.start, chunk.stop)
-        count = sum(metadata.row_group(group).num_rows for group in groups)
-        return ChunkContent(_parquet_rows(chunk), count)
-    if chunk.kind == "array":
-        return ChunkContent(_guard(chunk.file, _array_rows(chunk.file)), 0)
-    if chunk.kind in ("csv", "tsv"):
-        delimiter = "," if chunk.kind == "csv" else "\t"
-        return ChunkContent(_guard(chunk.file, _csv_rows(chunk.file, delimiter)), 0)
-    if chunk.file.is_compressed:
-        return ChunkContent(_guard(chunk.file, _line_rows(_stream_lines(chunk.file))), 0)
-    content = _line_range(chunk)
-    lines = content.count(b"\n") + (0 if content.endswith(b"\n") or not content else 1)
-    return ChunkContent(_line_rows(io.BytesIO(content)), lines)
+        content.lines = sum(metadata.row_group(group).num_rows for group in groups)
+        rows = _parquet_rows(chunk, max_bytes)
+    elif chunk.kind == "arrow":
+        rows = _arrow_rows(chunk, max_bytes, content)
+    elif chunk.kind == "array":
+        rows = array_rows(file, max_bytes)
+    elif chunk.kind in ("csv", "tsv"):
+        rows = _csv_rows(file, "," if chunk.kind == "csv" else "\t", max_bytes)
+    else:
+        lines = (
+            _compressed_lines(file, max_bytes)
+            if file.is_compressed
+            else _lines_of(chunk, max_bytes, content)
+        )
+        rows = _line_rows(lines, _parse_text if chunk.kind == "text" else _parse_line)
+    content.rows = _guard(file, rows)
+    if chunk.rows is not None:
+        content.rows = islice(content.rows, *chunk.rows)
+    return content
+
+
+def count_rows(file: SourceFile, at_most: int) -> int:
+    """Number of rows in a file, or `at_most` if it has more; reads no further than there.
+
+    Raises:
+        InputError: the file cannot be read.
+    """
+    file = replace(file, rows=None)
+    chunks = plan_chunks(file)
+    if chunks and chunks[0].kind == "parquet":
+        return min(at_most, int(parquet_metadata(file).num_rows))
+    if chunks and chunks[0].kind == "arrow":
+        return min(at_most, sum(int(batch.num_rows) for batch in arrow_batches(file)))
+    count = 0
+    for chunk in chunks:
+        rows = read_chunk(chunk, _BLOCK).rows
+        if chunk.kind in ("lines", "text") and not file.is_compressed:
+            rows = _line_rows(_lines_of(chunk, _BLOCK, ChunkContent(iter(()))), _unparsed)
+        count += sum(1 for _ in islice(rows, at_most - count))
+        if count >= at_most:
+            break
+    return count
 
 
 def first_line(chunk: Chunk) -> int:
@@ -72,6 +106,9 @@ def first_line(chunk: Chunk) -> int:
     if chunk.kind == "parquet":
         metadata = parquet_metadata(chunk.file)
         return 1 + sum(int(metadata.row_group(group).num_rows) for group in range(chunk.start))
+    if chunk.kind == "arrow":
+        batches = islice(arrow_batches(chunk.file), chunk.start)
+        return 1 + sum(int(batch.num_rows) for batch in batches)
     line = 1
     with chunk.file.open() as stream:
         remaining = _line_start(stream, chunk.start, chunk.file.size)
@@ -83,27 +120,69 @@ def first_line(chunk: Chunk) -> int:
     return line
 
 
-def shorten(text: str) -> str:
-    """Shorten a row's text to a few hundred characters, for messages and the quarantine."""
-    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}… ({len(text)} characters)"
-
-
 def _guard(
     file: SourceFile, rows: Iterator[tuple[int, Row | BadRow]]
 ) -> Iterator[tuple[int, Row | BadRow]]:
     try:
         yield from rows
-    except OSError as error:
-        raise InputError(f"{file.uri}: the file is damaged or cannot be read: {error}") from None
+    except (OSError, pa.ArrowException) as error:
+        raise InputError(
+            f"{file.place}: the file is damaged or cannot be read: {reason(error)}; write it again"
+        ) from None
 
 
-def _line_range(chunk: Chunk) -> bytes:
-    """The lines that begin in [start, stop)."""
+def _lines_of(chunk: Chunk, max_bytes: int, content: ChunkContent) -> Iterator[bytes | BadRow]:
+    """The lines that begin in [start, stop); counts them in `content`."""
     with chunk.file.open() as stream:
-        start = _line_start(stream, chunk.start, chunk.file.size)
-        stop = _line_start(stream, chunk.stop, chunk.file.size)
-        stream.seek(start)
-        return bytes(stream.read(stop - start))
+        position = _line_start(stream, chunk.start, chunk.file.size)
+        stream.seek(position)
+        for size, line in _lines(stream, max_bytes):
+            if position >= chunk.stop or position >= chunk.file.size:
+                return
+            position += size
+            content.lines += 1
+            yield line
+
+
+def _compressed_lines(file: SourceFile, max_bytes: int) -> Iterator[bytes | BadRow]:
+    with file.open_text() as stream:
+        for _, line in _lines(stream, max_bytes):
+            yield line
+
+
+def _lines(stream: Any, max_bytes: int) -> Iterator[tuple[int, bytes | BadRow]]:
+    """(size with its end, line) of every line; of a line that is too large, only the start is kept.
+
+    Args:
+        stream: bytes.
+        max_bytes: largest line.
+    """
+    parts: list[bytes] = []
+    size = kept = 0
+    while block := stream.read(_BLOCK):
+        *ends, rest = block.split(b"\n")
+        for end in ends:
+            if kept <= max_bytes:
+                parts.append(end)
+            size += len(end) + 1
+            yield size, _line(parts, size - 1, max_bytes)
+            size = kept = 0
+        size += len(rest)
+        if kept <= max_bytes:
+            parts.append(rest)
+            kept += len(rest)
+    if size:
+        yield size, _line(parts, size, max_bytes)
+
+
+def _line(parts: list[bytes], size: int, max_bytes: int) -> bytes | BadRow:
+    """The line of some parts, which are removed from their list."""
+    joined = b"".join(parts if size <= max_bytes else parts[:2])
+    parts.clear()
+    if size <= max_bytes:
+        return joined
+    start = joined[: 4 * SHOWN].decode("utf-8", "backslashreplace")
+    return too_large(size, max_bytes, start)
 
 
 def _line_start(stream: Any, position: int, size: int) -> int:
@@ -123,135 +202,51 @@ def _line_start(stream: Any, position: int, size: int) -> int:
     return size
 
 
-def _stream_lines(file: SourceFile) -> Iterator[bytes]:
-    with file.open_text() as stream:
-        rest = b""
-        while block := stream.read(_BLOCK):
-            *lines, rest = (rest + block).split(b"\n")
-            yield from lines
-        yield rest
-
-
-def _line_rows(lines: Iterator[bytes] | io.BytesIO) -> Iterator[tuple[int, Row | BadRow]]:
+def _line_rows(
+    lines: Iterator[bytes | BadRow], parse: Callable[[bytes], Row | BadRow]
+) -> Iterator[tuple[int, Row | BadRow]]:
+    """The rows of lines; blank ones are none."""
     for number, line in enumerate(lines, start=1):
-        text = line.strip().removeprefix(codecs.BOM_UTF8)
-        if text:
-            yield number, _parse_line(text)
+        if isinstance(line, BadRow):
+            yield number, line
+        elif line.strip().removeprefix(codecs.BOM_UTF8):
+            yield number, parse(line.removeprefix(codecs.BOM_UTF8))
 
 
-def _parse_line(line: bytes) -> Row | BadRow:
+def _unparsed(_: bytes) -> Row:
+    return {}
+
+
+def _parse_text(line: bytes) -> Row | BadRow:
+    """A line of plain text as a row."""
+    text = _decoded(line.rstrip(b"\r"))
+    return text if isinstance(text, BadRow) else {"text": text}
+
+
+def _decoded(line: bytes) -> str | BadRow:
     try:
-        text = line.decode("utf-8")
+        return line.decode("utf-8")
     except UnicodeDecodeError as error:
         shown = shorten(line.decode("utf-8", "backslashreplace"))
         return BadRow(f"not UTF-8 text at byte {error.start + 1} of the line", shown)
+
+
+def _parse_line(line: bytes) -> Row | BadRow:
+    text = _decoded(line.strip().removeprefix(codecs.BOM_UTF8))
+    if isinstance(text, BadRow):
+        return text
     try:
         row = json.loads(text)
     except RecursionError:
         return BadRow("not usable JSON: nested too deeply", shorten(text))
     except ValueError as error:
         return BadRow(f"not valid JSON: {error}", shorten(text))
-    return _object_or_bad(row, text)
+    return row_or_bad(row, text)
 
 
-def _object_or_bad(row: Any, text: str) -> Row | BadRow:
-    if isinstance(row, dict):
-        return row
-    return BadRow(f"expected a JSON object, found {type(row).__name__}", shorten(text))
-
-
-def _array_rows(file: SourceFile) -> Iterator[tuple[int, Row | BadRow]]:
-    """The elements of a JSON array, decoded from a sliding window over its text."""
-    with file.open_text() as stream:
-        yield from _elements(_Window(file, stream))
-
-
-def _elements(window: "_Window") -> Iterator[tuple[int, Row | BadRow]]:
-    window.skip_space()
-    window.expect("[")
-    window.skip_space()
-    if window.peek() == "]":
-        return
-    while True:
-        window.skip_space()
-        line, text, row = window.element()
-        try:
-            text.encode("utf-8")
-        except UnicodeEncodeError:
-            shown = text.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
-            yield line, BadRow("not UTF-8 text", shorten(shown))
-        else:
-            yield line, _object_or_bad(row, text)
-        window.skip_space()
-        if window.peek() == "]":
-            return
-        window.expect(",")
-
-
-class _Window:
-    """A sliding window over a text file, with a position and its line number."""
-
-    def __init__(self, file: SourceFile, stream: Any) -> None:
-        self._file = file
-        self._stream = stream
-        # Invalid UTF-8 becomes lone surrogates here, so that only the row with them is bad.
-        self._utf8 = codecs.getincrementaldecoder("utf-8-sig")(errors="surrogateescape")
-        self._json = json.JSONDecoder()
-        self._text = ""
-        self._position = 0
-        self._line = 1
-        self._ended = False
-
-    def peek(self) -> str:
-        """The next character; empty at the end of the file."""
-        while self._position >= len(self._text) and not self._ended:
-            self._read_more()
-        return self._text[self._position : self._position + 1]
-
-    def skip_space(self) -> None:
-        while (character := self.peek()) and character in " \t\r\n":
-            self._line += character == "\n"
-            self._position += 1
-
-    def expect(self, character: str) -> None:
-        actual = self.peek()
-        if actual != character:
-            self._fail(f"expected '{character}', found {actual!r}" if actual else "the file ends")
-        self._position += 1
-
-    def element(self) -> tuple[int, str, Any]:
-        """Read the next element; returns (line, text, value)."""
-        while True:
-            try:
-                value, end = self._json.raw_decode(self._text, self._position)
-            except RecursionError:
-                self._fail("nested too deeply")
-            except ValueError as error:
-                if self._ended or len(self._text) - self._position > _LARGEST_ELEMENT:
-                    self._fail(str(error))
-                self._read_more()
-            else:
-                line, text = self._line, self._text[self._position : end]
-                self._line += text.count("\n")
-                self._position = end
-                return line, text, value
-
-    def _read_more(self) -> None:
-        """Drop the text before the position, and double the rest (by at least a block)."""
-        self._text = self._text[self._position :]
-        self._position = 0
-        block = self._stream.read(max(_BLOCK, len(self._text)))
-        self._ended = not block
-        self._text += self._utf8.decode(block, final=self._ended)
-
-    def _fail(self, reason: str) -> None:
-        raise InputError(
-            f"{self._file.uri}:{self._line}: the JSON array is invalid from here on: {reason}; "
-            "repair it, or write one object per line as .jsonl"
-        )
-
-
-def _csv_rows(file: SourceFile, delimiter: str) -> Iterator[tuple[int, Row | BadRow]]:
+def _csv_rows(
+    file: SourceFile, delimiter: str, max_bytes: int
+) -> Iterator[tuple[int, Row | BadRow]]:
     csv.field_size_limit(sys.maxsize)  # the default of 128 KiB is too small for long documents
     with file.open_text() as stream:
         text = io.TextIOWrapper(stream, encoding="utf-8-sig", errors="surrogateescape", newline="")
@@ -264,35 +259,99 @@ def _csv_rows(file: SourceFile, delimiter: str) -> Iterator[tuple[int, Row | Bad
             except StopIteration:
                 return
             except csv.Error as error:
-                raise InputError(f"{file.uri}:{line}: not valid CSV: {error}") from None
+                raise InputError(
+                    f"{file.place}:{line}: not valid CSV: {reason(error)}; correct it"
+                ) from None
             if header is None:
                 header = cells
             elif cells:
-                yield line, _csv_row(header, cells)
+                yield line, _csv_row(header, cells, max_bytes)
 
 
-def _csv_row(header: list[str], cells: list[str]) -> Row | BadRow:
-    shown = " | ".join(cells)
-    try:
-        shown.encode("utf-8")
-    except UnicodeEncodeError:
-        raw = shown.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
-        return BadRow("not UTF-8 text", shorten(raw))
+def _csv_row(header: list[str], cells: list[str], max_bytes: int) -> Row | BadRow:
+    size = sum(map(size_in_bytes, cells))
+    if size > max_bytes:
+        return too_large(size, max_bytes, _shown(cells))
+    if not all(map(_is_utf8, cells)):
+        return BadRow("not UTF-8 text", shorten(_shown(cells)))
     if len(cells) != len(header):
         reason = f"{len(cells)} cells, but the header has {len(header)}"
-        return BadRow(reason, shorten(shown))
+        return BadRow(reason, shorten(_shown(cells)))
     return dict(zip(header, cells, strict=True))
 
 
-def _parquet_rows(chunk: Chunk) -> Iterator[tuple[int, Row | BadRow]]:
-    groups = list(range(chunk.start, chunk.stop))
-    number = 0
+def _is_utf8(text: str) -> bool:
+    """False if a byte of the text was not UTF-8, and is a lone surrogate now."""
     try:
-        with chunk.file.open() as stream:
-            parquet = pq.ParquetFile(stream)
-            for batch in parquet.iter_batches(batch_size=512, row_groups=groups):
-                for row in batch.to_pylist():
+        return text.isascii() or bool(text.encode("utf-8"))
+    except UnicodeEncodeError:
+        return False
+
+
+def _shown(cells: list[str]) -> str:
+    joined = " | ".join(cell[: 2 * SHOWN] for cell in cells[: 2 * SHOWN])
+    return joined.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+
+
+def _parquet_rows(chunk: Chunk, max_bytes: int) -> Iterator[tuple[int, Row | BadRow]]:
+    number = 0
+    with chunk.file.open() as stream:
+        parquet = pq.ParquetFile(stream)
+        for group in range(chunk.start, chunk.stop):
+            metadata = parquet.metadata.row_group(group)
+            mean = max(1, metadata.total_byte_size // max(1, metadata.num_rows))
+            together = max(1, min(_MOST_TOGETHER, _READ_AHEAD // mean))
+            for batch in parquet.iter_batches(batch_size=together, row_groups=[group]):
+                for row in decode_json(parquet.schema_arrow, _converted(batch, max_bytes)):
                     number += 1
                     yield number, row
-    except (pa.ArrowInvalid, OSError) as error:
-        raise InputError(f"{chunk.file.uri}: the Parquet file is damaged: {error}") from None
+
+
+def _arrow_rows(
+    chunk: Chunk, max_bytes: int, content: ChunkContent
+) -> Iterator[tuple[int, Row | BadRow]]:
+    """The rows of record batches [start, stop); counts all of them in `content`."""
+    for batch in islice(arrow_batches(chunk.file), chunk.start, chunk.stop):
+        first = content.lines + 1
+        content.lines += batch.num_rows
+        together = max(1, min(_MOST_TOGETHER, _READ_AHEAD * batch.num_rows // max(1, batch.nbytes)))
+        for start in range(0, batch.num_rows, together):
+            rows = _converted(batch.slice(start, together), max_bytes)
+            rows = decode_json(batch.schema, rows)
+            yield from enumerate(rows, first + start)
+
+
+def _converted(batch: Any, max_bytes: int) -> list[Row | BadRow]:
+    """The rows of a record batch; messages and tools lack the keys that are null."""
+    rows = _as_python(batch, max_bytes)
+    columns = chat_columns(batch.schema)
+    for row in rows if columns else ():
+        if isinstance(row, dict):
+            row.update({name: without_nulls(row[name]) for name in columns})
+    return rows
+
+
+def _as_python(batch: Any, max_bytes: int) -> list[Row | BadRow]:
+    if batch.nbytes <= max_bytes:
+        try:
+            return list(batch.to_pylist())
+        except (ValueError, OverflowError):  # a value that Python cannot hold: which row has it?
+            return [_converted_row(batch.slice(n, 1), max_bytes) for n in range(batch.num_rows)]
+    return [_converted_row(batch.slice(n, 1), max_bytes) for n in range(batch.num_rows)]
+
+
+def _converted_row(row: Any, max_bytes: int) -> Row | BadRow:
+    size = row.nbytes
+    # The dictionary of a column is not part of each row.
+    if size > max_bytes and not any(map(pa.types.is_dictionary, row.schema.types)):
+        return too_large(size, max_bytes, ", ".join(row.schema.names))
+    names = row.schema.names
+    return {name: _value(column) for name, column in zip(names, row.columns, strict=True)}
+
+
+def _value(column: Any) -> Any:
+    """The only value of a column; a method may have no use for one that cannot be read."""
+    try:
+        return column[0].as_py()
+    except (ValueError, OverflowError) as error:
+        return Unreadable(one_line(str(error)))

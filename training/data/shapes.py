@@ -1,14 +1,38 @@
 """The shapes to which rows of every format are converted."""
 
 import hashlib
-from dataclasses import dataclass
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
-Message = dict[str, str]
-"""`role` (system, user, assistant or tool) and `content`."""
+Message = dict[str, Any]
+"""`role` (system, user, assistant or tool) and `content`, which is text, or None in a turn that
+only calls tools. Perhaps `reasoning_content`, `tool_calls`, `tool_call_id`, `name`, and other keys
+that a chat template may read."""
 
 
 class RowError(ValueError):
     """A row does not have the shape of its format."""
+
+
+@dataclass(frozen=True)
+class ChatContext:
+    """What the chat template reads beside the messages."""
+
+    tools: tuple[dict[str, Any], ...] = ()
+    """The tools that the model may call, each {type: function, function: {name, …}}."""
+    options: dict[str, Any] = field(default_factory=dict)
+    """The row's own settings for the template."""
+
+    @property
+    def contents(self) -> tuple[str, ...]:
+        """Tools and settings as text."""
+        values = (*self.tools, *([self.options] if self.options else []))
+        return tuple(map(_as_text, values))
+
+
+NO_CONTEXT = ChatContext()
 
 
 @dataclass(frozen=True)
@@ -18,11 +42,45 @@ class Conversation:
     messages: tuple[Message, ...]
     first_trained: int = 0
     """Index of a message; assistant turns before it are context and are not trained."""
+    context: ChatContext = NO_CONTEXT
+    silent: frozenset[int] = frozenset()
+    """Indices of messages whose weight is 0: they are not trained."""
 
     @property
     def contents(self) -> tuple[str, ...]:
         """All texts of the row, with each message's role."""
-        return tuple(part for message in self.messages for part in message.values())
+        return (*_texts(self.messages), *self.context.contents)
+
+
+def essence(message: Message) -> Message:
+    """What a message says: without ids, and keys that only some templates read."""
+    calls = message.get("tool_calls")
+    return {
+        "role": message["role"],
+        "content": message["content"] or "",
+        **{key: message[key] for key in ("reasoning_content", "name") if key in message},
+        **({"tool_calls": [call["function"] for call in calls]} if calls else {}),
+    }
+
+
+def _texts(messages: Sequence[Message]) -> Iterator[str]:
+    for message in messages:
+        for value in essence(message).values():
+            yield value if isinstance(value, str) else _as_text(value)
+
+
+def _as_text(value: Any) -> str:
+    return json.dumps(value, sort_keys=True, default=str)
+
+
+def answer_text(message: Message) -> str:
+    """An answer as text: its content, or its calls as JSON."""
+    calls = [call["function"] for call in message.get("tool_calls", ())]
+    texts = (
+        message["content"],
+        json.dumps(calls, ensure_ascii=False, default=str) if calls else None,
+    )
+    return "\n".join(text for text in texts if text)
 
 
 @dataclass(frozen=True)
@@ -60,8 +118,6 @@ class PreferencePair:
 
     chosen: Answer
     rejected: Answer
-    margin: float | None = None
-    """By how much the chosen answer is better; None if the data has no margin."""
 
     @property
     def contents(self) -> tuple[str, ...]:
@@ -89,13 +145,14 @@ class Question:
     prompt: tuple[Message, ...] | str
     reference: str | None = None
     """A good answer; None if the data has none."""
+    context: ChatContext = NO_CONTEXT
 
     @property
     def contents(self) -> tuple[str, ...]:
         """All texts of the row."""
         if isinstance(self.prompt, str):
             return (self.prompt,)
-        return tuple(part for message in self.prompt for part in message.values())
+        return (*_texts(self.prompt), *self.context.contents)
 
 
 Example = Conversation | Completion | Text | PreferencePair | LabelledExample | Question
@@ -137,7 +194,8 @@ def question_of(answer: Answer) -> Question:
         return Question(answer.prompt, answer.completion)
     roles = [message["role"] for message in answer.messages]
     last = len(roles) - 1 - roles[::-1].index("assistant")
-    return Question(answer.messages[:last], answer.messages[last]["content"])
+    reference = answer_text(answer.messages[last])
+    return Question(answer.messages[:last], reference, answer.context)
 
 
 def share_of(row: Example, purpose: str) -> float:

@@ -22,12 +22,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from ..common.logs import limit
 from ..common.storage import Folder
-from .prepared import Split
+from .prepared import DamagedDataError, Split, check_file, forget_checks
 
 WINDOW_GROUPS = 32
 _CONCURRENT_TASKS = 2
 """Maximum number of windows that Ray Data reads for a worker at the same time."""
+_DAMAGE = "damage"
+"""The only column of what a Ray Data task returns for damaged data: the message."""
 COLUMNS = ("input_ids", "lengths", "trainable", "rows", "extra")
 
 
@@ -136,13 +139,24 @@ def share(batch_size: int, rank: int, world_size: int) -> int:
 
 
 def _read_groups(folder: Folder, split: Split, window: Window) -> pa.Table:
-    tables = []
-    for file, group in window.groups:
-        with pq.ParquetFile(
-            folder.file(split.files[file]), filesystem=folder.filesystem
-        ) as parquet:
-            tables.append(parquet.read_row_group(group, columns=list(COLUMNS)))
-    return pa.concat_tables(tables)
+    """Read row groups; files that this process reads for the first time are checked before.
+
+    Raises:
+        DamagedDataError: a file is missing or damaged.
+    """
+    return pa.concat_tables(
+        [_read_group(folder, split.files[file], split.hashes[file], n) for file, n in window.groups]
+    )
+
+
+def _read_group(folder: Folder, name: str, content_hash: str, group: int) -> pa.Table:
+    try:
+        check_file(folder, name, content_hash)
+        with pq.ParquetFile(folder.file(name), filesystem=folder.filesystem) as parquet:
+            return parquet.read_row_group(group, columns=list(COLUMNS))
+    except (OSError, pa.ArrowInvalid) as error:
+        forget_checks()
+        raise DamagedDataError(f"{folder}/{name}: cannot be read: {error}") from None
 
 
 def stream(part: Slice, on_ray: bool) -> Iterator[Sequence]:
@@ -208,7 +222,7 @@ def _in_ray_tasks(part: Slice, windows: list[Window]) -> Iterator[pa.Table]:
     # A long pause of the consumer is normal, because training steps take long.
     context.execution_no_progress_timeout_s = -1
     context.issue_detectors_config.detectors = []
-    logging.getLogger("ray.data").setLevel(logging.WARNING)
+    limit("ray.data", logging.WARNING)
     rows = ray.data.from_items(
         [{"window": index} for index in range(len(windows))],
         override_num_blocks=len(windows),
@@ -220,7 +234,10 @@ def _in_ray_tasks(part: Slice, windows: list[Window]) -> Iterator[pa.Table]:
         num_cpus=0,
         compute=ray.data.TaskPoolStrategy(size=min(_CONCURRENT_TASKS, len(windows))),
     )
-    yield from rows.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=1)
+    for table in rows.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=1):
+        if _DAMAGE in table.column_names:
+            raise DamagedDataError(table[_DAMAGE][0].as_py())
+        yield table
 
 
 class _WindowTask:
@@ -231,7 +248,11 @@ class _WindowTask:
         self._windows = windows
 
     def __call__(self, batch: pa.Table) -> pa.Table:
-        return self._part.read(self._windows[batch["window"][0].as_py()])
+        try:
+            return self._part.read(self._windows[batch["window"][0].as_py()])
+        except DamagedDataError as error:
+            # Returned, because Ray would wrap a raised error in its own.
+            return pa.table({_DAMAGE: [str(error)]})
 
 
 def _sequences(table: pa.Table) -> Iterator[Sequence]:

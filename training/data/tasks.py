@@ -8,7 +8,11 @@ from typing import Any, Protocol, TypeVar
 
 import pyarrow as pa
 
-from ..common.errors import InputError, RunError, last_line
+from ..common.errors import FinrayError, RunError, in_one_line
+from ..common.logs import limit
+
+_HANDED_ON = (FinrayError, OSError)
+"""Errors of a task that are raised in the driver as they are."""
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -31,7 +35,8 @@ def run_on_ray_data(task: Callable[[T], R], items: Sequence[T]) -> Iterator[R]:
     Task, items and results are pickled; tasks write large output to storage themselves.
 
     Raises:
-        InputError: a task raised it.
+        FinrayError: a task raised it.
+        OSError: a task could not write.
         RunError: a task failed in another way.
     """
     if not items:
@@ -43,7 +48,7 @@ def run_on_ray_data(task: Callable[[T], R], items: Sequence[T]) -> Iterator[R]:
     context.enable_progress_bars = False
     context.execution_options.preserve_order = True
     context.execution_options.verbose_progress = False
-    with ray.data.DataContext.current(context), _only_errors(logging.getLogger("ray.data")):
+    with ray.data.DataContext.current(context), _only_errors("ray.data"):
         results = ray.data.from_items(
             [{"item": pickle.dumps(item)} for item in items], override_num_blocks=len(items)
         ).map_batches(_Call(task), batch_size=1, batch_format="pyarrow")
@@ -51,17 +56,18 @@ def run_on_ray_data(task: Callable[[T], R], items: Sequence[T]) -> Iterator[R]:
         try:
             for batch in batches:
                 outcome = pickle.loads(batch["result"][0].as_py())
-                if isinstance(outcome, InputError):
+                if isinstance(outcome, _HANDED_ON):
                     raise outcome
                 yield outcome
         except ray.exceptions.RayError as error:
-            raise RunError(f"a data task failed: {last_line(error)}") from error
+            raise RunError(f"a data task failed: {in_one_line(error)}") from error
 
 
 @contextmanager
-def _only_errors(logger: logging.Logger) -> Iterator[None]:
+def _only_errors(name: str) -> Iterator[None]:
+    logger = logging.getLogger(name)
     before = logger.level
-    logger.setLevel(logging.ERROR)
+    limit(name, logging.ERROR)
     try:
         yield
     finally:
@@ -77,7 +83,7 @@ class _Call:
     def __call__(self, batch: pa.Table) -> pa.Table:
         try:
             outcome = self._task(pickle.loads(batch["item"][0].as_py()))
-        except InputError as error:
+        except _HANDED_ON as error:
             # Returned, because Ray would wrap a raised error in its own.
             outcome = error
         return pa.table({"result": pa.array([pickle.dumps(outcome)], pa.large_binary())})

@@ -2,7 +2,7 @@
 
 import json
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,15 +13,21 @@ from numpy.typing import NDArray
 
 from ..common.errors import InputError
 from ..common.storage import Folder
+from ..config.source import KnownFormat
 from .chat import UnstableTemplate
-from .examples import ExampleRules, examples_of, rules_of
-from .formats import KnownFormat, normalise
-from .reading import BadRow, Row, first_line, read_chunk, shorten
-from .rendering import Document, Prompt, Rendered, Renderer, RenderSettings, load_renderer
+from .curation.files import StageRows, held_in
+from .curation.funnel import BAD_ROW, LEFT_OUT
+from .formats import read_examples
+from .prepared import REPEATED
+from .reading import first_line, read_chunk
+from .render_settings import RenderSettings
+from .rendering import Document, Prompt, Rendered, Renderer, load_renderer
+from .row_changes import UNCHANGED, RowChanges, change_rows
+from .row_facts import count_fields, digest, unused_fields
+from .rows import BadRow, Row, excerpt
 from .shapes import Example, RowError, share_of
 from .sources import Chunk
 
-BAD_ROW = "bad_row"
 TOKENS = "tokens"
 """Folder of the token files, inside an attempt."""
 BAD_ROWS_RETURNED = 1000
@@ -31,6 +37,8 @@ SAMPLES_KEPT = 1000
 # that its encodings (a few hundred bytes per token) need a small part of the memory.
 _SLICE_CHARACTERS = 500_000
 _SLICE_ROWS = 1024
+_GROUP_TOKENS = 500_000
+"""Tokens of a row group, the unit of the second pass; a long text has several."""
 
 _TOKEN_SCHEMA = pa.schema(
     [
@@ -44,6 +52,19 @@ _TOKEN_SCHEMA = pa.schema(
 
 
 @dataclass(frozen=True)
+class CuratedChunk:
+    """The rows of a chunk that went through stages."""
+
+    rows: StageRows
+    held: Folder | None
+    """The stage that says of each row whether it is held out."""
+    read: int
+    """Number of rows in the chunk, as it is read."""
+    lines: int
+    """Number of lines."""
+
+
+@dataclass(frozen=True)
 class ChunkItem:
     """Input of one task of the first pass."""
 
@@ -53,6 +74,9 @@ class ChunkItem:
     split: str
     """train or eval."""
     weight: float
+    changes: RowChanges = UNCHANGED
+    curated: CuratedChunk | None = None
+    """Where its rows are, if they went through stages."""
 
 
 @dataclass(frozen=True)
@@ -88,6 +112,15 @@ class ChunkResult:
     bad_rows: list[Quarantined] = field(default_factory=list)
     """The first bad rows; `dropped` counts all of them."""
     dropped: Counter[str] = field(default_factory=Counter)
+    notes: Counter[str] = field(default_factory=Counter)
+    unused: Counter[str] = field(default_factory=Counter)
+    """Rows with a field that nothing uses, by its name."""
+    lengths: Counter[int] = field(default_factory=Counter)
+    """Number of documents' texts by their length in tokens."""
+    digests: NDArray[np.uint64] | None = None
+    """Of each usable row, where rows of two splits are compared."""
+    documents: Counter[str] = field(default_factory=Counter)
+    """Documents by split, copies included."""
     groups: dict[str, list[TokenGroup]] = field(default_factory=lambda: {"train": [], "eval": []})
     samples: list[tuple[int, Prompt]] = field(default_factory=list)
     """(row number within the chunk, prompt) pairs."""
@@ -104,7 +137,8 @@ class _Pending:
     row: Row
     normalised: Example
     """In the shape that the method tokenises."""
-    extra: str | None
+    extra: Row | None
+    """Further input of the method."""
 
 
 def length_edges(max_length: int) -> NDArray[np.int64]:
@@ -119,28 +153,34 @@ class TokeniseTask:
     render: RenderSettings
     method: str
     """The method's kind."""
+    columns: tuple[str, ...]
+    """The `columns` of the method's settings."""
     attempt: Folder
     holdout: float
     """Share of the training rows that are moved to the evaluation split."""
+    max_row_bytes: int
+    """Size of the largest row that is used."""
     with_samples: bool
     """Collect prompts of the evaluation split."""
+    with_digests: bool = False
+    """Collect the digest of each row."""
 
     def __call__(self, item: ChunkItem) -> ChunkResult:
-        content = read_chunk(item.chunk)
-        rules = rules_of(self.method)
         edges = length_edges(self.render.max_length)
-        result = ChunkResult(item, content.lines, np.zeros(len(edges) - 1, np.int64))
+        result = ChunkResult(item, 0, np.zeros(len(edges) - 1, np.int64))
         renderer = load_renderer(self.render)
         writers = {
             split: TokenFile(self.attempt, f"{TOKENS}/{split}-{item.number:06d}.parquet")
             for split in ("train", "eval")
         }
+        digests: list[int] = []
         try:
-            for pending in _slices(self._usable(item, rules, content.rows, result)):
+            for pending in _slices(self._usable(item, result, digests, renderer.reads)):
                 self._render(renderer, pending, result, writers)
         finally:
             for writer in writers.values():
                 writer.close()
+        result.digests = np.array(digests, np.uint64)
         for split, writer in writers.items():
             result.groups[split] = writer.groups
         return result
@@ -148,30 +188,51 @@ class TokeniseTask:
     def _usable(
         self,
         item: ChunkItem,
-        rules: ExampleRules,
-        rows: Iterable[tuple[int, Row | BadRow]],
         result: ChunkResult,
+        digests: list[int],
+        reads: Callable[[str], bool],
     ) -> Iterable[_Pending]:
-        for index, (line, row) in enumerate(rows):
-            result.rows += 1
+        held = _held(item)
+        for index, line, row in self._rows(item, result):
             if isinstance(row, BadRow):
                 _quarantine(result, line, row.reason, row.raw)
                 continue
             try:
-                normalised = normalise(row, item.format)
-                examples = examples_of(normalised, self.method)
-                adapted = [rules.adapt(example) for example in examples]
+                normalised, examples = read_examples(row, item.format, self.method, self.columns)
             except RowError as error:
-                _quarantine(result, line, str(error), _excerpt(row))
+                _quarantine(result, line, str(error), excerpt(row))
                 continue
-            held_out = self.holdout > 0 and share_of(normalised, "holdout") < self.holdout
+            count_fields(
+                result.unused, unused_fields(row, item.format, self.method, self.columns, reads)
+            )
+            if self.with_digests:
+                digests.append(digest(normalised))
+            if held is None:
+                held_out = self.holdout > 0 and share_of(normalised, "holdout") < self.holdout
+            else:
+                held_out = held[index]
             split = "eval" if held_out else item.split
             copies = _copies(normalised, item.weight)
-            pairs = zip(examples, adapted, strict=True)
-            for example, text in pairs if copies > 0 else ():
-                extra = rules.extra(row, example)
-                encoded = None if extra is None else json.dumps(extra)
-                yield _Pending(index, line, split, copies, row, text, encoded)
+            for example, extra in examples if copies > 0 else ():
+                yield _Pending(index, line, split, copies, row, example, extra)
+
+    def _rows(
+        self, item: ChunkItem, result: ChunkResult
+    ) -> Iterator[tuple[int, int, Row | BadRow]]:
+        """(number in the chunk, line, row) of each row that is not left out; counts all of them."""
+        if item.curated is not None:
+            result.rows, result.lines = item.curated.read, item.curated.lines
+            for stored in item.curated.rows:
+                yield stored.index, stored.line, stored.row
+            return
+        content = read_chunk(item.chunk, self.max_row_bytes)
+        for index, (line, row) in enumerate(change_rows(content.rows, item.changes)):
+            result.rows += 1
+            if row is None:
+                result.dropped[LEFT_OUT] += 1
+                continue
+            yield index, line, row
+        result.lines = content.lines
 
     def _render(
         self,
@@ -187,9 +248,14 @@ class TokeniseTask:
                 continue
             if outcome.dropped is not None:
                 result.dropped[outcome.dropped] += 1
+            result.notes.update(outcome.notes)
+            if outcome.repeated:
+                result.notes[REPEATED] += outcome.repeated
+            extra = _encoded(row.extra, outcome.cut)
+            result.documents[row.split] += row.copies * len(outcome.documents)
             for document in outcome.documents:
                 for _ in range(row.copies):
-                    writers[row.split].add(row.index, document, row.extra)
+                    writers[row.split].add(row.index, document, extra)
             self._sample(renderer, row, outcome, result)
         lengths = [
             size
@@ -198,6 +264,7 @@ class TokeniseTask:
             for size in document.lengths
         ]
         result.histogram += np.histogram(lengths, length_edges(self.render.max_length))[0]
+        result.lengths.update(lengths)
         for writer in writers.values():
             writer.flush()
 
@@ -221,10 +288,11 @@ class TokenFile:
         self._rows: list[int] = []
         self._documents: list[Document] = []
         self._extras: list[str | None] = []
+        self._tokens = 0
         self.groups: list[TokenGroup] = []
 
     def add(self, row: int, document: Document, extra: str | None) -> None:
-        """Buffer a document until the next flush.
+        """Buffer a document until the next flush; many tokens are written at once.
 
         Args:
             row: number of its row within the chunk.
@@ -234,6 +302,9 @@ class TokenFile:
         self._rows.append(row)
         self._documents.append(document)
         self._extras.append(extra)
+        self._tokens += len(document.input_ids)
+        if self._tokens >= _GROUP_TOKENS:
+            self.flush()
 
     def flush(self) -> None:
         """Write the buffered documents as one row group."""
@@ -262,7 +333,7 @@ class TokenFile:
         self._writer.write_table(pa.table(columns, schema=_TOKEN_SCHEMA))
         group = TokenGroup(self._name, len(self.groups), len(ids))
         self.groups.append(group)
-        self._rows, self._documents, self._extras = [], [], []
+        self._rows, self._documents, self._extras, self._tokens = [], [], [], 0
 
     def close(self) -> None:
         if self._writer is not None:
@@ -281,6 +352,13 @@ def _slices(pending: Iterable[_Pending]) -> Iterable[list[_Pending]]:
             part, size = [], 0
     if part:
         yield part
+
+
+def _held(item: ChunkItem) -> dict[int, bool] | None:
+    """Of each row, whether a stage holds it out; None if none decides that."""
+    if item.curated is None or item.curated.held is None:
+        return None
+    return held_in(item.curated.held, item.curated.rows.chunk)
 
 
 def _copies(row: Example, weight: float) -> int:
@@ -302,9 +380,10 @@ def _record_error(result: ChunkResult, row: _Pending, error: RowError) -> None:
     if isinstance(error, UnstableTemplate):
         chunk = result.item.chunk
         line = first_line(chunk) - 1 + row.line
-        raise InputError(f"{chunk.file.uri}:{line}: {error}")
-    _quarantine(result, row.line, str(error), _excerpt(row.row))
+        raise InputError(f"{chunk.file.place}:{line}: {error}")
+    _quarantine(result, row.line, str(error), excerpt(row.row))
 
 
-def _excerpt(row: Row) -> str:
-    return shorten(json.dumps(row, ensure_ascii=True, default=str))
+def _encoded(extra: Row | None, cut: str) -> str | None:
+    """The JSON that is stored with a document; `cut` is kept for the texts of online methods."""
+    return None if extra is None else json.dumps({**extra, "cut": cut} if cut else extra)

@@ -1,18 +1,14 @@
-"""The interface between a worker and its launcher: rank, stop request, abort."""
+"""The interface between a worker and its launcher: rank, stop request, heartbeat."""
 
-import os
-import sys
 import threading
 from contextlib import suppress
-from typing import NoReturn, Protocol
+from typing import Protocol
 
-from ..common.errors import RunError
 from ..common.storage import Folder
+from .heartbeat import Heartbeat
 
 STOP_FILE = "stop"
 """In a folder of a run or sweep: a request to save and end, for workers on any node."""
-STACKS_SECONDS = 3.0
-"""Delay before a hanging worker ends, in which the other ranks write their stacks."""
 _POLL_SECONDS = 1.0
 
 
@@ -24,18 +20,11 @@ class WorkerContext(Protocol):
     on_ray: bool
     nodes: tuple[str, ...]
     """Ray's ids of the nodes that train, by rank."""
+    heartbeat: Heartbeat
+    """Receives the worker's phases; whoever reads it ends a worker that hangs."""
 
     def stop_requested(self) -> bool:
         """True if the run should save and end."""
-
-    def abort(self, message: str) -> NoReturn:
-        """End this process, whose training hangs. Called from another thread."""
-
-
-def end_process(message: str) -> NoReturn:
-    """End this process at once, as its threads may hang; its children are left to its parent."""
-    print(f"finray: {message}", file=sys.stderr, flush=True)
-    os._exit(RunError.exit_code)
 
 
 def watch_stop_file(folder: Folder) -> threading.Event:

@@ -67,7 +67,7 @@ class NonFiniteSteps:
             loss: this worker's share of its loss, a scalar on the device.
         """
         self._total = self._total + torch.where(skipped > 0, 0.0, loss)
-        on_host = skipped.to("cpu", non_blocking=True)
+        on_host = skipped.to("cpu", non_blocking=skipped.is_cuda)
         arrived = None
         if skipped.is_cuda:
             arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]

@@ -36,9 +36,17 @@ class SkippingAdamW(AdamW):
         """Update the weights, unless the step is skipped."""
         flags = [flag for flag in (self.skip, self.found_inf) if flag is not None]
         self.found_inf = torch.stack(flags).amax() if flags else None
-        loss = super().step(closure)
+        loss = None if self._skips_on_host() else super().step(closure)
         self.skip = self.found_inf = None
         return loss
+
+    def _skips_on_host(self) -> bool:
+        """True if a step is skipped on a device whose fused kernel does not read the flag."""
+        flag = self.found_inf
+        if flag is None or flag.device.type in ("cpu", "cuda"):
+            return False
+        self.found_inf = None
+        return bool(flag)
 
 
 class MasterAdamW(SkippingAdamW):

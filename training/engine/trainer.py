@@ -17,14 +17,19 @@ import torch
 import torch.distributed as dist
 import transformers
 from torch.distributed.tensor import DTensor
-from transformers import Trainer, TrainingArguments
-from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler
+from transformers import Trainer, TrainerState, TrainingArguments
+from transformers.trainer import OPTIMIZER_NAME, SCALER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
 
 from ..data.batching import Batch, Rows
 from ..models.loading import Model
 from ..models.sharding import defer_gradient_reduction, full_tensors
 from ..models.weights import gather_weights, load_weights, save_weights
 from ..objectives.objective import Objective
+from .expert_load import ExpertLoad
+from .failures import reading
+from .gradient_sums import GradientSums
+from .heartbeat import Phase
 from .nonfinite import NonFiniteSteps, nonfinite_flag, propagate_nan
 from .optimizer import SkippingAdamW, make_optimizer
 
@@ -62,11 +67,19 @@ class StreamTrainer(Trainer):
         rows: returns an iterator over the rows of this worker's remaining microbatches.
         after_step: called after every optimizer step; returns True to end the training.
         is_logged: returns True if a step (counted from 1) will be logged.
+        on_phase: called before the rows of a step become batches ("rollout"), and when all workers
+            have theirs ("step").
         stop_requested: returns True if this worker got a stop request.
         flags: returns this worker's flags; `counts` holds their sums over all workers.
+        rate_factor: the learning rate's factor by the number of steps done; None for the
+            schedule in `args`.
         lora_plus_ratio: see `make_optimizer`.
         max_skipped_steps: number of non-finite steps in a row that raises NonFiniteError.
     """
+
+    # `compute_loss` divides by the units of the whole step. The Trainer would also divide by the
+    # number of microbatches, for models whose own loss takes no number of units.
+    loss_is_scaled_for_ga = True
 
     def __init__(
         self,
@@ -79,13 +92,16 @@ class StreamTrainer(Trainer):
         after_step: Callable[[StepMeasures], bool],
         is_logged: Callable[[int], bool],
         stop_requested: Callable[[], bool],
+        on_phase: Callable[[Phase], None] = lambda _: None,
         flags: Callable[[], tuple[bool, ...]] = tuple,
+        rate_factor: Callable[[int], float] | None = None,
         lora_plus_ratio: float | None = None,
         max_skipped_steps: int = 3,
     ) -> None:
         super().__init__(model=model, args=args)
         self._lora_plus_ratio = lora_plus_ratio
         self.optimizer: torch.optim.Optimizer | None
+        self.lr_scheduler: Any
         self._objective = objective
         self._passes = passes
         self._rows = rows
@@ -93,16 +109,24 @@ class StreamTrainer(Trainer):
         self._after_step = after_step
         self._is_logged = is_logged
         self._stop_requested = stop_requested
+        self._on_phase = on_phase
         self._flags = flags
+        self._rate_factor = rate_factor
         self._handled_step = 0
         self._tr_loss: torch.Tensor
         self._adamw: SkippingAdamW | None = None
         self._is_skipped = torch.zeros(())
         self.skipped = NonFiniteSteps(args.device, max_skipped_steps, scaled=args.fp16)
         self._measured: list[torch.Tensor] = []
+        self._load = ExpertLoad(model)
+        self._sums = GradientSums(model.parameters(), args.world_size)
+        self._passed = 0
+        self._empty_steps: list[int] = []
         # The CPUs exchange the counts, so that a GPU never waits for them.
         self.cpu_group = dist.new_group(backend="gloo") if args.world_size > 1 else None
         self.counts = Counts(0, 0, False)
+        with self.compute_loss_context_manager():
+            objective.prepare()
 
     def create_optimizer(self, model: torch.nn.Module | None = None) -> torch.optim.Optimizer:
         """The AdamW of `make_optimizer`, made at the first call."""
@@ -120,6 +144,18 @@ class StreamTrainer(Trainer):
             self.optimizer = self._adamw
         return self.optimizer
 
+    def create_scheduler(
+        self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
+    ) -> LRScheduler:
+        """The Trainer's schedule, or the one that `rate_factor` gives."""
+        if self._rate_factor is None or self.lr_scheduler is not None:
+            scheduler: LRScheduler = super().create_scheduler(num_training_steps, optimizer)
+            return scheduler
+        optimizer = optimizer or self.optimizer
+        assert optimizer is not None
+        self.lr_scheduler = made = LambdaLR(optimizer, self._rate_factor)
+        return made
+
     def get_train_dataloader(self) -> Any:
         """An iterable of this worker's microbatches; `max_steps` ends the training."""
         return _Microbatches(self._rows)
@@ -133,8 +169,11 @@ class StreamTrainer(Trainer):
         self.skipped.check()
         if step % self._passes == 0:
             microbatches = list(islice(epoch_iterator, num_batches))
+            self._on_phase("rollout")
             with torch.no_grad(), self.compute_loss_context_manager():
-                self._current = self._objective.batches(step, microbatches)
+                batches = self._objective.batches(step, microbatches)
+            # Now, while the device may still compute the step before.
+            self._current = [batch.to(self.args.device) for batch in batches]
         counts = torch.tensor(
             [
                 sum(batch.loss_units for batch in self._current),
@@ -145,11 +184,14 @@ class StreamTrainer(Trainer):
         )
         if self.cpu_group is not None:
             dist.all_reduce(counts, group=self.cpu_group)
+        self._on_phase("step")  # not before: until here a worker waits for others that save
         units, tokens, stop, *flags = counts.tolist()
+        self._passed = 0
         # No stop between passes on the same rows: a checkpoint does not hold these rows.
         may_stop = (step + 1) % self._passes == 0
         self.counts = Counts(units, tokens, stop > 0 and may_stop, tuple(flags))
-        return self._current, torch.tensor(max(units, 1), device=device)
+        # A number that a kernel writes: the host waits for the copy of a tensor.
+        return self._current, torch.full((), max(units, 1), device=device)
 
     def _prepare_inputs(self, inputs: Batch) -> Batch:
         return inputs.to(self.args.device)
@@ -174,17 +216,33 @@ class StreamTrainer(Trainer):
         number: the gradient equals that of one process with the global batch.
         """
         assert num_items_in_batch is not None
-        loss = self._objective.loss(model, inputs, self._is_logged(self.state.global_step + 1))
+        is_logged = self._is_logged(self.state.global_step + 1)
+        with self._load.counting(is_logged):
+            loss = self._objective.loss(model, inputs, is_logged)
         if loss.measures is not None:
             self._measured.append(loss.measures)
         return propagate_nan(loss.total / num_items_in_batch * self.args.world_size)
+
+    def training_step(
+        self,
+        model: torch.nn.Module,
+        inputs: Batch,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> torch.Tensor:
+        """The Trainer's forward and backward pass of a microbatch."""
+        loss: torch.Tensor = super().training_step(model, inputs, num_items_in_batch)
+        self._passed += 1
+        self._sums.add(is_last=self._passed == len(self._current))
+        return loss
 
     def _defer_fsdp_gradient_reduction(self) -> AbstractContextManager[None]:
         """Overrides the Trainer's method for all microbatches but the last of a sharded model."""
         return defer_gradient_reduction(self.model)
 
     def _get_grad_norm(self, model: torch.nn.Module, grad_norm: Any = None) -> Any:
-        """Overrides the Trainer's method before the optimizer step: skips a non-finite gradient.
+        """Overrides the Trainer's method before the optimizer step.
+
+        Skips a non-finite gradient, and a step in which there is nothing to learn.
 
         Returns:
             The norm of the gradient over all workers, the same on every rank.
@@ -192,7 +250,9 @@ class StreamTrainer(Trainer):
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)
         full_norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
         assert self._adamw is not None
-        self._adamw.skip = self._is_skipped = nonfinite_flag(full_norm)
+        self._is_skipped = nonfinite_flag(full_norm)
+        is_empty = self._objective.skips_step
+        self._adamw.skip = torch.ones_like(self._is_skipped) if is_empty else self._is_skipped
         return full_norm
 
     def _maybe_log_save_evaluate(
@@ -210,6 +270,8 @@ class StreamTrainer(Trainer):
         self._handled_step = step
         assert learning_rate is not None
         self.skipped.add(step, self._is_skipped, tr_loss)
+        if self._objective.skips_step:
+            self._empty_steps.append(step)
         self._tr_loss = torch.zeros_like(tr_loss)
         if self._after_step(StepMeasures(step, learning_rate, grad_norm)):
             self.control.should_training_stop = True
@@ -228,15 +290,21 @@ class StreamTrainer(Trainer):
         taken = steps - len(skipped)
         return (float(total) / taken if taken else math.nan), skipped
 
+    def take_empty_steps(self) -> list[int]:
+        """The steps since the last call in which there was nothing to learn."""
+        steps, self._empty_steps = self._empty_steps, []
+        return steps
+
     def take_measures(self) -> dict[str, float]:
-        """Means of the objective's measures in the logged step, over all workers."""
+        """Means of the objective's measures in the logged step, over all workers, and the load."""
+        load = self._load.take(self.args.world_size, self.args.device)
         if not self._measured:
-            return {}
+            return load
         total = torch.stack(self._measured).sum(0)
         self._measured = []
         if self.args.world_size > 1:
             dist.all_reduce(total)
-        return _means(self._objective.measures, total)
+        return _means(self._objective.measures, total) | load
 
     def write_state(self, folder: Path) -> None:
         """Write this rank's part of a checkpoint that `train` can resume from.
@@ -251,13 +319,14 @@ class StreamTrainer(Trainer):
             torch.save(optimizer, folder / OPTIMIZER_NAME)
             torch.save(self.lr_scheduler.state_dict(), folder / SCHEDULER_NAME)
             self._save_scaler(str(folder))
-            self.state.save_to_json(str(folder / "trainer_state.json"))
+            self.state.save_to_json(str(folder / TRAINER_STATE_NAME))
         self._save_rng_state(str(folder))
 
     def _load_from_checkpoint(
         self, resume_from_checkpoint: str, model: torch.nn.Module | None = None
     ) -> None:
-        load_weights(self.model, Path(resume_from_checkpoint))
+        with reading(Path(resume_from_checkpoint), "the weights"):
+            load_weights(self.model, Path(resume_from_checkpoint))
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         """Load the checkpoint's state, but keep the recipe's settings (rates, decay, betas).
@@ -272,13 +341,11 @@ class StreamTrainer(Trainer):
             {name: value for name, value in group.items() if name != "params"}
             for group in self.optimizer.param_groups
         ]
-        optimizer, schedule = (
-            torch.load(Path(checkpoint) / name, map_location="cpu", weights_only=True)
-            for name in (OPTIMIZER_NAME, SCHEDULER_NAME)
-        )
-        self.optimizer.load_state_dict(optimizer)
         scheduler = self.lr_scheduler
-        scheduler.load_state_dict(schedule)
+        for name, part in ((OPTIMIZER_NAME, self.optimizer), (SCHEDULER_NAME, scheduler)):
+            file = Path(checkpoint) / name
+            with reading(Path(checkpoint), name):
+                part.load_state_dict(torch.load(file, map_location="cpu", weights_only=True))
         scheduler.base_lrs = [group["initial_lr"] for group in own]
         for group, settings, factor in zip(
             self.optimizer.param_groups, own, scheduler.lr_lambdas, strict=True
@@ -293,10 +360,16 @@ class StreamTrainer(Trainer):
         args = self.args
         saved = len(list(Path(checkpoint).glob("rng_state*.pth")))
         if saved == args.world_size:
-            super()._load_rng_state(checkpoint)
+            with reading(Path(checkpoint), "rng_state"):
+                super()._load_rng_state(checkpoint)
             return
         words = (args.seed, self.state.global_step, args.process_index)
         transformers.set_seed(int(np.random.SeedSequence(words).generate_state(1)[0]))
+
+    def _load_scaler(self, checkpoint: str | None) -> None:
+        if checkpoint is not None:
+            with reading(Path(checkpoint), SCALER_NAME):
+                super()._load_scaler(checkpoint)
 
     def load_weights(self, folder: str) -> None:
         """Load the weights of a checkpoint, without optimizer and random state."""
@@ -315,6 +388,18 @@ class StreamTrainer(Trainer):
             dist.all_reduce(total)
         names = ("loss", *self._objective.measures)
         return {f"eval_{name}": mean for name, mean in _means(names, total).items()}
+
+
+def check_state(checkpoint: Path, step: int) -> None:
+    """Check that the Trainer can read its state in a checkpoint, and that it is of this step.
+
+    Raises:
+        RetryError: it cannot, or it is not.
+    """
+    with reading(checkpoint, TRAINER_STATE_NAME):
+        state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
+        if state.global_step != step:
+            raise ValueError(f"it is of step {state.global_step}")
 
 
 def _means(names: tuple[str, ...], total: torch.Tensor) -> dict[str, float]:

@@ -6,31 +6,46 @@ All ranks do these steps together; rank 0 also records the run and writes the re
 """
 
 import json
+import logging
 import math
-import tempfile
 from collections.abc import Iterator
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
+from itertools import islice
 from pathlib import Path
 
 import torch.distributed as dist
 import transformers
 
 from ..common.errors import FinrayError, RunError
+from ..common.logs import chosen_level, start_logging
+from ..common.scratch import scratch_folder
 from ..common.storage import Folder
 from ..common.uploader import Uploader
 from ..config.adapter_folder import RESULT_FOLDER
 from ..config.recipe import recipe_from_dict
+from ..config.sections import ANSWERS_AT_ONCE
 from ..data.batching import Rows, accumulation_steps, in_batches, microbatches
 from ..data.origin import rows_of_step
-from ..data.prepared import Prepared, open_prepared
+from ..data.prepared import (
+    ROW_GROUP,
+    DamagedDataError,
+    Prepared,
+    forget_checks,
+    open_prepared,
+)
 from ..data.stream import Slice, every_sequence, share, stream
 from ..models import import_peft  # noqa: F401 - before what loads peft
 from ..models.base_cache import BaseCache
+from ..models.composite import name_of_class
+from ..models.devices import check_device, device_kind, found_kind
 from ..models.dtypes import choose_dtype
 from ..models.generation import exact_match, generate_answers
-from ..models.loading import check_packing_isolation, count_parameters, load_model, load_tokenizer
+from ..models.loading import count_parameters, grown_embedding, load_model, load_tokenizer
+from ..models.out_of_memory import is_out_of_memory
 from ..models.sharding import choose_strategy
+from ..models.stopping import turn_end
+from ..models.targets import coverage_of
 from ..models.weights import gather_weights, save_result
 from ..objectives.objective import Setup
 from ..records import checkpoint
@@ -38,13 +53,14 @@ from ..records.recorder import RunRecorder, as_number
 from ..records.run_folder import CHECKPOINTS_FOLDER
 from .checkpointer import Checkpointer, SaveState
 from .context import WorkerContext
-from .failures import retry_requests
+from .determinism import deterministic
+from .failures import memory_request, note_step, reading, retry_requests
+from .heartbeat import Phase
 from .methods import objective_of
 from .progress import PROGRESS_FILE, StepTimer, TrainingProgress
-from .task import Report, RetryError, WorkerResult, WorkerTask
-from .trainer import StepMeasures, StreamTrainer
-from .trainer_arguments import accumulation, training_arguments
-from .watchdog import Watchdog, write_stacks
+from .task import Report, RetryError, RetryRequest, WorkerResult, WorkerTask
+from .trainer import StepMeasures, StreamTrainer, check_state
+from .trainer_arguments import accumulation, rate_factor, training_arguments
 
 
 def run_worker(
@@ -65,20 +81,50 @@ def run_worker(
         The result. finray's own errors and requests for a retry are results too; every other error
         is raised.
     """
-    transformers.utils.logging.set_verbosity_error()
+    start_logging()
+    transformers.utils.logging.set_verbosity(chosen_level() or logging.ERROR)
     transformers.utils.logging.disable_progress_bar()
+    worker: TrainingWorker | None = None
     try:
-        with tempfile.TemporaryDirectory(prefix="finray-") as scratch, Uploader() as uploads:
-            worker = TrainingWorker(task, context, Path(scratch), uploads, report, bases)
+        is_deterministic = bool(task["recipe"].get("deterministic"))
+        with (
+            scratch_folder("run") as scratch,
+            Uploader() as uploads,
+            deterministic(is_deterministic),
+        ):
+            with _no_room_to_load():
+                worker = TrainingWorker(task, context, scratch, uploads, report, bases)
             is_finished = worker.fit()
+    except DamagedDataError as error:
+        return _retry(RetryRequest(cause="data", steps=[], rows="", problem=str(error)))
     except FinrayError as error:
         return WorkerResult(status="failed", error=str(error), exit_code=error.exit_code)
     except RetryError as error:
-        problem = error.request["problem"]
-        return WorkerResult(status="retry", error=problem, exit_code=1, retry=error.request)
+        return _retry(error.request)
+    except SystemExit as end:
+        message = f"the user's or a model's code ended the process: sys.exit({end.code!r})"
+        return WorkerResult(status="failed", error=message, exit_code=1)
+    except Exception as error:
+        note_step(error, None if worker is None else worker.progress.step + 1)
+        raise
     if is_finished:
         return WorkerResult(status="finished", error=None, exit_code=0)
     return WorkerResult(status="stopped", error=None, exit_code=130)
+
+
+@contextmanager
+def _no_room_to_load() -> Iterator[None]:
+    """Inside, a lack of memory leaves the block as `RetryError`."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if isinstance(error, FinrayError) or not is_out_of_memory(error):
+            raise
+        raise RetryError(memory_request(error, "loading", 1)) from None
+
+
+def _retry(request: RetryRequest) -> WorkerResult:
+    return WorkerResult(status="retry", error=request["problem"], exit_code=1, retry=request)
 
 
 class TrainingWorker:
@@ -105,23 +151,31 @@ class TrainingWorker:
         self.recipe = recipe_from_dict(task["recipe"])
         self.run_folder = Folder(task["run"])
         self.context = context
+        self.heartbeat = context.heartbeat
+        self.phase: Phase = "loading"
+        self._begin("loading")
         self.scratch = scratch
         self.uploads = uploads
         self.report = report
         self.bases = bases
         self.until = task.get("until")
+        self.evaluation_parts = task.get("evaluation_parts", 1)
         self.prepared = _open_prepared(task["prepared"])
         self.total_steps = self.recipe.total_steps(self.prepared.manifest.train.sequences)
+        self.schedule = task.get("schedule") or [self.total_steps]
         self.eval_metrics: dict[str, float] = {}
         self.stopped = False
 
         checkpoints = self.run_folder / CHECKPOINTS_FOLDER
-        choice = self._agree_on_checkpoint(checkpoints)
+        choice = self._agree_on_checkpoint(checkpoints, task.get("unusable", {}))
+        check_device(self.recipe, device_kind(), found_kind())
         transformers.set_seed(self.recipe.seed)
         self.tokenizer = load_tokenizer(self.recipe)
-        self.model = load_model(self.recipe, self.recipe.method.head, bases)
-        if self.recipe.packs:
-            check_packing_isolation(self.model)
+        notices: list[str] = []
+        self.model = load_model(
+            *(self.recipe, self.recipe.method.head, bases, notices.append),
+            left_out=task.get("left_out", ()),
+        )
         self.checkpoint = _fetch(checkpoints, choice, scratch)
         self.progress = _progress_of(self.checkpoint)
         self.checkpointer = self._make_checkpointer(checkpoints, choice)
@@ -138,15 +192,18 @@ class TrainingWorker:
             world_size=context.world_size,
             device=arguments.device,
             strategy=self.strategy,
+            isolation=task.get("isolation"),
+            beat=self.heartbeat.beat,
         )
         self.objective = objective_of(setup)
         self.parameters = count_parameters(self.model)
+        self.adapted = coverage_of(self.model)
         if self.strategy == "fsdp":  # without sharding the Trainer places the model
             setup.place(self.model)
         self.trainer = self._make_trainer(arguments)
         self.timer = StepTimer(self.progress)
-        self.watchdog = Watchdog(self.recipe.scale.hang_timeout, self._abort_hung_step)
-        self.recorder = self._start_recorder(choice, task.get("cause"))
+        self.first_step = self.progress.step + 1
+        self.recorder = self._start_recorder(choice, task.get("cause"), notices)
 
     def fit(self) -> bool:
         """Train to the end or to a requested stop; True if the run is finished.
@@ -156,10 +213,11 @@ class TrainingWorker:
             FinrayError: the run cannot continue.
         """
         retries = retry_requests(
-            self.recipe, self.prepared, self.progress, self._record_last_skipped
+            *(self.recipe, self.prepared, self.progress, self._record_last_skipped),
+            phase=lambda: self.phase,
         )
         # The recorder closes last: it records what ends the attempt.
-        with self.watchdog, self.recorder or nullcontext(), retries:
+        with self.recorder or nullcontext(), retries:
             if self.checkpoint is None:
                 with self.timer.paused():
                     self._evaluate_base()
@@ -168,6 +226,7 @@ class TrainingWorker:
             else:  # all steps are done, only the result is missing
                 self.trainer.load_weights(str(self.checkpoint))
             if self.stopped:
+                self._begin("save", self.progress.step)
                 self.checkpointer.close()
             else:
                 self._finish()
@@ -175,12 +234,14 @@ class TrainingWorker:
 
     # the start
 
-    def _agree_on_checkpoint(self, checkpoints: Folder) -> checkpoint.Choice:
+    def _agree_on_checkpoint(
+        self, checkpoints: Folder, unusable: dict[str, str]
+    ) -> checkpoint.Choice:
         """Rank 0's choice for all ranks: they resume from the same checkpoint, or fail together."""
         choices: list[checkpoint.Choice | FinrayError | None] = [None]
         if self.context.rank == 0:
             try:
-                choice = checkpoint.choose(checkpoints)
+                choice = checkpoint.choose(checkpoints, unusable)
                 checkpoint.delete_after(checkpoints, choice.step)
                 choices = [choice]
             except FinrayError as error:
@@ -222,13 +283,17 @@ class TrainingWorker:
             rows=self._training_rows,
             after_step=self._after_step,
             is_logged=self._is_logged,
+            on_phase=self._enter,
             stop_requested=self._stop_requested,
             flags=lambda: (self.checkpointer.is_idle,),
+            rate_factor=rate_factor(self.recipe, self.schedule),
             lora_plus_ratio=self.recipe.optim.lora_plus_ratio,
             max_skipped_steps=self.recipe.optim.max_skipped_steps,
         )
 
-    def _start_recorder(self, choice: checkpoint.Choice, cause: str | None) -> RunRecorder | None:
+    def _start_recorder(
+        self, choice: checkpoint.Choice, cause: str | None, notices: list[str]
+    ) -> RunRecorder | None:
         """The recorder of rank 0; None on the other ranks."""
         if self.context.rank != 0:
             return None
@@ -243,7 +308,11 @@ class TrainingWorker:
             "nodes": sorted(set(self.context.nodes)),
             "device": self.trainer.args.device.type,
             "dtype": choose_dtype(self.recipe.model),
+            "model_class": name_of_class(self.model, self.recipe.method.head),
+            **grown_embedding(self.recipe, self.model),
             "strategy": self.strategy,
+            **({"adapted": self.adapted} if self.adapted else {}),
+            **({"notices": notices} if notices else {}),
         }
         recorder.start(choice, self.context.world_size, facts, cause)
         return recorder
@@ -266,18 +335,21 @@ class TrainingWorker:
         return microbatches(
             stream(part, on_ray=context.on_ray),
             share(per_step, context.rank, context.world_size),
-            recipe.optim.micro_batch_size,
+            recipe.optim.microbatch,
             accumulation(recipe, context.world_size),
         )
 
     def _held_out_rows(self) -> Iterator[Rows]:
         split = self.prepared.manifest.eval
         assert split is not None
-        context, size = self.context, self.recipe.optim.micro_batch_size
+        context = self.context
+        size = max(1, self.recipe.optim.microbatch // self.evaluation_parts)
         sequences = every_sequence(self.prepared.files, split, context.rank, context.world_size)
         # Ranks of a sharded model compute together, so all need equally many batches.
         passes = accumulation_steps(split.sequences, size, context.world_size)
-        return in_batches(sequences, size, at_least=passes if self.strategy == "fsdp" else 0)
+        for rows in in_batches(sequences, size, at_least=passes if self.strategy == "fsdp" else 0):
+            self.heartbeat.beat()
+            yield rows
 
     def _stop_requested(self) -> bool:
         """True if the run should save and stop after the next step."""
@@ -307,7 +379,6 @@ class TrainingWorker:
             self.checkpointer.wait()
         if self._is_logged(step) or counts.stop:
             self._log(measures)
-        self.watchdog.disarm()
         if self._is_evaluated(step):
             with self.timer.paused():
                 self._evaluate()
@@ -315,25 +386,28 @@ class TrainingWorker:
             with self.timer.paused():
                 self._save()
         self.stopped = counts.stop and step < self.total_steps
-        if not self.stopped and step < self.total_steps:
-            self.watchdog.arm()
         return self.stopped
 
-    def _abort_hung_step(self, seconds: float) -> None:
+    def _enter(self, phase: Phase) -> None:
+        """Report a phase of the next step."""
         step = self.progress.step + 1
-        file = write_stacks(self.run_folder, self.context.rank, step)
-        self.context.abort(
-            f"step {step} did not end within {seconds:.0f} s; {self.run_folder / file} shows where "
-            f"rank {self.context.rank} hangs. If steps really take so long, increase "
-            "scale.hang_timeout"
-        )
+        if phase == "rollout" and not self.recipe.method.samples_online:
+            self.phase = "step"  # not reported: the worker may wait for others that save
+            return
+        is_first = phase == "step" and step == self.first_step
+        self._begin("first step" if is_first else phase, step)
+
+    def _begin(self, phase: Phase, step: int = 0) -> None:
+        """Note a phase, and report it."""
+        self.phase = phase
+        self.heartbeat.enter(phase, step)
 
     def _epoch(self) -> float:
         return self.recipe.epoch_at(self.progress.step, self.prepared.manifest.train.sequences)
 
     def _log(self, measures: StepMeasures) -> None:
         loss, skipped = self.trainer.take_loss(measures.step - self.timer.step)
-        measured = self.trainer.take_measures()
+        empty, measured = self.trainer.take_empty_steps(), self.trainer.take_measures()
         speed = self.timer.tick(self.progress)
         line = {
             "step": measures.step,
@@ -345,26 +419,32 @@ class TrainingWorker:
             "seconds": round(self.progress.seconds, 3),
             **measured,
             **({"skipped": len(skipped)} if skipped else {}),
+            **({"unrewarded": len(empty)} if empty else {}),
         }
         with self.timer.paused():
-            self._record_skipped(skipped)
+            self._record_skipped(skipped, "not finite")
+            self._record_skipped(empty, "no reward")
             self._record_line(line)
         if self.recorder is not None:
             self.recorder.add_rollouts(measures.step, self.objective.examples())
         self.trainer.skipped.check()
 
-    def _record_skipped(self, steps: list[int]) -> None:
+    def _record_skipped(self, steps: list[int], reason: str) -> None:
         if self.recorder is not None and steps:
             rows = [(step, rows_of_step(self.recipe, self.prepared, step)) for step in steps]
-            self.recorder.add_skipped(rows)
+            self.recorder.add_skipped(rows, reason)
 
     def _record_last_skipped(self) -> None:
-        self._record_skipped(self.trainer.skipped.take_steps())
+        self._record_skipped(self.trainer.skipped.take_steps(), "not finite")
 
     def _evaluate(self) -> None:
-        measured = self.trainer.evaluate_held_out(self._held_out_rows())
+        measured = self._measure()
         self.eval_metrics = {"step": self.progress.step, **measured}
         self._record_line({"epoch": self._epoch(), **self.eval_metrics})
+
+    def _measure(self) -> dict[str, float]:
+        self._begin("evaluation", self.progress.step)
+        return self.trainer.evaluate_held_out(self._held_out_rows())
 
     def _record_line(self, line: dict[str, float]) -> None:
         """Write a line of metrics, and report it."""
@@ -378,6 +458,7 @@ class TrainingWorker:
 
     def _save(self) -> None:
         step = self.progress.step
+        self._begin("save", step)
         name = self.recipe.method.watched.name
         is_fresh = self.eval_metrics.get("step") == step and name in self.eval_metrics
         metrics = {name: self.eval_metrics[name]} if is_fresh else {}
@@ -404,14 +485,11 @@ class TrainingWorker:
         if self.prepared.manifest.eval is None:
             return
 
-        def measure() -> dict[str, float]:
-            return self.trainer.evaluate_held_out(self._held_out_rows())
-
         fingerprint = self.prepared.manifest.fingerprint
         if self.bases is None:
-            measured = measure()
+            measured = self._measure()
         else:
-            measured = self.bases.measured(self.recipe, fingerprint, measure)
+            measured = self.bases.measured(self.recipe, fingerprint, self._measure)
         measured.update(self._answer("before"))
         if self.recorder is not None:
             self.recorder.log_base(measured)
@@ -425,6 +503,7 @@ class TrainingWorker:
         samples = self.prepared.samples(self.recipe.eval.samples)
         if not samples:
             return {}
+        self._begin("evaluation", self.progress.step)
         with self.trainer.compute_loss_context_manager():
             answers = generate_answers(
                 self.model,
@@ -433,6 +512,7 @@ class TrainingWorker:
                 self.recipe.eval.max_new_tokens,
                 self.context.rank,
                 self.context.world_size,
+                at_once=max(1, ANSWERS_AT_ONCE // self.evaluation_parts),
             )
         if self.recorder is not None:
             texts = [
@@ -448,6 +528,7 @@ class TrainingWorker:
         if self._is_evaluated(step) and self.eval_metrics.get("step") != step:
             self._evaluate()
         matches = self._answer("after")
+        self._begin("save", step)
         self.checkpointer.close()
         weights = gather_weights(self.model)
         if self.recorder is None:
@@ -455,16 +536,28 @@ class TrainingWorker:
         if matches:
             self.recorder.log({"step": step, "epoch": self._epoch(), **matches})
         name = RESULT_FOLDER if self.recipe.trains_adapter else "model"
-        save_result(self.recipe, self.model, self.tokenizer, self.scratch / name, weights)
+        target = self.scratch / name
+        save_result(
+            self.recipe, self.model, self.tokenizer, target, weights, is_chat=self._has_turns()
+        )
         self.uploads.do(lambda: self._publish_result(name), self.run_folder)
         self.recorder.set_result(name)
 
+    def _has_turns(self) -> bool:
+        """True if the first rows hold turns of the chat template."""
+        end, split = turn_end(self.tokenizer), self.prepared.manifest.train
+        rows = islice(every_sequence(self.prepared.files, split, 0, 1), ROW_GROUP)
+        return end is not None and any(end in row.input_ids for row in rows)
+
     def _publish_result(self, name: str) -> None:
+        if self.recorder is not None:
+            self.recorder.check_folder()
         self.run_folder.delete(name)
         (self.run_folder / name).upload(self.scratch / name)
 
 
 def _open_prepared(uri: str) -> Prepared:
+    forget_checks()  # of an earlier run of this process
     prepared = open_prepared(Folder(uri))
     if prepared is None:
         raise RunError(f"the prepared data set {uri} no longer exists; start the run again")
@@ -484,6 +577,13 @@ def _fetch(checkpoints: Folder, choice: checkpoint.Choice, scratch: Path) -> str
 
 
 def _progress_of(checkpoint_path: str | None) -> TrainingProgress:
+    """The position of a checkpoint, which its Trainer's state must share."""
     if checkpoint_path is None:
         return TrainingProgress()
-    return TrainingProgress(**json.loads((Path(checkpoint_path) / PROGRESS_FILE).read_bytes()))
+    folder = Path(checkpoint_path)
+    with reading(folder, PROGRESS_FILE):
+        progress = TrainingProgress(**json.loads((folder / PROGRESS_FILE).read_bytes()))
+        if progress.step != checkpoint.step_of(folder.name):
+            raise ValueError(f"it is of step {progress.step}")
+    check_state(folder, progress.step)
+    return progress

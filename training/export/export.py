@@ -14,7 +14,7 @@ from ..common.storage import Folder
 from ..config.adapter_folder import CONFIG_FILE as ADAPTER_CONFIG
 from ..config.adapter_folder import WEIGHTS_FILE
 from ..config.base_digest import BASE_FILE, base_digest
-from ..config.model_folder import model_folder, tokenizer_files
+from ..config.model_folder import model_folder, processor_files, tokenizer_files
 from ..config.models import ModelSettings
 from ..records.run_folder import Record, finished_run
 from .loading import ExportedModel
@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 CARD_FILE = "README.md"
 MODEL_CONFIG = "config.json"
 GENERATION_CONFIG = "generation_config.json"
+_CLASSES = {False: "AutoModelForCausalLM", True: "AutoModelForSequenceClassification"}
+"""What loads the results of runs whose run.json names no class."""
 
 
 @dataclass(frozen=True)
@@ -83,7 +85,7 @@ def export(
             shutil.copytree(trained, staged, dirs_exist_ok=True)
             if name == "adapter":
                 _write_base_name(staged, settings)
-        result = _describe(name, merge, settings, trained)
+        result = _describe(name, merge, record, settings, trained)
         card = render_card(record, recipe, result)
         (staged / CARD_FILE).write_text(card, encoding="utf-8")
         sizes = [path.stat().st_size for path in staged.rglob("*") if path.is_file()]
@@ -138,18 +140,20 @@ def _merge(
         ).pad_token_id,
     )
     _copy_existing(tokenizer_files(adapter), staged)
-    _copy_existing([base / GENERATION_CONFIG], staged)
+    _copy_existing(processor_files(base), staged)
+    _copy_existing([base / GENERATION_CONFIG, adapter / GENERATION_CONFIG], staged)
 
 
 def _recast(model: Path, staged: Path, dtype: "DtypeName", progress: Progress) -> None:
     from .merge import recast
 
     recast(model, staged, dtype, progress)
-    _copy_existing([*tokenizer_files(model), model / GENERATION_CONFIG], staged)
+    files = [*tokenizer_files(model), *processor_files(model), model / GENERATION_CONFIG]
+    _copy_existing(files, staged)
 
 
 def _copy_existing(files: list[Path], target: Path) -> None:
-    """Copy the files that exist."""
+    """Copy the files that exist; of the same name the last one."""
     for file in files:
         if file.is_file():
             shutil.copy(file, target)
@@ -178,7 +182,9 @@ def _check_base(base: Path, adapter: Path) -> None:
         )
 
 
-def _describe(name: str, merge: bool, settings: Record, trained: Path) -> ExportedModel:
+def _describe(
+    name: str, merge: bool, record: Record, settings: Record, trained: Path
+) -> ExportedModel:
     from transformers import AutoTokenizer
 
     if name == "adapter":
@@ -193,12 +199,22 @@ def _describe(name: str, merge: bool, settings: Record, trained: Path) -> Export
     return ExportedModel(
         kind="merged" if merge else "adapter" if name == "adapter" else "model",
         is_classifier=is_classifier,
+        model_class=record.get("model_class") or _CLASSES[is_classifier],
         labels=labels,
         base=settings["base"],
         revision=settings.get("revision"),
         quantize=settings.get("quantize", "none"),
         has_chat_template=template is not None,
+        rows=record.get("embedding_rows"),
+        has_stops=name == "adapter" and (trained / GENERATION_CONFIG).is_file(),
+        unquantised=_unquantised(trained) if name == "adapter" else (),
     )
+
+
+def _unquantised(adapter: Path) -> tuple[str, ...]:
+    """The layers that PEFT reaches by their weights, by the endings of their names."""
+    parameters = _read_json(adapter / ADAPTER_CONFIG).get("target_parameters") or ()
+    return tuple(n.removesuffix(".weight") for n in sorted(parameters) if n.endswith(".weight"))
 
 
 def _score_outputs(adapter: Path) -> int:

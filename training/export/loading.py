@@ -24,6 +24,8 @@ class ExportedModel:
     """adapter: without its base. merged: an adapter merged into its base. model: a full model."""
     is_classifier: bool
     """True if it scores texts, False if it generates them."""
+    model_class: str
+    """Name of the transformers auto class that loads it."""
     labels: int
     """Number of outputs of a classifier."""
     base: str
@@ -32,17 +34,17 @@ class ExportedModel:
     quantize: str
     """Quantisation of the base while the adapter was trained: none, nf4 or int8."""
     has_chat_template: bool
+    rows: int | None = None
+    """Rows of the embedding under an adapter that added tokens; None if the base has enough."""
+    unquantised: tuple[str, ...] = ()
+    """Endings of the names of layers that must not be quantised: PEFT adds to their weights."""
+    has_stops: bool = False
+    """True if generation_config.json beside an adapter says where an answer ends."""
 
     @property
     def base_is_public(self) -> bool:
         """True if the base's name is a hub id, False for a folder of this machine."""
         return not Path(self.base).is_absolute()
-
-    @property
-    def model_class(self) -> str:
-        """Name of the transformers auto class that loads it."""
-        kind = "SequenceClassification" if self.is_classifier else "CausalLM"
-        return f"AutoModelFor{kind}"
 
     def loading_lines(self, folder: Path) -> list[str]:
         """The lines of code that load it from a folder, without imports."""
@@ -51,10 +53,12 @@ class ExportedModel:
                 f"model = {self.model_class}.from_pretrained({_quoted(str(folder))})",
                 f"tokenizer = AutoTokenizer.from_pretrained({_quoted(str(folder))})",
             ]
-        return [
+        lines = [
             self._base_line(_quoted(self.base)),
+            *self._room_lines(),
             f"model = PeftModel.from_pretrained(base, {_quoted(str(folder))})",
         ]
+        return lines + self._stop_lines(_quoted(str(folder)))
 
     def program(self) -> str:
         """A program that loads it from its own folder and uses it, without local paths."""
@@ -67,12 +71,32 @@ class ExportedModel:
         if self.is_classifier:
             arguments.append(f"num_labels={self.labels}")
         if self.quantize != "none":
-            arguments.append(f"quantization_config={_QUANTISATION[self.quantize]}")
+            arguments.append(f"quantization_config={self._quantisation()}")
         arguments.append('dtype="auto"')
         return f"base = {self.model_class}.from_pretrained({', '.join(arguments)})"
 
+    def _quantisation(self) -> str:
+        """A BitsAndBytesConfig. Experts stay in 16 bits: bitsandbytes has no layer for them."""
+        config = _QUANTISATION[self.quantize]
+        if not self.unquantised:
+            return config
+        kept = ", ".join(_quoted(name) for name in ("lm_head", "score", *self.unquantised))
+        return f"{config.removesuffix(')')}, llm_int8_skip_modules=[{kept}])"
+
+    def _room_lines(self) -> list[str]:
+        """The adapter holds the rows of added tokens, of which the base lacks some."""
+        return [] if self.rows is None else [f"base.resize_token_embeddings({self.rows})"]
+
+    def _stop_lines(self, folder: str) -> list[str]:
+        """PEFT leaves the base's generation_config, which may not stop where the adapter does."""
+        if not self.has_stops:
+            return []
+        return [f"model.generation_config = GenerationConfig.from_pretrained({folder})"]
+
     def _imports(self) -> list[str]:
         names = [self.model_class, "AutoTokenizer"]
+        if self.has_stops:
+            names.append("GenerationConfig")
         if self.kind != "adapter":
             return [f"from transformers import {', '.join(names)}"]
         if self.quantize != "none":
@@ -92,7 +116,9 @@ class ExportedModel:
                 lines.append("name = PeftConfig.from_pretrained(folder).base_model_name_or_path")
                 name = "name"
             lines.append(self._base_line(name))
+            lines += self._room_lines()
             lines.append("model = PeftModel.from_pretrained(base, folder)")
+            lines += self._stop_lines("folder")
             if self.is_classifier:
                 lines.append("model.config.pad_token_id = tokenizer.pad_token_id")
         else:

@@ -15,10 +15,11 @@ import torch
 
 from ..common.errors import InputError, RunError
 from ..common.progress import Progress
+from ..config.weight_checks import text_part
 from ..models.dtypes import DtypeName, torch_dtype
 from .lora import Adapter
-from .quantised import Quantisation, dequantised
-from .skeleton import Skeleton
+from .quantised import Quantisation, dequantised, repacked
+from .skeleton import Conversion, Skeleton
 from .tensor_files import (
     SHARD_BYTES,
     Output,
@@ -63,7 +64,14 @@ def merge(
     lora = Adapter(adapter)
     score = lora.replacements.get("score.weight")
     skeleton = Skeleton(base, lora.task, None if score is None else score.shape[0])
-    plan = _MergePlan(TensorFiles(base), lora, skeleton, quantize, torch_dtype(compute_dtype))
+    lora.place(skeleton)
+    files = TensorFiles(base)
+    if lacking := skeleton.lacking(files.info):
+        raise InputError(
+            f"{base}: the base's weights lack {', '.join(lacking[:5])} ({len(lacking)} in all); "
+            "give a complete model"
+        )
+    plan = _MergePlan(files, lora, skeleton, quantize, torch_dtype(compute_dtype))
     outputs = list(plan.outputs(None if dtype is None else torch_dtype(dtype)))
     config = json.loads((base / CONFIG_FILE).read_text(encoding="utf-8"))
     _write_config(_changed_config(config, plan, dtype, pad_token_id), target)
@@ -101,10 +109,22 @@ class _MergePlan:
         self.compute_dtype = compute_dtype
         self.names = skeleton.names_of(files.info)
         self.quantised = skeleton.quantised() if quantize != "none" else frozenset()
+        self.packed = skeleton.packed() if quantize != "none" else frozenset()
+        self.changed = adapter.changed_names()
+        self.joined = {
+            key: _Joined(self, conversion)
+            for conversion in skeleton.conversions(files.info)
+            if conversion.name in self.changed | self.quantised
+            for key in conversion.keys
+        }
         pairs = skeleton.tied.items()
         is_changed = any(adapter.changes(name) for pair in pairs for name in pair)
         self.unties = is_changed and not adapter.keeps_ties
         """True if weights that are tied in the base differ in the merged model."""
+        self.rows = self._most_rows()
+        """Rows that embedding and head have at least."""
+        self.vocabulary: int | None = None
+        """Rows of the merged embedding, if it has more than the base's."""
 
     def outputs(self, dtype: torch.dtype | None) -> Iterator[Output]:
         """Every tensor of the merged model, in the base's order.
@@ -115,6 +135,10 @@ class _MergePlan:
         stored = {name: key for key, name in self.names.items() if name is not None}
         for key, info in self.files.info.items():
             name = self.names.get(key)
+            if key in self.joined:
+                written = TensorInfo(info.shape, _cast_to(info.dtype, dtype))
+                yield Output(key, written, partial(self.joined[key].take, key, written.dtype))
+                continue
             # Tensors that this model does not load, such as a vision tower, are copied; only a
             # classifier leaves out the language-model head of its base.
             if name is None and (key in self.names or self.skeleton.task == "CAUSAL_LM"):
@@ -130,13 +154,13 @@ class _MergePlan:
         """Names of new parameters that the base's files lack: a score head, an untied head."""
         tied = self.skeleton.tied
         added = set(tied) if self.unties else set()
-        needed = {tied[name] for name in added} | (self.adapter.changed_names() - tied.keys())
-        for name in sorted(needed - stored.keys()):
+        joined = {part.conversion.name for part in self.joined.values()}
+        needed = {tied[name] for name in added} | (self.changed - tied.keys())
+        for name in sorted(needed - stored.keys() - joined):
             if name not in self.adapter.replacements or not self.skeleton.has(name):
                 raise InputError(
                     f"the adapter changes {name}, which is no separate tensor in the base's files: "
-                    "the adapter belongs to another base model, or the tensor is a part of fused "
-                    "experts, which cannot be merged"
+                    "the adapter belongs to another base model"
                 )
             added.add(name)
         return added
@@ -152,11 +176,14 @@ class _MergePlan:
     def _output(
         self, key: str, name: str, source: str | None, info: TensorInfo, dtype: torch.dtype | None
     ) -> Output:
-        if source is not None and name not in self.quantised and not self.adapter.changes(name):
+        shape = self._grown(name, info.shape)
+        is_changed = self.adapter.changes(name) or self._rows(name) is not None
+        is_changed = is_changed or shape != info.shape
+        if source is not None and name not in self.quantised and not is_changed:
             return replace(_unchanged(self.files, source, info, dtype), name=key)
         if source is not None:
-            self.adapter.check_fits(name, info.shape, self.skeleton.is_transposed(name))
-        info = TensorInfo(info.shape, _cast_to(info.dtype, dtype))
+            self.adapter.check_fits(name, shape, self.skeleton.is_transposed(name))
+        info = TensorInfo(shape, _cast_to(info.dtype, dtype))
         return Output(key, info, partial(self._make, name, source, info.dtype))
 
     def _make(self, name: str, source: str | None, dtype: torch.dtype) -> torch.Tensor:
@@ -167,20 +194,95 @@ class _MergePlan:
             transposed = self.skeleton.is_transposed(name)
             weight = self._base_weight(name, source, transposed)
             weight = self.adapter.merged(name, weight, transposed)
-        merged = weight.to(dtype)
-        if not torch.isfinite(merged).all():
-            raise RunError(
-                f"{name}: the merged weight is not finite in {str(dtype).removeprefix('torch.')}; "
-                "try another --dtype; if that fails too, the training diverged"
+        if (rows := self._rows(name)) is not None:
+            weight = _with_rows(weight, *rows)
+        if len(weight) < self._grown(name, tuple(weight.shape))[0]:  # such as the bias of a head
+            new = weight.mean(dim=0, keepdim=True).expand(
+                self.rows - len(weight), *weight.shape[1:]
             )
-        return merged
+            weight = torch.cat([weight, new])
+        return _finite(name, weight.to(dtype))
+
+    def _rows(self, name: str) -> tuple[list[int], torch.Tensor] | None:
+        """Trained rows of a parameter, or of the one that it is tied to."""
+        rows = self.adapter.rows
+        return rows.get(name) or rows.get(self.skeleton.tied.get(name, name))
+
+    def _most_rows(self) -> int:
+        adapter, skeleton = self.adapter, self.skeleton
+        sizes = [max(indices) + 1 for indices, _ in adapter.rows.values()]
+        for name, whole in adapter.replacements.items():
+            if skeleton.has(name) and skeleton.is_embedding(name):
+                sizes.append(whole.shape[0])
+        return max(sizes, default=0)
+
+    def _grown(self, name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """The shape of a merged parameter; added tokens give embedding and head more rows."""
+        if not self.rows or not shape or shape[0] >= self.rows:
+            return shape
+        if not self.skeleton.has(name) or not self.skeleton.is_embedding(name):
+            return shape
+        self.vocabulary = self.rows
+        return (self.rows, *shape[1:])
 
     def _base_weight(self, name: str, source: str, transposed: bool) -> torch.Tensor:
-        """The weight that the adapter was trained on, as a new float32 tensor."""
-        stored = self.files.read(source)
+        return self.trained_on(name, self.files.read(source), transposed)
+
+    def trained_on(self, name: str, stored: torch.Tensor, transposed: bool) -> torch.Tensor:
+        """The weight that the adapter was trained on, as a new float32 tensor.
+
+        Args:
+            name: the parameter's name in the model.
+            stored: its value in the base.
+            transposed: True if it is stored as (in, out).
+        """
         if name not in self.quantised or self.quantize == "none":
             return stored.to(torch.float32, copy=True)
+        if name in self.packed:
+            return repacked(stored.to(self.compute_dtype), self.quantize)
         return dequantised(stored.to(self.compute_dtype), self.quantize, transposed)
+
+
+class _Joined:
+    """Stored tensors that are one parameter of the model, merged together."""
+
+    def __init__(self, plan: _MergePlan, conversion: Conversion) -> None:
+        self.plan, self.conversion = plan, conversion
+        self._merged: dict[str, torch.Tensor] = {}
+
+    def take(self, key: str, dtype: torch.dtype) -> torch.Tensor:
+        """A stored tensor of the merged model, in a type; it is not kept after this."""
+        if key not in self._merged:
+            self._merged = self._merge()
+        return _finite(key, self._merged.pop(key).to(dtype).contiguous())
+
+    def _merge(self) -> dict[str, torch.Tensor]:
+        plan = self.plan
+        stored = {key: plan.files.read(key) for key in self.conversion.keys}
+        merged = {}
+        for name, weight in self.conversion.join(stored).items():
+            transposed = plan.skeleton.is_transposed(name)
+            plan.adapter.check_fits(name, tuple(weight.shape), transposed)
+            base = plan.trained_on(name, weight, transposed)
+            merged[name] = plan.adapter.merged(name, base, transposed)
+        return self.conversion.split(merged)
+
+
+def _finite(name: str, weight: torch.Tensor) -> torch.Tensor:
+    if not torch.isfinite(weight).all():
+        raise RunError(
+            f"{name}: the merged weight is not finite in {str(weight.dtype).removeprefix('torch.')}"
+            "; try another --dtype; if that fails too, the training diverged"
+        )
+    return weight
+
+
+def _with_rows(weight: torch.Tensor, indices: list[int], rows: torch.Tensor) -> torch.Tensor:
+    """A matrix with some rows replaced; the last ones may be new."""
+    missing = max(indices) + 1 - len(weight)
+    if missing > 0:
+        weight = torch.cat([weight, weight.new_zeros(missing, weight.shape[1])])
+    return weight.index_copy(0, torch.tensor(indices), rows.to(weight))
 
 
 def _unchanged(files: TensorFiles, key: str, info: TensorInfo, dtype: torch.dtype | None) -> Output:
@@ -199,6 +301,8 @@ def _changed_config(
     """The base's configuration, adapted to the merged model."""
     if dtype is not None:
         config = _in_dtype(config, dtype)
+    if plan.vocabulary is not None:
+        text_part(config)["vocab_size"] = plan.vocabulary
     if plan.unties:
         for section in _sections(config):
             if "tie_word_embeddings" in section:

@@ -58,13 +58,20 @@ def _header(run: Record, recipe: Record, result: ExportedModel) -> Record:
         tags.append(str((adapter or {}).get("kind", "lora")))
     header: Record = {
         "library_name": "peft" if result.kind == "adapter" else "transformers",
-        "pipeline_tag": "text-classification" if result.is_classifier else "text-generation",
+        "pipeline_tag": _pipeline(result),
         "tags": tags,
     }
     if result.base_is_public:
         relation = "adapter" if result.kind == "adapter" else "finetune"
         header.update(base_model=result.base, base_model_relation=relation)
     return header
+
+
+def _pipeline(result: ExportedModel) -> str:
+    if result.is_classifier:
+        return "text-classification"
+    is_vision = result.model_class == "AutoModelForImageTextToText"
+    return "image-text-to-text" if is_vision else "text-generation"
 
 
 def _facts(run: Record, recipe: Record, result: ExportedModel) -> list[tuple[str, str]]:

@@ -4,7 +4,20 @@ from typing import Literal
 
 import torch
 
+from ..models.packed import PackedWeight
+
 Quantisation = Literal["none", "nf4", "int8"]
+
+
+def repacked(weight: torch.Tensor, scheme: Quantisation) -> torch.Tensor:
+    """The values that a run reads from a packed weight; float32.
+
+    Args:
+        weight: the weight in the compute type of the run.
+        scheme: nf4 or int8.
+    """
+    assert scheme != "none"
+    return PackedWeight.of(weight, scheme).values().float()
 
 
 def dequantised(weight: torch.Tensor, scheme: Quantisation, transposed: bool) -> torch.Tensor:

@@ -1,14 +1,13 @@
 """Trains in this process, without Ray."""
 
-from typing import NoReturn
-
 from ..common.background import Stop
 from ..common.progress import Progress
 from ..common.storage import Folder
-from ..engine.context import end_process
+from ..engine.guard import guarded
+from ..engine.heartbeat import Heartbeat
 from ..engine.task import Report, WorkerResult, WorkerTask
 from ..models.base_cache import BaseCache
-from ..records.recorder import now, update_run
+from ..models.devices import Room
 from .retries import Launcher
 
 
@@ -16,8 +15,8 @@ class InProcessContext:
     """The only worker of a run, in the driver's process.
 
     Args:
-        run: the run's folder.
         stop: requested when the run should save and end.
+        heartbeat: receives the worker's phases.
     """
 
     rank = 0
@@ -25,19 +24,13 @@ class InProcessContext:
     on_ray = False
     nodes: tuple[str, ...] = ()
 
-    def __init__(self, run: Folder, stop: Stop) -> None:
-        self._run = run
+    def __init__(self, stop: Stop, heartbeat: Heartbeat) -> None:
         self._stop = stop
+        self.heartbeat = heartbeat
 
     def stop_requested(self) -> bool:
         """True after Ctrl-C or SIGTERM."""
         return self._stop.requested.is_set()
-
-    def abort(self, message: str) -> NoReturn:
-        """Record the failure, as there is no other process to do it, and end this one."""
-        failed = {"status": "failed", "error": message, "finished_at": now()}
-        update_run(self._run, lambda record: record.update(failed))
-        end_process(message)
 
 
 class InProcessLauncher(Launcher):
@@ -47,6 +40,7 @@ class InProcessLauncher(Launcher):
         stop: requested when the run should save and end.
         report: receives measures while the run trains (see `Report`).
         bases: keeps the frozen base for the next run of this process; None keeps nothing.
+        room: what this process's GPU offers; None without one.
     """
 
     max_failures = 0
@@ -56,7 +50,9 @@ class InProcessLauncher(Launcher):
         stop: Stop | None = None,
         report: Report | None = None,
         bases: BaseCache | None = None,
+        room: Room | None = None,
     ) -> None:
+        self.room = room
         self.stop = stop or Stop()
         self._report = report
         self._bases = bases
@@ -64,10 +60,15 @@ class InProcessLauncher(Launcher):
     def attempt(self, task: WorkerTask) -> WorkerResult:
         """Train until the run ends."""
         from ..engine.worker import run_worker
+        from ..models.devices import on_cpu
         from ..models.dtypes import free_memory
 
-        context = InProcessContext(Folder(task["run"]), self.stop)
-        result = run_worker(task, context, self._report, self._bases)
+        scale = task["recipe"]["scale"]
+        timeout, no_gpu = scale["hang_timeout"], scale["gpus_per_worker"] == 0
+        guard = guarded(Folder(task["run"]), 0, timeout, in_process=True)
+        with on_cpu(no_gpu), guard as heartbeat:
+            context = InProcessContext(self.stop, heartbeat)
+            result = run_worker(task, context, self._report, self._bases)
         if result["status"] == "retry":
             free_memory()
         return result

@@ -8,24 +8,27 @@ If a process ends without a result, or aborts, the others are ended and all star
 import json
 import math
 import os
-import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from queue import Empty, SimpleQueue
-from typing import Any, Self, cast
+from typing import Any, NoReturn, Self, cast
 
 from ..common.background import Stop
 from ..common.progress import Progress
+from ..common.scratch import ScratchFolder, remove_leftovers, scratch_folder
 from ..common.secrets import redact
+from ..common.storage import Folder
 from ..config.sections import ScaleSettings
+from ..engine.hangs import WatchedProcess, hang_repeats_as, report_hang
+from ..engine.heartbeat import Beat, Timeout, Watch, expect_beats
 from ..engine.task import WorkerResult, WorkerTask
+from ..models.devices import Room
 from .network import LOOPBACK, Place, free_port
 from .resources import WorkerRequest
 from .retries import AttemptEndedError, Launcher
@@ -54,6 +57,8 @@ class LocalLauncher(Launcher):
         stop: requested when the run should save and end.
         env: environment variables of the workers.
         verbose: print the workers' output; otherwise it goes to files, kept if workers fail.
+        kind: kind of the GPUs, as torch names it: cuda (AMD's too), xpu, mps.
+        room: what a worker's GPU offers; None without one.
     """
 
     def __init__(
@@ -64,38 +69,46 @@ class LocalLauncher(Launcher):
         stop: Stop,
         env: dict[str, str],
         verbose: bool,
+        kind: str = "cuda",
+        room: Room | None = None,
     ) -> None:
         self.stop = stop
+        self.room = room
         self.max_failures = scale.max_failures
-        self._devices = _devices(request.gpus, workers)
+        self._devices = _devices(request.gpus, workers, kind)
         self._env = {"OMP_NUM_THREADS": str(scale.cpus_per_worker), **os.environ, **env}
         if not request.gpus and scale.gpus_per_worker == 0:
             self._env["CUDA_VISIBLE_DEVICES"] = ""
+        self._hang_timeout = scale.hang_timeout
         self._verbose = verbose
         self._group: _WorkerGroup | None = None
-        self._logs: Path | None = None
+        self._logs: ScratchFolder | None = None
         self._keeps_logs = False
 
     def __enter__(self) -> Self:
-        self._logs = Path(tempfile.mkdtemp(prefix="finray-workers-"))
+        self._logs = ScratchFolder("workers")
         self._group = self._start()
         return self
 
     def __exit__(self, *_: object) -> None:
         if self._group is not None:
             self._group.end()
-        if self._logs is not None and not self._keeps_logs:
-            shutil.rmtree(self._logs)
+        if self._logs is not None:
+            self._logs.close(keep=self._keeps_logs)
+        remove_leftovers()  # of workers that were killed
 
     def attempt(self, task: WorkerTask) -> WorkerResult:
         """Train until all workers end; every attempt but the first starts new processes."""
         group, self._group = self._group or self._start(), None
         try:
-            return group.train(task, self.stop)
+            with scratch_folder("heartbeats") as beats:
+                return group.train(task, self.stop, beats, self._hang_timeout)
         except _WorkersFailedError as failure:
             self._keeps_logs = not self._verbose
-            hint = f" (the workers' output: {self._logs})" if self._keeps_logs else ""
-            raise AttemptEndedError(str(failure), hint=hint) from None
+            assert self._logs is not None
+            hint = f" (the workers' output: {self._logs.path})" if self._keeps_logs else ""
+            end = AttemptEndedError(str(failure), hint=hint, repeats_as=failure.repeats_as)
+            raise end from None
         except KeyboardInterrupt:  # the user may want to find out what hung
             self._keeps_logs = True
             raise
@@ -106,11 +119,21 @@ class LocalLauncher(Launcher):
         """No-op: this machine is always ready."""
 
     def _start(self) -> "_WorkerGroup":
-        return _WorkerGroup(self._devices, self._env, None if self._verbose else self._logs)
+        logs = None if self._verbose or self._logs is None else self._logs.path
+        return _WorkerGroup(self._devices, self._env, logs)
 
 
 class _WorkersFailedError(Exception):
-    """A worker ended without a result, or with an error."""
+    """A worker ended without a result, or with an error.
+
+    Args:
+        message: what happened.
+        repeats_as: see `AttemptEndedError`.
+    """
+
+    def __init__(self, message: str, repeats_as: str | None = None) -> None:
+        super().__init__(message)
+        self.repeats_as = repeats_as
 
 
 @dataclass
@@ -149,13 +172,22 @@ class _WorkerGroup:
             reader.start()
             threading.Thread(target=self._watch, args=(rank, worker, reader), daemon=True).start()
 
-    def train(self, task: WorkerTask, stop: Stop) -> WorkerResult:
-        """Train until all workers have ended, or one has failed.
+    def train(
+        self, task: WorkerTask, stop: Stop, beats: Path, hang_timeout: Timeout
+    ) -> WorkerResult:
+        """Train until all workers have ended, or one has failed or hangs.
+
+        Args:
+            task: the run.
+            stop: requested when the run should save and end.
+            beats: an empty folder for the workers' heartbeats.
+            hang_timeout: the setting scale.hang_timeout.
 
         Raises:
             _WorkersFailedError: another attempt may succeed.
         """
-        self._send_task(task)
+        files = self._send_task(task, beats, hang_timeout)
+        watches = [Watch(file) for file in files]
         running = set(range(len(self._workers)))
         is_stopping, deadline = False, math.inf
         while running:
@@ -167,6 +199,9 @@ class _WorkerGroup:
             except Empty:
                 if time.monotonic() > deadline:
                     break
+                for rank in running if deadline == math.inf else ():
+                    if (beat := watches[rank].hung()) is not None:
+                        self._fail_hung(Folder(task["run"]), files, running, beat)
                 continue
             running.discard(rank)
             reply = self._workers[rank].reply
@@ -186,11 +221,28 @@ class _WorkerGroup:
                 worker.process.wait(max(0.1, deadline - time.monotonic()))
             worker.close()
 
-    def _send_task(self, task: WorkerTask) -> None:
+    def _send_task(self, task: WorkerTask, beats: Path, hang_timeout: Timeout) -> list[Path]:
+        """Start the training; returns the files of the workers' heartbeats."""
         port, count = free_port(), len(self._workers)
+        files = [beats / f"worker-{rank}" for rank in range(count)]
         for rank, worker in enumerate(self._workers):
+            expect_beats(files[rank], hang_timeout)
             place = Place(rank, count, rank, count, 0, LOOPBACK, port, worker.device)
-            worker.send(json.dumps(Start(task=task, place=asdict(place))).encode() + b"\n")
+            start = Start(
+                task=task,
+                place=asdict(place),
+                heartbeat=str(files[rank]),
+                hang_timeout=hang_timeout,
+            )
+            worker.send(json.dumps(start).encode() + b"\n")
+        return files
+
+    def _fail_hung(self, run: Folder, files: list[Path], running: set[int], beat: Beat) -> NoReturn:
+        watched = {
+            rank: WatchedProcess(self._workers[rank].process.pid, files[rank]) for rank in running
+        }
+        message = report_hang(run, watched, beat)
+        raise _WorkersFailedError(message, hang_repeats_as(message))
 
     def _read_replies(self, rank: int, worker: _Worker) -> None:
         assert worker.process.stdout is not None
@@ -221,7 +273,8 @@ class _WorkerGroup:
                 raise _WorkersFailedError(f"worker {rank} {_ending(worker.process.returncode)}")
         for rank, reply in enumerate(replies):
             if reply is not None and reply["status"] == "error":
-                raise _WorkersFailedError(redact(f"worker {rank} failed: {reply['error']}"))
+                message = redact(f"worker {rank} failed: {reply['error']}")
+                raise _WorkersFailedError(message, reply["repeats_as"])
         bad = [reply for reply in replies if reply is not None and not _is_good(reply)]
         return cast(WorkerResult, (bad or replies)[0])
 
@@ -238,13 +291,11 @@ def start_process(env: dict[str, str], log: Path | None) -> "subprocess.Popen[by
         )
 
 
-def _devices(gpus: float, workers: int) -> list[str]:
-    """Each worker's torch device, by rank; workers that need a part of a GPU share one."""
-    if not gpus:
-        return ["cpu"] * workers
-    if gpus >= 1:
-        return [f"cuda:{rank * math.ceil(gpus)}" for rank in range(workers)]
-    return [f"cuda:{rank // int(1 / gpus + 1e-9)}" for rank in range(workers)]
+def _devices(gpus: float, workers: int, kind: str) -> list[str]:
+    """Each worker's torch device, by rank."""
+    if not gpus or kind == "mps":  # of which there is one
+        return ["mps" if gpus else "cpu"] * workers
+    return [f"{kind}:{rank}" for rank in range(workers)]
 
 
 def _seconds_for_others(reply: Reply) -> float:
@@ -252,7 +303,7 @@ def _seconds_for_others(reply: Reply) -> float:
     if reply is None or reply["status"] == "error":
         return _LAST_RESULTS_SECONDS
     retry = reply.get("retry")
-    others_may_wait = retry is not None and retry["cause"] == "memory"
+    others_may_wait = retry is not None and retry["cause"] in ("memory", "data", "checkpoint")
     return _LAST_RESULTS_SECONDS if others_may_wait else _LAST_WRITES_SECONDS
 
 

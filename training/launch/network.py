@@ -10,10 +10,16 @@ import socket
 from dataclasses import dataclass
 from datetime import timedelta
 
+from ..models.devices import VARIABLE
+
 LOOPBACK = "127.0.0.1"
 _SIOCGIFADDR = 0x8915
 _VARIABLES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
+_BACKENDS = {"cuda": "nccl", "xpu": "xccl"}
+_MEETING_SECONDS = 600
+"""Time in which all workers must come."""
 _TIMEOUT_SECONDS = 1800
+"""Of a collective."""
 
 
 @dataclass(frozen=True)
@@ -30,11 +36,11 @@ class Place:
     port: int
     """Port on rank 0's node where the workers meet."""
     device: str
-    """The torch device that the worker trains on: cpu, cuda:1."""
+    """The torch device that the worker trains on: cpu, cuda:1, mps."""
 
 
 def join_group(place: Place, own_address: str) -> None:
-    """Form the process group of all workers: NCCL on GPUs, gloo on CPUs.
+    """Form the process group of all workers: NCCL on CUDA, XCCL on XPU, gloo on CPUs.
 
     Args:
         place: this worker's place.
@@ -51,11 +57,23 @@ def join_group(place: Place, own_address: str) -> None:
         "NODE_RANK": place.node_rank,
         "MASTER_ADDR": place.address,
         "MASTER_PORT": place.port,
-        "ACCELERATE_TORCH_DEVICE": place.device,
+        VARIABLE: place.device,
     }
     os.environ.update({name: str(value) for name, value in places.items()})
-    backend = "nccl" if place.device.startswith("cuda") else "gloo"
-    dist.init_process_group(backend, timeout=timedelta(seconds=_TIMEOUT_SECONDS))
+    store = dist.TCPStore(  # type: ignore[attr-defined]  # public, but not in its __all__
+        place.address,
+        place.port,
+        place.world_size,
+        is_master=place.rank == 0,
+        timeout=timedelta(seconds=_MEETING_SECONDS),
+    )
+    dist.init_process_group(
+        backend=_BACKENDS.get(place.device.partition(":")[0], "gloo"),
+        store=store,
+        rank=place.rank,
+        world_size=place.world_size,
+        timeout=timedelta(seconds=_TIMEOUT_SECONDS),
+    )
 
 
 def interface_of(address: str) -> str | None:

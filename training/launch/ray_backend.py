@@ -11,6 +11,7 @@ from typing import Any
 
 from ray.train.backend import Backend, BackendConfig
 
+from ..models.devices import use
 from .network import Place, free_port, join_group
 
 _SHUTDOWN_SECONDS = 5.0
@@ -59,7 +60,6 @@ def _join(address: str, port: int) -> None:
     """Join the process group; runs in every worker."""
     import ray
     import ray.train
-    from ray.train.torch import get_device
 
     context = ray.train.get_context()
     place = Place(
@@ -70,7 +70,7 @@ def _join(address: str, port: int) -> None:
         node_rank=context.get_node_rank(),
         address=address,
         port=port,
-        device=str(get_device()),
+        device=_device(),
     )
     join_group(place, ray.util.get_node_ip_address())
 
@@ -86,9 +86,13 @@ def _leave() -> None:
 @contextmanager
 def _own_device() -> Iterator[None]:
     """Inside, the thread's current GPU is the worker's own, as it sees all GPUs of the node."""
-    import torch
+    use(_device())
+    yield
+
+
+def _device() -> str:
+    """This worker's torch device; cpu for one that Ray gave no GPU, whatever the node has."""
+    import ray
     from ray.train.torch import get_device
 
-    if torch.cuda.is_available():
-        torch.cuda.set_device(get_device())
-    yield
+    return str(get_device()) if ray.get_gpu_ids() else "cpu"

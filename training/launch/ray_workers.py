@@ -1,17 +1,20 @@
 """Trains in Ray Train worker groups on an initialised Ray."""
 
 import threading
-import time
-from typing import Any, NoReturn, Self, cast
+from contextlib import suppress
+from typing import Any, Self, cast
 
 from ..common.background import Stop, run_while_watching
-from ..common.errors import last_line
+from ..common.errors import in_one_line
 from ..common.progress import Progress
 from ..common.secrets import redact
 from ..common.storage import Folder
 from ..config.sections import ScaleSettings
-from ..engine.context import STACKS_SECONDS, STOP_FILE, end_process, watch_stop_file
-from ..engine.task import RetryError, RetryRequest, WorkerResult, WorkerTask
+from ..engine.context import STOP_FILE, watch_stop_file
+from ..engine.hangs import STOPPED, hang_files, hang_message, hang_repeats_as
+from ..engine.heartbeat import Heartbeat
+from ..engine.task import RetryError, RetryRequest, WorkerResult, WorkerTask, repeats_as
+from ..models.devices import Room
 from ..records.run_folder import CHECKPOINTS_FOLDER
 from .elastic import GROW_SECONDS, ClusterWatcher, wait_for_capacity
 from .resources import check_fits, cluster_nodes, request_from_autoscaler, worker_request
@@ -28,6 +31,7 @@ class RayLauncher(Launcher):
         stop: requested when the run should save and end.
         worker_env: environment variables of the workers.
         grow_seconds: how long capacity for more workers must last before it is used.
+        room: what a worker's GPU offers; None without one.
 
     Raises:
         InputError: the cluster can never hold the workers.
@@ -39,8 +43,10 @@ class RayLauncher(Launcher):
         stop: Stop,
         worker_env: dict[str, str],
         grow_seconds: float = GROW_SECONDS,
+        room: Room | None = None,
     ) -> None:
         self.stop = stop
+        self.room = room
         self.max_failures = scale.max_failures
         self._node_wait = scale.node_wait
         self._worker_env = worker_env
@@ -48,6 +54,9 @@ class RayLauncher(Launcher):
         nodes = cluster_nodes()
         self._request = worker_request(scale, nodes)
         self._workers = check_fits(self._request, nodes)
+        if not self._request.gpus and scale.gpus_per_worker == 0:
+            # Ray leaves the GPUs of a node visible to workers that have none.
+            self._worker_env = {**worker_env, "CUDA_VISIBLE_DEVICES": ""}
 
     def __enter__(self) -> Self:
         if self._workers < self._request.max:
@@ -61,13 +70,19 @@ class RayLauncher(Launcher):
         """Train in one worker group until it ends; it saves and ends when the cluster changes."""
         run = Folder(task["run"])
         run.delete(STOP_FILE)  # the stop request that ended the previous attempt
+        hangs = hang_files(run)
         watcher = ClusterWatcher(run, self._request, self._workers, self._grow_seconds)
         try:
             result = self._fit(task, run, watcher)
         except Exception as error:
             if (request := _retry_request(error)) is not None:
                 return WorkerResult(status="retry", error=None, exit_code=1, retry=request)
-            raise AttemptEndedError(_cause(error), is_failure=not _is_preemption(error)) from error
+            hang = _new_hang(run, hangs)
+            raise AttemptEndedError(
+                hang or _cause(error),
+                is_failure=not _is_preemption(error),
+                repeats_as=hang_repeats_as(hang) if hang else _repeats_as(error),
+            ) from error
         is_restart = result["status"] == "stopped" and not self.stop.requested.is_set()
         if is_restart and watcher.reason is not None:
             raise AttemptEndedError(watcher.reason, is_failure=False)
@@ -131,16 +146,18 @@ class RayContext:
 
     Args:
         run: the run's folder; a stop file in it requests a stop.
+        heartbeat: receives the worker's phases.
     """
 
     on_ray = True
 
-    def __init__(self, run: Folder) -> None:
+    def __init__(self, run: Folder, heartbeat: Heartbeat) -> None:
         import ray.train
 
         context = ray.train.get_context()
         self.rank: int = context.get_world_rank()
         self.world_size: int = context.get_world_size()
+        self.heartbeat = heartbeat
         self.nodes = _node_of_each_rank(self.world_size)
         self._stop = watch_stop_file(run) if self.rank == 0 else threading.Event()
 
@@ -148,16 +165,17 @@ class RayContext:
         """True on rank 0 once there is a stop file; rank 0 passes it on in the step's counts."""
         return self._stop.is_set()
 
-    def abort(self, message: str) -> NoReturn:
-        """End the worker; the driver restarts all from the last checkpoint."""
-        time.sleep(STACKS_SECONDS)
-        end_process(message)
-
 
 def _ray_worker(task: dict[str, Any]) -> WorkerResult:
+    import ray.train
+
+    from ..engine.guard import guarded
     from ..engine.worker import run_worker
 
-    result = run_worker(cast(WorkerTask, task), RayContext(Folder(task["run"])))
+    run, rank = Folder(task["run"]), ray.train.get_context().get_world_rank()
+    timeout = task["recipe"]["scale"]["hang_timeout"]
+    with guarded(run, rank, timeout, in_process=False) as heartbeat:
+        result = run_worker(cast(WorkerTask, task), RayContext(run, heartbeat))
     if result["status"] == "retry":
         # An exception ends the other ranks too, which may wait for this one in a collective.
         raise RetryError(result["retry"])
@@ -172,6 +190,15 @@ def _node_of_each_rank(world_size: int) -> tuple[str, ...]:
     if world_size > 1:
         dist.all_gather_object(nodes, nodes[0])
     return tuple(nodes)
+
+
+def _new_hang(run: Folder, before: set[str]) -> str | None:
+    """The message of a worker that hung in this attempt; None if none did."""
+    messages: list[str] = []
+    with suppress(OSError):
+        messages = [hang_message(run, name) for name in sorted(hang_files(run) - before)]
+    stopped = [message for message in messages if STOPPED in message]
+    return next(iter([*stopped, *messages]), None)
 
 
 def _retry_request(error: Exception) -> RetryRequest | None:
@@ -191,8 +218,17 @@ def _cause(error: Exception) -> str:
 
     if isinstance(error, ray.train.WorkerGroupError) and error.worker_failures:
         rank, failure = sorted(error.worker_failures.items())[0]
-        return redact(f"worker {rank} failed: {last_line(failure)}")
-    return redact(last_line(error))
+        return redact(f"worker {rank} failed: {in_one_line(failure)}")
+    return redact(in_one_line(error))
+
+
+def _repeats_as(error: Exception) -> str | None:
+    """See `AttemptEndedError`."""
+    import ray.train
+
+    failures = error.worker_failures if isinstance(error, ray.train.WorkerGroupError) else {}
+    texts = (repeats_as(failure) for _, failure in sorted(failures.items()))
+    return next((text for text in texts if text is not None), None)
 
 
 def _is_preemption(error: Exception) -> bool:

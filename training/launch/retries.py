@@ -2,27 +2,36 @@
 
 Workers fail, or the cluster changes: the next attempt resumes from the last checkpoint.
 
-Out of memory: the next attempt uses half the microbatch size and twice as many microbatches. Losses
-are normalised by the global batch, so the steps stay the same.
+Out of memory in a step: the next attempt uses half the microbatch size and twice as many
+microbatches. Losses are normalised by the global batch, so the steps stay the same. Out of memory
+in an evaluation: its batches are halved. Elsewhere, a retry would not help.
+
+Damaged data: it is prepared again before the next attempt.
+
+Checkpoint: the next attempt resumes from an older one.
 
 Not finite: the next attempt resumes from the last good checkpoint. That helps if the hardware was
 the cause; if the same steps fail again, the run fails.
 """
 
 import copy
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Protocol, cast
+from typing import Literal, Protocol, cast
 
 from ..common.background import Stop
 from ..common.errors import RunError
 from ..common.progress import Progress
 from ..common.storage import Folder
+from ..config.sections import ANSWERS_AT_ONCE
 from ..engine.task import RetryRequest, WorkerResult, WorkerTask
+from ..models.devices import Room
 from ..records import checkpoint
 from ..records.recorder import update_run
 from ..records.run_folder import CHECKPOINTS_FOLDER, Record, read_run
 
 _SIZE = "micro_batch_size"
+_PARTS: Literal["evaluation_parts"] = "evaluation_parts"
 
 
 class AttemptEndedError(Exception):
@@ -32,10 +41,19 @@ class AttemptEndedError(Exception):
         cause: why it ended, for run.json.
         is_failure: True if it counts towards `scale.max_failures`.
         hint: more text for the user's message, such as the place of the workers' output.
+        repeats_as: a text that is equal for the same failure at the same point of the run; None
+            if a restart may help though it was the same.
     """
 
-    def __init__(self, cause: str, is_failure: bool = True, hint: str = "") -> None:
+    def __init__(
+        self,
+        cause: str,
+        is_failure: bool = True,
+        hint: str = "",
+        repeats_as: str | None = None,
+    ) -> None:
         super().__init__(f"{cause}{hint}")
+        self.repeats_as = repeats_as
         self.cause = cause
         self.is_failure = is_failure
 
@@ -47,6 +65,8 @@ class Launcher(Protocol):
     """Requested when the run should save and end."""
     max_failures: int
     """Failures in a row without a new checkpoint that a run survives."""
+    room: Room | None = None
+    """What a worker's GPU offers; None without one, or if its memory is not known."""
 
     def attempt(self, task: WorkerTask) -> WorkerResult:
         """Train until the attempt ends.
@@ -76,6 +96,12 @@ class FailurePolicy:
     limit: int
     _failures: int = 0
     _newest: str | None = None
+    _repeats_as: str | None = None
+
+    def is_repeated(self, end: AttemptEndedError) -> bool:
+        """True if the last failure was the same one, so that a retry would not help."""
+        before, self._repeats_as = self._repeats_as, end.repeats_as
+        return before is not None and before == end.repeats_as
 
     def should_retry(self) -> bool:
         """Record a failure. Returns True if another attempt is allowed."""
@@ -88,20 +114,26 @@ class FailurePolicy:
         return self._failures <= self.limit
 
 
-def run_with_retries(task: WorkerTask, launcher: Launcher, progress: Progress) -> WorkerResult:
+def run_with_retries(
+    task: WorkerTask, launcher: Launcher, progress: Progress, prepare_again: Callable[[], None]
+) -> WorkerResult:
     """Run attempts until one finishes, is stopped, or fails in a way that a retry cannot fix.
 
     Args:
         task: the run. It starts with the microbatch size that an earlier driver reduced.
         launcher: makes an attempt.
         progress: receives messages on restarts and waiting.
+        prepare_again: called before the next attempt if the prepared data is damaged.
 
     Raises:
         RunError: the workers failed too often, or cannot start again.
+        InputError: damaged data cannot be prepared again.
     """
     run, stop = Folder(task["run"]), launcher.stop
     policy = FailurePolicy(run / CHECKPOINTS_FOLDER, launcher.max_failures)
-    remedies = _Remedies(run)
+    # A new process is not needed to prepare data again, so it is done once in any case.
+    data_policy = FailurePolicy(run / CHECKPOINTS_FOLDER, max(1, launcher.max_failures))
+    remedies = _Remedies(run, prepare_again, data_policy)
     task = remedies.resume(task)
     stop.armed = True
     while not stop.requested.is_set():
@@ -113,6 +145,8 @@ def run_with_retries(task: WorkerTask, launcher: Launcher, progress: Progress) -
         except _NoRemedyError as error:
             return WorkerResult(status="failed", error=str(error), exit_code=error.exit_code)
         except AttemptEndedError as end:
+            if end.is_failure and policy.is_repeated(end):
+                raise RunError(f"{end}; a restart has led to it again") from end
             if end.is_failure and (stop.requested.is_set() or not policy.should_retry()):
                 raise RunError(str(end)) from end
             progress.status(f"restarting the workers: {end}")
@@ -131,15 +165,22 @@ class _Remedies:
 
     Args:
         run: the run's folder.
+        prepare_again: prepares damaged data again.
+        data_policy: how often it may.
     """
 
     run: Folder
+    prepare_again: Callable[[], None]
+    data_policy: FailurePolicy
     _failed_steps: set[int] = field(default_factory=set)
     """Non-finite steps that have already caused a rollback."""
 
     def resume(self, task: WorkerTask) -> WorkerTask:
-        """The task with the microbatch size that an earlier driver reduced, if it did."""
-        size = (read_run(self.run) or {}).get(_SIZE)
+        """The task with the batch sizes that an earlier driver reduced, if it did."""
+        record = read_run(self.run) or {}
+        if (parts := record.get(_PARTS)) is not None:
+            task = cast(WorkerTask, {**task, _PARTS: parts})
+        size = record.get(_SIZE)
         return task if size is None else _with_size(task, min(size, _size(task)))
 
     def apply(self, task: WorkerTask, request: RetryRequest) -> WorkerTask:
@@ -149,17 +190,56 @@ class _Remedies:
             _NoRemedyError: the next attempt would fail in the same way.
         """
         if request["cause"] == "memory":
-            return self._halve(task, request)
+            return self._save_memory(task, request)
+        if request["cause"] == "data":
+            return self._mend_data(task, request["problem"])
+        if request["cause"] == "checkpoint":
+            name = checkpoint.checkpoint_name(request["steps"][-1])
+            unusable = {**task.get("unusable", {}), name: request["problem"]}
+            return cast(WorkerTask, {**task, "unusable": unusable})
         self._roll_back(request)
         return task
+
+    def _mend_data(self, task: WorkerTask, problem: str) -> WorkerTask:
+        if not self.data_policy.should_retry():
+            raise _NoRemedyError(f"{problem}; the next start prepares the data again")
+        self.prepare_again()
+        return cast(WorkerTask, {**task, "cause": problem})
+
+    def _save_memory(self, task: WorkerTask, request: RetryRequest) -> WorkerTask:
+        """The next attempt's task: with less at a time of what did not fit."""
+        phase, problem = request.get("phase", "step"), request["problem"]
+        if phase in ("first step", "step", "rollout"):
+            return self._halve(task, request)
+        if phase == "evaluation":
+            return self._divide_evaluation(task, request)
+        doing = "saving" if phase == "save" else "loading"
+        raise _NoRemedyError(
+            f"{problem} while {doing}, where a smaller microbatch does not help. What saves memory "
+            "there: scale.strategy fsdp over more workers, model.quantize nf4 with an adapter, "
+            "fewer trained weights, or a smaller model.base"
+        )
+
+    def _divide_evaluation(self, task: WorkerTask, request: RetryRequest) -> WorkerTask:
+        parts, problem = task.get(_PARTS, 1), request["problem"]
+        if parts >= max(_size(task), ANSWERS_AT_ONCE):
+            raise _NoRemedyError(
+                f"{problem} in an evaluation of one row at a time. To save memory: a smaller "
+                "eval.max_new_tokens, a shorter data.max_length, or model.quantize nf4 with an "
+                "adapter"
+            )
+        reason = f"{problem} in the evaluation; continuing with its batches divided by {2 * parts}"
+        self._record(request["steps"][-1] - 1, reason, {_PARTS: 2 * parts})
+        return cast(WorkerTask, {**task, _PARTS: 2 * parts})
 
     def _halve(self, task: WorkerTask, request: RetryRequest) -> WorkerTask:
         size, step, problem = _size(task), request["steps"][-1], request["problem"]
         if size == 1:
+            recomputes = task["recipe"]["model"]["gradient_checkpointing"] is True
             raise _NoRemedyError(
                 f"step {step}: {problem}, with optim.micro_batch_size 1 already. To save memory: "
-                "model.gradient_checkpointing true, a shorter data.max_length, model.quantize nf4 "
-                "with an adapter, or a smaller adapter.rank"
+                f"{'' if recomputes else 'model.gradient_checkpointing true, '}a shorter "
+                "data.max_length, model.quantize nf4 with an adapter, or a smaller adapter.rank"
             )
         half = (size + 1) // 2
         reason = f"{problem}; continuing with micro_batch_size {half} instead of {size}, and the "

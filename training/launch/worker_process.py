@@ -13,16 +13,17 @@ import os
 import signal
 import sys
 import threading
-import time
 import traceback
 from collections.abc import Callable
+from pathlib import Path
 from queue import SimpleQueue
 from types import FrameType
-from typing import IO, Any, Literal, NoReturn, TypedDict
+from typing import IO, Any, Literal, TypedDict
 
-from ..common.errors import InputError, last_line
-from ..engine.context import STACKS_SECONDS, end_process
-from ..engine.task import WorkerResult, WorkerTask
+from ..common.errors import in_one_line
+from ..engine.heartbeat import Heartbeat, Timeout
+from ..engine.task import WorkerResult, WorkerTask, repeats_as
+from ..models.devices import use
 from .network import LOOPBACK, Place, join_group
 
 
@@ -32,6 +33,9 @@ class Start(TypedDict):
     task: WorkerTask
     place: dict[str, Any]
     """`Place`, as a dictionary."""
+    heartbeat: str
+    """The file for this worker's heartbeat, which the driver reads."""
+    hang_timeout: Timeout
 
 
 class Failure(TypedDict):
@@ -39,6 +43,8 @@ class Failure(TypedDict):
 
     status: Literal["error"]
     error: str
+    repeats_as: str | None
+    """See `engine.task.repeats_as`."""
 
 
 STOP_LINE = b"stop\n"
@@ -51,27 +57,21 @@ class ProcessContext:
     Args:
         place: the worker's rank and device.
         stop: set when the driver requests a stop.
-        fail: sends the driver the reason for an abort.
+        heartbeat: receives the worker's phases.
     """
 
     on_ray = False
     nodes: tuple[str, ...] = ()
 
-    def __init__(self, place: Place, stop: threading.Event, fail: Callable[[str], None]) -> None:
+    def __init__(self, place: Place, stop: threading.Event, heartbeat: Heartbeat) -> None:
         self.rank = place.rank
         self.world_size = place.world_size
         self._stop = stop
-        self._fail = fail
+        self.heartbeat = heartbeat
 
     def stop_requested(self) -> bool:
         """True after the driver's stop command."""
         return self._stop.is_set()
-
-    def abort(self, message: str) -> NoReturn:
-        """End the process; the driver restarts all from the last checkpoint."""
-        time.sleep(STACKS_SECONDS)
-        self._fail(message)
-        end_process(message)
 
 
 def main() -> None:
@@ -83,36 +83,29 @@ def main() -> None:
     stop = threading.Event()
     threading.Thread(target=_read_commands, args=(commands, starts, stop), daemon=True).start()
 
-    def fail(message: str) -> None:
-        reply(Failure(status="error", error=message))
-
     try:
-        reply(_train(starts, stop, fail))
+        reply(_train(starts, stop))
     except Exception as error:  # noqa: BLE001 - the driver decides what follows
         traceback.print_exc()
-        fail(f"{type(error).__name__}: {last_line(error)}")
+        reply(_failure(error))
     threading.Event().wait()
 
 
-def _train(
-    starts: "SimpleQueue[Start]", stop: threading.Event, fail: Callable[[str], None]
-) -> WorkerResult:
-    import torch
+def _failure(error: Exception) -> Failure:
+    message = f"{type(error).__name__}: {in_one_line(error)}"
+    return Failure(status="error", error=message, repeats_as=repeats_as(error))
 
+
+def _train(starts: "SimpleQueue[Start]", stop: threading.Event) -> WorkerResult:
     from ..engine.worker import run_worker
 
     start = starts.get()
     place = Place(**start["place"])
-    if place.device.startswith("cuda"):
-        torch.cuda.set_device(place.device)
-    elif torch.cuda.is_available():
-        message = (
-            "torch finds a GPU here, but nvidia-smi does not; set scale.gpus_per_worker=0 to train "
-            "on the CPU, or use --address local: Ray supports GPUs of other vendors"
-        )
-        return WorkerResult(status="failed", error=message, exit_code=InputError.exit_code)
-    join_group(place, LOOPBACK)
-    return run_worker(start["task"], ProcessContext(place, stop, fail))
+    use(place.device)
+    with Heartbeat(Path(start["heartbeat"]), start["hang_timeout"]) as heartbeat:
+        heartbeat.enter("rendezvous")
+        join_group(place, LOOPBACK)
+        return run_worker(start["task"], ProcessContext(place, stop, heartbeat))
 
 
 def _read_commands(
@@ -127,7 +120,7 @@ def _read_commands(
 
 
 def _leave_signals_to_driver() -> None:
-    """Ignore SIGINT and SIGTERM: the driver receives them too, and sends a command.
+    """Ignore signals that the driver receives too: it sends a command.
 
     Processes that a worker forks, such as a reward function's pool, get the default handlers back,
     so that signals end them.
@@ -140,7 +133,8 @@ def _leave_signals_to_driver() -> None:
         for number, handler in before.items():
             signal.signal(number, handler)
 
-    before = {number: signal.signal(number, ignore) for number in (signal.SIGINT, signal.SIGTERM)}
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    before = {number: signal.signal(number, ignore) for number in numbers}
     os.register_at_fork(after_in_child=restore)
 
 

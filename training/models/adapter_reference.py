@@ -11,6 +11,7 @@ from contextlib import contextmanager
 
 from peft import PeftModel
 
+from ..common.errors import InputError
 from ..config.recipe import Recipe
 from .adapter import TRAINED
 
@@ -23,12 +24,13 @@ def add_reference(model: PeftModel, recipe: Recipe) -> None:
 
     Call it before the first step, and before a checkpoint is loaded. It adds a frozen copy of the
     adapter if the adapter's initial weights change the outputs; an existing copy stays.
+
+    Raises:
+        InputError: see `check_reference_copy`.
     """
-    starts_at_zero = recipe.model.adapter is None and (
-        recipe.adapter is None or recipe.adapter.init not in ("pissa", "olora", "loftq")
-    )
-    if starts_at_zero or REFERENCE in model.peft_config:
+    if starts_as_base(recipe) or REFERENCE in model.peft_config:
         return
+    check_reference_copy(model)
     config = copy.deepcopy(model.peft_config[TRAINED])
     config.inference_mode = True
     model.add_adapter(REFERENCE, config, autocast_adapter_dtype=False)
@@ -37,6 +39,27 @@ def add_reference(model: PeftModel, recipe: Recipe) -> None:
             frozen = model.get_parameter(name.replace(f".{TRAINED}", f".{REFERENCE}"))
             frozen.data = parameter.data.clone()
             frozen.requires_grad_(False)
+
+
+def check_reference_copy(model: PeftModel) -> None:
+    """Refuse an adapter of which PEFT cannot hold a second copy.
+
+    Raises:
+        InputError: the adapter changes an embedding that is one matrix with the head.
+    """
+    if model.peft_config[TRAINED].ensure_weight_tying:
+        raise InputError(
+            "model.adapter: it changes the embedding, which is one matrix with the head in this "
+            "model, and of such an adapter no frozen copy can be the reference; set "
+            "method.reference_model, or start from an adapter without embed_tokens and lm_head"
+        )
+
+
+def starts_as_base(recipe: Recipe) -> bool:
+    """True if the model before the first step computes what its base does."""
+    return recipe.model.adapter is None and (
+        recipe.adapter is None or recipe.adapter.init not in ("pissa", "olora", "loftq")
+    )
 
 
 @contextmanager

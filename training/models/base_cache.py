@@ -4,10 +4,12 @@ A sweep's trials train adapters on the same base, one after the other. PEFT remo
 without a trace, and the base is frozen, so the next trial gets it unchanged.
 """
 
+import json
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from ..config.recipe import Recipe
+from ..records.identity import identity_of_base
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -62,4 +64,5 @@ def _leaves_base(recipe: Recipe) -> bool:
 
 
 def _key(recipe: Recipe) -> str:
-    return recipe.model.model_dump_json()
+    """The base's settings and files: a folder may have changed since the last run."""
+    return json.dumps([recipe.model.model_dump(mode="json"), identity_of_base(recipe)])

@@ -6,6 +6,7 @@ import sys
 from typing import TYPE_CHECKING, Literal
 
 from ..common.errors import InputError
+from .devices import device_kind, empty_cache, has_bfloat16
 
 if TYPE_CHECKING:
     import torch
@@ -31,18 +32,19 @@ def choose_dtype(settings: "ModelSettings") -> DtypeName:
     Raises:
         InputError: float16 without a GPU.
     """
-    import torch
-
-    if settings.dtype == "float16" and not torch.cuda.is_available():
+    kind = device_kind() if settings.dtype in ("auto", "float16") else ""
+    if settings.dtype == "float16" and kind == "cpu":
         raise InputError(
             "model.dtype: float16 needs a GPU, and this machine has none; use auto, float32 or "
             "bfloat16"
         )
     if settings.dtype != "auto":
         return settings.dtype
-    if not torch.cuda.is_available():
+    if kind == "cpu":
         return "float32"
-    return "bfloat16" if torch.cuda.is_bf16_supported() else "float16"
+    if has_bfloat16(kind):
+        return "bfloat16"
+    return "float32" if kind == "mps" else "float16"
 
 
 def choose_adapter_dtype(recipe: "Recipe") -> DtypeName:
@@ -87,11 +89,8 @@ def torch_dtype(name: DtypeName) -> "torch.dtype":
 
 def free_memory() -> None:
     """Release unused memory on the host and the GPU, for the next training in this process."""
-    import torch
-
     gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+    empty_cache()
 
 
 def probe_bfloat16() -> dict[str, str]:

@@ -6,10 +6,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from ..config.sections import ANSWERS_AT_ONCE
 from ..records.run_folder import is_match
 from .loading import Model
-
-_BATCH = 32
+from .stopping import stop_tokens
 
 
 @torch.no_grad()
@@ -20,11 +20,13 @@ def generate_answers(
     max_new_tokens: int,
     rank: int,
     world_size: int,
+    at_once: int = ANSWERS_AT_ONCE,
 ) -> list[str]:
     """Generate greedy completions of all prompts; each worker generates a share of them.
 
     Args:
         prompts: token ids of each prompt, ending where the answer begins.
+        at_once: answers that a worker generates in one batch.
 
     Returns:
         One text per prompt, the same on every rank.
@@ -37,8 +39,8 @@ def generate_answers(
     answers: dict[int, str] = {}
     # A sharded model needs equally many calls on all ranks: a rank without prompts left generates
     # for prompt 0 and discards the answer.
-    for first in range(0, math.ceil(len(prompts) / world_size), _BATCH):
-        chosen = own[first : first + _BATCH]
+    for first in range(0, math.ceil(len(prompts) / world_size), at_once):
+        chosen = own[first : first + at_once]
         texts = _generate(model, tokenizer, [prompts[i] for i in chosen or [0]], max_new_tokens)
         answers.update(zip(chosen, texts, strict=False))
     model.train(training)
@@ -81,15 +83,6 @@ def left_padded(prompts: list[list[int]], pad: int) -> tuple[torch.Tensor, torch
         ids[row, longest - len(prompt) :] = torch.tensor(prompt)
         mask[row, longest - len(prompt) :] = 1
     return ids, mask
-
-
-def stop_tokens(model: Model, tokenizer: Any) -> list[int]:
-    """Ids of the tokens that end an answer: the tokenizer's, the model's and ChatML's."""
-    of_model = model.generation_config.eos_token_id
-    tokens = {tokenizer.eos_token_id, *(of_model if isinstance(of_model, list) else [of_model])}
-    if "<|im_end|>" in (tokenizer.chat_template or ""):
-        tokens.add(tokenizer.get_vocab().get("<|im_end|>"))
-    return sorted(token for token in tokens if token is not None)
 
 
 def _gather(answers: dict[int, str], world_size: int) -> list[dict[int, str]]:

@@ -1,17 +1,16 @@
 """Loads the model of a run: base weights, tokenizer, adapter."""
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
-from peft import PeftModel
+from peft import LoraConfig, PeftModel
 from transformers import (
     AutoConfig,
-    AutoModelForCausalLM,
-    AutoModelForSequenceClassification,
     AutoTokenizer,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -19,34 +18,38 @@ from transformers import (
 
 from ..common.errors import InputError
 from ..config.models import Head, ModelSettings
+from ..config.places import locates
 from ..config.recipe import Recipe
+from ..config.weight_checks import embedding_rows
+from ..data.added_tokens import add_tokens
 from ..data.chat import CHATML
-from .adapter import cast_trainable_parameters, existing_adapter, new_adapter
-from .adapter_reference import add_reference, is_reference_copy
+from .adapter import TRAINED, cast_trainable_parameters, existing_adapter, new_adapter
+from .adapter_reference import add_reference, check_reference_copy, is_reference_copy
 from .base_cache import BaseCache
+from .composite import freeze_towers, model_from_config, towers
+from .devices import device_kind
 from .dtypes import choose_adapter_dtype, choose_dtype, torch_dtype
 from .freezing import freeze
+from .left_out import freeze_left_out
+from .pretrained import Notify, load_pretrained
 from .quantisation import (
     initialise_loftq,
-    is_batch_invariant,
+    keep_from_broadcast,
     numel,
     prepare_for_training,
     quantisation_config,
 )
+from .quantiser import check_quantisable, check_saved
+from .tokens import check_trained, make_room, rows_of
 
 Model: TypeAlias = PreTrainedModel | PeftModel
 
-AUTO_CLASSES = {"causal": AutoModelForCausalLM, "score": AutoModelForSequenceClassification}
-
 
 def load_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
-    """The base's tokenizer, with the recipe's chat template if it names one."""
-    settings = recipe.model
-    tokenizer = AutoTokenizer.from_pretrained(
-        settings.base,
-        revision=settings.revision,
-        trust_remote_code=settings.trust_remote_code,
-    )
+    """The base's tokenizer, with the recipe's chat template and its added tokens."""
+    tokenizer = _base_tokenizer(recipe)
+    if recipe.model.add_tokens:
+        add_tokens(tokenizer, recipe.model.add_tokens, recipe.data.chat_template)
     template = recipe.data.chat_template
     if template is not None:
         tokenizer.chat_template = CHATML if template == "chatml" else template
@@ -55,7 +58,53 @@ def load_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def load_model(recipe: Recipe, head: Head = "causal", bases: BaseCache | None = None) -> Model:
+def _base_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
+    settings = recipe.model
+    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+        settings.base,
+        revision=settings.revision,
+        trust_remote_code=settings.trust_remote_code,
+    )
+    return tokenizer
+
+
+@dataclass(frozen=True)
+class AddedTokens:
+    """Ids of the tokens of `model.add_tokens`."""
+
+    trained: list[int]
+    names: list[str]
+    """Their texts."""
+    fresh: list[int]
+    """Those that the base's tokenizer lacks."""
+
+    @classmethod
+    def of(cls, recipe: Recipe) -> "AddedTokens":
+        requested = recipe.model.add_tokens
+        if not requested:
+            return cls([], [], [])
+        tokenizer = _base_tokenizer(recipe)
+        before = {*tokenizer.get_vocab().values()}
+        trained = add_tokens(tokenizer, requested, recipe.data.chat_template)
+        names = [str(tokenizer.convert_ids_to_tokens(index)) for index in trained]
+        return cls(trained, names, [index for index in trained if index not in before])
+
+
+def grown_embedding(recipe: Recipe, model: Model) -> dict[str, int]:
+    """`embedding_rows` for run.json, if the embedding has more rows than that of the base."""
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    before, rows = embedding_rows(recipe.model), rows_of(base)
+    return {"embedding_rows": rows} if before is not None and rows > before else {}
+
+
+@locates
+def load_model(
+    recipe: Recipe,
+    head: Head = "causal",
+    bases: BaseCache | None = None,
+    notify: Notify = lambda _: None,
+    left_out: Collection[str] = (),
+) -> Model:
     """The model to train, with its adapter if the recipe has one.
 
     The model is on the CPU; only a quantised base is on this process's GPU, if there is one.
@@ -67,34 +116,48 @@ def load_model(recipe: Recipe, head: Head = "causal", bases: BaseCache | None = 
         head: causal returns logits of the next token; score returns one number for the whole text
             through a new linear layer `score`, which is trained and saved.
         bases: keeps the frozen base for the next run of this process; None keeps nothing.
+        notify: receives a line about tensors of the base that are not used.
+        left_out: patterns of parameters that get no gradient (`left_out`); they are not trained.
 
     Raises:
-        InputError: the weights cannot be read, or a name of a module or parameter matches nothing.
+        InputError: the weights cannot be read or do not fit the model, or a name of a module or
+            parameter matches nothing.
     """
+    added = AddedTokens.of(recipe)
     if recipe.method.starts_at_random:
         model = _random_model(recipe, head)
+        make_room(model, added.trained, added.fresh)
     else:
         cached = bases.take(recipe) if bases is not None and head == "causal" else None
-        model = cached or _load_base(recipe, head)
-    model.config.use_cache = False
+        model = cached or _load_base(recipe, head, added, notify)
+    if added.trained:
+        notify(f"model.add_tokens: {', '.join(added.names)} get rows of their own")
+    if left := towers(model):
+        notify(f"model.base: text does not reach {', '.join(left)}; they stay as they are")
+    model.config.get_text_config().use_cache = False
     if head == "score":
-        model.config.pad_token_id = load_tokenizer(recipe).pad_token_id
+        model.config.get_text_config().pad_token_id = load_tokenizer(recipe).pad_token_id
     if recipe.trains_adapter:
-        adapted = _with_adapter(model, recipe, head)
+        adapted = _with_adapter(model, recipe, head, added, left_out)
         if bases is not None and head == "causal":
             bases.put(recipe, adapted)
         return adapted
     if recipe.freeze is not None:
         freeze(model, recipe.freeze)
+    freeze_towers(model)
+    check_trained(model, added.trained)
+    freeze_left_out(model, left_out)
     return model
 
 
 def _random_model(recipe: Recipe, head: Head) -> PreTrainedModel:
-    trust = recipe.model.trust_remote_code
-    return AUTO_CLASSES[head].from_config(
-        _config(recipe.model, head),
+    config = _config(recipe.model, head)
+    return model_from_config(
+        config,
+        head,
+        "model.base",
         dtype=torch.float32,
-        trust_remote_code=trust,
+        trust_remote_code=recipe.model.trust_remote_code,
         **_attention(recipe.model),
     )
 
@@ -108,50 +171,79 @@ def _config(settings: ModelSettings, head: Head) -> Any:
     )
 
 
-def _load_base(recipe: Recipe, head: Head) -> PreTrainedModel:
+def _load_base(recipe: Recipe, head: Head, added: AddedTokens, notify: Notify) -> PreTrainedModel:
     dtype = torch_dtype(choose_dtype(recipe.model)) if recipe.trains_adapter else torch.float32
     model = _load_weights(
-        recipe.model, head, dtype=dtype, quantization_config=quantisation_config(recipe.model)
+        recipe.model,
+        head,
+        dtype=dtype,
+        quantization_config=quantisation_config(recipe.model),
+        notify=notify,
+        **_place_of_packed(recipe.model),
     )
     prepare_for_training(model)
+    make_room(model, added.trained, added.fresh)
     return model
 
 
 def _load_weights(settings: ModelSettings, head: Head, **more: Any) -> PreTrainedModel:
-    try:
-        return AUTO_CLASSES[head].from_pretrained(
-            settings.base,
-            revision=settings.revision,
-            trust_remote_code=settings.trust_remote_code,
-            use_safetensors=True,
-            **_attention(settings),
-            **head_arguments(head),
-            **more,
-        )
-    except (OSError, ValueError) as error:
-        raise InputError(f"model.base: cannot load {settings.base}: {error}") from error
+    return load_pretrained(
+        settings.base,
+        head,
+        "model.base",
+        new_head=head == "score",
+        revision=settings.revision,
+        trust_remote_code=settings.trust_remote_code,
+        **_attention(settings),
+        **head_arguments(head),
+        **more,
+    )
 
 
-def _with_adapter(model: PreTrainedModel, recipe: Recipe, head: Head) -> PeftModel:
+def _with_adapter(
+    model: PreTrainedModel,
+    recipe: Recipe,
+    head: Head,
+    added: AddedTokens,
+    left_out: Collection[str],
+) -> PeftModel:
     """The frozen model with the recipe's adapter, in the state before the first step."""
     dtype = torch_dtype(choose_adapter_dtype(recipe))
-    adapted = _attach(model, recipe, head)
+    adapted = _attach(model, recipe, head, added.trained, left_out)
+    freeze_left_out(adapted, left_out)
     if recipe.adapter is not None and recipe.adapter.init == "loftq":
         full = _load_weights(recipe.model, head, dtype=torch.float32)
         initialise_loftq(adapted, full)
     cast_trainable_parameters(adapted, dtype)
+    keep_from_broadcast(adapted)
     if recipe.adapter is not None and recipe.adapter.changes_base:
         add_reference(adapted, recipe)  # the saved adapter is the difference from this state
     return adapted
 
 
 def _attach(
-    model: PreTrainedModel, recipe: Recipe, head: Head, *, weights: bool = True
+    model: PreTrainedModel,
+    recipe: Recipe,
+    head: Head,
+    tokens: list[int],
+    left_out: Collection[str],
+    *,
+    weights: bool = True,
 ) -> PeftModel:
     if recipe.model.adapter is not None:
-        return existing_adapter(model, Path(recipe.model.adapter), head, weights=weights)
-    assert recipe.adapter is not None
-    return new_adapter(model, recipe.adapter, head, weights=weights)
+        folder = Path(recipe.model.adapter)
+        adapted = existing_adapter(model, folder, head, weights=weights)
+    else:
+        assert recipe.adapter is not None
+        adapted = new_adapter(model, recipe.adapter, head, tokens, left_out, weights=weights)
+    freeze_towers(adapted.get_base_model())  # an adapter from elsewhere may reach into them
+    return adapted
+
+
+def _place_of_packed(settings: ModelSettings) -> dict[str, Any]:
+    """A quantised base is loaded onto the GPU that there is, unless this run trains on the CPU."""
+    on_cpu = settings.quantize != "none" and device_kind() == "cpu"
+    return {"device_map": {"": "cpu"}} if on_cpu else {}
 
 
 def _attention(settings: ModelSettings) -> dict[str, Any]:
@@ -167,37 +259,6 @@ def forward_arguments(model: Model) -> frozenset[str]:
     """Parameter names of the base model's `forward`."""
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     return frozenset(inspect.signature(base.forward).parameters)
-
-
-@torch.no_grad()
-def check_packing_isolation(model: Model) -> None:
-    """Test that documents packed into one sequence do not influence each other.
-
-    Attention separates them by their positions; convolutions and recurrences over tokens do not.
-
-    Raises:
-        InputError: a document's logits depend on the document before it.
-    """
-    if "position_ids" in forward_arguments(model):
-        device = next(model.parameters()).device
-        tokens = torch.arange(3, 19, device=device)[None] % model.config.vocab_size
-        positions = torch.arange(8, device=device)[None]
-        training = model.training
-        model.eval()
-        alone = model(input_ids=tokens[:, 8:], position_ids=positions, use_cache=False).logits
-        both = model(
-            input_ids=tokens, position_ids=torch.cat([positions] * 2, dim=1), use_cache=False
-        ).logits[:, 8:]
-        model.train(training)
-        # Far above rounding errors, far below the influence of the other document.
-        is_exact = alone.dtype == torch.float32 and is_batch_invariant(model)
-        tolerance = 1e-4 if is_exact else 0.2
-        if (alone - both).abs().max() <= tolerance * alone.std():
-            return
-    raise InputError(
-        f"data.packing: a {model.config.model_type} model mixes the documents that are packed "
-        "into one sequence; set data.packing: false"
-    )
 
 
 @contextmanager
@@ -221,21 +282,62 @@ def count_parameters(model: torch.nn.Module) -> dict[str, int]:
     return {"total": total, "trainable": trainable}
 
 
-def build_meta_model(recipe: Recipe, head: Head = "causal") -> Model:
+@locates
+def build_meta_model(
+    recipe: Recipe, head: Head = "causal", left_out: Collection[str] = ()
+) -> Model:
     """The model to train on the meta device: built from its configuration, without weights.
 
+    Args:
+        recipe, head, left_out: as in `load_model`.
+
     Raises:
-        InputError: a name of a module or parameter matches nothing.
+        InputError: transformers has no such model with this head, or a name of a module or
+            parameter matches nothing.
     """
     config = _config(recipe.model, head)
     trust = recipe.model.trust_remote_code
+    added = AddedTokens.of(recipe)
     with torch.device("meta"):
-        model: Model = AUTO_CLASSES[head].from_config(config, trust_remote_code=trust)
+        model: Model = model_from_config(config, head, "model.base", trust_remote_code=trust)
+        make_room(model, added.trained, added.fresh)
+        if recipe.model.quantize != "none":
+            sharded = recipe.scale.strategy == "fsdp"
+            check_quantisable(model, recipe.model.quantize, sharded=sharded)
+            check_saved(model, _saved_whole(recipe))
         if recipe.trains_adapter:
-            model = _attach(model, recipe, head, weights=False)
-        elif recipe.freeze is not None:
-            freeze(model, recipe.freeze)
+            model = _attach(model, recipe, head, added.trained, left_out, weights=False)
+            method = recipe.method
+            _check_rollouts(recipe, model)
+            is_copied = method.uses_reference and method.reference_name is None
+            if is_copied and recipe.model.adapter is not None:
+                check_reference_copy(model)
+        else:
+            if recipe.freeze is not None:
+                freeze(model, recipe.freeze)
+            freeze_towers(model)
+            check_trained(model, added.trained)
+    freeze_left_out(model, left_out)
     return model
+
+
+def _saved_whole(recipe: Recipe) -> list[str]:
+    """Names or ends of names of the modules that an adapter trains whole."""
+    if recipe.model.adapter is None:
+        return list(recipe.adapter.modules_to_save) if recipe.adapter is not None else []
+    saved = LoraConfig.from_pretrained(recipe.model.adapter).modules_to_save
+    return list(saved or ())
+
+
+def _check_rollouts(recipe: Recipe, model: PeftModel) -> None:
+    """Refuse vLLM for an adapter that is added to parameters, which it does not read."""
+    method = recipe.method
+    uses_vllm = method.samples_online and not method.completions_at_once
+    if uses_vllm and model.peft_config[TRAINED].target_parameters:
+        raise InputError(
+            "method.rollout: vLLM does not read an adapter of experts; set adapter.experts: false "
+            "with adapter.targets of the attention, or method.rollout: transformers"
+        )
 
 
 def count_meta_parameters(recipe: Recipe, head: Head = "causal") -> dict[str, int]:

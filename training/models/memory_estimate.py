@@ -1,22 +1,39 @@
 """Estimates one worker's peak GPU memory from the recipe and the model's configuration.
 
-The estimate counts weights, gradients, optimizer states and activations. The activations are those
-that a Llama's layers keep for the backward pass (with torch's fused attention); other decoders keep
-about as many. Not counted: the overhead of the GPU's allocator, and the additional activations of
-DoRA and LLM.int8(). The formula for a sharded model (FSDP) is not measured.
+Every phase of a run has a peak of its own: loading, a step, generation, vLLM beside it, evaluation.
+A step counts weights, gradients, optimizer states, the activations that the model keeps for its
+backward pass (`activations`), and its loss (`logit_memory`). Not counted: the overhead of the GPU's
+allocator, and what LLM.int8() keeps beyond a plain linear layer. The formula for a sharded model
+(FSDP) is not measured.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
 import torch
+from peft import PeftModel
+from peft.tuners.lora.layer import ParamWrapper
 
+from ..common.errors import InputError
 from ..config.recipe import Recipe
+from ..config.sections import ANSWERS_AT_ONCE
+from .activations import Attention, kept_by
 from .dtypes import DtypeName
 from .loading import Model, build_meta_model
+from .logit_memory import HeadFacts, LossSizes, head_facts, loss_bytes, tokens_at_once
+from .matrices import Matrix, matrices, own_name
+from .targets import adapted_layers
 
 CONTEXT_BYTES = 2**29
 """Approximate size of CUDA's own context."""
+_VLLM_WORKSPACE = 2**30
+"""Approximate bytes of vLLM's own activations and captured graphs."""
+_VLLM_SEQUENCES = 256
+"""Sequences that vLLM computes at a time by default."""
+_SAMPLED_LOGIT = 40
+"""Bytes of a logit while a token is sampled: in the compute type, and four times in float64."""
+_BACKWARD = 4
+"""Gradients of a layer's widest tensors that exist at a time."""
 _NF4_BYTES = 0.516
 """Bytes per value, double quantised: 4 bits, 8 per block of 64, 32 per 256 blocks."""
 
@@ -73,6 +90,15 @@ class Sizes:
     """Sum of the adapters' ranks in a layer."""
     heads: int
     vocabulary: int
+    added: int = 0
+    """Values of weights that an adapter is added to, such as experts; the sums are kept for the
+    backward pass, in the base's type."""
+    largest: int = 0
+    """Values of the largest frozen matrix, which is whole for a moment while it is quantised."""
+    head: HeadFacts = field(default_factory=HeadFacts)
+    can_be_followed: bool = field(default=False, compare=False)
+    """The model's configuration is at hand: its own forward pass decides on the activations.
+    Otherwise a Llama's layers do."""
 
 
 @dataclass(frozen=True)
@@ -84,12 +110,37 @@ class MemoryEstimate:
     training: int
     """Gradients and the optimizer's states."""
     activations: int
-    """Activations of a microbatch, with the logits."""
+    """Activations of a microbatch's step, with the logits."""
+    generation: int = 0
+    """Caches and logits of the answers that the trained model generates at a time."""
+    evaluation: int = 0
+    """Logits of held-out rows, or caches of the answers to held-out prompts."""
+    loading: int = 0
+    """What loading takes beside the weights, before there are gradients."""
+    vllm: int = 0
+    """The least that vLLM takes beside the training, if it samples."""
+
+    @property
+    def phases(self) -> dict[str, int]:
+        """The peak of each phase with CUDA's context, in bytes; only phases that the run has."""
+        trained = self.weights + self.training + self.vllm + CONTEXT_BYTES
+        optional = {"generation": self.generation, "evaluation": self.evaluation}
+        return {
+            "loading": self.weights + self.loading + CONTEXT_BYTES,
+            "step": trained + self.activations,
+            **{phase: trained + size for phase, size in optional.items() if size},
+        }
 
     @property
     def peak(self) -> int:
-        """Sum of all parts and CUDA's context, in bytes."""
-        return self.weights + self.training + self.activations + CONTEXT_BYTES
+        """The largest peak of a phase, in bytes."""
+        return max(self.phases.values())
+
+    @property
+    def largest_phase(self) -> str:
+        """The phase of the largest peak."""
+        phases = self.phases
+        return max(phases, key=lambda phase: phases[phase])
 
 
 def sizes_of(recipe: Recipe, model: Model | None = None) -> Sizes:
@@ -104,22 +155,25 @@ def sizes_of(recipe: Recipe, model: Model | None = None) -> Sizes:
     """
     model = model or build_meta_model(recipe, recipe.method.head)
     counts = dict.fromkeys(("linear", "frozen", "trained", "cast"), 0)
-    linear = {
-        id(module.weight): not name.endswith(("lm_head", "score"))  # heads are not quantised
-        for name, module in model.named_modules()
-        if isinstance(module, torch.nn.Linear)
+    own = matrices(model)
+    # Heads and routers are not quantised.
+    packs = {matrix.weight for matrix in own if matrix.kind not in ("head", "router")}
+    products = {
+        id(module.weight) for module in model.modules() if isinstance(module, torch.nn.Linear)
     }
     ranks = 0
     for name, parameter in model.named_parameters():
         ranks += parameter.shape[0] if "lora_A" in name else 0
         if parameter.requires_grad:
             counts["trained"] += parameter.numel()
-            counts["cast"] += parameter.numel() if id(parameter) in linear else 0
+            counts["cast"] += parameter.numel() if id(parameter) in products else 0
         else:
-            packs = linear.get(id(parameter), False)
-            counts["linear" if packs else "frozen"] += parameter.numel()
+            is_packed = own_name(name.removeprefix("base_model.model.")) in packs
+            counts["linear" if is_packed else "frozen"] += parameter.numel()
     config = model.config.get_text_config()
-    layers, heads = config.num_hidden_layers, config.num_attention_heads
+    layers = config.num_hidden_layers
+    # State-space models have heads under another name, or none.
+    heads = _setting(config, "num_attention_heads", _setting(config, "num_heads", 1))
     width = _setting(config, "head_dim", config.hidden_size // heads)
     freeze = recipe.freeze
     trained_layers = freeze.last_layers if freeze is not None and not freeze.train else None
@@ -129,32 +183,88 @@ def sizes_of(recipe: Recipe, model: Model | None = None) -> Sizes:
         hidden=config.hidden_size,
         queries=heads * width,
         keys=_setting(config, "num_key_value_heads", heads) * width,
-        inner=_setting(config, "intermediate_size", 4 * config.hidden_size),
+        inner=_inner(config),
         ranks=ranks // layers,
         heads=heads,
         vocabulary=config.vocab_size,
+        added=_added(model, own),
+        largest=max((matrix.values for matrix in own if matrix.weight in packs), default=0),
+        head=head_facts(model),
+        can_be_followed=True,
     )
 
 
+def _added(model: Model, own: list[Matrix]) -> int:
+    """Number of values of the weights that an adapter is added to."""
+    if not isinstance(model, PeftModel):
+        return 0
+    layers = adapted_layers(model)
+    return sum(
+        matrix.values for matrix in own if isinstance(layers.get(matrix.weight), ParamWrapper)
+    )
+
+
+def _inner(config: Any) -> int:
+    """Width of what a token passes inside the MLPs: of all experts that it is sent to."""
+    dense = _setting(config, "intermediate_size", 4 * config.hidden_size)
+    expert = _setting(config, "moe_intermediate_size", 0)
+    sent_to = _setting(config, "num_experts_per_tok", 1)
+    return max(dense, expert * sent_to + _setting(config, "shared_expert_intermediate_size", 0))
+
+
 def _setting(config: Any, name: str, default: int) -> int:
-    """A setting that not every kind of model has."""
-    value = config.to_dict().get(name)
+    """A setting that not every kind of model has; the largest where each layer has its own."""
+    value = config.to_dict().get(config.attribute_map.get(name, name))
+    if isinstance(value, list | tuple):
+        value = max(value, default=None)
     return int(default if value is None else value)
 
 
-def estimate(recipe: Recipe, sizes: Sizes) -> MemoryEstimate:
-    """The peak of a step on a GPU that supports bfloat16; fsdp counts the least workers."""
-    compute: DtypeName = "bfloat16" if recipe.model.dtype == "auto" else recipe.model.dtype
+def estimate(
+    recipe: Recipe, sizes: Sizes, compute: DtypeName | None = None, kind: str = "cuda"
+) -> MemoryEstimate:
+    """The peaks of a run's phases; fsdp counts the least workers.
+
+    Args:
+        recipe: the run's recipe.
+        sizes: sizes of its model.
+        compute: the type that `model.dtype: auto` comes to; None for bfloat16.
+        kind: of the device: cpu, cuda, …
+    """
+    if recipe.model.dtype != "auto":
+        compute = recipe.model.dtype
+    compute = compute or "bfloat16"
     is_sharded = recipe.scale.strategy == "fsdp"
     shards = max(recipe.scale.least_workers, 2) if is_sharded else 1
     gathered = _gathered(sizes, compute) if is_sharded else 0
     return MemoryEstimate(
         weights=_weights(recipe, sizes, compute) // shards + gathered,
         training=_training(recipe, sizes, compute) // shards,
-        activations=max(
-            _step_activations(recipe, sizes, compute), _rollout_bytes(recipe, sizes, compute)
-        ),
+        activations=_step_activations(recipe, sizes, compute, kind),
+        generation=_generated(recipe, sizes, compute, recipe.method.completions_at_once),
+        evaluation=_evaluation(recipe, sizes, compute, kind),
+        loading=_loading(recipe, sizes, compute),
+        vllm=vllm_bytes(recipe, sizes, compute)[0],
     )
+
+
+def attention_of(recipe: Recipe) -> Attention:
+    """What attention keeps as the recipe runs.
+
+    Packed rows get a dense mask with sdpa, and where the rehearsal shows that the model's attention
+    cannot be computed by documents.
+    """
+    if recipe.model.attention == "eager":
+        return "eager"
+    if not recipe.packs:
+        return "plain"
+    is_masked = recipe.model.attention == "sdpa" or recipe.isolation in ("positions", "mask")
+    return "dense" if is_masked else "borders"
+
+
+def logits_at_once(recipe: Recipe, sizes: Sizes, kind: str = "cuda") -> int:
+    """Number of a microbatch's tokens that have logits at a time; arguments as for `estimate`."""
+    return tokens_at_once(sizes.head, _loss_sizes(recipe, sizes, "bfloat16"), kind)
 
 
 def _width(dtype: str) -> int:
@@ -203,25 +313,90 @@ def _training(recipe: Recipe, sizes: Sizes, compute: DtypeName) -> int:
 
 def _tokens(recipe: Recipe) -> int:
     """Number of tokens in a full microbatch."""
-    return recipe.optim.micro_batch_size * recipe.method.sequences_per_row * recipe.data.max_length
+    return recipe.optim.microbatch * recipe.method.sequences_per_row * recipe.data.max_length
 
 
-def _step_activations(recipe: Recipe, sizes: Sizes, compute: DtypeName) -> int:
-    """Bytes that the forward pass of a microbatch keeps."""
-    tokens, low = _tokens(recipe), compute != "float32"
-    casts = low and _trained_width(recipe, compute) == 4
-    kind: _Compute = "autocast" if casts else "low" if low else "float32"
+class _Held(NamedTuple):
+    """Bytes that are held from the forward to the backward pass of a microbatch."""
+
+    always: int
+    """Until its end."""
+    layer: int
+    """Of the layer that keeps most, which checkpointing computes again when it is its turn."""
+    layers: int
+    """Of all layers."""
+
+
+def _step_activations(recipe: Recipe, sizes: Sizes, compute: DtypeName, device: str) -> int:
+    """Bytes that a microbatch's forward pass keeps, and those of its loss."""
+    rows, tokens = recipe.optim.microbatch * recipe.method.sequences_per_row, _tokens(recipe)
+    trained: DtypeName = "float32" if _trained_width(recipe, compute) == 4 else "bfloat16"
+    gathers_low = _gathers_low(recipe)
+    kind: _Compute = "float32" if compute == "float32" else "low"
+    if kind == "low" and trained == "float32":
+        kind = "autocast"
+    held = None
+    if sizes.can_be_followed:
+        held = _followed(recipe, rows, compute, compute if gathers_low else trained)
+    if held is None:
+        copies = 2 * sizes.cast if kind == "autocast" and not gathers_low else 0
+        held = _of_a_llama(recipe, sizes, tokens, compute, kind)
+        held = held._replace(always=held.always + copies)
+    logits = _logits_bytes(recipe, sizes, compute, device)
+    # Gradients inside a layer exist when those of the logits are gone.
+    backward = _BACKWARD * tokens * sizes.inner * _width(compute)
+    if recipe.model.checkpoints:
+        return held.always + max(logits, held.layer + backward)
+    return held.always + held.layers + max(logits, backward)
+
+
+def _gathers_low(recipe: Recipe) -> bool:
+    """True if FSDP gathers trained weights in the compute type, so that autocast copies nothing."""
+    return recipe.scale.strategy == "fsdp" and not recipe.trains_adapter
+
+
+def _followed(recipe: Recipe, rows: int, compute: DtypeName, trained: DtypeName) -> _Held | None:
+    """Bytes by the model's own forward pass; None where it cannot be followed.
+
+    All but copies of weights is as many times as much as there are rows.
+    """
+
+    def of(rows: int) -> _Held | None:
+        arguments = (rows, recipe.data.max_length, compute, trained, attention_of(recipe))
+        kept = kept_by(recipe, *arguments)
+        if kept is None:
+            return None
+        count = len(kept.layers)  # the last one's output stays, too
+        inputs = kept.inputs * (count + 1) // count if recipe.model.checkpoints and count else 0
+        return _Held(kept.outside + inputs, kept.largest, sum(kept.layers))
+
+    one = of(1)
+    two = of(2) if rows > 1 else None
+    if one is None or two is None:
+        return one if rows == 1 else None
+    return _Held(*(a + (rows - 1) * (b - a) for a, b in zip(one, two, strict=True)))
+
+
+def _of_a_llama(
+    recipe: Recipe, sizes: Sizes, tokens: int, compute: DtypeName, kind: _Compute
+) -> _Held:
+    """Bytes that the layers of a Llama of these sizes keep."""
     dropout = recipe.adapter is not None and recipe.adapter.dropout > 0
     table = _WHOLE if not recipe.trains_adapter else _ADAPTER_DROPOUT if dropout else _ADAPTER
     layer = tokens * _layer_activations(table[kind], sizes)
-    kept = layer * sizes.layers
-    if recipe.model.gradient_checkpointing:
-        inputs = tokens * sizes.hidden * (_width(compute) if recipe.trains_adapter else 4)
-        kept = inputs * sizes.layers + layer
-    # FSDP gathers the trained weights of a base in the compute type: autocast copies nothing.
-    gathers_low = recipe.scale.strategy == "fsdp" and not recipe.trains_adapter
-    copies = 2 * sizes.cast if casts and not gathers_low else 0
-    return kept + copies + tokens * _logits_bytes(recipe, sizes, kind)
+    attention, width = attention_of(recipe), _width(compute)
+    if attention == "dense":  # the mask, and keys and values of all heads
+        expanded = 2 * (sizes.queries - sizes.keys)
+        layer += tokens * (recipe.data.max_length + expanded) * width
+    elif attention == "eager":  # scores, and their softmax in float32
+        layer += tokens * recipe.data.max_length * sizes.heads * (width + 4)
+    sums = sizes.added * width
+    inputs = tokens * sizes.hidden * (width if recipe.trains_adapter else 4) * sizes.layers
+    return _Held(
+        always=inputs if recipe.model.checkpoints else 0,
+        layer=layer + sums // sizes.layers,
+        layers=layer * sizes.layers + sums,
+    )
 
 
 def _layer_activations(kept: _ActivationBytes, sizes: Sizes) -> int:
@@ -230,19 +405,85 @@ def _layer_activations(kept: _ActivationBytes, sizes: Sizes) -> int:
     return sum(bytes_ * amount for bytes_, amount in zip(kept, amounts, strict=True))
 
 
-def _logits_bytes(recipe: Recipe, sizes: Sizes, kind: _Compute) -> int:
-    """Bytes per token of the logits and their gradients, if all tokens are trained."""
+def _logits_bytes(
+    recipe: Recipe, sizes: Sizes, compute: DtypeName, kind: str, trains: bool = True
+) -> int:
+    """Bytes of the loss, if all tokens are trained."""
     if recipe.method.head == "score":
         return 0
-    if recipe.method.packs:  # log-softmax, its gradient and that of the logits
-        return sizes.vocabulary * (12 if kind == "float32" else 14)
-    # The logits and their gradient, which autocast casts.
-    return sizes.vocabulary * {"float32": 8, "low": 4, "autocast": 10}[kind]
+    return loss_bytes(sizes.head, _loss_sizes(recipe, sizes, compute), kind, trains)
 
 
-def _rollout_bytes(recipe: Recipe, sizes: Sizes, compute: DtypeName) -> int:
-    """Bytes of the KV cache and the logits of the completions that a worker samples at a time."""
-    completions = recipe.method.completions_at_once
-    tokens = completions * recipe.data.max_length
-    cache = tokens * sizes.layers * 2 * sizes.keys * _width(compute)
-    return cache + completions * sizes.vocabulary * 8
+def _loss_sizes(recipe: Recipe, sizes: Sizes, compute: DtypeName) -> LossSizes:
+    width = _width(compute)
+    of_state = width if recipe.trains_adapter or _gathers_low(recipe) else 4
+    return LossSizes(_tokens(recipe), sizes.vocabulary, sizes.hidden, width, of_state)
+
+
+def _cache(recipe: Recipe, sizes: Sizes, compute: DtypeName, tokens: int) -> int:
+    """Bytes of the keys and values of tokens."""
+    del recipe
+    return tokens * sizes.layers * 2 * sizes.keys * _width(compute)
+
+
+def _generated(recipe: Recipe, sizes: Sizes, compute: DtypeName, answers: int) -> int:
+    """Bytes of the cache, and of the last tokens' logits and probabilities in float64."""
+    tokens = answers * recipe.data.max_length
+    return _cache(recipe, sizes, compute, tokens) + answers * sizes.vocabulary * _SAMPLED_LOGIT
+
+
+def _evaluation(recipe: Recipe, sizes: Sizes, compute: DtypeName, kind: str) -> int:
+    """Bytes of the larger of both evaluations: the held-out loss, and the answers to prompts."""
+    held_out = bool(recipe.data.eval) or recipe.data.holds_out
+    if not held_out or recipe.method.samples_online:
+        return _generated(recipe, sizes, compute, recipe.method.completions_at_once * held_out)
+    answers = min(recipe.eval.samples, ANSWERS_AT_ONCE)
+    tokens = answers * (recipe.row_length + recipe.eval.max_new_tokens)
+    generated = _cache(recipe, sizes, compute, tokens) + answers * sizes.vocabulary * 4
+    return max(generated, _logits_bytes(recipe, sizes, compute, kind, trains=False))
+
+
+def _loading(recipe: Recipe, sizes: Sizes, compute: DtypeName) -> int:
+    """Bytes beside the weights while they are loaded: the largest matrix, before it is packed."""
+    return 0 if recipe.model.quantize == "none" else sizes.largest * _width(compute)
+
+
+def vllm_bytes(recipe: Recipe, sizes: Sizes, compute: DtypeName) -> tuple[int, int]:
+    """The least that vLLM needs, and the most that it can use, in bytes; zeros if it is not used.
+
+    It holds the base once more, and a cache of at least one sequence, at most of all that a worker
+    samples at a time.
+    """
+    method = recipe.method
+    if not method.samples_online or method.completions_at_once:
+        return 0, 0
+    base = (sizes.linear + sizes.frozen) * _width(compute) + CONTEXT_BYTES + _VLLM_WORKSPACE
+    of_one = _cache(recipe, sizes, compute, recipe.data.max_length)
+    workers = max(1, recipe.scale.least_workers)
+    sequences = min(-(-recipe.optim.batch_size // workers), _VLLM_SEQUENCES)
+    return base + of_one, base + sequences * of_one
+
+
+def vllm_share(recipe: Recipe, sizes: Sizes, compute: DtypeName, total: int) -> float:
+    """The share of a GPU's memory that vLLM gets: what the training leaves, as far as it is used.
+
+    Args:
+        recipe: the run's recipe.
+        sizes: sizes of its model.
+        compute: the type that the model computes in.
+        total: bytes of the GPU's memory.
+
+    Raises:
+        InputError: the training leaves too little for the weights and one sequence.
+    """
+    least, most = vllm_bytes(recipe, sizes, compute)
+    memory = estimate(recipe, sizes, compute)
+    room = total - (memory.peak - memory.vllm)
+    if room < least:
+        raise InputError(
+            f"method.rollout: vllm needs {least / 2**30:.1f} GiB of the GPU, and the training "
+            f"leaves {max(room, 0) / 2**30:.1f} of {total / 2**30:.1f}; a smaller "
+            "optim.micro_batch_size, model.gradient_checkpointing true or rollout: transformers "
+            "takes less"
+        )
+    return min(room, most) / total

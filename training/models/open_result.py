@@ -1,7 +1,6 @@
 """Opens a trained model of a finished run, of a folder written by transformers or PEFT, or of the
 hub. All users of a result (references, reward models, …) open it here."""
 
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -10,16 +9,18 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, PreTrainedModel
 
 from ..common.errors import InputError
-from ..config.adapter_folder import CONFIG_FILE, check_safetensors
+from ..config.adapter_folder import CONFIG_FILE, adapter_base, check_safetensors
+from ..config.model_folder import named_model
 from ..config.models import Head
 from ..records.run_folder import FinishedRun
-from .loading import AUTO_CLASSES, Model, head_arguments
-
-# No pickled weights, and no code of the model's own.
-_SAFELY = {"use_safetensors": True, "trust_remote_code": False}
+from .adapter import check_fits
+from .loading import Model, head_arguments
+from .out_of_memory import is_out_of_memory
+from .pretrained import load_pretrained
+from .tokens import room_for_adapter
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,8 @@ def open_result(run: FinishedRun, head: Head, dtype: torch.dtype, where: str) ->
     with run.local_result() as folder, _load_errors(where, run.folder):
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         if run.kind == "model":
-            return OpenedModel(_load(folder, head, dtype, head_arguments(head)), tokenizer)
+            model = _load(folder, head, dtype, where, **head_arguments(head))
+            return OpenedModel(model, tokenizer)
         settings = run.recipe["model"]
         base, revision = settings["base"], settings.get("revision")
         return OpenedModel(_under_adapter(folder, base, revision, head, dtype, where), tokenizer)
@@ -55,7 +57,7 @@ def open_model(name: str, head: Head, dtype: torch.dtype, where: str) -> Model:
     """A model by hub id or folder; the folder may hold an adapter, which names its base.
 
     Args:
-        name: hub id, or a folder written by transformers or PEFT.
+        name: hub id (also owner/name@revision), or a folder written by transformers or PEFT.
         head: causal for a language model, score for a sequence classifier.
         dtype: type of the weights.
         where: the key in the recipe, for messages.
@@ -63,12 +65,11 @@ def open_model(name: str, head: Head, dtype: torch.dtype, where: str) -> Model:
     Raises:
         InputError: the model cannot be loaded.
     """
-    config_file = Path(name) / CONFIG_FILE
     with _load_errors(where, name):
-        if not config_file.is_file():
-            return _load(name, head, dtype, {})
-        config = json.loads(config_file.read_text(encoding="utf-8"))
-        base, revision = config["base_model_name_or_path"], config.get("revision")
+        if not (Path(name) / CONFIG_FILE).is_file():
+            model = named_model(name)
+            return _load(model.base, head, dtype, where, revision=model.revision)
+        base, revision = adapter_base(Path(name), head, where)
         return _under_adapter(Path(name), base, revision, head, dtype, where)
 
 
@@ -76,14 +77,28 @@ def _under_adapter(
     adapter: Path, base: str, revision: str | None, head: Head, dtype: torch.dtype, where: str
 ) -> Model:
     check_safetensors(adapter, where)
-    model = _load(base, head, dtype, {"revision": revision, **head_arguments(head)})
-    adapted: Model = PeftModel.from_pretrained(model, adapter)
+    model = _load(
+        *(base, head, dtype, where),
+        new_head=head == "score",  # the adapter brings it
+        revision=revision,
+        **head_arguments(head),
+    )
+    room_for_adapter(model, adapter)
+    try:
+        adapted: Model = PeftModel.from_pretrained(model, adapter)
+    except RuntimeError as error:  # a tensor of another shape
+        if is_out_of_memory(error):
+            raise
+        reason = " ".join(str(error).split())
+        raise InputError(f"{where}: {adapter} does not fit {base}: {reason}") from error
+    check_fits(adapted, adapter, where)
     return adapted
 
 
-def _load(name: str | Path, head: Head, dtype: torch.dtype, more: dict[str, Any]) -> Model:
-    model: Model = AUTO_CLASSES[head].from_pretrained(name, dtype=dtype, **_SAFELY, **more)
-    return model
+def _load(
+    name: str | Path, head: Head, dtype: torch.dtype, where: str, **more: Any
+) -> PreTrainedModel:
+    return load_pretrained(name, head, where, dtype=dtype, trust_remote_code=False, **more)
 
 
 @contextmanager

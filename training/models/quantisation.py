@@ -2,18 +2,23 @@
 
 import logging
 import math
+from typing import Any
 
 import torch
 from bitsandbytes.functional import dequantize_4bit
-from bitsandbytes.nn import Linear4bit, Linear8bitLt, Params4bit
+from bitsandbytes.nn import Linear4bit, Params4bit
 from peft import PeftModel
 from peft.tuners.lora import Linear4bit as LoraLinear4bit
+from torch.nn.parallel import DistributedDataParallel
 from transformers import BitsAndBytesConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from ..common.logs import limit
 from ..config.models import ModelSettings
 from .adapter import TRAINED
 from .dtypes import choose_dtype, torch_dtype
+from .packed import PackedWeight
+from .quantiser import Int8Config, Nf4Config
 
 
 def quantisation_config(settings: ModelSettings) -> BitsAndBytesConfig | None:
@@ -21,19 +26,14 @@ def quantisation_config(settings: ModelSettings) -> BitsAndBytesConfig | None:
     if settings.quantize == "none":
         return None
     if settings.quantize == "int8":
-        return BitsAndBytesConfig(load_in_8bit=True)
-    return BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=torch_dtype(choose_dtype(settings)),
-    )
+        return Int8Config()
+    return Nf4Config(torch_dtype(choose_dtype(settings)))
 
 
 def prepare_for_training(model: torch.nn.Module) -> None:
     """Make sure that a quantised base does not change while an adapter is trained on it."""
     # bitsandbytes warns of every cast to float16 in a matrix product.
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    limit("bitsandbytes", logging.ERROR)
     for module in model.modules():
         if isinstance(module, Linear4bit):
             # On CPUs with AVX512-BF16 an evaluation would repack the weights for inference, with
@@ -41,13 +41,11 @@ def prepare_for_training(model: torch.nn.Module) -> None:
             module.support_avx512bf16_for_cpu = False
 
 
-def is_batch_invariant(model: torch.nn.Module) -> bool:
-    """True if a token's values do not depend on the other tokens of the batch.
-
-    LLM.int8() searches for outliers in all tokens of a batch; a column with an outlier in one token
-    is computed differently for all tokens.
-    """
-    return not any(isinstance(module, Linear8bitLt) for module in model.modules())
+def keep_from_broadcast(model: PeftModel) -> None:
+    """Leave packed weights out when DDP sends rank 0's weights to all: each rank loads its own."""
+    packed = [name for name, weight in model.named_parameters() if isinstance(weight, PackedWeight)]
+    ignore: Any = DistributedDataParallel._set_params_and_buffers_to_ignore_for_model
+    ignore(model, packed)
 
 
 def numel(parameter: torch.nn.Parameter) -> int:
@@ -78,7 +76,7 @@ def initialise_loftq(model: PeftModel, full: PreTrainedModel) -> None:
         dequantised = dequantize_4bit(packed.data, packed.quant_state).float()
         error = weight.to(dequantised) - dequantised
         left, values, right = torch.linalg.svd(error, full_matrices=False)
-        rank = module.r[TRAINED]
+        rank = min(module.r[TRAINED], len(values))  # more ranks keep their first values
         roots = (values[:rank] / module.scaling[TRAINED]).sqrt()
-        module.lora_A[TRAINED].weight.copy_(roots[:, None] * right[:rank])
-        module.lora_B[TRAINED].weight.copy_(left[:, :rank] * roots)
+        module.lora_A[TRAINED].weight[:rank].copy_(roots[:, None] * right[:rank])
+        module.lora_B[TRAINED].weight[:, :rank].copy_(left[:, :rank] * roots)

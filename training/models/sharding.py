@@ -22,9 +22,12 @@ from transformers import PreTrainedModel
 
 from ..common.errors import InputError
 from ..config.recipe import Recipe
+from .composite import towers
+from .devices import memory_of
 from .dtypes import choose_dtype, torch_dtype
 from .freezing import decoder_layers
 from .loading import Model
+from .packed import PackedWeight
 
 Strategy = Literal["ddp", "fsdp"]
 
@@ -58,10 +61,11 @@ def choose_strategy(
                 "model.dtype to bfloat16 or float32, or use ddp"
             )
         return "fsdp"
-    if is_half or recipe.why_not_shardable is not None or device.type == "cpu":
+    is_packed = any(isinstance(weight, PackedWeight) for weight in model.parameters())
+    if is_half or is_packed or recipe.why_not_shardable is not None or device.type == "cpu":
         return "ddp"
     memory: list[int] = [0] * world_size
-    dist.all_gather_object(memory, torch.cuda.get_device_properties(device).total_memory)
+    dist.all_gather_object(memory, memory_of(device))
     return "ddp" if model_state_bytes(model) <= USABLE * min(memory) else "fsdp"
 
 
@@ -89,10 +93,18 @@ def shard(model: Model, recipe: Recipe, device: torch.device) -> None:
         device: the device that this rank trains on.
     """
     base = _base(model)
-    policy, compute = MixedPrecisionPolicy(), torch_dtype(choose_dtype(recipe.model))
+    # Gradients are added up and reduced in float32, whatever the type of the weights.
+    policy = MixedPrecisionPolicy(reduce_dtype=torch.float32)
+    compute = torch_dtype(choose_dtype(recipe.model))
     if base is model and compute != torch.float32:
         policy = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32)
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
+    # Parts that text does not reach are units of their own, which are never gathered: torch looks
+    # for their gradients where these are reduced in another type.
+    outside = towers(base)
+    for name, module in base.named_modules():
+        if name in outside:
+            fully_shard(module, mesh=mesh)
     # The root comes last: it holds the weights outside the layers, and reshards them after forward.
     for module in (*decoder_layers(base)[1], base):
         fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=True)

@@ -1,21 +1,26 @@
 """Writes trained weights in files that transformers and PEFT load without finray."""
 
-import tempfile
+import copy
+import shutil
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel, get_peft_model_state_dict
+from peft import LoraConfig, PeftModel, get_peft_model_state_dict
 from safetensors import safe_open
+from safetensors.torch import save_file
 from transformers import PreTrainedTokenizerBase
 
 from ..common.errors import RunError
+from ..config.adapter_folder import WEIGHTS_FILE
 from ..config.base_digest import write_base
+from ..config.model_folder import model_folder, processor_files
 from ..config.recipe import Recipe
 from .adapter import TRAINED
 from .adapter_reference import REFERENCE
-from .loading import Model
+from .loading import AddedTokens, Model
 from .sharding import full_tensors, is_sharded, shard_of
+from .stopping import ending_turns, write_stops
 
 Weights = dict[str, Any] | None
 """The gathered weights of a sharded model; None for a model that is not sharded."""
@@ -42,7 +47,13 @@ def save_weights(model: Model, target: Path, weights: Weights = None) -> None:
         weights: the result of `gather_weights`.
     """
     if isinstance(model, PeftModel):
-        model.save_pretrained(target, selected_adapters=[TRAINED], state_dict=weights)
+        # An embedding that has an adapter stays in the base, as any other weight.
+        model.save_pretrained(
+            target,
+            selected_adapters=[TRAINED],
+            state_dict=weights,
+            save_embedding_layers=False,
+        )
     else:
         model.save_pretrained(target, state_dict=weights, save_original_format=False)
 
@@ -67,12 +78,12 @@ def load_weights(model: Model, source: Path) -> None:
         raise RunError(f"the weights in {source} lack {', '.join(names[:5])} ({len(names)} in all)")
 
 
-def _adapter_state(model: PeftModel) -> dict[str, Any]:
-    """The trained adapter's parameters, by their names in the saved file."""
+def _adapter_state(model: PeftModel, adapter: str = TRAINED) -> dict[str, Any]:
+    """An adapter's parameters, by their names in the saved file."""
     state: dict[str, Any] = get_peft_model_state_dict(
         model,
         state_dict=model.state_dict(keep_vars=True),
-        adapter_name=TRAINED,
+        adapter_name=adapter,
         save_embedding_layers=False,
     )
     return state
@@ -84,8 +95,12 @@ def save_result(
     tokenizer: PreTrainedTokenizerBase,
     target: Path,
     weights: Weights = None,
+    *,
+    is_chat: bool = False,
 ) -> None:
     """Write the adapter (with a digest of its base) or the model, and the tokenizer.
+
+    The result stops where samples stop.
 
     Args:
         recipe: the run's recipe.
@@ -93,32 +108,62 @@ def save_result(
         tokenizer: the model's tokenizer.
         target: folder for the files.
         weights: the result of `gather_weights`.
+        is_chat: True if the model was trained on turns of the tokenizer's chat template.
     """
-    model.config.use_cache = True
+    text_config = model.config.get_text_config()
+    text_config.use_cache = True
     if recipe.adapter is not None and recipe.adapter.changes_base:
         _save_converted(model, target)
     elif isinstance(model, PeftModel):
         save_weights(model, target, weights)
     else:
         model.save_pretrained(target, state_dict=weights)
-    model.config.use_cache = False
+        _copy_processor(recipe, target)
+    text_config.use_cache = False
     if recipe.trains_adapter:
-        write_base(recipe.model, target)
+        write_base(recipe.model, target, AddedTokens.of(recipe).names)
+    if recipe.method.head == "causal":
+        write_stops(model, tokenizer, target)
+        tokenizer = ending_turns(tokenizer) if is_chat else tokenizer
     tokenizer.save_pretrained(target)
 
 
+def _copy_processor(recipe: Recipe, target: Path) -> None:
+    """Copy what makes a checkpoint of several modalities whole."""
+    base = model_folder(recipe.model, only_cached=True)
+    for file in [] if base is None else processor_files(base):
+        shutil.copy(file, target)
+
+
+@torch.no_grad()
 def _save_converted(model: PeftModel, target: Path) -> None:
     """Write an adapter for the original base W, from which the initialisation took s B0 A0.
 
     B0 and A0 are the adapter's initial weights. (W - s B0 A0) + s B A = W + s (B A - B0 A0), an
-    adapter of twice the rank.
+    adapter of twice the rank. Modules that are trained whole are written as they are.
     """
-    with tempfile.TemporaryDirectory() as folder:
-        model.save_pretrained(folder, selected_adapters=[REFERENCE])
-        initial = Path(folder) / "initial"
-        (Path(folder) / REFERENCE).rename(initial)
-        model.save_pretrained(
-            target,
-            selected_adapters=[TRAINED],
-            path_initial_model_for_weight_conversion=str(initial),
-        )
+    initial = _adapter_state(model, REFERENCE)
+    tensors = {}
+    for name, value in _adapter_state(model).items():
+        kind = next((part for part in name.split(".") if part.startswith("lora_")), "")
+        if kind.endswith("A"):
+            tensors[name] = torch.cat([value, initial[name]])
+        elif kind.endswith("B"):
+            tensors[name] = torch.cat([value, -initial[name]], dim=1)
+        else:
+            tensors[name] = value.detach().clone().contiguous()
+    target.mkdir(parents=True, exist_ok=True)
+    save_file(tensors, target / WEIGHTS_FILE, metadata={"format": "pt"})
+    _twice_the_rank(model.peft_config[TRAINED], model).save_pretrained(target)
+
+
+def _twice_the_rank(config: LoraConfig, model: PeftModel) -> LoraConfig:
+    """The configuration of an adapter of twice the rank with the same scaling."""
+    config = copy.deepcopy(config)
+    config.r *= 2
+    config.lora_alpha *= 2**0.5 if config.use_rslora else 2
+    config.rank_pattern = {name: 2 * rank for name, rank in config.rank_pattern.items()}
+    config.alpha_pattern = {name: 2 * alpha for name, alpha in config.alpha_pattern.items()}
+    config.inference_mode = True
+    config.base_model_name_or_path = model.get_base_model().name_or_path
+    return config

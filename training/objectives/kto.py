@@ -13,7 +13,6 @@ from ..config.methods import KtoMethod
 from ..data.batching import PADDING_ROW, Batch, Rows, collate
 from ..data.stream import Sequence
 from ..models.loading import evaluation_mode
-from .logprobs import token_log_probabilities
 from .objective import Loss, Objective, Setup
 from .references import Reference
 
@@ -86,8 +85,7 @@ class KtoObjective(Objective):
 
     def _sums(self, model: torch.nn.Module, batch: Batch) -> torch.Tensor:
         """Log-probabilities of the answers in nats, (answers,)."""
-        of_tokens = token_log_probabilities(self.kept_logits(model, batch), batch.targets)
-        return of_tokens.sum(1)[: batch.loss_units]
+        return self.log_probabilities(model, batch).sum(1)[: batch.loss_units]
 
     def _last_row_of_previous_rank(self, own: Sequence) -> Sequence:
         """The row that precedes this worker's first row in the (cyclic) global batch."""
@@ -108,9 +106,8 @@ class KtoObjective(Objective):
 
     def _mean(self, divergences: torch.Tensor) -> torch.Tensor:
         """The mean over all workers; at least 0, because a divergence is not negative."""
-        sums = torch.stack(
-            [divergences.double().sum(), divergences.new_tensor(len(divergences)).double()]
-        )
+        count = torch.full((), len(divergences), dtype=torch.float64, device=self.device)
+        sums = torch.stack([divergences.double().sum(), count])
         if self.world_size > 1:
             dist.all_reduce(sums)
         return (sums[0] / sums[1].clamp(min=1)).clamp(min=0).float()

@@ -1,16 +1,23 @@
 """The interface of objectives, from the rows of a step to a loss, and their common parts."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 
 from ..config.recipe import Recipe
-from ..data.batching import Batch, Rows, collate
+from ..config.sections import Isolation
+from ..data.batching import PADDING_ROW, Batch, Rows, collate, collate_flat
 from ..data.prepared import Prepared
+from ..models.attention import attend_by_documents
+from ..models.devices import sum_type
+from ..models.isolation import FLAT, kept_columns, outputs_of
 from ..models.loading import Model, forward_arguments
+from ..models.output_head import OutputHead, find_head
 from ..models.sharding import Strategy, shard
+from .logprobs import cross_entropies
 
 
 @dataclass(frozen=True)
@@ -27,6 +34,10 @@ class Setup:
     device: torch.device
     """The device to train on; the model is not on it yet."""
     strategy: Strategy = "ddp"
+    isolation: Isolation | None = "positions"
+    """How the model keeps the documents of a packed row apart; None for one document a row."""
+    beat: Callable[[], object] = lambda: None
+    """Reports progress; long computations call it, so that they are not taken for a hang."""
 
     def place(self, model: Model) -> Model:
         """Move a full model from the CPU to the device, or shard it, as the strategy says."""
@@ -47,6 +58,22 @@ class Loss:
     """(measures, 2) in float64: sum and count of each; None if they are not requested."""
 
 
+@dataclass(frozen=True)
+class TokenLosses:
+    """Cross-entropies of a batch's trained tokens."""
+
+    losses: torch.Tensor
+    """(trained tokens,) in nats, or their sum, with its graph."""
+    statistics: torch.Tensor
+    """Those of `cross_entropies`."""
+    auxiliary: torch.Tensor | None
+    """The model's own auxiliary loss, weighted as it does."""
+
+
+_Traits: TypeAlias = tuple[frozenset[str], OutputHead | None]
+"""Parameter names of a model's forward, and its output head."""
+
+
 class Objective:
     """Computes a loss from the rows of a step. A method overrides the parts that differ.
 
@@ -59,11 +86,25 @@ class Objective:
         self.device = setup.device
         self.measures = setup.recipe.method.measures
         self.model = setup.model
-        self._forward = forward_arguments(setup.model)
+        self.skips_step = False
+        """True if the last `batches` hold nothing to learn: their step changes no weights."""
+        self.temperature = 1.0
+        """Divides the logits."""
+        self._isolation = setup.isolation
+        self._traits: dict[tuple[int, bool], _Traits] = {}
+        if setup.isolation == "documents":
+            attend_by_documents(setup.model)
 
     def collate(self, rows: Rows) -> Batch:
         """The rows as tensors for one forward pass."""
-        return collate(rows)
+        return collate_flat(rows) if self._isolation in FLAT else collate(rows)
+
+    def prepare(self) -> None:
+        """Look for the output head, before anything is counted; called under autocast."""
+        training = self.model.training
+        self.model.train()
+        self._traits_of(self.model)
+        self.model.train(training)
 
     def batches(self, step: int, microbatches: list[Rows]) -> list[Batch]:
         """The batches for this worker's forward passes in one optimizer step, one per microbatch.
@@ -96,21 +137,93 @@ class Objective:
         Returns:
             (1 + measures, 2) in float64: sum and count of the loss, then of each measure.
         """
-        total = torch.zeros(1 + len(self.measures), 2, dtype=torch.float64, device=device)
+        wide = sum_type(device)
+        total = torch.zeros(1 + len(self.measures), 2, dtype=wide, device=device)
         for rows in microbatches:
             batch = self.collate(rows).to(device)
             loss = self.loss(self.model, batch, measured=True)
             assert loss.measures is not None
-            total[0] += torch.stack([loss.total.double(), loss.total.new_tensor(batch.loss_units)])
+            total[0] += torch.stack([loss.total.to(wide), loss.total.new_tensor(batch.loss_units)])
             total[1:] += loss.measures
         return total
 
-    def kept_logits(self, model: torch.nn.Module, batch: Batch) -> torch.Tensor:
-        """Logits of the columns with trained tokens: (sequences, columns, vocabulary)."""
-        is_other = isinstance(model, Model) and model is not self.model
-        accepted = forward_arguments(model) if is_other else self._forward
-        inputs = {name: value for name, value in batch.inputs.items() if name in accepted}
-        logits: torch.Tensor = model(**inputs, use_cache=False).logits
-        if "logits_to_keep" in accepted:
-            return logits
-        return logits[:, batch.inputs["logits_to_keep"]]
+    def log_probabilities(self, model: torch.nn.Module, batch: Batch) -> torch.Tensor:
+        """Log-probabilities (nats) of the targets: (sequences, columns), 0 for IGNORED ones.
+
+        Args:
+            model: the model, which may be wrapped for training.
+            batch: the batch, on the model's device.
+        """
+        losses = self.token_losses(model, batch).losses
+        empty = losses.new_zeros(batch.targets.numel())
+        return empty.index_copy(0, batch.trained, -losses).view(batch.targets.shape)
+
+    def token_losses(
+        self,
+        model: torch.nn.Module,
+        batch: Batch,
+        *,
+        summed: bool = False,
+        measured: bool = False,
+    ) -> TokenLosses:
+        """Cross-entropies of the batch's trained tokens.
+
+        The model's forward pass computes them in the place of its logits, because the weights of a
+        sharded model exist only there. Arguments as for `log_probabilities` and `cross_entropies`.
+        """
+        plain = model if isinstance(model, Model) else self.model
+        accepted, head = self._traits_of(plain)
+        computed: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+        def compute(values: torch.Tensor) -> None:
+            kept = kept_columns(values, batch.inputs, accepted).flatten(0, 1)
+            if len(batch.trained) < len(kept):
+                kept = kept.index_select(0, batch.trained)
+            tokens = batch.targets.flatten()[batch.trained]
+            of_tokens = cross_entropies(
+                kept,
+                tokens,
+                head,
+                temperature=self.temperature,
+                summed=summed,
+                measured=measured,
+            )
+            computed.append(of_tokens)
+
+        with nullcontext() if head is None else head.capturing(compute):
+            outputs = outputs_of(model, batch, accepted, self._isolation, plain.config)
+        if head is None:
+            compute(outputs.logits)
+        losses, statistics = computed[0]
+        if head is not None:
+            losses = losses + outputs.logits.sum()
+        return TokenLosses(losses, statistics, _auxiliary(outputs, plain.config))
+
+    def _traits_of(self, model: Model) -> _Traits:
+        """What the model's forward takes, and its output head, which the first call looks for."""
+        key = id(model), model.training
+        if key not in self._traits:
+            accepted = forward_arguments(model)
+
+            def run() -> torch.Tensor:
+                nothing = Objective.collate(self, [PADDING_ROW]).to(model.device)
+                outputs = outputs_of(model, nothing, accepted, self._isolation, model.config)
+                logits: torch.Tensor = outputs.logits
+                return logits
+
+            self._traits[key] = accepted, find_head(model, run)
+        return self._traits[key]
+
+
+def _auxiliary(outputs: Any, config: Any) -> torch.Tensor | None:
+    """The model's own auxiliary loss, weighted as it does.
+
+    A mixture of experts has one if its configuration sets output_router_logits: it balances the
+    load of the experts.
+    """
+    loss: torch.Tensor | None = outputs.get("aux_loss")
+    if loss is None:
+        return None
+    settings = config.get_text_config().to_dict()
+    names = ("router_aux_loss_coef", "aux_loss_coef")
+    return loss * next((settings[name] for name in names if settings.get(name)), 0.0)

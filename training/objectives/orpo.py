@@ -11,7 +11,6 @@ from torch.nn.functional import logsigmoid
 from ..config.methods import OrpoMethod
 from ..data.batching import IGNORED, Batch, Rows, collate_pairs
 from ..data.stream import Sequence
-from .logprobs import token_log_probabilities
 from .objective import Setup
 from .preference import Answers, Comparison, PairObjective
 
@@ -41,7 +40,7 @@ class OrpoObjective(PairObjective):
 
         The implied reward is beta times the log-probability per token.
         """
-        of_tokens = token_log_probabilities(self.kept_logits(model, batch), batch.targets)
+        of_tokens = self.log_probabilities(model, batch)
         is_answer = batch.extra["answer"]
         answers = self._means(of_tokens * is_answer, is_answer, batch.loss_units)
         losses = -self._beta * logsigmoid(log_odds_ratio(answers.chosen, answers.rejected))

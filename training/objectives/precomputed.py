@@ -1,13 +1,13 @@
 """Computes the reference's log-probabilities once, and stores them with the prepared data.
 
 <storage>/prepared/<fingerprint>/reference-<key>.parquet holds a row for each row of the data. The
-key is a hash of everything that the values depend on: each reference has its own file.
+key is a hash of everything that the values depend on: each reference has its own file. The SHA-256
+of its bytes lies beside it, so that a damaged file is computed again.
 """
 
 import hashlib
 import json
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any, get_args
 
 import numpy as np
@@ -17,19 +17,22 @@ import torch
 import torch.distributed as dist
 from numpy.typing import NDArray
 
+from ..common.errors import RunError
 from ..common.storage import Folder
-from ..config.base_digest import base_digest
-from ..config.model_folder import model_folder
-from ..config.models import ModelSettings
 from ..data.batching import Batch, Rows, in_batches
 from ..data.stream import every_sequence
+from ..models.adapter_reference import starts_as_base
 from ..models.dtypes import choose_dtype, needs_autocast, torch_dtype
+from ..records.identity import Identity, identity_of
 from .objective import Setup
 from .preference import Split
 from .references import Compute, Reference
 
-_VERSION = 1
+_VERSION = 3
 """Increase it when the same reference would give other values."""
+
+_PLACES = {"base", "revision", "adapter"}
+"""Names of what the identity holds the content of."""
 
 _SCHEMA = pa.schema(
     [
@@ -58,19 +61,23 @@ class PrecomputedReference:
     def load_or_compute(
         cls, setup: Setup, named: str | None, collate: Callable[[Rows], Batch], compute: Compute
     ) -> "PrecomputedReference":
-        """Read the stored values; if there are none, all workers compute them together.
+        """Read the stored values; if there are none or they are damaged, all workers compute them
+        together.
 
         Args:
             setup: the run's setup, before the first step and before a checkpoint is loaded.
             named: `method.reference_model`; None for the model at the start of the run.
             collate: makes a batch of pairs from rows.
             compute: returns the log-probabilities of a batch, first the chosen, then the rejected.
+
+        Raises:
+            RunError: a worker reads other values than the first one has checked or written.
         """
         folder = setup.prepared.folder
         message: list[Any] = [None]
         if setup.rank == 0:
             name = f"reference-{_key(setup, named)}.parquet"
-            message = [(name, folder.exists(name))]
+            message = [(name, _read(folder, name) is not None)]
         if setup.world_size > 1:
             dist.broadcast_object_list(message, src=0)
         name, exists = message[0]
@@ -80,7 +87,10 @@ class PrecomputedReference:
                 _write(folder, name, values)
             if setup.world_size > 1:
                 dist.barrier()
-        return cls(pq.read_table(folder.file(name), filesystem=folder.filesystem))
+        table = _read(folder, name)
+        if table is None:
+            raise RunError(f"{folder}/{name}: damaged between writing and reading; start again")
+        return cls(table)
 
     def of_batch(self, batch: Batch, split: Split) -> torch.Tensor:
         """Log-probabilities of a batch's chosen answers, then of its rejected ones, (2 pairs,)."""
@@ -98,6 +108,7 @@ def _compute(
     dtype = torch_dtype(choose_dtype(recipe.model))
     with torch.autocast(setup.device.type, dtype, enabled=needs_autocast(recipe)):
         for split, rows in _shares(setup):
+            setup.beat()
             batch = collate(rows)
             values = reference(compute, batch).view(2, -1).cpu().tolist()
             for row, chosen, rejected in zip(batch.rows.tolist(), *values, strict=True):
@@ -116,7 +127,7 @@ def _shares(setup: Setup) -> Iterator[tuple[str, Rows]]:
     for name, split in (("train", manifest.train), ("eval", manifest.eval)):
         if split is not None:
             rows = every_sequence(setup.prepared.files, split, setup.rank, setup.world_size)
-            for part in in_batches(rows, setup.recipe.optim.micro_batch_size):
+            for part in in_batches(rows, setup.recipe.optim.microbatch):
                 yield name, part
 
 
@@ -125,33 +136,52 @@ def _write(folder: Folder, name: str, values: _Values) -> None:
     arrays = [pa.array(column, field.type) for column, field in zip(columns, _SCHEMA, strict=True)]
     content = pa.BufferOutputStream()
     pq.write_table(pa.table(arrays, schema=_SCHEMA), content, compression="zstd")
-    folder.write(name, content.getvalue().to_pybytes())
+    data = content.getvalue().to_pybytes()
+    folder.write(name, data)
+    folder.write(_digest_file(name), hashlib.sha256(data).hexdigest().encode())
+
+
+def _read(folder: Folder, name: str) -> pa.Table | None:
+    """The stored table; None if there is none, or its bytes are not those that were written."""
+    try:
+        data, digest = folder.read(name), folder.read(_digest_file(name))
+    except FileNotFoundError:
+        return None
+    if hashlib.sha256(data).hexdigest().encode() != digest:
+        return None
+    return pq.read_table(pa.BufferReader(data))
+
+
+def _digest_file(name: str) -> str:
+    return f"{name.removesuffix('.parquet')}.sha256"
 
 
 def _key(setup: Setup, named: str | None) -> str:
-    """16 hex digits of a hash of everything that the values depend on."""
-    model, adapter = setup.recipe.model, setup.recipe.adapter
+    """16 hex digits of a hash of everything that the values depend on.
+
+    Whole sections of the recipe count, without the settings that change no value, so that a new
+    setting counts unless it is left out here.
+    """
+    recipe = setup.recipe
+    model = recipe.model.model_dump(mode="json", exclude=_PLACES | {"gradient_checkpointing"})
     facts: dict[str, Any] = {
         "version": _VERSION,
         "prepared": setup.prepared.manifest.fingerprint,
-        "dtype": choose_dtype(model),
-        "autocast": needs_autocast(setup.recipe),
-        "attention": model.attention,
+        "dtype": choose_dtype(recipe.model),
+        "autocast": needs_autocast(recipe),
+        "models": _contents(identity_of(recipe)),
+        "model": model,
+        "trains_adapter": recipe.trains_adapter,
     }
-    if named is not None:
-        facts["reference"] = _identity(named)
-    else:
-        facts["reference"] = _identity(model.base, model.revision)
-        facts["quantize"] = model.quantize
-        facts["from"] = None if model.adapter is None else _identity(model.adapter)
-        # pissa and olora change the base; the reference adds the change back with rounding.
-        facts["init"] = None if adapter is None else adapter.init
+    if named is None and not starts_as_base(recipe):
+        facts["adapter"] = recipe.adapter and recipe.adapter.model_dump(mode="json")
+        facts["seed"] = recipe.seed
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def _identity(name: str, revision: str | None = None) -> list[str | None]:
-    """Identify a model by the digest of its weights, or by its name if they are not on disk."""
-    settings = ModelSettings(base=name, revision=revision)
-    folder = Path(name) if Path(name).is_dir() else model_folder(settings, only_cached=True)
-    digest = None if folder is None else base_digest(folder)
-    return [name, revision] if digest is None else [digest]
+def _contents(identity: Identity) -> list[Any]:
+    """What the models hold, wherever their folders lie; a hub model is known by its name."""
+    return [
+        [place if "commit" in content else place.partition(" ")[0], content]
+        for place, content in identity.items()
+    ]

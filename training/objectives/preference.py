@@ -10,7 +10,6 @@ import torch.distributed as dist
 from torch.nn.functional import logsigmoid
 
 from ..data.batching import IGNORED, Batch, Rows, collate_pairs
-from .logprobs import token_log_probabilities
 from .objective import Loss, Objective, Setup
 
 Split = Literal["train", "eval"]
@@ -121,8 +120,7 @@ class PairObjective(Objective):
 
     def answers(self, model: torch.nn.Module, batch: Batch) -> Answers:
         """The batch's answers under a model."""
-        logits = self.kept_logits(model, batch)
-        return answers_of(token_log_probabilities(logits, batch.targets), batch)
+        return answers_of(self.log_probabilities(model, batch), batch)
 
     def _sum_over_workers(self, sums: torch.Tensor) -> torch.Tensor:
         """Add the tensors of all workers in place, and return the sum."""

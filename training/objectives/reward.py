@@ -40,9 +40,8 @@ class RewardObjective(PairObjective):
 
     def compare(self, model: torch.nn.Module, batch: Batch) -> Comparison:
         """Losses of the pairs; the reward is the model's score."""
-        names = ("input_ids", "position_ids")
-        inputs = {name: batch.inputs[name] for name in names if name in self._forward}
-        scores = model(**inputs, use_cache=False).logits.squeeze(-1).float()
+        inputs = batch.inputs["input_ids"]
+        scores = model(input_ids=inputs, use_cache=False).logits.squeeze(-1).float()
         chosen, rejected = (half[: batch.loss_units] for half in scores.chunk(2))
         losses = -logsigmoid(chosen - rejected - batch.extra["margin"])
         if self._centre > 0:

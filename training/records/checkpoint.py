@@ -9,11 +9,12 @@ hashes differ is damaged.
 import hashlib
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..common import formatting
 from ..common.errors import RunError
 from ..common.storage import Folder
 from ..common.versions import check_format
@@ -64,16 +65,27 @@ def remove_partial(staged: Path, target: Folder, rank: int) -> None:
             target.delete(path.relative_to(staged).as_posix())
 
 
-def choose(checkpoints: Folder) -> Choice:
+def step_of(name: str) -> int:
+    """The step of a checkpoint, by its folder's name."""
+    match = _NAME.fullmatch(name)
+    assert match is not None
+    return int(match.group(1))
+
+
+def choose(checkpoints: Folder, unusable: Mapping[str, str] | None = None) -> Choice:
     """Choose the newest checkpoint whose hashes all match.
+
+    Args:
+        checkpoints: the folder of the checkpoints.
+        unusable: names of checkpoints to pass over, and why.
 
     Raises:
         InputError: a newer finray wrote one of them.
         RunError: finished checkpoints exist, and all of them are damaged.
     """
-    skipped: list[str] = []
-    damaged = 0
-    for name in reversed(_names(checkpoints)):
+    skipped = [f"{name}: {reason}" for name, reason in sorted((unusable or {}).items())[::-1]]
+    damaged = len(skipped)
+    for name in reversed([name for name in _names(checkpoints) if name not in (unusable or ())]):
         folder = checkpoints / name
         manifests = _manifests(folder)
         if manifests is None:
@@ -83,7 +95,7 @@ def choose(checkpoints: Folder) -> Choice:
             check_format(manifest, FORMAT, folder / _manifest_name(rank))
         fault = _fault(folder, manifests)
         if fault is None:
-            return Choice(name, _step(name), tuple(skipped))
+            return Choice(name, step_of(name), tuple(skipped))
         damaged += 1
         skipped.append(f"{name}: damaged, {fault}")
     if damaged:
@@ -105,7 +117,7 @@ def delete_after(checkpoints: Folder, step: int) -> None:
     """Delete checkpoints of later steps. Otherwise their old manifests could make an unfinished new
     save of the same step look complete."""
     for name in _names(checkpoints):
-        if _step(name) > step:
+        if step_of(name) > step:
             checkpoints.delete(name)
 
 
@@ -155,19 +167,13 @@ def _best(values: dict[str, float | None], watched: Metric) -> str | None:
 
 
 def _value(manifest: dict[str, Any], watched: Metric) -> float | None:
-    """The value of the watched metric in a manifest; None if it has none or cannot be read."""
+    """The value of the watched metric in a manifest; None if there is none, or it is not finite."""
     value = manifest.get("metrics", {}).get(watched.name)
-    return None if value is None else float(value)
+    return float(value) if formatting.is_number(value) else None
 
 
 def _names(checkpoints: Folder) -> list[str]:
     return [name for name in checkpoints.names() if _NAME.fullmatch(name)]
-
-
-def _step(name: str) -> int:
-    match = _NAME.fullmatch(name)
-    assert match is not None
-    return int(match.group(1))
 
 
 def _manifest_name(rank: int) -> str:
@@ -176,23 +182,50 @@ def _manifest_name(rank: int) -> str:
 
 def _manifests(folder: Folder) -> list[dict[str, Any]] | None:
     """The manifests of all ranks; None for an unfinished save. An unreadable manifest is empty."""
+    if folder.filesystem.get_file_info(folder.path).is_file:
+        return None
     present = {name for name in folder.names() if re.fullmatch(r"rank-\d+\.json", name)}
     if _manifest_name(0) not in present:
         return None
-    first = _parse(folder.read(_manifest_name(0)))
-    world_size = int(first.get("world_size", 1))
-    expected = [_manifest_name(rank) for rank in range(world_size)]
-    if not present.issuperset(expected):
+    first = _read_manifest(folder, 0)
+    world_size = first.get("world_size", 1)
+    if world_size > len(present):
         return None
-    return [first, *(_parse(folder.read(name)) for name in expected[1:])]
+    if not present.issuperset(_manifest_name(rank) for rank in range(world_size)):
+        return None
+    return [first, *(_read_manifest(folder, rank) for rank in range(1, world_size))]
 
 
-def _parse(content: bytes) -> dict[str, Any]:
+def _read_manifest(folder: Folder, rank: int) -> dict[str, Any]:
+    """A rank's manifest; empty if it cannot be read, or holds other types than it should."""
     try:
-        manifest = json.loads(content)
-    except ValueError:
+        manifest = json.loads(_content(folder, _manifest_name(rank)) or b"")
+    except (ValueError, RecursionError):
         return {}
-    return manifest if isinstance(manifest, dict) and "files" in manifest else {}
+    return manifest if isinstance(manifest, dict) and _has_types(manifest) else {}
+
+
+def _has_types(manifest: dict[str, Any]) -> bool:
+    files, metrics = manifest.get("files"), manifest.get("metrics", {})
+    numbers = (manifest.get("format", 1), manifest.get("world_size", 1))
+    return (
+        all(type(number) is int and number > 0 for number in numbers)
+        and isinstance(files, dict)
+        and all(isinstance(digest, str) and _is_inside(name) for name, digest in files.items())
+        and isinstance(metrics, dict)
+        and all(value is None or type(value) in (int, float) for value in metrics.values())
+    )
+
+
+def _is_inside(name: str) -> bool:
+    """True for a relative path that stays in its folder."""
+    return bool(name) and not name.startswith("/") and ".." not in name.split("/")
+
+
+def _content(folder: Folder, name: str) -> bytes | None:
+    """The bytes of a file; None if there is no such file, but for example a folder."""
+    is_file = folder.filesystem.get_file_info(folder.file(name)).is_file
+    return folder.read(name) if is_file else None
 
 
 def _fault(folder: Folder, manifests: Iterable[dict[str, Any]]) -> str | None:
@@ -200,9 +233,8 @@ def _fault(folder: Folder, manifests: Iterable[dict[str, Any]]) -> str | None:
         if not manifest:
             return f"{_manifest_name(rank)} cannot be read"
         for name, digest in manifest["files"].items():
-            try:
-                content = folder.read(name)
-            except FileNotFoundError:
+            content = _content(folder, name)
+            if content is None:
                 return f"{name} is missing"
             if _sha256(content) != digest:
                 return f"{name} ({len(content)} bytes) differs from what was saved"

@@ -38,6 +38,8 @@ LABELS = {
     "completion_length": MetricLabel("completion length", "count"),
     "clipped": MetricLabel("clipped share", "percent"),
     "truncated": MetricLabel("truncated share", "percent"),
+    "expert_load": MetricLabel("load of the busiest expert (1 is even)"),
+    "idle_experts": MetricLabel("experts without a token", "percent"),
 }
 """Labels by metric name; the held-out value of a metric has the prefix `eval_`."""
 
@@ -50,3 +52,17 @@ def label_of(name: str) -> MetricLabel:
     bare = name.removeprefix("eval_")
     label = LABELS.get(bare) or MetricLabel(bare.replace("_", " "))
     return MetricLabel(f"held-out {label.title}", label.format) if name != bare else label
+
+
+def adapted_text(adapted: dict[str, Any]) -> str:
+    """What an adapter changes: attention 8 of 8, experts 4 of 4; not routers, head (97.1% of …)."""
+    kinds = {title: row for title, row in adapted.items() if title != "all"}
+    reached = [
+        f"{title} {formatting.count(row['modules'])} of {formatting.count(row['of'])}"
+        for title, row in kinds.items()
+        if row["modules"]
+    ]
+    left = [title for title, row in kinds.items() if not row["modules"]]
+    share = formatting.percent(adapted.get("all", {}).get("share"))
+    without = f"; not {', '.join(left)}" if left else ""
+    return f"{', '.join(reached) or 'no matrix'}{without} ({share} of the layers' values)"

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..common.storage import Folder
-from .run_folder import METRICS_FILE
+from .run_folder import METRICS_FILE, read_metric_lines
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
@@ -71,12 +71,13 @@ class MetricsLog:
 
 
 def _kept_lines(folder: Folder, after_step: int) -> list[str]:
-    """The complete lines up to a step; a line that a crash cut off is dropped."""
-    if not folder.exists(METRICS_FILE):
-        return []
-    lines = folder.read(METRICS_FILE).decode("utf-8", errors="replace").splitlines(keepends=True)
+    """The complete lines up to a step; a line that a crash cut off is dropped.
+
+    Raises:
+        InputError: a line is damaged; the message names it.
+    """
     return [
-        line
-        for line in lines
-        if line.endswith("\n") and 0 < after_step >= int(json.loads(line)["step"])
+        text
+        for text, line in read_metric_lines(folder)
+        if text.endswith("\n") and 0 < after_step >= line["step"]
     ]

@@ -4,6 +4,7 @@ import math
 import threading
 import time
 from collections.abc import Callable
+from datetime import UTC, datetime
 from types import TracebackType
 from typing import Any, Self
 
@@ -16,6 +17,7 @@ from ..data.origin import Origins
 from .checkpoint import Choice
 from .metrics_log import MetricsLog
 from .run_folder import (
+    RUN_FILE,
     STACKS_FOLDER,
     Record,
     read_rollouts,
@@ -52,6 +54,7 @@ class RunRecorder:
         self._lock = threading.Lock()
         self._is_behind = False
         """True if a write was due and could not start."""
+        self._is_started = False
         self._seconds = _HEARTBEAT_SECONDS if folder.local is not None else _REMOTE_SECONDS
         self._noted_at = time.monotonic()
         # Later steps were undone by a crash.
@@ -88,29 +91,53 @@ class RunRecorder:
             skipped = [step for step in self._record["skipped"] if step["step"] <= choice.step]
             self._change(skipped=skipped)
         restarts = self._record.get("restarts", [])
-        hangs = self._new_hangs(restarts)
+        hangs = self._new_hangs(restarts, cause or "")
         if choice.name is not None or choice.skipped or cause or hangs:
             start = f"resumed from {choice.name}" if choice.name else "restarted from the beginning"
             before = [cause] if cause else []
             reason = redact("; ".join((*before, start, *choice.skipped, *hangs)))
             self._change(restarts=[*restarts, {"step": choice.step, "reason": reason}])
         write_run(self._folder, self._record)
+        self._is_started = True
 
-    def _new_hangs(self, restarts: list[Record]) -> list[str]:
+    def check_folder(self) -> None:
+        """Check that the run's folder is still there: a write would silently make a new one.
+
+        Raises:
+            RunError: it was deleted after the start.
+        """
+        if self._is_started and not self._folder.exists(RUN_FILE):
+            raise RunError(
+                f"{self._folder}: the run's folder, or {RUN_FILE} in it, was deleted while the run "
+                "wrote into it; the run has ended"
+            )
+
+    def _new_hangs(self, restarts: list[Record], cause: str) -> list[str]:
         """A line for each worker that hung since the last start; each left a stacks file."""
-        reported = " ".join(restart["reason"] for restart in restarts)
+        reported = " ".join((cause, *(restart.get("reason") or "" for restart in restarts)))
         names = (self._folder / STACKS_FOLDER).names()
         return [f"a step hung: {STACKS_FOLDER}/{name}" for name in names if name not in reported]
 
-    def add_skipped(self, steps: list[tuple[int, Origins]]) -> None:
-        """Record non-finite steps, which were skipped, with the source rows of each."""
+    def add_skipped(self, steps: list[tuple[int, Origins]], reason: str) -> None:
+        """Record steps that changed no weights, with the source rows of each.
+
+        Args:
+            steps: the steps and their rows.
+            reason: why, in a few words: "not finite".
+        """
         noted = [*self._record.get("skipped", [])]
-        noted += [{"step": step, "rows": rows} for step, rows in steps]
+        noted += [{"step": step, "reason": reason, "rows": rows} for step, rows in steps]
         self._change(skipped=noted[-_SKIPPED_KEPT:])
         self._write()
 
     def log(self, line: dict[str, float]) -> None:
-        """Add a line to metrics.jsonl; run.json holds the latest loss and evaluation."""
+        """Add a line to metrics.jsonl; run.json holds the latest loss and evaluation.
+
+        Raises:
+            RunError: the run's folder, on a disk, was deleted.
+        """
+        if self._folder.local is not None:
+            self.check_folder()
         self._metrics.add(line)
         kept = {name for name in line if name.startswith("eval_")} | {"loss", "exact_match"}
         if not math.isfinite(line.get("loss", 0.0)):  # all steps since the last line were skipped
@@ -128,7 +155,12 @@ class RunRecorder:
         del self._rollouts[:-_ROLLOUTS_KEPT]
 
     def flush(self) -> None:
-        """Write all metrics and rollouts so far; any thread may call this."""
+        """Write all metrics and rollouts so far; any thread may call this.
+
+        Raises:
+            RunError: the run's folder was deleted.
+        """
+        self.check_folder()
         self._metrics.flush()
         with self._lock:  # so that an older write cannot replace a newer one
             if self._rollouts:
@@ -187,8 +219,8 @@ def update_run(folder: Folder, change: Callable[[Record], None]) -> None:
 
 
 def now() -> str:
-    """The current time as ISO 8601 in UTC, in seconds."""
-    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+    """The current time as ISO 8601 in UTC, in milliseconds: short runs are sorted by it, too."""
+    return datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
 
 
 def as_number(value: Any) -> float:

@@ -19,8 +19,11 @@ from markupsafe import Markup
 from ..common import formatting
 from ..common.storage import Folder
 from ..config.methods import title_of
+from ..data.curation.funnel import funnel_facts
+from ..data.prepared import remarks
+from ..data.row_facts import describe_lengths
 from .charts import Chart, Format, Histogram, Point, histogram, line_chart
-from .labels import KEY_METRICS, label_of
+from .labels import KEY_METRICS, adapted_text, label_of
 from .run_folder import (
     REPORT_FILE,
     Record,
@@ -281,13 +284,26 @@ def data_statistics(run: Record) -> list[tuple[str, Pairs]]:
     if formatting.is_number(data.get("rows_read")):
         rows = [("Read", formatting.count(data["rows_read"]))]
         rows += [(f"Dropped: {reason}", formatting.count(n)) for reason, n in dropped.items()]
+        lengths = describe_lengths(data.get("length_quantiles") or {}, data.get("max_length", 0))
+        rows += [("Lengths", lengths)] if lengths else []
+        rows += [("Note", remark) for remark in remarks(data)]
         groups.insert(0, ("Rows", rows if dropped else [*rows, ("Dropped", "0")]))
+    if data.get("funnel"):
+        groups.append(("Curation", funnel_facts(data["funnel"])))
     sources = [
-        (str(source.get("path", "")), f"{formatting.count(source.get('rows'))} rows, {form}")
+        (str(source.get("path", "")), _source(source, data.get("train") or {}))
         for source in data.get("sources") or []
-        for form in [str(source.get("format", "unknown format"))]
     ]
     return [*groups, ("Sources", sources)] if sources else groups
+
+
+def _source(source: Record, train: Record) -> str:
+    """A source's rows and format, and its share of the documents that are trained on."""
+    text = f"{formatting.count(source.get('rows'))} rows"
+    documents, total = source.get("documents"), train.get("documents")
+    if documents and formatting.is_number(total) and documents != total:
+        text += f", {formatting.percent(documents / total)} of the training documents"
+    return f"{text}, {source.get('format', 'unknown format')}"
 
 
 def _split(split: Record) -> Pairs:
@@ -295,10 +311,18 @@ def _split(split: Record) -> Pairs:
         ("Sequences", formatting.count(split.get("sequences"))),
         ("Documents", formatting.count(split.get("documents"))),
         ("Tokens", formatting.count(split.get("tokens"))),
-        ("Trainable tokens", formatting.count(split.get("trainable_tokens"))),
+        ("Trainable tokens", _trained(split)),
         ("Fill", formatting.percent(split.get("fill"))),
     ]
     return [(label, text) for label, text in pairs if text != formatting.MISSING]
+
+
+def _trained(split: Record) -> str:
+    trained, tokens = split.get("trainable_tokens"), split.get("tokens")
+    text = formatting.count(trained)
+    if not (formatting.is_number(trained) and formatting.is_number(tokens) and tokens):
+        return text
+    return f"{text} ({formatting.percent(trained / tokens)})"
 
 
 def _lengths(run: Record) -> Histogram | None:
@@ -341,15 +365,38 @@ def _facts(run: Record) -> Pairs:
         ("Last saved step", formatting.count(run.get("last_saved_step"))),
         ("Save failed", run.get("save_error")),
         ("Workers", ", then ".join(str(size) for size in worlds)),
-        ("Skipped steps", ", ".join(str(step.get("step")) for step in run.get("skipped") or [])),
+        ("Schedules", ", then ".join(f"to step {end:,}" for end in _schedules(run))),
+        ("Skipped steps", ", ".join(map(_skipped, run.get("skipped") or []))),
         ("Device", run.get("device")),
         ("Compute type", run.get("dtype")),
+        *_rehearsal(run),
         ("Parameters", formatting.count(parameters.get("total"))),
         ("Trainable", _trainable(parameters)),
+        ("Adapted", _adapted(run.get("adapted"))),
         ("Prepared data", run.get("prepared")),
         *((run.get("versions") or {}).items()),
     ]
     return [(label, str(text)) for label, text in pairs if text and text != formatting.MISSING]
+
+
+def _adapted(adapted: Any) -> str:
+    rows = adapted if isinstance(adapted, dict) else {}
+    is_complete = rows and all(isinstance(row, dict) and "of" in row for row in rows.values())
+    return adapted_text(rows) if is_complete else ""
+
+
+def _rehearsal(run: Record) -> list[tuple[str, Any]]:
+    """What the rehearsal found, and what the run does about it."""
+    rehearsal = run.get("rehearsal") or {}
+    lines = rehearsal.get("lines")
+    notes = lines if isinstance(lines, list) else []
+    return [("Rehearsal", rehearsal.get("text")), *(("Rehearsal: note", note) for note in notes)]
+
+
+def _skipped(step: Record) -> str:
+    """A step that changed no weights, with the reason unless it was not finite."""
+    reason = step.get("reason", "not finite")
+    return str(step.get("step")) + ("" if reason == "not finite" else f" ({reason})")
 
 
 def _time(iso: Any) -> str:
@@ -360,6 +407,12 @@ def _time(iso: Any) -> str:
         return str(iso or "")
     time = time.replace(tzinfo=UTC) if time.tzinfo is None else time.astimezone(UTC)
     return f"{time:%Y-%m-%d %H:%M:%S} UTC"
+
+
+def _schedules(run: Record) -> list[int]:
+    """The last step of each learning-rate schedule of a run that was made longer."""
+    ends = run.get("schedule") or []
+    return ends if len(ends) > 1 else []
 
 
 def _restarts(run: Record) -> Pairs:

@@ -2,8 +2,7 @@
 
 import json
 import math
-import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any, Literal
 import yaml
 
 from ..common.errors import InputError
+from ..common.scratch import scratch_folder
 from ..common.storage import Folder
 from ..common.versions import check_format
 from ..common.yaml_text import load_yaml
@@ -34,12 +34,37 @@ PREPARED_FOLDER = "prepared"
 Record = dict[str, Any]
 """A JSON object."""
 
+_RUN_TYPES: dict[str, type] = {
+    **dict.fromkeys(("status", "name", "method", "base", "error", "result", "prepared"), str),
+    **dict.fromkeys(("device", "dtype", "strategy", "save_error", "best_checkpoint"), str),
+    **dict.fromkeys(("step", "total_steps", "tokens", "last_saved_step", "micro_batch_size"), int),
+    "evaluation_parts": int,
+    **dict.fromkeys(("wall_seconds", "save_wait_seconds"), float),
+    **dict.fromkeys(("metrics", "before", "parameters", "data", "versions"), dict),
+    **dict.fromkeys(("identity", "commits", "model_code", "adapted", "rehearsal", "decided"), dict),
+    **dict.fromkeys(("restarts", "skipped", "world_sizes", "nodes", "notices"), list),
+}
+"""The types of the values in run.json; each may be null or absent."""
+_ITEM_TYPES: dict[str, dict[str, type]] = {
+    "restarts": {"step": int, "reason": str},
+    "skipped": {"step": int},
+}
+"""The types in the objects of a list."""
+_TYPE_NAMES = {
+    str: "text",
+    int: "a whole number",
+    float: "a number",
+    dict: "an object",
+    list: "a list",
+}
+
 
 def read_run(folder: Folder) -> Record | None:
     """run.json as a record; None if the folder contains no run.
 
     Raises:
-        InputError: run.json is not a JSON object, or a newer finray wrote it.
+        InputError: run.json is not a JSON object, holds another type than it should, or a newer
+            finray wrote it.
     """
     content = _read(folder, RUN_FILE)
     if content is None:
@@ -47,7 +72,32 @@ def read_run(folder: Folder) -> Record | None:
     place = folder / RUN_FILE
     record = _parse(content, f"{place}")
     check_format(record, RUN_FORMAT, place)
+    _check_types(record, _RUN_TYPES, f"{place}")
+    for key, types in _ITEM_TYPES.items():
+        for item in record.get(key) or ():
+            _check_types({key: item}, {key: dict}, f"{place}")
+            _check_types(item, types, f"{place}: {key}", needed=("step",))
     return record
+
+
+def check_run_folder(folder: Folder) -> None:
+    """Check the files of a run that a resumed run reads and goes on writing.
+
+    Raises:
+        InputError: a file stands where a folder belongs, a line of metrics, samples or rollouts is
+            damaged, or there are checkpoints without run.json.
+    """
+    for place in (folder, folder / CHECKPOINTS_FOLDER):
+        if place.filesystem.get_file_info(place.path).is_file:
+            raise InputError(f"{place}: a file, where the run needs a folder; move it away")
+    for read in (read_metrics, read_samples, read_rollouts):
+        read(folder)
+    is_run = read_run(folder) is not None
+    if not is_run and (names := (folder / CHECKPOINTS_FOLDER).names()):
+        raise InputError(
+            f"{folder}: holds the checkpoint {names[-1]}, but no {RUN_FILE}, which says what it "
+            f"belongs to; restore {RUN_FILE} and {RECIPE_FILE}, or delete that folder"
+        )
 
 
 def existing_run(folder: Folder) -> Record:
@@ -85,9 +135,9 @@ class FinishedRun:
         if self.result.local is not None:
             yield self.result.local
             return
-        with tempfile.TemporaryDirectory(prefix="finray-") as scratch:
-            self.result.download(Path(scratch))
-            yield Path(scratch)
+        with scratch_folder("result") as scratch:
+            self.result.download(scratch)
+            yield scratch
 
 
 def finished_run(folder: Folder) -> FinishedRun:
@@ -105,7 +155,13 @@ def finished_run(folder: Folder) -> FinishedRun:
         )
     if not folder.exists(name):
         raise InputError(f"{folder}: the run's result folder {name}/ no longer exists")
-    return FinishedRun(folder, record, read_recipe(folder)[1], name)
+    recipe = read_recipe(folder)[1]
+    model = recipe.get("model")
+    if not isinstance(model, dict) or not isinstance(model.get("base"), str):
+        raise InputError(
+            f"{folder / RECIPE_FILE}: no recipe of a run: model.base is missing; restore the file"
+        )
+    return FinishedRun(folder, record, recipe, name)
 
 
 def write_run(folder: Folder, record: Record) -> None:
@@ -121,11 +177,12 @@ def read_recipe(folder: Folder) -> tuple[str, Record]:
     Raises:
         InputError: recipe.yaml is not YAML.
     """
-    try:
-        text = folder.read(RECIPE_FILE).decode("utf-8")
-        recipe = load_yaml(text)
-    except FileNotFoundError:
+    content = _read(folder, RECIPE_FILE)
+    if content is None:
         return "", {}
+    try:
+        text = content.decode("utf-8")
+        recipe = load_yaml(text)
     except (UnicodeDecodeError, yaml.YAMLError) as error:
         raise InputError(f"{folder / RECIPE_FILE}: not a YAML file: {error}") from None
     return text, recipe if isinstance(recipe, dict) else {}
@@ -139,12 +196,21 @@ def read_metrics(folder: Folder) -> list[Record]:
     Raises:
         InputError: another line is not a JSON object; the message names it.
     """
-    return _read_lines(folder, METRICS_FILE)
+    return [line for _, line in read_metric_lines(folder)]
+
+
+def read_metric_lines(folder: Folder) -> list[tuple[str, Record]]:
+    """As `read_metrics`, with the text of each line, which ends in a newline if it is complete."""
+    lines = _read_lines(folder, METRICS_FILE)
+    for number, (_, line) in enumerate(lines, start=1):
+        place = f"{folder / METRICS_FILE}: line {number}"
+        _check_types(line, dict.fromkeys(line, float) | {"step": int}, place, needed=("step",))
+    return lines
 
 
 def read_samples(folder: Folder) -> list[Record]:
     """The lines of samples.jsonl; for errors see `read_metrics`."""
-    return _read_lines(folder, SAMPLES_FILE)
+    return _read_records(folder, SAMPLES_FILE, "row")
 
 
 def write_samples(folder: Folder, samples: Iterable[Record]) -> None:
@@ -154,7 +220,7 @@ def write_samples(folder: Folder, samples: Iterable[Record]) -> None:
 
 def read_rollouts(folder: Folder) -> list[Record]:
     """The lines of rollouts.jsonl; for errors see `read_metrics`."""
-    return _read_lines(folder, ROLLOUTS_FILE)
+    return _read_records(folder, ROLLOUTS_FILE, "step")
 
 
 def write_rollouts(folder: Folder, rollouts: Iterable[Record]) -> None:
@@ -187,28 +253,63 @@ def is_match(answer: str | None, reference: str | None) -> bool:
 
 
 def _read(folder: Folder, name: str) -> bytes | None:
+    """The content of a file; None if there is none.
+
+    Raises:
+        InputError: a local file cannot be read. An error of a store is passed on: it may pass.
+    """
     try:
         return folder.read(name)
     except (FileNotFoundError, NotADirectoryError):  # a file beside the runs is not a run folder
         return None
+    except OSError as error:
+        if folder.local is None:
+            raise
+        raise InputError(f"{folder / name}: cannot be read: {error.strerror or error}") from None
 
 
-def _read_lines(folder: Folder, name: str) -> list[Record]:
+def _read_lines(folder: Folder, name: str) -> list[tuple[str, Record]]:
+    """(text, content) of each line; the place of a line is its number in the file."""
     *complete, last = (_read(folder, name) or b"").split(b"\n")
     records = [
-        _parse(line, f"{folder / name}:{number}")
+        (f"{line.decode('utf-8', 'replace')}\n", _parse(line, f"{folder / name}:{number}"))
         for number, line in enumerate(complete, start=1)
         if line.strip()
     ]
     final = parse_record(last)
-    return records if final is None else [*records, final]
+    return records if final is None else [*records, (last.decode("utf-8", "replace"), final)]
+
+
+def _read_records(folder: Folder, name: str, key: str) -> list[Record]:
+    """The lines of a file, each with a number under a key."""
+    records = [record for _, record in _read_lines(folder, name)]
+    for number, record in enumerate(records, start=1):
+        _check_types(record, {key: int}, f"{folder / name}: line {number}", needed=(key,))
+    return records
+
+
+def _check_types(
+    record: Record, types: Mapping[str, type], place: str, needed: Sequence[str] = ()
+) -> None:
+    """Check the types of a record's values; null is allowed, and an int is a float too.
+
+    Raises:
+        InputError: naming the place and the key.
+    """
+    for key, expected in types.items():
+        value = record.get(key)
+        allowed = (int, float) if expected is float else expected
+        is_right = isinstance(value, allowed) and not isinstance(value, bool)
+        if not is_right and (value is not None or key in needed):
+            shown = repr(value)[:80]
+            raise InputError(f"{place}: {key}: expected {_TYPE_NAMES[expected]}, not {shown}")
 
 
 def parse_record(line: bytes) -> Record | None:
     """Parse a JSON object; None for anything else, such as a half-written line."""
     try:
         value = json.loads(line)
-    except ValueError:  # not JSON, or not UTF-8
+    except (ValueError, RecursionError):  # not JSON, not UTF-8, or nested without end
         return None
     return value if isinstance(value, dict) else None
 

@@ -14,7 +14,6 @@ from ..config.methods import OnlineMethod
 from ..data import stream
 from ..data.batching import IGNORED, PADDING_ROW, Batch, Rows, collate
 from ..models.loading import evaluation_mode
-from ..objectives.logprobs import token_log_probabilities
 from ..objectives.objective import Objective, Setup
 from ..objectives.references import Reference
 from .advantages import standard_deviation
@@ -40,8 +39,10 @@ class OnlineObjective(Objective):
     def __init__(self, setup: Setup) -> None:
         super().__init__(setup)
         self.settings = cast(OnlineMethod, setup.recipe.method)
+        self.temperature = self.settings.temperature
         self.measures = (*sampled_measures(self.settings), *self.policy_measures)
         self._tokenizer = setup.tokenizer
+        self.skips_step = False
         self._keeps_examples = setup.rank == 0
         self._examples: list[dict[str, Any]] = []
         # With an adapter it takes no memory, and the held-out divergence is a useful metric.
@@ -88,7 +89,8 @@ class OnlineObjective(Objective):
         requests = self.requests(step, prompts)
         rows = [row for row in prompts for _ in range(generations)]
         rollouts, scores = self._rollouts(requests, rows)
-        size = self.recipe.optim.micro_batch_size
+        self.skips_step = not self._any_reward(scores)
+        size = self.recipe.optim.microbatch
         parts = [
             self._part(rows[first : first + size], rollouts[first : first + size])
             for first in range(0, size * len(microbatches), size)
@@ -128,6 +130,16 @@ class OnlineObjective(Objective):
             failure = error
         _raise_together(failure, self.world_size)
         return rollouts, scores
+
+    def _any_reward(self, scores: Scores) -> bool:
+        """True if a completion of the global batch has a reward.
+
+        Without any, the divergence, weight decay and momentum would still move the weights.
+        """
+        count = (~scores.total.isnan()).sum().to(self.device)
+        if self.world_size > 1:
+            dist.all_reduce(count)
+        return bool(count)
 
     def _sampler_and_scorer(self) -> tuple[Rollouts, Scorer]:
         """Sampler and scorer, made at the first use, so that an error is raised on all workers."""
@@ -176,18 +188,6 @@ class OnlineObjective(Objective):
         extra = {"advantages": padded, "weights": weights, "sampled": sampled}
         return replace(part, loss_units=units, extra=part.extra | extra)
 
-    # log-probabilities
-
-    def log_probabilities(self, model: torch.nn.Module, batch: Batch) -> torch.Tensor:
-        """Log-probabilities of the completions' tokens at the sampling temperature.
-
-        Returns:
-            (sequences, columns) in float32, 0 where no token is trained.
-        """
-        logits, temperature = self.kept_logits(model, batch), self.settings.temperature
-        scaled = logits if temperature == 1.0 else logits / temperature
-        return token_log_probabilities(scaled, batch.targets)
-
     # measures and examples
 
     def measured(
@@ -216,7 +216,8 @@ class OnlineObjective(Objective):
 
     def evaluate_held_out(self, microbatches: Iterator[Rows], device: torch.device) -> torch.Tensor:
         """Sample and score one completion per held-out prompt, always with the same seeds."""
-        rows = [row for part in microbatches for row in part]
+        parts = list(microbatches)
+        rows = [row for part in parts for row in part]
         requests = [
             Request(row.input_ids.tolist(), (self.recipe.seed, _HELD_OUT, int(row.rows[0])))
             for row in rows
@@ -224,7 +225,7 @@ class OnlineObjective(Objective):
         rollouts, scores = self._rollouts(requests, rows)
         sampled = measure(scores, torch.zeros(0), rollouts).to(device)
         kl = torch.zeros(2, dtype=torch.float64, device=device)
-        size = self.recipe.optim.micro_batch_size
+        size = max(map(len, parts), default=1)
         for first in range(0, len(rows), size):
             if self._reference is None:
                 break

@@ -94,6 +94,8 @@ def _completions(
     prompts: Sequence[stream.Sequence], rollouts: Sequence[Rollout], texts: list[str]
 ) -> Completions:
     rows = [json.loads(row.extra or "{}") for row in prompts]
+    # A space at the end of a prompt is sampled with the completion's first token.
+    texts = [t.removeprefix(row.get("cut", "")) for t, row in zip(texts, rows, strict=True)]
     turns: list[Turns] = [row["prompt"] for row in rows]
     answers: list[Turns] = [
         text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]

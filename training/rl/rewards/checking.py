@@ -5,13 +5,14 @@ import json
 from pathlib import Path
 from typing import Any, cast
 
-from ...common.errors import InputError
+from ...common.errors import InputError, reason
 from ...common.storage import Folder
 from ...config.adapter_folder import check_for_vllm
 from ...config.methods import METHODS, OnlineMethod
 from ...config.model_folder import model_folder
 from ...config.recipe import Recipe
-from ...config.rewards import ModelReward, RunReward
+from ...config.rewards import ModelReward, RunReward, TrlReward
+from ...config.weight_checks import check_named_weights, check_result_weights
 from ...records.run_folder import finished_run, read_run
 
 _TOKENIZER = "tokenizer.json"
@@ -31,9 +32,11 @@ def check_rewards(recipe: Recipe) -> None:
     if method.rollout == "vllm":
         _check_vllm(recipe)
     for index, reward in enumerate(method.rewards):
-        where = f"method.rewards[{index}]"
+        where = f"method.rewards.{index}"
         if isinstance(reward, RunReward):
             _check_run(reward, recipe, f"{where}.run")
+        elif isinstance(reward, TrlReward):
+            _check_trl(reward, f"{where}.trl")
         elif isinstance(reward, ModelReward):
             _check_model(reward, f"{where}.model")
 
@@ -48,6 +51,14 @@ def _check_vllm(recipe: Recipe) -> None:
         check_for_vllm(recipe.model)
 
 
+def _check_trl(reward: TrlReward, where: str) -> None:
+    if reward.needs_math_verify and importlib.util.find_spec("math_verify") is None:
+        raise InputError(
+            f"{where}: {reward.trl} needs math-verify, which is not installed; pip install "
+            "'math-verify[antlr4_13_2]', or compare in a function of your own (file)"
+        )
+
+
 def _check_run(reward: RunReward, recipe: Recipe, where: str) -> None:
     folder = Folder(reward.run)
     record = read_run(folder)
@@ -60,9 +71,14 @@ def _check_run(reward: RunReward, recipe: Recipe, where: str) -> None:
             f"{where}: {reward.run} is a run of method {record.get('method')}; expected {expected}"
         )
     try:
-        result = finished_run(folder).result
+        run = finished_run(folder)
     except InputError as error:
         raise InputError(f"{where}: {error}") from None
+    _check_tokenizer(reward, run.result, recipe, where)
+    check_result_weights(run.result, run.kind, where)
+
+
+def _check_tokenizer(reward: RunReward, result: Folder, recipe: Recipe, where: str) -> None:
     policy = model_folder(recipe.model, only_cached=True)
     if policy is None or not (policy / _TOKENIZER).exists() or not result.exists(_TOKENIZER):
         return  # load_run compares the tokenizers later
@@ -86,9 +102,13 @@ def _check_model(reward: ModelReward, where: str) -> None:
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise InputError(f"{where}: {folder} is no model folder: {error}") from None
+        raise InputError(
+            f"{where}: {folder} is no model folder: {reason(error)}; give a hub "
+            "id, or a folder that transformers wrote"
+        ) from None
     labels = list(config.get("id2label", {"0": "LABEL_0", "1": "LABEL_1"}).values())
     if reward.label not in labels and (reward.label is not None or len(labels) > 1):
         raise InputError(
             f"{where}: {folder} has no label {reward.label!r}; its labels are {', '.join(labels)}"
         )
+    check_named_weights(reward.model, "score", where)

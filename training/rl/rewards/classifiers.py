@@ -1,5 +1,7 @@
 """Rewards from models: finray's own reward models, and any sequence classifier."""
 
+from collections.abc import Sequence
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -7,8 +9,13 @@ from transformers import AutoTokenizer
 
 from ...common.errors import InputError
 from ...common.storage import Folder
+from ...config.model_folder import named_model
 from ...config.rewards import ModelReward, RunReward
+from ...data.chat import ChatTemplate, chat_template_of
+from ...data.fields import context_of
+from ...data.shapes import NO_CONTEXT, ChatContext
 from ...models.open_result import open_model, open_result
+from ...models.out_of_memory import in_fitting_parts
 from ...records.run_folder import finished_run
 from .reward import Completions, RewardValues, Turns
 
@@ -35,22 +42,35 @@ class ClassifierReward:
         self._model = model.eval().requires_grad_(False)
         self._tokenizer = tokenizer
         self._column = column
+        self._at_once = _BATCH
 
     @torch.no_grad()
     def score(self, completions: Completions) -> RewardValues:
         """The logit of each completion, in batches of texts of similar length."""
-        pairs = zip(completions.prompts, completions.completions, strict=True)
-        texts = [self._ids(prompt, completion) for prompt, completion in pairs]
+        texts = [
+            self._ids(
+                completions.prompts[index],
+                completions.completions[index],
+                context_of({name: values[index] for name, values in completions.columns.items()}),
+            )
+            for index in range(len(completions))
+        ]
         order = sorted(range(len(texts)), key=lambda index: len(texts[index]))
-        values: list[float | None] = [None] * len(texts)
-        for first in range(0, len(order), _BATCH):
-            chosen = order[first : first + _BATCH]
-            scores = self._scores([texts[index] for index in chosen])
-            for index, score in zip(chosen, scores, strict=True):
-                values[index] = score
-        return RewardValues(values)
+        scores, self._at_once = in_fitting_parts(
+            *([texts[index] for index in order], self._at_once, self._scores),
+            what="texts to score",
+            remedy="a smaller method.max_completion, or a smaller reward model, takes less",
+        )
+        of_text = dict(zip(order, scores, strict=True))
+        return RewardValues([of_text[index] for index in range(len(texts))])
 
-    def _ids(self, prompt: Turns, completion: Turns) -> list[int]:
+    @cached_property
+    def _template(self) -> ChatTemplate:
+        return chat_template_of(self._tokenizer, None)
+
+    def _ids(
+        self, prompt: Turns, completion: Turns, context: ChatContext = NO_CONTEXT
+    ) -> list[int]:
         tokenizer = self._tokenizer
         if isinstance(prompt, list) and isinstance(completion, list):
             if tokenizer.chat_template is None:
@@ -58,14 +78,16 @@ class ClassifierReward:
                     f"method.rewards: the tokenizer of {self.name} has no chat template, but the "
                     "prompts are conversations; give prompts as text, or use another classifier"
                 )
-            text = tokenizer.apply_chat_template([*prompt, *completion], tokenize=False)
+            text = self._template.render([*prompt, *completion], context=context)
             ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
             return ids
         ids = tokenizer(f"{prompt}{completion}")["input_ids"]
+        if tokenizer.bos_token_id is not None and ids[:2] == [tokenizer.bos_token_id] * 2:
+            ids = ids[1:]  # the prompt holds it already
         end = tokenizer.eos_token_id
         return ids if end is None or ids[-1:] == [end] else [*ids, end]
 
-    def _scores(self, texts: list[list[int]]) -> list[float]:
+    def _scores(self, texts: Sequence[list[int]]) -> list[float]:
         longest = max(map(len, texts))
         ids = torch.full((len(texts), longest), self._model.config.pad_token_id)
         mask = torch.zeros_like(ids)
@@ -112,7 +134,10 @@ def load_classifier(reward: ModelReward, dtype: torch.dtype, device: Any) -> Cla
     where = "method.rewards"
     model = open_model(reward.model, "score", dtype, where)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(reward.model, trust_remote_code=False)
+        named = named_model(reward.model)
+        tokenizer = AutoTokenizer.from_pretrained(
+            named.base, revision=named.revision, trust_remote_code=False
+        )
     except (OSError, ValueError) as error:
         raise InputError(f"{where}: cannot load {reward.model}: {error}") from None
     labels = [model.config.id2label[index] for index in range(model.config.num_labels)]

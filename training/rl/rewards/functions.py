@@ -1,16 +1,21 @@
 """Rewards from the user's own functions."""
 
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Mapping, MappingView, Set
 from numbers import Real
 from typing import Any
 
+import numpy as np
+import torch
+
 from ...common.errors import RunError
-from ...config.rewards import FunctionReward
+from ...config.rewards import FunctionReward, TrlReward
 from ...config.user_code import traceback_of
 from .reward import Completions, RewardValues, as_text
 
 _SHOWN = 2000
+_NO_LISTS = (str, bytes, bytearray, Set, Mapping, MappingView, np.ndarray, torch.Tensor)
+"""Collections that are refused: a set has an order of its own, a mapping's keys are no rewards."""
 
 
 class _RewardFunctionError(Exception):
@@ -24,7 +29,7 @@ class _RewardFunctionError(Exception):
 
 
 class UserFunctionReward:
-    """A reward function from a Python file.
+    """A reward function from a Python file, or of TRL.
 
     Args:
         settings: the recipe's reward, with the file's text.
@@ -34,7 +39,7 @@ class UserFunctionReward:
         RunError: importing the file raises an error.
     """
 
-    def __init__(self, settings: FunctionReward, may_fail: bool) -> None:
+    def __init__(self, settings: FunctionReward | TrlReward, may_fail: bool) -> None:
         self.name = settings.name
         self.weight = settings.weight
         self._may_fail = may_fail
@@ -53,18 +58,18 @@ class UserFunctionReward:
         return RewardValues(values, sum(isinstance(v, _RewardFunctionError) for v in results))
 
     def _call(self, completions: Completions) -> list[float | None]:
+        # What the function changes must reach neither the training nor other functions.
+        own = completions.copied()
         try:
-            values = self._function(
-                prompts=completions.prompts,
-                completions=completions.completions,
-                completion_ids=completions.completion_ids,
-                **completions.columns,
+            returned = self._function(
+                prompts=own.prompts,
+                completions=own.completions,
+                completion_ids=own.completion_ids,
+                **own.columns,
             )
-        except Exception as error:  # noqa: BLE001 — the user's code may raise anything
+        except (Exception, SystemExit) as error:  # noqa: BLE001 - the user's code may raise anything
             raise _RewardFunctionError(traceback_of(error, self._path)) from None
-        if isinstance(values, str | bytes | dict) or not isinstance(values, Collection):
-            kind = type(values).__name__
-            raise _RewardFunctionError(f"it returned {kind}; expected a list of floats")
+        values = _as_list(returned)
         if len(values) != len(completions):
             raise _RewardFunctionError(
                 f"it returned {len(values)} rewards for {len(completions)} completions"
@@ -104,6 +109,18 @@ class UserFunctionReward:
         )
 
 
+def _as_list(values: Any) -> list[Any]:
+    """What a function returned, in its order."""
+    if isinstance(values, np.ndarray | torch.Tensor) and values.ndim:
+        return list(values.tolist())
+    if isinstance(values, _NO_LISTS) or not isinstance(values, Collection):
+        raise _RewardFunctionError(
+            f"it returned {type(values).__name__}; expected a list of floats: a number or None for "
+            "each completion, in their order"
+        )
+    return list(values)
+
+
 def _as_reward(value: Any, index: int) -> float | None:
     if value is None:
         return None
@@ -112,11 +129,19 @@ def _as_reward(value: Any, index: int) -> float | None:
         raise _RewardFunctionError(
             f"it returned {value!r} of type {kind}; expected a float or None", index
         )
-    if not math.isfinite(value):
+    number = _as_float(value)
+    if not math.isfinite(number):
         raise _RewardFunctionError(
-            f"it returned {value!r}; expected a finite number or None", index
+            f"it returned {number!r}; expected a finite number or None", index
         )
-    return float(value)
+    return number
+
+
+def _as_float(value: Real) -> float:
+    try:
+        return float(value)
+    except OverflowError:  # an integer beyond all floats
+        return math.inf
 
 
 def _indented(text: str) -> str:

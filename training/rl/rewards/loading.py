@@ -6,7 +6,7 @@ import torch
 
 from ...config.methods import OnlineMethod
 from ...config.recipe import Recipe
-from ...config.rewards import FunctionReward, RunReward
+from ...config.rewards import FunctionReward, RunReward, TrlReward
 from ...models.dtypes import choose_dtype, torch_dtype
 from .classifiers import load_classifier, load_run
 from .functions import UserFunctionReward
@@ -29,7 +29,7 @@ def load_rewards(recipe: Recipe, tokenizer: Any, device: torch.device) -> list[R
     dtype = torch_dtype(choose_dtype(recipe.model))
     rewards: list[Reward] = []
     for reward in method.rewards:
-        if isinstance(reward, FunctionReward):
+        if isinstance(reward, FunctionReward | TrlReward):
             rewards.append(UserFunctionReward(reward, may_fail=method.on_reward_error == "missing"))
         elif isinstance(reward, RunReward):
             rewards.append(load_run(reward, tokenizer, dtype, device))

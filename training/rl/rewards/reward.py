@@ -1,10 +1,11 @@
 """The interface of a loaded reward: it gets completions and returns one value for each."""
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from ...data.shapes import Message
+from ...data.shapes import Message, answer_text
 
 Turns = str | list[Message]
 """A prompt or a completion: text, or messages if the data has messages."""
@@ -30,6 +31,10 @@ class Completions:
             [self.completion_ids[index]],
             {name: [values[index]] for name, values in self.columns.items()},
         )
+
+    def copied(self) -> "Completions":
+        """The same completions in objects of their own."""
+        return copy.deepcopy(self)
 
     def __len__(self) -> int:
         return len(self.prompts)
@@ -63,7 +68,7 @@ def as_text(turns: Turns) -> str:
     """A prompt or completion as text, with a line for each message."""
     if isinstance(turns, str):
         return turns
-    return "\n".join(f"{turn['role']}: {turn['content']}" for turn in turns)
+    return "\n".join(f"{turn['role']}: {answer_text(turn)}" for turn in turns)
 
 
 def columns_of(rows: Sequence[dict[str, Any]]) -> dict[str, list[Any]]:

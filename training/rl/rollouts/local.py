@@ -8,8 +8,10 @@ import torch
 from transformers import GenerationConfig, LogitsProcessorList
 
 from ...config.methods import OnlineMethod
-from ...models.generation import left_padded, stop_tokens
+from ...models.generation import left_padded
 from ...models.loading import Model, evaluation_mode
+from ...models.out_of_memory import in_fitting_parts
+from ...models.stopping import stop_tokens
 from .rollout import Request, Rollout
 from .sampling import Sampler
 
@@ -27,6 +29,7 @@ class LocalRollouts:
         self._model = model
         self._tokenizer = tokenizer
         self._settings = settings
+        self._at_once = settings.rollout_batch_size
         self._stops = stop_tokens(model, tokenizer)
         # Settings of the model's own generation configuration must not change the sampling.
         self._generation = GenerationConfig(
@@ -43,17 +46,17 @@ class LocalRollouts:
     @torch.no_grad()
     def sample(self, requests: Sequence[Request]) -> list[Rollout]:
         """Sample a completion for each request; prompts of similar length share a batch."""
-        size = self._settings.rollout_batch_size
         order = sorted(range(len(requests)), key=lambda index: len(requests[index].prompt_ids))
-        rollout_of: dict[int, Rollout] = {}
         with evaluation_mode(self._model):
-            for first in range(0, len(order), size):
-                chosen = order[first : first + size]
-                rollouts = self._batch([requests[index] for index in chosen])
-                rollout_of.update(zip(chosen, rollouts, strict=True))
+            rollouts, self._at_once = in_fitting_parts(
+                *([requests[index] for index in order], self._at_once, self._batch),
+                what="completions",
+                remedy="a smaller method.max_completion or data.max_length takes less",
+            )
+        rollout_of = dict(zip(order, rollouts, strict=True))
         return [rollout_of[index] for index in range(len(requests))]
 
-    def _batch(self, requests: list[Request]) -> list[Rollout]:
+    def _batch(self, requests: Sequence[Request]) -> list[Rollout]:
         device = next(self._model.parameters()).device
         prompts = [request.prompt_ids for request in requests]
         ids, mask = left_padded(prompts, self._tokenizer.pad_token_id)

@@ -4,7 +4,6 @@ Before every generation the adapter is written to a folder, which vLLM loads as 
 """
 
 import os
-import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, cast
@@ -12,16 +11,19 @@ from typing import Any, cast
 import torch
 from peft import PeftModel
 
+from ...common.scratch import scratch_folder
 from ...config.methods import OnlineMethod
 from ...config.recipe import Recipe
+from ...models.devices import device_kind, memory_of
 from ...models.dtypes import choose_dtype
-from ...models.generation import stop_tokens
+from ...models.memory_estimate import sizes_of, vllm_share
+from ...models.stopping import stop_tokens
 from .rollout import Request, Rollout
 
 _RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 """The maximum LoRA ranks that vLLM supports."""
-_MEMORY_SHARE = 0.3
-"""Share of the GPU's memory for vLLM's weights and cache; the rest is for the training."""
+_SHARE_OF_HOST = 0.3
+"""Share of the memory for vLLM's weights and cache where it samples on the CPU."""
 _GROUP_VARIABLES = (
     *("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "NODE_RANK"),
     *("MASTER_ADDR", "MASTER_PORT"),
@@ -47,6 +49,7 @@ class VllmRollouts:
         self._stops = stop_tokens(model, tokenizer)
         self._calls = 0
         rank = model.peft_config[model.active_adapter].r
+        share = _share(recipe)
         with _own_device():
             self._engine = LLM(
                 model=recipe.model.base,
@@ -56,7 +59,7 @@ class VllmRollouts:
                 max_model_len=recipe.data.max_length,
                 enable_lora=True,
                 max_lora_rank=next(maximum for maximum in _RANKS if maximum >= rank),
-                gpu_memory_utilization=_MEMORY_SHARE,
+                gpu_memory_utilization=share,
                 # Chunked prefill rewinds the random generator, which the CPU's does not support.
                 enable_chunked_prefill=torch.cuda.is_available(),
                 seed=recipe.seed,
@@ -71,10 +74,10 @@ class VllmRollouts:
         self._calls += 1
         prompts = [{"prompt_token_ids": request.prompt_ids} for request in requests]
         parameters = [self._parameters(request) for request in requests]
-        with tempfile.TemporaryDirectory(prefix="finray-") as folder:
-            self._model.save_pretrained(folder, selected_adapters=[self._model.active_adapter])
+        with scratch_folder("adapter") as folder:
+            self._model.save_pretrained(str(folder), selected_adapters=[self._model.active_adapter])
             # A new id for every call: vLLM caches the adapter of each id.
-            adapter = LoRARequest(f"call-{self._calls}", self._calls, folder)
+            adapter = LoRARequest(f"call-{self._calls}", self._calls, str(folder))
             outputs = self._engine.generate(
                 prompts, parameters, lora_request=adapter, use_tqdm=False
             )
@@ -95,6 +98,19 @@ class VllmRollouts:
             detokenize=False,
             seed=int(request.random().integers(2**31)),
         )
+
+
+def _share(recipe: Recipe) -> float:
+    """The share of the memory for vLLM's weights and cache, beside the training.
+
+    Raises:
+        InputError: the training leaves too little.
+    """
+    kind = device_kind()
+    if kind not in ("cuda", "xpu"):
+        return _SHARE_OF_HOST
+    total = memory_of(torch.device(kind))
+    return vllm_share(recipe, sizes_of(recipe), choose_dtype(recipe.model), total)
 
 
 @contextmanager

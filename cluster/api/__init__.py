@@ -1,0 +1,1 @@
+"""What `import finray` offers, and what the command is a skin over."""

@@ -1,0 +1,63 @@
+"""The progress bar of `finray export`, and its result."""
+
+import json
+from types import TracebackType
+from typing import Self
+
+from rich.console import Console
+from rich.filesize import decimal
+from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as Bars
+
+from ...training.common.progress import Progress
+from ...training.export.export import ExportSummary
+
+KINDS = {
+    "adapter": "the adapter alone",
+    "merged": "the adapter merged into its base",
+    "model": "the trained model",
+}
+
+
+class ExportProgress(Progress):
+    """A bar of bytes while the block runs, if stderr is a terminal."""
+
+    def __init__(self, console: Console | None = None) -> None:
+        console = console or Console(stderr=True)
+        columns = (TextColumn("merging"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
+        self._bars = Bars(*columns, console=console, disable=not console.is_terminal)
+        self._bar = self._bars.add_task("", total=None, visible=False)
+
+    def __enter__(self) -> Self:
+        self._bars.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._bars.stop()
+
+    def advance(self, done: int, total: int) -> None:
+        """Bytes of weights written so far, and in all."""
+        self._bars.update(self._bar, completed=done, total=total, visible=True)
+
+
+def render_exported(exported: ExportSummary, as_json: bool) -> str:
+    """The exported files, and how to load them."""
+    result = exported.result
+    if as_json:
+        values = {
+            "folder": str(exported.folder),
+            "kind": result.kind,
+            "base": result.base,
+            "files": exported.files,
+            "bytes": exported.bytes,
+        }
+        return json.dumps(values, indent=2)
+    size = f"{exported.files} files, {decimal(exported.bytes)}"
+    lines = [f"{exported.folder}: {KINDS[result.kind]} ({size})", ""]
+    lines += [f"  {line}" for line in result.loading_lines(exported.folder)]
+    return "\n".join(lines)

@@ -1,0 +1,52 @@
+"""What `finray plan` prints."""
+
+from typing import Any
+
+from ...training.common import formatting
+
+
+def render(planned: dict[str, Any]) -> str:
+    """What `plan` returned, as text."""
+    gpus = f"{planned['gpus']} x {planned['gpu']}"
+    share = formatting.percent(planned["utilisation"])
+    steps = "steps unknown, as the data is not at hand"
+    if planned["steps"] is not None:
+        steps = f"{formatting.count(planned['steps'])} steps"
+    header = f"{planned['name']} on {gpus}, at {share} of its arithmetic; {steps}"
+    columns = ["placement", "base", "microbatch", "checkpointing", "peak", "most in", "fits"]
+    columns += ["tokens/s", "hours", "GPU hours"]
+    table = _aligned([columns, *(_row(row) for row in planned["placements"])])
+    if planned["best"] is not None:
+        chosen = " ".join(f"--set {setting}" for setting in planned["best"])
+        end = f"best: {chosen}"
+    elif planned["nearest"] is not None:
+        end = f"none fits; the nearest that would: {planned['nearest']}"
+    else:
+        end = "none fits, nor would a shorter data.max_length or another card of the table"
+    notes = [] if planned["note"] is None else [f"note: {planned['note']}"]
+    return "\n".join([header, *notes, "", *table, "", end])
+
+
+def _row(row: dict[str, Any]) -> list[str]:
+    phase = max(row["phases"], key=row["phases"].get)
+    workers = f" x {row['workers']}" if row["workers"] > 1 else ""
+    return [
+        f"{row['strategy']}{workers}",
+        "16 bits" if row["quantize"] == "none" else row["quantize"],
+        str(row["micro_batch_size"]),
+        "yes" if row["gradient_checkpointing"] else "no",
+        f"{row['peak'] / 2**30:.1f} GiB",
+        phase,
+        "yes" if row["fits"] else "no",
+        formatting.count(round(row["tokens_per_second"])),
+        "" if row["hours"] is None else f"{row['hours']:.2f}",
+        "" if row["gpu_hours"] is None else f"{row['gpu_hours']:.2f}",
+    ]
+
+
+def _aligned(rows: list[list[str]]) -> list[str]:
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    return [
+        "  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip()
+        for row in rows
+    ]

@@ -1,0 +1,186 @@
+"""Validates a document against its settings class, with messages in plain words.
+
+What a setting takes is described from its JSON schema, so that a message does not depend on which
+of pydantic's checks failed.
+"""
+
+import difflib
+from collections.abc import Iterator
+from typing import Any, TypeVar, get_args
+
+from pydantic import BaseModel, ValidationError
+
+from ..common.errors import InputError
+from ..common.formatting import dotted, shown
+from ..common.secrets import leaves
+from ..common.yaml_text import Key
+from .expected import allows, describe, hint, schema_at, schema_of
+from .yaml_file import Document
+
+Settings = TypeVar("Settings", bound=BaseModel)
+Fault = dict[str, Any]
+
+_OWN = ("value_error", "reward")
+"""Errors whose message is finray's own."""
+_SHOWN = 50
+"""Maximum number of errors of a document that are reported."""
+_COMPARED = 100
+"""Characters of an unknown key that are compared with the existing ones."""
+
+
+def validate(settings: type[Settings], document: Document) -> Settings:
+    """Build `settings` from a document.
+
+    Raises:
+        InputError: with one line for each error.
+    """
+    _refuse_booleans(settings, document)
+    try:
+        return settings.model_validate(document.values)
+    except ValidationError as error:
+        errors = error.errors(include_url=False)
+        faults = [_with_key(document, dict(fault)) for fault in errors[:_SHOWN]]
+        lines = [_message(settings, document, group) for group in _by_key(faults)]
+        more = [f"and {len(errors) - _SHOWN} more"] if len(errors) > _SHOWN else []
+        raise InputError("\n".join([*dict.fromkeys(lines), *more])) from None
+
+
+def _refuse_booleans(settings: type[BaseModel], document: Document) -> None:
+    """Refuse true and false where a number is expected; pydantic takes them for 1 and 0.
+
+    Raises:
+        InputError: with one line for each of them.
+    """
+    keys = [key for key, value in leaves(document.values) if isinstance(value, bool)]
+    lines = [
+        _expectation(settings, document, key)
+        for key in keys
+        if not allows(schema_at(schema_of(settings), document.values, key), "boolean")
+    ]
+    if lines:
+        raise InputError("\n".join(lines))
+
+
+def _with_key(document: Document, fault: Fault) -> Fault:
+    """The error, with its key in the document."""
+    _, key = _written(document.values, fault["loc"], fault["type"] == "missing")
+    return {**fault, "key": key}
+
+
+def _written(value: Any, location: Key, is_missing: bool) -> tuple[bool, Key]:
+    """pydantic's location without the names of union members, which are not in the document.
+
+    A name can be both, so the reading that ends at the location's last part is preferred.
+
+    Returns:
+        Whether the last part is in the key, and the key.
+    """
+    if not location:
+        return False, ()
+    part, rest = location[0], location[1:]
+    readings = [_written(value, rest, is_missing)]
+    is_item = isinstance(value, list) and isinstance(part, int) and part < len(value)
+    if is_item or (isinstance(value, dict) and part in value):
+        is_last, key = _written(value[part], rest, is_missing)
+        readings.append((is_last or not rest, (part, *key)))
+    elif is_missing and not rest and isinstance(value, dict) and isinstance(part, str):
+        readings.append((True, (part,)))
+    return max(readings, key=lambda reading: (reading[0], len(reading[1])))
+
+
+def _by_key(faults: list[Fault]) -> Iterator[list[Fault]]:
+    """The errors of each key; without those of a union whose other member got further."""
+    keys = list(dict.fromkeys(fault["key"] for fault in faults))
+    for key in keys:
+        group = [fault for fault in faults if fault["key"] == key]
+        has_inner = any(len(other) > len(key) and other[: len(key)] == key for other in keys)
+        if not has_inner or any(fault["type"] in _OWN for fault in group):
+            yield group
+
+
+def _message(settings: type[BaseModel], document: Document, group: list[Fault]) -> str:
+    """The errors of one key as `file:line: key: what is wrong; how to fix it`."""
+    key: Key = group[0]["key"]
+    start = f"{document.place(key)}: {dotted(key) or 'recipe'}"
+    for fault in group:
+        kind = fault["type"]
+        if kind in _OWN:
+            return _own_message(document, key, str(fault["msg"]).removeprefix("Value error, "))
+        if fault["loc"][-1:] == ("[key]",):
+            section = schema_at(schema_of(settings), document.values, key[:-1])
+            names = section.get("propertyNames", {})
+            return f"{start}: unknown key; expected {describe(names)}"
+        if kind == "extra_forbidden":
+            return f"{start}: unknown key{suggestion(settings, key)}"
+        if kind == "missing" and isinstance(fault["loc"][-1], str):
+            return f"{start}: missing, and it has no default; add it"
+        if kind == "union_tag_invalid":
+            tags, tag = fault["ctx"]["expected_tags"], fault["ctx"]["tag"]
+            return f"{start}.kind: expected one of {tags}, found {shown(tag)}"
+    return _expectation(settings, document, key)
+
+
+def _own_message(document: Document, key: Key, message: str) -> str:
+    """A message of finray's own checks; it names the first setting that it is about."""
+    named = tuple(message.split(maxsplit=1)[0].rstrip(":").split("."))
+    place = document.place((*key, *named))
+    return f"{place}: {dotted(key)}: {message}" if key else f"{place}: {message}"
+
+
+def _expectation(settings: type[BaseModel], document: Document, key: Key) -> str:
+    value: Any = document.values
+    for part in key:
+        value = value[part]
+    schema = schema_at(schema_of(settings), document.values, key)
+    return (
+        f"{document.place(key)}: {dotted(key) or 'recipe'}: expected {describe(schema, value)}, "
+        f"found {shown(value)}{hint(schema, value)}"
+    )
+
+
+def has_key(settings: type[BaseModel], key: Key) -> bool:
+    """True if any variant of the settings has the key."""
+    return _pattern(key) in set(_keys(settings))
+
+
+def dotted_keys(settings: type[BaseModel]) -> list[str]:
+    """Every key of any variant of the settings; 0 stands for an index of a list."""
+    keys = (".".join(key).replace("*", "0") for key in _keys(settings))
+    return list(dict.fromkeys(keys))
+
+
+def _pattern(key: Key) -> tuple[str, ...]:
+    return tuple("*" if isinstance(part, int) else part for part in key)
+
+
+def suggestion(settings: type[BaseModel], key: Key) -> str:
+    """The end of a message about an unknown key: the most similar existing key, or all siblings."""
+    existing = list(_keys(settings))
+    pattern = _pattern(key)
+    siblings = list(dict.fromkeys(name[-1] for name in existing if name[:-1] == pattern[:-1]))
+    unknown = str(key[-1])[:_COMPARED]
+    near = difflib.get_close_matches(unknown, siblings, n=1, cutoff=0.6)
+    if near:
+        return f"; did you mean {near[0]!r}?"
+    anywhere = {name[-1]: ".".join(name) for name in existing}
+    near = difflib.get_close_matches(unknown, anywhere, n=1, cutoff=0.75)
+    if near:
+        return f"; did you mean {anywhere[near[0]]!r}?"
+    return f"; possible keys: {', '.join(siblings)}" if siblings else "; remove it"
+
+
+def _keys(settings: type[BaseModel]) -> Iterator[tuple[str, ...]]:
+    for name, field in settings.model_fields.items():
+        yield (name,)
+        for model, many in _models_in(field.annotation):
+            prefix = (name, "*") if many else (name,)
+            yield from ((*prefix, *rest) for rest in _keys(model))
+
+
+def _models_in(annotation: Any, many: bool = False) -> Iterator[tuple[type[BaseModel], bool]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield annotation, many
+        return
+    inside_list = many or getattr(annotation, "__origin__", None) is list
+    for argument in get_args(annotation):
+        yield from _models_in(argument, inside_list)

@@ -1,0 +1,73 @@
+"""What identifies data and tokenizers: hashes of their content."""
+
+import hashlib
+import time
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
+from pathlib import Path
+
+from ..common.errors import InputError
+from ..common.storage import Folder
+from ..config.model_folder import model_folder, tokenizer_files
+from ..config.models import ModelSettings
+from .sources import SourceFile, file_kind
+
+_BLOCK = 2**20
+_HUB = "hf://"
+_CACHEABLE_SECONDS = 2.0
+
+
+def describe_files(files: Iterable[SourceFile]) -> list[object]:
+    """What identifies the content of files.
+
+    A local file is identified by its content, a remote object by its size and modification time, a
+    data set of the hub by its commit.
+
+    Raises:
+        InputError: a file cannot be read.
+    """
+    with ThreadPoolExecutor() as pool:
+        return list(pool.map(_describe_file, files))
+
+
+def _describe_file(file: SourceFile) -> list[object]:
+    kind = file_kind(file)
+    facts = [kind, file.is_compressed, file.rows]
+    if file.is_local:
+        try:
+            return [*facts, _cached_hash(Path(Folder(file.folder).file(file.name)))]
+        except OSError as error:
+            raise InputError(f"{file.place}: cannot read it: {error.strerror}") from None
+    if file.uri.startswith(_HUB):  # the hub gives no time; the address of a data set has its commit
+        return [*facts, file.size, file.uri]
+    return [*facts, file.size, file.modified_ns]
+
+
+def describe_tokenizer(model: ModelSettings) -> dict[str, str]:
+    """What identifies a model's tokenizer."""
+    folder = model_folder(model)
+    assert folder is not None
+    return {file.name: _cached_hash(file) for file in tokenizer_files(folder)}
+
+
+def _cached_hash(path: Path) -> str:
+    """The hash of a file; cached in this process until the file changes."""
+    status = path.stat()
+    if time.time() - status.st_ctime < _CACHEABLE_SECONDS:
+        return _hash(path)  # its next change may get the same timestamp
+    return _hash_of_version(path, status.st_size, status.st_ctime_ns)
+
+
+@lru_cache(maxsize=4096)
+def _hash_of_version(path: Path, size: int, changed_ns: int) -> str:
+    del size, changed_ns
+    return _hash(path)
+
+
+def _hash(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as stream:
+        while block := stream.read(_BLOCK):
+            digest.update(block)
+    return digest.hexdigest()

@@ -1,0 +1,1 @@
+"""Curation: the stages between reading rows and tokenising them."""

@@ -1,0 +1,115 @@
+"""Follows single rows through the stages of a recipe, to say which one takes them."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import islice
+
+from ...common.storage import Folder
+from ...config.recipe import Recipe
+from ..reading import first_line, read_chunk
+from ..render_settings import RenderSettings
+from ..resolve import ResolvedData
+from ..row_changes import change_rows
+from ..rows import BadRow, Row
+from ..shapes import RowError
+from .curate import TrainChunk, train_chunks
+from .decontaminate import REFERENCE
+from .files import MANIFEST, STAGES, held_in, left_in
+from .passes import READ, may_be_foreign
+from .plan import DEDUPLICATE, HOLDOUT, PlannedStage, plan_stages
+from .stage import Item, StageContext
+from .stages import ROW_STAGES
+
+
+@dataclass(frozen=True)
+class Followed:
+    """What becomes of a row."""
+
+    place: str
+    """file:line"""
+    row: Row | BadRow
+    """As the last stage leaves it."""
+    facts: tuple[str, ...] = ()
+    """What stages do with it, but for taking it."""
+    taken: str = ""
+    """Which stage takes it, and why."""
+
+
+class Stages:
+    """The stages of a recipe, for single rows.
+
+    Args:
+        recipe: the recipe, with stages.
+        data: its sources.
+        folder: <storage>/prepared, where finished stages are.
+    """
+
+    def __init__(self, recipe: Recipe, data: ResolvedData, folder: Folder) -> None:
+        self._recipe = recipe
+        self._folder = folder / STAGES
+        self._stages = plan_stages(recipe, data)
+        self._chunks = train_chunks(recipe, data)
+
+    def first_rows(self, source: int, most: int) -> Iterator[Followed]:
+        """What becomes of the first rows of a training source; those that its function leaves out
+        do not appear."""
+        chunks = [chunk for chunk in self._chunks if chunk.source == source]
+        return islice((row for chunk in chunks for row in self._of_chunk(chunk)), most)
+
+    def _of_chunk(self, chunk: TrainChunk) -> Iterator[Followed]:
+        limit = self._recipe.data.max_row_bytes
+        before = first_line(chunk.chunk) - 1
+        rows = change_rows(read_chunk(chunk.chunk, limit).rows, chunk.changes)
+        for index, (line, row) in enumerate(rows):
+            if row is None:
+                continue
+            place = f"{chunk.chunk.file.place}:{before + line}"
+            if isinstance(row, BadRow):
+                yield Followed(place, row)
+                continue
+            try:
+                item = Item.read(index, line, row, chunk.reading, None)
+                if may_be_foreign(chunk.chunk, chunk.changes):
+                    item = item.as_json(chunk.reading)
+            except RowError as error:
+                yield Followed(place, row, taken=f"not usable: {error}")
+                continue
+            yield self._follow(item, chunk, place)
+
+    def _follow(self, item: Item, chunk: TrainChunk, place: str) -> Followed:
+        facts: list[str] = []
+        for number, stage in enumerate(self._stages, start=1):
+            name = f"{number} {stage.kind}"
+            if not self._can_decide(stage):
+                facts.append(f"{name} not done yet: finray data report")
+                break
+            if stage.kind in ROW_STAGES:
+                context = StageContext(RenderSettings.of(self._recipe), self._folder / stage.key)
+                outcome = ROW_STAGES[stage.kind](stage.settings, context)([item])[0]
+                if (why := outcome.dropped or outcome.bad) is not None:
+                    return Followed(place, item.row, tuple(facts), f"taken by {name}: {why}")
+                if outcome.row is not None:
+                    facts.append(f"changed by {name}")
+                    try:
+                        item = item.with_row(outcome.row, chunk.reading)
+                    except RowError as error:
+                        return Followed(
+                            place, outcome.row, tuple(facts), f"taken by {name}: {error}"
+                        )
+            elif stage.kind == DEDUPLICATE:
+                if item.index not in left_in(self._folder / stage.key, chunk.number):
+                    why = f"taken by {name}: it is equal or nearly equal to an earlier row"
+                    return Followed(place, item.row, tuple(facts), why)
+            elif stage.kind == HOLDOUT:
+                held = held_in(self._folder / stage.key, chunk.number)
+                facts += ["held out"] if held.get(item.index) else []
+        return Followed(place, item.row, tuple(facts))
+
+    def _can_decide(self, stage: PlannedStage) -> bool:
+        """True if the stage needs no other row, or is finished."""
+        if stage.references:
+            return (self._folder / stage.key).exists(REFERENCE)
+        return stage.kind == READ or stage.decides_by_row or self._is_finished(stage)
+
+    def _is_finished(self, stage: PlannedStage) -> bool:
+        return (self._folder / stage.key).exists(MANIFEST)

@@ -1,0 +1,113 @@
+"""What stages took, and why: the funnel from rows that are read to rows that are tokenised."""
+
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from ...common import formatting
+
+BAD_ROW, LEFT_OUT = "bad_row", "left_out"
+"""Why a row is dropped that cannot be used, or for which the source's function returns None."""
+SAMPLES = 5
+"""Rows that are shown of what a stage took."""
+MOST_BAD = 10_000
+"""Rows that cannot be used of which place and reason are kept."""
+
+
+@dataclass
+class Counts:
+    """What a stage counted in a part of the data."""
+
+    rows_in: int = 0
+    rows_out: int = 0
+    changed: int = 0
+    characters_in: int = 0
+    """Of the texts that are compared, of rows that can be used."""
+    characters_out: int = 0
+    dropped: Counter[str] = field(default_factory=Counter)
+    """Rows by the reason."""
+    bad: list[dict[str, Any]] = field(default_factory=list)
+    """line, reason and row of rows that cannot be used."""
+    samples: list[dict[str, Any]] = field(default_factory=list)
+    """index, line, reason and text of the first dropped rows."""
+    rows: int = 0
+    """Rows of the chunk as it is read."""
+    lines: int = 0
+    """Lines of the chunk."""
+
+    def to_json(self) -> dict[str, Any]:
+        return {**vars(self), "dropped": dict(self.dropped)}
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> "Counts":
+        return cls(**{**values, "dropped": Counter(values["dropped"])})
+
+
+@dataclass(frozen=True)
+class StageResult:
+    """A finished stage, as its manifest.json holds it."""
+
+    kind: str
+    chunks: tuple[Counts, ...]
+
+    @property
+    def total(self) -> Counts:
+        """Of all chunks; bad rows and samples without place."""
+        total = Counts()
+        for counts in self.chunks:
+            for name in ("rows_in", "rows_out", "changed", "characters_in", "characters_out"):
+                setattr(total, name, getattr(total, name) + getattr(counts, name))
+            total.dropped.update(counts.dropped)
+        return total
+
+    def to_json(self) -> dict[str, Any]:
+        return {"kind": self.kind, "chunks": [counts.to_json() for counts in self.chunks]}
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> "StageResult":
+        return cls(values["kind"], tuple(map(Counts.from_json, values["chunks"])))
+
+
+def describe_funnel(funnel: Iterable[Mapping[str, Any]]) -> list[str]:
+    """A line for each stage: `1 filter: 1,200 → 1,100 rows (too short 100)`.
+
+    Args:
+        funnel: as in the manifest of prepared data.
+    """
+    return [_line(stage) for stage in funnel]
+
+
+def funnel_facts(funnel: Iterable[Mapping[str, Any]]) -> list[tuple[str, str]]:
+    """(label, text) pairs: each stage, and a row that it took."""
+    facts = []
+    for stage in funnel:
+        name, _, text = _line(stage).partition(": ")
+        facts.append((name, text))
+        facts += [(f"{name}, for example", text) for text in describe_samples(stage)[:1]]
+    return facts
+
+
+def _line(stage: Mapping[str, Any]) -> str:
+    facts = [f"{reason} {formatting.count(n)}" for reason, n in stage["dropped"].items()]
+    if stage["changed"]:
+        facts.insert(0, f"changed {formatting.count(stage['changed'])}")
+    why = f" ({', '.join(facts)})" if facts else ""
+    rows = f"{formatting.count(stage['rows_in'])} → {formatting.count(stage['rows_out'])} rows"
+    return f"{stage['stage']}: {rows}{why}"
+
+
+def mean_lengths(stage: Mapping[str, Any]) -> tuple[float, float]:
+    """Characters of a row before and after a stage; those of rows that cannot be used are not
+    counted."""
+    unread = sum(stage["dropped"].get(reason, 0) for reason in (BAD_ROW, LEFT_OUT))
+    before = stage["characters_in"] / max(1, stage["rows_in"] - unread)
+    return before, stage["characters_out"] / max(1, stage["rows_out"])
+
+
+def describe_samples(stage: Mapping[str, Any]) -> Sequence[str]:
+    """A line for each row that is shown of what a stage took."""
+    return [
+        f"{sample['place']}: {sample['reason']}: {formatting.one_line(sample['text'])}"
+        for sample in stage["samples"]
+    ]

@@ -1,0 +1,81 @@
+"""What curation takes of a recipe's rows, without preparing them."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from ...common.errors import InputError
+from ...common.progress import Progress
+from ...common.storage import Folder
+from ...config.recipe import Recipe
+from ..resolve import ResolvedData, resolve_data
+from ..tasks import RunTasks
+from .curate import Curated, curate
+from .files import held_in
+from .mixing import weights_of
+
+_SHOWN = 3
+
+
+def report_of(
+    recipe: Recipe, folder: Folder, run_tasks: RunTasks, progress: Progress
+) -> dict[str, Any]:
+    """Take the training rows through the recipe's stages.
+
+    Args:
+        recipe: the recipe.
+        folder: <storage>/prepared.
+        run_tasks: runs the tasks, in this process or on Ray.
+        progress: receives a status after every finished task.
+
+    Returns:
+        name, funnel, sources (path, rows, left, weight, share) and held_out: the number of rows, or
+        None without groups of held-out rows.
+
+    Raises:
+        InputError: the recipe has no stages; see `curate`.
+    """
+    if not recipe.data.is_curated:
+        raise InputError(
+            "data.curate: the recipe has no stages; add some, such as [normalise, deduplicate]"
+        )
+
+    def check(bad: Sequence[dict[str, Any]], count: int, rows: int) -> None:
+        if count > recipe.data.max_bad_rows * rows:
+            first = "\n".join(f"  {e['file']}:{e['line']}: {e['reason']}" for e in bad[:_SHOWN])
+            raise InputError(
+                f"data.max_bad_rows allows {recipe.data.max_bad_rows:.1%}, and {count} of {rows} "
+                f"rows cannot be used; mend them, or raise the limit. The first ones:\n{first}"
+            )
+
+    data = resolve_data(recipe)
+    curated = curate(recipe, data, folder, run_tasks, progress, check)
+    return {
+        "name": recipe.name,
+        "funnel": list(curated.funnel),
+        "sources": _sources(recipe, data, curated),
+        "held_out": _held_out(curated),
+    }
+
+
+def _sources(recipe: Recipe, data: ResolvedData, curated: Curated) -> list[dict[str, Any]]:
+    weights = weights_of(recipe, data, curated.left_rows)
+    used = [weight * left for weight, left in zip(weights, curated.left_rows, strict=True)]
+    rows = [0] * len(used)
+    for chunk, counts in zip(curated.chunks, curated.counts, strict=True):
+        rows[chunk.source] += counts.rows
+    return [
+        {
+            "path": source.path,
+            "rows": rows[n],
+            "left": curated.left_rows[n],
+            "weight": weights[n],
+            "share": round(used[n] / sum(used), 6),
+        }
+        for n, source in enumerate(data.train)
+    ]
+
+
+def _held_out(curated: Curated) -> int | None:
+    if curated.held is None:
+        return None
+    return sum(sum(held_in(curated.held, chunk.number).values()) for chunk in curated.chunks)

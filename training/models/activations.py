@@ -1,0 +1,239 @@
+"""Counts the bytes that a forward pass keeps for its backward pass, without computing it.
+
+The recipe's own model, of its full size, runs on tensors that have shapes and no values. So the
+count holds for every architecture, adapter and type, and takes neither memory nor a GPU.
+"""
+
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, Literal
+
+import torch
+from peft import PeftModel
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.hooks import RemovableHandle
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+from ..common.logs import limit
+from ..config.recipe import Recipe
+from .dtypes import DtypeName, torch_dtype
+from .freezing import decoder_layers
+from .loading import Model, build_meta_model, forward_arguments
+
+Attention = Literal["plain", "dense", "borders", "eager"]
+"""plain: one document a row; only sliding windows need a mask. dense: every layer keeps a mask, and
+keys and values of all heads. borders: neither; a kernel takes the borders of documents. eager:
+every layer keeps the scores of all pairs of tokens."""
+
+_COUNTED: dict[Attention, str] = {"plain": "finray_plain", "borders": "finray_borders"}
+
+
+@dataclass(frozen=True)
+class Kept:
+    """Bytes that the forward pass of a microbatch keeps, without the logits."""
+
+    layers: tuple[int, ...]
+    """Of each decoder layer."""
+    outside: int
+    """Of everything else, such as low-precision copies of weights."""
+    inputs: int
+    """Of the layers' inputs, which checkpointing keeps instead."""
+
+    @property
+    def whole(self) -> int:
+        """All of it."""
+        return sum(self.layers) + self.outside
+
+    @property
+    def largest(self) -> int:
+        """Of the layer that keeps most."""
+        return max(self.layers, default=0)
+
+
+def kept_by(
+    recipe: Recipe,
+    rows: int,
+    tokens: int,
+    compute: DtypeName,
+    trained: DtypeName,
+    attention: Attention,
+) -> Kept | None:
+    """What the forward pass of a microbatch keeps; None where it cannot be followed without values.
+
+    Args:
+        recipe: the run's recipe, whose model's configuration is on this machine.
+        rows: number of rows of the microbatch.
+        tokens: length of each.
+        compute: type that the model computes in.
+        trained: type of the trained weights; if it is wider, autocast computes.
+        attention: what attention keeps.
+    """
+    relevant = recipe.model_dump_json(
+        include={"model", "adapter", "freeze", "method"},
+        exclude={"model": {"gradient_checkpointing"}},
+    )
+    return _counted(_Key(relevant, recipe), rows, tokens, compute, trained, attention)
+
+
+class _Key:
+    """A recipe that is equal to others with the same sections that decide the model."""
+
+    def __init__(self, text: str, recipe: Recipe) -> None:
+        self.text, self.recipe = text, recipe
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Key) and other.text == self.text
+
+    def __hash__(self) -> int:
+        return hash(self.text)
+
+
+@lru_cache(maxsize=64)
+def _counted(
+    key: _Key, rows: int, tokens: int, compute: DtypeName, trained: DtypeName, attention: Attention
+) -> Kept | None:
+    limit("torch._subclasses.fake_tensor", logging.CRITICAL)  # what fails is not computed
+    limit("transformers", logging.ERROR)  # nor do slow stand-ins for kernels matter here
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    try:
+        model = _without_values(key.recipe, mode, compute, trained)
+        _attend(model, attention)
+        with mode, _GroupedProducts():  # type: ignore[no-untyped-call]
+            return _forward(model, rows, tokens, compute, trained)
+    except (RuntimeError, NotImplementedError, ValueError, TypeError):
+        return None  # the code of some architectures reads values
+
+
+class _GroupedProducts(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Gives the experts' matrix product its shape: torch states it for bfloat16 alone."""
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        if func is torch.ops.aten._grouped_mm.default:
+            return args[0].new_empty((args[0].shape[0], args[1].shape[-1]))
+        return func(*args, **(kwargs or {}))
+
+
+def _without_values(
+    recipe: Recipe, mode: FakeTensorMode, compute: DtypeName, trained: DtypeName
+) -> Model:
+    """The model to train, on a CPU of which only shapes and types exist."""
+    model = build_meta_model(recipe, recipe.method.head)
+    base = torch_dtype(compute) if recipe.trains_adapter else torch.float32
+    made: dict[int, torch.Tensor] = {}
+
+    def fake(tensor: torch.Tensor, is_weight: bool) -> torch.Tensor:
+        dtype = tensor.dtype
+        if is_weight and dtype.is_floating_point:
+            dtype = torch_dtype(trained) if tensor.requires_grad else base
+        new = torch.empty(tensor.shape, dtype=dtype, device="cpu")
+        return torch.nn.Parameter(new, requires_grad=tensor.requires_grad) if is_weight else new
+
+    with mode:
+        for module in model.modules():
+            for values in (module._parameters, module._buffers):
+                for name, tensor in values.items():
+                    if tensor is not None:
+                        is_weight = values is module._parameters
+                        if id(tensor) not in made:
+                            made[id(tensor)] = fake(tensor, is_weight)
+                        values[name] = made[id(tensor)]
+    model.config.get_text_config().use_cache = False
+    return model.train()
+
+
+def _attend(model: Model, attention: Attention) -> None:
+    """Make attention keep what its kernel would; a family without sdpa keeps its own."""
+    AttentionInterface.register(_COUNTED["plain"], sdpa_attention_forward)
+    AttentionInterface.register(_COUNTED["borders"], sdpa_attention_forward)
+    AttentionMaskInterface.register(_COUNTED["plain"], _mask_of_windows)
+    AttentionMaskInterface.register(_COUNTED["borders"], _no_mask)
+    transformer = _transformer(model)
+    if attention == "eager":
+        transformer.set_attn_implementation("eager")
+    elif attention in _COUNTED and transformer.config._attn_implementation == "sdpa":
+        transformer.set_attn_implementation(_COUNTED[attention])
+
+
+def _no_mask(*_: Any, **__: Any) -> None:
+    return None
+
+
+def _mask_of_windows(*args: Any, **settings: Any) -> Any:
+    """The mask of a sliding window that is shorter than the row; none for causal attention."""
+    window = settings.get("local_size")
+    if window is None or settings["kv_length"] <= window:
+        return None
+    return sdpa_mask(*args, **{**settings, "allow_is_causal_skip": False})
+
+
+def _transformer(model: Model) -> PreTrainedModel:
+    return model.get_base_model() if isinstance(model, PeftModel) else model
+
+
+def _forward(model: Model, rows: int, tokens: int, compute: DtypeName, trained: DtypeName) -> Kept:
+    own = {tensor.untyped_storage()._cdata for tensor in (*model.parameters(), *model.buffers())}
+    sizes: dict[int, int] = {}
+    alive: list[torch.Tensor] = []
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in own:
+            sizes[storage._cdata] = storage.nbytes()
+            alive.append(tensor)  # another storage must not get its address
+        return tensor
+
+    layers = _Layers(lambda: sum(sizes.values()))
+    ids = torch.zeros((rows, tokens), dtype=torch.long)
+    accepted = forward_arguments(model)
+    values: dict[str, Any] = {"input_ids": ids, "use_cache": False}
+    if "logits_to_keep" in accepted:
+        values["logits_to_keep"] = 1
+    if "position_ids" in accepted:
+        values["position_ids"] = torch.arange(tokens).expand(rows, -1)
+    casts = compute not in (trained, "float32")
+    with (
+        layers.watched(model),
+        torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
+        torch.autocast("cpu", torch.bfloat16, enabled=casts),
+    ):
+        model(**values)
+    return Kept(tuple(layers.kept), sum(sizes.values()) - sum(layers.kept), layers.inputs)
+
+
+class _Layers:
+    """Follows how much is kept inside each decoder layer."""
+
+    def __init__(self, total: Callable[[], int]) -> None:
+        self.kept: list[int] = []
+        self.inputs = 0
+        self._total = total
+        self._before = 0
+
+    @contextmanager
+    def watched(self, model: Model) -> Iterator[None]:
+        """Inside, the layers' passes are followed."""
+        handles: list[RemovableHandle] = []
+        for layer in decoder_layers(_transformer(model))[1]:
+            handles.append(layer.register_forward_pre_hook(self._enter, with_kwargs=True))
+            handles.append(layer.register_forward_hook(self._leave))
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _enter(self, _: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        hidden = args[0] if args else kwargs["hidden_states"]
+        self.inputs += hidden.untyped_storage().nbytes()
+        self._before = self._total()
+
+    def _leave(self, *_: Any) -> None:
+        self.kept.append(self._total() - self._before)

@@ -1,0 +1,197 @@
+"""The device that this process trains on; the one place that asks torch which ones there are.
+
+An AMD GPU is a `cuda` device for torch (ROCm).
+"""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+from ..common.errors import InputError
+
+if TYPE_CHECKING:
+    import torch
+
+    from ..config.recipe import Recipe
+
+KINDS = ("cuda", "xpu", "mps")
+"""Kinds of accelerators that finray trains on."""
+VARIABLE = "ACCELERATE_TORCH_DEVICE"
+"""The device that was chosen for this process, for accelerate too."""
+
+
+@dataclass(frozen=True)
+class Room:
+    """What the GPU of a worker offers."""
+
+    bytes: int
+    """Of its memory, for this worker."""
+    has_bfloat16: bool = True
+
+    @property
+    def compute(self) -> Literal["bfloat16", "float16"]:
+        """The type that `model.dtype: auto` comes to there."""
+        return "bfloat16" if self.has_bfloat16 else "float16"
+
+
+def found_kind() -> str:
+    """The kind of this machine's accelerator, as torch names it; cpu if torch has none here."""
+    import torch
+
+    if torch.cuda.is_available():
+        return "cuda"
+    found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    return "cpu" if found is None else found.type
+
+
+def accelerators() -> list[tuple[str, str, int]]:
+    """(kind, name, bytes of memory) of each accelerator that torch has on this machine."""
+    import torch
+
+    kind = found_kind()
+    if kind == "mps":  # it shares the machine's memory
+        return [(kind, "Apple GPU", torch.mps.recommended_max_memory())]
+    if kind not in KINDS:
+        return [] if kind == "cpu" else [(kind, kind, 0)]
+    module = _module(kind)
+    properties = [module.get_device_properties(i) for i in range(module.device_count())]
+    return [(kind, str(one.name), int(one.total_memory)) for one in properties]
+
+
+def device_kind() -> str:
+    """cpu, cuda, xpu or mps: what this process trains on, by choice or as torch has it."""
+    chosen = os.environ.get(VARIABLE)
+    return found_kind() if chosen is None else chosen.partition(":")[0]
+
+
+def has_bfloat16(kind: str) -> bool:
+    """True if an accelerator of this kind computes in bfloat16 here, rather than emulates it.
+
+    CUDA emulates it on GPUs before Ampere (T4, V100, RTX 20xx), many times slower than float16.
+    """
+    import torch
+
+    if kind == "mps":
+        return torch.backends.mps.is_macos_or_newer(14, 0)
+    return bool(_module(kind).is_bf16_supported(including_emulation=False))
+
+
+@contextmanager
+def on_cpu(chosen: bool) -> Iterator[None]:
+    """Inside, this process trains on its CPU if `chosen`."""
+    before = os.environ.get(VARIABLE)
+    if chosen:
+        os.environ[VARIABLE] = "cpu"
+    try:
+        yield
+    finally:
+        if chosen and before is None:
+            del os.environ[VARIABLE]
+        elif chosen and before is not None:
+            os.environ[VARIABLE] = before
+
+
+def use(device: str) -> None:
+    """Make a device the current one of this process: cuda:1, xpu:0. No-op for cpu and mps."""
+    kind = device.partition(":")[0]
+    if kind in ("cuda", "xpu"):
+        _module(kind).set_device(device)
+
+
+def empty_cache() -> None:
+    """Give back the device's memory that torch holds and does not use."""
+    if (kind := found_kind()) in KINDS:
+        _module(kind).empty_cache()
+
+
+def sum_type(device: "torch.device") -> "torch.dtype":
+    """The type in which sums are added up on a device: float64 where it has that."""
+    import torch
+
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
+def memory_of(device: "torch.device") -> int:
+    """Bytes of a device's memory: cuda or xpu."""
+    return int(_module(device.type).get_device_properties(device).total_memory)
+
+
+def _module(kind: str) -> Any:
+    import torch
+
+    return {"cuda": torch.cuda, "xpu": torch.xpu, "mps": torch.mps}[kind]
+
+
+def check_device(recipe: "Recipe", kind: str, found: str) -> None:
+    """Check that the run can train on the device that was chosen, and that none lies idle.
+
+    Args:
+        recipe: what to run.
+        kind: the kind of device that the run trains on.
+        found: the kind of this machine's accelerator; cpu if there is none.
+
+    Raises:
+        InputError: the recipe or finray does not allow it.
+    """
+    if kind == "cpu":
+        if found != "cpu" and recipe.scale.gpus_per_worker != 0:
+            raise InputError(
+                f"scale.gpus_per_worker: torch has a device of kind {found} here, which this "
+                "worker does not get; set 0 to train on the CPU, or run without a cluster"
+            )
+        return
+    reason = _unfit(recipe, kind)
+    if reason is not None:
+        raise InputError(
+            f"scale.gpus_per_worker: the device here is of kind {kind}: {reason}; set 0 to train "
+            "on the CPU"
+        )
+
+
+def _unfit(recipe: "Recipe", kind: str) -> str | None:
+    """Why the run cannot train on a device of this kind; None if it can."""
+    is_cuda, is_mps = kind == "cuda", kind == "mps"
+    reasons = {
+        f"finray trains on {', '.join(KINDS)} and cpu": kind not in KINDS,
+        "model.attention flash_attention_2 needs cuda": (
+            not is_cuda and recipe.model.attention == "flash_attention_2"
+        ),
+        "workers cannot exchange gradients there, so scale.workers must be 1": (
+            is_mps and recipe.scale.least_workers > 1
+        ),
+        f"model.quantize {recipe.model.quantize} is not supported there": (
+            is_mps and recipe.model.quantize != "none"
+        ),
+        f"method {recipe.method.kind} computes in float64, which it lacks": (
+            is_mps and recipe.method.learns_from != "documents"
+        ),
+    }
+    return next((reason for reason, holds in reasons.items() if holds), None)
+
+
+@contextmanager
+def random_state(device: "torch.device", start: Any = None) -> Iterator[Any]:
+    """Afterwards, torch's generators for a device and the CPU are in the state of before.
+
+    Args:
+        device: the device.
+        start: a state that this yielded before, to start from; None changes nothing.
+    """
+    import torch
+
+    own: Any = None if device.type == "cpu" else _module(device.type)
+
+    def set_state(state: Any) -> None:
+        torch.set_rng_state(state[0])
+        if own is not None:
+            own.set_rng_state(state[1])
+
+    before = torch.get_rng_state(), None if own is None else own.get_rng_state()
+    if start is not None:
+        set_state(start)
+    try:
+        yield before
+    finally:
+        set_state(before)

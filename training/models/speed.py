@@ -1,0 +1,93 @@
+"""Estimates how long a step takes on a GPU: arithmetic at a stated utilisation, and transfers."""
+
+from dataclasses import dataclass
+
+from ..config.recipe import Recipe
+from .memory_estimate import Sizes
+
+_QLORA = 0.85
+"""Speed with a base in 4 or 8 bits, whose weights are unpacked for every product."""
+
+
+@dataclass(frozen=True)
+class Device:
+    """What decides the speed of a GPU."""
+
+    flops: float
+    """Dense 16-bit operations a second."""
+    bandwidth: float
+    """Bytes a second of its memory."""
+    link: float
+    """Bytes a second to the other workers."""
+
+
+def training_flops(recipe: Recipe, sizes: Sizes) -> float:
+    """Operations that training on one token takes, without those of checkpointing.
+
+    A product with N weights takes 2N forward, 2N for the gradient of its input, and 2N for that of
+    its weights if they are trained. Of experts, those count that a token is sent to. Attention is
+    that to half of a full row.
+    """
+    head = sizes.vocabulary * sizes.hidden
+    layer = 2 * sizes.hidden * (sizes.queries + sizes.keys) + 3 * sizes.hidden * sizes.inner
+    whole = sizes.linear if recipe.trains_adapter else sizes.frozen + sizes.trained - head
+    products = min(layer * sizes.layers, max(whole, 0)) + head
+    attention = 2 * sizes.layers * sizes.queries * recipe.data.max_length
+    of_trained = 6 * sizes.trained if recipe.trains_adapter else 2 * products
+    return 4 * products + of_trained + 3 * attention
+
+
+def seconds_per_step(
+    recipe: Recipe, sizes: Sizes, device: Device, utilisation: float, tokens: float, workers: int
+) -> float:
+    """Seconds of an optimizer step.
+
+    Args:
+        recipe: the run's recipe, with its strategy and checkpointing decided.
+        sizes: sizes of its model.
+        device: the GPU.
+        utilisation: share of its operations that training reaches.
+        tokens: tokens of the step that are trained on, over all workers.
+        workers: number of workers.
+    """
+    per_token = training_flops(recipe, sizes)
+    recomputed = per_token / 2 if recipe.trains_adapter else per_token / 3
+    per_token += recomputed if recipe.model.checkpoints else 0
+    if recipe.method.uses_reference:
+        per_token += recomputed
+    speed = device.flops * utilisation * (1.0 if recipe.model.quantize == "none" else _QLORA)
+    computing = tokens * per_token / (speed * workers)
+    return (
+        computing
+        + _exchange(recipe, sizes, device, workers)
+        + _sampling(recipe, sizes, device, workers)
+    )
+
+
+def _exchange(recipe: Recipe, sizes: Sizes, device: Device, workers: int) -> float:
+    """Seconds in which gradients, or with fsdp all weights, travel; half of it is hidden."""
+    if workers == 1:
+        return 0.0
+    share = (workers - 1) / workers
+    gradients = 2 * share * sizes.trained * (2 if recipe.trains_adapter else 4)
+    if recipe.scale.strategy != "fsdp":
+        return gradients / device.link / 2
+    rows = -(-recipe.rows_per_step // workers) * recipe.method.sequences_per_row
+    passes = -(-rows // recipe.optim.microbatch)
+    packed = 0.516 if recipe.model.quantize == "nf4" else 2
+    weights = sizes.linear * packed + (sizes.frozen + sizes.trained) * 2
+    return (2 * passes * share * weights + gradients) / device.link / 2
+
+
+def _sampling(recipe: Recipe, sizes: Sizes, device: Device, workers: int) -> float:
+    """Seconds in which the completions of a step are sampled: each token reads all weights."""
+    method = recipe.method
+    if not method.samples_online:
+        return 0.0
+    completions = -(-recipe.optim.batch_size // workers)
+    at_once = method.completions_at_once or completions
+    tokens = recipe.data.max_length - recipe.row_length
+    weights = 2 * (sizes.linear + sizes.frozen)
+    cache = at_once * recipe.data.max_length * sizes.layers * 4 * sizes.keys
+    each = (weights + cache / 2) / (0.5 * device.bandwidth)
+    return -(-completions // at_once) * tokens * each / method.repeats

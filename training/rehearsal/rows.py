@@ -1,0 +1,64 @@
+"""Rows of a method's shape with made-up tokens: a rehearsal needs no data."""
+
+import json
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..config.method_facts import MethodSettings
+from ..data.batching import Rows
+from ..data.stream import Sequence
+
+FIRST_TOKEN = 4
+"""Tokens below it mean something to the tokenizer of the copy."""
+
+
+def rows_for(method: MethodSettings, vocabulary: int, longest: int, packed: bool) -> list[Rows]:
+    """Two microbatches of two rows.
+
+    Args:
+        method: the settings of the method, which tell what a row is.
+        vocabulary: rows of the embedding.
+        longest: tokens of the longest document or answer.
+        packed: True for several documents in a row.
+    """
+    random = np.random.default_rng(0)
+    lengths = [longest, max(6, longest // 2), max(8, longest - 3)]
+    texts = len(lengths) if packed else method.sequences_per_row
+    rows = []
+    for number in range(4):
+        own = [lengths[(number + text) % len(lengths)] for text in range(texts)]
+        rows.append(_row(own, number, random, vocabulary, _extra(method, number), packed))
+    return [rows[:2], rows[2:]]
+
+
+def _row(
+    lengths: list[int],
+    number: int,
+    random: np.random.Generator,
+    vocabulary: int,
+    extra: str | None,
+    packed: bool,
+) -> Sequence:
+    """A row; the first tokens of every text are its prompt, which is not trained."""
+    trained = [np.arange(length) >= 2 for length in lengths]
+    return Sequence(
+        made_up(random, sum(lengths), vocabulary).astype(np.int32),
+        np.array(lengths, np.int32),
+        np.concatenate(trained),
+        np.arange(len(lengths)) if packed else np.array([number], np.int64),
+        extra,
+    )
+
+
+def made_up(random: np.random.Generator, size: int, vocabulary: int) -> NDArray[np.int64]:
+    """Random tokens, none of them special."""
+    return random.integers(FIRST_TOKEN, vocabulary, size)
+
+
+def _extra(method: MethodSettings, number: int) -> str | None:
+    if method.learns_from == "labelled answers":
+        return json.dumps({"label": number % 2 == 0})
+    if method.learns_from == "graded pairs" and method.columns:
+        return json.dumps({"margin": 0.5})
+    return json.dumps({"prompt": "", "columns": {}}) if method.samples_online else None
