@@ -3,19 +3,26 @@
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.pop("FINRAY_STORAGE", None)
+os.environ.pop("FINRAY_ADDRESS", None)
+os.environ.pop("FINRAY_LOG_LEVEL", None)
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 # Some virtual CPUs announce instructions for bfloat16 that they fault on.
 os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX512_CORE_BF16")
 
+import gc
 import json
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from support.forking import ForkServer
+from support.rehearsed import NothingWrong
 from xdist.remote import Producer
 from xdist.scheduler import LoadScopeScheduling
+
+from finray.training.rehearsal import child
 
 CHATML = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
@@ -31,7 +38,12 @@ SENTENCES = (
 
 SPREAD = {
     f"tests/{name}.py"
-    for name in ("against_trl/test_losses", "e2e/test_export", "e2e/test_online", "e2e/test_tune")
+    for name in (
+        *("against_trl/test_losses", "against_trl/test_online_losses"),
+        *("e2e/test_export", "e2e/test_online", "e2e/test_tune"),
+        *("unit/models/test_feature_pairs", "unit/config/test_fuzz"),
+        *("families/test_matrix", "families/test_tenth"),
+    )
 }
 """Files whose tests share no fixture that takes long."""
 
@@ -53,6 +65,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         _skip_without_gpu(items)
 
 
+def pytest_collection_finish() -> None:
+    """What is loaded by now stays: each training collects garbage, and need not search it."""
+    gc.collect()
+    gc.freeze()
+
+
 def _skip_without_gpu(items: list[pytest.Item]) -> None:
     import torch
 
@@ -61,6 +79,13 @@ def _skip_without_gpu(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("gpu"):
             item.add_marker(pytest.mark.skip(reason="needs a GPU"))
+
+
+@pytest.fixture(autouse=True)
+def no_rehearsal(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only tests with the marker `rehearses` start the child process of a rehearsal."""
+    if request.node.get_closest_marker("rehearses") is None:
+        monkeypatch.setattr(child, "_Child", NothingWrong)
 
 
 @pytest.fixture(scope="session")

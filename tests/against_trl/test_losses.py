@@ -43,7 +43,7 @@ METHODS: list[dict[str, Any]] = [
     {"kind": "cpo", "loss": "hinge"},
     {"kind": "cpo", "loss": "ipo", "sft_weight": 0.5},
     {"kind": "simpo"},
-    {"kind": "reward", "center_coefficient": 0.01},
+    {"kind": "reward", "center_coefficient": 0.01, "margin": "margin"},
 ]
 
 

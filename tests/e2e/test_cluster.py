@@ -11,6 +11,7 @@ from urllib.request import Request, urlopen
 
 import pytest
 import yaml
+from support.forking import ForkServer
 from support.harness import Finray, losses, reached, record, wait_until
 
 pytestmark = pytest.mark.ray
@@ -49,9 +50,12 @@ class Cluster:
 
 @pytest.fixture(scope="module")
 def cluster(
-    tmp_path_factory: pytest.TempPathFactory, tiny_model: Path, chat_file: Path
+    tmp_path_factory: pytest.TempPathFactory,
+    tiny_model: Path,
+    chat_file: Path,
+    fork_server: ForkServer,
 ) -> Iterator[Cluster]:
-    finray = Finray(tmp_path_factory.mktemp("finray"), tiny_model, chat_file)
+    finray = Finray(tmp_path_factory.mktemp("finray"), tiny_model, chat_file, fork_server)
     home = tmp_path_factory.mktemp("home")
     ray = Path(tempfile.mkdtemp(prefix="finray-"))  # a socket's path must be short
     head, dashboard, agent, client = _free_ports(4)
@@ -71,11 +75,12 @@ def cluster(
             output = finray.run(
                 *("cluster", "up", "--port", str(head), "--dashboard-port", str(dashboard)),
                 *(f"--start-option=--{name}={value}" for name, value in options.items()),
+                fresh=True,
             )
             assert f"--address={socket.gethostname()}" not in output and f":{head}" in output
             yield Cluster(finray, f"http://127.0.0.1:{dashboard}", ray)
         finally:
-            finray.run("cluster", "down")
+            finray.run("cluster", "down", fresh=True)
             assert "no head" in finray.run("cluster", "status")
             finray.end_all()
             shutil.rmtree(ray, ignore_errors=True)
@@ -128,7 +133,7 @@ def test_stop_saves_and_the_same_submission_resumes(cluster: Cluster) -> None:
     recipe = cluster.finray.recipe(
         name="stopped",
         scale__workers=1,
-        optim__max_steps=250,
+        optim__max_steps=120,
         optim__micro_batch_size=1,
         checkpoint__every_steps=300,
     )
@@ -139,12 +144,12 @@ def test_stop_saves_and_the_same_submission_resumes(cluster: Cluster) -> None:
     assert record(run)["status"] == "stopped"
     assert cluster.status("stopped")["status"] == "STOPPED"
     saved = record(run)["step"]
-    assert 5 <= saved < 250
+    assert 5 <= saved < 120
     output = cluster.job("submit", recipe, "--wait")
     assert "submitted stopped again, as stopped~2" in output
     assert record(run)["status"] == "finished"
     assert record(run)["restarts"][0]["step"] == saved
-    assert sorted(losses(run)) == list(range(1, 251))
+    assert sorted(losses(run)) == list(range(1, 121))
 
 
 @pytest.mark.slow
@@ -203,7 +208,7 @@ def test_a_wrong_and_a_missing_token(
 
 def test_doctor(cluster: Cluster, tmp_path: Path) -> None:
     arguments = ("cluster", "doctor", "--address", cluster.address, "--storage")
-    output = cluster.finray.run(*arguments, tmp_path)
+    output = cluster.finray.run(*arguments, tmp_path, fresh=True)
     assert "written by every node, read by all" in output and "requires a token" in output
     (tmp_path / "file").write_bytes(b"")
     assert "FAIL" in cluster.finray.run(*arguments, tmp_path / "file", code=2)

@@ -11,8 +11,8 @@ def undisturbed(shared_finray: Finray) -> Path:
     """The run that every other one must equal."""
     shared_finray.run("train", shared_finray.recipe())
     run = shared_finray.folder / "runs" / "run"
-    assert sorted(losses(run)) == list(range(1, 61))
-    first, last = losses(run)[1], losses(run)[60]
+    assert sorted(losses(run)) == list(range(1, 31))
+    first, last = losses(run)[1], losses(run)[30]
     assert last < first - 0.2, "the loss does not fall: nothing is learnt"
     return run
 
@@ -115,4 +115,4 @@ def test_another_run_is_refused_in_its_place(finray: Finray) -> None:
     assert "adapter.rank: 4 before, 8 now" in output
     lines = data.read_text(encoding="utf-8").splitlines(keepends=True)
     data.write_text("".join(lines[1:]), encoding="utf-8")
-    assert "the data changed since" in finray.run("train", finray.recipe(**own), code=2)
+    assert "changed since" in finray.run("train", finray.recipe(**own), code=2)

@@ -10,6 +10,9 @@ import yaml
 from support.harness import Finray, assert_same_result, metrics, reached, record, wait_until
 
 REWARDS = '''
+import re
+
+
 def length(prompts, completions, completion_ids, reference, **columns):
     """Short answers are good; a few are not judged."""
     assert all(prompt[-1]["role"] == "user" for prompt in prompts)
@@ -22,6 +25,11 @@ def fails(prompts, completions, **columns):
     if any("7?" in prompt[-1]["content"] for prompt in prompts):
         raise RuntimeError("this prompt I do not like")
     return [1.0] * len(prompts)
+
+
+def backtracks(prompts, completions, **columns):
+    """Holds Python's lock, and never returns."""
+    return [float(bool(re.match(r"(a|a)+$", "a" * 64 + "b"))) for _ in prompts]
 '''
 
 
@@ -102,6 +110,18 @@ def test_two_workers_sample_what_one_process_does(finray: Finray) -> None:
     assert "this prompt I do not like" in record(runs / "bad")["error"]
 
 
+def test_a_reward_that_never_returns(finray: Finray) -> None:
+    method = {"rewards": [{"file": "rewards.py:backtracks"}]}
+    scale = {"scale__workers": 2, "scale__hang_timeout": 2, "scale__max_failures": 0}
+    path = recipe(finray, method=method, data__holdout=0.0, **scale)
+    output = finray.run("train", path, code=1)
+    assert "sampling and scoring for step 1 did not end within 12 s" in output
+    run = finray.folder / "runs" / "run"
+    stacks = "".join(path.read_text("utf-8") for path in (run / "stacks").iterdir())
+    assert 'rewards.py", line' in stacks and " in backtracks" in stacks
+    assert record(run)["status"] == "failed"
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -128,6 +148,7 @@ def test_a_reward_run_must_fit(finray: Finray) -> None:
     (judge / "adapter").mkdir(parents=True)
     reward_run = {"method": "sft", "status": "finished", "result": "adapter", "base": "somewhere"}
     (judge / "run.json").write_text(json.dumps(reward_run), encoding="utf-8")
+    (judge / "recipe.yaml").write_text("model: {base: somewhere}", encoding="utf-8")
     path = recipe(finray, method={"rewards": rewards})
     assert "is a run of method sft; expected reward" in finray.run("check", path, code=2)
     reward_run["method"] = "reward"

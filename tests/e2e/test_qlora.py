@@ -11,7 +11,7 @@ QLORA = {
     "model__quantize": "nf4",
     "adapter__dropout": 0.0,
     "data__holdout": 0.1,
-    "eval__every_steps": 20,
+    "eval__every_steps": 10,
     "eval__samples": 4,
 }
 
@@ -25,12 +25,12 @@ def undisturbed(shared_finray: Finray) -> Path:
 
 def test_it_learns(undisturbed: Path, shared_finray: Finray) -> None:
     logged = losses(undisturbed)
-    assert logged[60] < logged[1] - 0.2
+    assert logged[30] < logged[1] - 0.2
     evaluated = {
         line["step"]: line["eval_loss"] for line in metrics(undisturbed) if "eval_loss" in line
     }
-    assert sorted(evaluated) == [0, 20, 40, 60]
-    assert evaluated[60] < evaluated[20] < evaluated[0]
+    assert sorted(evaluated) == [0, 10, 20, 30]
+    assert evaluated[30] < evaluated[10] < evaluated[0]
     outlook = json.loads(shared_finray.run("check", shared_finray.recipe(**QLORA), "--json"))
     parameters = record(undisturbed)["parameters"]
     assert {name: parameters[name] for name in ("total", "trainable")} == outlook["parameters"]
@@ -40,7 +40,7 @@ def test_it_learns(undisturbed: Path, shared_finray: Finray) -> None:
 def test_sigkill_and_again(finray: Finray, undisturbed: Path) -> None:
     recipe, run = finray.recipe(**QLORA), finray.folder / "runs" / "run"
     command = finray.start("train", recipe, "--local")
-    wait_until(lambda: reached(run, 33), "step 33")
+    wait_until(lambda: reached(run, 17), "step 17")
     command.kill()
     assert "resumed from" in finray.run("train", recipe, "--local")
     assert_same_result(run, undisturbed)
@@ -62,7 +62,7 @@ def test_a_run_starts_from_the_one_before(shared_finray: Finray, undisturbed: Pa
     # It starts where the other ended.
     ended = record(undisturbed)["metrics"]["eval_loss"]
     assert record(run)["before"]["eval_loss"] == pytest.approx(ended, abs=1e-5)
-    assert sorted(losses(run)) == list(range(1, 61))
+    assert sorted(losses(run)) == list(range(1, 31))
     other = finray.folder / "other"
     shutil.copytree(finray.model, other)
     weights = other / "model.safetensors"

@@ -1,7 +1,9 @@
 """Ray Data does what this process does: the same prepared data, the same stream."""
 
 import json
+import random
 from pathlib import Path
+from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
@@ -11,8 +13,8 @@ from finray.training.common.errors import InputError
 from finray.training.common.storage import Folder
 from finray.training.config.recipe import Recipe
 from finray.training.data.prepare import prepare
-from finray.training.data.prepared import Prepared
-from finray.training.data.stream import Slice, share, stream
+from finray.training.data.prepared import DamagedDataError, Prepared
+from finray.training.data.stream import Slice, _in_ray_tasks, share, stream
 from finray.training.data.tasks import run_in_process, run_on_ray_data
 
 pytestmark = [
@@ -25,16 +27,20 @@ pytestmark = [
 BATCH = 12
 
 
-def make_recipe(model: Path, files: list[Path], storage: Path) -> Recipe:
+def make_recipe(
+    model: Path, files: list[Path], storage: Path, method: str | dict[str, str] = "sft", **data: Any
+) -> Recipe:
     return Recipe.model_validate(
         {
             "name": "x",
             "model": {"base": str(model)},
+            "method": method,
             "data": {
                 "train": [{"path": str(file)} for file in files],
                 "holdout": 0.1,
                 "max_length": 128,
                 "packing": False,
+                **data,
             },
             "storage": str(storage),
         }
@@ -72,6 +78,33 @@ def test_ray_data_prepares_the_same(
     progress = RecordedProgress()
     prepare(recipe, Folder(str(tmp_path)), run_on_ray_data, progress)
     assert not progress.statuses, "the second preparation did work"
+
+
+@pytest.mark.usefixtures("local_ray")
+def test_ray_data_curates_the_same(tiny_model: Path, tmp_path: Path) -> None:
+    draw, words = random.Random(0), [f"w{n}" for n in range(300)]
+    texts = [" ".join(draw.choices(words, k=40)) for _ in range(200)]
+    copies = [f"{text} more" for text in texts[::3]]
+    for name, part in (("a", [*texts[:150], *texts[:50]]), ("b", [*copies, *texts[150:]])):
+        rows = "".join(json.dumps({"text": text, "of": text[1:3]}) + "\n" for text in part)
+        (tmp_path / f"{name}.jsonl").write_text(rows, encoding="utf-8")
+    values = {
+        "curate": ["normalise", {"kind": "deduplicate", "near": {"jaccard": 0.9}}, "redact"],
+        "holdout": {"share": 0.2, "group_by": "of"},
+        "mix": {"temperature": 0.5},
+        "train": [{"path": str(tmp_path / name)} for name in ("a.jsonl", "b.jsonl")],
+    }
+    recipe = make_recipe(tiny_model, [], tmp_path, method={"kind": "pretrain"}, **values)
+    here = prepare(recipe, Folder(str(tmp_path / "here")), run_in_process)
+    on_ray = prepare(recipe, Folder(str(tmp_path / "ray")), run_on_ray_data)
+    assert here.manifest.funnel == on_ray.manifest.funnel
+    assert here.manifest.train.hashes == on_ray.manifest.train.hashes
+    assert here.manifest.eval is not None and on_ray.manifest.eval is not None
+    assert here.manifest.eval.hashes == on_ray.manifest.eval.hashes
+    assert here.manifest.funnel[1]["dropped"].keys() == {
+        "equal to an earlier row",
+        "nearly equal to an earlier row",
+    }
 
 
 @pytest.mark.usefixtures("local_ray")
@@ -119,3 +152,19 @@ def test_a_rank_that_has_no_row_in_the_last_window(prepared: Prepared) -> None:
         assert len(list(part.windows())) == 2
         here = [int(row.rows[0]) for row in stream(part, on_ray=False)]
         assert [int(row.rows[0]) for row in stream(part, on_ray=True)] == here and len(here) == 1
+
+
+@pytest.mark.usefixtures("local_ray")
+def test_damage_that_a_task_finds_is_named_by_the_worker(
+    tiny_model: Path, chat_file: Path, tmp_path: Path
+) -> None:
+    """The task renames the file, so the next one misses it."""
+    recipe = make_recipe(tiny_model, [chat_file], tmp_path)
+    data = prepare(recipe, Folder(str(tmp_path)), run_in_process)
+    part = Slice(data.files, data.manifest.train, 3, BATCH, 0, 1, 0, 30)
+    window = next(part.windows())
+    file = Path(data.files.file(data.manifest.train.files[0]))
+    file.write_bytes(file.read_bytes()[:-1])
+    for message in ("damaged: this file .* is not as it was written", "this file .* is missing"):
+        with pytest.raises(DamagedDataError, match=f"^{file}: {message}"):
+            list(_in_ray_tasks(part, [window]))

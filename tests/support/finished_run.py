@@ -8,10 +8,11 @@ from typing import Any
 import torch
 import yaml
 from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer
 
 from finray.training.config.base_digest import write_base
 from finray.training.config.models import ModelSettings
+from finray.training.models.composite import auto_class, towers, towers_pattern
 
 RECORD: dict[str, Any] = {
     "status": "finished",
@@ -34,7 +35,12 @@ RECORD: dict[str, Any] = {
 
 
 def finished_run(
-    folder: Path, base: Path, what: str = "adapter", name: str | None = None, **model: Any
+    folder: Path,
+    base: Path,
+    what: str = "adapter",
+    name: str | None = None,
+    run_name: str = "support",
+    **model: Any,
 ) -> Path:
     """A run in <folder>/runs, with random weights.
 
@@ -43,17 +49,19 @@ def finished_run(
         base: folder of the base model.
         what: adapter, score (an adapter with a score head) or model.
         name: hub id by which the recipe calls the base, instead of its folder.
+        run_name: the run's name.
         model: further settings of the recipe's model.
     """
     torch.manual_seed(0)
-    run = folder / "runs" / "support"
+    run = folder / "runs" / run_name
     run.mkdir(parents=True)
     result = "model" if what == "model" else "adapter"
+    method = "reward" if what == "score" else "sft"
     recipe = {
-        "name": "support",
+        "name": run_name,
         "model": {"base": name or str(base), "revision": None, **model},
         "adapter": {"kind": "lora", "rank": 4} if result == "adapter" else None,
-        "method": {"kind": "reward" if what == "score" else "sft"},
+        "method": {"kind": method},
         "data": {
             "train": [
                 {"path": "/home/ada/secret/chat.jsonl"},
@@ -63,7 +71,8 @@ def finished_run(
         "storage": "/home/ada/secret/runs",
     }
     (run / "recipe.yaml").write_text(yaml.safe_dump(recipe), encoding="utf-8")
-    record = {**RECORD, "result": result, "base": name or str(base)}
+    own = {"name": run_name, "method": method, "result": result, "base": name or str(base)}
+    record = {**RECORD, **own}
     (run / "run.json").write_text(json.dumps(record), encoding="utf-8")
     if what == "model":
         shutil.copytree(base, run / "model")
@@ -74,10 +83,13 @@ def finished_run(
 
 
 def _write_adapter(base: Path, folder: Path, scores: bool) -> None:
-    make = AutoModelForSequenceClassification if scores else AutoModelForCausalLM
+    config = AutoConfig.from_pretrained(base)
+    make = auto_class(config, "score" if scores else "causal", "base")
     task = "SEQ_CLS" if scores else "CAUSAL_LM"
     model = make.from_pretrained(base, **({"num_labels": 1} if scores else {}))
-    model = get_peft_model(model, LoraConfig(task_type=task, r=4, target_modules="all-linear"))
+    outside = towers_pattern(towers(model))
+    config = LoraConfig(task_type=task, r=4, target_modules="all-linear", exclude_modules=outside)
+    model = get_peft_model(model, config)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.requires_grad:

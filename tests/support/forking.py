@@ -37,7 +37,7 @@ LIBRARIES = (
     *("transformers.models.auto.tokenization_auto", "peft.tuners.lora", "bitsandbytes"),
     *("peft.utils.transformers_weight_conversion", "torch.utils.serialization.config"),
     *("finray.cluster.cli.train", "finray.cluster.launcher", "finray.cluster.cli.check"),
-    *("finray.cluster.cli.screens.progress", "finray.cluster.cli.screens.summary"),
+    *("finray.cluster.screens.progress", "finray.cluster.screens.summary"),
     *("finray.training.run", "finray.training.export.export"),
     WORKER,
 )
@@ -258,6 +258,9 @@ def main() -> None:
     sys.argv, channel = [COMMAND], socket.socket(fileno=int(sys.argv[1]))
     for name in LIBRARIES:
         importlib.import_module(name)
+    sys.path.append(str(Path(__file__).parents[1]))
+    importlib.import_module("support.rehearsed").without_child()
+    sys.path.pop()
     assert "ray" not in sys.modules, "Ray reads its environment when it is loaded"
     task = serve(channel) or _end()
     if task.module == COMMAND:

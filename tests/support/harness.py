@@ -88,7 +88,7 @@ class Finray:
         self._started: list[Command] = []
 
     def recipe(self, **changes: Any) -> Path:
-        """A recipe of 60 short steps with dropout, in the folder; `changes` by dotted key."""
+        """A recipe of 30 short steps with dropout, in the folder; `changes` by dotted key."""
         values: dict[str, Any] = {
             "name": "run",
             "model": {"base": str(self.model)},
@@ -98,7 +98,7 @@ class Finray:
                 "batch_size": 8,
                 "micro_batch_size": 2,
                 "learning_rate": 1e-2,
-                "max_steps": 60,
+                "max_steps": 30,
             },
             "checkpoint": {"every_steps": 5, "keep": 3},
             "log": {"every_steps": 1, "to": []},
@@ -180,7 +180,7 @@ def workers(command: Command) -> Iterator[psutil.Process]:
 
 
 def wait_until(
-    condition: Callable[[], bool], what: str, seconds: float = 180, brief: bool = False
+    condition: Callable[[], bool], what: str, seconds: float = 300, brief: bool = False
 ) -> None:
     """Poll a condition, and often where it holds for a brief moment only."""
     deadline = time.monotonic() + seconds

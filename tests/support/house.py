@@ -25,31 +25,43 @@ FLOORS = [
     "training.objectives",
     "training.rl",
     "training.engine",
+    "training.rehearsal",
     "training.launch",
     "training.inspection",
     "training.run",
     "tuning",
     "cluster.environment",
     "cluster.interrupts",
+    "cluster.cards",
     "cluster.gpus",
+    "cluster.memory_fit",
     "cluster.nodes",
     "cluster.kubernetes",
     "cluster.jobs",
     "cluster.preflight",
     "cluster.launcher",
+    "cluster.screens",
+    "cluster.api",
     "cluster.cli",
+    "finray",
 ]
 """From the ground up: a room imports from rooms before it, never from one behind it."""
 
-TORCH_ROOMS = ("models", "export", "objectives", "rl", "engine")
-TORCH_FILES = {"training.data.batching"}
+TORCH_ROOMS = ("models", "export", "objectives", "rl", "engine", "rehearsal")
+TORCH_FILES = {"training.data.batching", "training.data.documents"}
 """Beside the rooms that compute: where torch may be imported when a module is loaded."""
 RAY_ROOMS = ("training.launch", "tuning", "cluster")
 RAY_FILES = {"training.data.tasks", "training.data.stream"}
 """Where Ray may be imported at all."""
 
 
+FACE = ROOT / "__init__.py"
+"""What `import finray` loads: names that lead to the rooms."""
+
+
 def module_name(path: Path) -> str:
+    if path == FACE:
+        return "finray"
     parts = path.relative_to(ROOT).with_suffix("").parts
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
@@ -58,7 +70,7 @@ def module_name(path: Path) -> str:
 def modules() -> dict[str, Path]:
     """Every module of the product, by its name without `finray`."""
     paths = [path for package in PACKAGES for path in (ROOT / package).rglob("*.py")]
-    return {module_name(path): path for path in paths}
+    return {module_name(path): path for path in [*paths, FACE]}
 
 
 def imported(tree: ast.AST, path: Path) -> Iterator[str]:
@@ -83,7 +95,7 @@ def graph() -> dict[str, frozenset[str]]:
     """Modules of the product that each of them imports, at any place in its file."""
     arrows: dict[str, frozenset[str]] = {}
     for name, path in modules().items():
-        if path.name == "__init__.py":
+        if path.name == "__init__.py" and path != FACE:
             continue
         matches = {other for other in imported(parse(path), path) if other in modules()}
         # A package beside one of its modules is not meant itself: its file holds a docstring.

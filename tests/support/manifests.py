@@ -24,6 +24,17 @@ needs_kuberay_schemas = pytest.mark.skipif(
 )
 
 
+def recipe_text(job: dict[str, Any]) -> str:
+    """The recipe as the head sees it in a file."""
+    head, _ = pod_templates(job["spec"]["rayClusterSpec"])
+    volumes = {volume["name"]: volume for volume in head["spec"]["volumes"]}
+    (item,) = volumes["recipe"]["downwardAPI"]["items"]
+    assert item["path"] == "recipe.yaml"
+    path = re.fullmatch(r"metadata\.annotations\['(.*)'\]", item["fieldRef"]["fieldPath"])
+    assert path is not None
+    return str(head["metadata"]["annotations"][path[1]])
+
+
 def check_builtin(manifest: dict[str, Any]) -> None:
     """Validate a manifest of Kubernetes' own kinds; unknown fields are errors."""
     kubernetes_validate.validate(manifest, KUBERNETES, strict=True)

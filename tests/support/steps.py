@@ -69,7 +69,9 @@ def make_setup(settings: Recipe, model: Any, folder: Path, rank: int, world_size
     """Without prepared data."""
     prepared, cpu = Prepared(Folder(str(folder)), Mock()), torch.device("cpu")
     strategy = choose_strategy(settings, model, world_size, cpu)
-    return Setup(settings, model, None, prepared, rank, world_size, cpu, strategy)
+    return Setup(
+        *(settings, model, None, prepared, rank, world_size, cpu, strategy), isolation="documents"
+    )
 
 
 def one_step(

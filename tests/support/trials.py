@@ -6,6 +6,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from support.rehearsed import OK
+
 from finray.training.config.recipe import Recipe
 from finray.training.models.base_cache import BaseCache
 from finray.training.run import prepare_data
@@ -19,8 +21,10 @@ def trial_of(settings: Recipe, sweep: Path, reported_tokens: int = 0) -> Iterato
         number=0,
         recipe=settings.model_dump(mode="json"),
         prepared=prepared.folder.uri,
+        rehearsal=OK.to_json(),
         sweep=str(sweep),
         env={},
+        room=None,
         watched=["loss"],
         total_steps=12,
         reported_tokens=reported_tokens,

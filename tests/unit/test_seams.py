@@ -38,11 +38,44 @@ SIGNATURES = {
         "model key_mapping hf_quantizer add_legacy"
     ),
     "transformers.quantizers.quantizers_utils.should_convert_module": "full_name patterns",
-    "transformers.utils.chat_template_utils.render_jinja_template": (
-        "conversations tools documents chat_template return_assistant_tokens_mask "
-        "continue_final_message add_generation_prompt kwargs"
+    "transformers.utils.chat_template_utils._render_with_assistant_indices": (
+        "compiled_template messages tools documents add_generation_prompt template_kwargs"
     ),
+    "transformers.utils.chat_template_utils._compile_jinja_template": "chat_template",
+    "trl.chat_template_utils.get_training_chat_template": "processing_class tokenizer",
+    "transformers.core_model_loading.revert_weight_conversion": "model state_dict",
+    "transformers.core_model_loading.WeightConverter.convert": (
+        "self layer_name model config hf_quantizer loading_info"
+    ),
+    "transformers.core_model_loading.WeightConverter.add_tensor": (
+        "self target_key source_key source_pattern future"
+    ),
+    # transformers' quantisers, which models/quantiser.py extends
+    "transformers.quantizers.auto.register_quantizer": "name",
+    "transformers.quantizers.auto.register_quantization_config": "method",
+    "transformers.quantizers.quantizer_bnb_4bit.Bnb4BitHfQuantizer.param_needs_quantization": (
+        "self model param_name kwargs"
+    ),
+    "transformers.quantizers.quantizer_bnb_4bit.Bnb4BitHfQuantizer"
+    "._process_model_before_weight_loading": "self model device_map kwargs",
+    "transformers.quantizers.base.HfQuantizer.get_modules_to_not_convert": (
+        "model skip_modules keep_in_fp32_modules add_default_skips"
+    ),
+    # torch
+    "torch.nn.parallel.DistributedDataParallel._set_params_and_buffers_to_ignore_for_model": (
+        "module params_and_buffers_to_ignore"
+    ),
+    # datasets, as data/splits.py and data/hub.py ask it
+    "datasets.data_files._get_data_files_patterns": "pattern_resolver",
+    "datasets.data_files.sanitize_patterns": "patterns",
+    "datasets.ReadInstruction.from_spec": "spec",
+    "datasets.ReadInstruction.to_absolute": "self name2len",
     # PEFT
+    "peft.utils.transformers_weight_conversion.convert_peft_config_for_transformers": (
+        "peft_config model conversions"
+    ),
+    "peft.tuners.tuners_utils._check_lora_target_modules_mamba": "peft_config model target_name",
+    "peft.tuners.lora.layer.ParamWrapper.get_delta_weight": "self adapter_name args kwargs",
     "peft.get_peft_model_state_dict": (
         "model state_dict adapter_name unwrap_compiled save_embedding_layers"
     ),
@@ -103,11 +136,16 @@ NAMES = (
     "ray._private.state.state",
     "ray.train.backend.Backend.share_cuda_visible_devices",
     "ray.train.PreemptionError",
+    "transformers.PreTrainedModel.get_decoder",
     "transformers.core_model_loading.WeightConverter",
     "transformers.core_model_loading.WeightRenaming",
     "transformers.core_model_loading.dot_natural_key",
     "transformers.core_model_loading.rename_source_key",
     "transformers.models.auto.configuration_auto.CONFIG_MAPPING_NAMES",
+    "transformers.models.auto.modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING",
+    "transformers.models.auto.modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING",
+    "transformers.models.auto.modeling_auto.MODEL_FOR_MULTIMODAL_LM_MAPPING",
+    "transformers.models.auto.modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING",
     "transformers.pytorch_utils.Conv1D",
     "transformers.quantizers.base.HfQuantizer",
     "transformers.trainer.OPTIMIZER_NAME",
@@ -118,6 +156,7 @@ NAMES = (
 )
 
 WORDS = {
+    "transformers.trainer": ("loss_is_scaled_for_ga",),
     "transformers.distributed.fsdp": ("_is_fsdp_managed_module",),
     "transformers.distributed.mixin": ("_is_distributed_loading_by_transformers",),
     "bitsandbytes.nn.modules": ("support_avx512bf16_for_cpu",),

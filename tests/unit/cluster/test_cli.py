@@ -1,16 +1,16 @@
 """Input errors of the command: exit code 2, one message, nothing started, no files left."""
 
-import argparse
 import json
+import os
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
-from finray.cluster.cli.main import COMMANDS, _parser, command_function, main
+from finray.cluster.cli.main import main
+from finray.cluster.jobs.client import Cluster, Job
 
 
 class Runner:
@@ -122,10 +122,61 @@ def test_check_shows_what_a_run_would_do(finray: Runner) -> None:
     assert 0 < outlook["parameters"]["trainable"] < outlook["parameters"]["total"]
     output = finray("check", path, code=0)
     assert "64 rows of messages" in output and "MiB of a GPU: weights" in output
+    assert outlook["adapted"]["all"]["parameters"] == outlook["parameters"]["trainable"]
+    assert "attention 8 of 8, dense MLP 6 of 6; not head (100.0% of the layers' values)" in output
+
+
+def test_check_looks_at_the_cluster_of_the_environment(
+    finray: Runner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without a token nothing is connected to, and the message names the cluster."""
+    for name in ("RAY_AUTH_TOKEN", "RAY_AUTH_MODE"):
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(finray.folder / "absent"))
+    monkeypatch.setenv("FINRAY_ADDRESS", "head:6379")
+    recipe = finray.recipe(scale__workers=1, optim__batch_size=4)
+    output = finray("check", recipe, "--quiet", code=2)
+    assert output.startswith("finray: the cluster at head:6379 requires a token")
+    monkeypatch.setenv("FINRAY_ADDRESS", "http://head:8265")
+    assert "recipe OK" in finray("check", recipe, code=0)
+
+
+def test_quiet_prints_only_the_result_and_errors(
+    finray: Runner, capsys: pytest.CaptureFixture[str]
+) -> None:
+    printed = {}
+    for name in ("loud", "quiet"):
+        path, options = finray.recipe(storage=name), ["--quiet"] * (name == "quiet")
+        assert main(["prepare", str(path), *options]) == 0
+        printed[name] = capsys.readouterr()
+    assert "preparing data" in printed["loud"].err and not printed["quiet"].err
+    assert printed["quiet"].out == printed["loud"].out.replace("/loud/", "/quiet/")
+    missing = finray.recipe(data__train=[{"path": "absent.jsonl"}])
+    assert "absent.jsonl" in finray("--quiet", "prepare", missing, code=2)
+
+
+def test_a_submission_is_quiet_and_passes_the_log_level_on(
+    finray: Runner, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    entries: list[str] = []
+    job = Job("run", "run", "/shared", "0", "PENDING", "", None, 0)
+    monkeypatch.setattr(Cluster, "__init__", lambda _, address: None)
+    monkeypatch.setattr(Cluster, "_last", lambda _, run: None)
+    monkeypatch.setattr(Cluster, "_start", lambda _, id, what, *rest: entries.append(what))
+    monkeypatch.setattr(Cluster, "job", lambda _, name: job)
+    words = ["job", "submit", str(finray.recipe(scale__workers=1, storage="/shared"))]
+    monkeypatch.setattr(os, "environ", dict(os.environ))
+    assert main([*words, "--log-level", "debug"]) == 0
+    out, err = capsys.readouterr()
+    assert out == "run PENDING\n" and "submitted run" in err and "uploaded" in err
+    assert main([*words, "--quiet"]) == 0
+    assert capsys.readouterr() == ("run PENDING\n", "")
+    assert entries == ["train --wait-for-nodes 0 --log-level debug", "train --wait-for-nodes 0"]
 
 
 def test_prepare_then_check_is_exact(finray: Runner) -> None:
-    path = finray.recipe()
+    path = finray.recipe(optim__batch_size=8)
     summary = json.loads(finray("prepare", path, "--json", code=0))
     outlook = json.loads(finray("check", path, "--json", code=0))
     assert outlook["data"]["is_exact"]
@@ -158,28 +209,6 @@ def test_export_of_no_run(finray: Runner) -> None:
     assert not (finray.folder / "out").exists()
 
 
-def parsed_commands(parser: argparse.ArgumentParser) -> Iterator[str]:
-    """Every command that the parser accepts, with its verb."""
-    actions = [each for each in parser._actions if isinstance(each, argparse._SubParsersAction)]
-    for action in actions:
-        for name, child in action.choices.items():
-            yield from (f"{name} {verb}" for verb in [*parsed_commands(child)] or [""])
-
-
-def test_every_command_has_its_function() -> None:
-    assert {name.strip() for name in parsed_commands(_parser())} == COMMANDS.keys()
-    for name in COMMANDS:
-        command, _, verb = name.partition(" ")
-        words = {"command": command, **({"verb": verb} if verb else {})}
-        assert callable(command_function(argparse.Namespace(**words)))
-
-
-def test_export_needs_a_place(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit, match="2"):
-        main(["export", "runs/run"])
-    assert "--to" in capsys.readouterr().err
-
-
 def write_sweep(finray: Runner, **settings: Any) -> Path:
     path = finray.folder / "sweep.yaml"
     recipe = str(finray.recipe(data__holdout=0.1))
@@ -210,6 +239,35 @@ def test_a_sweep_does_not_take_a_runs_folder(finray: Runner) -> None:
     other = {"status": "running", "settings": {"search": {"optim.beta1": {}}}}
     (run / "sweep.json").write_text(json.dumps(other), encoding="utf-8")
     assert "holds a sweep with other settings" in finray("tune", write_sweep(finray), code=2)
+
+
+def test_a_sweep_whose_storage_is_a_file_starts_nothing(
+    finray: Runner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("finray.cluster.api.sweeps.prepare_early", None)
+    (finray.folder / "full").write_text("", encoding="utf-8")
+    output = finray("tune", write_sweep(finray), "--set", "storage=full", code=2)
+    assert "--set storage=full: storage: " in output and "a folder" in output
+
+
+def test_check_takes_a_sweep(finray: Runner) -> None:
+    search = {
+        "adapter.rank": {"choice": [2, 4]},
+        "optim.batch_size": {"choice": [2, 4]},
+        "optim.micro_batch_size": {"choice": [2, 4]},
+    }
+    sweep = write_sweep(finray, search=search, trials=5, sampler="grid")
+    finray.rows([CHAT.replace('"a"', f'"{number}"') for number in range(400)])
+    overrides = ("--set", "recipe.adapter={rank: 2}")
+    output = finray("check", sweep, *overrides, code=0)
+    assert output.startswith("sweep OK\n")
+    assert "at most 5 of 6 valid settings, chosen by grid" in output
+    assert "eval_loss (min)" in output
+    outlook = json.loads(finray("check", sweep, *overrides, "--json", code=0))
+    assert outlook["folder"] == str(finray.folder / "runs" / "s")
+    assert outlook["sweep"]["settings"] == 6 and outlook["steps"] > 0
+    output = finray("check", sweep, *overrides, "--set", "objective=exact_match", code=2)
+    assert "--set objective=exact_match: objective:" in output and "eval.samples" in output
 
 
 def test_kubernetes_does_not_take_a_sweep(finray: Runner) -> None:

@@ -1,46 +1,49 @@
 """GPU memory before a run: the run fits, fits in smaller parts, or does not fit."""
 
+import os
 import re
 import stat
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from support.real_models import LLAMA_8B
 
-from finray.cluster.gpus import Gpu, gpus_here, judge
+from finray.cluster import gpus
+from finray.cluster.environment import worker_environment
+from finray.cluster.gpus import Gpu, gpus_here, visible_gpus
+from finray.cluster.launcher import check_machine
+from finray.cluster.memory_fit import judge
 from finray.cluster.preflight import memory_lines
+from finray.training.common.errors import InputError
+from finray.training.common.progress import SILENT, Progress
 from finray.training.config.recipe import Recipe, recipe_from_dict
-from finray.training.models.memory_estimate import Sizes
+from finray.training.models.logit_memory import HeadFacts
 
 # peft calls a name that transformers has renamed.
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 
 H100 = Gpu("NVIDIA H100", 80 * 2**30)
 SMALL = Gpu("NVIDIA T4", 15 * 2**30)
-LLAMA_8B = Sizes(
-    linear=6_979_321_856,
-    frozen=1_050_939_392,
-    trained=41_943_040,
-    cast=41_943_040,
-    layers=32,
-    hidden=4096,
-    queries=4096,
-    keys=1024,
-    inner=14336,
-    ranks=112,
-    heads=32,
-    vocabulary=128_256,
-)
 
 
 def recipe(**settings: Any) -> Recipe:
     return recipe_from_dict(
         {
             "name": "run",
-            "model": {"base": "/m", **settings.pop("model", {})},
+            "model": {
+                "base": "/m",
+                "gradient_checkpointing": False,
+                **settings.pop("model", {}),
+            },
             "adapter": {"rank": 16},
-            "data": {"train": [{"path": "/rows.jsonl"}], "max_length": 8192},
+            "data": {
+                "train": [{"path": "/rows.jsonl"}],
+                "max_length": settings.pop("max_length", 8192),
+                "packing": settings.pop("packing", False),
+            },
             "optim": {"micro_batch_size": settings.pop("micro_batch_size", 4)},
             **settings,
         }
@@ -50,7 +53,7 @@ def recipe(**settings: Any) -> Recipe:
 def test_it_fits() -> None:
     verdict = judge(recipe(micro_batch_size=1), LLAMA_8B, [H100, H100])
     assert verdict.fits and not verdict.is_tight
-    assert re.match(r"about 7\d\.\d GiB of a GPU: weights 15\.0 GiB", verdict.text)
+    assert re.match(r"about 6\d\.\d GiB of a GPU: weights 15\.0 GiB", verdict.text)
 
 
 def test_smaller_parts_fit() -> None:
@@ -61,7 +64,7 @@ def test_smaller_parts_fit() -> None:
 
 
 def test_it_does_not_fit_but_other_settings_do() -> None:
-    verdict = judge(recipe(data={"train": [{"path": "/r"}], "max_length": 1024}), LLAMA_8B, [SMALL])
+    verdict = judge(recipe(max_length=1024), LLAMA_8B, [SMALL])
     assert not verdict.fits
     assert "at microbatch 1 with gradient checkpointing it still needs 1" in verdict.text
     assert "model.quantize=nf4" in verdict.text
@@ -71,8 +74,7 @@ def test_it_does_not_fit_but_other_settings_do() -> None:
 
 def test_shards_are_counted_where_workers_share_the_weights() -> None:
     def advice(**scale: Any) -> str:
-        rows = {"train": [{"path": "/r"}], "max_length": 512}
-        settings = recipe(data=rows, micro_batch_size=1, scale={"workers": 4, **scale})
+        settings = recipe(max_length=512, micro_batch_size=1, scale={"workers": 4, **scale})
         return judge(settings, LLAMA_8B, [SMALL]).text
 
     whole, shared = advice(strategy="ddp"), advice(strategy="fsdp")
@@ -86,7 +88,9 @@ def test_shards_are_counted_where_workers_share_the_weights() -> None:
 
 def test_autocast_keeps_no_copies_of_shards() -> None:
     """Full fine-tuning of 8 billion weights: of 16 bytes each, 120 GiB, 15 lie on each of 8."""
-    whole = replace(LLAMA_8B, linear=0, frozen=0, trained=8_030_261_248, cast=8_030_261_248)
+    head = HeadFacts(trained=128_256 * 4096)
+    trained = {"trained": 8_030_261_248, "cast": 8_030_261_248, "head": head}
+    whole = replace(LLAMA_8B, linear=0, frozen=0, **trained)
     values = recipe(micro_batch_size=1).model_dump(mode="json")
     values.update(adapter=None, scale={"workers": 8})
     values["model"]["gradient_checkpointing"] = True
@@ -109,17 +113,133 @@ def test_the_smallest_gpu_counts(tiny_model: Path) -> None:
     assert memory_lines(recipe_from_dict(values), [H100]) == ()
 
 
-def test_the_output_of_nvidia_smi(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PATH", str(tmp_path))
-    assert gpus_here() == ()
-    command = tmp_path / "nvidia-smi"
-    command.write_text(
-        "#!/bin/sh\necho 'NVIDIA H100 80GB HBM3, 81559'\necho 'Tesla T4, 15360'\n", "utf-8"
+@pytest.fixture
+def answers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[Gpu, ...]]:
+    """Puts an nvidia-smi in the path that answers these lines; returns what is understood."""
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setattr(gpus, "_DEVICE_FILES", ())
+    count = [0]
+
+    def put(lines: str, listing: str = "", script: str = "") -> tuple[Gpu, ...]:
+        count[0] += 1
+        command = tmp_path / "nvidia-smi"
+        text = (
+            script
+            or f"if [ $1 = -L ]; then cat <<'E'\n{listing}\nE\nelse cat <<'E'\n{lines}\nE\nfi"
+        )
+        command.write_text(f"#!/bin/sh\n{text}\n", "utf-8")
+        command.chmod(command.stat().st_mode | stat.S_IXUSR)
+        os.utime(command, ns=(count[0], count[0]))  # which decides whether it is asked again
+        return gpus_here()
+
+    return put
+
+
+def test_the_output_of_nvidia_smi(answers: Callable[..., tuple[Gpu, ...]]) -> None:
+    found = answers(
+        "NVIDIA H100 80GB HBM3, 81559, 9.0, GPU-1a, Disabled\nTesla T4, 15360, 7.5, GPU-2b, [N/A]"
     )
-    command.chmod(command.stat().st_mode | stat.S_IXUSR)
-    assert gpus_here() == (
-        Gpu("NVIDIA H100 80GB HBM3", 81559 * 2**20),
-        Gpu("Tesla T4", 15 * 2**30),
+    assert found == (
+        Gpu("NVIDIA H100 80GB HBM3", 81559 * 2**20, uuid="GPU-1a"),
+        Gpu("Tesla T4", 15 * 2**30, has_bfloat16=False, uuid="GPU-2b"),
     )
-    command.write_text("#!/bin/sh\nexit 9\n", "utf-8")
-    assert gpus_here() == ()
+    assert answers("Tesla T4, 15360") == (Gpu("Tesla T4", 15 * 2**30),), "an older driver's"
+
+
+@pytest.mark.parametrize(
+    ("size", "found"),
+    [(size, None) for size in ("[N/A]", "[Not Supported]", "[GPU is lost]", "Unknown", "0", "")]
+    + [("24564", 24564 * 2**20)],
+)
+def test_a_size_that_is_not_known_ends_nothing(
+    size: str, found: int | None, answers: Callable[..., tuple[Gpu, ...]], tiny_model: Path
+) -> None:
+    """A GPU with shared memory, or one that is lost."""
+    (gpu,) = answers(f"NVIDIA GB10, {size}, [N/A], GPU-1, [N/A]")
+    assert gpu == Gpu("NVIDIA GB10", found, uuid="GPU-1")
+    assert "NVIDIA GB10" in str(gpu)
+    values = recipe().model_dump(mode="json")
+    values["model"]["base"] = str(tiny_model)
+    assert len(memory_lines(recipe_from_dict(values), [gpu])) == (found is not None)
+
+
+@pytest.mark.parametrize(
+    "script", ["exit 9", "sleep 60", "kill -9 $$", "printf '\\377\\376'; exit 3", "exit 0"]
+)
+def test_an_nvidia_smi_that_fails_means_no_gpu(
+    script: str, answers: Callable[..., tuple[Gpu, ...]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gpus, "_SECONDS", 0.3)
+    assert answers("", script=script) == ()
+
+
+MIG = """GPU 0: NVIDIA H100 80GB HBM3 (UUID: GPU-1a)
+  MIG 3g.40gb     Device  0: (UUID: MIG-c7)
+  MIG 1g.10gb+me  Device  1: (UUID: MIG-d8)
+GPU 1: NVIDIA H100 80GB HBM3 (UUID: GPU-2b)
+  MIG 7g.80gb     Device  0: (UUID: MIG-e9)"""
+
+
+def test_slices_of_a_gpu_are_the_gpus(
+    answers: Callable[..., tuple[Gpu, ...]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A worker has the memory of its slice, and a process sees one of them."""
+    found = answers(
+        "NVIDIA H100 80GB HBM3, 81559, 9.0, GPU-1a, Enabled\n"
+        "NVIDIA H100 80GB HBM3, 81559, 9.0, GPU-2b, Disabled",
+        listing=MIG,
+    )
+    sizes = [gpu.bytes and round(gpu.bytes / 2**30, 1) for gpu in found]
+    assert sizes == [38.0, 9.5, 79.6]
+    assert [gpu.is_slice for gpu in found] == [True, True, False]
+    assert visible_gpus() == found[:1]
+    for chosen, seen in {"MIG-d8": found[1:2], "GPU-2b": found[2:], "7": (), "": ()}.items():
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", chosen)
+        assert visible_gpus() == seen
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "MIG-c7")
+    values = recipe().model_dump(mode="json")
+    two = recipe_from_dict({**values, "scale": {"workers": 2}})
+    with pytest.raises(InputError, match=r"^scale.workers: the GPUs here are MIG slices \(NVIDIA"):
+        check_machine(two, SILENT)
+
+
+def test_gpus_that_lie_idle_are_named(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("finray.cluster.gpus.gpus_here", lambda: (H100,) * 4)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    notes: list[str] = []
+
+    def tiny(**scale: Any) -> Recipe:
+        values = recipe(scale=scale).model_dump(mode="json")
+        values["model"]["base"] = str(tiny_model)
+        return recipe_from_dict(values)
+
+    class Noted(Progress):
+        def note(self, message: str) -> None:
+            notes.append(message)
+
+    for workers, use in [(0, "the first; scale.workers=4 without --local"), (2, "the first 2; ")]:
+        check_machine(tiny(workers=workers), Noted())
+        assert notes.pop().startswith(f"4 GPUs are visible, and this run uses {use}")
+    check_machine(tiny(workers=4), Noted())
+    check_machine(tiny(workers=0, gpus_per_worker=0), Noted())
+    assert notes == []
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        (None, "expandable_segments:True"),
+        ("PYTORCH_ALLOC_CONF", "backend:native"),
+        ("PYTORCH_CUDA_ALLOC_CONF", "max_split_size_mb:64"),
+    ],
+)
+def test_the_allocator_is_left_as_the_user_set_it(
+    name: str | None, value: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF")
+    monkeypatch.setattr(os, "environ", {k: v for k, v in os.environ.items() if k not in own})
+    if name is not None:
+        os.environ[name] = value
+    env = worker_environment(recipe())
+    assert {key: env[key] for key in own if key in env} == {name or own[0]: value}

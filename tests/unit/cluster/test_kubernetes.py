@@ -1,5 +1,6 @@
 """`finray k8s render`: valid manifests, the recipe's resources, and what is refused."""
 
+import argparse
 import re
 from pathlib import Path
 from typing import Any
@@ -9,12 +10,19 @@ import yaml
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from jsonschema import ValidationError
-from support.manifests import check_builtin, check_ray, needs_kuberay_schemas, pod_templates
+from support.manifests import ROOT, check_ray, needs_kuberay_schemas, pod_templates, recipe_text
 
 from finray.cluster.cli.main import main
 from finray.cluster.kubernetes.overlays import overlay_names
-from finray.cluster.kubernetes.render import LARGEST_RECIPE, Target, object_name, render
-from finray.training.common.errors import InputError
+from finray.cluster.kubernetes.render import (
+    LARGEST_RECIPE,
+    RETRIES,
+    Target,
+    object_name,
+    render,
+)
+from finray.cluster.nodes.head import DRAIN_SECONDS, Head, joining_lines
+from finray.training.common.errors import InputError, RunError
 from finray.training.config.recipe import Recipe, load_recipe, recipe_from_dict
 
 OVERLAYS = overlay_names()
@@ -37,14 +45,12 @@ def recipe(**changes: Any) -> Recipe:
     return Recipe.model_validate({**values, **changes})
 
 
-def rendered(
-    of: Recipe, overlay: str = "cpu", **target: str
-) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
-    """ConfigMap, PodDisruptionBudget and RayJob."""
+def rendered(of: Recipe, overlay: str = "cpu", **target: str) -> dict[str, Any]:
+    """The RayJob, which is all that there is: nothing outlives it."""
     text = render(of, Target(overlay, target.pop("namespace", "finray"), **target))
-    documents = list(yaml.safe_load_all(text))
-    assert [each["kind"] for each in documents] == ["ConfigMap", "PodDisruptionBudget", "RayJob"]
-    return documents[0], documents[1], documents[2]
+    (job,) = yaml.safe_load_all(text)
+    assert job["kind"] == "RayJob"
+    return dict(job)
 
 
 def workers(job: dict[str, Any]) -> dict[str, Any]:
@@ -63,7 +69,7 @@ def limits(group: dict[str, Any]) -> dict[str, str]:
     overlay=st.sampled_from(OVERLAYS),
     count=st.integers(1, 64),
     cpus=st.integers(1, 96),
-    gpus=st.sampled_from(["auto", 1, 8]),
+    gpus=st.sampled_from(["auto", 1]),
     shared=st.booleans(),
 )
 def test_every_recipe_makes_valid_manifests(
@@ -80,25 +86,29 @@ def test_every_recipe_makes_valid_manifests(
         optim={"batch_size": 64},
         storage="/mnt/finray/runs" if shared else "gs://bucket/runs",
     )
-    config_map, budget, job = rendered(of, overlay)
-    check_builtin(config_map)
-    check_builtin(budget)
+    job = rendered(of, overlay)
     check_ray(job)
 
-    travelled = recipe_from_dict(yaml.safe_load(config_map["data"]["recipe.yaml"]))
+    travelled = recipe_from_dict(yaml.safe_load(recipe_text(job)))
     explicit = 0.0 if overlay == "cpu" else 1.0 if gpus == "auto" else gpus
     scale = of.scale.model_copy(update={"gpus_per_worker": explicit})
     assert travelled == of.model_copy(update={"scale": scale})
     assert job["spec"]["jobId"] == name
 
     group = workers(job)
-    assert group["replicas"] == count
+    starts = 0 if overlay.startswith("gpu") else count
+    assert (group["replicas"], group["minReplicas"], group["maxReplicas"]) == (
+        *(starts, starts),
+        count,
+    )
     assert int(limits(group)["cpu"]) == cpus + 1
     assert int(limits(group).get("nvidia.com/gpu", 0)) == explicit
     for pod in pod_templates(job["spec"]["rayClusterSpec"]):
         volumes = {volume["name"]: volume for volume in pod["spec"]["volumes"]}
         assert ("persistentVolumeClaim" in volumes["storage"]) == shared
         assert pod["spec"]["terminationGracePeriodSeconds"] >= 300
+        for kind in ("requests", "limits"):
+            assert "ephemeral-storage" in pod["spec"]["containers"][0]["resources"][kind]
         assert volumes["shared-memory"]["emptyDir"] == {"medium": "Memory"}
 
 
@@ -108,19 +118,18 @@ def test_every_recipe_makes_valid_manifests(
 def test_every_text_is_unchanged(text: str) -> None:
     template = "{{ messages }}" + text
     of = recipe(data={"train": [{"path": "s3://bucket/rows"}], "chat_template": template})
-    config_map, _, _ = rendered(of)
-    travelled = recipe_from_dict(yaml.safe_load(config_map["data"]["recipe.yaml"]))
+    travelled = recipe_from_dict(yaml.safe_load(recipe_text(rendered(of))))
     assert travelled.data.chat_template == template
 
 
 @needs_kuberay_schemas
 def test_the_check_of_manifests_sees_faults() -> None:
     for key, value in (("entrypiont", "a"), ("backoffLimit", "three"), ("submissionMode", 1)):
-        _, _, job = rendered(recipe())
+        job = rendered(recipe())
         job["spec"][key] = value
         with pytest.raises(ValidationError):
             check_ray(job)
-    _, _, job = rendered(recipe())
+    job = rendered(recipe())
     workers(job)["template"]["spec"]["containers"][0]["resources"]["limit"] = {}
     with pytest.raises(ValidationError):
         check_ray(job)
@@ -143,23 +152,25 @@ def test_a_name_that_is_valid_stays_and_another_gets_its_hash() -> None:
 
 
 def test_the_job_reads_its_recipe_and_resumes_under_a_fixed_name(tmp_path: Path) -> None:
-    config_map, budget, job = rendered(recipe(name="My.run"), image="registry/finray:7")
+    job = rendered(recipe(name="My.run"), image="registry/finray:7")
     spec = job["spec"]
     head, worker = pod_templates(spec["rayClusterSpec"])
     folder = "/etc/finray"
-    assert spec["entrypoint"] == f"finray train {folder}/recipe.yaml --address auto"
+    assert spec["entrypoint"] == f"finray k8s run {folder}/recipe.yaml"
     assert {"name": "recipe", "mountPath": folder, "readOnly": True} in head["spec"]["containers"][
         0
     ]["volumeMounts"]
-    volume = {"name": "recipe", "configMap": {"name": config_map["metadata"]["name"]}}
-    assert volume in head["spec"]["volumes"] and volume not in worker["spec"]["volumes"]
-    assert config_map["immutable"] and spec["backoffLimit"] > 0
+    assert "recipe" not in {volume["name"] for volume in worker["spec"]["volumes"]}
+    assert spec["backoffLimit"] > 0
 
     copy = tmp_path / "recipe.yaml"
-    copy.write_text(config_map["data"]["recipe.yaml"], encoding="utf-8")
+    copy.write_text(recipe_text(job), encoding="utf-8")
     assert load_recipe(copy).name == "My.run"
     assert load_recipe(copy).storage == "s3://bucket/runs"
 
+    (budget,) = yaml.safe_load_all(
+        (ROOT / "k8s/namespace/disruption-budget.yaml").read_text(encoding="utf-8")
+    )
     selected = budget["spec"]["selector"]["matchLabels"]
     assert selected.pop("ray.io/node-type") == "head"
     assert selected.items() <= head["metadata"]["labels"].items()
@@ -169,24 +180,85 @@ def test_the_job_reads_its_recipe_and_resumes_under_a_fixed_name(tmp_path: Path)
 
 
 def test_overlays_differ_as_intended() -> None:
-    _, _, gpu = rendered(recipe(), "gpu")
-    _, _, queued = rendered(recipe(), "kueue")
-    _, _, spot = rendered(recipe(), "gpu-spot-elastic")
+    gpu = rendered(recipe(), "gpu")
+    queued = rendered(recipe(), "kueue")
+    spot = rendered(recipe(), "gpu-spot-elastic")
     assert "suspend" not in gpu["spec"]
     assert queued["spec"]["suspend"] and "suspend" not in queued["spec"]["rayClusterSpec"]
     assert queued["metadata"]["labels"]["kueue.x-k8s.io/queue-name"] == "finray"
     assert spot["spec"]["rayClusterSpec"]["autoscalerOptions"]["version"] == "v2"
     keys = {each["key"] for each in workers(spot)["template"]["spec"]["tolerations"]}
     assert {"nvidia.com/gpu", "cloud.google.com/gke-spot"} <= keys
-    head, worker = pod_templates(spot["spec"]["rayClusterSpec"])
-    assert head["spec"]["automountServiceAccountToken"]
-    assert not worker["spec"]["automountServiceAccountToken"]
+    assert "enableInTreeAutoscaling" not in queued["spec"]["rayClusterSpec"]
 
 
-def test_memory_and_namespace_are_taken() -> None:
-    config_map, _, job = rendered(recipe(), "gpu", memory="200Gi", namespace="team-a")
+@pytest.mark.parametrize("overlay", ["gpu", "gpu-spot-elastic"])
+def test_the_autoscaler_alone_reaches_the_api(overlay: str) -> None:
+    spec = rendered(recipe(), overlay)["spec"]["rayClusterSpec"]
+    (mount,) = spec["autoscalerOptions"]["volumeMounts"]
+    assert mount["mountPath"] == "/var/run/secrets/kubernetes.io/serviceaccount"
+    for pod in pod_templates(spec):
+        assert not pod["spec"]["automountServiceAccountToken"]
+        for container in pod["spec"]["containers"]:
+            assert mount["name"] not in {each["name"] for each in container["volumeMounts"]}
+    head, worker = pod_templates(spec)
+    assert mount["name"] in {volume["name"] for volume in head["spec"]["volumes"]}
+    assert mount["name"] not in {volume["name"] for volume in worker["spec"]["volumes"]}
+    assert "ephemeral-storage" in spec["autoscalerOptions"]["resources"]["limits"]
+
+
+@pytest.mark.parametrize("overlay", OVERLAYS)
+def test_a_node_may_drain_for_almost_the_grace_period(overlay: str) -> None:
+    for pod in pod_templates(rendered(recipe(), overlay)["spec"]["rayClusterSpec"]):
+        env = {each["name"]: each["value"] for each in pod["spec"]["containers"][0]["env"]}
+        assert env["RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S"] == str(DRAIN_SECONDS)
+        assert 0 < pod["spec"]["terminationGracePeriodSeconds"] - DRAIN_SECONDS <= 30
+    line = joining_lines(Head(1, "head:6379", "http://127.0.0.1:8265"))
+    assert f" RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S={DRAIN_SECONDS} ray start --block " in line
+
+
+def test_memory_disk_and_namespace_are_taken() -> None:
+    job = rendered(recipe(), "gpu", memory="200Gi", disk="1Ti", namespace="team-a")
     assert limits(workers(job))["memory"] == "200Gi"
-    assert config_map["metadata"]["namespace"] == job["metadata"]["namespace"] == "team-a"
+    for pod in pod_templates(job["spec"]["rayClusterSpec"]):
+        resources = pod["spec"]["containers"][0]["resources"]
+        assert {resources[kind]["ephemeral-storage"] for kind in resources} == {"1Ti"}
+    assert job["metadata"]["namespace"] == "team-a"
+
+
+def test_a_repeated_attempt_of_a_refused_run_ends_by_its_mark(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As often as KubeRay repeats the job, and no more; a changed recipe is another job."""
+    trained: list[argparse.Namespace] = []
+
+    def train(options: argparse.Namespace) -> None:
+        trained.append(options)
+        raise InputError("data.train.0: no such file")
+
+    monkeypatch.setattr("finray.cluster.cli.train.train", train)
+    storage = tmp_path / "runs"
+    command = ["k8s", "run", str(write(tmp_path, storage=str(storage)))]
+    assert main(command) == 2 and len(trained) == 1
+    assert (trained[0].address, trained[0].wait_for_nodes) == ("auto", 3600.0)
+    capsys.readouterr()
+    for _ in range(RETRIES):
+        assert main(command) == 2
+        message = "an earlier attempt of this job was refused: data.train.0: no such file"
+        assert capsys.readouterr().err == f"finray: {message}\n"
+    assert len(trained) == 1 and not list((storage / ".refused").iterdir())
+    assert main(command) == 2 and len(trained) == 2
+    write(tmp_path, storage=str(storage), seed=7)
+    assert main(command) == 2 and len(trained) == 3
+
+
+def test_a_run_that_failed_is_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def train(_: argparse.Namespace) -> None:
+        raise RunError("out of luck")
+
+    monkeypatch.setattr("finray.cluster.cli.train.train", train)
+    path = write(tmp_path, storage=str(tmp_path / "runs"))
+    assert main(["k8s", "run", str(path)]) == 1 and not (tmp_path / "runs").exists()
 
 
 @pytest.mark.parametrize(
@@ -210,7 +282,10 @@ def test_what_cannot_run_there_is_refused(
         render(recipe(**changes), Target(overlay, "finray"))
 
 
-@pytest.mark.parametrize("target", [Target("cpu", "Not_a_name"), Target("cpu", "a", memory="big")])
+@pytest.mark.parametrize(
+    "target",
+    [Target("cpu", "Not_a_name"), Target("cpu", "a", memory="big"), Target("cpu", "a", disk="0")],
+)
 def test_a_target_that_kubernetes_would_refuse(target: Target) -> None:
     with pytest.raises(InputError, match="expected"):
         render(recipe(), target)
@@ -228,9 +303,9 @@ def test_every_local_path_is_named_at_once() -> None:
     assert "hub id" in str(error.value) and "/mnt/finray/" in str(error.value)
 
 
-def test_a_recipe_larger_than_a_config_map() -> None:
+def test_a_recipe_larger_than_a_pod_holds() -> None:
     large = recipe(data={**recipe().data.model_dump(), "chat_template": "{" + "x" * LARGEST_RECIPE})
-    with pytest.raises(InputError, match="a ConfigMap holds 1,048,576"):
+    with pytest.raises(InputError, match="a pod's annotations hold 204,800"):
         render(large, Target("cpu", "finray"))
 
 
@@ -304,8 +379,7 @@ def test_a_secret_in_a_chat_template_is_refused_and_not_repeated(
     "storage", ["s3://bucket/a@b", "s3://bucket/runs?region=eu-1&endpoint_override=http://s3:9000"]
 )
 def test_an_ordinary_uri_is_no_secret(storage: str) -> None:
-    config_map, _, _ = rendered(recipe(storage=storage))
-    assert storage in config_map["data"]["recipe.yaml"]
+    assert storage in recipe_text(rendered(recipe(storage=storage)))
 
 
 def test_a_file_that_cannot_be_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

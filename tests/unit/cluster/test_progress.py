@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from finray.cluster.cli.screens import progress_display
-from finray.cluster.cli.screens.progress import MetricsTail, ProgressWatcher, Speed
+from finray.cluster.screens import progress_display
+from finray.cluster.screens.progress import MetricsTail, ProgressWatcher, Speed
 from finray.training.common.storage import Folder
 from finray.training.records.run_folder import write_run
 
@@ -115,10 +115,12 @@ def test_an_earlier_part_is_not_shown_again(folder: Folder) -> None:
         watcher.run_started(folder)
         append(folder, {"step": 20, "loss": 1.0, "seconds": 15.0})
         restarts = [{"step": 5, "reason": "old"}, {"step": 10, "reason": "a node\ndied"}]
-        write_run(folder, {"total_steps": 100, "restarts": restarts})
+        notices = ["4 tensors are not used: visual"]
+        write_run(folder, {"total_steps": 100, "restarts": restarts, "notices": notices})
         until(lambda: "restart" in out.getvalue())
     text = out.getvalue()
     assert "held-out" not in text
+    assert "4 tensors are not used: visual" in text
     assert "old" not in text
     assert "restart at step 10: a node died" in text
     assert "step 20/100  loss 1.000  1m00s left" in text
@@ -128,8 +130,11 @@ def test_skipped_steps_are_shown(folder: Folder) -> None:
     console, out = plain()
     with ProgressWatcher(folder, console, poll_seconds=0.01):
         append(folder, {"step": 10, "loss": None, "grad_norm": None, "skipped": 10})
-        until(lambda: "not finite" in out.getvalue())
-    assert "step 10: 10 of the last steps changed nothing: not finite" in out.getvalue()
+        append(folder, {"step": 20, "loss": 0.0, "grad_norm": None, "unrewarded": 3})
+        until(lambda: "no completion" in out.getvalue())
+    changed = "of the last steps changed nothing"
+    assert f"step 10: 10 {changed}: not finite" in out.getvalue()
+    assert f"step 20: 3 {changed}: no completion got a reward" in out.getvalue()
 
 
 def test_evaluations_are_not_repeated_when_the_file_is_cut(folder: Folder) -> None:

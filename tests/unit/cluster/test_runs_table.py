@@ -4,7 +4,7 @@ import json
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
-from finray.cluster.cli.screens.runs import render_runs
+from finray.cluster.screens.runs import render_runs
 
 NOW = datetime(2026, 5, 2, 12, 0, tzinfo=UTC)
 

@@ -16,8 +16,12 @@ from finray.cluster.jobs.staging import (
     stage,
     stage_sweep,
 )
+from finray.cluster.kubernetes.portable import check_reachable
 from finray.training.common.errors import InputError
-from finray.training.config.recipe import Recipe, load_recipe
+from finray.training.config.recipe import Recipe, load_recipe, recipe_from_dict
+from finray.training.data.expand import expand
+from finray.training.data.resolve import all_rows
+from finray.training.data.row_changes import UNCHANGED
 from finray.tuning.sweep import LoadedSweep, load_sweep
 
 
@@ -61,6 +65,22 @@ def test_local_data_is_uploaded_by_a_relative_path(tmp_path: Path, rows: Path) -
     assert (target / path).read_bytes() == (rows / "rows.jsonl").read_bytes()
 
 
+def test_evaluation_data_of_a_stage_is_uploaded(tmp_path: Path, rows: Path) -> None:
+    (rows / "bench.jsonl").write_text('{"question": "one"}\n', encoding="utf-8")
+    (rows / "rows.py").write_text("def good(row): return True\n", encoding="utf-8")
+    curate = [
+        {"kind": "keep", "with": "rows.py:good"},
+        {"kind": "decontaminate", "against": "bench.jsonl"},
+    ]
+    target = parcel(tmp_path)
+    stage(make(rows, data={"train": "rows.jsonl", "curate": curate}), target, ())
+    keep, decontaminate = staged_recipe(target)["data"]["curate"]
+    (against,) = decontaminate["against"]
+    assert (target / against["path"]).read_bytes() == (rows / "bench.jsonl").read_bytes()
+    assert keep["with"]["source"] == "def good(row): return True\n"
+    recipe_from_dict(staged_recipe(target))
+
+
 def test_globs_and_folders_keep_their_files(tmp_path: Path, rows: Path) -> None:
     (rows / "more").mkdir()
     for name in ("a.jsonl", "b.jsonl", "c.txt"):
@@ -70,7 +90,7 @@ def test_globs_and_folders_keep_their_files(tmp_path: Path, rows: Path) -> None:
     stage(make(rows, data={"train": sources}), target, ())
     folder, glob = (target / source["path"] for source in staged_recipe(target)["data"]["train"])
     assert sorted(file.name for file in folder.iterdir()) == ["a.jsonl", "b.jsonl"]
-    assert sorted(file.name for file in glob.rglob("*.jsonl")) == ["a.jsonl"]
+    assert glob.name == "a*.jsonl" and [file.name for file in glob.parent.glob("*")] == ["a.jsonl"]
 
 
 def test_what_is_on_the_cluster_or_a_uri_stays(tmp_path: Path, rows: Path) -> None:
@@ -206,3 +226,41 @@ def test_searched_files_are_not_uploaded(tmp_path: Path, rows: Path) -> None:
     loaded = make_sweep(rows, tmp_path, search=search)
     with pytest.raises(InputError, match=r"sweep\.yaml:\d+: search\.data\.train\.0\.path.*rows"):
         stage_sweep(loaded, parcel(tmp_path), ())
+
+
+def test_splits_of_a_folder_are_uploaded_together(tmp_path: Path, rows: Path) -> None:
+    import datasets
+
+    datasets.disable_progress_bars()
+    made = datasets.Dataset.from_list([{"text": f"row {n}"} for n in range(20)])
+    parts = {"train": range(8), "test": range(8, 12), "validation": range(12, 20)}
+    splits = {name: made.select(part) for name, part in parts.items()}
+    datasets.DatasetDict(splits).save_to_disk(str(rows / "saved"))
+    for name in parts:
+        (rows / "plain" / "data").mkdir(parents=True, exist_ok=True)
+        splits[name].to_json(rows / "plain" / "data" / f"{name}.jsonl")
+    for folder in ("saved", "plain"):
+        recipe = make(rows, data={"train": folder, "eval": {"split": "test[:3]"}})
+        target = parcel(tmp_path, folder)
+        stage(recipe, target, ())
+        values = {**staged_recipe(target), "storage": str(tmp_path / f"{folder}-runs")}
+        (target / RECIPE_FILE).write_text(yaml.safe_dump(values))
+        there = recipe_from_dict(receive(target, RECIPE_FILE))
+        texts = {
+            split: [row["text"] for _, row in all_rows(expand(source).files, UNCHANGED, 2**20)]
+            for split, (source, *_) in (("train", there.data.train), ("eval", there.data.eval))
+        }
+        assert texts["train"] == [f"row {n}" for n in range(8)]
+        assert texts["eval"] == [f"row {n}" for n in range(8, 11)]
+        assert not list((target / INPUTS_FOLDER).rglob("*validation*"))
+
+
+def test_hub_data_and_row_functions_go_along(tmp_path: Path, rows: Path) -> None:
+    (rows / "rows.py").write_text("def shorten(row):\n    return row\n")
+    data = {"train": {"dataset": "org/name", "map": "rows.py:shorten", "system": "/no_think"}}
+    recipe = make(rows, data=data)
+    target = parcel(tmp_path)
+    stage(recipe, target, ())
+    (source,) = staged_recipe(target)["data"]["train"]
+    assert source["dataset"] == "org/name" and source["map"]["source"].startswith("def shorten")
+    assert check_reachable(recipe.model_copy(update={"storage": "s3://bucket"}), "/mnt") is False

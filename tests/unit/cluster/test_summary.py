@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from rich.cells import cell_len
 
-from finray.cluster.cli.screens.summary import WIDTH, render_summary, shorten
+from finray.cluster.screens.summary import WIDTH, render_summary, shorten
 from finray.training.common.errors import InputError
 from finray.training.common.storage import Folder
 from finray.training.records.run_folder import write_run, write_samples

@@ -64,3 +64,38 @@ def test_children_of_a_uri_keep_its_query() -> None:
         "/runs/a/b?endpoint_override=127.0.0.1:9&scheme=http&region=us-east-1"
     )
     assert child.filesystem is root.filesystem
+
+
+@pytest.mark.parametrize(
+    "name", ["a b", "50%25", "a#b", "what?x", "d\u00e9j\u00e0", "[1]*", "a=b&c"]
+)
+def test_any_name_of_a_local_folder(tmp_path: Path, name: str) -> None:
+    folder = Folder(str(tmp_path / name)) / "run"
+    folder.write("x", b"1")
+    assert (tmp_path / name / "run" / "x").read_bytes() == b"1"
+    assert (folder / "..").names() == ["run"] and folder.local == tmp_path / name / "run"
+
+
+def test_a_file_is_no_storage(tmp_path: Path) -> None:
+    (tmp_path / "notes.md").touch()
+    for uri in (f"{tmp_path}/notes.md", f"file://{tmp_path}/notes.md/deeper"):
+        with pytest.raises(InputError, match=r"notes\.md is a file; give a folder"):
+            Folder(uri).require_folder()
+    Folder(f"{tmp_path}/new/deeper").require_folder()
+    Folder(f"{tmp_path}/new/deeper").require_writable()
+    assert list(tmp_path.iterdir()) == [tmp_path / "notes.md"]
+    with pytest.raises(InputError, match=r"cannot be reached: .*; give another folder"):
+        Folder(f"{tmp_path}/{'x' * 300}").require_folder()
+
+
+def test_a_read_only_storage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def refuse(path: Path, mode: int) -> bool:
+        asked.append((path, mode))
+        return False
+
+    monkeypatch.setattr(os, "access", refuse)
+    with pytest.raises(InputError, match=rf"cannot write in {tmp_path}; give another folder"):
+        Folder(f"{tmp_path}/new/deeper").require_writable()
+    assert asked == [(tmp_path, os.W_OK | os.X_OK)]

@@ -11,6 +11,8 @@ from hypothesis import strategies as st
 
 from finray.training.common.errors import InputError
 from finray.training.config.recipe import Recipe, load_recipe, recipe_from_dict
+from finray.training.config.sections import RESERVED_NAMES
+from finray.training.records.run_folder import PREPARED_FOLDER
 
 GOOD = """\
 name: support
@@ -94,6 +96,14 @@ def test_each_error_has_its_place(tmp_path: Path, addition: str, line: int, mess
     where = f"{tmp_path / 'recipe.yaml'}:{line}:" if line > 1 else str(tmp_path / "recipe.yaml")
     assert error.startswith(where)
     assert message in error
+
+
+@pytest.mark.parametrize("name", ["prepared", "Prepared"])
+def test_names_that_finray_uses_in_a_storage(tmp_path: Path, name: str) -> None:
+    error = refusal(tmp_path, GOOD.replace("support", name))
+    assert error.startswith(f"{tmp_path / 'recipe.yaml'}:1: name: ")
+    assert f"{name} is the folder where finray keeps prepared data" in error
+    assert PREPARED_FOLDER in RESERVED_NAMES
 
 
 @pytest.mark.parametrize(

@@ -9,11 +9,14 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from finray.training.config.recipe import Recipe, recipe_from_dict
 from finray.training.data.chat import CHATML
-from finray.training.data.rendering import Renderer, RenderSettings
+from finray.training.data.render_settings import RenderSettings
+from finray.training.data.rendering import Renderer
 
 SHARED = Path(__file__).parents[4] / "shared" / "data"
 WORDS = "one two three four five six seven eight nine ten the a model learns to answer questions."
@@ -52,8 +55,10 @@ def train_tokenizer(folder: Path, texts: Iterable[str], size: int = 400) -> Path
 
 @pytest.fixture(scope="session")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model folder without weights."""
-    return train_tokenizer(tmp_path_factory.mktemp("model"), [WORDS] * 3)
+    """A model folder whose weights are a single number."""
+    folder = train_tokenizer(tmp_path_factory.mktemp("model"), [WORDS] * 3)
+    save_file({"number": np.ones(1, np.float32)}, folder / "model.safetensors")
+    return folder
 
 
 @pytest.fixture(scope="session")

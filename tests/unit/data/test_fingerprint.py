@@ -7,7 +7,9 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from finray.training.common.errors import InputError
 from finray.training.data.fingerprint import fingerprint
@@ -15,6 +17,8 @@ from finray.training.data.fingerprint import fingerprint
 from .conftest import MakeRecipe, chat_row, write_jsonl
 
 ROWS = [chat_row(f"q {n}", "a") for n in range(3)]
+
+FUNCTION = "def f(row):\n    return row\ng = f\n"
 
 
 @pytest.fixture
@@ -30,12 +34,22 @@ def data(tmp_path: Path) -> Path:
         {"overlong": "truncate"},
         {"holdout": 0.5},
         {"chat_template": "chatml"},
+        {"max_row_bytes": 2048},
         {"method": {"kind": "pretrain"}},
         {"method": {"kind": "sft", "train_on": "all"}},
     ],
 )
 def test_settings_that_matter(data: Path, make_recipe: MakeRecipe, change: dict[str, Any]) -> None:
     assert fingerprint(make_recipe(train=data)) != fingerprint(make_recipe(train=data, **change))
+
+
+def test_a_margin_matters(tmp_path: Path, make_recipe: MakeRecipe) -> None:
+    pair = {"prompt": "q", "chosen": "a", "rejected": "b", "x": 1, "y": 2}
+    data = write_jsonl(tmp_path / "a.jsonl", [pair])
+    margins = (None, "x", "y", ["x", "y"], ["y", "x"])
+    methods = [{"kind": "reward", "margin": margin} for margin in margins]
+    prints = {fingerprint(make_recipe(train=data, method=method)) for method in methods}
+    assert len(prints) == len(methods)
 
 
 def test_sources_matter(data: Path, tmp_path: Path, make_recipe: MakeRecipe) -> None:
@@ -51,6 +65,13 @@ def test_sources_matter(data: Path, tmp_path: Path, make_recipe: MakeRecipe) -> 
             {"train": [{"path": str(second)}, source]},
             {"train": data, "eval": second},
             {"train": [{**source, "format": "sharegpt"}]},
+            {"train": [{**source, "limit": 2}]},
+            {"train": [{**source, "system": "Be brief."}]},
+            {"train": [{**source, "columns": {"messages": "messages"}}]},
+            {"train": [{**source, "roles": {"bot": "assistant"}}]},
+            {"train": [{**source, "map": {"file": "a.py:f", "source": FUNCTION}}]},
+            {"train": [{**source, "map": {"file": "a.py:g", "source": FUNCTION}}]},
+            {"train": [{**source, "map": {"file": "a.py:f", "source": FUNCTION + "#"}}]},
         )
     ]
     assert len(set(prints)) == len(prints)
@@ -73,7 +94,7 @@ def test_the_tokenizer_matters_and_the_weights_do_not(
     key = fingerprint(make_recipe(train=data))
     moved = tmp_path / "moved"
     shutil.copytree(model, moved)
-    (moved / "model.safetensors").write_bytes(b"weights")
+    save_file({"number": np.zeros(1, np.float32)}, moved / "model.safetensors")
     (moved / "config.json").write_text("{}")
     recipe = make_recipe(train=data, base=moved)
     assert fingerprint(recipe) == key
@@ -88,7 +109,7 @@ def test_content_matters(
     cacheable_after: float, data: Path, make_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The content counts, not the modification time, also if hashes of files are cached."""
-    monkeypatch.setattr("finray.training.data.fingerprint._CACHEABLE_SECONDS", cacheable_after)
+    monkeypatch.setattr("finray.training.data.contents._CACHEABLE_SECONDS", cacheable_after)
     recipe = make_recipe(train=data)
     key = fingerprint(recipe)
     before = data.stat()

@@ -5,12 +5,14 @@ from typing import Any
 import pytest
 
 from finray.training.common.errors import InputError
-from finray.training.data.formats import KnownFormat, detect_format, normalise
+from finray.training.config.source import KnownFormat
+from finray.training.data.formats import detect_format, normalise
 from finray.training.data.shapes import Completion, Conversation, RowError, Text, share_of
 
 USER = {"role": "user", "content": "q"}
 ASSISTANT = {"role": "assistant", "content": "a"}
 SYSTEM = {"role": "system", "content": "s"}
+CALL = {"type": "function", "function": {"name": "f", "arguments": {"x": 1}}}
 
 ROWS: list[tuple[KnownFormat, dict[str, Any], Any]] = [
     ("messages", {"messages": [SYSTEM, USER, ASSISTANT], "id": 1}, (SYSTEM, USER, ASSISTANT)),
@@ -28,14 +30,14 @@ ROWS: list[tuple[KnownFormat, dict[str, Any], Any]] = [
         {
             "conversations": [
                 {"from": "human", "value": "q"},
-                {"from": "function_call", "value": "f"},
+                {"from": "function_call", "value": '{"name": "f", "arguments": {"x": 1}}'},
                 {"from": "observation", "value": "o"},
                 {"from": "gpt", "value": "a"},
             ]
         },
         (
             USER,
-            {"role": "assistant", "content": "f"},
+            {"role": "assistant", "content": None, "tool_calls": [CALL]},
             {"role": "tool", "content": "o"},
             ASSISTANT,
         ),
@@ -56,35 +58,71 @@ ROWS: list[tuple[KnownFormat, dict[str, Any], Any]] = [
 
 @pytest.mark.parametrize(("row_format", "row", "messages"), ROWS)
 def test_conversations(row_format: KnownFormat, row: dict[str, Any], messages: Any) -> None:
-    assert detect_format([("f:1", row)]) == row_format
+    assert detect_format([("f:1", row)], "sft") == row_format
     assert normalise(row, row_format) == Conversation(messages)
 
 
 @pytest.mark.parametrize("key", ["completion", "response"])
 def test_prompt_completion(key: str) -> None:
     row = {"prompt": "q", key: "a"}
-    assert detect_format([("f:1", row)]) == "prompt_completion"
+    assert detect_format([("f:1", row)], "sft") == "prompt_completion"
     assert normalise(row, "prompt_completion") == Completion("q", "a")
-    turns = {"prompt": [USER, ASSISTANT, USER], key: [ASSISTANT]}
     expected = Conversation((USER, ASSISTANT, USER, ASSISTANT), first_trained=3)
-    assert normalise(turns, "prompt_completion") == expected
+    for answer in ([ASSISTANT], ASSISTANT, "a"):
+        turns = {"prompt": [USER, ASSISTANT, USER], key: answer}
+        assert normalise(turns, "prompt_completion") == expected
 
 
 @pytest.mark.parametrize("key", ["text", "content"])
 def test_text(key: str) -> None:
     row = {key: " t\n", "url": None}
-    assert detect_format([("f:1", row)]) == "text"
+    assert detect_format([("f:1", row)], "sft") == "text"
     assert normalise(row, "text") == Text(" t\n")
 
 
 def test_detection_goes_by_most_rows() -> None:
     rows = [("f:1", {"text": "x"}), *[("f:2", {"messages": [], "text": ""})] * 3]
-    assert detect_format(rows) == "messages"
+    assert detect_format(rows, "sft") == "messages"
+
+
+CHAT_ROW = {"messages": [USER, ASSISTANT]}
+ANSWER_ROW = {"prompt": "q", "completion": "a"}
+PAIR_ROW = {"prompt": "q", "chosen": "a", "rejected": "b"}
+
+
+@pytest.mark.parametrize(
+    ("method", "row", "row_format"),
+    [
+        ("sft", {**CHAT_ROW, "label": "billing"}, "messages"),
+        ("sft", {**CHAT_ROW, "label": 3}, "messages"),
+        ("sft", {**ANSWER_ROW, "kto_tag": None, "label": 0.5}, "prompt_completion"),
+        ("sft", {**ANSWER_ROW, **PAIR_ROW}, "prompt_completion"),
+        ("sft", {**ANSWER_ROW, "messages": None}, "prompt_completion"),
+        ("sft", {**ANSWER_ROW, "label": True}, "labelled"),  # a bad answer is not imitated
+        ("pretrain", {"text": "t", "label": 1}, "text"),
+        ("kto", {**ANSWER_ROW, **PAIR_ROW, "label": None}, "preference"),
+        ("kto", {**ANSWER_ROW, "label": "yes"}, "labelled"),
+        ("dpo", {**PAIR_ROW, "messages": 5, "label": "x", "text": 1}, "preference"),
+        ("grpo", {**ANSWER_ROW, "label": True}, "prompt_completion"),
+        ("grpo", PAIR_ROW, "prompt"),
+    ],
+)
+def test_columns_that_a_method_has_no_use_for_do_not_decide(
+    method: str, row: dict[str, Any], row_format: KnownFormat
+) -> None:
+    assert detect_format([("f:1", row)], method) == row_format
+
+
+def test_messages_of_parquet_have_all_keys() -> None:
+    """Arrow gives every message of a column the same keys, with null where one had none."""
+    nothing = {"from": None, "value": None}
+    row = {"messages": [{**USER, **nothing}, {**ASSISTANT, **nothing}]}
+    assert normalise(row, "messages") == Conversation((USER, ASSISTANT))
 
 
 def test_the_error_for_an_unknown_format_names_its_keys_and_all_formats() -> None:
     with pytest.raises(InputError) as caught:
-        detect_format([("f.jsonl:7", {"question": 1, "answer": 2})])
+        detect_format([("f.jsonl:7", {"question": 1, "answer": 2})], "sft")
     message = str(caught.value)
     assert message.startswith("f.jsonl:7: ")
     assert "question, answer" in message
@@ -97,7 +135,7 @@ def test_the_error_for_an_unknown_format_names_its_keys_and_all_formats() -> Non
     [
         ("messages", {}, "messages is null; expected a list"),
         ("messages", {"messages": None}, "messages is null"),
-        ("messages", {"messages": "hi"}, "messages is str"),
+        ("messages", {"messages": "hi"}, "messages is 'hi'; expected a list of messages, or JSON"),
         ("messages", {"messages": []}, "empty list"),
         ("messages", {"messages": ["hi"]}, r"messages\[0\] is of type str"),
         ("messages", {"messages": [USER]}, "no assistant turn"),
@@ -106,7 +144,11 @@ def test_the_error_for_an_unknown_format_names_its_keys_and_all_formats() -> Non
         ("messages", {"messages": [{"role": "user"}]}, r"\[0\]\.content is missing"),
         ("messages", {"messages": [USER, {**ASSISTANT, "content": None}]}, "content is null"),
         ("messages", {"messages": [USER, {**ASSISTANT, "content": " \n"}]}, "content is empty"),
-        ("messages", {"messages": [USER, {**ASSISTANT, "content": ["x"]}]}, "of type list"),
+        (
+            "messages",
+            {"messages": [USER, {**ASSISTANT, "content": [5]}]},
+            r"content\[0\] is of type",
+        ),
         ("sharegpt", {"conversations": [{"from": "human", "value": 3}]}, "of type int"),
         ("alpaca", {"instruction": "q", "output": None}, "output is null"),
         ("alpaca", {"output": "a"}, "instruction is missing"),
@@ -115,8 +157,11 @@ def test_the_error_for_an_unknown_format_names_its_keys_and_all_formats() -> Non
         ("alpaca", {"instruction": "q", "output": "a", "history": "x"}, "history is str"),
         ("prompt_completion", {"prompt": "q"}, "completion or response is missing"),
         ("prompt_completion", {"prompt": "q", "completion": ""}, "completion is empty"),
-        ("prompt_completion", {"prompt": [USER], "completion": "a"}, "completion is str"),
-        ("prompt_completion", {"prompt": [ASSISTANT], "completion": [USER]}, "no assistant turn"),
+        (
+            "prompt_completion",
+            {"prompt": [ASSISTANT], "completion": [USER]},
+            "completion does not begin with an assistant turn",
+        ),
         ("text", {"text": 1.5}, "of type float"),
         ("text", {"text": "half \ud83d pair"}, "surrogate"),
         ("text", {"body": "x"}, "text or content is missing"),

@@ -84,6 +84,25 @@ def test_less_data_than_a_batch(data: Path, make_recipe: MakeRecipe, packing: bo
     inspect_recipe(make_recipe(train=twice, optim={"batch_size": 100}, packing=packing))
 
 
+def test_a_broken_row_comes_before_the_batch_size(tmp_path: Path, make_recipe: MakeRecipe) -> None:
+    path = write_jsonl(tmp_path / "a.jsonl", [chat_row("one", "two"), {"messages": []}])
+    with pytest.raises(InputError, match=r"(?s)^1 of 2 rows cannot .*a\.jsonl:2: messages is an"):
+        inspect_recipe(make_recipe(train=path, optim={"batch_size": 2, "micro_batch_size": 1}))
+    recipe = make_recipe(
+        train=path, optim={"batch_size": 2, "micro_batch_size": 1}, max_bad_rows=0.5
+    )
+    with pytest.raises(InputError, match=r"optim\.batch_size: 2 .* only 1 rows"):
+        inspect_recipe(recipe)
+
+
+def test_margins_are_checked(tmp_path: Path, make_recipe: MakeRecipe) -> None:
+    row = {"prompt": "q", "chosen": "a", "rejected": "b", "gap": "wide"}
+    path = write_jsonl(tmp_path / "a.jsonl", [row] * 40)
+    inspect_recipe(make_recipe(train=path, method={"kind": "reward"}))
+    with pytest.raises(InputError, match=r"a\.jsonl:1: gap is 'wide'; expected a number; none of"):
+        inspect_recipe(make_recipe(train=path, method={"kind": "reward", "margin": "gap"}))
+
+
 def test_long_texts_may_be_few(tmp_path: Path, make_recipe: MakeRecipe) -> None:
     path = write_jsonl(tmp_path / "a.jsonl", [{"text": "one two " * 1000}])
     inspect_recipe(make_recipe(train=path, method={"kind": "pretrain"}))

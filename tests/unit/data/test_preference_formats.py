@@ -8,9 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from finray.training.common.errors import InputError
-from finray.training.config.methods import METHODS
+from finray.training.config.methods import METHODS, RewardMethod
+from finray.training.config.source import KnownFormat
 from finray.training.data.examples import examples_of
-from finray.training.data.formats import KnownFormat, detect_format, normalise
+from finray.training.data.formats import detect_format, normalise, read_examples
 from finray.training.data.preference_formats import common_prefix
 from finray.training.data.shapes import (
     Completion,
@@ -90,24 +91,59 @@ PAIRS: list[tuple[dict[str, Any], PreferencePair]] = [
 
 @pytest.mark.parametrize(("row", "expected"), PAIRS)
 def test_pairs(row: dict[str, Any], expected: PreferencePair) -> None:
-    assert detect_format([("f:1", row)]) == "preference"
+    assert detect_format([("f:1", row)], "dpo") == "preference"
     assert normalise(row, "preference") == expected
 
 
+PAIR = {"prompt": "q", "chosen": "a", "rejected": "b"}
+SCORES = {"score_chosen": 8.5, "score_rejected": 8, "margin": 2, "gap": True}
+
+
 @pytest.mark.parametrize(
-    ("more", "margin"),
+    ("margin", "expected"),
     [
-        ({}, None),
-        ({"margin": 2}, 2.0),
-        ({"score_chosen": 8.5, "score_rejected": 8}, 0.5),
-        ({"chosen_score": 1, "rejected_score": 3, "margin": None}, -2.0),
+        (None, None),
+        ("margin", {"margin": 2.0}),
+        (["score_chosen", "score_rejected"], {"margin": 0.5}),
+        (["score_rejected", "margin"], {"margin": 6.0}),
     ],
 )
-def test_margins(more: dict[str, Any], margin: float | None) -> None:
-    row = {"prompt": "q", "chosen": "a", "rejected": "b", **more}
-    pair = normalise(row, "preference")
-    assert isinstance(pair, PreferencePair)
-    assert pair.margin == margin
+def test_a_margin_is_what_the_recipe_asks_for(
+    margin: Any, expected: dict[str, float] | None
+) -> None:
+    columns = RewardMethod(margin=margin).columns
+    _, [(example, extra)] = read_examples({**PAIR, **SCORES}, "preference", "reward", columns)
+    assert isinstance(example, PreferencePair)
+    assert extra == expected
+
+
+@pytest.mark.parametrize("value", ["big", None, float("nan"), float("inf"), True, 10**400, []])
+def test_a_value_that_is_no_margin(value: Any) -> None:
+    row = {**PAIR, "gap": value}
+    with pytest.raises(RowError, match=r"^gap is .*; expected a number$"):
+        read_examples(row, "preference", "reward", ("gap",))
+    with pytest.raises(RowError, match=r"^score is missing; expected a number$"):
+        read_examples(row, "preference", "reward", ("score", "gap"))
+    for kind in ("reward", "dpo", "simpo", "kto"):  # whoever has no use for the column
+        assert read_examples(row, "preference", kind, ())[1]
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"margin": "big", "score_chosen": None, "score_rejected": "x"},
+        {"label": "good", "messages": 3, "system": 4, "history": 5, "input": 6, "output": 7},
+        {"completion": 1.5, "response": [], "text": {}, "content": None},
+    ],
+)
+def test_other_columns_do_not_condemn_a_pair(more: dict[str, Any]) -> None:
+    assert normalise({**PAIR, **more}, "preference") == normalise(PAIR, "preference")
+
+
+@pytest.mark.parametrize("prompt", ["", None, 5, {"a": 1}])
+def test_a_prompt_beside_whole_conversations_is_not_needed(prompt: Any) -> None:
+    row = {"prompt": prompt, "chosen": [USER, GOOD], "rejected": [USER, BAD]}
+    assert normalise(row, "preference") == CHAT
 
 
 LABELLED: list[tuple[dict[str, Any], LabelledExample]] = [
@@ -132,7 +168,7 @@ LABELLED: list[tuple[dict[str, Any], LabelledExample]] = [
 
 @pytest.mark.parametrize(("row", "expected"), LABELLED)
 def test_labelled(row: dict[str, Any], expected: LabelledExample) -> None:
-    assert detect_format([("f:1", row)]) == "labelled"
+    assert detect_format([("f:1", row)], "kto") == "labelled"
     assert normalise(row, "labelled") == expected
 
 
@@ -160,16 +196,10 @@ def test_labelled(row: dict[str, Any], expected: LabelledExample) -> None:
             "chosen does not begin with an assistant turn",
         ),
         (
-            "preference",
-            {"prompt": "q", "chosen": "a", "rejected": "b", "margin": "big"},
-            "margin is 'big'; expected a number",
+            "labelled",
+            {"prompt": "q", "completion": "a", "label": "maybe"},
+            "label is 'maybe'; expect",
         ),
-        (
-            "preference",
-            {"prompt": "q", "chosen": "a", "rejected": "b", "margin": float("nan")},
-            "margin is nan",
-        ),
-        ("labelled", {"prompt": "q", "completion": "a", "label": "yes"}, "label is 'yes'; expect"),
         ("labelled", {"prompt": "q", "completion": "a", "label": None}, "label is None"),
         ("labelled", {"prompt": "q", "completion": "a", "label": 2}, "label is 2"),
         ("labelled", {"prompt": "q", "completion": "a", "label": 0.5}, "label is 0.5"),
@@ -240,7 +270,8 @@ def test_each_half_is_tokenised_as_alone(
 @pytest.fixture(scope="module")
 def make_pair_renderer(tokenizer: Any, model: Any) -> Any:
     from finray.training.config.recipe import recipe_from_dict
-    from finray.training.data.rendering import Renderer, RenderSettings
+    from finray.training.data.render_settings import RenderSettings
+    from finray.training.data.rendering import Renderer
 
     recipe = recipe_from_dict(
         {
@@ -292,7 +323,7 @@ def test_real_ranking_data() -> None:
         pytest.skip(f"needs {path}, which lies beside the project")
     rows = json.loads(path.read_text(encoding="utf-8"))
     places = [(f"f:{number}", row) for number, row in enumerate(rows)]
-    assert detect_format(places) == "preference"
+    assert detect_format(places, "dpo") == "preference"
     for row in rows:
         pair = normalise(row, "preference")
         assert isinstance(pair, PreferencePair) and isinstance(pair.chosen, Conversation)

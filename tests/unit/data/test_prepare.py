@@ -1,5 +1,6 @@
 """Preparing from end to end, without Ray: content, counts, crashes and races."""
 
+import errno
 import json
 import os
 import threading
@@ -13,20 +14,28 @@ import pyarrow.parquet as pq
 import pytest
 from support.recorded import RecordedProgress
 
-from finray.training.common.errors import InputError
+from finray.cluster.cli.prepare import render_data
+from finray.training.common.errors import InputError, RunError
 from finray.training.common.progress import Progress
 from finray.training.common.storage import Folder
 from finray.training.config.recipe import Recipe
-from finray.training.data.prepare import prepare
+from finray.training.data import prepared as data_files
+from finray.training.data.fingerprint import fingerprint
+from finray.training.data.prepare import find_prepared, prepare
 from finray.training.data.prepared import (
     ROW_GROUP,
     SEQUENCE_SCHEMA,
+    DamagedDataError,
     Manifest,
     Prepared,
     Split,
     open_prepared,
+    remarks,
 )
+from finray.training.data.sample import measure_sample
+from finray.training.data.stream import every_sequence
 from finray.training.data.tasks import run_in_process
+from finray.training.records.report import data_statistics
 
 from .conftest import MakeRecipe, chat_row, write_jsonl
 
@@ -264,7 +273,7 @@ def test_unstable_template_names_its_row(tmp_path: Path, make_recipe: MakeRecipe
     huge = json.dumps({"messages": "x" * 4_200_000})
     path.write_text("\n".join([huge, "", json.dumps(chats(1)[0])]))
     recipe = make_recipe(train=path, chat_template=template, max_bad_rows=1.0)
-    with pytest.raises(InputError, match=r"a\.jsonl:3: the chat template rewrites earlier turns"):
+    with pytest.raises(InputError, match=r"a\.jsonl:3: the chat template.* cannot be separated"):
         run(recipe, tmp_path)
 
 
@@ -328,17 +337,216 @@ def test_two_concurrent_preparations_keep_one_result(
     assert rows_of(results[0], results[0].manifest.train) == list(range(50))
 
 
-def test_damaged_prepared_data_is_an_error(tmp_path: Path, make_recipe: MakeRecipe) -> None:
+def flip(path: Path, place: float) -> None:
+    """Change one bit of a file, at a place between 0 and 1."""
+    content = bytearray(path.read_bytes())
+    content[int(place * len(content))] ^= 16
+    path.write_bytes(content)
+
+
+def read_all(prepared: Prepared) -> list[Row]:
+    """The training sequences, as a worker reads them."""
+    split = prepared.manifest.train
+    return [
+        {"ids": row.input_ids.tolist(), "mask": row.trainable.tolist(), "rows": row.rows.tolist()}
+        for row in every_sequence(prepared.files, split, 0, 1)
+    ]
+
+
+@pytest.mark.parametrize("place", [0.0, 0.01, 0.2, 0.5, 0.8, 0.95, 0.999])
+def test_a_changed_bit_is_named_and_the_data_prepared_again(
+    tmp_path: Path, make_recipe: MakeRecipe, place: float
+) -> None:
+    recipe = make_recipe(train=write_jsonl(tmp_path / "a.jsonl", chats(300)))
+    prepared = run(recipe, tmp_path)
+    expected = read_all(run(recipe, tmp_path / "other"))
+    damaged = Path(prepared.files.file(prepared.manifest.train.files[0]))
+    flip(damaged, place)
+    with pytest.raises(DamagedDataError, match=f"{damaged}: damaged: this file"):
+        read_all(prepared)
+    progress = RecordedProgress()
+    again = prepare(recipe, Folder(str(tmp_path / "prepared")), run_in_process, progress)
+    assert progress.statuses[0] == (
+        f"{damaged}: this file of the prepared data is missing; preparing the data again"
+    )
+    assert read_all(again) == expected
+    assert run(recipe, tmp_path) == again
+
+
+def test_changed_samples_are_named(tmp_path: Path, make_recipe: MakeRecipe) -> None:
+    recipe = make_recipe(train=write_jsonl(tmp_path / "a.jsonl", chats(40)), holdout=0.5)
+    prepared = run(recipe, tmp_path)
+    expected = prepared.samples(9)
+    other = run(recipe, tmp_path / "other")
+    flip(Path(other.files.file("samples.parquet")), 0.3)
+    with pytest.raises(DamagedDataError, match=r"samples\.parquet: damaged"):
+        other.samples(9)
+    assert run(recipe, tmp_path / "other").samples(9) == expected
+
+
+def test_a_file_is_read_for_its_hash_once(
+    tmp_path: Path, make_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = make_recipe(train=write_jsonl(tmp_path / "a.jsonl", chats(300)), packing=False)
+    prepared = run(recipe, tmp_path)
+    assert len(prepared.manifest.train.row_groups[0]) > 2
+    hashed: list[str] = []
+    original = data_files._hash_of_file
+    monkeypatch.setattr(
+        data_files, "_hash_of_file", lambda *at: hashed.append(at[1]) or original(*at)
+    )
+    assert read_all(prepared) == read_all(prepared)
+    assert set(hashed) == {"train/000000.parquet"}
+    assert len(hashed) <= 2
+
+
+@pytest.mark.parametrize(
+    "missing", ["train/000000.parquet", "eval/000000.parquet", "samples.parquet"]
+)
+def test_a_missing_file_is_prepared_again(
+    tmp_path: Path, make_recipe: MakeRecipe, missing: str
+) -> None:
+    recipe = make_recipe(train=write_jsonl(tmp_path / "a.jsonl", chats(40)), holdout=0.3)
+    prepared = run(recipe, tmp_path)
+    prepared.files.delete(missing)
+    with pytest.raises(DamagedDataError, match=f"{missing}: this file of the prepared data is m"):
+        open_prepared(prepared.folder)
+    assert run(recipe, tmp_path).files.exists(missing)
+
+
+def with_digit_changed(manifest: bytes) -> bytes:
+    return manifest.replace(b'"sequences": ', b'"sequences": 1', 1)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda manifest: b"",
+        lambda manifest: b"{",
+        lambda manifest: manifest[:-200],
+        lambda manifest: b"\xff\x00" + manifest,
+        lambda manifest: b"[1]",
+        lambda manifest: b"null",
+        lambda manifest: b"[" * 200_000,
+        lambda manifest: b'{"train": 3}',
+        lambda manifest: manifest.replace(b'"files": [', b'"files": 3, "x": ['),
+        with_digit_changed,
+    ],
+)
+def test_a_damaged_manifest_is_named_and_the_data_prepared_again(
+    tmp_path: Path, make_recipe: MakeRecipe, damage: Callable[[bytes], bytes]
+) -> None:
     recipe = make_recipe(train=write_jsonl(tmp_path / "a.jsonl", chats(20)))
     prepared = run(recipe, tmp_path)
-    prepared.files.delete(prepared.manifest.train.files[0])
-    with pytest.raises(
-        InputError, match=r"train/000000\.parquet: this file of the prepared data is missing"
-    ):
+    content = prepared.folder.read("manifest.json")
+    prepared.folder.write("manifest.json", damage(content))
+    assert prepared.folder.read("manifest.json") != content
+    progress = RecordedProgress()
+    again = prepare(recipe, Folder(str(tmp_path / "prepared")), run_in_process, progress)
+    assert progress.statuses[0].startswith(f"{prepared.folder}/manifest.json: damaged (")
+    assert rows_of(again, again.manifest.train) == list(range(20))
+    assert prepare(recipe, Folder(str(tmp_path / "prepared")), refuse) == again
+
+
+def test_a_manifest_without_hashes_is_prepared_again(
+    tmp_path: Path, make_recipe: MakeRecipe
+) -> None:
+    recipe = make_recipe(train=write_jsonl(tmp_path / "a.jsonl", chats(20)))
+    prepared = run(recipe, tmp_path)
+    values = json.loads(prepared.folder.read("manifest.json"))
+    del values["digest"], values["train"]["hashes"]
+    prepared.folder.write("manifest.json", json.dumps(values).encode())
+    assert run(recipe, tmp_path).manifest.train.hashes
+
+
+@pytest.mark.parametrize("part", ["tokens", "train", "manifest"])
+def test_a_full_disk_ends_with_one_message(
+    tmp_path: Path, make_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch, part: str
+) -> None:
+    """Nothing is taken as prepared, and the next start has room."""
+    recipe = make_recipe(train=write_jsonl(tmp_path / "a.jsonl", chats(20)))
+    folder = Folder(str(tmp_path / "prepared"))
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as full:
+        if part == "tokens":
+            full.setattr(pq.ParquetWriter, "write_table", fail)
+        elif part == "train":
+            full.setattr("finray.training.data.assembling.write_hashed", fail)
+        else:
+            full.setattr(os, "link", fail)
+        with pytest.raises(RunError) as caught:
+            prepare(recipe, folder, run_in_process)
+    assert str(caught.value) == (
+        f"{folder}: cannot write the prepared data: [Errno 28] No space left on device; make room "
+        "or allow writing there, or set storage to another folder"
+    )
+    assert not list(Path(folder.path).rglob("*.parquet")) or part == "manifest"
+    assert find_prepared(recipe, folder) is None
+    prepared = prepare(recipe, folder, run_in_process)
+    assert rows_of(prepared, prepared.manifest.train) == list(range(20))
+
+
+@pytest.mark.parametrize("name", ["prepared", "prepared/{key}", "prepared/{key}/manifest.json"])
+def test_a_file_or_a_folder_in_the_wrong_place(
+    tmp_path: Path, make_recipe: MakeRecipe, name: str
+) -> None:
+    recipe = make_recipe(train=write_jsonl(tmp_path / "a.jsonl", chats(20)))
+    path = tmp_path / name.format(key=fingerprint(recipe))
+    if path.suffix:
+        path.mkdir(parents=True)
+    else:
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("a file")
+    with pytest.raises(InputError, match=r"cannot read the prepared data: .*set storage to"):
         run(recipe, tmp_path)
-    prepared.folder.write("manifest.json", b"{")
-    with pytest.raises(InputError, match=r"manifest\.json: damaged .*; delete "):
-        run(recipe, tmp_path)
+    with pytest.raises(InputError, match="cannot read the prepared data"):
+        find_prepared(recipe, Folder(str(tmp_path / "prepared")))
+
+
+def test_a_damaged_quarantine_still_ends_with_a_message(
+    tmp_path: Path, make_recipe: MakeRecipe
+) -> None:
+    path = write_jsonl(tmp_path / "a.jsonl", [*chats(10), {"messages": []}])
+    prepared = run(make_recipe(train=path, max_bad_rows=0.5), tmp_path)
+    for content in (b"{", b"3\n", b"\xff", None):
+        prepared.folder.delete("quarantine.jsonl")
+        if content is not None:
+            prepared.folder.write("quarantine.jsonl", content)
+        with pytest.raises(InputError, match=r"1 of 11 rows .*(?s:.*)the list is damaged"):
+            run(make_recipe(train=path), tmp_path)
+
+
+def test_notes_are_counted(tmp_path: Path, make_recipe: MakeRecipe) -> None:
+    plain = "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\\n' }}{% endfor %}"
+    path = write_jsonl(tmp_path / "a.jsonl", chats(20))
+    prepared = run(make_recipe(train=path, chat_template=plain), tmp_path)
+    assert prepared.manifest.notes == prepared.manifest.summary()["notes"] == {"no_end_trained": 20}
+    (text,) = remarks({"notes": {"no_end_trained": 20}})
+    assert text.startswith("20 answers whose end is not trained")
+    assert f"  note        {text}" in render_data(prepared.manifest.summary()).splitlines()
+    report = {"rows_read": 20, "notes": prepared.manifest.notes}
+    assert ("Note", text) in dict(data_statistics({"data": report}))["Rows"]
+
+
+def test_a_prompt_of_an_online_method_keeps_its_space_for_the_answer(
+    tmp_path: Path, make_recipe: MakeRecipe, tokenizer: Any
+) -> None:
+    rows = [{"prompt": "the model: ", "reference": "mine"}, {"prompt": "the model:"}]
+    method = {"kind": "grpo", "rewards": [{"file": "/r.py:f", "source": ""}]}
+    path = write_jsonl(tmp_path / "a.jsonl", rows)
+    prepared = run(make_recipe(train=path, method=method, max_length=600), tmp_path)
+    stored = {row["rows"][0]: row for row in sequences(prepared, prepared.manifest.train)}
+    assert stored[0]["input_ids"] == stored[1]["input_ids"]
+    assert tokenizer.decode(stored[0]["input_ids"]) == "<|bos|>the model:"
+    assert json.loads(stored[0]["extra"]) == {
+        "prompt": "the model: ",
+        "columns": {"reference": "mine"},
+        "cut": " ",
+    }
+    assert "cut" not in json.loads(stored[1]["extra"])
 
 
 def test_pretraining_on_text(tmp_path: Path, make_recipe: MakeRecipe, tokenizer: Any) -> None:
@@ -353,3 +561,98 @@ def test_pretraining_on_text(tmp_path: Path, make_recipe: MakeRecipe, tokenizer:
     written = documents(prepared, split) + documents(prepared, prepared.manifest.eval)
     assert {row for row, _, _ in written} == set(range(59))
     assert split.documents > 59
+
+
+def test_what_is_said_of_rows(tmp_path: Path, make_recipe: MakeRecipe, tokenizer: Any) -> None:
+    """Unused fields, lengths, and held-out rows that are trained on, against a plain count."""
+    rows = [chat_row(f"q {n} " + "word " * n, "a") for n in range(40)]
+    for row in rows[:7]:
+        row["topic"] = "x"
+        row["messages"][0]["date"] = "2026-01-31"
+    held_out = [*rows[3:8], chat_row("other", "a")]
+    train = write_jsonl(tmp_path / "train.jsonl", rows)
+    evaluated = write_jsonl(tmp_path / "eval.jsonl", held_out)
+    recipe = make_recipe(train=train, eval=evaluated, max_length=48)
+    prepared = run(recipe, tmp_path)
+    sizes = sorted(
+        len(tokenizer.apply_chat_template(row["messages"], return_dict=False))
+        for row in (*rows, *held_out)
+    )
+    kept = [size for size in sizes if size <= 48]
+    manifest = prepared.manifest
+    assert manifest.dropped == {"overlong": len(sizes) - len(kept)} and len(kept) < len(sizes)
+    places = {"0.5": 23, "0.9": 42, "0.99": 46, "1": 46}
+    assert manifest.length_quantiles == {
+        share: sizes[place - 1] if sizes[place - 1] <= 48 else None
+        for share, place in places.items()
+    }
+    assert manifest.in_train_too == 5
+    assert manifest.unused == {"topic": 11, "messages[].date": 11}
+    text = "5 held-out rows stand in the training data, too"
+    assert remarks(manifest.summary())[0] == text
+    sample = measure_sample(recipe)
+    assert (sample.rows, sample.overlong) == (46, manifest.dropped["overlong"])
+    assert sample.lengths == manifest.length_quantiles and sample.unused == manifest.unused
+    assert sample.in_train_too == 5
+    assert ("Note", text) in dict(data_statistics({"data": manifest.summary()}))["Rows"]
+
+
+@pytest.mark.parametrize("overlong", ["drop", "truncate", "truncate_left", "split"])
+def test_rows_that_are_too_long(
+    tmp_path: Path, make_recipe: MakeRecipe, tokenizer: Any, overlong: str
+) -> None:
+    row = chat_row("q " + "word " * 6, "the answer is " + "one two " * 20)
+    ids = tokenizer.apply_chat_template(row["messages"], return_dict=False)
+    path = write_jsonl(tmp_path / "a.jsonl", [row, chat_row("q", "a")])
+    recipe = make_recipe(train=path, max_length=64, overlong=overlong, packing=False)
+    prepared = run(recipe, tmp_path)
+    stored = sequences(prepared, prepared.manifest.train)
+    found = [part["input_ids"] for part in stored if part["rows"][0] == 0]
+    expected = {
+        "drop": [],
+        "truncate": [ids[:64]],
+        "truncate_left": [ids[-64:]],
+        "split": [ids[start : start + 64] for start in range(0, len(ids), 64)],
+    }[overlong]
+    assert sorted(found) == sorted(expected) and len(ids) > 64
+    assert prepared.manifest.notes.get("cut", 0) == overlong.startswith("truncate")
+    assert prepared.manifest.dropped == ({"overlong": 1} if overlong == "drop" else {})
+
+
+def test_a_pair_that_is_cut_keeps_one_prompt(
+    tmp_path: Path, make_recipe: MakeRecipe, tokenizer: Any
+) -> None:
+    pair = {"prompt": "word" * 30, "chosen": " one", "rejected": " two three four"}
+    path = write_jsonl(tmp_path / "a.jsonl", [pair])
+    recipe = make_recipe(train=path, method="dpo", max_length=24, overlong="truncate_left")
+    (stored,) = sequences(run(recipe, tmp_path), run(recipe, tmp_path).manifest.train)
+    first = stored["lengths"][0]
+    chosen, rejected = stored["input_ids"][:first], stored["input_ids"][first:]
+    trained = stored["trainable"][:first].index(True)
+    assert chosen[:trained] == rejected[:trained] and len(rejected) == 24
+    assert chosen[0] == tokenizer.bos_token_id
+    with pytest.raises(ValueError, match=r"overlong split: only single documents"):
+        make_recipe(train=path, method="dpo", overlong="split")
+
+
+def test_rows_of_a_function_and_a_slice(tmp_path: Path, make_recipe: MakeRecipe) -> None:
+    """Rows keep their numbers in the source, and those left out are counted."""
+    (tmp_path / "set").mkdir()
+    write_jsonl(tmp_path / "set" / "train.jsonl", [{"n": n} for n in range(20)])
+    write_jsonl(tmp_path / "set" / "test.jsonl", [{"n": n} for n in range(20, 24)])
+    code = (
+        "def f(row):\n    if row['n'] % 3 == 0:\n        return None\n"
+        "    return {'prompt': 'q', 'completion': str(row['n'])}\n"
+    )
+    source = {"path": str(tmp_path / "set"), "map": {"file": "/f.py:f", "source": code}}
+    recipe = make_recipe(
+        train=[{**source, "limit": 10}], eval=[{**source, "split": "test[:3]"}], packing=False
+    )
+    prepared = run(recipe, tmp_path)
+    assert (prepared.manifest.rows_read, prepared.manifest.dropped) == (13, {"left_out": 5})
+    rows = [row["rows"] for row in sequences(prepared, prepared.manifest.train)]
+    assert sorted(rows) == [[n] for n in range(10) if n % 3]
+    assert [source.path for source in prepared.manifest.sources] == [
+        f"{tmp_path}/set (the first 10 rows)",
+        f"{tmp_path}/set (test[:3])",
+    ]

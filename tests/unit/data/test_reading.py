@@ -1,7 +1,9 @@
 """Rows, line numbers and errors of every kind of file."""
 
+import csv
 import gzip
 import json
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -12,16 +14,23 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from finray.training.common.errors import InputError
-from finray.training.config.sections import Source
-from finray.training.data.reading import BadRow, first_line, read_chunk
-from finray.training.data.sources import Chunk, expand, plan_chunks
+from finray.training.config.source import Source
+from finray.training.data.expand import expand
+from finray.training.data.formats import normalise
+from finray.training.data.reading import first_line, read_chunk
+from finray.training.data.rows import BadRow, Unreadable
+from finray.training.data.shapes import RowError, Text
+from finray.training.data.sources import Chunk, plan_chunks
 
 Numbered = list[tuple[int, Any]]
 
 
-def read(path: Path, size: int | None = None) -> Numbered:
+LIMIT = 16 * 2**20
+
+
+def read(path: Path, size: int | None = None, max_bytes: int = LIMIT) -> Numbered:
     """(line in the file, row) of every row, from chunks of `size` bytes."""
-    file = expand(Source(path=str(path)))[0]
+    file = expand(Source(path=str(path))).files[0]
     chunks = plan_chunks(file)
     if size is not None:
         starts = range(0, file.size, size)
@@ -29,9 +38,9 @@ def read(path: Path, size: int | None = None) -> Numbered:
     numbered: Numbered = []
     before = 0
     for chunk in chunks:
-        content = read_chunk(chunk)
-        assert first_line(chunk) == before + 1 or content.lines == 0
+        content = read_chunk(chunk, max_bytes)
         numbered += [(before + line, row) for line, row in content.rows]
+        assert first_line(chunk) == before + 1 or content.lines == 0
         before += content.lines
     return numbered
 
@@ -174,9 +183,87 @@ def test_tsv_and_broken_csv(tmp_path: Path) -> None:
 def test_parquet_rows_count_from_one(tmp_path: Path) -> None:
     path = tmp_path / "a.parquet"
     pq.write_table(pa.table({"text": [str(n) for n in range(10)]}), path, row_group_size=3)
-    file = expand(Source(path=str(path)))[0]
+    file = expand(Source(path=str(path))).files[0]
     chunk = Chunk(file, "parquet", 1, 3)
-    content = read_chunk(chunk)
+    content = read_chunk(chunk, LIMIT)
     assert (first_line(chunk), content.lines) == (4, 6)
     assert next(content.rows) == (1, {"text": "3"})
     assert read(path)[9] == (10, {"text": "9"})
+
+
+TEXT = json.dumps({"text": 'ä "[{,' * 200})
+LARGE = json.dumps({"text": 'ä \\ "]},' * 400_000}, ensure_ascii=False)
+
+
+def write_rows(folder: Path, kind: str, texts: list[str]) -> Path:
+    """A file of a kind with these rows, which are objects with a text."""
+    values = [json.loads(text) for text in texts]
+    path = folder / f"a.{kind}"
+    if kind == "parquet":
+        pq.write_table(pa.Table.from_pylist(values), path)
+    elif kind == "csv":
+        with path.open("w", newline="", encoding="utf-8") as stream:
+            csv.writer(stream).writerows([["text"], *([value["text"]] for value in values)])
+    elif kind == "json":
+        path.write_text("[\n" + ",\n".join(texts) + "\n]", encoding="utf-8")
+    elif kind == "jsonl.gz":
+        path.write_bytes(gzip.compress("\n".join(texts).encode()))
+    else:
+        path.write_text("\n".join(texts) + "\n", encoding="utf-8")
+    return path
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "jsonl.gz", "json", "csv", "parquet"])
+def test_a_row_that_is_too_large_is_bad_and_the_others_are_read(tmp_path: Path, kind: str) -> None:
+    path = write_rows(tmp_path, kind, [TEXT, LARGE, TEXT, LARGE, TEXT])
+    size = len(json.loads(LARGE)["text"].encode())
+    rows = read(path, max_bytes=size // 2)
+    first = {"json": 2, "csv": 2}.get(kind, 1)
+    assert [line for line, _ in rows] == [first + n for n in range(5)]
+    assert [row for _, row in rows][::2] == [json.loads(TEXT)] * 3
+    for _, reason in reasons(rows):
+        assert reason.endswith(f" bytes; data.max_row_bytes allows {size // 2:,}")
+    assert len(reasons(rows)) == 2
+    assert [row for _, row in read(path, max_bytes=2 * size)][1] == json.loads(LARGE)
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "jsonl.gz"])
+def test_a_line_without_an_end_is_not_held_in_memory(tmp_path: Path, kind: str) -> None:
+    path = write_rows(tmp_path, kind, ['{"text": "' + "x" * 60_000_000 + '"}', TEXT])
+    tracemalloc.start()
+    rows = read(path, max_bytes=2**20)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert [line for line, _ in rows] == [1, 2]
+    assert reasons(rows)[0][1].startswith("the row has 60,000,012 bytes; ")
+    assert peak < 10 * 2**20
+
+
+def test_elements_that_cannot_be_decoded(tmp_path: Path) -> None:
+    """A huge one and a deep one are bad rows; a huge one without an end is an error."""
+    path = tmp_path / "a.json"
+    deep = '{"a": ' + "[" * 100_000 + "]" * 100_000 + "}"
+    path.write_text(f'[{{"n": 1}},\n{deep},\n{"1" * 5_000_000},\n{{"n": 4}}]', encoding="utf-8")
+    rows = read(path, max_bytes=2**20)
+    assert [row for _, row in rows if isinstance(row, dict)] == [{"n": 1}, {"n": 4}]
+    assert reasons(rows) == [
+        (2, "not usable JSON: nested too deeply"),
+        (3, "the row has 5,000,000 bytes; data.max_row_bytes allows 1,048,576"),
+    ]
+    path.write_text('[{"n": 1},\n{"text": "' + "x" * 5_000_000, encoding="utf-8")
+    with pytest.raises(InputError, match=r"a\.json:2: the JSON array is invalid from here on"):
+        read(path, max_bytes=2**20)
+
+
+def test_a_value_that_python_cannot_hold_leaves_the_others(tmp_path: Path) -> None:
+    path = tmp_path / "a.parquet"
+    times = pa.array([0, 2**60, 1], pa.timestamp("ms"))
+    texts = pa.array([b"a", b"b", b"\xff"]).view(pa.string())
+    pq.write_table(pa.table({"text": texts, "at": times}), path)
+    rows = [row for _, row in read(path)]
+    assert [row["text"] for row in rows[:2]] == ["a", "b"]
+    assert isinstance(rows[1]["at"], Unreadable)
+    assert isinstance(rows[2]["text"], Unreadable)
+    assert normalise(rows[1], "text") == Text("b")
+    with pytest.raises(RowError, match="text cannot be read: 'utf-8' codec"):
+        normalise(rows[2], "text")

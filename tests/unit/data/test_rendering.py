@@ -1,14 +1,25 @@
 """Tokens and loss masks, compared with independent constructions."""
 
+import tracemalloc
 from typing import Any
 
 import numpy as np
 import pytest
 
 from finray.training.common.errors import InputError
+from finray.training.data import encoding
 from finray.training.data.chat import ChatTemplate, UnstableTemplate
+from finray.training.data.render_settings import RenderSettings
 from finray.training.data.rendering import Document, Renderer
-from finray.training.data.shapes import Completion, Conversation, RowError, Text
+from finray.training.data.shapes import (
+    Completion,
+    Conversation,
+    LabelledExample,
+    PreferencePair,
+    Question,
+    RowError,
+    Text,
+)
 
 MARKED = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n"
@@ -22,6 +33,14 @@ THINKING = (
     "{{ m['content'] + '<|im_end|>\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
+ONLY_END = MARKED.replace(
+    "{% generation %}{{ m['content'] +", "{{ m['content'] }}{% generation %}{{"
+)
+PLAIN = (
+    "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'assistant:' }}{% endif %}"
+)
+ONLINE = {"kind": "grpo", "rewards": [{"file": "/r.py:f", "source": ""}]}
 PICKY = "{% if messages|length > 2 %}{{ raise_exception('two messages at most') }}{% endif %}"
 
 
@@ -111,21 +130,157 @@ def test_completion_has_bos_and_a_trained_end(make_renderer: Any, tokenizer: Any
     assert tokenizer.decode(document.input_ids[document.trainable]) == " three four<|im_end|>"
 
 
-def test_a_token_across_the_boundary_is_not_trained(make_renderer: Any, tokenizer: Any) -> None:
-    document = render_one(make_renderer(), Completion("the answ", "er questions"))
-    answer = tokenizer(" answer", add_special_tokens=False)["input_ids"]
-    assert len(answer) == 1  # otherwise the test proves nothing
-    assert tokenizer.decode(document.input_ids[document.trainable]) == " questions<|im_end|>"
+def ids_of(tokenizer: Any, text: str) -> list[int]:
+    ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
+    return ids
+
+
+def test_a_token_across_the_border_belongs_to_the_answer(
+    make_renderer: Any, tokenizer: Any
+) -> None:
+    """The prompt "Answer: " and "yes" have the tokens "Answer:" and " yes"."""
+    for prompt, answer in (("the model: ", "learns"), ("the answ", "er questions")):
+        document = render_one(make_renderer(), Completion(prompt, answer))
+        ids = [1, *ids_of(tokenizer, prompt + answer), 3]
+        alone = [1, *ids_of(tokenizer, prompt)]
+        assert ids[: len(alone)] != alone  # otherwise the test proves nothing
+        common = next(n for n, pair in enumerate(zip(ids, alone, strict=False)) if len({*pair}) > 1)
+        assert document.input_ids.tolist() == ids
+        assert document.trainable.tolist() == [n >= common for n in range(len(ids))]
+
+
+def test_no_token_stands_across_the_start_of_an_answer(make_renderer: Any, tokenizer: Any) -> None:
+    """Its prompts end in a space, which the model does not write, though " answ" is one token."""
+    template = (
+        "{% for m in messages %}{% if m['role'] == 'assistant' %}{% generation %}"
+        "{{ m['content'] }}{% endgeneration %}{% else %}{{ m['content'] + ' the model ' }}"
+        "{% endif %}{% endfor %}{% if add_generation_prompt %}{% endif %}"
+    )
+    renderer = make_renderer(chat_template=template)
+    first, second = renderer.render([turns("one", "answ", "er two", "answ")])[0].documents
+    prompt = ids_of(tokenizer, "one the model ")
+    answer = ids_of(tokenizer, "answ")
+    assert ids_of(tokenizer, "one the model answ") != prompt + answer
+    assert first.input_ids.tolist() == prompt + answer
+    assert first.trainable.tolist() == [False] * len(prompt) + [True] * len(answer)
+    prompt = ids_of(tokenizer, "one the model answer two the model ")
+    assert second.input_ids.tolist() == prompt + answer
+    assert second.trainable.tolist() == [False] * len(prompt) + [True] * len(answer)
+
+
+def test_pairs_and_labelled_answers_train_the_token_across_the_border(
+    make_renderer: Any, tokenizer: Any
+) -> None:
+    good, bad = Completion("the model: ", "learns"), Completion("the model: ", "answers")
+    renderer = make_renderer(method={"kind": "dpo"})
+    document = render_one(renderer, PreferencePair(good, bad))
+    cut = document.lengths[0]
+    for answer, part in ((" learns", slice(0, cut)), (" answers", slice(cut, None))):
+        ids, mask = document.input_ids[part], document.trainable[part]
+        assert tokenizer.decode(ids[mask]) == f"{answer}<|im_end|>"
+    document = render_one(make_renderer(method={"kind": "kto"}), LabelledExample(good, True))
+    assert tokenizer.decode(document.input_ids[document.trainable]) == " learns<|im_end|>"
+
+
+def test_a_prompt_to_continue_does_not_end_in_half_a_token(
+    make_renderer: Any, tokenizer: Any
+) -> None:
+    """Its tokens are those before the first trained one, where the answer is trained."""
+    row = Completion("the model: ", "learns")
+    document = render_one(make_renderer(), row)
+    before = document.input_ids[: document.trainable.argmax()].tolist()
+    assert tokenizer.decode(before) == "<|bos|>the model:"
+    prompt = make_renderer().prompt(row)
+    assert prompt is not None
+    assert (prompt.text, prompt.input_ids.tolist()) == ("the model: ", before)
+    online = make_renderer(method=ONLINE, max_length=600)
+    for question in (Question("the model: ", "learns"), Question("the model: ")):
+        rendered = online.render([question])[0]
+        assert rendered.documents[0].input_ids.tolist() == before
+        assert rendered.cut == " "
+        assert not rendered.documents[0].trainable.any()
+    for text in ("the model:", "the answ", "one\n"):  # nothing is taken from these
+        rendered = online.render([Question(text)])[0]
+        assert rendered.documents[0].input_ids.tolist() == [1, *ids_of(tokenizer, text)]
+        assert rendered.cut == ""
+
+
+def test_special_tokens_in_a_text_are_not_doubled(make_renderer: Any, tokenizer: Any) -> None:
+    """A text that holds them renders as one that lacks them."""
+    for with_them, without in (
+        (Text("<|bos|>one two"), Text("one two")),
+        (Text("one two<|im_end|>"), Text("one two")),
+        (Completion("<|bos|>one", " two"), Completion("one", " two")),
+        (Completion("one", " two<|im_end|>"), Completion("one", " two")),
+    ):
+        document, plain = (render_one(make_renderer(), row) for row in (with_them, without))
+        assert document.input_ids.tolist() == plain.input_ids.tolist()
+        assert document.trainable.tolist() == plain.trainable.tolist()
+    prompt = make_renderer().prompt(Completion("<|bos|>one", " two"))
+    assert prompt is not None and prompt.input_ids.tolist() == [1, *ids_of(tokenizer, "one")]
+    online = make_renderer(method=ONLINE, max_length=600)
+    document = render_one(online, Question("<|bos|>one"))
+    assert document.input_ids.tolist() == [1, *ids_of(tokenizer, "one")]
+    marked = make_renderer(chat_template="{{ bos_token }}" + MARKED)
+    assert render_one(marked, turns("one", "two")).input_ids.tolist().count(1) == 1
+
+
+@pytest.mark.parametrize(
+    ("template", "notes"),
+    [
+        (MARKED, ()),
+        (MARKED.replace("+ '<|im_end|>' }}{% endgen", "}}{% endgen"), ("no_end_trained",)),
+        (PLAIN, ("no_end_trained",)),
+        (PLAIN.replace("m['content']", "m['content'] + eos_token"), ()),
+        (
+            MARKED.replace(
+                "{% generation %}{{ m['content'] +", "{{ m['content'] }}{% generation %}{{"
+            ),
+            ("only_end_trained",),
+        ),
+    ],
+)
+def test_odd_ends_are_noted(make_renderer: Any, template: str, notes: tuple[str, ...]) -> None:
+    rendered = make_renderer(chat_template=template).render([turns("one", "two", "three", "a b c")])
+    assert rendered[0].documents
+    assert rendered[0].notes == notes
+
+
+def test_an_answer_of_which_only_the_end_is_trained_is_noted(tokenizer: Any) -> None:
+    """Without BOS, nothing predicts the first token, which prompt and answer share here."""
+    settings = RenderSettings("/m", None, False, None, False, False, 64, "drop")
+    renderer = Renderer(tokenizer, settings)
+    renderer._lead = []
+    assert len(ids_of(tokenizer, " answer")) == 1
+    rendered = renderer.render([Completion(" answ", "er"), Completion("one", " two")])
+    assert [row.notes for row in rendered] == [("only_end_trained",), ()]
+
+
+def test_a_template_that_rewrites_earlier_turns_makes_an_example_of_each_answer(
+    make_renderer: Any, tokenizer: Any
+) -> None:
+    renderer = make_renderer(chat_template=THINKING, max_length=200)
+    row = turns("one", "two", "three", "four")
+    rendered = renderer.render([row])[0]
+    template = ChatTemplate(THINKING, {})
+    for document, at in zip(rendered.documents, (1, 3), strict=True):
+        before = template.render(row.messages[:at], add_generation_prompt=True)
+        whole = template.render(row.messages[: at + 1])
+        assert document.input_ids.tolist() == ids_of(tokenizer, whole)
+        assert document.trainable.tolist() == [
+            index >= len(ids_of(tokenizer, before)) for index in range(len(document.input_ids))
+        ]
+    assert rendered.repeated == len(rendered.documents[0].input_ids)
 
 
 def test_an_unstable_template_is_an_error(make_renderer: Any) -> None:
-    renderer = make_renderer(chat_template=THINKING)
-    single, double = renderer.render([turns("one", "two"), turns("one", "two", "three", "four")])
-    assert single.documents[0].trainable.any()
-    assert isinstance(double.error, UnstableTemplate)
-    assert "{% generation %}" in str(double.error)
+    row = turns("one", "two", "three", "four")
+    renderer = make_renderer(chat_template=THINKING.replace("prompt %}{{ '", "prompt %}{{ 'now: "))
+    error = renderer.render([row])[0].error
+    assert isinstance(error, UnstableTemplate)
+    assert "message 2" in str(error) and "data.chat_template" in str(error)
     trained = make_renderer(chat_template=THINKING, method={"kind": "sft", "train_on": "all"})
-    assert render_one(trained, turns("one", "two", "three", "four")).trainable.sum() > 0
+    assert render_one(trained, row).trainable.sum() > 0
 
 
 def test_row_that_the_template_refuses(make_renderer: Any) -> None:
@@ -202,6 +357,27 @@ def test_long_text_is_split(make_renderer: Any, tokenizer: Any) -> None:
     for document in documents:
         assert not document.trainable[0]
         assert document.trainable[1:].all()
+
+
+def test_a_long_row_takes_the_memory_of_its_tokens_once(
+    make_renderer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Their ids and marks take 5 bytes a token; a Chinese character, 3 bytes, is 3 tokens here."""
+    monkeypatch.setattr(encoding, "WINDOW", 300)
+    monkeypatch.setattr(encoding, "_OVERLAP", 60)
+    renderer = make_renderer(max_length=4096)
+
+    def peak(characters: int) -> int:
+        text = "".join(chr(0x4E00 + n * 7919 % 20_000) for n in range(characters))
+        tracemalloc.start()
+        documents = renderer.render([Text(text)])[0].documents
+        _, most = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+        assert sum(len(document.input_ids) for document in documents) > 2 * characters
+        return most
+
+    peak(1000)
+    assert peak(40_000) - peak(20_000) < 7 * 3 * 20_000
 
 
 def test_pretraining_splits_conversations_too(make_renderer: Any) -> None:

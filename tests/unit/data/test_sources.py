@@ -8,12 +8,13 @@ import pyarrow.parquet as pq
 import pytest
 
 from finray.training.common.errors import InputError
-from finray.training.config.sections import Source
-from finray.training.data.sources import CHUNK_BYTES, expand, file_kind, plan_chunks
+from finray.training.config.source import Source
+from finray.training.data.expand import expand
+from finray.training.data.sources import CHUNK_BYTES, file_kind, plan_chunks
 
 
 def names(path: Path | str) -> list[str]:
-    return [file.name for file in expand(Source(path=str(path)))]
+    return [file.name for file in expand(Source(path=str(path))).files]
 
 
 @pytest.fixture
@@ -82,13 +83,13 @@ def test_the_kind_of_a_json_file_depends_on_its_content(
     plain.write_text(text, encoding="utf-8-sig")
     packed.write_bytes(gzip.compress(text.encode()))
     for path in (plain, packed):
-        assert file_kind(expand(Source(path=str(path)))[0]) == kind
+        assert file_kind(expand(Source(path=str(path))).files[0]) == kind
 
 
 def test_chunks_cover_a_file_once(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_bytes(b"x" * (2 * CHUNK_BYTES + 5))
-    ranges = [(c.start, c.stop) for c in plan_chunks(expand(Source(path=str(path)))[0])]
+    ranges = [(c.start, c.stop) for c in plan_chunks(expand(Source(path=str(path))).files[0])]
     last = 2 * CHUNK_BYTES
     assert ranges == [(0, CHUNK_BYTES), (CHUNK_BYTES, last), (last, last + 5)]
 
@@ -97,7 +98,7 @@ def test_parquet_chunks_are_row_groups(tmp_path: Path) -> None:
     path = tmp_path / "a.parquet"
     table = pa.table({"n": pa.array(range(2_000_000), pa.int64())})
     pq.write_table(table, path, row_group_size=300_000)
-    chunks = plan_chunks(expand(Source(path=str(path)))[0])
+    chunks = plan_chunks(expand(Source(path=str(path))).files[0])
     assert [c.start for c in chunks] == [0, *(c.stop for c in chunks[:-1])]
     assert chunks[-1].stop == 7
     assert len(chunks) > 1
@@ -107,4 +108,4 @@ def test_damaged_parquet_is_an_error(tmp_path: Path) -> None:
     path = tmp_path / "a.parquet"
     path.write_bytes(b"PAR1 but not really")
     with pytest.raises(InputError, match=r"a\.parquet: not a Parquet file"):
-        plan_chunks(expand(Source(path=str(path)))[0])
+        plan_chunks(expand(Source(path=str(path))).files[0])

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from finray.training.common.storage import Folder
 from finray.training.data.batching import accumulation_steps, microbatches
-from finray.training.data.prepared import SEQUENCE_SCHEMA, Split
+from finray.training.data.prepared import SEQUENCE_SCHEMA, Split, _hash_of_file
 from finray.training.data.stream import (
     Sequence,
     Slice,
@@ -39,6 +39,9 @@ def make_split(folder: Path, files: list[list[int]]) -> Split:
                 writer.write_table(pa.Table.from_pylist(rows, SEQUENCE_SCHEMA))
     return Split(
         files=tuple(f"{index}.parquet" for index in range(len(files))),
+        hashes=tuple(
+            _hash_of_file(Folder(str(folder)), f"{index}.parquet") for index in range(len(files))
+        ),
         row_groups=tuple(map(tuple, files)),
         sequences=number,
         documents=number,
@@ -131,7 +134,7 @@ def test_shares_add_up_and_all_ranks_do_as_many_passes(
 @given(st.lists(st.integers(1, 70), min_size=1, max_size=80), st.integers(0, 3), st.integers(0, 3))
 def test_windows_cover_an_epoch(groups: list[int], seed: int, epoch: int) -> None:
     size = sum(groups)
-    split = Split(("a",), (tuple(groups),), size, size, size, size, 1)
+    split = Split(("a",), ("",), (tuple(groups),), size, size, size, size, 1)
     windows = epoch_windows(split, seed, epoch)
     assert [w.start for w in windows] == list(
         epoch * size + np.cumsum([0, *(w.size for w in windows[:-1])])

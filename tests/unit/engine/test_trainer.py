@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from support import steps
 from support.cases import mostly_slow
 from support.steps import Gradients, gradients, make_sequences
@@ -15,7 +16,11 @@ from transformers import AutoModelForCausalLM
 from finray.training.config.recipe import Recipe
 from finray.training.data.batching import IGNORED, Batch, collate
 from finray.training.data.stream import Sequence
-from finray.training.objectives.cross_entropy import measure, to_log_probabilities, token_loss
+from finray.training.engine.methods import objective_of
+from finray.training.objectives.logprobs import cross_entropies
+
+# peft calls a name that transformers has renamed.
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 
 BATCH = 8
 
@@ -39,6 +44,12 @@ def unpacked_loss(model: Any, sequences: list[Sequence]) -> torch.Tensor:
                     total = total - log_probabilities[at - 1, ids[at]]
                     count += 1
     return total / count
+
+
+def summed_loss(logits: torch.Tensor, batch: Batch) -> torch.Tensor:
+    """Of the logits of a batch's kept columns."""
+    rows, tokens = logits.flatten(0, 1)[batch.trained], batch.targets.flatten()[batch.trained]
+    return cross_entropies(rows, tokens, None, summed=True)[0]
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +82,7 @@ def test_packed_equals_unpacked(tiny_model: Path, attention: str) -> None:
     sequences = make_sequences(4)
     batch = collate(sequences)
     logits = model(**batch.inputs, use_cache=False).logits
-    loss = token_loss(to_log_probabilities(logits), batch.targets) / batch.loss_units
+    loss = summed_loss(logits, batch) / batch.loss_units
     loss.backward()
     packed = gradients(model)
     model.zero_grad()
@@ -150,7 +161,7 @@ def test_a_batch_without_loss_has_no_gradient(model: Any) -> None:
     batch: Batch = collate([nothing])
     own = copy.deepcopy(model)
     logits = own(**batch.inputs, use_cache=False).logits
-    loss = token_loss(to_log_probabilities(logits), batch.targets)
+    loss = summed_loss(logits, batch)
     loss.backward()
     assert float(loss.detach()) == 0.0
     assert all(float(gradient.abs().max()) == 0.0 for gradient in gradients(own).values())
@@ -162,9 +173,58 @@ def test_measures_against_their_definitions() -> None:
     targets = torch.randint(0, 17, (2, 50))
     targets[:, ::5] = logits[:, ::5].argmax(-1)
     targets[0, :20] = IGNORED
-    (correct, count), (entropy, _) = measure(to_log_probabilities(logits), targets).tolist()
     is_trained = targets != IGNORED
+    _, statistics = cross_entropies(
+        logits[is_trained], targets[is_trained], None, summed=True, measured=True
+    )
+    correct, entropy = statistics.tolist()
     distribution = torch.distributions.Categorical(logits=logits[is_trained])
-    assert count == int(is_trained.sum())
     assert correct == int((logits.argmax(-1) == targets)[is_trained].sum()) > 0
     assert entropy == pytest.approx(float(distribution.entropy().sum()), rel=1e-5)
+
+
+def bfloat16_adapter(base: Path) -> Any:
+    torch.manual_seed(3)
+    adapter = LoraConfig(r=4, target_modules=["q_proj", "down_proj"], init_lora_weights=False)
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16)
+    return get_peft_model(model, adapter, autocast_adapter_dtype=False)
+
+
+def summed_gradients(model: Any, settings: Recipe, folder: Path) -> Gradients:
+    """Those of each row, added up in float32."""
+    sequences = make_sequences(BATCH)
+    objective = objective_of(steps.make_setup(settings, model, folder, 0, 1))
+    units = sum(int(s.trainable.sum()) for s in sequences)
+    total: Gradients = {}
+    for sequence in sequences:
+        model.zero_grad()
+        (objective.loss(model, objective.collate([sequence]), False).total / units).backward()
+        for name, gradient in gradients(model).items():
+            total[name] = total.get(name, 0.0) + gradient.float()
+    return total
+
+
+def test_gradients_of_bfloat16_are_added_up_in_float32(tiny_model: Path, tmp_path: Path) -> None:
+    settings = recipe(tiny_model, micro_batch_size=1, max_grad_norm=0)
+    expected = summed_gradients(bfloat16_adapter(tiny_model), settings, tmp_path)
+    measured, _ = one_step(bfloat16_adapter(tiny_model), settings, tmp_path, 0, 1)
+    assert measured.keys() == expected.keys() and measured
+    for name, gradient in measured.items():
+        torch.testing.assert_close(gradient, expected[name], rtol=0, atol=0)
+
+
+def test_so_they_are_by_several_workers(tiny_model: Path, tmp_path: Path) -> None:
+    settings = recipe(tiny_model, micro_batch_size=1, max_grad_norm=0)
+    expected, _ = one_step(bfloat16_adapter(tiny_model), settings, tmp_path, 0, 1)
+
+    def work(rank: int, world_size: int) -> dict[str, Any]:
+        model = bfloat16_adapter(tiny_model)
+        return {"gradients": one_step(model, settings, tmp_path, rank, world_size)[0]}
+
+    largest = max(float(gradient.abs().max()) for gradient in expected.values())
+    for saved in steps.by_workers(2, tmp_path, work):
+        for name, gradient in saved["gradients"].items():
+            assert gradient.dtype == torch.float32
+            # Each worker scales its losses by 2, and the mean of the last gradients is rounded.
+            difference = float((gradient - expected[name]).abs().max())
+            assert difference <= 2e-3 * largest, name

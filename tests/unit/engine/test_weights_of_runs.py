@@ -49,7 +49,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "olora": adapter(init="olora"),
     "modules-to-save": adapter(modules_to_save=["embed_tokens"]),
     "rank-pattern": adapter(rank_pattern={"layers.0.*q_proj": 8}, alpha_pattern={"v_proj": 32}),
-    "regular-expression": adapter(targets=r".*layers\.1\..*(q|v)_proj"),
+    "regular-expression": adapter(targets=r".*layers\.1\..*(q|v|up|down)_proj"),
     "lora-plus": {**PLAIN, "optim": {"lora_plus_ratio": 4}},
     "bfloat16": {**PLAIN, "model": {"dtype": "bfloat16"}},
     "bfloat16-autocast": {**adapter(dtype="float32"), "model": {"dtype": "bfloat16"}},

@@ -2,17 +2,19 @@
 
 import io
 import json
+from dataclasses import replace
 from pathlib import Path
 
 from rich.console import Console
 
-from finray.cluster.cli.screens.export import ExportProgress, render_exported
+from finray.cluster.screens.export import ExportProgress, render_exported
 from finray.training.export.export import ExportSummary
 from finray.training.export.loading import ExportedModel
 
 RESULT = ExportedModel(
     kind="adapter",
     is_classifier=False,
+    model_class="AutoModelForCausalLM",
     labels=0,
     base="acme/tiny",
     revision=None,
@@ -29,6 +31,14 @@ def test_what_lies_where_and_how_it_loads() -> None:
         '  base = AutoModelForCausalLM.from_pretrained("acme/tiny", dtype="auto")',
         '  model = PeftModel.from_pretrained(base, "/out")',
     ]
+
+
+def test_layers_that_an_adapter_reaches_by_their_weights_are_not_quantised() -> None:
+    result = replace(RESULT, quantize="int8", unquantised=("mlp.up_proj",))
+    assert (
+        "quantization_config=BitsAndBytesConfig(load_in_8bit=True, "
+        'llm_int8_skip_modules=["lm_head", "score", "mlp.up_proj"])'
+    ) in result.program()
 
 
 def test_json() -> None:

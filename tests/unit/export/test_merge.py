@@ -4,13 +4,14 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
 from bitsandbytes.nn import Linear4bit
 from peft import LoraConfig, PeftModel, get_peft_model
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
+from support.mixtures import MIXTURES, saved_mixture
 from support.recorded import RecordedProgress
 from transformers import (
     AutoModelForCausalLM,
@@ -29,12 +30,19 @@ from transformers import (
 
 from finray.training.common.errors import InputError, RunError
 from finray.training.common.progress import SILENT
+from finray.training.config.recipe import Recipe
 from finray.training.export.lora import Adapter
 from finray.training.export.merge import merge, recast
 from finray.training.export.tensor_files import TensorFiles
+from finray.training.models.loading import load_model
 
 # peft calls a name that transformers has renamed, and warns of what these tests do on purpose.
-pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
+pytestmark = pytest.mark.filterwarnings(
+    "ignore::FutureWarning",
+    "ignore::UserWarning",
+    # It compares the patterns with modules alone, not with parameters.
+    "ignore:The following (rank|alpha)_pattern keys:RuntimeWarning",
+)
 
 IDS = torch.arange(3, 19)[None]
 SMALL = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -145,6 +153,15 @@ CASES: dict[str, tuple[Callable[[], PreTrainedModel], dict[str, Any]]] = {
     "conv1d": (gpt2, {}),
     "conv1d dora": (gpt2, {"use_dora": True}),
     "experts beside": (mixtral, {"target_modules": ["q_proj", "o_proj"]}),
+    "one of the experts' parameters": (
+        mixtral,
+        {
+            "target_modules": ["q_proj"],
+            "target_parameters": ["mlp.experts.down_proj"],
+            "alpha_pattern": {"experts.down_proj": 3},
+        },
+    ),
+    "targets of older files": (mixtral, {"target_modules": ["w1", "w2", "w3", "v_proj"]}),
 }
 
 
@@ -356,16 +373,32 @@ def test_a_whole_model_in_another_type(tmp_path: Path) -> None:
     assert load(target, dtype="auto").dtype == torch.bfloat16
 
 
-def test_experts_are_refused(tmp_path: Path) -> None:
-    base = save(mixtral(), tmp_path / "base")
-    adapter = adapt(
-        base,
-        tmp_path / "adapter",
-        target_modules=["q_proj"],
-        target_parameters=["mlp.experts.down_proj"],
-    )
-    with pytest.raises(InputError, match="target_parameters cannot be merged"):
-        Adapter(adapter)
+MERGED = [
+    kind if kind in ("mixtral", "gpt_oss") else pytest.param(kind, marks=pytest.mark.slow)
+    for kind in MIXTURES
+    if kind != "jamba"  # its kernel reads a weight past the adapter
+]
+
+
+@pytest.mark.parametrize("quantize", ["none", "nf4"])
+@pytest.mark.parametrize("kind", MERGED)
+def test_adapters_of_experts(kind: str, quantize: Literal["none", "nf4"], tmp_path: Path) -> None:
+    """In files that hold all experts as one tensor, and in files with tensors for each of them."""
+    torch.manual_seed(0)
+    base = saved_mixture(kind, tmp_path / "base")
+    values = {"name": "x", "data": {"train": [{"path": "/x"}]}, "adapter": {"rank": 4}}
+    settings = {**values, "model": {"base": str(base), "quantize": quantize}}
+    model = load_model(Recipe.model_validate(settings))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.copy_(torch.randn_like(parameter) * 0.1)
+    model.save_pretrained(tmp_path / "adapter")
+    target = tmp_path / "merged"
+    target.mkdir()
+    merge(base, tmp_path / "adapter", target, SILENT, quantize=quantize)
+    assert_close(logits(load(target)), logits(model), share=1e-4)
+    assert TensorFiles(target).info == TensorFiles(base).info
 
 
 def test_another_base_is_refused(tmp_path: Path) -> None:
@@ -411,3 +444,14 @@ def test_missing_and_damaged_weights(tmp_path: Path) -> None:
     base.mkdir()
     with pytest.raises(InputError, match=r"there is no model.safetensors; expected"):
         TensorFiles(base)
+
+
+def test_a_base_that_lacks_a_weight_is_refused(tmp_path: Path) -> None:
+    base = save(llama(), tmp_path / "base")
+    adapter = adapt(base, tmp_path / "adapter", target_modules=["q_proj"])
+    tensors = load_file(base / "model.safetensors")
+    name = "model.layers.1.mlp.down_proj.weight"
+    del tensors[name]
+    save_file(tensors, base / "model.safetensors")
+    with pytest.raises(InputError, match=rf"{base}: the base's weights lack {name} \(1 in all\)"):
+        merge(base, adapter, tmp_path / "merged", SILENT)

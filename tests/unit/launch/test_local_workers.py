@@ -63,6 +63,10 @@ def started(
     assert not any(child.is_running() for child in children)
 
 
+def prepare_again() -> None:
+    raise AssertionError("the data is not damaged")
+
+
 def worker_processes() -> list[psutil.Process]:
     return [
         child
@@ -82,7 +86,7 @@ def logs_of(message: str) -> str:
 def test_a_fault_that_a_restart_would_repeat_is_handed_on(task: WorkerTask) -> None:
     progress = RecordedProgress()
     with started({}) as (workers, _):
-        outcome = run_with_retries(task, workers, progress)
+        outcome = run_with_retries(task, workers, progress, prepare_again)
     assert outcome["status"] == "failed" and outcome["exit_code"] == 1
     assert "no longer exists" in str(outcome["error"])
     assert progress.statuses == []
@@ -94,7 +98,7 @@ def test_a_worker_that_ends_without_a_word(task: WorkerTask) -> None:
     progress = RecordedProgress()
     with started({}, max_failures=1) as (workers, (_, second)):
         second.send_signal(signal.SIGSEGV)
-        outcome = run_with_retries(task, workers, progress)
+        outcome = run_with_retries(task, workers, progress, prepare_again)
     (line,) = progress.statuses
     assert line.startswith("restarting the workers: worker 1 was ended by SIGSEGV")
     logs_of(line)  # kept, though the run went on
@@ -109,7 +113,7 @@ def test_the_message_of_a_failed_worker_names_its_output(task: WorkerTask, tmp_p
         started({"PYTHONPATH": before_all_else(tmp_path)}, max_failures=0) as (workers, _),
         pytest.raises(RunError, match=r"worker 0 failed: ModuleNotFoundError: import of") as error,
     ):
-        run_with_retries(task, workers, SILENT)
+        run_with_retries(task, workers, SILENT, prepare_again)
     assert logs_of(str(error.value)).count("Traceback") == 2
 
 
@@ -120,7 +124,9 @@ def test_a_file_of_the_current_folder_is_not_taken_for_a_library(
     (tmp_path / "torch.py").write_text("raise SystemError('not this one')", encoding="utf-8")
     monkeypatch.chdir(tmp_path)
     with started({}, max_failures=0) as (workers, _):
-        assert "no longer exists" in str(run_with_retries(task, workers, SILENT)["error"])
+        assert "no longer exists" in str(
+            run_with_retries(task, workers, SILENT, prepare_again)["error"]
+        )
 
 
 def test_workers_end_when_their_driver_does(tmp_path: Path) -> None:
@@ -145,7 +151,7 @@ def test_what_a_worker_started_ends_with_it(task: WorkerTask, tmp_path: Path) ->
         left = [*first.children(), *second.children()]
         second.kill()
         with pytest.raises(RunError, match="worker 1 was ended by SIGKILL"):
-            run_with_retries(task, workers, SILENT)
+            run_with_retries(task, workers, SILENT, prepare_again)
     assert [child.cmdline() for child in left if is_alive(child)] == []
 
 
@@ -192,11 +198,24 @@ def test_a_reward_may_fork(tmp_path: Path) -> None:
     assert printed == b"for the log\n"
 
 
+@pytest.mark.usefixtures("forked")
+def test_a_worker_that_is_stopped_before_it_meets_the_others(
+    task: WorkerTask, tmp_path: Path
+) -> None:
+    """The other one says where it waits."""
+    with started({}, hang_timeout=0.5, max_failures=0) as (workers, (_, second)):
+        second.suspend()
+        with pytest.raises(RunError, match="worker 1 is stopped, by SIGSTOP or a debugger"):
+            run_with_retries(task, workers, SILENT, prepare_again)
+    stacks = "".join(path.read_text("utf-8") for path in (tmp_path / "run/stacks").iterdir())
+    assert "join_group" in stacks and "This worker cannot give its stacks." in stacks
+
+
 def test_a_stop_before_the_workers_train(task: WorkerTask) -> None:
     with started({}) as (workers, _):
         workers.stop.requested.set()
         began = time.monotonic()
-        assert run_with_retries(task, workers, SILENT)["status"] == "stopped"
+        assert run_with_retries(task, workers, SILENT, prepare_again)["status"] == "stopped"
         assert time.monotonic() - began < DEADLINE
 
 
@@ -206,10 +225,7 @@ def test_a_stop_before_the_workers_train(task: WorkerTask) -> None:
         (0.0, "auto", ["cpu", "cpu"], None),
         (0.0, 0, ["cpu", "cpu"], ""),
         (1.0, "auto", ["cuda:0", "cuda:1"], None),
-        (2.0, 2, ["cuda:0", "cuda:2"], None),
-        (1.5, 1.5, ["cuda:0", "cuda:2"], None),
-        (0.5, 0.5, ["cuda:0", "cuda:0"], None),
-        (0.6, 0.6, ["cuda:0", "cuda:1"], None),
+        (1.0, 1, ["cuda:0", "cuda:1"], None),
     ],
 )
 def test_each_worker_has_a_device(
@@ -237,7 +253,15 @@ def test_each_worker_has_a_device(
 
 @pytest.mark.parametrize(
     ("visible", "count"),
-    [("0,3", 2), ("", 0), ("-1", 0), ("GPU-5a", 1), ("0,1,2,3,4", 4), ("MIG-1,MIG-2", 2)],
+    [
+        ("0,3", 2),
+        ("", 0),
+        ("-1", 0),
+        ("GPU-5a", 1),
+        ("0,1,2,3,4", 4),
+        ("MIG-1,MIG-2", 1),
+        ("1,-1,2", 1),
+    ],
 )
 def test_gpus_that_the_user_hides_do_not_count(
     visible: str, count: int, monkeypatch: pytest.MonkeyPatch

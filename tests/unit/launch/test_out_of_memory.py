@@ -1,7 +1,8 @@
 """Out of memory: the microbatch is halved, and the steps stay the same."""
 
 import json
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,10 +10,18 @@ import pytest
 import torch
 from support.guarded import assert_same, losses, recipe, run_to_the_end, spoil
 from support.trials import reports_of, trial_of
+from torch.distributed import DistBackendError
 
 from finray.training.common.errors import RunError
+from finray.training.common.progress import SILENT
+from finray.training.config.recipe import Recipe
 from finray.training.data.batching import Batch
-from finray.training.engine.failures import is_out_of_memory
+from finray.training.launch.in_process import InProcessLauncher
+from finray.training.models.devices import Room
+from finray.training.models.out_of_memory import in_fitting_parts, is_out_of_memory
+from finray.training.objectives.cross_entropy import TokenObjective
+from finray.training.objectives.objective import Loss
+from finray.training.run import _placed, train
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 MESSAGE = "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 79 GiB"
@@ -85,28 +94,149 @@ def test_with_one_row_it_says_what_to_change(
     record = record_of(tmp_path / "run")
     assert record["status"] == "failed" and record["micro_batch_size"] == 1
     assert len(record["restarts"]) == 2  # 3, 2, 1
+    with monkeypatch.context() as recomputed:
+        spoil(recomputed, holds(0))
+        with pytest.raises(RunError, match=r"To save memory: a shorter data.max_length, "):
+            run_to_the_end(settings.with_placement(3, True))
     spoil(monkeypatch, holds(1))
     assert len(run_to_the_end(settings)["restarts"]) == 2
 
 
-@pytest.mark.parametrize(
-    ("error", "is_memory"),
-    [
-        (torch.OutOfMemoryError(MESSAGE), True),
-        (
-            RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be"),
-            True,
-        ),
-        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate"), True),
-        (
-            RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"),
-            True,
-        ),
-        (RuntimeError("expected all tensors to be on the same device"), False),
-    ],
+SIGNS = {
+    "cuda": RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be"),
+    "torch": torch.OutOfMemoryError(MESSAGE),
+    "driver": RuntimeError("CUDA driver error: CUDA_ERROR_OUT_OF_MEMORY"),
+    "runtime": RuntimeError("CUDA failure 2: cudaErrorMemoryAllocation"),
+    "cublas": RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate"),
+    "cublas start": RuntimeError("CUDA error: CUBLAS_STATUS_NOT_INITIALIZED when calling `cubla"),
+    "cudnn": RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"),
+    "cudnn 9": RuntimeError("CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED"),
+    "cusolver": RuntimeError("cusolver error: CUSOLVER_STATUS_ALLOC_FAILED, when calling"),
+    "nccl": DistBackendError(
+        "NCCL error in: ProcessGroupNCCL.cpp:94, unhandled cuda error, NCCL version 2.27.3\n"
+        "Last error:\nCuda failure 2 'out of memory'"
+    ),
+    "nccl buffers": DistBackendError("Last error:\nFailed to CUDA calloc async 608 bytes"),
+    "bitsandbytes": RuntimeError("Error out of memory at line 380 in file /src/csrc/pythonIn"),
+    "hip": RuntimeError("HIP error: hipErrorOutOfMemory"),
+    "rocblas": RuntimeError("rocblas_status_memory_error"),
+    "xpu": RuntimeError("level_zero backend failed with UR_RESULT_ERROR_OUT_OF_DEVICE_MEMORY"),
+    "mps": RuntimeError("MPS backend out of memory (MPS allocated: 17.90 GB)"),
+    "host": RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried"),
+    "windows": RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate"),
+    "c++": RuntimeError("std::bad_alloc"),
+    "python": MemoryError(),
+    "numpy": MemoryError("Unable to allocate 7.45 GiB for an array with shape (1000000000,)"),
+}
+OTHERS = (
+    RuntimeError("expected all tensors to be on the same device"),
+    RuntimeError("out of resource: shared memory, Required: 147456, Hardware limit: 101376"),
+    RuntimeError("CUDA error: an illegal memory access was encountered"),
+    RuntimeError("CUDA error: CUBLAS_STATUS_EXECUTION_FAILED when calling `cublasGemmEx`"),
+    RunError("out of memory with one of the completions at a time"),
 )
-def test_which_errors_are_meant(error: RuntimeError, is_memory: bool) -> None:
-    assert is_out_of_memory(error) == is_memory
+
+
+@pytest.mark.parametrize("name", SIGNS)
+def test_the_signs_of_a_lack_of_memory(name: str) -> None:
+    assert is_out_of_memory(SIGNS[name])
+    wrapped = RuntimeError("a library's own words")
+    wrapped.__cause__ = SIGNS[name]
+    assert is_out_of_memory(wrapped)
+
+
+@pytest.mark.parametrize("error", OTHERS, ids=str)
+def test_other_errors_are_none(error: Exception) -> None:
+    assert not is_out_of_memory(error)
+
+
+def test_parts_are_halved_until_they_fit() -> None:
+    """The results are those of the items, in their order."""
+    sizes: list[int] = []
+
+    def compute(part: Sequence[int]) -> list[int]:
+        sizes.append(len(part))
+        if len(part) > 3:
+            raise torch.OutOfMemoryError(MESSAGE)
+        return [item * item for item in part]
+
+    results, size = in_fitting_parts(range(11), 10, compute, "answers", "less helps")
+    assert results == [item * item for item in range(11)]
+    assert size == 3 and sizes == [10, 5, 3, 3, 3, 2]
+
+    def nothing_fits(part: Sequence[int]) -> list[int]:
+        raise torch.OutOfMemoryError(MESSAGE)
+
+    with pytest.raises(RunError, match=r"with one of the answers at a time \(CUDA .*; less helps"):
+        in_fitting_parts(range(4), 4, nothing_fits, "answers", "less helps")
+
+
+def test_an_evaluation_gets_smaller_batches_and_the_step_stays(
+    tiny_model: Path, chat_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The result equals that of a run with memory; the microbatch is not touched."""
+    original = TokenObjective.loss
+
+    def loss(self: Any, model: torch.nn.Module, batch: Batch, measured: bool) -> Loss:
+        if not model.training and len(batch.inputs["input_ids"]) > 1:
+            raise RuntimeError(str(SIGNS["cublas"]))
+        return original(self, model, batch, measured)
+
+    def run(name: str) -> dict[str, Any]:
+        values = recipe(tiny_model, chat_file, tmp_path, name, max_steps=6).model_dump(mode="json")
+        values["data"]["eval"] = [{"path": str(chat_file)}]
+        return run_to_the_end(Recipe.model_validate(values))
+
+    whole = run("whole")
+    monkeypatch.setattr(TokenObjective, "loss", loss)
+    record = run("run")
+    assert_same(tmp_path / "run", tmp_path / "whole")
+    assert record["evaluation_parts"] == 4 and "micro_batch_size" not in record
+    reasons = [restart["reason"] for restart in record["restarts"]]
+    assert [re.sub(r"\(.*\)", "()", reason) for reason in reasons] == [
+        f"out of memory () in the evaluation; continuing with its batches divided by {parts}"
+        for parts in (2, 4)
+    ]
+    name = "eval_loss"
+    assert record["metrics"][name] == pytest.approx(whole["metrics"][name], abs=1e-5)
+
+
+def test_a_model_that_cannot_be_loaded_is_not_loaded_again(
+    tiny_model: Path, chat_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = [0]
+
+    def load(*_: Any, **__: Any) -> None:
+        calls[0] += 1
+        raise torch.OutOfMemoryError(MESSAGE)
+
+    monkeypatch.setattr("finray.training.engine.worker.load_model", load)
+    with pytest.raises(RunError, match=r"^out of memory \(CUDA .*\) while loading, where a .*nf4"):
+        run_to_the_end(recipe(tiny_model, chat_file, tmp_path, "run"))
+    assert calls == [1] and record_of(tmp_path / "run")["status"] == "failed"
+
+
+def test_what_the_memory_decides_is_kept_for_the_next_start(
+    tiny_model: Path, chat_file: Path, tmp_path: Path
+) -> None:
+    """Decided before the first start by the GPU; another GPU changes nothing."""
+    values = recipe(tiny_model, chat_file, tmp_path, "run", max_steps=4).model_dump(mode="json")
+    values["optim"]["micro_batch_size"] = "auto"
+    values["model"]["gradient_checkpointing"] = "auto"
+    settings = Recipe.model_validate(values)
+    fixed = recipe(tiny_model, chat_file, tmp_path, "fixed", max_steps=4, micro_batch_size=8)
+    run_to_the_end(fixed)
+    large, small = (InProcessLauncher(room=Room(size)) for size in (2**40, 2**20))
+    record = train(settings, large)
+    assert record["decided"] == {"micro_batch_size": 8, "gradient_checkpointing": False}
+    assert_same(tmp_path / "run", tmp_path / "fixed")
+    longer = settings.model_copy(
+        update={"optim": settings.optim.model_copy(update={"max_steps": 6, "schedule": "constant"})}
+    )
+    assert _placed(longer, record, small.room, SILENT)[1] == record["decided"]
+    without = _placed(settings, None, None, SILENT)[1]
+    assert without == {"micro_batch_size": 4, "gradient_checkpointing": False}
+    assert _placed(fixed.with_placement(2, True), None, large.room, SILENT)[1] == {}
 
 
 def test_another_error_is_not_tried_again(

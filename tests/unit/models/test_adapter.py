@@ -75,7 +75,7 @@ def saved(tiny_model: Path, tmp_path: Path) -> Path:
         ({"modules_to_save": ["embed"]}, r"modules_to_save: 'embed'.*embed_tokens"),
         ({"rank_pattern": {"q_prj": 2}}, r"rank_pattern: 'q_prj' matches no target.*q_proj"),
         ({"alpha_pattern": {"lm_head": 2}}, r"alpha_pattern: 'lm_head' matches no target"),
-        ({"targets": ["self_attn"]}, r"adapter: .*not supported"),
+        ({"targets": ["self_attn"]}, r"'self_attn' is a LlamaAttention, .* no adapter; .* q_proj"),
     ],
 )
 def test_names_that_match_nothing(tiny_model: Path, adapter: dict[str, Any], message: str) -> None:

@@ -1,27 +1,15 @@
-"""Loading of models: trained weights, initial weights, and packing."""
+"""Loading of models: trained weights, and initial weights."""
 
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from transformers import (
-    AutoModelForCausalLM,
-    BloomConfig,
-    BloomForCausalLM,
-    Lfm2Config,
-    Lfm2ForCausalLM,
-)
+from transformers import AutoModelForCausalLM
 
 from finray.training.common.errors import InputError
 from finray.training.config.recipe import Recipe
-from finray.training.models.loading import (
-    check_packing_isolation,
-    count_meta_parameters,
-    count_parameters,
-    forward_arguments,
-    load_model,
-)
+from finray.training.models.loading import count_meta_parameters, count_parameters, load_model
 
 # peft calls a name that transformers has renamed.
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
@@ -74,29 +62,3 @@ def test_weights_that_are_not_safetensors_are_refused(tiny_model: Path, tmp_path
     model.config.save_pretrained(tmp_path)
     with pytest.raises(InputError, match=r"model\.base: cannot load"):
         load_model(recipe(tmp_path))
-
-
-def test_attention_models_may_be_packed(tiny_model: Path) -> None:
-    check_packing_isolation(load_model(recipe(tiny_model)))
-
-
-def test_convolutions_may_not_be_packed() -> None:
-    config = Lfm2Config(
-        vocab_size=64,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        layer_types=["conv", "full_attention"],
-    )
-    with pytest.raises(InputError, match="lfm2 model mixes the documents"):
-        check_packing_isolation(Lfm2ForCausalLM(config))
-
-
-def test_a_model_without_positions_trains_unpacked_only() -> None:
-    config = BloomConfig(vocab_size=64, hidden_size=32, n_layer=1, n_head=4)
-    model = BloomForCausalLM(config)
-    assert "position_ids" not in forward_arguments(model)
-    with pytest.raises(InputError, match=r"data\.packing: false"):
-        check_packing_isolation(model)

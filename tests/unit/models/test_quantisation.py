@@ -11,10 +11,15 @@ from bitsandbytes.functional import dequantize_4bit
 from bitsandbytes.nn import Linear4bit, Linear8bitLt
 from torch import multiprocessing
 from torch.nn.parallel import DistributedDataParallel
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
+from finray.training.config.models import LoraAdapter
 from finray.training.config.recipe import Recipe
 from finray.training.models.loading import count_meta_parameters, count_parameters, load_model
+from finray.training.models.matrices import matrices
+from finray.training.models.quantiser import plan_quantisation
+from finray.training.models.shrunk import shrink
+from finray.training.models.targets import choose_targets
 
 # peft calls a name that transformers has renamed.
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
@@ -147,3 +152,47 @@ def test_two_workers_share_a_quantised_base(
         for name, gradient in saved["gradients"].items():
             expected_gradient = expected[name.removeprefix("module.")]
             torch.testing.assert_close(gradient, expected_gradient, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("kind", "leaf", "place"),
+    [
+        ("mamba2", "out_proj", "packed"),  # a kernel gets its weight
+        ("mamba2", "in_proj", "layers"),
+        ("gemma3n_text", "correction_coefs", "packed"),
+        ("gemma3n_text", "prediction_coefs", "nowhere"),  # its weight is clamped in every step
+    ],
+)
+def test_weights_that_are_read_past_their_layer_are_packed(
+    kind: str, leaf: str, place: str
+) -> None:
+    small = shrink(AutoConfig.for_model(kind), vocabulary=96)
+    with torch.device("meta"):
+        plan = plan_quantisation(AutoModelForCausalLM.from_config(small))
+    places = {
+        "layers": any(name.endswith(f".{leaf}") for name in plan.layers),
+        "packed": any(name.endswith(f".{leaf}.weight") for name in plan.packed),
+    }
+    assert [name for name, holds in places.items() if holds] == [place] * (place != "nowhere")
+
+
+@pytest.mark.parametrize(
+    ("kind", "config", "handed"),
+    [
+        ("mamba", {"num_hidden_layers": 1}, {"x_proj", "dt_proj", "out_proj"}),
+        ("bamba", {"num_hidden_layers": 1}, {"out_proj"}),
+        ("jamba", {"num_hidden_layers": 1}, {"dt_proj"}),
+        ("bloom", {"n_layer": 1}, set()),
+    ],
+)
+def test_weights_that_go_to_a_kernel_get_no_adapter(
+    kind: str, config: dict[str, Any], handed: set[str]
+) -> None:
+    """It would be passed over."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **config))
+    targets = choose_targets(model, LoraAdapter())
+    left = [
+        m for m in matrices(model) if m.kind != "head" and not {m.name, m.weight} & targets.names
+    ]
+    assert {m.module.rpartition(".")[2] for m in left if m.kind != "router"} == handed

@@ -13,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from support.cases import mostly_slow
+from support.mixtures import saved_mixture
 from support.steps import by_workers, make_sequences, make_setup, one_step
 from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
@@ -45,8 +46,8 @@ LOW: dict[str, dict[str, Any]] = {
 }
 
 
-def make_recipe(base: Path, kind: str, workers: int, **optim: Any) -> Recipe:
-    parts = (KINDS | LOW)[kind]
+def make_recipe(base: Path, kind: str | dict[str, Any], workers: int, **optim: Any) -> Recipe:
+    parts = (KINDS | LOW)[kind] if isinstance(kind, str) else kind
     return Recipe.model_validate(
         {
             "name": "x",
@@ -102,6 +103,32 @@ def test_the_step_is_that_of_one_process(
         return {"gradients": measured, "logged": values}
 
     for saved in by_workers(workers, tmp_path, work):
+        assert saved["logged"] == pytest.approx(logged, abs=1e-5)
+        assert_close(saved["gradients"], expected, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("strategy", "quantize"), [("fsdp", "none"), ("ddp", "nf4")])
+def test_experts_over_workers(tmp_path: Path, strategy: str, quantize: str) -> None:
+    """Their gradients and their load are those of one process."""
+    base = saved_mixture("qwen3_moe", tmp_path / "base", vocab_size=256)
+    parts = {"adapter": {"rank": 4}, "model": {"quantize": quantize}}
+    whole = make_recipe(base, parts, 0)
+    rows = make_sequences(BATCH)
+    expected, logged, _ = one_step(make_model(whole), whole, rows, tmp_path, 0, 1)
+    assert logged["expert_load"] > 1
+    settings = make_recipe(base, parts, 2)
+    scale = settings.scale.model_copy(update={"strategy": strategy})
+    settings = settings.model_copy(update={"scale": scale})
+
+    def work(rank: int, world_size: int) -> dict[str, Any]:
+        measured, values, _ = one_step(
+            make_model(settings), settings, rows, tmp_path, rank, world_size
+        )
+        names = {name.removeprefix("module."): value for name, value in measured.items()}
+        return {"gradients": names, "logged": values}
+
+    for saved in by_workers(2, tmp_path, work):
         assert saved["logged"] == pytest.approx(logged, abs=1e-5)
         assert_close(saved["gradients"], expected, atol=1e-5, rtol=1e-4)
 
@@ -185,12 +212,17 @@ def state_of(checkpoint: Path) -> dict[str, torch.Tensor]:
     return state | load_file(next(checkpoint.glob("*.safetensors")))
 
 
-CHAIN = [(1, "auto"), (2, "fsdp"), (4, "fsdp"), (2, "ddp"), (2, "fsdp"), (1, "auto")]
+SHORT = ((1, "auto"), (2, "fsdp"), (2, "ddp"), (1, "auto"))
+CHAIN = ((1, "auto"), (2, "fsdp"), (4, "fsdp"), (2, "ddp"), (2, "fsdp"), (1, "auto"))
 
 
-@pytest.mark.parametrize("kind", mostly_slow(["full", "bfloat16"], quick={"full"}))
+@pytest.mark.parametrize(
+    ("kind", "groups"),
+    mostly_slow([("full", SHORT), ("full", CHAIN), ("bfloat16", CHAIN)], quick={("full", SHORT)}),
+    ids=lambda value: value if isinstance(value, str) else f"{len(value)}-groups",
+)
 def test_a_checkpoint_belongs_to_no_number_of_workers(
-    tiny_model: Path, tmp_path: Path, kind: str
+    tiny_model: Path, tmp_path: Path, kind: str, groups: tuple[tuple[int, str], ...]
 ) -> None:
     """Several groups of workers continue one run: the checkpoints and steps are the same.
 
@@ -200,10 +232,10 @@ def test_a_checkpoint_belongs_to_no_number_of_workers(
     alone, chain = tmp_path / "alone", tmp_path / "chain"
     alone.mkdir()
     chain.mkdir()
-    expected = train(settings, alone, 0, 1, range(len(CHAIN)))
+    expected = train(settings, alone, 0, 1, range(len(groups)))
     losses: list[float] = []
     norms: list[float] = []
-    for step, (workers, strategy) in enumerate(CHAIN):
+    for step, (workers, strategy) in enumerate(groups):
         scale = settings.scale.model_copy(update={"workers": workers, "strategy": strategy})
         scaled = settings.model_copy(update={"scale": scale})
 
@@ -226,10 +258,10 @@ def test_a_checkpoint_belongs_to_no_number_of_workers(
             assert_close(written, state_of(chain / f"step-{step}"), atol=0, rtol=0)
     rounding = 1e-2 if kind == "bfloat16" else 1e-5
     assert losses == pytest.approx(expected["losses"], abs=rounding)
-    assert len(set(losses)) == len(CHAIN)
+    assert len(set(losses)) == len(groups)
     if kind != "bfloat16":
         assert norms == pytest.approx(expected["norms"], rel=1e-4)
-        chained, single = (state_of(folder / f"step-{len(CHAIN)}") for folder in (chain, alone))
+        chained, single = (state_of(folder / f"step-{len(groups)}") for folder in (chain, alone))
         assert_close(chained, single, atol=1e-5, rtol=1e-4)
 
 

@@ -15,11 +15,9 @@ from finray.training.config.methods import (
     Method,
     SimpoMethod,
 )
-from finray.training.data.batching import IGNORED
 from finray.training.objectives.cpo import cpo_loss, simpo_loss
 from finray.training.objectives.dpo_losses import PAIR_LOSSES, Pairs
 from finray.training.objectives.kto import answer_losses
-from finray.training.objectives.logprobs import token_log_probabilities
 from finray.training.objectives.orpo import log_odds_ratio
 from finray.training.objectives.preference import Answers
 
@@ -162,35 +160,6 @@ def test_odds_ratio() -> None:
     assert actual[:2].tolist() == pytest.approx(expected_ratios, rel=1e-5)
     actual.sum().backward()
     assert torch.isfinite(actual).all() and torch.isfinite(chosen.grad).all()
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("vocabulary", [17, 400_000])
-def test_token_log_probabilities(dtype: torch.dtype, vocabulary: int) -> None:
-    """Values and gradient equal those of log_softmax in float32, with several parts of rows."""
-    torch.manual_seed(0)
-    logits = torch.randn(2, 4, vocabulary).to(dtype).requires_grad_()
-    targets = torch.randint(0, vocabulary, (2, 4))
-    targets[0, :2] = IGNORED
-    is_trained = targets != IGNORED
-    reference = logits.detach().float().requires_grad_()
-    expected = (
-        reference.log_softmax(-1).gather(2, targets.clamp(min=0)[..., None]).squeeze(2) * is_trained
-    )
-    upstream = torch.randn(2, 4)
-    actual = token_log_probabilities(logits, targets)
-    torch.testing.assert_close(actual, expected, atol=1e-5, rtol=1e-5)
-    actual.backward(upstream)
-    expected.backward(upstream)
-    assert logits.grad is not None and reference.grad is not None
-    tolerance = 1e-6 if dtype == torch.float32 else 1e-2
-    torch.testing.assert_close(logits.grad.float(), reference.grad, atol=tolerance, rtol=tolerance)
-
-
-def test_no_target_has_a_graph_and_no_gradient() -> None:
-    logits = torch.randn(1, 1, 5, requires_grad=True)
-    token_log_probabilities(logits, torch.full((1, 1), IGNORED)).sum().backward()
-    assert logits.grad is not None and not logits.grad.any()
 
 
 @pytest.mark.parametrize(

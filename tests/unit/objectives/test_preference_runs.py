@@ -3,8 +3,10 @@
 import json
 import shutil
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -16,6 +18,8 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from finray.training.common.errors import InputError
 from finray.training.config.recipe import Recipe, load_recipe
 from finray.training.launch.in_process import InProcessLauncher
+from finray.training.objectives.objective import Setup
+from finray.training.objectives.precomputed import _key
 from finray.training.run import train
 
 # peft calls a name that transformers has renamed.
@@ -98,6 +102,12 @@ def references(storage: Path) -> list[Path]:
     return sorted(storage.glob("prepared/*/reference-*.parquet"))
 
 
+def flip_a_bit(file: Path, at: int) -> None:
+    content = bytearray(file.read_bytes())
+    content[at] ^= 1
+    file.write_bytes(content)
+
+
 PRECOMPUTED = {"kind": "dpo", "precompute_reference": True}
 RESUMED: list[tuple[dict[str, Any], bool]] = [
     ({"method": {"kind": "dpo"}}, True),
@@ -109,7 +119,7 @@ RESUMED: list[tuple[dict[str, Any], bool]] = [
     ({"method": {"kind": "kto"}, "adapter": {"rank": 4, "dropout": 0.1}}, True),
     ({"method": {"kind": "reward"}}, True),
 ]
-"""Recipes, and whether the precomputed reference still fits them."""
+"""Recipes, and whether the file of the precomputed reference is still intact."""
 
 
 @pytest.mark.parametrize(
@@ -131,9 +141,12 @@ def test_a_resumed_run_ends_the_same(
     assert len(references(tmp_path)) == int(precomputes)
     interrupted(folder)
     if not keeps_reference:
-        references(tmp_path)[0].unlink()
+        intact = references(tmp_path)[0].read_bytes()
+        flip_a_bit(references(tmp_path)[0], len(intact) // 3)
     run(recipe)
     assert lines(folder) == undisturbed
+    if not keeps_reference:
+        assert pq.read_table(references(tmp_path)[0]).equals(pq.read_table(pa.BufferReader(intact)))
     again = tensors(folder)
     assert weights.keys() == again.keys()
     assert all(torch.equal(tensor, again[name]) for name, tensor in weights.items())
@@ -151,7 +164,7 @@ def test_a_precomputed_reference(
         # At the start all rewards are 0, but for what rounding makes of them.
         tied = ("reward_accuracy",) if actual["step"] == 1 else ()
         assert {k: v for k, v in actual.items() if k not in tied} == pytest.approx(
-            {k: v for k, v in expected.items() if k not in tied}, abs=1e-4, rel=1e-4
+            {k: v for k, v in expected.items() if k not in tied}, abs=1e-4, rel=5e-3
         )
     (file,) = references(tmp_path)
     table = pq.read_table(file).to_pylist()
@@ -162,6 +175,68 @@ def test_a_precomputed_reference(
     named = recipe.method.model_copy(update={"reference_model": str(folder / "adapter")})
     run(recipe.model_copy(update={"name": "named", "method": named}))
     assert len(references(tmp_path)) == 2
+
+
+def first_loss(folder: Path) -> float:
+    return float(next(line["loss"] for line in lines(folder) if "loss" in line))
+
+
+def test_each_start_of_an_adapter_has_its_own_reference(
+    tiny_model: Path, pairs: Path, tmp_path: Path
+) -> None:
+    """A model that starts as its reference has a first loss of log 2, whatever ran before."""
+    for rank in (4, 32):
+        recipe = make_recipe(
+            tiny_model,
+            pairs,
+            tmp_path,
+            name=f"rank-{rank}",
+            model={"base": str(tiny_model), "quantize": "nf4"},
+            adapter={"rank": rank, "init": "loftq"},
+            method=PRECOMPUTED,
+            optim={"learning_rate": 1e-4, "max_steps": 1, "batch_size": 8, "micro_batch_size": 8},
+        )
+        assert first_loss(run(recipe)) == pytest.approx(0.693147, abs=1e-4)
+    assert len(references(tmp_path)) == 2
+
+
+STARTS: list[dict[str, Any]] = [
+    {},
+    {"rank": 8},
+    {"alpha": 4},
+    {"targets": ["q_proj"]},
+    {"rank_pattern": {"q_proj": 2}},
+    {"alpha_pattern": {"q_proj": 2}},
+    {"rslora": True},
+    {"modules_to_save": ["norm"]},
+]
+"""Settings of an adapter, each of which changes what loftq starts from."""
+
+
+def keys(base: Path, settings: list[dict[str, Any]], **changes: Any) -> list[str]:
+    prepared = SimpleNamespace(manifest=SimpleNamespace(fingerprint="f"))
+    recipes = [
+        make_recipe(base, Path("/x"), Path("/x"), adapter=each, method=PRECOMPUTED, **changes)
+        for each in settings
+    ]
+    setups = [cast(Setup, SimpleNamespace(recipe=r, prepared=prepared)) for r in recipes]
+    return [_key(setup, None) for setup in setups]
+
+
+def test_the_key_of_a_reference_covers_what_it_depends_on(tiny_model: Path, tmp_path: Path) -> None:
+    quantised = {"base": str(tiny_model), "quantize": "nf4"}
+    starts = [{**each, "init": "loftq"} for each in STARTS]
+    assert len(set(keys(tiny_model, starts, model=quantised))) == len(STARTS)
+    # Without an own start every adapter is compared with the same base.
+    (plain,) = set(keys(tiny_model, STARTS))
+    assert keys(tiny_model, [{}], seed=5) == [plain]
+    moved = shutil.copytree(tiny_model, tmp_path / "moved")
+    assert keys(moved, [{}]) == [plain]
+    config = json.loads((moved / "config.json").read_bytes())
+    (moved / "config.json").write_text(json.dumps({**config, "rms_norm_eps": 0.1}))
+    assert keys(moved, [{}]) != [plain]
+    for model in ({"quantize": "nf4"}, {"dtype": "bfloat16"}, {"attention": "eager"}):
+        assert keys(tiny_model, [{}], model={"base": str(tiny_model), **model}) != [plain]
 
 
 def test_a_named_reference(tiny_model: Path, pairs: Path, direct: Path, tmp_path: Path) -> None:

@@ -1,5 +1,7 @@
 """Checkpoints: the newest good one is chosen, damaged ones are named, and the best one is kept."""
 
+import json
+import math
 from pathlib import Path
 
 import pytest
@@ -99,6 +101,13 @@ def test_rotation_keeps_the_last_and_the_best(root: Folder, tmp_path: Path) -> N
     assert root.names() == ["step-00000002", "step-00000004", "step-00000005"]
 
 
+def test_a_value_that_is_not_finite_is_never_the_best(root: Folder, tmp_path: Path) -> None:
+    for step, loss in ((1, math.nan), (2, 2.0), (3, 1.0), (4, math.inf)):
+        save(root, tmp_path, step, loss=loss)
+    assert checkpoint.best(root, WATCHED) == "step-00000003"
+    assert checkpoint.best(root, Metric("eval_loss", "max")) == "step-00000002"
+
+
 def test_rotation_never_counts_an_unfinished_checkpoint(root: Folder, tmp_path: Path) -> None:
     for step in (1, 2, 3):
         save(root, tmp_path, step)
@@ -107,3 +116,62 @@ def test_rotation_never_counts_an_unfinished_checkpoint(root: Folder, tmp_path: 
     assert root.names() == ["step-00000002", "step-00000003"]
     save(root, tmp_path, 4)
     assert checkpoint.rotate(root, 1, WATCHED) == ["step-00000002", "step-00000003"]
+
+
+MANIFESTS: list[object] = [
+    {"files": []},
+    {"files": {"weights.safetensors": 3}},
+    {"files": {"../weights.safetensors": "x"}},
+    {"files": {"/etc/passwd": "x"}},
+    {"files": {}, "world_size": "two"},
+    {"files": {}, "world_size": 0},
+    {"files": {}, "metrics": [1]},
+    {"files": {}, "metrics": {"eval_loss": "low"}},
+    {"files": {}, "format": "x"},
+    [1],
+    None,
+]
+"""What a manifest may not be."""
+
+
+@pytest.mark.parametrize("manifest", MANIFESTS, ids=str)
+def test_a_manifest_of_other_types_is_damage(
+    root: Folder, tmp_path: Path, manifest: object
+) -> None:
+    save(root, tmp_path, 5, loss=1.0)
+    save(root, tmp_path, 10, loss=2.0)
+    root.write("step-00000010/rank-0.json", json.dumps(manifest).encode())
+    choice = checkpoint.choose(root)
+    assert choice.step == 5
+    assert choice.skipped == ("step-00000010: damaged, rank-0.json cannot be read",)
+    assert checkpoint.best(root, WATCHED) == "step-00000005"
+    checkpoint.rotate(root, 1, WATCHED)
+
+
+def test_more_ranks_than_manifests_is_unfinished(root: Folder, tmp_path: Path) -> None:
+    save(root, tmp_path, 5)
+    root.write("step-00000005/rank-0.json", b'{"files": {}, "world_size": 1000000000}')
+    assert "unfinished" in checkpoint.choose(root).skipped[0]
+
+
+def test_files_and_folders_in_each_others_place(root: Folder, tmp_path: Path) -> None:
+    save(root, tmp_path, 5)
+    save(root, tmp_path, 10)
+    root.delete("step-00000010/weights.safetensors")
+    (root / "step-00000010" / "weights.safetensors").create()
+    root.write("step-00000011", b"a file")
+    choice = checkpoint.choose(root)
+    assert choice.step == 5 and len(choice.skipped) == 2
+    assert "weights.safetensors is missing" in choice.skipped[1]
+
+
+def test_a_diverged_metric_is_no_damage(root: Folder, tmp_path: Path) -> None:
+    save(root, tmp_path, 5, loss=float("nan"))
+    assert checkpoint.choose(root).step == 5
+
+
+def test_a_checkpoint_that_could_not_be_loaded_is_passed_over(root: Folder, tmp_path: Path) -> None:
+    for step in (5, 10):
+        save(root, tmp_path, step)
+    choice = checkpoint.choose(root, {"step-00000010": "unusable, x"})
+    assert choice == checkpoint.Choice("step-00000005", 5, ("step-00000010: unusable, x",))

@@ -1,20 +1,26 @@
 """Rewards: values of functions, messages of failures, and texts for classifiers."""
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from finray.training.common.errors import InputError, RunError
-from finray.training.config.rewards import FunctionReward, ModelReward, resolve_reward
+from finray.training.config.rewards import FunctionReward, ModelReward, TrlReward, resolve_reward
 from finray.training.data.examples import rules_of
 from finray.training.data.shapes import Completion, Conversation, Question
+from finray.training.data.stream import Sequence
 from finray.training.rl.rewards.classifiers import load_classifier
 from finray.training.rl.rewards.functions import UserFunctionReward
 from finray.training.rl.rewards.reward import Completions, columns_of
+from finray.training.rl.rollouts.rollout import Rollout
+from finray.training.rl.scoring import _completions
 
 ASKED = Completions(
     prompts=["one?", "two?", "three?"],
@@ -48,6 +54,10 @@ def test_a_function_gets_what_trl_gives() -> None:
         ("    return ['good' if c == '22' else 1.0 for c in completions]\n", "of type str"),
         ("    return [1 / (len(c) - 2) for c in completions]\n", "ZeroDivisionError"),
         ("    return [1.0] * (len(completions) - ('22' in completions))\n", "rewards for"),
+        (
+            "    import sys\n    return [sys.exit() if c == '22' else 1.0 for c in completions]\n",
+            "the function called sys.exit(None)",
+        ),
     ],
 )
 def test_a_failure_shows_its_completion(body: str, reason: str) -> None:
@@ -71,10 +81,74 @@ def test_the_traceback_is_the_users() -> None:
     assert "functions.py" not in message
 
 
-@pytest.mark.parametrize("returned", ["None", "1.0", "'111'", "{1: 1.0}"])
-def test_what_is_no_list(returned: str) -> None:
-    with pytest.raises(RunError, match="expected a list of floats"):
-        function(f"    return {returned}\n").score(ASKED)
+@pytest.mark.parametrize(
+    ("returned", "kind"),
+    [
+        ("None", "NoneType"),
+        ("1.0", "float"),
+        ("'111'", "str"),
+        ("{1: 1.0, 2: 2.0, 3: 3.0}", "dict"),
+        ("{0.1, 0.2, 0.3}", "set"),
+        ("frozenset({0.1, 0.2, 0.3})", "frozenset"),
+        ("{1: 1.0, 2: 2.0, 3: 3.0}.values()", "dict_values"),
+        ("(1.0 for _ in completions)", "generator"),
+        ("map(len, completions)", "map"),
+        ("b'123'", "bytes"),
+        ("numpy.float64(3)", "float64"),
+        ("numpy.array(3.0)", "ndarray"),
+        ("torch.tensor(3.0)", "Tensor"),
+    ],
+)
+def test_what_is_no_list(returned: str, kind: str) -> None:
+    body = f"    import numpy, torch\n    return {returned}\n"
+    expected = f"it returned {kind}; expected a list of floats"
+    with pytest.raises(RunError, match=expected):
+        function(body).score(ASKED)
+    assert function(body, may_fail=True).score(ASKED).values == [None] * 3
+
+
+@pytest.mark.parametrize(
+    "returned",
+    [
+        "(1.0, 2.0, 3.0)",
+        "[True, 2, 3.0]",
+        "numpy.array([1.0, 2.0, 3.0], numpy.float32)",
+        "torch.tensor([1.0, 2.0, 3.0])",
+        "collections.deque([1.0, 2.0, 3.0])",
+    ],
+)
+def test_lists_of_any_kind(returned: str) -> None:
+    body = f"    import collections, numpy, torch\n    return {returned}\n"
+    assert function(body).score(ASKED).values == [1.0, 2.0, 3.0]
+
+
+@pytest.mark.parametrize("value", ["10 ** 400", "-(10 ** 400)", "float('inf')"])
+def test_numbers_beyond_all_floats(value: str) -> None:
+    with pytest.raises(RunError, match="expected a finite number or None"):
+        function(f"    return [{value}, 1.0, 2.0]\n").score(ASKED)
+
+
+def test_a_function_that_ends_the_process_is_a_failure() -> None:
+    with pytest.raises(RunError, match=r"called sys.exit\(3\)"):
+        function("    import sys\n    sys.exit(3)\n").score(ASKED)
+
+
+def test_a_function_changes_only_its_own_copies() -> None:
+    """Neither what is trained nor what the next function gets."""
+    asked = Completions(
+        prompts=[[{"role": "user", "content": "one?"}]],
+        completions=[[{"role": "assistant", "content": "1"}]],
+        completion_ids=[[5, 6]],
+        columns={"level": [{"deep": [7]}]},
+    )
+    before = copy.deepcopy(asked)
+    body = (
+        "    prompts[0][0]['content'] = 'x'\n    completions[0].clear()\n"
+        "    completion_ids[0].append(7)\n    level[0]['deep'][0] = 8\n    level.clear()\n"
+        "    prompts.clear()\n    return [1.0]\n"
+    )
+    assert function(body).score(asked).values == [1.0]
+    assert asked == before
 
 
 @pytest.mark.parametrize(
@@ -94,8 +168,8 @@ def test_a_file_is_checked_without_being_run(
         (tmp_path / "rewards.py").write_text(f"{source}raise SystemExit\n", encoding="utf-8")
     reward = FunctionReward(file="rewards.py:f")
     with pytest.raises(InputError, match=message) as caught:
-        resolve_reward(reward, (tmp_path,), "method.rewards[2]")
-    assert str(caught.value).startswith("method.rewards[2].file: ")
+        resolve_reward(reward, (tmp_path,), "method.rewards.2")
+    assert str(caught.value).startswith("method.rewards.2.file: ")
 
 
 def test_the_text_of_a_file_travels(tmp_path: Path) -> None:
@@ -121,6 +195,30 @@ def test_the_text_of_a_file_travels(tmp_path: Path) -> None:
         ({"prompt": "a", "completion": "b"}, Completion("a", "b"), "a", {"reference": "b"}),
         ({"prompt": "a", "input": 4}, Question("a"), "a", {"input": 4, "reference": None}),
         (
+            {"prompt": "a", "reference": "mine"},
+            Question("a"),
+            "a",
+            {"reference": "mine"},
+        ),
+        (
+            {"prompt": "a", "completion": "b", "reference": ["mine", 1]},
+            Completion("a", "b"),
+            "a",
+            {"reference": ["mine", 1]},
+        ),
+        (
+            {"prompt": "a", "completion": "b", "reference": None},
+            Completion("a", "b"),
+            "a",
+            {"reference": "b"},
+        ),
+        (
+            {"prompt": "a", "completion": "b", "chosen": "c", "response": "d"},
+            Question("a"),  # with format: prompt
+            "a",
+            {"completion": "b", "chosen": "c", "response": "d", "reference": None},
+        ),
+        (
             {"instruction": "a", "input": "x", "output": "b", "completions": 1},
             Completion("a", "b"),
             "a",
@@ -129,7 +227,22 @@ def test_the_text_of_a_file_travels(tmp_path: Path) -> None:
     ],
 )
 def test_columns_of_a_row(row: Any, shape: Any, prompt: Any, columns: Any) -> None:
-    assert rules_of("grpo").extra(row, shape) == {"prompt": prompt, "columns": columns}
+    assert rules_of("grpo").extra(row, shape, ()) == {"prompt": prompt, "columns": columns}
+
+
+def test_prompt_and_completion_are_the_whole_text() -> None:
+    """The space at a prompt's end is sampled with the completion's first token."""
+    rows = [
+        Sequence(*[np.zeros(1, np.int32)] * 4, extra=json.dumps(extra))
+        for extra in (
+            {"prompt": "Answer: ", "columns": {}, "cut": " "},
+            {"prompt": "Answer: ", "columns": {}, "cut": " "},
+            {"prompt": "Answer:", "columns": {}},
+        )
+    ]
+    scored = _completions(rows, [Rollout([1], True)] * 3, [" yes", "no", " yes"])
+    assert scored.completions == ["yes", "no", " yes"]
+    assert scored.prompts == ["Answer: ", "Answer: ", "Answer:"]
 
 
 def test_rows_may_lack_columns() -> None:
@@ -175,6 +288,21 @@ def test_a_classifier_reads_through_its_own_template(classifier: Path) -> None:
     assert expected[0] != pytest.approx(expected[1], abs=1e-4)
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_a_prompt_may_hold_the_first_token_already(classifier: Path) -> None:
+    reward = load_classifier(
+        ModelReward(model=str(classifier), label="good"), torch.float32, torch.device("cpu")
+    )
+    core = reward._tokenizer.backend_tokenizer
+    bos = reward._tokenizer.eos_token
+    core.post_processor = TemplateProcessing(
+        single=f"{bos} $A", special_tokens=[(bos, reward._tokenizer.eos_token_id)]
+    )
+    reward._tokenizer.bos_token = bos
+    assert reward._ids("one", "two") == reward._ids(f"{bos}one", "two")
+    assert reward._ids("one", "two")[0] == reward._tokenizer.bos_token_id
+
+
 def test_a_label_must_be_one_of_the_classifiers(classifier: Path) -> None:
     config = json.loads((classifier / "config.json").read_text(encoding="utf-8"))
     assert config["id2label"] == {"0": "bad", "1": "good"}
@@ -183,3 +311,40 @@ def test_a_label_must_be_one_of_the_classifiers(classifier: Path) -> None:
             load_classifier(
                 ModelReward(model=str(classifier), label=label), torch.float32, torch.device("cpu")
             )
+
+
+def trl_reward(name: str, **options: float) -> UserFunctionReward:
+    return UserFunctionReward(TrlReward(trl=name, options=options), may_fail=False)  # type: ignore[arg-type]
+
+
+def test_rewards_of_trl() -> None:
+    """Plain texts and conversations; options; the reference as the solution."""
+    texts = ["<think>a</think>b", "b", "c c c c"]
+    asked = Completions(["?"] * 3, texts, [[1], [1] * 8, [1] * 16], {"reference": ["b"] * 3})
+    chats = [[{"role": "assistant", "content": text}] for text in texts]
+    for completions in (texts, chats):
+        scored = trl_reward("think_format_reward").score(
+            Completions(asked.prompts, completions, asked.completion_ids, asked.columns)
+        )
+        assert scored.values == [1.0, 0.0, 0.0]
+    punished = trl_reward(
+        "get_soft_overlong_punishment", max_completion_len=12, soft_punish_cache=8
+    )
+    assert punished.score(asked).values == [0.0, -0.5, -1.0]
+    assert punished.name == "soft_overlong_punishment"
+    repeated = trl_reward("get_repetition_penalty_reward", ngram_size=2, max_penalty=-0.5)
+    last = repeated.score(asked).values[2]
+    assert last is not None and -0.5 < last < -0.3
+
+
+@pytest.mark.parametrize(
+    ("reward", "message"),
+    [
+        ({"trl": "get_soft_overlong_punishment"}, "needs options: max_completion_len, soft_punish"),
+        ({"trl": "think_format_reward", "options": {"x": 1}}, "has no x; its options: none"),
+        ({"trl": "think"}, "accuracy_reward"),
+    ],
+)
+def test_rewards_of_trl_that_are_refused(reward: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        TrlReward.model_validate(reward)

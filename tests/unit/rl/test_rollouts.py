@@ -89,6 +89,30 @@ def test_a_completion_depends_on_its_seed_alone(model: Any, tokenizer: Any) -> N
         assert rollout.ended or len(rollout.ids) == 10
 
 
+def test_fewer_completions_are_sampled_at_a_time_where_memory_is_short(
+    model: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They are the same, and the size that fits is kept for the next step."""
+    row = rows_of(prompts(1), tokenizer)[0]
+    requests = [Request(row.input_ids.tolist(), (0, n)) for n in range(6)]
+    method = settings(max_completion=4, rollout_batch_size=6)
+    expected = LocalRollouts(model, tokenizer, method).sample(requests)
+    sizes: list[int] = []
+    generate = LocalRollouts._batch
+
+    def batch(self: LocalRollouts, part: Any) -> Any:
+        sizes.append(len(part))
+        if len(part) > 2:
+            raise RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED")
+        return generate(self, part)
+
+    monkeypatch.setattr(LocalRollouts, "_batch", batch)
+    rollouts = LocalRollouts(model, tokenizer, method)
+    assert rollouts.sample(requests) == expected
+    assert sizes == [6, 3, 2, 2, 2] and rollouts.sample(requests[:2]) == expected[:2]
+    assert rollouts.sample(requests) == expected and sizes[6:] == [2, 2, 2]
+
+
 def test_the_log_probabilities_are_those_of_sampling(model: Any, tokenizer: Any) -> None:
     """A token's frequency in many rollouts equals the objective's probability."""
     row = rows_of(prompts(1), tokenizer)[0]

@@ -104,6 +104,7 @@ def test_its_process_sees_one_gpu_and_no_group(
     """A worker sees all GPUs of its node, and is a member of the workers' process group."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    monkeypatch.setattr("finray.training.rl.rollouts.vllm.memory_of", lambda _: 80 * 2**30)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,7")
     monkeypatch.setenv("RANK", "1")
     adapted = get_peft_model(copy.deepcopy(model), LoraConfig(r=4, target_modules=["q_proj"]))

@@ -49,7 +49,8 @@ class SimulatedSweep:
         self.sweep = Sweep.model_validate({"name": "s", "recipe": {}, **settings})
         self.endings: list[Ending] = []
         self.stops = 0
-        metrics = [Metric(objective.metric, "min") for objective in self.sweep.objective]
+        names = [objective.metric for objective in self.sweep.objective] or ["eval_loss"]
+        metrics = [Metric(name, "min") for name in names]
         self.study = SweepStudy(
             storage,
             "s",
@@ -57,6 +58,7 @@ class SimulatedSweep:
             space,
             make_sampler(self.sweep, 0),
             make_pruner(self.sweep, len(metrics) == 1, 900),
+            self.sweep.seed,
         )
         self.conductor = Conductor(self.sweep, self.study, 2, 0.0, self._changed, self._stop)
 
@@ -113,6 +115,14 @@ def test_an_objective_that_is_not_finite_fails_the_trial(space: Space, loss: flo
     sweep.finish(number, loss)
     assert sweep.state(number) == TrialState.FAIL
     assert "eval_loss is" in str(sweep.study.rows()[number]["error"])
+
+
+def test_an_objective_that_was_not_reported_fails_the_trial(space: Space) -> None:
+    sweep = SimulatedSweep(space)
+    number = sweep.start()
+    sweep.conductor.finish_trial(number, {"status": "finished", "measures": {"tokens": 900}})
+    assert sweep.state(number) == TrialState.FAIL
+    assert sweep.endings[0].text == "the run did not report the objective eval_loss"
 
 
 def test_nan_during_training_fails_the_trial(space: Space) -> None:
@@ -208,6 +218,17 @@ def test_stop_when(
     for loss, ended in zip(losses, ends, strict=True):
         sweep.finish(sweep.start(), loss)
         assert (sweep.conductor.over is not None) == ended
+
+
+def test_a_trial_that_joins_the_pareto_front_is_a_gain(space: Space) -> None:
+    sweep = SimulatedSweep(
+        space, objective=["eval_loss", "adapter_bytes"], stop_when={"trials_without_gain": 2}
+    )
+    ends = []
+    for loss, size in ((0.5, 9.0), (1.0, 5.0), (1.5, 4.0), (1.6, 4.0), (1.7, 4.0)):
+        sweep.finish(sweep.start(), loss, adapter_bytes=size)
+        ends.append(sweep.conductor.over is not None)
+    assert ends == [False, False, False, False, True]
 
 
 def test_points_first_and_no_setting_twice(space: Space) -> None:

@@ -182,6 +182,24 @@ def test_a_failed_member_is_replaced(recipe: Recipe) -> None:
     assert [row["state"] for row in rows].count("finished") == 4
 
 
+@pytest.mark.parametrize("measures", [{}, {"eval_loss": None}, {"eval_loss": float("nan")}])
+def test_a_member_without_a_value_at_a_milestone_is_replaced(
+    recipe: Recipe, measures: dict[str, Any]
+) -> None:
+    sweep = SimulatedSweep(recipe, trials=4)
+    sweep.open(concurrency=4)
+    members = [sweep.conductor.next_trial() for _ in range(4)]
+    for item in members[1:]:
+        assert item is not None
+        sweep._train(item.number, item.settings[RATE], 1)
+    report = {"status": "paused", "measures": {**measures, "tokens": TOKENS, "step": 1}}
+    sweep.conductor.finish_trial(0, report)
+    assert [(ending.number, ending.state) for ending in sweep.endings] == [(0, "failed")]
+    sweep.play()
+    states = [row["state"] for row in sweep.study.rows()]
+    assert states[0] == "failed" and states.count("finished") == 4
+
+
 def test_a_population_that_fails_ends(recipe: Recipe) -> None:
     sweep = SimulatedSweep(recipe, trials=2)
     sweep.open()

@@ -6,7 +6,7 @@ from typing import Any
 import optuna
 import pytest
 
-from finray.cluster.cli.screens.sweep import render_ending, render_sweep
+from finray.cluster.screens.sweep import render_ending, render_sweep
 from finray.training.common.storage import Folder
 from finray.tuning.plots import learning_curves
 from finray.tuning.progress import Ending

@@ -49,11 +49,17 @@ def plan(tmp_path: Path, tiny_model: Path) -> MakePlan:
             {"search": {"scale.workers": {"choice": [1, 2]}}},
             "scale must be the same for all",
         ),
-        ({"search": {"adapter.rank": {"choice": []}}}, "adapter.rank.choice: list should have"),
+        (
+            {"search": {"adapter.rank": {"choice": []}}},
+            "adapter.rank.choice: expected a list of at least 1",
+        ),
         ({"search": {"adapter.rank": {"int_uniform": [8, 4]}}}, r"bounds are reversed.*\[8, 4\]"),
-        ({"search": {"adapter.rank": {"uniform": [4, 8]}}}, "never makes a valid recipe.*integer"),
+        (
+            {"search": {"adapter.rank": {"uniform": [4, 8]}}},
+            "never makes a valid recipe.*whole number",
+        ),
         ({"search": {"adapter.rank": {"choice": [4, "x"]}}}, "'x' never makes a valid recipe"),
-        ({"search": {"adapter.dropout": {"uniform": [0, 1]}}}, "never makes a valid .*less than 1"),
+        ({"search": {"adapter.dropout": {"uniform": [0, 1]}}}, "never makes a valid .*below 1"),
         ({"search": {"optim.learning_rate": {"log_uniform": [0, 1]}}}, "must be above 0"),
         ({"search": {"adapter.rank": {"choice": [4], "uniform": [1, 2]}}}, "found choice and unif"),
         (
@@ -82,6 +88,7 @@ def plan(tmp_path: Path, tiny_model: Path) -> MakePlan:
         ),
         ({"trails": 3}, "trails: unknown key; did you mean 'trials'"),
         ({"time_budget": "soon"}, "time_budget"),
+        ({"name": "prepared"}, "name: .*finray keeps prepared data"),
     ],
 )
 def test_bad_sweeps(plan: MakePlan, settings: dict[str, Any], message: str) -> None:

@@ -1,12 +1,16 @@
 """Errors of the sweep itself, such as a failing storage, are not attributed to a trial."""
 
+import json
+import shutil
 import time
 from pathlib import Path
 from typing import Any, cast
 
 import pytest
 
+from finray.training.common.errors import InputError
 from finray.training.common.storage import Folder
+from finray.training.config.recipe import recipe_from_dict
 from finray.training.engine.context import STOP_FILE
 from finray.tuning import run
 from finray.tuning.plan import Plan
@@ -134,3 +138,20 @@ def test_the_stop_file_is_written_again_until_it_succeeds(
         assert time.monotonic() < deadline
         time.sleep(0.01)
     assert tuning._folder.failures == 0
+
+
+def test_all_trials_start_from_the_same_files(
+    tuning: Any, tiny_model: Path, tmp_path: Path
+) -> None:
+    base = shutil.copytree(tiny_model, tmp_path / "base")
+    recipe = recipe_from_dict(
+        {"name": "x", "model": {"base": str(base)}, "data": {"train": [{"path": "/x"}]}}
+    )
+    assert tuning._with_noted_files(recipe) == recipe
+    tuning._changed(None)
+    tuning._record = read_sweep(tuning._folder)  # as another driver does
+    assert tuning._with_noted_files(recipe) == recipe
+    config = json.loads((base / "config.json").read_bytes())
+    (base / "config.json").write_text(json.dumps({**config, "rms_norm_eps": 0.5}))
+    with pytest.raises(InputError, match=r"rms_norm_eps: 1e-06 before, 0\.5 now"):
+        tuning._with_noted_files(recipe)

@@ -1,5 +1,7 @@
 """A trial in its slot's process, without Ray: what it reports, and how it ends."""
 
+import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ from finray.training.models.base_cache import BaseCache
 from finray.training.records.recorder import update_run
 from finray.training.records.run_folder import read_run
 from finray.training.run import train
+from finray.tuning.trial_actor import _objective, final_measures
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 
@@ -93,3 +96,27 @@ def with_holdout(settings: Recipe, rank: int) -> Recipe:
     values["optim"]["max_steps"] = 2
     values["eval"]["samples"] = 0
     return Recipe.model_validate(values)
+
+
+LINES = [
+    {"step": 1, "tokens": 10, "loss": 2.0, "grad_norm": 1.0},
+    {"step": 2, "tokens": 20, "loss": 1.5, "grad_norm": 0.5},
+    {"step": 2, "tokens": 20, "eval_loss": 1.8},
+    {"step": 3, "tokens": 30, "loss": None, "grad_norm": None, "skipped": 1},
+    {"step": 3, "tokens": 30, "eval_loss": None},
+]
+"""Steps 1 and 2, and a skipped one; the last evaluation is not finite."""
+
+
+def test_a_skipped_step_changes_no_result_but_a_diverged_model_does(
+    tiny_model: Path, chat_file: Path, tmp_path: Path
+) -> None:
+    settings = recipe(tiny_model, chat_file, tmp_path, "run")
+    text = "".join(json.dumps(line) + "\n" for line in LINES)
+    Folder(str(tmp_path / "run")).create().write("metrics.jsonl", text.encode())
+    measures = final_measures(settings, {})
+    assert (measures["loss"], measures["grad_norm"]) == (1.5, 0.5)
+    assert measures["eval_loss"] is None
+    assert [_objective(line, "loss") for line in LINES] == [2.0, 1.5, None, None, None]
+    values = [_objective(line, "eval_loss") for line in LINES]
+    assert values[:4] == [None, None, 1.8, None] and math.isnan(values[4] or 0.0)

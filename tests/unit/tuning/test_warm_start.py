@@ -13,8 +13,10 @@ from finray.training.common.storage import Folder
 from finray.training.config.metric import Metric
 from finray.training.config.recipe import Recipe
 from finray.tuning.distribution import Distribution
+from finray.tuning.plan import make_plan
 from finray.tuning.space import Settings, Space
 from finray.tuning.study import StudyFile, SweepStudy
+from finray.tuning.sweep import load_sweep
 from finray.tuning.sweep_folder import write_sweep
 from finray.tuning.warm_start import earlier_trials
 
@@ -48,9 +50,11 @@ def studied(space: Space, folder: Path | None, *points: Settings) -> SweepStudy:
     storage: Any = optuna.storages.InMemoryStorage()
     if folder is not None:
         storage = StudyFile(Folder(str(folder))).open()
-        write_sweep(
-            Folder(str(folder)), {"settings": {"recipe": space.base.model_dump(mode="json")}}
-        )
+        record = {
+            "settings": {"recipe": space.base.model_dump(mode="json")},
+            "objectives": [{"metric": metric.name, "mode": metric.mode} for metric in METRICS],
+        }
+        write_sweep(Folder(str(folder)), record)
     sampler = optuna.samplers.RandomSampler(seed=0)
     study = SweepStudy(storage, "s", METRICS, space, sampler, optuna.pruners.NopPruner())
     study.set_up([space.complete(point) for point in points], [])
@@ -88,11 +92,33 @@ def test_results_are_taken_over_once_and_are_not_its_own(folder: Folder, make: M
     assert after.rows() == [] and after.best() == []
 
 
-def test_no_sweep_and_another_objective(folder: Folder, make: MakeSpace, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="another objective"):
-        earlier_trials(folder, make(SEARCH), [Metric("x", "max")])
+@pytest.mark.parametrize("other", [Metric("x", "max"), Metric("loss", "min")])
+def test_no_sweep_and_another_objective(
+    folder: Folder, make: MakeSpace, tmp_path: Path, other: Metric
+) -> None:
+    with pytest.raises(InputError, match=r"another objective: eval_loss \(min\)"):
+        earlier_trials(folder, make(SEARCH), [other])
     with pytest.raises(InputError, match="holds no sweep"):
         earlier_trials(Folder(str(tmp_path)), make(SEARCH), METRICS)
+
+
+def test_an_unusable_sweep_is_refused_by_the_plan(
+    folder: Folder, tmp_path: Path, tiny_model: Path
+) -> None:
+    """With its place in the file, before data is prepared; a sweep that has begun needs none."""
+    path = tmp_path / "sweep.yaml"
+    data = "data: {train: [{path: /x}], holdout: 0.1}"
+    path.write_text(
+        f"name: s\nstorage: {tmp_path}\nrecipe: {{model: {{base: {tiny_model}}}, {data}}}\n"
+        f"objective: loss\nwarm_start:\n  - {folder}\n  - {tmp_path / 'nowhere'}\n",
+        encoding="utf-8",
+    )
+    with pytest.raises(InputError, match=r"sweep\.yaml:6: warm_start\.0: .*another objective"):
+        make_plan(load_sweep(path))
+    with pytest.raises(InputError, match=r"sweep\.yaml:7: warm_start\.1: .*holds no sweep"):
+        make_plan(load_sweep(path, ("objective=eval_loss",)))
+    Folder(str(tmp_path / "s")).create().write("optuna.db", b"")
+    assert make_plan(load_sweep(path)).metrics == [Metric("loss", "min")]
 
 
 def test_trials_outside_the_space_are_left_out(folder: Folder, make: MakeSpace) -> None:

@@ -1,0 +1,204 @@
+"""`finray plan`: placements on GPUs that are not here."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support.real_models import LLAMA_8B, QWEN3_4B_CONFIG, write_config
+
+from finray.cluster.api.planning import _nearest, _quantisations, plan
+from finray.cluster.cards import CARDS, parse_gpus
+from finray.cluster.cli.main import main
+from finray.cluster.screens.plan import render
+from finray.training.common.errors import InputError
+from finray.training.config.recipe import Recipe, load_recipe, recipe_from_dict
+from finray.training.models.speed import Device, seconds_per_step, training_flops
+
+# peft calls a name that transformers has renamed.
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
+
+
+@pytest.fixture(autouse=True)
+def without_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("finray.cluster.gpus.gpus_here", tuple)
+
+
+def values(base: Path, data: Path, **changes: Any) -> dict[str, Any]:
+    return {
+        "name": "run",
+        "model": {"base": str(base)},
+        "adapter": {"rank": 4},
+        "data": {"train": [{"path": str(data)}], "max_length": 64},
+        "optim": {"batch_size": 8},
+        "storage": str(base.parent / "storage"),
+        **changes,
+    }
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("h100:8", ("h100", 8)),
+        ("H100", ("h100", 1)),
+        ("RTX 4090:2", ("rtx4090", 2)),
+        ("4090", ("rtx4090", 1)),
+        ("A100-40GB", ("a100-40", 1)),
+        ("NVIDIA-L40S", ("l40s", 1)),
+    ],
+)
+def test_names_of_cards(text: str, expected: tuple[str, int]) -> None:
+    card, count = parse_gpus(text)
+    assert (card.name, count) == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("h10", r"--gpu h10: there is no such card; did you mean h100\? \(a100-40, a100, h100"),
+        ("rtx5080", r"did you mean rtx5090\?"),
+        ("abacus", r"--gpu abacus: there is no such card \("),
+        ("h100:0", "--gpu h100:0: expected the number of GPUs behind the colon: h100:8"),
+        ("h100:", "behind the colon"),
+        ("h100:x", "behind the colon"),
+        ("", "there is no such card"),
+    ],
+)
+def test_what_is_no_card_is_refused(text: str, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        parse_gpus(text)
+
+
+def test_every_card_is_complete() -> None:
+    """The larger of a pair has more of everything that decides."""
+    assert len(CARDS) == 11
+    for card in CARDS.values():
+        assert 14 < card.gib < 180 and 60 < card.tflops < 2500 and 0.2 < card.bandwidth < 8
+    assert CARDS["h200"].bytes > CARDS["h100"].bytes > CARDS["a100-40"].bytes
+    assert not CARDS["t4"].has_bfloat16 and CARDS["a100"].has_bfloat16
+
+
+def test_the_operations_are_those_of_the_formula() -> None:
+    """4 operations a frozen weight and 6 an adapter's; 12 layers x width x half the length."""
+    settings = recipe_from_dict(
+        {
+            "name": "r",
+            "model": "/m",
+            "adapter": {"rank": 16},
+            "data": {"train": [{"path": "/x"}], "max_length": 8192},
+        }
+    )
+    head, attention = 128_256 * 4096, 6 * 32 * 4096 * 8192
+    expected = 4 * (LLAMA_8B.linear + head) + 6 * LLAMA_8B.trained + attention
+    assert training_flops(settings, LLAMA_8B) == expected
+    device = Device(flops=1e15, bandwidth=3e12, link=4e11)
+
+    def seconds(recipe: Recipe, workers: int = 1) -> float:
+        return seconds_per_step(recipe, LLAMA_8B, device, 0.4, 8192 * 32, workers)
+
+    plain = seconds(settings)
+    assert plain == pytest.approx(8192 * 32 * expected / 4e14)
+    assert seconds(settings.with_placement(4, True)) == pytest.approx(1.5 * plain)
+    eight = seconds(settings, 8)
+    gradients = 2 * 7 / 8 * LLAMA_8B.trained * 2
+    assert eight == pytest.approx(plain / 8 + gradients / 4e11 / 2)
+
+
+def test_placements_of_a_small_model(tiny_model: Path, chat_file: Path) -> None:
+    planned = plan(values(tiny_model, chat_file), gpu="l4:2")
+    rows = planned["placements"]
+    kinds = {(row["strategy"], row["workers"], row["quantize"]) for row in rows}
+    assert kinds == {
+        (strategy, workers, quantize)
+        for strategy, workers in [("one GPU", 1), ("ddp", 2), ("fsdp", 2)]
+        for quantize in ("none", "nf4")
+    }
+    assert len(rows) == 12 and all(row["fits"] for row in rows)
+    assert planned["steps"] and planned["tokens"]
+    speeds = [row["seconds_per_step"] for row in rows]
+    assert speeds == sorted(speeds)
+    best = rows[0]
+    assert planned["best"] == best["settings"] and not best["gradient_checkpointing"]
+    assert best["gpu_hours"] == pytest.approx(best["hours"] * best["workers"])
+    # The settings are those of a recipe that is valid.
+    assert plan(values(tiny_model, chat_file), planned["best"], gpu="l4:2")["best"]
+    text = render(planned)
+    assert text.startswith("run on 2 x L4 24 GB, at 40.0% of its arithmetic; ")
+    assert text.endswith("best: " + " ".join(f"--set {one}" for one in planned["best"]))
+
+
+def test_what_fits_nowhere_gets_the_nearest(tmp_path: Path, tiny_model: Path) -> None:
+    """Two layers of a wide model, 1.9 billion weights, all of them trained; no data is needed."""
+    wide = {"hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 2}
+    base = write_config({**QWEN3_4B_CONFIG, **wide, "vocab_size": 1000}, tmp_path / "model")
+    recipe = values(base, tmp_path / "none.jsonl", optim={"batch_size": 8, "max_steps": 10})
+    recipe.pop("adapter")
+    planned = plan(recipe, gpu="t4")
+    assert planned["best"] is None and planned["steps"] == 10 and planned["note"] is not None
+    assert all(not row["fits"] for row in planned["placements"])
+    assert planned["nearest"].startswith("--gpu rtx5090:1 (")
+    assert render(planned).endswith(f"none fits; the nearest that would: {planned['nearest']}")
+
+
+def test_the_best_settings_are_valid_in_the_recipe(tiny_model: Path, chat_file: Path) -> None:
+    """Of a recipe for CPUs and shards, with modules that cannot be quantised."""
+    recipe = values(
+        *(tiny_model, chat_file),
+        adapter={"rank": 4, "modules_to_save": ["mlp.up_proj"]},
+        scale={"workers": 2, "strategy": "fsdp", "gpus_per_worker": 0},
+    )
+    planned = plan(recipe, gpu="l4")
+    assert {row["quantize"] for row in planned["placements"]} == {"none"}
+    settled = load_recipe(recipe, planned["best"])
+    assert (settled.scale.workers, settled.scale.strategy) == (1, "ddp")
+    assert settled.scale.gpus_per_worker == "auto"
+
+
+def test_what_cannot_be_sharded_in_4_bits(tmp_path: Path, chat_file: Path) -> None:
+    """Bamba's code reads packed weights past their layers; FSDP holds no such weights."""
+    from transformers import BambaConfig
+
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "intermediate_size": 32}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "attn_layer_indices": [1]}
+    mamba = {"mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_state": 8}
+    BambaConfig(vocab_size=256, **sizes, **heads, **mamba).save_pretrained(tmp_path / "base")
+    recipe = values(tmp_path / "base", chat_file, optim={"batch_size": 8, "max_steps": 1})
+    rows = plan(recipe, gpu="l4:2")["placements"]
+    sharded = {row["quantize"] for row in rows if row["strategy"] == "fsdp"}
+    assert sharded == {"none"} and {row["quantize"] for row in rows} == {"none", "nf4"}
+
+
+@pytest.mark.parametrize("quantize", ["nf4", "none"])
+def test_the_nearest_is_quantised(quantize: str) -> None:
+    recipe = recipe_from_dict(
+        {
+            "name": "r",
+            "model": {"base": "/m", "quantize": quantize},
+            "adapter": {"rank": 16},
+            "data": {"train": [{"path": "/x"}], "max_length": 65_536},
+        }
+    )
+    both = dict.fromkeys(_quantisations(recipe), LLAMA_8B)
+    nearest = _nearest(recipe, both, CARDS["t4"], 1)
+    assert nearest is not None
+    assert "--set model.quantize=nf4 --set data.max_length=" in nearest
+
+
+def test_the_command(
+    tiny_model: Path, chat_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "recipe.yaml"
+    file.write_text(json.dumps(values(tiny_model, chat_file)), encoding="utf-8")
+    assert main(["plan", str(file), "--gpu", "h100", "--json"]) == 0
+    planned = json.loads(capsys.readouterr().out)
+    assert planned["gpu"] == "H100 80 GB" and planned["gpus"] == 1
+    assert main(["plan", str(file), "--gpu", "h100", "--utilisation", "40"]) == 2
+    assert "--utilisation 40: expected a share above 0 and up to 1" in capsys.readouterr().err
+    assert main(["plan", str(file)]) == 2
+    assert "plan needs --gpu" in capsys.readouterr().err
+
+
+def test_a_model_that_is_not_here_is_refused(chat_file: Path) -> None:
+    recipe = values(Path("none/at-all"), chat_file)
+    with pytest.raises(InputError, match=r"model.base: the configuration of none/at-all is not"):
+        plan(recipe, gpu="h100")

@@ -1,0 +1,123 @@
+"""What single stages do to texts."""
+
+import random
+from typing import Any, get_args
+
+import pytest
+
+from finray.training.config.curation import PersonalData
+from finray.training.data.curation.filtering import has_tokens, repetition
+from finray.training.data.curation.mixing import mixed_weights
+from finray.training.data.curation.normalise import normal_form
+from finray.training.data.curation.redact import mask
+from finray.training.data.curation.texts import rewritten
+
+KINDS: tuple[PersonalData, ...] = get_args(PersonalData)
+
+
+@pytest.mark.parametrize(
+    ("text", "masked"),
+    [
+        ("write to ada.b+c@mail.example.org.", "write to [email]."),
+        ("<ada@mail.example>", "<[email]>"),
+        ("git@host and @handle, a@b", None),
+        ("4111 1111 1111 1111, 4111-1111-1111-1111", "[card], [card]"),
+        ("4111 1111 1111 1112", None),
+        ("0000 0000 0000 0000", None),
+        ("id 4111111111111111x", None),
+        ("from 10.1.2.3: ok", "from [ip]: ok"),
+        ("10.1.2.3.4, 300.1.2.3, 127.0.0.1, v1.2.3", None),
+        ("at 2001:db8::8a2e:370:7334", "at [ip]"),
+        ("12:30:45, std::vector, a::, ::", None),
+        ("call +49 (30) 123 4567 or +1-555-123-4567", "call [phone] or [phone]"),
+        ("(555) 123-4567 / 555.123.4567", "[phone] / [phone]"),
+        ("on 2024-01-31, 1,234,567, 3.14159265, 123 456 789", None),
+        ("sum = 12345678901234567890", None),
+    ],
+)
+def test_redact(text: str, masked: str | None) -> None:
+    result = text
+    for kind in ("email", "card", "ip", "phone"):
+        result = mask(result, kind)  # type: ignore[arg-type]
+    assert result == (text if masked is None else masked)
+    assert (result is text) == (masked is None)
+
+
+def test_masks_hold_nothing_to_mask() -> None:
+    for kind in KINDS:
+        for other in KINDS:
+            assert mask(f"a [{other}] b", kind) == f"a [{other}] b"
+
+
+def test_masking_long_texts_takes_little_time() -> None:
+    for text in ("a." * 50_000, "1 " * 50_000, "::" * 50_000, "a@" * 50_000, "+1 (2" * 20_000):
+        for kind in KINDS:
+            mask(text, kind)
+
+
+@pytest.mark.parametrize(
+    ("form", "text", "normal"),
+    [
+        ("NFC", "e\u0301", "é"),
+        ("NFC", "ｆｕｌｌ ﬁ", "ｆｕｌｌ ﬁ"),
+        ("NFKC", "ｆｕｌｌ ﬁ", "full fi"),
+        ("NFC", "a\r\nb\rc\n\td\0\x1b[1m\x7f", "a\nb\nc\n\td[1m"),
+    ],
+)
+def test_normal_form(form: str, text: str, normal: str) -> None:
+    assert normal_form(text, form) == normal
+    assert normal_form(normal, form) is normal
+
+
+def test_names_and_roles_are_not_texts() -> None:
+    row = {
+        "messages": [
+            {"role": "a", "content": "a", "tool_calls": [{"id": "a", "function": {"name": "a"}}]}
+        ],
+        "n": 1,
+        "other": [["a"], None],
+    }
+    changed = rewritten(row, str.upper)
+    assert changed["messages"][0]["role"] == "a" and changed["messages"][0]["content"] == "A"
+    assert changed["messages"][0]["tool_calls"] == row["messages"][0]["tool_calls"]  # type: ignore[index]
+    assert changed["other"] == [["A"], None] and changed["n"] == 1
+    assert rewritten(row, lambda text: text) is row
+
+
+def test_repetition_is_that_of_the_worst_text() -> None:
+    draw = random.Random(0)
+    plain = " ".join(str(draw.random()) for _ in range(50))
+    shares = repetition([[plain], [plain, "a b c d e " * 10], ["a a a"], [], [""]])
+    assert shares.tolist() == [0.0, pytest.approx(1 - 5 / 46), 0.0, 0.0, 0.0]
+
+
+def test_tokens_are_counted_as_if_all_were(tokenizer: Any) -> None:
+    draw = random.Random(1)
+    texts = ["one " * draw.randrange(40) + "z" * draw.randrange(60) for _ in range(300)]
+    texts += ["", "\udc80", " " * 5000, "x" * 5000]
+    for least in (1, 7, 20):
+        counts = [
+            len(
+                tokenizer(
+                    text.encode("utf-8", "replace").decode(), add_special_tokens=False
+                ).input_ids
+            )
+            for text in texts
+        ]
+        assert has_tokens(texts, least, tokenizer) == [count >= least for count in counts]
+
+
+@pytest.mark.parametrize(
+    ("rows", "temperature", "shares"),
+    [
+        ((100, 900), 1.0, (0.1, 0.9)),
+        ((100, 900), 0.5, (0.25, 0.75)),
+        ((100, 900), 0.0, (0.5, 0.5)),
+        ((0, 10, 30), 0.0, (0.0, 0.5, 0.5)),
+    ],
+)
+def test_weights(rows: tuple[int, ...], temperature: float, shares: tuple[float, ...]) -> None:
+    weights = mixed_weights(rows, temperature)
+    used = [weight * size for weight, size in zip(weights, rows, strict=True)]
+    assert sum(used) == pytest.approx(sum(rows), rel=1e-4)
+    assert [size / sum(used) for size in used] == pytest.approx(shares, abs=1e-4)
