@@ -4,14 +4,14 @@ BIN := .venv/bin
 # Two processes, which share the files out in their order: the long ones come first.
 PYTEST := $(BIN)/python -m pytest -n 2 --dist loadscope --no-loadscope-reorder
 
-.PHONY: install quickstart rlhf test-unit test test-rest test-all lint check bench clean
+.PHONY: install quickstart rlhf test-unit test test-rest test-families test-all lint check docs bench clean
 
 install: .venv/installed
 
 .venv/installed: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check \
-		--constraint constraints.txt --editable '.[dev]'
+		--constraint constraints.txt --editable '.[dev,docs]'
 	mkdir -p build/ns && ln -sfn ../.. build/ns/finray
 	touch $@
 
@@ -33,22 +33,32 @@ test-unit: install
 
 # What a change must pass.
 test: install
-	$(PYTEST) -m "not slow and not hosts"
+	$(PYTEST) -m "not slow and not hosts and not families"
 
-# The rest: long tests, and several hosts on this machine.
+# The rest: long tests, several hosts on this machine, and a sample of the architectures.
 test-rest: install
 	$(PYTEST) -m "slow or hosts"
 
-test-all: test test-rest
+# Every architecture that transformers has, against plain transformers; writes docs/models.md.
+test-families: install
+	rm -rf build/families
+	$(PYTEST) -m families tests/families
+	PYTHONPATH=tests $(BIN)/python tests/families/results.py
+
+test-all: test test-rest test-families
 
 lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy -p finray.training -p finray.tuning -p finray.cluster -p finray.k8s
+	$(BIN)/mypy -m finray -p finray.training -p finray.tuning -p finray.cluster -p finray.k8s
 
 check: lint test
 
-# Measures ratios side by side; takes about half an hour on a quiet machine.
+# The documents as a site, in build/site.
+docs: install
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+# Measures ratios side by side; takes two to three hours on a quiet machine.
 bench: install
 	$(BIN)/python benchmarks/run_all.py
 

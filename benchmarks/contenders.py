@@ -25,6 +25,7 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 
 from finray.training.common.storage import Folder
 from finray.training.config.recipe import Recipe, recipe_from_dict
+from finray.training.config.sections import Isolation
 from finray.training.data.prepared import Prepared, open_prepared
 from finray.training.data.stream import Sequence, Slice, stream
 
@@ -95,6 +96,7 @@ def run_finray(job: Job, logged: str = "loss") -> Measured:
         logged: the measure that is kept of every logged step.
     """
     from finray.training.common.background import Stop
+    from finray.training.engine.heartbeat import Heartbeat
     from finray.training.engine.task import WorkerTask
     from finray.training.engine.worker import run_worker
     from finray.training.launch.in_process import InProcessContext
@@ -102,8 +104,8 @@ def run_finray(job: Job, logged: str = "loss") -> Measured:
     class TimedContext(InProcessContext):
         """Records the time at which each step begins."""
 
-        def __init__(self, run: Folder) -> None:
-            super().__init__(run, Stop())
+        def __init__(self) -> None:
+            super().__init__(Stop(), Heartbeat())
             self.starts: list[Moment] = []
 
         def stop_requested(self) -> bool:
@@ -111,14 +113,21 @@ def run_finray(job: Job, logged: str = "loss") -> Measured:
             return super().stop_requested()
 
     with tempfile.TemporaryDirectory() as folder:
-        context = TimedContext(Folder(folder))
-        task = WorkerTask(recipe=job.recipe, run=folder, prepared=job.prepared)
+        context = TimedContext()
+        task = WorkerTask(
+            recipe=job.recipe, run=folder, prepared=job.prepared, isolation=_isolation(job)
+        )
         outcome = run_worker(task, context)
         if outcome["status"] != "finished":
             raise RuntimeError(outcome["error"])
         lines = (Path(folder) / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     losses = [json.loads(line)[logged] for line in lines]
     return Measured(context.starts, losses, timed_tokens(job))
+
+
+def _isolation(job: Job) -> Isolation | None:
+    """As a rehearsal finds it for a Llama."""
+    return "documents" if recipe_of(job).packs else None
 
 
 # the same batches, for the others
@@ -223,7 +232,7 @@ def run_bare(job: Job) -> Measured:
     for step in range(1, job.steps + 1):
         measured.starts.append(Moment.now())
         batch = rows[(step - 1) * optim.batch_size : step * optim.batch_size]
-        size = optim.micro_batch_size
+        size = optim.microbatch
         parts = [collate(batch[i : i + size]) for i in range(0, len(batch), size)]
         bearing = sum(int((part["labels"][:, 1:] != IGNORED).sum()) for part in parts)
         for part in parts:
@@ -298,8 +307,8 @@ def run_trl(job: Job, **changes: Any) -> Measured:
         arguments = sft_config(
             job,
             folder,
-            per_device_train_batch_size=optim.micro_batch_size,
-            gradient_accumulation_steps=optim.batch_size // optim.micro_batch_size,
+            per_device_train_batch_size=optim.microbatch,
+            gradient_accumulation_steps=optim.batch_size // optim.microbatch,
             train_sampling_strategy="sequential",
             dataset_kwargs={"skip_prepare_dataset": True},
             **changes,

@@ -169,9 +169,16 @@ def environment(threads: int | None) -> dict[str, Any]:
         "cores": os.cpu_count(),
         "torch_threads": threads,
         "load_average": round(os.getloadavg()[0], 2),
+        "commit": commit(),
         "python": platform.python_version(),
         **{name: version(name) for name in PACKAGES},
     }
+
+
+def commit() -> str:
+    """The commit that is checked out."""
+    command = ["git", "rev-parse", "HEAD"]
+    return subprocess.check_output(command, cwd=HERE, text=True).strip()
 
 
 def _cpu_model() -> str:

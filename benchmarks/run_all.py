@@ -22,8 +22,11 @@ NAMES = (
     "online",
     "packing",
     "prepare_memory",
+    "prepare_speed",
+    "token_loss",
     "checkpoint_stall",
     "kills",
+    "kills_anywhere",
     "tune_quality",
     "tune_overhead",
 )

@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from measure import HERE
+from measure import HERE, commit
 
 RESULTS = HERE / "results" / "suite.json"
 TARGETS = ("test-unit", "test", "test-rest")
@@ -58,11 +58,6 @@ def run(target: str) -> dict[str, Any]:
 def _longest_first(seconds: Mapping[str, float]) -> dict[str, float]:
     order = sorted(seconds, key=lambda name: -seconds[name])
     return {name: round(seconds[name], 1) for name in order}
-
-
-def commit() -> str:
-    command = ["git", "rev-parse", "HEAD"]
-    return subprocess.check_output(command, cwd=HERE, text=True).strip()
 
 
 def main() -> None:

@@ -1,0 +1,231 @@
+"""Compares the estimated memory of a step with what torch's allocator gives out, on the CPU.
+
+    estimate.py [NAME …]
+
+For each configuration a small model with random weights computes the loss and the gradients of one
+microbatch; the allocator's own record says how much was held at once. Writes results/estimate.json.
+"""
+
+import gc
+import json
+import logging
+import shutil
+import sys
+import tempfile
+import warnings
+from pathlib import Path
+from typing import Any
+from unittest.mock import Mock
+
+import numpy as np
+import torch
+import transformers
+from measure import RESULTS
+from torch.profiler import ProfilerActivity, profile
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from finray.training.common.storage import Folder
+from finray.training.config.recipe import Recipe, recipe_from_dict
+from finray.training.data.batching import Batch
+from finray.training.data.prepared import Prepared
+from finray.training.data.stream import Sequence
+from finray.training.engine.methods import objective_of
+from finray.training.models import import_peft  # noqa: F401 - before what loads peft
+from finray.training.models.dtypes import needs_autocast
+from finray.training.models.loading import Model, load_model
+from finray.training.models.memory_estimate import estimate, sizes_of
+from finray.training.objectives.objective import Setup
+from finray.training.rehearsal.packing import find_isolation
+from finray.training.rehearsal.rehearse import ways_of
+from finray.training.rehearsal.small_copy import VOCABULARY, make_copy
+
+QUICKSTART = Path(__file__).resolve().parent.parent / "recipes/quickstart/base"
+SIZES: dict[str, Any] = {
+    "vocab_size": 2048,
+    "hidden_size": 128,
+    "intermediate_size": 320,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "max_position_embeddings": 4096,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+EXPERTS = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 96}
+LOCAL = {"num_local_experts": 8, "num_experts_per_tok": 2}
+MAMBA = {"mamba_n_heads": 16, "mamba_d_head": 16, "mamba_d_state": 32}
+KINDS: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("llama", {}),
+    "qwen3": ("qwen3", {}),
+    "gemma3": ("gemma3_text", {"sliding_window": 256}),
+    "olmo2": ("olmo2", {}),
+    "phi3": ("phi3", {}),
+    "large vocabulary": ("llama", {"vocab_size": 2**17}),
+    "gemma2": ("gemma2", {"sliding_window": 256, "query_pre_attn_scalar": 16}),
+    "cohere": ("cohere", {}),
+    "gpt2": ("gpt2", {"n_positions": 4096}),
+    "mixtral": ("mixtral", LOCAL),
+    "qwen3_moe": ("qwen3_moe", EXPERTS),
+    "gpt_oss": ("gpt_oss", {**LOCAL, "sliding_window": 128}),
+    "granite hybrid": (
+        "granitemoehybrid",
+        {**LOCAL, **MAMBA, "layer_types": ["mamba", "attention", "mamba", "attention"]},
+    ),
+    "mamba2": ("mamba2", {"num_heads": 16, "head_dim": 16, "state_size": 32, "n_groups": 1}),
+    "lfm2": ("lfm2", {}),
+}
+LOW: dict[str, Any] = {"adapter": {"rank": 8}, "model": {"dtype": "bfloat16"}}
+FLOAT: dict[str, Any] = {"adapter": {"rank": 8}, "model": {"dtype": "float32"}}
+CASTS: dict[str, Any] = {
+    "adapter": {"rank": 8, "dtype": "float32"},
+    "model": {"dtype": "bfloat16"},
+}
+WHOLE: dict[str, Any] = {"model": {"dtype": "bfloat16"}}
+METHODS = ("sft", "pretrain", "dpo", "kto", "orpo", "cpo", "simpo", "reward")
+TOKENS = 512
+
+
+def cases() -> dict[str, tuple[str, dict[str, Any]]]:
+    """(model, settings) by name."""
+    made: dict[str, tuple[str, dict[str, Any]]] = {}
+    for kind in KINDS:
+        made[f"{kind}, packed"] = kind, LOW
+        made[f"{kind}, one document a row"] = kind, {**LOW, "data": {"packing": False}}
+    for kind in ("llama", "qwen3", "mixtral", "granite hybrid", "large vocabulary"):
+        made[f"{kind}, checkpointing"] = kind, merged(LOW, model={"gradient_checkpointing": True})
+        made[f"{kind}, all weights"] = kind, WHOLE
+    made["llama, float32"] = "llama", FLOAT
+    made["llama, autocast"] = "llama", CASTS
+    made["llama, dropout"] = "llama", merged(LOW, adapter={"dropout": 0.1})
+    made["llama, eager"] = "llama", merged(LOW, model={"attention": "eager"})
+    made["llama, adapter of the head"] = "llama", merged(LOW, adapter={"targets": ["lm_head"]})
+    made["llama, last layers"] = "llama", {**WHOLE, "freeze": {"last_layers": 2}}
+    made["llama, microbatch 4"] = "llama", {**LOW, "optim": {"micro_batch_size": 4}}
+    for method in METHODS[2:]:
+        made[f"llama, {method}"] = "llama", {**LOW, "method": {"kind": method}}
+    made["llama, dpo under autocast"] = "llama", {**CASTS, "method": {"kind": "dpo"}}
+    made["qwen3, dpo of all weights"] = "qwen3", {**WHOLE, "method": {"kind": "dpo"}}
+    return made
+
+
+def merged(settings: dict[str, Any], **sections: Any) -> dict[str, Any]:
+    """Settings with further keys in their sections."""
+    return {**settings, **{name: {**settings.get(name, {}), **sections[name]} for name in sections}}
+
+
+def recipe_of(base: Path, settings: dict[str, Any]) -> Recipe:
+    """A recipe with a microbatch of one row of TOKENS."""
+    return recipe_from_dict(
+        {
+            "name": "run",
+            **settings,
+            "model": {"base": str(base), **settings.get("model", {})},
+            "data": {"train": [{"path": "/x"}], "max_length": TOKENS, **settings.get("data", {})},
+            "optim": {"micro_batch_size": 1, **settings.get("optim", {})},
+            "scale": {"workers": 0},
+        }
+    )
+
+
+def make_base(kind: str, folder: Path) -> Path:
+    """A model of a kind with random weights."""
+    name, more = KINDS[kind]
+    target = folder / kind.replace(" ", "-")
+    if not target.is_dir():
+        torch.manual_seed(0)
+        config = AutoConfig.for_model(name, **{**SIZES, **more})
+        AutoModelForCausalLM.from_config(config).save_pretrained(target)
+        for file in ("tokenizer.json", "tokenizer_config.json"):
+            shutil.copy(QUICKSTART / file, target)
+    return target
+
+
+def full_row(recipe: Recipe, number: int) -> Sequence:
+    """A row of TOKENS in each of its texts, of which all but the first are trained."""
+    random = np.random.default_rng(number)
+    texts = recipe.method.sequences_per_row
+    documents = 4 if recipe.packs else texts
+    lengths = np.full(documents, TOKENS * texts // documents, np.int32)
+    trainable = np.ones(TOKENS * texts, bool)
+    trainable[np.cumsum(lengths) - lengths] = False
+    ids = random.integers(3, SIZES["vocab_size"], TOKENS * texts).astype(np.int32)
+    extra = {"kto": json.dumps({"label": bool(number % 2)})}.get(recipe.method.kind)
+    return Sequence(ids, lengths, trainable, np.array([number]), extra)
+
+
+def step_of(recipe: Recipe, model: Model) -> tuple[Any, Batch]:
+    """The objective, and the batch of a full microbatch."""
+    prepared, cpu = Prepared(Folder("/none"), Mock()), torch.device("cpu")
+    isolation = recipe.isolation if recipe.packs else None
+    setup = Setup(recipe, model, None, prepared, 0, 1, cpu, isolation=isolation)  # type: ignore[arg-type]
+    objective = objective_of(setup)
+    objective.prepare()
+    rows = [full_row(recipe, number) for number in range(recipe.optim.microbatch)]
+    with torch.no_grad():
+        return objective, objective.batches(0, [rows])[0]
+
+
+def most_held(recipe: Recipe, model: Model) -> int:
+    """Bytes that the loss and its gradients of a microbatch hold at once, beside the gradients."""
+    objective, batch = step_of(recipe, model)
+    casts = needs_autocast(recipe)
+    model.train()
+    if recipe.model.checkpoints:
+        model.enable_input_require_grads()
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    gc.collect()
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
+        with torch.autocast("cpu", torch.bfloat16, enabled=casts):
+            loss = objective.loss(model, batch, False).total
+        loss.backward()
+        del loss
+    held = most = 0
+    for event in seen.profiler.kineto_results.events():  # type: ignore[union-attr]
+        if event.name() == "[memory]":
+            held += event.nbytes()
+            most = max(most, held)
+    return most
+
+
+def isolated(recipe: Recipe, folder: Path) -> Recipe:
+    """The recipe as a rehearsal settles its packing."""
+    if not recipe.method.packs:
+        return recipe
+    copy = Path(tempfile.mkdtemp(dir=folder))
+    way, _ = find_isolation(make_copy(recipe, copy), VOCABULARY, ways_of(recipe))
+    return recipe.with_isolation(way is not None, way)
+
+
+def compare(name: str, folder: Path) -> dict[str, Any]:
+    """The estimate of a case beside what was held."""
+    kind, settings = cases()[name]
+    recipe = isolated(recipe_of(make_base(kind, folder), settings), folder)
+    estimated = estimate(recipe, sizes_of(recipe), kind="cpu").activations
+    held = most_held(recipe, load_model(recipe, recipe.method.head))
+    return {"estimated": estimated, "held": held, "error": round(estimated / held - 1, 4)}
+
+
+def main() -> None:
+    """Print a line for each case, and write all."""
+    warnings.simplefilter("ignore")
+    transformers.utils.logging.set_verbosity(logging.ERROR)
+    transformers.utils.logging.disable_progress_bar()
+    results: dict[str, Any] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for name in sys.argv[1:] or cases():
+            results[name] = compare(name, Path(folder))
+            print(f"{name:36} {results[name]}", flush=True)
+    errors = sorted(abs(result["error"]) for result in results.values())
+    spread = {"median": errors[len(errors) // 2], "largest": errors[-1]}
+    within = sum(error <= 0.01 for error in errors)
+    summary = {"cases": len(errors), "within_1_percent": within, **spread}
+    print(summary)
+    if not sys.argv[1:]:
+        text = json.dumps({"summary": summary, "cases": results}, indent=1)
+        (RESULTS / "estimate.json").write_text(text + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

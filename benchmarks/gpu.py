@@ -1,0 +1,425 @@
+"""Accepts finray on one GPU, in stages of falling worth; at most 12 minutes.
+
+    gpu.py [--only machine,speed8k] [--seconds 690] [--name h100] [--dry]
+
+Each stage trains in processes of its own and ends no other. All results go to
+results/gpu-NAME.json after every stage. --dry runs the stages with tiny models on the CPU.
+"""
+
+import argparse
+import atexit
+import json
+import os
+import random
+import re
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).resolve().parent
+QUICK = HERE.parent / "recipes/quickstart"
+WORDS = "order rug lamp late broken refund blue chair seven please send again thanks".split()
+SHAPES: dict[str, dict[str, Any]] = {
+    "qwen3-0.6b": {
+        "model_type": "qwen3",
+        "hidden_size": 1024,
+        "intermediate_size": 3072,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+        "vocab_size": 151936,
+        "tie_word_embeddings": True,
+        "max_position_embeddings": 40960,
+    },
+    "llama-3.1-8b": {
+        "model_type": "llama",
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "vocab_size": 128256,
+        "max_position_embeddings": 131072,
+    },
+}
+TINY = {
+    "model_type": "qwen3",
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "vocab_size": 2048,
+    "max_position_embeddings": 4096,
+}
+
+
+class Session:
+    """Makes models and data in a folder, and trains on them.
+
+    Args:
+        folder: keeps models, data and runs.
+        dry: True for tiny models on the CPU.
+    """
+
+    def __init__(self, folder: Path, dry: bool) -> None:
+        self.folder = folder
+        self.dry = dry
+        folder.mkdir(parents=True, exist_ok=True)
+
+    def model(self, name: str) -> str:
+        """A folder with random weights of a real shape, and the quickstart's tokenizer."""
+        import torch
+        from transformers import AutoConfig, AutoModelForCausalLM
+
+        folder = self.folder / "models" / name
+        if not folder.is_dir():
+            ids = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": 0}
+            config = AutoConfig.for_model(**{**(TINY if self.dry else SHAPES[name]), **ids})
+            with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
+                made = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+            made.save_pretrained(folder, max_shard_size="4GB")
+            for file in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+                shutil.copy(QUICK / "base" / file, folder)
+        return str(folder)
+
+    def chats(self, words: int, rows: int = 400) -> str:
+        """Conversations of about so many words, the same for the same numbers."""
+        file = self.folder / f"chat-{words}.jsonl"
+        if not file.is_file():
+            source = random.Random(0)
+
+            def say(mean: float) -> str:
+                count = max(2, int(source.lognormvariate(0, 0.5) * mean))
+                return " ".join(source.choice(WORDS) for _ in range(count))
+
+            with file.open("w", encoding="utf-8") as stream:
+                for _ in range(rows):
+                    pair = {"user": say(words / 2), "assistant": say(words / 2)}
+                    turns = [{"role": role, "content": text} for role, text in pair.items()]
+                    stream.write(json.dumps({"messages": turns}) + "\n")
+        return str(file)
+
+    def texts(self, words: int, rows: int = 40) -> str:
+        """Plain texts, each longer than a row."""
+        file, source = self.folder / f"text-{words}.jsonl", random.Random(1)
+        with file.open("w", encoding="utf-8") as stream:
+            for _ in range(rows):
+                text = " ".join(source.choice(WORDS) for _ in range(2 * words))
+                stream.write(json.dumps({"text": text}) + "\n")
+        return str(file)
+
+    def tokens(self, count: int) -> int:
+        """A length; on the CPU a small one."""
+        return 64 if self.dry else count
+
+    def sft(self, base: str, length: int, rows: int, words: int = 300) -> dict[str, Any]:
+        """LoRA on packed conversations."""
+        return {
+            "model": {"base": self.model(base)},
+            "adapter": {"rank": 16},
+            "data": {
+                "train": [{"path": self.chats(30 if self.dry else words)}],
+                "max_length": self.tokens(length),
+                "max_bad_rows": 0.9,
+            },
+            "optim": {"max_steps": 6 if self.dry else 14, "batch_size": rows,
+                      "micro_batch_size": rows, "learning_rate": 1e-4},
+            "log": {"every_steps": 2, "to": []},
+            "checkpoint": {"every_steps": 1000},
+        }  # fmt: skip
+
+    def train(
+        self, name: str, recipe: dict[str, Any], limit: float = 120.0, hidden: bool = False
+    ) -> dict[str, Any]:
+        """A run in a process of its own: its figures, or how it failed.
+
+        Args:
+            name: of the run.
+            recipe: without name and storage.
+            limit: seconds that it may take.
+            hidden: True to hide the GPU from it.
+        """
+        file, facts = self.folder / f"{name}.yaml", self.folder / f"{name}.json"
+        storage = self.folder / "runs"
+        file.write_text(json.dumps({"name": name, "storage": str(storage), **recipe}), "utf-8")
+        facts.unlink(missing_ok=True)
+        command = [sys.executable, __file__, "--probe", str(facts), "train", str(file), "--fresh"]
+        env = {**os.environ, **({"CUDA_VISIBLE_DEVICES": ""} if hidden else {})}
+        begun = time.monotonic()
+        limit = 4 * limit if self.dry else limit  # a busy machine's
+        try:
+            done = subprocess.run(
+                [*command, "--local"],
+                check=False,
+                capture_output=True,
+                text=True,
+                timeout=limit,
+                env=env,
+            )
+            code, tail = done.returncode, (done.stderr or done.stdout)[-400:]
+        except subprocess.TimeoutExpired:
+            code, tail = 124, "it took too long"
+        seen = json.loads(facts.read_text("utf-8")) if facts.is_file() else {}
+        seconds = round(time.monotonic() - begun, 1)
+        failed = {"tail": tail} if code else {}
+        return {"rc": code, "seconds": seconds, **_figures(storage / name), **seen, **failed}
+
+
+def _figures(run: Path) -> dict[str, Any]:
+    """What a run's own files say."""
+    metrics, record = run / "metrics.jsonl", run / "run.json"
+    if not metrics.is_file() or not record.is_file():
+        return {}
+    lines = [json.loads(line) for line in metrics.read_text("utf-8").splitlines()]
+    steps = [line for line in lines if "loss" in line]
+    values = json.loads(record.read_text("utf-8"))
+    speeds = [line["tokens_per_second"] for line in steps[2:]]
+    kept = ("device", "dtype", "decided", "restarts", "micro_batch_size", "evaluation_parts")
+    return {
+        "losses": [round(line["loss"], 4) for line in steps][:12],
+        "tokens_per_second": statistics.median(speeds) if speeds else None,
+        **{name: values[name] for name in kept if name in values},
+    }
+
+
+def probe(facts: Path, arguments: list[str]) -> int:
+    """The command finray in this process, with what only it can see: the peak of its memory."""
+    import torch
+
+    def write() -> None:
+        seen = {}
+        if torch.cuda.is_available():
+            seen = {
+                "peak_gib": round(torch.cuda.max_memory_allocated() / 2**30, 3),
+                "reserved_gib": round(torch.cuda.max_memory_reserved() / 2**30, 3),
+            }
+        facts.write_text(json.dumps(seen), encoding="utf-8")
+
+    atexit.register(write)
+    from finray.cluster.cli.main import main
+
+    return main(arguments)
+
+
+# the stages
+
+
+def machine(session: Session) -> dict[str, Any]:
+    """The versions, and what a large product reaches."""
+    import torch
+
+    seen: dict[str, Any] = {"torch": torch.__version__, "python": sys.version.split()[0]}
+    if torch.cuda.is_available():
+        left, right = (
+            torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2)
+        )
+        torch.mm(left, right)
+        torch.cuda.synchronize()
+        begun = time.monotonic()
+        for _ in range(10):
+            torch.mm(left, right)
+        torch.cuda.synchronize()
+        tflops = 10 * 2 * 8192**3 / (time.monotonic() - begun) / 1e12
+        seen |= {"gpu": torch.cuda.get_device_name(), "bf16_tflops": round(tflops)}
+    return seen
+
+
+def speed8k(session: Session) -> dict[str, Any]:
+    """Packed rows of 8,192 tokens; with the share of the GPU's operations that they reach."""
+    recipe = session.sft("qwen3-0.6b", 8192, 1)
+    return _with_utilisation(session, "speed8k", session.train("speed8k", recipe))
+
+
+def one_document(session: Session) -> dict[str, Any]:
+    """As many tokens, one document a row: what attention to packed documents costs."""
+    recipe = session.sft("qwen3-0.6b", 8192, 1)
+    length = session.tokens(8192)
+    data = {"train": [{"path": session.texts(length)}], "max_length": length, "packing": False}
+    return session.train("one-document", {**recipe, "data": data, "method": "pretrain"})
+
+
+def speed2k(session: Session) -> dict[str, Any]:
+    """Four packed rows of 2,048 tokens."""
+    return session.train("speed2k", session.sft("qwen3-0.6b", 2048, 4))
+
+
+def same(session: Session) -> dict[str, Any]:
+    """float32 twice on the GPU, and on the CPU: how far the losses are apart."""
+    recipe = session.sft("qwen3-0.6b", 256, 2, 60)
+    recipe["model"] = {"base": str(QUICK / "base"), "dtype": "float32"}
+    first, second = session.train("same-a", recipe), session.train("same-b", recipe)
+    cpu = session.train("same-cpu", recipe, hidden=True)
+    pairs = zip(first.get("losses", ()), cpu.get("losses", ()), strict=False)
+    return {
+        "twice_equal": first.get("losses") == second.get("losses"),
+        "largest_difference_from_cpu": max((abs(a - b) for a, b in pairs), default=None),
+        "rc": [first["rc"], second["rc"], cpu["rc"]],
+    }
+
+
+def large(session: Session) -> dict[str, Any]:
+    """The shape of Llama-3.1-8B, 8,192 packed tokens, as the estimate places it."""
+    recipe = session.sft("llama-3.1-8b", 8192, 2)
+    recipe["optim"] |= {"micro_batch_size": "auto", "max_steps": 6 if session.dry else 8}
+    return _with_utilisation(session, "large", session.train("large", recipe, 220))
+
+
+def types(session: Session) -> dict[str, Any]:
+    """float16, 4 and 8 bits, checkpointing, and all weights."""
+    changes: dict[str, dict[str, Any]] = {
+        "fp16": {"dtype": "float16"},
+        "nf4": {"quantize": "nf4"},
+        "int8": {"quantize": "int8"},
+        "checkpointing": {"gradient_checkpointing": True},
+        "whole": {},
+    }
+    results = {}
+    for name, model in changes.items():
+        if session.dry and name == "fp16":  # needs a GPU
+            continue
+        recipe = session.sft("qwen3-0.6b", 512, 2, 60)
+        recipe["model"] |= model
+        if name == "whole":
+            del recipe["adapter"]
+        results[name] = session.train(f"types-{name}", recipe, 100)
+    return results
+
+
+def methods(session: Session) -> dict[str, Any]:
+    """DPO, KTO, a reward model and GRPO on the quickstart's model."""
+    rewards = (QUICK / "rewards.py").read_text("utf-8")
+    names = re.findall(r"^def ([a-z]\w*)\(", rewards, re.MULTILINE)
+    online = {
+        "kind": "grpo",
+        "generations": 4,
+        "max_completion": 32,
+        "rewards": [{"file": f"{QUICK}/rewards.py:{names[0]}"}],
+    }
+    results = {}
+    for method in ({"kind": "dpo"}, {"kind": "kto"}, {"kind": "reward"}, online):
+        kind = str(method["kind"])
+        recipe = session.sft("qwen3-0.6b", 512, 8, 60)
+        recipe["model"] = {"base": str(QUICK / "base")}
+        recipe["optim"] |= {"max_steps": 4, "micro_batch_size": 4}
+        recipe["data"] |= {"max_length": 512}
+        if kind != "grpo":
+            recipe["data"]["train"] = [{"path": str(QUICK / "pairs.jsonl")}]
+        results[kind] = session.train(f"method-{kind}", {**recipe, "method": method}, 100)
+    return results
+
+
+def out_of_memory(session: Session) -> dict[str, Any]:
+    """A microbatch that cannot fit: halved until the run goes on."""
+    if session.dry:
+        return {"note": "a CPU has no such limit"}
+    recipe = session.sft("qwen3-0.6b", 4096, 256)
+    recipe["optim"] |= {"max_steps": 2}
+    recipe["model"] |= {"gradient_checkpointing": False}
+    return session.train("out-of-memory", recipe, 150)
+
+
+def estimated(session: Session) -> dict[str, Any]:
+    """The estimate beside the allocator's peak, of all runs before."""
+    from finray.training.config.recipe import load_recipe
+    from finray.training.models.memory_estimate import CONTEXT_BYTES, estimate, sizes_of
+
+    results = {}
+    for facts in sorted(session.folder.glob("*.json")):
+        seen = json.loads(facts.read_text("utf-8")).get("peak_gib")
+        run = session.folder / "runs" / facts.stem / "recipe.yaml"
+        if run.is_file():
+            recipe = load_recipe(run)
+            peak = (estimate(recipe, sizes_of(recipe)).peak - CONTEXT_BYTES) / 2**30
+            error = None if not seen else round(peak / seen - 1, 4)
+            results[facts.stem] = {"estimated": round(peak, 3), "seen": seen, "error": error}
+    return results
+
+
+def _with_utilisation(session: Session, name: str, seen: dict[str, Any]) -> dict[str, Any]:
+    """The figures with `mfu`: needed operations over those that the GPU's large product reached."""
+    from finray.training.config.recipe import load_recipe
+    from finray.training.models.memory_estimate import sizes_of
+    from finray.training.models.speed import training_flops
+
+    run = session.folder / "runs" / name / "recipe.yaml"
+    if seen["rc"] or not run.is_file() or not seen.get("tokens_per_second"):
+        return seen
+    recipe = load_recipe(run)
+    flops = training_flops(recipe, sizes_of(recipe)) * seen["tokens_per_second"]
+    reached = machine(session).get("bf16_tflops")
+    share = None if reached is None else round(flops / reached / 1e12, 3)
+    return {**seen, "tflops": round(flops / 1e12, 3), "mfu_of_measured": share}
+
+
+STAGES: dict[str, Callable[[Session], dict[str, Any]]] = {
+    "machine": machine,
+    "speed8k": speed8k,
+    "one_document": one_document,
+    "same": same,
+    "large": large,
+    "speed2k": speed2k,
+    "types": types,
+    "methods": methods,
+    "out_of_memory": out_of_memory,
+    "estimated": estimated,
+}
+
+
+def run_stages(names: list[str], session: Session, target: Path, seconds: float) -> None:
+    """Run stages while there is time, and write what they return after each."""
+    begun, results = time.monotonic(), {}
+    for name in names:
+        start = time.monotonic()
+        if start - begun > seconds:
+            result: dict[str, Any] = {"left out": "no time"}
+        else:
+            try:
+                result = STAGES[name](session)
+            except Exception as error:  # noqa: BLE001 - one stage must not end the others
+                result = {"error": f"{type(error).__name__}: {error}"[:400]}
+        results[name] = {"seconds": round(time.monotonic() - start, 1), **result}
+        print(json.dumps({name: results[name]}), flush=True)
+        target.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+
+
+def main() -> int:
+    """Choose stages and run them."""
+    if sys.argv[1:2] == ["--probe"]:
+        return probe(Path(sys.argv[2]), sys.argv[3:])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--only", help=f"stages, with commas: {','.join(STAGES)}")
+    parser.add_argument("--seconds", type=float, default=690.0, help="no stage starts after them")
+    parser.add_argument("--name", help="of the results (default: the GPU's, or dry)")
+    parser.add_argument("--dry", action="store_true", help="tiny models on the CPU")
+    parser.add_argument("--folder", type=Path, help="for models and runs (default: a new one)")
+    options = parser.parse_args()
+    names = (options.only or ",".join(STAGES)).split(",")
+    if unknown := [name for name in names if name not in STAGES]:
+        parser.error(f"there is no stage {', '.join(unknown)}; those are {', '.join(STAGES)}")
+    folder = options.folder or Path(tempfile.mkdtemp(prefix="finray-gpu-"))
+    session = Session(folder, options.dry)
+    name = options.name or ("dry" if options.dry else _name_of_gpu())
+    results = HERE / "results" if not options.dry else folder
+    run_stages(names, session, results / f"gpu-{name}.json", options.seconds)
+    return 0
+
+
+def _name_of_gpu() -> str:
+    import torch
+
+    if not torch.cuda.is_available():
+        sys.exit("gpu.py: there is no GPU here; --dry tries the stages with tiny models")
+    return re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name().lower()).strip("-")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,174 @@
+"""Steps on packed rows: attention by documents against sdpa with a mask over the whole row.
+
+Both take the same rows of alpaca, with the loss of supervised fine-tuning, in a process each.
+Speed is useful tokens per second of CPU time; the peak is that of resident memory above the loaded
+model. glibc's heap keeps gaps between large tensors, so both processes map those by themselves.
+"""
+
+import argparse
+import json
+import os
+import time
+from functools import partial
+from itertools import cycle, islice
+from pathlib import Path
+from typing import Any
+
+from contenders import Job, recipe_of, sequences
+from material import save_llama, save_tokenizer
+from measure import (
+    Figure,
+    Options,
+    Target,
+    conclude,
+    parse_options,
+    print_result,
+    ratios,
+    run_child,
+    scratch,
+    take_turns,
+)
+from packing import add_arguments, find_rows
+from throughput import prepared_job
+
+FULL = {"vocabulary": 16_000, "hidden": 512, "layers": 6, "length": 4096, "longer": 16_384}
+QUICK = {"vocabulary": 2_000, "hidden": 128, "layers": 2, "length": 1024, "longer": 4096}
+MICRO, STEPS = 2, 1
+MAPPED = {"MALLOC_MMAP_THRESHOLD_": "1000000"}
+
+
+def memory(name: str) -> int:
+    """Bytes of a line of this process's status."""
+    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(name))
+
+
+def child(job: Job, isolation: Any, micro: int) -> dict[str, float]:
+    """Take the steps of one contender."""
+    import torch
+
+    from finray.training.engine.methods import objective_of
+    from finray.training.models.loading import load_model
+    from finray.training.objectives.objective import Setup
+
+    torch.set_num_threads(job.threads)
+    recipe = recipe_of(job)
+    model: Any = load_model(recipe, "causal").train()
+    nothing: Any = None
+    cpu = torch.device("cpu")
+    setup = Setup(recipe, model, nothing, nothing, 0, 1, cpu, isolation=isolation)
+    objective = objective_of(setup)
+    objective.prepare()
+    rows = cycle(sequences(job, 0, 1))
+    objective.loss(model, objective.collate([next(rows)]), measured=False)  # loads what is lazy
+    Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
+    before, started, tokens = memory("VmRSS"), time.process_time(), 0
+    for _ in range(STEPS):
+        batch = objective.collate(list(islice(rows, micro)))
+        loss = objective.loss(model, batch, measured=False).total / batch.loss_units
+        torch.autograd.backward(loss)
+        tokens += batch.tokens
+    seconds = time.process_time() - started
+    peak = memory("VmHWM") - before
+    return {"speed": tokens / seconds, "peak": peak, "seconds": seconds, "tokens": tokens}
+
+
+def make_job(folder: Path, rows: Path, sizes: dict[str, int], length: int, threads: int) -> Job:
+    """Model, tokenizer and data with rows of `length` tokens."""
+    folder.mkdir()
+    content = json.loads(rows.read_text(encoding="utf-8"))
+    texts = [row[key] for row in content for key in ("instruction", "input", "output")]
+    size = save_tokenizer(folder / "model", texts, sizes["vocabulary"])
+    save_llama(folder / "model", size, sizes["hidden"], sizes["layers"], length)
+    values = {
+        "name": "packed",
+        "model": {"base": str(folder / "model"), "dtype": "float32"},
+        "adapter": {"kind": "lora"},
+        "data": {"train": [{"path": str(rows)}], "max_length": length},
+        "optim": {"batch_size": MICRO, "micro_batch_size": MICRO, "max_steps": STEPS},
+        "scale": {"workers": 0},
+        "storage": str(folder / "runs"),
+    }
+    return prepared_job(folder, values, STEPS, 0, threads)
+
+
+def measured(folder: Path, name: str, job: Job, isolation: str, micro: int) -> dict[str, float]:
+    """What a process of its own measures."""
+    file = folder / f"{name}.json"
+    file.write_text(json.dumps([vars(job), isolation, micro]), encoding="utf-8")
+    result: dict[str, float] = run_child(
+        "packed_rows.py", "--child", str(file), threads=job.threads
+    )
+    return result
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the data's place, and the file that a child reads."""
+    add_arguments(parser)
+    parser.add_argument("--child", type=Path, help=argparse.SUPPRESS)
+
+
+def figures_of(turns: dict[str, list[dict[str, float]]]) -> list[Figure]:
+    """Speed and peak against a mask, and how they grow from short to long rows."""
+
+    def of(name: str, key: str) -> list[float]:
+        return [result[key] for result in turns[name]]
+
+    def growth(key: str) -> tuple[float, ...]:
+        per_token = [
+            [value / count for value, count in zip(of(name, key), of(name, "tokens"), strict=True)]
+            for name in ("longer rows", "one row")
+        ]
+        return ratios(*per_token)
+
+    return [
+        Figure(
+            "tokens/s, by documents / with a mask",
+            ratios(of("documents", "speed"), of("mask", "speed")),
+            Target("at least", 1.7),
+        ),
+        Figure(
+            "peak above the model, by documents / with a mask",
+            ratios(of("documents", "peak"), of("mask", "peak")),
+            Target("at most", 0.5),
+        ),
+        Figure("time per token, long / short rows", growth("seconds"), Target("at most", 1.2)),
+        Figure("peak per token, long / short rows", growth("peak"), Target("at most", 1.2)),
+    ]
+
+
+def main() -> None:
+    """Measure, and write the result."""
+    options, given = parse_options(__doc__, add=arguments)
+    if given.child is not None:
+        job, isolation, micro = json.loads(given.child.read_text(encoding="utf-8"))
+        print_result(child(Job(**job), isolation, micro))
+        return
+    conclude_with(options, find_rows(given.data))
+
+
+def conclude_with(options: Options, rows: Path) -> None:
+    """Compare the contenders in turns."""
+    sizes = QUICK if options.quick else FULL
+    os.environ.update(MAPPED)
+    with scratch() as folder:
+        short = make_job(folder / "short", rows, sizes, sizes["length"], options.threads)
+        longer = make_job(folder / "longer", rows, sizes, sizes["longer"], options.threads)
+        contenders = {
+            "documents": (short, "documents", MICRO),
+            "mask": (short, "positions", MICRO),
+            "one row": (short, "documents", 1),
+            "longer rows": (longer, "documents", 1),
+        }
+        calls = {name: partial(measured, folder, name, *how) for name, how in contenders.items()}
+        turns = take_turns(calls, options.repetitions)
+    flat = {
+        f"{name}, {key}": [result[key] for result in results]
+        for name, results in turns.items()
+        for key in ("speed", "peak")
+    }
+    conclude("packed_rows", options, figures_of(turns), flat, {**sizes, "micro": MICRO})
+
+
+if __name__ == "__main__":
+    main()
