@@ -56,6 +56,10 @@ class Kept:
         return max(self.layers, default=0)
 
 
+_OF_THE_MODEL = {"kind", "init", "reference_model", "rollout"}
+"""Settings of a method that decide which model is built, or is refused."""
+
+
 def kept_by(
     recipe: Recipe,
     rows: int,
@@ -75,7 +79,7 @@ def kept_by(
         attention: what attention keeps.
     """
     relevant = recipe.model_dump_json(
-        include={"model", "adapter", "freeze", "method"},
+        include={"model": True, "adapter": True, "freeze": True, "method": _OF_THE_MODEL},
         exclude={"model": {"gradient_checkpointing"}},
     )
     return _counted(_Key(relevant, recipe), rows, tokens, compute, trained, attention)

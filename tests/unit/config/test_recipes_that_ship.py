@@ -9,6 +9,7 @@ import json
 import math
 import re
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -335,33 +336,39 @@ class Real:
         loads = any("run" in dict(reward) for reward in rewards)
         return 2 * (self.parameters + self.sizes.trained) if loads else 0
 
-    def changed(self, section: str, **changes: Any) -> MemoryEstimate:
+    def changed(self, section: str, **changes: Any) -> Recipe:
         part = getattr(self.recipe, section).model_copy(update=changes)
-        return estimate(self.recipe.model_copy(update={section: part}), self.sizes)
+        return self.recipe.model_copy(update={section: part})
 
-    def figures(self) -> set[str]:
-        """Every figure that a comment may state."""
-        recipe, memory = self.recipe, self.memory
-        plain = self.changed("model", gradient_checkpointing=False)
-        whole = self.changed("scale", strategy="ddp", workers=1)
-        trained = self.sizes.trained
+    def held(self, section: str, **changes: Any) -> MemoryEstimate:
+        """What a changed recipe holds beside activations, which take long to follow."""
+        return estimate(
+            self.changed(section, **changes), replace(self.sizes, can_be_followed=False)
+        )
+
+    def figures(self) -> Iterator[str]:
+        """Every figure that a comment may state; those that take long come last."""
+        recipe, trained = self.recipe, self.sizes.trained
+        yield f"{suggested_learning_rate(recipe):.1e}".replace("e-0", "e-")
+        yield f"{trained / 1e6:.0f} million"
+        yield f"{recipe.optim.batch_size * recipe.data.max_length:,} tokens"
+        yield f"{recipe.data.max_length:,} tokens"
+        yield f"{recipe.rows_per_step} prompts"
+        yield f"{getattr(recipe.method, 'generations', 0)} answers"
+        yield from map(amount, self.amounts())
+
+    def amounts(self) -> Iterator[int]:
+        recipe, trained = self.recipe, self.sizes.trained
         in_float32 = 4 * (self.parameters + trained)  # of a model that is trained whole
-        amounts = [
-            *(memory.peak, memory.weights, memory.training, memory.activations),
-            *(plain.activations, self.changed("model", quantize="none").weights),
-            *(self.reward_model(), self.peak()),
-            *(whole.weights + whole.training, in_float32, recipe.scale.most_workers * in_float32),
-            *(12 * trained, self.changed("data", max_length=2048).peak, self.cache()),
-        ]
-        rate = suggested_learning_rate(recipe)
-        tokens = recipe.optim.batch_size * recipe.data.max_length
-        return {
-            *map(amount, amounts),
-            *(f"{trained / 1e6:.0f} million", f"{tokens:,} tokens"),
-            *(f"{recipe.data.max_length:,} tokens", f"{recipe.rows_per_step} prompts"),
-            f"{getattr(recipe.method, 'generations', 0)} answers",
-            f"{rate:.1e}".replace("e-0", "e-"),
-        }
+        yield from (in_float32, recipe.scale.most_workers * in_float32, 12 * trained, self.cache())
+        whole = self.held("scale", strategy="ddp", workers=1)
+        yield from (whole.weights + whole.training, self.held("model", quantize="none").weights)
+        memory = self.memory
+        yield from (memory.peak, memory.weights, memory.training, memory.activations)
+        yield from (self.reward_model(), self.peak())
+        plain = self.changed("model", gradient_checkpointing=False)
+        yield estimate(plain, self.sizes).activations
+        yield estimate(self.changed("data", max_length=2048), self.sizes).peak
 
     def cache(self) -> int:
         """Bytes of keys and values of the completions that are sampled at a time."""
@@ -379,7 +386,12 @@ def real(tried: Tried, tmp_path_factory: pytest.TempPathFactory) -> Callable[[st
 def test_every_figure_in_a_comment_is_computed(name: str, real: Callable[[str], Real]) -> None:
     text, recipe = comments_of(name), real(name)
     stated = set(FIGURE.findall(text))
-    assert stated and not stated - recipe.figures()
+    assert stated
+    for figure in recipe.figures():
+        stated.discard(figure)
+        if not stated:
+            break
+    assert not stated
     assert f"GPU memory: about {amount(recipe.memory.peak)}" in text
     assert ", estimated" in text
 
@@ -403,7 +415,7 @@ def test_a_figure_that_is_wrong_is_noticed(real: Callable[[str], Real]) -> None:
     optim = recipe.recipe.optim.model_copy(update={"micro_batch_size": 64, "batch_size": 64})
     recipe.recipe = recipe.recipe.model_copy(update={"optim": optim})
     stated = set(FIGURE.findall(comments_of("models/qwen3-4b-lora.yaml")))
-    assert {"1.6 GiB", "21.2 GiB", "32,768 tokens"} == stated - recipe.figures()
+    assert {"1.6 GiB", "21.2 GiB", "32,768 tokens"} == stated - {*recipe.figures()}
     verdict = judge(recipe.recipe, recipe.sizes, [Gpu("24 GB", 24 * 10**9)])
     assert verdict.is_tight
 
