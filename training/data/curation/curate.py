@@ -309,6 +309,7 @@ class _Curation:
             "characters_in": total.characters_in,
             "characters_out": total.characters_out,
             "samples": samples[:SAMPLES],
+            **_languages(total),
         }
 
     def _curated(self) -> Curated:
@@ -329,6 +330,13 @@ class _Curation:
             bad=tuple(self._bad_rows()),
             left_rows=tuple(left_rows),
         )
+
+
+def _languages(total: Counts) -> dict[str, Any]:
+    if not total.languages_in:
+        return {}
+    before, after = dict(total.languages_in), dict(total.languages_out)
+    return {"languages": {"before": before, "after": after}}
 
 
 def _rows(source: ReferenceSource, max_bytes: int) -> Iterator[Row | BadRow]:
