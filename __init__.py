@@ -14,6 +14,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .cluster.api.planning import plan
     from .cluster.api.recipes import load_recipe
     from .cluster.api.results import PreparedData, Report, RunResult, SweepResult
     from .cluster.api.runs import check, export, prepare, runs, train
@@ -37,6 +38,7 @@ __all__ = [
     "check",
     "export",
     "load_recipe",
+    "plan",
     "prepare",
     "runs",
     "train",
@@ -44,6 +46,7 @@ __all__ = [
 ]
 
 _MODULES = {
+    "cluster.api.planning": ("plan",),
     "cluster.api.recipes": ("load_recipe",),
     "cluster.api.results": ("PreparedData", "Report", "RunResult", "SweepResult"),
     "cluster.api.runs": ("check", "export", "prepare", "runs", "train"),

@@ -19,8 +19,8 @@ from finray.cluster.jobs.staging import add_finray
 
 NAMES = [
     *("FinrayError", "InputError", "Interrupted", "PreparedData", "Recipe", "Report", "RunError"),
-    *("RunResult", "SweepResult", "__version__", "check", "export", "load_recipe", "prepare"),
-    *("runs", "train", "tune"),
+    *("RunResult", "SweepResult", "__version__", "check", "export", "load_recipe", "plan"),
+    *("prepare", "runs", "train", "tune"),
 ]
 USE = (
     "import finray, json\n"

@@ -62,6 +62,8 @@ class Curated:
     """file, line, reason and row of rows that cannot be used."""
     left_rows: tuple[int, ...]
     """Rows of each source that are left."""
+    stages: tuple[str, ...] = ()
+    """Keys of all stages."""
 
     def rows_of(self, chunk: int) -> StageRows:
         """The rows of a chunk that are left."""
@@ -154,6 +156,7 @@ class _Curation:
         return sum(counts.rows for counts in self._results[0].chunks)
 
     def _finished(self, stage: PlannedStage) -> StageResult | None:
+        (self._folder / stage.key).touch()
         try:
             result = StageResult.from_json(json.loads((self._folder / stage.key).read(MANIFEST)))
         except (FileNotFoundError, ValueError, KeyError, TypeError):
@@ -351,6 +354,7 @@ class _Curation:
             funnel=tuple(self._funnel()),
             bad=tuple(self._bad_rows()),
             left_rows=tuple(left_rows),
+            stages=tuple(stage.key for stage in self._stages),
         )
 
 
