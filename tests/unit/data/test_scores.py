@@ -55,6 +55,8 @@ def test_the_best_share_of_all_sources_together_stays(tmp_path: Path, make: Make
     prepared = run(make(train=both, curate=[score(keep_top=0.6)]), tmp_path)
     assert left(prepared) == [0, 2, 3, 5, 8, 9]
     assert funnel(prepared)[1] == ("2 score", 10, 6, {"its score is too low": 4})
+    stages = set(json.loads(prepared.folder.read("stages.json")))
+    assert stages == {folder.name for folder in (tmp_path / "prepared" / "stages").iterdir()}
     (_, entry) = prepared.manifest.funnel
     assert entry["scores"] == {
         "before": {"lowest": -7, "10%": -7, "median": 3, "90%": 8, "highest": 10},

@@ -63,7 +63,7 @@ class Curated:
     left_rows: tuple[int, ...]
     """Rows of each source that are left."""
     stages: tuple[str, ...] = ()
-    """Keys of all stages."""
+    """Keys of all stages, and of their scores."""
 
     def rows_of(self, chunk: int) -> StageRows:
         """The rows of a chunk that are left."""
@@ -354,7 +354,9 @@ class _Curation:
             funnel=tuple(self._funnel()),
             bad=tuple(self._bad_rows()),
             left_rows=tuple(left_rows),
-            stages=tuple(stage.key for stage in self._stages),
+            stages=tuple(
+                key for stage in self._stages for key in (stage.scores, stage.key) if key
+            ),
         )
 
 
