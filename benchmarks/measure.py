@@ -1,8 +1,8 @@
 """Shared by all benchmarks: interleaved repetitions, medians, and writing and printing results.
 
-Contenders take turns, so that a slowdown of the machine affects all of them, and each turn begins
-with another one (ABC BCA CAB ...), so that none always follows the same; a ratio is taken within each
-turn, and the median of the ratios is the figure.
+Contenders take turns, so that a slowdown of the machine affects all of them. Each turn begins with
+another one (ABC BCA CAB ...), so that none is always first. A ratio is taken within each turn, and
+the median of the ratios is the figure.
 """
 
 import argparse
