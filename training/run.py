@@ -218,7 +218,8 @@ def run_prepared(
     if earlier is not None:
         _check_same_files(recipe, folder, earlier)
     outcome = outcome or rehearse(recipe, progress)
-    recipe, decided = _placed(outcome.allowed(recipe), earlier, launcher.room, progress)
+    recipe = outcome.allowed(recipe).with_longest(prepared.manifest.longest)
+    recipe, decided = _placed(recipe, earlier, launcher.room, progress)
     _record_start(recipe, folder, prepared, schedule, commits or {}, outcome, decided)
     progress.run_started(folder)
     task = WorkerTask(

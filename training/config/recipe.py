@@ -83,6 +83,7 @@ class Recipe(PlacedSection):
 
     _isolates: bool | None = PrivateAttr(default=None)
     _isolation: Isolation | None = PrivateAttr(default=None)
+    _longest: int | None = PrivateAttr(default=None)
     """Whether the model keeps packed documents apart; None before a rehearsal."""
 
     @model_validator(mode="after")
@@ -242,6 +243,18 @@ class Recipe(PlacedSection):
         """
         decided = self.model_copy()
         decided._isolates, decided._isolation = isolates, way
+        return decided
+
+    @property
+    def longest_document(self) -> int:
+        """Tokens of the longest document of a row; `data.max_length` before `with_longest`."""
+        return min(self._longest or self.data.max_length, self.data.max_length)
+
+    def with_longest(self, tokens: int | None) -> Self:
+        """The same recipe, whose prepared documents have at most so many tokens; None for
+        `data.max_length`."""
+        decided = self.model_copy()
+        decided._longest = tokens
         return decided
 
     @property

@@ -164,6 +164,11 @@ class Manifest:
     funnel: tuple[dict[str, Any], ...] = ()
     """What each stage of data.curate took, and why, with samples; empty without any."""
 
+    @property
+    def longest(self) -> int:
+        """A bound of the tokens of a document, by its longest text."""
+        return min(self.length_quantiles.get("1") or self.max_length, self.max_length)
+
     def summary(self) -> dict[str, Any]:
         """The manifest for people: without files and hashes, with each split's fill."""
         summary = asdict(self)
