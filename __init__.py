@@ -14,6 +14,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .cluster.api.answers import EvaluationResult, evaluate, generate
     from .cluster.api.recipes import load_recipe
     from .cluster.api.results import PreparedData, Report, RunResult, SweepResult
     from .cluster.api.runs import check, export, prepare, runs, train
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     __version__: str
 
 __all__ = [
+    "EvaluationResult",
     "FinrayError",
     "InputError",
     "Interrupted",
@@ -35,7 +37,9 @@ __all__ = [
     "SweepResult",
     "__version__",
     "check",
+    "evaluate",
     "export",
+    "generate",
     "load_recipe",
     "prepare",
     "runs",
@@ -44,6 +48,7 @@ __all__ = [
 ]
 
 _MODULES = {
+    "cluster.api.answers": ("EvaluationResult", "evaluate", "generate"),
     "cluster.api.recipes": ("load_recipe",),
     "cluster.api.results": ("PreparedData", "Report", "RunResult", "SweepResult"),
     "cluster.api.runs": ("check", "export", "prepare", "runs", "train"),

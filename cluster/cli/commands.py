@@ -24,6 +24,8 @@ COMMANDS = {
     "runs": ("runs", "runs"),
     "report": ("runs", "report"),
     "export": ("runs", "export"),
+    "generate": ("evaluation", "generate"),
+    "eval": ("evaluation", "evaluate"),
     "schema": ("runs", "schema"),
     "k8s render": ("k8s", "render"),
     "k8s run": ("k8s", "run"),

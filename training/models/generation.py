@@ -1,6 +1,8 @@
 """Greedy answers to held-out prompts, before and after training."""
 
 import math
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -52,7 +54,43 @@ def generate_answers(
 def _generate(
     model: Model, tokenizer: Any, prompts: list[list[int]], max_new_tokens: int
 ) -> list[str]:
-    ids, mask = left_padded(prompts, tokenizer.pad_token_id)
+    completions = generate_ids(model, tokenizer, prompts, max_new_tokens)
+    return completion_texts(tokenizer, completions)
+
+
+@dataclass(frozen=True)
+class Generated:
+    """A generated completion."""
+
+    ids: list[int]
+    """Token ids, including the token that ended the completion."""
+    ended: bool
+    """True if a stop token ended it, False if it was cut off at the maximum length."""
+
+
+@torch.no_grad()
+def generate_ids(
+    model: Model,
+    tokenizer: Any,
+    prompts: list[list[int]],
+    max_new_tokens: int,
+    **how: Any,
+) -> list[Generated]:
+    """Generate the completions of one batch of prompts; greedy ones, unless a processor of the
+    scores chooses.
+
+    Args:
+        model: a language model in evaluation mode, on its device.
+        tokenizer: its tokenizer.
+        prompts: token ids of each prompt, ending where the completion begins.
+        max_new_tokens: longest completion.
+        how: `logits_processor`, `streamer` or `stopping_criteria` of transformers' `generate`.
+    """
+    pad = tokenizer.pad_token_id
+    stops = stop_tokens(model, tokenizer)
+    if pad is None:  # only a batch of equally long prompts needs none
+        pad = stops[0] if stops else 0
+    ids, mask = left_padded(prompts, pad)
     device = next(model.parameters()).device
     generated = model.generate(
         input_ids=ids.to(device),
@@ -60,11 +98,23 @@ def _generate(
         max_new_tokens=max_new_tokens,
         do_sample=False,
         use_cache=True,
-        pad_token_id=tokenizer.pad_token_id,
-        eos_token_id=stop_tokens(model, tokenizer),
+        pad_token_id=pad,
+        eos_token_id=stops or None,
+        **how,
     )
+    return [_up_to_stop(tokens, stops) for tokens in generated[:, ids.shape[1] :].tolist()]
+
+
+def _up_to_stop(tokens: list[int], stops: list[int]) -> Generated:
+    """The completion without the padding behind the token that ended it."""
+    ends = next((index for index, token in enumerate(tokens) if token in stops), None)
+    return Generated(tokens, False) if ends is None else Generated(tokens[: ends + 1], True)
+
+
+def completion_texts(tokenizer: Any, completions: Sequence[Generated]) -> list[str]:
+    """The completions as text, without special tokens."""
     texts: list[str] = tokenizer.batch_decode(
-        generated[:, ids.shape[1] :], skip_special_tokens=True
+        [completion.ids for completion in completions], skip_special_tokens=True
     )
     return texts
 
