@@ -1,11 +1,14 @@
 """The measures of answers that `finray eval` and `eval.metrics` know, and the user's own."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Any, Literal
+
+from pydantic import Discriminator, Tag
 
 from ..common.errors import InputError
-from .metric import Mode
+from .metric import Metric, Mode
 from .rewards import FunctionReward
 
 AnswerMetricName = Literal[
@@ -61,7 +64,21 @@ class FunctionMetric(FunctionReward):
     """max if a higher value is better, else min."""
 
 
-MetricChoice = AnswerMetricName | FunctionMetric
+def _kind(value: Any) -> str:
+    """A function by its only required key, else a name."""
+    is_function = isinstance(value, FunctionMetric | dict)
+    return "file" if is_function else "name" if value in ANSWER_METRICS else ""
+
+
+MetricChoice = Annotated[
+    Annotated[AnswerMetricName, Tag("name")] | Annotated[FunctionMetric, Tag("file")],
+    Discriminator(
+        _kind,
+        custom_error_type="metric",
+        custom_error_message=f"a measure is one of {', '.join(ANSWER_METRICS)} and "
+        '{file: "score.py:function"}',
+    ),
+]
 
 
 def metric_name(metric: MetricChoice) -> str:
@@ -69,7 +86,15 @@ def metric_name(metric: MetricChoice) -> str:
     return metric if isinstance(metric, str) else metric.name
 
 
-def check_installed(metrics: list[MetricChoice], where: str) -> None:
+def answer_metrics(metrics: Sequence[MetricChoice]) -> dict[str, Metric]:
+    """The measures that a run reports, by name: eval_exact_match, …"""
+    modes: dict[str, Mode] = {
+        metric_name(metric): "max" if isinstance(metric, str) else metric.mode for metric in metrics
+    }
+    return {f"eval_{name}": Metric(f"eval_{name}", mode) for name, mode in modes.items()}
+
+
+def check_installed(metrics: Sequence[MetricChoice], where: str) -> None:
     """Refuse a measure whose package is not installed.
 
     Args:

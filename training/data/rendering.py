@@ -77,6 +77,8 @@ class Prompt:
     """Empty if the data has none."""
     cut: str = ""
     """The end of the text that its tokens lack; see `Rendered.cut`."""
+    asked: str = "{}"
+    """See `Sample.asked` of a prepared data set."""
 
 
 @dataclass(frozen=True)

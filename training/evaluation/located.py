@@ -96,7 +96,7 @@ def _of_run(folder: Folder, record: Record) -> Located:
     _check_speaks(folder, recipe)
     if record.get("status") != "finished":
         checkpoints = folder / CHECKPOINTS_FOLDER
-        chosen = best(checkpoints, recipe.method.watched) or newest(checkpoints)
+        chosen = best(checkpoints, recipe.watched) or newest(checkpoints)
         if chosen is not None:
             place = str(checkpoints / chosen)
             raise UnfinishedRun(

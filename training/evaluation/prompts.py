@@ -10,7 +10,7 @@ from typing import Any
 from ..common.errors import InputError
 from ..config.source import KnownFormat, Source
 from ..data.contents import describe_files
-from ..data.examples import rules_of
+from ..data.examples import asked_of, rules_of
 from ..data.expand import expand
 from ..data.fields import alpaca_prompt
 from ..data.formats import detect_format, normalise, own_format
@@ -20,7 +20,6 @@ from ..data.resolve import all_rows
 from ..data.row_changes import RowChanges
 from ..data.rows import BadRow, Row
 from ..data.shapes import (
-    Conversation,
     Example,
     LabelledExample,
     PreferencePair,
@@ -149,11 +148,10 @@ def _read(number: int, place: str, row: Row, row_format: KnownFormat) -> PromptR
     refuse_media(row)
     normalised = normalise(row, _format_of(row, row_format))
     example = _answered(normalised)
-    rules = rules_of(_METHOD)
-    question = rules.adapt(example)
+    question = rules_of(_METHOD).adapt(example)
     assert isinstance(question, Question)
-    extra = rules.extra(row, example, ()) or {}
-    columns = extra.get("columns", {})
+    asked = asked_of(row, example)
+    columns = asked["columns"]
     reference = question.reference
     if reference is None and isinstance(columns.get("reference"), str):
         question = Question(question.prompt, columns["reference"], question.context)
@@ -163,7 +161,7 @@ def _read(number: int, place: str, row: Row, row_format: KnownFormat) -> PromptR
         place,
         question,
         example=example if has_answer else None,
-        calls=_calls(example) if question.context.tools else None,
+        calls=asked["calls"],
         columns=columns,
     )
 
@@ -188,11 +186,3 @@ def _answered(row: Example) -> Example:
     if isinstance(row, Text):
         raise RowError("a plain text has no prompt; name its column prompt")
     return row
-
-
-def _calls(example: Example) -> list[Row]:
-    """The calls in the answer of a conversation."""
-    if not isinstance(example, Conversation):
-        return []
-    answers = [message for message in example.messages if message["role"] == "assistant"]
-    return [call["function"] for call in answers[-1].get("tool_calls", ())]

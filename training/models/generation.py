@@ -1,6 +1,5 @@
 """Greedy answers to held-out prompts, before and after training."""
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -24,38 +23,51 @@ def generate_answers(
     world_size: int,
     at_once: int = ANSWERS_AT_ONCE,
 ) -> list[str]:
+    """The texts of `generate_completions`."""
+    completions = generate_completions(
+        model, tokenizer, prompts, max_new_tokens, rank, world_size, at_once
+    )
+    return completion_texts(tokenizer, completions)
+
+
+@torch.no_grad()
+def generate_completions(
+    model: Model,
+    tokenizer: Any,
+    prompts: list[list[int]],
+    max_new_tokens: int,
+    rank: int,
+    world_size: int,
+    at_once: int = ANSWERS_AT_ONCE,
+) -> list["Generated"]:
     """Generate greedy completions of all prompts; each worker generates a share of them.
+
+    Which prompts share a batch is the same for any number of workers.
 
     Args:
         prompts: token ids of each prompt, ending where the answer begins.
         at_once: answers that a worker generates in one batch.
 
     Returns:
-        One text per prompt, the same on every rank.
+        One completion per prompt, the same on every rank.
     """
-    own = list(range(rank, len(prompts), world_size))
     # Prompts of similar length share a batch, which then has little padding.
-    own.sort(key=lambda index: len(prompts[index]))
+    order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
+    batches = [order[first : first + at_once] for first in range(0, len(order), at_once)]
     training = model.training
     model.eval()
-    answers: dict[int, str] = {}
-    # A sharded model needs equally many calls on all ranks: a rank without prompts left generates
+    completions: dict[int, Generated] = {}
+    # A sharded model needs equally many calls on all ranks: a rank without batches left generates
     # for prompt 0 and discards the answer.
-    for first in range(0, math.ceil(len(prompts) / world_size), at_once):
-        chosen = own[first : first + at_once]
-        texts = _generate(model, tokenizer, [prompts[i] for i in chosen or [0]], max_new_tokens)
-        answers.update(zip(chosen, texts, strict=False))
+    for first in range(0, len(batches), world_size):
+        chosen = batches[first + rank] if first + rank < len(batches) else []
+        texts = [prompts[index] for index in chosen or [0]]
+        generated = generate_ids(model, tokenizer, texts, max_new_tokens)
+        completions.update(zip(chosen, generated, strict=False))
     model.train(training)
-    for part in _gather(answers, world_size):
-        answers.update(part)
-    return [answers[index] for index in range(len(prompts))]
-
-
-def _generate(
-    model: Model, tokenizer: Any, prompts: list[list[int]], max_new_tokens: int
-) -> list[str]:
-    completions = generate_ids(model, tokenizer, prompts, max_new_tokens)
-    return completion_texts(tokenizer, completions)
+    for part in _gather(completions, world_size):
+        completions.update(part)
+    return [completions[index] for index in range(len(prompts))]
 
 
 @dataclass(frozen=True)
@@ -135,11 +147,11 @@ def left_padded(prompts: list[list[int]], pad: int) -> tuple[torch.Tensor, torch
     return ids, mask
 
 
-def _gather(answers: dict[int, str], world_size: int) -> list[dict[int, str]]:
+def _gather(completions: dict[int, Generated], world_size: int) -> list[dict[int, Generated]]:
     if world_size == 1:
         return []
     parts: list[Any] = [None] * world_size
-    dist.all_gather_object(parts, answers)
+    dist.all_gather_object(parts, completions)
     return parts
 
 
