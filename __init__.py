@@ -14,6 +14,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .cluster.api.answers import EvaluationResult, evaluate, generate
     from .cluster.api.planning import plan
     from .cluster.api.recipes import load_recipe
     from .cluster.api.results import PreparedData, Report, RunResult, SweepResult
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     __version__: str
 
 __all__ = [
+    "EvaluationResult",
     "FinrayError",
     "InputError",
     "Interrupted",
@@ -36,7 +38,9 @@ __all__ = [
     "SweepResult",
     "__version__",
     "check",
+    "evaluate",
     "export",
+    "generate",
     "load_recipe",
     "plan",
     "prepare",
@@ -46,6 +50,7 @@ __all__ = [
 ]
 
 _MODULES = {
+    "cluster.api.answers": ("EvaluationResult", "evaluate", "generate"),
     "cluster.api.planning": ("plan",),
     "cluster.api.recipes": ("load_recipe",),
     "cluster.api.results": ("PreparedData", "Report", "RunResult", "SweepResult"),

@@ -9,6 +9,7 @@ from typing import Any
 from .common.errors import InputError
 from .common.storage import Folder
 from .config.adapter_folder import check_adapter
+from .config.eval_metrics import check_installed
 from .config.model_folder import has_vocabulary, model_folder
 from .config.places import about, locates
 from .config.recipe import Recipe
@@ -67,6 +68,7 @@ def inspect_recipe(recipe: Recipe) -> Inspection:
     """
     check_languages(recipe)
     check_rewards(recipe)
+    check_installed(recipe.eval.metrics, "eval.metrics")
     data = resolve_data(recipe)
     size = sum(file.size for source in (*data.train, *data.eval) for file in source.files)
     folder = model_folder(recipe.model, only_cached=True)

@@ -500,7 +500,7 @@ def _record_end(
         record["error"] = None if error is None else redact(error)
         record["finished_at"] = now()
         record["wall_seconds"] = round(record.get("wall_seconds", 0.0) + seconds, 2)
-        record["best_checkpoint"] = best(folder / CHECKPOINTS_FOLDER, recipe.method.watched)
+        record["best_checkpoint"] = best(folder / CHECKPOINTS_FOLDER, recipe.watched)
 
     update_run(folder, change)
 

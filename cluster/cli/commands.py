@@ -29,6 +29,8 @@ COMMANDS = {
     "clean": ("storage", "clean"),
     "report": ("runs", "report"),
     "export": ("runs", "export"),
+    "generate": ("evaluation", "generate"),
+    "eval": ("evaluation", "evaluate"),
     "schema": ("runs", "schema"),
     "k8s render": ("k8s", "render"),
     "k8s run": ("k8s", "run"),

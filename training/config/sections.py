@@ -9,6 +9,7 @@ from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from ..common.formatting import shown
 from .curation import DecontaminateStage, HoldoutSettings, MixSettings, Stages
+from .eval_metrics import MetricChoice
 from .section import MOST, PositiveInt, Section, Share
 from .short_forms import as_sources
 from .source import Source
@@ -354,6 +355,13 @@ class EvalSettings(Section):
     for the report."""
     max_new_tokens: PositiveInt = 128
     """Longest answer, in tokens."""
+    metrics: list[MetricChoice] = []
+    """Measures of the answers to the prompts of `samples`, at each measurement of the loss: names
+    such as exact_match, and functions of yours as {file: "score.py:json_valid"}. They are logged
+    as eval_exact_match, …"""
+    watch: str | None = None
+    """The metric that decides which checkpoint is the best: eval_loss, or one of `metrics` such as
+    eval_exact_match. Absent: the method's own."""
 
 
 class LogSettings(Section):
