@@ -14,16 +14,19 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .cluster.api.housekeeping import compare
     from .cluster.api.recipes import load_recipe
     from .cluster.api.results import PreparedData, Report, RunResult, SweepResult
     from .cluster.api.runs import check, export, prepare, runs, train
     from .cluster.api.sweeps import tune
     from .training.common.errors import FinrayError, InputError, Interrupted, RunError
     from .training.config.recipe import Recipe
+    from .training.records.comparison import Comparison
 
     __version__: str
 
 __all__ = [
+    "Comparison",
     "FinrayError",
     "InputError",
     "Interrupted",
@@ -35,6 +38,7 @@ __all__ = [
     "SweepResult",
     "__version__",
     "check",
+    "compare",
     "export",
     "load_recipe",
     "prepare",
@@ -44,12 +48,14 @@ __all__ = [
 ]
 
 _MODULES = {
+    "cluster.api.housekeeping": ("compare",),
     "cluster.api.recipes": ("load_recipe",),
     "cluster.api.results": ("PreparedData", "Report", "RunResult", "SweepResult"),
     "cluster.api.runs": ("check", "export", "prepare", "runs", "train"),
     "cluster.api.sweeps": ("tune",),
     "training.common.errors": ("FinrayError", "InputError", "Interrupted", "RunError"),
     "training.config.recipe": ("Recipe",),
+    "training.records.comparison": ("Comparison",),
 }
 
 

@@ -18,8 +18,9 @@ import finray
 from finray.cluster.jobs.staging import add_finray
 
 NAMES = [
-    *("FinrayError", "InputError", "Interrupted", "PreparedData", "Recipe", "Report", "RunError"),
-    *("RunResult", "SweepResult", "__version__", "check", "export", "load_recipe", "prepare"),
+    *("Comparison", "FinrayError", "InputError", "Interrupted", "PreparedData", "Recipe"),
+    *("Report", "RunError", "RunResult", "SweepResult", "__version__", "check", "compare"),
+    *("export", "load_recipe", "prepare"),
     *("runs", "train", "tune"),
 ]
 USE = (

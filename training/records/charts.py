@@ -238,7 +238,7 @@ def _frame(
     values = [value for _, value in points if value is not None]
     if not values:
         return None
-    x_range = (0.0, max(1.0, max(float(step) for step, _ in points)))
+    x_range = (0.0, max(1.0, *(float(step) for step, _ in points)))
     low, high = min(values), max(values)
     if log and low > 0 and high >= LOG_FROM * low:
         edges = _log_edges(low, high)

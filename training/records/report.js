@@ -27,7 +27,7 @@ function attach(plot) {
   function show(index) {
     at = Math.max(0, Math.min(lead.length - 1, index));
     const x = lead[at][0];
-    const rows = [row(`step ${lead[at][2]}`, "step")];
+    const rows = [row(`${plot.dataset.unit} ${lead[at][2]}`, "step")];
     for (const line of lines) {
       const point = line.points[nearest(line.points, x)];
       // held-out values are sparse, so show them only close to the pointer

@@ -134,7 +134,7 @@ def warmup_steps(recipe: Recipe, steps: int) -> int:
 
 def differences(before: Any, after: Any, free: tuple[str, ...] = ()) -> list[str]:
     """A line for each setting that differs, except keys that start with an item of `free`."""
-    old, new = _flat(before), _flat(after)
+    old, new = flat(before), flat(after)
     return [
         f"  {key}: {_short(old.get(key))} before, {_short(new.get(key))} now"
         for key in sorted(old.keys() | new.keys())
@@ -212,14 +212,15 @@ def check_same_data(folder: Folder, record: Record, fingerprint: str) -> None:
         )
 
 
-def _flat(values: Any, prefix: str = "") -> dict[str, Any]:
+def flat(values: Any, prefix: str = "") -> dict[str, Any]:
+    """Values by dotted key; items of a list of mappings by their number."""
     if isinstance(values, dict):
         items = values.items()
     elif isinstance(values, list) and any(isinstance(item, dict) for item in values):
         items = {str(index): item for index, item in enumerate(values)}.items()
     else:
         return {prefix: values}
-    flat: dict[str, Any] = {}
+    parts: dict[str, Any] = {}
     for key, value in items:
-        flat.update(_flat(value, f"{prefix}.{key}" if prefix else str(key)))
-    return flat
+        parts.update(flat(value, f"{prefix}.{key}" if prefix else str(key)))
+    return parts
