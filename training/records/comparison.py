@@ -11,10 +11,10 @@ from ..common.storage import Folder
 from .charts import Chart, Point, overlay
 from .labels import KEY_METRICS, label_of
 from .report import series_of
-from .resume import flat
 from .run_folder import (
     Record,
     existing_run,
+    flat,
     is_match,
     read_metrics,
     read_recipe,

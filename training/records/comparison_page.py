@@ -13,7 +13,7 @@ SHOWN = 100
 
 def render_page(comparison: Comparison) -> str:
     """The page as HTML."""
-    loss, *small = comparison.charts() or [None]
+    charts = comparison.charts()
     return (
         page_environment()
         .get_template("comparison.html")
@@ -27,8 +27,8 @@ def render_page(comparison: Comparison) -> str:
                 ("Started from", _rows(comparison.inputs), ""),
             ],
             metrics=metric_rows(comparison),
-            loss=loss,
-            charts=small,
+            loss=charts[0] if charts else None,
+            charts=charts[1:],
             samples=[_sample(item, comparison.names) for item in comparison.answers[:SHOWN]],
             matched=matched(comparison),
         )

@@ -427,6 +427,7 @@ def _facts(run: Record) -> Pairs:
         ("Last update", "" if run.get("finished_at") else _time(run.get("updated_at"))),
         ("Last saved step", formatting.count(run.get("last_saved_step"))),
         ("Save failed", run.get("save_error")),
+        ("Ended early", run.get("over")),
         ("Workers", ", then ".join(str(size) for size in worlds)),
         ("Schedules", ", then ".join(f"to step {end:,}" for end in _schedules(run))),
         ("Skipped steps", ", ".join(map(_skipped, run.get("skipped") or []))),

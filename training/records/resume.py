@@ -14,7 +14,7 @@ from pydantic import ValidationError
 from ..common.errors import InputError
 from ..common.storage import Folder
 from ..config.recipe import Recipe, recipe_from_dict
-from .run_folder import CHECKPOINTS_FOLDER, RECIPE_FILE, Record, read_recipe, read_run
+from .run_folder import CHECKPOINTS_FOLDER, RECIPE_FILE, Record, flat, read_recipe, read_run
 
 FREE = (
     *("scale", "checkpoint", "eval", "log", "storage"),
@@ -210,17 +210,3 @@ def check_same_data(folder: Folder, record: Record, fingerprint: str) -> None:
             f"{record.get('prepared')} to {fingerprint}), and its checkpoints belong to the old "
             f"data. Restore the data, {_WAYS}"
         )
-
-
-def flat(values: Any, prefix: str = "") -> dict[str, Any]:
-    """Values by dotted key; items of a list of mappings by their number."""
-    if isinstance(values, dict):
-        items = values.items()
-    elif isinstance(values, list) and any(isinstance(item, dict) for item in values):
-        items = {str(index): item for index, item in enumerate(values)}.items()
-    else:
-        return {prefix: values}
-    parts: dict[str, Any] = {}
-    for key, value in items:
-        parts.update(flat(value, f"{prefix}.{key}" if prefix else str(key)))
-    return parts
