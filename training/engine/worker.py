@@ -559,9 +559,7 @@ class TrainingWorker:
         best = "it was never a number"
         if progress.best is not None:
             best = f"the best was {progress.best:.6g} at step {progress.best_step}"
-        return (
-            f"{name} has not improved for {progress.waited} measurements (eval.patience); {best}"
-        )
+        return f"{name} has not improved for {progress.waited} measurements (eval.patience); {best}"
 
     def _has_turns(self) -> bool:
         """True if the first rows hold turns of the chat template."""
