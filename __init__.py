@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .cluster.api.housekeeping import compare
+    from .cluster.api.planning import plan
     from .cluster.api.recipes import load_recipe
     from .cluster.api.results import PreparedData, Report, RunResult, SweepResult
     from .cluster.api.runs import check, export, prepare, runs, train
@@ -41,6 +42,7 @@ __all__ = [
     "compare",
     "export",
     "load_recipe",
+    "plan",
     "prepare",
     "runs",
     "train",
@@ -49,6 +51,7 @@ __all__ = [
 
 _MODULES = {
     "cluster.api.housekeeping": ("compare",),
+    "cluster.api.planning": ("plan",),
     "cluster.api.recipes": ("load_recipe",),
     "cluster.api.results": ("PreparedData", "Report", "RunResult", "SweepResult"),
     "cluster.api.runs": ("check", "export", "prepare", "runs", "train"),

@@ -30,6 +30,7 @@ from ..training.models.dtypes import probe_bfloat16
 from .gpus import Gpu, gpus_here, visible_gpus
 from .memory_fit import judge, room_of
 from .nodes.probes import DRIVER, Line, node_names, on_every_node, render_lines, try_storage
+from .placements import sizes_by_quantisation
 
 _POLL_SECONDS = 2.0
 
@@ -123,9 +124,8 @@ def memory_lines(recipe: Recipe, gpus: Sequence[Gpu]) -> tuple[Line, ...]:
     measured = [gpu for gpu in gpus if gpu.bytes]
     if not measured or share == 0 or model_folder(recipe.model, only_cached=True) is None:
         return ()
-    from ..training.models.memory_estimate import sizes_of
-
-    verdict = judge(recipe, sizes_of(recipe), measured, 1.0 if share == "auto" else share)
+    sizes = sizes_by_quantisation(recipe)
+    verdict = judge(recipe, sizes, measured, 1.0 if share == "auto" else share)
     warns = verdict.fits and verdict.is_tight
     return (Line("memory", verdict.fits, verdict.text, warns),)
 

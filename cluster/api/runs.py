@@ -68,7 +68,8 @@ def check(
 
     Returns:
         What a run would read, hold and do, as plain values: `sources`, `data` (tokens and
-        sequences), `steps`, `parameters`, `memory` (bytes) and `folder`.
+        sequences), `steps`, `parameters`, `memory` (bytes), `machine` (what is worth a note about
+        this machine, such as the nearest settings that fit its GPUs) and `folder`.
 
     Raises:
         InputError: the recipe cannot run; with place, key and remedy.
@@ -83,7 +84,9 @@ def check(
         outlook = examine(settings, fresh=fresh, longer=longer)
     where = ray_address(address)
     if not settings.scale.most_workers or (where or cluster_address(None)) is None:
-        check_machine(settings, SILENT)
+        notes = _Notes()
+        check_machine(settings, notes)
+        outlook["machine"] = notes.texts
     elif where:
         env = worker_environment(settings)
         with _display(quiet) as progress, open_ray(settings, progress, where, env, verbose):
@@ -279,6 +282,16 @@ def export(
     target = Path(resolve_path(os.fspath(to), Path.cwd()))
     with nullcontext(SILENT) if quiet else ExportProgress() as progress:
         return write(folder, target, merge=merge, dtype=dtype, progress=progress)
+
+
+class _Notes(Progress):
+    """Keeps what is worth a note."""
+
+    def __init__(self) -> None:
+        self.texts: list[str] = []
+
+    def note(self, message: str) -> None:
+        self.texts.append(message)
 
 
 @locates

@@ -487,6 +487,11 @@ def _add_k8s(commands: Any) -> None:
     render.add_argument(
         "--overlay", default="gpu", help="cpu, gpu (default), gpu-spot-elastic or kueue"
     )
+    render.add_argument(
+        "--gpu",
+        metavar="CARD[:COUNT]",
+        help="the cluster's GPUs, such as h100:8; sizes workers, settings and pods as plan does",
+    )
     render.add_argument("--namespace", default="finray", help="default: finray")
     render.add_argument("--image", help="image of all pods (default: finray:cpu or finray:gpu)")
     render.add_argument(

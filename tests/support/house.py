@@ -34,6 +34,7 @@ FLOORS = [
     "cluster.interrupts",
     "cluster.cards",
     "cluster.gpus",
+    "cluster.placements",
     "cluster.memory_fit",
     "cluster.nodes",
     "cluster.kubernetes",

@@ -20,7 +20,7 @@ from finray.cluster.jobs.staging import add_finray
 NAMES = [
     *("Comparison", "FinrayError", "InputError", "Interrupted", "PreparedData", "Recipe"),
     *("Report", "RunError", "RunResult", "SweepResult", "__version__", "check", "compare"),
-    *("export", "load_recipe", "prepare"),
+    *("export", "load_recipe", "plan", "prepare"),
     *("runs", "train", "tune"),
 ]
 USE = (

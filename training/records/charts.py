@@ -190,24 +190,32 @@ def scatter(
 def _places(values: Sequence[Any]) -> tuple[list[float], list[Tick]]:
     """Shares of the width for places, and the ticks."""
     if all(formatting.is_number(value) for value in values):
-        low, high = min(values), max(values)
-        if low > 0 and high >= LOG_FROM * low:
-            edges = _log_edges(low, high)
-            first, span = math.log(edges[0]), math.log(edges[-1]) - math.log(edges[0])
-            at = lambda value: (math.log(value) - first) / span  # noqa: E731
-            marks = [edge for edge in edges if math.log10(edge) % 1 == 0 or len(edges) < 5]
-        else:
-            step = _tick_step(low, high, count=3)
-            first, last = _range(low, high, step)
-            at = lambda value: (value - first) / (last - first)  # noqa: E731
-            marks = [first + n * step for n in range(round((last - first) / step) + 1)]
-        return [at(value) for value in values], [
-            Tick(round(100 * at(mark), 3), _place_text(mark)) for mark in marks
-        ]
+        return _numbered(values)
     names = sorted({str(value) for value in values})
     centre = {name: (number + 0.5) / len(names) for number, name in enumerate(names)}
     ticks = [Tick(round(100 * share, 3), name[:20]) for name, share in centre.items()]
     return [centre[str(value)] for value in values], ticks
+
+
+def _numbered(values: Sequence[float]) -> tuple[list[float], list[Tick]]:
+    """Places of numbers: on a logarithmic axis where they span much."""
+    low, high = min(values), max(values)
+    if low > 0 and high >= LOG_FROM * low:
+        edges = _log_edges(low, high)
+        scale: Callable[[float], float] = math.log
+        marks = [edge for edge in edges if math.log10(edge) % 1 == 0 or len(edges) < 5]
+    else:
+        step = _tick_step(low, high, count=3)
+        first, last = _range(low, high, step)
+        edges = marks = [first + n * step for n in range(round((last - first) / step) + 1)]
+        scale = float
+    start, end = scale(edges[0]), scale(edges[-1])
+    shares = [(scale(value) - start) / (end - start) for value in (*values, *marks)]
+    ticks = [
+        Tick(round(100 * share, 3), _place_text(mark))
+        for share, mark in zip(shares[len(values) :], marks, strict=True)
+    ]
+    return shares[: len(values)], ticks
 
 
 def _place_text(value: Any) -> str:

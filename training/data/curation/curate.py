@@ -312,6 +312,7 @@ class _Curation:
             "characters_in": total.characters_in,
             "characters_out": total.characters_out,
             "samples": samples[:SAMPLES],
+            **_languages(total),
         }
 
     def _curated(self) -> Curated:
@@ -333,6 +334,13 @@ class _Curation:
             left_rows=tuple(left_rows),
             stages=tuple(stage.key for stage in self._stages),
         )
+
+
+def _languages(total: Counts) -> dict[str, Any]:
+    if not total.languages_in:
+        return {}
+    before, after = dict(total.languages_in), dict(total.languages_out)
+    return {"languages": {"before": before, "after": after}}
 
 
 def _rows(source: ReferenceSource, max_bytes: int) -> Iterator[Row | BadRow]:
