@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .cluster.api.answers import EvaluationResult, evaluate, generate
+    from .cluster.api.housekeeping import compare
     from .cluster.api.planning import plan
     from .cluster.api.recipes import load_recipe
     from .cluster.api.results import PreparedData, Report, RunResult, SweepResult
@@ -22,10 +23,12 @@ if TYPE_CHECKING:
     from .cluster.api.sweeps import tune
     from .training.common.errors import FinrayError, InputError, Interrupted, RunError
     from .training.config.recipe import Recipe
+    from .training.records.comparison import Comparison
 
     __version__: str
 
 __all__ = [
+    "Comparison",
     "EvaluationResult",
     "FinrayError",
     "InputError",
@@ -38,6 +41,7 @@ __all__ = [
     "SweepResult",
     "__version__",
     "check",
+    "compare",
     "evaluate",
     "export",
     "generate",
@@ -51,6 +55,7 @@ __all__ = [
 
 _MODULES = {
     "cluster.api.answers": ("EvaluationResult", "evaluate", "generate"),
+    "cluster.api.housekeeping": ("compare",),
     "cluster.api.planning": ("plan",),
     "cluster.api.recipes": ("load_recipe",),
     "cluster.api.results": ("PreparedData", "Report", "RunResult", "SweepResult"),
@@ -58,6 +63,7 @@ _MODULES = {
     "cluster.api.sweeps": ("tune",),
     "training.common.errors": ("FinrayError", "InputError", "Interrupted", "RunError"),
     "training.config.recipe": ("Recipe",),
+    "training.records.comparison": ("Comparison",),
 }
 
 

@@ -14,6 +14,7 @@ from .config.model_folder import has_vocabulary, model_folder
 from .config.places import about, locates
 from .config.recipe import Recipe
 from .config.reference_folder import check_reference
+from .config.trackers import check_trackers
 from .config.weight_checks import (
     check_adapter_weights,
     check_base_weights,
@@ -101,6 +102,16 @@ def inspect_recipe(recipe: Recipe) -> Inspection:
 
 
 @locates
+@locates
+def check_log(recipe: Recipe) -> None:
+    """Check that all of `log.to` can be used from this process.
+
+    Raises:
+        InputError: a package or a key is absent.
+    """
+    check_trackers(recipe.log.to)
+
+
 def check_storage(recipe: Recipe, writes: bool = True) -> None:
     """Check that the storage is a folder in which this process can write.
 
