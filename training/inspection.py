@@ -28,7 +28,7 @@ from .data.curation.languages import check_languages
 from .data.inspection import InspectedRows, SourceInspection, inspect_source
 from .data.resolve import ResolvedSource, resolve_data
 from .data.shapes import Text, is_chat, parts_of
-from .rl.rewards.checking import check_rewards
+from .rl.rewards.checking import check_rewards, check_scores
 
 _COUNTED_BYTES = 64 * 2**20
 _SMALL_BYTES = 8 * 2**20
@@ -68,6 +68,7 @@ def inspect_recipe(recipe: Recipe) -> Inspection:
             reward is wrong, see `check_rewards`.
     """
     check_languages(recipe)
+    check_scores(recipe)
     check_rewards(recipe)
     check_installed(recipe.eval.metrics, "eval.metrics")
     data = resolve_data(recipe)

@@ -380,18 +380,18 @@ def resolve_recipe(recipe: Recipe, folder: Path) -> Recipe:
         InputError: a path does not lead to usable files.
     """
 
+    with about("storage"):
+        storage = resolve_path(recipe.storage, Path.cwd())
+    places = (folder, Path.cwd(), Path(storage))
     data = recipe.data.model_copy(
         update={
-            **resolve_sources(recipe.data, folder),
+            **resolve_sources(recipe.data, places),
             "chat_template": _read_template(recipe.data.chat_template, folder),
         }
     )
     with about("model.base"):
         base = resolve_model(recipe.model.base, folder)
     check_pinned(recipe.model.model_copy(update={"base": base}))
-    with about("storage"):
-        storage = resolve_path(recipe.storage, Path.cwd())
-    places = (folder, Path.cwd(), Path(storage))
     adapter = recipe.model.adapter
     if adapter is not None:
         with about("model.adapter"):
