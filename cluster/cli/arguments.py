@@ -10,6 +10,7 @@ SHELLS = ("bash", "zsh", "tcsh", "fish")
 """Those for which shtab writes a completion script."""
 _EPILOG = """\
 examples:
+  finray import axolotl.yml -o recipe.yaml
   finray check recipe.yaml
   finray train recipe.yaml --set optim.learning_rate=1e-4
   finray data show recipe.yaml
@@ -91,6 +92,7 @@ def build_parser() -> Parser:
     _add_general(parser, is_shown=False)
     parser.set_defaults(quiet=False, log_level=None)
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    _add_starting(commands)
     _add_runs_of_recipes(commands)
     _add_data(commands)
     _add_job(commands)
@@ -181,6 +183,47 @@ def _tag(text: str) -> str:
             f"expected a tag of at most 40 letters, digits and ._:/+-, found {text!r}"
         )
     return text
+def _add_starting(commands: Any) -> None:
+    parser = _command(
+        commands,
+        "import",
+        "make a recipe from a configuration of Axolotl, LLaMA-Factory or TRL",
+        "import axolotl.yml -o recipe.yaml",
+        "import llama3_lora_sft.yaml --gpus 8 --dataset-info data/dataset_info.json",
+        "import 'trl dpo --model_name_or_path org/model --dataset_name org/pairs' -o dpo.yaml",
+    )
+    source = parser.add_argument(
+        "source",
+        metavar="FILE",
+        help="a YAML or JSON file, or the command line of a training script in quotes",
+    )
+    _completed(source, "file")
+    parser.add_argument(
+        "--gpus",
+        metavar="N",
+        type=_whole,
+        help="GPUs that it is meant for; a step's batch goes over all of them (default: those of "
+        "the command line, else 1)",
+    )
+    info = parser.add_argument(
+        "--dataset-info",
+        metavar="FILE",
+        type=Path,
+        help="LLaMA-Factory's dataset_info.json (default: in dataset_dir, or beside the file)",
+    )
+    _completed(info, "file")
+    parser.add_argument(
+        "--method",
+        metavar="KIND",
+        help="the method of a TRL file that does not say it, such as dpo",
+    )
+    _add_to(parser, "a new file for the recipe (default: it is printed)")
+    _add_json(parser)
+
+
+def _add_to(parser: Parser, what: str) -> None:
+    to = parser.add_argument("--to", "-o", metavar="FILE", type=Path, help=what)
+    _completed(to, "file")
 
 
 def _add_planning(commands: Any) -> None:

@@ -42,6 +42,7 @@ FLOORS = [
     "cluster.jobs",
     "cluster.preflight",
     "cluster.launcher",
+    "cluster.starting",
     "cluster.screens",
     "cluster.api",
     "cluster.cli",

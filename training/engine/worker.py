@@ -452,7 +452,7 @@ class TrainingWorker:
     def _evaluate(self) -> None:
         measured = {**self._measure(), **self._measure_answers()}
         self.eval_metrics = {"step": self.progress.step, **measured}
-        watched = self.recipe.method.watched
+        watched = self.recipe.watched
         self.progress.measured(measured.get(watched.name), watched)
         self._record_line({"epoch": self._epoch(), **self.eval_metrics})
 
@@ -586,7 +586,7 @@ class TrainingWorker:
         self.recorder.set_result(name)
 
     def _why_early(self) -> str:
-        progress, name = self.progress, self.recipe.method.watched.name
+        progress, name = self.progress, self.recipe.watched.name
         best = "it was never a number"
         if progress.best is not None:
             best = f"the best was {progress.best:.6g} at step {progress.best_step}"
