@@ -183,6 +183,8 @@ def _tag(text: str) -> str:
             f"expected a tag of at most 40 letters, digits and ._:/+-, found {text!r}"
         )
     return text
+
+
 def _add_starting(commands: Any) -> None:
     parser = _command(
         commands,

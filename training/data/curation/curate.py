@@ -354,9 +354,7 @@ class _Curation:
             funnel=tuple(self._funnel()),
             bad=tuple(self._bad_rows()),
             left_rows=tuple(left_rows),
-            stages=tuple(
-                key for stage in self._stages for key in (stage.scores, stage.key) if key
-            ),
+            stages=tuple(key for stage in self._stages for key in (stage.scores, stage.key) if key),
         )
 
 
