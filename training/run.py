@@ -22,6 +22,7 @@ from .config.model_folder import model_folder
 from .config.places import locates
 from .config.recipe import Recipe
 from .config.remote_code import code_files
+from .config.trackers import programs_of
 from .data.curation.report import report_of
 from .data.fingerprint import fingerprint
 from .data.prepare import find_prepared, prepare, storage_errors
@@ -54,6 +55,7 @@ from .records.run_folder import (
     existing_run,
     read_run,
 )
+from .records.tracking import tracked
 from .rehearsal.child import Rehearsal, rehearse
 from .rehearsal.outcome import Outcome, with_packing
 from .rl.row_scores import close_row_scorers, open_row_scorer
@@ -137,12 +139,13 @@ def train(
     with hold_run_lock(folder.create(), launcher.stop.requested, progress) as stale:
         if stale is not None:
             progress.status(f"taking over the lock, whose holder no longer runs: {stale}")
-        result = run_prepared(
-            *(recipe, prepared, launcher, progress),
-            schedule=schedule,
-            commits=commits,
-            outcome=ready.outcome,
-        )
+        with tracked(folder, programs_of(recipe.log.to), progress):
+            result = run_prepared(
+                *(recipe, prepared, launcher, progress),
+                schedule=schedule,
+                commits=commits,
+                outcome=ready.outcome,
+            )
     _raise_failure(result, folder)
     return existing_run(folder)
 
@@ -219,7 +222,8 @@ def run_prepared(
     if earlier is not None:
         _check_same_files(recipe, folder, earlier)
     outcome = outcome or rehearse(recipe, progress)
-    recipe, decided = _placed(outcome.allowed(recipe), earlier, launcher.room, progress)
+    recipe = outcome.allowed(recipe).with_longest(prepared.manifest.longest)
+    recipe, decided = _placed(recipe, earlier, launcher.room, progress)
     _record_start(recipe, folder, prepared, schedule, commits or {}, outcome, decided)
     progress.run_started(folder)
     task = WorkerTask(
@@ -488,6 +492,7 @@ def _record_start(
             data=prepared.manifest.summary(),
             rehearsal=outcome.as_record(recipe),
             error=None,
+            over=None,
             finished_at=None,
             schedule=schedule,
             tags=list(recipe.log.tags),
@@ -510,7 +515,7 @@ def _record_end(
         record["error"] = None if error is None else redact(error)
         record["finished_at"] = now()
         record["wall_seconds"] = round(record.get("wall_seconds", 0.0) + seconds, 2)
-        record["best_checkpoint"] = best(folder / CHECKPOINTS_FOLDER, recipe.method.watched)
+        record["best_checkpoint"] = best(folder / CHECKPOINTS_FOLDER, recipe.watched)
 
     update_run(folder, change)
 

@@ -9,9 +9,11 @@ from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from ..common.formatting import shown
 from .curation import DecontaminateStage, HoldoutSettings, MixSettings, Stages
+from .eval_metrics import MetricChoice
 from .section import MOST, PositiveInt, Section, Share
 from .short_forms import as_sources
 from .source import Source
+from .trackers import TrackerName
 
 TEMPLATE_DATE = date(2026, 1, 1)
 """The day on which chat templates are rendered that read the clock."""
@@ -383,6 +385,22 @@ class EvalSettings(Section):
     for the report."""
     max_new_tokens: PositiveInt = 128
     """Longest answer, in tokens."""
+    metrics: list[MetricChoice] = []
+    """Measures of the answers to the prompts of `samples`, at each measurement of the loss: names
+    such as exact_match, and functions of yours as {file: "score.py:json_valid"}. They are logged
+    as eval_exact_match, …"""
+    watch: str | None = None
+    """The metric that decides which checkpoint is the best: eval_loss, or one of `metrics` such as
+    eval_exact_match. Absent: the method's own."""
+    patience: PositiveInt | None = None
+    """Measurements in a row without a better value of the watched metric (the held-out loss, or the
+    method's own) after which the run ends early. Absent: it trains to its last step."""
+
+    @model_validator(mode="after")
+    def _patience_counts_measurements(self) -> Self:
+        if self.patience is not None and self.every_steps is None:
+            raise ValueError("patience: it counts measurements; set eval.every_steps, too")
+        return self
 
 
 class LogSettings(Section):
@@ -390,7 +408,8 @@ class LogSettings(Section):
 
     every_steps: PositiveInt = 10
     """Optimizer steps between two lines of metrics.jsonl."""
-    to: list[Literal["tensorboard"]] = ["tensorboard"]
-    """Formats that are written beside metrics.jsonl; an empty list writes none."""
+    to: list[TrackerName] = ["tensorboard"]
+    """Where metrics go beside metrics.jsonl: files of TensorBoard, and servers of Weights & Biases,
+    MLflow and Trackio, through their own packages and environment variables."""
     tags: list[Tag] = []
     """Words by which `finray runs --tag` selects runs: at most 40 letters, digits and ._:/+-."""

@@ -373,6 +373,7 @@ class _Preparation:
             "prompt": [prompt.text for _, prompt in self._samples],
             "reference": [prompt.reference for _, prompt in self._samples],
             "prompt_ids": [prompt.input_ids for _, prompt in self._samples],
+            "asked": [prompt.asked for _, prompt in self._samples],
         }
         return write_hashed(self._attempt, SAMPLES, pa.table(columns, schema=SAMPLE_SCHEMA))
 
