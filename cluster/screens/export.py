@@ -62,7 +62,7 @@ def render_exported(exported: ExportSummary, as_json: bool, to_convert: bool = F
             "base": result.base,
             "files": exported.files,
             "bytes": exported.bytes,
-            "pushed": exported.pushed,
+            **({} if exported.pushed is None else {"pushed": exported.pushed}),
         }
         return json.dumps(values, indent=2)
     size = f"{exported.files} files, {decimal(exported.bytes)}"
