@@ -14,6 +14,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .cluster.api.answers import EvaluationResult, evaluate, generate
     from .cluster.api.housekeeping import compare
     from .cluster.api.planning import plan
     from .cluster.api.recipes import load_recipe
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Comparison",
+    "EvaluationResult",
     "FinrayError",
     "InputError",
     "Interrupted",
@@ -40,7 +42,9 @@ __all__ = [
     "__version__",
     "check",
     "compare",
+    "evaluate",
     "export",
+    "generate",
     "load_recipe",
     "plan",
     "prepare",
@@ -50,6 +54,7 @@ __all__ = [
 ]
 
 _MODULES = {
+    "cluster.api.answers": ("EvaluationResult", "evaluate", "generate"),
     "cluster.api.housekeeping": ("compare",),
     "cluster.api.planning": ("plan",),
     "cluster.api.recipes": ("load_recipe",),

@@ -9,6 +9,7 @@ from typing import Any
 from .common.errors import InputError
 from .common.storage import Folder
 from .config.adapter_folder import check_adapter
+from .config.eval_metrics import check_installed
 from .config.model_folder import has_vocabulary, model_folder
 from .config.places import about, locates
 from .config.recipe import Recipe
@@ -27,7 +28,7 @@ from .data.curation.languages import check_languages
 from .data.inspection import InspectedRows, SourceInspection, inspect_source
 from .data.resolve import ResolvedSource, resolve_data
 from .data.shapes import Text, is_chat, parts_of
-from .rl.rewards.checking import check_rewards
+from .rl.rewards.checking import check_rewards, check_scores
 
 _COUNTED_BYTES = 64 * 2**20
 _SMALL_BYTES = 8 * 2**20
@@ -67,7 +68,9 @@ def inspect_recipe(recipe: Recipe) -> Inspection:
             reward is wrong, see `check_rewards`.
     """
     check_languages(recipe)
+    check_scores(recipe)
     check_rewards(recipe)
+    check_installed(recipe.eval.metrics, "eval.metrics")
     data = resolve_data(recipe)
     size = sum(file.size for source in (*data.train, *data.eval) for file in source.files)
     folder = model_folder(recipe.model, only_cached=True)

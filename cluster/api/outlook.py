@@ -56,6 +56,8 @@ def examine(recipe: Recipe, *, fresh: bool = False, longer: bool = False) -> dic
     recipe = _settled(recipe, outcome, state)
     data = _data_of(recipe, inspection)
     sequences = data["sequences"]
+    if data["is_exact"]:
+        recipe = recipe.with_longest(data["lengths"].get("1"))
     return {
         "name": recipe.name,
         "method": recipe.method.kind,

@@ -9,6 +9,7 @@ from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from ..common.formatting import shown
 from .curation import DecontaminateStage, HoldoutSettings, MixSettings, Stages
+from .eval_metrics import MetricChoice
 from .section import MOST, PositiveInt, Section, Share
 from .short_forms import as_sources
 from .source import Source
@@ -214,6 +215,7 @@ class DataSettings(Section):
 
 
 _USUAL_MICROBATCH = 4
+_RAY_RESOURCES = frozenset({"CPU", "GPU", "memory", "object_store_memory", "TPU"})
 
 
 def _changed(
@@ -270,6 +272,27 @@ class OptimSettings(Section):
         return self
 
 
+class PrepareSettings(Section):
+    """Where on a cluster large data is prepared, before workers take GPUs."""
+
+    cpus: PositiveInt | None = None
+    """Most CPU cores that prepare at once. Absent: all that are free."""
+    resources: dict[str, Annotated[float, Field(gt=0.0)]] = {}
+    """Custom resources that each task asks for, as in {cpu_node: 0.001}: where nodes without GPUs
+    have cpu_node, the others prepare nothing."""
+
+    @model_validator(mode="after")
+    def _says_something(self) -> Self:
+        if self.cpus is None and not self.resources:
+            raise ValueError("prepare needs cpus or resources; add one of them, or remove it")
+        if named := _RAY_RESOURCES.intersection(self.resources):
+            raise ValueError(
+                f"resources: {min(named)} is Ray's own; name a custom resource, with which the "
+                "nodes that prepare are started"
+            )
+        return self
+
+
 class ScaleSettings(Section):
     """How many workers train, with what each, and what happens when some fail."""
 
@@ -287,6 +310,8 @@ class ScaleSettings(Section):
     """ddp: every worker holds the whole model. fsdp: a shard of every weight, of its gradient and
     of its optimizer state (FSDP2), gathered layer by layer while it computes. auto: ddp where one
     GPU holds weights, gradients and optimizer states, else fsdp. Checkpoints are the same."""
+    prepare: PrepareSettings | None = None
+    """Bounds of the preparation of large data on a cluster. Absent: all free CPUs of all nodes."""
     max_failures: Annotated[int, Field(ge=0)] = 3
     """Restarts from the last good checkpoint after failures, without a new checkpoint between
     them. Nodes that leave with notice and nodes that join do not count."""
@@ -305,6 +330,11 @@ class ScaleSettings(Section):
             raise ValueError(
                 f"workers: [{self.least_workers}, {self.most_workers}] is reversed; write the "
                 "smaller number first"
+            )
+        if self.prepare is not None and self.most_workers == 0:
+            raise ValueError(
+                "prepare bounds tasks on Ray, and with workers 0 this process prepares the data; "
+                "remove prepare"
             )
         return self
 
@@ -355,6 +385,13 @@ class EvalSettings(Section):
     for the report."""
     max_new_tokens: PositiveInt = 128
     """Longest answer, in tokens."""
+    metrics: list[MetricChoice] = []
+    """Measures of the answers to the prompts of `samples`, at each measurement of the loss: names
+    such as exact_match, and functions of yours as {file: "score.py:json_valid"}. They are logged
+    as eval_exact_match, …"""
+    watch: str | None = None
+    """The metric that decides which checkpoint is the best: eval_loss, or one of `metrics` such as
+    eval_exact_match. Absent: the method's own."""
     patience: PositiveInt | None = None
     """Measurements in a row without a better value of the watched metric (the held-out loss, or the
     method's own) after which the run ends early. Absent: it trains to its last step."""

@@ -68,6 +68,7 @@ SAMPLE_SCHEMA = pa.schema(
         ("prompt", pa.string()),
         ("reference", pa.string()),
         ("prompt_ids", pa.list_(pa.int32())),
+        ("asked", pa.string()),
     ]
 )
 
@@ -164,6 +165,11 @@ class Manifest:
     funnel: tuple[dict[str, Any], ...] = ()
     """What each stage of data.curate took, and why, with samples; empty without any."""
 
+    @property
+    def longest(self) -> int:
+        """A bound of the tokens of a document, by its longest text."""
+        return min(self.length_quantiles.get("1") or self.max_length, self.max_length)
+
     def summary(self) -> dict[str, Any]:
         """The manifest for people: without files and hashes, with each split's fill."""
         summary = asdict(self)
@@ -222,6 +228,9 @@ class Sample:
     prompt: str
     reference: str
     prompt_ids: list[int]
+    asked: str
+    """As JSON, `prompt` (text or messages), `columns` (of the row, for functions of the user), and
+    `calls` (of the reference, where there are tools)."""
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from ..common.errors import RunError
+from ..common.formatting import one_line
 from ..common.secrets import redact
 from ..common.storage import Folder
 from ..common.uploader import Uploader
@@ -32,6 +33,7 @@ _HEARTBEAT_SECONDS = 20.0
 _REMOTE_SECONDS = 10.0
 _ROLLOUTS_KEPT = 400
 _SKIPPED_KEPT = 100
+_NOTICES_KEPT = 50
 
 
 class RunRecorder:
@@ -170,6 +172,14 @@ class RunRecorder:
         """Record the current step, the tokens so far, and further keys of run.json."""
         self._change(step=step, tokens=tokens, **facts)
         self._write()
+
+    def add_notice(self, text: str) -> None:
+        """Record what a user should see, in one line; the same is recorded once."""
+        notices = self._record.get("notices") or []
+        line = redact(one_line(text))
+        if line not in notices:
+            self._change(notices=[*notices, line][-_NOTICES_KEPT:])
+            self._write()
 
     def log_base(self, metrics: dict[str, float]) -> None:
         """Record the evaluation of the base model, before the first step."""

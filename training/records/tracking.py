@@ -29,7 +29,7 @@ the driver died, and the run may go on later."""
 PROGRAM = "finray.training.records.tracking_program"
 _HEALTHY_SECONDS = 300.0
 """Time at the end for what is left, such as a large adapter."""
-_ILL_SECONDS = 15.0
+_ILL_SECONDS = 30.0
 """The same where the last request failed, or none was answered yet."""
 _NOT_SENT = ("step", "epoch")
 
