@@ -489,14 +489,16 @@ def _add_results(commands: Any) -> None:
     export = _command(
         commands,
         "export",
-        "write a finished run's result as a folder that loads without finray",
+        "write a finished run's result as a folder that loads without finray, or publish it",
         "export runs/my-run --to my-model --merge",
+        "export runs/my-run --push my-name/my-model",
+        "export runs/my-run --to my-model --merge --format gguf --llama-cpp ~/llama.cpp --ollama",
     )
     for parser in (report, export):
         _completed(
             parser.add_argument("run", metavar="RUN", help="a run's folder or URI"), "directory"
         )
-    to = export.add_argument("--to", metavar="DIR", type=Path, required=True, help="a new folder")
+    to = export.add_argument("--to", metavar="DIR", type=Path, help="a new folder")
     _completed(to, "directory")
     export.add_argument("--merge", action="store_true", help="merge the adapter into its base")
     export.add_argument(
@@ -504,7 +506,34 @@ def _add_results(commands: Any) -> None:
         choices=("float32", "bfloat16", "float16"),
         help="data type of a whole model's weights (default: the base model's)",
     )
+    _add_publishing(export)
     _add_json(export)
+
+
+def _add_publishing(export: Parser) -> None:
+    export.add_argument(
+        "--quantize", choices=("nf4", "int8"), help="store a whole model's weights quantised"
+    )
+    export.add_argument(
+        "--format",
+        choices=("safetensors", "gguf"),
+        default="safetensors",
+        help="gguf: also a file for llama.cpp and Ollama (default: safetensors)",
+    )
+    folder = export.add_argument(
+        "--llama-cpp",
+        metavar="FOLDER",
+        type=Path,
+        help="a checkout of llama.cpp, whose converter writes the GGUF file",
+    )
+    _completed(folder, "directory")
+    export.add_argument(
+        "--ollama", action="store_true", help="write a Modelfile, with template and stops"
+    )
+    export.add_argument(
+        "--push", metavar="OWNER/NAME", help="upload it to a private repository of the hub"
+    )
+    export.add_argument("--public", action="store_true", help="let a new repository be public")
 
 
 def _add_evaluation(commands: Any) -> None:
