@@ -85,6 +85,7 @@ class Recipe(PlacedSection):
 
     _isolates: bool | None = PrivateAttr(default=None)
     _isolation: Isolation | None = PrivateAttr(default=None)
+    _longest: int | None = PrivateAttr(default=None)
     """Whether the model keeps packed documents apart; None before a rehearsal."""
 
     @model_validator(mode="after")
@@ -275,6 +276,18 @@ class Recipe(PlacedSection):
         return decided
 
     @property
+    def longest_document(self) -> int:
+        """Tokens of the longest document of a row; `data.max_length` before `with_longest`."""
+        return min(self._longest or self.data.max_length, self.data.max_length)
+
+    def with_longest(self, tokens: int | None) -> Self:
+        """The same recipe, whose prepared documents have at most so many tokens; None for
+        `data.max_length`."""
+        decided = self.model_copy()
+        decided._longest = tokens
+        return decided
+
+    @property
     def leaves_open(self) -> bool:
         """True if a setting is auto that follows from the GPU's memory when the run starts."""
         return "auto" in (self.optim.micro_batch_size, self.model.gradient_checkpointing)
@@ -367,18 +380,18 @@ def resolve_recipe(recipe: Recipe, folder: Path) -> Recipe:
         InputError: a path does not lead to usable files.
     """
 
+    with about("storage"):
+        storage = resolve_path(recipe.storage, Path.cwd())
+    places = (folder, Path.cwd(), Path(storage))
     data = recipe.data.model_copy(
         update={
-            **resolve_sources(recipe.data, folder),
+            **resolve_sources(recipe.data, places),
             "chat_template": _read_template(recipe.data.chat_template, folder),
         }
     )
     with about("model.base"):
         base = resolve_model(recipe.model.base, folder)
     check_pinned(recipe.model.model_copy(update={"base": base}))
-    with about("storage"):
-        storage = resolve_path(recipe.storage, Path.cwd())
-    places = (folder, Path.cwd(), Path(storage))
     adapter = recipe.model.adapter
     if adapter is not None:
         with about("model.adapter"):

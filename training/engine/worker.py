@@ -224,7 +224,7 @@ class TrainingWorker:
             if self.checkpoint is None:
                 with self.timer.paused():
                     self._evaluate_base()
-            if self.progress.step < self.total_steps:
+            if self.progress.step < self.total_steps and not self._ends_early:
                 self.trainer.train(resume_from_checkpoint=self.checkpoint)
             else:  # all steps are done, only the result is missing
                 self.trainer.load_weights(str(self.checkpoint))
@@ -385,11 +385,18 @@ class TrainingWorker:
         if self._is_evaluated(step):
             with self.timer.paused():
                 self._evaluate()
-        if self._is_saved(step) or counts.stop:
+        ends = self._ends_early
+        if self._is_saved(step) or counts.stop or ends:
             with self.timer.paused():
                 self._save()
-        self.stopped = counts.stop and step < self.total_steps
-        return self.stopped
+        self.stopped = counts.stop and step < self.total_steps and not ends
+        return self.stopped or ends
+
+    @property
+    def _ends_early(self) -> bool:
+        """True if the watched metric has not improved for too long; the same on every rank."""
+        patience = self.recipe.eval.patience
+        return patience is not None and self.progress.waited >= patience
 
     def _enter(self, phase: Phase) -> None:
         """Report a phase of the next step."""
@@ -409,7 +416,8 @@ class TrainingWorker:
         return self.recipe.epoch_at(self.progress.step, self.prepared.manifest.train.sequences)
 
     def _log(self, measures: StepMeasures) -> None:
-        loss, skipped = self.trainer.take_loss(measures.step - self.timer.step)
+        steps = measures.step - self.timer.step
+        loss, skipped = self.trainer.take_loss(steps)
         empty, measured = self.trainer.take_empty_steps(), self.trainer.take_measures()
         speed = self.timer.tick(self.progress)
         line = {
@@ -419,6 +427,7 @@ class TrainingWorker:
             "learning_rate": measures.learning_rate,
             "grad_norm": as_number(measures.grad_norm),
             "tokens_per_second": round(speed, 1),
+            "data_wait": round(self.trainer.take_data_wait(steps), 6),
             "seconds": round(self.progress.seconds, 3),
             **measured,
             **({"skipped": len(skipped)} if skipped else {}),
@@ -443,6 +452,8 @@ class TrainingWorker:
     def _evaluate(self) -> None:
         measured = {**self._measure(), **self._measure_answers()}
         self.eval_metrics = {"step": self.progress.step, **measured}
+        watched = self.recipe.watched
+        self.progress.measured(measured.get(watched.name), watched)
         self._record_line({"epoch": self._epoch(), **self.eval_metrics})
 
     def _measure(self) -> dict[str, float]:
@@ -562,6 +573,8 @@ class TrainingWorker:
         weights = gather_weights(self.model)
         if self.recorder is None:
             return
+        if self._ends_early and step < self.total_steps:
+            self.recorder.set_over(self._why_early())
         if matches:
             self.recorder.log({"step": step, "epoch": self._epoch(), **matches})
         name = RESULT_FOLDER if self.recipe.trains_adapter else "model"
@@ -571,6 +584,13 @@ class TrainingWorker:
         )
         self.uploads.do(lambda: self._publish_result(name), self.run_folder)
         self.recorder.set_result(name)
+
+    def _why_early(self) -> str:
+        progress, name = self.progress, self.recipe.watched.name
+        best = "it was never a number"
+        if progress.best is not None:
+            best = f"the best was {progress.best:.6g} at step {progress.best_step}"
+        return f"{name} has not improved for {progress.waited} measurements (eval.patience); {best}"
 
     def _has_turns(self) -> bool:
         """True if the first rows hold turns of the chat template."""

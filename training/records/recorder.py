@@ -203,6 +203,10 @@ class RunRecorder:
         """Record the name of the result's folder, which is in the run's folder."""
         self._change(result=result)
 
+    def set_over(self, reason: str) -> None:
+        """Record why the run ends before its last step."""
+        self._change(over=reason)
+
     def _change(self, **facts: Any) -> None:
         # A new record, because another thread may be writing the old one.
         self._record = {**self._record, "updated_at": now(), **facts}
