@@ -15,6 +15,8 @@ from ...training.config.eval_metrics import FunctionMetric, check_installed, met
 from ...training.config.paths import resolve_path
 from ...training.config.source import Source
 from ...training.config.user_code import try_file
+from ..environment import common_environment
+from ..nodes.ray_session import cluster_address, ray_session
 from ..screens.counting import CountingProgress
 from .recipes import prepare_process
 from .results import Report, RunResult
@@ -41,6 +43,8 @@ def generate(
     seed: int = 0,
     base: bool = False,
     batch: int = 32,
+    address: str | None = None,
+    workers: int = 2,
     quiet: bool = False,
 ) -> "GenerateSummary":
     """Answer the prompts of a file with a trained model.
@@ -57,6 +61,9 @@ def generate(
         seed: seed of sampled answers.
         base: answer with the model under the adapter, too.
         batch: answers in a batch.
+        address: a Ray cluster, as in `train`, whose nodes reach the model at the same place; it
+            answers the batches, on all of its GPUs. By default this process answers them.
+        workers: processes that answer on a cluster without GPUs.
         quiet: show no progress.
 
     Returns:
@@ -78,7 +85,11 @@ def generate(
         return _was_there(target)
     from ...training.models import import_peft  # noqa: F401, I001 - before what loads peft
     from ...training.evaluation.answering import AnswerSettings
+    from ...training.data.tasks import RunOnRayData
+    from ...training.evaluation.elsewhere import AnswerTask, by_tasks
     from ...training.evaluation.generate import generate as write
+    from ...training.evaluation.generate import here
+    from ...training.models.devices import on_cpu
     from ...training.evaluation.opened import base_of, open_located
     from ...training.evaluation.prompts import read_prompts
 
@@ -86,17 +97,29 @@ def generate(
         max_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed, at_once=batch
     )
     settings.check()
+    if workers < 1:
+        raise InputError(f"--workers: {workers} is not above 0; give 1 or more")
+    where = cluster_address(address)
     total = sum(1 for _ in read_prompts(sources))
     with nullcontext(SILENT) if quiet else CountingProgress("answering") as progress:
         progress.status("loading the model")
-        opened = open_located(located)
-        models = [opened, *([base_of(opened, located)] if base else [])]
-        return write(
-            *(models, sources, target, settings),
-            identity=located.identity,
-            total=total,
-            progress=progress,
-        )
+        with on_cpu(where is not None):  # there this process only renders the prompts
+            opened = open_located(located)
+            models = [opened, *([base_of(opened, located)] if base else [])]
+        answering = here(models, settings)
+        if where is not None:
+            progress.status("starting Ray")
+            task = AnswerTask(located.uri, base, settings)
+            answering = by_tasks(task, RunOnRayData(cpus=workers))
+        session = ray_session(workers + 1, where, common_environment(), verbose=False)
+        with nullcontext() if where is None else session:
+            return write(
+                *(models, sources, target, settings),
+                identity=located.identity,
+                answering=answering,
+                total=total,
+                progress=progress,
+            )
 
 
 def evaluate(

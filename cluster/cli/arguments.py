@@ -536,6 +536,18 @@ def _add_evaluation(commands: Any) -> None:
     _add_answering(generate)
     _add_sampling(generate)
     generate.add_argument(
+        "--address",
+        help="a running Ray cluster that answers, as HOST:PORT or auto, or local (default: "
+        "$FINRAY_ADDRESS unless that is a URL, then $RAY_ADDRESS, else this process)",
+    )
+    generate.add_argument(
+        "--workers",
+        metavar="N",
+        type=_whole,
+        default=2,
+        help="processes that answer on a cluster without GPUs (default: 2)",
+    )
+    generate.add_argument(
         "--base", action="store_true", help="answer with the model under the adapter, too"
     )
     _add_json(generate)

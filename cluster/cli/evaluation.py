@@ -19,6 +19,8 @@ def generate(options: argparse.Namespace) -> None:
         seed=options.seed,
         base=options.base,
         batch=options.batch,
+        address=options.address,
+        workers=options.workers,
         quiet=options.quiet,
     )
     from ..screens.answers import render_generated
