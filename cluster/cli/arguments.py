@@ -21,6 +21,7 @@ examples:
   finray tune show sweep.yaml
   finray runs
   finray runs compare my-run my-run.1
+  finray chat runs/my-run
   finray eval runs/my-run --base
   finray generate runs/my-run --prompts prompts.jsonl --to answers.jsonl
   finray k8s render recipe.yaml --overlay gpu | kubectl create -f -
@@ -98,6 +99,7 @@ def build_parser() -> Parser:
     _add_job(commands)
     _add_cluster(commands)
     _add_results(commands)
+    _add_chat(commands)
     _add_evaluation(commands)
     _add_eval(commands)
     _add_k8s(commands)
@@ -561,19 +563,42 @@ def _add_evaluation(commands: Any) -> None:
     for action in (prompts, to):
         _completed(action, "file")
     _add_answering(generate)
+    _add_sampling(generate)
     generate.add_argument(
-        "--temperature", metavar="T", type=_number, default=0.0, help="0 (default) is greedy"
+        "--address",
+        help="a running Ray cluster that answers, as HOST:PORT or auto, or local (default: "
+        "$FINRAY_ADDRESS unless that is a URL, then $RAY_ADDRESS, else this process)",
     )
     generate.add_argument(
-        "--top-p", metavar="P", type=_number, default=1.0, help="sample among the likeliest tokens"
-    )
-    generate.add_argument(
-        "--seed", metavar="N", type=_whole, default=0, help="seed of sampled answers (default: 0)"
+        "--workers",
+        metavar="N",
+        type=_whole,
+        default=2,
+        help="processes that answer on a cluster without GPUs (default: 2)",
     )
     generate.add_argument(
         "--base", action="store_true", help="answer with the model under the adapter, too"
     )
     _add_json(generate)
+
+
+def _add_chat(commands: Any) -> None:
+    chat = _command(
+        commands,
+        "chat",
+        "talk to a trained model in the terminal",
+        "chat runs/my-run",
+        "chat runs/my-run --base --system 'Answer in one sentence.'",
+    )
+    _add_model(chat)
+    chat.add_argument("--base", action="store_true", help="show the base's answers, too")
+    chat.add_argument("--system", metavar="TEXT", default="", help="the system prompt")
+    tools = chat.add_argument(
+        "--tools", metavar="FILE", type=Path, help="a JSON list of the tools that it may call"
+    )
+    _completed(tools, "file")
+    _add_length(chat)
+    _add_sampling(chat)
 
 
 def _add_eval(commands: Any) -> None:
@@ -641,7 +666,7 @@ def _add_model(parser: Parser) -> None:
     _completed(model, "directory")
 
 
-def _add_answering(parser: Parser) -> None:
+def _add_length(parser: Parser) -> None:
     parser.add_argument(
         "--max-tokens",
         metavar="N",
@@ -649,6 +674,22 @@ def _add_answering(parser: Parser) -> None:
         default=512,
         help="longest answer, in tokens (default: 512)",
     )
+
+
+def _add_sampling(parser: Parser) -> None:
+    parser.add_argument(
+        "--temperature", metavar="T", type=_number, default=0.0, help="0 (default) is greedy"
+    )
+    parser.add_argument(
+        "--top-p", metavar="P", type=_number, default=1.0, help="sample among the likeliest tokens"
+    )
+    parser.add_argument(
+        "--seed", metavar="N", type=_whole, default=0, help="seed of sampled answers (default: 0)"
+    )
+
+
+def _add_answering(parser: Parser) -> None:
+    _add_length(parser)
     parser.add_argument(
         "--batch", metavar="N", type=_whole, default=32, help="answers in a batch (default: 32)"
     )
