@@ -22,6 +22,7 @@ from .config.weight_checks import (
 )
 from .data.added_tokens import check_embedded, marks_of, tokens_to_add
 from .data.chat import NO_TEMPLATE, check_chatml, check_syntax
+from .data.curation.languages import check_languages
 from .data.inspection import InspectedRows, SourceInspection, inspect_source
 from .data.resolve import ResolvedSource, resolve_data
 from .data.shapes import Text, is_chat, parts_of
@@ -64,6 +65,7 @@ def inspect_recipe(recipe: Recipe) -> Inspection:
             positions; model.adapter or method.reference_model does not fit the model; or a
             reward is wrong, see `check_rewards`.
     """
+    check_languages(recipe)
     check_rewards(recipe)
     data = resolve_data(recipe)
     size = sum(file.size for source in (*data.train, *data.eval) for file in source.files)

@@ -480,6 +480,7 @@ def _record_start(
             error=None,
             finished_at=None,
             schedule=schedule,
+            tags=list(recipe.log.tags),
             **recipe.method.run_facts,
             **({"decided": decided} if decided else {}),
             **({"model_code": code} if (code := code_files(recipe.model)) else {}),

@@ -8,7 +8,7 @@ from ..training.config.recipe import Recipe
 from .sweep import LoadedSweep, Objective
 
 SIZES = ("adapter_bytes", "trainable_parameters")
-_STEP = ("grad_norm", "tokens_per_second", "tokens", "seconds")
+_STEP = ("grad_norm", "tokens_per_second", "data_wait", "tokens", "seconds")
 """Metrics that a logged step of every method reports."""
 _AT_THE_END = (*SIZES, "exact_match", "wall_seconds", "tokens")
 """Metrics by which an unfinished trial cannot be compared: they exist only at its end, or are equal

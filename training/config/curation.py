@@ -4,6 +4,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import BeforeValidator, Field, model_validator
 
+from ..common.formatting import shown
 from .section import PositiveInt, Section, Share
 from .short_forms import as_function, as_sources, as_stages
 from .source import RowFunction, Source
@@ -59,6 +60,42 @@ class KeepStage(Section):
         """The key `with`, which Python cannot name."""
         function: RowFunction = getattr(self, "with")
         return function
+
+
+LANGUAGES = tuple(
+    """
+    af als am an ar arz as ast av az azb ba bar bcl be bg bh bn bo bpy br bs bxr ca cbk ce ceb ckb
+    co cs cv cy da de diq dsb dty dv el eml en eo es et eu fa fi fr frr fy ga gd gl gn gom gu gv
+    he hi hif hr hsb ht hu hy ia id ie ilo io is it ja jbo jv ka kk km kn ko krc ku kv kw ky la lb
+    lez li lmo lo lrc lt lv mai mg mhr min mk ml mn mr mrj ms mt mwl my myv mzn nah nap nds ne new
+    nl nn no oc or os pa pam pfl pl pms pnb ps pt qu rm ro ru rue sa sah sc scn sco sd sh si sk sl
+    so sq sr su sv sw ta te tg th tk tl tr tt tyv ug uk ur uz vec vep vi vls vo wa war wuu xal xmf
+    yi yo yue zh
+    """.split()
+)
+"""Codes of the languages that can be told apart: ISO 639, of two letters where there are such."""
+
+
+class LanguageStage(Section):
+    """Rows in other languages are dropped."""
+
+    kind: Literal["language"] = "language"
+    """Rows are dropped by their language."""
+    keep: Annotated[list[str], Field(min_length=1)]
+    """Codes of the languages to keep, such as [en, de]. The language is that of a row's texts
+    together, without system prompts; a row without letters has none, and stays."""
+    min_confidence: Share = 0.0
+    """Rows whose language is less probable than this are dropped, too; 0.65 is usual for pages of
+    the web."""
+
+    @model_validator(mode="after")
+    def _languages_exist(self) -> Self:
+        if unknown := [code for code in self.keep if code not in LANGUAGES]:
+            raise ValueError(
+                f"keep: there is no language {shown(unknown[0])}; name some of: "
+                f"{', '.join(LANGUAGES)}"
+            )
+        return self
 
 
 class RedactStage(Section):
@@ -136,7 +173,13 @@ class DecontaminateStage(Section):
 
 
 Stage = Annotated[
-    NormaliseStage | FilterStage | KeepStage | RedactStage | DeduplicateStage | DecontaminateStage,
+    NormaliseStage
+    | FilterStage
+    | KeepStage
+    | LanguageStage
+    | RedactStage
+    | DeduplicateStage
+    | DecontaminateStage,
     Field(discriminator="kind"),
 ]
 _Name = Literal["normalise", "redact", "deduplicate", "decontaminate"]

@@ -17,6 +17,8 @@ TEMPLATE_DATE = date(2026, 1, 1)
 """The day on which chat templates are rendered that read the clock."""
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
 
+_TAG = re.compile(r"[A-Za-z0-9._:/+-]{1,40}")
+
 RESERVED_NAMES = frozenset({"prepared"})
 """Folders that finray itself keeps in a storage, beside those of runs and sweeps."""
 
@@ -36,6 +38,24 @@ def _check_name(name: str) -> str:
 
 Name = Annotated[
     str, AfterValidator(_check_name), Field(json_schema_extra={"pattern": f"^{_NAME.pattern}$"})
+]
+
+
+def check_tag(tag: str) -> str:
+    """The tag as it is.
+
+    Raises:
+        ValueError: it has more than 40 characters, or others than letters, digits and ._:/+-.
+    """
+    if _TAG.fullmatch(tag) is None:
+        raise ValueError(
+            f"expected a tag of at most 40 letters, digits and ._:/+-, found {shown(tag)}"
+        )
+    return tag
+
+
+Tag = Annotated[
+    str, AfterValidator(check_tag), Field(json_schema_extra={"pattern": f"^{_TAG.pattern}$"})
 ]
 
 
@@ -343,3 +363,5 @@ class LogSettings(Section):
     """Optimizer steps between two lines of metrics.jsonl."""
     to: list[Literal["tensorboard"]] = ["tensorboard"]
     """Formats that are written beside metrics.jsonl; an empty list writes none."""
+    tags: list[Tag] = []
+    """Words by which `finray runs --tag` selects runs: at most 40 letters, digits and ._:/+-."""

@@ -33,6 +33,7 @@ from .prepared import (
     QUARANTINE,
     SAMPLE_SCHEMA,
     SAMPLES,
+    STAGES_FILE,
     DamagedDataError,
     Histogram,
     Manifest,
@@ -89,6 +90,7 @@ def prepare(
     key = fingerprint(recipe, data)
     home = folder / key
     with storage_errors(folder):
+        home.touch()
         prepared = _opened(home, progress)
         if prepared is None:
             attempt = (home / uuid.uuid4().hex).create()
@@ -166,6 +168,8 @@ def _run_and_publish(work: "_Preparation", key: str, home: Folder, attempt: Fold
         attempt.delete(TOKENS)
         if attempt.exists(QUARANTINE):
             home.write(QUARANTINE, attempt.read(QUARANTINE))
+        if work.stages:
+            home.write(STAGES_FILE, json.dumps(work.stages).encode())
     except BaseException:
         with suppress(OSError):  # the first error says more
             _clear(attempt, keep=QUARANTINE)
@@ -208,6 +212,11 @@ class _Preparation:
         self._samples: list[tuple[int, Prompt]] = []
         self._quarantine: list[bytes] = []
         self._curated: Curated | None = None
+
+    @property
+    def stages(self) -> list[str]:
+        """Keys of the stages that the training rows went through."""
+        return [] if self._curated is None else list(self._curated.stages)
 
     def run(self, key: str) -> Manifest:
         """Run both passes, and write all files except the manifest, which is returned."""

@@ -3,6 +3,7 @@
 <storage>/prepared/<fingerprint>/
     manifest.json            written last; names the attempt whose files are valid
     quarantine.jsonl         rows that cannot be used
+    stages.json              keys of the stages of data.curate that its rows went through
     <attempt>/train/*.parquet, eval/*.parquet, samples.parquet
 
 Parquet that lost or changed a bit often reads without an error, as other tokens. So the manifest
@@ -29,6 +30,7 @@ from .row_facts import describe_unused
 
 MANIFEST = "manifest.json"
 QUARANTINE = "quarantine.jsonl"
+STAGES_FILE = "stages.json"
 SAMPLES = "samples.parquet"
 ROW_GROUP = 64
 """Sequences in a row group, the unit that a reader loads."""

@@ -406,7 +406,8 @@ class TrainingWorker:
         return self.recipe.epoch_at(self.progress.step, self.prepared.manifest.train.sequences)
 
     def _log(self, measures: StepMeasures) -> None:
-        loss, skipped = self.trainer.take_loss(measures.step - self.timer.step)
+        steps = measures.step - self.timer.step
+        loss, skipped = self.trainer.take_loss(steps)
         empty, measured = self.trainer.take_empty_steps(), self.trainer.take_measures()
         speed = self.timer.tick(self.progress)
         line = {
@@ -416,6 +417,7 @@ class TrainingWorker:
             "learning_rate": measures.learning_rate,
             "grad_norm": as_number(measures.grad_norm),
             "tokens_per_second": round(speed, 1),
+            "data_wait": round(self.trainer.take_data_wait(steps), 6),
             "seconds": round(self.progress.seconds, 3),
             **measured,
             **({"skipped": len(skipped)} if skipped else {}),

@@ -43,6 +43,7 @@ _COMMON = {
     "grad_norm",
     "tokens",
     "tokens_per_second",
+    "data_wait",
     "seconds",
     "exact_match",
 }

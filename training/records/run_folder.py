@@ -42,7 +42,7 @@ _RUN_TYPES: dict[str, type] = {
     **dict.fromkeys(("wall_seconds", "save_wait_seconds"), float),
     **dict.fromkeys(("metrics", "before", "parameters", "data", "versions"), dict),
     **dict.fromkeys(("identity", "commits", "model_code", "adapted", "rehearsal", "decided"), dict),
-    **dict.fromkeys(("restarts", "skipped", "world_sizes", "nodes", "notices"), list),
+    **dict.fromkeys(("restarts", "skipped", "world_sizes", "nodes", "notices", "tags"), list),
 }
 """The types of the values in run.json; each may be null or absent."""
 _ITEM_TYPES: dict[str, dict[str, type]] = {

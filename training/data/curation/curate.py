@@ -61,6 +61,8 @@ class Curated:
     """file, line, reason and row of rows that cannot be used."""
     left_rows: tuple[int, ...]
     """Rows of each source that are left."""
+    stages: tuple[str, ...] = ()
+    """Keys of all stages."""
 
     def rows_of(self, chunk: int) -> StageRows:
         """The rows of a chunk that are left."""
@@ -149,6 +151,7 @@ class _Curation:
         return sum(counts.rows for counts in self._results[0].chunks)
 
     def _finished(self, stage: PlannedStage) -> StageResult | None:
+        (self._folder / stage.key).touch()
         try:
             result = StageResult.from_json(json.loads((self._folder / stage.key).read(MANIFEST)))
         except (FileNotFoundError, ValueError, KeyError, TypeError):
@@ -309,6 +312,7 @@ class _Curation:
             "characters_in": total.characters_in,
             "characters_out": total.characters_out,
             "samples": samples[:SAMPLES],
+            **_languages(total),
         }
 
     def _curated(self) -> Curated:
@@ -328,7 +332,15 @@ class _Curation:
             funnel=tuple(self._funnel()),
             bad=tuple(self._bad_rows()),
             left_rows=tuple(left_rows),
+            stages=tuple(stage.key for stage in self._stages),
         )
+
+
+def _languages(total: Counts) -> dict[str, Any]:
+    if not total.languages_in:
+        return {}
+    before, after = dict(total.languages_in), dict(total.languages_out)
+    return {"languages": {"before": before, "after": after}}
 
 
 def _rows(source: ReferenceSource, max_bytes: int) -> Iterator[Row | BadRow]:

@@ -87,6 +87,7 @@ class Stages:
                 context = StageContext(RenderSettings.of(self._recipe), self._folder / stage.key)
                 outcome = ROW_STAGES[stage.kind](stage.settings, context)([item])[0]
                 if (why := outcome.dropped or outcome.bad) is not None:
+                    why += f" ({outcome.language})" if outcome.language else ""
                     return Followed(place, item.row, tuple(facts), f"taken by {name}: {why}")
                 if outcome.row is not None:
                     facts.append(f"changed by {name}")

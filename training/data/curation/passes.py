@@ -154,6 +154,9 @@ class _Work:
         for item, outcome in zip(items, self._apply(items), strict=True):
             self.counts.characters_in += item.size
             kept = self._follow(item, outcome)
+            if outcome.language is not None:
+                self.counts.languages_in[outcome.language] += 1
+                self.counts.languages_out[outcome.language] += kept is not None
             if kept is not None:
                 self.counts.characters_out += kept.size
                 left.append(kept)
@@ -170,22 +173,23 @@ class _Work:
             _quarantine(self.counts, item.line, outcome.bad, excerpt(item.row))
             return None
         if outcome.dropped is not None:
-            self._drop(item, outcome.dropped)
+            self._drop(item, outcome.dropped, outcome.language)
             return None
         if outcome.row is None:
             return item
         try:
             changed = item.with_row(outcome.row, self._reading)
         except RowError:
-            self._drop(item, UNUSABLE)
+            self._drop(item, UNUSABLE, None)
             return None
         self.counts.changed += 1
         return changed
 
-    def _drop(self, item: Item, reason: str) -> None:
+    def _drop(self, item: Item, reason: str, language: str | None) -> None:
         self.counts.dropped[reason] += 1
         if len(self.counts.samples) < SAMPLES:
             shown = "" if self._hides else excerpt(item.row)
+            reason = reason if language is None else f"{reason} ({language})"
             self.counts.samples.append({"line": item.line, "reason": reason, "text": shown})
 
     def _write(self, items: Sequence[Item]) -> None:
