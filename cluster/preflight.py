@@ -162,6 +162,13 @@ def try_running_cluster(
     return result
 
 
+def has_room(recipe: Recipe) -> bool:
+    """True if the run's workers fit on the nodes that the initialised Ray has now."""
+    nodes = cluster_nodes()
+    request = worker_request(recipe.scale, nodes)
+    return fitting_workers(request, nodes) >= request.min
+
+
 def _fit(recipe: Recipe, wait_seconds: float, progress: Progress) -> Line:
     deadline = time.monotonic() + wait_seconds
     has_requested = False

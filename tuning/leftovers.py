@@ -11,17 +11,16 @@ from collections.abc import Iterator, Sequence
 from functools import partial
 
 from pydantic import ValidationError
-from pyarrow import fs as pafs
 
 from ..training.common.errors import InputError
 from ..training.common.formatting import duration
 from ..training.common.storage import Folder
+from ..training.common.yaml_text import load_yaml
 from ..training.config.model_folder import model_folder
 from ..training.config.recipe import Recipe, recipe_from_dict
 from ..training.data.curation.files import STAGES
 from ..training.data.prepared import STAGES_FILE, DamagedDataError, open_prepared
 from ..training.records.run_folder import PREPARED_FOLDER
-from ..training.common.yaml_text import load_yaml
 from ..training.rehearsal.child import REHEARSALS
 from ..training.rehearsal.key import key_of
 from .removal import DELETED_FOLDER, Doomed, Removal

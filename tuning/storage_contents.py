@@ -21,12 +21,10 @@ from ..training.records.resume import has_checkpoints
 from ..training.records.run_folder import (
     PREPARED_FOLDER,
     RECIPE_FILE,
-    RUN_FILE,
     Record,
     read_run,
 )
 from .sweep_folder import BEST_FILE, RETRAINED_FOLDER, SWEEP_FILE, TRIALS_FOLDER, read_sweep
-
 
 Referrers = dict[str, list[tuple[str, str]]]
 """By name: the names of those that refer to it, each with the place, recipe.yaml: model.adapter."""

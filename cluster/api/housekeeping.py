@@ -1,6 +1,7 @@
 """The runs of a storage as a whole: finding, noting, comparing and deleting them."""
 
 import difflib
+import os
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -8,12 +9,15 @@ from pathlib import Path
 from ...training.common.errors import InputError
 from ...training.common.formatting import shown
 from ...training.common.storage import Folder
+from ...training.config.default_storage import default_storage
 from ...training.config.metric import MODES
 from ...training.config.paths import resolve_path
+from ...training.records.comparison import Comparison, compare_runs
 from ...training.records.notes import Note, read_note, write_note
 from ...tuning.removal import Removal, age_of, best_of, plan_removal
 from ...tuning.storage_contents import Entry, contents_of, entry_of
 from ...tuning.sweep_folder import SWEEP_FILE
+from .results import RunResult
 
 
 def find_run(run: str, storage: Folder) -> Folder:
@@ -31,9 +35,28 @@ def find_run(run: str, storage: Folder) -> Folder:
     raise InputError(f"{shown(run)}: no such run, neither as a path nor in {storage}; {remedy}")
 
 
-def note_run(
-    folder: Folder, text: str | None, tags: Sequence[str], without: Sequence[str]
-) -> Note:
+def compare(
+    *runs: RunResult | str | os.PathLike[str], storage: str | os.PathLike[str] | None = None
+) -> Comparison:
+    """Two to six runs side by side: what differs, metrics, curves and answers.
+
+    Args:
+        runs: runs, their folders or URIs, or their names in the storage.
+        storage: a folder or URI; by default $FINRAY_STORAGE, else `runs`.
+
+    Raises:
+        InputError: there is no such run, or one of its files is damaged.
+    """
+    home = Folder(resolve_path(os.fspath(storage or default_storage()), Path.cwd()))
+    return compare_runs(
+        [
+            Folder(run.uri) if isinstance(run, RunResult) else find_run(os.fspath(run), home)
+            for run in runs
+        ]
+    )
+
+
+def note_run(folder: Folder, text: str | None, tags: Sequence[str], without: Sequence[str]) -> Note:
     """Write a text and tags about a run; what is not given stays.
 
     Args:

@@ -14,7 +14,7 @@ from ...training.config.paths import resolve_path
 from ...training.config.places import locates
 from ...training.config.recipe import Recipe
 from ...training.config.user_code import try_import
-from ...training.inspection import check_storage, inspect_recipe
+from ...training.inspection import check_log, check_storage, inspect_recipe
 from ...training.records.resume import RunState
 from ...training.records.run_folder import list_runs
 from ...training.rehearsal.child import Rehearsal
@@ -204,6 +204,7 @@ def train(
     try_import(settings)
     inspection = inspect_recipe(settings)
     check_storage(settings)
+    check_log(settings)
     stop = Stop()
     with _display(quiet) as progress:
         state = RunState(run_folder(settings), None)

@@ -4,6 +4,7 @@ import argparse
 from collections.abc import Callable
 
 COMMANDS = {
+    "import": ("start", "import_"),
     "check": ("check", "check"),
     "plan": ("plan", "plan"),
     "prepare": ("prepare", "prepare"),
@@ -29,6 +30,8 @@ COMMANDS = {
     "clean": ("storage", "clean"),
     "report": ("runs", "report"),
     "export": ("runs", "export"),
+    "generate": ("evaluation", "generate"),
+    "eval": ("evaluation", "evaluate"),
     "schema": ("runs", "schema"),
     "k8s render": ("k8s", "render"),
     "k8s run": ("k8s", "run"),

@@ -24,9 +24,7 @@ def runs(options: argparse.Namespace) -> None:
     """List the runs of a storage."""
     storage = _storage(options)
     print(
-        render_runs(
-            noted_runs(storage), as_json=options.json, sort=options.sort, tag=options.tag
-        )
+        render_runs(noted_runs(storage), as_json=options.json, sort=options.sort, tag=options.tag)
     )
 
 
@@ -44,7 +42,9 @@ def compare(options: argparse.Namespace) -> None:
         from ...training.records.comparison_page import render_page
 
         page = Path(resolve_path(str(options.page), Path.cwd()))
-        Folder(str(page.parent)).write(page.name, render_page(comparison).encode("utf-8", "replace"))
+        Folder(str(page.parent)).write(
+            page.name, render_page(comparison).encode("utf-8", "replace")
+        )
         print(page)
     else:
         print(render_comparison(comparison, options.rows, colour=sys.stdout.isatty()))

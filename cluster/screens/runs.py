@@ -177,9 +177,7 @@ def _reward(entry: Record) -> str:
     return formatting.percent(entry["eval_reward_accuracy"])
 
 
-def columns(
-    rows: Sequence[Sequence[str]], left_aligned: int, words_from: int | None = None
-) -> str:
+def columns(rows: Sequence[Sequence[str]], left_aligned: int, words_from: int | None = None) -> str:
     """A table with its first `left_aligned` columns aligned left, and those from `words_from` on;
     the others right."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]

@@ -62,6 +62,46 @@ class KeepStage(Section):
         return function
 
 
+class ScoreStage(Section):
+    """Each row gets a number, and rows with low ones are dropped."""
+
+    kind: Literal["score"] = "score"
+    """Rows are dropped by a number that a function or a reward model gives them."""
+    __annotations__["with"] = Annotated[
+        RowFunction | None,
+        BeforeValidator(as_function, str | RowFunction | None),
+        Field(
+            default=None,
+            description='A Python file and a function in it, "score.py:quality". It takes a row as '
+            "a dict and returns a finite number, which is higher for better rows.",
+        ),
+    ]
+    run: str | None = None
+    """Instead of a function: folder of a finished finray run of method reward (relative to the
+    recipe's folder, to where the command runs, or to the storage), which scores a row's text. Of a
+    pair it is the score of the chosen answer minus that of the rejected one."""
+    keep_top: Annotated[float, Field(gt=0.0, lt=1.0)] | None = None
+    """Share of the rows of all sources together that stays: those with the highest scores."""
+    min: float | None = None
+    """Smallest score of a row that stays, instead of a share."""
+
+    @property
+    def function(self) -> RowFunction | None:
+        """The key `with`, which Python cannot name."""
+        function: RowFunction | None = getattr(self, "with")
+        return function
+
+    @model_validator(mode="after")
+    def _one_of_each(self) -> Self:
+        if (self.function is None) == (self.run is None):
+            raise ValueError(
+                "score needs with, a function, or run, a reward model; set one of them"
+            )
+        if (self.keep_top is None) == (self.min is None):
+            raise ValueError("score needs keep_top, a share, or min, a score; set one of them")
+        return self
+
+
 LANGUAGES = tuple(
     """
     af als am an ar arz as ast av az azb ba bar bcl be bg bh bn bo bpy br bs bxr ca cbk ce ceb ckb
@@ -178,6 +218,7 @@ Stage = Annotated[
     | KeepStage
     | LanguageStage
     | RedactStage
+    | ScoreStage
     | DeduplicateStage
     | DecontaminateStage,
     Field(discriminator="kind"),

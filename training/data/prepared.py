@@ -68,6 +68,7 @@ SAMPLE_SCHEMA = pa.schema(
         ("prompt", pa.string()),
         ("reference", pa.string()),
         ("prompt_ids", pa.list_(pa.int32())),
+        ("asked", pa.string()),
     ]
 )
 
@@ -227,6 +228,9 @@ class Sample:
     prompt: str
     reference: str
     prompt_ids: list[int]
+    asked: str
+    """As JSON, `prompt` (text or messages), `columns` (of the row, for functions of the user), and
+    `calls` (of the reference, where there are tools)."""
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ cent of the box, so their labels keep their size at any width.
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from ..common import formatting
@@ -152,6 +152,76 @@ def overlay(
     return frame.chart(title, lines, f"{title}: {summary}", "")
 
 
+def scatter(
+    title: str,
+    points: Sequence[tuple[Any, float]],
+    *,
+    format: Format,
+    unit: str,
+    chosen: Sequence[int] = (),
+) -> Chart | None:
+    """A dot for each point; None if there is none.
+
+    Args:
+        title: title of the chart.
+        points: (place, value); places are numbers, or words in columns of their own.
+        format: format of the values.
+        unit: what the horizontal axis shows.
+        chosen: numbers of the points that are highlighted.
+    """
+    frame = _frame([[(0.0, value) for _, value in points]], format, log=True, unit=unit)
+    if frame is None:
+        return None
+    places, ticks = _places([place for place, _ in points])
+    dots = [
+        (round(BOX * at, 1), frame.height(value), _place_text(place), value_text(value, format))
+        for at, (place, value) in zip(places, points, strict=True)
+    ]
+    groups = {"trials": SERIES[0], "the best": SERIES[1]}
+    lines = []
+    for label, style in groups.items():
+        own = [dot for n, dot in enumerate(dots) if (n in chosen) == (label == "the best")]
+        if own:
+            lines.append(Line(label, style, own, [], [f"{x:g} {y:g}" for x, y, _, _ in own]))
+    chart = frame.chart(title, lines, f"{title} over {unit}", "")
+    return replace(chart, x_ticks=ticks)
+
+
+def _places(values: Sequence[Any]) -> tuple[list[float], list[Tick]]:
+    """Shares of the width for places, and the ticks."""
+    if all(formatting.is_number(value) for value in values):
+        return _numbered(values)
+    names = sorted({str(value) for value in values})
+    centre = {name: (number + 0.5) / len(names) for number, name in enumerate(names)}
+    ticks = [Tick(round(100 * share, 3), name[:20]) for name, share in centre.items()]
+    return [centre[str(value)] for value in values], ticks
+
+
+def _numbered(values: Sequence[float]) -> tuple[list[float], list[Tick]]:
+    """Places of numbers: on a logarithmic axis where they span much."""
+    low, high = min(values), max(values)
+    if low > 0 and high >= LOG_FROM * low:
+        edges = _log_edges(low, high)
+        scale: Callable[[float], float] = math.log
+        marks = [edge for edge in edges if math.log10(edge) % 1 == 0 or len(edges) < 5]
+    else:
+        step = _tick_step(low, high, count=3)
+        first, last = _range(low, high, step)
+        edges = marks = [first + n * step for n in range(round((last - first) / step) + 1)]
+        scale = float
+    start, end = scale(edges[0]), scale(edges[-1])
+    shares = [(scale(value) - start) / (end - start) for value in (*values, *marks)]
+    ticks = [
+        Tick(round(100 * share, 3), _place_text(mark))
+        for share, mark in zip(shares[len(values) :], marks, strict=True)
+    ]
+    return shares[: len(values)], ticks
+
+
+def _place_text(value: Any) -> str:
+    return f"{value:.3g}" if formatting.is_number(value) else str(value)
+
+
 def histogram(edges: Sequence[float], counts: Sequence[int]) -> Histogram | None:
     """A histogram with bars of equal width; None if all counts are zero.
 
@@ -238,7 +308,7 @@ def _frame(
     values = [value for _, value in points if value is not None]
     if not values:
         return None
-    x_range = (0.0, max(1.0, max(float(step) for step, _ in points)))
+    x_range = (0.0, max(1.0, *(float(step) for step, _ in points)))
     low, high = min(values), max(values)
     if log and low > 0 and high >= LOG_FROM * low:
         edges = _log_edges(low, high)
@@ -291,11 +361,11 @@ class _Frame:
             label = lambda value: _label(value, self.y_step, self.format)  # noqa: E731
             return _ticks(self.y_range, self.y_step, label)
         return [
-            Tick(round(100 - self._height(tick) / BOX * 100, 3), _label(tick, tick, self.format))
+            Tick(round(100 - self.height(tick) / BOX * 100, 3), _label(tick, tick, self.format))
             for tick in self.log_ticks
         ]
 
-    def _height(self, value: float) -> float:
+    def height(self, value: float) -> float:
         """Distance of a value from the top of the box."""
         bottom, top = self.y_range
         if self.log_ticks:
@@ -325,7 +395,7 @@ class _Frame:
 
     def _place(self, step: float, value: float) -> tuple[float, float]:
         left, right = self.x_range
-        return round(BOX * (step - left) / (right - left), 1), self._height(value)
+        return round(BOX * (step - left) / (right - left), 1), self.height(value)
 
 
 def _tick_step(low: float, high: float, count: int = 4) -> float:

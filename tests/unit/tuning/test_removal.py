@@ -238,5 +238,5 @@ def test_stages_of_a_set_that_stays_are_kept(tmp_path: Path) -> None:
 
 def test_no_such_run(tmp_path: Path) -> None:
     stored_run(tmp_path, "my-run")
-    with pytest.raises(InputError, match="no such run, .*did you mean my-run"):
+    with pytest.raises(InputError, match=r"no such run, .*did you mean my-run"):
         find_run("my-rnu", Folder(str(tmp_path)))

@@ -188,7 +188,7 @@ AXOLOTL = Dialect(
             "is not finite"
         ),
         "auto_resume_from_checkpoints": "the same command continues a run",
-        "adam_beta3 adam_epsilon2 optimizer_cls_and_kwargs torchdistx_path": (
+        "adam_eps adam_beta3 adam_epsilon2 optimizer_cls_and_kwargs torchdistx_path": (
             "details of other optimizers; finray has AdamW"
         ),
         "relora relora_steps relora_prune_ratio relora_cpu_offload relora_warmup_steps "

@@ -13,8 +13,8 @@ SAMPLES = 5
 """Rows that are shown of what a stage took."""
 _LANGUAGES = 12
 """Languages that are named; the rows of the others are added up."""
-MOST_BAD = 10_000
-"""Rows that cannot be used of which place and reason are kept."""
+MOST_BAD_OF_CHUNK = 1000
+"""Rows of a chunk that cannot be used of which place and reason are kept."""
 
 
 _COUNTERS = ("dropped", "languages_in", "languages_out")
@@ -58,6 +58,8 @@ class StageResult:
 
     kind: str
     chunks: tuple[Counts, ...]
+    facts: Mapping[str, Any] = field(default_factory=dict)
+    """What the funnel says beside the counts."""
 
     @property
     def total(self) -> Counts:
@@ -71,11 +73,13 @@ class StageResult:
         return total
 
     def to_json(self) -> dict[str, Any]:
-        return {"kind": self.kind, "chunks": [counts.to_json() for counts in self.chunks]}
+        chunks = [counts.to_json() for counts in self.chunks]
+        return {"kind": self.kind, "chunks": chunks, "facts": self.facts}
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> "StageResult":
-        return cls(values["kind"], tuple(map(Counts.from_json, values["chunks"])))
+        chunks = tuple(map(Counts.from_json, values["chunks"]))
+        return cls(values["kind"], chunks, values.get("facts", {}))
 
 
 def describe_funnel(funnel: Iterable[Mapping[str, Any]]) -> list[str]:
@@ -93,7 +97,7 @@ def funnel_facts(funnel: Iterable[Mapping[str, Any]]) -> list[tuple[str, str]]:
     for stage in funnel:
         name, _, text = _line(stage).partition(": ")
         facts.append((name, text))
-        facts += [(f"{name}, languages", text) for text in describe_languages(stage)]
+        facts += [(f"{name}, {of}", text) for of, text in describe_kinds(stage)]
         facts += [(f"{name}, for example", text) for text in describe_samples(stage)[:1]]
     return facts
 
@@ -113,6 +117,15 @@ def mean_lengths(stage: Mapping[str, Any]) -> tuple[float, float]:
     unread = sum(stage["dropped"].get(reason, 0) for reason in (BAD_ROW, LEFT_OUT))
     before = stage["characters_in"] / max(1, stage["rows_in"] - unread)
     return before, stage["characters_out"] / max(1, stage["rows_out"])
+
+
+def describe_kinds(stage: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """(label, text) of the languages or scores before and after a stage that looks for them."""
+    facts = [("languages", text) for text in describe_languages(stage)]
+    for when, values in stage.get("scores", {}).items():
+        text = ", ".join(f"{name} {value:.4g}" for name, value in values.items())
+        facts.append((f"scores {when}", text or formatting.MISSING))
+    return facts
 
 
 def describe_languages(stage: Mapping[str, Any]) -> list[str]:

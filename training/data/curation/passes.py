@@ -14,7 +14,7 @@ from ..rows import BadRow, Row, excerpt
 from ..shapes import RowError
 from ..sources import Chunk
 from .files import StageFile, StageRows, facts_of, index_file, row_file
-from .funnel import BAD_ROW, LEFT_OUT, Counts
+from .funnel import BAD_ROW, LEFT_OUT, MOST_BAD_OF_CHUNK, Counts
 from .stage import Apply, Item, Outcome, Reading, StageContext
 from .stages import ROW_STAGES
 
@@ -22,8 +22,6 @@ READ = "read"
 """The kind of a first step that does no more than read."""
 SAMPLES = 3
 """Dropped rows of a chunk that are shown."""
-_BAD = 1000
-"""Rows of a chunk that cannot be used of which place and reason are kept."""
 _CHARACTERS = 500_000
 _ROWS = 1000
 _FOREIGN = ("parquet", "arrow")
@@ -210,7 +208,7 @@ def _apply_of(step: Step, context: StageContext) -> Apply:
 def _quarantine(counts: Counts, line: int, reason: str, raw: str) -> None:
     counts.rows_in += 1
     counts.dropped[BAD_ROW] += 1
-    if len(counts.bad) < _BAD:
+    if len(counts.bad) < MOST_BAD_OF_CHUNK:
         counts.bad.append({"line": line, "reason": reason, "row": raw})
 
 
