@@ -366,7 +366,7 @@ def _memory(
             break  # the model takes no quantisation
         placed = decide(open_, sizes, room)
         chosen = quantize
-        verdict = judge(open_, sizes, gpus)
+        verdict = judge(open_, {quantize: sizes}, gpus)
         if verdict.fits and not verdict.is_tight:
             break
     text = memory_text(estimate(placed, sizes, room.compute), placed)
