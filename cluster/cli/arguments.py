@@ -10,6 +10,7 @@ SHELLS = ("bash", "zsh", "tcsh", "fish")
 """Those for which shtab writes a completion script."""
 _EPILOG = """\
 examples:
+  finray init --data conversations.jsonl
   finray import axolotl.yml -o recipe.yaml
   finray check recipe.yaml
   finray train recipe.yaml --set optim.learning_rate=1e-4
@@ -188,6 +189,37 @@ def _tag(text: str) -> str:
 
 
 def _add_starting(commands: Any) -> None:
+    init = _command(
+        commands,
+        "init",
+        "write a first recipe from your data, explain each choice, and check it",
+        "init --data conversations.jsonl",
+        "init --data pairs.jsonl --model Qwen/Qwen3-4B --method dpo -o pairs.yaml",
+    )
+    data = init.add_argument(
+        "--data",
+        metavar="FILE",
+        required=True,
+        help="the rows: a file, a folder, a URI, or a data set of the hub",
+    )
+    _completed(data, "file")
+    model = init.add_argument(
+        "--model",
+        metavar="MODEL",
+        help="a folder or a hub id (default: a small open model that fits this machine)",
+    )
+    _completed(model, "directory")
+    init.add_argument(
+        "--method", metavar="KIND", help="such as sft or dpo (default: by the rows' shape)"
+    )
+    init.add_argument(
+        "--reward",
+        metavar="FILE:FUNCTION",
+        action="append",
+        default=[],
+        help="a reward function, for grpo and rloo (may be repeated)",
+    )
+    _add_to(init, "the recipe (default: recipe.yaml)", Path("recipe.yaml"))
     parser = _command(
         commands,
         "import",
@@ -225,8 +257,8 @@ def _add_starting(commands: Any) -> None:
     _add_json(parser)
 
 
-def _add_to(parser: Parser, what: str) -> None:
-    to = parser.add_argument("--to", "-o", metavar="FILE", type=Path, help=what)
+def _add_to(parser: Parser, what: str, default: Path | None = None) -> None:
+    to = parser.add_argument("--to", "-o", metavar="FILE", type=Path, default=default, help=what)
     _completed(to, "file")
 
 

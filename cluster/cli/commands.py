@@ -4,6 +4,7 @@ import argparse
 from collections.abc import Callable
 
 COMMANDS = {
+    "init": ("start", "init"),
     "import": ("start", "import_"),
     "check": ("check", "check"),
     "plan": ("plan", "plan"),

@@ -8,6 +8,11 @@ from ..common.errors import InputError
 from ..config.recipe import Recipe
 from ..config.sections import Isolation
 
+_MASKED = (
+    "data.packing: attention cannot be computed one document at a time in this architecture, so "
+    "packed rows keep a mask over the whole row: memory and time grow with its square"
+)
+
 
 @dataclass(frozen=True)
 class Outcome:
@@ -92,6 +97,9 @@ class Outcome:
         if recipe.method.packs and recipe.data.packing == "auto" and self.isolation is None:
             reason = self.unpacked_because or "it could not be rehearsed"
             lines.append(f"data.packing: one document a row: {reason}")
+        is_free = recipe.model.attention == "auto" and recipe.data.packing is not False
+        if is_free and recipe.method.packs and self.isolation in ("positions", "mask"):
+            lines.append(_MASKED)
         if not self.checkpointing:
             lines.append("model.gradient_checkpointing: false: the model cannot be trained with it")
         if self.left_out:

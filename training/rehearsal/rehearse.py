@@ -5,6 +5,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import get_args
 
+from transformers import PreTrainedModel
+
 from ..common.errors import FinrayError, InputError, in_one_line
 from ..config.recipe import Recipe
 from ..config.sections import Isolation
@@ -37,8 +39,8 @@ def rehearse_recipe(recipe: Recipe, scratch: Path) -> Outcome:
         if isinstance(error, InputError) and recipe.method.head == "causal":
             return Outcome("refused", message=str(error))
         return _without_copy(error)
-    if recipe.method.head == "causal" and _looks_ahead(copy):
-        return Outcome("refused", message=_no_decoder(copy))
+    if (unfit := _unfit(recipe, copy)) is not None:
+        return Outcome("refused", message=unfit)
     isolation: Isolation | None = None
     reason: str | None = None
     if recipe.method.packs:
@@ -75,6 +77,21 @@ def _first_step(small: Recipe, copy: SmallCopy, packed_by: Isolation | None) -> 
         with suppress(FinrayError):
             return checkpointed, train_step(checkpointed, copy, packed_by)
     return small, train_step(small, copy, packed_by)
+
+
+def _unfit(recipe: Recipe, copy: SmallCopy) -> str | None:
+    """Why the architecture cannot be trained as the recipe says; None if it may be."""
+    if recipe.method.head == "causal" and _looks_ahead(copy):
+        return _no_decoder(copy)
+    parts = (part for part in copy.model.modules() if isinstance(part, PreTrainedModel))
+    if recipe.model.attention == "flash_attention_2" and not all(
+        part._supports_flash_attn for part in parts
+    ):
+        return (
+            f"model.attention: the architecture {copy.model.config.model_type} has no flash "
+            "attention; remove the setting: auto takes what it has"
+        )
+    return None
 
 
 def _looks_ahead(copy: SmallCopy) -> bool:
