@@ -10,12 +10,15 @@ import pytest
 from support.recorded import RecordedProgress
 
 from finray.training.common.errors import InputError
+from finray.training.common.progress import SILENT
 from finray.training.common.storage import Folder
 from finray.training.config.recipe import Recipe
-from finray.training.data.prepare import prepare
+from finray.training.data import window_plan
+from finray.training.data.prepare import Windows, prepare
 from finray.training.data.prepared import DamagedDataError, Prepared
+from finray.training.data.resolve import resolve_data
 from finray.training.data.stream import Slice, _in_ray_tasks, share, stream
-from finray.training.data.tasks import run_in_process, run_on_ray_data
+from finray.training.data.tasks import run_beside_workers, run_in_process, run_on_ray_data
 
 pytestmark = [
     pytest.mark.ray,
@@ -28,7 +31,12 @@ BATCH = 12
 
 
 def make_recipe(
-    model: Path, files: list[Path], storage: Path, method: str | dict[str, str] = "sft", **data: Any
+    model: Path,
+    files: list[Path],
+    storage: Path,
+    method: str | dict[str, str] = "sft",
+    max_steps: int | None = None,
+    **data: Any,
 ) -> Recipe:
     return Recipe.model_validate(
         {
@@ -42,6 +50,7 @@ def make_recipe(
                 "packing": False,
                 **data,
             },
+            "optim": {"max_steps": max_steps},
             "storage": str(storage),
         }
     )
@@ -117,6 +126,34 @@ def test_a_bad_row_in_a_task_is_reported_as_in_this_process(
     recipe = make_recipe(tiny_model, [bad], tmp_path)
     with pytest.raises(InputError, match=r"bad\.jsonl:11"):
         prepare(recipe, Folder(str(tmp_path)), run_on_ray_data)
+
+
+@pytest.mark.usefixtures("local_ray")
+def test_windows_are_made_beside_workers_that_hold_all_cpus(
+    tiny_model: Path, chat_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import ray
+
+    for name, size in (("FIRST_BYTES", 8192), ("WINDOW_BYTES", 8192), ("BLOCK_BYTES", 2048)):
+        monkeypatch.setattr(window_plan, name, size)
+    monkeypatch.setattr(window_plan, "_PACKED_BYTES", 1)
+    recipe = make_recipe(tiny_model, [chat_file], tmp_path, prepare="streaming", max_steps=9)
+    windows = Windows(recipe, resolve_data(recipe))
+    worker = ray.remote(num_cpus=4)(_Worker).remote()
+    ray.get(worker.hold.remote())
+    made = [
+        windows.prepare(windows.part(n), Folder(str(tmp_path / name / str(n))), run, SILENT)
+        for n in (1, windows.plan.windows)
+        for name, run in (("here", run_in_process), ("ray", run_beside_workers))
+    ]
+    hashes = [each.manifest.train.hashes for each in made]
+    assert hashes[0] == hashes[1] != hashes[2] == hashes[3]
+    ray.kill(worker)
+
+
+class _Worker:
+    def hold(self) -> None:
+        """Return once the worker has its CPUs."""
 
 
 @pytest.mark.usefixtures("local_ray")

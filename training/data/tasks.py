@@ -14,6 +14,9 @@ from ..common.logs import limit
 _HANDED_ON = (FinrayError, OSError)
 """Errors of a task that are raised in the driver as they are."""
 
+_TASKS_BESIDE = 8
+"""Tasks that prepare data at the same time while workers train."""
+
 T = TypeVar("T")
 R = TypeVar("R")
 
@@ -29,10 +32,26 @@ def run_in_process(task: Callable[[T], R], items: Sequence[T]) -> Iterator[R]:
     return map(task, items)
 
 
-def run_on_ray_data(task: Callable[[T], R], items: Sequence[T]) -> Iterator[R]:
+def run_beside_workers(task: Callable[[T], R], items: Sequence[T]) -> Iterator[R]:
+    """As `run_on_ray_data`, while the workers may hold all CPUs: a few tasks that hold none.
+
+    Raises:
+        FinrayError, OSError, RunError: see there.
+    """
+    return run_on_ray_data(task, items, at_once=_TASKS_BESIDE)
+
+
+def run_on_ray_data(
+    task: Callable[[T], R], items: Sequence[T], at_once: int | None = None
+) -> Iterator[R]:
     """Run each item in a Ray Data task, anywhere in the cluster; Ray must be initialised.
 
     Task, items and results are pickled; tasks write large output to storage themselves.
+
+    Args:
+        task: what is done with each item.
+        items: the items.
+        at_once: run as many tasks that hold no CPU; None: a task for each free CPU.
 
     Raises:
         FinrayError: a task raised it.
@@ -48,10 +67,14 @@ def run_on_ray_data(task: Callable[[T], R], items: Sequence[T]) -> Iterator[R]:
     context.enable_progress_bars = False
     context.execution_options.preserve_order = True
     context.execution_options.verbose_progress = False
+    options: dict[str, Any] = {}
+    if at_once is not None:
+        pool = ray.data.TaskPoolStrategy(size=min(at_once, len(items)))
+        options = {"num_cpus": 0, "compute": pool}
     with ray.data.DataContext.current(context), _only_errors("ray.data"):
         results = ray.data.from_items(
             [{"item": pickle.dumps(item)} for item in items], override_num_blocks=len(items)
-        ).map_batches(_Call(task), batch_size=1, batch_format="pyarrow")
+        ).map_batches(_Call(task), batch_size=1, batch_format="pyarrow", **options)
         batches = results.iter_batches(batch_size=1, batch_format="pyarrow", prefetch_batches=0)
         try:
             for batch in batches:

@@ -10,6 +10,7 @@ from ..common.progress import Progress
 from ..common.secrets import redact
 from ..common.storage import Folder
 from ..config.sections import ScaleSettings
+from ..data.tasks import run_beside_workers
 from ..engine.context import STOP_FILE, watch_stop_file
 from ..engine.hangs import STOPPED, hang_files, hang_message, hang_repeats_as
 from ..engine.heartbeat import Heartbeat
@@ -36,6 +37,8 @@ class RayLauncher(Launcher):
     Raises:
         InputError: the cluster can never hold the workers.
     """
+
+    run_tasks = staticmethod(run_beside_workers)
 
     def __init__(
         self,
