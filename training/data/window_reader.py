@@ -26,9 +26,9 @@ from .stream import Sequence, Window, owner, read_groups, sequences_of, window_o
 from .window_files import FAILED, POSITION, SIGNS, read_counts, read_json, window_name, write_json
 from .window_plan import place_in_file
 
-PATIENCE_SECONDS = 240.0
-"""How long a worker waits for a window without a sign that anyone makes it: less than a step may
-last before it counts as a hang."""
+PATIENCE_SECONDS = 900.0
+"""How long a worker waits for a window without a sign that anyone makes it; on a cluster, the first
+tasks may have to wait for processes."""
 _POLL_SECONDS = 0.1
 _POLL_STORE_SECONDS = 1.0
 _TRIES = 3
@@ -74,7 +74,7 @@ class StreamedWindows:
         self._ends: list[int] = []
         self._waits = 0
         self._sign: Any = None
-        self._signs = 0
+        self._looks = 0
 
     def need(self, position: int) -> None:
         """Say which sequence is the first that is still needed: by one worker for all."""
@@ -95,7 +95,7 @@ class StreamedWindows:
             rank: the worker.
             world_size: number of workers.
             steps: the steps, counted from 0.
-            beat: called while it waits, as long as the driver makes progress.
+            beat: called while it waits; without progress of the driver's, that ends.
 
         Raises:
             InputError: the driver cannot prepare the data.
@@ -107,8 +107,8 @@ class StreamedWindows:
 
         def waiting() -> None:
             nonlocal seen
-            if self._signs != seen:
-                seen = self._signs
+            if self._looks != seen:  # the thread that reads does not hang
+                seen = self._looks
                 beat()
 
         try:
@@ -197,7 +197,7 @@ class StreamedWindows:
             now = time.monotonic()
             # The time for which this process itself was stopped does not count.
             quiet = quiet + min(now - since, 2 * self._poll) if sign == self._sign else 0.0
-            self._signs += sign != self._sign
+            self._looks += 1
             self._sign, since = sign, now
             if quiet > self._patience:
                 raise RunError(
