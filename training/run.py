@@ -23,12 +23,13 @@ from .config.model_folder import model_folder
 from .config.places import locates
 from .config.recipe import Recipe
 from .config.remote_code import code_files
+from .config.trackers import programs_of
 from .data.curation.report import report_of
 from .data.fingerprint import contents_of, fingerprint
 from .data.prepare import find_prepared, prepare, storage_errors
 from .data.prepared import Prepared
 from .data.producing import Producer
-from .data.tasks import RunTasks, run_in_process, run_on_ray_data
+from .data.tasks import RunOnRayData, RunTasks, run_in_process
 from .data.window_files import WINDOWS_FOLDER, read_counts
 from .engine.context import STOP_FILE
 from .engine.task import WorkerResult, WorkerTask
@@ -57,8 +58,10 @@ from .records.run_folder import (
     existing_run,
     read_run,
 )
+from .records.tracking import tracked
 from .rehearsal.child import Rehearsal, rehearse
 from .rehearsal.outcome import Outcome, with_packing
+from .rl.row_scores import close_row_scorers, open_row_scorer
 
 
 def run_folder(recipe: Recipe) -> Folder:
@@ -139,12 +142,13 @@ def train(
     with hold_run_lock(folder.create(), launcher.stop.requested, progress) as stale:
         if stale is not None:
             progress.status(f"taking over the lock, whose holder no longer runs: {stale}")
-        result = run_prepared(
-            *(recipe, prepared, launcher, progress),
-            schedule=schedule,
-            commits=commits,
-            outcome=ready.outcome,
-        )
+        with tracked(folder, programs_of(recipe.log.to), progress):
+            result = run_prepared(
+                *(recipe, prepared, launcher, progress),
+                schedule=schedule,
+                commits=commits,
+                outcome=ready.outcome,
+            )
     _raise_failure(result, folder)
     return existing_run(folder)
 
@@ -221,7 +225,8 @@ def run_prepared(
     if earlier is not None:
         _check_same_files(recipe, folder, earlier)
     outcome = outcome or rehearse(recipe, progress)
-    recipe, decided = _placed(outcome.allowed(recipe), earlier, launcher.room, progress)
+    recipe = outcome.allowed(recipe).with_longest(prepared.manifest.longest)
+    recipe, decided = _placed(recipe, earlier, launcher.room, progress)
     _record_start(recipe, folder, prepared, schedule, commits or {}, outcome, decided)
     progress.run_started(folder)
     task = WorkerTask(
@@ -310,8 +315,7 @@ def prepare_data(recipe: Recipe, progress: Progress = SILENT) -> Prepared:
         InputError: see `inspect_recipe` and `prepare`.
         RunError: a data task on Ray failed.
     """
-    on_ray = prepares_on_ray(recipe)
-    return _prepare(recipe, run_on_ray_data if on_ray else run_in_process, progress)
+    return _prepare(recipe, _tasks(recipe, prepares_on_ray(recipe)), progress)
 
 
 def curates_on_ray(recipe: Recipe) -> bool:
@@ -332,10 +336,13 @@ def curate_data(recipe: Recipe, progress: Progress = SILENT) -> dict[str, Any]:
         InputError: the recipe has no stages; see also `prepare`.
         RunError: a data task on Ray failed, or the storage cannot be written to.
     """
-    run_tasks = run_on_ray_data if curates_on_ray(recipe) else run_in_process
+    run_tasks = _tasks(recipe, curates_on_ray(recipe))
     folder = Folder(recipe.storage) / PREPARED_FOLDER
     with storage_errors(folder):
-        return report_of(recipe, folder, run_tasks, progress)
+        try:
+            return report_of(recipe, folder, run_tasks, progress, open_row_scorer)
+        finally:
+            close_row_scorers()
 
 
 @locates
@@ -398,7 +405,15 @@ def _prepare_again(recipe: Recipe, damaged: Prepared, progress: Progress) -> Non
 
 
 def _prepare(recipe: Recipe, run_tasks: RunTasks, progress: Progress) -> Prepared:
-    return prepare(recipe, Folder(recipe.storage) / PREPARED_FOLDER, run_tasks, progress)
+    folder = Folder(recipe.storage) / PREPARED_FOLDER
+    try:
+        return prepare(recipe, folder, run_tasks, progress, open_row_scorer)
+    finally:
+        close_row_scorers()
+
+
+def _tasks(recipe: Recipe, on_ray: bool) -> RunTasks:
+    return RunOnRayData.within(recipe.scale.prepare) if on_ray else run_in_process
 
 
 def _names_experts(folder: Path) -> bool:
@@ -492,8 +507,10 @@ def _record_start(
             data=prepared.manifest.summary(),
             rehearsal=outcome.as_record(recipe),
             error=None,
+            over=None,
             finished_at=None,
             schedule=schedule,
+            tags=list(recipe.log.tags),
             **recipe.method.run_facts,
             **({"decided": decided} if decided else {}),
             **({"model_code": code} if (code := code_files(recipe.model)) else {}),
@@ -516,7 +533,7 @@ def _record_end(
         counts = read_counts(folder / WINDOWS_FOLDER) if recipe.data.streams else None
         if counts is not None:
             record["streamed"] = counts.summary()
-        record["best_checkpoint"] = best(folder / CHECKPOINTS_FOLDER, recipe.method.watched)
+        record["best_checkpoint"] = best(folder / CHECKPOINTS_FOLDER, recipe.watched)
 
     update_run(folder, change)
 

@@ -26,6 +26,7 @@ from .curation.curate import Curated, all_chunks, curate, dropped_by_stage
 from .curation.curate import Window as CuratedWindow
 from .curation.funnel import BAD_ROW
 from .curation.mixing import weights_of
+from .curation.scoring import OpenScorer
 from .fingerprint import content_of
 from .prepared import (
     QUARANTINE,
@@ -83,6 +84,7 @@ class Preparation:
         run_tasks: runs the tasks.
         progress: receives a status after every finished task.
         part: the window of the training data; None for all of it.
+        open_scorer: opens the reward model of a stage of data.curate.
     """
 
     def __init__(
@@ -94,8 +96,10 @@ class Preparation:
         run_tasks: RunTasks,
         progress: Progress,
         part: WindowPart | None = None,
+        open_scorer: OpenScorer | None = None,
     ) -> None:
         self._recipe = recipe
+        self._open_scorer = open_scorer
         self._part = part
         self._is_later = part is not None and part.number > 0
         self._data = data
@@ -117,6 +121,13 @@ class Preparation:
         self._quarantine: list[bytes] = []
         self._curated: Curated | None = None
         self._blocks: list[tuple[dict[str, Any], int]] = []
+
+    @property
+    def stages(self) -> list[str]:
+        """Keys of the stages that all training rows went through, and that are kept."""
+        if self._curated is None or self._part is not None:
+            return []
+        return list(self._curated.stages)
 
     def run(self, key: str) -> Manifest:
         """Run both passes, and write all files except the manifest, which is returned."""
@@ -149,6 +160,7 @@ class Preparation:
         self._curated = curate(
             *(self._recipe, self._data, self._folder, self._run_tasks, self._progress, check),
             window=None if self._part is None else self._part.curation,
+            open_scorer=self._open_scorer,
         )
         self._dropped = Counter(dropped_by_stage(self._curated.funnel))
 
@@ -293,6 +305,7 @@ class Preparation:
             "prompt": [prompt.text for _, prompt in self._samples],
             "reference": [prompt.reference for _, prompt in self._samples],
             "prompt_ids": [prompt.input_ids for _, prompt in self._samples],
+            "asked": [prompt.asked for _, prompt in self._samples],
         }
         return write_hashed(self._attempt, SAMPLES, pa.table(columns, schema=SAMPLE_SCHEMA))
 

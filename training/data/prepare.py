@@ -1,5 +1,6 @@
 """Data preparation: read, normalise, tokenise, pack, and store the result by its fingerprint."""
 
+import json
 import time
 import uuid
 from collections.abc import Iterator
@@ -17,11 +18,13 @@ from .curation.curate import train_chunks
 from .curation.files import STAGES
 from .curation.funnel import BAD_ROW
 from .curation.plan import plan_stages
+from .curation.scoring import OpenScorer
 from .fingerprint import fingerprint
 from .preparation import Preparation, WindowPart, check_bad_rows
 from .prepared import (
     MANIFEST,
     QUARANTINE,
+    STAGES_FILE,
     DamagedDataError,
     Prepared,
     open_prepared,
@@ -41,7 +44,11 @@ _HASHED_BYTES = 64 * 2**20
 
 
 def prepare(
-    recipe: Recipe, folder: Folder, run_tasks: RunTasks, progress: Progress = SILENT
+    recipe: Recipe,
+    folder: Folder,
+    run_tasks: RunTasks,
+    progress: Progress = SILENT,
+    open_scorer: OpenScorer | None = None,
 ) -> Prepared:
     """Prepare a recipe's data, or return it if it is prepared already and not known to be damaged.
 
@@ -56,6 +63,7 @@ def prepare(
         folder: <storage>/prepared.
         run_tasks: runs the tasks, in this process or on Ray.
         progress: receives a status after every finished task.
+        open_scorer: opens the reward model of a stage of data.curate.
 
     Raises:
         InputError: sources or rows are wrong, too many rows are bad, or no sequence is left.
@@ -65,12 +73,15 @@ def prepare(
     key = fingerprint(recipe, data)
     home = folder / key
     with storage_errors(folder):
+        home.touch()
         prepared = _opened(home, progress)
         if prepared is None:
             attempt = (home / uuid.uuid4().hex).create()
             part = Windows(recipe, data).part(0) if recipe.data.streams else None
             stages = folder if part is None else attempt
-            work = Preparation(recipe, data, stages, attempt, run_tasks, progress, part)
+            work = Preparation(
+                *(recipe, data, stages, attempt, run_tasks, progress, part, open_scorer)
+            )
             prepared = _run_and_publish(work, key, home, attempt)
     manifest = prepared.manifest
     for remark in remarks(manifest.summary()):
@@ -145,6 +156,8 @@ def _run_and_publish(work: "Preparation", key: str, home: Folder, attempt: Folde
             attempt.delete(name)
         if attempt.exists(QUARANTINE):
             home.write(QUARANTINE, attempt.read(QUARANTINE))
+        if work.stages:
+            home.write(STAGES_FILE, json.dumps(work.stages).encode())
     except BaseException:
         with suppress(OSError):  # the first error says more
             _clear(attempt, keep=QUARANTINE)

@@ -267,6 +267,7 @@ def test_what_the_driver_refuses_ends_the_workers(tiny_model: Path, tmp_path: Pa
         ({"optim": {}}, "data.prepare streaming needs optim.max_steps"),
         ({"mix": {"temperature": 0.5}}, "data.mix counts all rows"),
         ({"curate": ["normalise", "deduplicate"]}, "data.curate.1 deduplicate compares all rows"),
+        ({"curate": [{"kind": "score", "with": "r.py:f", "keep_top": 0.5}]}, "data.curate.0.keep_"),
         ({"holdout": {"share": 0.1, "group_by": "of"}}, "data.holdout groups all rows"),
         ({"method": {"kind": "dpo", "precompute_reference": True}}, "method.precompute_reference"),
     ],
@@ -284,6 +285,7 @@ def test_settings_that_need_all_rows_are_refused(
         **own,
     }
     (tmp_path / "r.yaml").write_text(yaml.safe_dump(values))
+    (tmp_path / "r.py").write_text("def f(row):\n    return 1.0\n")
     with pytest.raises(InputError, match=rf"r\.yaml:\d+: {message}.*prepare ahead") as raised:
         load_recipe(tmp_path / "r.yaml")
     assert "\n" not in str(raised.value)
