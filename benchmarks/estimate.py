@@ -162,9 +162,9 @@ def step_of(recipe: Recipe, model: Model) -> tuple[Any, Batch]:
     setup = Setup(recipe, model, None, prepared, 0, 1, cpu, isolation=isolation)  # type: ignore[arg-type]
     objective = objective_of(setup)
     objective.prepare()
-    rows = [full_row(recipe, number) for number in range(recipe.optim.microbatch)]
+    rows = [full_row(recipe, number) for number in range(recipe.microbatch)]
     with torch.no_grad():
-        return objective, objective.batches(0, [rows])[0]
+        return objective, objective.batches(0, rows)[0]
 
 
 def most_held(recipe: Recipe, model: Model) -> int:

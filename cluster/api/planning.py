@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from ...training.common.errors import InputError
@@ -43,7 +43,7 @@ class Placement:
         """The settings that lead to it, as --set takes them."""
         made = [
             f"scale.workers={self.workers}",
-            f"optim.micro_batch_size={self.rows}",
+            self.recipe.microbatch_setting,
             f"model.gradient_checkpointing={str(self.checkpoints).lower()}",
         ]
         if self.workers > 1 or self.own_scale.strategy == "fsdp":
@@ -191,8 +191,9 @@ def _rows(recipe: Recipe, checkpoints: bool, sizes: "Sizes", room: "Room") -> in
     """The largest microbatch that fits, of the powers of two; 1 if none does."""
     from ...training.models.placement import decide
 
-    open_ = _with(recipe.with_placement(1, checkpoints), "optim", micro_batch_size="auto")
-    return decide(open_, sizes, room).optim.microbatch
+    size = {"micro_batch_size": "auto", "micro_batch_tokens": None}
+    open_ = _with(recipe.with_placement(1, checkpoints), "optim", **size)
+    return decide(open_, sizes, room).microbatch
 
 
 def _room(card: Card) -> "Room":
@@ -251,8 +252,10 @@ def _nearest(recipe: Recipe, sizes: dict[str, "Sizes"], card: Card, count: int) 
     while length >= 256:
         for placement in least:
             shorter = _with(placement.recipe, "data", max_length=length)
+            shorter = shorter.with_placement(placement.rows, placement.checkpoints)
             if _memory(shorter, of_model, card).peak <= card.bytes:
-                return " ".join(f"--set {one}" for one in placement.settings) + (
+                settings = replace(placement, recipe=shorter).settings
+                return " ".join(f"--set {one}" for one in settings) + (
                     f" --set data.max_length={length}"
                 )
         length //= 2

@@ -37,7 +37,7 @@ def decide(recipe: Recipe, sizes: Sizes, room: Room) -> Recipe:
         return estimate(changed, sizes, room.compute).peak <= _SHARE * room.bytes
 
     is_auto = recipe.optim.micro_batch_size == "auto"
-    rows = 1 if is_auto else recipe.optim.microbatch
+    rows = 1 if is_auto else recipe.microbatch
     checkpoints = recipe.model.checkpoints
     if recipe.model.gradient_checkpointing == "auto":
         checkpoints = not fits(rows, False)
@@ -80,13 +80,14 @@ def sharded(recipe: Recipe) -> Recipe:
 
 def smaller(recipe: Recipe) -> Iterator[tuple[str, Recipe]]:
     """(settings, recipe) that train the same in smaller parts, the largest parts first."""
-    rows = recipe.optim.microbatch
+    rows = recipe.microbatch
     if not recipe.model.checkpoints:
         yield "model.gradient_checkpointing=true", recipe.with_placement(rows, True)
     while rows > 1:
         rows //= 2
-        text = f"optim.micro_batch_size={rows}"
-        yield text, recipe.with_placement(rows, recipe.model.checkpoints)
+        less = recipe.with_placement(rows, recipe.model.checkpoints)
+        text = less.microbatch_setting
+        yield text, less
         if not recipe.model.checkpoints:
             both = f"{text} and model.gradient_checkpointing=true"
             yield both, recipe.with_placement(rows, True)
@@ -102,7 +103,12 @@ def other(recipe: Recipe) -> Iterator[tuple[str, Recipe]]:
         yield "scale.strategy=fsdp", shared
     for length in (recipe.data.max_length // 2, recipe.data.max_length // 4):
         data = recipe.data.model_copy(update={"max_length": length})
-        yield f"data.max_length={length}", recipe.model_copy(update={"data": data})
+        shorter = recipe.model_copy(update={"data": data})
+        text = f"data.max_length={length}"
+        if recipe.optim.micro_batch_tokens is not None:
+            shorter = shorter.with_placement(recipe.microbatch, recipe.model.checkpoints)
+            text += f" and {shorter.microbatch_setting}"
+        yield text, shorter
 
 
 def with_model(recipe: Recipe, **settings: Any) -> Recipe:

@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM
 
 from finray.training.config.recipe import recipe_from_dict
-from finray.training.data.batching import collate, microbatches
+from finray.training.data.batching import collate, in_batches
 from finray.training.engine.methods import objective_of
 from finray.training.engine.trainer import StepMeasures, StreamTrainer
 from finray.training.engine.trainer_arguments import training_arguments
@@ -65,10 +65,10 @@ def test_a_step_waits_for_the_flag_of_an_earlier_one(tiny_model: Path, tmp_path:
 
     trainer = StreamTrainer(
         model,
-        training_arguments(recipe, STEPS, 1, tmp_path),
+        training_arguments(recipe, STEPS, tmp_path),
         objective=objective_of(make_setup(recipe, model, tmp_path, 0, 1)),
         passes=1,
-        rows=lambda: microbatches(iter(make_sequences(6 * STEPS)), 6, 2, 3),
+        rows=lambda: in_batches(iter(make_sequences(6 * STEPS)), 6),
         after_step=after_step,
         is_logged=lambda step: False,
         stop_requested=lambda: False,
