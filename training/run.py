@@ -22,11 +22,12 @@ from .config.model_folder import model_folder
 from .config.places import locates
 from .config.recipe import Recipe
 from .config.remote_code import code_files
+from .config.trackers import programs_of
 from .data.curation.report import report_of
 from .data.fingerprint import fingerprint
 from .data.prepare import find_prepared, prepare, storage_errors
 from .data.prepared import Prepared
-from .data.tasks import RunTasks, run_in_process, run_on_ray_data
+from .data.tasks import RunOnRayData, RunTasks, run_in_process
 from .engine.context import STOP_FILE
 from .engine.task import WorkerResult, WorkerTask
 from .inspection import inspect_recipe
@@ -54,8 +55,10 @@ from .records.run_folder import (
     existing_run,
     read_run,
 )
+from .records.tracking import tracked
 from .rehearsal.child import Rehearsal, rehearse
 from .rehearsal.outcome import Outcome, with_packing
+from .rl.row_scores import close_row_scorers, open_row_scorer
 
 
 def run_folder(recipe: Recipe) -> Folder:
@@ -136,12 +139,13 @@ def train(
     with hold_run_lock(folder.create(), launcher.stop.requested, progress) as stale:
         if stale is not None:
             progress.status(f"taking over the lock, whose holder no longer runs: {stale}")
-        result = run_prepared(
-            *(recipe, prepared, launcher, progress),
-            schedule=schedule,
-            commits=commits,
-            outcome=ready.outcome,
-        )
+        with tracked(folder, programs_of(recipe.log.to), progress):
+            result = run_prepared(
+                *(recipe, prepared, launcher, progress),
+                schedule=schedule,
+                commits=commits,
+                outcome=ready.outcome,
+            )
     _raise_failure(result, folder)
     return existing_run(folder)
 
@@ -218,7 +222,8 @@ def run_prepared(
     if earlier is not None:
         _check_same_files(recipe, folder, earlier)
     outcome = outcome or rehearse(recipe, progress)
-    recipe, decided = _placed(outcome.allowed(recipe), earlier, launcher.room, progress)
+    recipe = outcome.allowed(recipe).with_longest(prepared.manifest.longest)
+    recipe, decided = _placed(recipe, earlier, launcher.room, progress)
     _record_start(recipe, folder, prepared, schedule, commits or {}, outcome, decided)
     progress.run_started(folder)
     task = WorkerTask(
@@ -298,8 +303,7 @@ def prepare_data(recipe: Recipe, progress: Progress = SILENT) -> Prepared:
         InputError: see `inspect_recipe` and `prepare`.
         RunError: a data task on Ray failed.
     """
-    on_ray = prepares_on_ray(recipe)
-    return _prepare(recipe, run_on_ray_data if on_ray else run_in_process, progress)
+    return _prepare(recipe, _tasks(recipe, prepares_on_ray(recipe)), progress)
 
 
 def curates_on_ray(recipe: Recipe) -> bool:
@@ -320,10 +324,13 @@ def curate_data(recipe: Recipe, progress: Progress = SILENT) -> dict[str, Any]:
         InputError: the recipe has no stages; see also `prepare`.
         RunError: a data task on Ray failed, or the storage cannot be written to.
     """
-    run_tasks = run_on_ray_data if curates_on_ray(recipe) else run_in_process
+    run_tasks = _tasks(recipe, curates_on_ray(recipe))
     folder = Folder(recipe.storage) / PREPARED_FOLDER
     with storage_errors(folder):
-        return report_of(recipe, folder, run_tasks, progress)
+        try:
+            return report_of(recipe, folder, run_tasks, progress, open_row_scorer)
+        finally:
+            close_row_scorers()
 
 
 @locates
@@ -386,7 +393,15 @@ def _prepare_again(recipe: Recipe, damaged: Prepared, progress: Progress) -> Non
 
 
 def _prepare(recipe: Recipe, run_tasks: RunTasks, progress: Progress) -> Prepared:
-    return prepare(recipe, Folder(recipe.storage) / PREPARED_FOLDER, run_tasks, progress)
+    folder = Folder(recipe.storage) / PREPARED_FOLDER
+    try:
+        return prepare(recipe, folder, run_tasks, progress, open_row_scorer)
+    finally:
+        close_row_scorers()
+
+
+def _tasks(recipe: Recipe, on_ray: bool) -> RunTasks:
+    return RunOnRayData.within(recipe.scale.prepare) if on_ray else run_in_process
 
 
 def _names_experts(folder: Path) -> bool:
@@ -478,8 +493,10 @@ def _record_start(
             data=prepared.manifest.summary(),
             rehearsal=outcome.as_record(recipe),
             error=None,
+            over=None,
             finished_at=None,
             schedule=schedule,
+            tags=list(recipe.log.tags),
             **recipe.method.run_facts,
             **({"decided": decided} if decided else {}),
             **({"model_code": code} if (code := code_files(recipe.model)) else {}),
@@ -499,7 +516,7 @@ def _record_end(
         record["error"] = None if error is None else redact(error)
         record["finished_at"] = now()
         record["wall_seconds"] = round(record.get("wall_seconds", 0.0) + seconds, 2)
-        record["best_checkpoint"] = best(folder / CHECKPOINTS_FOLDER, recipe.method.watched)
+        record["best_checkpoint"] = best(folder / CHECKPOINTS_FOLDER, recipe.watched)
 
     update_run(folder, change)
 

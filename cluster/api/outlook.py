@@ -11,7 +11,7 @@ from ...training.data.prepare import find_prepared
 from ...training.data.prepared import CUT, Prepared, remarks
 from ...training.data.rendering import OVERLONG
 from ...training.data.sample import measure_sample
-from ...training.inspection import Inspection, check_storage, inspect_recipe
+from ...training.inspection import Inspection, check_log, check_storage, inspect_recipe
 from ...training.records.resume import RunState
 from ...training.records.run_folder import PREPARED_FOLDER
 from ...training.rehearsal.child import Rehearsal
@@ -49,12 +49,15 @@ def examine(recipe: Recipe, *, fresh: bool = False, longer: bool = False) -> dic
         recipe = at_earlier_commits(recipe)
     inspection = inspect_recipe(recipe)
     check_storage(recipe)
+    check_log(recipe)
     state = RunState(run_folder(recipe), None) if fresh else state_of_run(recipe, longer=longer)
     with Rehearsal(recipe, only_cached=True) as rehearsal:
         outcome = rehearsal.outcome()
     recipe = _settled(recipe, outcome, state)
     data = _data_of(recipe, inspection)
     sequences = data["sequences"]
+    if data["is_exact"]:
+        recipe = recipe.with_longest(data["lengths"].get("1"))
     return {
         "name": recipe.name,
         "method": recipe.method.kind,

@@ -14,7 +14,7 @@ from ...training.config.paths import resolve_path
 from ...training.config.places import locates
 from ...training.config.recipe import Recipe
 from ...training.config.user_code import try_import
-from ...training.inspection import check_storage, inspect_recipe
+from ...training.inspection import check_log, check_storage, inspect_recipe
 from ...training.records.resume import RunState
 from ...training.records.run_folder import list_runs
 from ...training.rehearsal.child import Rehearsal
@@ -68,7 +68,8 @@ def check(
 
     Returns:
         What a run would read, hold and do, as plain values: `sources`, `data` (tokens and
-        sequences), `steps`, `parameters`, `memory` (bytes) and `folder`.
+        sequences), `steps`, `parameters`, `memory` (bytes), `machine` (what is worth a note about
+        this machine, such as the nearest settings that fit its GPUs) and `folder`.
 
     Raises:
         InputError: the recipe cannot run; with place, key and remedy.
@@ -83,7 +84,9 @@ def check(
         outlook = examine(settings, fresh=fresh, longer=longer)
     where = ray_address(address)
     if not settings.scale.most_workers or (where or cluster_address(None)) is None:
-        check_machine(settings, SILENT)
+        notes = _Notes()
+        check_machine(settings, notes)
+        outlook["machine"] = notes.texts
     elif where:
         env = worker_environment(settings)
         with _display(quiet) as progress, open_ray(settings, progress, where, env, verbose):
@@ -201,6 +204,7 @@ def train(
     try_import(settings)
     inspection = inspect_recipe(settings)
     check_storage(settings)
+    check_log(settings)
     stop = Stop()
     with _display(quiet) as progress:
         state = RunState(run_folder(settings), None)
@@ -278,6 +282,16 @@ def export(
     target = Path(resolve_path(os.fspath(to), Path.cwd()))
     with nullcontext(SILENT) if quiet else ExportProgress() as progress:
         return write(folder, target, merge=merge, dtype=dtype, progress=progress)
+
+
+class _Notes(Progress):
+    """Keeps what is worth a note."""
+
+    def __init__(self) -> None:
+        self.texts: list[str] = []
+
+    def note(self, message: str) -> None:
+        self.texts.append(message)
 
 
 @locates

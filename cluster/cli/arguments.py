@@ -10,6 +10,7 @@ SHELLS = ("bash", "zsh", "tcsh", "fish")
 """Those for which shtab writes a completion script."""
 _EPILOG = """\
 examples:
+  finray import axolotl.yml -o recipe.yaml
   finray check recipe.yaml
   finray train recipe.yaml --set optim.learning_rate=1e-4
   finray data show recipe.yaml
@@ -19,6 +20,9 @@ examples:
   finray tune sweep.yaml
   finray tune show sweep.yaml
   finray runs
+  finray runs compare my-run my-run.1
+  finray eval runs/my-run --base
+  finray generate runs/my-run --prompts prompts.jsonl --to answers.jsonl
   finray k8s render recipe.yaml --overlay gpu | kubectl create -f -
   finray export runs/my-run --to my-model --merge
 
@@ -88,11 +92,14 @@ def build_parser() -> Parser:
     _add_general(parser, is_shown=False)
     parser.set_defaults(quiet=False, log_level=None)
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    _add_starting(commands)
     _add_runs_of_recipes(commands)
     _add_data(commands)
     _add_job(commands)
     _add_cluster(commands)
     _add_results(commands)
+    _add_evaluation(commands)
+    _add_eval(commands)
     _add_k8s(commands)
     _add_helpers(commands)
     return parser
@@ -154,6 +161,71 @@ def _number(text: str) -> float:
         return float(text)
     except ValueError:
         raise argparse.ArgumentTypeError(f"expected a number, found {text!r}") from None
+
+
+def _age(text: str) -> float:
+    """12h, 30d or 2w in seconds."""
+    units = {"h": 3600.0, "d": 86400.0, "w": 7 * 86400.0}
+    try:
+        seconds = float(text[:-1]) * units[text[-1:]]
+    except (ValueError, KeyError):
+        raise argparse.ArgumentTypeError(
+            f"expected an age such as 12h, 30d or 2w, found {text!r}"
+        ) from None
+    if not seconds >= 0:
+        raise argparse.ArgumentTypeError(f"expected an age of 0 or more, found {text!r}")
+    return seconds
+
+
+def _tag(text: str) -> str:
+    if not text or len(text) > 40 or not all(c.isalnum() or c in "._:/+-" for c in text):
+        raise argparse.ArgumentTypeError(
+            f"expected a tag of at most 40 letters, digits and ._:/+-, found {text!r}"
+        )
+    return text
+
+
+def _add_starting(commands: Any) -> None:
+    parser = _command(
+        commands,
+        "import",
+        "make a recipe from a configuration of Axolotl, LLaMA-Factory or TRL",
+        "import axolotl.yml -o recipe.yaml",
+        "import llama3_lora_sft.yaml --gpus 8 --dataset-info data/dataset_info.json",
+        "import 'trl dpo --model_name_or_path org/model --dataset_name org/pairs' -o dpo.yaml",
+    )
+    source = parser.add_argument(
+        "source",
+        metavar="FILE",
+        help="a YAML or JSON file, or the command line of a training script in quotes",
+    )
+    _completed(source, "file")
+    parser.add_argument(
+        "--gpus",
+        metavar="N",
+        type=_whole,
+        help="GPUs that it is meant for; a step's batch goes over all of them (default: those of "
+        "the command line, else 1)",
+    )
+    info = parser.add_argument(
+        "--dataset-info",
+        metavar="FILE",
+        type=Path,
+        help="LLaMA-Factory's dataset_info.json (default: in dataset_dir, or beside the file)",
+    )
+    _completed(info, "file")
+    parser.add_argument(
+        "--method",
+        metavar="KIND",
+        help="the method of a TRL file that does not say it, such as dpo",
+    )
+    _add_to(parser, "a new file for the recipe (default: it is printed)")
+    _add_json(parser)
+
+
+def _add_to(parser: Parser, what: str) -> None:
+    to = parser.add_argument("--to", "-o", metavar="FILE", type=Path, help=what)
+    _completed(to, "file")
 
 
 def _add_planning(commands: Any) -> None:
@@ -272,15 +344,147 @@ def _add_tune(parser: Parser) -> None:
     _add_json(parser)
 
 
-def _add_results(commands: Any) -> None:
-    runs = _command(
-        commands, "runs", "list the runs of a storage", "runs --storage s3://bucket/runs"
-    )
-    storage = runs.add_argument(
-        "--storage", metavar="FOLDER", help="folder or URI (default: $FINRAY_STORAGE, else runs)"
+def _add_storage(parser: Parser, is_verb: bool = True) -> None:
+    """The storage, and JSON; what stands before a verb is kept, so a verb has no default."""
+    default = argparse.SUPPRESS if is_verb else None
+    storage = parser.add_argument(
+        "--storage",
+        metavar="FOLDER",
+        default=default,
+        help="folder or URI (default: $FINRAY_STORAGE, else runs)",
     )
     _completed(storage, "directory")
-    _add_json(runs)
+    as_json = argparse.SUPPRESS if is_verb else False
+    parser.add_argument(
+        "--json", action="store_true", default=as_json, help="print the result as JSON"
+    )
+
+
+def _add_runs(commands: Any) -> None:
+    runs = _command(
+        commands,
+        "runs",
+        "list the runs of a storage; with a verb compare, note or delete runs",
+        "runs --storage s3://bucket/runs",
+        "runs --sort eval_loss --tag baseline",
+        "runs compare my-run my-run.1",
+    )
+    _add_storage(runs, is_verb=False)
+    runs.add_argument(
+        "--sort", metavar="KEY", help="the best first, by a metric or a column, such as eval_loss"
+    )
+    runs.add_argument("--tag", metavar="TAG", help="only runs with a tag (log.tags, runs note)")
+    verbs = runs.add_subparsers(dest="verb", metavar="VERB", required=False)
+    _add_compare(verbs)
+    _add_note(verbs)
+    _add_deleting(verbs, commands)
+
+
+def _add_compare(verbs: Any) -> None:
+    compare = _command(
+        verbs,
+        "compare",
+        "show how runs differ: settings, metrics, curves and answers",
+        "runs compare first second",
+        "runs compare first second third --page comparison.html",
+    )
+    _add_run_names(compare)
+    compare.add_argument(
+        "--rows", metavar="N", type=_whole, default=3, help="answers to show (default: 3)"
+    )
+    page = compare.add_argument(
+        "--page", metavar="FILE", type=Path, help="write it as an HTML page instead"
+    )
+    _completed(page, "file")
+    _add_storage(compare)
+
+
+def _add_note(verbs: Any) -> None:
+    note = _command(
+        verbs,
+        "note",
+        "write a note about a run, and tags",
+        "runs note my-run 'warm-up too short' --tag baseline",
+    )
+    _completed(note.add_argument("run", metavar="RUN", help="a run's name or folder"), "directory")
+    note.add_argument("text", metavar="TEXT", nargs="?", help="the note; '' removes it")
+    for option, what, dest in (("--tag", "add", "tags"), ("--untag", "remove", "without")):
+        note.add_argument(
+            option,
+            dest=dest,
+            metavar="TAG",
+            action="append",
+            type=_tag,
+            default=[],
+            help=f"{what} a tag (may be repeated)",
+        )
+    _add_storage(note)
+
+
+def _add_deleting(verbs: Any, commands: Any) -> None:
+    rm = _command(
+        verbs, "rm", "delete runs and sweeps that are named; first shows their sizes", "runs rm old"
+    )
+    _add_run_names(rm)
+    prune = _command(
+        verbs,
+        "prune",
+        "delete runs by a rule; first shows them with their sizes",
+        "runs prune --keep-best 3 --older-than 30d",
+        "runs prune --keep-best 3 --by exact_match --yes",
+    )
+    prune.add_argument(
+        "--keep-best",
+        metavar="N",
+        type=_whole,
+        help="keep the best runs of each method, and delete the others",
+    )
+    prune.add_argument(
+        "--by",
+        metavar="METRIC",
+        default="eval_loss",
+        help="the metric of --keep-best (default: eval_loss)",
+    )
+    prune.add_argument(
+        "--older-than", metavar="AGE", type=_age, help="delete only older ones: 12h, 30d, 2w"
+    )
+    for parser in (rm, prune):
+        parser.add_argument(
+            "--unfinished",
+            action="store_true",
+            help="delete also what the same command would continue",
+        )
+        _add_storage(parser)
+    clean = _command(
+        commands,
+        "clean",
+        "delete prepared data, rehearsals and remains that no run refers to; first shows sizes",
+        "clean",
+        "clean --older-than 7d --yes",
+    )
+    clean.add_argument(
+        "--older-than",
+        metavar="AGE",
+        type=_age,
+        default=86400.0,
+        help="keep what was used later (default: 1d)",
+    )
+    _add_storage(clean, is_verb=False)
+    for parser in (rm, prune, clean):
+        parser.add_argument(
+            "--yes", action="store_true", help="delete it; without it nothing is deleted"
+        )
+
+
+def _add_run_names(parser: Parser) -> None:
+    run = parser.add_argument(
+        "runs", metavar="RUN", nargs="+", help="a run's name in the storage, its folder or URI"
+    )
+    _completed(run, "directory")
+
+
+def _add_results(commands: Any) -> None:
+    _add_runs(commands)
     report = _command(commands, "report", "write a run's report.html again", "report runs/my-run")
     export = _command(
         commands,
@@ -301,6 +505,124 @@ def _add_results(commands: Any) -> None:
         help="data type of a whole model's weights (default: the base model's)",
     )
     _add_json(export)
+
+
+def _add_evaluation(commands: Any) -> None:
+    generate = _command(
+        commands,
+        "generate",
+        "answer the prompts of a file with a trained model",
+        "generate runs/my-run --prompts prompts.jsonl --to answers.jsonl",
+        "generate Qwen/Qwen3-0.6B --prompts prompts.jsonl --to answers.jsonl --temperature 0.7",
+    )
+    _add_model(generate)
+    prompts = generate.add_argument(
+        "--prompts",
+        metavar="FILE",
+        required=True,
+        help="rows with conversations, prompts or instructions: a file, folder or URI",
+    )
+    to = generate.add_argument(
+        "--to",
+        metavar="FILE",
+        type=Path,
+        required=True,
+        help="the JSON Lines to write; a started file is continued",
+    )
+    for action in (prompts, to):
+        _completed(action, "file")
+    _add_answering(generate)
+    generate.add_argument(
+        "--temperature", metavar="T", type=_number, default=0.0, help="0 (default) is greedy"
+    )
+    generate.add_argument(
+        "--top-p", metavar="P", type=_number, default=1.0, help="sample among the likeliest tokens"
+    )
+    generate.add_argument(
+        "--seed", metavar="N", type=_whole, default=0, help="seed of sampled answers (default: 0)"
+    )
+    generate.add_argument(
+        "--base", action="store_true", help="answer with the model under the adapter, too"
+    )
+    _add_json(generate)
+
+
+def _add_eval(commands: Any) -> None:
+    evaluate = _command(
+        commands,
+        "eval",
+        "measure a trained model on rows with answers",
+        "eval runs/my-run --base",
+        "eval runs/my-run --data test.jsonl --metric rougeL --metric score.py:polite",
+        "eval runs/my-run --data test.jsonl --against runs/other "
+        "--judge http://127.0.0.1:8000/v1 --judge-model Qwen/Qwen3-32B",
+    )
+    _add_model(evaluate)
+    data = evaluate.add_argument(
+        "--data", metavar="FILE", help="rows: a file, folder or URI (default: the run's data.eval)"
+    )
+    evaluate.add_argument(
+        "--metric",
+        dest="metrics",
+        metavar="NAME",
+        action="append",
+        default=[],
+        help="exact_match, token_f1 (both are the default), rouge1, rouge2, rougeL, bleu, chrf, "
+        "json_valid, tool_calls, or score.py:function (may be repeated)",
+    )
+    schema = evaluate.add_argument(
+        "--schema", metavar="FILE", type=Path, help="a JSON schema for json_valid"
+    )
+    for action in (data, schema):
+        _completed(action, "file")
+    evaluate.add_argument("--no-loss", action="store_true", help="measure no loss and perplexity")
+    evaluate.add_argument(
+        "--base", action="store_true", help="measure the model under the adapter, too"
+    )
+    against = evaluate.add_argument(
+        "--against", metavar="RUN|MODEL", help="compare with another model, row by row"
+    )
+    evaluate.add_argument(
+        "--judge",
+        metavar="URL",
+        help="an OpenAI-compatible API that scores answers; its token is in $FINRAY_JUDGE_TOKEN",
+    )
+    evaluate.add_argument(
+        "--judge-model", metavar="NAME", default="", help="the judge's model, as its API calls it"
+    )
+    evaluate.add_argument("--rows", metavar="N", type=_whole, help="read the first rows only")
+    to = evaluate.add_argument(
+        "--to",
+        metavar="DIR",
+        type=Path,
+        help="folder of eval.json, eval.jsonl and eval.html (default: the run's)",
+    )
+    for action in (against, to):
+        _completed(action, "directory")
+    _add_answering(evaluate)
+    _add_json(evaluate)
+
+
+def _add_model(parser: Parser) -> None:
+    model = parser.add_argument(
+        "model",
+        metavar="RUN|MODEL",
+        help="a run's folder, name or URI, a checkpoint of it, a model's folder, or a hub id",
+    )
+    _completed(model, "directory")
+
+
+def _add_answering(parser: Parser) -> None:
+    parser.add_argument(
+        "--max-tokens",
+        metavar="N",
+        type=_whole,
+        default=512,
+        help="longest answer, in tokens (default: 512)",
+    )
+    parser.add_argument(
+        "--batch", metavar="N", type=_whole, default=32, help="answers in a batch (default: 32)"
+    )
 
 
 def _add_helpers(commands: Any) -> None:
@@ -331,6 +653,11 @@ def _add_k8s(commands: Any) -> None:
     _add_recipe(render)
     render.add_argument(
         "--overlay", default="gpu", help="cpu, gpu (default), gpu-spot-elastic or kueue"
+    )
+    render.add_argument(
+        "--gpu",
+        metavar="CARD[:COUNT]",
+        help="the cluster's GPUs, such as h100:8; sizes workers, settings and pods as plan does",
     )
     render.add_argument("--namespace", default="finray", help="default: finray")
     render.add_argument("--image", help="image of all pods (default: finray:cpu or finray:gpu)")

@@ -1,25 +1,17 @@
-"""Small commands: `finray runs`, `report`, `export` and `schema`."""
+"""Small commands: `finray report`, `export` and `schema`."""
 
 import argparse
 import json
 from pathlib import Path
 
 from ...training.common.storage import Folder
-from ...training.config.default_storage import default_storage
 from ...training.config.paths import resolve_path
 from ...training.config.recipe import Recipe
 from ...training.config.section import json_schema
 from ...training.records.report import write_report
-from ...training.records.run_folder import REPORT_FILE, list_runs
+from ...training.records.run_folder import REPORT_FILE
 from ...tuning.sweep import Sweep
 from ..api.runs import export as write_export
-from ..screens.runs import render_runs
-
-
-def runs(options: argparse.Namespace) -> None:
-    """List the runs of a storage."""
-    storage = Folder(resolve_path(options.storage or default_storage(), Path.cwd()))
-    print(render_runs(list_runs(storage), as_json=options.json))
 
 
 def report(options: argparse.Namespace) -> None:

@@ -47,6 +47,8 @@ def _refusal(error: UsageError) -> str:
     message = _SURPLUS.sub(" takes no value", message)
     if choice := _CHOICE.fullmatch(message):
         name, value, choices = choice.groups()
+        if name == "VERB":  # of a command that also stands alone
+            return _no_verb(program, value.strip("'"), choices)
         message = f"{name}: expected one of {choices.replace(chr(39), '')}, found {value}"
     if message.startswith(_REQUIRED):
         command, missing = program.partition(" ")[2], message.removeprefix(_REQUIRED)
@@ -54,6 +56,13 @@ def _refusal(error: UsageError) -> str:
             return f"{_WORDS[missing]} is missing; {program} --help lists them"
         message = f"{command} needs {missing}"
     return f"{message}; see {program} --help"
+
+
+def _no_verb(program: str, word: str, choices: str) -> str:
+    near = _nearest(word, re.findall(r"[a-z]+", choices))
+    if near is None:
+        return f"unexpected {word!r}; see {program} --help"
+    return f"unknown verb {word!r} of {program.partition(' ')[2]}; did you mean {near!r}?"
 
 
 # the words of the command

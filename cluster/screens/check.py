@@ -51,6 +51,7 @@ def render(outlook: dict[str, Any]) -> str:
         rows.append(("adapter", adapted_text(outlook["adapted"])))
     if outlook["memory"] is not None:
         rows.append(("memory", outlook["memory"]["text"]))
+    rows += [("note", note) for note in outlook.get("machine", ())]
     rows.append(("rehearsal", outlook["rehearsal"]["text"]))
     rows += [("note", line) for line in outlook["rehearsal"]["lines"]]
     workers = outlook["workers"]

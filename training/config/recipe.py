@@ -16,7 +16,9 @@ from ..common.formatting import dotted
 from ..common.secrets import secret_kind, secret_places
 from .adapter_folder import added_tokens, find_adapter
 from .default_storage import check_storage_kind, settle_storage
+from .eval_metrics import answer_metrics, metric_name
 from .methods import Method, SftMethod
+from .metric import Metric
 from .models import FreezeSettings, LoraAdapter, ModelSettings
 from .paths import resolve_model, resolve_path
 from .places import PlacedSection, about, locates
@@ -84,6 +86,7 @@ class Recipe(PlacedSection):
 
     _isolates: bool | None = PrivateAttr(default=None)
     _isolation: Isolation | None = PrivateAttr(default=None)
+    _longest: int | None = PrivateAttr(default=None)
     """Whether the model keeps packed documents apart; None before a rehearsal."""
 
     @model_validator(mode="after")
@@ -93,6 +96,7 @@ class Recipe(PlacedSection):
             raise ValueError("eval.every_steps needs held-out data: set data.eval or data.holdout")
         if self.eval.samples > 0 and not held_out:
             raise ValueError("eval.samples needs held-out data: set data.eval or data.holdout")
+        self._check_metrics()
         kind = self.method.kind
         message = self.method.contradiction(self.data, self.optim, self.checkpoint)
         message = message or self.method.model_contradiction(self.model, self.adapter)
@@ -122,6 +126,33 @@ class Recipe(PlacedSection):
                 f"{self.optim.batch_size} takes, so some would be idle; lower scale.workers"
             )
         return self
+
+    def _check_metrics(self) -> None:
+        """Refuse measures of answers that there are none of, and a metric that is not reported."""
+        if self.eval.metrics and not self.eval.samples:
+            raise ValueError(
+                "eval.metrics measures answers to held-out prompts: set eval.samples, their number"
+            )
+        names = [metric_name(metric) for metric in self.eval.metrics]
+        if twice := next((name for name in names if names.count(name) > 1), None):
+            raise ValueError(f"eval.metrics names {twice} twice; remove or rename one of them")
+        own = [f"eval_{name}" for name in self.method.held_out_metrics(self.trains_adapter)]
+        possible = [*own, *answer_metrics(self.eval.metrics)]
+        if self.eval.watch is not None and self.eval.watch not in possible:
+            raise ValueError(
+                f"eval.watch: the run reports no {self.eval.watch} at an evaluation, but "
+                f"{', '.join(possible)}"
+            )
+
+    @property
+    def watched(self) -> Metric:
+        """The metric that decides which checkpoint is the best."""
+        name = self.eval.watch
+        return self.method.watched if name is None else self.metric(name)
+
+    def metric(self, name: str) -> Metric:
+        """A metric that the run reports, with its direction."""
+        return answer_metrics(self.eval.metrics).get(name) or self.method.metric(name)
 
     @model_validator(mode="after")
     def _trained_weights_agree(self) -> Self:
@@ -302,6 +333,18 @@ class Recipe(PlacedSection):
         return f"optim.micro_batch_size={self.microbatch}"
 
     @property
+    def longest_document(self) -> int:
+        """Tokens of the longest document of a row; `data.max_length` before `with_longest`."""
+        return min(self._longest or self.data.max_length, self.data.max_length)
+
+    def with_longest(self, tokens: int | None) -> Self:
+        """The same recipe, whose prepared documents have at most so many tokens; None for
+        `data.max_length`."""
+        decided = self.model_copy()
+        decided._longest = tokens
+        return decided
+
+    @property
     def leaves_open(self) -> bool:
         """True if a setting is auto that follows from the GPU's memory when the run starts."""
         return "auto" in (self.optim.micro_batch_size, self.model.gradient_checkpointing)
@@ -314,8 +357,9 @@ class Recipe(PlacedSection):
         model = self.model.model_copy(update={"gradient_checkpointing": checkpoints})
         size: dict[str, int] = {"micro_batch_size": rows}
         if self.optim.micro_batch_tokens is not None:
-            is_same = rows == self.microbatch
-            size = {} if is_same else {"micro_batch_tokens": rows * self.tokens_per_row}
+            size = {"micro_batch_tokens": rows * self.tokens_per_row}
+        if self.optim.micro_batch_size != "auto" and rows == self.microbatch:
+            size = {}
         optim = self.optim.model_copy(update=size)
         return self.model_copy(update={"model": model, "optim": optim})
 
@@ -401,27 +445,32 @@ def resolve_recipe(recipe: Recipe, folder: Path) -> Recipe:
         InputError: a path does not lead to usable files.
     """
 
+    with about("storage"):
+        storage = resolve_path(recipe.storage, Path.cwd())
+    places = (folder, Path.cwd(), Path(storage))
     data = recipe.data.model_copy(
         update={
-            **resolve_sources(recipe.data, folder),
+            **resolve_sources(recipe.data, places),
             "chat_template": _read_template(recipe.data.chat_template, folder),
         }
     )
     with about("model.base"):
         base = resolve_model(recipe.model.base, folder)
     check_pinned(recipe.model.model_copy(update={"base": base}))
-    with about("storage"):
-        storage = resolve_path(recipe.storage, Path.cwd())
-    places = (folder, Path.cwd(), Path(storage))
     adapter = recipe.model.adapter
     if adapter is not None:
         with about("model.adapter"):
             candidates = [resolve_path(adapter, place) for place in places]
         adapter = find_adapter(candidates)
     tokens = _tokens_of(recipe, adapter)
+    metrics = [
+        metric if isinstance(metric, str) else metric.resolve(folder, f"eval.metrics.{index}")
+        for index, metric in enumerate(recipe.eval.metrics)
+    ]
     return recipe.model_copy(
         update={
             "data": data,
+            "eval": recipe.eval.model_copy(update={"metrics": metrics}),
             "method": recipe.method.resolve(places),
             "model": recipe.model.model_copy(
                 update={"base": base, "adapter": adapter, "add_tokens": tokens}

@@ -9,13 +9,17 @@ from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from ..common.formatting import shown
 from .curation import DecontaminateStage, HoldoutSettings, MixSettings, Stages
+from .eval_metrics import MetricChoice
 from .section import MOST, PositiveInt, Section, Share
 from .short_forms import as_sources
 from .source import Source
+from .trackers import TrackerName
 
 TEMPLATE_DATE = date(2026, 1, 1)
 """The day on which chat templates are rendered that read the clock."""
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
+
+_TAG = re.compile(r"[A-Za-z0-9._:/+-]{1,40}")
 
 RESERVED_NAMES = frozenset({"prepared"})
 """Folders that finray itself keeps in a storage, beside those of runs and sweeps."""
@@ -36,6 +40,24 @@ def _check_name(name: str) -> str:
 
 Name = Annotated[
     str, AfterValidator(_check_name), Field(json_schema_extra={"pattern": f"^{_NAME.pattern}$"})
+]
+
+
+def check_tag(tag: str) -> str:
+    """The tag as it is.
+
+    Raises:
+        ValueError: it has more than 40 characters, or others than letters, digits and ._:/+-.
+    """
+    if _TAG.fullmatch(tag) is None:
+        raise ValueError(
+            f"expected a tag of at most 40 letters, digits and ._:/+-, found {shown(tag)}"
+        )
+    return tag
+
+
+Tag = Annotated[
+    str, AfterValidator(check_tag), Field(json_schema_extra={"pattern": f"^{_TAG.pattern}$"})
 ]
 
 
@@ -194,6 +216,7 @@ class DataSettings(Section):
 
 
 _USUAL_MICROBATCH = 4
+_RAY_RESOURCES = frozenset({"CPU", "GPU", "memory", "object_store_memory", "TPU"})
 
 
 def _changed(
@@ -263,6 +286,27 @@ class OptimSettings(Section):
         return self
 
 
+class PrepareSettings(Section):
+    """Where on a cluster large data is prepared, before workers take GPUs."""
+
+    cpus: PositiveInt | None = None
+    """Most CPU cores that prepare at once. Absent: all that are free."""
+    resources: dict[str, Annotated[float, Field(gt=0.0)]] = {}
+    """Custom resources that each task asks for, as in {cpu_node: 0.001}: where nodes without GPUs
+    have cpu_node, the others prepare nothing."""
+
+    @model_validator(mode="after")
+    def _says_something(self) -> Self:
+        if self.cpus is None and not self.resources:
+            raise ValueError("prepare needs cpus or resources; add one of them, or remove it")
+        if named := _RAY_RESOURCES.intersection(self.resources):
+            raise ValueError(
+                f"resources: {min(named)} is Ray's own; name a custom resource, with which the "
+                "nodes that prepare are started"
+            )
+        return self
+
+
 class ScaleSettings(Section):
     """How many workers train, with what each, and what happens when some fail."""
 
@@ -280,6 +324,8 @@ class ScaleSettings(Section):
     """ddp: every worker holds the whole model. fsdp: a shard of every weight, of its gradient and
     of its optimizer state (FSDP2), gathered layer by layer while it computes. auto: ddp where one
     GPU holds weights, gradients and optimizer states, else fsdp. Checkpoints are the same."""
+    prepare: PrepareSettings | None = None
+    """Bounds of the preparation of large data on a cluster. Absent: all free CPUs of all nodes."""
     max_failures: Annotated[int, Field(ge=0)] = 3
     """Restarts from the last good checkpoint after failures, without a new checkpoint between
     them. Nodes that leave with notice and nodes that join do not count."""
@@ -298,6 +344,11 @@ class ScaleSettings(Section):
             raise ValueError(
                 f"workers: [{self.least_workers}, {self.most_workers}] is reversed; write the "
                 "smaller number first"
+            )
+        if self.prepare is not None and self.most_workers == 0:
+            raise ValueError(
+                "prepare bounds tasks on Ray, and with workers 0 this process prepares the data; "
+                "remove prepare"
             )
         return self
 
@@ -348,6 +399,22 @@ class EvalSettings(Section):
     for the report."""
     max_new_tokens: PositiveInt = 128
     """Longest answer, in tokens."""
+    metrics: list[MetricChoice] = []
+    """Measures of the answers to the prompts of `samples`, at each measurement of the loss: names
+    such as exact_match, and functions of yours as {file: "score.py:json_valid"}. They are logged
+    as eval_exact_match, …"""
+    watch: str | None = None
+    """The metric that decides which checkpoint is the best: eval_loss, or one of `metrics` such as
+    eval_exact_match. Absent: the method's own."""
+    patience: PositiveInt | None = None
+    """Measurements in a row without a better value of the watched metric (the held-out loss, or the
+    method's own) after which the run ends early. Absent: it trains to its last step."""
+
+    @model_validator(mode="after")
+    def _patience_counts_measurements(self) -> Self:
+        if self.patience is not None and self.every_steps is None:
+            raise ValueError("patience: it counts measurements; set eval.every_steps, too")
+        return self
 
 
 class LogSettings(Section):
@@ -355,5 +422,8 @@ class LogSettings(Section):
 
     every_steps: PositiveInt = 10
     """Optimizer steps between two lines of metrics.jsonl."""
-    to: list[Literal["tensorboard"]] = ["tensorboard"]
-    """Formats that are written beside metrics.jsonl; an empty list writes none."""
+    to: list[TrackerName] = ["tensorboard"]
+    """Where metrics go beside metrics.jsonl: files of TensorBoard, and servers of Weights & Biases,
+    MLflow and Trackio, through their own packages and environment variables."""
+    tags: list[Tag] = []
+    """Words by which `finray runs --tag` selects runs: at most 40 letters, digits and ._:/+-."""

@@ -142,6 +142,15 @@ def read_recipe_file(
     return document
 
 
+def read_foreign_file(path: Path) -> dict[str, Any]:
+    """The settings in a YAML or JSON file of another project.
+
+    Raises:
+        InputError: the file cannot be read, or is not a mapping.
+    """
+    return read_recipe_file(path).values
+
+
 def apply_changes(document: Document, overrides: Sequence[str | Change]) -> None:
     """Set values in a document.
 

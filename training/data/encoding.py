@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .chat import Span
+from .words import TextEncoder
 
 WINDOW = 16_000
 """Characters of a window; a shorter text is encoded as a whole."""
@@ -34,7 +35,7 @@ class Piece:
     """Consecutive tokens of a text."""
 
     encoding: Any
-    """The tokenizers library's encoding of a window."""
+    """The encoding of a window."""
     start: int = 0
     """Position of the window's first character in the text."""
     first: int = 0
@@ -152,11 +153,13 @@ class Divider:
         return starts if starts[:1] == [0] else [0, *starts]
 
 
-def encode_divided(encoder: Any, divider: Divider, texts: Sequence[str]) -> list[Iterator[Piece]]:
+def encode_divided(
+    encoder: TextEncoder, divider: Divider, texts: Sequence[str]
+) -> list[Iterator[Piece]]:
     """Encode texts piece by piece; equal pieces are encoded once.
 
     Args:
-        encoder: a tokenizer of the tokenizers library.
+        encoder: encodes the texts.
         divider: finds the pieces.
         texts: the texts.
 
@@ -165,7 +168,7 @@ def encode_divided(encoder: Any, divider: Divider, texts: Sequence[str]) -> list
     """
     divided = [_parts(text, divider.starts(text)) for text in texts]
     different = dict.fromkeys(part for parts in divided for _, part in parts if len(part) <= WINDOW)
-    encodings = encoder.encode_batch(list(different), add_special_tokens=False)
+    encodings = encoder.encode_batch(list(different))
     known = {
         part: (encoding, np.array(encoding.ids, np.int32))
         for part, encoding in zip(different, encodings, strict=True)
@@ -179,7 +182,7 @@ def _parts(text: str, starts: Sequence[int]) -> list[tuple[int, str]]:
 
 
 def _pieces_of(
-    encoder: Any,
+    encoder: TextEncoder,
     parts: Iterable[tuple[int, str]],
     known: dict[str, tuple[Any, NDArray[np.int32]]],
 ) -> Iterator[Piece]:
@@ -188,24 +191,24 @@ def _pieces_of(
             encoding, ids = known[part]
             yield Piece(encoding, start, stop=start + len(part), array=ids)
         else:
-            for piece in _pieces(encoder, part):
+            for piece in _pieces(encoder.tokenizer, part):
                 yield Piece(piece.encoding, start + piece.start, piece.first, piece.last)
 
 
-def encode(encoder: Any, texts: Sequence[str]) -> list[Iterator[Piece]]:
+def encode(encoder: TextEncoder, texts: Sequence[str]) -> list[Iterator[Piece]]:
     """Encode texts without special tokens at their ends.
 
     Args:
-        encoder: a tokenizer of the tokenizers library.
+        encoder: encodes the texts.
         texts: the texts; short ones are encoded in one call, which runs them in parallel.
 
     Returns:
         The pieces of each text, in order; those of a long text are encoded when they are taken.
     """
     short = [text for text in texts if len(text) <= WINDOW]
-    encodings = iter(encoder.encode_batch(short, add_special_tokens=False))
+    encodings = iter(encoder.encode_batch(short))
     return [
-        iter((Piece(next(encodings)),)) if len(text) <= WINDOW else _pieces(encoder, text)
+        iter((Piece(next(encodings)),)) if len(text) <= WINDOW else _pieces(encoder.tokenizer, text)
         for text in texts
     ]
 

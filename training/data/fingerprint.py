@@ -12,7 +12,7 @@ from .curation.plan import plan_stages
 from .render_settings import RenderSettings
 from .resolve import ResolvedData, ResolvedSource, resolve_data
 
-FORMAT_VERSION = 4
+FORMAT_VERSION = 5
 """Increased when a new version prepares the same inputs differently."""
 
 

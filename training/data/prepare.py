@@ -28,11 +28,13 @@ from .assembling import AssembleTask, Part, SequenceFile, assemble_items, split_
 from .curation.curate import Curated, curate, dropped_by_stage
 from .curation.funnel import BAD_ROW
 from .curation.mixing import weights_of
+from .curation.scoring import OpenScorer
 from .fingerprint import fingerprint
 from .prepared import (
     QUARANTINE,
     SAMPLE_SCHEMA,
     SAMPLES,
+    STAGES_FILE,
     DamagedDataError,
     Histogram,
     Manifest,
@@ -67,7 +69,11 @@ _QUARANTINED = 10_000
 
 
 def prepare(
-    recipe: Recipe, folder: Folder, run_tasks: RunTasks, progress: Progress = SILENT
+    recipe: Recipe,
+    folder: Folder,
+    run_tasks: RunTasks,
+    progress: Progress = SILENT,
+    open_scorer: OpenScorer | None = None,
 ) -> Prepared:
     """Prepare a recipe's data, or return it if it is prepared already and not known to be damaged.
 
@@ -80,6 +86,7 @@ def prepare(
         folder: <storage>/prepared.
         run_tasks: runs the tasks, in this process or on Ray.
         progress: receives a status after every finished task.
+        open_scorer: opens the reward model of a stage of data.curate.
 
     Raises:
         InputError: sources or rows are wrong, too many rows are bad, or no sequence is left.
@@ -89,10 +96,11 @@ def prepare(
     key = fingerprint(recipe, data)
     home = folder / key
     with storage_errors(folder):
+        home.touch()
         prepared = _opened(home, progress)
         if prepared is None:
             attempt = (home / uuid.uuid4().hex).create()
-            work = _Preparation(recipe, data, folder, attempt, run_tasks, progress)
+            work = _Preparation(recipe, data, folder, attempt, run_tasks, progress, open_scorer)
             prepared = _run_and_publish(work, key, home, attempt)
     manifest = prepared.manifest
     for remark in remarks(manifest.summary()):
@@ -166,6 +174,8 @@ def _run_and_publish(work: "_Preparation", key: str, home: Folder, attempt: Fold
         attempt.delete(TOKENS)
         if attempt.exists(QUARANTINE):
             home.write(QUARANTINE, attempt.read(QUARANTINE))
+        if work.stages:
+            home.write(STAGES_FILE, json.dumps(work.stages).encode())
     except BaseException:
         with suppress(OSError):  # the first error says more
             _clear(attempt, keep=QUARANTINE)
@@ -188,8 +198,10 @@ class _Preparation:
         attempt: Folder,
         run_tasks: RunTasks,
         progress: Progress,
+        open_scorer: OpenScorer | None,
     ) -> None:
         self._recipe = recipe
+        self._open_scorer = open_scorer
         self._data = data
         self._folder = folder
         self._attempt = attempt
@@ -208,6 +220,11 @@ class _Preparation:
         self._samples: list[tuple[int, Prompt]] = []
         self._quarantine: list[bytes] = []
         self._curated: Curated | None = None
+
+    @property
+    def stages(self) -> list[str]:
+        """Keys of the stages that the training rows went through."""
+        return [] if self._curated is None else list(self._curated.stages)
 
     def run(self, key: str) -> Manifest:
         """Run both passes, and write all files except the manifest, which is returned."""
@@ -236,7 +253,9 @@ class _Preparation:
             self._check_bad_rows(rows)
 
         self._curated = curate(
-            self._recipe, self._data, self._folder, self._run_tasks, self._progress, check
+            *(self._recipe, self._data, self._folder, self._run_tasks, self._progress),
+            check_bad=check,
+            open_scorer=self._open_scorer,
         )
         self._dropped = Counter(dropped_by_stage(self._curated.funnel))
 
@@ -354,6 +373,7 @@ class _Preparation:
             "prompt": [prompt.text for _, prompt in self._samples],
             "reference": [prompt.reference for _, prompt in self._samples],
             "prompt_ids": [prompt.input_ids for _, prompt in self._samples],
+            "asked": [prompt.asked for _, prompt in self._samples],
         }
         return write_hashed(self._attempt, SAMPLES, pa.table(columns, schema=SAMPLE_SCHEMA))
 

@@ -3,6 +3,7 @@
 <storage>/prepared/<fingerprint>/
     manifest.json            written last; names the attempt whose files are valid
     quarantine.jsonl         rows that cannot be used
+    stages.json              keys of the stages of data.curate that its rows went through
     <attempt>/train/*.parquet, eval/*.parquet, samples.parquet
 
 Parquet that lost or changed a bit often reads without an error, as other tokens. So the manifest
@@ -29,6 +30,7 @@ from .row_facts import describe_unused
 
 MANIFEST = "manifest.json"
 QUARANTINE = "quarantine.jsonl"
+STAGES_FILE = "stages.json"
 SAMPLES = "samples.parquet"
 ROW_GROUP = 64
 """Sequences in a row group, the unit that a reader loads."""
@@ -66,6 +68,7 @@ SAMPLE_SCHEMA = pa.schema(
         ("prompt", pa.string()),
         ("reference", pa.string()),
         ("prompt_ids", pa.list_(pa.int32())),
+        ("asked", pa.string()),
     ]
 )
 
@@ -162,6 +165,11 @@ class Manifest:
     funnel: tuple[dict[str, Any], ...] = ()
     """What each stage of data.curate took, and why, with samples; empty without any."""
 
+    @property
+    def longest(self) -> int:
+        """A bound of the tokens of a document, by its longest text."""
+        return min(self.length_quantiles.get("1") or self.max_length, self.max_length)
+
     def summary(self) -> dict[str, Any]:
         """The manifest for people: without files and hashes, with each split's fill."""
         summary = asdict(self)
@@ -220,6 +228,9 @@ class Sample:
     prompt: str
     reference: str
     prompt_ids: list[int]
+    asked: str
+    """As JSON, `prompt` (text or messages), `columns` (of the row, for functions of the user), and
+    `calls` (of the reference, where there are tools)."""
 
 
 @dataclass(frozen=True)

@@ -28,6 +28,7 @@ from .shapes import (
     parts_of,
     question_of,
 )
+from .words import TextEncoder
 
 OVERLONG = "overlong"
 NO_TRAINABLE_TOKEN = "no_trainable_token"
@@ -74,6 +75,11 @@ class Prompt:
     """The prompt; a space at its end may be missing in the tokens, see `Rendered.cut`."""
     input_ids: NDArray[np.int32]
     reference: str
+    """Empty if the data has none."""
+    cut: str = ""
+    """The end of the text that its tokens lack; see `Rendered.cut`."""
+    asked: str = "{}"
+    """See `Sample.asked` of a prepared data set."""
 
 
 @dataclass(frozen=True)
@@ -106,15 +112,16 @@ class Renderer:
             )
         self._tokenizer = tokenizer
         self._settings = settings
-        self._encoder = tokenizer.backend_tokenizer
-        self._encoder.no_truncation()
-        self._encoder.no_padding()
+        core = tokenizer.backend_tokenizer
+        core.no_truncation()
+        core.no_padding()
         bos = tokenizer.bos_token_id
         template = settings.chat_template
         self._added = add_tokens(tokenizer, settings.add_tokens, template)
         adds_bos = bos is not None and tokenizer("a")["input_ids"][:1] == [bos]
         self._lead: list[int] = [bos] if adds_bos else []
         self._drafter = Drafter(tokenizer, settings)
+        self._encoder = TextEncoder(core)
         self._alone: dict[str, list[int]] = {}
 
     @property
@@ -163,11 +170,17 @@ class Renderer:
         if isinstance(part, Text):
             return None
         question = part if isinstance(part, Question) else question_of(part)
-        if question.reference is None:
-            return None
+        return None if question.reference is None else self.question(question)
+
+    def question(self, question: Question) -> Prompt:
+        """A prompt, whether or not the data has an answer to it.
+
+        Raises:
+            RowError: the chat template does not accept the conversation.
+        """
         draft = self._drafter.question(question)
         (tokens,) = self._tokenise([draft])
-        return Prompt(draft.text, tokens.input_ids, question.reference)
+        return Prompt(draft.text, tokens.input_ids, question.reference or "", tokens.cut)
 
     def _documents(self, row: Example) -> list[list[Draft]] | RowError:
         try:
@@ -306,7 +319,8 @@ class Renderer:
         if text not in self._alone:
             if len(self._alone) > _TEXTS_KEPT:
                 self._alone.clear()
-            self._alone[text] = self._encoder.encode(text, add_special_tokens=False).ids
+            core = self._tokenizer.backend_tokenizer
+            self._alone[text] = core.encode(text, add_special_tokens=False).ids
         return self._alone[text]
 
     def _tokenised_before_answer(self, draft: Draft, pieces: Iterator[Piece]) -> _Tokenised:

@@ -5,6 +5,7 @@ provides the data, the method's loss over a global batch, and everything after a
 """
 
 import math
+import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -32,6 +33,8 @@ from .heartbeat import Phase
 from .nonfinite import NonFiniteSteps, nonfinite_flag, propagate_nan
 from .optimizer import SkippingAdamW, make_optimizer
 
+_MICRO = 10**6
+
 
 @dataclass
 class Counts:
@@ -44,6 +47,8 @@ class Counts:
     """True if a worker got a request to stop after this step."""
     flags: tuple[int, ...] = ()
     """For each flag, the number of workers that set it before the step."""
+    data_wait: float = 0.0
+    """Seconds that the worker which waited longest waited for its rows."""
 
 
 @dataclass(frozen=True)
@@ -121,6 +126,7 @@ class StreamTrainer(Trainer):
         self._sums = GradientSums(model.parameters(), args.world_size)
         self._empty_steps: list[int] = []
         self._is_sharded = is_sharded(model)
+        self._data_wait = 0.0
         # The CPUs exchange the counts, so that a GPU never waits for them.
         self.cpu_group = dist.new_group(backend="gloo") if args.world_size > 1 else None
         self.counts = Counts(0, 0, False)
@@ -167,8 +173,11 @@ class StreamTrainer(Trainer):
         step = self.state.global_step
         self.skipped.read_flags(step - 1)
         self.skipped.check()
+        waits = [0] * self.args.world_size
         if step % self._passes == 0:
+            since = time.monotonic()
             rows = next(epoch_iterator)
+            waits[self.args.process_index] = round(_MICRO * (time.monotonic() - since))
             self._on_phase("rollout")
             with torch.no_grad(), self.compute_loss_context_manager():
                 batches = self._objective.batches(step, rows)
@@ -179,16 +188,20 @@ class StreamTrainer(Trainer):
                 sum(batch.loss_units for batch in self._current),
                 sum(batch.tokens for batch in self._current),
                 int(self._stop_requested()),
+                *waits,
                 *map(int, self._flags()),
             ]
         )
         if self.cpu_group is not None:
             dist.all_reduce(counts, group=self.cpu_group)
         self._on_phase("step")  # not before: until here a worker waits for others that save
-        units, tokens, stop, *flags = counts.tolist()
+        units, tokens, stop, *rest = counts.tolist()
+        data_wait = max(rest[: len(waits)]) / _MICRO
+        self._data_wait += data_wait
         # No stop between passes on the same rows: a checkpoint does not hold these rows.
         may_stop = (step + 1) % self._passes == 0
-        self.counts = Counts(units, tokens, stop > 0 and may_stop, tuple(flags))
+        flags = tuple(rest[len(waits) :])
+        self.counts = Counts(units, tokens, stop > 0 and may_stop, flags, data_wait)
         # A number that a kernel writes: the host waits for the copy of a tensor.
         return [self._current], torch.full((), max(units, 1), device=device)
 
@@ -301,6 +314,11 @@ class StreamTrainer(Trainer):
         """The steps since the last call in which there was nothing to learn."""
         steps, self._empty_steps = self._empty_steps, []
         return steps
+
+    def take_data_wait(self, steps: int) -> float:
+        """Mean over the last `steps` steps of `Counts.data_wait`; the next call starts anew."""
+        total, self._data_wait = self._data_wait, 0.0
+        return total / max(1, steps)
 
     def take_measures(self) -> dict[str, float]:
         """Means of the objective's measures in the logged step, over all workers, and the load."""

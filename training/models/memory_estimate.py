@@ -358,12 +358,15 @@ def _gathers_low(recipe: Recipe) -> bool:
 def _followed(recipe: Recipe, rows: float, compute: DtypeName, trained: DtypeName) -> _Held | None:
     """Bytes by the model's own forward pass; None where it cannot be followed.
 
-    All but copies of weights is as many times as much as there are rows of full length.
+    All but copies of weights is as many times as much as there are rows of full length. A row whose
+    documents are computed one at a time counts as so many documents of the longest's length as
+    fill it.
     """
+    attention, tokens = attention_of(recipe), recipe.data.max_length
+    size = recipe.longest_document if attention == "borders" else tokens
 
     def of(rows: int) -> _Held | None:
-        arguments = (rows, recipe.data.max_length, compute, trained, attention_of(recipe))
-        kept = kept_by(recipe, *arguments)
+        kept = kept_by(recipe, rows, size, compute, trained, attention)
         if kept is None:
             return None
         count = len(kept.layers)  # the last one's output stays, too
@@ -371,10 +374,13 @@ def _followed(recipe: Recipe, rows: float, compute: DtypeName, trained: DtypeNam
         return _Held(kept.outside + inputs, kept.largest, sum(kept.layers))
 
     one = of(1)
-    two = of(2) if rows > 1 else None
+    if rows == 1 and size == tokens:
+        return one
+    two = of(2)
     if one is None or two is None:
-        return one if rows == 1 else None
-    return _Held(*(a + round((rows - 1) * (b - a)) for a, b in zip(one, two, strict=True)))
+        return None
+    beyond = rows * tokens / size - 1
+    return _Held(*(round(a + beyond * (b - a)) for a, b in zip(one, two, strict=True)))
 
 
 def _of_a_llama(

@@ -30,6 +30,8 @@ class KtoObjective(Objective):
         self._rank = setup.rank
         self._max_length = setup.recipe.data.max_length
         self._reference = Reference(setup, self._settings.reference_model)
+        # The CPUs exchange the rows, so that a GPU never waits for them.
+        self._hosts = dist.new_group(backend="gloo") if setup.world_size > 1 else None
 
     def collate(self, rows: Rows) -> Batch:
         """Add the labels as `extra["desirable"]`, (answers,), without padding rows."""
@@ -91,7 +93,7 @@ class KtoObjective(Objective):
         if self.world_size == 1:
             return own
         lasts: list[Sequence] = [own] * self.world_size
-        dist.all_gather_object(lasts, own)
+        dist.all_gather_object(lasts, own, group=self._hosts)
         return lasts[self._rank - 1]
 
     @torch.no_grad()
@@ -120,11 +122,13 @@ class KtoObjective(Objective):
         rewards = self._settings.beta * ratios.double()
         count = float(len(ratios)) if self._settings.loss == "kto" else 0.0
         rows = [
-            torch.stack([rewards[mask].sum(), mask.sum().double()])
+            # A mask as an index would make the host wait for its number of values.
+            torch.stack([torch.where(mask, rewards, 0.0).sum(), mask.sum().double()])
             for mask in (desirable, ~desirable)
         ]
+        of_baseline = baseline.double()
         return torch.stack(
-            [*rows, torch.stack([baseline.double() * count, rows[0].new_tensor(count)])]
+            [*rows, torch.stack([of_baseline * count, torch.full_like(of_baseline, count)])]
         )
 
 

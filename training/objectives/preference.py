@@ -5,11 +5,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Literal
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch.nn.functional import logsigmoid
 
 from ..data.batching import IGNORED, Batch, Rows, collate_pairs
+from ..data.documents import moved
+from ..models.devices import sum_type
 from .objective import Loss, Objective, Setup
 
 Split = Literal["train", "eval"]
@@ -78,11 +81,9 @@ class PairObjective(Objective):
         batches = [self.with_reference(batch, "train") for batch in super().batches(step, rows)]
         if self._imitation_weight == 0:
             return batches
-        counts = torch.tensor(
-            [sum(batch.loss_units for batch in batches), sum(map(_imitated, batches))],
-            device=self.device,
-        )
-        ratio = self._sum_over_workers(counts.double())
+        counts = [sum(batch.loss_units for batch in batches), sum(map(_imitated, batches))]
+        ratio = moved(torch.tensor(counts, dtype=sum_type(self.device)), self.device)
+        ratio = self._sum_over_workers(ratio)
         share = (ratio[0] / ratio[1].clamp(min=1)).float()
         return [batch.having(pairs_per_token=share) for batch in batches]
 
@@ -162,4 +163,5 @@ def smoothed_sigmoid_loss(logits: torch.Tensor, wrong: float) -> torch.Tensor:
 
 def _imitated(batch: Batch) -> int:
     """Number of trained tokens in the chosen texts."""
-    return int((batch.targets.chunk(2)[0] != IGNORED).sum())
+    chosen = batch.targets.chunk(2)[0]
+    return int(np.count_nonzero(chosen.numpy(force=True) != IGNORED))

@@ -14,7 +14,7 @@ from pydantic import ValidationError
 from ..common.errors import InputError
 from ..common.storage import Folder
 from ..config.recipe import Recipe, recipe_from_dict
-from .run_folder import CHECKPOINTS_FOLDER, RECIPE_FILE, Record, read_recipe, read_run
+from .run_folder import CHECKPOINTS_FOLDER, RECIPE_FILE, Record, flat, read_recipe, read_run
 
 FREE = (
     *("scale", "checkpoint", "eval", "log", "storage"),
@@ -135,7 +135,7 @@ def warmup_steps(recipe: Recipe, steps: int) -> int:
 
 def differences(before: Any, after: Any, free: tuple[str, ...] = ()) -> list[str]:
     """A line for each setting that differs, except keys that start with an item of `free`."""
-    old, new = _flat(before), _flat(after)
+    old, new = flat(before), flat(after)
     return [
         f"  {key}: {_short(old.get(key))} before, {_short(new.get(key))} now"
         for key in sorted(old.keys() | new.keys())
@@ -211,16 +211,3 @@ def check_same_data(folder: Folder, record: Record, fingerprint: str) -> None:
             f"{record.get('prepared')} to {fingerprint}), and its checkpoints belong to the old "
             f"data. Restore the data, {_WAYS}"
         )
-
-
-def _flat(values: Any, prefix: str = "") -> dict[str, Any]:
-    if isinstance(values, dict):
-        items = values.items()
-    elif isinstance(values, list) and any(isinstance(item, dict) for item in values):
-        items = {str(index): item for index, item in enumerate(values)}.items()
-    else:
-        return {prefix: values}
-    flat: dict[str, Any] = {}
-    for key, value in items:
-        flat.update(_flat(value, f"{prefix}.{key}" if prefix else str(key)))
-    return flat

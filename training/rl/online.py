@@ -202,8 +202,9 @@ class OnlineObjective(Objective):
             log_probabilities: the policy's, without a graph.
             outside: 1.0 where clipping removes the gradient, else 0.0; NaN for padding.
         """
-        valid = outside[~outside.isnan()].double()
-        clipped = torch.stack([valid.sum(), valid.new_tensor(len(valid))])
+        is_valid = ~outside.isnan()
+        values = torch.where(is_valid, outside, 0.0).double()
+        clipped = torch.stack([values.sum(), is_valid.sum().double()])
         parts = [self._kl(batch, log_probabilities, batch.extra.get("reference")), clipped]
         return torch.cat([batch.extra["sampled"], torch.stack(parts)])
 

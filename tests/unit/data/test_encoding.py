@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from finray.training.data import encoding
 from finray.training.data.encoding import encode
+from finray.training.data.words import TextEncoder
 
 LETTERS = "the model learns to ask. \n\t äß漢字🙂 <|im_end|> 12345"
 
@@ -38,7 +39,7 @@ def metaspace() -> Any:
 
 @pytest.fixture(scope="module", params=["bytes", "metaspace"])
 def encoder(request: pytest.FixtureRequest, tokenizer: Any) -> Any:
-    return tokenizer.backend_tokenizer if request.param == "bytes" else metaspace()
+    return TextEncoder(tokenizer.backend_tokenizer if request.param == "bytes" else metaspace())
 
 
 @settings(deadline=None, max_examples=30)
@@ -47,7 +48,7 @@ def test_windows_give_the_tokens_of_the_whole_text(encoder: Any, seed: int, size
     source = random.Random(seed)
     words = ["".join(source.choices(LETTERS, k=source.randint(1, 9))) for _ in range(size)]
     text = " ".join(words)[:size]
-    whole = encoder.encode(text, add_special_tokens=False)
+    whole = encoder.tokenizer.encode(text, add_special_tokens=False)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(encoding, "WINDOW", 400)
         patch.setattr(encoding, "_OVERLAP", 150)
@@ -64,7 +65,7 @@ def test_a_word_longer_than_a_window_is_divided(
     monkeypatch.setattr(encoding, "_OVERLAP", 50)
     core = tokenizer.backend_tokenizer
     text = "one " + "answerquestions" * 200 + " two three " * 60
-    ids, offsets = all_of(core, text)
+    ids, offsets = all_of(TextEncoder(core), text)
     assert core.decode(ids, skip_special_tokens=False) == text
     assert [start for start, _ in offsets[1:]] == [stop for _, stop in offsets[:-1]]
     assert ids[-100:] == core.encode(text, add_special_tokens=False).ids[-100:]
@@ -77,6 +78,6 @@ def test_short_and_long_texts_keep_their_order(
     monkeypatch.setattr(encoding, "_OVERLAP", 20)
     core = tokenizer.backend_tokenizer
     texts = ["one", "two three " * 20, "four", "five six seven " * 9]
-    for text, pieces in zip(texts, encode(core, texts), strict=True):
+    for text, pieces in zip(texts, encode(TextEncoder(core), texts), strict=True):
         ids = [i for piece in pieces for i in piece.ids]
         assert core.decode(ids, skip_special_tokens=False) == text

@@ -24,7 +24,8 @@ from .files import MANIFEST, STAGES, WORK, StageRows, remove_leftovers
 from .funnel import BAD_ROW, LEFT_OUT, SAMPLES, Counts, StageResult, describe_funnel
 from .grouping import StageChunk, drop_duplicates, hold_out
 from .passes import PassItem, PassTask, Step
-from .plan import DEDUPLICATE, HOLDOUT, PlannedStage, ReferenceSource, plan_stages
+from .plan import DEDUPLICATE, HOLDOUT, SCORE, PlannedStage, ReferenceSource, plan_stages
+from .scoring import OpenScorer, drop_low_scores
 from .stage import Reading
 
 
@@ -61,6 +62,8 @@ class Curated:
     """file, line, reason and row of rows that cannot be used."""
     left_rows: tuple[int, ...]
     """Rows of each source that are left."""
+    stages: tuple[str, ...] = ()
+    """Keys of all stages, and of their scores."""
 
     def rows_of(self, chunk: int) -> StageRows:
         """The rows of a chunk that are left."""
@@ -79,6 +82,7 @@ def curate(
     run_tasks: RunTasks,
     progress: Progress,
     check_bad: BadRows,
+    open_scorer: OpenScorer | None = None,
 ) -> Curated:
     """Take the training rows through the recipe's stages.
 
@@ -89,12 +93,13 @@ def curate(
         run_tasks: runs the tasks, in this process or on Ray.
         progress: receives a status after every finished task.
         check_bad: see `BadRows`; called after each pass.
+        open_scorer: opens the reward model of a stage that has one.
 
     Raises:
         InputError: a stage leaves no row, a source is wrong, or too many rows are bad.
         RunError: a stage's file is damaged.
     """
-    work = _Curation(recipe, data, folder / STAGES, run_tasks, progress)
+    work = _Curation(recipe, data, folder / STAGES, run_tasks, progress, open_scorer)
     return work.run(check_bad)
 
 
@@ -119,8 +124,10 @@ class _Curation:
         folder: Folder,
         run_tasks: RunTasks,
         progress: Progress,
+        open_scorer: OpenScorer | None,
     ) -> None:
         self._recipe = recipe
+        self._open_scorer = open_scorer
         self._folder = folder
         self._run_tasks = run_tasks
         self._progress = progress
@@ -138,7 +145,7 @@ class _Curation:
             if stages[done:] and by_row:
                 self._pass(stages[done:])
             for stage in [] if by_row else stages[done:]:
-                self._among_all(stage)
+                (self._by_score if stage.kind == SCORE else self._among_all)(stage)
             bad = sum(result.total.dropped[BAD_ROW] for result in self._results)
             check_bad(self._bad_rows(), bad, self._rows_read)
             self._check_rows_are_left()
@@ -149,14 +156,17 @@ class _Curation:
         return sum(counts.rows for counts in self._results[0].chunks)
 
     def _finished(self, stage: PlannedStage) -> StageResult | None:
+        (self._folder / stage.key).touch()
         try:
             result = StageResult.from_json(json.loads((self._folder / stage.key).read(MANIFEST)))
         except (FileNotFoundError, ValueError, KeyError, TypeError):
             return None
         return result if len(result.chunks) == len(self._chunks) else None
 
-    def _finish(self, stage: PlannedStage, chunks: Sequence[Counts]) -> None:
-        result = StageResult(stage.kind, tuple(chunks))
+    def _finish(
+        self, stage: PlannedStage, chunks: Sequence[Counts], facts: dict[str, Any] | None = None
+    ) -> None:
+        result = StageResult(stage.kind, tuple(chunks), facts or {})
         folder = self._folder / stage.key
         folder.write(MANIFEST, json.dumps(result.to_json()).encode())
         remove_leftovers(folder)
@@ -220,18 +230,7 @@ class _Curation:
     def _among_all(self, stage: PlannedStage) -> None:
         """Run a stage that compares all rows with one another."""
         folder = (self._folder / stage.key).create()
-        rows, left = self._before()
-        assert rows is not None and left is not None
-        before = self._results[-1].chunks
-        chunks = [
-            StageChunk(
-                StageRows(self._folder, each.number, rows, left),
-                each.reading,
-                counts.rows_out,
-                counts.characters_out,
-            )
-            for each, counts in zip(self._chunks, before, strict=True)
-        ]
+        chunks = self._stage_chunks()
         work = (folder / f"{WORK}{uuid.uuid4().hex}").create()
         run = drop_duplicates if stage.kind == DEDUPLICATE else hold_out
         try:
@@ -240,6 +239,31 @@ class _Curation:
             work.delete()
         self._report(stage.kind, 1, 1, f"{count(sum(c.rows_out for c in counted))} rows left")
         self._finish(stage, counted)
+
+    def _by_score(self, stage: PlannedStage) -> None:
+        """Run a stage that drops rows with low scores."""
+        folder, scores = (self._folder / stage.key).create(), self._folder / stage.scores
+        counted, facts = drop_low_scores(
+            *(stage.settings, self._stage_chunks(), folder, scores, self._run_tasks),
+            open_scorer=self._open_scorer,
+            report=lambda done, total: self._report(stage.kind, done, total, "scored"),
+        )
+        remove_leftovers(scores)
+        self._finish(stage, counted, facts)
+
+    def _stage_chunks(self) -> list[StageChunk]:
+        rows, left = self._before()
+        assert rows is not None and left is not None
+        before = self._results[-1].chunks
+        return [
+            StageChunk(
+                StageRows(self._folder, each.number, rows, left),
+                each.reading,
+                counts.rows_out,
+                counts.characters_out,
+            )
+            for each, counts in zip(self._chunks, before, strict=True)
+        ]
 
     def _report(self, words: str, done: int, total: int, text: str) -> None:
         self._progress.advance(done, total)
@@ -309,6 +333,8 @@ class _Curation:
             "characters_in": total.characters_in,
             "characters_out": total.characters_out,
             "samples": samples[:SAMPLES],
+            **_languages(total),
+            **result.facts,
         }
 
     def _curated(self) -> Curated:
@@ -328,7 +354,15 @@ class _Curation:
             funnel=tuple(self._funnel()),
             bad=tuple(self._bad_rows()),
             left_rows=tuple(left_rows),
+            stages=tuple(key for stage in self._stages for key in (stage.scores, stage.key) if key),
         )
+
+
+def _languages(total: Counts) -> dict[str, Any]:
+    if not total.languages_in:
+        return {}
+    before, after = dict(total.languages_in), dict(total.languages_out)
+    return {"languages": {"before": before, "after": after}}
 
 
 def _rows(source: ReferenceSource, max_bytes: int) -> Iterator[Row | BadRow]:

@@ -39,6 +39,9 @@ _SCHEMA = pa.schema([_INDEX])
 _ROW_SCHEMA = pa.schema(
     [_INDEX, ("line", pa.int64()), ("row", pa.large_string()), ("group", pa.large_string())]
 )
+_SCORE_SCHEMA = pa.schema(
+    [_INDEX, ("score", pa.float64()), ("content", pa.uint64()), ("characters", pa.int64())]
+)
 _HELD_SCHEMA = pa.schema([_INDEX, ("held", pa.bool_())])
 
 Indices = NDArray[np.int64]
@@ -53,6 +56,17 @@ class StoredRow:
     line: int
     row: Row
     group: str | None
+
+
+@dataclass(frozen=True)
+class ScoredRows:
+    """Rows of a chunk with their scores."""
+
+    index: Indices
+    scores: NDArray[np.float64]
+    contents: NDArray[np.uint64]
+    """A number for each row's content, the same for equal rows."""
+    characters: NDArray[np.int64]
 
 
 def file_name(chunk: int) -> str:
@@ -125,6 +139,11 @@ def held_file(folder: Folder, chunk: int) -> StageFile:
     return StageFile(folder, chunk, _HELD_SCHEMA)
 
 
+def score_file(folder: Folder, chunk: int) -> StageFile:
+    """A file of the rows that have a score: index, score, content, characters."""
+    return StageFile(folder, chunk, _SCORE_SCHEMA)
+
+
 def remove_leftovers(folder: Folder) -> None:
     """Delete what killed processes left in a stage's folder, if it is older than a day."""
     entries = folder.filesystem.get_file_info(pafs.FileSelector(folder.path))
@@ -155,6 +174,13 @@ def held_in(folder: Folder, chunk: int) -> dict[int, bool]:
     with _opened(folder, chunk) as parquet:
         table = _checked(folder, chunk, parquet, ["index", "held"])
         return dict(zip(table["index"].to_pylist(), table["held"].to_pylist(), strict=True))
+
+
+def scores_in(folder: Folder, chunk: int) -> ScoredRows:
+    """The rows of a chunk that have a score."""
+    with _opened(folder, chunk) as parquet:
+        table = _checked(folder, chunk, parquet, _SCORE_SCHEMA.names)
+        return ScoredRows(*(table[name].to_numpy() for name in _SCORE_SCHEMA.names))
 
 
 @dataclass(frozen=True)
