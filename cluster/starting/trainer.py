@@ -20,6 +20,7 @@ _SCHEDULES = {
 }
 _SAME = ("constant", "constant_with_warmup", "linear", "cosine")
 _TRACKERS: dict[str, TrackerName] = {name: name for name in get_args(TrackerName)}
+_HALF = "model.dtype: auto, bfloat16 where the GPU has it, float16 elsewhere"
 _WARMUP = 0.03
 """Axolotl's own share of the steps, and finray's."""
 _PARENTS = {
@@ -182,16 +183,14 @@ def precision(draft: Draft, *names: str) -> None:
             draft.fulfilled("model.dtype: auto, bfloat16 where the GPU has it", name)
     for name in ("fp16", "float16"):
         if settings.value(name) is not None and settings.flag(name):
-            draft.put("model.dtype", "float16", name)
+            draft.change(name, _HALF)
     if settings.value("float32") is not None and settings.flag("float32"):
         draft.put("model.dtype", "float32", "float32")
     for name in names:
         kind = (settings.text(name) or "").lower().removeprefix("torch.")
-        if kind in ("float16", "half", "fp16") and draft.values.get("model.dtype") is None:
-            is_compute = str(settings.value("bf16")).lower() == "true"
-            if not is_compute:
-                draft.put("model.dtype", "float16", name)
-                continue
+        if kind in ("float16", "half", "fp16"):
+            draft.change(name, _HALF)
+            continue
         if kind:
             draft.fulfilled("model.dtype: auto, bfloat16 where the GPU has it", name)
 
