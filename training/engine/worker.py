@@ -25,7 +25,8 @@ from ..common.uploader import Uploader
 from ..config.adapter_folder import RESULT_FOLDER
 from ..config.recipe import recipe_from_dict
 from ..config.sections import ANSWERS_AT_ONCE
-from ..data.batching import Rows, accumulation_steps, in_batches, microbatches
+from ..data.batching import Rows, in_batches
+from ..data.microbatches import number_of_parts
 from ..data.origin import rows_of_step
 from ..data.prepared import (
     ROW_GROUP,
@@ -62,7 +63,7 @@ from .methods import objective_of
 from .progress import PROGRESS_FILE, StepTimer, TrainingProgress
 from .task import Report, RetryError, RetryRequest, WorkerResult, WorkerTask
 from .trainer import StepMeasures, StreamTrainer, check_state
-from .trainer_arguments import accumulation, rate_factor, training_arguments
+from .trainer_arguments import rate_factor, training_arguments
 
 
 def run_worker(
@@ -182,7 +183,7 @@ class TrainingWorker:
         self.checkpoint = _fetch(checkpoints, choice, scratch)
         self.progress = _progress_of(self.checkpoint)
         self.checkpointer = self._make_checkpointer(checkpoints, choice)
-        arguments = training_arguments(self.recipe, self.total_steps, context.world_size, scratch)
+        arguments = training_arguments(self.recipe, self.total_steps, scratch)
         self.strategy = choose_strategy(
             self.recipe, self.model, context.world_size, arguments.device
         )
@@ -196,6 +197,7 @@ class TrainingWorker:
             device=arguments.device,
             strategy=self.strategy,
             isolation=task.get("isolation"),
+            evaluation_parts=task.get("evaluation_parts", 1),
             beat=self.heartbeat.beat,
         )
         self.objective = objective_of(setup)
@@ -335,22 +337,20 @@ class TrainingWorker:
             start_step=self.progress.step // passes,
             stop_step=-(-self.total_steps // passes),
         )
-        return microbatches(
-            stream(part, on_ray=context.on_ray),
-            share(per_step, context.rank, context.world_size),
-            recipe.optim.microbatch,
-            accumulation(recipe, context.world_size),
-        )
+        own = share(per_step, context.rank, context.world_size)
+        return in_batches(stream(part, on_ray=context.on_ray), own)
 
     def _held_out_rows(self) -> Iterator[Rows]:
         split = self.prepared.manifest.eval
         assert split is not None
         context = self.context
-        size = max(1, self.recipe.optim.microbatch // self.evaluation_parts)
         sequences = every_sequence(self.prepared.files, split, context.rank, context.world_size)
-        # Ranks of a sharded model compute together, so all need equally many batches.
-        passes = accumulation_steps(split.sequences, size, context.world_size)
-        for rows in in_batches(sequences, size, at_least=passes if self.strategy == "fsdp" else 0):
+        division = self.objective.evaluated
+        batches = division.in_order(sequences)
+        if self.strategy == "fsdp":  # ranks compute together, so all need equally many batches
+            passes = number_of_parts(split.sequences, division.rows, context.world_size)
+            batches = in_batches(sequences, division.rows, at_least=passes)
+        for rows in batches:
             self.heartbeat.beat()
             yield rows
 

@@ -12,7 +12,7 @@ from ..config.recipe import Recipe
 from ..config.sections import Isolation
 from ..models.loading import build_meta_model
 from .outcome import Outcome
-from .packing import find_isolation, sees_later_tokens
+from .packing import find_isolation, scores_alike, sees_later_tokens
 from .small_copy import VOCABULARY, SmallCopy, make_copy, names_layers, small_recipe
 from .step import Step, adapted_modules, save_and_load, train_step
 
@@ -41,20 +41,20 @@ def rehearse_recipe(recipe: Recipe, scratch: Path) -> Outcome:
         return _without_copy(error)
     if (unfit := _unfit(recipe, copy)) is not None:
         return Outcome("refused", message=unfit)
-    isolation: Isolation | None = None
-    reason: str | None = None
-    if recipe.method.packs:
-        isolation, reason = find_isolation(copy, VOCABULARY, ways_of(recipe))
+    isolation, reason = _isolation(recipe, copy)
     outcome = Outcome("ok", isolation=isolation, unpacked_because=reason)
-    packed_by = isolation if recipe.data.packing is not False else None
+    packs = recipe.method.packs and recipe.data.packing is not False
     try:
+        if recipe.method.head == "score" and not scores_alike(small, copy, isolation):
+            outcome = replace(outcome, isolation=None)
+        packed_by = outcome.way(packs)
         small, step = _first_step(small, copy, packed_by)
         outcome = replace(outcome, checkpointing=small.model.gradient_checkpointing != "auto")
         if not step.is_general and not names_layers(recipe):
             copy = make_copy(recipe, _folder(scratch, "deep"), all_layers=True)
             checkpoints = small.model.checkpoints
             small = small_recipe(recipe, copy, scratch)
-            small = small.with_placement(small.optim.microbatch, checkpoints)
+            small = small.with_placement(small.microbatch, checkpoints)
             step = train_step(small, copy, packed_by)
         if step.left_out:
             outcome = replace(outcome, left_out=tuple(step.left_out))
@@ -66,6 +66,16 @@ def rehearse_recipe(recipe: Recipe, scratch: Path) -> Outcome:
     return replace(outcome, notes=tuple(_for_the_base(note, copy, recipe) for note in notes))
 
 
+def _isolation(recipe: Recipe, copy: SmallCopy) -> tuple[Isolation | None, str | None]:
+    """How texts that share a row are kept apart; or why documents cannot be packed."""
+    if recipe.method.packs:
+        return find_isolation(copy, VOCABULARY, ways_of(recipe))
+    try:
+        return find_isolation(copy, VOCABULARY, ways_of(recipe))[0], None
+    except Exception:  # noqa: BLE001 - the step that follows names what fails
+        return None, None
+
+
 def _first_step(small: Recipe, copy: SmallCopy, packed_by: Isolation | None) -> tuple[Recipe, Step]:
     """A step, with checkpointing if the run may come to it; without it if that alone fails.
 
@@ -73,7 +83,7 @@ def _first_step(small: Recipe, copy: SmallCopy, packed_by: Isolation | None) -> 
         The recipe of the copy, with checkpointing decided unless that fails; and the step.
     """
     if small.model.gradient_checkpointing == "auto":
-        checkpointed = small.with_placement(small.optim.microbatch, True)
+        checkpointed = small.with_placement(small.microbatch, True)
         with suppress(FinrayError):
             return checkpointed, train_step(checkpointed, copy, packed_by)
     return small, train_step(small, copy, packed_by)

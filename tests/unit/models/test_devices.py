@@ -108,7 +108,7 @@ def test_an_emulated_bfloat16_is_not_chosen(has: Any, monkeypatch: pytest.Monkey
 
 def test_a_process_trains_on_one_device_however_many_it_sees(tmp_path: Path) -> None:
     """The Trainer would wrap the model in DataParallel."""
-    arguments = training_arguments(recipe(scale={"workers": 0}), 1, 1, tmp_path)
+    arguments = training_arguments(recipe(scale={"workers": 0}), 1, tmp_path)
     assert arguments.n_gpu == 0
     arguments._n_gpu = 2
     assert arguments.n_gpu == 1 and arguments.train_batch_size == 4
