@@ -7,6 +7,7 @@ All steps but the last two detect errors before a model is loaded.
 
 import threading
 import time
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,10 +25,12 @@ from .config.recipe import Recipe
 from .config.remote_code import code_files
 from .config.trackers import programs_of
 from .data.curation.report import report_of
-from .data.fingerprint import fingerprint
+from .data.fingerprint import contents_of, fingerprint
 from .data.prepare import find_prepared, prepare, storage_errors
 from .data.prepared import Prepared
+from .data.producing import Producer
 from .data.tasks import RunOnRayData, RunTasks, run_in_process
+from .data.window_files import WINDOWS_FOLDER, read_counts
 from .engine.context import STOP_FILE
 from .engine.task import WorkerResult, WorkerTask
 from .inspection import inspect_recipe
@@ -85,7 +88,7 @@ def state_of_run(recipe: Recipe, *, longer: bool = False) -> RunState:
         recipe = with_packing(at_commits(recipe, earlier.get("commits")), packed_before(earlier))
         state = state_of(recipe, folder)
         _check_same_files(recipe, folder, earlier)
-        check_same_data(folder, earlier, fingerprint(recipe))
+        check_same_data(folder, earlier, fingerprint(recipe), lambda: contents_of(recipe))
     if state.has_new_length:
         steps = recipe.optim.max_steps
         prepared = (
@@ -237,9 +240,10 @@ def run_prepared(
     )
     started = time.monotonic()
     try:
-        result = run_with_retries(
-            task, launcher, progress, lambda: _prepare_again(recipe, prepared, progress)
-        )
+        with _windows(recipe, prepared, folder, launcher):
+            result = run_with_retries(
+                task, launcher, progress, lambda: _prepare_again(recipe, prepared, progress)
+            )
     except BaseException as error:
         status = "stopped" if isinstance(error, KeyboardInterrupt) else "failed"
         message = str(error) or type(error).__name__
@@ -249,6 +253,15 @@ def run_prepared(
     if folder.exists(RUN_FILE):
         write_report(folder)
     return result
+
+
+def _windows(
+    recipe: Recipe, prepared: Prepared, folder: Folder, launcher: Launcher
+) -> AbstractContextManager[object]:
+    """Prepares windows inside, if the recipe's data streams."""
+    if not recipe.data.streams:
+        return nullcontext()
+    return Producer(recipe, prepared, folder / WINDOWS_FOLDER, launcher.run_tasks)
 
 
 def _placed(
@@ -289,7 +302,7 @@ def prepares_on_ray(recipe: Recipe) -> bool:
     Raises:
         InputError: see `inspect_recipe`.
     """
-    if not curates_on_ray(recipe):
+    if recipe.data.streams or not curates_on_ray(recipe):
         return False
     return find_prepared(recipe, Folder(recipe.storage) / PREPARED_FOLDER) is None
 
@@ -442,6 +455,8 @@ def check_enough(recipe: Recipe, prepared: Prepared) -> None:
         InputError: there are too few.
     """
     sequences = prepared.manifest.train.sequences
+    if (prepared.manifest.windows or 1) > 1:  # a step may take several windows
+        return
     if sequences < recipe.rows_per_step:
         packed = " (packed)" if recipe.packs else ""
         raise InputError(
@@ -516,6 +531,9 @@ def _record_end(
         record["error"] = None if error is None else redact(error)
         record["finished_at"] = now()
         record["wall_seconds"] = round(record.get("wall_seconds", 0.0) + seconds, 2)
+        counts = read_counts(folder / WINDOWS_FOLDER) if recipe.data.streams else None
+        if counts is not None:
+            record["streamed"] = counts.summary()
         record["best_checkpoint"] = best(folder / CHECKPOINTS_FOLDER, recipe.watched)
 
     update_run(folder, change)

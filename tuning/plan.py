@@ -95,10 +95,16 @@ def make_plan(loaded: LoadedSweep) -> Plan:
     if sweep.warm_start and not folder.exists(STUDY_FILE):
         _check_warm_start(loaded, metrics)
     points = _points(loaded, space)
-    return Plan(
+    plan = Plan(
         *(sweep, recipe, folder, metrics, space, points),
         *(count, excluded, _prunes(loaded, metrics), loaded.place),
     )
+    if any(recipe.data.streams for recipe in plan.data_recipes().values()):
+        raise InputError(
+            f"{loaded.place('recipe')}: recipe: data.prepare streaming prepares the data of one "
+            "run, and trials share it; set data.prepare: ahead"
+        )
+    return plan
 
 
 def _points(loaded: LoadedSweep, space: Space) -> list[Settings]:

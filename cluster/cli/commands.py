@@ -32,6 +32,7 @@ COMMANDS = {
     "report": ("runs", "report"),
     "export": ("runs", "export"),
     "generate": ("evaluation", "generate"),
+    "chat": ("evaluation", "chat"),
     "eval": ("evaluation", "evaluate"),
     "schema": ("runs", "schema"),
     "k8s render": ("k8s", "render"),

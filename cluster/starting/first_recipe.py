@@ -7,7 +7,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ...training.common.errors import InputError
 from ...training.common.formatting import count
@@ -23,6 +23,9 @@ from ..gpus import Gpu, amount
 from ..memory_fit import judge, memory_text, room_of
 from .recipe_text import recipe_text
 from .rows_look import RowsLook, look_at_rows, method_of, place_of_data
+
+if TYPE_CHECKING:
+    from ...training.models.memory_estimate import Sizes
 
 _MODELS = (
     (70, "Qwen/Qwen3-8B"),
@@ -351,6 +354,7 @@ def _memory(
     from ...training.models.memory_estimate import estimate, sizes_of
     from ...training.models.placement import decide
 
+    by_type: dict[str, Sizes] = {}
     for quantize in ("none", "nf4"):
         model = recipe.model.model_copy(
             update={"quantize": quantize, "gradient_checkpointing": "auto"}
@@ -364,9 +368,10 @@ def _memory(
             if quantize == "none":
                 raise
             break  # the model takes no quantisation
+        by_type[quantize] = sizes
         placed = decide(open_, sizes, room)
         chosen = quantize
-        verdict = judge(open_, {quantize: sizes}, gpus)
+        verdict = judge(open_, by_type, [gpu for gpu in gpus if gpu.bytes])
         if verdict.fits and not verdict.is_tight:
             break
     text = memory_text(estimate(placed, sizes, room.compute), placed)

@@ -12,10 +12,13 @@ import pytest
 from support.recorded import RecordedProgress
 
 from finray.training.common.errors import InputError
+from finray.training.common.progress import SILENT
 from finray.training.common.storage import Folder
 from finray.training.config.recipe import Recipe
-from finray.training.data.prepare import prepare
+from finray.training.data import window_plan
+from finray.training.data.prepare import Windows, prepare
 from finray.training.data.prepared import DamagedDataError, Prepared
+from finray.training.data.resolve import resolve_data
 from finray.training.data.stream import Slice, _in_ray_tasks, share, stream
 from finray.training.data.tasks import RunOnRayData, run_in_process, run_on_ray_data
 
@@ -30,7 +33,12 @@ BATCH = 12
 
 
 def make_recipe(
-    model: Path, files: list[Path], storage: Path, method: str | dict[str, str] = "sft", **data: Any
+    model: Path,
+    files: list[Path],
+    storage: Path,
+    method: str | dict[str, str] = "sft",
+    max_steps: int | None = None,
+    **data: Any,
 ) -> Recipe:
     return Recipe.model_validate(
         {
@@ -44,6 +52,7 @@ def make_recipe(
                 "packing": False,
                 **data,
             },
+            "optim": {"max_steps": max_steps},
             "storage": str(storage),
         }
     )
@@ -160,6 +169,31 @@ def test_a_bad_row_in_a_task_is_reported_as_in_this_process(
     recipe = make_recipe(tiny_model, [bad], tmp_path)
     with pytest.raises(InputError, match=r"bad\.jsonl:11"):
         prepare(recipe, Folder(str(tmp_path)), run_on_ray_data)
+
+
+@pytest.mark.usefixtures("local_ray")
+def test_windows_are_made_beside_workers_that_hold_all_cpus(
+    tiny_model: Path, chat_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import ray
+
+    class Worker:
+        def hold(self) -> None:
+            """Return once the worker has its CPUs."""
+
+    for name, size in (("FIRST_BYTES", 8192), ("WINDOW_BYTES", 8192), ("BLOCK_BYTES", 2048)):
+        monkeypatch.setattr(window_plan, name, size)
+    monkeypatch.setattr(window_plan, "_PACKED_BYTES", 1)
+    recipe = make_recipe(tiny_model, [chat_file], tmp_path, prepare="streaming", max_steps=9)
+    windows = Windows(recipe, resolve_data(recipe))
+    worker = ray.remote(num_cpus=4)(Worker).remote()
+    ray.get(worker.hold.remote())
+    here, on_ray = (
+        windows.prepare(windows.part(1), Folder(str(tmp_path / name)), run, SILENT).manifest
+        for name, run in (("here", run_in_process), ("ray", RunOnRayData.beside_workers(None)))
+    )
+    assert here.train.hashes == on_ray.train.hashes and here.train.sequences
+    ray.kill(worker)
 
 
 @pytest.mark.usefixtures("local_ray")

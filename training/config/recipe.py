@@ -155,6 +155,24 @@ class Recipe(PlacedSection):
         return answer_metrics(self.eval.metrics).get(name) or self.method.metric(name)
 
     @model_validator(mode="after")
+    def _can_stream(self) -> Self:
+        if not self.data.streams:
+            return self
+        if self.optim.epochs is not None:
+            raise ValueError(
+                "optim.epochs counts all rows, which data.prepare streaming never has together; "
+                "set optim.max_steps instead, or prepare ahead"
+            )
+        if self.optim.max_steps is None:
+            raise ValueError(
+                "data.prepare streaming needs optim.max_steps, as nobody has counted the rows; set "
+                "it, or prepare ahead"
+            )
+        if self.data.why_not_streaming is not None:
+            raise ValueError(self.data.why_not_streaming)
+        return self
+
+    @model_validator(mode="after")
     def _trained_weights_agree(self) -> Self:
         quantize = self.model.quantize
         init = "default" if self.adapter is None else self.adapter.init

@@ -8,7 +8,14 @@ from typing import Annotated, Literal, Self
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from ..common.formatting import shown
-from .curation import DecontaminateStage, HoldoutSettings, MixSettings, Stages
+from .curation import (
+    DecontaminateStage,
+    DeduplicateStage,
+    HoldoutSettings,
+    MixSettings,
+    ScoreStage,
+    Stages,
+)
 from .eval_metrics import MetricChoice
 from .section import MOST, PositiveInt, Section, Share
 from .short_forms import as_sources
@@ -104,6 +111,10 @@ class DataSettings(Section):
     without settings may be written by name: [normalise, deduplicate]."""
     mix: MixSettings | None = None
     """Weights of the sources by their sizes, instead of their own weights."""
+    prepare: Literal["ahead", "streaming"] = "ahead"
+    """ahead: all rows become sequences before the first step. streaming: a window of rows after the
+    other, while the run trains; only a few windows are in the storage at any time, and the number
+    of steps (optim.max_steps) has to be given."""
     max_length: Annotated[int, Field(ge=8, le=MOST)] = 2048
     """Longest sequence, in tokens."""
     overlong: Literal["drop", "truncate", "truncate_left", "split"] = "drop"
@@ -193,6 +204,42 @@ class DataSettings(Section):
 
         self.with_sources(note)
         return found
+
+    @property
+    def streams(self) -> bool:
+        """True if the rows are prepared while the run trains."""
+        return self.prepare == "streaming"
+
+    @property
+    def why_not_streaming(self) -> str | None:
+        """Which setting needs all rows at once, with its key; None if none does."""
+        for number, stage in enumerate(self.curate):
+            if isinstance(stage, DeduplicateStage):
+                return (
+                    f"data.curate.{number} deduplicate compares all rows, which data.prepare "
+                    "streaming never has together; remove the stage, or prepare ahead"
+                )
+            if isinstance(stage, ScoreStage) and stage.keep_top is not None:
+                return (
+                    f"data.curate.{number}.keep_top compares all rows, which data.prepare "
+                    "streaming never has together; set min, a score, or prepare ahead"
+                )
+            if isinstance(stage, ScoreStage) and stage.run is not None:
+                return (
+                    f"data.curate.{number}.run takes a GPU, which data.prepare streaming leaves to "
+                    "the training; score with a function, or prepare ahead"
+                )
+        if self.mix is not None:
+            return (
+                "data.mix counts all rows, which data.prepare streaming never has together; write "
+                "a weight at each source instead, or prepare ahead"
+            )
+        if not isinstance(self.holdout, float):
+            return (
+                "data.holdout groups all rows, which data.prepare streaming never has together; "
+                "give a share alone or data.eval, or prepare ahead"
+            )
+        return None
 
     @property
     def held_out_share(self) -> float:

@@ -62,12 +62,9 @@ class Division:
             bins = pack(sizes, max(self.tokens, int(sizes.max(initial=0))))
             return [part.tolist() for part in np.split(bins.documents, bins.offsets[1:-1])]
         places = list(range(len(rows)))
-        is_sorted = not (self.is_flat or self.keeps_order)
-        if is_sorted:
-            places.sort(key=lambda place: self._longest(rows[place]))
-        parts = list(self._grouped((place, rows[place]) for place in places))
-        # The longest are together in the part that is not full, and come first.
-        return parts[::-1] if is_sorted else parts
+        if not (self.is_flat or self.keeps_order):
+            places.sort(key=lambda place: -self._longest(rows[place]))
+        return list(self._grouped((place, rows[place]) for place in places))
 
     def in_order(self, rows: Iterator[Sequence]) -> Iterator[Rows]:
         """Parts of rows that follow each other."""

@@ -41,6 +41,8 @@ class Prefetch(Generic[T]):
         self._is_first = True
         self.ahead = 1
         """Items that are held now."""
+        self.waits = 0
+        """How often the consumer has waited noticeably, but for the first item."""
         self.closed = threading.Event()
         self._changed = threading.Condition()
         threading.Thread(target=self._fill, name="prefetch", daemon=True).start()
@@ -72,6 +74,7 @@ class Prefetch(Generic[T]):
 
     def _adapt(self, waited: float) -> None:
         if waited > _NOTICEABLE_SECONDS and not self._is_first:
+            self.waits += 1
             self.ahead = min(self._most, 2 * self.ahead)
         self._is_first = False
 

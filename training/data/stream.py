@@ -95,7 +95,7 @@ class Slice:
         positions = window.start + np.arange(window.size)
         own = (positions >= first) & (positions < last)
         own &= owner(positions % self.batch_size, self.batch_size, self.world_size) == self.rank
-        table = _read_groups(self.folder, self.split, window)
+        table = read_groups(self.folder, self.split, window)
         return table.take(pa.array(order[own]))
 
 
@@ -139,7 +139,7 @@ def share(batch_size: int, rank: int, world_size: int) -> int:
     return batch_size // world_size + (1 if rank < batch_size % world_size else 0)
 
 
-def _read_groups(folder: Folder, split: Split, window: Window) -> pa.Table:
+def read_groups(folder: Folder, split: Split, window: Window) -> pa.Table:
     """Read row groups; files that this process reads for the first time are checked before.
 
     Raises:
@@ -182,7 +182,7 @@ def every_sequence(folder: Folder, split: Split, rank: int, world_size: int) -> 
             own = np.arange((rank - start) % world_size, size, world_size)
             start += size
             if own.size:
-                yield from sequences_of(_read_groups(folder, split, window).take(pa.array(own)))
+                yield from sequences_of(read_groups(folder, split, window).take(pa.array(own)))
 
 
 def _read_on_ray(part: Slice) -> Iterator[pa.Table]:

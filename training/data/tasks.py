@@ -17,6 +17,8 @@ from ..config.sections import PrepareSettings
 _HANDED_ON = (FinrayError, OSError)
 """Errors of a task that are raised in the driver as they are."""
 
+_TASKS_BESIDE = 8
+"""Tasks that prepare data at the same time while workers train."""
 _OWN_RESOURCE = re.compile(r"(CPU|GPU|memory|object_store_memory)$|node:|accelerator_type:")
 
 T = TypeVar("T")
@@ -48,15 +50,23 @@ class RunOnRayData:
     Args:
         cpus: most CPU cores that work at once; None for all.
         resources: custom resources that each task asks for.
+        beside: run that many tasks at once, which hold no CPU: workers that train may hold all.
     """
 
     cpus: int | None = None
     resources: Mapping[str, float] = field(default_factory=dict)
+    beside: int | None = None
 
     @classmethod
     def within(cls, bounds: PrepareSettings | None) -> "RunOnRayData":
         """Tasks within the bounds of a recipe."""
         return cls() if bounds is None else cls(bounds.cpus, bounds.resources)
+
+    @classmethod
+    def beside_workers(cls, bounds: PrepareSettings | None) -> "RunOnRayData":
+        """A few tasks within the bounds of a recipe, while workers hold their CPUs."""
+        cpus, resources = (None, {}) if bounds is None else (bounds.cpus, bounds.resources)
+        return cls(resources=resources, beside=min(_TASKS_BESIDE, cpus or _TASKS_BESIDE))
 
     def __call__(
         self, task: Callable[[T], R], items: Sequence[T], on_gpus: bool = False
@@ -111,7 +121,9 @@ class RunOnRayData:
         if self.resources:
             _check_exist(self.resources, [node["Resources"] for node in ray.nodes()])
             options["resources"] = dict(self.resources)
-        if self.cpus is not None:
+        if self.beside is not None:
+            options |= {"compute": TaskPoolStrategy(size=self.beside), "num_cpus": 0}
+        elif self.cpus is not None:
             options["compute"] = TaskPoolStrategy(size=self.cpus)
         return rows.map_batches(_Call(task), **options)
 

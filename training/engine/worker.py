@@ -27,7 +27,7 @@ from ..config.recipe import recipe_from_dict
 from ..config.sections import ANSWERS_AT_ONCE
 from ..data.batching import Rows, in_batches
 from ..data.microbatches import number_of_parts
-from ..data.origin import rows_of_step
+from ..data.origin import Origins, rows_of_step
 from ..data.prepared import (
     ROW_GROUP,
     DamagedDataError,
@@ -36,7 +36,9 @@ from ..data.prepared import (
     forget_checks,
     open_prepared,
 )
-from ..data.stream import Slice, every_sequence, share, stream
+from ..data.stream import Sequence, Slice, every_sequence, share, stream
+from ..data.window_files import WINDOWS_FOLDER
+from ..data.window_reader import StreamedWindows
 from ..evaluation.during_training import AnswerMeasures, measure_answers
 from ..models import import_peft  # noqa: F401 - before what loads peft
 from ..models.base_cache import BaseCache
@@ -172,6 +174,7 @@ class TrainingWorker:
 
         checkpoints = self.run_folder / CHECKPOINTS_FOLDER
         choice = self._agree_on_checkpoint(checkpoints, task.get("unusable", {}))
+        self.windows = self._open_windows(choice.step)
         check_device(self.recipe, device_kind(), found_kind())
         transformers.set_seed(self.recipe.seed)
         self.tokenizer = load_tokenizer(self.recipe)
@@ -218,7 +221,7 @@ class TrainingWorker:
             FinrayError: the run cannot continue.
         """
         retries = retry_requests(
-            *(self.recipe, self.prepared, self.progress, self._record_last_skipped),
+            *(self._origins, self.progress, self._record_last_skipped),
             phase=lambda: self.phase,
         )
         # The recorder closes last: it records what ends the attempt.
@@ -324,21 +327,40 @@ class TrainingWorker:
 
     # the data
 
+    def _open_windows(self, step: int) -> StreamedWindows | None:
+        """The windows of streamed data, of which that of the next step is asked for; None for data
+        that was prepared ahead."""
+        if not self.recipe.data.streams:
+            return None
+        folder = self.run_folder / WINDOWS_FOLDER
+        windows = StreamedWindows(folder, self.prepared, self.recipe.seed)
+        if self.context.rank == 0:
+            windows.need(step // self.recipe.method.repeats * self.recipe.rows_per_step)
+        return windows
+
     def _training_rows(self) -> Iterator[Rows]:
         recipe, context = self.recipe, self.context
-        per_step, passes = recipe.rows_per_step, recipe.method.repeats
-        part = Slice(
-            folder=self.prepared.files,
-            split=self.prepared.manifest.train,
-            seed=recipe.seed,
-            batch_size=per_step,
-            rank=context.rank,
-            world_size=context.world_size,
-            start_step=self.progress.step // passes,
-            stop_step=-(-self.total_steps // passes),
-        )
-        own = share(per_step, context.rank, context.world_size)
-        return in_batches(stream(part, on_ray=context.on_ray), own)
+        own = share(recipe.rows_per_step, context.rank, context.world_size)
+        return in_batches(self._training_sequences(), own)
+
+    def _training_sequences(self) -> Iterator[Sequence]:
+        recipe, context, passes = self.recipe, self.context, self.recipe.method.repeats
+        steps = self.progress.step // passes, -(-self.total_steps // passes)
+        worker = context.rank, context.world_size
+        if self.windows is not None:
+            beat = self.heartbeat.beat
+            return self.windows.rows(recipe.rows_per_step, *worker, steps, beat)
+        files, split = self.prepared.files, self.prepared.manifest.train
+        part = Slice(files, split, recipe.seed, recipe.rows_per_step, *worker, *steps)
+        return stream(part, on_ray=context.on_ray)
+
+    def _origins(self, step: int) -> Origins:
+        """The source rows of a step (counted from 1)."""
+        if self.windows is None:
+            return rows_of_step(self.recipe, self.prepared, step)
+        size = self.recipe.rows_per_step
+        start = (step - 1) // self.recipe.method.repeats * size
+        return self.windows.rows_at(start, start + size)
 
     def _held_out_rows(self) -> Iterator[Rows]:
         split = self.prepared.manifest.eval
@@ -413,6 +435,9 @@ class TrainingWorker:
         self.heartbeat.enter(phase, step)
 
     def _epoch(self) -> float:
+        if self.windows is not None:
+            steps = self.progress.step // self.recipe.method.repeats
+            return self.windows.epoch_at(steps * self.recipe.rows_per_step)
         return self.recipe.epoch_at(self.progress.step, self.prepared.manifest.train.sequences)
 
     def _log(self, measures: StepMeasures) -> None:
@@ -443,7 +468,7 @@ class TrainingWorker:
 
     def _record_skipped(self, steps: list[int], reason: str) -> None:
         if self.recorder is not None and steps:
-            rows = [(step, rows_of_step(self.recipe, self.prepared, step)) for step in steps]
+            rows = [(step, self._origins(step)) for step in steps]
             self.recorder.add_skipped(rows, reason)
 
     def _record_last_skipped(self) -> None:

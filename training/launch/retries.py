@@ -25,6 +25,7 @@ from ..common.progress import Progress
 from ..common.storage import Folder
 from ..config.recipe import recipe_from_dict
 from ..config.sections import ANSWERS_AT_ONCE
+from ..data.tasks import RunTasks, run_in_process
 from ..engine.task import RetryRequest, WorkerResult, WorkerTask
 from ..models.devices import Room
 from ..records import checkpoint
@@ -68,6 +69,8 @@ class Launcher(Protocol):
     """Failures in a row without a new checkpoint that a run survives."""
     room: Room | None = None
     """What a worker's GPU offers; None without one, or if its memory is not known."""
+    run_tasks: RunTasks = staticmethod(run_in_process)
+    """Runs the tasks that prepare data beside the workers."""
 
     def attempt(self, task: WorkerTask) -> WorkerResult:
         """Train until the attempt ends.

@@ -352,6 +352,8 @@ def data_statistics(run: Record) -> list[tuple[str, Pairs]]:
         rows += [("Lengths", lengths)] if lengths else []
         rows += [("Note", remark) for remark in remarks(data)]
         groups.insert(0, ("Rows", rows if dropped else [*rows, ("Dropped", "0")]))
+    if run.get("streamed"):
+        groups.append(("Streamed", _streamed(run["streamed"])))
     if data.get("funnel"):
         groups.append(("Curation", funnel_facts(data["funnel"])))
     sources = [
@@ -359,6 +361,21 @@ def data_statistics(run: Record) -> list[tuple[str, Pairs]]:
         for source in data.get("sources") or []
     ]
     return [*groups, ("Sources", sources)] if sources else groups
+
+
+def _streamed(streamed: Record) -> Pairs:
+    """What the windows that were prepared add up to, and what the training data gave to them."""
+    names = ("windows", "rows", "sequences", "documents", "tokens")
+    pairs = [(_capital(name), formatting.count(streamed.get(name))) for name in names]
+    dropped = streamed.get("dropped") or {}
+    pairs += [(f"Dropped: {reason}", formatting.count(n)) for reason, n in dropped.items()]
+    sources, total = streamed.get("sources") or {}, streamed.get("documents") or 0
+    pairs += [
+        (f"Documents of {path}", f"{formatting.count(n)} ({formatting.percent(n / total)})")
+        for path, n in sources.items()
+        if total
+    ]
+    return pairs
 
 
 def _source(source: Record, train: Record) -> str:

@@ -6,6 +6,7 @@ allows it.
 """
 
 import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -192,13 +193,16 @@ def _short(value: Any) -> str:
     return text if len(text) <= _SHOWN else f"{text[:_SHOWN]} … ({len(text)} characters)"
 
 
-def check_same_data(folder: Folder, record: Record, fingerprint: str) -> None:
+def check_same_data(
+    folder: Folder, record: Record, fingerprint: str, contents: Callable[[], Mapping[str, str]]
+) -> None:
     """Refuse to go on with other data.
 
     Args:
         folder: the run's folder.
         record: its run.json.
         fingerprint: name of the recipe's prepared data.
+        contents: returns a hash of what identifies each source's files, by its path.
 
     Raises:
         InputError: the run has checkpoints or a result, and they belong to other data.
@@ -206,8 +210,19 @@ def check_same_data(folder: Folder, record: Record, fingerprint: str) -> None:
     if record.get("prepared") in (None, fingerprint):
         return
     if has_checkpoints(folder) or record.get("status") == "finished":
+        changed = ", ".join(_changed_sources(record, contents()))
         raise InputError(
             f"data: the data or the way it is prepared changed since {folder} was started (from "
             f"{record.get('prepared')} to {fingerprint}), and its checkpoints belong to the old "
-            f"data. Restore the data, {_WAYS}"
+            f"data. Restore {changed or 'the data'}, {_WAYS}"
         )
+
+
+def _changed_sources(record: Record, contents: Mapping[str, str]) -> list[str]:
+    """Paths of the sources whose content is not as the record says."""
+    sources = (record.get("data") or {}).get("sources") or ()
+    return [
+        path
+        for path, content in ((each.get("path"), each.get("content")) for each in sources)
+        if content is not None and contents.get(path) not in (None, content)
+    ]

@@ -10,6 +10,7 @@ import pytest
 from support.foreign_configs import AXOLOTL, LLAMA_FACTORY, TRL
 
 from finray.cluster.cli.main import main
+from finray.cluster.starting import trainer
 from finray.cluster.starting.command_line import is_command
 from finray.cluster.starting.importing import Imported, import_settings
 from finray.training.common.errors import InputError
@@ -279,6 +280,30 @@ def test_sharding_needs_several_gpus(tmp_path: Path) -> None:
     assert values_of(AXOLOTL["full-fsdp"], tmp_path, 8)["scale.strategy"] == "fsdp"
     assert values_of(AXOLOTL["full"], tmp_path, 2)["scale.strategy"] == "fsdp"
     assert imported(AXOLOTL["full-fsdp"], tmp_path, 8).faults is None
+
+
+def test_trackers_that_can_be_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those without a package or key would end the run before it starts, so they are reported."""
+    text = TRL["sft"].replace("[wandb]", "[tensorboard, wandb, swanlab]")
+    refusing = {"wandb"}
+
+    def check(names: list[str]) -> None:
+        if refusing & set(names):
+            raise InputError("log.to: wandb has no key")
+
+    monkeypatch.setattr(trainer, "check_trackers", check)
+    result = imported(text, tmp_path)
+    assert flat(load_yaml(result.text))["log.to"] == ["tensorboard"]
+    assert "no key" in result.text and "swanlab: not there" in result.changed["report_to"]
+    refusing.clear()
+    assert values_of(text, tmp_path)["log.to"] == ["tensorboard", "wandb"]
+    named = AXOLOTL["lora"].replace("wandb_project:", "wandb_project: shop")
+    assert values_of(named, tmp_path)["log.to"] == ["wandb"]
+
+
+def test_early_stopping(tmp_path: Path) -> None:
+    text = LLAMA_FACTORY["lora-sft"] + "early_stopping_steps: 3\n"
+    assert values_of(text, tmp_path)["eval.patience"] == 3
 
 
 # refusals and the command

@@ -132,7 +132,11 @@ def _first_facts(recipe: Recipe, data: ResolvedData) -> list[Any]:
         VERSION,
         CHUNK_BYTES,
         [
-            [source.format, describe_files(source.files), source.changes.facts]
+            [
+                source.format,
+                describe_files(source.files, not recipe.data.streams),
+                source.changes.facts,
+            ]
             for source in data.train
         ],
         recipe.method.kind,
