@@ -22,6 +22,7 @@ from finray.training.common.errors import InputError
 from finray.training.common.progress import SILENT, Progress
 from finray.training.config.recipe import Recipe, recipe_from_dict
 from finray.training.models.logit_memory import HeadFacts
+from finray.training.models.memory_estimate import estimate, sizes_of
 
 # peft calls a name that transformers has renamed.
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
@@ -128,7 +129,8 @@ def test_a_check_prints_the_nearest_settings_that_fit(
         "optim": {"batch_size": 64, "micro_batch_size": 64},
         "storage": str(tmp_path / "runs"),
     }
-    gpu = Gpu("tiny", finray.check(values)["memory"]["peak"] - 1)
+    written = recipe_from_dict(values)
+    gpu = Gpu("tiny", estimate(written, sizes_of(written)).peak - 1)
     monkeypatch.setattr("finray.cluster.gpus.gpus_here", lambda: (gpu,))
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     (note,) = finray.check(values)["machine"]

@@ -190,6 +190,7 @@ def test_a_step_waits_for_the_flag_of_an_earlier_one(
     with counter, Copies(counter):
         trainer.train()
     assert len(by_step) == STEPS
+    assert any(padded) == (name == "rows of one document")
     passes = {"dpo": 2, "kto": 4}.get(recipe.method.kind, 1)  # with the reference's
     for places, number in zip(by_step[1:], padded[1:], strict=True):
         assert len(places) <= 1 + passes * number, "\n".join(places)
