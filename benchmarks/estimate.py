@@ -193,12 +193,9 @@ def step_of(recipe: Recipe, model: Model) -> tuple[Any, Batch]:
     objective.prepare()
     if isinstance(objective, OnlineObjective):
         objective._rollouts = rolled_out  # type: ignore[method-assign]
-    rows = [full_row(recipe, number) for number in range(recipe.optim.microbatch)]
-    parts = [rows]
-    if isinstance(objective, OnlineObjective):  # all completions of a prompt
-        parts += [[]] * (objective.settings.generations - 1)
+    rows = [full_row(recipe, number) for number in range(recipe.microbatch)]
     with torch.no_grad():
-        return objective, objective.batches(0, parts)[0]
+        return objective, objective.batches(0, rows)[0]
 
 
 def rolled_out(requests: list[Request], rows: Rows) -> tuple[list[Rollout], Scores]:

@@ -36,6 +36,12 @@ def set_environment() -> None:
         os.environ.setdefault(name, value)
 
 
+def common_environment() -> dict[str, str]:
+    """The variables that every worker needs, whatever it runs."""
+    env = {name: os.environ.get(name, value) for name, value in _ALWAYS.items()}
+    return {**env, **log_environment()}
+
+
 def worker_environment(recipe: "Recipe") -> dict[str, str]:
     """Set the variables that this recipe needs here, and return all of them for the workers.
 

@@ -29,12 +29,13 @@ class Verdict:
 
 def memory_text(memory: "MemoryEstimate", recipe: Recipe) -> str:
     """about 12.3 GiB of a GPU: …"""
-    rows, phase = recipe.optim.microbatch, memory.largest_phase
+    budget, phase = recipe.optim.micro_batch_tokens, memory.largest_phase
+    size = f"microbatch {recipe.microbatch}" if budget is None else f"{budget} tokens"
     with_checkpoints = " with gradient checkpointing" if recipe.model.checkpoints else ""
     parts = [
         f"weights {amount(memory.weights)}",
         f"gradients and optimizer {amount(memory.training)}",
-        f"activations {amount(memory.activations)} at microbatch {rows}{with_checkpoints}",
+        f"activations {amount(memory.activations)} at {size}{with_checkpoints}",
         *([f"vLLM {amount(memory.vllm)}"] if memory.vllm else []),
     ]
     most = "" if phase == "step" else f" (most in the {phase})"

@@ -20,6 +20,7 @@ _CHANGED = (
     "scale.gpus_per_worker",
     "scale.strategy",
     "optim.micro_batch_size",
+    "optim.micro_batch_tokens",
     "model.gradient_checkpointing",
     "model.quantize",
     "data.max_length",
@@ -47,7 +48,7 @@ class Placement:
         """The settings that lead to it, as --set takes them."""
         made = [
             f"scale.workers={self.workers}",
-            f"optim.micro_batch_size={self.rows}",
+            self.recipe.microbatch_setting,
             f"model.gradient_checkpointing={str(self.checkpoints).lower()}",
         ]
         if self.workers > 1 or self.own_scale.strategy == "fsdp":
@@ -113,7 +114,7 @@ def nearest(recipe: Recipe, sizes: Mapping[str, "Sizes"], room: Room, count: int
     First a step in smaller parts, then shards, 4 bits, and rows half as long, again and again.
 
     Args:
-        recipe: with a number in `optim.micro_batch_size`.
+        recipe: its microbatch is no longer `auto`.
         sizes: of its model, by quantisation.
         room: what each GPU offers.
         count: number of GPUs.
@@ -136,7 +137,7 @@ def nearest(recipe: Recipe, sizes: Mapping[str, "Sizes"], room: Room, count: int
     length = recipe.data.max_length
     while length >= min(_SHORTEST, recipe.data.max_length):
         for placed, quantize in least:
-            shorter = with_settings(placed, "data", max_length=length)
+            shorter = with_settings(placed, "data", max_length=length).with_placement(1, True)
             if fits(shorter, sizes[quantize], room):
                 return shorter
         length //= 2
@@ -182,8 +183,8 @@ def _rows(recipe: Recipe, checkpoints: bool, sizes: "Sizes", room: Room) -> int:
     from ..training.models.placement import decide
 
     open_ = recipe.with_placement(1, checkpoints)
-    open_ = with_settings(open_, "optim", micro_batch_size="auto")
-    return decide(open_, sizes, room).optim.microbatch
+    open_ = with_settings(open_, "optim", micro_batch_size="auto", micro_batch_tokens=None)
+    return decide(open_, sizes, room).microbatch
 
 
 def changed_settings(own: Recipe, changed: Recipe) -> list[str]:

@@ -233,7 +233,7 @@ def run_prepared(
         recipe=recipe.model_dump(mode="json"),
         run=folder.uri,
         prepared=prepared.folder.uri,
-        isolation=outcome.isolation if prepared.manifest.packing else None,
+        isolation=outcome.way(prepared.manifest.packing),
         left_out=list(outcome.left_out),
         until=until,
         schedule=schedule,
@@ -274,7 +274,7 @@ def _placed(
     if not recipe.leaves_open:
         return recipe, {}
     before = (earlier or {}).get("decided")
-    rows, checkpoints = recipe.optim.microbatch, recipe.model.checkpoints
+    rows, checkpoints = recipe.microbatch, recipe.model.checkpoints
     if before:
         if recipe.optim.micro_batch_size == "auto":
             rows = before["micro_batch_size"]
@@ -286,9 +286,10 @@ def _placed(
         from .models.placement import decide
 
         recipe = decide(recipe, sizes_of(recipe), room)
-        rows, checkpoints = recipe.optim.microbatch, recipe.model.checkpoints
+        rows, checkpoints = recipe.microbatch, recipe.model.checkpoints
+        size = recipe.microbatch_setting.replace("=", " ")
         progress.note(
-            f"by the estimate of the GPU's memory: optim.micro_batch_size {rows}, "
+            f"by the estimate of the GPU's memory: {size}, "
             f"model.gradient_checkpointing {str(checkpoints).lower()}"
         )
     decided = {"micro_batch_size": rows, "gradient_checkpointing": checkpoints}

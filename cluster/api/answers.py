@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,13 +15,18 @@ from ...training.config.eval_metrics import FunctionMetric, check_installed, met
 from ...training.config.paths import resolve_path
 from ...training.config.source import Source
 from ...training.config.user_code import try_file
+from ..environment import common_environment
+from ..nodes.ray_session import cluster_address, ray_session
 from ..screens.counting import CountingProgress
 from .recipes import prepare_process
 from .results import Report, RunResult
 
 if TYPE_CHECKING:
+    from ...training.data.rows import Row
+    from ...training.evaluation.chatting import Conversation
     from ...training.evaluation.generate import GenerateSummary
     from ...training.evaluation.located import Located
+    from ...training.evaluation.opened import Opened
 
 ModelSource = RunResult | str | os.PathLike[str]
 """A run, its folder, name or URI, a checkpoint of it, a model's folder, or a hub id."""
@@ -38,6 +43,8 @@ def generate(
     seed: int = 0,
     base: bool = False,
     batch: int = 32,
+    address: str | None = None,
+    workers: int = 2,
     quiet: bool = False,
 ) -> "GenerateSummary":
     """Answer the prompts of a file with a trained model.
@@ -54,6 +61,9 @@ def generate(
         seed: seed of sampled answers.
         base: answer with the model under the adapter, too.
         batch: answers in a batch.
+        address: a Ray cluster, as in `train`, whose nodes reach the model at the same place; it
+            answers the batches, on all of its GPUs. By default this process answers them.
+        workers: processes that answer on a cluster without GPUs.
         quiet: show no progress.
 
     Returns:
@@ -75,7 +85,11 @@ def generate(
         return _was_there(target)
     from ...training.models import import_peft  # noqa: F401, I001 - before what loads peft
     from ...training.evaluation.answering import AnswerSettings
+    from ...training.data.tasks import RunOnRayData
+    from ...training.evaluation.elsewhere import AnswerTask, by_tasks
     from ...training.evaluation.generate import generate as write
+    from ...training.evaluation.generate import here
+    from ...training.models.devices import on_cpu
     from ...training.evaluation.opened import base_of, open_located
     from ...training.evaluation.prompts import read_prompts
 
@@ -83,17 +97,29 @@ def generate(
         max_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed, at_once=batch
     )
     settings.check()
+    if workers < 1:
+        raise InputError(f"--workers: {workers} is not above 0; give 1 or more")
+    where = cluster_address(address)
     total = sum(1 for _ in read_prompts(sources))
     with nullcontext(SILENT) if quiet else CountingProgress("answering") as progress:
         progress.status("loading the model")
-        opened = open_located(located)
-        models = [opened, *([base_of(opened, located)] if base else [])]
-        return write(
-            *(models, sources, target, settings),
-            identity=located.identity,
-            total=total,
-            progress=progress,
-        )
+        with on_cpu(where is not None):  # there this process only renders the prompts
+            opened = open_located(located)
+            models = [opened, *([base_of(opened, located)] if base else [])]
+        answering = here(models, settings)
+        if where is not None:
+            progress.status("starting Ray")
+            task = AnswerTask(located.uri, base, settings)
+            answering = by_tasks(task, RunOnRayData(cpus=workers))
+        session = ray_session(workers + 1, where, common_environment(), verbose=False)
+        with nullcontext() if where is None else session:
+            return write(
+                *(models, sources, target, settings),
+                identity=located.identity,
+                answering=answering,
+                total=total,
+                progress=progress,
+            )
 
 
 def evaluate(
@@ -174,6 +200,75 @@ def evaluate(
     with nullcontext(SILENT) if quiet else CountingProgress("evaluating") as progress:
         evaluation = write_evaluation(candidates, sources, target, settings, progress)
     return EvaluationResult(str(target), evaluation.record, tuple(evaluation.problems))
+
+
+def chat(
+    model: ModelSource,
+    *,
+    base: bool = False,
+    system: str = "",
+    tools: str | os.PathLike[str] | None = None,
+    max_tokens: int = 512,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    seed: int = 0,
+    confirm: Callable[[str], bool] = lambda _: False,
+) -> "tuple[Conversation, Opened | None]":
+    """Open a model for a conversation.
+
+    Args:
+        model: a run, a checkpoint or a model.
+        base: open the model under the adapter, too.
+        system: the system prompt.
+        tools: a JSON file with the tools that the model may call.
+        max_tokens, temperature, top_p, seed: as in `generate`.
+        confirm: asked whether the best checkpoint of an unfinished run is wanted.
+
+    Raises:
+        InputError: there is no such model, it has no chat template, or the tools are none.
+    """
+    prepare_process()
+    from ...training.evaluation.located import UnfinishedRun, locate
+
+    try:
+        located = locate(name_of(model), Path.cwd())
+    except UnfinishedRun as error:
+        if not confirm(str(error)):
+            raise
+        located = locate(error.checkpoint, Path.cwd())
+    offered = () if tools is None else _tools(tools)
+    from ...training.models import import_peft  # noqa: F401, I001 - before what loads peft
+    from ...training.evaluation.answering import AnswerSettings
+    from ...training.evaluation.chatting import Conversation
+    from ...training.evaluation.opened import base_of, open_located
+
+    settings = AnswerSettings(
+        max_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed
+    )
+    settings.check()
+    opened = open_located(located)
+    conversation = Conversation(opened, settings, system, offered)
+    return conversation, base_of(opened, located) if base else None
+
+
+def _tools(place: str | os.PathLike[str]) -> "tuple[Row, ...]":
+    """The tools in a JSON file.
+
+    Raises:
+        InputError: it cannot be read, or holds none.
+    """
+    from ...training.data.shapes import RowError
+    from ...training.data.tool_fields import tools_of
+
+    file = Path(resolve_path(os.fspath(place), Path.cwd()))
+    try:
+        return tools_of({"tools": json.loads(file.read_text(encoding="utf-8"))})
+    except (OSError, UnicodeDecodeError, ValueError) as error:
+        if isinstance(error, RowError):
+            raise InputError(f"--tools: {file}: {error}") from None
+        raise InputError(
+            f"--tools: cannot read {file}: {reason(error)}; give a JSON list of tools"
+        ) from None
 
 
 DEFAULT_METRICS = ("exact_match", "token_f1")

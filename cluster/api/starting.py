@@ -1,8 +1,11 @@
-"""The first recipe: from another project's configuration."""
+"""The first recipe: from data, or from another project's configuration."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from ...training.common.errors import InputError, reason
+from ..gpus import visible_gpus
+from ..starting.first_recipe import FirstRecipe, first_recipe
 from ..starting.importing import Imported, import_settings
 from .recipes import prepare_process
 
@@ -37,6 +40,34 @@ def import_recipe(
     if to is not None:
         write_new(to, imported.text, "-o")
     return imported
+
+
+def init_recipe(
+    data: str,
+    *,
+    to: Path,
+    model: str | None = None,
+    method: str | None = None,
+    rewards: Sequence[str] = (),
+) -> FirstRecipe:
+    """Look at data, machine and model, and write a recipe whose comments explain each choice.
+
+    Args:
+        data: a file, a folder, a URI, or a data set of the hub.
+        to: a new file for the recipe.
+        model: a folder or a hub id; by default a small open model that fits the machine.
+        method: a method's kind; by default the one that learns from the rows' shape.
+        rewards: reward functions of an online method, as FILE:FUNCTION.
+
+    Raises:
+        InputError: the data cannot be read, no method learns from it, or `to` exists.
+    """
+    prepare_process()
+    check_new(to, "-o")
+    target = to.absolute().parent
+    made = first_recipe(data, model, method, rewards, visible_gpus(), target)
+    write_new(to, made.text, "-o")
+    return made
 
 
 def check_new(file: Path, option: str) -> None:

@@ -10,6 +10,7 @@ SHELLS = ("bash", "zsh", "tcsh", "fish")
 """Those for which shtab writes a completion script."""
 _EPILOG = """\
 examples:
+  finray init --data conversations.jsonl
   finray import axolotl.yml -o recipe.yaml
   finray check recipe.yaml
   finray train recipe.yaml --set optim.learning_rate=1e-4
@@ -21,6 +22,7 @@ examples:
   finray tune show sweep.yaml
   finray runs
   finray runs compare my-run my-run.1
+  finray chat runs/my-run
   finray eval runs/my-run --base
   finray generate runs/my-run --prompts prompts.jsonl --to answers.jsonl
   finray k8s render recipe.yaml --overlay gpu | kubectl create -f -
@@ -98,6 +100,7 @@ def build_parser() -> Parser:
     _add_job(commands)
     _add_cluster(commands)
     _add_results(commands)
+    _add_chat(commands)
     _add_evaluation(commands)
     _add_eval(commands)
     _add_k8s(commands)
@@ -186,6 +189,37 @@ def _tag(text: str) -> str:
 
 
 def _add_starting(commands: Any) -> None:
+    init = _command(
+        commands,
+        "init",
+        "write a first recipe from your data, explain each choice, and check it",
+        "init --data conversations.jsonl",
+        "init --data pairs.jsonl --model Qwen/Qwen3-4B --method dpo -o pairs.yaml",
+    )
+    data = init.add_argument(
+        "--data",
+        metavar="FILE",
+        required=True,
+        help="the rows: a file, a folder, a URI, or a data set of the hub",
+    )
+    _completed(data, "file")
+    model = init.add_argument(
+        "--model",
+        metavar="MODEL",
+        help="a folder or a hub id (default: a small open model that fits this machine)",
+    )
+    _completed(model, "directory")
+    init.add_argument(
+        "--method", metavar="KIND", help="such as sft or dpo (default: by the rows' shape)"
+    )
+    init.add_argument(
+        "--reward",
+        metavar="FILE:FUNCTION",
+        action="append",
+        default=[],
+        help="a reward function, for grpo and rloo (may be repeated)",
+    )
+    _add_to(init, "the recipe (default: recipe.yaml)", Path("recipe.yaml"))
     parser = _command(
         commands,
         "import",
@@ -223,8 +257,8 @@ def _add_starting(commands: Any) -> None:
     _add_json(parser)
 
 
-def _add_to(parser: Parser, what: str) -> None:
-    to = parser.add_argument("--to", "-o", metavar="FILE", type=Path, help=what)
+def _add_to(parser: Parser, what: str, default: Path | None = None) -> None:
+    to = parser.add_argument("--to", "-o", metavar="FILE", type=Path, default=default, help=what)
     _completed(to, "file")
 
 
@@ -489,14 +523,16 @@ def _add_results(commands: Any) -> None:
     export = _command(
         commands,
         "export",
-        "write a finished run's result as a folder that loads without finray",
+        "write a finished run's result as a folder that loads without finray, or publish it",
         "export runs/my-run --to my-model --merge",
+        "export runs/my-run --push my-name/my-model",
+        "export runs/my-run --to my-model --merge --format gguf --llama-cpp ~/llama.cpp --ollama",
     )
     for parser in (report, export):
         _completed(
             parser.add_argument("run", metavar="RUN", help="a run's folder or URI"), "directory"
         )
-    to = export.add_argument("--to", metavar="DIR", type=Path, required=True, help="a new folder")
+    to = export.add_argument("--to", metavar="DIR", type=Path, help="a new folder")
     _completed(to, "directory")
     export.add_argument("--merge", action="store_true", help="merge the adapter into its base")
     export.add_argument(
@@ -504,7 +540,34 @@ def _add_results(commands: Any) -> None:
         choices=("float32", "bfloat16", "float16"),
         help="data type of a whole model's weights (default: the base model's)",
     )
+    _add_publishing(export)
     _add_json(export)
+
+
+def _add_publishing(export: Parser) -> None:
+    export.add_argument(
+        "--quantize", choices=("nf4", "int8"), help="store a whole model's weights quantised"
+    )
+    export.add_argument(
+        "--format",
+        choices=("safetensors", "gguf"),
+        default="safetensors",
+        help="gguf: also a file for llama.cpp and Ollama (default: safetensors)",
+    )
+    folder = export.add_argument(
+        "--llama-cpp",
+        metavar="FOLDER",
+        type=Path,
+        help="a checkout of llama.cpp, whose converter writes the GGUF file",
+    )
+    _completed(folder, "directory")
+    export.add_argument(
+        "--ollama", action="store_true", help="write a Modelfile, with template and stops"
+    )
+    export.add_argument(
+        "--push", metavar="OWNER/NAME", help="upload it to a private repository of the hub"
+    )
+    export.add_argument("--public", action="store_true", help="let a new repository be public")
 
 
 def _add_evaluation(commands: Any) -> None:
@@ -532,19 +595,42 @@ def _add_evaluation(commands: Any) -> None:
     for action in (prompts, to):
         _completed(action, "file")
     _add_answering(generate)
+    _add_sampling(generate)
     generate.add_argument(
-        "--temperature", metavar="T", type=_number, default=0.0, help="0 (default) is greedy"
+        "--address",
+        help="a running Ray cluster that answers, as HOST:PORT or auto, or local (default: "
+        "$FINRAY_ADDRESS unless that is a URL, then $RAY_ADDRESS, else this process)",
     )
     generate.add_argument(
-        "--top-p", metavar="P", type=_number, default=1.0, help="sample among the likeliest tokens"
-    )
-    generate.add_argument(
-        "--seed", metavar="N", type=_whole, default=0, help="seed of sampled answers (default: 0)"
+        "--workers",
+        metavar="N",
+        type=_whole,
+        default=2,
+        help="processes that answer on a cluster without GPUs (default: 2)",
     )
     generate.add_argument(
         "--base", action="store_true", help="answer with the model under the adapter, too"
     )
     _add_json(generate)
+
+
+def _add_chat(commands: Any) -> None:
+    chat = _command(
+        commands,
+        "chat",
+        "talk to a trained model in the terminal",
+        "chat runs/my-run",
+        "chat runs/my-run --base --system 'Answer in one sentence.'",
+    )
+    _add_model(chat)
+    chat.add_argument("--base", action="store_true", help="show the base's answers, too")
+    chat.add_argument("--system", metavar="TEXT", default="", help="the system prompt")
+    tools = chat.add_argument(
+        "--tools", metavar="FILE", type=Path, help="a JSON list of the tools that it may call"
+    )
+    _completed(tools, "file")
+    _add_length(chat)
+    _add_sampling(chat)
 
 
 def _add_eval(commands: Any) -> None:
@@ -612,7 +698,7 @@ def _add_model(parser: Parser) -> None:
     _completed(model, "directory")
 
 
-def _add_answering(parser: Parser) -> None:
+def _add_length(parser: Parser) -> None:
     parser.add_argument(
         "--max-tokens",
         metavar="N",
@@ -620,6 +706,22 @@ def _add_answering(parser: Parser) -> None:
         default=512,
         help="longest answer, in tokens (default: 512)",
     )
+
+
+def _add_sampling(parser: Parser) -> None:
+    parser.add_argument(
+        "--temperature", metavar="T", type=_number, default=0.0, help="0 (default) is greedy"
+    )
+    parser.add_argument(
+        "--top-p", metavar="P", type=_number, default=1.0, help="sample among the likeliest tokens"
+    )
+    parser.add_argument(
+        "--seed", metavar="N", type=_whole, default=0, help="seed of sampled answers (default: 0)"
+    )
+
+
+def _add_answering(parser: Parser) -> None:
+    _add_length(parser)
     parser.add_argument(
         "--batch", metavar="N", type=_whole, default=32, help="answers in a batch (default: 32)"
     )

@@ -4,6 +4,7 @@ import argparse
 from collections.abc import Callable
 
 COMMANDS = {
+    "init": ("start", "init"),
     "import": ("start", "import_"),
     "check": ("check", "check"),
     "plan": ("plan", "plan"),
@@ -31,6 +32,7 @@ COMMANDS = {
     "report": ("runs", "report"),
     "export": ("runs", "export"),
     "generate": ("evaluation", "generate"),
+    "chat": ("evaluation", "chat"),
     "eval": ("evaluation", "evaluate"),
     "schema": ("runs", "schema"),
     "k8s render": ("k8s", "render"),

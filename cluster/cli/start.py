@@ -1,4 +1,4 @@
-"""`finray import`: a recipe from another project's configuration."""
+"""`finray init` and `finray import`: a first recipe from data, or from another project."""
 
 import argparse
 import json
@@ -6,8 +6,42 @@ import sys
 from dataclasses import asdict
 
 from ...training.common.errors import InputError
-from ..api.starting import import_recipe
+from ...training.inspection import inspect_recipe
+from ..api.recipes import load_recipe
+from ..api.runs import check as examine
+from ..api.starting import import_recipe, init_recipe
+from ..screens.check import render as render_check
 from ..screens.imported import render
+
+
+def init(options: argparse.Namespace) -> None:
+    """Write a recipe from data, model and machine, check it, and print what it would do.
+
+    Raises:
+        InputError: the data is wrong; or what is written does not pass the check.
+    """
+    made = init_recipe(
+        options.data,
+        to=options.to,
+        model=options.model,
+        method=options.method,
+        rewards=options.reward,
+    )
+    print(options.to)
+    if not options.quiet:
+        for note in made.notes:
+            print(f"note: {note}", file=sys.stderr)
+    try:
+        if made.has_model:
+            checked = render_check(examine(options.to, quiet=options.quiet))
+        else:
+            inspect_recipe(load_recipe(options.to))
+            checked = "recipe and rows OK; the model is checked once it is on this machine"
+    except InputError as error:
+        raise InputError(f"{error}\n{options.to} is written; correct it, and check it") from None
+    if not options.quiet:
+        print(checked, file=sys.stderr)
+        print(f"next: finray train {options.to}", file=sys.stderr)
 
 
 def import_(options: argparse.Namespace) -> None:

@@ -157,6 +157,11 @@ class Foreign(NamedTuple):
 
 def _unexpected(options: argparse.Namespace, arguments: Sequence[str], rest: Sequence[str]) -> str:
     """What to write instead of what no argument takes."""
+    if options.command == "import":
+        return (
+            f"unexpected {rest[0]!r}; put a command line into quotes: finray import 'trl sft …'; "
+            f"see {options.parser.prog} --help"
+        )
     foreign = [*_unknown_options(arguments, rest)] or [*_assignments(options, rest)]
     program = options.parser.prog
     if not foreign:

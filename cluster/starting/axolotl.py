@@ -72,20 +72,31 @@ def convert(draft: Draft, devices: Devices, places: Places) -> None:
     trainer.remote_code(draft)
     trainer.sharding(draft, devices)
     trainer.evaluation(draft, holds_out)
+    trainer.patience(draft, "early_stopping_patience")
     trainer.saving(draft, int(draft.values.get("method.passes", 1)))
     for name in ("flash_attention", "sdp_attention", "xformers_attention", "flex_attention"):
         draft.fulfilled("model.attention: auto, documents one at a time", name)
     if settings.flag("eager_attention"):
         draft.put("model.attention", "eager", "eager_attention")
     adapting.attention(draft, "attn_implementation")
-    if settings.flag("use_tensorboard"):
-        draft.put("log.to", ["tensorboard"], "use_tensorboard")
+    _trackers(draft)
     if not adapts:
         for name in ("lora_r", "lora_alpha", "lora_dropout", "lora_target_linear"):
             if settings.value(name) is not None:
                 draft.leave(name, "an adapter's; the configuration trains the model's own weights")
     _special_tokens(draft)
     trainer.copy_the_rest(draft, frozenset(METHODS[draft.values["method.kind"]].model_fields))
+
+
+def _trackers(draft: Draft) -> None:
+    settings = draft.settings
+    names = {name: f"use_{name}" for name in ("tensorboard", "wandb", "mlflow", "trackio")}
+    asked = {item: name for item, name in names.items() if settings.flag(name)}
+    if settings.text("wandb_project") and settings.flag("use_wandb") is not False:
+        asked = {**asked, "wandb": "wandb_project"}
+        if settings.flag("use_wandb"):
+            draft.fulfilled("log.to", "use_wandb")
+    trainer.track(draft, asked)
 
 
 def _method(draft: Draft) -> str:

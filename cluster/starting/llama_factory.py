@@ -73,6 +73,7 @@ def convert(draft: Draft, devices: Devices, places: Places, info: Path | None) -
     trainer.remote_code(draft)
     trainer.sharding(draft, devices)
     trainer.evaluation(draft, holds_out)
+    trainer.patience(draft, "early_stopping_steps")
     trainer.saving(draft)
     trainer.trackers(draft)
     own = settings.text("flash_attn")

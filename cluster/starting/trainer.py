@@ -1,12 +1,14 @@
 """What all three projects inherit from transformers' Trainer: batch, duration, rate, saving."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import Any, get_args
 
-from ...training.config.sections import RESERVED_NAMES, LogSettings
+from ...training.common.errors import InputError
+from ...training.config.sections import RESERVED_NAMES
+from ...training.config.trackers import TrackerName, check_trackers
 from .draft import Draft
 
 _SCHEDULES = {
@@ -17,6 +19,7 @@ _SCHEDULES = {
     "cosine": "cosine",
 }
 _SAME = ("constant", "constant_with_warmup", "linear", "cosine")
+_TRACKERS: dict[str, TrackerName] = {name: name for name in get_args(TrackerName)}
 _WARMUP = 0.03
 """Axolotl's own share of the steps, and finray's."""
 _PARENTS = {
@@ -304,22 +307,49 @@ def _steps(draft: Draft, name: str) -> int | None:
 
 
 def trackers(draft: Draft, name: str = "report_to") -> None:
-    """What is written beside metrics.jsonl."""
+    """What is written beside metrics.jsonl, by a list of names."""
     value = draft.settings.value(name)
     if value is None:
         return
     asked = [text.lower() for text in draft.settings.texts(name)]
-    possible = get_args(get_args(LogSettings.model_fields["to"].annotation)[0])
-    if asked in (["none"], ["all"]):
-        if asked == ["none"]:
-            draft.put("log.to", [], name)
+    if asked == ["none"]:
+        draft.put("log.to", [], name)
+    elif asked != ["all"]:
+        track(draft, {item: name for item in asked if item != "none"})
+
+
+def track(draft: Draft, asked: Mapping[str, str]) -> None:
+    """Write where metrics go, as far as packages and keys are here.
+
+    Args:
+        draft: the draft.
+        asked: the setting that names it, by tracker.
+    """
+    usable: list[str] = []
+    for item, name in asked.items():
+        if item not in _TRACKERS:
+            draft.change(name, f"{item}: not there; log.to takes {', '.join(_TRACKERS)}")
+            continue
+        try:
+            check_trackers([_TRACKERS[item]])
+        except InputError as error:
+            draft.change(name, f"not written: {error}")
+        else:
+            usable.append(item)
+    if usable:
+        names = [name for item, name in asked.items() if item in usable]
+        draft.put("log.to", usable, *dict.fromkeys(names))
+
+
+def patience(draft: Draft, name: str) -> None:
+    """Ending early: measurements without a better value."""
+    count = draft.settings.whole(name)
+    if not count:
         return
-    supported = [item for item in possible if item in asked]
-    if supported:
-        draft.put("log.to", supported, name)
-    others = [item for item in asked if item not in possible and item != "none"]
-    if others:
-        draft.change(name, f"{', '.join(others)}: not there; log.to takes {', '.join(possible)}")
+    if "eval.every_steps" in draft.values:
+        draft.put("eval.patience", count, name)
+    else:
+        draft.change(name, f"eval.patience: {count} counts measurements; set eval.every_steps, too")
 
 
 def run_name(draft: Draft, names: Sequence[str], fallback: str) -> None:

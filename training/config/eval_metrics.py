@@ -67,7 +67,8 @@ class FunctionMetric(FunctionReward):
 def _kind(value: Any) -> str:
     """A function by its only required key, else a name."""
     is_function = isinstance(value, FunctionMetric | dict)
-    return "file" if is_function else "name" if value in ANSWER_METRICS else ""
+    is_name = isinstance(value, str) and value in ANSWER_METRICS
+    return "file" if is_function else "name" if is_name else ""
 
 
 MetricChoice = Annotated[

@@ -505,6 +505,11 @@ class GrpoMethod(OnlineMethod):
     """Advantages are divided by the rewards' standard deviation in a prompt's group, in the whole
     batch, or not at all."""
 
+    @property
+    def averages_by_pass(self) -> bool:
+        """True for bnpo."""
+        return self.loss == "bnpo"
+
 
 class RlooMethod(OnlineMethod):
     title: ClassVar[str] = "REINFORCE leave-one-out"

@@ -25,6 +25,7 @@ from .places import PlacedSection, about, locates
 from .remote_code import check_pinned
 from .resolved_sources import resolve_sources
 from .sections import (
+    FLAT,
     CheckpointSettings,
     DataSettings,
     EvalSettings,
@@ -116,11 +117,8 @@ class Recipe(PlacedSection):
                 "data.overlong split: only single documents can be split, and rows of method "
                 f"{kind} are not; use truncate_left, truncate or drop"
             )
-        if self.optim.microbatch > self.optim.batch_size:
-            raise ValueError(
-                f"optim.micro_batch_size {self.optim.micro_batch_size} is larger than "
-                f"optim.batch_size {self.optim.batch_size}; lower it"
-            )
+        if self.microbatch_fault is not None:
+            raise ValueError(self.microbatch_fault)
         if self.scale.most_workers > self.rows_per_step:
             raise ValueError(
                 f"scale.workers {self.scale.most_workers} is larger than the "
@@ -282,6 +280,13 @@ class Recipe(PlacedSection):
         """How documents of a row are kept apart; None if they are not, or it is not known yet."""
         return self._isolation
 
+    @property
+    def is_flat(self) -> bool:
+        """True if the texts of a microbatch share a row; before `with_isolation` a guess."""
+        if self._isolation is not None:
+            return self._isolation in FLAT
+        return self._isolates is not False and self.model.attention not in ("sdpa", "eager")
+
     def with_isolation(self, isolates: bool, way: Isolation | None = None) -> Self:
         """The same recipe, whose `data.packing: auto` packs if the model keeps documents apart.
 
@@ -292,6 +297,58 @@ class Recipe(PlacedSection):
         decided = self.model_copy()
         decided._isolates, decided._isolation = isolates, way
         return decided
+
+    @property
+    def microbatch_fault(self) -> str | None:
+        """Why there are no microbatches of the size that the recipe asks for; else None."""
+        optim, row = self.optim, self.tokens_per_row
+        if optim.micro_batch_tokens is None:
+            if optim.microbatch <= optim.batch_size:
+                return None
+            return (
+                f"optim.micro_batch_size {optim.microbatch} is larger than optim.batch_size "
+                f"{optim.batch_size}; lower it"
+            )
+        if self.method.averages_by_pass:
+            return (
+                "optim.micro_batch_tokens: method.loss bnpo averages over each forward pass, so "
+                "its result depends on which rows share one; set micro_batch_size instead"
+            )
+        if optim.micro_batch_tokens < row:
+            texts = self.method.sequences_per_row
+            each = f"{texts} texts of " if texts > 1 else ""
+            return (
+                f"optim.micro_batch_tokens {optim.micro_batch_tokens} holds no row, which may have "
+                f"{each}data.max_length {self.data.max_length} tokens; give at least {row}, or a "
+                "shorter max_length"
+            )
+        return None
+
+    @property
+    def tokens_per_row(self) -> int:
+        """Largest number of tokens of a row, in all its texts."""
+        return self.method.sequences_per_row * self.data.max_length
+
+    @property
+    def microbatch(self) -> int:
+        """Rows of a microbatch; with a budget of tokens, those of full length that it holds."""
+        budget = self.optim.micro_batch_tokens
+        return self.optim.microbatch if budget is None else max(1, budget // self.tokens_per_row)
+
+    @property
+    def microbatch_tokens(self) -> int:
+        """Largest number of tokens of a microbatch."""
+        budget, row = self.optim.micro_batch_tokens, self.tokens_per_row
+        if budget is None or self.packs:
+            return self.microbatch * row
+        return min(budget, self.optim.batch_size * row)
+
+    @property
+    def microbatch_setting(self) -> str:
+        """The size of a microbatch, as --set takes it."""
+        if (budget := self.optim.micro_batch_tokens) is not None:
+            return f"optim.micro_batch_tokens={budget}"
+        return f"optim.micro_batch_size={self.microbatch}"
 
     @property
     def longest_document(self) -> int:
@@ -311,9 +368,17 @@ class Recipe(PlacedSection):
         return "auto" in (self.optim.micro_batch_size, self.model.gradient_checkpointing)
 
     def with_placement(self, rows: int, checkpoints: bool) -> Self:
-        """The same recipe with a microbatch, and with or without gradient checkpointing."""
+        """The same recipe with a microbatch, and with or without gradient checkpointing.
+
+        A budget of tokens stays one: it becomes that of so many rows, unless it holds so many.
+        """
         model = self.model.model_copy(update={"gradient_checkpointing": checkpoints})
-        optim = self.optim.model_copy(update={"micro_batch_size": rows})
+        size: dict[str, int] = {"micro_batch_size": rows}
+        if self.optim.micro_batch_tokens is not None:
+            size = {"micro_batch_tokens": rows * self.tokens_per_row}
+        if self.optim.micro_batch_size != "auto" and rows == self.microbatch:
+            size = {}
+        optim = self.optim.model_copy(update=size)
         return self.model_copy(update={"model": model, "optim": optim})
 
     @property

@@ -81,7 +81,8 @@ ANSWERS_AT_ONCE = 32
 Isolation = Literal["documents", "positions", "mask", "borders"]
 """How a model keeps packed documents apart: its attention computes each by itself; by positions
 that restart; by a block mask; or by the documents' borders, which its kernels take."""
-
+FLAT: tuple[Isolation | None, ...] = ("documents", "borders")
+"""The ways in which a microbatch is a single row without padding, whatever its texts are."""
 
 Day = Annotated[str, AfterValidator(_check_day)]
 
@@ -282,9 +283,14 @@ class OptimSettings(Section):
     """Optimizer steps, instead of epochs."""
     batch_size: PositiveInt = 32
     """Sequences in one optimizer step, over all workers."""
-    micro_batch_size: Literal["auto"] | PositiveInt = 4
-    """Sequences in one forward pass of one worker. auto: as many as the GPU holds by the estimate
-    of its memory, decided when the run first starts; without a GPU 4."""
+    micro_batch_size: Literal["auto"] | PositiveInt | None = None
+    """Rows in one forward pass of one worker: sequences, pairs, completions; 4 where
+    micro_batch_tokens is absent too. auto: as many as the GPU holds by the estimate of its memory,
+    decided when the run first starts; without a GPU 4."""
+    micro_batch_tokens: PositiveInt | None = None
+    """Tokens in one forward pass of one worker, instead of a number of rows: short rows share a
+    pass, and long ones do not exceed the memory. At least those of a row of full length. The steps
+    stay the same: batch_size counts their rows."""
     schedule: Literal["constant", "linear", "cosine"] = "cosine"
     """Learning rate after the warm-up: constant, or down to zero at the last step, in a straight
     line or along half a cosine."""
@@ -310,7 +316,15 @@ class OptimSettings(Section):
         """`micro_batch_size`; what `auto` is without a GPU, before it is decided."""
         if self.micro_batch_size == "auto":
             return min(_USUAL_MICROBATCH, self.batch_size)
-        return self.micro_batch_size
+        return self.micro_batch_size or _USUAL_MICROBATCH
+
+    @model_validator(mode="after")
+    def _one_microbatch(self) -> Self:
+        if self.micro_batch_tokens is not None and self.micro_batch_size is not None:
+            raise ValueError(
+                "micro_batch_tokens and micro_batch_size contradict each other; keep one of them"
+            )
+        return self
 
     @model_validator(mode="after")
     def _one_duration(self) -> Self:

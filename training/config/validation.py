@@ -201,10 +201,13 @@ def _own_name(settings: type[BaseModel], name: str) -> str | None:
         return None
     if foreign.fate == "left":
         return f"; remove it: {foreign.text}"
-    if not has_key(settings, split_key(foreign.to.partition(":")[0])):
-        return None
+    own = foreign.to
+    if not has_key(settings, split_key(own.partition(":")[0])):
+        if not has_key(settings, ("recipe",)):
+            return None
+        own = f"recipe.{own}"  # a sweep's
     text = f" ({foreign.text})" if foreign.text else ""
-    return f"; did you mean {foreign.to!r}{text}?"
+    return f"; did you mean {own!r}{text}?"
 
 
 def _keys(settings: type[BaseModel]) -> Iterator[tuple[str, ...]]:

@@ -2,6 +2,7 @@
 
 import codecs
 import copy
+import json
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -148,7 +149,16 @@ def read_foreign_file(path: Path) -> dict[str, Any]:
     Raises:
         InputError: the file cannot be read, or is not a mapping.
     """
-    return read_recipe_file(path).values
+    if path.suffix.lower() != ".json":
+        return read_recipe_file(path).values
+    file = printable(str(path))
+    try:
+        values = json.loads(_read(path, file))
+    except ValueError as error:
+        raise InputError(f"{file}: not valid JSON: {error}; correct it") from None
+    if not isinstance(values, dict):
+        raise InputError(f"{file}: {_EXPECTED}; found {shown(values)}")
+    return values
 
 
 def apply_changes(document: Document, overrides: Sequence[str | Change]) -> None:

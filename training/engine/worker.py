@@ -25,7 +25,8 @@ from ..common.uploader import Uploader
 from ..config.adapter_folder import RESULT_FOLDER
 from ..config.recipe import recipe_from_dict
 from ..config.sections import ANSWERS_AT_ONCE
-from ..data.batching import Rows, accumulation_steps, in_batches, microbatches
+from ..data.batching import Rows, in_batches
+from ..data.microbatches import number_of_parts
 from ..data.origin import Origins, rows_of_step
 from ..data.prepared import (
     ROW_GROUP,
@@ -64,7 +65,7 @@ from .methods import objective_of
 from .progress import PROGRESS_FILE, StepTimer, TrainingProgress
 from .task import Report, RetryError, RetryRequest, WorkerResult, WorkerTask
 from .trainer import StepMeasures, StreamTrainer, check_state
-from .trainer_arguments import accumulation, rate_factor, training_arguments
+from .trainer_arguments import rate_factor, training_arguments
 
 
 def run_worker(
@@ -185,7 +186,7 @@ class TrainingWorker:
         self.checkpoint = _fetch(checkpoints, choice, scratch)
         self.progress = _progress_of(self.checkpoint)
         self.checkpointer = self._make_checkpointer(checkpoints, choice)
-        arguments = training_arguments(self.recipe, self.total_steps, context.world_size, scratch)
+        arguments = training_arguments(self.recipe, self.total_steps, scratch)
         self.strategy = choose_strategy(
             self.recipe, self.model, context.world_size, arguments.device
         )
@@ -199,6 +200,7 @@ class TrainingWorker:
             device=arguments.device,
             strategy=self.strategy,
             isolation=task.get("isolation"),
+            evaluation_parts=task.get("evaluation_parts", 1),
             beat=self.heartbeat.beat,
         )
         self.objective = objective_of(setup)
@@ -338,12 +340,8 @@ class TrainingWorker:
 
     def _training_rows(self) -> Iterator[Rows]:
         recipe, context = self.recipe, self.context
-        return microbatches(
-            self._training_sequences(),
-            share(recipe.rows_per_step, context.rank, context.world_size),
-            recipe.optim.microbatch,
-            accumulation(recipe, context.world_size),
-        )
+        own = share(recipe.rows_per_step, context.rank, context.world_size)
+        return in_batches(self._training_sequences(), own)
 
     def _training_sequences(self) -> Iterator[Sequence]:
         recipe, context, passes = self.recipe, self.context, self.recipe.method.repeats
@@ -368,11 +366,13 @@ class TrainingWorker:
         split = self.prepared.manifest.eval
         assert split is not None
         context = self.context
-        size = max(1, self.recipe.optim.microbatch // self.evaluation_parts)
         sequences = every_sequence(self.prepared.files, split, context.rank, context.world_size)
-        # Ranks of a sharded model compute together, so all need equally many batches.
-        passes = accumulation_steps(split.sequences, size, context.world_size)
-        for rows in in_batches(sequences, size, at_least=passes if self.strategy == "fsdp" else 0):
+        division = self.objective.evaluated
+        batches = division.in_order(sequences)
+        if self.strategy == "fsdp":  # ranks compute together, so all need equally many batches
+            passes = number_of_parts(split.sequences, division.rows, context.world_size)
+            batches = in_batches(sequences, division.rows, at_least=passes)
+        for rows in batches:
             self.heartbeat.beat()
             yield rows
 

@@ -36,7 +36,7 @@ def decide(recipe: Recipe, sizes: Sizes, room: Room) -> Recipe:
         return estimate(changed, sizes, room.compute).peak <= _SHARE * room.bytes
 
     is_auto = recipe.optim.micro_batch_size == "auto"
-    rows = 1 if is_auto else recipe.optim.microbatch
+    rows = 1 if is_auto else recipe.microbatch
     checkpoints = recipe.model.checkpoints
     if recipe.model.gradient_checkpointing == "auto":
         checkpoints = not fits(rows, False)
@@ -81,7 +81,7 @@ def fits(recipe: Recipe, sizes: Sizes, room: Room) -> bool:
     """True if a worker of the run fits into its GPU.
 
     Args:
-        recipe: with a strategy, and a number in `optim.micro_batch_size`.
+        recipe: with a strategy, and a microbatch that is no longer `auto`.
         sizes: sizes of its model.
         room: what the worker's GPU offers.
     """
@@ -90,7 +90,7 @@ def fits(recipe: Recipe, sizes: Sizes, room: Room) -> bool:
 
 def smaller(recipe: Recipe) -> Iterator[Recipe]:
     """Recipes that train the same in smaller parts, the largest parts first."""
-    rows = recipe.optim.microbatch
+    rows = recipe.microbatch
     if not recipe.model.checkpoints:
         yield recipe.with_placement(rows, True)
     while rows > 1:

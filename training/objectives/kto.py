@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 
 from ..config.methods import KtoMethod
-from ..data.batching import PADDING_ROW, Batch, Rows, collate
+from ..data.batching import PADDING_ROW, Batch, Rows
 from ..data.stream import Sequence
 from ..models.loading import evaluation_mode
 from .objective import Loss, Objective, Setup
@@ -36,24 +36,23 @@ class KtoObjective(Objective):
     def collate(self, rows: Rows) -> Batch:
         """Add the labels as `extra["desirable"]`, (answers,), without padding rows."""
         labels = [json.loads(row.extra)["label"] for row in rows if row.extra is not None]
-        batch = replace(collate(rows), loss_units=len(labels))
+        batch = replace(self.assemble(rows), loss_units=len(labels))
         return batch.having(desirable=torch.tensor(labels, dtype=torch.bool))
 
-    def batches(self, step: int, microbatches: list[Rows]) -> list[Batch]:
+    def batches(self, step: int, rows: Rows) -> list[Batch]:
         """Add the reference's log-probabilities and the baseline of the global batch."""
         baseline = torch.zeros((), device=self.device)
         if self._settings.loss == "kto":
-            rows = [row for part in microbatches for row in part if row.rows.size]
             last = self._last_row_of_previous_rank(rows[-1])
-            mismatched = iter(_mismatched(rows, last, self._max_length))
+            mismatched = _mismatched(rows, last, self._max_length)
             ratios = [
-                self._divergences([next(mismatched) for row in part if row.rows.size])
-                for part in microbatches
+                self._divergences([mismatched[place] for place in part])
+                for part in self.parts(mismatched)
             ]
             baseline = self._mean(torch.cat(ratios))
         return [
             batch.having(reference=self._reference(self._sums, batch), baseline=baseline)
-            for batch in super().batches(step, microbatches)
+            for batch in super().batches(step, rows)
         ]
 
     def loss(self, model: torch.nn.Module, batch: Batch, measured: bool) -> Loss:
@@ -101,7 +100,8 @@ class KtoObjective(Objective):
     def _divergences(self, rows: Rows) -> torch.Tensor:
         """log policy - log reference of the rows' answers, (rows,)."""
         # Also without rows: all ranks must call a sharded model together.
-        batch = replace(collate(rows or [PADDING_ROW]), loss_units=len(rows)).to(self.device)
+        batch = self.assemble(rows or [PADDING_ROW])
+        batch = replace(batch, loss_units=len(rows)).to(self.device)
         with evaluation_mode(self.model):
             policy = self._sums(self.model, batch)
         return policy - self._reference(self._sums, batch)

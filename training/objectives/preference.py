@@ -69,18 +69,16 @@ class PairObjective(Objective):
 
     def collate(self, rows: Rows) -> Batch:
         """The rows as tensors: first all chosen answers, then the rejected ones."""
-        return collate_pairs(rows)
+        return collate_pairs(rows, self.assemble)
 
     def with_reference(self, batch: Batch, split: Split) -> Batch:
         """The batch with the reference's log-probabilities, if the method uses a reference."""
         del split
         return batch
 
-    def batches(self, step: int, microbatches: list[Rows]) -> list[Batch]:
+    def batches(self, step: int, rows: Rows) -> list[Batch]:
         """The step's batches; `extra["pairs_per_token"]` is pairs over trained chosen tokens."""
-        batches = [
-            self.with_reference(batch, "train") for batch in super().batches(step, microbatches)
-        ]
+        batches = [self.with_reference(batch, "train") for batch in super().batches(step, rows)]
         if self._imitation_weight == 0:
             return batches
         counts = [sum(batch.loss_units for batch in batches), sum(map(_imitated, batches))]

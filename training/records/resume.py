@@ -19,7 +19,8 @@ from .run_folder import CHECKPOINTS_FOLDER, RECIPE_FILE, Record, flat, read_reci
 
 FREE = (
     *("scale", "checkpoint", "eval", "log", "storage"),
-    *("optim.micro_batch_size", "optim.max_skipped_steps", "model.gradient_checkpointing"),
+    *("optim.micro_batch_size", "optim.micro_batch_tokens", "optim.max_skipped_steps"),
+    "model.gradient_checkpointing",
 )
 """Settings that a resumed run may change; others would change its result."""
 _SHOWN = 200

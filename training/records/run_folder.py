@@ -37,8 +37,8 @@ Record = dict[str, Any]
 _RUN_TYPES: dict[str, type] = {
     **dict.fromkeys(("status", "name", "method", "base", "error", "result", "prepared"), str),
     **dict.fromkeys(("device", "dtype", "strategy", "save_error", "best_checkpoint", "over"), str),
-    **dict.fromkeys(("step", "total_steps", "tokens", "last_saved_step", "micro_batch_size"), int),
-    "evaluation_parts": int,
+    **dict.fromkeys(("step", "total_steps", "tokens", "last_saved_step"), int),
+    **dict.fromkeys(("micro_batch_size", "micro_batch_tokens", "evaluation_parts"), int),
     **dict.fromkeys(("wall_seconds", "save_wait_seconds"), float),
     **dict.fromkeys(("metrics", "before", "parameters", "data", "versions"), dict),
     **dict.fromkeys(("identity", "commits", "model_code", "adapted", "rehearsal", "decided"), dict),

@@ -29,8 +29,8 @@ the driver died, and the run may go on later."""
 PROGRAM = "finray.training.records.tracking_program"
 _HEALTHY_SECONDS = 300.0
 """Time at the end for what is left, such as a large adapter."""
-_ILL_SECONDS = 15.0
-"""The same where the last request failed."""
+_ILL_SECONDS = 30.0
+"""The same where the last request failed, or none was answered yet."""
 _NOT_SENT = ("step", "epoch")
 
 
@@ -120,7 +120,9 @@ def _end(name: str, child: "subprocess.Popen[bytes]", folder: Folder, progress: 
     started, is_late = time.monotonic(), False
     while child.poll() is None:
         seconds = time.monotonic() - started
-        limit = _HEALTHY_SECONDS if read_state(folder, name).error is None else _ILL_SECONDS
+        state = read_state(folder, name)
+        is_healthy = state.id is not None and state.error is None
+        limit = _HEALTHY_SECONDS if is_healthy else _ILL_SECONDS
         if seconds > limit:
             child.kill()
             child.wait()

@@ -10,12 +10,15 @@ import pytest
 from support.foreign_configs import AXOLOTL, LLAMA_FACTORY, TRL
 
 from finray.cluster.cli.main import main
+from finray.cluster.starting import trainer
 from finray.cluster.starting.command_line import is_command
 from finray.cluster.starting.importing import Imported, import_settings
 from finray.training.common.errors import InputError
+from finray.training.common.storage import Folder
 from finray.training.common.yaml_text import load_yaml
 from finray.training.config.methods import METHODS
 from finray.training.config.recipe import load_recipe
+from finray.training.data.shown_rows import show_rows
 from finray.training.inspection import inspect_recipe
 
 CONFIGS = {
@@ -279,6 +282,30 @@ def test_sharding_needs_several_gpus(tmp_path: Path) -> None:
     assert imported(AXOLOTL["full-fsdp"], tmp_path, 8).faults is None
 
 
+def test_trackers_that_can_be_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those without a package or key would end the run before it starts, so they are reported."""
+    text = TRL["sft"].replace("[wandb]", "[tensorboard, wandb, swanlab]")
+    refusing = {"wandb"}
+
+    def check(names: list[str]) -> None:
+        if refusing & set(names):
+            raise InputError("log.to: wandb has no key")
+
+    monkeypatch.setattr(trainer, "check_trackers", check)
+    result = imported(text, tmp_path)
+    assert flat(load_yaml(result.text))["log.to"] == ["tensorboard"]
+    assert "no key" in result.text and "swanlab: not there" in result.changed["report_to"]
+    refusing.clear()
+    assert values_of(text, tmp_path)["log.to"] == ["tensorboard", "wandb"]
+    named = AXOLOTL["lora"].replace("wandb_project:", "wandb_project: shop")
+    assert values_of(named, tmp_path)["log.to"] == ["wandb"]
+
+
+def test_early_stopping(tmp_path: Path) -> None:
+    text = LLAMA_FACTORY["lora-sft"] + "early_stopping_steps: 3\n"
+    assert values_of(text, tmp_path)["eval.patience"] == 3
+
+
 # refusals and the command
 
 
@@ -319,6 +346,31 @@ def test_an_unknown_key_is_listed(tmp_path: Path) -> None:
     assert "odd: 7" in result.text.rpartition("Not known")[2]
 
 
+def test_a_json_file(tmp_path: Path) -> None:
+    text = json.dumps(load_yaml(LLAMA_FACTORY["lora-sft"]), indent="\t")
+    assert values_of(text, tmp_path, name="args.json")["adapter.rank"] == 8
+
+
+def test_the_alpaca_text_is_axolotls(tmp_path: Path, tiny_model: Path) -> None:
+    """What the model reads and learns, in the prompt that Axolotl's strategy writes."""
+    source = {"instruction": "Add.", "input": "", "output": "Done."}
+    (tmp_path / "rows.jsonl").write_text((json.dumps(source) + "\n") * 50, encoding="utf-8")
+    text = AXOLOTL["lora"].replace("org/alpaca", str(tmp_path / "rows.jsonl"))
+    values = load_yaml(imported(text, tmp_path).text)
+    values["model"]["base"] = str(tiny_model)
+    storage = tmp_path / "runs"
+    recipe = load_recipe({**values, "storage": str(storage)})
+    [row] = show_rows(recipe, 1, Folder(str(storage)) / "prepared").rows
+    assert row.texts, row.problem
+    pieces = row.texts[0].pieces
+    whole = "".join(piece.text for piece in pieces)
+    assert whole == (
+        "Below is an instruction that describes a task. Write a response that appropriately "
+        "completes the request.\n\n### Instruction:\nAdd.\n\n### Response:\nDone.<|im_end|>"
+    )
+    assert "".join(p.text for p in pieces if p.trained) == "Done.<|im_end|>"
+
+
 def test_the_command(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -336,5 +388,7 @@ def test_the_command(
     assert not err and load_yaml(out)["data"]["packing"] == "auto"
     assert main(["import", "axolotl.yml", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["mapped"]["lora_r"] == "adapter.rank: 32"
+    assert main(["import", "trl", "sft", "--beta", "1"]) == 2
+    assert "put a command line into quotes" in capsys.readouterr().err
     assert main(["import", "absent.yml"]) == 2
     assert "absent.yml" in capsys.readouterr().err

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from finray.cluster.screens import progress_display
+from finray.cluster.screens import progress, progress_display
 from finray.cluster.screens.progress import MetricsTail, ProgressWatcher, Speed
 from finray.training.common.storage import Folder
 from finray.training.records.run_folder import write_run
@@ -33,10 +33,28 @@ def append(folder: Folder, *records: dict[str, Any]) -> None:
 
 
 def until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 300
     while not condition():
-        assert time.monotonic() < deadline, "nothing came in 10 s"
+        assert time.monotonic() < deadline, "nothing came in 300 s"
         time.sleep(0.01)
+
+
+@pytest.fixture
+def wait_for_poll(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
+    """Waits until the folder, as it is now, has been read."""
+    polls: list[None] = []
+    original = progress._WatchedRun.poll
+
+    def poll(run: Any, quiet: bool = False) -> None:
+        original(run, quiet)
+        polls.append(None)
+
+    def wait() -> None:
+        before = len(polls)
+        until(lambda: len(polls) >= before + 2)  # the next one may have begun already
+
+    monkeypatch.setattr(progress._WatchedRun, "poll", poll)
+    return wait
 
 
 def test_the_last_lines_are_shown_at_the_end(folder: Folder) -> None:
@@ -137,13 +155,15 @@ def test_skipped_steps_are_shown(folder: Folder) -> None:
     assert f"step 20: 3 {changed}: no completion got a reward" in out.getvalue()
 
 
-def test_evaluations_are_not_repeated_when_the_file_is_cut(folder: Folder) -> None:
+def test_evaluations_are_not_repeated_when_the_file_is_cut(
+    folder: Folder, wait_for_poll: Callable[[], None]
+) -> None:
     console, out = plain()
     with ProgressWatcher(folder, console, poll_seconds=0.01):
         append(folder, {"step": 10, "eval_loss": 2.0}, {"step": 20, "eval_loss": 1.0})
         until(lambda: "step 20" in out.getvalue())
         folder.write("metrics.jsonl", b'{"step": 10, "eval_loss": 2.0}\n')
-        time.sleep(0.6)
+        wait_for_poll()
         append(folder, {"step": 20, "eval_loss": 1.5})
         until(lambda: "1.500" in out.getvalue())
     evaluations = [line for line in out.getvalue().splitlines() if "held-out" in line]
@@ -154,12 +174,14 @@ def test_evaluations_are_not_repeated_when_the_file_is_cut(folder: Folder) -> No
     ]
 
 
-def test_a_damaged_or_missing_run_does_not_end_the_display(folder: Folder) -> None:
+def test_a_damaged_or_missing_run_does_not_end_the_display(
+    folder: Folder, wait_for_poll: Callable[[], None]
+) -> None:
     console, out = plain()
     with ProgressWatcher(folder, console, poll_seconds=0.01):
         folder.write("run.json", b"not json")
         append(folder, {"step": 1, "eval_loss": 1.0})
-        time.sleep(0.6)
+        wait_for_poll()
         write_run(folder, {})
         until(lambda: "held-out" in out.getvalue())
 

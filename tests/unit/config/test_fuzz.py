@@ -4,7 +4,6 @@ import io
 import json
 import re
 from contextlib import redirect_stderr, redirect_stdout
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -131,7 +130,7 @@ examples = pytest.mark.parametrize("examples", [100, pytest.param(300, marks=pyt
 def limit(examples: int) -> settings:
     return settings(
         max_examples=examples,
-        deadline=timedelta(seconds=10),
+        deadline=None,
         suppress_health_check=[HealthCheck.too_slow],
     )
 

@@ -15,7 +15,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from finray.training.config.recipe import Recipe, recipe_from_dict
-from finray.training.data.batching import collate, microbatches
+from finray.training.data.batching import collate, in_batches
 from finray.training.data.stream import Sequence
 from finray.training.engine.methods import objective_of
 from finray.training.engine.trainer import StepMeasures, StreamTrainer
@@ -176,15 +176,12 @@ def test_a_step_waits_for_the_flag_of_an_earlier_one(
         if phase == "step" and recipe.method.samples_online:
             counter.places.clear()
 
-    accumulation = BATCH // MICRO
     trainer = StreamTrainer(
         model,
-        training_arguments(recipe, STEPS, 1, tmp_path),
+        training_arguments(recipe, STEPS, tmp_path),
         objective=objective_of(setup),
         passes=recipe.method.repeats,
-        rows=lambda: microbatches(
-            iter(rows_for(recipe, tokenizer)), recipe.rows_per_step, MICRO, accumulation
-        ),
+        rows=lambda: in_batches(iter(rows_for(recipe, tokenizer)), recipe.rows_per_step),
         after_step=after_step,
         on_phase=on_phase,
         is_logged=lambda step: True,

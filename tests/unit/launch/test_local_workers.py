@@ -28,7 +28,7 @@ from finray.training.launch.local_workers import LocalLauncher
 from finray.training.launch.resources import WorkerRequest
 from finray.training.launch.retries import run_with_retries
 
-DEADLINE = 60.0
+DEADLINE = 300.0
 
 
 @pytest.fixture

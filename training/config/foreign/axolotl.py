@@ -92,6 +92,11 @@ AXOLOTL = Dialect(
         "evals_per_epoch": ("eval.every_steps", "finray counts steps, not parts of an epoch"),
         "saves_per_epoch": ("checkpoint.every_steps", "finray counts steps, not parts of an epoch"),
         "use_tensorboard": ("log.to", "TensorBoard"),
+        "wandb_project": ("log.to: [wandb]", "WANDB_PROJECT in the environment is the project"),
+        "use_wandb": ("log.to: [wandb]", "Weights & Biases"),
+        "use_mlflow": ("log.to: [mlflow]", "MLflow"),
+        "use_trackio": ("log.to: [trackio]", "Trackio"),
+        "early_stopping_patience": ("eval.patience", "measurements without a better value"),
         "wandb_name": ("name", "the run's name"),
         "reinit_weights": ("method.init: random", "start from random weights"),
     },
@@ -104,14 +109,15 @@ AXOLOTL = Dialect(
         "lr_scheduler_kwargs cosine_min_lr_ratio cosine_constant_lr_ratio lr_quadratic_warmup "
         "lr_div_factor log_sweep jagged_restart_steps jagged_restart_warmup_steps "
         "jagged_restart_anneal_steps": "details of a schedule; finray's end at zero",
-        "wandb_project wandb_entity wandb_watch wandb_run_id wandb_log_model wandb_mode use_wandb "
-        "use_mlflow mlflow_tracking_uri mlflow_experiment_name mlflow_run_name "
+        "wandb_entity wandb_watch wandb_run_id wandb_log_model wandb_mode "
+        "mlflow_tracking_uri mlflow_experiment_name mlflow_run_name "
         "hf_mlflow_log_artifacts use_comet comet_api_key comet_workspace comet_project_name "
-        "comet_experiment_key comet_mode comet_online comet_experiment_config use_trackio "
+        "comet_experiment_key comet_mode comet_online comet_experiment_config "
         "trackio_project_name trackio_run_name gradio_title gradio_share gradio_server_name "
         "gradio_server_port gradio_max_new_tokens gradio_temperature use_otel_metrics "
         "otel_metrics_host otel_metrics_port": (
-            "another service's settings; log.to says what is written beside metrics.jsonl"
+            "a service's settings, which its environment variables hold (WANDB_ENTITY, "
+            "MLFLOW_TRACKING_URI); log.to says where metrics go"
         ),
         "model_type tokenizer_type tokenizer_config tokenizer_use_fast tokenizer_legacy "
         "tokenizer_use_mistral_common tokenizer_save_jinja_files is_falcon_derived_model "
@@ -183,9 +189,8 @@ AXOLOTL = Dialect(
         "do_causal_lm_eval do_bench_eval bench_dataset bench_split bench_source_max_len": (
             "further evaluations; eval.samples shows answers to held-out prompts"
         ),
-        "early_stopping_patience loss_watchdog_threshold loss_watchdog_patience": (
-            "ending early; finray keeps the best checkpoint, and goes back after steps whose loss "
-            "is not finite"
+        "loss_watchdog_threshold loss_watchdog_patience": (
+            "ending when the loss is high; finray goes back after steps whose loss is not finite"
         ),
         "auto_resume_from_checkpoints": "the same command continues a run",
         "adam_eps adam_beta3 adam_epsilon2 optimizer_cls_and_kwargs torchdistx_path": (

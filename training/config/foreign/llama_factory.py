@@ -70,6 +70,7 @@ LLAMA_FACTORY = Dialect(
         "simpo_gamma": ("method.gamma", "margin between the answers"),
         "ref_model": ("method.reference_model", "the reference of dpo and kto"),
         "ray_num_workers": ("scale.workers", "a worker trains on one GPU"),
+        "early_stopping_steps": ("eval.patience", "measurements without a better value"),
         "ray_run_name": ("name", "the run's name"),
     },
     {
@@ -90,7 +91,7 @@ LLAMA_FACTORY = Dialect(
         ),
         "tool_format": "how tools are rendered; the chat template does that",
         "eval_num_beams eval_on_each_dataset predict_with_generate compute_accuracy "
-        "disable_shuffling early_stopping_steps": (
+        "disable_shuffling": (
             "further evaluations; eval.samples shows answers to held-out prompts"
         ),
         "efficient_eos replace_jinja_template replace_text split_special_tokens "

@@ -11,9 +11,10 @@ before it that wrote rows. Parquet's pages have checksums.
 import json
 import time
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import pyarrow as pa
@@ -120,8 +121,19 @@ class StageFile:
     def abort(self) -> None:
         """Remove what is written of an incomplete file."""
         if self._writer is not None:
-            self._writer.close()
+            with suppress(OSError):  # a full disk takes no end of it, either
+                self._writer.close()
             self.folder.delete(self._name)
+
+    @contextmanager
+    def completing(self, facts: Callable[[], dict[str, Any]]) -> Iterator[Self]:
+        """Write inside; completes the file with these facts then, or removes it if that fails."""
+        try:
+            yield self
+            self.close(facts())
+        except BaseException:
+            self.abort()
+            raise
 
 
 def index_file(folder: Folder, chunk: int) -> StageFile:

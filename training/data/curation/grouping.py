@@ -134,9 +134,8 @@ class DropTask:
                     counts.samples.append({"line": each.line, "reason": reason, "text": text})
                 if place >= max(shown):
                     break
-        file = index_file(self.folder, chunk.rows.chunk)
-        file.write([left[stays]])
-        file.close(counts.to_json())
+        with index_file(self.folder, chunk.rows.chunk).completing(counts.to_json) as file:
+            file.write([left[stays]])
         return counts
 
 
@@ -182,9 +181,9 @@ class HoldTask:
             characters_in=chunk.characters,
             characters_out=chunk.characters,
         )
-        file = held_file(self.folder, chunk.rows.chunk)
-        file.write([left_in(chunk.rows.folder / chunk.rows.left, chunk.rows.chunk), item.held])
-        file.close(counts.to_json())
+        left = left_in(chunk.rows.folder / chunk.rows.left, chunk.rows.chunk)
+        with held_file(self.folder, chunk.rows.chunk).completing(counts.to_json) as file:
+            file.write([left, item.held])
         return counts
 
 

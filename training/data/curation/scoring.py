@@ -163,12 +163,9 @@ class ScoreTask:
     def __call__(self, chunk: StageChunk) -> Scores:
         number = chunk.rows.chunk
         if facts_of(self.folder, number) is None:
-            file, counts = score_file(self.folder, number), Counts()
-            try:
+            counts = Counts()
+            with score_file(self.folder, number).completing(counts.to_json) as file:
                 self._score(chunk, file, counts)
-            except BaseException:
-                file.abort()
-                raise
         rows = scores_in(self.folder, number)
         return Scores(rows.scores, rows.contents)
 
@@ -187,7 +184,6 @@ class ScoreTask:
             contents = np.frombuffer(b"".join(item.digest[:8] for item, _ in kept), np.uint64)
             indices, sizes = [item.index for item, _ in kept], [item.size for item, _ in kept]
             file.write([indices, [value for _, value in kept], contents, sizes])
-        file.close(counts.to_json())
 
     def _values(self, items: Sequence[Item]) -> Iterator[float | str]:
         """The score of each row, or why it has none."""
@@ -250,9 +246,8 @@ class CutTask:
         if item.shows:
             low = dict(zip(rows.index[~stays][:_SAMPLES], rows.scores[~stays], strict=False))
             counts.samples += _samples(chunk, low)
-        file = index_file(self.folder, number)
-        file.write([rows.index[stays]])
-        file.close(counts.to_json())
+        with index_file(self.folder, number).completing(counts.to_json) as file:
+            file.write([rows.index[stays]])
         return counts
 
 
