@@ -85,6 +85,11 @@ def make_plan(loaded: LoadedSweep) -> Plan:
             f"{loaded.place('search')}: search: every key is computed with times, so none is "
             "searched; give at least one a choice or a range"
         )
+    if recipe.data.streams or "data.prepare" in space.searched:
+        raise InputError(
+            f"{loaded.place('recipe')}: recipe: data.prepare streaming prepares the data of one "
+            "run, and trials share it; prepare ahead"
+        )
     if sweep.pruning.kind == "pbt":
         _check_changeable(loaded, space)
     count, excluded = space.excluded()
@@ -95,16 +100,10 @@ def make_plan(loaded: LoadedSweep) -> Plan:
     if sweep.warm_start and not folder.exists(STUDY_FILE):
         _check_warm_start(loaded, metrics)
     points = _points(loaded, space)
-    plan = Plan(
+    return Plan(
         *(sweep, recipe, folder, metrics, space, points),
         *(count, excluded, _prunes(loaded, metrics), loaded.place),
     )
-    if any(recipe.data.streams for recipe in plan.data_recipes().values()):
-        raise InputError(
-            f"{loaded.place('recipe')}: recipe: data.prepare streaming prepares the data of one "
-            "run, and trials share it; set data.prepare: ahead"
-        )
-    return plan
 
 
 def _points(loaded: LoadedSweep, space: Space) -> list[Settings]:
