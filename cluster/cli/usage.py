@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ...training.common.errors import InputError
-from .arguments import UsageError, build_parser
+from .arguments import build_parser
 from .commands import COMMANDS
+from .parser import UsageError
 
 _GENERAL = ("-h", "--help", "--version", "--quiet", "--log-level")
 """Options that may stand before a command."""

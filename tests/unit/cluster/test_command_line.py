@@ -15,9 +15,11 @@ import pytest
 import shtab
 import yaml
 
-from finray.cluster.cli.arguments import SHELLS, Parser, build_parser
+from finray.cluster.cli.arguments import build_parser
+from finray.cluster.cli.cluster_arguments import SHELLS
 from finray.cluster.cli.commands import COMMANDS, command_function
 from finray.cluster.cli.main import main
+from finray.cluster.cli.parser import Parser
 from finray.cluster.cli.remedies import Remedies
 from finray.cluster.environment import worker_environment
 from finray.cluster.nodes.probes import Line
