@@ -14,16 +14,22 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .cluster.api.answers import EvaluationResult, evaluate, generate
+    from .cluster.api.housekeeping import compare
+    from .cluster.api.planning import plan
     from .cluster.api.recipes import load_recipe
     from .cluster.api.results import PreparedData, Report, RunResult, SweepResult
     from .cluster.api.runs import check, export, prepare, runs, train
     from .cluster.api.sweeps import tune
     from .training.common.errors import FinrayError, InputError, Interrupted, RunError
     from .training.config.recipe import Recipe
+    from .training.records.comparison import Comparison
 
     __version__: str
 
 __all__ = [
+    "Comparison",
+    "EvaluationResult",
     "FinrayError",
     "InputError",
     "Interrupted",
@@ -35,8 +41,12 @@ __all__ = [
     "SweepResult",
     "__version__",
     "check",
+    "compare",
+    "evaluate",
     "export",
+    "generate",
     "load_recipe",
+    "plan",
     "prepare",
     "runs",
     "train",
@@ -44,12 +54,16 @@ __all__ = [
 ]
 
 _MODULES = {
+    "cluster.api.answers": ("EvaluationResult", "evaluate", "generate"),
+    "cluster.api.housekeeping": ("compare",),
+    "cluster.api.planning": ("plan",),
     "cluster.api.recipes": ("load_recipe",),
     "cluster.api.results": ("PreparedData", "Report", "RunResult", "SweepResult"),
     "cluster.api.runs": ("check", "export", "prepare", "runs", "train"),
     "cluster.api.sweeps": ("tune",),
     "training.common.errors": ("FinrayError", "InputError", "Interrupted", "RunError"),
     "training.config.recipe": ("Recipe",),
+    "training.records.comparison": ("Comparison",),
 }
 
 

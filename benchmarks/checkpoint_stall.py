@@ -58,7 +58,7 @@ def ratio(pairs: Blocks, clock: Callable[[Moment], float]) -> float:
 
 def main() -> None:
     """Measure, and write the result."""
-    options, _ = parse_options(__doc__, repetitions=3)
+    options, _ = parse_options(__doc__)
     sizes, pairs = (QUICK, QUICK_PAIRS) if options.quick else (FULL, PAIRS)
     torch.set_num_threads(options.threads)
     with scratch() as folder:

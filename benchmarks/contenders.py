@@ -30,6 +30,8 @@ from finray.training.data.prepared import Prepared, open_prepared
 from finray.training.data.stream import Sequence, Slice, stream
 
 IGNORED = -100
+_ISOLATION: Isolation = "documents"
+"""As a rehearsal finds it for a Llama."""
 Row = dict[str, list[int]]
 Tensors = dict[str, torch.Tensor]
 
@@ -115,7 +117,7 @@ def run_finray(job: Job, logged: str = "loss") -> Measured:
     with tempfile.TemporaryDirectory() as folder:
         context = TimedContext()
         task = WorkerTask(
-            recipe=job.recipe, run=folder, prepared=job.prepared, isolation=_isolation(job)
+            recipe=job.recipe, run=folder, prepared=job.prepared, isolation=_ISOLATION
         )
         outcome = run_worker(task, context)
         if outcome["status"] != "finished":
@@ -123,11 +125,6 @@ def run_finray(job: Job, logged: str = "loss") -> Measured:
         lines = (Path(folder) / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     losses = [json.loads(line)[logged] for line in lines]
     return Measured(context.starts, losses, timed_tokens(job))
-
-
-def _isolation(job: Job) -> Isolation | None:
-    """As a rehearsal finds it for a Llama."""
-    return "documents" if recipe_of(job).packs else None
 
 
 # the same batches, for the others

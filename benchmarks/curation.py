@@ -338,7 +338,7 @@ def quality(left: list[int], pairs: set[tuple[int, int]]) -> tuple[float, float]
 
 def main() -> None:
     """Measure, and write the result."""
-    options, _ = parse_options(__doc__, repetitions=3)
+    options, _ = parse_options(__doc__)
     sizes: dict[str, Any] = QUICK if options.quick else FULL
     with scratch() as folder:
         make_chats(folder, sizes["pipeline_mb"])

@@ -26,7 +26,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from finray.training.common.storage import Folder
 from finray.training.config.recipe import Recipe, recipe_from_dict
-from finray.training.data.batching import Batch
+from finray.training.data.batching import Batch, Rows
 from finray.training.data.prepared import Prepared
 from finray.training.data.stream import Sequence
 from finray.training.engine.methods import objective_of
@@ -38,6 +38,9 @@ from finray.training.objectives.objective import Setup
 from finray.training.rehearsal.packing import find_isolation
 from finray.training.rehearsal.rehearse import ways_of
 from finray.training.rehearsal.small_copy import VOCABULARY, make_copy
+from finray.training.rl.online import OnlineObjective
+from finray.training.rl.rollouts.rollout import Request, Rollout
+from finray.training.rl.scoring import Scores
 
 QUICKSTART = Path(__file__).resolve().parent.parent / "recipes/quickstart/base"
 SIZES: dict[str, Any] = {
@@ -83,8 +86,16 @@ CASTS: dict[str, Any] = {
     "model": {"dtype": "bfloat16"},
 }
 WHOLE: dict[str, Any] = {"model": {"dtype": "bfloat16"}}
-METHODS = ("sft", "pretrain", "dpo", "kto", "orpo", "cpo", "simpo", "reward")
-TOKENS = 512
+METHODS = ("dpo", "kto", "orpo", "cpo", "simpo", "reward")
+ONLINE = {
+    "grpo": {},
+    "grpo, divergence": {"beta": 0.1},
+    "grpo, two passes": {"passes": 2},
+    "rloo": {},
+    "rloo, divergence": {"beta": 0.1},
+}
+TOKENS, DOCUMENTS, PROMPT = 512, 4, 8
+"""Of a row; documents of a packed row; tokens of a prompt."""
 
 
 def cases() -> dict[str, tuple[str, dict[str, Any]]]:
@@ -103,11 +114,25 @@ def cases() -> dict[str, tuple[str, dict[str, Any]]]:
     made["llama, adapter of the head"] = "llama", merged(LOW, adapter={"targets": ["lm_head"]})
     made["llama, last layers"] = "llama", {**WHOLE, "freeze": {"last_layers": 2}}
     made["llama, microbatch 4"] = "llama", {**LOW, "optim": {"micro_batch_size": 4}}
-    for method in METHODS[2:]:
+    for method in METHODS:
         made[f"llama, {method}"] = "llama", {**LOW, "method": {"kind": method}}
+    for name, settings in ONLINE.items():
+        made[f"llama, {name}"] = "llama", {**LOW, "method": online(name, settings)}
+    made["qwen3, grpo of all weights"] = "qwen3", {**WHOLE, "method": online("grpo", {"beta": 0.1})}
     made["llama, dpo under autocast"] = "llama", {**CASTS, "method": {"kind": "dpo"}}
     made["qwen3, dpo of all weights"] = "qwen3", {**WHOLE, "method": {"kind": "dpo"}}
     return made
+
+
+def online(name: str, settings: dict[str, Any]) -> dict[str, Any]:
+    """An online method whose completions fill their rows."""
+    return {
+        "kind": name.partition(",")[0],
+        "rewards": [{"file": "/x/rewards.py:worth", "source": ""}],
+        "generations": 2,
+        "max_completion": TOKENS - PROMPT,
+        **settings,
+    }
 
 
 def merged(settings: dict[str, Any], **sections: Any) -> dict[str, Any]:
@@ -146,7 +171,10 @@ def full_row(recipe: Recipe, number: int) -> Sequence:
     """A row of TOKENS in each of its texts, of which all but the first are trained."""
     random = np.random.default_rng(number)
     texts = recipe.method.sequences_per_row
-    documents = 4 if recipe.packs else texts
+    if recipe.method.samples_online:
+        nothing, size = np.zeros(PROMPT, bool), np.array([PROMPT], np.int32)
+        return Sequence(np.full(PROMPT, 3, np.int32), size, nothing, np.array([number]), "{}")
+    documents = DOCUMENTS if recipe.packs else texts
     lengths = np.full(documents, TOKENS * texts // documents, np.int32)
     trainable = np.ones(TOKENS * texts, bool)
     trainable[np.cumsum(lengths) - lengths] = False
@@ -159,12 +187,27 @@ def step_of(recipe: Recipe, model: Model) -> tuple[Any, Batch]:
     """The objective, and the batch of a full microbatch."""
     prepared, cpu = Prepared(Folder("/none"), Mock()), torch.device("cpu")
     isolation = recipe.isolation if recipe.packs else None
-    setup = Setup(recipe, model, None, prepared, 0, 1, cpu, isolation=isolation)  # type: ignore[arg-type]
+    tokenizer = Mock(pad_token_id=0, decode=Mock(return_value=""))
+    setup = Setup(recipe, model, tokenizer, prepared, 0, 1, cpu, isolation=isolation)
     objective = objective_of(setup)
     objective.prepare()
-    rows = [full_row(recipe, number) for number in range(recipe.optim.microbatch)]
+    if isinstance(objective, OnlineObjective):
+        objective._rollouts = rolled_out  # type: ignore[method-assign]
+    rows = [full_row(recipe, number) for number in range(recipe.microbatch)]
     with torch.no_grad():
-        return objective, objective.batches(0, [rows])[0]
+        return objective, objective.batches(0, rows)[0]
+
+
+def rolled_out(requests: list[Request], rows: Rows) -> tuple[list[Rollout], Scores]:
+    """Completions that fill their rows, and rewards that differ."""
+    del rows
+    count, size = len(requests), TOKENS - PROMPT
+    random = np.random.default_rng(0)
+    rollouts = [
+        Rollout(random.integers(3, SIZES["vocab_size"], size).tolist(), True) for _ in requests
+    ]
+    rewards = torch.arange(count, dtype=torch.float64)
+    return rollouts, Scores(rewards, rewards[None], 0, [""] * count)
 
 
 def most_held(recipe: Recipe, model: Model) -> int:
@@ -202,6 +245,8 @@ def compare(name: str, folder: Path) -> dict[str, Any]:
     """The estimate of a case beside what was held."""
     kind, settings = cases()[name]
     recipe = isolated(recipe_of(make_base(kind, folder), settings), folder)
+    if recipe.packs:
+        recipe = recipe.with_longest(TOKENS // DOCUMENTS)
     estimated = estimate(recipe, sizes_of(recipe), kind="cpu").activations
     held = most_held(recipe, load_model(recipe, recipe.method.head))
     return {"estimated": estimated, "held": held, "error": round(estimated / held - 1, 4)}

@@ -30,7 +30,7 @@ def main() -> None:
     model, cpu = first_model(recipe), torch.device("cpu")
     objective = objective_of(Setup(recipe, model, None, data, 0, 1, cpu))
     with torch.no_grad():
-        objective.batches(0, [in_order(recipe, data, 1)])
+        objective.batches(0, in_order(recipe, data, 1))
     print_result(bytes_held())
 
 

@@ -1,7 +1,8 @@
 """Shared by all benchmarks: interleaved repetitions, medians, and writing and printing results.
 
-Contenders take turns (A B A B ...), so that a slowdown of the machine affects all of them; a ratio
-is taken within each turn, and the median of the ratios is the figure.
+Contenders take turns, so that a slowdown of the machine affects all of them. Each turn begins with
+another one (ABC BCA CAB ...), so that none is always first. A ratio is taken within each turn, and
+the median of the ratios is the figure.
 """
 
 import argparse
@@ -83,7 +84,7 @@ class Options:
 
 def parse_options(
     document: str,
-    repetitions: int = 5,
+    repetitions: int = 6,
     add: Callable[[argparse.ArgumentParser], None] | None = None,
 ) -> tuple[Options, argparse.Namespace]:
     """Parse the arguments that all benchmarks share, and those that `add` adds."""
@@ -101,12 +102,17 @@ def parse_options(
 
 
 def take_turns(contenders: Mapping[str, Callable[[], T]], repetitions: int) -> dict[str, list[T]]:
-    """Call all contenders in turn, `repetitions` times. Returns the results by contender."""
+    """Call all contenders in turn, `repetitions` times, each time beginning with the next one.
+
+    Returns the results by contender, in the order of the turns.
+    """
     measured: dict[str, list[T]] = {name: [] for name in contenders}
+    names = list(contenders)
     for turn in range(repetitions):
-        for name, contender in contenders.items():
+        first = turn % len(names)
+        for name in (*names[first:], *names[:first]):
             started = time.perf_counter()
-            measured[name].append(contender())
+            measured[name].append(contenders[name]())
             seconds = time.perf_counter() - started
             print(f"  {turn + 1}/{repetitions} {name}: {seconds:.1f} s", file=sys.stderr)
     return measured
@@ -176,9 +182,13 @@ def environment(threads: int | None) -> dict[str, Any]:
 
 
 def commit() -> str:
-    """The commit that is checked out."""
-    command = ["git", "rev-parse", "HEAD"]
-    return subprocess.check_output(command, cwd=HERE, text=True).strip()
+    """The commit that is checked out, with a + if files differ from it."""
+
+    def answer(*command: str) -> str:
+        return subprocess.check_output(["git", *command], cwd=HERE, text=True).strip()
+
+    differs = answer("status", "--porcelain", "--untracked-files=no", "--", ":/", ":!results")
+    return answer("rev-parse", "HEAD") + ("+" if differs else "")
 
 
 def _cpu_model() -> str:

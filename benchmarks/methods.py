@@ -160,7 +160,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main() -> None:
     """Measure, and write the result."""
-    options, given = parse_options(__doc__, repetitions=5, add=add_arguments)
+    options, given = parse_options(__doc__, add=add_arguments)
     sizes = QUICK if options.quick else FULL
     figures: list[Figure] = []
     speeds: dict[str, list[float]] = {}

@@ -175,7 +175,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main() -> None:
     """Measure, and write the result."""
-    options, given = parse_options(__doc__, repetitions=5, add=add_arguments)
+    options, given = parse_options(__doc__, add=add_arguments)
     if given.contender:
         side, path = given.contender
         contend(side, Job(**json.loads(Path(path).read_text(encoding="utf-8"))))

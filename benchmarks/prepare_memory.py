@@ -106,7 +106,7 @@ def measure_one(folder: Path, name: str, workers: int) -> dict[str, Any]:
 
 def main() -> None:
     """Measure, and write the result."""
-    options, _ = parse_options(__doc__, repetitions=1)
+    options, _ = parse_options(__doc__)
     sizes = QUICK if options.quick else FULL
     with scratch() as folder:
         make_inputs(folder, sizes)

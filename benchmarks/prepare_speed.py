@@ -198,7 +198,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main() -> None:
     """Measure, and write the result."""
-    options, given = parse_options(__doc__, repetitions=3, add=add_arguments)
+    options, given = parse_options(__doc__, add=add_arguments)
     megabytes = given.megabytes or (QUICK if options.quick else FULL)
     with scratch() as folder:
         make_inputs(folder, megabytes)

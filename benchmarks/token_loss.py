@@ -186,7 +186,7 @@ def measure(folder: Path, options: Options, sizes: dict[str, int]) -> None:
 
 def main() -> None:
     """Measure, or be the child that is measured."""
-    options, given = parse_options(__doc__, repetitions=6, add=add_arguments)
+    options, given = parse_options(__doc__, add=add_arguments)
     if given.child:
         folder, way, sizes, case = given.child
         print_result(child(Path(folder), way, json.loads(sizes), json.loads(case)))

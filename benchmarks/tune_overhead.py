@@ -73,7 +73,7 @@ def prepared_sets(folder: Path) -> int:
 
 def main() -> None:
     """Measure, and write the result."""
-    options, _ = parse_options(__doc__, repetitions=3)
+    options, _ = parse_options(__doc__)
     walls, trials, steps = [], [], []
     for _ in range(options.repetitions):
         with scratch() as folder:

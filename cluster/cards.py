@@ -55,8 +55,10 @@ def parse_gpus(text: str) -> tuple[Card, int]:
     """The card and the number of `h100`, `h100:8` or `rtx-4090:2`.
 
     Raises:
-        InputError: there is no such card; the nearest is named.
+        InputError: there is no such card, and the nearest is named; or no number behind the colon.
     """
+    if not isinstance(text, str):  # a program's
+        raise InputError(f"gpu {text!r}: expected a card and how many, such as 'h100:8'")
     name, separator, number = text.partition(":")
     plain = re.sub(r"[^a-z0-9]", "", name.lower())
     plain = plain.removeprefix("nvidia").replace("geforce", "")

@@ -4,10 +4,13 @@ import logging
 import os
 import sys
 import warnings
+from typing import TYPE_CHECKING
 
 from ..training.common.logs import limit, log_environment
-from ..training.config.recipe import Recipe
 from ..training.models.dtypes import SAFE_ISA, probe_bfloat16
+
+if TYPE_CHECKING:  # pydantic takes longer to load than `finray runs` takes
+    from ..training.config.recipe import Recipe
 
 _ALWAYS = {
     # Operations that Apple's GPUs lack run on the CPU.
@@ -33,7 +36,13 @@ def set_environment() -> None:
         os.environ.setdefault(name, value)
 
 
-def worker_environment(recipe: Recipe) -> dict[str, str]:
+def common_environment() -> dict[str, str]:
+    """The variables that every worker needs, whatever it runs."""
+    env = {name: os.environ.get(name, value) for name, value in _ALWAYS.items()}
+    return {**env, **log_environment()}
+
+
+def worker_environment(recipe: "Recipe") -> dict[str, str]:
     """Set the variables that this recipe needs here, and return all of them for the workers.
 
     bfloat16 is probed only if the recipe requests it, because `auto` uses it on GPUs only.

@@ -21,7 +21,7 @@ from .environment import worker_environment
 from .gpus import kind_here, usable_gpus, visible_gpus
 from .interrupts import graceful_interrupts
 from .nodes.ray_session import cluster_address, ray_session
-from .preflight import try_machine, try_running_cluster
+from .preflight import has_room, try_machine, try_running_cluster
 
 
 def choose_launcher(
@@ -185,6 +185,12 @@ def _on_ray(
     with open_ray(recipe, progress, address, env, verbose), graceful_interrupts(stop):
         # Nodes with GPUs are waited for last: what is refused needs none.
         prepared.result()
+        large = prepares_on_ray(recipe)
+        if large and wait_for_nodes and not has_room(recipe):
+            # Before nodes with GPUs are asked for, which would lie idle meanwhile.
+            prepare_data(recipe, progress)
         tried = try_running_cluster(recipe, address, wait_for_nodes, progress)
+        if large:
+            prepare_data(recipe, progress)
         with RayLauncher(recipe.scale, stop, tried.worker_env, room=tried.room) as launcher:
             yield launcher

@@ -1,15 +1,19 @@
 """Whether a run fits into the memory of a GPU, and which settings would make it fit."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from ..training.config.recipe import Recipe
 from ..training.models.devices import Room
 from .gpus import Gpu, amount
+from .placements import as_line, changed_settings, nearest
 
 if TYPE_CHECKING:
     from ..training.models.memory_estimate import MemoryEstimate, Sizes
+
+_PROCESS_BYTES = 8 * 2**30
+"""Of a worker's libraries, the rows that it reads ahead, and its part of Ray's object store."""
 
 
 @dataclass(frozen=True)
@@ -25,55 +29,58 @@ class Verdict:
 
 def memory_text(memory: "MemoryEstimate", recipe: Recipe) -> str:
     """about 12.3 GiB of a GPU: …"""
-    rows, phase = recipe.optim.microbatch, memory.largest_phase
+    budget, phase = recipe.optim.micro_batch_tokens, memory.largest_phase
+    size = f"microbatch {recipe.microbatch}" if budget is None else f"{budget} tokens"
     with_checkpoints = " with gradient checkpointing" if recipe.model.checkpoints else ""
     parts = [
         f"weights {amount(memory.weights)}",
         f"gradients and optimizer {amount(memory.training)}",
-        f"activations {amount(memory.activations)} at microbatch {rows}{with_checkpoints}",
+        f"activations {amount(memory.activations)} at {size}{with_checkpoints}",
         *([f"vLLM {amount(memory.vllm)}"] if memory.vllm else []),
     ]
     most = "" if phase == "step" else f" (most in the {phase})"
     return f"about {amount(memory.peak)} of a GPU{most}: {', '.join(parts)}"
 
 
-def judge(recipe: Recipe, sizes: "Sizes", gpus: Sequence[Gpu], share: float = 1.0) -> Verdict:
+def judge(
+    recipe: Recipe, sizes: Mapping[str, "Sizes"], gpus: Sequence[Gpu], share: float = 1.0
+) -> Verdict:
     """Compare a run with the smallest GPU that a worker may get.
 
     Args:
         recipe: the run's recipe.
-        sizes: sizes of its model.
+        sizes: sizes of its model, by quantisation: its own, and others that it allows.
         gpus: at least one, of sizes that are known.
         share: part of a GPU that a worker may use, if several share one.
     """
     from ..training.models.memory_estimate import estimate
-    from ..training.models.placement import decide, other, smaller, with_strategy
+    from ..training.models.placement import decide, fits, smaller, with_strategy
 
-    smallest = min(gpus, key=lambda gpu: gpu.bytes or 0)
-    whole = smallest.bytes or 0
     room = room_of(gpus, share)
     assert room is not None
-    recipe = decide(recipe, sizes, room)
-    recipe = with_strategy(recipe, sizes, whole, room.compute)
-    memory = estimate(recipe, sizes, room.compute)
-    summary = f"{memory_text(memory, recipe)}; there is {amount(room.bytes)} ({smallest.name})"
-    if memory.peak <= room.bytes:
+    name, own = min(gpus, key=lambda gpu: gpu.bytes or 0).name, sizes[recipe.model.quantize]
+    placed = with_strategy(decide(recipe, own, room), own, room.bytes, room.compute)
+    summary = f"{memory_text(estimate(placed, own, room.compute), placed)}; there is "
+    summary += f"{amount(room.bytes)} ({name})"
+    if fits(placed, own, room):
         return Verdict(True, False, summary)
+    count = max(len(gpus) if share >= 1 else 1, placed.scale.most_workers)
+    near = nearest(placed, sizes, room, count)
+    line = None if near is None else as_line(changed_settings(recipe, near))
+    if any(fits(changed, own, room) for changed in smaller(placed)):
+        return Verdict(True, True, f"{summary}: too much at once; the nearest that fits: {line}")
+    most = amount(estimate(placed.with_placement(1, True), own, room.compute).peak)
+    text = f"{summary}; at microbatch 1 with gradient checkpointing it still needs {most}"
+    end = "no other settings fit" if line is None else f"the nearest that fits: {line}"
+    return Verdict(False, True, f"{text}; {end}")
 
-    def fits(changed: Recipe) -> bool:
-        return estimate(changed, sizes, room.compute).peak <= room.bytes
 
-    remedies = [text for text, changed in smaller(recipe) if fits(changed)]
-    if remedies:
-        text = f"{summary}: too much at once. It would fit with {', or with '.join(remedies)}"
-        return Verdict(True, True, text)
-    least = recipe.with_placement(1, True)
-    remedies = [text for text, changed in other(least) if fits(changed)]
-    most = amount(estimate(least, sizes, room.compute).peak)
-    lines = [f"{summary}; at microbatch 1 with gradient checkpointing it still needs {most}"]
-    if remedies:
-        lines.append(f"With these it would fit too: {', or '.join(remedies)}")
-    return Verdict(False, True, ". ".join(lines))
+def host_bytes(memory: "MemoryEstimate") -> int:
+    """Bytes that a worker on a GPU takes of its machine's memory, generously.
+
+    The weights pass through it when they are loaded, and what is trained when it is saved.
+    """
+    return memory.weights + memory.training + _PROCESS_BYTES
 
 
 def room_of(gpus: Sequence[Gpu], share: float = 1.0) -> Room | None:

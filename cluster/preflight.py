@@ -30,6 +30,7 @@ from ..training.models.dtypes import probe_bfloat16
 from .gpus import Gpu, gpus_here, visible_gpus
 from .memory_fit import judge, room_of
 from .nodes.probes import DRIVER, Line, node_names, on_every_node, render_lines, try_storage
+from .placements import sizes_by_quantisation
 
 _POLL_SECONDS = 2.0
 
@@ -123,9 +124,8 @@ def memory_lines(recipe: Recipe, gpus: Sequence[Gpu]) -> tuple[Line, ...]:
     measured = [gpu for gpu in gpus if gpu.bytes]
     if not measured or share == 0 or model_folder(recipe.model, only_cached=True) is None:
         return ()
-    from ..training.models.memory_estimate import sizes_of
-
-    verdict = judge(recipe, sizes_of(recipe), measured, 1.0 if share == "auto" else share)
+    sizes = sizes_by_quantisation(recipe)
+    verdict = judge(recipe, sizes, measured, 1.0 if share == "auto" else share)
     warns = verdict.fits and verdict.is_tight
     return (Line("memory", verdict.fits, verdict.text, warns),)
 
@@ -160,6 +160,13 @@ def try_running_cluster(
     result = preflight(recipe, wait_seconds, progress)
     result.require_success(progress)
     return result
+
+
+def has_room(recipe: Recipe) -> bool:
+    """True if the run's workers fit on the nodes that the initialised Ray has now."""
+    nodes = cluster_nodes()
+    request = worker_request(recipe.scale, nodes)
+    return fitting_workers(request, nodes) >= request.min
 
 
 def _fit(recipe: Recipe, wait_seconds: float, progress: Progress) -> Line:

@@ -9,10 +9,12 @@ from typing import Any
 from .common.errors import InputError
 from .common.storage import Folder
 from .config.adapter_folder import check_adapter
+from .config.eval_metrics import check_installed
 from .config.model_folder import has_vocabulary, model_folder
 from .config.places import about, locates
 from .config.recipe import Recipe
 from .config.reference_folder import check_reference
+from .config.trackers import check_trackers
 from .config.weight_checks import (
     check_adapter_weights,
     check_base_weights,
@@ -22,10 +24,11 @@ from .config.weight_checks import (
 )
 from .data.added_tokens import check_embedded, marks_of, tokens_to_add
 from .data.chat import NO_TEMPLATE, check_chatml, check_syntax
+from .data.curation.languages import check_languages
 from .data.inspection import InspectedRows, SourceInspection, inspect_source
 from .data.resolve import ResolvedSource, resolve_data
 from .data.shapes import Text, is_chat, parts_of
-from .rl.rewards.checking import check_rewards
+from .rl.rewards.checking import check_rewards, check_scores
 
 _COUNTED_BYTES = 64 * 2**20
 _SMALL_BYTES = 8 * 2**20
@@ -64,7 +67,10 @@ def inspect_recipe(recipe: Recipe) -> Inspection:
             positions; model.adapter or method.reference_model does not fit the model; or a
             reward is wrong, see `check_rewards`.
     """
+    check_languages(recipe)
+    check_scores(recipe)
     check_rewards(recipe)
+    check_installed(recipe.eval.metrics, "eval.metrics")
     data = resolve_data(recipe)
     size = sum(file.size for source in (*data.train, *data.eval) for file in source.files)
     folder = model_folder(recipe.model, only_cached=True)
@@ -97,6 +103,16 @@ def inspect_recipe(recipe: Recipe) -> Inspection:
 
 
 @locates
+@locates
+def check_log(recipe: Recipe) -> None:
+    """Check that all of `log.to` can be used from this process.
+
+    Raises:
+        InputError: a package or a key is absent.
+    """
+    check_trackers(recipe.log.to)
+
+
 def check_storage(recipe: Recipe, writes: bool = True) -> None:
     """Check that the storage is a folder in which this process can write.
 

@@ -7,6 +7,7 @@ All steps but the last two detect errors before a model is loaded.
 
 import threading
 import time
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,11 +23,14 @@ from .config.model_folder import model_folder
 from .config.places import locates
 from .config.recipe import Recipe
 from .config.remote_code import code_files
+from .config.trackers import programs_of
 from .data.curation.report import report_of
-from .data.fingerprint import fingerprint
+from .data.fingerprint import contents_of, fingerprint
 from .data.prepare import find_prepared, prepare, storage_errors
 from .data.prepared import Prepared
-from .data.tasks import RunTasks, run_in_process, run_on_ray_data
+from .data.producing import Producer
+from .data.tasks import RunOnRayData, RunTasks, run_in_process
+from .data.window_files import WINDOWS_FOLDER, read_counts
 from .engine.context import STOP_FILE
 from .engine.task import WorkerResult, WorkerTask
 from .inspection import inspect_recipe
@@ -54,8 +58,10 @@ from .records.run_folder import (
     existing_run,
     read_run,
 )
+from .records.tracking import tracked
 from .rehearsal.child import Rehearsal, rehearse
 from .rehearsal.outcome import Outcome, with_packing
+from .rl.row_scores import close_row_scorers, open_row_scorer
 
 
 def run_folder(recipe: Recipe) -> Folder:
@@ -82,7 +88,7 @@ def state_of_run(recipe: Recipe, *, longer: bool = False) -> RunState:
         recipe = with_packing(at_commits(recipe, earlier.get("commits")), packed_before(earlier))
         state = state_of(recipe, folder)
         _check_same_files(recipe, folder, earlier)
-        check_same_data(folder, earlier, fingerprint(recipe))
+        check_same_data(folder, earlier, fingerprint(recipe), lambda: contents_of(recipe))
     if state.has_new_length:
         steps = recipe.optim.max_steps
         prepared = (
@@ -136,12 +142,13 @@ def train(
     with hold_run_lock(folder.create(), launcher.stop.requested, progress) as stale:
         if stale is not None:
             progress.status(f"taking over the lock, whose holder no longer runs: {stale}")
-        result = run_prepared(
-            *(recipe, prepared, launcher, progress),
-            schedule=schedule,
-            commits=commits,
-            outcome=ready.outcome,
-        )
+        with tracked(folder, programs_of(recipe.log.to), progress):
+            result = run_prepared(
+                *(recipe, prepared, launcher, progress),
+                schedule=schedule,
+                commits=commits,
+                outcome=ready.outcome,
+            )
     _raise_failure(result, folder)
     return existing_run(folder)
 
@@ -218,23 +225,25 @@ def run_prepared(
     if earlier is not None:
         _check_same_files(recipe, folder, earlier)
     outcome = outcome or rehearse(recipe, progress)
-    recipe, decided = _placed(outcome.allowed(recipe), earlier, launcher.room, progress)
+    recipe = outcome.allowed(recipe).with_longest(prepared.manifest.longest)
+    recipe, decided = _placed(recipe, earlier, launcher.room, progress)
     _record_start(recipe, folder, prepared, schedule, commits or {}, outcome, decided)
     progress.run_started(folder)
     task = WorkerTask(
         recipe=recipe.model_dump(mode="json"),
         run=folder.uri,
         prepared=prepared.folder.uri,
-        isolation=outcome.isolation if prepared.manifest.packing else None,
+        isolation=outcome.way(prepared.manifest.packing),
         left_out=list(outcome.left_out),
         until=until,
         schedule=schedule,
     )
     started = time.monotonic()
     try:
-        result = run_with_retries(
-            task, launcher, progress, lambda: _prepare_again(recipe, prepared, progress)
-        )
+        with _windows(recipe, prepared, folder, launcher):
+            result = run_with_retries(
+                task, launcher, progress, lambda: _prepare_again(recipe, prepared, progress)
+            )
     except BaseException as error:
         status = "stopped" if isinstance(error, KeyboardInterrupt) else "failed"
         message = str(error) or type(error).__name__
@@ -244,6 +253,15 @@ def run_prepared(
     if folder.exists(RUN_FILE):
         write_report(folder)
     return result
+
+
+def _windows(
+    recipe: Recipe, prepared: Prepared, folder: Folder, launcher: Launcher
+) -> AbstractContextManager[object]:
+    """Prepares windows inside, if the recipe's data streams."""
+    if not recipe.data.streams:
+        return nullcontext()
+    return Producer(recipe, prepared, folder / WINDOWS_FOLDER, launcher.run_tasks)
 
 
 def _placed(
@@ -256,7 +274,7 @@ def _placed(
     if not recipe.leaves_open:
         return recipe, {}
     before = (earlier or {}).get("decided")
-    rows, checkpoints = recipe.optim.microbatch, recipe.model.checkpoints
+    rows, checkpoints = recipe.microbatch, recipe.model.checkpoints
     if before:
         if recipe.optim.micro_batch_size == "auto":
             rows = before["micro_batch_size"]
@@ -268,9 +286,10 @@ def _placed(
         from .models.placement import decide
 
         recipe = decide(recipe, sizes_of(recipe), room)
-        rows, checkpoints = recipe.optim.microbatch, recipe.model.checkpoints
+        rows, checkpoints = recipe.microbatch, recipe.model.checkpoints
+        size = recipe.microbatch_setting.replace("=", " ")
         progress.note(
-            f"by the estimate of the GPU's memory: optim.micro_batch_size {rows}, "
+            f"by the estimate of the GPU's memory: {size}, "
             f"model.gradient_checkpointing {str(checkpoints).lower()}"
         )
     decided = {"micro_batch_size": rows, "gradient_checkpointing": checkpoints}
@@ -283,7 +302,7 @@ def prepares_on_ray(recipe: Recipe) -> bool:
     Raises:
         InputError: see `inspect_recipe`.
     """
-    if not curates_on_ray(recipe):
+    if recipe.data.streams or not curates_on_ray(recipe):
         return False
     return find_prepared(recipe, Folder(recipe.storage) / PREPARED_FOLDER) is None
 
@@ -297,8 +316,7 @@ def prepare_data(recipe: Recipe, progress: Progress = SILENT) -> Prepared:
         InputError: see `inspect_recipe` and `prepare`.
         RunError: a data task on Ray failed.
     """
-    on_ray = prepares_on_ray(recipe)
-    return _prepare(recipe, run_on_ray_data if on_ray else run_in_process, progress)
+    return _prepare(recipe, _tasks(recipe, prepares_on_ray(recipe)), progress)
 
 
 def curates_on_ray(recipe: Recipe) -> bool:
@@ -319,10 +337,13 @@ def curate_data(recipe: Recipe, progress: Progress = SILENT) -> dict[str, Any]:
         InputError: the recipe has no stages; see also `prepare`.
         RunError: a data task on Ray failed, or the storage cannot be written to.
     """
-    run_tasks = run_on_ray_data if curates_on_ray(recipe) else run_in_process
+    run_tasks = _tasks(recipe, curates_on_ray(recipe))
     folder = Folder(recipe.storage) / PREPARED_FOLDER
     with storage_errors(folder):
-        return report_of(recipe, folder, run_tasks, progress)
+        try:
+            return report_of(recipe, folder, run_tasks, progress, open_row_scorer)
+        finally:
+            close_row_scorers()
 
 
 @locates
@@ -385,7 +406,15 @@ def _prepare_again(recipe: Recipe, damaged: Prepared, progress: Progress) -> Non
 
 
 def _prepare(recipe: Recipe, run_tasks: RunTasks, progress: Progress) -> Prepared:
-    return prepare(recipe, Folder(recipe.storage) / PREPARED_FOLDER, run_tasks, progress)
+    folder = Folder(recipe.storage) / PREPARED_FOLDER
+    try:
+        return prepare(recipe, folder, run_tasks, progress, open_row_scorer)
+    finally:
+        close_row_scorers()
+
+
+def _tasks(recipe: Recipe, on_ray: bool) -> RunTasks:
+    return RunOnRayData.within(recipe.scale.prepare) if on_ray else run_in_process
 
 
 def _names_experts(folder: Path) -> bool:
@@ -426,6 +455,8 @@ def check_enough(recipe: Recipe, prepared: Prepared) -> None:
         InputError: there are too few.
     """
     sequences = prepared.manifest.train.sequences
+    if (prepared.manifest.windows or 1) > 1:  # a step may take several windows
+        return
     if sequences < recipe.rows_per_step:
         packed = " (packed)" if recipe.packs else ""
         raise InputError(
@@ -477,8 +508,10 @@ def _record_start(
             data=prepared.manifest.summary(),
             rehearsal=outcome.as_record(recipe),
             error=None,
+            over=None,
             finished_at=None,
             schedule=schedule,
+            tags=list(recipe.log.tags),
             **recipe.method.run_facts,
             **({"decided": decided} if decided else {}),
             **({"model_code": code} if (code := code_files(recipe.model)) else {}),
@@ -498,7 +531,10 @@ def _record_end(
         record["error"] = None if error is None else redact(error)
         record["finished_at"] = now()
         record["wall_seconds"] = round(record.get("wall_seconds", 0.0) + seconds, 2)
-        record["best_checkpoint"] = best(folder / CHECKPOINTS_FOLDER, recipe.method.watched)
+        counts = read_counts(folder / WINDOWS_FOLDER) if recipe.data.streams else None
+        if counts is not None:
+            record["streamed"] = counts.summary()
+        record["best_checkpoint"] = best(folder / CHECKPOINTS_FOLDER, recipe.watched)
 
     update_run(folder, change)
 

@@ -3,12 +3,13 @@
 from collections.abc import Sequence
 
 from ..training.common.errors import InputError
+from ..training.config.eval_metrics import answer_metrics
 from ..training.config.metric import Metric
 from ..training.config.recipe import Recipe
 from .sweep import LoadedSweep, Objective
 
 SIZES = ("adapter_bytes", "trainable_parameters")
-_STEP = ("grad_norm", "tokens_per_second", "tokens", "seconds")
+_STEP = ("grad_norm", "tokens_per_second", "data_wait", "tokens", "seconds")
 """Metrics that a logged step of every method reports."""
 _AT_THE_END = (*SIZES, "exact_match", "wall_seconds", "tokens")
 """Metrics by which an unfinished trial cannot be compared: they exist only at its end, or are equal
@@ -26,7 +27,7 @@ def objectives(loaded: LoadedSweep) -> list[Metric]:
         place = loaded.place("objective" if loaded.names_objective else "recipe", number)
         if objective.metric not in reported_metrics(loaded.recipe):
             raise InputError(f"{place}: objective: {_why(objective, loaded)}")
-        metric = loaded.recipe.method.metric(objective.metric)
+        metric = loaded.recipe.metric(objective.metric)
         metrics.append(Metric(metric.name, objective.mode or metric.mode))
     return metrics
 
@@ -57,7 +58,10 @@ def reported_metrics(recipe: Recipe) -> list[str]:
     reported = [*method.step_metrics(), *_STEP, "wall_seconds", *SIZES]
     if _holds_out(recipe):
         held_out = [f"eval_{name}" for name in method.held_out_metrics(recipe.trains_adapter)]
-        reported = [*dict.fromkeys([method.watched.name, *held_out]), *reported]
+        reported = [
+            *dict.fromkeys([recipe.watched.name, *held_out, *answer_metrics(recipe.eval.metrics)]),
+            *reported,
+        ]
     if recipe.eval.samples > 0:
         reported.append("exact_match")
     return reported

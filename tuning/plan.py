@@ -85,6 +85,11 @@ def make_plan(loaded: LoadedSweep) -> Plan:
             f"{loaded.place('search')}: search: every key is computed with times, so none is "
             "searched; give at least one a choice or a range"
         )
+    if recipe.data.streams or "data.prepare" in space.searched:
+        raise InputError(
+            f"{loaded.place('recipe')}: recipe: data.prepare streaming prepares the data of one "
+            "run, and trials share it; prepare ahead"
+        )
     if sweep.pruning.kind == "pbt":
         _check_changeable(loaded, space)
     count, excluded = space.excluded()

@@ -1,118 +1,146 @@
-"""The plots of a sweep's report: those of Optuna, and two over trained tokens."""
+"""The charts of a sweep's report, drawn as those of a run."""
 
-from collections.abc import Callable, Iterator
+import warnings
+from collections.abc import Iterator, Sequence
 
 import optuna
-import plotly.graph_objects as go
-from optuna import visualization
-from optuna.trial import FrozenTrial, TrialState
+from optuna.study import StudyDirection
+from optuna.trial import TrialState
 
+from ..training.common.formatting import is_number
+from ..training.records.charts import Chart, Point, overlay, scatter
+from ..training.records.labels import label_of
 from ..training.records.run_folder import Record
 from .sweep_folder import lineage
 
-_COLOURS = {"finished": "#2f5bb7", "pruned": "#b9b4aa", "failed": "#b3261e", "running": "#b5520f"}
+_STYLES = {"finished": "trial", "pruned": "trial-pruned", "failed": "trial-pruned"}
 _ENOUGH = 2
 """Number of finished trials that a comparison needs."""
 
 
-def plots(study: optuna.Study, record: Record) -> Iterator[tuple[str, go.Figure]]:
-    """(title, figure) of every plot that the trials so far allow."""
-    metrics = [objective["metric"] for objective in record["objectives"]]
-    if any(row["curve"] for row in record["trials"]):
-        yield "Learning curves", learning_curves(record)
+def progress_charts(record: Record) -> list[Chart]:
+    """How the trials went: learning curves, and the best so far over all tokens."""
+    charts = [learning_curves(record)]
+    if len(record["objectives"]) == 1:
+        charts.append(over_compute(record))
+    return [chart for chart in charts if chart is not None]
+
+
+def comparison_charts(record: Record) -> Iterator[Chart]:
+    """Objectives over each other, then over each searched setting, of the finished trials."""
+    rows = [row for row in record["trials"] if row["state"] == "finished" and row["values"]]
+    if len(rows) < _ENOUGH:
+        return
+    names = [objective["metric"] for objective in record["objectives"]]
+    chosen = [number for number, row in enumerate(rows) if row["number"] in record["best"]]
+    made: list[Chart | None] = []
+    if len(names) > 1:
+        points = [(row["values"][0], row["values"][1]) for row in rows]
+        front = f"{label_of(names[1]).title} over {label_of(names[0]).title}"
+        form = label_of(names[1]).format
+        made.append(scatter(front, points, format=form, unit=names[0], chosen=chosen))
+    keys = dict.fromkeys(key for row in rows for key in row["settings"])
+    for place, name in enumerate(names):
+        for key in keys:
+            points = [(row["settings"].get(key), row["values"][place]) for row in rows]
+            if len({str(where) for where, _ in points}) > 1:
+                title = key if len(names) == 1 else f"{name}: {key}"
+                form = label_of(name).format
+                short = key.rpartition(".")[2]
+                made.append(scatter(title, points, format=form, unit=short, chosen=chosen))
+    yield from (chart for chart in made if chart is not None)
+
+
+def importances(study: optuna.Study) -> list[tuple[str, list[tuple[str, float]]]]:
+    """Of each objective the share of its spread that each setting explains, the largest first.
+
+    A list is empty where fewer than two trials finished, or nothing differs between them.
+    """
     finished = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
-    if not finished:
-        return
-    if len(metrics) == 1:
-        yield "Best so far over trained tokens", over_compute(record)
-        name = metrics[0]
-        yield "Over trials", visualization.plot_optimization_history(study, target_name=name)
-    else:
-        yield "Pareto front", visualization.plot_pareto_front(study, target_names=metrics)
-    if len(finished) < _ENOUGH:
-        return
-    for place, name in enumerate(metrics):
-        yield from _comparisons(study, place, name, finished)
-
-
-def _comparisons(
-    study: optuna.Study, place: int, name: str, finished: list[FrozenTrial]
-) -> Iterator[tuple[str, go.Figure]]:
-    target: Callable[[FrozenTrial], float] | None = None
-    if len(study.directions) > 1:
-        target = lambda trial: float(trial.values[place])  # noqa: E731
-    options = {"target": target, "target_name": name}
-    of = f" of {name}" if target else ""
-    yield f"Parallel coordinates{of}", visualization.plot_parallel_coordinate(study, **options)
-    values = {trial.values[place] for trial in finished}
-    keys = set.intersection(*(set(trial.params) for trial in finished))
-    if len(values) >= _ENOUGH and keys:
-        evaluator = optuna.importance.PedAnovaImportanceEvaluator()
-        importances = visualization.plot_param_importances(study, evaluator=evaluator, **options)
-        yield f"Importance{of}", importances
-    yield f"Slices{of}", visualization.plot_slice(study, **options)
-    if len(keys) >= 2:
-        yield f"Contours{of}", visualization.plot_contour(study, **options)
-
-
-def learning_curves(record: Record) -> go.Figure:
-    """The objective of every trial over its tokens; pruned trials are dotted and end in a cross."""
-    figure = go.Figure()
-    for row in record["trials"]:
-        if not row["curve"]:
+    if len(finished) < _ENOUGH or not set.intersection(*(set(t.params) for t in finished)):
+        return []
+    shares = []
+    evaluator = optuna.importance.PedAnovaImportanceEvaluator()
+    for place, _ in enumerate(study.directions):
+        if len({trial.values[place] for trial in finished}) < _ENOUGH:
             continue
-        tokens, values = zip(*_whole_curve(record, row), strict=True)
-        is_pruned = row["state"] == "pruned"
-        symbols = ["circle"] * (len(tokens) - 1) + ["x" if is_pruned else "circle"]
-        figure.add_scatter(
-            x=tokens,
-            y=values,
-            mode="lines+markers",
-            name=f"trial {row['number']} ({row['state']})",
-            line={"color": _COLOURS[row["state"]], "dash": "dot" if is_pruned else "solid"},
-            marker={"symbol": symbols, "size": 6},
-            opacity=1.0 if row["number"] in record["best"] else 0.7,
-        )
-    rung = record.get("first_rung")
-    if rung:
-        figure.add_vline(x=rung, line_dash="dash", line_color="#6a665e", annotation_text="rung")
-    return _labelled(figure, "trained tokens of the trial", record)
+
+        sign = 1.0 if study.directions[place] == StudyDirection.MINIMIZE else -1.0
+
+        def value(trial: optuna.trial.FrozenTrial, place: int = place, sign: float = sign) -> float:
+            return sign * float(trial.values[place])
+
+        with warnings.catch_warnings():
+            # It says that low values are good, as they are here.
+            warnings.filterwarnings("ignore", "PedAnova", UserWarning)
+            found = optuna.importance.get_param_importances(
+                study, evaluator=evaluator, target=value
+            )
+        shares.append((str(place), sorted(found.items(), key=lambda item: -item[1])))
+    return shares
 
 
-def _whole_curve(record: Record, row: Record) -> list[list[float]]:
+def learning_curves(record: Record) -> Chart | None:
+    """The objective of every trial over its tokens; the best trial is drawn last."""
+    ordered = sorted(record["trials"], key=lambda row: row["number"] in record["best"])
+    rows = [row for row in ordered if row["curve"]]
+    series = [(_title(row, record), _whole_curve(record, row)) for row in rows]
+    styles = [
+        "main" if row["number"] in record["best"] else _STYLES.get(row["state"], "held-out")
+        for row in rows
+    ]
+    name = record["objectives"][0]["metric"]
+    title = f"{label_of(name).title} of each trial".capitalize()
+    form = label_of(name).format
+    return overlay(title, series, format=form, unit="tokens", styles=styles or ("main",))
+
+
+def _title(row: Record, record: Record) -> str:
+    best = ", the best" if row["number"] in record["best"] else ""
+    return f"trial {row['number']} ({row['state']}{best})"
+
+
+def _whole_curve(record: Record, row: Record) -> list[Point]:
     """A trial's curve, starting at the point where it took over another trial's weights."""
+    own: Sequence[Sequence[float]] = row["curve"]
     parent = row.get("parent")
-    if parent is None:
-        return list(row["curve"])
-    before: list[list[float]] = lineage(record, row)[-2]["curve"]
-    start = [point for point in before if point[0] == parent["tokens"]]
-    return [*start, *row["curve"]]
+    start: Sequence[Sequence[float]] = []
+    if parent is not None:
+        before = lineage(record, row)[-2]["curve"]
+        start = [point for point in before if point[0] == parent["tokens"]]
+    return [(tokens, value if is_number(value) else None) for tokens, value in (*start, *own)]
 
 
-def over_compute(record: Record) -> go.Figure:
+def over_compute(record: Record) -> Chart | None:
     """The best objective so far over the trained tokens of all trials together."""
     ended = sorted((row for row in record["trials"] if row["ended"]), key=lambda row: row["ended"])
     sign = 1 if record["objectives"][0]["mode"] == "min" else -1
     spent, best = 0, None
-    points: list[tuple[int, float]] = []
+    points: list[Point] = []
     for row in ended:
+        if best is not None:
+            points.append((spent + row["tokens"], best))  # the line is a stair
         spent += row["tokens"]
         value = row["values"][0] if row["values"] else None
         if value is not None and (best is None or sign * value < sign * best):
             best = value
         if best is not None:
             points.append((spent, best))
-    tokens, values = zip(*points, strict=True) if points else ((), ())
-    figure = go.Figure()
-    figure.add_scatter(
-        x=tokens, y=values, mode="lines+markers", line={"shape": "hv", "color": "#2f5bb7"}
+    name = record["objectives"][0]["metric"]
+    series: list[tuple[str, list[Point]]] = [("the best so far", points)]
+    rule = rule_of_thumb(record)
+    if points and rule is not None and rule["values"]:
+        level = rule["values"][0]
+        series.append(("the rule of thumb", [(points[0][0], level), (points[-1][0], level)]))
+    return overlay(
+        "Best so far",
+        series,
+        format=label_of(name).format,
+        unit="tokens",
+        styles=("main", "reference"),
     )
-    return _labelled(figure, "trained tokens, all trials", record)
 
 
-def _labelled(figure: go.Figure, tokens: str, record: Record) -> go.Figure:
-    figure.update_layout(xaxis_title=tokens, yaxis_title=record["objectives"][0]["metric"])
-    values = [value for row in record["trials"] for _, value in row["curve"]]
-    if values and min(values) > 0 and max(values) > 20 * min(values):
-        figure.update_yaxes(type="log")
-    return figure
+def rule_of_thumb(record: Record) -> Record | None:
+    """The trial with the settings of the rule of thumb, with which every search starts."""
+    return next((row for row in record["trials"] if row["number"] == 0), None)

@@ -15,6 +15,7 @@ from ..training.common.errors import InputError, Interrupted, RunError, in_one_l
 from ..training.common.lock import hold_run_lock
 from ..training.common.storage import Folder
 from ..training.config.recipe import Recipe
+from ..training.config.trackers import programs_of
 from ..training.data.prepared import Prepared
 from ..training.engine.context import STOP_FILE
 from ..training.models.devices import Room
@@ -22,6 +23,7 @@ from ..training.records.checkpoint import choose
 from ..training.records.identity import at_commits, check_identity, hub_commits, identity_of
 from ..training.records.recorder import now
 from ..training.records.run_folder import CHECKPOINTS_FOLDER, METRICS_FILE, Record
+from ..training.records.tracking import tracked
 from .concurrency import decide_concurrency
 from .conductor import Conductor
 from .pbt import Population
@@ -36,6 +38,7 @@ from .samplers import first_rung, interval, make_pruner, make_sampler, parts
 from .space import Settings
 from .study import Assignment, StudyFile, SweepStudy
 from .sweep_folder import TRIALS_FOLDER, drop_weights, trial_folder, trial_name, write_sweep
+from .tracking_program import PROGRAM
 from .trial_actor import TrialConfig
 from .warm_start import earlier_trials
 
@@ -85,7 +88,8 @@ def tune(
         _check_answers(plan, rehearsals.prepared)
         record = {**earlier, "commits": commits}
         sweep = _SweepRun(plan, progress, rehearsals, record, concurrency, worker_env, room)
-        return sweep.run(stop)
+        with tracked(plan.folder, programs_of(plan.recipe.log.to), progress, PROGRAM):
+            return sweep.run(stop)
 
 
 class _SweepRun:

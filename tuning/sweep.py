@@ -275,7 +275,7 @@ def load_sweep(
     sweep = sweep.model_copy(update={"storage": storage, "warm_start": earlier})
     recipe = _base_recipe(sweep, document, folder, recipe_overrides)
     if not sweep.objective:
-        watched = Objective(metric=recipe.method.watched.name)
+        watched = Objective(metric=recipe.watched.name)
         sweep = sweep.model_copy(update={"objective": [watched]})
     return LoadedSweep(sweep, recipe, document, folder)
 

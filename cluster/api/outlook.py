@@ -8,10 +8,10 @@ from ...training.config.places import locates
 from ...training.config.recipe import Recipe
 from ...training.data.inspection import SourceInspection
 from ...training.data.prepare import find_prepared
-from ...training.data.prepared import CUT, Prepared, remarks
+from ...training.data.prepared import CUT, STREAMED, Prepared, remarks
 from ...training.data.rendering import OVERLONG
 from ...training.data.sample import measure_sample
-from ...training.inspection import Inspection, check_storage, inspect_recipe
+from ...training.inspection import Inspection, check_log, check_storage, inspect_recipe
 from ...training.records.resume import RunState
 from ...training.records.run_folder import PREPARED_FOLDER
 from ...training.rehearsal.child import Rehearsal
@@ -49,12 +49,15 @@ def examine(recipe: Recipe, *, fresh: bool = False, longer: bool = False) -> dic
         recipe = at_earlier_commits(recipe)
     inspection = inspect_recipe(recipe)
     check_storage(recipe)
+    check_log(recipe)
     state = RunState(run_folder(recipe), None) if fresh else state_of_run(recipe, longer=longer)
     with Rehearsal(recipe, only_cached=True) as rehearsal:
         outcome = rehearsal.outcome()
     recipe = _settled(recipe, outcome, state)
     data = _data_of(recipe, inspection)
     sequences = data["sequences"]
+    if data["is_exact"]:
+        recipe = recipe.with_longest(data["lengths"].get("1"))
     return {
         "name": recipe.name,
         "method": recipe.method.kind,
@@ -85,13 +88,13 @@ def data_outlook(recipe: Recipe) -> dict[str, Any]:
 
 def _data_of(recipe: Recipe, inspection: Inspection) -> dict[str, Any]:
     prepared = find_prepared(recipe, Folder(recipe.storage) / PREPARED_FOLDER)
-    if prepared is not None:
-        check_enough(recipe, prepared)
-        return _measured(prepared)
-    if inspection.bytes > _TRIED_BYTES or inspection.model_folder is None:
-        return _estimated(recipe, inspection)
-    prepared = prepare_here(recipe)
+    if prepared is None:
+        if inspection.bytes > _TRIED_BYTES or inspection.model_folder is None:
+            return _estimated(recipe, inspection)
+        prepared = prepare_here(recipe)
     check_enough(recipe, prepared)
+    if (prepared.manifest.windows or 1) > 1:  # of which one is measured
+        return _estimated(recipe, inspection)
     return _measured(prepared)
 
 
@@ -136,6 +139,8 @@ def _estimated(recipe: Recipe, inspection: Inspection) -> dict[str, Any]:
             "max_length": recipe.row_length,
             "notes": remarks({"unused": figures.unused, "in_train_too": figures.in_train_too}),
         }
+    if recipe.data.streams:
+        values |= {"streams": True, "notes": [*values.get("notes", ()), STREAMED]}
     if recipe.data.is_curated:
         values["notes"] = [*values.get("notes", ()), _BEFORE_CURATION]
     weights = [source.weight * (1 - recipe.data.held_out_share) for source in recipe.data.train]

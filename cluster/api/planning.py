@@ -1,19 +1,28 @@
 """What a run would need of a kind of GPU: computed from the recipe, without a GPU or a network."""
 
-from collections.abc import Iterator
-from contextlib import suppress
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ...training.common.errors import InputError
+from ...training.common.formatting import is_number
 from ...training.config.model_folder import model_folder
 from ...training.config.places import locates
 from ...training.config.recipe import Recipe
-from ...training.config.sections import ScaleSettings
+from ...training.config.recipe import load_recipe as load
+from ...tuning.sweep import is_sweep
 from ..cards import CARDS, Card, link_of, parse_gpus
-from ..gpus import amount
+from ..gpus import Gpu, amount
+from ..memory_fit import host_bytes, judge
+from ..placements import (
+    Placement,
+    as_line,
+    changed_settings,
+    nearest,
+    placements,
+    sizes_by_quantisation,
+    with_settings,
+)
 from .outlook import data_outlook
-from .recipes import Changes, RecipeSource, prepare_process, read
+from .recipes import Changes, RecipeSource, as_changes, prepare_process, read, source_of
 
 if TYPE_CHECKING:
     from ...training.models.devices import Room
@@ -21,38 +30,6 @@ if TYPE_CHECKING:
 
 UTILISATION = 0.4
 """Share of a GPU's operations that training is assumed to reach."""
-
-
-@dataclass(frozen=True)
-class Placement:
-    """One way to run a recipe."""
-
-    strategy: str
-    """one GPU, ddp or fsdp."""
-    workers: int
-    quantize: str
-    rows: int
-    """Rows of a microbatch."""
-    checkpoints: bool
-    recipe: Recipe
-    own_scale: ScaleSettings
-    """Of the recipe that is planned."""
-
-    @property
-    def settings(self) -> list[str]:
-        """The settings that lead to it, as --set takes them."""
-        made = [
-            f"scale.workers={self.workers}",
-            f"optim.micro_batch_size={self.rows}",
-            f"model.gradient_checkpointing={str(self.checkpoints).lower()}",
-        ]
-        if self.workers > 1 or self.own_scale.strategy == "fsdp":
-            made.append(f"scale.strategy={self.recipe.scale.strategy}")
-        if self.own_scale.gpus_per_worker == 0:
-            made.append("scale.gpus_per_worker=auto")
-        if self.recipe.trains_adapter:
-            made.append(f"model.quantize={self.quantize}")
-        return made
 
 
 def plan(
@@ -78,10 +55,54 @@ def plan(
         InputError: there is no such card, or the recipe is wrong.
     """
     card, count = parse_gpus(gpu)
-    if not 0 < utilisation <= 1:
-        raise InputError(f"--utilisation {utilisation:g}: expected a share above 0 and up to 1")
+    if not is_number(utilisation) or not 0 < utilisation <= 1:
+        raise InputError(f"--utilisation {utilisation}: expected a share above 0 and up to 1")
     prepare_process()
+    source = source_of(recipe)
+    if is_sweep(source):
+        raise InputError(
+            "a sweep has no single plan; plan its base recipe, or one with the settings of a trial"
+        )
     return _planned(read(recipe, changes), card, count, utilisation)
+
+
+def place(recipe: RecipeSource, changes: Changes = (), *, gpu: str) -> tuple[Recipe, int]:
+    """A recipe with the settings of its best placement on a kind of GPU; `changes` keep theirs.
+
+    Args:
+        recipe, changes, gpu: as in `plan`.
+
+    Returns:
+        The recipe, and the bytes that a worker takes of its machine's memory.
+
+    Raises:
+        InputError: as `plan`, or it does not fit; the message holds the nearest that does.
+    """
+    planned = plan(recipe, changes, gpu=gpu)
+    if planned["best"] is None:
+        least = min(row["peak"] for row in planned["placements"])
+        near = planned["nearest"] or "none of other settings, nor another card of the table"
+        raise InputError(
+            f"--gpu {gpu}: the run takes {amount(least)} of each at least; the nearest that would "
+            f"fit: {near}"
+        )
+    return _placed(load(source_of(recipe), [*planned["best"], *as_changes(changes)]), gpu)
+
+
+@locates
+def _placed(recipe: Recipe, gpu: str) -> tuple[Recipe, int]:
+    card, count = parse_gpus(gpu)
+    gpus = [Gpu(card.title, card.bytes, has_bfloat16=card.has_bfloat16)] * count
+    if recipe.scale.most_workers > count:
+        raise InputError(
+            f"scale.workers: {recipe.scale.most_workers}, and --gpu {gpu} has {count}; lower it, "
+            "or give more GPUs"
+        )
+    sizes = sizes_by_quantisation(recipe)
+    verdict = judge(recipe, sizes, gpus)
+    if not verdict.fits or verdict.is_tight:
+        raise InputError(f"--gpu {gpu}: {verdict.text}")
+    return recipe, host_bytes(_memory(recipe, sizes[recipe.model.quantize], card))
 
 
 @locates
@@ -91,11 +112,11 @@ def _planned(recipe: Recipe, card: Card, count: int, utilisation: float) -> dict
             f"model.base: the configuration of {recipe.model.base} is not on this machine; "
             "download it, or give a folder with its config.json"
         )
-    work, sizes = _work(recipe), _sizes(recipe)
+    work, sizes = _work(recipe), sizes_by_quantisation(recipe)
     rows = [
         _figures(placement, of_model, card, utilisation, work)
         for quantize, of_model in sizes.items()
-        for placement in _placements(recipe, quantize, of_model, card, count)
+        for placement in placements(recipe, quantize, of_model, _room(card), count)
     ]
     rows.sort(key=lambda row: (not row["fits"], row["seconds_per_step"], row["gpu_hours"] or 0))
     fitting = [row for row in rows if row["fits"]]
@@ -132,69 +153,6 @@ def _work(recipe: Recipe) -> dict[str, Any]:
     return work
 
 
-def _sizes(recipe: Recipe) -> dict[str, "Sizes"]:
-    """The model's sizes by quantisation; without another that the model does not allow."""
-    from ...training.models import import_peft  # noqa: F401 - before what loads peft
-    from ...training.models.memory_estimate import sizes_of
-
-    own, *others = _quantisations(recipe)
-    sizes = {own: sizes_of(recipe)}
-    for quantize in others:
-        with suppress(InputError):
-            sizes[quantize] = sizes_of(_with(recipe, "model", quantize=quantize))
-    return sizes
-
-
-def _quantisations(recipe: Recipe) -> list[str]:
-    """The recipe's own, and the other of none and nf4 where an adapter allows it."""
-    own = recipe.model.quantize
-    plain = recipe.adapter is not None and recipe.adapter.init in ("default", "gaussian")
-    uses_vllm = recipe.method.samples_online and not recipe.method.completions_at_once
-    other = {"none": "nf4", "nf4": "none"}.get(own)
-    return [own, *([other] if other and plain and not uses_vllm else [])]
-
-
-def _placements(
-    recipe: Recipe, quantize: str, sizes: "Sizes", card: Card, count: int
-) -> Iterator[Placement]:
-    """One GPU, ddp and fsdp, with and without checkpointing, at the largest fitting microbatch."""
-    recipe = _with(recipe, "model", quantize=quantize)
-    strategies = [("ddp", 1)]
-    if count > 1 and recipe.rows_per_step >= count:
-        strategies.append(("ddp", count))
-        if _is_shardable(recipe, count):
-            strategies.append(("fsdp", count))
-    for strategy, workers in strategies:
-        placed = _with(recipe, "scale", workers=workers, strategy=strategy)
-        for checkpoints in (False, True):
-            rows = _rows(placed, checkpoints, sizes, _room(card))
-            name = strategy if workers > 1 else "one GPU"
-            chosen = placed.with_placement(rows, checkpoints)
-            yield Placement(name, workers, quantize, rows, checkpoints, chosen, recipe.scale)
-
-
-def _is_shardable(recipe: Recipe, count: int) -> bool:
-    """True if workers can shard the model; packed weights of a few architectures cannot be."""
-    if recipe.why_not_shardable is not None or recipe.model.quantize == "none":
-        return recipe.why_not_shardable is None
-    from ...training.models.loading import build_meta_model
-
-    try:
-        sharded = _with(recipe, "scale", workers=count, strategy="fsdp")
-        build_meta_model(sharded, recipe.method.head)
-    except InputError:
-        return False
-    return True
-
-
-def _rows(recipe: Recipe, checkpoints: bool, sizes: "Sizes", room: "Room") -> int:
-    """The largest microbatch that fits, of the powers of two; 1 if none does."""
-    from ...training.models.placement import decide
-
-    open_ = _with(recipe.with_placement(1, checkpoints), "optim", micro_batch_size="auto")
-    return decide(open_, sizes, room).optim.microbatch
-
-
 def _room(card: Card) -> "Room":
     from ...training.models.devices import Room
 
@@ -210,6 +168,7 @@ def _memory(recipe: Recipe, sizes: "Sizes", card: Card) -> "MemoryEstimate":
 def _figures(
     placement: Placement, sizes: "Sizes", card: Card, utilisation: float, work: dict[str, Any]
 ) -> dict[str, Any]:
+    from ...training.models.placement import fits
     from ...training.models.speed import Device, seconds_per_step
 
     recipe, workers = placement.recipe, placement.workers
@@ -229,7 +188,7 @@ def _figures(
         "gradient_checkpointing": placement.checkpoints,
         "phases": memory.phases,
         "peak": memory.peak,
-        "fits": memory.peak <= card.bytes,
+        "fits": fits(recipe, sizes, _room(card)),
         "seconds_per_step": seconds,
         "tokens_per_second": tokens / seconds,
         "hours": hours,
@@ -239,31 +198,21 @@ def _figures(
 
 
 def _nearest(recipe: Recipe, sizes: dict[str, "Sizes"], card: Card, count: int) -> str | None:
-    """What would fit instead: a shorter length, or the smallest card that holds the run."""
-    quantize = "nf4" if "nf4" in sizes else recipe.model.quantize
-    of_model = sizes[quantize]
-    least = [
-        placement
-        for placement in _placements(recipe, quantize, of_model, card, count)
-        if placement.checkpoints
-    ]
-    length = recipe.data.max_length // 2
-    while length >= 256:
-        for placement in least:
-            shorter = _with(placement.recipe, "data", max_length=length)
-            if _memory(shorter, of_model, card).peak <= card.bytes:
-                return " ".join(f"--set {one}" for one in placement.settings) + (
-                    f" --set data.max_length={length}"
-                )
-        length //= 2
+    """What would fit instead: other settings, or the smallest card that holds the run."""
+    from ...training.models.placement import decide, fits
+
+    own, room = recipe.model.quantize, _room(card)
+    on_gpus = recipe
+    if recipe.scale.gpus_per_worker == 0:
+        on_gpus = with_settings(recipe, "scale", gpus_per_worker="auto")
+    near = nearest(decide(on_gpus, sizes[own], room), sizes, room, count)
+    if near is not None:
+        return as_line(changed_settings(recipe, near))
+    quantize = "nf4" if "nf4" in sizes else own
+    least = list(placements(recipe, quantize, sizes[quantize], room, count))
     for larger in sorted(CARDS.values(), key=lambda one: one.bytes):
-        for placement in least:
-            peak = _memory(placement.recipe, of_model, larger).peak
-            if peak <= larger.bytes:
+        for placement in filter(lambda one: one.checkpoints, least):
+            if fits(placement.recipe, sizes[quantize], _room(larger)):
+                peak = _memory(placement.recipe, sizes[quantize], larger).peak
                 return f"--gpu {larger.name}:{placement.workers} ({amount(peak)} of each)"
     return None
-
-
-def _with(recipe: Recipe, section: str, **changes: Any) -> Recipe:
-    part = getattr(recipe, section).model_copy(update=changes)
-    return recipe.model_copy(update={section: part})

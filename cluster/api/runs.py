@@ -2,21 +2,23 @@
 
 import os
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from ...training.common.background import Stop
+from ...training.common.errors import InputError
 from ...training.common.progress import SILENT, Progress
+from ...training.common.scratch import scratch_folder
 from ...training.common.storage import Folder
 from ...training.config.default_storage import default_storage
 from ...training.config.paths import resolve_path
 from ...training.config.places import locates
 from ...training.config.recipe import Recipe
 from ...training.config.user_code import try_import
-from ...training.inspection import check_storage, inspect_recipe
+from ...training.inspection import check_log, check_storage, inspect_recipe
 from ...training.records.resume import RunState
-from ...training.records.run_folder import list_runs
+from ...training.records.run_folder import finished_run, list_runs
 from ...training.rehearsal.child import Rehearsal
 from ...training.run import (
     at_earlier_commits,
@@ -68,7 +70,8 @@ def check(
 
     Returns:
         What a run would read, hold and do, as plain values: `sources`, `data` (tokens and
-        sequences), `steps`, `parameters`, `memory` (bytes) and `folder`.
+        sequences), `steps`, `parameters`, `memory` (bytes), `machine` (what is worth a note about
+        this machine, such as the nearest settings that fit its GPUs) and `folder`.
 
     Raises:
         InputError: the recipe cannot run; with place, key and remedy.
@@ -83,7 +86,9 @@ def check(
         outlook = examine(settings, fresh=fresh, longer=longer)
     where = ray_address(address)
     if not settings.scale.most_workers or (where or cluster_address(None)) is None:
-        check_machine(settings, SILENT)
+        notes = _Notes()
+        check_machine(settings, notes)
+        outlook["machine"] = notes.texts
     elif where:
         env = worker_environment(settings)
         with _display(quiet) as progress, open_ray(settings, progress, where, env, verbose):
@@ -201,6 +206,7 @@ def train(
     try_import(settings)
     inspection = inspect_recipe(settings)
     check_storage(settings)
+    check_log(settings)
     stop = Stop()
     with _display(quiet) as progress:
         state = RunState(run_folder(settings), None)
@@ -247,23 +253,36 @@ def runs(storage: str | os.PathLike[str] | None = None) -> list[RunResult]:
 
 def export(
     run: RunResult | str | os.PathLike[str],
-    to: str | os.PathLike[str],
+    to: str | os.PathLike[str] | None = None,
     *,
     merge: bool = False,
     dtype: Literal["float32", "bfloat16", "float16"] | None = None,
+    quantize: Literal["nf4", "int8"] | None = None,
+    format: Literal["safetensors", "gguf"] = "safetensors",
+    llama_cpp: str | os.PathLike[str] | None = None,
+    ollama: bool = False,
+    push: str | None = None,
+    public: bool = False,
     quiet: bool = False,
 ) -> "ExportSummary":
     """Write a finished run's result as a folder that transformers and PEFT load without finray.
 
     Args:
         run: the run, or its folder or URI.
-        to: a new or empty folder.
+        to: a new or empty folder; without one it is only pushed.
         merge: merge the adapter into its base.
         dtype: type of a whole model's weights; by default the base's.
+        quantize: store a whole model's weights quantised, as bitsandbytes reads them.
+        format: gguf: a file for llama.cpp and Ollama, too.
+        llama_cpp: a checkout of llama.cpp, whose converter writes that file; without it the folder
+            is only ready to be converted.
+        ollama: write a Modelfile, with the model's template and stops.
+        push: upload it to this repository of the Hugging Face Hub, OWNER/NAME.
+        public: let a new repository be public.
         quiet: show no progress.
 
     Returns:
-        The folder, its files and bytes, and how the result is loaded.
+        The folder, its files and bytes, how the result is loaded, and where it was uploaded.
 
     Raises:
         InputError: there is no finished run, nothing to merge, no base, or no space on the disk.
@@ -272,12 +291,53 @@ def export(
     prepare_process()
     # Both load torch, which the other functions here leave to the workers.
     from ...training.export.export import export as write
+    from ...training.export.gguf import check_converter
+    from ...training.export.publish import reserve, upload
     from ..screens.export import ExportProgress
 
     folder = Folder(run.uri) if isinstance(run, RunResult) else _folder(run)
-    target = Path(resolve_path(os.fspath(to), Path.cwd()))
-    with nullcontext(SILENT) if quiet else ExportProgress() as progress:
-        return write(folder, target, merge=merge, dtype=dtype, progress=progress)
+    if to is None and push is None:
+        raise InputError("export needs a folder to write to, or a repository to push to")
+    if format == "gguf" and quantize is not None:
+        raise InputError("--quantize contradicts --format gguf, which reads plain weights")
+    if llama_cpp is not None and format != "gguf":
+        raise InputError("--llama-cpp is for --format gguf; add that")
+    if format == "gguf" and llama_cpp is None and to is None:
+        raise InputError("--format gguf without --llama-cpp needs --to, to convert it from there")
+    script = None if llama_cpp is None else check_converter(Path(llama_cpp))
+    with (
+        scratch_folder("export") as scratch,
+        nullcontext(SILENT) if quiet else ExportProgress() as progress,
+    ):
+        target = scratch / folder.name if to is None else resolve_path(os.fspath(to), Path.cwd())
+        finished_run(folder)
+        if push is not None:
+            reserve(push, private=not public)
+        exported = write(
+            folder,
+            Path(target),
+            merge=merge,
+            dtype=dtype,
+            quantize=quantize,
+            for_gguf=format == "gguf",
+            converter=script,
+            ollama=ollama,
+            progress=progress,
+        )
+        if push is None:
+            return exported
+        progress.status(f"uploading to {push}")
+        return replace(exported, pushed=upload(exported.folder, push))
+
+
+class _Notes(Progress):
+    """Keeps what is worth a note."""
+
+    def __init__(self) -> None:
+        self.texts: list[str] = []
+
+    def note(self, message: str) -> None:
+        self.texts.append(message)
 
 
 @locates

@@ -8,7 +8,7 @@ from ...training.common.background import Stop
 from ...training.config.recipe import Recipe
 from ...training.config.sections import ScaleSettings
 from ...training.config.user_code import try_import
-from ...training.inspection import inspect_recipe
+from ...training.inspection import check_log, inspect_recipe
 from ...training.records.resume import differences
 from ...tuning.plan import Plan, make_plan
 from ...tuning.progress import SweepProgress
@@ -63,6 +63,7 @@ def tune(
     plan = make_plan(read_sweep_source(sweep, changes, stop_when, local=local))
     try_import(plan.recipe)
     inspect_recipe(plan.recipe)
+    check_log(plan.recipe)
 
     record = check_folder(plan)
     done = record is not None and record["status"] == "finished"

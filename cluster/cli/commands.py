@@ -4,6 +4,8 @@ import argparse
 from collections.abc import Callable
 
 COMMANDS = {
+    "init": ("start", "init"),
+    "import": ("start", "import_"),
     "check": ("check", "check"),
     "plan": ("plan", "plan"),
     "prepare": ("prepare", "prepare"),
@@ -21,9 +23,17 @@ COMMANDS = {
     "cluster doctor": ("cluster", "doctor"),
     "data show": ("data", "show"),
     "data report": ("data", "report"),
-    "runs": ("runs", "runs"),
+    "runs": ("storage", "runs"),
+    "runs compare": ("storage", "compare"),
+    "runs note": ("storage", "note"),
+    "runs rm": ("storage", "rm"),
+    "runs prune": ("storage", "prune"),
+    "clean": ("storage", "clean"),
     "report": ("runs", "report"),
     "export": ("runs", "export"),
+    "generate": ("evaluation", "generate"),
+    "chat": ("evaluation", "chat"),
+    "eval": ("evaluation", "evaluate"),
     "schema": ("runs", "schema"),
     "k8s render": ("k8s", "render"),
     "k8s run": ("k8s", "run"),
@@ -36,8 +46,8 @@ def command_function(options: argparse.Namespace) -> Callable[[argparse.Namespac
     """The function of a parsed command; only its own module is imported."""
     import importlib
 
-    words = [options.command, options.verb] if "verb" in options else [options.command]
-    module, name = COMMANDS[" ".join(words)]
+    words = [options.command, getattr(options, "verb", None)]
+    module, name = COMMANDS[" ".join(filter(None, words))]
     function: Callable[[argparse.Namespace], None] = getattr(
         importlib.import_module(f".{module}", __package__), name
     )

@@ -2,11 +2,13 @@
 
 import argparse
 import hashlib
+from dataclasses import replace
 
 from ...training.common.errors import InputError
 from ...training.common.storage import Folder
 from ...training.config.recipe import load_recipe
 from ...tuning.sweep import is_sweep
+from ..api.planning import place
 from ..kubernetes.refusals import Refusal
 from ..kubernetes.render import RETRIES, Target
 from ..kubernetes.render import render as render_manifests
@@ -19,8 +21,15 @@ def render(options: argparse.Namespace) -> None:
             f"{options.recipe} is a sweep, and k8s render writes runs; start the overlay's "
             "RayCluster and submit the sweep to it: finray job submit"
         )
-    target = Target(options.overlay, options.namespace, options.image, options.memory, options.disk)
-    text = render_manifests(load_recipe(options.recipe, tuple(options.overrides)), target)
+    target = Target(
+        *(options.overlay, options.namespace, options.image, options.memory), disk=options.disk
+    )
+    if options.gpu is None:
+        recipe = load_recipe(options.recipe, tuple(options.overrides))
+    else:
+        recipe, memory = place(options.recipe, options.overrides, gpu=options.gpu)
+        target = replace(target, least_memory=memory)
+    text = render_manifests(recipe, target)
     if options.to is None:
         print(text, end="")
         return

@@ -10,25 +10,10 @@ import shlex
 from collections.abc import Iterator
 
 from ...training.common.errors import InputError
+from ...training.config.foreign.lookup import foreign_key
 
-OTHER_NAMES = {
-    "num_train_epochs": "optim.epochs",
-    "per_device_train_batch_size": "optim.micro_batch_size",
-    "lr_scheduler_type": "optim.schedule",
-    "max_seq_length": "data.max_length",
-    "dataset": "data.train.0.path",
-    "train_file": "data.train.0.path",
-    "model": "model.base",
-    "model_name_or_path": "model.base",
-    "lora_r": "adapter.rank",
-    "lora_alpha": "adapter.alpha",
-    "lora_dropout": "adapter.dropout",
-    "target_modules": "adapter.targets",
-    "nproc_per_node": "scale.workers",
-    "output_dir": "storage",
-    "run_name": "name",
-}
-"""Names in transformers, TRL, PEFT and torchrun: finray's keys."""
+_OF_SECTIONS = {"model": "model.base", "data.train": "data.train.0.path"}
+"""The setting that is meant by a section's name."""
 _RECIPE = "recipe."
 _SIMILAR = 0.75
 _SHORTEST_START = 3
@@ -54,6 +39,11 @@ class Remedies:
         """
         plain = _plain(name)
         keys = self._named(plain) or self._named(_leaf(plain))
+        if not keys and (other := foreign_key(_leaf(plain))) is not None:
+            own, has_value, text = other.to.partition(": ")
+            keys = self._named(own)
+            value = text if has_value else value
+        keys = keys or self._by_initials(_leaf(plain))
         return " or ".join(_as_option(key, value) for key in keys) or None
 
     def nearest(self, name: str, value: str | None) -> str | None:
@@ -71,8 +61,8 @@ class Remedies:
         return starts[0] if len(plain) >= _SHORTEST_START and len(starts) == 1 else None
 
     def _named(self, name: str) -> list[str]:
-        """Keys that have the name in full, else as their last part, else as its initials."""
-        own = OTHER_NAMES.get(name, name)
+        """Keys that have the name in full, else as their last part."""
+        own = _OF_SECTIONS.get(name, name)
         pattern = re.sub(r"\.\d+\b", ".0", own)
         for key in self._keys:
             short = key.removeprefix(_RECIPE)
@@ -80,8 +70,11 @@ class Remedies:
                 return [key.removesuffix(pattern) + own]
             if short.replace(".", "_") == name:
                 return [key]
-        ends = [key for key in self._keys if _leaf(key) == name]
-        return ends or [key for key in self._keys if _initials(_leaf(key)) == name]
+        return [key for key in self._keys if _leaf(key) == name]
+
+    def _by_initials(self, name: str) -> list[str]:
+        """Keys whose last part has these initials."""
+        return [key for key in self._keys if _initials(_leaf(key)) == name]
 
 
 def _keys(options: argparse.Namespace) -> Iterator[str]:

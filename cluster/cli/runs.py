@@ -1,25 +1,18 @@
-"""Small commands: `finray runs`, `report`, `export` and `schema`."""
+"""Small commands: `finray report`, `export` and `schema`."""
 
 import argparse
 import json
 from pathlib import Path
 
+from ...training.common.errors import InputError
 from ...training.common.storage import Folder
-from ...training.config.default_storage import default_storage
 from ...training.config.paths import resolve_path
 from ...training.config.recipe import Recipe
 from ...training.config.section import json_schema
 from ...training.records.report import write_report
-from ...training.records.run_folder import REPORT_FILE, list_runs
+from ...training.records.run_folder import REPORT_FILE
 from ...tuning.sweep import Sweep
 from ..api.runs import export as write_export
-from ..screens.runs import render_runs
-
-
-def runs(options: argparse.Namespace) -> None:
-    """List the runs of a storage."""
-    storage = Folder(resolve_path(options.storage or default_storage(), Path.cwd()))
-    print(render_runs(list_runs(storage), as_json=options.json))
 
 
 def report(options: argparse.Namespace) -> None:
@@ -34,10 +27,23 @@ def export(options: argparse.Namespace) -> None:
     # It loads torch, which the other commands here do without.
     from ..screens.export import render_exported
 
+    if options.to is None and options.push is None:
+        raise InputError("export needs --to; see finray export --help")
     exported = write_export(
-        options.run, options.to, merge=options.merge, dtype=options.dtype, quiet=options.quiet
+        options.run,
+        options.to,
+        merge=options.merge,
+        dtype=options.dtype,
+        quantize=options.quantize,
+        format=options.format,
+        llama_cpp=options.llama_cpp,
+        ollama=options.ollama,
+        push=options.push,
+        public=options.public,
+        quiet=options.quiet,
     )
-    print(render_exported(exported, as_json=options.json))
+    waits = options.format == "gguf" and options.llama_cpp is None
+    print(render_exported(exported, as_json=options.json, to_convert=waits))
 
 
 def schema(options: argparse.Namespace) -> None:

@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ...training.common.errors import InputError
-from .arguments import UsageError, build_parser
+from .arguments import build_parser
 from .commands import COMMANDS
+from .parser import UsageError
 
 _GENERAL = ("-h", "--help", "--version", "--quiet", "--log-level")
 """Options that may stand before a command."""
@@ -47,6 +48,8 @@ def _refusal(error: UsageError) -> str:
     message = _SURPLUS.sub(" takes no value", message)
     if choice := _CHOICE.fullmatch(message):
         name, value, choices = choice.groups()
+        if name == "VERB":  # of a command that also stands alone
+            return _no_verb(program, value.strip("'"), choices)
         message = f"{name}: expected one of {choices.replace(chr(39), '')}, found {value}"
     if message.startswith(_REQUIRED):
         command, missing = program.partition(" ")[2], message.removeprefix(_REQUIRED)
@@ -54,6 +57,13 @@ def _refusal(error: UsageError) -> str:
             return f"{_WORDS[missing]} is missing; {program} --help lists them"
         message = f"{command} needs {missing}"
     return f"{message}; see {program} --help"
+
+
+def _no_verb(program: str, word: str, choices: str) -> str:
+    near = _nearest(word, re.findall(r"[a-z]+", choices))
+    if near is None:
+        return f"unexpected {word!r}; see {program} --help"
+    return f"unknown verb {word!r} of {program.partition(' ')[2]}; did you mean {near!r}?"
 
 
 # the words of the command
@@ -148,6 +158,11 @@ class Foreign(NamedTuple):
 
 def _unexpected(options: argparse.Namespace, arguments: Sequence[str], rest: Sequence[str]) -> str:
     """What to write instead of what no argument takes."""
+    if options.command == "import":
+        return (
+            f"unexpected {rest[0]!r}; put a command line into quotes: finray import 'trl sft …'; "
+            f"see {options.parser.prog} --help"
+        )
     foreign = [*_unknown_options(arguments, rest)] or [*_assignments(options, rest)]
     program = options.parser.prog
     if not foreign:

@@ -36,6 +36,8 @@ class Target:
     """None: the overlay's own."""
     memory: str | None = None
     """Of a worker's pod, as a Kubernetes quantity; None: the overlay's own."""
+    least_memory: int = 0
+    """Bytes that a worker's pod gets at least, where `memory` is not given."""
     disk: str | None = None
     """Ephemeral storage of every pod, likewise."""
 
@@ -143,6 +145,8 @@ def _fit_cluster(cluster: Manifest, scale: ScaleSettings, target: Target) -> Non
     if target.memory:
         amounts["memory"] = target.memory
     resources = _container(group)["resources"]
+    if not target.memory and target.least_memory > _bytes(resources["limits"]["memory"]):
+        amounts["memory"] = f"{-(-target.least_memory // 2**30)}Gi"
     for kind in ("requests", "limits"):
         resources[kind].update(amounts)
     for each in _groups(cluster):
@@ -151,6 +155,11 @@ def _fit_cluster(cluster: Manifest, scale: ScaleSettings, target: Target) -> Non
         if target.disk:
             for kind in ("requests", "limits"):
                 _container(each)["resources"][kind]["ephemeral-storage"] = target.disk
+
+
+def _bytes(quantity: str) -> int:
+    """Of an overlay's quantity such as 64Gi."""
+    return int(quantity.removesuffix("Gi")) * 2**30
 
 
 def _name_pods(cluster: Manifest, name: str) -> None:

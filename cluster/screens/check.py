@@ -27,8 +27,7 @@ def render(outlook: dict[str, Any]) -> str:
             (
                 "tokens",
                 f"{about}{formatting.count(data['tokens'])} in "
-                f"{formatting.count(data['sequences'])} sequences"
-                + ("" if data["is_exact"] else " (exact once prepared: finray prepare)"),
+                f"{formatting.count(data['sequences'])} sequences" + _how_to_measure(data),
             )
         )
     rows += _of_rows(data)
@@ -51,6 +50,7 @@ def render(outlook: dict[str, Any]) -> str:
         rows.append(("adapter", adapted_text(outlook["adapted"])))
     if outlook["memory"] is not None:
         rows.append(("memory", outlook["memory"]["text"]))
+    rows += [("note", note) for note in outlook.get("machine", ())]
     rows.append(("rehearsal", outlook["rehearsal"]["text"]))
     rows += [("note", line) for line in outlook["rehearsal"]["lines"]]
     workers = outlook["workers"]
@@ -67,6 +67,11 @@ def render(outlook: dict[str, Any]) -> str:
             *(f"  {name:10}  {text}" for name, text in rows),
         ]
     )
+
+
+def _how_to_measure(data: dict[str, Any]) -> str:
+    is_final = data["is_exact"] or data.get("streams")
+    return "" if is_final else " (exact once prepared: finray prepare)"
 
 
 def _of_rows(data: dict[str, Any]) -> list[tuple[str, str]]:

@@ -4,7 +4,12 @@ from collections.abc import Sequence
 from typing import Any
 
 from ...training.common.formatting import count, one_line, percent, printable
-from ...training.data.curation.funnel import describe_funnel, describe_samples, mean_lengths
+from ...training.data.curation.funnel import (
+    describe_funnel,
+    describe_kinds,
+    describe_samples,
+    mean_lengths,
+)
 
 
 def render_curation(report: dict[str, Any]) -> str:
@@ -17,6 +22,7 @@ def render_curation(report: dict[str, Any]) -> str:
     for stage, line in zip(report["funnel"], describe_funnel(report["funnel"]), strict=True):
         lines.append(f"  {line}")
         lines.append(f"      {_lengths(stage)}")
+        lines += [f"      {of}: {text}" for of, text in describe_kinds(stage)]
         lines += [f"      {printable(text)}" for text in describe_samples(stage)]
     lines += [f"  {'source':10}  {line}" for line in _sources(report["sources"])]
     if report["held_out"] is not None:

@@ -11,6 +11,7 @@ from rich.progress import Progress as Bars
 
 from ...training.common.progress import Progress
 from ...training.export.export import ExportSummary
+from ...training.export.gguf import shown_command
 
 KINDS = {
     "adapter": "the adapter alone",
@@ -45,8 +46,14 @@ class ExportProgress(Progress):
         self._bars.update(self._bar, completed=done, total=total, visible=True)
 
 
-def render_exported(exported: ExportSummary, as_json: bool) -> str:
-    """The exported files, and how to load them."""
+def render_exported(exported: ExportSummary, as_json: bool, to_convert: bool = False) -> str:
+    """The exported files, how to load them, and where they were uploaded.
+
+    Args:
+        exported: what was exported.
+        as_json: print it as JSON.
+        to_convert: add the command that converts it to GGUF.
+    """
     result = exported.result
     if as_json:
         values = {
@@ -55,9 +62,16 @@ def render_exported(exported: ExportSummary, as_json: bool) -> str:
             "base": result.base,
             "files": exported.files,
             "bytes": exported.bytes,
+            **({} if exported.pushed is None else {"pushed": exported.pushed}),
         }
         return json.dumps(values, indent=2)
     size = f"{exported.files} files, {decimal(exported.bytes)}"
     lines = [f"{exported.folder}: {KINDS[result.kind]} ({size})", ""]
     lines += [f"  {line}" for line in result.loading_lines(exported.folder)]
+    if exported.pushed is not None:
+        lines += ["", f"  {exported.pushed}"]
+    if to_convert:
+        file = exported.folder / f"{exported.folder.name}.gguf"
+        lines += ["", "In a checkout of llama.cpp, LLAMA_CPP, this writes the GGUF file:"]
+        lines.append(f"  {shown_command(exported.folder, file)}")
     return "\n".join(lines)

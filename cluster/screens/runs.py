@@ -6,6 +6,8 @@ from datetime import UTC, datetime
 from typing import Any
 
 from ...training.common import formatting
+from ...training.common.errors import InputError
+from ...training.config.metric import MODES
 from ...training.records.run_folder import Record
 
 SILENT_SECONDS = 120.0
@@ -24,26 +26,98 @@ HEADERS = (
     "started",
 )
 LEFT_ALIGNED = 3
-"""Number of columns with words; the others hold numbers."""
+"""Number of columns with words; the others hold numbers, but for tags and notes at the end."""
+_NOTE = 60
+_NAMED = 20
 
 
 def render_runs(
-    runs: Sequence[tuple[str, Record]], as_json: bool, now: datetime | None = None
+    runs: Sequence[tuple[str, Record]],
+    as_json: bool,
+    now: datetime | None = None,
+    *,
+    sort: str | None = None,
+    tag: str | None = None,
 ) -> str:
     """The runs of a storage, in the order of their start, as text in columns or a JSON list.
 
     Args:
-        runs: (name, run record), as `list_runs` gives them.
+        runs: (name, run record), as `noted_runs` gives them.
         now: the time from which ages count, with its zone; the present by default.
+        sort: a column or a metric to sort by, the best first; runs without it come last.
+        tag: only runs with this tag.
+
+    Raises:
+        InputError: no run has what they are to be sorted by, or the tag.
     """
     now = now or datetime.now(UTC)
-    ordered = sorted(runs, key=lambda run: (str(run[1].get("started_at") or ""), run[0]))
+    chosen = [run for run in runs if tag is None or tag in (run[1].get("tags") or ())]
+    if runs and not chosen:
+        raise InputError(f"--tag {tag}: no run has this tag{_among(_tags(runs))}")
+    ordered = sorted(chosen, key=lambda run: (str(run[1].get("started_at") or ""), run[0]))
+    if sort is not None and ordered:
+        ordered = _sorted_by(sort, ordered, now)
     entries = [_entry(name, record, now) for name, record in ordered]
     if as_json:
         return json.dumps(entries, indent=2)
     if not entries:
         return "no runs here yet"
-    return columns([HEADERS, *(_row(entry) for entry in entries)], LEFT_ALIGNED)
+    return _table(entries, sort)
+
+
+def _table(entries: Sequence[Record], sort: str | None) -> str:
+    """The columns; what runs are sorted by, their tags and notes only where there are some."""
+    rows = [list(HEADERS), *(list(_row(entry)) for entry in entries)]
+    shown = {*HEADERS, "eval_loss", "exact_match", "eval_reward", "started_at"}
+    if sort is not None and sort not in shown:
+        rows[0].append(sort)
+        for row, entry in zip(rows[1:], entries, strict=True):
+            row.append(formatting.loss(_value(entry, sort)))
+    words_from = len(rows[0])
+    for key in ("tags", "note"):
+        if any(entry[key] for entry in entries):
+            rows[0].append(key)
+            for row, entry in zip(rows[1:], entries, strict=True):
+                text = " ".join(entry[key]) if key == "tags" else entry[key]
+                row.append(_cut(formatting.one_line(text)))
+    return columns(rows, LEFT_ALIGNED, words_from)
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= _NOTE else f"{text[: _NOTE - 1]}…"
+
+
+def _tags(runs: Sequence[tuple[str, Record]]) -> set[str]:
+    return {tag for _, record in runs for tag in record.get("tags") or ()}
+
+
+def _among(names: set[str]) -> str:
+    return f"; there are {', '.join(sorted(names)[:_NAMED])}" if names else ""
+
+
+def _sorted_by(
+    key: str, runs: Sequence[tuple[str, Record]], now: datetime
+) -> list[tuple[str, Record]]:
+    """The best first, by the metric's own direction; words and times in ascending order."""
+    values = {name: _value(_entry(name, record, now), key) for name, record in runs}
+    if all(value is None for value in values.values()):
+        have = {"name", "status", "method", "step", "tokens", "started_at"}
+        have |= {name for _, record in runs for name in record.get("metrics") or {}}
+        raise InputError(f"--sort {key}: no run has {key}{_among(have)}")
+    sign = -1 if MODES.get(key.removeprefix("eval_")) == "max" else 1
+
+    def rank(run: tuple[str, Record]) -> tuple[bool, float, str]:
+        value = values[run[0]]
+        if formatting.is_number(value):
+            return False, sign * value, ""
+        return value is None, 0.0, str(value)
+
+    return sorted(runs, key=rank)
+
+
+def _value(entry: Record, key: str) -> Any:
+    """A column of a run, else a metric."""
+    return entry[key] if key in entry else _number(entry["metrics"].get(key))
 
 
 def _entry(name: str, record: Record, now: datetime) -> Record:
@@ -68,6 +142,9 @@ def _entry(name: str, record: Record, now: datetime) -> Record:
         "started_at": record.get("started_at"),
         "age_seconds": _age(record.get("started_at"), now),
         "silent_seconds": silent,
+        "tags": record.get("tags") or [],
+        "note": record.get("note") or "",
+        "metrics": {key: _number(value) for key, value in metrics.items()},
     }
 
 
@@ -100,13 +177,16 @@ def _reward(entry: Record) -> str:
     return formatting.percent(entry["eval_reward_accuracy"])
 
 
-def columns(rows: Sequence[Sequence[str]], left_aligned: int) -> str:
-    """A table with its first `left_aligned` columns aligned left and the others right."""
+def columns(rows: Sequence[Sequence[str]], left_aligned: int, words_from: int | None = None) -> str:
+    """A table with its first `left_aligned` columns aligned left, and those from `words_from` on;
+    the others right."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = []
     for row in rows:
         cells = [
-            cell.ljust(width) if index < left_aligned else cell.rjust(width)
+            cell.ljust(width)
+            if index < left_aligned or (words_from is not None and index >= words_from)
+            else cell.rjust(width)
             for index, (cell, width) in enumerate(zip(row, widths, strict=True))
         ]
         lines.append("  ".join(cells).rstrip())

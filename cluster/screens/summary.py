@@ -1,5 +1,6 @@
 """The summary that `finray train` prints at the end."""
 
+import textwrap
 from collections.abc import Sequence
 
 from rich.cells import cell_len, set_cell_size
@@ -65,7 +66,14 @@ def _headline(run: Record, paint: _Paint) -> list[str]:
     present = [fact for fact in facts if formatting.MISSING not in fact]
     colour = {"finished": _GREEN, "failed": _RED}.get(status, _BOLD)
     name = paint(formatting.one_line(str(run.get("name") or "run")), _BOLD)
-    return [f"{name} {paint(status, colour)}" + (f": {', '.join(present)}" if present else "")]
+    head = f"{name} {paint(status, colour)}" + (f": {', '.join(present)}" if present else "")
+    return [head, *_wrapped(run.get("over"))]
+
+
+def _wrapped(over: object) -> list[str]:
+    """Why a run ended before its last step."""
+    text = formatting.one_line(f"ended early: {over}") if over else ""
+    return textwrap.wrap(text, WIDTH, initial_indent="  ", subsequent_indent="  ")
 
 
 def _error(run: Record) -> list[str]:

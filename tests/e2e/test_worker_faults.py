@@ -59,7 +59,7 @@ def spoil(objective):
 
 sys.meta_path.insert(0, Spoil())
 '''
-OUT_OF_MEMORY = SPOILED.replace("FAILS", 'len(batch.inputs["input_ids"]) > 2').replace(
+OUT_OF_MEMORY = SPOILED.replace("FAILS", "len(batch.rows) > 2").replace(
     "ERROR", 'torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")'
 )
 BAD_ROW = SPOILED.replace("FAILS", "sum(calls) == 5").replace(

@@ -6,7 +6,16 @@ document that sees another, a gradient that is missing and a wrong mask all show
 
 import pytest
 from families.case import TOLERANCE, Case, cases
-from families.matrix import LEFT_OUT, REFUSED, REGISTRY, REMEDIES, SAMPLE, TENTH, architectures
+from families.matrix import (
+    LEFT_OUT,
+    REFUSED,
+    REGISTRY,
+    REMEDIES,
+    ROUNDED,
+    SAMPLE,
+    TENTH,
+    architectures,
+)
 from families.plain import assert_near, load, logits, with_adapter, with_new_adapter
 from families.results import measure, note
 
@@ -34,7 +43,7 @@ def test_lora(case: Case) -> None:
     assert run.losses == pytest.approx(run.plain_losses(plain), rel=TOLERANCE)
 
     loaded = with_adapter(load(case.base), run.folder / "adapter")
-    assert_near(logits(loaded), logits(plain))
+    assert_near(logits(loaded), logits(plain), share=ROUNDED.get(case.kind, 1e-3))
     note(case.kind, "lora", packed=run.is_packed, **measure(loaded))
 
 

@@ -2,6 +2,8 @@
 
 import json
 import random
+import time
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +12,15 @@ import pytest
 from support.recorded import RecordedProgress
 
 from finray.training.common.errors import InputError
+from finray.training.common.progress import SILENT
 from finray.training.common.storage import Folder
 from finray.training.config.recipe import Recipe
-from finray.training.data.prepare import prepare
+from finray.training.data import window_plan
+from finray.training.data.prepare import Windows, prepare
 from finray.training.data.prepared import DamagedDataError, Prepared
+from finray.training.data.resolve import resolve_data
 from finray.training.data.stream import Slice, _in_ray_tasks, share, stream
-from finray.training.data.tasks import run_in_process, run_on_ray_data
+from finray.training.data.tasks import RunOnRayData, run_in_process, run_on_ray_data
 
 pytestmark = [
     pytest.mark.ray,
@@ -28,7 +33,12 @@ BATCH = 12
 
 
 def make_recipe(
-    model: Path, files: list[Path], storage: Path, method: str | dict[str, str] = "sft", **data: Any
+    model: Path,
+    files: list[Path],
+    storage: Path,
+    method: str | dict[str, str] = "sft",
+    max_steps: int | None = None,
+    **data: Any,
 ) -> Recipe:
     return Recipe.model_validate(
         {
@@ -42,6 +52,7 @@ def make_recipe(
                 "packing": False,
                 **data,
             },
+            "optim": {"max_steps": max_steps},
             "storage": str(storage),
         }
     )
@@ -107,6 +118,47 @@ def test_ray_data_curates_the_same(tiny_model: Path, tmp_path: Path) -> None:
     }
 
 
+def _texts(folder: Path) -> list[Path]:
+    draw, words = random.Random(0), [f"w{n}" for n in range(300)]
+    files = []
+    for name in "abc":
+        rows = [{"text": " ".join(draw.choices(words, k=40)), "n": n % 7} for n in range(60)]
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        files.append(folder / f"{name}.jsonl")
+    return files
+
+
+@pytest.mark.usefixtures("local_ray")
+def test_ray_data_scores_the_same(tiny_model: Path, tmp_path: Path) -> None:
+    function = {"file": "/s.py:f", "source": "def f(row):\n    return row['n']\n"}
+    curate = [{"kind": "score", "with": function, "keep_top": 0.4}]
+    recipe = make_recipe(
+        *(tiny_model, _texts(tmp_path), tmp_path), {"kind": "pretrain"}, curate=curate
+    )
+    here = prepare(recipe, Folder(str(tmp_path / "here")), run_in_process)
+    on_ray = prepare(recipe, Folder(str(tmp_path / "ray")), run_on_ray_data)
+    assert here.manifest.funnel == on_ray.manifest.funnel
+    assert here.manifest.funnel[-1]["rows_out"] == 72
+    assert here.manifest.train.hashes == on_ray.manifest.train.hashes
+
+
+@pytest.mark.usefixtures("local_ray")
+def test_tasks_stay_within_the_bounds_of_the_recipe() -> None:
+    def span(_: int) -> tuple[float, float]:
+        started = time.time()
+        time.sleep(0.1)
+        return started, time.time()
+
+    # a resource that each cluster's first node has
+    tasks = RunOnRayData(cpus=1, resources={"node:__internal_head__": 0.001})
+    times = list(tasks(span, list(range(6))))
+    assert times == sorted(times) and len(times) == 6
+    assert all(one[1] <= two[0] for one, two in pairwise(times)), "two tasks ran at once"
+    message = r"^scale\.prepare\.resources: no node has \{cpu_node: 0\.001\}; .* are: none; start"
+    with pytest.raises(InputError, match=message):
+        list(RunOnRayData(resources={"cpu_node": 0.001})(span, [1]))
+
+
 @pytest.mark.usefixtures("local_ray")
 def test_a_bad_row_in_a_task_is_reported_as_in_this_process(
     tiny_model: Path, tmp_path: Path
@@ -117,6 +169,31 @@ def test_a_bad_row_in_a_task_is_reported_as_in_this_process(
     recipe = make_recipe(tiny_model, [bad], tmp_path)
     with pytest.raises(InputError, match=r"bad\.jsonl:11"):
         prepare(recipe, Folder(str(tmp_path)), run_on_ray_data)
+
+
+@pytest.mark.usefixtures("local_ray")
+def test_windows_are_made_beside_workers_that_hold_all_cpus(
+    tiny_model: Path, chat_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import ray
+
+    class Worker:
+        def hold(self) -> None:
+            """Return once the worker has its CPUs."""
+
+    for name, size in (("FIRST_BYTES", 8192), ("WINDOW_BYTES", 8192), ("BLOCK_BYTES", 2048)):
+        monkeypatch.setattr(window_plan, name, size)
+    monkeypatch.setattr(window_plan, "_PACKED_BYTES", 1)
+    recipe = make_recipe(tiny_model, [chat_file], tmp_path, prepare="streaming", max_steps=9)
+    windows = Windows(recipe, resolve_data(recipe))
+    worker = ray.remote(num_cpus=4)(Worker).remote()
+    ray.get(worker.hold.remote())
+    here, on_ray = (
+        windows.prepare(windows.part(1), Folder(str(tmp_path / name)), run, SILENT).manifest
+        for name, run in (("here", run_in_process), ("ray", RunOnRayData.beside_workers(None)))
+    )
+    assert here.train.hashes == on_ray.train.hashes and here.train.sequences
+    ray.kill(worker)
 
 
 @pytest.mark.usefixtures("local_ray")

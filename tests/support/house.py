@@ -24,6 +24,7 @@ FLOORS = [
     "training.export",
     "training.objectives",
     "training.rl",
+    "training.evaluation",
     "training.engine",
     "training.rehearsal",
     "training.launch",
@@ -34,12 +35,14 @@ FLOORS = [
     "cluster.interrupts",
     "cluster.cards",
     "cluster.gpus",
+    "cluster.placements",
     "cluster.memory_fit",
     "cluster.nodes",
     "cluster.kubernetes",
     "cluster.jobs",
     "cluster.preflight",
     "cluster.launcher",
+    "cluster.starting",
     "cluster.screens",
     "cluster.api",
     "cluster.cli",
@@ -47,7 +50,10 @@ FLOORS = [
 ]
 """From the ground up: a room imports from rooms before it, never from one behind it."""
 
-TORCH_ROOMS = ("models", "export", "objectives", "rl", "engine", "rehearsal")
+TORCH_ROOMS = (
+    *("models", "export", "objectives", "rl"),
+    *("evaluation", "engine", "rehearsal"),
+)
 TORCH_FILES = {"training.data.batching", "training.data.documents"}
 """Beside the rooms that compute: where torch may be imported when a module is loaded."""
 RAY_ROOMS = ("training.launch", "tuning", "cluster")

@@ -9,11 +9,11 @@ import torch
 
 from finray.training.common.storage import Folder
 from finray.training.config.recipe import Recipe
-from finray.training.data.batching import Rows, microbatches
+from finray.training.data.batching import Rows, in_batches
 from finray.training.data.prepared import Prepared
 from finray.training.data.stream import Sequence
 from finray.training.engine.trainer import StepMeasures, StreamTrainer
-from finray.training.engine.trainer_arguments import accumulation, training_arguments
+from finray.training.engine.trainer_arguments import training_arguments
 from finray.training.objectives.objective import Setup
 from finray.training.rl.grpo import GrpoObjective
 from finray.training.rl.online import OnlineObjective
@@ -86,15 +86,10 @@ class Trained:
         objective._rollouts = recorded  # type: ignore[method-assign]
         self.trainer = StreamTrainer(
             model,
-            training_arguments(recipe, recipe.optim.max_steps, 1, scratch),
+            training_arguments(recipe, recipe.optim.max_steps, scratch),
             objective=objective,
             passes=recipe.method.repeats,
-            rows=lambda: microbatches(
-                iter(rows_of(self.texts, tokenizer)),
-                recipe.rows_per_step,
-                recipe.optim.micro_batch_size,
-                accumulation(recipe, 1),
-            ),
+            rows=lambda: in_batches(iter(rows_of(self.texts, tokenizer)), recipe.rows_per_step),
             after_step=self._after_step,
             is_logged=lambda step: True,
             stop_requested=lambda: False,

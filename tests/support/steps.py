@@ -15,12 +15,12 @@ from transformers import TrainerCallback
 
 from finray.training.common.storage import Folder
 from finray.training.config.recipe import Recipe
-from finray.training.data.batching import microbatches
+from finray.training.data.batching import in_batches
 from finray.training.data.prepared import Prepared
 from finray.training.data.stream import Sequence, share
 from finray.training.engine.methods import objective_of
 from finray.training.engine.trainer import Counts, StepMeasures, StreamTrainer
-from finray.training.engine.trainer_arguments import accumulation, training_arguments
+from finray.training.engine.trainer_arguments import training_arguments
 from finray.training.models.sharding import choose_strategy
 from finray.training.objectives.objective import Setup
 
@@ -92,15 +92,10 @@ def one_step(
         setup.place(model)
     trainer = StreamTrainer(
         model,
-        training_arguments(settings, 1, world_size, scratch),
+        training_arguments(settings, 1, scratch),
         objective=objective,
         passes=1,
-        rows=lambda: microbatches(
-            iter(own_rows),
-            len(own_rows),
-            settings.optim.micro_batch_size,
-            accumulation(settings, world_size),
-        ),
+        rows=lambda: in_batches(iter(own_rows), len(own_rows)),
         after_step=after_step,
         is_logged=lambda step: True,
         stop_requested=lambda: False,

@@ -18,9 +18,10 @@ import finray
 from finray.cluster.jobs.staging import add_finray
 
 NAMES = [
-    *("FinrayError", "InputError", "Interrupted", "PreparedData", "Recipe", "Report", "RunError"),
-    *("RunResult", "SweepResult", "__version__", "check", "export", "load_recipe", "prepare"),
-    *("runs", "train", "tune"),
+    *("Comparison", "EvaluationResult", "FinrayError", "InputError", "Interrupted"),
+    *("PreparedData", "Recipe", "Report", "RunError", "RunResult", "SweepResult"),
+    *("__version__", "check", "compare", "evaluate", "export", "generate", "load_recipe"),
+    *("plan", "prepare", "runs", "train", "tune"),
 ]
 USE = (
     "import finray, json\n"

@@ -62,10 +62,10 @@ def test_package_files_hold_a_docstring_only() -> None:
             assert len(body) == 1 and isinstance(body[0], ast.Expr), name
 
 
-def test_training_has_eleven_rooms_and_two_modules() -> None:
+def test_training_has_twelve_rooms_and_two_modules() -> None:
     folders = {path.parent.name for path in (ROOT / "training").glob("*/__init__.py")}
     files = {path.stem for path in (ROOT / "training").glob("*.py")} - {"__init__"}
-    assert len(folders) == 11 and files == {"run", "inspection"}
+    assert len(folders) == 12 and files == {"run", "inspection"}
 
 
 def loaded_imports(tree: ast.Module) -> Iterator[str]:

@@ -21,7 +21,7 @@ SIGNATURES = {
     "transformers.Trainer.log": "self logs start_time",
     "transformers.Trainer.compute_loss": "self model inputs return_outputs num_items_in_batch",
     "transformers.Trainer.compute_loss_context_manager": "self",
-    "transformers.Trainer._defer_fsdp_gradient_reduction": "self",
+    "transformers.Trainer.training_step": "self model inputs num_items_in_batch",
     "transformers.Trainer._get_grad_norm": "self model grad_norm",
     "transformers.Trainer._maybe_log_save_evaluate": (
         "self tr_loss grad_norm model trial epoch ignore_keys_for_eval start_time learning_rate"

@@ -46,6 +46,14 @@ def short_count(number: Any) -> str:
     return f"{number:.3g}"
 
 
+def short_bytes(number: float) -> str:
+    """A size with three digits and a unit: 950 B, 12.3 kB, 1.23 GB."""
+    for scale, unit in ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
+        if number >= scale * 0.9995:
+            return f"{number / scale:.3g} {unit}"
+    return f"{number:.0f} B"
+
+
 def exponent(number: Any) -> str:
     """A number such as a learning rate in scientific notation: 1.9e-04."""
     return f"{number:.1e}" if is_number(number) else MISSING

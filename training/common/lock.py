@@ -81,6 +81,15 @@ def hold_run_lock(
             folder.delete(LOCK_FILE)
 
 
+def holder_of(folder: Folder) -> str | None:
+    """The process of this machine that holds a folder's lock, as text; None if none does.
+
+    A holder that is not visible from here is no answer: `hold_run_lock` waits for its heartbeat.
+    """
+    lock = _read(folder)
+    return f"{lock}" if lock is not None and lock.holder.is_running() else None
+
+
 def _take(folder: Folder, own: Lock, progress: Progress) -> Lock | None:
     existing = _read(folder)
     if existing is not None and _is_alive(folder, existing, progress):

@@ -7,6 +7,7 @@ write is atomic: a reader gets the old file or the new one, never a part.
 import os
 import shutil
 import uuid
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -17,6 +18,8 @@ from pyarrow import fs as pafs
 from .errors import InputError
 from .formatting import one_line
 
+USED = "used"
+"""An empty file whose time is that of its folder, in an object store."""
 _BUCKETS = frozenset({"s3", "gs", "gcs", "abfs", "abfss", "viewfs", "hdfs"})
 """Kinds of storage whose URI names a bucket, a container or a host first."""
 
@@ -164,6 +167,41 @@ class Folder:
             for info in self.filesystem.get_file_info(selector)
             if info.type == pafs.FileType.File
         )
+
+    def size(self, name: str = "") -> int:
+        """Bytes of a file or folder inside, or of this folder; 0 if it does not exist."""
+        path = self.file(name) if name else self.path
+        info = self.filesystem.get_file_info(path)
+        if info.type != pafs.FileType.Directory:
+            return int(info.size or 0)
+        selector = pafs.FileSelector(path, allow_not_found=True, recursive=True)
+        return sum(int(item.size or 0) for item in self.filesystem.get_file_info(selector))
+
+    def newest(self, name: str = "") -> float | None:
+        """When the newest file of a folder inside, or of this folder, was written; see `modified`.
+
+        The time of an empty folder is its own.
+        """
+        path = self.file(name) if name else self.path
+        infos = [self.filesystem.get_file_info(path)]
+        if infos[0].type == pafs.FileType.Directory:
+            selector = pafs.FileSelector(path, allow_not_found=True, recursive=True)
+            infos += self.filesystem.get_file_info(selector)
+        times = [info.mtime_ns for info in infos if info.mtime_ns is not None]
+        return max(times) / 1e9 if times else None
+
+    def touch(self) -> None:
+        """Say that an existing folder is used now, which `newest` then returns.
+
+        Nothing happens to a folder that does not exist, or in which this process may not write.
+        """
+        if not self.exists():
+            return
+        with suppress(PermissionError, FileNotFoundError):
+            if self.local is not None:
+                os.utime(self.local)
+            else:
+                self.write(USED, b"")
 
     def read(self, name: str) -> bytes:
         """The bytes of a file.

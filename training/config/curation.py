@@ -4,6 +4,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import BeforeValidator, Field, model_validator
 
+from ..common.formatting import shown
 from .section import PositiveInt, Section, Share
 from .short_forms import as_function, as_sources, as_stages
 from .source import RowFunction, Source
@@ -59,6 +60,82 @@ class KeepStage(Section):
         """The key `with`, which Python cannot name."""
         function: RowFunction = getattr(self, "with")
         return function
+
+
+class ScoreStage(Section):
+    """Each row gets a number, and rows with low ones are dropped."""
+
+    kind: Literal["score"] = "score"
+    """Rows are dropped by a number that a function or a reward model gives them."""
+    __annotations__["with"] = Annotated[
+        RowFunction | None,
+        BeforeValidator(as_function, str | RowFunction | None),
+        Field(
+            default=None,
+            description='A Python file and a function in it, "score.py:quality". It takes a row as '
+            "a dict and returns a finite number, which is higher for better rows.",
+        ),
+    ]
+    run: str | None = None
+    """Instead of a function: folder of a finished finray run of method reward (relative to the
+    recipe's folder, to where the command runs, or to the storage), which scores a row's text. Of a
+    pair it is the score of the chosen answer minus that of the rejected one."""
+    keep_top: Annotated[float, Field(gt=0.0, lt=1.0)] | None = None
+    """Share of the rows of all sources together that stays: those with the highest scores."""
+    min: float | None = None
+    """Smallest score of a row that stays, instead of a share."""
+
+    @property
+    def function(self) -> RowFunction | None:
+        """The key `with`, which Python cannot name."""
+        function: RowFunction | None = getattr(self, "with")
+        return function
+
+    @model_validator(mode="after")
+    def _one_of_each(self) -> Self:
+        if (self.function is None) == (self.run is None):
+            raise ValueError(
+                "score needs with, a function, or run, a reward model; set one of them"
+            )
+        if (self.keep_top is None) == (self.min is None):
+            raise ValueError("score needs keep_top, a share, or min, a score; set one of them")
+        return self
+
+
+LANGUAGES = tuple(
+    """
+    af als am an ar arz as ast av az azb ba bar bcl be bg bh bn bo bpy br bs bxr ca cbk ce ceb ckb
+    co cs cv cy da de diq dsb dty dv el eml en eo es et eu fa fi fr frr fy ga gd gl gn gom gu gv
+    he hi hif hr hsb ht hu hy ia id ie ilo io is it ja jbo jv ka kk km kn ko krc ku kv kw ky la lb
+    lez li lmo lo lrc lt lv mai mg mhr min mk ml mn mr mrj ms mt mwl my myv mzn nah nap nds ne new
+    nl nn no oc or os pa pam pfl pl pms pnb ps pt qu rm ro ru rue sa sah sc scn sco sd sh si sk sl
+    so sq sr su sv sw ta te tg th tk tl tr tt tyv ug uk ur uz vec vep vi vls vo wa war wuu xal xmf
+    yi yo yue zh
+    """.split()
+)
+"""Codes of the languages that can be told apart: ISO 639, of two letters where there are such."""
+
+
+class LanguageStage(Section):
+    """Rows in other languages are dropped."""
+
+    kind: Literal["language"] = "language"
+    """Rows are dropped by their language."""
+    keep: Annotated[list[str], Field(min_length=1)]
+    """Codes of the languages to keep, such as [en, de]. The language is that of a row's texts
+    together, without system prompts; a row without letters has none, and stays."""
+    min_confidence: Share = 0.0
+    """Rows whose language is less probable than this are dropped, too; 0.65 is usual for pages of
+    the web."""
+
+    @model_validator(mode="after")
+    def _languages_exist(self) -> Self:
+        if unknown := [code for code in self.keep if code not in LANGUAGES]:
+            raise ValueError(
+                f"keep: there is no language {shown(unknown[0])}; name some of: "
+                f"{', '.join(LANGUAGES)}"
+            )
+        return self
 
 
 class RedactStage(Section):
@@ -136,7 +213,14 @@ class DecontaminateStage(Section):
 
 
 Stage = Annotated[
-    NormaliseStage | FilterStage | KeepStage | RedactStage | DeduplicateStage | DecontaminateStage,
+    NormaliseStage
+    | FilterStage
+    | KeepStage
+    | LanguageStage
+    | RedactStage
+    | ScoreStage
+    | DeduplicateStage
+    | DecontaminateStage,
     Field(discriminator="kind"),
 ]
 _Name = Literal["normalise", "redact", "deduplicate", "decontaminate"]

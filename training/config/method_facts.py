@@ -114,6 +114,11 @@ class MethodSettings(Section):
         return 0
 
     @property
+    def averages_by_pass(self) -> bool:
+        """True if the loss depends on which rows share a forward pass."""
+        return False
+
+    @property
     def repeats(self) -> int:
         """Optimizer steps on the same rows before the next rows are used."""
         return 1

@@ -132,6 +132,17 @@ class DpoMethod(PairSettings, ReferenceSettings):
     """Compute the reference's log-probabilities once, before the first step, and keep them with
     the prepared data."""
 
+    def contradiction(
+        self, data: DataSettings, optim: OptimSettings, checkpoint: CheckpointSettings
+    ) -> str | None:
+        """A reference that is computed ahead needs all rows ahead."""
+        if self.precompute_reference and data.streams:
+            return (
+                "method.precompute_reference computes on all rows, which data.prepare streaming "
+                "never has together; remove it, or prepare ahead"
+            )
+        return None
+
     @property
     def uses_reference(self) -> bool:
         """False if the reference's log-probabilities are computed before the first step."""
@@ -493,6 +504,11 @@ class GrpoMethod(OnlineMethod):
     scale_rewards: Literal["group", "batch", "none"] = "group"
     """Advantages are divided by the rewards' standard deviation in a prompt's group, in the whole
     batch, or not at all."""
+
+    @property
+    def averages_by_pass(self) -> bool:
+        """True for bnpo."""
+        return self.loss == "bnpo"
 
 
 class RlooMethod(OnlineMethod):

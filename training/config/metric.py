@@ -22,6 +22,7 @@ MODES: dict[str, Mode] = {
     "kl": "min",
     "grad_norm": "min",
     "tokens_per_second": "max",
+    "data_wait": "min",
     "tokens": "min",
     "seconds": "min",
     "wall_seconds": "min",

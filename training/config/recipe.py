@@ -16,13 +16,16 @@ from ..common.formatting import dotted
 from ..common.secrets import secret_kind, secret_places
 from .adapter_folder import added_tokens, find_adapter
 from .default_storage import check_storage_kind, settle_storage
+from .eval_metrics import answer_metrics, metric_name
 from .methods import Method, SftMethod
+from .metric import Metric
 from .models import FreezeSettings, LoraAdapter, ModelSettings
 from .paths import resolve_model, resolve_path
 from .places import PlacedSection, about, locates
 from .remote_code import check_pinned
 from .resolved_sources import resolve_sources
 from .sections import (
+    FLAT,
     CheckpointSettings,
     DataSettings,
     EvalSettings,
@@ -83,6 +86,7 @@ class Recipe(PlacedSection):
 
     _isolates: bool | None = PrivateAttr(default=None)
     _isolation: Isolation | None = PrivateAttr(default=None)
+    _longest: int | None = PrivateAttr(default=None)
     """Whether the model keeps packed documents apart; None before a rehearsal."""
 
     @model_validator(mode="after")
@@ -92,6 +96,7 @@ class Recipe(PlacedSection):
             raise ValueError("eval.every_steps needs held-out data: set data.eval or data.holdout")
         if self.eval.samples > 0 and not held_out:
             raise ValueError("eval.samples needs held-out data: set data.eval or data.holdout")
+        self._check_metrics()
         kind = self.method.kind
         message = self.method.contradiction(self.data, self.optim, self.checkpoint)
         message = message or self.method.model_contradiction(self.model, self.adapter)
@@ -112,17 +117,59 @@ class Recipe(PlacedSection):
                 "data.overlong split: only single documents can be split, and rows of method "
                 f"{kind} are not; use truncate_left, truncate or drop"
             )
-        if self.optim.microbatch > self.optim.batch_size:
-            raise ValueError(
-                f"optim.micro_batch_size {self.optim.micro_batch_size} is larger than "
-                f"optim.batch_size {self.optim.batch_size}; lower it"
-            )
+        if self.microbatch_fault is not None:
+            raise ValueError(self.microbatch_fault)
         if self.scale.most_workers > self.rows_per_step:
             raise ValueError(
                 f"scale.workers {self.scale.most_workers} is larger than the "
                 f"{self.rows_per_step} rows that a step of optim.batch_size "
                 f"{self.optim.batch_size} takes, so some would be idle; lower scale.workers"
             )
+        return self
+
+    def _check_metrics(self) -> None:
+        """Refuse measures of answers that there are none of, and a metric that is not reported."""
+        if self.eval.metrics and not self.eval.samples:
+            raise ValueError(
+                "eval.metrics measures answers to held-out prompts: set eval.samples, their number"
+            )
+        names = [metric_name(metric) for metric in self.eval.metrics]
+        if twice := next((name for name in names if names.count(name) > 1), None):
+            raise ValueError(f"eval.metrics names {twice} twice; remove or rename one of them")
+        own = [f"eval_{name}" for name in self.method.held_out_metrics(self.trains_adapter)]
+        possible = [*own, *answer_metrics(self.eval.metrics)]
+        if self.eval.watch is not None and self.eval.watch not in possible:
+            raise ValueError(
+                f"eval.watch: the run reports no {self.eval.watch} at an evaluation, but "
+                f"{', '.join(possible)}"
+            )
+
+    @property
+    def watched(self) -> Metric:
+        """The metric that decides which checkpoint is the best."""
+        name = self.eval.watch
+        return self.method.watched if name is None else self.metric(name)
+
+    def metric(self, name: str) -> Metric:
+        """A metric that the run reports, with its direction."""
+        return answer_metrics(self.eval.metrics).get(name) or self.method.metric(name)
+
+    @model_validator(mode="after")
+    def _can_stream(self) -> Self:
+        if not self.data.streams:
+            return self
+        if self.optim.epochs is not None:
+            raise ValueError(
+                "optim.epochs counts all rows, which data.prepare streaming never has together; "
+                "set optim.max_steps instead, or prepare ahead"
+            )
+        if self.optim.max_steps is None:
+            raise ValueError(
+                "data.prepare streaming needs optim.max_steps, as nobody has counted the rows; set "
+                "it, or prepare ahead"
+            )
+        if self.data.why_not_streaming is not None:
+            raise ValueError(self.data.why_not_streaming)
         return self
 
     @model_validator(mode="after")
@@ -233,6 +280,13 @@ class Recipe(PlacedSection):
         """How documents of a row are kept apart; None if they are not, or it is not known yet."""
         return self._isolation
 
+    @property
+    def is_flat(self) -> bool:
+        """True if the texts of a microbatch share a row; before `with_isolation` a guess."""
+        if self._isolation is not None:
+            return self._isolation in FLAT
+        return self._isolates is not False and self.model.attention not in ("sdpa", "eager")
+
     def with_isolation(self, isolates: bool, way: Isolation | None = None) -> Self:
         """The same recipe, whose `data.packing: auto` packs if the model keeps documents apart.
 
@@ -245,14 +299,86 @@ class Recipe(PlacedSection):
         return decided
 
     @property
+    def microbatch_fault(self) -> str | None:
+        """Why there are no microbatches of the size that the recipe asks for; else None."""
+        optim, row = self.optim, self.tokens_per_row
+        if optim.micro_batch_tokens is None:
+            if optim.microbatch <= optim.batch_size:
+                return None
+            return (
+                f"optim.micro_batch_size {optim.microbatch} is larger than optim.batch_size "
+                f"{optim.batch_size}; lower it"
+            )
+        if self.method.averages_by_pass:
+            return (
+                "optim.micro_batch_tokens: method.loss bnpo averages over each forward pass, so "
+                "its result depends on which rows share one; set micro_batch_size instead"
+            )
+        if optim.micro_batch_tokens < row:
+            texts = self.method.sequences_per_row
+            each = f"{texts} texts of " if texts > 1 else ""
+            return (
+                f"optim.micro_batch_tokens {optim.micro_batch_tokens} holds no row, which may have "
+                f"{each}data.max_length {self.data.max_length} tokens; give at least {row}, or a "
+                "shorter max_length"
+            )
+        return None
+
+    @property
+    def tokens_per_row(self) -> int:
+        """Largest number of tokens of a row, in all its texts."""
+        return self.method.sequences_per_row * self.data.max_length
+
+    @property
+    def microbatch(self) -> int:
+        """Rows of a microbatch; with a budget of tokens, those of full length that it holds."""
+        budget = self.optim.micro_batch_tokens
+        return self.optim.microbatch if budget is None else max(1, budget // self.tokens_per_row)
+
+    @property
+    def microbatch_tokens(self) -> int:
+        """Largest number of tokens of a microbatch."""
+        budget, row = self.optim.micro_batch_tokens, self.tokens_per_row
+        if budget is None or self.packs:
+            return self.microbatch * row
+        return min(budget, self.optim.batch_size * row)
+
+    @property
+    def microbatch_setting(self) -> str:
+        """The size of a microbatch, as --set takes it."""
+        if (budget := self.optim.micro_batch_tokens) is not None:
+            return f"optim.micro_batch_tokens={budget}"
+        return f"optim.micro_batch_size={self.microbatch}"
+
+    @property
+    def longest_document(self) -> int:
+        """Tokens of the longest document of a row; `data.max_length` before `with_longest`."""
+        return min(self._longest or self.data.max_length, self.data.max_length)
+
+    def with_longest(self, tokens: int | None) -> Self:
+        """The same recipe, whose prepared documents have at most so many tokens; None for
+        `data.max_length`."""
+        decided = self.model_copy()
+        decided._longest = tokens
+        return decided
+
+    @property
     def leaves_open(self) -> bool:
         """True if a setting is auto that follows from the GPU's memory when the run starts."""
         return "auto" in (self.optim.micro_batch_size, self.model.gradient_checkpointing)
 
     def with_placement(self, rows: int, checkpoints: bool) -> Self:
-        """The same recipe with a microbatch, and with or without gradient checkpointing."""
+        """The same recipe with a microbatch, and with or without gradient checkpointing.
+
+        A budget of tokens stays one: it becomes that of so many rows, unless it holds so many.
+        """
         model = self.model.model_copy(update={"gradient_checkpointing": checkpoints})
-        optim = self.optim.model_copy(update={"micro_batch_size": rows})
+        size: dict[str, int] = {"micro_batch_size": rows}
+        if self.optim.micro_batch_tokens is not None:
+            size = {"micro_batch_tokens": rows * self.tokens_per_row}
+        if self.optim.micro_batch_size != "auto" and rows == self.microbatch:
+            size = {}
+        optim = self.optim.model_copy(update=size)
         return self.model_copy(update={"model": model, "optim": optim})
 
     @property
@@ -337,27 +463,32 @@ def resolve_recipe(recipe: Recipe, folder: Path) -> Recipe:
         InputError: a path does not lead to usable files.
     """
 
+    with about("storage"):
+        storage = resolve_path(recipe.storage, Path.cwd())
+    places = (folder, Path.cwd(), Path(storage))
     data = recipe.data.model_copy(
         update={
-            **resolve_sources(recipe.data, folder),
+            **resolve_sources(recipe.data, places),
             "chat_template": _read_template(recipe.data.chat_template, folder),
         }
     )
     with about("model.base"):
         base = resolve_model(recipe.model.base, folder)
     check_pinned(recipe.model.model_copy(update={"base": base}))
-    with about("storage"):
-        storage = resolve_path(recipe.storage, Path.cwd())
-    places = (folder, Path.cwd(), Path(storage))
     adapter = recipe.model.adapter
     if adapter is not None:
         with about("model.adapter"):
             candidates = [resolve_path(adapter, place) for place in places]
         adapter = find_adapter(candidates)
     tokens = _tokens_of(recipe, adapter)
+    metrics = [
+        metric if isinstance(metric, str) else metric.resolve(folder, f"eval.metrics.{index}")
+        for index, metric in enumerate(recipe.eval.metrics)
+    ]
     return recipe.model_copy(
         update={
             "data": data,
+            "eval": recipe.eval.model_copy(update={"metrics": metrics}),
             "method": recipe.method.resolve(places),
             "model": recipe.model.model_copy(
                 update={"base": base, "adapter": adapter, "add_tokens": tokens}

@@ -5,25 +5,27 @@ from pathlib import Path
 from typing import Any
 
 from ..common.errors import InputError
-from .curation import DecontaminateStage, KeepStage
+from .curation import DecontaminateStage, KeepStage, ScoreStage
 from .llama_factory import named_source
 from .paths import is_folder, resolve_path
 from .places import about
+from .rewards import resolve_run
 from .sections import DataSettings
 from .source import Source
 
 
-def resolve_sources(data: DataSettings, folder: Path) -> dict[str, list[Any]]:
+def resolve_sources(data: DataSettings, places: Sequence[Path]) -> dict[str, list[Any]]:
     """The sources for training and for evaluation, and the stages, with absolute paths.
 
     Args:
         data: the recipe's section.
-        folder: where relative paths start.
+        places: folders in which a run is searched; relative paths start in the first.
 
     Raises:
-        InputError: a file of code or dataset_info.json cannot be used, or data.eval names a split
-            of training data that has none.
+        InputError: a file of code or dataset_info.json cannot be used, data.eval names a split
+            of training data that has none, or there is no such run.
     """
+    folder = places[0]
     train = _resolve_all(data.train, folder, "data.train")
     held_out = [
         written
@@ -34,15 +36,18 @@ def resolve_sources(data: DataSettings, folder: Path) -> dict[str, list[Any]]:
         "train": train,
         "eval": _resolve_all(held_out, folder, "data.eval"),
         "curate": [
-            _resolve_stage(stage, folder, f"data.curate.{index}")
+            _resolve_stage(stage, places, f"data.curate.{index}")
             for index, stage in enumerate(data.curate)
         ],
     }
 
 
-def _resolve_stage(stage: Any, folder: Path, key: str) -> Any:
-    if isinstance(stage, KeepStage):
+def _resolve_stage(stage: Any, places: Sequence[Path], key: str) -> Any:
+    folder = places[0]
+    if isinstance(stage, KeepStage | ScoreStage) and stage.function is not None:
         return stage.model_copy(update={"with": stage.function.resolve(folder, f"{key}.with")})
+    if isinstance(stage, ScoreStage) and stage.run is not None:
+        return stage.model_copy(update={"run": resolve_run(stage.run, places, f"{key}.run")})
     if isinstance(stage, DecontaminateStage):
         against = _resolve_all(stage.against, folder, f"{key}.against")
         return stage.model_copy(update={"against": against})

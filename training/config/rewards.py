@@ -188,10 +188,24 @@ def resolve_reward(reward: Reward, places: Sequence[Path], where: str) -> Reward
     if isinstance(reward, ModelReward):
         with about(f"{where}.model"):
             return reward.model_copy(update={"model": resolve_model(reward.model, places[0])})
-    with about(f"{where}.run"):
-        candidates = [resolve_path(reward.run, place) for place in places]
+    return reward.model_copy(update={"run": resolve_run(reward.run, places, f"{where}.run")})
+
+
+def resolve_run(run: str, places: Sequence[Path], where: str) -> str:
+    """The folder of a run, absolute.
+
+    Args:
+        run: as the recipe names it.
+        places: folders in which it is searched.
+        where: the key in the recipe, for messages.
+
+    Raises:
+        InputError: there is no such folder.
+    """
+    with about(where):
+        candidates = [resolve_path(run, place) for place in places]
     existing = [path for path in candidates if "://" in path or is_folder(path)]
     if not existing:
         listed = ", ".join(dict.fromkeys(candidates))
-        raise InputError(f"{where}.run: none of these folders exists: {listed}; correct the path")
-    return reward.model_copy(update={"run": existing[0]})
+        raise InputError(f"{where}: none of these folders exists: {listed}; correct the path")
+    return existing[0]

@@ -8,14 +8,25 @@ from typing import Annotated, Literal, Self
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from ..common.formatting import shown
-from .curation import DecontaminateStage, HoldoutSettings, MixSettings, Stages
+from .curation import (
+    DecontaminateStage,
+    DeduplicateStage,
+    HoldoutSettings,
+    MixSettings,
+    ScoreStage,
+    Stages,
+)
+from .eval_metrics import MetricChoice
 from .section import MOST, PositiveInt, Section, Share
 from .short_forms import as_sources
 from .source import Source
+from .trackers import TrackerName
 
 TEMPLATE_DATE = date(2026, 1, 1)
 """The day on which chat templates are rendered that read the clock."""
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
+
+_TAG = re.compile(r"[A-Za-z0-9._:/+-]{1,40}")
 
 RESERVED_NAMES = frozenset({"prepared"})
 """Folders that finray itself keeps in a storage, beside those of runs and sweeps."""
@@ -39,6 +50,24 @@ Name = Annotated[
 ]
 
 
+def check_tag(tag: str) -> str:
+    """The tag as it is.
+
+    Raises:
+        ValueError: it has more than 40 characters, or others than letters, digits and ._:/+-.
+    """
+    if _TAG.fullmatch(tag) is None:
+        raise ValueError(
+            f"expected a tag of at most 40 letters, digits and ._:/+-, found {shown(tag)}"
+        )
+    return tag
+
+
+Tag = Annotated[
+    str, AfterValidator(check_tag), Field(json_schema_extra={"pattern": f"^{_TAG.pattern}$"})
+]
+
+
 def _check_day(day: str) -> str:
     try:
         return date.fromisoformat(day).isoformat()
@@ -52,7 +81,8 @@ ANSWERS_AT_ONCE = 32
 Isolation = Literal["documents", "positions", "mask", "borders"]
 """How a model keeps packed documents apart: its attention computes each by itself; by positions
 that restart; by a block mask; or by the documents' borders, which its kernels take."""
-
+FLAT: tuple[Isolation | None, ...] = ("documents", "borders")
+"""The ways in which a microbatch is a single row without padding, whatever its texts are."""
 
 Day = Annotated[str, AfterValidator(_check_day)]
 
@@ -81,6 +111,10 @@ class DataSettings(Section):
     without settings may be written by name: [normalise, deduplicate]."""
     mix: MixSettings | None = None
     """Weights of the sources by their sizes, instead of their own weights."""
+    prepare: Literal["ahead", "streaming"] = "ahead"
+    """ahead: all rows become sequences before the first step. streaming: a window of rows after the
+    other, while the run trains; only a few windows are in the storage at any time, and the number
+    of steps (optim.max_steps) has to be given."""
     max_length: Annotated[int, Field(ge=8, le=MOST)] = 2048
     """Longest sequence, in tokens."""
     overlong: Literal["drop", "truncate", "truncate_left", "split"] = "drop"
@@ -172,6 +206,42 @@ class DataSettings(Section):
         return found
 
     @property
+    def streams(self) -> bool:
+        """True if the rows are prepared while the run trains."""
+        return self.prepare == "streaming"
+
+    @property
+    def why_not_streaming(self) -> str | None:
+        """Which setting needs all rows at once, with its key; None if none does."""
+        for number, stage in enumerate(self.curate):
+            if isinstance(stage, DeduplicateStage):
+                return (
+                    f"data.curate.{number} deduplicate compares all rows, which data.prepare "
+                    "streaming never has together; remove the stage, or prepare ahead"
+                )
+            if isinstance(stage, ScoreStage) and stage.keep_top is not None:
+                return (
+                    f"data.curate.{number}.keep_top compares all rows, which data.prepare "
+                    "streaming never has together; set min, a score, or prepare ahead"
+                )
+            if isinstance(stage, ScoreStage) and stage.run is not None:
+                return (
+                    f"data.curate.{number}.run takes a GPU, which data.prepare streaming leaves to "
+                    "the training; score with a function, or prepare ahead"
+                )
+        if self.mix is not None:
+            return (
+                "data.mix counts all rows, which data.prepare streaming never has together; write "
+                "a weight at each source instead, or prepare ahead"
+            )
+        if not isinstance(self.holdout, float):
+            return (
+                "data.holdout groups all rows, which data.prepare streaming never has together; "
+                "give a share alone or data.eval, or prepare ahead"
+            )
+        return None
+
+    @property
     def held_out_share(self) -> float:
         """Share of the training rows, or of their groups, that is held out."""
         return self.holdout if isinstance(self.holdout, float) else self.holdout.share
@@ -193,6 +263,7 @@ class DataSettings(Section):
 
 
 _USUAL_MICROBATCH = 4
+_RAY_RESOURCES = frozenset({"CPU", "GPU", "memory", "object_store_memory", "TPU"})
 
 
 def _changed(
@@ -212,9 +283,14 @@ class OptimSettings(Section):
     """Optimizer steps, instead of epochs."""
     batch_size: PositiveInt = 32
     """Sequences in one optimizer step, over all workers."""
-    micro_batch_size: Literal["auto"] | PositiveInt = 4
-    """Sequences in one forward pass of one worker. auto: as many as the GPU holds by the estimate
-    of its memory, decided when the run first starts; without a GPU 4."""
+    micro_batch_size: Literal["auto"] | PositiveInt | None = None
+    """Rows in one forward pass of one worker: sequences, pairs, completions; 4 where
+    micro_batch_tokens is absent too. auto: as many as the GPU holds by the estimate of its memory,
+    decided when the run first starts; without a GPU 4."""
+    micro_batch_tokens: PositiveInt | None = None
+    """Tokens in one forward pass of one worker, instead of a number of rows: short rows share a
+    pass, and long ones do not exceed the memory. At least those of a row of full length. The steps
+    stay the same: batch_size counts their rows."""
     schedule: Literal["constant", "linear", "cosine"] = "cosine"
     """Learning rate after the warm-up: constant, or down to zero at the last step, in a straight
     line or along half a cosine."""
@@ -240,12 +316,41 @@ class OptimSettings(Section):
         """`micro_batch_size`; what `auto` is without a GPU, before it is decided."""
         if self.micro_batch_size == "auto":
             return min(_USUAL_MICROBATCH, self.batch_size)
-        return self.micro_batch_size
+        return self.micro_batch_size or _USUAL_MICROBATCH
+
+    @model_validator(mode="after")
+    def _one_microbatch(self) -> Self:
+        if self.micro_batch_tokens is not None and self.micro_batch_size is not None:
+            raise ValueError(
+                "micro_batch_tokens and micro_batch_size contradict each other; keep one of them"
+            )
+        return self
 
     @model_validator(mode="after")
     def _one_duration(self) -> Self:
         if self.epochs is not None and self.max_steps is not None:
             raise ValueError("epochs and max_steps contradict each other; keep one of them")
+        return self
+
+
+class PrepareSettings(Section):
+    """Where on a cluster large data is prepared, before workers take GPUs."""
+
+    cpus: PositiveInt | None = None
+    """Most CPU cores that prepare at once. Absent: all that are free."""
+    resources: dict[str, Annotated[float, Field(gt=0.0)]] = {}
+    """Custom resources that each task asks for, as in {cpu_node: 0.001}: where nodes without GPUs
+    have cpu_node, the others prepare nothing."""
+
+    @model_validator(mode="after")
+    def _says_something(self) -> Self:
+        if self.cpus is None and not self.resources:
+            raise ValueError("prepare needs cpus or resources; add one of them, or remove it")
+        if named := _RAY_RESOURCES.intersection(self.resources):
+            raise ValueError(
+                f"resources: {min(named)} is Ray's own; name a custom resource, with which the "
+                "nodes that prepare are started"
+            )
         return self
 
 
@@ -266,6 +371,8 @@ class ScaleSettings(Section):
     """ddp: every worker holds the whole model. fsdp: a shard of every weight, of its gradient and
     of its optimizer state (FSDP2), gathered layer by layer while it computes. auto: ddp where one
     GPU holds weights, gradients and optimizer states, else fsdp. Checkpoints are the same."""
+    prepare: PrepareSettings | None = None
+    """Bounds of the preparation of large data on a cluster. Absent: all free CPUs of all nodes."""
     max_failures: Annotated[int, Field(ge=0)] = 3
     """Restarts from the last good checkpoint after failures, without a new checkpoint between
     them. Nodes that leave with notice and nodes that join do not count."""
@@ -284,6 +391,11 @@ class ScaleSettings(Section):
             raise ValueError(
                 f"workers: [{self.least_workers}, {self.most_workers}] is reversed; write the "
                 "smaller number first"
+            )
+        if self.prepare is not None and self.most_workers == 0:
+            raise ValueError(
+                "prepare bounds tasks on Ray, and with workers 0 this process prepares the data; "
+                "remove prepare"
             )
         return self
 
@@ -334,6 +446,22 @@ class EvalSettings(Section):
     for the report."""
     max_new_tokens: PositiveInt = 128
     """Longest answer, in tokens."""
+    metrics: list[MetricChoice] = []
+    """Measures of the answers to the prompts of `samples`, at each measurement of the loss: names
+    such as exact_match, and functions of yours as {file: "score.py:json_valid"}. They are logged
+    as eval_exact_match, …"""
+    watch: str | None = None
+    """The metric that decides which checkpoint is the best: eval_loss, or one of `metrics` such as
+    eval_exact_match. Absent: the method's own."""
+    patience: PositiveInt | None = None
+    """Measurements in a row without a better value of the watched metric (the held-out loss, or the
+    method's own) after which the run ends early. Absent: it trains to its last step."""
+
+    @model_validator(mode="after")
+    def _patience_counts_measurements(self) -> Self:
+        if self.patience is not None and self.every_steps is None:
+            raise ValueError("patience: it counts measurements; set eval.every_steps, too")
+        return self
 
 
 class LogSettings(Section):
@@ -341,5 +469,8 @@ class LogSettings(Section):
 
     every_steps: PositiveInt = 10
     """Optimizer steps between two lines of metrics.jsonl."""
-    to: list[Literal["tensorboard"]] = ["tensorboard"]
-    """Formats that are written beside metrics.jsonl; an empty list writes none."""
+    to: list[TrackerName] = ["tensorboard"]
+    """Where metrics go beside metrics.jsonl: files of TensorBoard, and servers of Weights & Biases,
+    MLflow and Trackio, through their own packages and environment variables."""
+    tags: list[Tag] = []
+    """Words by which `finray runs --tag` selects runs: at most 40 letters, digits and ._:/+-."""

@@ -195,24 +195,37 @@ def try_import(settings: PlacedSection) -> None:
         if function.digest in tried:
             continue
         tried.add(function.digest)
-        command = [sys.executable, "-P", "-m", "finray.training.config.user_code"]
-        plain = UserFunction(file=function.file, source=function.source)
-        try:
-            done = subprocess.run(
-                command,
-                input=plain.model_dump_json(),
-                capture_output=True,
-                text=True,
-                timeout=_TRY_SECONDS,
-                check=False,
-            )
-        except subprocess.TimeoutExpired:
-            raise InputError(
-                f"{key}.file: importing {function.path} takes longer than {_TRY_SECONDS} s"
-            ) from None
-        if done.returncode or not done.stdout.endswith(_TRIED):
-            reason = done.stderr.strip() or f"its process ended with exit code {done.returncode}"
-            raise InputError(f"{key}.file: {redact(reason)}")
+        try_file(function, key)
+
+
+def try_file(function: UserFunction, key: str) -> None:
+    """Import the file of a function once, in a process of its own.
+
+    Args:
+        function: the function.
+        key: the key in the recipe, or the option, for messages.
+
+    Raises:
+        InputError: see `try_import`.
+    """
+    command = [sys.executable, "-P", "-m", "finray.training.config.user_code"]
+    plain = UserFunction(file=function.file, source=function.source)
+    try:
+        done = subprocess.run(
+            command,
+            input=plain.model_dump_json(),
+            capture_output=True,
+            text=True,
+            timeout=_TRY_SECONDS,
+            check=False,
+        )
+    except subprocess.TimeoutExpired:
+        raise InputError(
+            f"{key}.file: importing {function.path} takes longer than {_TRY_SECONDS} s"
+        ) from None
+    if done.returncode or not done.stdout.endswith(_TRIED):
+        reason = done.stderr.strip() or f"its process ended with exit code {done.returncode}"
+        raise InputError(f"{key}.file: {redact(reason)}")
 
 
 def main() -> int:

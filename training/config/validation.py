@@ -15,7 +15,8 @@ from ..common.formatting import dotted, shown
 from ..common.secrets import leaves
 from ..common.yaml_text import Key
 from .expected import allows, describe, hint, schema_at, schema_of
-from .yaml_file import Document
+from .foreign.lookup import foreign_key, value_remedy, whole_file
+from .yaml_file import Document, split_key
 
 Settings = TypeVar("Settings", bound=BaseModel)
 Fault = dict[str, Any]
@@ -32,8 +33,9 @@ def validate(settings: type[Settings], document: Document) -> Settings:
     """Build `settings` from a document.
 
     Raises:
-        InputError: with one line for each error.
+        InputError: with one line for each error, or one for a file of another project.
     """
+    _refuse_foreign(settings, document)
     _refuse_booleans(settings, document)
     try:
         return settings.model_validate(document.values)
@@ -43,6 +45,24 @@ def validate(settings: type[Settings], document: Document) -> Settings:
         lines = [_message(settings, document, group) for group in _by_key(faults)]
         more = [f"and {len(errors) - _SHOWN} more"] if len(errors) > _SHOWN else []
         raise InputError("\n".join([*dict.fromkeys(lines), *more])) from None
+
+
+def _refuse_foreign(settings: type[BaseModel], document: Document) -> None:
+    """Refuse the configuration of another project, whose keys would all be unknown.
+
+    Raises:
+        InputError: naming the project, and what makes a recipe of it.
+    """
+    required = [name for name, field in settings.model_fields.items() if field.is_required()]
+    marks = whole_file(document.values, [name for name in required if name != "name"])
+    if not marks:
+        return
+    file = document.place(()).rpartition(":")[0] or "FILE"
+    keys = " and ".join(f"{name}'s {', '.join(found[:3])}" for name, found in marks.items())
+    remedy = f"finray import {file} writes a recipe from it"
+    if len(marks) > 1:
+        remedy = "keep the keys of one of them, and let finray import write a recipe from it"
+    raise InputError(f"{document.place(())}: no recipe, but a file with {keys}; {remedy}")
 
 
 def _refuse_booleans(settings: type[BaseModel], document: Document) -> None:
@@ -132,9 +152,11 @@ def _expectation(settings: type[BaseModel], document: Document, key: Key) -> str
     for part in key:
         value = value[part]
     schema = schema_at(schema_of(settings), document.values, key)
+    remedy = value_remedy(dotted(key), value)
+    end = hint(schema, value) if remedy is None else f"; {remedy}"
     return (
         f"{document.place(key)}: {dotted(key) or 'recipe'}: expected {describe(schema, value)}, "
-        f"found {shown(value)}{hint(schema, value)}"
+        f"found {shown(value)}{end}"
     )
 
 
@@ -154,7 +176,10 @@ def _pattern(key: Key) -> tuple[str, ...]:
 
 
 def suggestion(settings: type[BaseModel], key: Key) -> str:
-    """The end of a message about an unknown key: the most similar existing key, or all siblings."""
+    """The end of a message about an unknown key: finray's name for another project's, the most
+    similar existing key, or all siblings."""
+    if (own := _own_name(settings, str(key[-1]))) is not None:
+        return own
     existing = list(_keys(settings))
     pattern = _pattern(key)
     siblings = list(dict.fromkeys(name[-1] for name in existing if name[:-1] == pattern[:-1]))
@@ -167,6 +192,22 @@ def suggestion(settings: type[BaseModel], key: Key) -> str:
     if near:
         return f"; did you mean {anywhere[near[0]]!r}?"
     return f"; possible keys: {', '.join(siblings)}" if siblings else "; remove it"
+
+
+def _own_name(settings: type[BaseModel], name: str) -> str | None:
+    """The end of a message about a key of another project; None if it is none."""
+    foreign = foreign_key(name)
+    if foreign is None:
+        return None
+    if foreign.fate == "left":
+        return f"; remove it: {foreign.text}"
+    own = foreign.to
+    if not has_key(settings, split_key(own.partition(":")[0])):
+        if not has_key(settings, ("recipe",)):
+            return None
+        own = f"recipe.{own}"  # a sweep's
+    text = f" ({foreign.text})" if foreign.text else ""
+    return f"; did you mean {own!r}{text}?"
 
 
 def _keys(settings: type[BaseModel]) -> Iterator[tuple[str, ...]]:

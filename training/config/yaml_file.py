@@ -2,6 +2,7 @@
 
 import codecs
 import copy
+import json
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -140,6 +141,24 @@ def read_recipe_file(
     write_out(document.values)
     apply_changes(document, overrides)
     return document
+
+
+def read_foreign_file(path: Path) -> dict[str, Any]:
+    """The settings in a YAML or JSON file of another project.
+
+    Raises:
+        InputError: the file cannot be read, or is not a mapping.
+    """
+    if path.suffix.lower() != ".json":
+        return read_recipe_file(path).values
+    file = printable(str(path))
+    try:
+        values = json.loads(_read(path, file))
+    except ValueError as error:
+        raise InputError(f"{file}: not valid JSON: {error}; correct it") from None
+    if not isinstance(values, dict):
+        raise InputError(f"{file}: {_EXPECTED}; found {shown(values)}")
+    return values
 
 
 def apply_changes(document: Document, overrides: Sequence[str | Change]) -> None:

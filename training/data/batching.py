@@ -1,7 +1,6 @@
 """Turns rows of the stream into the tensors of one forward pass."""
 
-import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from itertools import islice
 
@@ -10,7 +9,7 @@ import torch
 from numpy.typing import NDArray
 
 from .documents import Documents, moved
-from .stream import Sequence, share
+from .stream import Sequence
 
 IGNORED = -100
 
@@ -26,7 +25,8 @@ class Batch:
     """Arguments of the model's forward: input_ids and position_ids of shape (sequences, longest),
     and logits_to_keep, the columns that predict trained tokens. A flat batch is a single row."""
     targets: torch.Tensor
-    """Shape (sequences, columns): the token that follows each kept column, or IGNORED."""
+    """Shape (sequences, columns): the token that follows each kept column, or IGNORED. Of a flat
+    batch, the trained tokens of each sequence, the first in the first column."""
     trained: torch.Tensor
     """Places of the targets that are not IGNORED, in the flattened targets: (trained tokens,)."""
     tokens: int
@@ -60,27 +60,6 @@ class Batch:
         )
 
 
-def accumulation_steps(
-    rows: int, micro_batch_size: int, world_size: int, sequences_per_row: int = 1
-) -> int:
-    """Number of microbatches in one optimizer step over `rows`; it is the same on every rank."""
-    return math.ceil(share(rows, 0, world_size) * sequences_per_row / micro_batch_size)
-
-
-def microbatches(
-    sequences: Iterator[Sequence], own_share: int, micro_batch_size: int, accumulation: int
-) -> Iterator[Rows]:
-    """Group a worker's rows into exactly `accumulation` microbatches per step.
-
-    If the batch does not divide evenly, a worker's last microbatch is smaller, or contains only
-    PADDING_ROW, so that all workers do the same number of forward passes.
-    """
-    while step := list(islice(sequences, own_share)):
-        for index in range(accumulation):
-            part = step[index * micro_batch_size : (index + 1) * micro_batch_size]
-            yield part or [PADDING_ROW]
-
-
 def in_batches(sequences: Iterator[Sequence], size: int, at_least: int = 0) -> Iterator[Rows]:
     """Groups of `size` rows; the last may be smaller. Groups of PADDING_ROW follow if there are
     fewer than `at_least`."""
@@ -109,7 +88,8 @@ def collate(sequences: Rows, pad: int = 0) -> Batch:
         sequences: at least one row.
         pad: id of the padding token.
     """
-    longest = max(len(sequence.input_ids) for sequence in sequences)
+    # The target of a column is in the next one.
+    longest = max(2, *(len(sequence.input_ids) for sequence in sequences))
     shape = (len(sequences), longest)
     input_ids = np.full(shape, pad, np.int64)
     labels = np.full(shape, IGNORED, np.int64)
@@ -146,18 +126,25 @@ def collate_flat(sequences: Rows) -> Batch:
     """
     lengths = np.concatenate([sequence.lengths for sequence in sequences])
     input_ids = np.concatenate([sequence.input_ids for sequence in sequences]).astype(np.int64)
-    trained = np.flatnonzero(np.concatenate([sequence.trainable for sequence in sequences]))
-    is_empty = not trained.size
-    targets = np.array([IGNORED]) if is_empty else input_ids[trained]
-    columns = np.zeros(1, np.int64) if is_empty else trained - 1
+    is_trained = np.concatenate([sequence.trainable for sequence in sequences])
+    is_trained[np.cumsum(lengths) - lengths] = False
+    trained = np.flatnonzero(is_trained)
+    ends = np.cumsum([len(sequence.input_ids) for sequence in sequences])
+    owners = np.searchsorted(ends, trained, side="right")
+    counts = np.bincount(owners, minlength=len(sequences))
+    widest = max(1, int(counts.max()))
+    places = owners * widest + np.arange(len(trained)) - (np.cumsum(counts) - counts)[owners]
+    targets = np.full(len(sequences) * widest, IGNORED, np.int64)
+    targets[places] = input_ids[trained]
+    columns = trained - 1 if trained.size else np.zeros(1, np.int64)
     return Batch(
         inputs={
             "input_ids": torch.from_numpy(input_ids)[None],
             "position_ids": torch.from_numpy(_positions(lengths, len(input_ids)))[None],
             "logits_to_keep": torch.from_numpy(columns),
         },
-        targets=torch.from_numpy(targets)[None],
-        trained=torch.arange(len(trained)),
+        targets=torch.from_numpy(targets).view(len(sequences), widest),
+        trained=torch.from_numpy(places),
         tokens=sum(int(s.lengths.sum()) for s in sequences if s.rows.size),
         loss_units=len(trained),
         rows=np.concatenate([sequence.rows for sequence in sequences]),
@@ -165,15 +152,47 @@ def collate_flat(sequences: Rows) -> Batch:
     )
 
 
-def collate_pairs(pairs: Rows, pad: int = 0) -> Batch:
+def apart(batch: Batch) -> Batch:
+    """The same batch with a document in each row, padded; it is made on the host.
+
+    Args:
+        batch: flat.
+    """
+    assert batch.documents is not None
+    ids = batch.inputs["input_ids"][0].cpu().numpy().astype(np.int32)
+    is_trained = np.zeros(len(ids), np.bool_)
+    if len(batch.trained):
+        is_trained[batch.inputs["logits_to_keep"].cpu().numpy() + 1] = True
+    lengths = np.array(batch.documents.lengths, np.int32)
+    borders = np.cumsum(lengths)[:-1]
+    parts = (np.split(ids, borders), np.split(lengths, len(lengths)), np.split(is_trained, borders))
+    padded = collate([Sequence(*part, batch.rows[:0]) for part in zip(*parts, strict=True)])
+    return replace(
+        padded,
+        tokens=batch.tokens,
+        loss_units=batch.loss_units,
+        rows=batch.rows,
+        extra=batch.extra,
+    )
+
+
+def collate_pairs(pairs: Rows, assemble: Callable[[Rows], Batch]) -> Batch:
     """Both texts of every pair: all first texts, then all second texts. The loss unit is a pair.
 
     PADDING_ROW, which is then the only pair, does not count as a unit.
+
+    Args:
+        pairs: at least one.
+        assemble: makes a batch of the texts.
     """
-    halves = [_halves(pair) for pair in pairs]
-    batch = collate([half[0] for half in halves] + [half[1] for half in halves], pad)
     rows = np.concatenate([pair.rows for pair in pairs])
-    return replace(batch, loss_units=len(rows), rows=rows)
+    return replace(assemble(texts_of(pairs)), loss_units=len(rows), rows=rows)
+
+
+def texts_of(pairs: Rows) -> Rows:
+    """The first texts of all pairs, then the second ones."""
+    halves = [_halves(pair) for pair in pairs]
+    return [half[0] for half in halves] + [half[1] for half in halves]
 
 
 def _halves(pair: Sequence) -> tuple[Sequence, Sequence]:

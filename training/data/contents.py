@@ -1,6 +1,7 @@
 """What identifies data and tokenizers: hashes of their content."""
 
 import hashlib
+import os
 import time
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -14,32 +15,42 @@ from ..config.models import ModelSettings
 from .sources import SourceFile, file_kind
 
 _BLOCK = 2**20
-_HUB = "hf://"
+HUB = "hf://"
 _CACHEABLE_SECONDS = 2.0
+_READ_WHOLE = 64 * 2**20
+"""A file up to this size is read in a moment."""
 
 
-def describe_files(files: Iterable[SourceFile]) -> list[object]:
+def describe_files(files: Iterable[SourceFile], at_once: bool = True) -> list[object]:
     """What identifies the content of files.
 
     A local file is identified by its content, a remote object by its size and modification time, a
     data set of the hub by its commit.
 
+    Args:
+        files: the files.
+        at_once: False to read no large file whole: its size, its modification time, its beginning
+            and its end identify it.
+
     Raises:
         InputError: a file cannot be read.
     """
     with ThreadPoolExecutor() as pool:
-        return list(pool.map(_describe_file, files))
+        return list(pool.map(lambda file: _describe_file(file, at_once), files))
 
 
-def _describe_file(file: SourceFile) -> list[object]:
+def _describe_file(file: SourceFile, at_once: bool) -> list[object]:
     kind = file_kind(file)
     facts = [kind, file.is_compressed, file.rows]
     if file.is_local:
+        path = Path(Folder(file.folder).file(file.name))
         try:
-            return [*facts, _cached_hash(Path(Folder(file.folder).file(file.name)))]
+            if not at_once and file.size > _READ_WHOLE:
+                return [*facts, file.size, file.modified_ns, _hash_of_ends(path)]
+            return [*facts, _cached_hash(path)]
         except OSError as error:
             raise InputError(f"{file.place}: cannot read it: {error.strerror}") from None
-    if file.uri.startswith(_HUB):  # the hub gives no time; the address of a data set has its commit
+    if file.uri.startswith(HUB):  # the hub gives no time; the address of a data set has its commit
         return [*facts, file.size, file.uri]
     return [*facts, file.size, file.modified_ns]
 
@@ -70,4 +81,13 @@ def _hash(path: Path) -> str:
     with path.open("rb") as stream:
         while block := stream.read(_BLOCK):
             digest.update(block)
+    return digest.hexdigest()
+
+
+def _hash_of_ends(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as stream:
+        digest.update(stream.read(_BLOCK))
+        stream.seek(-_BLOCK, os.SEEK_END)
+        digest.update(stream.read(_BLOCK))
     return digest.hexdigest()

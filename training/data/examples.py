@@ -116,6 +116,33 @@ def _format_columns(row: Row, example: Example) -> frozenset[str]:
     return next((columns for name, columns in _FORMATS if name in row), frozenset())
 
 
+def asked_of(row: Row, example: Example) -> Row:
+    """What measures of answers read of a row: `prompt` and `columns`, as reward functions get them,
+    and `calls`: those of its own answer, [{name, arguments}], None if it offers no tools.
+
+    Args:
+        row: the row.
+        example: its example, or one of them; of a pair the chosen answer counts.
+    """
+    if isinstance(example, PreferencePair):
+        example = example.chosen
+    elif isinstance(example, LabelledExample):
+        example = example.answer
+    tools = isinstance(example, Conversation | Question) and bool(example.context.tools)
+    return {
+        **(_reward_columns(row, example, ()) or {}),
+        "calls": _calls(example) if tools else None,
+    }
+
+
+def _calls(example: Example) -> list[Row]:
+    """The calls in the answer of a conversation."""
+    if not isinstance(example, Conversation):
+        return []
+    answers = [message for message in example.messages if message["role"] == "assistant"]
+    return [call["function"] for call in answers[-1].get("tool_calls", ())]
+
+
 EXAMPLES: dict[LearnsFrom, ExampleRules] = {
     "documents": ExampleRules((Conversation, Completion, Text)),
     "pairs": ExampleRules((PreferencePair,)),

@@ -3,6 +3,7 @@
 <storage>/prepared/<fingerprint>/
     manifest.json            written last; names the attempt whose files are valid
     quarantine.jsonl         rows that cannot be used
+    stages.json              keys of the stages of data.curate that its rows went through
     <attempt>/train/*.parquet, eval/*.parquet, samples.parquet
 
 Parquet that lost or changed a bit often reads without an error, as other tokens. So the manifest
@@ -29,6 +30,7 @@ from .row_facts import describe_unused
 
 MANIFEST = "manifest.json"
 QUARANTINE = "quarantine.jsonl"
+STAGES_FILE = "stages.json"
 SAMPLES = "samples.parquet"
 ROW_GROUP = 64
 """Sequences in a row group, the unit that a reader loads."""
@@ -42,6 +44,11 @@ _NOTES = {
     REPEATED: "repeated tokens: the chat template rewrites earlier turns, so each answer is an "
     "example of its own",
 }
+STREAMED = (
+    "the data streams: figures of rows are those of the first window; nobody counts all rows, or "
+    "bad ones, before the training, or looks for held-out rows in the training data"
+)
+"""What `data.prepare: streaming` gives up."""
 _DIGEST = "digest"
 """The manifest's key for the hash of its other content."""
 _ASIDE = ".damaged"
@@ -66,6 +73,7 @@ SAMPLE_SCHEMA = pa.schema(
         ("prompt", pa.string()),
         ("reference", pa.string()),
         ("prompt_ids", pa.list_(pa.int32())),
+        ("asked", pa.string()),
     ]
 )
 
@@ -94,7 +102,7 @@ class Split:
     @property
     def fill(self) -> float:
         """Share of the sequences' capacity that tokens fill, in [0, 1]."""
-        return self.tokens / (self.sequences * self.capacity)
+        return self.tokens / max(1, self.sequences * self.capacity)
 
 
 @dataclass(frozen=True)
@@ -123,6 +131,8 @@ class SourceSummary:
     """The commit of a data set of the hub."""
     documents: int = 0
     """Documents for training that come from it, copies included."""
+    content: str | None = None
+    """A hash of what identifies its files; None in data of an older finray."""
 
 
 @dataclass(frozen=True)
@@ -161,11 +171,21 @@ class Manifest:
     """Duration of the preparation."""
     funnel: tuple[dict[str, Any], ...] = ()
     """What each stage of data.curate took, and why, with samples; empty without any."""
+    windows: int | None = None
+    """Windows of an epoch, of which this is one; None for all of the data."""
+    blocks: tuple[tuple[dict[str, Any], int], ...] = ()
+    """The parts of files that a window holds, each with its number of rows, in the order of the
+    row numbers."""
+
+    @property
+    def longest(self) -> int:
+        """A bound of the tokens of a document, by its longest text."""
+        return min(self.length_quantiles.get("1") or self.max_length, self.max_length)
 
     def summary(self) -> dict[str, Any]:
         """The manifest for people: without files and hashes, with each split's fill."""
         summary = asdict(self)
-        del summary["samples_hash"]
+        del summary["samples_hash"], summary["blocks"]
         for name, split in (("train", self.train), ("eval", self.eval)):
             if split is not None:
                 for key in ("files", "hashes", "row_groups"):
@@ -193,6 +213,7 @@ class Manifest:
             tuple(values["length_histogram"]["edges"]), tuple(values["length_histogram"]["counts"])
         )
         values["funnel"] = tuple(values.get("funnel", ()))
+        values["blocks"] = tuple((chunk, rows) for chunk, rows in values.get("blocks", ()))
         values["sources"] = tuple(SourceSummary(**source) for source in values["sources"])
         return cls(**values)
 
@@ -208,6 +229,8 @@ def remarks(summary: Mapping[str, Any]) -> list[str]:
     if summary.get("in_train_too"):
         rows = formatting.count(summary["in_train_too"])
         lines.append(f"{rows} held-out rows stand in the training data, too")
+    if summary.get("windows"):
+        lines.append(STREAMED)
     return [*lines, *filter(None, [describe_unused(summary.get("unused") or {})])]
 
 
@@ -220,6 +243,9 @@ class Sample:
     prompt: str
     reference: str
     prompt_ids: list[int]
+    asked: str
+    """As JSON, `prompt` (text or messages), `columns` (of the row, for functions of the user), and
+    `calls` (of the reference, where there are tools)."""
 
 
 @dataclass(frozen=True)

@@ -75,6 +75,11 @@ class Prompt:
     """The prompt; a space at its end may be missing in the tokens, see `Rendered.cut`."""
     input_ids: NDArray[np.int32]
     reference: str
+    """Empty if the data has none."""
+    cut: str = ""
+    """The end of the text that its tokens lack; see `Rendered.cut`."""
+    asked: str = "{}"
+    """See `Sample.asked` of a prepared data set."""
 
 
 @dataclass(frozen=True)
@@ -165,11 +170,17 @@ class Renderer:
         if isinstance(part, Text):
             return None
         question = part if isinstance(part, Question) else question_of(part)
-        if question.reference is None:
-            return None
+        return None if question.reference is None else self.question(question)
+
+    def question(self, question: Question) -> Prompt:
+        """A prompt, whether or not the data has an answer to it.
+
+        Raises:
+            RowError: the chat template does not accept the conversation.
+        """
         draft = self._drafter.question(question)
         (tokens,) = self._tokenise([draft])
-        return Prompt(draft.text, tokens.input_ids, question.reference)
+        return Prompt(draft.text, tokens.input_ids, question.reference or "", tokens.cut)
 
     def _documents(self, row: Example) -> list[list[Draft]] | RowError:
         try:

@@ -171,18 +171,23 @@ def is_data_folder(path: str) -> bool:
     return bool(info.type == pafs.FileType.Directory)
 
 
-def plan_chunks(file: SourceFile) -> list[Chunk]:
-    """Split a file into chunks; together, in order, they contain each row once."""
+def plan_chunks(file: SourceFile, size: int = CHUNK_BYTES) -> list[Chunk]:
+    """Split a file into chunks; together, in order, they contain each row once.
+
+    Args:
+        file: the file.
+        size: bytes of a chunk, where the file can be cut so finely.
+    """
     kind = file_kind(file)
     if kind == "parquet":
-        return _selected(file, kind, _row_groups(file))
+        return _selected(file, kind, _row_groups(file), size)
     if kind == "arrow":
-        return _selected(file, kind, _batches(file))
+        return _selected(file, kind, _batches(file), size)
     if file.rows is not None:
         return [Chunk(file, kind, 0, file.size, file.rows)]
     if kind in ("lines", "text") and not file.is_compressed:
-        starts = range(0, file.size, CHUNK_BYTES)
-        return [Chunk(file, kind, start, min(start + CHUNK_BYTES, file.size)) for start in starts]
+        starts = range(0, file.size, size)
+        return [Chunk(file, kind, start, min(start + size, file.size)) for start in starts]
     return [Chunk(file, kind, 0, 1)]
 
 
@@ -311,16 +316,16 @@ def _batches(file: SourceFile) -> Iterator[_Part]:
     return ((batch.num_rows, batch.nbytes) for batch in arrow_batches(file))
 
 
-def _selected(file: SourceFile, kind: FileKind, parts: Iterator[_Part]) -> list[Chunk]:
-    """Chunks of consecutive parts that hold used rows."""
+def _selected(file: SourceFile, kind: FileKind, parts: Iterator[_Part], size: int) -> list[Chunk]:
+    """Chunks of consecutive parts that hold used rows, each of at least `size` bytes."""
     first, last = file.rows or (0, MOST_ROWS)
     chunks = []
-    start = stop = size = rows = before = 0
+    start = stop = held = rows = before = 0
     for stop, (count, bytes_) in enumerate(parts, start=1):
-        size, rows = size + bytes_, rows + count
-        if size >= CHUNK_BYTES:
+        held, rows = held + bytes_, rows + count
+        if held >= size:
             chunks.append((start, stop, before, rows))
-            start, size, before, rows = stop, 0, before + rows, 0
+            start, held, before, rows = stop, 0, before + rows, 0
     if start < stop:
         chunks.append((start, stop, before, rows))
     return [

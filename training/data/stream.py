@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 
 from ..common.logs import limit
 from ..common.storage import Folder
+from .prefetch import Prefetch
 from .prepared import DamagedDataError, Split, check_file, forget_checks
 
 WINDOW_GROUPS = 32
@@ -94,7 +95,7 @@ class Slice:
         positions = window.start + np.arange(window.size)
         own = (positions >= first) & (positions < last)
         own &= owner(positions % self.batch_size, self.batch_size, self.world_size) == self.rank
-        table = _read_groups(self.folder, self.split, window)
+        table = read_groups(self.folder, self.split, window)
         return table.take(pa.array(order[own]))
 
 
@@ -138,7 +139,7 @@ def share(batch_size: int, rank: int, world_size: int) -> int:
     return batch_size // world_size + (1 if rank < batch_size % world_size else 0)
 
 
-def _read_groups(folder: Folder, split: Split, window: Window) -> pa.Table:
+def read_groups(folder: Folder, split: Split, window: Window) -> pa.Table:
     """Read row groups; files that this process reads for the first time are checked before.
 
     Raises:
@@ -166,9 +167,10 @@ def stream(part: Slice, on_ray: bool) -> Iterator[Sequence]:
         part: the slice.
         on_ray: read in Ray Data tasks anywhere in the cluster; otherwise in a thread.
     """
-    tables = _read_on_ray(part) if on_ray else _read_in_thread(part)
-    for table in tables:
-        yield from _sequences(table)
+    tables = _read_on_ray(part) if on_ray else map(part.read, part.windows())
+    with Prefetch(tables) as ahead:
+        for table in ahead:
+            yield from sequences_of(table)
 
 
 def every_sequence(folder: Folder, split: Split, rank: int, world_size: int) -> Iterator[Sequence]:
@@ -180,18 +182,7 @@ def every_sequence(folder: Folder, split: Split, rank: int, world_size: int) -> 
             own = np.arange((rank - start) % world_size, size, world_size)
             start += size
             if own.size:
-                yield from _sequences(_read_groups(folder, split, window).take(pa.array(own)))
-
-
-def _read_in_thread(part: Slice) -> Iterator[pa.Table]:
-    with ThreadPoolExecutor(1) as pool:
-        ahead = None
-        for window in part.windows():
-            ready, ahead = ahead, pool.submit(part.read, window)
-            if ready is not None:
-                yield ready.result()
-        if ahead is not None:
-            yield ahead.result()
+                yield from sequences_of(read_groups(folder, split, window).take(pa.array(own)))
 
 
 def _read_on_ray(part: Slice) -> Iterator[pa.Table]:
@@ -255,7 +246,8 @@ class _WindowTask:
             return pa.table({_DAMAGE: [str(error)]})
 
 
-def _sequences(table: pa.Table) -> Iterator[Sequence]:
+def sequences_of(table: pa.Table) -> Iterator[Sequence]:
+    """The rows of a table of sequences."""
     columns: list[Any] = [table[name].combine_chunks() for name in COLUMNS]
     for row in range(table.num_rows):
         ids, lengths, trainable, rows = (column[row].values for column in columns[:-1])

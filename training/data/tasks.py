@@ -2,17 +2,24 @@
 
 import logging
 import pickle
-from collections.abc import Callable, Iterator, Sequence
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar
 
 import pyarrow as pa
 
-from ..common.errors import FinrayError, RunError, in_one_line
+from ..common.errors import FinrayError, InputError, RunError, in_one_line
 from ..common.logs import limit
+from ..config.sections import PrepareSettings
 
 _HANDED_ON = (FinrayError, OSError)
 """Errors of a task that are raised in the driver as they are."""
+
+_TASKS_BESIDE = 8
+"""Tasks that prepare data at the same time while workers train."""
+_OWN_RESOURCE = re.compile(r"(CPU|GPU|memory|object_store_memory)$|node:|accelerator_type:")
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -21,46 +28,120 @@ R = TypeVar("R")
 class RunTasks(Protocol):
     """A function that applies a task to items, and yields the results in the same order."""
 
-    def __call__(self, task: Callable[[T], R], items: Sequence[T]) -> Iterator[R]: ...
+    def __call__(
+        self, task: Callable[[T], R], items: Sequence[T], on_gpus: bool = False
+    ) -> Iterator[R]: ...
 
 
-def run_in_process(task: Callable[[T], R], items: Sequence[T]) -> Iterator[R]:
+def run_in_process(
+    task: Callable[[T], R], items: Sequence[T], on_gpus: bool = False
+) -> Iterator[R]:
     """Run the task for one item after the other, in this thread."""
+    del on_gpus  # it uses this process's own
     return map(task, items)
 
 
-def run_on_ray_data(task: Callable[[T], R], items: Sequence[T]) -> Iterator[R]:
-    """Run each item in a Ray Data task, anywhere in the cluster; Ray must be initialised.
+@dataclass(frozen=True)
+class RunOnRayData:
+    """Runs each item in a Ray Data task, anywhere in the cluster; Ray must be initialised.
 
     Task, items and results are pickled; tasks write large output to storage themselves.
 
-    Raises:
-        FinrayError: a task raised it.
-        OSError: a task could not write.
-        RunError: a task failed in another way.
+    Args:
+        cpus: most CPU cores that work at once; None for all.
+        resources: custom resources that each task asks for.
+        beside: run that many tasks at once, which hold no CPU: workers that train may hold all.
     """
-    if not items:
-        return
-    import ray.data
-    import ray.exceptions
 
-    context = ray.data.DataContext.get_current().copy()
-    context.enable_progress_bars = False
-    context.execution_options.preserve_order = True
-    context.execution_options.verbose_progress = False
-    with ray.data.DataContext.current(context), _only_errors("ray.data"):
-        results = ray.data.from_items(
-            [{"item": pickle.dumps(item)} for item in items], override_num_blocks=len(items)
-        ).map_batches(_Call(task), batch_size=1, batch_format="pyarrow")
-        batches = results.iter_batches(batch_size=1, batch_format="pyarrow", prefetch_batches=0)
-        try:
-            for batch in batches:
-                outcome = pickle.loads(batch["result"][0].as_py())
-                if isinstance(outcome, _HANDED_ON):
-                    raise outcome
-                yield outcome
-        except ray.exceptions.RayError as error:
-            raise RunError(f"a data task failed: {in_one_line(error)}") from error
+    cpus: int | None = None
+    resources: Mapping[str, float] = field(default_factory=dict)
+    beside: int | None = None
+
+    @classmethod
+    def within(cls, bounds: PrepareSettings | None) -> "RunOnRayData":
+        """Tasks within the bounds of a recipe."""
+        return cls() if bounds is None else cls(bounds.cpus, bounds.resources)
+
+    @classmethod
+    def beside_workers(cls, bounds: PrepareSettings | None) -> "RunOnRayData":
+        """A few tasks within the bounds of a recipe, while workers hold their CPUs."""
+        cpus, resources = (None, {}) if bounds is None else (bounds.cpus, bounds.resources)
+        return cls(resources=resources, beside=min(_TASKS_BESIDE, cpus or _TASKS_BESIDE))
+
+    def __call__(
+        self, task: Callable[[T], R], items: Sequence[T], on_gpus: bool = False
+    ) -> Iterator[R]:
+        """Yield the results in the items' order.
+
+        Args:
+            task: what is done with an item.
+            items: the items.
+            on_gpus: work in actors with a GPU each; where there are none, in tasks as usual.
+
+        Raises:
+            FinrayError: a task raised it.
+            InputError: no node has the custom resources.
+            OSError: a task could not write.
+            RunError: a task failed in another way.
+        """
+        if not items:
+            return
+        import ray.data
+        import ray.exceptions
+
+        context = ray.data.DataContext.get_current().copy()
+        context.enable_progress_bars = False
+        context.execution_options.preserve_order = True
+        context.execution_options.verbose_progress = False
+        with ray.data.DataContext.current(context), _only_errors("ray.data"):
+            rows = ray.data.from_items(
+                [{"item": pickle.dumps(item)} for item in items], override_num_blocks=len(items)
+            )
+            results = self._results(rows, task, on_gpus)
+            batches = results.iter_batches(batch_size=1, batch_format="pyarrow", prefetch_batches=0)
+            try:
+                for batch in batches:
+                    outcome = pickle.loads(batch["result"][0].as_py())
+                    if isinstance(outcome, _HANDED_ON):
+                        raise outcome
+                    yield outcome
+            except ray.exceptions.RayError as error:
+                raise RunError(f"a data task failed: {in_one_line(error)}") from error
+
+    def _results(self, rows: Any, task: Callable[[T], R], on_gpus: bool) -> Any:
+        import ray
+        from ray.data import ActorPoolStrategy, TaskPoolStrategy
+
+        options: dict[str, Any] = {"batch_size": 1, "batch_format": "pyarrow"}
+        gpus = int(ray.cluster_resources().get("GPU", 0)) if on_gpus else 0
+        if gpus:
+            actors = ActorPoolStrategy(min_size=1, max_size=gpus)
+            options |= {"compute": actors, "num_gpus": 1, "fn_constructor_args": (task,)}
+            return rows.map_batches(_Call, **options)
+        if self.resources:
+            _check_exist(self.resources, [node["Resources"] for node in ray.nodes()])
+            options["resources"] = dict(self.resources)
+        if self.beside is not None:
+            options |= {"compute": TaskPoolStrategy(size=self.beside), "num_cpus": 0}
+        elif self.cpus is not None:
+            options["compute"] = TaskPoolStrategy(size=self.cpus)
+        return rows.map_batches(_Call(task), **options)
+
+
+run_on_ray_data = RunOnRayData()
+
+
+def _check_exist(resources: Mapping[str, float], nodes: Sequence[Mapping[str, float]]) -> None:
+    """Refuse custom resources that no node has: Ray would wait for one for ever."""
+    if any(all(node.get(name, 0.0) >= n for name, n in resources.items()) for node in nodes):
+        return
+    asked = ", ".join(f"{name}: {n:g}" for name, n in resources.items())
+    custom = {name for node in nodes for name in node if not _OWN_RESOURCE.match(name)}
+    raise InputError(
+        f"scale.prepare.resources: no node has {{{asked}}}; the nodes' custom resources are: "
+        f"{', '.join(sorted(custom)) or 'none'}; start those that prepare with it (ray start "
+        "--resources), or remove it"
+    )
 
 
 @contextmanager

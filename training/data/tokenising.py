@@ -3,7 +3,7 @@
 import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -17,6 +17,7 @@ from ..config.source import KnownFormat
 from .chat import UnstableTemplate
 from .curation.files import StageRows, held_in
 from .curation.funnel import BAD_ROW, LEFT_OUT
+from .examples import asked_of
 from .formats import read_examples
 from .prepared import REPEATED
 from .reading import first_line, read_chunk
@@ -275,7 +276,8 @@ class TokeniseTask:
         if self.with_samples and is_held_out and len(result.samples) < SAMPLES_KEPT:
             prompt = renderer.prompt(row.normalised)
             if prompt is not None:
-                result.samples.append((row.index, prompt))
+                asked = json.dumps(asked_of(row.row, row.normalised), default=str)
+                result.samples.append((row.index, replace(prompt, asked=asked)))
 
 
 class TokenFile:

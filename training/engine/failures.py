@@ -7,9 +7,7 @@ from pathlib import Path
 from torch.distributed import DistError
 
 from ..common.errors import FinrayError, in_one_line
-from ..config.recipe import Recipe
-from ..data.origin import describe, rows_of_step
-from ..data.prepared import Prepared
+from ..data.origin import Origins, describe
 from ..models.out_of_memory import first_line, is_out_of_memory
 from ..records.checkpoint import step_of
 from .heartbeat import Phase
@@ -20,8 +18,7 @@ from .task import STEP_NOTE, RetryError, RetryRequest
 
 @contextmanager
 def retry_requests(
-    recipe: Recipe,
-    prepared: Prepared,
+    origins: Callable[[int], Origins],
     progress: TrainingProgress,
     on_skips: Callable[[], None],
     phase: Callable[[], Phase],
@@ -29,8 +26,7 @@ def retry_requests(
     """Inside, an error that another attempt may fix leaves the block as `RetryError`.
 
     Args:
-        recipe: the run's recipe.
-        prepared: the run's data; messages name the rows of a step.
+        origins: returns the source rows of a step, for messages.
         progress: the last step that is complete.
         on_skips: called before non-finite steps end the attempt.
         phase: returns what the worker does at the moment.
@@ -44,7 +40,7 @@ def retry_requests(
             RetryRequest(
                 cause="not_finite",
                 steps=list(error.steps),
-                rows=describe(rows_of_step(recipe, prepared, error.steps[-1])),
+                rows=describe(origins(error.steps[-1])),
                 problem=f"the loss or the gradient is not finite in the consecutive steps {listed}",
             )
         ) from None

@@ -1,9 +1,13 @@
 """The progress of a run, and the time of its steps."""
 
+import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import cast
+
+from ..config.metric import Metric
 
 PROGRESS_FILE = "position.json"
 """File with the progress in every checkpoint."""
@@ -17,6 +21,24 @@ class TrainingProgress:
     tokens: int = 0
     seconds: float = 0.0
     """Time spent on optimizer steps, in all attempts together."""
+    best: float | None = None
+    """The best value of the watched metric so far, and the step at which it was measured."""
+    best_step: int = 0
+    waited: int = 0
+    """Measurements since then."""
+    measured_step: int = 0
+    """The step of the last of them."""
+
+    def measured(self, value: float | None, metric: Metric) -> None:
+        """Note a measurement of the watched metric; one that is no finite number is no gain."""
+        if self.step <= self.measured_step:  # once more, by an attempt that only has to finish
+            return
+        self.measured_step = self.step
+        is_finite = value is not None and math.isfinite(value)
+        if is_finite and (self.best is None or metric.better(cast(float, value), self.best)):
+            self.best, self.best_step, self.waited = value, self.step, 0
+        else:
+            self.waited += 1
 
 
 class StepTimer:

@@ -5,10 +5,10 @@ provides the data, the method's loss over a global batch, and everything after a
 """
 
 import math
+import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from transformers.trainer import OPTIMIZER_NAME, SCALER_NAME, SCHEDULER_NAME, TR
 
 from ..data.batching import Batch, Rows
 from ..models.loading import Model
-from ..models.sharding import defer_gradient_reduction, full_tensors
+from ..models.sharding import defer_gradient_reduction, full_tensors, is_sharded
 from ..models.weights import gather_weights, load_weights, save_weights
 from ..objectives.objective import Objective
 from .expert_load import ExpertLoad
@@ -32,6 +32,8 @@ from .gradient_sums import GradientSums
 from .heartbeat import Phase
 from .nonfinite import NonFiniteSteps, nonfinite_flag, propagate_nan
 from .optimizer import SkippingAdamW, make_optimizer
+
+_MICRO = 10**6
 
 
 @dataclass
@@ -45,6 +47,8 @@ class Counts:
     """True if a worker got a request to stop after this step."""
     flags: tuple[int, ...] = ()
     """For each flag, the number of workers that set it before the step."""
+    data_wait: float = 0.0
+    """Seconds that the worker which waited longest waited for its rows."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +68,7 @@ class StreamTrainer(Trainer):
         args: transformers' settings; its own logging, evaluation and saving are off.
         objective: the method's objective.
         passes: number of optimizer steps on the same rows.
-        rows: returns an iterator over the rows of this worker's remaining microbatches.
+        rows: returns an iterator over the rows of this worker's remaining steps.
         after_step: called after every optimizer step; returns True to end the training.
         is_logged: returns True if a step (counted from 1) will be logged.
         on_phase: called before the rows of a step become batches ("rollout"), and when all workers
@@ -120,8 +124,9 @@ class StreamTrainer(Trainer):
         self._measured: list[torch.Tensor] = []
         self._load = ExpertLoad(model)
         self._sums = GradientSums(model.parameters(), args.world_size)
-        self._passed = 0
         self._empty_steps: list[int] = []
+        self._is_sharded = is_sharded(model)
+        self._data_wait = 0.0
         # The CPUs exchange the counts, so that a GPU never waits for them.
         self.cpu_group = dist.new_group(backend="gloo") if args.world_size > 1 else None
         self.counts = Counts(0, 0, False)
@@ -157,21 +162,25 @@ class StreamTrainer(Trainer):
         return made
 
     def get_train_dataloader(self) -> Any:
-        """An iterable of this worker's microbatches; `max_steps` ends the training."""
-        return _Microbatches(self._rows)
+        """An iterable of this worker's steps; `max_steps` ends the training."""
+        return _Steps(self._rows)
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[Rows], num_batches: int, device: torch.device
-    ) -> tuple[list[Batch], torch.Tensor]:
-        """The batches of one step, and the loss units of the global batch (at least 1)."""
+    ) -> tuple[list[list[Batch]], torch.Tensor]:
+        """The batches of one step as a single item, because their number may differ from step to
+        step; and the loss units of the global batch (at least 1)."""
         step = self.state.global_step
         self.skipped.read_flags(step - 1)
         self.skipped.check()
+        waits = [0] * self.args.world_size
         if step % self._passes == 0:
-            microbatches = list(islice(epoch_iterator, num_batches))
+            since = time.monotonic()
+            rows = next(epoch_iterator)
+            waits[self.args.process_index] = round(_MICRO * (time.monotonic() - since))
             self._on_phase("rollout")
             with torch.no_grad(), self.compute_loss_context_manager():
-                batches = self._objective.batches(step, microbatches)
+                batches = self._objective.batches(step, rows)
             # Now, while the device may still compute the step before.
             self._current = [batch.to(self.args.device) for batch in batches]
         counts = torch.tensor(
@@ -179,24 +188,27 @@ class StreamTrainer(Trainer):
                 sum(batch.loss_units for batch in self._current),
                 sum(batch.tokens for batch in self._current),
                 int(self._stop_requested()),
+                *waits,
                 *map(int, self._flags()),
             ]
         )
         if self.cpu_group is not None:
             dist.all_reduce(counts, group=self.cpu_group)
         self._on_phase("step")  # not before: until here a worker waits for others that save
-        units, tokens, stop, *flags = counts.tolist()
-        self._passed = 0
+        units, tokens, stop, *rest = counts.tolist()
+        data_wait = max(rest[: len(waits)]) / _MICRO
+        self._data_wait += data_wait
         # No stop between passes on the same rows: a checkpoint does not hold these rows.
         may_stop = (step + 1) % self._passes == 0
-        self.counts = Counts(units, tokens, stop > 0 and may_stop, tuple(flags))
+        flags = tuple(rest[len(waits) :])
+        self.counts = Counts(units, tokens, stop > 0 and may_stop, flags, data_wait)
         # A number that a kernel writes: the host waits for the copy of a tensor.
-        return self._current, torch.full((), max(units, 1), device=device)
+        return [self._current], torch.full((), max(units, 1), device=device)
 
     def _prepare_inputs(self, inputs: Batch) -> Batch:
         return inputs.to(self.args.device)
 
-    def floating_point_ops(self, inputs: Batch) -> int:
+    def floating_point_ops(self, inputs: list[Batch]) -> int:
         """Always 0: the report counts tokens instead."""
         return 0
 
@@ -226,18 +238,26 @@ class StreamTrainer(Trainer):
     def training_step(
         self,
         model: torch.nn.Module,
-        inputs: Batch,
+        inputs: list[Batch],
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> torch.Tensor:
-        """The Trainer's forward and backward pass of a microbatch."""
-        loss: torch.Tensor = super().training_step(model, inputs, num_items_in_batch)
-        self._passed += 1
-        self._sums.add(is_last=self._passed == len(self._current))
-        return loss
+        """The Trainer's forward and backward pass, of each microbatch; returns their summed loss.
 
-    def _defer_fsdp_gradient_reduction(self) -> AbstractContextManager[None]:
-        """Overrides the Trainer's method for all microbatches but the last of a sharded model."""
-        return defer_gradient_reduction(self.model)
+        The last one exchanges gradients with the other workers.
+        """
+        total = torch.zeros((), device=self.args.device)
+        for number, batch in enumerate(inputs, start=1):
+            is_last = number == len(inputs)
+            with nullcontext() if is_last else self._without_exchange(model):
+                total += super().training_step(model, batch, num_items_in_batch)
+            self._sums.add(is_last)
+        return total
+
+    def _without_exchange(self, model: torch.nn.Module) -> AbstractContextManager[None]:
+        if self._is_sharded:
+            return defer_gradient_reduction(self.model)
+        kept: AbstractContextManager[None] = self.accelerator.no_sync(model=model)
+        return kept
 
     def _get_grad_norm(self, model: torch.nn.Module, grad_norm: Any = None) -> Any:
         """Overrides the Trainer's method before the optimizer step.
@@ -294,6 +314,11 @@ class StreamTrainer(Trainer):
         """The steps since the last call in which there was nothing to learn."""
         steps, self._empty_steps = self._empty_steps, []
         return steps
+
+    def take_data_wait(self, steps: int) -> float:
+        """Mean over the last `steps` steps of `Counts.data_wait`; the next call starts anew."""
+        total, self._data_wait = self._data_wait, 0.0
+        return total / max(1, steps)
 
     def take_measures(self) -> dict[str, float]:
         """Means of the objective's measures in the logged step, over all workers, and the load."""
@@ -413,7 +438,7 @@ def _means(names: tuple[str, ...], total: torch.Tensor) -> dict[str, float]:
     return {name: sum_ / count for name, (sum_, count) in pairs if count > 0}
 
 
-class _Microbatches:
+class _Steps:
     """An iterable without a length, as the Trainer expects for a stream."""
 
     def __init__(self, rows: Callable[[], Iterator[Rows]]) -> None:

@@ -9,7 +9,6 @@ import torch
 from transformers import TrainingArguments, get_scheduler
 
 from ..config.recipe import Recipe
-from ..data.batching import accumulation_steps
 from ..models.devices import device_kind
 from ..models.dtypes import choose_dtype, needs_autocast
 from ..records.resume import warmup_steps
@@ -30,25 +29,16 @@ class OneDeviceArguments(TrainingArguments):
         return min(1, int(super().n_gpu))
 
 
-def accumulation(recipe: Recipe, world_size: int) -> int:
-    """Number of microbatches in one optimizer step on every worker."""
-    optim = recipe.optim
-    rows = recipe.rows_per_step
-    return accumulation_steps(rows, optim.microbatch, world_size, optim.batch_size // rows)
-
-
-def training_arguments(
-    recipe: Recipe, total_steps: int, world_size: int, scratch: Path
-) -> TrainingArguments:
-    """Settings for the Trainer's step; finray does data, logging, evaluation and saving itself."""
+def training_arguments(recipe: Recipe, total_steps: int, scratch: Path) -> TrainingArguments:
+    """Settings for the Trainer's step; finray does data, accumulation, logging, evaluation and
+    saving itself."""
     optim = recipe.optim
     autocast_type = choose_dtype(recipe.model) if needs_autocast(recipe) else None
     return OneDeviceArguments(
         output_dir=str(scratch / "trainer"),
         seed=recipe.seed,
         max_steps=total_steps,
-        per_device_train_batch_size=optim.microbatch,
-        gradient_accumulation_steps=accumulation(recipe, world_size),
+        per_device_train_batch_size=recipe.microbatch,
         learning_rate=optim.learning_rate,
         lr_scheduler_type=_SCHEDULES[optim.schedule],
         warmup_steps=warmup_steps(recipe, total_steps),

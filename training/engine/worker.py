@@ -25,22 +25,27 @@ from ..common.uploader import Uploader
 from ..config.adapter_folder import RESULT_FOLDER
 from ..config.recipe import recipe_from_dict
 from ..config.sections import ANSWERS_AT_ONCE
-from ..data.batching import Rows, accumulation_steps, in_batches, microbatches
-from ..data.origin import rows_of_step
+from ..data.batching import Rows, in_batches
+from ..data.microbatches import number_of_parts
+from ..data.origin import Origins, rows_of_step
 from ..data.prepared import (
     ROW_GROUP,
     DamagedDataError,
     Prepared,
+    Sample,
     forget_checks,
     open_prepared,
 )
-from ..data.stream import Slice, every_sequence, share, stream
+from ..data.stream import Sequence, Slice, every_sequence, share, stream
+from ..data.window_files import WINDOWS_FOLDER
+from ..data.window_reader import StreamedWindows
+from ..evaluation.during_training import AnswerMeasures, measure_answers
 from ..models import import_peft  # noqa: F401 - before what loads peft
 from ..models.base_cache import BaseCache
 from ..models.composite import name_of_class
 from ..models.devices import check_device, device_kind, found_kind
 from ..models.dtypes import choose_dtype
-from ..models.generation import exact_match, generate_answers
+from ..models.generation import Generated, completion_texts, exact_match, generate_completions
 from ..models.loading import count_parameters, grown_embedding, load_model, load_tokenizer
 from ..models.out_of_memory import is_out_of_memory
 from ..models.sharding import choose_strategy
@@ -60,7 +65,7 @@ from .methods import objective_of
 from .progress import PROGRESS_FILE, StepTimer, TrainingProgress
 from .task import Report, RetryError, RetryRequest, WorkerResult, WorkerTask
 from .trainer import StepMeasures, StreamTrainer, check_state
-from .trainer_arguments import accumulation, rate_factor, training_arguments
+from .trainer_arguments import rate_factor, training_arguments
 
 
 def run_worker(
@@ -164,10 +169,12 @@ class TrainingWorker:
         self.total_steps = self.recipe.total_steps(self.prepared.manifest.train.sequences)
         self.schedule = task.get("schedule") or [self.total_steps]
         self.eval_metrics: dict[str, float] = {}
+        self.completions: tuple[int, list[Generated]] | None = None
         self.stopped = False
 
         checkpoints = self.run_folder / CHECKPOINTS_FOLDER
         choice = self._agree_on_checkpoint(checkpoints, task.get("unusable", {}))
+        self.windows = self._open_windows(choice.step)
         check_device(self.recipe, device_kind(), found_kind())
         transformers.set_seed(self.recipe.seed)
         self.tokenizer = load_tokenizer(self.recipe)
@@ -179,7 +186,7 @@ class TrainingWorker:
         self.checkpoint = _fetch(checkpoints, choice, scratch)
         self.progress = _progress_of(self.checkpoint)
         self.checkpointer = self._make_checkpointer(checkpoints, choice)
-        arguments = training_arguments(self.recipe, self.total_steps, context.world_size, scratch)
+        arguments = training_arguments(self.recipe, self.total_steps, scratch)
         self.strategy = choose_strategy(
             self.recipe, self.model, context.world_size, arguments.device
         )
@@ -193,6 +200,7 @@ class TrainingWorker:
             device=arguments.device,
             strategy=self.strategy,
             isolation=task.get("isolation"),
+            evaluation_parts=task.get("evaluation_parts", 1),
             beat=self.heartbeat.beat,
         )
         self.objective = objective_of(setup)
@@ -213,7 +221,7 @@ class TrainingWorker:
             FinrayError: the run cannot continue.
         """
         retries = retry_requests(
-            *(self.recipe, self.prepared, self.progress, self._record_last_skipped),
+            *(self._origins, self.progress, self._record_last_skipped),
             phase=lambda: self.phase,
         )
         # The recorder closes last: it records what ends the attempt.
@@ -221,7 +229,7 @@ class TrainingWorker:
             if self.checkpoint is None:
                 with self.timer.paused():
                     self._evaluate_base()
-            if self.progress.step < self.total_steps:
+            if self.progress.step < self.total_steps and not self._ends_early:
                 self.trainer.train(resume_from_checkpoint=self.checkpoint)
             else:  # all steps are done, only the result is missing
                 self.trainer.load_weights(str(self.checkpoint))
@@ -260,7 +268,7 @@ class TrainingWorker:
             rank=self.context.rank,
             world_size=self.context.world_size,
             settings=self.recipe.checkpoint,
-            watched=self.recipe.method.watched,
+            watched=self.recipe.watched,
             uploads=self.uploads,
             before_publishing=self._flush_records,
             gather=self._gather,
@@ -319,35 +327,52 @@ class TrainingWorker:
 
     # the data
 
+    def _open_windows(self, step: int) -> StreamedWindows | None:
+        """The windows of streamed data, of which that of the next step is asked for; None for data
+        that was prepared ahead."""
+        if not self.recipe.data.streams:
+            return None
+        folder = self.run_folder / WINDOWS_FOLDER
+        windows = StreamedWindows(folder, self.prepared, self.recipe.seed)
+        if self.context.rank == 0:
+            windows.need(step // self.recipe.method.repeats * self.recipe.rows_per_step)
+        return windows
+
     def _training_rows(self) -> Iterator[Rows]:
         recipe, context = self.recipe, self.context
-        per_step, passes = recipe.rows_per_step, recipe.method.repeats
-        part = Slice(
-            folder=self.prepared.files,
-            split=self.prepared.manifest.train,
-            seed=recipe.seed,
-            batch_size=per_step,
-            rank=context.rank,
-            world_size=context.world_size,
-            start_step=self.progress.step // passes,
-            stop_step=-(-self.total_steps // passes),
-        )
-        return microbatches(
-            stream(part, on_ray=context.on_ray),
-            share(per_step, context.rank, context.world_size),
-            recipe.optim.microbatch,
-            accumulation(recipe, context.world_size),
-        )
+        own = share(recipe.rows_per_step, context.rank, context.world_size)
+        return in_batches(self._training_sequences(), own)
+
+    def _training_sequences(self) -> Iterator[Sequence]:
+        recipe, context, passes = self.recipe, self.context, self.recipe.method.repeats
+        steps = self.progress.step // passes, -(-self.total_steps // passes)
+        worker = context.rank, context.world_size
+        if self.windows is not None:
+            beat = self.heartbeat.beat
+            return self.windows.rows(recipe.rows_per_step, *worker, steps, beat)
+        files, split = self.prepared.files, self.prepared.manifest.train
+        part = Slice(files, split, recipe.seed, recipe.rows_per_step, *worker, *steps)
+        return stream(part, on_ray=context.on_ray)
+
+    def _origins(self, step: int) -> Origins:
+        """The source rows of a step (counted from 1)."""
+        if self.windows is None:
+            return rows_of_step(self.recipe, self.prepared, step)
+        size = self.recipe.rows_per_step
+        start = (step - 1) // self.recipe.method.repeats * size
+        return self.windows.rows_at(start, start + size)
 
     def _held_out_rows(self) -> Iterator[Rows]:
         split = self.prepared.manifest.eval
         assert split is not None
         context = self.context
-        size = max(1, self.recipe.optim.microbatch // self.evaluation_parts)
         sequences = every_sequence(self.prepared.files, split, context.rank, context.world_size)
-        # Ranks of a sharded model compute together, so all need equally many batches.
-        passes = accumulation_steps(split.sequences, size, context.world_size)
-        for rows in in_batches(sequences, size, at_least=passes if self.strategy == "fsdp" else 0):
+        division = self.objective.evaluated
+        batches = division.in_order(sequences)
+        if self.strategy == "fsdp":  # ranks compute together, so all need equally many batches
+            passes = number_of_parts(split.sequences, division.rows, context.world_size)
+            batches = in_batches(sequences, division.rows, at_least=passes)
+        for rows in batches:
             self.heartbeat.beat()
             yield rows
 
@@ -382,11 +407,18 @@ class TrainingWorker:
         if self._is_evaluated(step):
             with self.timer.paused():
                 self._evaluate()
-        if self._is_saved(step) or counts.stop:
+        ends = self._ends_early
+        if self._is_saved(step) or counts.stop or ends:
             with self.timer.paused():
                 self._save()
-        self.stopped = counts.stop and step < self.total_steps
-        return self.stopped
+        self.stopped = counts.stop and step < self.total_steps and not ends
+        return self.stopped or ends
+
+    @property
+    def _ends_early(self) -> bool:
+        """True if the watched metric has not improved for too long; the same on every rank."""
+        patience = self.recipe.eval.patience
+        return patience is not None and self.progress.waited >= patience
 
     def _enter(self, phase: Phase) -> None:
         """Report a phase of the next step."""
@@ -403,10 +435,14 @@ class TrainingWorker:
         self.heartbeat.enter(phase, step)
 
     def _epoch(self) -> float:
+        if self.windows is not None:
+            steps = self.progress.step // self.recipe.method.repeats
+            return self.windows.epoch_at(steps * self.recipe.rows_per_step)
         return self.recipe.epoch_at(self.progress.step, self.prepared.manifest.train.sequences)
 
     def _log(self, measures: StepMeasures) -> None:
-        loss, skipped = self.trainer.take_loss(measures.step - self.timer.step)
+        steps = measures.step - self.timer.step
+        loss, skipped = self.trainer.take_loss(steps)
         empty, measured = self.trainer.take_empty_steps(), self.trainer.take_measures()
         speed = self.timer.tick(self.progress)
         line = {
@@ -416,6 +452,7 @@ class TrainingWorker:
             "learning_rate": measures.learning_rate,
             "grad_norm": as_number(measures.grad_norm),
             "tokens_per_second": round(speed, 1),
+            "data_wait": round(self.trainer.take_data_wait(steps), 6),
             "seconds": round(self.progress.seconds, 3),
             **measured,
             **({"skipped": len(skipped)} if skipped else {}),
@@ -431,15 +468,17 @@ class TrainingWorker:
 
     def _record_skipped(self, steps: list[int], reason: str) -> None:
         if self.recorder is not None and steps:
-            rows = [(step, rows_of_step(self.recipe, self.prepared, step)) for step in steps]
+            rows = [(step, self._origins(step)) for step in steps]
             self.recorder.add_skipped(rows, reason)
 
     def _record_last_skipped(self) -> None:
         self._record_skipped(self.trainer.skipped.take_steps(), "not finite")
 
     def _evaluate(self) -> None:
-        measured = self._measure()
+        measured = {**self._measure(), **self._measure_answers()}
         self.eval_metrics = {"step": self.progress.step, **measured}
+        watched = self.recipe.watched
+        self.progress.measured(measured.get(watched.name), watched)
         self._record_line({"epoch": self._epoch(), **self.eval_metrics})
 
     def _measure(self) -> dict[str, float]:
@@ -459,7 +498,7 @@ class TrainingWorker:
     def _save(self) -> None:
         step = self.progress.step
         self._begin("save", step)
-        name = self.recipe.method.watched.name
+        name = self.recipe.watched.name
         is_fresh = self.eval_metrics.get("step") == step and name in self.eval_metrics
         metrics = {name: self.eval_metrics[name]} if is_fresh else {}
         self.checkpointer.save(step, self._write_state, metrics)
@@ -490,7 +529,7 @@ class TrainingWorker:
             measured = self._measure()
         else:
             measured = self.bases.measured(self.recipe, fingerprint, self._measure)
-        measured.update(self._answer("before"))
+        measured.update({**self._measure_answers(), **self._answer("before")})
         if self.recorder is not None:
             self.recorder.log_base(measured)
 
@@ -503,17 +542,7 @@ class TrainingWorker:
         samples = self.prepared.samples(self.recipe.eval.samples)
         if not samples:
             return {}
-        self._begin("evaluation", self.progress.step)
-        with self.trainer.compute_loss_context_manager():
-            answers = generate_answers(
-                self.model,
-                self.tokenizer,
-                [sample.prompt_ids for sample in samples],
-                self.recipe.eval.max_new_tokens,
-                self.context.rank,
-                self.context.world_size,
-                at_once=max(1, ANSWERS_AT_ONCE // self.evaluation_parts),
-            )
+        answers = completion_texts(self.tokenizer, self._complete(samples))
         if self.recorder is not None:
             texts = [
                 {"row": sample.row, "prompt": sample.prompt, "reference": sample.reference}
@@ -521,6 +550,42 @@ class TrainingWorker:
             ]
             self.recorder.add_answers(texts, answers, when)
         return {"exact_match": exact_match(answers, [sample.reference for sample in samples])}
+
+    def _complete(self, samples: list[Sample]) -> list[Generated]:
+        """The completions of the held-out samples at this step, generated once."""
+        step = self.progress.step
+        if self.completions is None or self.completions[0] != step:
+            self._begin("evaluation", step)
+            with self.trainer.compute_loss_context_manager():
+                completions = generate_completions(
+                    self.model,
+                    self.tokenizer,
+                    [sample.prompt_ids for sample in samples],
+                    self.recipe.eval.max_new_tokens,
+                    self.context.rank,
+                    self.context.world_size,
+                    at_once=max(1, ANSWERS_AT_ONCE // self.evaluation_parts),
+                )
+            self.completions = (step, completions)
+        return self.completions[1]
+
+    def _measure_answers(self) -> dict[str, float]:
+        """The recipe's measures of the answers to the held-out samples, the same on every rank."""
+        metrics = self.recipe.eval.metrics
+        samples = self.prepared.samples(self.recipe.eval.samples) if metrics else []
+        if not samples:
+            return {}
+        completions = self._complete(samples)
+        measured = [AnswerMeasures()]
+        if self.recorder is not None:  # a function of the user need not be the same everywhere
+            texts = completion_texts(self.tokenizer, completions)
+            device = self.trainer.args.device
+            measured = [measure_answers(metrics, samples, texts, completions, device)]
+            for problem in measured[0].problems:
+                self.recorder.add_notice(f"step {self.progress.step}: {problem}")
+        if self.context.world_size > 1:
+            dist.broadcast_object_list(measured, src=0, group=self.trainer.cpu_group)
+        return dict(measured[0].values)
 
     def _finish(self) -> None:
         """Evaluate the trained model and write it."""
@@ -533,6 +598,8 @@ class TrainingWorker:
         weights = gather_weights(self.model)
         if self.recorder is None:
             return
+        if self._ends_early and step < self.total_steps:
+            self.recorder.set_over(self._why_early())
         if matches:
             self.recorder.log({"step": step, "epoch": self._epoch(), **matches})
         name = RESULT_FOLDER if self.recipe.trains_adapter else "model"
@@ -542,6 +609,13 @@ class TrainingWorker:
         )
         self.uploads.do(lambda: self._publish_result(name), self.run_folder)
         self.recorder.set_result(name)
+
+    def _why_early(self) -> str:
+        progress, name = self.progress, self.recipe.watched.name
+        best = "it was never a number"
+        if progress.best is not None:
+            best = f"the best was {progress.best:.6g} at step {progress.best_step}"
+        return f"{name} has not improved for {progress.waited} measurements (eval.patience); {best}"
 
     def _has_turns(self) -> bool:
         """True if the first rows hold turns of the chat template."""

@@ -4,9 +4,9 @@ import json
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from ..common.errors import InputError, RunError
 from ..common.progress import SILENT, Progress
@@ -17,8 +17,11 @@ from ..config.base_digest import BASE_FILE, base_digest
 from ..config.model_folder import model_folder, processor_files, tokenizer_files
 from ..config.models import ModelSettings
 from ..records.run_folder import Record, finished_run
+from .gguf import convert
 from .loading import ExportedModel
 from .model_card import render_card
+from .ollama import write_modelfile
+from .quantising import quantise
 
 if TYPE_CHECKING:
     from ..models.dtypes import DtypeName
@@ -40,6 +43,8 @@ class ExportSummary:
     """Number of files."""
     bytes: int
     """Size of all files together."""
+    pushed: str | None = None
+    """Address of the repository that it was uploaded to."""
 
 
 def export(
@@ -48,6 +53,10 @@ def export(
     *,
     merge: bool = False,
     dtype: "DtypeName | None" = None,
+    quantize: Literal["nf4", "int8"] | None = None,
+    for_gguf: bool = False,
+    converter: Path | None = None,
+    ollama: bool = False,
     progress: Progress = SILENT,
 ) -> ExportSummary:
     """Write a run's result and its model card into a folder, completely or not at all.
@@ -57,6 +66,10 @@ def export(
         target: the folder to write; it must not exist, or be empty.
         merge: merge the adapter into its base.
         dtype: type of the written weights; by default that of the base or the trained model.
+        quantize: store a whole model's weights quantised, as bitsandbytes reads them.
+        for_gguf: the folder is to be converted to GGUF, so it must hold a whole model.
+        converter: llama.cpp's, which writes <name of the folder>.gguf beside the weights.
+        ollama: write a Modelfile for a whole model.
         progress: receives the bytes of weights written so far and in all.
 
     Raises:
@@ -69,6 +82,12 @@ def export(
         raise InputError(f"{run}: the run trained the full model, not an adapter; omit --merge")
     if name == "adapter" and dtype is not None and not merge:
         raise InputError("--dtype sets the type of a full model's weights; add --merge")
+    extras = {"--quantize": quantize, "--format gguf": for_gguf, "--ollama": ollama}
+    asked = [option for option, is_asked in extras.items() if is_asked]
+    if name == "adapter" and not merge and asked:
+        raise InputError(
+            f"{asked[0]} takes a whole model, and the run trained an adapter; add --merge"
+        )
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise InputError(f"{target} exists already; give a new or empty folder")
     settings = recipe["model"]
@@ -85,7 +104,19 @@ def export(
             shutil.copytree(trained, staged, dirs_exist_ok=True)
             if name == "adapter":
                 _write_base_name(staged, settings)
-        result = _describe(name, merge, record, settings, trained)
+        result = replace(
+            _describe(name, merge, record, settings, trained), stored=quantize or "none"
+        )
+        if quantize is not None:
+            trust = settings.get("trust_remote_code", False)
+            quantise(staged, quantize, result.model_class, trust)
+        source = "."
+        if converter is not None:
+            progress.status("llama.cpp converts the model")
+            convert(converter, staged, staged / f"{target.name}.gguf")
+            source = f"./{target.name}.gguf"
+        if ollama:
+            write_modelfile(staged, source)
         card = render_card(record, recipe, result)
         (staged / CARD_FILE).write_text(card, encoding="utf-8")
         sizes = [path.stat().st_size for path in staged.rglob("*") if path.is_file()]

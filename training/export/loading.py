@@ -38,6 +38,8 @@ class ExportedModel:
     """Rows of the embedding under an adapter that added tokens; None if the base has enough."""
     unquantised: tuple[str, ...] = ()
     """Endings of the names of layers that must not be quantised: PEFT adds to their weights."""
+    stored: str = "none"
+    """How the weights of a whole model are quantised in the folder: none, nf4 or int8."""
     has_stops: bool = False
     """True if generation_config.json beside an adapter says where an answer ends."""
 

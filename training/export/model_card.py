@@ -89,6 +89,8 @@ def _facts(run: Record, recipe: Record, result: ExportedModel) -> list[tuple[str
     if result.kind == "merged" and result.quantize != "none":
         kind += f", dequantised from the {result.quantize} weights that it was trained on"
     facts = [("Method", title_of(method)), ("Base model", base), ("Result", kind)]
+    if result.stored != "none":
+        facts.append(("Weights", f"{result.stored}, as bitsandbytes stores them"))
     adapter = recipe.get("adapter") or {}
     settings = {key: value for key, value in adapter.items() if value not in (None, {}, [])}
     if settings:

@@ -10,6 +10,7 @@ from ..common.progress import Progress
 from ..common.secrets import redact
 from ..common.storage import Folder
 from ..config.sections import ScaleSettings
+from ..data.tasks import RunOnRayData
 from ..engine.context import STOP_FILE, watch_stop_file
 from ..engine.hangs import STOPPED, hang_files, hang_message, hang_repeats_as
 from ..engine.heartbeat import Heartbeat
@@ -48,6 +49,7 @@ class RayLauncher(Launcher):
         self.stop = stop
         self.room = room
         self.max_failures = scale.max_failures
+        self.run_tasks = RunOnRayData.beside_workers(scale.prepare)
         self._node_wait = scale.node_wait
         self._worker_env = worker_env
         self._grow_seconds = grow_seconds

@@ -2,9 +2,9 @@
 
 Workers fail, or the cluster changes: the next attempt resumes from the last checkpoint.
 
-Out of memory in a step: the next attempt uses half the microbatch size and twice as many
-microbatches. Losses are normalised by the global batch, so the steps stay the same. Out of memory
-in an evaluation: its batches are halved. Elsewhere, a retry would not help.
+Out of memory in a step: the next attempt uses half the microbatch size, in rows or in tokens, and
+twice as many microbatches. Losses are normalised by the global batch, so the steps stay the same.
+Out of memory in an evaluation: its batches are halved. Elsewhere, a retry would not help.
 
 Damaged data: it is prepared again before the next attempt.
 
@@ -23,14 +23,16 @@ from ..common.background import Stop
 from ..common.errors import RunError
 from ..common.progress import Progress
 from ..common.storage import Folder
+from ..config.recipe import recipe_from_dict
 from ..config.sections import ANSWERS_AT_ONCE
+from ..data.tasks import RunTasks, run_in_process
 from ..engine.task import RetryRequest, WorkerResult, WorkerTask
 from ..models.devices import Room
 from ..records import checkpoint
 from ..records.recorder import update_run
 from ..records.run_folder import CHECKPOINTS_FOLDER, Record, read_run
 
-_SIZE = "micro_batch_size"
+_ROWS, _TOKENS = "micro_batch_size", "micro_batch_tokens"
 _PARTS: Literal["evaluation_parts"] = "evaluation_parts"
 
 
@@ -67,6 +69,8 @@ class Launcher(Protocol):
     """Failures in a row without a new checkpoint that a run survives."""
     room: Room | None = None
     """What a worker's GPU offers; None without one, or if its memory is not known."""
+    run_tasks: RunTasks = staticmethod(run_in_process)
+    """Runs the tasks that prepare data beside the workers."""
 
     def attempt(self, task: WorkerTask) -> WorkerResult:
         """Train until the attempt ends.
@@ -180,8 +184,9 @@ class _Remedies:
         record = read_run(self.run) or {}
         if (parts := record.get(_PARTS)) is not None:
             task = cast(WorkerTask, {**task, _PARTS: parts})
-        size = record.get(_SIZE)
-        return task if size is None else _with_size(task, min(size, _size(task)))
+        key = _ROWS if task["recipe"]["optim"].get(_TOKENS) is None else _TOKENS
+        before = record.get(key)
+        return task if before is None else _with_size(task, key, min(before, _size(task)[1]))
 
     def apply(self, task: WorkerTask, request: RetryRequest) -> WorkerTask:
         """The next attempt's task.
@@ -222,7 +227,7 @@ class _Remedies:
 
     def _divide_evaluation(self, task: WorkerTask, request: RetryRequest) -> WorkerTask:
         parts, problem = task.get(_PARTS, 1), request["problem"]
-        if parts >= max(_size(task), ANSWERS_AT_ONCE):
+        if parts >= max(recipe_from_dict(task["recipe"]).microbatch, ANSWERS_AT_ONCE):
             raise _NoRemedyError(
                 f"{problem} in an evaluation of one row at a time. To save memory: a smaller "
                 "eval.max_new_tokens, a shorter data.max_length, or model.quantize nf4 with an "
@@ -233,18 +238,21 @@ class _Remedies:
         return cast(WorkerTask, {**task, _PARTS: 2 * parts})
 
     def _halve(self, task: WorkerTask, request: RetryRequest) -> WorkerTask:
-        size, step, problem = _size(task), request["steps"][-1], request["problem"]
-        if size == 1:
-            recomputes = task["recipe"]["model"]["gradient_checkpointing"] is True
+        recipe = recipe_from_dict(task["recipe"])
+        step, problem = request["steps"][-1], request["problem"]
+        key, size = _size(task)
+        least = 1 if key == _ROWS else recipe.tokens_per_row
+        if size == least:
+            recomputes = recipe.model.gradient_checkpointing is True
             raise _NoRemedyError(
-                f"step {step}: {problem}, with optim.micro_batch_size 1 already. To save memory: "
+                f"step {step}: {problem}, with optim.{key} {size} already. To save memory: "
                 f"{'' if recomputes else 'model.gradient_checkpointing true, '}a shorter "
                 "data.max_length, model.quantize nf4 with an adapter, or a smaller adapter.rank"
             )
-        half = (size + 1) // 2
-        reason = f"{problem}; continuing with micro_batch_size {half} instead of {size}, and the "
-        self._record(step, reason + "same batch", {_SIZE: half})
-        return _with_size(task, half)
+        half = max((size + 1) // 2, least)
+        reason = f"{problem}; continuing with {key} {half} instead of {size}, and the same batch"
+        self._record(step, reason, {key: half})
+        return _with_size(task, key, half)
 
     def _roll_back(self, request: RetryRequest) -> None:
         steps, problem = request["steps"], request["problem"]
@@ -265,11 +273,14 @@ class _Remedies:
         update_run(self.run, change)
 
 
-def _size(task: WorkerTask) -> int:
-    return int(task["recipe"]["optim"][_SIZE])
+def _size(task: WorkerTask) -> tuple[str, int]:
+    """(setting, size) of a microbatch."""
+    recipe = recipe_from_dict(task["recipe"])
+    budget = recipe.optim.micro_batch_tokens
+    return (_ROWS, recipe.microbatch) if budget is None else (_TOKENS, budget)
 
 
-def _with_size(task: WorkerTask, size: int) -> WorkerTask:
+def _with_size(task: WorkerTask, key: str, size: int) -> WorkerTask:
     changed = copy.deepcopy(task)
-    changed["recipe"]["optim"][_SIZE] = size
+    changed["recipe"]["optim"][key] = size
     return changed

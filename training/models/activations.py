@@ -6,7 +6,7 @@ count holds for every architecture, adapter and type, and takes neither memory n
 
 import logging
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Literal
@@ -22,6 +22,8 @@ from transformers.masking_utils import sdpa_mask
 
 from ..common.logs import limit
 from ..config.recipe import Recipe
+from .attention import attention as by_rows
+from .attention import replace_attention
 from .dtypes import DtypeName, torch_dtype
 from .freezing import decoder_layers
 from .loading import Model, build_meta_model, forward_arguments
@@ -156,13 +158,16 @@ def _without_values(
 def _attend(model: Model, attention: Attention) -> None:
     """Make attention keep what its kernel would; a family without sdpa keeps its own."""
     AttentionInterface.register(_COUNTED["plain"], sdpa_attention_forward)
-    AttentionInterface.register(_COUNTED["borders"], sdpa_attention_forward)
+    AttentionInterface.register(_COUNTED["borders"], by_rows)
     AttentionMaskInterface.register(_COUNTED["plain"], _mask_of_windows)
     AttentionMaskInterface.register(_COUNTED["borders"], _no_mask)
     transformer = _transformer(model)
     if attention == "eager":
         transformer.set_attn_implementation("eager")
-    elif attention in _COUNTED and transformer.config._attn_implementation == "sdpa":
+    elif attention == "borders":
+        with suppress(ValueError):  # one whose attention cannot be replaced keeps its own
+            replace_attention(transformer, _COUNTED[attention])
+    elif attention == "plain" and transformer.config._attn_implementation == "sdpa":
         transformer.set_attn_implementation(_COUNTED[attention])
 
 

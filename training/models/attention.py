@@ -65,8 +65,17 @@ def attend_by_documents(model: torch.nn.Module) -> None:
     base: PreTrainedModel = next(
         part for part in model.modules() if isinstance(part, PreTrainedModel)
     )
-    base.set_attn_implementation(NAME)
-    if base.config.get_text_config()._attn_implementation != NAME:
+    replace_attention(base, NAME)
+
+
+def replace_attention(base: PreTrainedModel, name: str) -> None:
+    """Make a model use the attention that transformers has under a name.
+
+    Raises:
+        ValueError: its attention cannot be replaced.
+    """
+    base.set_attn_implementation(name)
+    if base.config.get_text_config()._attn_implementation != name:
         raise ValueError(f"the attention of {type(base).__name__} cannot be replaced")
 
 

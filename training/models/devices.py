@@ -7,6 +7,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, Literal
 
 from ..common.errors import InputError
@@ -135,6 +136,7 @@ def check_device(recipe: "Recipe", kind: str, found: str) -> None:
     Raises:
         InputError: the recipe or finray does not allow it.
     """
+    _check_kernel(recipe, kind)
     if kind == "cpu":
         if found != "cpu" and recipe.scale.gpus_per_worker != 0:
             raise InputError(
@@ -150,14 +152,31 @@ def check_device(recipe: "Recipe", kind: str, found: str) -> None:
         )
 
 
+def _check_kernel(recipe: "Recipe", kind: str) -> None:
+    """Check that the attention that the recipe names is here.
+
+    Raises:
+        InputError: it is not.
+    """
+    if recipe.model.attention != "flash_attention_2":
+        return
+    missing = None
+    if kind != "cuda":
+        missing = f"a GPU of kind cuda, and the run trains on {kind} here"
+    elif not any(find_spec(package) for package in ("flash_attn", "kernels")):
+        missing = "the package flash-attn, which is not installed here"
+    if missing is not None:
+        raise InputError(
+            f"model.attention: flash_attention_2 needs {missing}; remove the setting: auto takes "
+            "torch's own kernels"
+        )
+
+
 def _unfit(recipe: "Recipe", kind: str) -> str | None:
     """Why the run cannot train on a device of this kind; None if it can."""
-    is_cuda, is_mps = kind == "cuda", kind == "mps"
+    is_mps = kind == "mps"
     reasons = {
         f"finray trains on {', '.join(KINDS)} and cpu": kind not in KINDS,
-        "model.attention flash_attention_2 needs cuda": (
-            not is_cuda and recipe.model.attention == "flash_attention_2"
-        ),
         "workers cannot exchange gradients there, so scale.workers must be 1": (
             is_mps and recipe.scale.least_workers > 1
         ),

@@ -1,6 +1,7 @@
 """Greedy answers to held-out prompts, before and after training."""
 
-import math
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,37 +23,86 @@ def generate_answers(
     world_size: int,
     at_once: int = ANSWERS_AT_ONCE,
 ) -> list[str]:
+    """The texts of `generate_completions`."""
+    completions = generate_completions(
+        model, tokenizer, prompts, max_new_tokens, rank, world_size, at_once
+    )
+    return completion_texts(tokenizer, completions)
+
+
+@torch.no_grad()
+def generate_completions(
+    model: Model,
+    tokenizer: Any,
+    prompts: list[list[int]],
+    max_new_tokens: int,
+    rank: int,
+    world_size: int,
+    at_once: int = ANSWERS_AT_ONCE,
+) -> list["Generated"]:
     """Generate greedy completions of all prompts; each worker generates a share of them.
+
+    Which prompts share a batch is the same for any number of workers.
 
     Args:
         prompts: token ids of each prompt, ending where the answer begins.
         at_once: answers that a worker generates in one batch.
 
     Returns:
-        One text per prompt, the same on every rank.
+        One completion per prompt, the same on every rank.
     """
-    own = list(range(rank, len(prompts), world_size))
     # Prompts of similar length share a batch, which then has little padding.
-    own.sort(key=lambda index: len(prompts[index]))
+    order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
+    batches = [order[first : first + at_once] for first in range(0, len(order), at_once)]
     training = model.training
     model.eval()
-    answers: dict[int, str] = {}
-    # A sharded model needs equally many calls on all ranks: a rank without prompts left generates
+    completions: dict[int, Generated] = {}
+    # A sharded model needs equally many calls on all ranks: a rank without batches left generates
     # for prompt 0 and discards the answer.
-    for first in range(0, math.ceil(len(prompts) / world_size), at_once):
-        chosen = own[first : first + at_once]
-        texts = _generate(model, tokenizer, [prompts[i] for i in chosen or [0]], max_new_tokens)
-        answers.update(zip(chosen, texts, strict=False))
+    for first in range(0, len(batches), world_size):
+        chosen = batches[first + rank] if first + rank < len(batches) else []
+        texts = [prompts[index] for index in chosen or [0]]
+        generated = generate_ids(model, tokenizer, texts, max_new_tokens)
+        completions.update(zip(chosen, generated, strict=False))
     model.train(training)
-    for part in _gather(answers, world_size):
-        answers.update(part)
-    return [answers[index] for index in range(len(prompts))]
+    for part in _gather(completions, world_size):
+        completions.update(part)
+    return [completions[index] for index in range(len(prompts))]
 
 
-def _generate(
-    model: Model, tokenizer: Any, prompts: list[list[int]], max_new_tokens: int
-) -> list[str]:
-    ids, mask = left_padded(prompts, tokenizer.pad_token_id)
+@dataclass(frozen=True)
+class Generated:
+    """A generated completion."""
+
+    ids: list[int]
+    """Token ids, including the token that ended the completion."""
+    ended: bool
+    """True if a stop token ended it, False if it was cut off at the maximum length."""
+
+
+@torch.no_grad()
+def generate_ids(
+    model: Model,
+    tokenizer: Any,
+    prompts: list[list[int]],
+    max_new_tokens: int,
+    **how: Any,
+) -> list[Generated]:
+    """Generate the completions of one batch of prompts; greedy ones, unless a processor of the
+    scores chooses.
+
+    Args:
+        model: a language model in evaluation mode, on its device.
+        tokenizer: its tokenizer.
+        prompts: token ids of each prompt, ending where the completion begins.
+        max_new_tokens: longest completion.
+        how: `logits_processor`, `streamer` or `stopping_criteria` of transformers' `generate`.
+    """
+    pad = tokenizer.pad_token_id
+    stops = stop_tokens(model, tokenizer)
+    if pad is None:  # only a batch of equally long prompts needs none
+        pad = stops[0] if stops else 0
+    ids, mask = left_padded(prompts, pad)
     device = next(model.parameters()).device
     generated = model.generate(
         input_ids=ids.to(device),
@@ -60,11 +110,23 @@ def _generate(
         max_new_tokens=max_new_tokens,
         do_sample=False,
         use_cache=True,
-        pad_token_id=tokenizer.pad_token_id,
-        eos_token_id=stop_tokens(model, tokenizer),
+        pad_token_id=pad,
+        eos_token_id=stops or None,
+        **how,
     )
+    return [_up_to_stop(tokens, stops) for tokens in generated[:, ids.shape[1] :].tolist()]
+
+
+def _up_to_stop(tokens: list[int], stops: list[int]) -> Generated:
+    """The completion without the padding behind the token that ended it."""
+    ends = next((index for index, token in enumerate(tokens) if token in stops), None)
+    return Generated(tokens, False) if ends is None else Generated(tokens[: ends + 1], True)
+
+
+def completion_texts(tokenizer: Any, completions: Sequence[Generated]) -> list[str]:
+    """The completions as text, without special tokens."""
     texts: list[str] = tokenizer.batch_decode(
-        generated[:, ids.shape[1] :], skip_special_tokens=True
+        [completion.ids for completion in completions], skip_special_tokens=True
     )
     return texts
 
@@ -85,11 +147,11 @@ def left_padded(prompts: list[list[int]], pad: int) -> tuple[torch.Tensor, torch
     return ids, mask
 
 
-def _gather(answers: dict[int, str], world_size: int) -> list[dict[int, str]]:
+def _gather(completions: dict[int, Generated], world_size: int) -> list[dict[int, Generated]]:
     if world_size == 1:
         return []
     parts: list[Any] = [None] * world_size
-    dist.all_gather_object(parts, answers)
+    dist.all_gather_object(parts, completions)
     return parts
 
 

@@ -21,9 +21,6 @@ from ..data.batching import Batch
 from ..data.documents import Documents
 from .attention import no_mask
 
-FLAT: tuple[Isolation | None, ...] = ("documents", "borders")
-"""The ways that take flat batches."""
-
 
 def kept_outputs(
     model: torch.nn.Module,
@@ -38,7 +35,7 @@ def kept_outputs(
 
     Args:
         model: the model, which may be wrapped for training.
-        batch: flat for the ways of FLAT.
+        batch: flat for documents and borders.
         accepted: parameter names of the model's forward.
         isolation: how the model keeps documents apart; None for one document a row, whose
             positions the model counts itself: a few architectures do not start at 0.

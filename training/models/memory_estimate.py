@@ -252,14 +252,13 @@ def attention_of(recipe: Recipe) -> Attention:
     """What attention keeps as the recipe runs.
 
     Packed rows get a dense mask with sdpa, and where the rehearsal shows that the model's attention
-    cannot be computed by documents.
+    cannot be computed by documents. Other rows are padded then.
     """
     if recipe.model.attention == "eager":
         return "eager"
-    if not recipe.packs:
-        return "plain"
-    is_masked = recipe.model.attention == "sdpa" or recipe.isolation in ("positions", "mask")
-    return "dense" if is_masked else "borders"
+    if recipe.is_flat and recipe.model.attention != "sdpa":
+        return "borders"
+    return "dense" if recipe.packs else "plain"
 
 
 def logits_at_once(recipe: Recipe, sizes: Sizes, kind: str = "cuda") -> int:
@@ -313,7 +312,7 @@ def _training(recipe: Recipe, sizes: Sizes, compute: DtypeName) -> int:
 
 def _tokens(recipe: Recipe) -> int:
     """Number of tokens in a full microbatch."""
-    return recipe.optim.microbatch * recipe.method.sequences_per_row * recipe.data.max_length
+    return recipe.microbatch_tokens
 
 
 class _Held(NamedTuple):
@@ -329,7 +328,8 @@ class _Held(NamedTuple):
 
 def _step_activations(recipe: Recipe, sizes: Sizes, compute: DtypeName, device: str) -> int:
     """Bytes that a microbatch's forward pass keeps, and those of its loss."""
-    rows, tokens = recipe.optim.microbatch * recipe.method.sequences_per_row, _tokens(recipe)
+    tokens = _tokens(recipe)
+    rows = tokens / recipe.data.max_length
     trained: DtypeName = "float32" if _trained_width(recipe, compute) == 4 else "bfloat16"
     gathers_low = _gathers_low(recipe)
     kind: _Compute = "float32" if compute == "float32" else "low"
@@ -355,15 +355,18 @@ def _gathers_low(recipe: Recipe) -> bool:
     return recipe.scale.strategy == "fsdp" and not recipe.trains_adapter
 
 
-def _followed(recipe: Recipe, rows: int, compute: DtypeName, trained: DtypeName) -> _Held | None:
+def _followed(recipe: Recipe, rows: float, compute: DtypeName, trained: DtypeName) -> _Held | None:
     """Bytes by the model's own forward pass; None where it cannot be followed.
 
-    All but copies of weights is as many times as much as there are rows.
+    All but copies of weights is as many times as much as there are rows of full length. A row whose
+    documents are computed one at a time counts as so many documents of the longest's length as
+    fill it.
     """
+    attention, tokens = attention_of(recipe), recipe.data.max_length
+    size = recipe.longest_document if attention == "borders" else tokens
 
     def of(rows: int) -> _Held | None:
-        arguments = (rows, recipe.data.max_length, compute, trained, attention_of(recipe))
-        kept = kept_by(recipe, *arguments)
+        kept = kept_by(recipe, rows, size, compute, trained, attention)
         if kept is None:
             return None
         count = len(kept.layers)  # the last one's output stays, too
@@ -371,10 +374,13 @@ def _followed(recipe: Recipe, rows: int, compute: DtypeName, trained: DtypeName)
         return _Held(kept.outside + inputs, kept.largest, sum(kept.layers))
 
     one = of(1)
-    two = of(2) if rows > 1 else None
+    if rows == 1 and size == tokens:
+        return one
+    two = of(2)
     if one is None or two is None:
-        return one if rows == 1 else None
-    return _Held(*(a + (rows - 1) * (b - a) for a, b in zip(one, two, strict=True)))
+        return None
+    beyond = rows * tokens / size - 1
+    return _Held(*(round(a + beyond * (b - a)) for a, b in zip(one, two, strict=True)))
 
 
 def _of_a_llama(

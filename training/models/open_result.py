@@ -12,12 +12,15 @@ from peft import PeftModel
 from transformers import AutoTokenizer, PreTrainedModel
 
 from ..common.errors import InputError
+from ..common.scratch import scratch_folder
+from ..common.storage import Folder
 from ..config.adapter_folder import CONFIG_FILE, adapter_base, check_safetensors
-from ..config.model_folder import named_model
+from ..config.model_folder import has_vocabulary, named_model
 from ..config.models import Head
+from ..config.recipe import Recipe
 from ..records.run_folder import FinishedRun
 from .adapter import check_fits
-from .loading import Model, head_arguments
+from .loading import Model, head_arguments, load_tokenizer
 from .out_of_memory import is_out_of_memory
 from .pretrained import load_pretrained
 from .tokens import room_for_adapter
@@ -71,6 +74,63 @@ def open_model(name: str, head: Head, dtype: torch.dtype, where: str) -> Model:
             return _load(model.base, head, dtype, where, revision=model.revision)
         base, revision = adapter_base(Path(name), head, where)
         return _under_adapter(Path(name), base, revision, head, dtype, where)
+
+
+def open_named(name: str, dtype: torch.dtype, where: str) -> OpenedModel:
+    """A language model by hub id or folder (see `open_model`), with its tokenizer.
+
+    Raises:
+        InputError: the model or its tokenizer cannot be loaded.
+    """
+    model = open_model(name, "causal", dtype, where)
+    with _load_errors(where, name):
+        named = named_model(name)
+        source, revision = named.base, named.revision
+        if (Path(name) / CONFIG_FILE).is_file() and not has_vocabulary(Path(name)):
+            source, revision = adapter_base(Path(name), "causal", where)
+        tokenizer = AutoTokenizer.from_pretrained(
+            source, revision=revision, trust_remote_code=False
+        )
+    return OpenedModel(model, tokenizer)
+
+
+def open_checkpoint(
+    recipe: Recipe, checkpoint: Folder, dtype: torch.dtype, where: str
+) -> OpenedModel:
+    """The model as a checkpoint of a run holds it.
+
+    Args:
+        recipe: the run's recipe.
+        checkpoint: the checkpoint's folder.
+        dtype: type of the weights.
+        where: what names it, for messages.
+
+    Raises:
+        InputError: the model cannot be loaded.
+    """
+    if recipe.adapter is not None and recipe.adapter.changes_base:
+        raise InputError(
+            f"{where}: with adapter.init {recipe.adapter.init} a checkpoint is no adapter on the "
+            "base; finish the run"
+        )
+    with _local_copy(checkpoint) as folder, _load_errors(where, checkpoint):
+        tokenizer = load_tokenizer(recipe)
+        if recipe.trains_adapter:
+            base, revision = recipe.model.base, recipe.model.revision
+            model = _under_adapter(folder, base, revision, "causal", dtype, where)
+        else:
+            model = _load(folder, "causal", dtype, where)
+    return OpenedModel(model, tokenizer)
+
+
+@contextmanager
+def _local_copy(folder: Folder) -> Iterator[Path]:
+    if folder.local is not None:
+        yield folder.local
+        return
+    with scratch_folder("checkpoint") as scratch:
+        folder.download(scratch)
+        yield scratch
 
 
 def _under_adapter(

@@ -1,7 +1,6 @@
 """Chooses what the memory of a GPU allows: the strategy, the microbatch, checkpointing."""
 
 from collections.abc import Iterator
-from typing import Any
 
 from ..config.recipe import Recipe
 from .devices import Room
@@ -37,7 +36,7 @@ def decide(recipe: Recipe, sizes: Sizes, room: Room) -> Recipe:
         return estimate(changed, sizes, room.compute).peak <= _SHARE * room.bytes
 
     is_auto = recipe.optim.micro_batch_size == "auto"
-    rows = 1 if is_auto else recipe.optim.microbatch
+    rows = 1 if is_auto else recipe.microbatch
     checkpoints = recipe.model.checkpoints
     if recipe.model.gradient_checkpointing == "auto":
         checkpoints = not fits(rows, False)
@@ -78,33 +77,24 @@ def sharded(recipe: Recipe) -> Recipe:
     return recipe.model_copy(update={"scale": scale})
 
 
-def smaller(recipe: Recipe) -> Iterator[tuple[str, Recipe]]:
-    """(settings, recipe) that train the same in smaller parts, the largest parts first."""
-    rows = recipe.optim.microbatch
+def fits(recipe: Recipe, sizes: Sizes, room: Room) -> bool:
+    """True if a worker of the run fits into its GPU.
+
+    Args:
+        recipe: with a strategy, and a microbatch that is no longer `auto`.
+        sizes: sizes of its model.
+        room: what the worker's GPU offers.
+    """
+    return estimate(recipe, sizes, room.compute).peak <= room.bytes
+
+
+def smaller(recipe: Recipe) -> Iterator[Recipe]:
+    """Recipes that train the same in smaller parts, the largest parts first."""
+    rows = recipe.microbatch
     if not recipe.model.checkpoints:
-        yield "model.gradient_checkpointing=true", recipe.with_placement(rows, True)
+        yield recipe.with_placement(rows, True)
     while rows > 1:
         rows //= 2
-        text = f"optim.micro_batch_size={rows}"
-        yield text, recipe.with_placement(rows, recipe.model.checkpoints)
+        yield recipe.with_placement(rows, recipe.model.checkpoints)
         if not recipe.model.checkpoints:
-            both = f"{text} and model.gradient_checkpointing=true"
-            yield both, recipe.with_placement(rows, True)
-
-
-def other(recipe: Recipe) -> Iterator[tuple[str, Recipe]]:
-    """(settings, recipe) that train differently and need less memory."""
-    adapter = recipe.adapter
-    plain = adapter is None or adapter.init in ("default", "gaussian")
-    if recipe.trains_adapter and plain and recipe.model.quantize != "nf4":
-        yield "model.quantize=nf4", with_model(recipe, quantize="nf4")
-    if recipe.scale.strategy != "fsdp" and (shared := sharded(recipe)) is not recipe:
-        yield "scale.strategy=fsdp", shared
-    for length in (recipe.data.max_length // 2, recipe.data.max_length // 4):
-        data = recipe.data.model_copy(update={"max_length": length})
-        yield f"data.max_length={length}", recipe.model_copy(update={"data": data})
-
-
-def with_model(recipe: Recipe, **settings: Any) -> Recipe:
-    """The recipe with other settings of its model."""
-    return recipe.model_copy(update={"model": recipe.model.model_copy(update=settings)})
+            yield recipe.with_placement(rows, True)

@@ -73,7 +73,7 @@ def _exchange(recipe: Recipe, sizes: Sizes, device: Device, workers: int) -> flo
     if recipe.scale.strategy != "fsdp":
         return gradients / device.link / 2
     rows = -(-recipe.rows_per_step // workers) * recipe.method.sequences_per_row
-    passes = -(-rows // recipe.optim.microbatch)
+    passes = -(-rows // recipe.microbatch)
     packed = 0.516 if recipe.model.quantize == "nf4" else 2
     weights = sizes.linear * packed + (sizes.frozen + sizes.trained) * 2
     return (2 * passes * share * weights + gradients) / device.link / 2

@@ -32,7 +32,7 @@ class ReferencedPairObjective(PairObjective):
         self._precomputed: PrecomputedReference | None = None
         if precomputes:
             self._precomputed = PrecomputedReference.load_or_compute(
-                setup, name, self.collate, self._sums
+                *(setup, name, self.division), self.collate, self._sums
             )
         else:
             self._reference = Reference(setup, name)

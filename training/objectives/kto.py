@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 
 from ..config.methods import KtoMethod
-from ..data.batching import PADDING_ROW, Batch, Rows, collate
+from ..data.batching import PADDING_ROW, Batch, Rows
 from ..data.stream import Sequence
 from ..models.loading import evaluation_mode
 from .objective import Loss, Objective, Setup
@@ -30,28 +30,29 @@ class KtoObjective(Objective):
         self._rank = setup.rank
         self._max_length = setup.recipe.data.max_length
         self._reference = Reference(setup, self._settings.reference_model)
+        # The CPUs exchange the rows, so that a GPU never waits for them.
+        self._hosts = dist.new_group(backend="gloo") if setup.world_size > 1 else None
 
     def collate(self, rows: Rows) -> Batch:
         """Add the labels as `extra["desirable"]`, (answers,), without padding rows."""
         labels = [json.loads(row.extra)["label"] for row in rows if row.extra is not None]
-        batch = replace(collate(rows), loss_units=len(labels))
+        batch = replace(self.assemble(rows), loss_units=len(labels))
         return batch.having(desirable=torch.tensor(labels, dtype=torch.bool))
 
-    def batches(self, step: int, microbatches: list[Rows]) -> list[Batch]:
+    def batches(self, step: int, rows: Rows) -> list[Batch]:
         """Add the reference's log-probabilities and the baseline of the global batch."""
         baseline = torch.zeros((), device=self.device)
         if self._settings.loss == "kto":
-            rows = [row for part in microbatches for row in part if row.rows.size]
             last = self._last_row_of_previous_rank(rows[-1])
-            mismatched = iter(_mismatched(rows, last, self._max_length))
+            mismatched = _mismatched(rows, last, self._max_length)
             ratios = [
-                self._divergences([next(mismatched) for row in part if row.rows.size])
-                for part in microbatches
+                self._divergences([mismatched[place] for place in part])
+                for part in self.parts(mismatched)
             ]
             baseline = self._mean(torch.cat(ratios))
         return [
             batch.having(reference=self._reference(self._sums, batch), baseline=baseline)
-            for batch in super().batches(step, microbatches)
+            for batch in super().batches(step, rows)
         ]
 
     def loss(self, model: torch.nn.Module, batch: Batch, measured: bool) -> Loss:
@@ -92,14 +93,15 @@ class KtoObjective(Objective):
         if self.world_size == 1:
             return own
         lasts: list[Sequence] = [own] * self.world_size
-        dist.all_gather_object(lasts, own)
+        dist.all_gather_object(lasts, own, group=self._hosts)
         return lasts[self._rank - 1]
 
     @torch.no_grad()
     def _divergences(self, rows: Rows) -> torch.Tensor:
         """log policy - log reference of the rows' answers, (rows,)."""
         # Also without rows: all ranks must call a sharded model together.
-        batch = replace(collate(rows or [PADDING_ROW]), loss_units=len(rows)).to(self.device)
+        batch = self.assemble(rows or [PADDING_ROW])
+        batch = replace(batch, loss_units=len(rows)).to(self.device)
         with evaluation_mode(self.model):
             policy = self._sums(self.model, batch)
         return policy - self._reference(self._sums, batch)
@@ -120,11 +122,13 @@ class KtoObjective(Objective):
         rewards = self._settings.beta * ratios.double()
         count = float(len(ratios)) if self._settings.loss == "kto" else 0.0
         rows = [
-            torch.stack([rewards[mask].sum(), mask.sum().double()])
+            # A mask as an index would make the host wait for its number of values.
+            torch.stack([torch.where(mask, rewards, 0.0).sum(), mask.sum().double()])
             for mask in (desirable, ~desirable)
         ]
+        of_baseline = baseline.double()
         return torch.stack(
-            [*rows, torch.stack([baseline.double() * count, rows[0].new_tensor(count)])]
+            [*rows, torch.stack([of_baseline * count, torch.full_like(of_baseline, count)])]
         )
 
 

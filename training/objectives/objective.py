@@ -6,14 +6,16 @@ from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import torch
+import torch.distributed as dist
 
 from ..config.recipe import Recipe
-from ..config.sections import Isolation
+from ..config.sections import FLAT, Isolation
 from ..data.batching import PADDING_ROW, Batch, Rows, collate, collate_flat
+from ..data.microbatches import Division, number_of_parts
 from ..data.prepared import Prepared
 from ..models.attention import attend_by_documents
 from ..models.devices import sum_type
-from ..models.isolation import FLAT, kept_columns, outputs_of
+from ..models.isolation import kept_columns, outputs_of
 from ..models.loading import Model, forward_arguments
 from ..models.output_head import OutputHead, find_head
 from ..models.sharding import Strategy, shard
@@ -35,7 +37,9 @@ class Setup:
     """The device to train on; the model is not on it yet."""
     strategy: Strategy = "ddp"
     isolation: Isolation | None = "positions"
-    """How the model keeps the documents of a packed row apart; None for one document a row."""
+    """How the model keeps texts that share a row apart; None for one text a row."""
+    evaluation_parts: int = 1
+    """Into how many parts an evaluation's batches are divided; 1 for none."""
     beat: Callable[[], object] = lambda: None
     """Reports progress; long computations call it, so that they are not taken for a hang."""
 
@@ -92,12 +96,47 @@ class Objective:
         """Divides the logits."""
         self._isolation = setup.isolation
         self._traits: dict[tuple[int, bool], _Traits] = {}
+        self.division = Division.of(
+            setup.recipe,
+            is_flat=setup.isolation in FLAT,
+            packs=setup.recipe.packs and setup.isolation is not None,
+        )
+        """How the rows of a step are divided into forward passes."""
+        self.evaluated = self.division.divided(setup.evaluation_parts)
+        """How held-out rows are."""
+        # The CPUs exchange the numbers of parts, so that a GPU never waits for them.
+        needs_group = self.division.tokens is not None and setup.world_size > 1
+        self._cpus = dist.new_group(backend="gloo") if needs_group else None
         if setup.isolation == "documents":
             attend_by_documents(setup.model)
 
     def collate(self, rows: Rows) -> Batch:
         """The rows as tensors for one forward pass."""
-        return collate_flat(rows) if self._isolation in FLAT else collate(rows)
+        return self.assemble(rows)
+
+    def assemble(self, sequences: Rows, pad: int = 0) -> Batch:
+        """Sequences as tensors: on a flat row, if the model keeps them apart there; else padded."""
+        return collate_flat(sequences) if self.division.is_flat else collate(sequences, pad)
+
+    def parts(self, rows: Rows) -> list[list[int]]:
+        """The places of the rows of each forward pass of a step; every worker has equally many, of
+        which the last may be empty.
+
+        Args:
+            rows: this worker's, with their final lengths.
+        """
+        parts = self.division.parts(rows)
+        if self._cpus is not None:
+            most = torch.tensor(len(parts))
+            dist.all_reduce(most, dist.ReduceOp.MAX, group=self._cpus)
+            number = int(most)
+        elif self.division.tokens is not None:
+            number = len(parts)
+        else:
+            recipe, per_step = self.recipe, self.recipe.rows_per_step
+            each = recipe.optim.batch_size // per_step
+            number = number_of_parts(per_step, self.division.rows, self.world_size, each)
+        return parts + [[] for _ in range(len(parts), number)]
 
     def prepare(self) -> None:
         """Look for the output head, before anything is counted; called under autocast."""
@@ -106,16 +145,19 @@ class Objective:
         self._traits_of(self.model)
         self.model.train(training)
 
-    def batches(self, step: int, microbatches: list[Rows]) -> list[Batch]:
-        """The batches for this worker's forward passes in one optimizer step, one per microbatch.
+    def batches(self, step: int, rows: Rows) -> list[Batch]:
+        """The batches for this worker's forward passes in one optimizer step.
 
         Called without gradients, under autocast, before the step.
 
         Args:
             step: the step, counted from 0.
-            microbatches: the step's rows.
+            rows: the step's rows on this worker, in their order.
         """
-        return [self.collate(rows) for rows in microbatches]
+        return [
+            self.collate([rows[place] for place in part] or [PADDING_ROW])
+            for part in self.parts(rows)
+        ]
 
     def loss(self, model: torch.nn.Module, batch: Batch, measured: bool) -> Loss:
         """The loss of a batch.
@@ -206,7 +248,7 @@ class Objective:
             accepted = forward_arguments(model)
 
             def run() -> torch.Tensor:
-                nothing = Objective.collate(self, [PADDING_ROW]).to(model.device)
+                nothing = self.assemble([PADDING_ROW]).to(model.device)
                 outputs = outputs_of(model, nothing, accepted, self._isolation, model.config)
                 logits: torch.Tensor = outputs.logits
                 return logits

@@ -9,7 +9,7 @@ import torch
 from torch.nn.functional import logsigmoid
 
 from ..config.methods import OrpoMethod
-from ..data.batching import IGNORED, Batch, Rows, collate_pairs
+from ..data.batching import Batch, Rows, collate_pairs
 from ..data.stream import Sequence
 from .objective import Setup
 from .preference import Answers, Comparison, PairObjective
@@ -27,13 +27,14 @@ class OrpoObjective(PairObjective):
 
         `extra["answer"]`, (sequences, columns), is True for the targets of answers.
         """
-        answers, batch = collate_pairs(rows), collate_pairs([_with_prompt(row) for row in rows])
-        columns = torch.searchsorted(
-            batch.inputs["logits_to_keep"], answers.inputs["logits_to_keep"]
-        )
-        is_answer = torch.zeros_like(batch.targets, dtype=torch.bool)
-        is_answer[:, columns] = answers.targets != IGNORED
-        return batch.having(answer=is_answer)
+        trained = [_with_prompt(row) for row in rows]
+        # The same batch with 1 in the place of each token of an answer, and 0 of a prompt.
+        marks = [
+            replace(with_prompt, input_ids=row.trainable.astype(np.int32))
+            for row, with_prompt in zip(rows, trained, strict=True)
+        ]
+        marked = collate_pairs(marks, self.assemble)
+        return collate_pairs(trained, self.assemble).having(answer=marked.targets == 1)
 
     def compare(self, model: torch.nn.Module, batch: Batch) -> Comparison:
         """-beta log sigmoid(log odds ratio), eq. 7.

@@ -19,7 +19,8 @@ from numpy.typing import NDArray
 
 from ..common.errors import RunError
 from ..common.storage import Folder
-from ..data.batching import Batch, Rows, in_batches
+from ..data.batching import Batch, Rows
+from ..data.microbatches import Division
 from ..data.stream import every_sequence
 from ..models.adapter_reference import starts_as_base
 from ..models.dtypes import choose_dtype, needs_autocast, torch_dtype
@@ -59,7 +60,12 @@ class PrecomputedReference:
 
     @classmethod
     def load_or_compute(
-        cls, setup: Setup, named: str | None, collate: Callable[[Rows], Batch], compute: Compute
+        cls,
+        setup: Setup,
+        named: str | None,
+        division: Division,
+        collate: Callable[[Rows], Batch],
+        compute: Compute,
     ) -> "PrecomputedReference":
         """Read the stored values; if there are none or they are damaged, all workers compute them
         together.
@@ -67,6 +73,7 @@ class PrecomputedReference:
         Args:
             setup: the run's setup, before the first step and before a checkpoint is loaded.
             named: `method.reference_model`; None for the model at the start of the run.
+            division: how rows are divided into forward passes.
             collate: makes a batch of pairs from rows.
             compute: returns the log-probabilities of a batch, first the chosen, then the rejected.
 
@@ -82,7 +89,7 @@ class PrecomputedReference:
             dist.broadcast_object_list(message, src=0)
         name, exists = message[0]
         if not exists:
-            values = _compute(setup, Reference(setup, named), collate, compute)
+            values = _compute(setup, division, Reference(setup, named), collate, compute)
             if setup.rank == 0:
                 _write(folder, name, values)
             if setup.world_size > 1:
@@ -99,7 +106,11 @@ class PrecomputedReference:
 
 
 def _compute(
-    setup: Setup, reference: Reference, collate: Callable[[Rows], Batch], compute: Compute
+    setup: Setup,
+    division: Division,
+    reference: Reference,
+    collate: Callable[[Rows], Batch],
+    compute: Compute,
 ) -> _Values:
     """Compute the values of all rows of both splits; every rank returns all of them."""
     recipe = setup.recipe
@@ -107,7 +118,7 @@ def _compute(
     own: dict[tuple[str, int], tuple[float, float]] = {}
     dtype = torch_dtype(choose_dtype(recipe.model))
     with torch.autocast(setup.device.type, dtype, enabled=needs_autocast(recipe)):
-        for split, rows in _shares(setup):
+        for split, rows in _shares(setup, division):
             setup.beat()
             batch = collate(rows)
             values = reference(compute, batch).view(2, -1).cpu().tolist()
@@ -121,13 +132,13 @@ def _compute(
     return [(*key, *values) for key, values in merged.items()]
 
 
-def _shares(setup: Setup) -> Iterator[tuple[str, Rows]]:
-    """This worker's rows with the name of their split, in microbatches."""
+def _shares(setup: Setup, division: Division) -> Iterator[tuple[str, Rows]]:
+    """This worker's rows with the name of their split, in parts."""
     manifest = setup.prepared.manifest
     for name, split in (("train", manifest.train), ("eval", manifest.eval)):
         if split is not None:
             rows = every_sequence(setup.prepared.files, split, setup.rank, setup.world_size)
-            for part in in_batches(rows, setup.recipe.optim.microbatch):
+            for part in division.in_order(rows):
                 yield name, part
 
 

@@ -5,11 +5,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Literal
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch.nn.functional import logsigmoid
 
 from ..data.batching import IGNORED, Batch, Rows, collate_pairs
+from ..data.documents import moved
+from ..models.devices import sum_type
 from .objective import Loss, Objective, Setup
 
 Split = Literal["train", "eval"]
@@ -66,25 +69,21 @@ class PairObjective(Objective):
 
     def collate(self, rows: Rows) -> Batch:
         """The rows as tensors: first all chosen answers, then the rejected ones."""
-        return collate_pairs(rows)
+        return collate_pairs(rows, self.assemble)
 
     def with_reference(self, batch: Batch, split: Split) -> Batch:
         """The batch with the reference's log-probabilities, if the method uses a reference."""
         del split
         return batch
 
-    def batches(self, step: int, microbatches: list[Rows]) -> list[Batch]:
+    def batches(self, step: int, rows: Rows) -> list[Batch]:
         """The step's batches; `extra["pairs_per_token"]` is pairs over trained chosen tokens."""
-        batches = [
-            self.with_reference(batch, "train") for batch in super().batches(step, microbatches)
-        ]
+        batches = [self.with_reference(batch, "train") for batch in super().batches(step, rows)]
         if self._imitation_weight == 0:
             return batches
-        counts = torch.tensor(
-            [sum(batch.loss_units for batch in batches), sum(map(_imitated, batches))],
-            device=self.device,
-        )
-        ratio = self._sum_over_workers(counts.double())
+        counts = [sum(batch.loss_units for batch in batches), sum(map(_imitated, batches))]
+        ratio = moved(torch.tensor(counts, dtype=sum_type(self.device)), self.device)
+        ratio = self._sum_over_workers(ratio)
         share = (ratio[0] / ratio[1].clamp(min=1)).float()
         return [batch.having(pairs_per_token=share) for batch in batches]
 
@@ -164,4 +163,5 @@ def smoothed_sigmoid_loss(logits: torch.Tensor, wrong: float) -> torch.Tensor:
 
 def _imitated(batch: Batch) -> int:
     """Number of trained tokens in the chosen texts."""
-    return int((batch.targets.chunk(2)[0] != IGNORED).sum())
+    chosen = batch.targets.chunk(2)[0]
+    return int(np.count_nonzero(chosen.numpy(force=True) != IGNORED))

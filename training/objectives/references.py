@@ -7,8 +7,9 @@ from contextlib import contextmanager
 import torch
 from peft import PeftModel
 
-from ..data.batching import Batch
+from ..data.batching import Batch, apart
 from ..models.adapter_reference import add_reference, reference_weights
+from ..models.attention import attend_by_documents
 from ..models.dtypes import choose_dtype, torch_dtype
 from ..models.loading import Model, evaluation_mode
 from ..models.open_result import open_model
@@ -21,7 +22,8 @@ Compute = Callable[[torch.nn.Module, Batch], torch.Tensor]
 class Reference:
     """The model at the start of the run, or the model that the recipe names.
 
-    With an adapter, the base is not copied; without one, the model is copied.
+    With an adapter, the base is not copied; without one, the model is copied. A model of another
+    architecture than the policy's takes one text a row.
 
     Args:
         setup: the run's setup; its model is in the state before the first step.
@@ -31,9 +33,13 @@ class Reference:
     def __init__(self, setup: Setup, named: str | None) -> None:
         self._device = setup.device
         self._adapted: PeftModel | None = None
+        self._takes_flat = True
         if named is not None:
             dtype = torch_dtype(choose_dtype(setup.recipe.model))
             model = open_model(named, "causal", dtype, "method.reference_model")
+            self._takes_flat = _kind_of(model) == _kind_of(setup.model)
+            if setup.isolation == "documents" and self._takes_flat:
+                attend_by_documents(model)
             self._model = _frozen(model, setup)
         elif isinstance(setup.model, PeftModel):
             add_reference(setup.model, setup.recipe)
@@ -43,6 +49,8 @@ class Reference:
 
     def __call__(self, compute: Compute, batch: Batch) -> torch.Tensor:
         """The result of `compute` for the reference and a batch, without a graph, on its device."""
+        if batch.documents is not None and not self._takes_flat:
+            batch = apart(batch)
         with torch.no_grad(), self._model_as_reference() as model:
             return compute(model, batch.to(self._device))
 
@@ -53,6 +61,13 @@ class Reference:
             return
         with evaluation_mode(self._adapted), reference_weights(self._adapted):
             yield self._adapted
+
+
+def _kind_of(model: Model) -> str:
+    """The architecture, which decides whether texts can share a row."""
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    kind: str = base.config.model_type
+    return kind
 
 
 def _frozen(model: Model, setup: Setup) -> Model:

@@ -6,14 +6,19 @@ https://arxiv.org/abs/2312.09244, appendix.
 """
 
 import json
+from dataclasses import replace
 from typing import cast
 
+import numpy as np
 import torch
+from peft import PeftModel
 from torch.nn.functional import logsigmoid
 
 from ..common.errors import InputError
 from ..config.methods import RewardMethod
-from ..data.batching import Batch, Rows, collate_pairs
+from ..data.batching import Batch, Rows, collate_pairs, texts_of
+from ..models.isolation import outputs_of
+from ..models.loading import Model, forward_arguments
 from .objective import Setup
 from .preference import Comparison, PairObjective
 
@@ -22,7 +27,8 @@ class RewardObjective(PairObjective):
     """-log sigmoid(chosen - rejected - margin) + centre (chosen + rejected)^2 of each pair."""
 
     def __init__(self, setup: Setup) -> None:
-        super().__init__(setup)
+        self._head = _head_of(setup.model)
+        super().__init__(setup if self._head is not None else replace(setup, isolation=None))
         self._centre = cast(RewardMethod, setup.recipe.method).center_coefficient
         pad = setup.model.config.get_text_config().pad_token_id
         if pad is None:
@@ -32,21 +38,56 @@ class RewardObjective(PairObjective):
                 "set pad_token in tokenizer_config.json"
             )
         self._pad: int = pad
+        self._accepted = forward_arguments(setup.model)
 
     def collate(self, rows: Rows) -> Batch:
-        """Pad rows with the model's padding token; `extra["margin"]` has shape (pairs,)."""
+        """Pad rows with the model's padding token; `extra["margin"]` has shape (pairs,).
+
+        `extra["ends"]`, (sequences,), is where each text of a flat row has its score: at its last
+        token that is no padding token, as the model itself takes it.
+        """
         margins = [_margin(row.extra) for row in rows if row.rows.size]
-        return collate_pairs(rows, self._pad).having(margin=torch.tensor(margins))
+        batch = collate_pairs(rows, lambda texts: self.assemble(texts, self._pad))
+        texts = [text.input_ids for text in texts_of(rows)]
+        first = np.cumsum([0, *map(len, texts[:-1])])
+        last = [np.flatnonzero(text != self._pad)[-1:].sum() for text in texts]
+        return batch.having(margin=torch.tensor(margins), ends=torch.from_numpy(first + last))
 
     def compare(self, model: torch.nn.Module, batch: Batch) -> Comparison:
         """Losses of the pairs; the reward is the model's score."""
-        inputs = batch.inputs["input_ids"]
-        scores = model(input_ids=inputs, use_cache=False).logits.squeeze(-1).float()
+        scores = self._scores(model, batch)
+        scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
         chosen, rejected = (half[: batch.loss_units] for half in scores.chunk(2))
         losses = -logsigmoid(chosen - rejected - batch.extra["margin"])
         if self._centre > 0:
             losses = losses + self._centre * (chosen + rejected) ** 2
         return Comparison(losses, chosen, rejected, imitation=losses.new_zeros(()))
+
+    def _scores(self, model: torch.nn.Module, batch: Batch) -> torch.Tensor:
+        """Score of each text, (sequences,)."""
+        if batch.documents is None:
+            inputs = batch.inputs["input_ids"]
+            logits: torch.Tensor = model(input_ids=inputs, use_cache=False).logits
+            return logits.squeeze(-1)
+        assert self._head is not None
+
+        def of_all_texts(_: torch.nn.Module, args: object, scores: torch.Tensor) -> torch.Tensor:
+            # The model takes one of the row's tokens: each has all scores.
+            ends = scores[:, batch.extra["ends"], 0]
+            return ends[:, None].expand(-1, scores.shape[1], -1)
+
+        handle = self._head.register_forward_hook(of_all_texts)
+        try:
+            outputs = outputs_of(model, batch, self._accepted, self._isolation)
+        finally:
+            handle.remove()
+        return cast(torch.Tensor, outputs.logits)[0]
+
+
+def _head_of(model: Model) -> torch.nn.Module | None:
+    """The layer that scores each token; None if the model has none of this name."""
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    return dict(base.named_children()).get("score")
 
 
 def _margin(extra: str | None) -> float:

@@ -6,7 +6,7 @@ cent of the box, so their labels keep their size at any width.
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from ..common import formatting
@@ -21,7 +21,12 @@ DOTS_TO = 60
 Point = tuple[float, float | None]
 """(step, value); the value is None if it is not a finite number."""
 Format = Literal["loss", "exponent", "count", "percent"]
-Style = Literal["main", "faint", "held-out"]
+Style = str
+"""Class of a line in the page's style sheet: main, faint, held-out, or one of `SERIES`."""
+SERIES = tuple(f"series-{number}" for number in range(6))
+"""Styles of lines that are compared, in their order; further lines repeat them."""
+LOG_FROM = 10.0
+"""Ratio of the largest to the smallest value above which an axis is logarithmic."""
 
 
 @dataclass(frozen=True)
@@ -55,6 +60,10 @@ class Chart:
     """Description for screen readers."""
     note: str
     """A note about values that the chart cannot show, such as NaN; empty if there are none."""
+    unit: str = "step"
+    """What the horizontal axis counts."""
+    is_log: bool = False
+    """True if the vertical axis is logarithmic."""
 
     @property
     def readout(self) -> list[dict[str, object]]:
@@ -87,6 +96,7 @@ def line_chart(
     held_out: Sequence[Point] = (),
     from_zero: bool = False,
     noisy: bool = True,
+    log: bool = False,
 ) -> Chart | None:
     """A chart of a series over steps; None if it contains no number.
 
@@ -97,24 +107,119 @@ def line_chart(
         held_out: the same quantity on held-out data, drawn as dots.
         from_zero: start the axis at zero.
         noisy: if there are many points, draw them faintly, and their moving average over them.
+        log: use a logarithmic axis where the values span much.
     """
-    values = [value for _, value in (*points, *held_out) if value is not None]
-    if not values:
+    every = (*points, *held_out)
+    frame = _frame([every], format, from_zero=from_zero, log=log)
+    if frame is None:
         return None
-    last = max(step for step, _ in (*points, *held_out))
-    x_range = (0.0, float(max(last, 1)))
-    low, high = min(values), max(values)
-    y_step = _tick_step(min(low, 0.0) if from_zero else low, high)
-    y_range = _range(min(low, 0.0) if from_zero else low, high, y_step)
-    x_step = max(1.0, _tick_step(0.0, x_range[1], count=6))
-    return Chart(
-        title=title,
-        lines=_lines(points, held_out, _Frame(x_range, y_range, format), noisy),
-        x_ticks=_ticks(x_range, x_step, formatting.count),
-        y_ticks=_ticks(y_range, y_step, lambda value: _label(value, y_step, format)),
-        summary=_summary(title, points or held_out, format),
-        note=_missing_note([*points, *held_out]),
+    return frame.chart(
+        title,
+        _lines(points, held_out, frame, noisy),
+        _summary(title, points or held_out, format),
+        _missing_note(every),
     )
+
+
+def overlay(
+    title: str,
+    series: Sequence[tuple[str, Sequence[Point]]],
+    *,
+    format: Format,
+    unit: str = "step",
+    styles: Sequence[Style] = SERIES,
+    log: bool = True,
+) -> Chart | None:
+    """A chart of several series over one another; None if they contain no number.
+
+    Args:
+        title: title of the chart.
+        series: label and points of each.
+        format: format of the values.
+        unit: what the horizontal axis counts.
+        styles: of each series, repeated where there are more.
+        log: use a logarithmic axis where the values span much.
+    """
+    frame = _frame([points for _, points in series], format, log=log, unit=unit)
+    if frame is None:
+        return None
+    lines = [
+        frame.line(label, styles[number % len(styles)], points)
+        for number, (label, points) in enumerate(series)
+        if any(value is not None for _, value in points)
+    ]
+    summary = "; ".join(_summary(label, points, format) for label, points in series)
+    return frame.chart(title, lines, f"{title}: {summary}", "")
+
+
+def scatter(
+    title: str,
+    points: Sequence[tuple[Any, float]],
+    *,
+    format: Format,
+    unit: str,
+    chosen: Sequence[int] = (),
+) -> Chart | None:
+    """A dot for each point; None if there is none.
+
+    Args:
+        title: title of the chart.
+        points: (place, value); places are numbers, or words in columns of their own.
+        format: format of the values.
+        unit: what the horizontal axis shows.
+        chosen: numbers of the points that are highlighted.
+    """
+    frame = _frame([[(0.0, value) for _, value in points]], format, log=True, unit=unit)
+    if frame is None:
+        return None
+    places, ticks = _places([place for place, _ in points])
+    dots = [
+        (round(BOX * at, 1), frame.height(value), _place_text(place), value_text(value, format))
+        for at, (place, value) in zip(places, points, strict=True)
+    ]
+    groups = {"trials": SERIES[0], "the best": SERIES[1]}
+    lines = []
+    for label, style in groups.items():
+        own = [dot for n, dot in enumerate(dots) if (n in chosen) == (label == "the best")]
+        if own:
+            lines.append(Line(label, style, own, [], [f"{x:g} {y:g}" for x, y, _, _ in own]))
+    chart = frame.chart(title, lines, f"{title} over {unit}", "")
+    return replace(chart, x_ticks=ticks)
+
+
+def _places(values: Sequence[Any]) -> tuple[list[float], list[Tick]]:
+    """Shares of the width for places, and the ticks."""
+    if all(formatting.is_number(value) for value in values):
+        return _numbered(values)
+    names = sorted({str(value) for value in values})
+    centre = {name: (number + 0.5) / len(names) for number, name in enumerate(names)}
+    ticks = [Tick(round(100 * share, 3), name[:20]) for name, share in centre.items()]
+    return [centre[str(value)] for value in values], ticks
+
+
+def _numbered(values: Sequence[float]) -> tuple[list[float], list[Tick]]:
+    """Places of numbers: on a logarithmic axis where they span much."""
+    low, high = min(values), max(values)
+    if low > 0 and high >= LOG_FROM * low:
+        edges = _log_edges(low, high)
+        scale: Callable[[float], float] = math.log
+        marks = [edge for edge in edges if math.log10(edge) % 1 == 0 or len(edges) < 5]
+    else:
+        step = _tick_step(low, high, count=3)
+        first, last = _range(low, high, step)
+        edges = marks = [first + n * step for n in range(round((last - first) / step) + 1)]
+        scale = float
+    start, end = scale(edges[0]), scale(edges[-1])
+    shares = [(scale(value) - start) / (end - start) for value in (*values, *marks)]
+    ticks = [
+        Tick(round(100 * share, 3), _place_text(mark))
+        for share, mark in zip(shares[len(values) :], marks, strict=True)
+    ]
+    return shares[: len(values)], ticks
+
+
+def _place_text(value: Any) -> str:
+    return f"{value:.3g}" if formatting.is_number(value) else str(value)
 
 
 def histogram(edges: Sequence[float], counts: Sequence[int]) -> Histogram | None:
@@ -190,6 +295,39 @@ def _lines(
     return lines
 
 
+def _frame(
+    series: Sequence[Sequence[Point]],
+    format: Format,
+    *,
+    from_zero: bool = False,
+    log: bool = False,
+    unit: str = "step",
+) -> "_Frame | None":
+    """The axes on which all series fit; None if they contain no number."""
+    points = [point for each in series for point in each]
+    values = [value for _, value in points if value is not None]
+    if not values:
+        return None
+    x_range = (0.0, max(1.0, *(float(step) for step, _ in points)))
+    low, high = min(values), max(values)
+    if log and low > 0 and high >= LOG_FROM * low:
+        edges = _log_edges(low, high)
+        return _Frame(x_range, (edges[0], edges[-1]), format, unit, tuple(edges))
+    low = min(low, 0.0) if from_zero else low
+    step = _tick_step(low, high)
+    return _Frame(x_range, _range(low, high, step), format, unit, y_step=step)
+
+
+def _log_edges(low: float, high: float) -> list[float]:
+    """Ticks of a logarithmic axis: 1, 2 and 5 times powers of ten, or the powers alone."""
+    powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    digits = (1, 2, 5) if len(powers) <= 3 else (1,)
+    ticks = [digit * 10.0**power for power in powers for digit in digits]
+    first = max(index for index, tick in enumerate(ticks) if tick <= low * (1 + 1e-9))
+    last = min(index for index, tick in enumerate(ticks) if tick >= high * (1 - 1e-9))
+    return ticks[first : last + 1]
+
+
 @dataclass(frozen=True)
 class _Frame:
     """The axes of a chart, which map values to positions in the box."""
@@ -197,6 +335,42 @@ class _Frame:
     x_range: tuple[float, float]
     y_range: tuple[float, float]
     format: Format
+    unit: str = "step"
+    log_ticks: tuple[float, ...] = ()
+    """Ticks of a logarithmic vertical axis; empty for a linear one."""
+    y_step: float = 1.0
+    """Distance of the ticks of a linear one."""
+
+    def chart(self, title: str, lines: list[Line], summary: str, note: str) -> Chart:
+        """A chart with these axes."""
+        x_step = max(1.0, _tick_step(0.0, self.x_range[1], count=6))
+        write = formatting.count if self.unit == "step" else formatting.short_count
+        return Chart(
+            title=title,
+            lines=lines,
+            x_ticks=_ticks(self.x_range, x_step, write),
+            y_ticks=self._y_ticks(),
+            summary=summary,
+            note=note,
+            unit=self.unit,
+            is_log=bool(self.log_ticks),
+        )
+
+    def _y_ticks(self) -> list[Tick]:
+        if not self.log_ticks:
+            label = lambda value: _label(value, self.y_step, self.format)  # noqa: E731
+            return _ticks(self.y_range, self.y_step, label)
+        return [
+            Tick(round(100 - self.height(tick) / BOX * 100, 3), _label(tick, tick, self.format))
+            for tick in self.log_ticks
+        ]
+
+    def height(self, value: float) -> float:
+        """Distance of a value from the top of the box."""
+        bottom, top = self.y_range
+        if self.log_ticks:
+            bottom, top, value = math.log(bottom), math.log(top), math.log(value)
+        return round(BOX * (top - value) / (top - bottom), 1)
 
     def line(self, label: str, style: Style, points: Sequence[Point]) -> Line:
         segments: list[list[str]] = [[]]
@@ -220,9 +394,8 @@ class _Frame:
         )
 
     def _place(self, step: float, value: float) -> tuple[float, float]:
-        (left, right), (bottom, top) = self.x_range, self.y_range
-        x, y = (step - left) / (right - left), (top - value) / (top - bottom)
-        return round(BOX * x, 1), round(BOX * y, 1)
+        left, right = self.x_range
+        return round(BOX * (step - left) / (right - left), 1), self.height(value)
 
 
 def _tick_step(low: float, high: float, count: int = 4) -> float:

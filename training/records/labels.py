@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..common import formatting
+from ..config.eval_metrics import ANSWER_METRICS
 from .charts import Format, value_text
 
 
@@ -26,6 +27,10 @@ class MetricLabel:
 
 
 LABELS = {
+    **{
+        name: MetricLabel(fact.title, "percent" if fact.largest == 1.0 else "loss")
+        for name, fact in ANSWER_METRICS.items()
+    },
     "loss": MetricLabel("loss"),
     "exact_match": MetricLabel("exact match", "percent"),
     "token_accuracy": MetricLabel("token accuracy", "percent"),

@@ -9,6 +9,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from ..common.errors import RunError
+from ..common.formatting import one_line
 from ..common.secrets import redact
 from ..common.storage import Folder
 from ..common.uploader import Uploader
@@ -32,6 +33,7 @@ _HEARTBEAT_SECONDS = 20.0
 _REMOTE_SECONDS = 10.0
 _ROLLOUTS_KEPT = 400
 _SKIPPED_KEPT = 100
+_NOTICES_KEPT = 50
 
 
 class RunRecorder:
@@ -171,6 +173,14 @@ class RunRecorder:
         self._change(step=step, tokens=tokens, **facts)
         self._write()
 
+    def add_notice(self, text: str) -> None:
+        """Record what a user should see, in one line; the same is recorded once."""
+        notices = self._record.get("notices") or []
+        line = redact(one_line(text))
+        if line not in notices:
+            self._change(notices=[*notices, line][-_NOTICES_KEPT:])
+            self._write()
+
     def log_base(self, metrics: dict[str, float]) -> None:
         """Record the evaluation of the base model, before the first step."""
         self._metrics.add({"step": 0, "epoch": 0.0, **metrics})
@@ -192,6 +202,10 @@ class RunRecorder:
     def set_result(self, result: str) -> None:
         """Record the name of the result's folder, which is in the run's folder."""
         self._change(result=result)
+
+    def set_over(self, reason: str) -> None:
+        """Record why the run ends before its last step."""
+        self._change(over=reason)
 
     def _change(self, **facts: Any) -> None:
         # A new record, because another thread may be writing the old one.

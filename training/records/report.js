@@ -14,7 +14,7 @@ function attach(plot) {
   if (!lines.length) return;
   const cursor = plot.querySelector(".cursor");
   const readout = plot.querySelector(".readout");
-  const lead = lines[0].points;
+  const lead = (lines.find((line) => line.style === "main") ?? lines[0]).points;
   let at = lead.length - 1;
 
   function row(text, style) {
@@ -27,8 +27,10 @@ function attach(plot) {
   function show(index) {
     at = Math.max(0, Math.min(lead.length - 1, index));
     const x = lead[at][0];
-    const rows = [row(`step ${lead[at][2]}`, "step")];
+    const rows = [row(`${plot.dataset.unit} ${lead[at][2]}`, "step")];
     for (const line of lines) {
+      // of many trials only those that stand out: the rest would hide the chart
+      if (lines.length > 8 && line.style.startsWith("trial")) continue;
       const point = line.points[nearest(line.points, x)];
       // held-out values are sparse, so show them only close to the pointer
       if (Math.abs(point[0] - x) <= 12) rows.push(row(`${line.label} ${point[3]}`, line.style));

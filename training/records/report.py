@@ -6,6 +6,8 @@ and answers are untrusted text.
 
 import json
 import math
+import re
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -25,6 +27,7 @@ from ..data.row_facts import describe_lengths
 from .charts import Chart, Format, Histogram, Point, histogram, line_chart
 from .labels import KEY_METRICS, adapted_text, label_of
 from .run_folder import (
+    RECIPE_FILE,
     REPORT_FILE,
     Record,
     existing_run,
@@ -43,10 +46,16 @@ _COMMON = {
     "grad_norm",
     "tokens",
     "tokens_per_second",
+    "data_wait",
     "seconds",
     "exact_match",
 }
 """Columns of metrics.jsonl that every method has."""
+_SPECIAL = re.compile(
+    r"((?:<[|｜][^<>|｜\s]{1,40}[|｜]>|</?s>|<(?:bos|eos|pad|unk)>|<(?:start|end)_of_turn>"
+    r"|\[/?INST\]|<</?SYS>>)+)"
+)
+"""What chat templates of the common families mark turns with."""
 SAMPLES_OPEN = 4
 """Number of samples shown initially; a click shows the rest."""
 
@@ -73,6 +82,12 @@ class Sample:
     prompt: str
     answers: list[Answer]
 
+    @property
+    def is_wrong(self) -> bool:
+        """True if the tuned model's answer is not the reference."""
+        labels = {answer.label: answer for answer in self.answers}
+        return {"Reference", "Tuned"} <= labels.keys() and not labels["Tuned"].matches
+
 
 Pairs = list[tuple[str, str]]
 
@@ -92,7 +107,7 @@ def render_report(folder: Folder) -> str:
     run = existing_run(folder)
     metrics = read_metrics(folder)
     recipe_text, recipe = read_recipe(folder)
-    samples = [_sample(sample) for sample in read_samples(folder)]
+    samples = sorted(map(_sample, read_samples(folder)), key=lambda sample: not sample.is_wrong)
     loss, *small = _charts(metrics)
     return _template().render(
         css=asset("report.css"),
@@ -107,6 +122,8 @@ def render_report(folder: Folder) -> str:
         loss=loss,
         charts=[chart for chart in small if chart is not None],
         matched=_matched(samples),
+        folds=any(_SPECIAL.search(sample.prompt) for sample in samples),
+        next_steps=_next_steps(folder, run),
         shown=samples[:SAMPLES_OPEN],
         more=samples[SAMPLES_OPEN:],
         rollouts=_rollouts(read_rollouts(folder)),
@@ -121,14 +138,39 @@ def render_report(folder: Folder) -> str:
 
 @lru_cache(maxsize=1)
 def _template() -> Template:
+    return page_environment().get_template("report.html")
+
+
+def page_environment(*folders: Path) -> Environment:
+    """The environment of all pages: it escapes all values.
+
+    Args:
+        folders: where templates lie, beside those of this folder.
+    """
     environment = Environment(
         autoescape=True,
         undefined=StrictUndefined,
-        loader=FileSystemLoader(Path(__file__).parent),
+        loader=FileSystemLoader([*folders, Path(__file__).parent]),
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    return environment.get_template("report.html")
+    environment.globals["pieces"] = pieces
+    return environment
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A part of a prompt or an answer."""
+
+    text: str
+    is_special: bool
+    """True for special tokens, which the page folds."""
+
+
+def pieces(text: str) -> list[Piece]:
+    """A text, split at what looks like a chat template's special tokens."""
+    parts = _SPECIAL.split(text)
+    return [Piece(part, index % 2 == 1) for index, part in enumerate(parts) if part]
 
 
 def asset(name: str) -> Markup:
@@ -182,7 +224,7 @@ def _key_figures(run: Record, metrics: Sequence[Record]) -> list[Figure]:
         last = {"loss": losses[-1] if losses else after.get("loss")}
         shown.append(_change(first, last, "loss"))
     shown.append(Figure("Tokens trained on", formatting.short_count(run.get("tokens"))))
-    speeds = sorted(value for _, value in _series(metrics, "tokens_per_second") if value)
+    speeds = sorted(value for _, value in series_of(metrics, "tokens_per_second") if value)
     median = speeds[len(speeds) // 2] if speeds else None
     shown.append(Figure("Tokens per second", formatting.short_count(median)))
     shown.append(Figure("Wall time", formatting.duration(run.get("wall_seconds"))))
@@ -204,11 +246,11 @@ def _charts(metrics: Sequence[Record]) -> list[Chart | None]:
     """The chart of the loss, then the small charts."""
 
     def chart(title: str, key: str, format: Format, **how: bool) -> Chart | None:
-        held_out = _series(metrics, f"eval_{key}")
-        return line_chart(title, _series(metrics, key), held_out=held_out, format=format, **how)
+        held_out = series_of(metrics, f"eval_{key}")
+        return line_chart(title, series_of(metrics, key), held_out=held_out, format=format, **how)
 
     return [
-        chart("Loss", "loss", "loss"),
+        chart("Loss", "loss", "loss", log=True),
         chart("Learning rate", "learning_rate", "exponent", from_zero=True, noisy=False),
         chart("Tokens per second", "tokens_per_second", "count", from_zero=True),
         chart("Gradient norm", "grad_norm", "loss", from_zero=True),
@@ -225,7 +267,7 @@ def _own_metrics(metrics: Sequence[Record]) -> list[str]:
     return [name for name in dict.fromkeys(names) if name not in _COMMON]
 
 
-def _series(metrics: Sequence[Record], key: str) -> list[Point]:
+def series_of(metrics: Sequence[Record], key: str) -> list[Point]:
     """(step, value) pairs in order of steps; for a step that a restart repeated, the later line."""
     values = {
         line["step"]: line[key]
@@ -270,7 +312,29 @@ def _matched(samples: Sequence[Sample]) -> str:
     if not tuned:
         return ""
     matching = sum(answer.matches for answer in tuned)
-    return f"{matching} of {len(tuned)} tuned answers match the reference exactly."
+    order = " The others come first." if 0 < matching < len(tuned) else ""
+    return f"{matching} of {len(tuned)} tuned answers match the reference exactly.{order}"
+
+
+def _next_steps(folder: Folder, run: Record) -> Pairs:
+    """(what, command) for a run that is not being trained."""
+    recipe = _quoted(folder / RECIPE_FILE)
+    place = _quoted(folder)
+    if run.get("status") in ("stopped", "failed"):
+        return [("Go on", f"finray train {recipe}")]
+    if run.get("status") != "finished":
+        return []
+    steps = [] if run.get("method") == "reward" else [("Talk to it", f"finray chat {place}")]
+    return [
+        *steps,
+        ("Export it", f"finray export {place} --to {_quoted(folder.name)} --merge"),
+        ("Train longer", f"finray train {recipe} --longer --set optim.epochs=N"),
+        ("All runs", "finray runs --sort eval_loss"),
+    ]
+
+
+def _quoted(place: object) -> str:
+    return shlex.quote(str(place))
 
 
 def data_statistics(run: Record) -> list[tuple[str, Pairs]]:
@@ -288,6 +352,8 @@ def data_statistics(run: Record) -> list[tuple[str, Pairs]]:
         rows += [("Lengths", lengths)] if lengths else []
         rows += [("Note", remark) for remark in remarks(data)]
         groups.insert(0, ("Rows", rows if dropped else [*rows, ("Dropped", "0")]))
+    if run.get("streamed"):
+        groups.append(("Streamed", _streamed(run["streamed"])))
     if data.get("funnel"):
         groups.append(("Curation", funnel_facts(data["funnel"])))
     sources = [
@@ -295,6 +361,21 @@ def data_statistics(run: Record) -> list[tuple[str, Pairs]]:
         for source in data.get("sources") or []
     ]
     return [*groups, ("Sources", sources)] if sources else groups
+
+
+def _streamed(streamed: Record) -> Pairs:
+    """What the windows that were prepared add up to, and what the training data gave to them."""
+    names = ("windows", "rows", "sequences", "documents", "tokens")
+    pairs = [(_capital(name), formatting.count(streamed.get(name))) for name in names]
+    dropped = streamed.get("dropped") or {}
+    pairs += [(f"Dropped: {reason}", formatting.count(n)) for reason, n in dropped.items()]
+    sources, total = streamed.get("sources") or {}, streamed.get("documents") or 0
+    pairs += [
+        (f"Documents of {path}", f"{formatting.count(n)} ({formatting.percent(n / total)})")
+        for path, n in sources.items()
+        if total
+    ]
+    return pairs
 
 
 def _source(source: Record, train: Record) -> str:
@@ -364,6 +445,7 @@ def _facts(run: Record) -> Pairs:
         ("Last update", "" if run.get("finished_at") else _time(run.get("updated_at"))),
         ("Last saved step", formatting.count(run.get("last_saved_step"))),
         ("Save failed", run.get("save_error")),
+        ("Ended early", run.get("over")),
         ("Workers", ", then ".join(str(size) for size in worlds)),
         ("Schedules", ", then ".join(f"to step {end:,}" for end in _schedules(run))),
         ("Skipped steps", ", ".join(map(_skipped, run.get("skipped") or []))),

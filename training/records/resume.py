@@ -6,6 +6,7 @@ allows it.
 """
 
 import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,11 +15,12 @@ from pydantic import ValidationError
 from ..common.errors import InputError
 from ..common.storage import Folder
 from ..config.recipe import Recipe, recipe_from_dict
-from .run_folder import CHECKPOINTS_FOLDER, RECIPE_FILE, Record, read_recipe, read_run
+from .run_folder import CHECKPOINTS_FOLDER, RECIPE_FILE, Record, flat, read_recipe, read_run
 
 FREE = (
     *("scale", "checkpoint", "eval", "log", "storage"),
-    *("optim.micro_batch_size", "optim.max_skipped_steps", "model.gradient_checkpointing"),
+    *("optim.micro_batch_size", "optim.micro_batch_tokens", "optim.max_skipped_steps"),
+    "model.gradient_checkpointing",
 )
 """Settings that a resumed run may change; others would change its result."""
 _SHOWN = 200
@@ -134,7 +136,7 @@ def warmup_steps(recipe: Recipe, steps: int) -> int:
 
 def differences(before: Any, after: Any, free: tuple[str, ...] = ()) -> list[str]:
     """A line for each setting that differs, except keys that start with an item of `free`."""
-    old, new = _flat(before), _flat(after)
+    old, new = flat(before), flat(after)
     return [
         f"  {key}: {_short(old.get(key))} before, {_short(new.get(key))} now"
         for key in sorted(old.keys() | new.keys())
@@ -191,13 +193,16 @@ def _short(value: Any) -> str:
     return text if len(text) <= _SHOWN else f"{text[:_SHOWN]} … ({len(text)} characters)"
 
 
-def check_same_data(folder: Folder, record: Record, fingerprint: str) -> None:
+def check_same_data(
+    folder: Folder, record: Record, fingerprint: str, contents: Callable[[], Mapping[str, str]]
+) -> None:
     """Refuse to go on with other data.
 
     Args:
         folder: the run's folder.
         record: its run.json.
         fingerprint: name of the recipe's prepared data.
+        contents: returns a hash of what identifies each source's files, by its path.
 
     Raises:
         InputError: the run has checkpoints or a result, and they belong to other data.
@@ -205,21 +210,19 @@ def check_same_data(folder: Folder, record: Record, fingerprint: str) -> None:
     if record.get("prepared") in (None, fingerprint):
         return
     if has_checkpoints(folder) or record.get("status") == "finished":
+        changed = ", ".join(_changed_sources(record, contents()))
         raise InputError(
             f"data: the data or the way it is prepared changed since {folder} was started (from "
             f"{record.get('prepared')} to {fingerprint}), and its checkpoints belong to the old "
-            f"data. Restore the data, {_WAYS}"
+            f"data. Restore {changed or 'the data'}, {_WAYS}"
         )
 
 
-def _flat(values: Any, prefix: str = "") -> dict[str, Any]:
-    if isinstance(values, dict):
-        items = values.items()
-    elif isinstance(values, list) and any(isinstance(item, dict) for item in values):
-        items = {str(index): item for index, item in enumerate(values)}.items()
-    else:
-        return {prefix: values}
-    flat: dict[str, Any] = {}
-    for key, value in items:
-        flat.update(_flat(value, f"{prefix}.{key}" if prefix else str(key)))
-    return flat
+def _changed_sources(record: Record, contents: Mapping[str, str]) -> list[str]:
+    """Paths of the sources whose content is not as the record says."""
+    sources = (record.get("data") or {}).get("sources") or ()
+    return [
+        path
+        for path, content in ((each.get("path"), each.get("content")) for each in sources)
+        if content is not None and contents.get(path) not in (None, content)
+    ]

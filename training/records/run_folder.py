@@ -36,13 +36,13 @@ Record = dict[str, Any]
 
 _RUN_TYPES: dict[str, type] = {
     **dict.fromkeys(("status", "name", "method", "base", "error", "result", "prepared"), str),
-    **dict.fromkeys(("device", "dtype", "strategy", "save_error", "best_checkpoint"), str),
-    **dict.fromkeys(("step", "total_steps", "tokens", "last_saved_step", "micro_batch_size"), int),
-    "evaluation_parts": int,
+    **dict.fromkeys(("device", "dtype", "strategy", "save_error", "best_checkpoint", "over"), str),
+    **dict.fromkeys(("step", "total_steps", "tokens", "last_saved_step"), int),
+    **dict.fromkeys(("micro_batch_size", "micro_batch_tokens", "evaluation_parts"), int),
     **dict.fromkeys(("wall_seconds", "save_wait_seconds"), float),
     **dict.fromkeys(("metrics", "before", "parameters", "data", "versions"), dict),
     **dict.fromkeys(("identity", "commits", "model_code", "adapted", "rehearsal", "decided"), dict),
-    **dict.fromkeys(("restarts", "skipped", "world_sizes", "nodes", "notices"), list),
+    **dict.fromkeys(("restarts", "skipped", "world_sizes", "nodes", "notices", "tags"), list),
 }
 """The types of the values in run.json; each may be null or absent."""
 _ITEM_TYPES: dict[str, dict[str, type]] = {
@@ -186,6 +186,20 @@ def read_recipe(folder: Folder) -> tuple[str, Record]:
     except (UnicodeDecodeError, yaml.YAMLError) as error:
         raise InputError(f"{folder / RECIPE_FILE}: not a YAML file: {error}") from None
     return text, recipe if isinstance(recipe, dict) else {}
+
+
+def flat(values: Any, prefix: str = "") -> dict[str, Any]:
+    """Values by dotted key; items of a list of mappings by their number."""
+    if isinstance(values, dict):
+        items = values.items()
+    elif isinstance(values, list) and any(isinstance(item, dict) for item in values):
+        items = {str(index): item for index, item in enumerate(values)}.items()
+    else:
+        return {prefix: values}
+    parts: dict[str, Any] = {}
+    for key, value in items:
+        parts.update(flat(value, f"{prefix}.{key}" if prefix else str(key)))
+    return parts
 
 
 def read_metrics(folder: Folder) -> list[Record]:

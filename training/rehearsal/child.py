@@ -25,7 +25,7 @@ from ..records.run_folder import PREPARED_FOLDER
 from .key import key_of
 from .outcome import Outcome
 
-_FOLDER = "rehearsals"
+REHEARSALS = "rehearsals"
 _SECONDS = 600
 """On an idle machine it takes fifteen, most of them to load the libraries."""
 _PROGRAM = "finray.training.rehearsal.program"
@@ -126,7 +126,7 @@ class _File:
     """
 
     def __init__(self, recipe: Recipe, key: str) -> None:
-        self._home = Folder(recipe.storage) / PREPARED_FOLDER / _FOLDER
+        self._home = Folder(recipe.storage) / PREPARED_FOLDER / REHEARSALS
         self._name = f"{key}.json"
 
     def read(self) -> Outcome | None:

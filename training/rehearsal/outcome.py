@@ -6,7 +6,12 @@ from typing import Any, Literal
 
 from ..common.errors import InputError
 from ..config.recipe import Recipe
-from ..config.sections import Isolation
+from ..config.sections import FLAT, Isolation
+
+_MASKED = (
+    "data.packing: attention cannot be computed one document at a time in this architecture, so "
+    "packed rows keep a mask over the whole row: memory and time grow with its square"
+)
 
 
 @dataclass(frozen=True)
@@ -17,7 +22,7 @@ class Outcome:
     message: str | None = None
     """refused: what would end the run, and the remedy. not rehearsed: why there was no copy."""
     isolation: Isolation | None = None
-    """How documents of a packed row are kept apart; None if they are not, or it is not known."""
+    """How texts that share a row are kept apart; None if they are not, or it is not known."""
     unpacked_because: str | None = None
     """Why documents cannot be packed; None if they can, or the method packs none."""
     left_out: tuple[str, ...] = ()
@@ -48,6 +53,15 @@ class Outcome:
             )
         except (TypeError, KeyError) as error:
             raise ValueError(f"it is no outcome of a rehearsal: {error}") from None
+
+    def way(self, packs: bool) -> Isolation | None:
+        """How texts share a row in training; None if each has its own.
+
+        Args:
+            packs: True if rows are packed documents. Other texts share one only where that saves
+                padding.
+        """
+        return self.isolation if packs or self.isolation in FLAT else None
 
     def to_json(self) -> str:
         """The outcome as a line of JSON."""
@@ -92,6 +106,9 @@ class Outcome:
         if recipe.method.packs and recipe.data.packing == "auto" and self.isolation is None:
             reason = self.unpacked_because or "it could not be rehearsed"
             lines.append(f"data.packing: one document a row: {reason}")
+        is_free = recipe.model.attention == "auto" and recipe.data.packing is not False
+        if is_free and recipe.method.packs and self.isolation in ("positions", "mask"):
+            lines.append(_MASKED)
         if not self.checkpointing:
             lines.append("model.gradient_checkpointing: false: the model cannot be trained with it")
         if self.left_out:
@@ -111,7 +128,7 @@ class Outcome:
             return f"{self.status}: {self.message}"
         words = ["forward, backward, save and load work on a small copy of the model"]
         if self.isolation is not None:
-            words.append(f"packed documents are kept apart by {_WAYS[self.isolation]}")
+            words.append(f"texts that share a row are kept apart by {_WAYS[self.isolation]}")
         return "; ".join(words)
 
 

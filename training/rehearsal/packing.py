@@ -15,15 +15,18 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from ..config.sections import Isolation
+from ..common.errors import FinrayError
+from ..config.recipe import Recipe
+from ..config.sections import FLAT, Isolation
 from ..data.batching import Batch, collate, collate_flat
 from ..data.stream import Sequence
 from ..models.attention import attend_by_documents
-from ..models.isolation import FLAT, kept_outputs
+from ..models.isolation import kept_outputs
 from ..models.loading import forward_arguments
 from .kernels import missing_packages
 from .rows import made_up
 from .small_copy import SmallCopy
+from .step import train_step
 
 _TOLERANCE = 1e-5
 """Of losses, relative; of gradients, relative to the largest gradient of the model. float32 leaves
@@ -95,6 +98,26 @@ def find_isolation(
             "(pip install 'finray[kernels]'), without which its linear layers are slow, too"
         )
     return None, f"the architecture {kind} would mix documents that share a row"
+
+
+def scores_alike(recipe: Recipe, copy: SmallCopy, isolation: Isolation | None) -> bool:
+    """True if a model that scores texts takes them on one row as it takes each in its own.
+
+    Args:
+        recipe: of the copy.
+        copy: the copy.
+        isolation: how its language model keeps them apart.
+
+    Raises:
+        InputError: no step can be taken either way.
+    """
+    apart = train_step(recipe, copy, None)
+    try:
+        together = train_step(recipe, copy, isolation)
+    except FinrayError:
+        return False
+    one, other = (([step.loss], _gradients(step.model)) for step in (apart, together))
+    return _equal(one, other)
 
 
 def _alone(model: torch.nn.Module, documents: list[Document]) -> Result:

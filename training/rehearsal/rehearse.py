@@ -5,12 +5,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import get_args
 
+from transformers import PreTrainedModel
+
 from ..common.errors import FinrayError, InputError, in_one_line
 from ..config.recipe import Recipe
 from ..config.sections import Isolation
 from ..models.loading import build_meta_model
 from .outcome import Outcome
-from .packing import find_isolation, sees_later_tokens
+from .packing import find_isolation, scores_alike, sees_later_tokens
 from .small_copy import VOCABULARY, SmallCopy, make_copy, names_layers, small_recipe
 from .step import Step, adapted_modules, save_and_load, train_step
 
@@ -37,22 +39,22 @@ def rehearse_recipe(recipe: Recipe, scratch: Path) -> Outcome:
         if isinstance(error, InputError) and recipe.method.head == "causal":
             return Outcome("refused", message=str(error))
         return _without_copy(error)
-    if recipe.method.head == "causal" and _looks_ahead(copy):
-        return Outcome("refused", message=_no_decoder(copy))
-    isolation: Isolation | None = None
-    reason: str | None = None
-    if recipe.method.packs:
-        isolation, reason = find_isolation(copy, VOCABULARY, ways_of(recipe))
+    if (unfit := _unfit(recipe, copy)) is not None:
+        return Outcome("refused", message=unfit)
+    isolation, reason = _isolation(recipe, copy)
     outcome = Outcome("ok", isolation=isolation, unpacked_because=reason)
-    packed_by = isolation if recipe.data.packing is not False else None
+    packs = recipe.method.packs and recipe.data.packing is not False
     try:
+        if recipe.method.head == "score" and not scores_alike(small, copy, isolation):
+            outcome = replace(outcome, isolation=None)
+        packed_by = outcome.way(packs)
         small, step = _first_step(small, copy, packed_by)
         outcome = replace(outcome, checkpointing=small.model.gradient_checkpointing != "auto")
         if not step.is_general and not names_layers(recipe):
             copy = make_copy(recipe, _folder(scratch, "deep"), all_layers=True)
             checkpoints = small.model.checkpoints
             small = small_recipe(recipe, copy, scratch)
-            small = small.with_placement(small.optim.microbatch, checkpoints)
+            small = small.with_placement(small.microbatch, checkpoints)
             step = train_step(small, copy, packed_by)
         if step.left_out:
             outcome = replace(outcome, left_out=tuple(step.left_out))
@@ -64,6 +66,16 @@ def rehearse_recipe(recipe: Recipe, scratch: Path) -> Outcome:
     return replace(outcome, notes=tuple(_for_the_base(note, copy, recipe) for note in notes))
 
 
+def _isolation(recipe: Recipe, copy: SmallCopy) -> tuple[Isolation | None, str | None]:
+    """How texts that share a row are kept apart; or why documents cannot be packed."""
+    if recipe.method.packs:
+        return find_isolation(copy, VOCABULARY, ways_of(recipe))
+    try:
+        return find_isolation(copy, VOCABULARY, ways_of(recipe))[0], None
+    except Exception:  # noqa: BLE001 - the step that follows names what fails
+        return None, None
+
+
 def _first_step(small: Recipe, copy: SmallCopy, packed_by: Isolation | None) -> tuple[Recipe, Step]:
     """A step, with checkpointing if the run may come to it; without it if that alone fails.
 
@@ -71,10 +83,25 @@ def _first_step(small: Recipe, copy: SmallCopy, packed_by: Isolation | None) -> 
         The recipe of the copy, with checkpointing decided unless that fails; and the step.
     """
     if small.model.gradient_checkpointing == "auto":
-        checkpointed = small.with_placement(small.optim.microbatch, True)
+        checkpointed = small.with_placement(small.microbatch, True)
         with suppress(FinrayError):
             return checkpointed, train_step(checkpointed, copy, packed_by)
     return small, train_step(small, copy, packed_by)
+
+
+def _unfit(recipe: Recipe, copy: SmallCopy) -> str | None:
+    """Why the architecture cannot be trained as the recipe says; None if it may be."""
+    if recipe.method.head == "causal" and _looks_ahead(copy):
+        return _no_decoder(copy)
+    parts = (part for part in copy.model.modules() if isinstance(part, PreTrainedModel))
+    if recipe.model.attention == "flash_attention_2" and not all(
+        part._supports_flash_attn for part in parts
+    ):
+        return (
+            f"model.attention: the architecture {copy.model.config.model_type} has no flash "
+            "attention; remove the setting: auto takes what it has"
+        )
+    return None
 
 
 def _looks_ahead(copy: SmallCopy) -> bool:

@@ -13,11 +13,14 @@ FIRST_TOKEN = 4
 """Tokens below it mean something to the tokenizer of the copy."""
 
 
-def rows_for(method: MethodSettings, vocabulary: int, longest: int, packed: bool) -> list[Rows]:
-    """Two microbatches of two rows.
+def rows_for(
+    method: MethodSettings, count: int, vocabulary: int, longest: int, packed: bool
+) -> Rows:
+    """Rows of a step.
 
     Args:
         method: the settings of the method, which tell what a row is.
+        count: number of rows.
         vocabulary: rows of the embedding.
         longest: tokens of the longest document or answer.
         packed: True for several documents in a row.
@@ -26,10 +29,10 @@ def rows_for(method: MethodSettings, vocabulary: int, longest: int, packed: bool
     lengths = [longest, max(6, longest // 2), max(8, longest - 3)]
     texts = len(lengths) if packed else method.sequences_per_row
     rows = []
-    for number in range(4):
+    for number in range(count):
         own = [lengths[(number + text) % len(lengths)] for text in range(texts)]
         rows.append(_row(own, number, random, vocabulary, _extra(method, number), packed))
-    return [rows[:2], rows[2:]]
+    return rows
 
 
 def _row(

@@ -21,7 +21,9 @@ from ..models.shrunk import random_copy, shrink
 from .key import RANK, cut_down
 
 VOCABULARY = 96
-_COMPLETION = 6
+ROWS = 4
+"""Of a step, which has two microbatches."""
+_GENERATIONS, _COMPLETION = 2, 6
 _TOKENS = 4
 """Added tokens that a copy gets at most."""
 _SHORT = re.compile(
@@ -103,7 +105,9 @@ def small_recipe(recipe: Recipe, copy: SmallCopy, scratch: Path) -> Recipe:
             "attention": "auto" if is_for_gpus else model.attention,
         }
     )
-    optim = recipe.optim.model_copy(update={"batch_size": 8, "micro_batch_size": 4})
+    completions = _GENERATIONS if recipe.method.samples_online else 1
+    size = {"batch_size": ROWS * completions, "micro_batch_size": ROWS * completions // 2}
+    optim = recipe.optim.model_copy(update={**size, "micro_batch_tokens": None})
     data = recipe.data.model_copy(update={"max_length": 4 * copy.longest + _COMPLETION})
     return recipe.model_copy(
         update={
@@ -143,7 +147,7 @@ def _small_method(recipe: Recipe) -> Any:
         "precompute_reference": False,
         "rewards": [reward],
         "rollout": "transformers",
-        "generations": 2,
+        "generations": _GENERATIONS,
         "max_completion": _COMPLETION,
         "mask_truncated": False,
     }

@@ -28,7 +28,7 @@ from ..models.tokens import rows_of
 from ..models.weights import save_result
 from ..objectives.objective import Setup
 from .rows import FIRST_TOKEN, rows_for
-from .small_copy import VOCABULARY, SmallCopy
+from .small_copy import ROWS, VOCABULARY, SmallCopy
 
 _TOLERANCE = 1e-4
 """Of logits, relative to the largest one, between a trained model and its saved files."""
@@ -40,6 +40,7 @@ class Step:
 
     model: Model
     """With its gradients."""
+    loss: float
     left_out: list[str]
     """Patterns of parameters that are trained, but get no gradient."""
     is_general: bool
@@ -54,7 +55,7 @@ def train_step(
     Args:
         recipe: the recipe of the copy.
         copy: the copy.
-        isolation: how packed documents are kept apart; None for one document a row.
+        isolation: how texts that share a row are kept apart; None for one text a row.
         left_out: patterns of parameters that are not trained.
 
     Raises:
@@ -90,7 +91,7 @@ def train_step(
         )
     trained = plain_names(model)
     missing = {trained[name] for name in trained if model.get_parameter(name).grad is None}
-    return Step(model, *patterns_of(missing, trained.values()))
+    return Step(model, float(loss), *patterns_of(missing, trained.values()))
 
 
 def _checkpoint(model: Model) -> None:
@@ -122,7 +123,8 @@ def _loss(recipe: Recipe, copy: SmallCopy, model: Model, isolation: Isolation | 
     )
     objective = objective_of(setup)
     model.train()
-    rows = rows_for(recipe.method, VOCABULARY, copy.longest, packed=isolation is not None)
+    packed = recipe.method.packs and recipe.data.packing is not False and isolation is not None
+    rows = rows_for(recipe.method, ROWS, VOCABULARY, copy.longest, packed)
     with torch.no_grad():
         batches = objective.batches(0, rows)
     units = max(1, sum(batch.loss_units for batch in batches))

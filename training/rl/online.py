@@ -12,7 +12,8 @@ from peft import PeftModel
 from ..common.errors import FinrayError
 from ..config.methods import OnlineMethod
 from ..data import stream
-from ..data.batching import IGNORED, PADDING_ROW, Batch, Rows, collate
+from ..data.batching import IGNORED, PADDING_ROW, Batch, Rows
+from ..data.documents import moved
 from ..models.loading import evaluation_mode
 from ..objectives.objective import Objective, Setup
 from ..objectives.references import Reference
@@ -82,29 +83,24 @@ class OnlineObjective(Objective):
 
     # before a step
 
-    def batches(self, step: int, microbatches: list[Rows]) -> list[Batch]:
+    def batches(self, step: int, rows: Rows) -> list[Batch]:
         """Sample and score completions, and compute their advantages."""
-        prompts = [row for part in microbatches for row in part if row.rows.size]
         generations = self.settings.generations
-        requests = self.requests(step, prompts)
-        rows = [row for row in prompts for _ in range(generations)]
-        rollouts, scores = self._rollouts(requests, rows)
+        requests = self.requests(step, rows)
+        prompts = [row for row in rows for _ in range(generations)]
+        rollouts, scores = self._rollouts(requests, prompts)
         self.skips_step = not self._any_reward(scores)
-        size = self.recipe.optim.microbatch
-        parts = [
-            self._part(rows[first : first + size], rollouts[first : first + size])
-            for first in range(0, size * len(microbatches), size)
-        ]
+        sequences = self._sequences(prompts, rollouts)
+        places = self.parts(sequences)
+        parts = [self._part([sequences[place] for place in part]) for part in places]
         rewards = scores.total.to(self.device).view(-1, generations)
         deviations = standard_deviation(rewards)
-        advantages = self.advantages(rewards, _divergences(parts, len(rows))).flatten().float()
+        advantages = self.advantages(rewards, _divergences(parts, places)).flatten().float()
         sampled = measure(scores, deviations.cpu(), rollouts).to(self.device)
         self._keep_examples(requests, scores, advantages)
         return [
-            self._with_advantages(
-                part, advantages[index * size : (index + 1) * size], sampled * (index == 0)
-            )
-            for index, part in enumerate(parts)
+            self._with_advantages(part, _at(advantages, own), sampled * (index == 0))
+            for index, (part, own) in enumerate(zip(parts, places, strict=True))
         ]
 
     def requests(self, step: int, prompts: Rows) -> list[Request]:
@@ -156,10 +152,9 @@ class OnlineObjective(Objective):
             self._tools = rollouts, Scorer(rewards, self._tokenizer)
         return self._tools
 
-    def _part(self, rows: Rows, rollouts: Sequence[Rollout]) -> Batch:
+    def _part(self, sequences: Rows) -> Batch:
         """The batch of a forward pass, with the old and the reference's log-probabilities."""
-        sequences = [self._sequence(*pair) for pair in zip(rows, rollouts, strict=True)]
-        batch = collate(sequences or [PADDING_ROW], self._tokenizer.pad_token_id).to(self.device)
+        batch = self._together(sequences or [PADDING_ROW])
         extra: dict[str, torch.Tensor] = {}
         with evaluation_mode(self.model):
             if self.needs_old:
@@ -167,6 +162,13 @@ class OnlineObjective(Objective):
             if self._reference is not None and self.settings.beta > 0:
                 extra["reference"] = self._reference(self.log_probabilities, batch)
         return replace(batch, extra=extra)
+
+    def _together(self, sequences: Rows) -> Batch:
+        pad: int = self._tokenizer.pad_token_id
+        return self.assemble(sequences, pad).to(self.device)
+
+    def _sequences(self, rows: Rows, rollouts: Sequence[Rollout]) -> Rows:
+        return [self._sequence(*pair) for pair in zip(rows, rollouts, strict=True)]
 
     def _sequence(self, row: stream.Sequence, rollout: Rollout) -> stream.Sequence:
         prompt, size = len(row.input_ids), len(row.input_ids) + len(rollout.ids)
@@ -200,8 +202,9 @@ class OnlineObjective(Objective):
             log_probabilities: the policy's, without a graph.
             outside: 1.0 where clipping removes the gradient, else 0.0; NaN for padding.
         """
-        valid = outside[~outside.isnan()].double()
-        clipped = torch.stack([valid.sum(), valid.new_tensor(len(valid))])
+        is_valid = ~outside.isnan()
+        values = torch.where(is_valid, outside, 0.0).double()
+        clipped = torch.stack([values.sum(), is_valid.sum().double()])
         parts = [self._kl(batch, log_probabilities, batch.extra.get("reference")), clipped]
         return torch.cat([batch.extra["sampled"], torch.stack(parts)])
 
@@ -216,8 +219,7 @@ class OnlineObjective(Objective):
 
     def evaluate_held_out(self, microbatches: Iterator[Rows], device: torch.device) -> torch.Tensor:
         """Sample and score one completion per held-out prompt, always with the same seeds."""
-        parts = list(microbatches)
-        rows = [row for part in parts for row in part]
+        rows = [row for part in microbatches for row in part]
         requests = [
             Request(row.input_ids.tolist(), (self.recipe.seed, _HELD_OUT, int(row.rows[0])))
             for row in rows
@@ -225,13 +227,10 @@ class OnlineObjective(Objective):
         rollouts, scores = self._rollouts(requests, rows)
         sampled = measure(scores, torch.zeros(0), rollouts).to(device)
         kl = torch.zeros(2, dtype=torch.float64, device=device)
-        size = max(map(len, parts), default=1)
-        for first in range(0, len(rows), size):
-            if self._reference is None:
-                break
-            pairs = zip(rows[first : first + size], rollouts[first : first + size], strict=True)
-            sequences = [self._sequence(*pair) for pair in pairs]
-            batch = collate(sequences, self._tokenizer.pad_token_id).to(device)
+        sequences = self._sequences(rows, rollouts) if self._reference is not None else []
+        for places in self.evaluated.parts(sequences):
+            assert self._reference is not None
+            batch = self._together([sequences[place] for place in places])
             policy = self.log_probabilities(self.model, batch)
             kl += self._kl(batch, policy, self._reference(self.log_probabilities, batch))
         no_values = torch.zeros(1, 2, dtype=torch.float64, device=device)
@@ -259,12 +258,27 @@ class OnlineObjective(Objective):
         ]
 
 
-def _divergences(parts: list[Batch], count: int) -> torch.Tensor | None:
-    """log policy - log reference of each completion, in nats, (completions,); None without both."""
+def _divergences(parts: list[Batch], places: list[list[int]]) -> torch.Tensor | None:
+    """log policy - log reference of each completion, in nats, (completions,); None without both.
+
+    Args:
+        parts: the batches.
+        places: the completions of each.
+    """
     if "reference" not in parts[0].extra or "old" not in parts[0].extra:
         return None
-    sums = [(part.extra["old"] - part.extra["reference"]).sum(1) for part in parts]
-    return torch.cat(sums)[:count].double()
+    ratios = [(part.extra["old"] - part.extra["reference"]).sum(1) for part in parts]
+    joined = torch.cat([own[: len(at)] for own, at in zip(ratios, places, strict=True)])
+    order = _indices([place for part in places for place in part], joined.device)
+    return torch.empty_like(joined).index_copy(0, order, joined).double()
+
+
+def _at(values: torch.Tensor, places: list[int]) -> torch.Tensor:
+    return values.index_select(0, _indices(places, values.device))
+
+
+def _indices(places: list[int], device: torch.device) -> torch.Tensor:
+    return moved(torch.tensor(places, dtype=torch.long), device)
 
 
 def _raise_together(failure: FinrayError | None, world_size: int) -> None:

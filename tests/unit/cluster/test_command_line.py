@@ -15,17 +15,18 @@ import pytest
 import shtab
 import yaml
 
-from finray.cluster.cli.arguments import SHELLS, Parser, build_parser
+from finray.cluster.cli.arguments import build_parser
+from finray.cluster.cli.cluster_arguments import SHELLS
 from finray.cluster.cli.commands import COMMANDS, command_function
 from finray.cluster.cli.main import main
-from finray.cluster.cli.remedies import OTHER_NAMES, Remedies
+from finray.cluster.cli.parser import Parser
+from finray.cluster.cli.remedies import Remedies
 from finray.cluster.environment import worker_environment
 from finray.cluster.nodes.probes import Line
 from finray.cluster.preflight import Preflight
 from finray.training.common.logs import chosen_level, limit
 from finray.training.common.progress import Progress
 from finray.training.config.recipe import Recipe
-from finray.training.config.validation import has_key
 
 
 def parsers(parser: argparse.ArgumentParser, name: str = "") -> Iterator[tuple[str, Parser]]:
@@ -208,6 +209,10 @@ RATE = "--set optim.learning_rate=1e-4"
         ("--data.train.1.weight=2", "--set data.train.1.weight=2"),
         ("--num_train_epochs 3", "--set optim.epochs=3"),
         ("--model org/name", "--set model.base=org/name"),
+        ("--model_name_or_path org/name", "--set model.base=org/name"),
+        ("--dataset_name rows.jsonl", "--set data.train.0.path=rows.jsonl"),
+        ("--load_in_4bit", "--set model.quantize=nf4"),
+        ("--gradient_accumulation_steps=8", "--set optim.batch_size=8"),
         ("--dora", "--set adapter.dora=VALUE"),
         ("--schedule 'a b'", "--set 'optim.schedule=a b'"),
         ("--storage s3://bucket/runs", "--set storage=s3://bucket/runs"),
@@ -249,13 +254,6 @@ def test_settings_of_a_sweep(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     recipe.write_text("name: r\n", encoding="utf-8")
     text = refusal(capsys, "job", "submit", str(recipe), "--lr", "1e-4")
     assert text.endswith(f" {RATE}")
-
-
-def test_names_of_other_tools_stand_for_settings() -> None:
-    for key in OTHER_NAMES.values():
-        assert has_key(
-            Recipe, tuple(int(part) if part.isdigit() else part for part in key.split("."))
-        )
 
 
 def test_a_secret_in_a_mistake_is_not_repeated(capsys: pytest.CaptureFixture[str]) -> None:

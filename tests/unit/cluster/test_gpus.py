@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from support.real_models import LLAMA_8B
 
+import finray
 from finray.cluster import gpus
 from finray.cluster.environment import worker_environment
 from finray.cluster.gpus import Gpu, gpus_here, visible_gpus
@@ -21,10 +22,13 @@ from finray.training.common.errors import InputError
 from finray.training.common.progress import SILENT, Progress
 from finray.training.config.recipe import Recipe, recipe_from_dict
 from finray.training.models.logit_memory import HeadFacts
+from finray.training.models.memory_estimate import estimate, sizes_of
 
 # peft calls a name that transformers has renamed.
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 
+BOTH = {"none": LLAMA_8B, "nf4": LLAMA_8B}
+"""Sizes by quantisation."""
 H100 = Gpu("NVIDIA H100", 80 * 2**30)
 SMALL = Gpu("NVIDIA T4", 15 * 2**30)
 
@@ -51,34 +55,35 @@ def recipe(**settings: Any) -> Recipe:
 
 
 def test_it_fits() -> None:
-    verdict = judge(recipe(micro_batch_size=1), LLAMA_8B, [H100, H100])
+    verdict = judge(recipe(micro_batch_size=1), BOTH, [H100, H100])
     assert verdict.fits and not verdict.is_tight
     assert re.match(r"about 6\d\.\d GiB of a GPU: weights 15\.0 GiB", verdict.text)
 
 
 def test_smaller_parts_fit() -> None:
-    verdict = judge(recipe(), LLAMA_8B, [H100])
+    verdict = judge(recipe(), BOTH, [H100])
     assert verdict.fits and verdict.is_tight
-    assert "model.gradient_checkpointing=true, or with optim.micro_batch_size=" in verdict.text
+    assert verdict.text.endswith("the nearest that fits: --set model.gradient_checkpointing=true")
     assert "there is 80.0 GiB" in verdict.text
 
 
 def test_it_does_not_fit_but_other_settings_do() -> None:
-    verdict = judge(recipe(max_length=1024), LLAMA_8B, [SMALL])
+    verdict = judge(recipe(max_length=1024), BOTH, [SMALL])
     assert not verdict.fits
     assert "at microbatch 1 with gradient checkpointing it still needs 1" in verdict.text
-    assert "model.quantize=nf4" in verdict.text
-    half = judge(recipe(micro_batch_size=1), LLAMA_8B, [H100], share=0.5)
+    nearest = "--set optim.micro_batch_size=1 --set model.gradient_checkpointing=true "
+    assert verdict.text.endswith(f"the nearest that fits: {nearest}--set model.quantize=nf4")
+    half = judge(recipe(micro_batch_size=1), BOTH, [H100], share=0.5)
     assert half.is_tight and "there is 40.0 GiB" in half.text
 
 
 def test_shards_are_counted_where_workers_share_the_weights() -> None:
     def advice(**scale: Any) -> str:
         settings = recipe(max_length=512, micro_batch_size=1, scale={"workers": 4, **scale})
-        return judge(settings, LLAMA_8B, [SMALL]).text
+        return judge(settings, {"none": LLAMA_8B}, [SMALL]).text
 
     whole, shared = advice(strategy="ddp"), advice(strategy="fsdp")
-    assert "weights 15.0 GiB" in whole and "scale.strategy=fsdp" in whole
+    assert "weights 15.0 GiB" in whole and "--set scale.strategy=fsdp" in whole
     # a quarter of all, and for a moment embedding, head and two of 32 layers
     weights = re.search(r"weights (\d+\.\d) GiB", shared)
     assert weights is not None
@@ -95,7 +100,7 @@ def test_autocast_keeps_no_copies_of_shards() -> None:
     values.update(adapter=None, scale={"workers": 8})
     values["model"]["gradient_checkpointing"] = True
     values["data"]["max_length"] = 1024
-    verdict = judge(recipe_from_dict(values), whole, [H100])
+    verdict = judge(recipe_from_dict(values), {"none": whole}, [H100])
     assert verdict.fits and not verdict.is_tight
     assert re.match(r"about 2\d\.\d GiB of a GPU", verdict.text), verdict.text
 
@@ -111,6 +116,27 @@ def test_the_smallest_gpu_counts(tiny_model: Path) -> None:
     assert memory_lines(tiny, []) == ()
     values["scale"]["gpus_per_worker"] = 0
     assert memory_lines(recipe_from_dict(values), [H100]) == ()
+
+
+def test_a_check_prints_the_nearest_settings_that_fit(
+    tiny_model: Path, chat_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a line of --set, with which it fits."""
+    values = {
+        "name": "run",
+        "model": {"base": str(tiny_model), "gradient_checkpointing": False},
+        "data": {"train": [{"path": str(chat_file)}], "max_length": 64},
+        "optim": {"batch_size": 64, "micro_batch_size": 64},
+        "storage": str(tmp_path / "runs"),
+    }
+    written = recipe_from_dict(values)
+    gpu = Gpu("tiny", estimate(written, sizes_of(written)).peak - 1)
+    monkeypatch.setattr("finray.cluster.gpus.gpus_here", lambda: (gpu,))
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    (note,) = finray.check(values)["machine"]
+    line = note.partition("the nearest that fits: ")[2]
+    assert line.startswith("--set ")
+    assert finray.check(values, line.replace("--set ", "").split())["machine"] == []
 
 
 @pytest.fixture

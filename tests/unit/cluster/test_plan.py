@@ -5,14 +5,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from support.real_models import LLAMA_8B, QWEN3_4B_CONFIG, write_config
 
-from finray.cluster.api.planning import _nearest, _quantisations, plan
+import finray
+from finray.cluster.api.planning import _nearest, place, plan
 from finray.cluster.cards import CARDS, parse_gpus
 from finray.cluster.cli.main import main
+from finray.cluster.placements import quantisations
 from finray.cluster.screens.plan import render
 from finray.training.common.errors import InputError
 from finray.training.config.recipe import Recipe, load_recipe, recipe_from_dict
+from finray.training.models.memory_estimate import estimate
 from finray.training.models.speed import Device, seconds_per_step, training_flops
 
 # peft calls a name that transformers has renamed.
@@ -178,10 +182,77 @@ def test_the_nearest_is_quantised(quantize: str) -> None:
             "data": {"train": [{"path": "/x"}], "max_length": 65_536},
         }
     )
-    both = dict.fromkeys(_quantisations(recipe), LLAMA_8B)
+    both = dict.fromkeys(quantisations(recipe), LLAMA_8B)
     nearest = _nearest(recipe, both, CARDS["t4"], 1)
     assert nearest is not None
-    assert "--set model.quantize=nf4 --set data.max_length=" in nearest
+    settled = load_recipe(recipe.model_dump(mode="json"), nearest.replace("--set ", "").split())
+    assert settled.model.quantize == "nf4" and settled.data.max_length < 65_536
+    fits = estimate(settled, LLAMA_8B, "float16").peak <= CARDS["t4"].bytes
+    longer = settled.data.model_copy(update={"max_length": 2 * settled.data.max_length})
+    longest = settled.model_copy(update={"data": longer})
+    assert fits and estimate(longest, LLAMA_8B, "float16").peak > CARDS["t4"].bytes
+
+
+def test_the_python_face(tiny_model: Path, chat_file: Path) -> None:
+    recipe = values(tiny_model, chat_file)
+    planned = finray.plan(recipe, {"optim.batch_size": 16}, gpu="l4:2", utilisation=0.3)
+    assert planned["utilisation"] == 0.3 and planned["gpus"] == 2
+    faulty: list[Any] = [8, None, ("h100", 8), "h100:many", "h100:0", "h100:8:2"]
+    for gpu in faulty:
+        with pytest.raises(finray.InputError, match="expected"):
+            finray.plan(recipe, gpu=gpu)
+    shares: list[Any] = [0, 1.5, -1, float("nan"), "0.4", True]
+    for share in shares:
+        with pytest.raises(finray.InputError, match="expected a share above 0 and up to 1"):
+            finray.plan(recipe, gpu="l4", utilisation=share)
+    with pytest.raises(finray.InputError, match="a sweep has no single plan"):
+        finray.plan({"name": "s", "recipe": recipe}, gpu="l4")
+
+
+def test_a_recipe_is_placed(tiny_model: Path, chat_file: Path) -> None:
+    """The best placement's settings, under those that the caller states."""
+    recipe = values(tiny_model, chat_file)
+    best = finray.plan(recipe, gpu="l4:2")["best"]
+    placed, memory = place(recipe, gpu="l4:2")
+    assert placed == load_recipe(recipe, best) and memory > 8 * 2**30
+    placed, _ = place(recipe, {"optim.micro_batch_size": 1}, gpu="l4:2")
+    assert placed.optim.micro_batch_size == 1
+    with pytest.raises(InputError, match=r"scale.workers: 4, and --gpu l4:2 has 2"):
+        place(recipe, {"scale.workers": 4}, gpu="l4:2")
+
+
+def test_kubernetes_gets_pods_for_the_best_placement(
+    tmp_path: Path, tiny_model: Path, chat_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The model's folder is on this machine, so the check of paths is left out."""
+    monkeypatch.setattr("finray.cluster.kubernetes.render.check_reachable", lambda *_: True)
+    file = tmp_path / "recipe.yaml"
+    file.write_text(json.dumps(values(tiny_model, chat_file)), encoding="utf-8")
+    command = ["k8s", "render", str(file), "--to", str(tmp_path / "job.yaml")]
+
+    def rendered(*more: str) -> tuple[dict[str, Any], dict[str, Any]]:
+        assert main([*command, *more]) == 0
+        cluster = yaml.safe_load((tmp_path / "job.yaml").read_text())["spec"]["rayClusterSpec"]
+        group = cluster["workerGroupSpecs"][0]
+        return group, group["template"]["spec"]["containers"][0]["resources"]["limits"]
+
+    group, limits = rendered("--gpu", "l4:4")
+    assert group["maxReplicas"] == 4
+    assert (limits["nvidia.com/gpu"], limits["memory"]) == ("1", "64Gi")
+    monkeypatch.setattr("finray.cluster.memory_fit._PROCESS_BYTES", 100 * 2**30)
+    assert rendered("--gpu", "l4:4")[1]["memory"] == "101Gi"
+    assert rendered("--gpu", "l4:4", "--memory", "32Gi")[1]["memory"] == "32Gi"
+    assert rendered()[1]["memory"] == "64Gi"
+    assert main([*command, "--gpu", "l5"]) == 2
+
+
+def test_what_fits_nowhere_is_not_rendered(tmp_path: Path, tiny_model: Path) -> None:
+    wide = {"hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 2}
+    base = write_config({**QWEN3_4B_CONFIG, **wide, "vocab_size": 1000}, tmp_path / "model")
+    recipe = values(base, tmp_path / "none.jsonl", optim={"batch_size": 8, "max_steps": 10})
+    recipe.pop("adapter")
+    with pytest.raises(InputError, match=r"the nearest that would fit: --gpu rtx5090:1 \("):
+        place(recipe, gpu="t4")
 
 
 def test_the_command(
@@ -193,7 +264,7 @@ def test_the_command(
     planned = json.loads(capsys.readouterr().out)
     assert planned["gpu"] == "H100 80 GB" and planned["gpus"] == 1
     assert main(["plan", str(file), "--gpu", "h100", "--utilisation", "40"]) == 2
-    assert "--utilisation 40: expected a share above 0 and up to 1" in capsys.readouterr().err
+    assert "--utilisation 40.0: expected a share above 0 and up to 1" in capsys.readouterr().err
     assert main(["plan", str(file)]) == 2
     assert "plan needs --gpu" in capsys.readouterr().err
 

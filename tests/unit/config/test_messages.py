@@ -126,7 +126,7 @@ def test_every_setting_of_a_sweep() -> None:
             "of at least 0 or a list [a whole number of at least 1, a wh",
         ),
         ({"data": {"train": []}}, "data.train: expected "),
-        ({"log": {"to": ["wandb"]}}, "log.to.0: expected 'tensorboard', found 'wandb'"),
+        ({"log": {"to": ["neptune"]}}, "log.to.0: expected one of 'tensorboard', 'wandb',"),
         ({"adapter": {"dora": "maybe"}}, "adapter.dora: expected true or false, found 'maybe'"),
         ({"storage": 3}, "storage: expected text, found 3; put it into quotes"),
         ({"model": {}}, "model.base: missing, and it has no default; add it"),

@@ -67,6 +67,17 @@ def test_uris_stay(tmp_path: Path) -> None:
         ("method: {kind: sftt}\n", 5, "expected one of 'sft', 'pretrain'"),
         ("eval: {every_steps: 10}\n", 1, "needs held-out data"),
         ("optim: {batch_size: 2, micro_batch_size: 4}\n", 1, "is larger than"),
+        (
+            "optim: {micro_batch_size: 2, micro_batch_tokens: 9000}\n",
+            5,
+            "micro_batch_tokens and micro_batch_size contradict",
+        ),
+        ("optim: {micro_batch_tokens: 2047}\n", 1, "holds no row, which may have data.max_length"),
+        (
+            "method: dpo\noptim: {micro_batch_tokens: 4095}\n",
+            1,
+            "2 texts of data.max_length 2048 tokens; give at least 4096",
+        ),
         ("scale: {workers: 64}\n", 1, "scale.workers 64 is larger"),
         ("scale: {workers: [2, 64]}\n", 1, "scale.workers 64 is larger"),
         ("scale: {workers: [4, 2]}\n", 5, "workers: [4, 2] is reversed"),

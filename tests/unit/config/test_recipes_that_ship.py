@@ -405,7 +405,7 @@ def test_it_fits_the_gpus_that_it_names(name: str, real: Callable[[str], Real]) 
     assert f"{size} GB" in comments_of(name)
     # Where another model lies beside it, as much less is there.
     gpu = Gpu(f"{size} GB", int(size) * 10**9 - recipe.reward_model())
-    verdict = judge(recipe.recipe, recipe.sizes, [gpu])
+    verdict = judge(recipe.recipe, {recipe.recipe.model.quantize: recipe.sizes}, [gpu])
     assert verdict.fits and not verdict.is_tight, verdict.text
 
 
@@ -416,7 +416,9 @@ def test_a_figure_that_is_wrong_is_noticed(real: Callable[[str], Real]) -> None:
     recipe.recipe = recipe.recipe.model_copy(update={"optim": optim})
     stated = set(FIGURE.findall(comments_of("models/qwen3-4b-lora.yaml")))
     assert {"1.6 GiB", "21.2 GiB", "32,768 tokens"} == stated - {*recipe.figures()}
-    verdict = judge(recipe.recipe, recipe.sizes, [Gpu("24 GB", 24 * 10**9)])
+    verdict = judge(
+        recipe.recipe, {recipe.recipe.model.quantize: recipe.sizes}, [Gpu("24 GB", 24 * 10**9)]
+    )
     assert verdict.is_tight
 
 

@@ -247,11 +247,11 @@ def test_held_out_splits_of_the_sources_that_have_some(tmp_path: Path) -> None:
         (tmp_path / name).write_text('{"text": "x"}\n')
     train = [{"path": "single.jsonl"}, {"path": "rows", "limit": 3}]
     data = DataSettings.model_validate({"train": train, "eval": {"split": "test"}})
-    (held_out,) = resolve_sources(data, tmp_path)["eval"]
+    (held_out,) = resolve_sources(data, [tmp_path])["eval"]
     assert (held_out.path, held_out.split, held_out.limit) == (str(tmp_path / "rows"), "test", None)
     data = DataSettings.model_validate({"train": train[:1], "eval": {"split": "test"}})
     with pytest.raises(InputError, match=r"data\.eval\.0: .*single\.jsonl has no splits"):
-        resolve_sources(data, tmp_path)
+        resolve_sources(data, [tmp_path])
 
 
 def test_nested_nulls_of_columns_under_other_names(tmp_path: Path) -> None:

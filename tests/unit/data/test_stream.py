@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from finray.training.common.storage import Folder
-from finray.training.data.batching import accumulation_steps, microbatches
+from finray.training.data.microbatches import number_of_parts
 from finray.training.data.prepared import SEQUENCE_SCHEMA, Split, _hash_of_file
 from finray.training.data.stream import (
     Sequence,
@@ -127,7 +127,7 @@ def test_shares_add_up_and_all_ranks_do_as_many_passes(
 ) -> None:
     shares = [share(batch, rank, world_size) for rank in range(world_size)]
     assert sum(shares) == batch and max(shares) - min(shares) <= 1
-    assert accumulation_steps(batch, micro, world_size) * micro >= max(shares)
+    assert number_of_parts(batch, micro, world_size) * micro >= max(shares)
 
 
 @settings(deadline=None)
@@ -140,14 +140,3 @@ def test_windows_cover_an_epoch(groups: list[int], seed: int, epoch: int) -> Non
         epoch * size + np.cumsum([0, *(w.size for w in windows[:-1])])
     )
     assert sorted(group for w in windows for _, group in w.groups) == list(range(len(groups)))
-
-
-def test_uneven_batches_give_every_rank_the_same_passes(split: tuple[Folder, Split]) -> None:
-    counts, tokens = [], 0
-    for rank in range(5):
-        rows = stream(part(split, rank, 5, (0, 2)), on_ray=False)
-        batches = list(microbatches(rows, share(12, rank, 5), 2, accumulation_steps(12, 2, 5)))
-        counts.append(len(batches))
-        tokens += sum(int(row.lengths.sum()) for batch in batches for row in batch if row.rows.size)
-    assert counts == [4] * 5
-    assert tokens == 2 * 12 * 2

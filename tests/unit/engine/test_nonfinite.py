@@ -19,13 +19,13 @@ from transformers import AutoModelForCausalLM
 
 from finray.training.common.errors import RunError
 from finray.training.config.recipe import Recipe
-from finray.training.data.batching import Batch, microbatches
+from finray.training.data.batching import Batch, in_batches
 from finray.training.data.stream import Sequence
 from finray.training.engine.methods import objective_of
 from finray.training.engine.nonfinite import NonFiniteError, NonFiniteSteps
 from finray.training.engine.optimizer import MasterAdamW, SkippingAdamW
 from finray.training.engine.trainer import StepMeasures, StreamTrainer
-from finray.training.engine.trainer_arguments import accumulation, training_arguments
+from finray.training.engine.trainer_arguments import training_arguments
 from finray.training.launch.in_process import InProcessLauncher
 from finray.training.run import train
 
@@ -76,10 +76,10 @@ def trained(
     objective = objective_of(steps.make_setup(settings, model, scratch, rank, world_size))
     trainer = StreamTrainer(
         model,
-        training_arguments(settings, 5, world_size, scratch),
+        training_arguments(settings, 5, scratch),
         objective=objective,
         passes=1,
-        rows=lambda: microbatches(iter(own), share, 1, accumulation(settings, world_size)),
+        rows=lambda: in_batches(iter(own), share),
         after_step=after_step,
         is_logged=lambda step: True,
         stop_requested=lambda: False,

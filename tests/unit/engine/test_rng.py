@@ -16,7 +16,7 @@ def trainer(base: Path, scratch: Path, rank: int, world_size: int) -> StreamTrai
     recipe = Recipe.model_validate(
         {"name": "x", "model": {"base": str(base)}, "data": {"train": [{"path": "/x"}]}}
     )
-    arguments: Any = training_arguments(recipe, 10, 1, scratch)
+    arguments: Any = training_arguments(recipe, 10, scratch)
     made = StreamTrainer(
         AutoModelForCausalLM.from_pretrained(base),
         arguments,

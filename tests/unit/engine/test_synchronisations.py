@@ -1,21 +1,31 @@
 """How often a step makes the host wait for the device, counted as operations on the CPU."""
 
+import json
 import traceback
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pytest
 import torch
+from support.online_runs import REWARD, prompts, rows_of
 from support.steps import make_sequences, make_setup
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import AutoModelForCausalLM
 
-from finray.training.config.recipe import recipe_from_dict
-from finray.training.data.batching import collate, microbatches
+from finray.training.config.recipe import Recipe, recipe_from_dict
+from finray.training.data.batching import collate, in_batches
+from finray.training.data.stream import Sequence
 from finray.training.engine.methods import objective_of
 from finray.training.engine.trainer import StepMeasures, StreamTrainer
 from finray.training.engine.trainer_arguments import training_arguments
+from finray.training.models.loading import load_model, load_tokenizer
 
-STEPS = 4
+# peft calls a name that transformers has renamed.
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
+
+STEPS, BATCH, MICRO = 4, 6, 2
 aten = torch.ops.aten
 WAITING = {
     aten._local_scalar_dense.default,
@@ -23,6 +33,37 @@ WAITING = {
     aten.is_nonzero.default,
     aten.masked_select.default,
     aten.equal.default,
+    aten._unique2.default,
+    aten.repeat_interleave.Tensor,
+}
+"""Their result, or its shape, depends on values: the host waits for them."""
+COPYING = {
+    torch.Tensor.tolist,
+    torch.Tensor.numpy,
+    torch.Tensor.new_tensor,
+}
+"""Copies between host and device that the host waits for, where the tensor is on the device."""
+ON_THE_HOST = ("counts.tolist()", "chosen.numpy(force=True)")
+"""What reads a tensor that is on the host anyhow."""
+METHODS: dict[str, dict[str, Any]] = {
+    "sft": {},
+    "rows of one document": {"data": {"packing": False}},
+    "dpo": {"method": {"kind": "dpo", "losses": {"sigmoid": 1.0, "sft": 0.5}}},
+    "dpo with many losses": {
+        "method": {"kind": "dpo", "losses": {"ipo": 1.0, "robust": 0.5, "sppo_hard": 0.1}}
+    },
+    "kto": {"method": {"kind": "kto"}},
+    "orpo": {"method": {"kind": "orpo"}},
+    "simpo": {"method": {"kind": "simpo"}},
+    "reward": {"method": {"kind": "reward", "center_coefficient": 0.1}},
+    "grpo": {"method": {"kind": "grpo", "beta": 0.1}},
+    "grpo, two passes": {"method": {"kind": "grpo", "passes": 2}},
+    "rloo": {"method": {"kind": "rloo", "beta": 0.1}},
+}
+ONLINE = {
+    "rewards": [{"file": "/x/rewards.py:worth", "source": REWARD}],
+    "generations": 2,
+    "max_completion": 6,
 }
 
 
@@ -33,50 +74,126 @@ class Counter(TorchDispatchMode):
         super().__init__()
         self.places: list[str] = []
 
+    def add(self, what: str, depth: int) -> None:
+        """Note a place."""
+        frames = traceback.extract_stack()[:-depth]
+        own = [frame for frame in frames if "/finray/" in frame.filename] or frames
+        if not any(text in (own[-1].line or "") for text in ON_THE_HOST):
+            place = f"{frames[-1].filename}:{frames[-1].lineno}"
+            self.places.append(f"{what} in {place}, for {own[-1].filename}:{own[-1].lineno}")
+
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        chosen = args[1] if func is aten.index.Tensor else ()
+        chosen = args[1] if func in (aten.index.Tensor, aten.index_put_.default) else ()
         by_mask = any(index is not None and index.dtype == torch.bool for index in chosen)
         if func in WAITING or by_mask:
-            frames = [frame.filename for frame in traceback.extract_stack()]
-            # transformers asks of every mask whether documents are packed.
-            if not any(name.endswith("masking_utils.py") for name in frames):
-                self.places.append(f"{func} in {frames[-2]}")
+            self.add(str(func), 2)
         return func(*args, **(kwargs or {}))
 
 
-def test_a_step_waits_for_the_flag_of_an_earlier_one(tiny_model: Path, tmp_path: Path) -> None:
-    recipe = recipe_from_dict(
+class Copies(TorchFunctionMode):
+    """Counts copies between the host and the device."""
+
+    def __init__(self, counter: Counter) -> None:
+        super().__init__()
+        self._counter = counter
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        made = func is torch.tensor and (kwargs or {}).get("device") is not None
+        if func in COPYING or made:
+            self._counter.add(getattr(func, "__name__", str(func)), 2)
+        return func(*args, **(kwargs or {}))
+
+
+def rows_for(recipe: Recipe, tokenizer: Any) -> list[Sequence]:
+    """Rows for all steps."""
+    method = recipe.method
+    if method.samples_online:
+        return rows_of(prompts(STEPS * recipe.rows_per_step), tokenizer)
+    if method.learns_from == "documents":
+        made = make_sequences(BATCH * STEPS)
+        if recipe.data.packing is not False:
+            return made
+        return [
+            Sequence(row.input_ids, row.lengths.sum(keepdims=True), row.trainable, row.rows)
+            for row in made
+        ]
+    random, rows = np.random.default_rng(0), []
+    for number in range(BATCH * STEPS):
+        lengths = random.integers(6, 20, size=1 if method.kind == "kto" else 2).astype(np.int32)
+        starts = np.cumsum(lengths) - lengths
+        positions = np.arange(lengths.sum()) - np.repeat(starts, lengths)
+        extra = {"kto": {"label": number % 2 == 0}, "reward": {"margin": number / 4}}
+        own = extra.get(method.kind)
+        ids = random.integers(3, 250, lengths.sum()).astype(np.int32)
+        text = None if own is None else json.dumps(own)
+        rows.append(Sequence(ids, lengths, positions > 2, np.array([number]), text))
+    return rows
+
+
+def recipe_of(base: Path, settings: dict[str, Any]) -> Recipe:
+    method = settings.get("method", {})
+    if method.get("kind") in ("grpo", "rloo"):
+        method = {**ONLINE, **method}
+    return recipe_from_dict(
         {
             "name": "x",
-            "model": {"base": str(tiny_model)},
-            "data": {"train": [{"path": "/x"}]},
-            "optim": {"batch_size": 6, "micro_batch_size": 2},
+            "model": {"base": str(base), "dtype": "float32"},
+            "adapter": {"rank": 4},
+            "data": {"train": [{"path": "/x"}], "max_length": 64, **settings.get("data", {})},
+            "optim": {"batch_size": BATCH, "micro_batch_size": MICRO},
+            **({"method": method} if method else {}),
         }
     )
-    model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_step_waits_for_the_flag_of_an_earlier_one(
+    name: str, tiny_model: Path, tmp_path: Path
+) -> None:
+    """Logged steps too; of the online methods, the training pass is counted, not the sampling.
+
+    Of a padded batch transformers asks in each forward pass whether documents are packed.
+    """
+    recipe = recipe_of(tiny_model, METHODS[name])
+    model, tokenizer = load_model(recipe, recipe.method.head), load_tokenizer(recipe)
     counter, by_step = Counter(), []
+    isolation = None if recipe.data.packing is False else "documents"
+    setup = make_setup(recipe, model, tmp_path, 0, 1)
+    setup = replace(setup, tokenizer=tokenizer, isolation=isolation)
+    padded: list[int] = []
 
     def after_step(_: StepMeasures) -> bool:
         by_step.append(list(counter.places))
         counter.places.clear()
+        padded.append(sum(batch.documents is None for batch in trainer._current))
         return False
+
+    def on_phase(phase: str) -> None:
+        if phase == "step" and recipe.method.samples_online:
+            counter.places.clear()
 
     trainer = StreamTrainer(
         model,
-        training_arguments(recipe, STEPS, 1, tmp_path),
-        objective=objective_of(make_setup(recipe, model, tmp_path, 0, 1)),
-        passes=1,
-        rows=lambda: microbatches(iter(make_sequences(6 * STEPS)), 6, 2, 3),
+        training_arguments(recipe, STEPS, tmp_path),
+        objective=objective_of(setup),
+        passes=recipe.method.repeats,
+        rows=lambda: in_batches(iter(rows_for(recipe, tokenizer)), recipe.rows_per_step),
         after_step=after_step,
-        is_logged=lambda step: False,
+        on_phase=on_phase,
+        is_logged=lambda step: True,
         stop_requested=lambda: False,
     )
-    with counter:
+    with counter, Copies(counter):
         trainer.train()
     assert len(by_step) == STEPS
-    assert all(len(places) <= 1 for places in by_step[1:]), by_step
+    assert any(padded) == (name == "rows of one document")
+    passes = {"dpo": 2, "kto": 4}.get(recipe.method.kind, 1)  # with the reference's
+    for places, number in zip(by_step[1:], padded[1:], strict=True):
+        assert len(places) <= 1 + passes * number, "\n".join(places)
 
 
 def test_a_batch_knows_its_trained_tokens() -> None:

@@ -33,7 +33,7 @@ def holds(rows: int, after_calls: int = 0) -> Callable[[Batch, torch.Tensor], to
 
     def change(batch: Batch, total: torch.Tensor) -> torch.Tensor:
         calls[0] += 1
-        if calls[0] > after_calls and len(batch.inputs["input_ids"]) > rows:
+        if calls[0] > after_calls and len(batch.rows) > rows:
             raise torch.OutOfMemoryError(MESSAGE)
         return total
 
@@ -66,6 +66,35 @@ def test_the_microbatch_is_halved(
     assert [restart["step"] for restart in record["restarts"]] == [1, 1]
     assert "micro_batch_size 4 instead of 8" in reasons[0] and "2 instead of 4" in reasons[1]
     assert MESSAGE in reasons[0]
+
+
+def test_a_budget_of_tokens_is_halved(
+    tiny_model: Path, chat_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Down to a row of full length; the next start goes on with what was recorded."""
+
+    def settings(name: str, tokens: int) -> Recipe:
+        sizes = {"micro_batch_size": None, "micro_batch_tokens": tokens, "max_steps": 4}
+        return recipe(tiny_model, chat_file, tmp_path, name, **sizes)
+
+    def change(batch: Batch, total: torch.Tensor) -> torch.Tensor:
+        if batch.inputs["input_ids"].numel() > 150:
+            raise torch.OutOfMemoryError(MESSAGE)
+        return total
+
+    run_to_the_end(settings("small", 150))
+    run_to_the_end(settings("whole", 800))
+    with monkeypatch.context() as full:
+        spoil(full, change)
+        record = run_to_the_end(settings("run", 600))
+    assert_same(tmp_path / "run", tmp_path / "small")
+    whole = losses(tmp_path / "whole")
+    assert losses(tmp_path / "run") == pytest.approx(whole, abs=1e-4)
+    assert record["micro_batch_tokens"] == 150
+    assert "micro_batch_tokens 300 instead of 600" in record["restarts"][0]["reason"]
+    spoil(monkeypatch, holds(0))
+    with pytest.raises(RunError, match=r"with optim.micro_batch_tokens 96 already"):
+        run_to_the_end(settings("never", 250))
 
 
 def test_it_goes_on_from_the_checkpoint(
@@ -178,7 +207,7 @@ def test_an_evaluation_gets_smaller_batches_and_the_step_stays(
     original = TokenObjective.loss
 
     def loss(self: Any, model: torch.nn.Module, batch: Batch, measured: bool) -> Loss:
-        if not model.training and len(batch.inputs["input_ids"]) > 1:
+        if not model.training and len(batch.rows) > 1:
             raise RuntimeError(str(SIGNS["cublas"]))
         return original(self, model, batch, measured)
 

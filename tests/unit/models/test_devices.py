@@ -108,7 +108,7 @@ def test_an_emulated_bfloat16_is_not_chosen(has: Any, monkeypatch: pytest.Monkey
 
 def test_a_process_trains_on_one_device_however_many_it_sees(tmp_path: Path) -> None:
     """The Trainer would wrap the model in DataParallel."""
-    arguments = training_arguments(recipe(scale={"workers": 0}), 1, 1, tmp_path)
+    arguments = training_arguments(recipe(scale={"workers": 0}), 1, tmp_path)
     assert arguments.n_gpu == 0
     arguments._n_gpu = 2
     assert arguments.n_gpu == 1 and arguments.train_batch_size == 4
@@ -128,7 +128,6 @@ def test_the_device_of_each_worker(kind: str, expected: list[str]) -> None:
     ("kind", "changes", "message"),
     [
         ("npu", {}, "of kind npu: finray trains on cuda, xpu, mps and cpu"),
-        ("xpu", {"model": {"base": "/none", "attention": "flash_attention_2"}}, "needs cuda"),
         ("mps", {"scale": {"workers": 2}}, "so scale.workers must be 1"),
         (
             "mps",
@@ -149,6 +148,29 @@ def test_what_a_device_cannot_do_is_refused_before_a_start(
     assert "\n" not in text
     scale = {**changes.get("scale", {}), "gpus_per_worker": 0}
     devices.check_device(recipe(**{**changes, "scale": scale}), "cpu", kind)
+
+
+@pytest.mark.parametrize("kind", ["cpu", "xpu", "mps"])
+def test_an_attention_kernel_that_is_not_here_is_refused(
+    kind: str, has: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before a start, and by the name of the setting."""
+    model = {"model": {"base": "/none", "attention": "flash_attention_2"}}
+    if kind != "cpu":
+        has(kind)
+    cause = (
+        f"model.attention: flash_attention_2 needs a GPU of kind cuda, .* on {kind} here; remove"
+    )
+    with pytest.raises(InputError, match=f"^{cause}"):
+        check_machine(recipe(**model), SILENT)
+    installed: set[str] = set()
+    monkeypatch.setattr(devices, "find_spec", lambda name: name if name in installed else None)
+    with pytest.raises(InputError, match="the package flash-attn, which is not installed here"):
+        devices.check_device(recipe(**model), "cuda", "cuda")
+    for package in ("flash_attn", "kernels"):
+        installed.add(package)
+        devices.check_device(recipe(**model), "cuda", "cuda")
+        installed.clear()
 
 
 def test_no_device_lies_idle_in_silence() -> None:

@@ -379,3 +379,26 @@ def test_what_auto_comes_to(bases: dict[int, Path]) -> None:
     assert decided(peak(8, False), with_rows) == (8, False)
     assert decided(peak(4, True), with_rows) == (8, True), "halved at the first lack of memory"
     assert decided(1, fixed) == (8, False)
+
+
+@pytest.mark.parametrize("kind", ["llama", "gemma2", "gpt_oss"])
+def test_scores_of_packed_rows_are_those_of_their_documents(kind: str, tmp_path: Path) -> None:
+    """A row of four documents keeps what four rows of one document keep; weights do not count."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    special = {"gpt_oss": {"num_local_experts": 2, "num_experts_per_tok": 1}}.get(kind, {})
+    config = AutoConfig.for_model(kind, **{**SMALL, "head_dim": 16, **special})
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "base")
+    packed = recipe(tmp_path / "base", packing=True, **LORA)
+    assert packed.longest_document == TOKENS
+    shorter = packed.with_longest(TOKENS // 4)
+    assert shorter.longest_document == TOKENS // 4
+    assert packed.with_longest(9999).longest_document == TOKENS
+    sizes = sizes_of(packed)
+    own, bound = (estimate(each, sizes).activations for each in (shorter, packed))
+    assert own == bound if kind == "llama" else own < bound
+    values = {**packed.model_dump(mode="json"), "data": {"train": [{"path": "/x"}]}}
+    values["data"] |= {"max_length": TOKENS // 4, "packing": True}
+    values["optim"] = {"micro_batch_size": 4}
+    alone = estimate(recipe_from_dict(values), sizes).activations
+    assert own == pytest.approx(alone, abs=8)

@@ -19,11 +19,11 @@ from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
 
 from finray.training.config.recipe import Recipe
-from finray.training.data.batching import Rows, collate, microbatches
+from finray.training.data.batching import Rows, collate
 from finray.training.data.stream import share
 from finray.training.engine.methods import objective_of
 from finray.training.engine.trainer import StepMeasures, StreamTrainer
-from finray.training.engine.trainer_arguments import accumulation, training_arguments
+from finray.training.engine.trainer_arguments import training_arguments
 from finray.training.models.generation import generate_answers
 from finray.training.models.loading import load_model, load_tokenizer
 from finray.training.models.sharding import choose_strategy, shard
@@ -156,15 +156,15 @@ def train(
     objective = objective_of(setup)
     if setup.strategy == "fsdp":
         setup.place(model)
-    optim, losses, norms = settings.optim, [], []
+    losses: list[float] = []
+    norms: list[float] = []
 
     def rows() -> Iterator[Rows]:
         for step in steps:
             batch = make_sequences(BATCH, step)
             first = sum(share(BATCH, earlier, world_size) for earlier in range(rank))
             own = batch[first : first + share(BATCH, rank, world_size)]
-            number = accumulation(settings, world_size)
-            yield from microbatches(iter(own), len(own), optim.micro_batch_size, number)
+            yield own
 
     def after_step(measures: StepMeasures) -> bool:
         losses.append(trainer.take_loss(1)[0])
@@ -174,7 +174,7 @@ def train(
 
     trainer = StreamTrainer(
         model,
-        training_arguments(settings, 9, world_size, folder),
+        training_arguments(settings, 9, folder),
         objective=objective,
         passes=1,
         rows=rows,

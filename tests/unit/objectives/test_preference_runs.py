@@ -72,7 +72,7 @@ def lines(folder: Path) -> list[dict[str, Any]]:
     """Logged lines, without the values that depend on time."""
     text = (folder / "metrics.jsonl").read_text(encoding="utf-8")
     records = [json.loads(line) for line in text.splitlines()]
-    timed = ("seconds", "tokens_per_second")
+    timed = ("seconds", "tokens_per_second", "data_wait")
     return [{key: line[key] for key in line if key not in timed} for line in records]
 
 

@@ -184,9 +184,9 @@ def test_a_reference_is_left_as_it_was(tiny_model: Path, tmp_path: Path) -> None
     model = load_model(full)
     rows = make_rows("dpo")
     objective = objective_of(make_setup(full, model, tmp_path, 0, 1))
-    before = objective.batches(0, [rows])[0].extra["reference"]
+    before = objective.batches(0, rows)[0].extra["reference"]
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.mul_(1.5)
-    after = objective.batches(1, [rows])[0].extra["reference"]
+    after = objective.batches(1, rows)[0].extra["reference"]
     torch.testing.assert_close(before, after, atol=0, rtol=0)

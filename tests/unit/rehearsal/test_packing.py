@@ -2,11 +2,13 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from support.forking import ForkServer
 
+from finray.training.config.recipe import recipe_from_dict
 from finray.training.rehearsal.outcome import Outcome
 
 # peft calls a name that transformers has renamed; kernels that are not installed are slow.
@@ -37,6 +39,15 @@ def test_by_a_block_mask(rehearsed: Rehearsed, tmp_path: Path, kind: str, attent
     model = {"base": str(tmp_path / "base"), "attention": attention}
     outcome = rehearsed(kind, adapter=None, freeze={"train": ["norm|ln_"]}, model=model)
     assert outcome.isolation == "mask" and outcome.status == "ok", outcome
+    settings = {"name": "x", "model": {"base": "/m"}, "data": {"train": [{"path": "/x"}]}}
+    packed, single = (
+        recipe_from_dict({**settings, "data": {**settings["data"], "packing": packing}})
+        for packing in ("auto", False)
+    )
+    (line,) = outcome.lines(packed)
+    assert line.startswith("data.packing: attention cannot be computed one document at a time")
+    assert outcome.lines(single) == []
+    assert replace(outcome, isolation="documents").lines(packed) == []
 
 
 @pytest.mark.parametrize(("kind", "isolation"), [("llama", "borders"), ("opt", None)])
@@ -145,3 +156,15 @@ def test_a_kernel_without_borders_drops_them(fork_server: ForkServer, tmp_path: 
     ways = ("documents", "positions", "mask", "borders")
     nothing: dict[str, list[object]] = {kind: [None] * len(ways) for kind in kinds}
     assert isolations(fork_server, tmp_path, kinds, *ways) == nothing
+
+
+@pytest.mark.parametrize("kind", ["bloom", "mamba"])
+def test_flash_attention_that_an_architecture_lacks_is_refused(
+    rehearsed: Rehearsed, tmp_path: Path, kind: str
+) -> None:
+    model = {"base": str(tmp_path / "base"), "attention": "flash_attention_2"}
+    outcome = rehearsed(kind, adapter=None, model=model)
+    assert outcome.status == "refused"
+    assert f"model.attention: the architecture {kind} has no flash attention" in str(
+        outcome.message
+    )

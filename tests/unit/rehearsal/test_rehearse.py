@@ -46,6 +46,35 @@ def test_every_kind_of_method_takes_a_step(rehearsed: Rehearsed, method: dict[st
     outcome = rehearsed("qwen3", method=method)
     assert outcome.status == "ok" and outcome.notes == () and outcome.left_out == (), outcome
     assert outcome.adapted == dict.fromkeys(LINEAR, 2)
+    assert outcome.isolation == "documents"
+
+
+@pytest.mark.parametrize("fails", [False, True], ids=["mixes texts", "fails"])
+def test_a_classifier_that_takes_one_text_a_row(
+    rehearsed: Rehearsed, monkeypatch: pytest.MonkeyPatch, fails: bool
+) -> None:
+    """Its language model would keep texts of one row apart."""
+    from transformers.models.qwen3.modeling_qwen3 import Qwen3ForSequenceClassification
+
+    honest = Qwen3ForSequenceClassification.forward
+
+    def forward(self: Any, input_ids: Any = None, use_cache: Any = None, **others: Any) -> Any:
+        if fails and "documents" in others:
+            raise TypeError("unexpected keyword argument")
+        return honest(self, input_ids, use_cache=use_cache)
+
+    monkeypatch.setattr(Qwen3ForSequenceClassification, "forward", forward)
+    outcome = rehearsed("qwen3", method={"kind": "reward"})
+    assert outcome.status == "ok" and outcome.isolation is None, outcome
+
+
+def test_texts_share_a_row_without_packing_only_to_save_padding() -> None:
+    ways = {
+        way: Outcome("ok", isolation=way).way(packs=False)
+        for way in ("documents", "borders", "positions", "mask", None)
+    }
+    assert ways == {**dict.fromkeys(ways), "documents": "documents", "borders": "borders"}
+    assert Outcome("ok", isolation="mask").way(packs=True) == "mask"
 
 
 @pytest.mark.parametrize(

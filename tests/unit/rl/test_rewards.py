@@ -293,14 +293,15 @@ def test_a_prompt_may_hold_the_first_token_already(classifier: Path) -> None:
     reward = load_classifier(
         ModelReward(model=str(classifier), label="good"), torch.float32, torch.device("cpu")
     )
-    core = reward._tokenizer.backend_tokenizer
-    bos = reward._tokenizer.eos_token
+    read = reward.classifier
+    core = read.tokenizer.backend_tokenizer
+    bos = read.tokenizer.eos_token
     core.post_processor = TemplateProcessing(
-        single=f"{bos} $A", special_tokens=[(bos, reward._tokenizer.eos_token_id)]
+        single=f"{bos} $A", special_tokens=[(bos, read.tokenizer.eos_token_id)]
     )
-    reward._tokenizer.bos_token = bos
-    assert reward._ids("one", "two") == reward._ids(f"{bos}one", "two")
-    assert reward._ids("one", "two")[0] == reward._tokenizer.bos_token_id
+    read.tokenizer.bos_token = bos
+    assert read.ids("one", "two") == read.ids(f"{bos}one", "two")
+    assert read.ids("one", "two")[0] == read.tokenizer.bos_token_id
 
 
 def test_a_label_must_be_one_of_the_classifiers(classifier: Path) -> None:

@@ -63,7 +63,7 @@ def values_of(base: Path, folder: Path, kind: str, **changes: Any) -> dict[str, 
 
 
 CASES = [
-    ("sft", {"eval": {"samples": 2}}),
+    ("sft", {"eval": {"samples": 2, "metrics": ["exact_match"]}}),
     ("kto", {"method": {"loss": "apo_zero"}}),
     ("reward", {}),
     ("grpo", {}),

@@ -10,7 +10,7 @@ from finray.cluster.screens.sweep import render_ending, render_sweep
 from finray.training.common.storage import Folder
 from finray.tuning.plots import learning_curves
 from finray.tuning.progress import Ending
-from finray.tuning.report import render_report
+from finray.tuning.report import gain, noise, render_report
 from finray.tuning.sweep_folder import saved_share
 
 pytestmark = pytest.mark.filterwarnings("ignore::optuna.exceptions.ExperimentalWarning")
@@ -78,14 +78,14 @@ def study(record: dict[str, Any]) -> optuna.Study:
 def test_the_page_is_self_contained(record: dict[str, Any], study: optuna.Study) -> None:
     page = render_report(study, record)
     assert not re.search(r"<(script|link|img)[^>]+(src|href)=", page)
-    for title in ("Learning curves", "Parallel coordinates", "Importance", "Slices", "Contours"):
-        assert f"<h2>{title}</h2>" in page
-    assert page.count("Plotly.newPlot(") >= 7
+    titles = ("Held-out loss of each trial", "Best so far", "optim.learning_rate")
+    assert [title for title in titles if f"<h3>{title}" not in page] == []
+    assert "each setting explains" in page
     assert "trial 3 (pruned)" in page
     assert '<tr class="best">\n<td>2</td>' in page
     assert "<script>alert(1)" not in page and "&lt;script&gt;alert(1)" in page
     # 2100 tokens instead of 3000
-    assert "30.0% of the tokens" in page and saved_share(record) == pytest.approx(0.3)
+    assert '<span class="value">30.0%</span>' in page and saved_share(record) == pytest.approx(0.3)
 
 
 def test_a_page_without_a_result(record: dict[str, Any]) -> None:
@@ -114,5 +114,40 @@ def test_the_table_of_a_population_shows_parents(record: dict[str, Any], tmp_pat
     assert lines[1].split()[-1] == "from" and lines[2].split()[-1] == "1"
     text = render_ending(Ending(1, "pruned", "replaced"), record)
     assert text.endswith("1 of 5 members finished)")
-    curve = learning_curves(record).data[1]
-    assert list(curve.x) == [100, 1000] and list(curve.y) == [3.0, 1.0]
+    curves = learning_curves(record)
+    assert curves is not None and curves.lines[-1].style == "main", "the best is drawn last"
+    assert [point[2:] for point in curves.lines[-1].readout] == [
+        ("100", "3.000"),
+        ("1,000", "1.000"),
+    ]
+
+
+def test_the_gain_over_the_rule_of_thumb_and_its_noise(record: dict[str, Any]) -> None:
+    assert gain(record) == "not known, as the rule of thumb's trial did not finish"
+    record["trials"][0]["number"] = 0
+    assert gain(record) == "-1.000 over the rule of thumb: 2.000 (trial 0) to 1.000 (trial 2)"
+    assert noise(record).startswith("not measured; retrain")
+    runs = [{"seed": seed} for seed in (1, 2, 3)]
+    spread = {"eval_loss": {"mean": 1.1, "deviation": 0.05}}
+    record["retrained"] = {"runs": runs, "spread": spread}
+    assert noise(record) == "the best settings with 3 seeds: 1.100 ± 0.05"
+    record["best"] = [0]
+    assert gain(record) == "none: the rule of thumb is the best"
+
+
+def test_fifty_trials_stay_below_a_megabyte(record: dict[str, Any]) -> None:
+    """Each with a hundred measurements and four settings."""
+    keys = ("optim.learning_rate", "optim.warmup_ratio", "adapter.alpha", "adapter.dropout")
+    study = optuna.create_study()
+    rows = []
+    for number in range(50):
+        trial = study.ask()
+        settings = {key: trial.suggest_float(key, 1e-5, 1.0, log=True) for key in keys}
+        study.tell(trial, 1.0 / (number + 1))
+        curve = [[tokens, 1 + 1 / tokens] for tokens in range(1000, 101_000, 1000)]
+        made = row(number, "finished", values=[1.0 / (number + 1)], tokens=100_000, curve=curve)
+        rows.append({**made, "settings": settings})
+    record.update(trials=rows, best=[49])
+    page = render_report(study, record)
+    assert len(page.encode()) < 1_000_000
+    assert "Held-out loss of each trial" in page and page.count('class="plot"') == 6

@@ -38,6 +38,18 @@ def plan(tmp_path: Path, tiny_model: Path) -> MakePlan:
     return make
 
 
+def test_trials_share_data_that_is_prepared_ahead(plan: MakePlan) -> None:
+    streaming = {
+        "data": {"train": [{"path": "rows.jsonl"}], "holdout": 0.1, "prepare": "streaming"},
+        "optim": {"batch_size": 8, "max_steps": 9},
+    }
+    with pytest.raises(InputError, match=r"sweep.yaml:\d+: recipe: data.prepare streaming"):
+        plan(streaming)
+    searched = {**RATE, "data.prepare": {"choice": ["ahead", "streaming"]}}
+    with pytest.raises(InputError, match="streaming prepares the data of one run"):
+        plan({"optim": {"batch_size": 8, "max_steps": 9}}, search=searched)
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [

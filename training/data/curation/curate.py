@@ -2,9 +2,9 @@
 
 import json
 import uuid
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from itertools import groupby
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import groupby, islice
 from typing import Any
 
 from ...common.errors import InputError
@@ -14,7 +14,7 @@ from ...common.storage import Folder
 from ...config.recipe import Recipe
 from ..reading import read_chunk
 from ..render_settings import RenderSettings
-from ..resolve import ResolvedData
+from ..resolve import ResolvedData, ResolvedSource
 from ..row_changes import RowChanges, change_rows
 from ..rows import BadRow, Row
 from ..sources import Chunk, plan_chunks
@@ -24,7 +24,8 @@ from .files import MANIFEST, STAGES, WORK, StageRows, remove_leftovers
 from .funnel import BAD_ROW, LEFT_OUT, SAMPLES, Counts, StageResult, describe_funnel
 from .grouping import StageChunk, drop_duplicates, hold_out
 from .passes import PassItem, PassTask, Step
-from .plan import DEDUPLICATE, HOLDOUT, PlannedStage, ReferenceSource, plan_stages
+from .plan import DEDUPLICATE, HOLDOUT, SCORE, PlannedStage, ReferenceSource, plan_stages
+from .scoring import OpenScorer, drop_low_scores
 from .stage import Reading
 
 
@@ -61,6 +62,8 @@ class Curated:
     """file, line, reason and row of rows that cannot be used."""
     left_rows: tuple[int, ...]
     """Rows of each source that are left."""
+    stages: tuple[str, ...] = ()
+    """Keys of all stages, and of their scores."""
 
     def rows_of(self, chunk: int) -> StageRows:
         """The rows of a chunk that are left."""
@@ -79,6 +82,8 @@ def curate(
     run_tasks: RunTasks,
     progress: Progress,
     check_bad: BadRows,
+    open_scorer: OpenScorer | None = None,
+    window: "Window | None" = None,
 ) -> Curated:
     """Take the training rows through the recipe's stages.
 
@@ -89,24 +94,58 @@ def curate(
         run_tasks: runs the tasks, in this process or on Ray.
         progress: receives a status after every finished task.
         check_bad: see `BadRows`; called after each pass.
+        open_scorer: opens the reward model of a stage that has one.
+        window: the only part of the rows that is taken; `folder` then holds no other.
 
     Raises:
         InputError: a stage leaves no row, a source is wrong, or too many rows are bad.
         RunError: a stage's file is damaged.
     """
-    work = _Curation(recipe, data, folder / STAGES, run_tasks, progress)
+    window = window or Window(plan_stages(recipe, data), train_chunks(recipe, data))
+    sources = len(data.train)
+    work = _Curation(recipe, sources, folder / STAGES, run_tasks, progress, window, open_scorer)
     return work.run(check_bad)
 
 
-def train_chunks(recipe: Recipe, data: ResolvedData) -> tuple[TrainChunk, ...]:
-    """The parts of the training data, in order."""
+def all_chunks(sources: Sequence[ResolvedSource]) -> Iterator[tuple[int, Chunk]]:
+    """(number of its source, chunk) of every part of some sources, in order."""
+    for number, source in enumerate(sources):
+        for file in source.files:
+            yield from ((number, chunk) for chunk in plan_chunks(file))
+
+
+def train_chunks(
+    recipe: Recipe, data: ResolvedData, chunks: Iterable[tuple[int, Chunk]] | None = None
+) -> tuple[TrainChunk, ...]:
+    """The parts of the training data, in order.
+
+    Args:
+        recipe: the recipe.
+        data: its sources.
+        chunks: (number of its source, chunk) of the parts that are taken; None: all.
+    """
     method = recipe.method
-    chunks: list[TrainChunk] = []
-    for number, source in enumerate(data.train):
-        reading = Reading(source.format, method.kind, method.columns)
-        for chunk in (chunk for file in source.files for chunk in plan_chunks(file)):
-            chunks.append(TrainChunk(len(chunks), number, chunk, reading, source.changes))
-    return tuple(chunks)
+    readings = [Reading(source.format, method.kind, method.columns) for source in data.train]
+    parts = all_chunks(data.train) if chunks is None else chunks
+    return tuple(
+        TrainChunk(n, number, chunk, readings[number], data.train[number].changes)
+        for n, (number, chunk) in enumerate(parts)
+    )
+
+
+@dataclass(frozen=True)
+class Window:
+    """Parts of the training data that go through stages together."""
+
+    stages: tuple[PlannedStage, ...]
+    chunks: tuple[TrainChunk, ...]
+    place: Callable[[Chunk, int], int] | None = None
+    """Returns the number of a chunk's line in its file; None where the chunks follow one another,
+    so that their lines are counted."""
+    references: dict[str, bytes] = field(default_factory=dict)
+    """Evaluation data with which stages compare, by the stage's key: read once for all windows."""
+    may_be_empty: bool = False
+    """True if stages may leave no row of it."""
 
 
 class _Curation:
@@ -115,18 +154,22 @@ class _Curation:
     def __init__(
         self,
         recipe: Recipe,
-        data: ResolvedData,
+        sources: int,
         folder: Folder,
         run_tasks: RunTasks,
         progress: Progress,
+        window: Window,
+        open_scorer: OpenScorer | None,
     ) -> None:
         self._recipe = recipe
+        self._open_scorer = open_scorer
         self._folder = folder
         self._run_tasks = run_tasks
         self._progress = progress
-        self._sources = len(data.train)
-        self._stages = plan_stages(recipe, data)
-        self._chunks = train_chunks(recipe, data)
+        self._sources = sources
+        self._window = window
+        self._stages = window.stages
+        self._chunks = window.chunks
         self._results: list[StageResult] = []
 
     def run(self, check_bad: BadRows) -> Curated:
@@ -138,10 +181,11 @@ class _Curation:
             if stages[done:] and by_row:
                 self._pass(stages[done:])
             for stage in [] if by_row else stages[done:]:
-                self._among_all(stage)
+                (self._by_score if stage.kind == SCORE else self._among_all)(stage)
             bad = sum(result.total.dropped[BAD_ROW] for result in self._results)
             check_bad(self._bad_rows(), bad, self._rows_read)
-            self._check_rows_are_left()
+            if not self._window.may_be_empty:
+                self._check_rows_are_left()
         return self._curated()
 
     @property
@@ -149,14 +193,17 @@ class _Curation:
         return sum(counts.rows for counts in self._results[0].chunks)
 
     def _finished(self, stage: PlannedStage) -> StageResult | None:
+        (self._folder / stage.key).touch()
         try:
             result = StageResult.from_json(json.loads((self._folder / stage.key).read(MANIFEST)))
         except (FileNotFoundError, ValueError, KeyError, TypeError):
             return None
         return result if len(result.chunks) == len(self._chunks) else None
 
-    def _finish(self, stage: PlannedStage, chunks: Sequence[Counts]) -> None:
-        result = StageResult(stage.kind, tuple(chunks))
+    def _finish(
+        self, stage: PlannedStage, chunks: Sequence[Counts], facts: dict[str, Any] | None = None
+    ) -> None:
+        result = StageResult(stage.kind, tuple(chunks), facts or {})
         folder = self._folder / stage.key
         folder.write(MANIFEST, json.dumps(result.to_json()).encode())
         remove_leftovers(folder)
@@ -176,7 +223,10 @@ class _Curation:
         for stage in stages:
             folder = (self._folder / stage.key).create()
             if stage.references and not folder.exists(REFERENCE):
-                folder.write(REFERENCE, self._reference(stage))
+                made = self._window.references
+                if stage.key not in made:
+                    made[stage.key] = self._reference(stage)
+                folder.write(REFERENCE, made[stage.key])
         rows, left = self._before()
         task = PassTask(
             folder=self._folder,
@@ -220,18 +270,7 @@ class _Curation:
     def _among_all(self, stage: PlannedStage) -> None:
         """Run a stage that compares all rows with one another."""
         folder = (self._folder / stage.key).create()
-        rows, left = self._before()
-        assert rows is not None and left is not None
-        before = self._results[-1].chunks
-        chunks = [
-            StageChunk(
-                StageRows(self._folder, each.number, rows, left),
-                each.reading,
-                counts.rows_out,
-                counts.characters_out,
-            )
-            for each, counts in zip(self._chunks, before, strict=True)
-        ]
+        chunks = self._stage_chunks()
         work = (folder / f"{WORK}{uuid.uuid4().hex}").create()
         run = drop_duplicates if stage.kind == DEDUPLICATE else hold_out
         try:
@@ -240,6 +279,31 @@ class _Curation:
             work.delete()
         self._report(stage.kind, 1, 1, f"{count(sum(c.rows_out for c in counted))} rows left")
         self._finish(stage, counted)
+
+    def _by_score(self, stage: PlannedStage) -> None:
+        """Run a stage that drops rows with low scores."""
+        folder, scores = (self._folder / stage.key).create(), self._folder / stage.scores
+        counted, facts = drop_low_scores(
+            *(stage.settings, self._stage_chunks(), folder, scores, self._run_tasks),
+            open_scorer=self._open_scorer,
+            report=lambda done, total: self._report(stage.kind, done, total, "scored"),
+        )
+        remove_leftovers(scores)
+        self._finish(stage, counted, facts)
+
+    def _stage_chunks(self) -> list[StageChunk]:
+        rows, left = self._before()
+        assert rows is not None and left is not None
+        before = self._results[-1].chunks
+        return [
+            StageChunk(
+                StageRows(self._folder, each.number, rows, left),
+                each.reading,
+                counts.rows_out,
+                counts.characters_out,
+            )
+            for each, counts in zip(self._chunks, before, strict=True)
+        ]
 
     def _report(self, words: str, done: int, total: int, text: str) -> None:
         self._progress.advance(done, total)
@@ -264,12 +328,18 @@ class _Curation:
             total += counts.lines
         return lines
 
+    def _line(self, each: TrainChunk, line: int, before: Sequence[int]) -> int:
+        """The number of a chunk's line in its file."""
+        if self._window.place is None:
+            return before[each.number] + line
+        return self._window.place(each.chunk, line)
+
     def _bad_rows(self) -> list[dict[str, Any]]:
         before = self._lines_before()
         return [
             {
                 "file": each.chunk.file.uri,
-                "line": before[each.number] + bad["line"],
+                "line": self._line(each, bad["line"], before),
                 "reason": bad["reason"],
                 "row": bad["row"],
             }
@@ -293,12 +363,18 @@ class _Curation:
         total = result.total
         samples = [
             {
-                "place": f"{each.chunk.file.place}:{before[each.number] + sample['line']}",
+                "place": f"{each.chunk.file.place}:{self._line(each, sample['line'], before)}",
                 "reason": sample["reason"],
                 "text": sample["text"],
             }
-            for each in self._chunks
-            for sample in result.chunks[each.number].samples
+            for each, sample in islice(
+                (
+                    (each, sample)
+                    for each in self._chunks
+                    for sample in result.chunks[each.number].samples
+                ),
+                SAMPLES,
+            )
         ]
         return {
             "stage": f"{number} {stage.kind}",
@@ -308,7 +384,9 @@ class _Curation:
             "dropped": dict(sorted(total.dropped.items())),
             "characters_in": total.characters_in,
             "characters_out": total.characters_out,
-            "samples": samples[:SAMPLES],
+            "samples": samples,
+            **_languages(total),
+            **result.facts,
         }
 
     def _curated(self) -> Curated:
@@ -328,7 +406,15 @@ class _Curation:
             funnel=tuple(self._funnel()),
             bad=tuple(self._bad_rows()),
             left_rows=tuple(left_rows),
+            stages=tuple(key for stage in self._stages for key in (stage.scores, stage.key) if key),
         )
+
+
+def _languages(total: Counts) -> dict[str, Any]:
+    if not total.languages_in:
+        return {}
+    before, after = dict(total.languages_in), dict(total.languages_out)
+    return {"languages": {"before": before, "after": after}}
 
 
 def _rows(source: ReferenceSource, max_bytes: int) -> Iterator[Row | BadRow]:

@@ -11,9 +11,10 @@ before it that wrote rows. Parquet's pages have checksums.
 import json
 import time
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import pyarrow as pa
@@ -39,6 +40,9 @@ _SCHEMA = pa.schema([_INDEX])
 _ROW_SCHEMA = pa.schema(
     [_INDEX, ("line", pa.int64()), ("row", pa.large_string()), ("group", pa.large_string())]
 )
+_SCORE_SCHEMA = pa.schema(
+    [_INDEX, ("score", pa.float64()), ("content", pa.uint64()), ("characters", pa.int64())]
+)
 _HELD_SCHEMA = pa.schema([_INDEX, ("held", pa.bool_())])
 
 Indices = NDArray[np.int64]
@@ -53,6 +57,17 @@ class StoredRow:
     line: int
     row: Row
     group: str | None
+
+
+@dataclass(frozen=True)
+class ScoredRows:
+    """Rows of a chunk with their scores."""
+
+    index: Indices
+    scores: NDArray[np.float64]
+    contents: NDArray[np.uint64]
+    """A number for each row's content, the same for equal rows."""
+    characters: NDArray[np.int64]
 
 
 def file_name(chunk: int) -> str:
@@ -106,8 +121,19 @@ class StageFile:
     def abort(self) -> None:
         """Remove what is written of an incomplete file."""
         if self._writer is not None:
-            self._writer.close()
+            with suppress(OSError):  # a full disk takes no end of it, either
+                self._writer.close()
             self.folder.delete(self._name)
+
+    @contextmanager
+    def completing(self, facts: Callable[[], dict[str, Any]]) -> Iterator[Self]:
+        """Write inside; completes the file with these facts then, or removes it if that fails."""
+        try:
+            yield self
+            self.close(facts())
+        except BaseException:
+            self.abort()
+            raise
 
 
 def index_file(folder: Folder, chunk: int) -> StageFile:
@@ -123,6 +149,11 @@ def row_file(folder: Folder, chunk: int) -> StageFile:
 def held_file(folder: Folder, chunk: int) -> StageFile:
     """A file of the rows that are left, and whether each is held out: index, held."""
     return StageFile(folder, chunk, _HELD_SCHEMA)
+
+
+def score_file(folder: Folder, chunk: int) -> StageFile:
+    """A file of the rows that have a score: index, score, content, characters."""
+    return StageFile(folder, chunk, _SCORE_SCHEMA)
 
 
 def remove_leftovers(folder: Folder) -> None:
@@ -155,6 +186,13 @@ def held_in(folder: Folder, chunk: int) -> dict[int, bool]:
     with _opened(folder, chunk) as parquet:
         table = _checked(folder, chunk, parquet, ["index", "held"])
         return dict(zip(table["index"].to_pylist(), table["held"].to_pylist(), strict=True))
+
+
+def scores_in(folder: Folder, chunk: int) -> ScoredRows:
+    """The rows of a chunk that have a score."""
+    with _opened(folder, chunk) as parquet:
+        table = _checked(folder, chunk, parquet, _SCORE_SCHEMA.names)
+        return ScoredRows(*(table[name].to_numpy() for name in _SCORE_SCHEMA.names))
 
 
 @dataclass(frozen=True)

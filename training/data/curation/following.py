@@ -14,9 +14,10 @@ from ..rows import BadRow, Row
 from ..shapes import RowError
 from .curate import TrainChunk, train_chunks
 from .decontaminate import REFERENCE
-from .files import MANIFEST, STAGES, held_in, left_in
+from .files import MANIFEST, STAGES, held_in, left_in, scores_in
 from .passes import READ, may_be_foreign
-from .plan import DEDUPLICATE, HOLDOUT, PlannedStage, plan_stages
+from .plan import DEDUPLICATE, HOLDOUT, SCORE, PlannedStage, plan_stages
+from .scoring import LOW
 from .stage import Item, StageContext
 from .stages import ROW_STAGES
 
@@ -87,6 +88,7 @@ class Stages:
                 context = StageContext(RenderSettings.of(self._recipe), self._folder / stage.key)
                 outcome = ROW_STAGES[stage.kind](stage.settings, context)([item])[0]
                 if (why := outcome.dropped or outcome.bad) is not None:
+                    why += f" ({outcome.language})" if outcome.language else ""
                     return Followed(place, item.row, tuple(facts), f"taken by {name}: {why}")
                 if outcome.row is not None:
                     facts.append(f"changed by {name}")
@@ -96,14 +98,27 @@ class Stages:
                         return Followed(
                             place, outcome.row, tuple(facts), f"taken by {name}: {error}"
                         )
-            elif stage.kind == DEDUPLICATE:
-                if item.index not in left_in(self._folder / stage.key, chunk.number):
-                    why = f"taken by {name}: it is equal or nearly equal to an earlier row"
-                    return Followed(place, item.row, tuple(facts), why)
-            elif stage.kind == HOLDOUT:
-                held = held_in(self._folder / stage.key, chunk.number)
-                facts += ["held out"] if held.get(item.index) else []
+            elif stage.kind != READ:
+                fact, why = self._among_all(stage, chunk.number, item.index)
+                facts += [fact] if fact else []
+                if why:
+                    return Followed(place, item.row, tuple(facts), f"taken by {name}: {why}")
         return Followed(place, item.row, tuple(facts))
+
+    def _among_all(self, stage: PlannedStage, chunk: int, index: int) -> tuple[str, str]:
+        """(fact, why it is taken) of a row in a finished stage that compares all rows."""
+        folder = self._folder / stage.key
+        if stage.kind == HOLDOUT:
+            return ("held out" if held_in(folder, chunk).get(index) else ""), ""
+        is_left = index in left_in(folder, chunk)
+        if stage.kind == DEDUPLICATE:
+            return "", "" if is_left else "it is equal or nearly equal to an earlier row"
+        assert stage.kind == SCORE
+        rows = scores_in(self._folder / stage.scores, chunk)
+        scores = rows.scores[rows.index == index]
+        if len(scores) == 0:
+            return "", "it has no score, as finray data report says"
+        return f"score {scores[0]:.4g}", "" if is_left else LOW
 
     def _can_decide(self, stage: PlannedStage) -> bool:
         """True if the stage needs no other row, or is finished."""

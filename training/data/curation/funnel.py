@@ -11,8 +11,13 @@ BAD_ROW, LEFT_OUT = "bad_row", "left_out"
 """Why a row is dropped that cannot be used, or for which the source's function returns None."""
 SAMPLES = 5
 """Rows that are shown of what a stage took."""
-MOST_BAD = 10_000
-"""Rows that cannot be used of which place and reason are kept."""
+_LANGUAGES = 12
+"""Languages that are named; the rows of the others are added up."""
+MOST_BAD_OF_CHUNK = 1000
+"""Rows of a chunk that cannot be used of which place and reason are kept."""
+
+
+_COUNTERS = ("dropped", "languages_in", "languages_out")
 
 
 @dataclass
@@ -29,6 +34,9 @@ class Counts:
     """Rows by the reason."""
     bad: list[dict[str, Any]] = field(default_factory=list)
     """line, reason and row of rows that cannot be used."""
+    languages_in: Counter[str] = field(default_factory=Counter)
+    """Rows by their language, where the stage looks for that."""
+    languages_out: Counter[str] = field(default_factory=Counter)
     samples: list[dict[str, Any]] = field(default_factory=list)
     """index, line, reason and text of the first dropped rows."""
     rows: int = 0
@@ -37,11 +45,11 @@ class Counts:
     """Lines of the chunk."""
 
     def to_json(self) -> dict[str, Any]:
-        return {**vars(self), "dropped": dict(self.dropped)}
+        return {**vars(self), **{name: dict(getattr(self, name)) for name in _COUNTERS}}
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> "Counts":
-        return cls(**{**values, "dropped": Counter(values["dropped"])})
+        return cls(**{**values, **{name: Counter(values.get(name, {})) for name in _COUNTERS}})
 
 
 @dataclass(frozen=True)
@@ -50,6 +58,8 @@ class StageResult:
 
     kind: str
     chunks: tuple[Counts, ...]
+    facts: Mapping[str, Any] = field(default_factory=dict)
+    """What the funnel says beside the counts."""
 
     @property
     def total(self) -> Counts:
@@ -58,15 +68,18 @@ class StageResult:
         for counts in self.chunks:
             for name in ("rows_in", "rows_out", "changed", "characters_in", "characters_out"):
                 setattr(total, name, getattr(total, name) + getattr(counts, name))
-            total.dropped.update(counts.dropped)
+            for name in _COUNTERS:
+                getattr(total, name).update(getattr(counts, name))
         return total
 
     def to_json(self) -> dict[str, Any]:
-        return {"kind": self.kind, "chunks": [counts.to_json() for counts in self.chunks]}
+        chunks = [counts.to_json() for counts in self.chunks]
+        return {"kind": self.kind, "chunks": chunks, "facts": self.facts}
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> "StageResult":
-        return cls(values["kind"], tuple(map(Counts.from_json, values["chunks"])))
+        chunks = tuple(map(Counts.from_json, values["chunks"]))
+        return cls(values["kind"], chunks, values.get("facts", {}))
 
 
 def describe_funnel(funnel: Iterable[Mapping[str, Any]]) -> list[str]:
@@ -84,6 +97,7 @@ def funnel_facts(funnel: Iterable[Mapping[str, Any]]) -> list[tuple[str, str]]:
     for stage in funnel:
         name, _, text = _line(stage).partition(": ")
         facts.append((name, text))
+        facts += [(f"{name}, {of}", text) for of, text in describe_kinds(stage)]
         facts += [(f"{name}, for example", text) for text in describe_samples(stage)[:1]]
     return facts
 
@@ -103,6 +117,38 @@ def mean_lengths(stage: Mapping[str, Any]) -> tuple[float, float]:
     unread = sum(stage["dropped"].get(reason, 0) for reason in (BAD_ROW, LEFT_OUT))
     before = stage["characters_in"] / max(1, stage["rows_in"] - unread)
     return before, stage["characters_out"] / max(1, stage["rows_out"])
+
+
+def describe_kinds(stage: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """(label, text) of the languages or scores before and after a stage that looks for them."""
+    facts = [("languages", text) for text in describe_languages(stage)]
+    for when, values in stage.get("scores", {}).items():
+        text = ", ".join(f"{name} {value:.4g}" for name, value in values.items())
+        facts.append((f"scores {when}", text or formatting.MISSING))
+    return facts
+
+
+def describe_languages(stage: Mapping[str, Any]) -> list[str]:
+    """A line with the rows of each language before and after the stage that looks for them, the
+    most frequent first: `en 1,200 → 1,200, fr 300 → 0`; of other stages none."""
+    languages = stage.get("languages")
+    if not languages:
+        return []
+    rows = [
+        (before, languages["after"].get(code, 0), code)
+        for code, before in languages["before"].items()
+    ]
+    rows.sort(key=lambda row: (-row[0], row[2]))
+    rare = rows[_LANGUAGES:]
+    if rare:
+        others = (sum(row[0] for row in rare), sum(row[1] for row in rare))
+        rows = [*rows[:_LANGUAGES], (*others, f"{len(rare)} others")]
+    return [
+        ", ".join(
+            f"{code} {formatting.count(before)} → {formatting.count(after)}"
+            for before, after, code in rows
+        )
+    ]
 
 
 def describe_samples(stage: Mapping[str, Any]) -> Sequence[str]:

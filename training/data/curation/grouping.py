@@ -84,7 +84,7 @@ def drop_duplicates(
     is_equal = np.isin(dropped, links.same[:, 1])
     items = []
     sampled = 0
-    for chunk, first in _with_first(chunks):
+    for chunk, first in with_first(chunks):
         inside = slice(*np.searchsorted(dropped, [first, first + chunk.left]))
         places = dropped[inside] - first
         shows = len(places) > 0 and sampled < _SAMPLED_CHUNKS
@@ -127,16 +127,15 @@ class DropTask:
         counts.characters_out = chunk.characters - item.characters
         if item.shows:
             shown = dict(zip(item.places[:_SAMPLES].tolist(), item.equal.tolist(), strict=False))
-            for place, each in enumerate(_items(chunk)):
+            for place, each in enumerate(items_of(chunk)):
                 if place in shown:
                     reason = _EQUAL if shown[place] else _NEAR
                     text = excerpt(each.row)
                     counts.samples.append({"line": each.line, "reason": reason, "text": text})
                 if place >= max(shown):
                     break
-        file = index_file(self.folder, chunk.rows.chunk)
-        file.write([left[stays]])
-        file.close(counts.to_json())
+        with index_file(self.folder, chunk.rows.chunk).completing(counts.to_json) as file:
+            file.write([left[stays]])
         return counts
 
 
@@ -155,7 +154,7 @@ def hold_out(
     draws = mixed(contents ^ _DRAW) >> np.uint64(11)
     held = draws.astype(np.float64) / 2**53 < settings.share
     items = [
-        HoldItem(chunk, held[first : first + chunk.left]) for chunk, first in _with_first(chunks)
+        HoldItem(chunk, held[first : first + chunk.left]) for chunk, first in with_first(chunks)
     ]
     return list(run_tasks(HoldTask(folder), items))
 
@@ -182,9 +181,9 @@ class HoldTask:
             characters_in=chunk.characters,
             characters_out=chunk.characters,
         )
-        file = held_file(self.folder, chunk.rows.chunk)
-        file.write([left_in(chunk.rows.folder / chunk.rows.left, chunk.rows.chunk), item.held])
-        file.close(counts.to_json())
+        left = left_in(chunk.rows.folder / chunk.rows.left, chunk.rows.chunk)
+        with held_file(self.folder, chunk.rows.chunk).completing(counts.to_json) as file:
+            file.write([left, item.held])
         return counts
 
 
@@ -208,9 +207,7 @@ def find_links(
     bands = Bands.of(near).count if near is not None else 0
     partitions = max(1, -(-rows * max(bands, 1 + by_group) * _ENTRY_BYTES // _PARTITION_BYTES))
     sketch = SketchTask(work, near, by_group, partitions)
-    sketches = [
-        SketchItem(chunk.rows, chunk.reading, first) for chunk, first in _with_first(chunks)
-    ]
+    sketches = [SketchItem(chunk.rows, chunk.reading, first) for chunk, first in with_first(chunks)]
     sketched = list(run_tasks(sketch, sketches))
     of_same = [entries for each in sketched for entries in each.same]
     of_bands = [entries for each in sketched for entries in each.bands]
@@ -246,7 +243,7 @@ def _verified(
         np.concatenate([np.stack([pairs[:, side], blocks], axis=1) for side in (0, 1)]), axis=0
     )
     items = []
-    for chunk, first in _with_first(chunks):
+    for chunk, first in with_first(chunks):
         inside = slice(*np.searchsorted(needed[:, 0], [first, first + chunk.left]))
         places, of = needed[inside, 0] - first, needed[inside, 1]
         if len(places):
@@ -273,7 +270,7 @@ def _parts(entries: Sequence[Entries], partition: int) -> tuple[tuple[str, int, 
     )
 
 
-def _with_first(chunks: Sequence[StageChunk]) -> Iterator[tuple[StageChunk, int]]:
+def with_first(chunks: Sequence[StageChunk]) -> Iterator[tuple[StageChunk, int]]:
     """Each chunk with the number of its first row."""
     first = 0
     for chunk in chunks:
@@ -281,6 +278,7 @@ def _with_first(chunks: Sequence[StageChunk]) -> Iterator[tuple[StageChunk, int]
         first += chunk.left
 
 
-def _items(chunk: StageChunk) -> Iterator[Item]:
+def items_of(chunk: StageChunk) -> Iterator[Item]:
+    """The rows of a chunk."""
     for stored in chunk.rows:
         yield Item.read(stored.index, stored.line, stored.row, chunk.reading, stored.group)

@@ -88,11 +88,11 @@ class SketchTask:
 
     def __call__(self, item: SketchItem) -> Sketched:
         same, bands, contents = [], [], [np.zeros(0, np.uint64)]
-        sizes: list[int] = []
+        sizes = [np.zeros(0, np.int64)]
         number = item.first
-        seen: set[bytes] = set()
         for part, items in enumerate(_parts(item.rows, item.reading, _PART_ROWS)):
             chosen: list[tuple[Item, int]] = []
+            seen: set[bytes] = set()
             digests = np.frombuffer(b"".join(each.digest for each in items), np.uint64)
             digests = digests.reshape(-1, 2)
             numbers = np.arange(number, number + len(items))
@@ -116,10 +116,9 @@ class SketchTask:
                 )
                 bands.append(self._write(f"bands-{name}", of_bands))
             contents.append(digests[:, 0])
-            sizes += [each.size for each in items]
+            sizes.append(np.array([each.size for each in items], np.int64))
             number += len(items)
-        every, all_sizes = np.concatenate(contents), np.array(sizes, np.int64)
-        return Sketched(tuple(same), tuple(bands), every, all_sizes)
+        return Sketched(tuple(same), tuple(bands), np.concatenate(contents), np.concatenate(sizes))
 
     def _write(self, name: str, entries: Hashes) -> Entries:
         # The upper half of a key, as its lower half may be a counter.

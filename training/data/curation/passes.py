@@ -14,7 +14,7 @@ from ..rows import BadRow, Row, excerpt
 from ..shapes import RowError
 from ..sources import Chunk
 from .files import StageFile, StageRows, facts_of, index_file, row_file
-from .funnel import BAD_ROW, LEFT_OUT, Counts
+from .funnel import BAD_ROW, LEFT_OUT, MOST_BAD_OF_CHUNK, Counts
 from .stage import Apply, Item, Outcome, Reading, StageContext
 from .stages import ROW_STAGES
 
@@ -22,8 +22,6 @@ READ = "read"
 """The kind of a first step that does no more than read."""
 SAMPLES = 3
 """Dropped rows of a chunk that are shown."""
-_BAD = 1000
-"""Rows of a chunk that cannot be used of which place and reason are kept."""
 _CHARACTERS = 500_000
 _ROWS = 1000
 _FOREIGN = ("parquet", "arrow")
@@ -154,6 +152,9 @@ class _Work:
         for item, outcome in zip(items, self._apply(items), strict=True):
             self.counts.characters_in += item.size
             kept = self._follow(item, outcome)
+            if outcome.language is not None:
+                self.counts.languages_in[outcome.language] += 1
+                self.counts.languages_out[outcome.language] += kept is not None
             if kept is not None:
                 self.counts.characters_out += kept.size
                 left.append(kept)
@@ -170,22 +171,23 @@ class _Work:
             _quarantine(self.counts, item.line, outcome.bad, excerpt(item.row))
             return None
         if outcome.dropped is not None:
-            self._drop(item, outcome.dropped)
+            self._drop(item, outcome.dropped, outcome.language)
             return None
         if outcome.row is None:
             return item
         try:
             changed = item.with_row(outcome.row, self._reading)
         except RowError:
-            self._drop(item, UNUSABLE)
+            self._drop(item, UNUSABLE, None)
             return None
         self.counts.changed += 1
         return changed
 
-    def _drop(self, item: Item, reason: str) -> None:
+    def _drop(self, item: Item, reason: str, language: str | None) -> None:
         self.counts.dropped[reason] += 1
         if len(self.counts.samples) < SAMPLES:
             shown = "" if self._hides else excerpt(item.row)
+            reason = reason if language is None else f"{reason} ({language})"
             self.counts.samples.append({"line": item.line, "reason": reason, "text": shown})
 
     def _write(self, items: Sequence[Item]) -> None:
@@ -206,7 +208,7 @@ def _apply_of(step: Step, context: StageContext) -> Apply:
 def _quarantine(counts: Counts, line: int, reason: str, raw: str) -> None:
     counts.rows_in += 1
     counts.dropped[BAD_ROW] += 1
-    if len(counts.bad) < _BAD:
+    if len(counts.bad) < MOST_BAD_OF_CHUNK:
         counts.bad.append({"line": line, "reason": reason, "row": raw})
 
 

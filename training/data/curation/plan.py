@@ -6,12 +6,15 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from ...common.storage import Folder
+from ...config.base_digest import file_digests
 from ...config.curation import (
     DecontaminateStage,
     DeduplicateStage,
     FilterStage,
     KeepStage,
     NearDuplicates,
+    ScoreStage,
     Stage,
 )
 from ...config.places import about
@@ -25,9 +28,10 @@ from ..sources import CHUNK_BYTES, SourceFile
 from .passes import READ
 from .stages import REWRITING, ROW_STAGES
 
+_RESULT_FILES = (".safetensors", ".json", ".jinja")
 VERSION = 2
 """Increased when a new version of a stage makes other rows of the same ones."""
-DEDUPLICATE, HOLDOUT = "deduplicate", "holdout"
+DEDUPLICATE, SCORE, HOLDOUT = "deduplicate", "score", "holdout"
 
 
 @dataclass(frozen=True)
@@ -56,6 +60,8 @@ class PlannedStage:
     settings: Any
     """Its section of the recipe; None to read only."""
     references: tuple[ReferenceSource, ...] = ()
+    scores: str = ""
+    """Name of the folder of the rows' scores; stages share it that differ in the share alone."""
 
     @property
     def decides_by_row(self) -> bool:
@@ -87,15 +93,19 @@ def plan_stages(recipe: Recipe, data: ResolvedData) -> tuple[PlannedStage, ...]:
     stages = []
     for kind, setting, settings in _declared(recipe):
         references = _references(recipe, data, settings, setting)
-        key = _digest([key, kind, _facts(recipe, settings), [of.facts for of in references]])
-        stages.append(PlannedStage(key, kind, setting, settings, references))
+        scores = ""
+        if isinstance(settings, ScoreStage):
+            scores = _digest([key, "scores", _scorer_facts(settings, setting)])
+        facts = [_facts(recipe, settings), [of.facts for of in references]]
+        key = _digest([scores or key, kind, *facts])
+        stages.append(PlannedStage(key, kind, setting, settings, references, scores))
     return tuple(stages)
 
 
 def _declared(recipe: Recipe) -> Iterator[tuple[str, str, Any]]:
     """(kind, key in the recipe, settings) of each stage."""
     stages = recipe.data.curate
-    if not stages or stages[0].kind == DEDUPLICATE:
+    if not stages or stages[0].kind in (DEDUPLICATE, SCORE):
         yield READ, "data.train", None
     for number, stage in enumerate(stages):
         yield stage.kind, f"data.curate.{number}", stage
@@ -122,7 +132,11 @@ def _first_facts(recipe: Recipe, data: ResolvedData) -> list[Any]:
         VERSION,
         CHUNK_BYTES,
         [
-            [source.format, describe_files(source.files), source.changes.facts]
+            [
+                source.format,
+                describe_files(source.files, not recipe.data.streams),
+                source.changes.facts,
+            ]
             for source in data.train
         ],
         recipe.method.kind,
@@ -143,10 +157,26 @@ def _facts(recipe: Recipe, settings: Any) -> Any:
         return [settings.function.name, settings.function.digest]
     if isinstance(settings, DecontaminateStage):
         return settings.ngram
+    if isinstance(settings, ScoreStage):  # what scores is in the key of the scores
+        return [settings.keep_top, settings.min]
     facts = settings.model_dump()
     if isinstance(settings, FilterStage) and settings.min_tokens is not None:
         facts["tokenizer"] = describe_tokenizer(recipe.model)
     return facts
+
+
+def _scorer_facts(settings: ScoreStage, setting: str) -> Any:
+    """What decides the scores of rows."""
+    if settings.function is not None:
+        return [settings.function.name, settings.function.digest]
+    assert settings.run is not None
+    run = Folder(settings.run)
+    results = [run / name for name in ("adapter", "model") if run.exists(name)]
+    with about(f"{setting}.run"):
+        return [
+            file_digests(result, [name for name in result.names() if name.endswith(_RESULT_FILES)])
+            for result in results
+        ]
 
 
 def _references(

@@ -12,12 +12,17 @@ from ..tasks import RunTasks
 from .curate import Curated, curate
 from .files import held_in
 from .mixing import weights_of
+from .scoring import OpenScorer
 
 _SHOWN = 3
 
 
 def report_of(
-    recipe: Recipe, folder: Folder, run_tasks: RunTasks, progress: Progress
+    recipe: Recipe,
+    folder: Folder,
+    run_tasks: RunTasks,
+    progress: Progress,
+    open_scorer: OpenScorer | None = None,
 ) -> dict[str, Any]:
     """Take the training rows through the recipe's stages.
 
@@ -26,6 +31,7 @@ def report_of(
         folder: <storage>/prepared.
         run_tasks: runs the tasks, in this process or on Ray.
         progress: receives a status after every finished task.
+        open_scorer: opens the reward model of a stage that has one.
 
     Returns:
         name, funnel, sources (path, rows, left, weight, share) and held_out: the number of rows, or
@@ -48,7 +54,7 @@ def report_of(
             )
 
     data = resolve_data(recipe)
-    curated = curate(recipe, data, folder, run_tasks, progress, check)
+    curated = curate(recipe, data, folder, run_tasks, progress, check, open_scorer)
     return {
         "name": recipe.name,
         "funnel": list(curated.funnel),

@@ -114,6 +114,8 @@ class Outcome:
     """Why it is dropped, in a few words that many rows share."""
     bad: str | None = None
     """Why it cannot be used."""
+    language: str | None = None
+    """Code of its language, where the stage looks for that."""
 
 
 KEPT = Outcome()

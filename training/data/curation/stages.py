@@ -6,6 +6,7 @@ from typing import Any
 from .decontaminate import decontaminate
 from .filtering import filter_rows
 from .keep import keep
+from .languages import language
 from .normalise import normalise
 from .redact import redact
 from .stage import Apply, StageContext
@@ -14,6 +15,7 @@ ROW_STAGES: dict[str, Callable[[Any, StageContext], Apply]] = {
     "normalise": normalise,
     "filter": filter_rows,
     "keep": keep,
+    "language": language,
     "redact": redact,
     "decontaminate": decontaminate,
 }

@@ -8,12 +8,13 @@ from typing import Any, cast
 from ...common.errors import InputError, reason
 from ...common.storage import Folder
 from ...config.adapter_folder import check_for_vllm
+from ...config.curation import ScoreStage
 from ...config.methods import METHODS, OnlineMethod
 from ...config.model_folder import model_folder
 from ...config.recipe import Recipe
 from ...config.rewards import ModelReward, RunReward, TrlReward
 from ...config.weight_checks import check_named_weights, check_result_weights
-from ...records.run_folder import finished_run, read_run
+from ...records.run_folder import FinishedRun, finished_run, read_run
 
 _TOKENIZER = "tokenizer.json"
 
@@ -59,23 +60,47 @@ def _check_trl(reward: TrlReward, where: str) -> None:
         )
 
 
+def check_scores(recipe: Recipe) -> None:
+    """Check the reward models that score rows in stages of data.curate.
+
+    Raises:
+        InputError: a run has none, or the rows have nothing to score.
+    """
+    for number, stage in enumerate(recipe.data.curate):
+        if not isinstance(stage, ScoreStage) or stage.run is None:
+            continue
+        where = f"data.curate.{number}.run"
+        if recipe.method.learns_from == "prompts":
+            raise InputError(
+                f"{where}: a reward model scores answers, and rows of method "
+                f"{recipe.method.kind} are prompts; score them with a function of your own (with)"
+            )
+        _finished_reward_run(stage.run, where)
+
+
 def _check_run(reward: RunReward, recipe: Recipe, where: str) -> None:
-    folder = Folder(reward.run)
+    run = _finished_reward_run(reward.run, where)
+    _check_tokenizer(reward, run.result, recipe, where)
+
+
+def _finished_reward_run(uri: str, where: str) -> FinishedRun:
+    """The finished run of a reward model, with undamaged weights."""
+    folder = Folder(uri)
     record = read_run(folder)
     kinds = [kind for kind, method in METHODS.items() if method.head == "score"]
     expected = " or ".join(kinds)
     if record is None:
-        raise InputError(f"{where}: {reward.run} holds no run; expected one of method {expected}")
+        raise InputError(f"{where}: {uri} holds no run; expected one of method {expected}")
     if record.get("method") not in kinds:
         raise InputError(
-            f"{where}: {reward.run} is a run of method {record.get('method')}; expected {expected}"
+            f"{where}: {uri} is a run of method {record.get('method')}; expected {expected}"
         )
     try:
         run = finished_run(folder)
     except InputError as error:
         raise InputError(f"{where}: {error}") from None
-    _check_tokenizer(reward, run.result, recipe, where)
     check_result_weights(run.result, run.kind, where)
+    return run
 
 
 def _check_tokenizer(reward: RunReward, result: Folder, recipe: Recipe, where: str) -> None:

@@ -1,6 +1,8 @@
 """Rewards from models: finray's own reward models, and any sequence classifier."""
 
+import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -20,63 +22,62 @@ from ...records.run_folder import finished_run
 from .reward import Completions, RewardValues, Turns
 
 _BATCH = 16
+_REMEDY = "a smaller method.max_completion, or a smaller reward model, takes less"
 
 
-class ClassifierReward:
-    """Uses one logit of a sequence classifier as the reward.
+@dataclass
+class Classifier:
+    """One logit of a sequence classifier as the score of a text.
 
-    The classifier reads prompt and completion together: a conversation through its tokenizer's chat
-    template, plain text unchanged with an end-of-sequence token at the end.
-
-    Args:
-        name: the reward's name in metrics.
-        weight: the reward's weight in the sum of rewards.
-        model: the classifier, on the device where it computes.
-        tokenizer: the classifier's own tokenizer.
-        column: index of the logit.
+    It reads prompt and completion together: a conversation through its tokenizer's chat template,
+    plain text unchanged with an end-of-sequence token at the end.
     """
 
-    def __init__(self, name: str, weight: float, model: Any, tokenizer: Any, column: int) -> None:
-        self.name = name
-        self.weight = weight
-        self._model = model.eval().requires_grad_(False)
-        self._tokenizer = tokenizer
-        self._column = column
-        self._at_once = _BATCH
+    model: Any
+    """On the device where it computes."""
+    tokenizer: Any
+    """Its own."""
+    column: int
+    """Index of the logit."""
+    where: str
+    """The key in the recipe, for messages."""
+    remedy: str
+    """What takes less memory, for messages."""
+    _at_once: int = _BATCH
+
+    @property
+    def longest(self) -> int:
+        """Tokens that it has positions for."""
+        return int(self.model.config.to_dict().get("max_position_embeddings") or sys.maxsize)
 
     @torch.no_grad()
-    def score(self, completions: Completions) -> RewardValues:
-        """The logit of each completion, in batches of texts of similar length."""
-        texts = [
-            self._ids(
-                completions.prompts[index],
-                completions.completions[index],
-                context_of({name: values[index] for name, values in completions.columns.items()}),
-            )
-            for index in range(len(completions))
-        ]
+    def scores(self, texts: Sequence[list[int]]) -> list[float]:
+        """The logit of each text, in batches of texts of similar length."""
         order = sorted(range(len(texts)), key=lambda index: len(texts[index]))
         scores, self._at_once = in_fitting_parts(
             *([texts[index] for index in order], self._at_once, self._scores),
             what="texts to score",
-            remedy="a smaller method.max_completion, or a smaller reward model, takes less",
+            remedy=self.remedy,
         )
         of_text = dict(zip(order, scores, strict=True))
-        return RewardValues([of_text[index] for index in range(len(texts))])
+        return [of_text[index] for index in range(len(texts))]
 
     @cached_property
     def _template(self) -> ChatTemplate:
-        return chat_template_of(self._tokenizer, None)
+        return chat_template_of(self.tokenizer, None)
 
-    def _ids(
-        self, prompt: Turns, completion: Turns, context: ChatContext = NO_CONTEXT
-    ) -> list[int]:
-        tokenizer = self._tokenizer
+    def ids(self, prompt: Turns, completion: Turns, context: ChatContext = NO_CONTEXT) -> list[int]:
+        """The token ids of a prompt and its completion.
+
+        Raises:
+            InputError: they are messages, and the tokenizer has no chat template.
+        """
+        tokenizer = self.tokenizer
         if isinstance(prompt, list) and isinstance(completion, list):
             if tokenizer.chat_template is None:
                 raise InputError(
-                    f"method.rewards: the tokenizer of {self.name} has no chat template, but the "
-                    "prompts are conversations; give prompts as text, or use another classifier"
+                    f"{self.where}: the tokenizer of the reward model has no chat template, but "
+                    "the prompts are conversations; give prompts as text, or use another classifier"
                 )
             text = self._template.render([*prompt, *completion], context=context)
             ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
@@ -89,15 +90,42 @@ class ClassifierReward:
 
     def _scores(self, texts: Sequence[list[int]]) -> list[float]:
         longest = max(map(len, texts))
-        ids = torch.full((len(texts), longest), self._model.config.pad_token_id)
+        ids = torch.full((len(texts), longest), self.model.config.pad_token_id)
         mask = torch.zeros_like(ids)
         for row, text in enumerate(texts):
             ids[row, : len(text)] = torch.tensor(text)
             mask[row, : len(text)] = 1
-        device = next(self._model.parameters()).device
-        logits = self._model(input_ids=ids.to(device), attention_mask=mask.to(device)).logits
-        scores: list[float] = logits[:, self._column].float().tolist()
+        device = next(self.model.parameters()).device
+        logits = self.model(input_ids=ids.to(device), attention_mask=mask.to(device)).logits
+        scores: list[float] = logits[:, self.column].float().tolist()
         return scores
+
+
+class ClassifierReward:
+    """Uses one logit of a sequence classifier as the reward.
+
+    Args:
+        name: the reward's name in metrics.
+        weight: the reward's weight in the sum of rewards.
+        classifier: what scores texts.
+    """
+
+    def __init__(self, name: str, weight: float, classifier: Classifier) -> None:
+        self.name = name
+        self.weight = weight
+        self.classifier = classifier
+
+    def score(self, completions: Completions) -> RewardValues:
+        """The logit of each completion."""
+        texts = [
+            self.classifier.ids(
+                completions.prompts[index],
+                completions.completions[index],
+                context_of({name: values[index] for name, values in completions.columns.items()}),
+            )
+            for index in range(len(completions))
+        ]
+        return RewardValues([*self.classifier.scores(texts)])
 
 
 def load_run(
@@ -122,7 +150,8 @@ def load_run(
             f"{where}: the reward model of {reward.run} has another tokenizer than the policy; "
             "train both from the same base"
         )
-    return _classifier_reward(reward.name, reward.weight, opened.model.to(device), own, 0)
+    classifier = classifier_of(opened.model.to(device), own, where, _REMEDY)
+    return ClassifierReward(reward.name, reward.weight, classifier)
 
 
 def load_classifier(reward: ModelReward, dtype: torch.dtype, device: Any) -> ClassifierReward:
@@ -142,16 +171,18 @@ def load_classifier(reward: ModelReward, dtype: torch.dtype, device: Any) -> Cla
         raise InputError(f"{where}: cannot load {reward.model}: {error}") from None
     labels = [model.config.id2label[index] for index in range(model.config.num_labels)]
     column = label_index(reward, labels)
-    return _classifier_reward(reward.name, reward.weight, model.to(device), tokenizer, column)
+    classifier = classifier_of(model.to(device), tokenizer, where, _REMEDY, column)
+    return ClassifierReward(reward.name, reward.weight, classifier)
 
 
-def _classifier_reward(
-    name: str, weight: float, model: Any, tokenizer: Any, column: int
-) -> ClassifierReward:
+def classifier_of(
+    model: Any, tokenizer: Any, where: str, remedy: str, column: int = 0
+) -> Classifier:
+    """A sequence classifier, ready to score; arguments as the fields of `Classifier`."""
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     # The classifier uses its padding token to find the last token of a text.
     model.config.pad_token_id = pad
-    return ClassifierReward(name, weight, model, tokenizer, column)
+    return Classifier(model.eval().requires_grad_(False), tokenizer, column, where, remedy)
 
 
 def label_index(reward: ModelReward, labels: list[str]) -> int:

@@ -4,18 +4,32 @@ Every (sequence, position) has its own uniform number, which selects the token b
 cumulative distribution. This is exact, and independent of the rest of the batch.
 """
 
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from transformers import LogitsProcessor
-
-from ...config.methods import OnlineMethod
 
 _ALMOST_ONE = 1.0 - 1e-12
 """Maximum of the uniform numbers: one that is rounded up to 1 would select no token."""
 
 
-def probabilities(logits: torch.Tensor, settings: OnlineMethod) -> torch.Tensor:
+class SamplingSettings(Protocol):
+    """What decides the distribution that tokens are sampled from."""
+
+    @property
+    def temperature(self) -> float:
+        """Above 0."""
+
+    @property
+    def top_k(self) -> int:
+        """Number of tokens that are kept; 0 keeps all."""
+
+    @property
+    def top_p(self) -> float:
+        """The kept tokens together have this probability."""
+
+
+def probabilities(logits: torch.Tensor, settings: SamplingSettings) -> torch.Tensor:
     """The distribution that tokens are sampled from: temperature, then top-k, then top-p.
 
     Args:
@@ -62,7 +76,7 @@ class Sampler(LogitsProcessor):
         prompt: width of the prompts in tokens, with their padding.
     """
 
-    def __init__(self, settings: OnlineMethod, uniform: torch.Tensor, prompt: int) -> None:
+    def __init__(self, settings: SamplingSettings, uniform: torch.Tensor, prompt: int) -> None:
         self._settings = settings
         self._uniform = uniform
         self._prompt = prompt

@@ -1,0 +1,363 @@
+"""What a trained model says, from Python."""
+
+import json
+import os
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ...training.common.errors import InputError, reason
+from ...training.common.progress import SILENT
+from ...training.common.storage import Folder
+from ...training.config.eval_metrics import FunctionMetric, check_installed, metric_of
+from ...training.config.paths import resolve_path
+from ...training.config.source import Source
+from ...training.config.user_code import try_file
+from ..environment import common_environment
+from ..nodes.ray_session import cluster_address, ray_session
+from ..screens.counting import CountingProgress
+from .recipes import prepare_process
+from .results import Report, RunResult
+
+if TYPE_CHECKING:
+    from ...training.data.rows import Row
+    from ...training.evaluation.chatting import Conversation
+    from ...training.evaluation.generate import GenerateSummary
+    from ...training.evaluation.located import Located
+    from ...training.evaluation.opened import Opened
+
+ModelSource = RunResult | str | os.PathLike[str]
+"""A run, its folder, name or URI, a checkpoint of it, a model's folder, or a hub id."""
+
+
+def generate(
+    model: ModelSource,
+    prompts: str | os.PathLike[str],
+    to: str | os.PathLike[str],
+    *,
+    max_tokens: int = 512,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    seed: int = 0,
+    base: bool = False,
+    batch: int = 32,
+    address: str | None = None,
+    workers: int = 2,
+    quiet: bool = False,
+) -> "GenerateSummary":
+    """Answer the prompts of a file with a trained model.
+
+    A call that was killed is continued by the next one, and a finished file is not written again.
+
+    Args:
+        model: a run, a checkpoint or a model.
+        prompts: rows in any shape that finray reads: a file, folder or URI.
+        to: the JSON Lines to write.
+        max_tokens: longest answer.
+        temperature: 0 is greedy.
+        top_p: sample among the likeliest tokens that together have this probability.
+        seed: seed of sampled answers.
+        base: answer with the model under the adapter, too.
+        batch: answers in a batch.
+        address: a Ray cluster, as in `train`, whose nodes reach the model at the same place; it
+            answers the batches, on all of its GPUs. By default this process answers them.
+        workers: processes that answer on a cluster without GPUs.
+        quiet: show no progress.
+
+    Returns:
+        The file, its rows, and the rows that are no prompts.
+
+    Raises:
+        InputError: there is no such model, the prompts cannot be read, or the file was begun with
+            other settings.
+        RunError: an answer does not fit into memory.
+    """
+    prepare_process()
+    from ...training.evaluation.located import locate
+
+    target = Path(resolve_path(os.fspath(to), Path.cwd()))
+    located = locate(name_of(model), Path.cwd())
+    sources = [source_at(prompts)]
+    # What can be wrong is reported before torch is loaded.
+    if target.exists():
+        return _was_there(target)
+    from ...training.models import import_peft  # noqa: F401, I001 - before what loads peft
+    from ...training.evaluation.answering import AnswerSettings
+    from ...training.data.tasks import RunOnRayData
+    from ...training.evaluation.elsewhere import AnswerTask, by_tasks
+    from ...training.evaluation.generate import generate as write
+    from ...training.evaluation.generate import here
+    from ...training.models.devices import on_cpu
+    from ...training.evaluation.opened import base_of, open_located
+    from ...training.evaluation.prompts import read_prompts
+
+    settings = AnswerSettings(
+        max_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed, at_once=batch
+    )
+    settings.check()
+    if workers < 1:
+        raise InputError(f"--workers: {workers} is not above 0; give 1 or more")
+    where = cluster_address(address)
+    total = sum(1 for _ in read_prompts(sources))
+    with nullcontext(SILENT) if quiet else CountingProgress("answering") as progress:
+        progress.status("loading the model")
+        with on_cpu(where is not None):  # there this process only renders the prompts
+            opened = open_located(located)
+            models = [opened, *([base_of(opened, located)] if base else [])]
+        answering = here(models, settings)
+        if where is not None:
+            progress.status("starting Ray")
+            task = AnswerTask(located.uri, base, settings)
+            answering = by_tasks(task, RunOnRayData(cpus=workers))
+        session = ray_session(workers + 1, where, common_environment(), verbose=False)
+        with nullcontext() if where is None else session:
+            return write(
+                *(models, sources, target, settings),
+                identity=located.identity,
+                answering=answering,
+                total=total,
+                progress=progress,
+            )
+
+
+def evaluate(
+    model: ModelSource,
+    data: str | os.PathLike[str] | None = None,
+    *,
+    metrics: Sequence[str] = (),
+    loss: bool = True,
+    schema: str | os.PathLike[str] | None = None,
+    judge: str | None = None,
+    judge_model: str = "",
+    against: ModelSource | None = None,
+    base: bool = False,
+    rows: int | None = None,
+    max_tokens: int = 512,
+    batch: int = 32,
+    to: str | os.PathLike[str] | None = None,
+    quiet: bool = False,
+) -> "EvaluationResult":
+    """Measure a trained model on rows with answers.
+
+    Args:
+        model: a run, a checkpoint or a model.
+        data: rows in any shape that finray reads; by default the run's own `data.eval`.
+        metrics: measures of its answers by name, and functions as `"score.py:function"`, which
+            take what reward functions take; by default exact match and token F1.
+        loss: measure loss and perplexity, too.
+        schema: a JSON schema for the measure `json_valid`; a row's column `schema` goes before it.
+        judge: the address of an OpenAI-compatible API that scores answers, and with `against`
+            chooses between two; its token is in $FINRAY_JUDGE_TOKEN.
+        judge_model: the judge's model.
+        against: another model, to be compared row by row.
+        base: measure the model under the adapter, too.
+        rows: read the first rows only.
+        max_tokens: longest answer.
+        batch: answers in a batch.
+        to: folder of eval.json, eval.jsonl and eval.html; by default the run's.
+        quiet: show no progress.
+
+    Returns:
+        The measures; they are complete if `problems` is empty.
+
+    Raises:
+        InputError: there is no such model, data or measure, or a package is missing.
+        RunError: an answer does not fit into memory.
+    """
+    prepare_process()
+    from ...training.evaluation.located import locate
+
+    located = locate(name_of(model), Path.cwd())
+    other = None if against is None else locate(name_of(against), Path.cwd())
+    names = metrics or DEFAULT_METRICS
+    chosen = [metric_of(name, Path.cwd(), "--metric") for name in names]
+    check_installed(chosen, "--metric")
+    for metric in chosen:
+        if isinstance(metric, FunctionMetric):
+            try_file(metric, "--metric")
+    rules = None if schema is None else _schema(schema)
+    sources = _sources(located, data)
+    target = _target(located, to)
+    from ...training.models import import_peft  # noqa: F401, I001 - before what loads peft
+    from ...training.evaluation.answering import AnswerSettings
+    from ...training.evaluation.evaluate import EvaluationSettings
+    from ...training.evaluation.judge import judge_at
+    from ...training.evaluation.results import candidates_of, write_evaluation
+
+    answers = AnswerSettings(max_tokens=max_tokens, at_once=batch)
+    answers.check()
+    settings = EvaluationSettings(
+        metrics=tuple(chosen),
+        with_loss=loss,
+        answers=answers,
+        schema=rules,
+        judge=judge_at(judge, judge_model),
+        rows=rows,
+    )
+    candidates = candidates_of(located, other, base=base)
+    with nullcontext(SILENT) if quiet else CountingProgress("evaluating") as progress:
+        evaluation = write_evaluation(candidates, sources, target, settings, progress)
+    return EvaluationResult(str(target), evaluation.record, tuple(evaluation.problems))
+
+
+def chat(
+    model: ModelSource,
+    *,
+    base: bool = False,
+    system: str = "",
+    tools: str | os.PathLike[str] | None = None,
+    max_tokens: int = 512,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    seed: int = 0,
+    confirm: Callable[[str], bool] = lambda _: False,
+) -> "tuple[Conversation, Opened | None]":
+    """Open a model for a conversation.
+
+    Args:
+        model: a run, a checkpoint or a model.
+        base: open the model under the adapter, too.
+        system: the system prompt.
+        tools: a JSON file with the tools that the model may call.
+        max_tokens, temperature, top_p, seed: as in `generate`.
+        confirm: asked whether the best checkpoint of an unfinished run is wanted.
+
+    Raises:
+        InputError: there is no such model, it has no chat template, or the tools are none.
+    """
+    prepare_process()
+    from ...training.evaluation.located import UnfinishedRun, locate
+
+    try:
+        located = locate(name_of(model), Path.cwd())
+    except UnfinishedRun as error:
+        if not confirm(str(error)):
+            raise
+        located = locate(error.checkpoint, Path.cwd())
+    offered = () if tools is None else _tools(tools)
+    from ...training.models import import_peft  # noqa: F401, I001 - before what loads peft
+    from ...training.evaluation.answering import AnswerSettings
+    from ...training.evaluation.chatting import Conversation
+    from ...training.evaluation.opened import base_of, open_located
+
+    settings = AnswerSettings(
+        max_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed
+    )
+    settings.check()
+    opened = open_located(located)
+    conversation = Conversation(opened, settings, system, offered)
+    return conversation, base_of(opened, located) if base else None
+
+
+def _tools(place: str | os.PathLike[str]) -> "tuple[Row, ...]":
+    """The tools in a JSON file.
+
+    Raises:
+        InputError: it cannot be read, or holds none.
+    """
+    from ...training.data.shapes import RowError
+    from ...training.data.tool_fields import tools_of
+
+    file = Path(resolve_path(os.fspath(place), Path.cwd()))
+    try:
+        return tools_of({"tools": json.loads(file.read_text(encoding="utf-8"))})
+    except (OSError, UnicodeDecodeError, ValueError) as error:
+        if isinstance(error, RowError):
+            raise InputError(f"--tools: {file}: {error}") from None
+        raise InputError(
+            f"--tools: cannot read {file}: {reason(error)}; give a JSON list of tools"
+        ) from None
+
+
+DEFAULT_METRICS = ("exact_match", "token_f1")
+
+
+def _sources(located: "Located", data: str | os.PathLike[str] | None) -> list[Source]:
+    """The rows to measure on: those named, else the held-out ones of the run's recipe."""
+    if data is not None:
+        return [source_at(data)]
+    held_out = [] if located.recipe is None else located.recipe.data.eval
+    if not held_out:
+        raise InputError(f"{located.name} has no data.eval of its own; give rows with --data FILE")
+    return list(held_out)
+
+
+def _target(located: "Located", to: str | os.PathLike[str] | None) -> Folder:
+    """The folder of an evaluation's files."""
+    if to is not None:
+        return Folder(resolve_path(os.fspath(to), Path.cwd())).create()
+    if located.folder is None:
+        return Folder(str(Path.cwd() / "eval" / located.name.replace("/", "--"))).create()
+    if located.checkpoint is not None:
+        return (located.folder / "eval" / located.checkpoint.name).create()
+    return located.folder
+
+
+def _schema(place: str | os.PathLike[str]) -> Any:
+    """A JSON schema in a file.
+
+    Raises:
+        InputError: it cannot be read, or is none.
+    """
+    from jsonschema.exceptions import SchemaError
+    from jsonschema.validators import validator_for
+
+    file = Path(resolve_path(os.fspath(place), Path.cwd()))
+    try:
+        rules = json.loads(file.read_text(encoding="utf-8"))
+        validator_for(rules).check_schema(rules)
+    except (OSError, UnicodeDecodeError, ValueError) as error:
+        raise InputError(
+            f"--schema: cannot read {file}: {reason(error)}; give a file of JSON"
+        ) from None
+    except SchemaError as error:
+        raise InputError(
+            f"--schema: {file} is no JSON schema: {error.message}; correct it"
+        ) from None
+    return rules
+
+
+@dataclass(frozen=True)
+class EvaluationResult:
+    """Measures of a model, and the folder of their files."""
+
+    folder: str
+    """Folder or URI of eval.json, eval.jsonl and eval.html."""
+    record: dict[str, Any]
+    """The content of eval.json."""
+    problems: tuple[str, ...] = ()
+    """Measures that could not be computed for all rows, with the reason."""
+
+    @property
+    def values(self) -> dict[str, float | None]:
+        """Each measure of the model by its name."""
+        return {one["name"]: one["values"]["answer"] for one in self.record["measures"]}
+
+    @property
+    def report(self) -> Report:
+        """The page; in a notebook it shows itself."""
+        folder = Folder(self.folder)
+        text = folder.read("eval.html").decode("utf-8")
+        return Report(str(folder / "eval.html"), text)
+
+
+def name_of(model: ModelSource) -> str:
+    """What `locate` takes."""
+    return model.uri if isinstance(model, RunResult) else os.fspath(model)
+
+
+def source_at(place: str | os.PathLike[str]) -> Source:
+    """A file, folder or URI as a source of rows."""
+    return Source(path=resolve_path(os.fspath(place), Path.cwd()))
+
+
+def _was_there(target: Path) -> "GenerateSummary":
+    from ...training.evaluation.generate import GenerateSummary
+
+    if target.is_dir():
+        raise InputError(f"--to: {target} is a folder; give a file")
+    with target.open("rb") as file:
+        rows = sum(1 for _ in file)
+    return GenerateSummary(target, rows, rows, was_there=True)

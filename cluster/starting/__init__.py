@@ -1,0 +1,1 @@
+"""The first recipe: from data, or from the configuration of another project."""

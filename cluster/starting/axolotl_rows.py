@@ -1,0 +1,294 @@
+"""Axolotl's data sets as sources: prompt strategies, field maps, roles."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from .draft import Draft, ForeignSettings
+from .places import Places
+
+_QUESTION = {"instruction": "question", "output": "answer"}
+_IMITATED: dict[str, dict[str, str]] = {
+    "alpaca": {},
+    "alpaca_instruct": {},
+    "alpaca_chat": {},
+    "alpaca_chat.load_qa": _QUESTION,
+    "alpaca_chat.load_camel_ai": {"instruction": "message_1", "output": "message_2"},
+    "alpaca_w_system": {},
+    "alpaca_w_system.load_open_orca": {
+        "instruction": "question",
+        "output": "response",
+        "system": "system_prompt",
+    },
+    "gpteacher": {"output": "response"},
+    "oasst": {"instruction": "INSTRUCTION", "output": "RESPONSE"},
+    "jeopardy": {"instruction": "question", "input": "category", "output": "answer"},
+    "summarizetldr": {"instruction": "article", "output": "summary"},
+    "context_qa": {"instruction": "question", "input": "context", "output": "answer"},
+    "orcamini": {},
+    "metharme": {"completion": "generation"},
+    "creative_acr": {},
+    "pretrain": {},
+    "completion": {},
+    "sharegpt": {},
+    "sharegpt_jokes": {},
+    "sharegpt_simple": {},
+    "chat_template": {},
+    "pygmalion": {},
+    "llama2_chat": {},
+    "llama3": {},
+}
+"""Columns, by finray's names, that an SFT strategy reads under another name."""
+_CHATS = ("sharegpt", "chat_template", "pygmalion", "llama2_chat", "llama3")
+_TEXTS = ("completion", "pretrain")
+_PAIRS: dict[str, dict[str, str]] = {
+    "intel": {"instruction": "question"},
+    "icr": {"instruction": "input"},
+    "prompt_pairs": {"instruction": "prompt"},
+    "argilla": {"chosen": "chosen_response", "rejected": "rejected_response"},
+    "argilla_chat": {},
+    "ultra": {},
+    "default": {},
+    "load": {},
+    "nectar": {},
+    "passthrough": {},
+    "chat_template": {},
+    "llama3": {},
+}
+_LABELLED: dict[str, dict[str, str]] = {
+    "intel": {"instruction": "question", "output": "completion"},
+    "prompt_pairs": {"instruction": "prompt", "output": "completion"},
+    "argilla": {"output": "completion"},
+    "argilla_chat": {},
+    "ultra": {"instruction": "prompt", "output": "completion"},
+    "default": {},
+}
+_FIELDS = {
+    "field_instruction": "instruction",
+    "field_input": "input",
+    "field_output": "output",
+    "field_system": "system",
+    "field_tools": "tools",
+    "field_messages": "messages",
+    "field_prompt": "instruction",
+    "field_chosen": "chosen",
+    "field_rejected": "rejected",
+    "field_completion": "output",
+    "field_label": "label",
+    "field": "text",
+    "text_column": "text",
+}
+"""finray's columns by Axolotl's keys."""
+_ROLES = ("system", "user", "assistant", "tool")
+_LEFT = {
+    "ds_type": "the kind of the files, which finray reads from their names",
+    "preprocess_shards": "how rows are prepared",
+    "trust_remote_code": "loading scripts, which finray never runs",
+    "train_on_eos": "which ends of turns are trained; finray trains the end of each trained turn",
+    "field_thinking": "finray reads reasoning_content, reasoning and thinking",
+    "template_thinking_key": "the template's key for reasoning",
+    "split_thinking": "finray splits <think> by itself",
+    "message_field_training": "turns that do not count; finray reads weight, train and loss",
+    "message_field_training_detail": "parts of a turn that do not count, which finray trains whole",
+    "input_format": "how a strategy joins its fields; the chat template does it",
+    "input_transform": "a function of yours; write it as map of the source",
+    "logprobs_field": "distillation, which finray does not have",
+    "temperature": "distillation, which finray does not have",
+    "drop_system_message": "leaving out system messages; map of the source can do it",
+    "drop_exact_duplicates": "data.curate: [deduplicate]",
+    "skip": "rows at the beginning; split: train[N:] leaves them out",
+    "eos_token": "an answer ends as the chat template writes it",
+    "max_completion_length": "the length of a step",
+    "step_separator": "single steps, from which no method learns",
+    "train_on_last_step_only": "single steps, from which no method learns",
+}
+_FORMATS = (
+    *("system_format", "no_input_format", "format", "prompt_format", "chosen_format"),
+    *("rejected_format", "completion_format"),
+)
+
+
+@dataclass
+class Rows:
+    """What the data sets of a configuration say together."""
+
+    sources: list[dict[str, Any]] = field(default_factory=list)
+    templates: set[str] = field(default_factory=set)
+    """Names of chat templates, or Jinja texts."""
+    strategies: set[str] = field(default_factory=set)
+    """Names of prompt strategies."""
+    trains_all: bool = False
+    """True if other roles than the assistant's are trained."""
+    formats: list[str] = field(default_factory=list)
+    """Formats of prompts, of strategies that the user defines."""
+
+    @property
+    def are_texts(self) -> bool:
+        """True if all rows are plain text."""
+        return bool(self.strategies) and self.strategies <= set(_TEXTS)
+
+
+def read_rows(draft: Draft, key: str, method: str, places: Places) -> Rows:
+    """The sources of `datasets`, `test_datasets` or `pretraining_dataset`."""
+    value = draft.settings.value(key)
+    entries = value if isinstance(value, list) else [value] if value is not None else []
+    rows = Rows()
+    for index, entry in enumerate(entries):
+        written = {"path": entry} if isinstance(entry, str) else entry
+        if not isinstance(written, dict):
+            raise draft.refusal(key, "expected a list of data sets with a path; correct it")
+        _Entry(draft, f"{key}.{index}", written, method, rows).read(places)
+    return rows
+
+
+class _Entry:
+    def __init__(
+        self, draft: Draft, key: str, values: Mapping[str, Any], method: str, rows: Rows
+    ) -> None:
+        self.draft, self.key, self.method, self.rows = draft, key, method, rows
+        self.settings = ForeignSettings(values, f"{draft.settings.where}: {key}")
+        self.values = dict(values)
+        self.source: dict[str, Any] = {}
+        self.columns: dict[str, str] = {}
+
+    def read(self, places: Places) -> None:
+        """Add the entry's sources."""
+        self._strategy()
+        self._fields()
+        self._messages()
+        self._part()
+        self._templates()
+        if self.columns:
+            self.source["columns"] = self.columns
+        name = self._take("path") or ""
+        files = self.settings.texts("data_files")
+        self.values.pop("data_files", None)
+        for place in places.source(str(name), files):
+            self.rows.sources.append({**place, **self.source})
+        for key, value in self.values.items():
+            if value not in (None, "", [], {}, False):
+                name = f"{self.key}.{key}"
+                if key in _LEFT:
+                    self.draft.leave(name, _LEFT[key])
+                else:
+                    self.draft.strangers.append(name)
+
+    def _take(self, name: str) -> Any:
+        value = self.values.pop(name, None)
+        return None if value in (None, "", [], {}) else value
+
+    def _strategy(self) -> None:
+        """Columns by the prompt strategy."""
+        kind = self._take("type")
+        if isinstance(kind, dict):
+            self.rows.strategies.add("user_defined")
+            self.values |= kind
+            if prompt := self._take("system_prompt"):
+                self.source["system"] = str(prompt)
+            formats = {name: self._take(name) for name in _FORMATS}
+            text = formats["no_input_format"] or formats["format"] or formats["prompt_format"]
+            if text is not None:
+                self.rows.formats.append(str(text))
+            return
+        if kind is None:
+            return
+        name = str(kind).partition(":")[0]
+        stem, _, loader = name.partition(".")
+        if self.method in ("grpo", "rloo"):
+            self.draft.leave(
+                f"{self.key}.type", f"{kind}: a function of yours; write it as map of the source"
+            )
+            return
+        if self.method == "sft":
+            found = _IMITATED.get(_plain_loader(name), _IMITATED.get(stem))
+            self.rows.strategies.add(stem)
+        else:
+            table = _LABELLED if self.method == "kto" else _PAIRS
+            found = table.get(loader, table.get(stem))
+            self.rows.strategies.add("pairs")
+            if stem in ("chatml", "llama3"):
+                self.rows.templates.add(stem)
+        if found is None:
+            self.draft.leave(
+                f"{self.key}.type",
+                f"{kind}: a strategy that finray import does not know; columns or map of the "
+                "source make its rows one of finray's shapes",
+            )
+            return
+        self.columns |= found
+        if self.method == "sft" and stem == "alpaca":
+            self.source["format"] = "alpaca"
+
+    def _fields(self) -> None:
+        """Columns that the entry itself names."""
+        for name, column in _FIELDS.items():
+            value = self._take(name)
+            if value is None or not isinstance(value, str):
+                continue
+            is_sharegpt = value == "conversations" or "sharegpt" in self.rows.strategies
+            own = "conversations" if column == "messages" and is_sharegpt else column
+            if value == own:
+                self.columns.pop(own, None)
+            else:
+                self.columns[own] = value
+
+    def _messages(self) -> None:
+        """Keys and roles of messages."""
+        keys = {
+            "role": self._take("message_field_role"),
+            "content": self._take("message_field_content"),
+        }
+        mapped = self._take("message_property_mappings")
+        if isinstance(mapped, dict):
+            keys |= {name: mapped[name] for name in ("role", "content") if mapped.get(name)}
+            others = {n: v for n, v in mapped.items() if n not in keys and n != v}
+            if others:
+                self.draft.leave(
+                    f"{self.key}.message_property_mappings",
+                    f"{', '.join(others)}: keys of a message that map of the source can rename",
+                )
+        named = {name: str(value) for name, value in keys.items() if value and value != name}
+        if named and set(named.values()) != {"from", "value"}:
+            self.source["message_keys"] = named
+        roles = self._take("roles")
+        if isinstance(roles, dict):
+            written = {
+                str(theirs): own
+                for own, names in roles.items()
+                for theirs in (names if isinstance(names, list) else [names])
+                if own in _ROLES and theirs != own
+            }
+            if written:
+                self.source["roles"] = written
+        trained = self._take("roles_to_train")
+        if isinstance(trained, list) and {"user", "human", "system"} & set(map(str, trained)):
+            self.rows.trains_all = True
+
+    def _part(self) -> None:
+        """The part of the data set that is used."""
+        for name, own in (("name", "subset"), ("revision", "revision")):
+            if (value := self._take(name)) is not None:
+                self.source[own] = str(value)
+        split = self._take("split")
+        shards, index = self._take("shards"), self._take("shards_idx")
+        if shards:
+            share = max(1, round(100 / int(shards)))
+            start = min(int(index or 0) * share, 99)
+            split = f"{split or 'train'}[{start}%:{min(start + share, 100)}%]"
+            self.draft.change(f"{self.key}.shards", f"a part of the rows: split {split}")
+        if split is not None and split != "train":
+            self.source["split"] = str(split)
+
+    def _templates(self) -> None:
+        for name in ("chat_template", "conversation", "chat_template_jinja"):
+            value = self._take(name)
+            if value is not None and value != "jinja":
+                self.rows.templates.add(str(value))
+
+
+def _plain_loader(name: str) -> str:
+    """load_open_orca of load_open_orca_chatml; the strategy alone of its plain loader."""
+    stem, _, loader = name.partition(".")
+    if loader in ("", "load", "load_default", "load_v2", "load_concise", "load_404"):
+        return stem
+    return f"{stem}.{loader.removesuffix('_chatml')}"

@@ -1,0 +1,186 @@
+"""A recipe in the making, and what becomes of each setting that it is made from."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from ...training.common.errors import InputError
+from ...training.common.formatting import shown
+from ...training.config.foreign.dialect import Dialect
+
+_TRUE, _FALSE = (
+    ("true", "yes", "on", "1", "auto", "full"),
+    ("false", "no", "off", "0", "none", "null", ""),
+)
+_UNSET: tuple[Any, ...] = (None, "", [], {})
+
+
+class ForeignSettings:
+    """The settings of another project, read by name and type.
+
+    Args:
+        values: the settings.
+        where: their file, or the part of it, for messages.
+    """
+
+    def __init__(self, values: Mapping[str, Any], where: str) -> None:
+        self.values = values
+        self.where = where
+
+    def value(self, name: str) -> Any:
+        """The value as it is written; None if there is none, or an empty one."""
+        value = self.values.get(name)
+        return None if value in _UNSET else value
+
+    def text(self, name: str) -> str | None:
+        """A text; a number as it is written."""
+        value = self.value(name)
+        if value is None or isinstance(value, str):
+            return value
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise self.fault(name, "a text")
+        return str(value)
+
+    def texts(self, name: str) -> list[str]:
+        """A list of texts, also written as one with commas."""
+        value = self.value(name)
+        if value is None:
+            return []
+        items = value if isinstance(value, list) else str(value).split(",")
+        if not all(isinstance(item, str | int | float) for item in items):
+            raise self.fault(name, "a list of texts")
+        return [text for item in items if (text := str(item).strip())]
+
+    def number(self, name: str) -> float | None:
+        """A number, also one that YAML 1.1 reads as text: 2e-4."""
+        value = self.value(name)
+        if value is None or value == "auto":
+            return None
+        try:
+            return float(value) if not isinstance(value, bool) else self._refuse(name)
+        except (TypeError, ValueError):
+            raise self.fault(name, "a number") from None
+
+    def whole(self, name: str) -> int | None:
+        """A whole number."""
+        number = self.number(name)
+        if number is not None and number != int(number):
+            raise self.fault(name, "a whole number")
+        return None if number is None else int(number)
+
+    def flag(self, name: str) -> bool | None:
+        """true or false, also as text; None if it is not set."""
+        value = self.value(name)
+        if value is None or isinstance(value, bool):
+            return value
+        text = str(value).strip().lower()
+        if text in _TRUE or text in _FALSE:
+            return text in _TRUE
+        raise self.fault(name, "true or false")
+
+    def fault(self, name: str, expected: str) -> InputError:
+        """An error about a setting's value."""
+        return InputError(
+            f"{self.where}: {name}: expected {expected}, found {shown(self.values[name])}; "
+            "correct it"
+        )
+
+    def _refuse(self, name: str) -> float:
+        raise self.fault(name, "a number")
+
+
+class Draft:
+    """The recipe that is made from the settings of another project.
+
+    Args:
+        settings: the settings.
+        dialect: their table.
+    """
+
+    def __init__(self, settings: ForeignSettings, dialect: Dialect) -> None:
+        self.settings = settings
+        self.dialect = dialect
+        self.values: dict[str, Any] = {}
+        """By finray's dotted key."""
+        self.sources: dict[str, str] = {}
+        """The comment at a key: what it is made from."""
+        self.mapped: dict[str, str] = {}
+        """By their name: finray's key and value."""
+        self.changed: dict[str, str] = {}
+        """By their name: what is different in finray."""
+        self.left: dict[str, str] = {}
+        """By their name: what it means, and why it is left out."""
+        self.strangers: list[str] = []
+        """Settings inside others that the tables do not have, by dotted name."""
+        self.notes: list[str] = []
+        """What is not the matter of one setting."""
+
+    def put(self, to: str, value: Any, *names: str, note: str = "") -> None:
+        """Set a value of the recipe.
+
+        Args:
+            to: finray's dotted key.
+            value: the value.
+            names: the settings that it is made from.
+            note: more for the comment.
+        """
+        self.values[to] = value
+        present = [name for name in names if name in self.settings.values]
+        self.sources[to] = "; ".join(filter(None, [", ".join(present), note]))
+        for name in present:
+            own = f"{to}: {shown(value)}"
+            self.mapped[name] = f"{self.mapped[name]}, {own}" if name in self.mapped else own
+
+    def fulfilled(self, text: str, *names: str) -> None:
+        """Settings that need nothing in the recipe, as finray does the same."""
+        for name in names:
+            if self.settings.value(name) is not None:
+                self.mapped[name] = text
+
+    def change(self, name: str, text: str) -> None:
+        """A setting that finray does in another way."""
+        self.changed[name] = text
+
+    def leave(self, name: str, text: str) -> None:
+        """A setting of which nothing comes."""
+        self.left[name] = text
+
+    def refusal(self, name: str, text: str) -> InputError:
+        """An error about a setting that no recipe can be made from."""
+        value = shown(self.settings.values.get(name))
+        return InputError(f"{self.settings.where}: {name}: {value}: {text}")
+
+    def unknown(self) -> list[str]:
+        """Settings that the table does not have; the others that nothing read are explained."""
+        table = dict(self.dialect.entries())
+        explained = {*self.mapped, *self.changed, *self.left}
+        unknown = list(self.strangers)
+        for name in self.settings.values:
+            if name in explained or self.is_off(name):
+                continue
+            if name not in table:
+                unknown.append(name)
+            elif table[name].fate == "left":
+                self.left[name] = table[name].text
+            else:
+                meaning = f" ({table[name].text})" if table[name].text else ""
+                self.left[name] = f"{table[name].to}{meaning}: no matter of this method"
+        return unknown
+
+    def is_off(self, name: str) -> bool:
+        """True for a setting without a value, or switched off: finray has nothing to switch off."""
+        if name in {**self.mapped, **self.changed, **self.left}:
+            return False
+        value = self.settings.values[name]
+        known = name in dict(self.dialect.entries())
+        return value in _UNSET or (known and (value is False or value == "false"))
+
+    def nested(self) -> dict[str, Any]:
+        """The recipe's values as sections."""
+        recipe: dict[str, Any] = {}
+        for to, value in self.values.items():
+            *parents, last = to.split(".")
+            section = recipe
+            for parent in parents:
+                section = section.setdefault(parent, {})
+            section[last] = value
+        return recipe

@@ -1,0 +1,219 @@
+"""A recipe from the configuration, or the command line, of another project."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ...training.common.errors import InputError
+from ...training.common.formatting import printable, shown
+from ...training.config.foreign.lookup import dialect_of, marks_in
+from ...training.config.recipe import Recipe, build_recipe
+from ...training.config.short_forms import write_out
+from ...training.config.yaml_file import Document, read_foreign_file
+from . import axolotl, llama_factory, trl
+from .command_line import CommandLine, is_command, read_command
+from .draft import Draft, ForeignSettings
+from .places import Places
+from .recipe_text import recipe_text
+from .trainer import Devices
+
+_ACCELERATE = frozenset({"compute_environment", "distributed_type", "fsdp_config", "zero_stage"})
+_PROJECTS = {"trl": "TRL", "llamafactory-cli": "LLaMA-Factory", "lmf": "LLaMA-Factory"}
+_PROJECTS |= {"axolotl": "Axolotl"}
+_NAMES = "Axolotl, LLaMA-Factory and TRL"
+
+
+@dataclass(frozen=True)
+class Imported:
+    """A recipe made from another project's settings."""
+
+    dialect: str
+    text: str
+    """The recipe, with comments."""
+    mapped: dict[str, str]
+    """By their name: finray's key and value."""
+    changed: dict[str, str]
+    """By their name: what finray does in another way."""
+    left: dict[str, str]
+    """By their name: what it means, and why nothing comes of it."""
+    off: tuple[str, ...]
+    """Settings without a value, or switched off."""
+    unknown: tuple[str, ...]
+    """Settings that the project's table does not have."""
+    notes: tuple[str, ...]
+    faults: str | None
+    """What is wrong with the recipe; None if it is valid."""
+
+
+def import_settings(
+    source: str, gpus: int | None, target: Path, dataset_info: Path | None, method: str | None
+) -> Imported:
+    """Make a recipe.
+
+    Args:
+        source: a YAML or JSON file, or a command line.
+        gpus: GPUs that the configuration is meant for; None: one, or those of the command line.
+        target: the folder of the recipe, from which its paths start.
+        dataset_info: LLaMA-Factory's dataset_info.json.
+        method: the method of a TRL file that does not say it.
+
+    Raises:
+        InputError: the file cannot be read, is of no project or of two, or trains in a way that
+            finray does not have.
+    """
+    command = read_command(source) if is_command(source) and not Path(source).exists() else None
+    values, where, folder = _read(source, command)
+    name = _dialect(values, where, command)
+    draft = Draft(ForeignSettings(values, where), dialect_of(name))
+    devices = _devices(gpus, command)
+    places = Places(tuple(dict.fromkeys((folder, Path.cwd()))), target.resolve())
+    if name == "Axolotl":
+        axolotl.convert(draft, devices, places)
+    elif name == "LLaMA-Factory":
+        llama_factory.convert(draft, devices, places, dataset_info)
+    else:
+        kind, origin = _method(values, where, command, method)
+        trl.convert(draft, devices, places, kind, origin)
+    _settle(draft)
+    return _imported(draft, name, where, devices)
+
+
+def _read(source: str, command: CommandLine | None) -> tuple[dict[str, Any], str, Path]:
+    """The settings, their place in messages, and the folder that their paths start from."""
+    if command is None:
+        file = Path(source)
+        return read_foreign_file(file), printable(source), file.resolve().parent
+    values: dict[str, Any] = {}
+    folder = Path.cwd()
+    for name in command.files:
+        values |= read_foreign_file(Path(name))
+        folder = Path(name).resolve().parent
+    return {**values, **command.values}, "the command line", folder
+
+
+def _dialect(values: Mapping[str, Any], where: str, command: CommandLine | None) -> str:
+    marks = marks_in(values)
+    if command is not None and command.project in _PROJECTS:
+        named = _PROJECTS[command.project]
+        marks = {named: [], **{name: keys for name, keys in marks.items() if name == named}}
+    if len(marks) > 1:
+        keys = " and ".join(f"{name}'s {', '.join(own[:3])}" for name, own in marks.items())
+        raise InputError(f"{where}: the file has {keys}; keep the settings of one of them")
+    if marks:
+        return next(iter(marks))
+    if command is not None and (command.method is not None or "model_name_or_path" in values):
+        return "TRL"
+    if "model_name_or_path" in values:
+        return "TRL"
+    if {"model", "data"} & values.keys() and "data" in values:
+        raise InputError(f"{where}: this is a recipe of finray's already; finray check reads it")
+    if _ACCELERATE & values.keys():
+        raise InputError(
+            f"{where}: accelerate's own settings, which say how processes start; name the file or "
+            "command with the training's settings, and the GPUs with --gpus"
+        )
+    keys = ", ".join(list(values)[:6]) or "none"
+    raise InputError(f"{where}: no configuration of {_NAMES}; its keys: {keys}")
+
+
+def _devices(gpus: int | None, command: CommandLine | None) -> Devices:
+    if gpus is not None:
+        if gpus < 1:
+            raise InputError(f"--gpus: expected at least 1, found {gpus}")
+        return Devices(gpus, f"--gpus {gpus}")
+    if command is not None and command.processes:
+        return Devices(command.processes, "the command line's processes")
+    return Devices(1, "1 GPU unless --gpus says more")
+
+
+def _method(
+    values: dict[str, Any], where: str, command: CommandLine | None, method: str | None
+) -> tuple[str, str]:
+    if method is not None:
+        return method, "--method"
+    if command is not None and command.method is not None:
+        return command.method, f"the script {command.script}"
+    return trl.method_by_keys(values, where)
+
+
+def _settle(draft: Draft) -> None:
+    """Leave out what contradicts in finray, and say so."""
+    values = draft.values
+    if values.get("adapter.dora") and values.get("model.quantize") == "int8":
+        values["model.quantize"] = "nf4"
+        draft.notes.append("model.quantize: nf4 instead of int8, which gives DoRA no weights")
+    if (
+        values.get("adapter.init") in ("pissa", "olora", "orthogonal")
+        and "model.quantize" in values
+    ):
+        draft.notes.append(
+            f"adapter.init: default instead of {values.pop('adapter.init')}, which needs a base in "
+            "16 bits"
+        )
+    if values.get("adapter.init") in ("pissa", "olora", "loftq") and values.get("adapter.dora"):
+        draft.notes.append(f"adapter.init: default instead of {values.pop('adapter.init')} (DoRA)")
+    online = values.get("method.kind") in ("grpo", "rloo")
+    if online and int(values.get("data.max_length", 0)) <= int(values["method.max_completion"]):
+        values["data.max_length"] = int(values["method.max_completion"]) + 512
+        draft.notes.append("data.max_length: longer, as prompts need room beside completions")
+    passes = int(values.get("method.passes", 1))
+    every = int(values.get("checkpoint.every_steps", 100))
+    if every % passes:
+        values["checkpoint.every_steps"] = -(-every // passes) * passes
+
+
+def _imported(draft: Draft, name: str, where: str, devices: Devices) -> Imported:
+    unknown = draft.unknown()
+    off = tuple(key for key in draft.settings.values if draft.is_off(key))
+    recipe = draft.nested()
+    head = [f"Made by finray import from {where} ({name})."]
+    if devices.count == 1 and "--gpus" not in devices.origin[:6]:
+        head.append("For one GPU: --gpus N multiplies the batch, which goes over all GPUs.")
+    tail = _tail(draft, unknown)
+    text = recipe_text(recipe, draft.sources, head, tail)
+    return Imported(
+        dialect=name,
+        text=text,
+        mapped=draft.mapped,
+        changed=draft.changed,
+        left=draft.left,
+        off=off,
+        unknown=tuple(unknown),
+        notes=tuple(draft.notes),
+        faults=_faults(recipe),
+    )
+
+
+def _tail(draft: Draft, unknown: list[str]) -> list[str]:
+    lines: list[str] = []
+    if draft.notes:
+        lines += ["To look at:", *(f"  {note}" for note in draft.notes)]
+    if draft.changed:
+        lines += ["Done in another way:", *(f"  {k}: {text}" for k, text in draft.changed.items())]
+    if draft.left:
+        lines.append("Left out:")
+        reasons = dict.fromkeys(draft.left.values())
+        for reason in reasons:
+            names = ", ".join(name for name, text in draft.left.items() if text == reason)
+            lines.append(f"  {names}: {reason}")
+    if unknown:
+        lines.append("Not known to finray import:")
+        lines += [f"  {name}{_value_of(draft, name)}" for name in unknown]
+    return lines
+
+
+def _value_of(draft: Draft, name: str) -> str:
+    values = draft.settings.values
+    return f": {shown(values[name])}" if name in values else ""
+
+
+def _faults(recipe: dict[str, Any]) -> str | None:
+    document = Document(recipe, {(): "recipe"}, write_out)
+    write_out(document.values)
+    try:
+        made: Recipe = build_recipe(document)
+    except InputError as error:
+        return str(error)
+    del made
+    return None

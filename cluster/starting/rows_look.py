@@ -1,0 +1,145 @@
+"""A look at the rows of a first recipe: their shape, their number, and their lengths."""
+
+import math
+import re
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from ...training.common.errors import InputError
+from ...training.config.places import about
+from ...training.config.recipe import Recipe
+from ...training.config.source import KnownFormat, Source
+from ...training.data.chat import NO_TEMPLATE
+from ...training.data.expand import expand
+from ...training.data.formats import detect_format
+from ...training.data.inspection import inspect_source
+from ...training.data.resolve import all_rows, resolve_data
+from ...training.data.row_changes import UNCHANGED
+from ...training.data.rows import BadRow
+from ...training.data.sample import measure_sample
+
+_OPTION = "--data"
+_FIRST = 200
+_COUNTED_BYTES = 64 * 2**20
+_ROW_BYTES = 16 * 2**20
+_CHARACTERS = 3.5
+"""Of a token, about, where there is no tokenizer."""
+_HUB = re.compile(r"[\w.-]+/[\w.-]+")
+_METHODS: dict[KnownFormat, str] = {
+    "preference": "dpo",
+    "labelled": "kto",
+    "messages": "sft",
+    "sharegpt": "sft",
+    "alpaca": "sft",
+    "prompt_completion": "sft",
+    "prompt": "grpo",
+    "text": "pretrain",
+}
+"""The method that learns from rows of a shape."""
+
+
+@dataclass(frozen=True)
+class RowsLook:
+    """What the first rows show."""
+
+    format: KnownFormat
+    rows: int
+    is_exact: bool
+    """True if the rows are counted."""
+    tokens: int
+    """Of all rows together, about."""
+    lengths: dict[str, int]
+    """Tokens up to which a share of the texts goes, by the share: 0.5, 0.99, 1."""
+    is_measured: bool
+    """True if the model's tokenizer measured the lengths, with its chat template."""
+    lacks_template: bool = False
+    """True if the rows are conversations and the tokenizer has no chat template."""
+
+
+def place_of_data(data: str) -> dict[str, str]:
+    """The source of a file, folder, URI, or data set of the hub.
+
+    Raises:
+        InputError: there is no such file.
+    """
+    if "://" in data:
+        return {"path": data}
+    path = Path(data).expanduser()
+    if path.exists() or any(sign in data for sign in "*?["):
+        return {"path": str(path.absolute())}
+    if _HUB.fullmatch(data) and not path.suffix and not data.startswith("."):
+        return {"dataset": data}
+    raise InputError(f"{_OPTION}: {data}: there is no such file or folder; correct the path")
+
+
+def method_of(place: dict[str, str]) -> tuple[KnownFormat, str]:
+    """The shape of the rows, and the method that learns from it.
+
+    Raises:
+        InputError: the file is empty, none of its rows can be read, or they have no shape that
+            finray knows.
+    """
+    with about(_OPTION):
+        files = expand(Source.model_validate(place)).files
+        rows = list(islice(all_rows(files, UNCHANGED, _ROW_BYTES), _FIRST))
+        good = [(where, row) for where, row in rows if not isinstance(row, BadRow)]
+        bad = [(where, row) for where, row in rows if isinstance(row, BadRow)]
+        if not good:
+            where, reason = (bad[0][0], bad[0][1].reason) if bad else (files[0].place, "no rows")
+            raise InputError(f"{where}: {reason}; none of the first rows can be read")
+        shape = detect_format(good)
+    return shape, _METHODS[shape]
+
+
+def look_at_rows(recipe: Recipe, folder: Path | None) -> RowsLook:
+    """Count and measure the rows of a recipe's only source.
+
+    Args:
+        recipe: a recipe with the method, and the greatest max_length that is possible.
+        folder: the model's, if it is on this machine.
+
+    Raises:
+        InputError: none of the first rows is usable.
+    """
+    [source] = resolve_data(recipe).train
+    size = sum(file.size for file in source.files)
+    with about(_OPTION):
+        inspected = inspect_source(
+            source, recipe.method, recipe.data.max_row_bytes, size <= _COUNTED_BYTES, None
+        )
+    inspection = inspected.inspection
+    texts = [sum(map(len, example.contents)) for example in inspected.examples]
+    lengths = _quantiles([math.ceil(text / _CHARACTERS) for text in texts])
+    measured, lacks_template = None, False
+    if folder is not None:
+        try:
+            measured = measure_sample(recipe).lengths
+        except InputError as error:
+            if NO_TEMPLATE not in str(error):
+                raise
+            lacks_template = True
+    if measured:
+        longest = max((value for value in measured.values() if value), default=8)
+        lengths = {share: value or longest for share, value in measured.items()}
+    mean = sum(texts) / len(texts) / _CHARACTERS
+    scale = lengths["0.5"] / max(1, _quantiles([math.ceil(t / _CHARACTERS) for t in texts])["0.5"])
+    return RowsLook(
+        inspection.format,
+        inspection.rows,
+        inspection.is_exact,
+        max(1, round(mean * max(scale, 0.2) * inspection.rows)),
+        lengths,
+        measured is not None,
+        lacks_template,
+    )
+
+
+def _quantiles(sizes: list[int]) -> dict[str, int]:
+    ordered = sorted(sizes)
+    places: dict[str, Any] = {"0.5": 0.5, "0.9": 0.9, "0.99": 0.99, "1": 1.0}
+    return {
+        name: max(8, ordered[min(len(ordered) - 1, math.ceil(share * len(ordered)) - 1)])
+        for name, share in places.items()
+    }

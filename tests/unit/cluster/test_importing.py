@@ -1,0 +1,394 @@
+"""`finray import`: configurations of Axolotl, LLaMA-Factory and TRL become recipes."""
+
+import json
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support.foreign_configs import AXOLOTL, LLAMA_FACTORY, TRL
+
+from finray.cluster.cli.main import main
+from finray.cluster.starting import trainer
+from finray.cluster.starting.command_line import is_command
+from finray.cluster.starting.importing import Imported, import_settings
+from finray.training.common.errors import InputError
+from finray.training.common.storage import Folder
+from finray.training.common.yaml_text import load_yaml
+from finray.training.config.methods import METHODS
+from finray.training.config.recipe import load_recipe
+from finray.training.data.shown_rows import show_rows
+from finray.training.inspection import inspect_recipe
+
+CONFIGS = {
+    **{f"Axolotl {name}": text for name, text in AXOLOTL.items()},
+    **{f"LLaMA-Factory {name}": text for name, text in LLAMA_FACTORY.items()},
+    **{f"TRL {name}": text for name, text in TRL.items()},
+}
+MESSAGES = [{"role": "user", "content": "one"}, {"role": "assistant", "content": "two"}]
+ROWS = {
+    "documents": {"messages": MESSAGES},
+    "pairs": {"prompt": MESSAGES[:1], "chosen": MESSAGES[1:], "rejected": [
+        {"role": "assistant", "content": "three"}
+    ]},
+    "labelled answers": {"messages": MESSAGES, "label": True},
+    "prompts": {"prompt": MESSAGES[:1], "solution": "two"},
+}  # fmt: skip
+OF_THIS_MACHINE = re.compile(r"not installed|org/classifier")
+"""Packages and models that recipes of GRPO and RLOO ask for."""
+REWARDS = "def score(prompts, completions, completion_ids, **columns):\n    return [0.0]\n"
+
+
+def imported(text: str, folder: Path, gpus: int | None = None, **more: Any) -> Imported:
+    """A configuration, or a command line, as a recipe."""
+    if is_command(text) and not text.startswith(("-", "{")) and ":" not in text.partition(" ")[0]:
+        return import_settings(text, gpus, folder, more.get("info"), more.get("method"))
+    file = folder / more.get("name", "config.yaml")
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(text, encoding="utf-8")
+    return import_settings(str(file), gpus, folder, more.get("info"), more.get("method"))
+
+
+def values_of(text: str, folder: Path, gpus: int | None = None, **more: Any) -> Any:
+    """Its settings by dotted key."""
+    return flat(load_yaml(imported(text, folder, gpus, **more).text))
+
+
+def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    items: dict[str, Any] = {}
+    for name, value in values.items():
+        inner = isinstance(value, dict) and name not in ("losses", "columns", "roles")
+        items |= flat(value, f"{prefix}{name}.") if inner else {f"{prefix}{name}": value}
+    return items
+
+
+@pytest.fixture(scope="module")
+def long_model(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny model with the positions of a large one."""
+    folder = tmp_path_factory.mktemp("model") / "long"
+    shutil.copytree(tiny_model, folder)
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    config["max_position_embeddings"] = 2**17
+    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    return folder
+
+
+def swapped(text: str, model: Path, folder: Path) -> dict[str, Any]:
+    """The recipe with the tiny model and local rows of its method's shape."""
+    values: dict[str, Any] = load_yaml(text)
+    values["model"]["base"] = str(model)
+    kind = values["method"]["kind"]
+    row = ROWS[METHODS[kind].learns_from.replace("graded ", "")]
+    file = folder / "rows.jsonl"
+    file.write_text((json.dumps(row) + "\n") * 2000, encoding="utf-8")
+    values["data"]["train"] = [{"path": str(file)}]
+    if "eval" in values["data"]:
+        values["data"]["eval"] = [{"path": str(file)}]
+    for reward in values["method"].get("rewards", []):
+        if "file" in reward:
+            code = folder / "rewards.py"
+            code.write_text(REWARDS + REWARDS.replace("score", "is_short"), encoding="utf-8")
+            reward["file"] = f"{code}:{reward['file'].partition(':')[2]}"
+    return values
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_it_becomes_a_recipe(name: str, tmp_path: Path, long_model: Path) -> None:
+    """`finray check` takes it with the tiny model and rows of its method."""
+    result = imported(CONFIGS[name], tmp_path)
+    assert result.dialect == name.partition(" ")[0]
+    assert result.faults is None, result.faults
+    values = swapped(result.text, long_model, tmp_path)
+    recipe = load_recipe(values, ("storage=" + str(tmp_path / "runs"),))
+    try:
+        inspect_recipe(recipe)
+    except InputError as error:
+        assert OF_THIS_MACHINE.search(str(error)), error
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_nothing_is_left_out_in_silence(name: str, tmp_path: Path) -> None:
+    """Each key is mapped, changed, left out with a reason, off, or unknown; and no key twice."""
+    text = CONFIGS[name]
+    result = imported(text, tmp_path)
+    told = {*result.mapped, *result.changed, *result.left, *result.off, *result.unknown}
+    if ":" in text.partition(" ")[0]:
+        assert load_yaml(text).keys() <= told
+    assert not result.unknown
+    assert all(reason.strip() for reason in result.left.values())
+
+
+def test_the_corpus_is_large() -> None:
+    assert all(len(corpus) >= 25 for corpus in (AXOLOTL, LLAMA_FACTORY, TRL))
+
+
+# traps
+
+
+def test_a_batch_goes_over_all_gpus(tmp_path: Path) -> None:
+    for gpus in (None, 1, 8):
+        values = values_of(AXOLOTL["lora"], tmp_path, gpus)
+        assert values["optim.batch_size"] == 2 * 4 * (gpus or 1)
+        assert values["optim.micro_batch_size"] == 2
+        assert values.get("scale.workers", 1) == (gpus or 1)
+    assert "--gpus" in imported(AXOLOTL["lora"], tmp_path).text
+
+
+def test_processes_of_a_command_are_gpus(tmp_path: Path) -> None:
+    values = values_of(TRL["command-dpo"], tmp_path)
+    assert values["scale.workers"] == 8 and values["optim.batch_size"] == 2 * 8 * 8
+    assert values_of(TRL["command-orpo"], tmp_path)["scale.workers"] == 4
+    assert values_of(TRL["command-orpo"], tmp_path, 2)["scale.workers"] == 2
+
+
+def test_alpha_of_llama_factory_is_twice_the_rank(tmp_path: Path) -> None:
+    values = values_of(LLAMA_FACTORY["lora-sft"], tmp_path)
+    assert (values["adapter.rank"], values["adapter.alpha"]) == (8, 16)
+    values = values_of(LLAMA_FACTORY["alpha"], tmp_path)
+    assert (values["adapter.rank"], values["adapter.alpha"]) == (16, 16)
+    assert values["adapter.targets"] == ["q_proj", "v_proj"]
+    assert values["adapter.modules_to_save"] == ["embed_tokens", "lm_head"]
+
+
+def test_packing_that_mixes_is_reported(tmp_path: Path) -> None:
+    mixing = imported(LLAMA_FACTORY["packing"], tmp_path)
+    assert "mixes" in mixing.changed["packing"]
+    neat = imported(LLAMA_FACTORY["neat-packing"], tmp_path)
+    assert "packing" not in neat.changed
+    for result in (mixing, neat):
+        assert flat(load_yaml(result.text))["data.packing"] == "auto"
+    assert values_of(LLAMA_FACTORY["lora-sft"], tmp_path)["data.packing"] is False
+
+
+def test_cutoff_len_cuts(tmp_path: Path) -> None:
+    values = values_of(LLAMA_FACTORY["lora-sft"], tmp_path)
+    assert (values["data.max_length"], values["data.overlong"]) == (2048, "truncate")
+    assert values_of(AXOLOTL["lora"], tmp_path)["data.overlong"] == "drop"
+
+
+def test_rates_that_yaml_reads_as_text(tmp_path: Path) -> None:
+    values = values_of(AXOLOTL["text-rates"], tmp_path)
+    assert values["optim.learning_rate"] == 2e-4
+    assert values["optim.weight_decay"] == 1e-2 and values["optim.beta2"] == 0.95
+    assert values["optim.schedule"] == "constant"
+
+
+def test_all_linear_layers(tmp_path: Path) -> None:
+    assert values_of(AXOLOTL["qlora"], tmp_path)["adapter.targets"] == "all-linear"
+    assert "q_proj" in values_of(AXOLOTL["lora"], tmp_path)["adapter.targets"]
+    assert values_of(LLAMA_FACTORY["lora-sft"], tmp_path)["adapter.targets"] == "all-linear"
+
+
+def test_field_maps_and_roles(tmp_path: Path) -> None:
+    [source] = values_of(AXOLOTL["chat-template"], tmp_path)["data.train"]
+    assert source["roles"] == {"human": "user", "gpt": "assistant"}
+    [source] = values_of(AXOLOTL["field-map"], tmp_path)["data.train"]
+    assert source["path"] == "data/chats.jsonl"
+    assert source["columns"] == {"messages": "dialog"}
+    assert source["message_keys"] == {"role": "speaker", "content": "text"}
+    [source, more] = values_of(AXOLOTL["dpo-intel"], tmp_path)["data.train"]
+    assert source["columns"] == {"instruction": "question"}
+    assert more["columns"] == {"chosen": "chosen_response", "rejected": "rejected_response"}
+    [source] = values_of(AXOLOTL["dpo-own"], tmp_path)["data.train"]
+    assert source["columns"] == {"instruction": "question", "chosen": "good", "rejected": "bad"}
+    [source] = values_of(AXOLOTL["test-datasets"], tmp_path)["data.train"]
+    assert source["columns"] == {"instruction": "question", "output": "answer"}
+
+
+def test_prompt_strategies_choose_method_and_template(tmp_path: Path) -> None:
+    values = values_of(AXOLOTL["completion"], tmp_path)
+    assert values["method.kind"] == "pretrain"
+    assert values["data.train"] == [{"dataset": "org/texts", "columns": {"text": "body"}}]
+    assert values_of(AXOLOTL["pretrain"], tmp_path)["method.kind"] == "pretrain"
+    assert values_of(AXOLOTL["chatml"], tmp_path)["data.chat_template"] == "chatml"
+    assert "### Response" in values_of(AXOLOTL["lora"], tmp_path)["data.chat_template"]
+    assert "[INST] " in values_of(AXOLOTL["own-format"], tmp_path)["data.chat_template"]
+    assert "data.chat_template" not in values_of(AXOLOTL["chat-template"], tmp_path)
+
+
+def test_special_tokens(tmp_path: Path) -> None:
+    result = imported(AXOLOTL["chatml"], tmp_path)
+    assert "<|im_end|>" in result.changed["special_tokens"]
+    assert flat(load_yaml(result.text))["model.add_tokens"] in (["<|im_start|>"], "auto")
+    values = values_of(LLAMA_FACTORY["tokens"], tmp_path)
+    assert values["model.add_tokens"] == ["<think>", "</think>"]
+
+
+def test_methods(tmp_path: Path) -> None:
+    kinds = {
+        "Axolotl ipo": ("dpo", {"losses": {"ipo": 1.0}}),
+        "Axolotl simpo": ("simpo", {"beta": 2.5, "gamma": 1.0}),
+        "Axolotl kto": ("kto", {"beta": 0.5, "desirable_weight": 0.2}),
+        "Axolotl reward": ("reward", {"center_coefficient": 0.01}),
+        "LLaMA-Factory lora-ipo": ("dpo", {"losses": {"ipo": 1.0, "sft": 0.2}, "beta": 0.1}),
+        "LLaMA-Factory lora-simpo": ("simpo", {"gamma": 0.5}),
+        "LLaMA-Factory lora-reward": ("reward", {}),
+        "LLaMA-Factory lora-pretrain": ("pretrain", {}),
+        "TRL mpo": ("dpo", {"losses": {"sigmoid": 0.8, "bco_pair": 0.2, "sft": 1.0}}),
+        "TRL command-cpo": ("simpo", {"gamma": 0.5, "beta": 2.0, "sft_weight": 1.0}),
+        "TRL grpo": ("grpo", {"generations": 8, "max_completion": 256, "scale_rewards": "none"}),
+        "TRL command-kto": ("kto", {}),
+        "TRL command-rloo": ("rloo", {"rewards": [{"model": "org/classifier"}]}),
+    }
+    for name, (kind, settings) in kinds.items():
+        values = values_of(CONFIGS[name], tmp_path)
+        assert values["method.kind"] == kind, name
+        for key, value in settings.items():
+            assert values[f"method.{key}"] == value, (name, key)
+
+
+def test_the_method_of_a_trl_file(tmp_path: Path) -> None:
+    text = "model_name_or_path: a/b\ndataset_name: c/d\n"
+    assert values_of(text, tmp_path)["method.kind"] == "sft"
+    assert values_of(text, tmp_path, name="kto/config.yaml")["method.kind"] == "kto"
+    assert values_of(text, tmp_path, method="reward")["method.kind"] == "reward"
+
+
+def test_defaults_of_a_project_are_written(tmp_path: Path) -> None:
+    text = "model_name_or_path: a/b\ndataset_name: c/d\nmax_length: 64\n"
+    values = values_of(text, tmp_path, method="dpo")
+    assert values["optim.learning_rate"] == 1e-6 and values["optim.epochs"] == 3.0
+    assert values["optim.batch_size"] == values["optim.micro_batch_size"] == 8
+    assert values["optim.schedule"] == "linear" and values["optim.warmup_ratio"] == 0.0
+
+
+def test_dataset_info(tmp_path: Path) -> None:
+    """Names of data sets are read from the file beside the configuration, or the named one."""
+    (tmp_path / "data").mkdir()
+    info = tmp_path / "data" / "dataset_info.json"
+    info.write_text(json.dumps({"identity": {"file_name": "rows.jsonl"}}), encoding="utf-8")
+    text = LLAMA_FACTORY["lora-sft"].replace("identity,alpaca_en_demo", "identity")
+    found = imported(text, tmp_path)
+    [source] = load_yaml(found.text)["data"]["train"]
+    assert source == {
+        "dataset": "identity",
+        "dataset_info": "data/dataset_info.json",
+        "limit": 1000,
+    }
+    assert not any("dataset_info.json" in note for note in found.notes)
+    info.rename(tmp_path / "info.json")
+    assert any("--dataset-info" in note for note in imported(text, tmp_path).notes)
+    [source] = values_of(text, tmp_path, info=tmp_path / "info.json")["data.train"]
+    assert source["dataset_info"] == "info.json"
+    absent = imported(text.replace("identity", "other"), tmp_path, info=tmp_path / "info.json")
+    assert any("other" in note for note in absent.notes)
+
+
+def test_sharding_needs_several_gpus(tmp_path: Path) -> None:
+    assert "scale.strategy" not in values_of(AXOLOTL["full-fsdp"], tmp_path)
+    assert values_of(AXOLOTL["full-fsdp"], tmp_path, 8)["scale.strategy"] == "fsdp"
+    assert values_of(AXOLOTL["full"], tmp_path, 2)["scale.strategy"] == "fsdp"
+    assert imported(AXOLOTL["full-fsdp"], tmp_path, 8).faults is None
+
+
+def test_trackers_that_can_be_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those without a package or key would end the run before it starts, so they are reported."""
+    text = TRL["sft"].replace("[wandb]", "[tensorboard, wandb, swanlab]")
+    refusing = {"wandb"}
+
+    def check(names: list[str]) -> None:
+        if refusing & set(names):
+            raise InputError("log.to: wandb has no key")
+
+    monkeypatch.setattr(trainer, "check_trackers", check)
+    result = imported(text, tmp_path)
+    assert flat(load_yaml(result.text))["log.to"] == ["tensorboard"]
+    assert "no key" in result.text and "swanlab: not there" in result.changed["report_to"]
+    refusing.clear()
+    assert values_of(text, tmp_path)["log.to"] == ["tensorboard", "wandb"]
+    named = AXOLOTL["lora"].replace("wandb_project:", "wandb_project: shop")
+    assert values_of(named, tmp_path)["log.to"] == ["wandb"]
+
+
+def test_early_stopping(tmp_path: Path) -> None:
+    text = LLAMA_FACTORY["lora-sft"] + "early_stopping_steps: 3\n"
+    assert values_of(text, tmp_path)["eval.patience"] == 3
+
+
+# refusals and the command
+
+
+def test_two_dialects_are_refused(tmp_path: Path) -> None:
+    text = AXOLOTL["lora"] + "finetuning_type: lora\ncutoff_len: 10\n"
+    with pytest.raises(InputError, match=r"Axolotl's base_model.* and LLaMA-Factory's "):
+        imported(text, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("stage: ppo\nmodel_name_or_path: a/b\ndataset: c\n", "stage: 'ppo': PPO is not there"),
+        ("model_name_or_path: a\nexport_dir: b\ntemplate: c\n", "exports a model"),
+        ("model_name_or_path: a\ninfer_backend: vllm\ntemplate: c\n", "nothing is trained"),
+        ("base_model: a\nrl: ebft\ndatasets: [{path: a/b}]\n", "rl: 'ebft': finray has no such"),
+        ("base_model: a\nsequence_len: 10\n", "a recipe needs rows to learn from"),
+        ("base_model: a\nsequence_len: many\ndatasets: [a/b]\n", "expected a number, found 'many'"),
+        ("compute_environment: LOCAL_MACHINE\n", "accelerate's own settings"),
+        ("name: a\nmodel: b\ndata: {train: c}\n", "a recipe of finray's already"),
+        ("a: 1\n", "no configuration of Axolotl, LLaMA-Factory and TRL"),
+        ("- a\n", "expected a mapping"),
+        ("bash train.sh --x 1", "names no training script"),
+        ("trl ppo --model_name_or_path a/b", "ppo: finray has no such method"),
+        ("trl sft --model_name_or_path a/b", "a recipe needs rows to learn from"),
+    ],
+)
+def test_what_cannot_be_imported(text: str, message: str, tmp_path: Path) -> None:
+    with pytest.raises(InputError) as caught:
+        imported(text, tmp_path)
+    assert message in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_an_unknown_key_is_listed(tmp_path: Path) -> None:
+    text = AXOLOTL["lora"].replace("type: alpaca", "type: alpaca\n    strange: 1") + "odd: 7\n"
+    result = imported(text, tmp_path)
+    assert result.unknown == ("datasets.0.strange", "odd")
+    assert "odd: 7" in result.text.rpartition("Not known")[2]
+
+
+def test_a_json_file(tmp_path: Path) -> None:
+    text = json.dumps(load_yaml(LLAMA_FACTORY["lora-sft"]), indent="\t")
+    assert values_of(text, tmp_path, name="args.json")["adapter.rank"] == 8
+
+
+def test_the_alpaca_text_is_axolotls(tmp_path: Path, tiny_model: Path) -> None:
+    """What the model reads and learns, in the prompt that Axolotl's strategy writes."""
+    source = {"instruction": "Add.", "input": "", "output": "Done."}
+    (tmp_path / "rows.jsonl").write_text((json.dumps(source) + "\n") * 50, encoding="utf-8")
+    text = AXOLOTL["lora"].replace("org/alpaca", str(tmp_path / "rows.jsonl"))
+    values = load_yaml(imported(text, tmp_path).text)
+    values["model"]["base"] = str(tiny_model)
+    storage = tmp_path / "runs"
+    recipe = load_recipe({**values, "storage": str(storage)})
+    [row] = show_rows(recipe, 1, Folder(str(storage)) / "prepared").rows
+    assert row.texts, row.problem
+    pieces = row.texts[0].pieces
+    whole = "".join(piece.text for piece in pieces)
+    assert whole == (
+        "Below is an instruction that describes a task. Write a response that appropriately "
+        "completes the request.\n\n### Instruction:\nAdd.\n\n### Response:\nDone.<|im_end|>"
+    )
+    assert "".join(p.text for p in pieces if p.trained) == "Done.<|im_end|>"
+
+
+def test_the_command(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("axolotl.yml").write_text(AXOLOTL["chat-template"], encoding="utf-8")
+    assert main(["import", "axolotl.yml", "-o", "recipe.yaml", "--gpus", "4"]) == 0
+    out, err = capsys.readouterr()
+    assert out == "recipe.yaml\n"
+    assert "micro_batch_size" in err and "next: finray check recipe.yaml" in err
+    assert load_recipe(Path("recipe.yaml")).optim.batch_size == 2 * 4 * 4
+    assert main(["import", "axolotl.yml", "-o", "recipe.yaml"]) == 2
+    assert "recipe.yaml exists already" in capsys.readouterr().err
+    assert main(["import", TRL["command-sft"], "--quiet"]) == 0
+    out, err = capsys.readouterr()
+    assert not err and load_yaml(out)["data"]["packing"] == "auto"
+    assert main(["import", "axolotl.yml", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["mapped"]["lora_r"] == "adapter.rank: 32"
+    assert main(["import", "trl", "sft", "--beta", "1"]) == 2
+    assert "put a command line into quotes" in capsys.readouterr().err
+    assert main(["import", "absent.yml"]) == 2
+    assert "absent.yml" in capsys.readouterr().err

@@ -1,0 +1,248 @@
+"""`finray eval` from end to end: losses, a judge behind a real server, what fails, the page."""
+
+import json
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from support.finished_run import finished_run
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import finray
+from finray.cluster.cli.main import main
+from finray.training.common.errors import RunError
+from finray.training.evaluation import judge as judging
+from finray.training.evaluation.judge import Judge
+
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
+
+Write = Callable[[Path, list[Any]], Path]
+Read = Callable[[Path], list[Any]]
+ROWS = [
+    {"messages": [{"role": "user", "content": f"task {n}"}, {"role": "assistant", "content": text}]}
+    for n, text in enumerate(["quick", "brown fox", "0 1 2", "lazy dog <b>&amp;", "ever"])
+]
+
+
+@dataclass
+class Server:
+    """An OpenAI-compatible judge on loopback."""
+
+    answer: Callable[[str], str]
+    """From the text of a request to that of the reply."""
+    statuses: list[int] = field(default_factory=list)
+    """Replies to the first requests, before it answers."""
+    asked: list[dict[str, Any]] = field(default_factory=list)
+    tokens: list[str | None] = field(default_factory=list)
+    address: str = ""
+
+
+@pytest.fixture
+def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
+    state = Server(lambda text: '{"score": 7}')
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            state.asked.append(body)
+            state.tokens.append(self.headers["Authorization"])
+            status = state.statuses.pop(0) if state.statuses else 200
+            text = state.answer(body["messages"][1]["content"])
+            reply = json.dumps({"choices": [{"message": {"content": text}}]}).encode()
+            self.send_response(status if self.path == "/v1/chat/completions" else 404)
+            self.send_header("Content-Length", str(len(reply)))
+            self.end_headers()
+            self.wfile.write(reply)
+
+        def log_message(self, *_: Any) -> None:
+            pass
+
+    http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    thread = threading.Thread(target=http.serve_forever, daemon=True)
+    thread.start()
+    state.address = f"http://127.0.0.1:{http.server_port}/v1"
+    monkeypatch.setenv("FINRAY_JUDGE_TOKEN", "t0ken")
+    monkeypatch.setattr(judging, "_FIRST_PAUSE", 0.0)
+    yield state
+    http.shutdown()
+    http.server_close()
+    thread.join()
+
+
+def judge(server: Server) -> Judge:
+    return Judge(server.address, "m", pause=0.0)
+
+
+def test_the_loss_is_that_of_plain_transformers(
+    run: Path, tiny_model: Path, tmp_path: Path, write: Write
+) -> None:
+    data = write(tmp_path / "rows.jsonl", ROWS)
+    result = finray.evaluate(run, data, base=True, max_tokens=2, to=tmp_path / "eval", batch=2)
+    base = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(run / "adapter")
+    measured = {one["name"]: one for one in result.record["measures"]}
+
+    def loss(model: Any) -> tuple[float, int]:
+        total, count = 0.0, 0
+        for row in ROWS:
+            whole = tokenizer.apply_chat_template(row["messages"], tokenize=False)
+            start = whole.rindex("<|im_start|>assistant\n") + len("<|im_start|>assistant\n")
+            ids = tokenizer(whole, return_tensors="pt", add_special_tokens=False)["input_ids"]
+            first = len(tokenizer(whole[:start], add_special_tokens=False)["input_ids"])
+            labels = ids.clone()
+            labels[:, :first] = -100
+            with torch.no_grad():
+                mean = float(model(input_ids=ids, labels=labels).loss)
+            size = ids.shape[1] - first
+            total, count = total + mean * size, count + size
+        return total / count, count
+
+    expected, count = loss(base)
+    assert measured["loss"]["values"]["base"] == pytest.approx(expected, rel=1e-5)
+    assert measured["loss"]["count"] == count
+    tuned, _ = loss(PeftModel.from_pretrained(base, run / "adapter"))
+    assert measured["loss"]["values"]["answer"] == pytest.approx(tuned, rel=1e-5)
+    assert measured["perplexity"]["values"]["base"] == pytest.approx(2.718281828**expected)
+    assert result.values["loss"] == measured["loss"]["values"]["answer"]
+
+
+def test_a_judge_scores_and_prefers(
+    run: Path, tiny_model: Path, tmp_path: Path, write: Write, read: Read, server: Server
+) -> None:
+    """It takes the longer answer, in both orders; and it is asked once for each row."""
+    other = finished_run(tmp_path, tiny_model, "model", run_name="whole")
+    data = write(tmp_path / "rows.jsonl", ROWS)
+
+    def verdict(text: str) -> str:
+        if "[Answer A]" not in text:
+            return '```json\n{"score": 4}\n```'
+        a, _, b = text.partition("[Answer A]\n")[2].partition("\n\n[Answer B]\n")
+        return json.dumps({"winner": "tie" if len(a) == len(b) else "AB"[len(b) > len(a)]})
+
+    server.answer = verdict
+    result = finray.evaluate(
+        *(run, data),
+        judge=server.address,
+        judge_model="grader",
+        against=other,
+        loss=False,
+        max_tokens=4,
+        to=tmp_path / "eval",
+    )
+    lines = read(tmp_path / "eval" / "eval.jsonl")
+    lengths = [(len(line["answer"]), len(line["against"])) for line in lines]
+    wins = sum(own > against for own, against in lengths)
+    losses = sum(own < against for own, against in lengths)
+    assert wins + losses > 0
+    preference = result.record["preferences"][0]
+    assert preference == {"by": "judge", "wins": wins, "losses": losses, "ties": 5 - wins - losses}
+    assert result.values["judge"] == 4.0 and not result.problems
+    assert len(server.asked) == 5 * (2 + 2)
+    assert {body["model"] for body in server.asked} == {"grader"}
+    assert set(server.tokens) == {"Bearer t0ken"}
+    assert "t0ken" not in (tmp_path / "eval" / "eval.html").read_text()
+
+
+@pytest.mark.parametrize("always", ["A", "B", "tie"])
+def test_a_judge_that_prefers_a_place_makes_ties(server: Server, always: str) -> None:
+    server.answer = lambda text: json.dumps({"winner": always})
+    assert judge(server).prefer("ask", "one", "two", None) == "tie"
+
+
+def test_what_may_pass_is_tried_again(server: Server) -> None:
+    server.statuses = [503, 429]
+    assert judge(server).score("ask", "one", "two") == 7.0 and len(server.asked) == 3
+    server.statuses = [401, 200]
+    with pytest.raises(RunError, match=r"does not answer: 401 .*; set \$FINRAY_JUDGE_TOKEN"):
+        judge(server).score("ask", "one", None)
+    assert len(server.asked) == 4
+    server.answer = lambda text: "what a lovely answer"
+    with pytest.raises(RunError, match="gave no score from 1 to 10"):
+        judge(server).score("ask", "one", None)
+    with pytest.raises(RunError, match="chose neither A, B nor tie"):
+        judge(server).prefer("ask", "one", "two", None)
+
+
+def test_a_silent_judge_loses_nothing(
+    run: Path,
+    tmp_path: Path,
+    write: Write,
+    server: Server,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """One line and exit code 1; the same command goes on, without answering again."""
+    data = write(tmp_path / "rows.jsonl", ROWS)
+    target = tmp_path / "eval"
+    words = ["eval", str(run), "--data", str(data), "--to", str(target), "--max-tokens", "3"]
+    words += ["--judge-model", "m", "--quiet", "--judge"]
+    real = judging.Judge
+    monkeypatch.setattr(judging, "Judge", lambda *a: replace(real(*a), pause=0.0))
+    server.statuses = [200, *[500] * 200]
+    assert main([*words, server.address]) == 1
+    out, err = capsys.readouterr()
+    assert err.count("\n") == 1 and "does not answer after 4 tries: 500" in err
+    assert "exact match" in out
+    record = json.loads((target / "eval.json").read_text())
+    assert [one["name"] for one in record["measures"]][-1] == "judge"
+    assert not (target / "eval.jsonl").exists()
+    kept = (target / "eval.jsonl.part").read_text()
+    assert kept.count('"judge_answer": 7.0') == 1
+    server.statuses, server.asked[:] = [], []
+    from finray.training.evaluation import results
+
+    monkeypatch.setattr(results, "open_located", None)  # the model is not needed any more
+    assert main([*words, server.address]) == 0
+    assert len(server.asked) == 4
+    assert json.loads((target / "eval.json").read_text())["measures"][-1]["count"] == 5
+
+
+def test_the_page_escapes_and_shows_the_worst_first(
+    run: Path, tmp_path: Path, write: Write, read: Read
+) -> None:
+    score = tmp_path / "score.py"
+    score.write_text(
+        "def place(prompts, **columns):\n"
+        "    return [-float(prompt[-1]['content'].split()[-1]) for prompt in prompts]\n"
+    )
+    data = write(tmp_path / "rows.jsonl", [*ROWS, {"text": "none"}])
+    result = finray.evaluate(
+        run, data, metrics=[f"{score}:place"], loss=False, max_tokens=2, to=tmp_path / "eval"
+    )
+    page = result.report.text
+    places = [page.index(f"Row {number}<") for number in (5, 4, 3, 2, 1)]
+    assert places == sorted(places) and "lazy dog &lt;b&gt;&amp;amp;" in page
+    assert "rows.jsonl:6: " in page and result.record["answered"] == 5
+    assert [line["row"] for line in read(tmp_path / "eval" / "eval.jsonl")] == [1, 2, 3, 4, 5, 6]
+    assert result.values["place"] == -2.0
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--metric", "rogue"), "--metric: there is no measure rogue"),
+        (("--judge", "here:80", "--judge-model", "m"), "--judge: here:80 is no address"),
+        (("--judge", "http://here:80"), "name the judge's model with --judge-model"),
+        (("--schema", "{data}"), "--schema: cannot read"),
+        (("--against", "nope"), "there is no run nope"),
+    ],
+)
+def test_what_is_wrong_is_one_line(
+    words: tuple[str, ...],
+    message: str,
+    run: Path,
+    tmp_path: Path,
+    write: Write,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    data = write(tmp_path / "rows.jsonl", ROWS)
+    more = [word.format(data=data) for word in words]
+    assert main(["eval", str(run), "--data", str(data), *more]) == 2
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1 and message in err

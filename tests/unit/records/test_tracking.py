@@ -1,0 +1,321 @@
+"""Trackers: what each is sent, once and in order, over restarts, failures and a driver's death.
+
+The processes are real. Their client is a file `trackio.py` that stands in for the package and
+writes down its calls; tests against the real packages are skipped where these are absent.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support.recorded import RecordedProgress
+from support.stored_runs import stored_run
+
+from finray.training.common.errors import InputError
+from finray.training.common.storage import Folder
+from finray.training.config.trackers import check_trackers, programs_of
+from finray.training.records.trackers import TRACKERS
+from finray.training.records.tracking import TrackerState, read_state, tracked
+
+CLIENT = """
+import json, os, pathlib
+LOG = pathlib.Path(os.environ["CALLS"])
+def say(*what):
+    with LOG.open("a") as stream:
+        stream.write(json.dumps(what) + "\\n")
+class Run:
+    def __init__(self, name): self.name = name
+    def log(self, values, step):
+        if pathlib.Path(os.environ["CALLS"] + ".down").exists():
+            raise OSError("the server is down, key wandb_v1_" + "a1B2" * 8)
+        say("log", self.name, step, values)
+    def log_artifact(self, path, name, type): say("add", self.name, name, type)
+    def finish(self): say("finish", self.name)
+def init(project, name, **how):
+    say("init", name, how["resume"], how["group"], how["config"].get("model.base"))
+    return Run(name)
+"""
+
+
+@pytest.fixture
+def calls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[], list[Any]]:
+    """A client that writes down its calls; returns what it was called with."""
+    (tmp_path / "client").mkdir()
+    (tmp_path / "client" / "trackio.py").write_text(CLIENT, encoding="utf-8")
+    path = os.pathsep.join([str(tmp_path / "client"), os.environ.get("PYTHONPATH", "")])
+    monkeypatch.setenv("PYTHONPATH", path)
+    monkeypatch.setenv("CALLS", str(tmp_path / "calls"))
+
+    def read() -> list[Any]:
+        file = tmp_path / "calls"
+        return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+
+    return read
+
+
+def add_lines(run: Path, *steps: int) -> None:
+    with (run / "metrics.jsonl").open("a", encoding="utf-8") as stream:
+        for step in steps:
+            stream.write(json.dumps({"step": step, "epoch": 0.1, "loss": 1.0 / (1 + step)}) + "\n")
+
+
+def losses(calls: list[Any]) -> list[tuple[int, float]]:
+    return [(call[2], call[3]["loss"]) for call in calls if call[0] == "log" and "loss" in call[3]]
+
+
+def test_a_run_is_sent_and_resumed_under_its_id(
+    tmp_path: Path, calls: Callable[[], list[Any]]
+) -> None:
+    run = stored_run(tmp_path, "run")
+    (run / "report.html").write_text("page")
+    folder = Folder(str(run))
+    add_lines(run, 0, 1, 2)
+    progress = RecordedProgress()
+    with tracked(folder, ["trackio"], progress):
+        add_lines(run, 3)
+    first = calls()
+    assert first[0] == ["init", "run", "never", None, "owner/base"]
+    assert losses(first) == [(step, 1.0 / (1 + step)) for step in range(4)]
+    assert first[-3:] == [
+        ["add", "run", "report.html", "report"],
+        ["add", "run", "recipe.yaml", "recipe"],
+        ["finish", "run"],
+    ]
+    # A crash undoes steps 2 and 3, and the resumed run writes them again.
+    (run / "metrics.jsonl").write_text("")
+    add_lines(run, 0, 1, 2, 3, 4)
+    with tracked(folder, ["trackio"], progress):
+        pass
+    again = calls()[len(first) :]
+    assert again[0][:3] == ["init", "run", "allow"]
+    assert losses(again) == [(4, 0.2)]
+    assert not [text for text in progress.statuses if "log.to" in text]
+
+
+def test_a_tracker_that_is_down_ends_in_one_warning_with_a_count(
+    tmp_path: Path, calls: Callable[[], list[Any]]
+) -> None:
+    class Noted(RecordedProgress):
+        def __init__(self) -> None:
+            super().__init__()
+            self.notes: list[str] = []
+
+        def note(self, text: str) -> None:
+            self.notes.append(text)
+
+    run, progress = stored_run(tmp_path, "run"), Noted()
+    down = tmp_path / "calls.down"
+    down.touch()
+    add_lines(run, 1, 2, 3)
+    with tracked(Folder(str(run)), ["trackio"], progress):
+        pass
+    assert losses(calls()) == []
+    (note,) = progress.notes
+    assert note.startswith("log.to: trackio: OSError: the server is down")
+    assert "3 lines of metrics.jsonl were not sent" in note and "a1B2a1B2" not in note
+    down.unlink()
+    with tracked(Folder(str(run)), ["trackio"], progress):
+        pass
+    assert [step for step, _ in losses(calls())] == [1, 2, 3], "the next start sends them"
+    assert len(progress.notes) == 1
+
+
+def test_a_run_whose_driver_dies_stays_open(tmp_path: Path, calls: Callable[[], list[Any]]) -> None:
+    run = stored_run(tmp_path, "run", status="running")
+    add_lines(run, 1)
+    program = [sys.executable, "-m", "finray.training.records.tracking_program"]
+    child = subprocess.run(
+        [*program, "trackio", str(run)], stdin=subprocess.DEVNULL, timeout=60, check=False
+    )
+    assert child.returncode == 0
+    assert losses(calls()) == [(1, 0.5)] and ["finish", "run"] not in calls()
+
+
+def test_a_process_that_ends_at_once_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "trackio.py").write_text("import os; os._exit(3)")
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
+    run = stored_run(tmp_path / "runs", "run")
+    add_lines(run, 1)
+    notes: list[str] = []
+    progress = RecordedProgress()
+    monkeypatch.setattr(progress, "note", notes.append)
+    with tracked(Folder(str(run)), ["trackio"], progress):
+        pass
+    assert notes == [
+        "log.to: trackio: its process ended; 1 lines of metrics.jsonl were not sent, and the run "
+        "went on without it"
+    ]
+
+
+def test_a_sweep_is_a_parent_and_its_ended_trials_are_children(
+    tmp_path: Path, calls: Callable[[], list[Any]]
+) -> None:
+    sweep = tmp_path / "sweep"
+    rows = []
+    for number, state in enumerate(["finished", "pruned", "running"]):
+        add_lines(stored_run(sweep / "trials", f"trial-{number:04d}"), 1)
+        values = [0.5] if state == "finished" else None
+        rows.append({"number": number, "state": state, "values": values, "settings": {}})
+    record = {
+        "name": "sweep",
+        "status": "finished",
+        "settings": {"trials": 3},
+        "trials": rows,
+        "objectives": [{"metric": "eval_loss", "mode": "min"}],
+    }
+    (sweep / "sweep.json").write_text(json.dumps(record), encoding="utf-8")
+    for _ in range(2):
+        with tracked(
+            Folder(str(sweep)), ["trackio"], RecordedProgress(), "finray.tuning.tracking_program"
+        ):
+            pass
+    made = [(call[1], call[3]) for call in calls() if call[0] == "init"]
+    children = [("sweep/trial-0000", "sweep"), ("sweep/trial-0001", "sweep")]
+    assert made == [("sweep", "sweep"), *children, ("sweep", "sweep")]
+    assert [call for call in calls() if call[0] == "log" and call[1] == "sweep"] == [
+        ["log", "sweep", 0, {"eval_loss": 0.5}]
+    ]
+
+
+def test_values_of_one_step_come_from_several_lines() -> None:
+    state = TrackerState()
+    lines = [{"step": 1, "loss": 2.0}, {"step": 1, "eval_loss": 3.0}, {"step": 2, "loss": None}]
+    state.sent(state.unsent(lines[:1]))
+    assert state.unsent(lines) == [(1, {"eval_loss": 3.0})]
+
+
+def test_an_absent_package_or_key_is_refused(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    module = "finray.training.config.trackers.find_spec"
+    monkeypatch.setattr(module, lambda _: None)
+    with pytest.raises(
+        InputError, match=r"log.to: mlflow needs the package mlflow; install finray"
+    ):
+        check_trackers(["tensorboard", "mlflow"])
+    monkeypatch.setattr(module, lambda _: object())
+    for name in ("WANDB_API_KEY", "WANDB_MODE", "WANDB_IDENTITY_TOKEN_FILE", "WANDB_BASE_URL"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    with pytest.raises(InputError, match=r"log.to: wandb has no key; set WANDB_API_KEY"):
+        check_trackers(["wandb"])
+    (tmp_path / "netrc").write_text("machine api.wandb.ai login user password 1\n")
+    (tmp_path / "netrc").chmod(0o600)
+    check_trackers(["wandb"])
+    monkeypatch.setenv("NETRC", str(tmp_path / "none"))
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    check_trackers(["wandb"])
+    assert programs_of(["tensorboard", "wandb", "wandb"]) == ["wandb"]
+
+
+# the real packages
+
+
+def needs(package: str) -> pytest.MarkDecorator:
+    return pytest.mark.skipif(
+        find_spec(package) is None, reason=f"the package {package} is not installed"
+    )
+
+
+def tracked_twice(run: Path, name: str) -> RecordedProgress:
+    """A run that is tracked, stopped, and tracked to its end."""
+    progress = RecordedProgress()
+    (run / "report.html").write_text("page")
+    for steps in ((1, 2), (3,)):
+        add_lines(run, *steps)
+        with tracked(Folder(str(run)), [name], progress):
+            pass
+    return progress
+
+
+@pytest.mark.slow
+@needs("mlflow")
+def test_mlflow_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Against a real server on loopback."""
+    import socket
+
+    from mlflow import MlflowClient
+
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    uri = f"http://127.0.0.1:{port}"
+    store = [
+        f"--backend-store-uri=sqlite:///{tmp_path}/db",
+        f"--artifacts-destination={tmp_path}/a",
+    ]
+    command = [sys.executable, "-m", "mlflow", "server", f"--port={port}", "--workers=1", *store]
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        end = time.monotonic() + 120
+        while True:
+            try:
+                socket.create_connection(("127.0.0.1", port), timeout=1).close()
+                break
+            except OSError:
+                assert time.monotonic() < end and server.poll() is None
+                time.sleep(0.3)
+        run = stored_run(tmp_path, "run", tags=["baseline"])
+        tracked_twice(run, "mlflow")
+        client = MlflowClient(uri)
+        number = read_state(Folder(str(run)), "mlflow").id
+        assert number is not None
+        history = client.get_metric_history(number, "loss")
+        assert [(item.step, item.value) for item in history] == [(1, 0.5), (2, 1 / 3), (3, 0.25)]
+        found = client.get_run(number)
+        assert found.info.status == "FINISHED" and found.data.params["model.base"] == "owner/base"
+        assert {item.path for item in client.list_artifacts(number)} == {
+            "report.html",
+            "recipe.yaml",
+        }
+    finally:
+        server.terminate()
+        server.wait()
+
+
+@pytest.mark.slow
+@needs("wandb")
+def test_wandb_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Offline: its files lie in the run's folder, both attempts under one id."""
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    run = stored_run(tmp_path, "run")
+    tracked_twice(run, "wandb")
+    number = read_state(Folder(str(run)), "wandb").id
+    files = sorted((run / "trackers" / "wandb").rglob("*.wandb"))
+    assert [file.name for file in files] == [f"run-{number}.wandb"] * 2
+
+
+@pytest.mark.slow
+@needs("trackio")
+def test_trackio_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))
+    run = stored_run(tmp_path, "run")
+    tracked_twice(run, "trackio")
+    assert read_state(Folder(str(run)), "trackio").id == "run"
+    script = (
+        "import json, trackio\n"
+        "logs = trackio.SQLiteStorage.get_logs('finray', 'run')\n"
+        "print(json.dumps([[line['step'], line['loss']] for line in logs]))\n"
+    )
+    seen = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True
+    )
+    assert json.loads(seen.stdout.splitlines()[-1]) == [[1, 0.5], [2, 1 / 3], [3, 0.25]]
+
+
+def test_every_name_in_the_recipe_has_a_class() -> None:
+    from typing import get_args
+
+    from finray.training.config.trackers import IN_FOLDER, TrackerName
+
+    assert {*TRACKERS, IN_FOLDER} == set(get_args(TrackerName))

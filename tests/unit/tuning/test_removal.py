@@ -1,0 +1,242 @@
+"""Deleting runs and leftovers: what is kept and why, and deaths and starts in between."""
+
+import json
+import os
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support.recorded import RecordedProgress
+from support.stored_runs import checkpoint, stored_run
+
+from finray.cluster.api.housekeeping import find_run, plan_clean, plan_prune, plan_rm
+from finray.cluster.cli.main import main
+from finray.training.common.errors import InputError
+from finray.training.common.lock import hold_run_lock
+from finray.training.common.progress import SILENT
+from finray.training.common.storage import Folder
+from finray.training.records.run_folder import list_runs
+from finray.tuning.removal import DELETED_FOLDER, Removal, remove
+from finray.tuning.storage_contents import contents_of
+
+DAY = 86400.0
+
+
+def names(removal: Removal) -> list[str]:
+    return sorted(item.name for item in removal.doomed)
+
+
+def kept(removal: Removal) -> dict[str, str]:
+    return dict(removal.kept)
+
+
+def rm(storage: Path, *runs: str, unfinished: bool = False) -> Removal:
+    return plan_rm(runs, Folder(str(storage)), unfinished)
+
+
+def in_storage(path: Path) -> set[str]:
+    return {each.name for each in path.iterdir()}
+
+
+def make_old(path: Path, days: float = 2) -> None:
+    """Set the time of a folder and all in it."""
+    for each in (*path.rglob("*"), path):
+        os.utime(each, (time.time() - days * DAY,) * 2)
+
+
+def test_a_dry_run_says_the_size_and_deletes_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = stored_run(tmp_path, "old")
+    size = sum(file.stat().st_size for file in run.iterdir())
+    assert main(["runs", "rm", "old", "--storage", str(tmp_path), "--json"]) == 0
+    said = json.loads(capsys.readouterr().out)
+    assert (said["bytes"], said["deleted"]) == (size, [])
+    assert [item["name"] for item in said["remove"]] == ["old"]
+    assert main(["--quiet", "runs", "rm", "old", "--storage", str(tmp_path)]) == 0
+    assert "nothing is deleted yet; add --yes" in capsys.readouterr().out
+    assert run.exists()
+    assert main(["--quiet", "runs", "rm", "old", "--storage", str(tmp_path), "--yes"]) == 0
+    assert in_storage(tmp_path) == set()
+
+
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        lambda run: {"model": {"base": "owner/base", "adapter": f"{run}/adapter"}},
+        lambda run: {"model": {"base": f"{run}/model"}},
+        lambda run: {"method": {"kind": "dpo", "reference_model": str(run)}},
+        lambda run: {"method": {"kind": "grpo", "rewards": [{"run": str(run)}]}},
+        lambda run: {"data": {"train": [{"path": f"{run}/inputs/rows.jsonl"}]}},
+    ],
+)
+def test_what_another_run_refers_to_is_kept_and_named(
+    tmp_path: Path, recipe: Callable[[Path], dict[str, Any]]
+) -> None:
+    run = stored_run(tmp_path, "first")
+    stored_run(tmp_path, "second", recipe=recipe(run))
+    stored_run(tmp_path, "first.1")
+    assert "second refers to it" in kept(rm(tmp_path, "first"))["first"]
+    assert names(rm(tmp_path, "first.1")) == ["first.1"], "a name that only begins the same"
+    assert names(rm(tmp_path, "first", "second")) == ["first", "second"], "both go"
+
+
+def test_a_chain_is_kept_from_its_end(tmp_path: Path) -> None:
+    """c starts from b, b from a; c is unfinished, so neither b nor a goes."""
+    a = stored_run(tmp_path, "a")
+    b = stored_run(tmp_path, "b", recipe={"model": {"base": "x", "adapter": f"{a}/adapter"}})
+    c = stored_run(
+        tmp_path, "c", status="stopped", recipe={"model": {"base": "x", "adapter": f"{b}/adapter"}}
+    )
+    checkpoint(c)
+    assert sorted(kept(rm(tmp_path, "a", "b", "c"))) == ["a", "b", "c"]
+    assert names(rm(tmp_path, "a", "b", "c", unfinished=True)) == ["a", "b", "c"]
+
+
+def test_references_survive_a_move_of_the_storage_and_links(tmp_path: Path) -> None:
+    run = stored_run(tmp_path / "before", "first")
+    stored_run(
+        tmp_path / "before", "second", recipe={"model": {"base": "x", "adapter": f"{run}/adapter"}}
+    )
+    (tmp_path / "before").rename(tmp_path / "after")
+    assert "second" in kept(rm(tmp_path / "after", "first"))["first"]
+    (tmp_path / "link").symlink_to(tmp_path / "after")
+    assert "second" in kept(rm(tmp_path / "link", "first"))["first"]
+
+
+def test_what_a_sweep_refers_to_and_its_trials_are_kept(tmp_path: Path) -> None:
+    run = stored_run(tmp_path, "start")
+    sweep = tmp_path / "sweep"
+    recipe = {"model": {"base": "x", "adapter": f"{run}/adapter"}}
+    stored_run(sweep / "trials", "trial-0000", recipe=recipe, prepared="a" * 16)
+    record = {"name": "sweep", "status": "finished", "trials": [], "prepared": ["b" * 16]}
+    (sweep / "sweep.json").write_text(json.dumps(record), encoding="utf-8")
+    assert "sweep refers to it" in kept(rm(tmp_path, "start"))["start"]
+    with pytest.raises(InputError, match="a trial of the sweep sweep"):
+        rm(tmp_path, str(sweep / "trials" / "trial-0000"))
+    (entry,) = [entry for entry in contents_of(Folder(str(tmp_path))) if entry.kind == "sweep"]
+    assert entry.prepared == {"a" * 16, "b" * 16}
+
+
+def test_a_run_in_use_is_kept(tmp_path: Path) -> None:
+    run = stored_run(tmp_path, "busy")
+    with hold_run_lock(Folder(str(run)), threading.Event(), SILENT):
+        assert "in use by process" in kept(rm(tmp_path, "busy", unfinished=True))["busy"]
+    assert names(rm(tmp_path, "busy")) == ["busy"]
+
+
+def test_a_run_that_starts_or_changes_after_the_plan_is_kept(tmp_path: Path) -> None:
+    starts, changes = stored_run(tmp_path, "starts"), stored_run(tmp_path, "changes")
+    stored_run(tmp_path, "goes")
+    plan = rm(tmp_path, "starts", "changes", "goes")
+    (changes / "run.json").write_text('{"status": "running", "step": 3}', encoding="utf-8")
+    with hold_run_lock(Folder(str(starts)), threading.Event(), SILENT):
+        assert remove(plan, RecordedProgress()) == ["goes"]
+    assert in_storage(tmp_path) == {"starts", "changes"}
+
+
+def test_a_death_half_way_leaves_a_whole_run_or_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stored_run(tmp_path, "run")
+    plan = rm(tmp_path, "run")
+
+    class DeathError(Exception):
+        pass
+
+    delete = Folder.delete
+
+    def die(folder: Folder, name: str = "") -> None:
+        if DELETED_FOLDER in folder.uri:
+            raise DeathError
+        delete(folder, name)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Folder, "delete", die)
+        with pytest.raises(DeathError):
+            remove(plan, SILENT)
+    assert not (tmp_path / "run").exists() and list_runs(Folder(str(tmp_path))) == []
+    cleaned = plan_clean(Folder(str(tmp_path)), DAY)
+    assert [item.kind for item in cleaned.doomed] == ["deleted"]
+    remove(cleaned, SILENT)
+    assert not (tmp_path / DELETED_FOLDER).exists()
+
+
+def test_prune_keeps_the_best_the_young_and_the_unfinished(tmp_path: Path) -> None:
+    for number, loss in enumerate([0.5, 0.3, None, 0.4]):
+        metrics = {} if loss is None else {"eval_loss": loss}
+        stored_run(tmp_path, f"old-{number}", metrics=metrics)
+    stored_run(tmp_path, "young", metrics={"eval_loss": 9.0}, finished_at="2999-01-01T00:00:00Z")
+    stored_run(tmp_path, "pairs", method="dpo", metrics={"eval_loss": 8.0})
+    checkpoint(stored_run(tmp_path, "half", status="failed", metrics={"eval_loss": 7.0}))
+
+    def prune(**how: Any) -> Removal:
+        given = {"keep_best": None, "by": "eval_loss", "older_than": None, "unfinished": False}
+        return plan_prune(Folder(str(tmp_path)), **(given | how))
+
+    both = prune(keep_best=2, older_than=30 * DAY)
+    assert names(both) == ["old-0", "old-2"]
+    assert set(kept(both)) == {"old-1", "old-3", "young", "pairs", "half"}
+    assert "step 10 of 10" in kept(both)["half"]
+    assert "young" in names(prune(keep_best=1))
+    assert "half" in names(prune(older_than=DAY, unfinished=True))
+    with pytest.raises(InputError, match="no run has this metric; there are eval_loss"):
+        prune(keep_best=1, by="rouge")
+    with pytest.raises(InputError, match="needs --keep-best or --older-than"):
+        prune()
+
+
+def test_clean_takes_what_no_run_refers_to(tmp_path: Path) -> None:
+    stored_run(tmp_path, "run", prepared="a" * 16)
+    home = tmp_path / "prepared"
+    for name in ("a" * 16, "b" * 16, "c" * 16, "stages/old", "rehearsals"):
+        (home / name).mkdir(parents=True)
+    (home / ("b" * 16) / "rows").write_bytes(b"x" * 1000)
+    (home / "rehearsals" / "0.json").write_text("{}")
+    (home / ("a" * 16) / ("d" * 32)).mkdir()
+    (tmp_path / ".run.json.0123abcd").write_text("")
+    make_old(tmp_path)
+    Folder(str(home / ("c" * 16))).touch()
+    plan = plan_clean(Folder(str(tmp_path)), DAY)
+    assert names(plan) == sorted(
+        [
+            ".run.json.0123abcd",
+            f"prepared/{'a' * 16}/{'d' * 32}",
+            f"prepared/{'b' * 16}",
+            "prepared/rehearsals/0.json",
+            "prepared/stages/old",
+        ]
+    )
+    assert "run was trained on it" in kept(plan)[f"prepared/{'a' * 16}"]
+    assert kept(plan)[f"prepared/{'c' * 16}"].startswith("used ")
+    assert plan.size == 1002
+    assert len(remove(plan, SILENT)) == len(plan.doomed)
+    assert in_storage(home) == {"a" * 16, "c" * 16, "stages", "rehearsals"}
+
+
+def test_data_that_a_run_starts_to_use_after_the_plan_stays(tmp_path: Path) -> None:
+    data = tmp_path / "prepared" / ("b" * 16)
+    (data / "train").mkdir(parents=True)
+    make_old(tmp_path)
+    plan = plan_clean(Folder(str(tmp_path)), DAY)
+    Folder(str(data)).touch()
+    assert remove(plan, RecordedProgress()) == [] and (data / "train").exists()
+
+
+def test_stages_of_a_set_that_stays_are_kept(tmp_path: Path) -> None:
+    stored_run(tmp_path, "run", prepared="a" * 16)
+    home = tmp_path / "prepared"
+    for name in ("a" * 16, "stages/used", "stages/unused"):
+        (home / name).mkdir(parents=True)
+    (home / ("a" * 16) / "stages.json").write_text('["used"]')
+    make_old(tmp_path)
+    assert names(plan_clean(Folder(str(tmp_path)), DAY)) == ["prepared/stages/unused"]
+
+
+def test_no_such_run(tmp_path: Path) -> None:
+    stored_run(tmp_path, "my-run")
+    with pytest.raises(InputError, match=r"no such run, .*did you mean my-run"):
+        find_run("my-rnu", Folder(str(tmp_path)))

@@ -1,0 +1,106 @@
+"""Divides the rows of an optimizer step into those of its forward passes."""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Self
+
+import numpy as np
+
+from ..config.recipe import Recipe
+from .batching import Rows
+from .packing import pack
+from .stream import Sequence, share
+
+
+@dataclass(frozen=True)
+class Division:
+    """How rows are divided: into parts of equally many, or of at most so many tokens."""
+
+    rows: int
+    """Rows of a part, if there is no budget."""
+    tokens: int | None = None
+    """The budget: tokens of a part, padding included. A longer row has a part of its own."""
+    is_flat: bool = False
+    """Rows are not padded, so that it does not matter which of them share a part."""
+    texts: int = 1
+    """Texts of a row, each of which has a row of its own in a padded part."""
+    keeps_order: bool = False
+    """The result depends on which rows share a part, so they do not change places."""
+
+    @classmethod
+    def of(cls, recipe: Recipe, *, is_flat: bool, packs: bool) -> Self:
+        """As a recipe asks for.
+
+        Args:
+            recipe: the run's recipe.
+            is_flat: True if its batches are not padded.
+            packs: True if its rows are packed, and therefore full.
+        """
+        method = recipe.method
+        return cls(
+            recipe.microbatch,
+            None if packs else recipe.optim.micro_batch_tokens,
+            is_flat,
+            method.sequences_per_row,
+            packs or method.averages_by_pass,
+        )
+
+    def divided(self, parts: int) -> Self:
+        """The same in smaller parts, of at least a row."""
+        tokens = None if self.tokens is None else max(1, self.tokens // parts)
+        return replace(self, rows=max(1, self.rows // parts), tokens=tokens)
+
+    def parts(self, rows: Rows) -> list[list[int]]:
+        """The places of each part's rows.
+
+        Without a budget, only what would be padded changes its order: rows of like length share a
+        part. With one, parts have as few free places as possible.
+        """
+        if self.is_flat and self.tokens is not None:
+            sizes = np.array([len(row.input_ids) for row in rows], np.int32)
+            bins = pack(sizes, max(self.tokens, int(sizes.max(initial=0))))
+            return [part.tolist() for part in np.split(bins.documents, bins.offsets[1:-1])]
+        places = list(range(len(rows)))
+        if not (self.is_flat or self.keeps_order):
+            places.sort(key=lambda place: -self._longest(rows[place]))
+        return list(self._grouped((place, rows[place]) for place in places))
+
+    def in_order(self, rows: Iterator[Sequence]) -> Iterator[Rows]:
+        """Parts of rows that follow each other."""
+        held: dict[int, Sequence] = {}
+
+        def noted() -> Iterator[tuple[int, Sequence]]:
+            for place, row in enumerate(rows):
+                held[place] = row
+                yield place, row
+
+        for part in self._grouped(noted()):
+            yield [held.pop(place) for place in part]
+
+    def _grouped(self, rows: Iterator[tuple[int, Sequence]]) -> Iterator[list[int]]:
+        part: list[int] = []
+        longest = total = 0
+        for place, row in rows:
+            longest, total = max(longest, self._longest(row)), total + len(row.input_ids)
+            count = len(part) + 1
+            size = total if self.is_flat else count * self.texts * longest
+            is_full = count > self.rows if self.tokens is None else size > self.tokens
+            if part and is_full:
+                yield part
+                part, longest, total = [], self._longest(row), len(row.input_ids)
+            part.append(place)
+        if part:
+            yield part
+
+    def _longest(self, row: Sequence) -> int:
+        """Tokens of the row's longest text; documents that share a row are one."""
+        return int(row.lengths.max()) if self.texts > 1 else len(row.input_ids)
+
+
+def number_of_parts(
+    rows: int, micro_batch_size: int, world_size: int, sequences_per_row: int = 1
+) -> int:
+    """Number of microbatches in one optimizer step over `rows`, without a budget; it is the same on
+    every rank."""
+    return math.ceil(share(rows, 0, world_size) * sequences_per_row / micro_batch_size)

@@ -1,0 +1,120 @@
+"""Keeps answers in a file while they are generated, so that a killed process loses one batch.
+
+Beside the file, `<name>.part` holds a line with what decides the answers, then whole lines in the
+order in which they were made. The end sorts them by their rows into the file itself, at once.
+"""
+
+import json
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from ..common.errors import InputError, reason
+from ..common.secrets import redact
+from ..records.run_folder import Record, parse_record
+
+
+class AnswerFile:
+    """Lines of a file by their row; what an earlier process wrote is there from the start.
+
+    Args:
+        target: the finished file.
+        decides: all that decides the lines, as JSON values.
+
+    Raises:
+        InputError: the file cannot be written, or was begun with other settings.
+    """
+
+    def __init__(self, target: Path, decides: Record) -> None:
+        self.target = target
+        self._part = target.with_name(f"{target.name}.part")
+        self._decides = decides
+        self.lines: dict[int, Record] = {}
+        """The lines so far, by row."""
+        size = self._read_part()
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            self._file = self._part.open("r+b" if size else "wb")
+        except OSError as error:
+            raise InputError(
+                f"{target}: cannot be written: {reason(error)}; choose another place"
+            ) from None
+        self._file.truncate(size)
+        self._file.seek(size)
+        if not size:
+            self._write([decides])
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._file.close()
+
+    def add(self, lines: list[Record]) -> None:
+        """Add lines; those of rows that are there already gain their keys."""
+        for line in lines:
+            self.lines[line["row"]] = {**self.lines.get(line["row"], {}), **line}
+        self._write(lines)
+
+    def finish(self, change: Callable[[Record], Record] = lambda line: line) -> None:
+        """Write the file, in the order of the rows, and remove the part."""
+        self._file.close()
+        whole = self._part.with_name(f"{self.target.name}.tmp")
+        with whole.open("wb") as file:
+            for row in sorted(self.lines):
+                file.write(_as_line(change(self.lines[row])))
+            file.flush()
+            os.fsync(file.fileno())
+        whole.replace(self.target)
+        self._part.unlink()
+
+    def _write(self, lines: list[Record]) -> None:
+        self._file.write(b"".join(map(_as_line, lines)))
+        self._file.flush()
+
+    def _read_part(self) -> int:
+        """Read what an earlier process left; returns the bytes of its whole lines."""
+        try:
+            content = self._part.read_bytes()
+        except FileNotFoundError:
+            return 0
+        except OSError as error:
+            raise InputError(f"{self._part}: cannot be read: {reason(error)}") from None
+        size = content.rfind(b"\n") + 1
+        first, *lines = list(_records(content[:size])) or [None]
+        if first is None:
+            return 0
+        if first != self._decides:
+            changed = sorted(
+                key for key in {*first, *self._decides} if first.get(key) != self._decides.get(key)
+            )
+            raise InputError(
+                f"{self._part} was begun with other settings ({', '.join(changed)}); give those "
+                "to go on with it, or delete it"
+            )
+        for line in lines:
+            if line is not None:
+                self.lines[line["row"]] = {**self.lines.get(line["row"], {}), **line}
+        return size
+
+
+def _records(content: bytes) -> Iterator[Record | None]:
+    for line in content.split(b"\n")[:-1]:
+        yield parse_record(line)
+
+
+def _as_line(record: Any) -> bytes:
+    text = json.dumps(record, ensure_ascii=False, default=str)
+    return f"{text}\n".encode("utf-8", "backslashreplace")
+
+
+def without_secrets(text: str) -> str:
+    """A text of another program, for a file: secrets in it are replaced."""
+    return redact(text)

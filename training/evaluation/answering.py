@@ -1,0 +1,161 @@
+"""Answers prompts in batches: which prompts share one is decided by the rows alone."""
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import islice
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from transformers import LogitsProcessorList
+
+from ..common.errors import InputError
+from ..config.section import Section
+from ..config.sections import ANSWERS_AT_ONCE
+from ..data.rendering import Prompt
+from ..data.shapes import RowError
+from ..models.generation import completion_texts, generate_ids
+from ..models.out_of_memory import in_fitting_parts
+from ..rl.rollouts.sampling import Sampler
+from .opened import Opened
+from .prompts import PromptRow
+
+_WINDOW = 32
+"""Batches among which prompts are sorted by their length."""
+_Item = TypeVar("_Item")
+
+
+class AnswerSettings(Section):
+    """How answers are generated."""
+
+    max_tokens: int = 512
+    """Longest answer, in tokens."""
+    temperature: float = 0.0
+    """0 is greedy."""
+    top_k: int = 0
+    """Sample among as many tokens; 0: among all."""
+    top_p: float = 1.0
+    """Sample among the likeliest tokens that together have this probability."""
+    seed: int = 0
+    """Seed of sampled answers; that of a row depends on it and on the row's number alone."""
+    at_once: int = ANSWERS_AT_ONCE
+    """Answers in a batch."""
+
+    def check(self) -> None:
+        """Refuse values that mean nothing.
+
+        Raises:
+            InputError: naming the option.
+        """
+        if self.max_tokens < 1:
+            raise InputError(f"--max-tokens: {self.max_tokens} is not above 0; give 1 or more")
+        if self.temperature < 0:
+            raise InputError(
+                f"--temperature: {self.temperature} is below 0; give 0 for greedy answers"
+            )
+        if not 0 <= self.seed < 2**32:
+            raise InputError(f"--seed: {self.seed} is not between 0 and 2**32 - 1; correct it")
+        if self.at_once < 1:
+            raise InputError(f"--batch: {self.at_once} is not above 0; give 1 or more")
+
+
+@dataclass(frozen=True)
+class Ask:
+    """A prompt in tokens."""
+
+    row: PromptRow
+    prompt: Prompt
+    room: int
+    """Most tokens of its answer."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A model's answer to a row."""
+
+    text: str
+    ids: tuple[int, ...]
+    """Its tokens, with the one that ended it."""
+    ended: bool
+    """False if it was cut off at the most tokens."""
+
+
+def ask_of(opened: Opened, row: PromptRow, settings: AnswerSettings) -> Ask | PromptRow:
+    """A row's prompt in tokens; the row with its error if the model cannot read it."""
+    if row.question is None:
+        return row
+    try:
+        prompt = opened.renderer.question(row.question)
+    except RowError as error:
+        return _refused(row, str(error))
+    size = len(prompt.input_ids)
+    if not size:
+        return _refused(row, "the prompt has no token; give it a text")
+    room = min(settings.max_tokens, opened.context - size)
+    if room < 1:
+        return _refused(
+            row, f"the prompt's {size:,} tokens fill the model's context of {opened.context:,}"
+        )
+    return Ask(row, prompt, room)
+
+
+def _refused(row: PromptRow, reason: str) -> PromptRow:
+    return replace(row, question=None, error=f"{row.place}: {reason}")
+
+
+def batches(
+    opened: Opened, rows: Iterable[PromptRow], settings: AnswerSettings
+) -> Iterator[list[Ask] | PromptRow]:
+    """Batches of prompts, and between them the rows that are no prompts.
+
+    Prompts of similar length share a batch. One that leaves less than `max_tokens` of the model's
+    context is alone.
+    """
+    for window in _windows(rows, settings.at_once * _WINDOW):
+        asked = [ask_of(opened, row, settings) for row in window]
+        yield from (row for row in asked if isinstance(row, PromptRow))
+        asks = [ask for ask in asked if isinstance(ask, Ask)]
+        asks.sort(key=lambda ask: len(ask.prompt.input_ids))
+        roomy = [ask for ask in asks if ask.room == settings.max_tokens]
+        for first in range(0, len(roomy), settings.at_once):
+            yield roomy[first : first + settings.at_once]
+        yield from ([ask] for ask in asks if ask.room < settings.max_tokens)
+
+
+def _windows(items: Iterable[_Item], size: int) -> Iterator[list[_Item]]:
+    waiting = iter(items)
+    while window := list(islice(waiting, size)):
+        yield window
+
+
+def answer(opened: Opened, batch: Sequence[Ask], settings: AnswerSettings) -> list[Answer]:
+    """The answers to a batch of prompts, in its order.
+
+    Raises:
+        RunError: a single answer does not fit into memory.
+    """
+    answers, _ = in_fitting_parts(
+        *(batch, len(batch), lambda part: _answer(opened, part, settings)),
+        what="answers",
+        remedy="a smaller --max-tokens takes less",
+    )
+    return answers
+
+
+def _answer(opened: Opened, batch: Sequence[Ask], settings: AnswerSettings) -> list[Answer]:
+    prompts = [ask.prompt.input_ids.tolist() for ask in batch]
+    room = min(ask.room for ask in batch)
+    how: dict[str, Any] = {}
+    if settings.temperature > 0:
+        numbers = [(settings.seed, ask.row.number) for ask in batch]
+        uniform = np.stack([np.random.default_rng(pair).random(room) for pair in numbers])
+        drawn = torch.from_numpy(uniform).to(opened.device)
+        longest = max(map(len, prompts))
+        how["logits_processor"] = LogitsProcessorList([Sampler(settings, drawn, longest)])
+    with opened.active():
+        generated = generate_ids(opened.model, opened.tokenizer, prompts, room, **how)
+    texts = completion_texts(opened.tokenizer, generated)
+    return [
+        Answer(text.removeprefix(ask.prompt.cut), tuple(one.ids), one.ended)
+        for ask, text, one in zip(batch, texts, generated, strict=True)
+    ]

@@ -1,0 +1,340 @@
+"""Evaluates models on the rows of some sources: a loss, answers, measures of them, preferences.
+
+Answers, losses and verdicts are kept in a file while they are made, so that a measure that raises
+or a judge that does not answer costs none of them.
+"""
+
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from ..common.progress import SILENT, Progress
+from ..config.eval_metrics import MetricChoice, metric_name
+from ..config.source import Source
+from ..records.run_folder import Record
+from .answer_file import AnswerFile
+from .answering import AnswerSettings, answer, batches
+from .judge import Judge, ask_all
+from .losses import measure_loss
+from .opened import Opened
+from .prompts import PromptRow, digest_of, read_prompts
+from .scores import Answered, Scored, score, title_of
+
+FORMAT = 1
+OWN, BASE, AGAINST = "answer", "base", "against"
+"""The columns of answers: the model's, those of the base under it, and those of another model."""
+LOSS, PERPLEXITY = "loss", "perplexity"
+_LOSSES_ROW = 0
+_DEVIATIONS = 1.96
+"""Standard errors of a mean in a 95 % interval."""
+
+
+@dataclass(frozen=True)
+class EvaluationSettings:
+    """What is measured, and how."""
+
+    metrics: tuple[MetricChoice, ...]
+    with_loss: bool = True
+    answers: AnswerSettings = field(default_factory=AnswerSettings)
+    schema: Any = None
+    """A JSON schema that valid JSON must fit."""
+    judge: Judge | None = None
+    rows: int | None = None
+    """Rows that are read at most."""
+
+
+@dataclass
+class Evaluation:
+    """Measures of one to three models."""
+
+    record: Record
+    """The content of eval.json."""
+    lines: list[Record]
+    """Those of eval.jsonl: rows with their answers and values."""
+    problems: list[str] = field(default_factory=list)
+    """Measures that could not be computed: one message each."""
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A model that is evaluated."""
+
+    name: str
+    identity: str
+    """Changes when a model of this name is another one."""
+    open: Callable[[], Opened]
+    """Loads it."""
+
+
+def evaluate(
+    candidates: Mapping[str, Candidate],
+    sources: Sequence[Source],
+    target: Path,
+    settings: EvaluationSettings,
+    progress: Progress = SILENT,
+) -> Evaluation:
+    """Evaluate models.
+
+    Args:
+        candidates: by column: `answer`, perhaps `base` and `against`.
+        sources: the rows.
+        target: the file of the rows with their answers; it is written when nothing failed.
+        settings: what is measured.
+        progress: receives what is done, and how far it is.
+
+    Raises:
+        InputError: the rows or a model cannot be read.
+    """
+    rows = list(read_prompts(sources, settings.rows))
+    decides = {
+        "finray": FORMAT,
+        "models": {column: one.identity for column, one in candidates.items()},
+        "rows": digest_of(sources),
+        "limit": settings.rows,
+        "loss": settings.with_loss,
+        "judge": None if settings.judge is None else settings.judge.model,
+        **settings.answers.model_dump(),
+    }
+    with AnswerFile(target, decides) as file:
+        for column, candidate in candidates.items():
+            _answer_all(column, candidate, rows, file, settings, progress)
+        problems = _judge_all(list(candidates), rows, file, settings.judge, progress)
+        evaluation = _measured(candidates, sources, rows, file, settings)
+        evaluation.problems[:0] = problems
+        if not problems:
+            file.lines.pop(_LOSSES_ROW, None)
+            file.finish(_shown_line)
+    return evaluation
+
+
+def _answer_all(
+    column: str,
+    candidate: Candidate,
+    rows: list[PromptRow],
+    file: AnswerFile,
+    settings: EvaluationSettings,
+    progress: Progress,
+) -> None:
+    """Answer with a model what it has not answered, and measure its loss."""
+    losses = file.lines.get(_LOSSES_ROW, {})
+    needs_loss = settings.with_loss and column not in losses
+    done = {row for row, line in file.lines.items() if column in line or "error" in line}
+    waiting = [row for row in rows if row.number not in done]
+    if not (waiting or needs_loss):
+        return
+    progress.status(f"loading {candidate.name}")
+    opened = candidate.open()
+    if needs_loss:
+        measured = measure_loss(opened, rows, lambda count: progress.advance(count, 2 * len(rows)))
+        values = [measured.mean, measured.tokens, measured.left_out]
+        file.add([{"row": _LOSSES_ROW, **losses, column: values}])
+    count = len(rows) - len(waiting)
+    for item in batches(opened, rows, settings.answers):
+        if isinstance(item, PromptRow):
+            if item.number not in done:
+                file.add([{"row": item.number, "error": item.error}])
+        elif any(ask.row.number not in done for ask in item):
+            answers = answer(opened, item, settings.answers)
+            file.add(
+                [
+                    {"row": ask.row.number, column: one.text, f"{column}_ids": one.ids}
+                    for ask, one in zip(item, answers, strict=True)
+                ]
+            )
+            count += len(item)
+            progress.advance(len(rows) + min(count, len(rows)), 2 * len(rows))
+
+
+def _judge_all(
+    columns: list[str],
+    rows: list[PromptRow],
+    file: AnswerFile,
+    judge: Judge | None,
+    progress: Progress,
+) -> list[str]:
+    """Ask the judge for what it has not judged; returns why it could not."""
+    if judge is None:
+        return []
+    progress.status("asking the judge")
+    problems = []
+    by_number = {row.number: row for row in rows}
+    answered = [row for row in rows if OWN in file.lines.get(row.number, {})]
+    for column in columns:
+        key = f"judge_{column}"
+
+        def ask(number: int, column: str = column) -> float:
+            row = by_number[number]
+            assert row.question is not None
+            text = file.lines[number][column]
+            return judge.score(row.turns, text, row.question.reference)
+
+        waiting = [row.number for row in answered if key not in file.lines[row.number]]
+        problem = ask_all(waiting, ask, _keeping(file, key))
+        if problem:
+            return [f"judge: {problem}; the same command goes on with the rows that are left"]
+    if AGAINST in columns:
+
+        def choose(number: int) -> str:
+            row, line = by_number[number], file.lines[number]
+            assert row.question is not None
+            return judge.prefer(row.turns, line[OWN], line[AGAINST], row.question.reference)
+
+        waiting = [row.number for row in answered if "preferred" not in file.lines[row.number]]
+        problem = ask_all(waiting, choose, _keeping(file, "preferred"))
+        problems += [f"judge: {problem}"] if problem else []
+    return problems
+
+
+def _keeping(file: AnswerFile, key: str) -> Callable[[int, Any], None]:
+    return lambda number, verdict: file.add([{"row": number, key: verdict}])
+
+
+def _measured(
+    candidates: Mapping[str, Candidate],
+    sources: Sequence[Source],
+    rows: list[PromptRow],
+    file: AnswerFile,
+    settings: EvaluationSettings,
+) -> Evaluation:
+    """Every measure of every model, with the values in the lines of the file."""
+    answered = [row for row in rows if OWN in file.lines.get(row.number, {})]
+    measures, problems = [], []
+    if settings.with_loss:
+        measures += _losses(list(candidates), file.lines.get(_LOSSES_ROW, {}))
+    for metric in settings.metrics:
+        name = metric_name(metric)
+        scored = {
+            column: score(metric, _answers(column, answered, file), settings.schema)
+            for column in candidates
+        }
+        measures.append(_measure(name, title_of(name), scored))
+        for column, one in scored.items():
+            _note(file, answered, column, name, one.values)
+        errors = [one.error for one in scored.values() if one.error]
+        problems += [f"{name}: {errors[0]}"] if errors else []
+    if settings.judge is not None:
+        scored = {}
+        for column in candidates:
+            lines = [file.lines[row.number] for row in answered]
+            values = [line.get(f"judge_{column}") for line in lines]
+            present = [value for value in values if value is not None]
+            overall = sum(present) / len(present) if present else None
+            scored[column] = Scored(values, overall)
+            _note(file, answered, column, "judge", values)
+        measures.append(_measure("judge", f"judge {settings.judge.model}, 1 to 10", scored))
+    for row in rows:
+        line = file.lines.get(row.number)
+        if line is not None and row.question is not None:
+            line.update(prompt=row.turns, reference=row.question.reference)
+    lines = [line for number, line in sorted(file.lines.items()) if number != _LOSSES_ROW]
+    record = {
+        "format": FORMAT,
+        "at": datetime.now(UTC).isoformat(timespec="seconds"),
+        "models": {column: one.name for column, one in candidates.items()},
+        "data": [source.label for source in sources],
+        "rows": len(rows),
+        "answered": len(answered),
+        "bad": [line["error"] for line in lines if "error" in line][:20],
+        "max_tokens": settings.answers.max_tokens,
+        "measures": measures,
+        "preferences": _preferences(lines, candidates, settings),
+    }
+    return Evaluation(record, lines, problems)
+
+
+def _answers(column: str, rows: list[PromptRow], file: AnswerFile) -> list[Answered]:
+    lines = [file.lines[row.number] for row in rows]
+    return [
+        Answered(row, line[column], tuple(line[f"{column}_ids"]))
+        for row, line in zip(rows, lines, strict=True)
+    ]
+
+
+def _note(
+    file: AnswerFile, rows: list[PromptRow], column: str, name: str, values: Sequence[float | None]
+) -> None:
+    """Note an answer's values in the row's line."""
+    for row, value in zip(rows, values, strict=True):
+        file.lines[row.number].setdefault(f"{column}_values", {})[name] = value
+
+
+def _losses(columns: list[str], losses: Record) -> list[Record]:
+    """The measures loss and perplexity."""
+    means = {column: losses.get(column, [None])[0] for column in columns}
+    perplexities = {
+        column: None if mean is None else math.exp(min(mean, 700.0))
+        for column, mean in means.items()
+    }
+    tokens = losses.get(OWN, [None, 0])[1]
+    return [
+        {"name": LOSS, "title": "loss", "values": means, "count": tokens},
+        {"name": PERPLEXITY, "title": "perplexity", "values": perplexities, "count": tokens},
+    ]
+
+
+def _measure(name: str, title: str, scored: Mapping[str, Scored]) -> Record:
+    counts = [sum(value is not None for value in one.values) for one in scored.values()]
+    failures = max(one.failures for one in scored.values())
+    return {
+        "name": name,
+        "title": title,
+        "values": {column: one.overall for column, one in scored.items()},
+        "intervals": {column: interval(one.values) for column, one in scored.items()},
+        "count": max(counts, default=0),
+        **({"failures": failures} if failures else {}),
+    }
+
+
+def interval(values: Sequence[float | None]) -> float | None:
+    """Half of a mean's 95 % interval, by its standard error; None for fewer than two values."""
+    present = [value for value in values if value is not None]
+    if len(present) < 2:
+        return None
+    mean = sum(present) / len(present)
+    variance = sum((value - mean) ** 2 for value in present) / (len(present) - 1)
+    return _DEVIATIONS * math.sqrt(variance / len(present))
+
+
+def _preferences(
+    lines: list[Record], candidates: Mapping[str, Candidate], settings: EvaluationSettings
+) -> list[Record]:
+    """Against another model: how many rows each wins, by the judge and by each measure."""
+    if AGAINST not in candidates:
+        return []
+    counted = []
+    if settings.judge is not None:
+        verdicts = [line["preferred"] for line in lines if "preferred" in line]
+        numbers = [verdicts.count(one) for one in ("first", "tie", "second")]
+        counted.append(("judge", *numbers))
+    for metric in settings.metrics:
+        name = metric_name(metric)
+        sign = 1 if isinstance(metric, str) or metric.mode == "max" else -1
+        gains = [
+            sign * (own - other)
+            for line in lines
+            if (own := line.get(f"{OWN}_values", {}).get(name)) is not None
+            and (other := line.get(f"{AGAINST}_values", {}).get(name)) is not None
+        ]
+        wins, losses = sum(gain > 0 for gain in gains), sum(gain < 0 for gain in gains)
+        counted.append((name, wins, len(gains) - wins - losses, losses))
+    return [
+        {"by": name, "wins": wins, "ties": ties, "losses": losses}
+        for name, wins, ties, losses in counted
+    ]
+
+
+def _shown_line(line: Record) -> Record:
+    """A row's line without what only the evaluation itself needs."""
+    left_out = {f"{column}_ids" for column in (OWN, BASE, AGAINST)}
+    return {key: value for key, value in line.items() if key not in left_out}
+
+
+def write_record(record: Record) -> bytes:
+    """The content of eval.json."""
+    return f"{json.dumps(record, indent=2, ensure_ascii=False)}\n".encode(
+        "utf-8", "backslashreplace"
+    )
