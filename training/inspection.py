@@ -103,7 +103,6 @@ def inspect_recipe(recipe: Recipe) -> Inspection:
 
 
 @locates
-@locates
 def check_log(recipe: Recipe) -> None:
     """Check that all of `log.to` can be used from this process.
 
@@ -113,6 +112,7 @@ def check_log(recipe: Recipe) -> None:
     check_trackers(recipe.log.to)
 
 
+@locates
 def check_storage(recipe: Recipe, writes: bool = True) -> None:
     """Check that the storage is a folder in which this process can write.
 

@@ -194,7 +194,7 @@ class _Entry:
             return
         name = str(kind).partition(":")[0]
         stem, _, loader = name.partition(".")
-        if self.method in ("grpo", "rloo"):
+        if self.method in ONLINE:
             self.draft.leave(
                 f"{self.key}.type", f"{kind}: a function of yours; write it as map of the source"
             )

@@ -8,6 +8,7 @@ from typing import Any
 from ...training.common.errors import InputError
 from ...training.common.formatting import printable, shown
 from ...training.config.foreign.lookup import dialect_of, marks_in
+from ...training.config.methods import ONLINE
 from ...training.config.recipe import Recipe, build_recipe
 from ...training.config.short_forms import write_out
 from ...training.config.yaml_file import Document, read_foreign_file
@@ -153,7 +154,7 @@ def _settle(draft: Draft) -> None:
         )
     if values.get("adapter.init") in ("pissa", "olora", "loftq") and values.get("adapter.dora"):
         draft.notes.append(f"adapter.init: default instead of {values.pop('adapter.init')} (DoRA)")
-    online = values.get("method.kind") in ("grpo", "rloo")
+    online = values.get("method.kind") in ONLINE
     if online and int(values.get("data.max_length", 0)) <= int(values["method.max_completion"]):
         values["data.max_length"] = int(values["method.max_completion"]) + 512
         draft.notes.append("data.max_length: longer, as prompts need room beside completions")

@@ -7,6 +7,7 @@ from pathlib import PurePosixPath
 from typing import Any, get_args
 
 from ...training.common.errors import InputError
+from ...training.config.methods import ONLINE
 from ...training.config.sections import RESERVED_NAMES
 from ...training.config.trackers import TrackerName, check_trackers
 from .draft import Draft
@@ -225,7 +226,7 @@ def sharding(draft: Draft, devices: Devices) -> None:
     shards = any(name != "deepspeed" or "zero3" in str(given[name]) for name in names)
     quantize = draft.values.get("model.quantize")
     init = draft.values.get("adapter.init")
-    is_online = draft.values.get("method.kind") in ("grpo", "rloo")
+    is_online = draft.values.get("method.kind") in ONLINE
     for name in names:
         if devices.count < 2:
             draft.change(name, "one GPU has no other to share the weights with; see --gpus")

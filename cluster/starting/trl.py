@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from ...training.common.errors import InputError
-from ...training.config.methods import METHODS, DpoLoss
+from ...training.config.methods import METHODS, ONLINE, DpoLoss
 from . import adapting, trainer
 from .axolotl import holdout
 from .draft import Draft
@@ -84,7 +84,7 @@ def convert(draft: Draft, devices: Devices, places: Places, kind: str, origin: s
     names = ("run_name", "output_dir", "hub_model_id")
     trainer.run_name(draft, names, f"{base.rpartition('/')[2]}-{kind}")
     _adapter(draft)
-    if kind in ("grpo", "rloo"):
+    if kind in ONLINE:
         online(draft, settings.values)
     else:
         _of_method(draft, kind)
@@ -318,7 +318,7 @@ def _lengths(draft: Draft, kind: str) -> None:
     name = "max_length" if settings.value("max_length") is not None else "max_seq_length"
     length = settings.whole(name)
     value = max(8, length or 1024)
-    if kind in ("grpo", "rloo"):
+    if kind in ONLINE:
         prompt = settings.whole("max_prompt_length") or 512
         value = prompt + int(draft.values["method.max_completion"])
         draft.put("data.max_length", value, "max_prompt_length", note="prompt and completion")

@@ -540,6 +540,8 @@ METHODS: dict[str, type[MethodSettings]] = {
     variant.model_fields["kind"].default: variant for variant in get_args(get_args(_Variants)[0])
 }
 """The settings class of each kind."""
+ONLINE = frozenset(kind for kind, settings in METHODS.items() if settings.samples_online)
+"""Kinds that learn from answers that the model samples while it trains."""
 
 _Name = Annotated[str, Field(json_schema_extra={"enum": list(METHODS)})]
 Method = Annotated[_Variants, BeforeValidator(as_method, _Name | _Variants)]

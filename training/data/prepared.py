@@ -394,9 +394,13 @@ def publish(folder: Folder, manifest: Manifest) -> Prepared:
     Returns:
         The data set of the attempt that won.
     """
-    if (winner := _undamaged(folder)) is not None:
+    try:
+        winner, is_damaged = open_prepared(folder), False
+    except DamagedDataError:
+        winner, is_damaged = None, True
+    if winner is not None:
         return winner
-    if folder.local is None or folder.exists(MANIFEST):
+    if folder.local is None or is_damaged:
         folder.write(MANIFEST, manifest.to_json())
         return Prepared(folder, manifest)
     draft = f"{MANIFEST}.{uuid.uuid4().hex}"
@@ -410,13 +414,6 @@ def publish(folder: Folder, manifest: Manifest) -> Prepared:
     finally:
         folder.delete(draft)
     return Prepared(folder, manifest)
-
-
-def _undamaged(folder: Folder) -> Prepared | None:
-    try:
-        return open_prepared(folder)
-    except DamagedDataError:
-        return None
 
 
 def _digest(values: dict[str, Any]) -> str:

@@ -10,6 +10,7 @@ from ..common.formatting import one_line
 from ..config.eval_metrics import MetricChoice, metric_name
 from ..data.prepared import Sample
 from ..data.shapes import Question
+from ..models import import_peft  # noqa: F401 - before what loads peft
 from ..models.devices import random_state
 from ..models.generation import Generated
 from .prompts import PromptRow

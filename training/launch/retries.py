@@ -184,7 +184,7 @@ class _Remedies:
         record = read_run(self.run) or {}
         if (parts := record.get(_PARTS)) is not None:
             task = cast(WorkerTask, {**task, _PARTS: parts})
-        key = _ROWS if task["recipe"]["optim"].get(_TOKENS) is None else _TOKENS
+        key = _ROWS if task["recipe"].get("optim", {}).get(_TOKENS) is None else _TOKENS
         before = record.get(key)
         return task if before is None else _with_size(task, key, min(before, _size(task)[1]))
 

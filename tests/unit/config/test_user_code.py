@@ -113,6 +113,8 @@ FILES = {
     **{f"{source}.dataset_info": "inside the recipe" for source in SOURCES},
     **{f"{source}.map.file": "inside the recipe" for source in SOURCES},
     "data.curate.*.with.file": "inside the recipe",
+    "data.curate.*.run": "refused",
+    "eval.metrics.*.file": "inside the recipe",
     "data.chat_template": "inside the recipe",
     "model.base": "travels",
     "model.adapter": "travels",
@@ -128,7 +130,8 @@ PLAIN = {
     *("name", "model.revision", "method.rewards.*.label", "method.rewards.*.source"),
     *("adapter.targets", "adapter.modules_to_save", "freeze.train.*"),
     *("method.margin", "method.margin.*", "data.date"),
-    *("data.curate.*.with.source", "data.holdout.group_by"),
+    *("data.curate.*.with.source", "data.curate.*.keep", "data.holdout.group_by"),
+    *("eval.metrics.*.source", "eval.watch", "log.tags.*", "scale.prepare.resources"),
     *("model.add_tokens.*", "method.rewards.*.options"),
     *(
         f"{source}.{name}"

@@ -10,7 +10,7 @@ import torch
 from torch.nn.functional import cross_entropy, scaled_dot_product_attention
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from finray.training.data.batching import IGNORED, PADDING_ROW, Rows, collate_flat
+from finray.training.data.batching import IGNORED, PADDING_ROW, Batch, Rows, collate_flat
 from finray.training.data.documents import Documents
 from finray.training.data.stream import Sequence
 from finray.training.models import attention
@@ -98,10 +98,14 @@ def backward(model: Any, loss: torch.Tensor) -> Result:
     return loss.item(), gradients
 
 
+def trained_targets(batch: Batch) -> torch.Tensor:
+    return batch.targets.flatten()[batch.trained]
+
+
 def together(model: Any, rows: Rows) -> Result:
     batch = collate_flat(rows)
     logits, _ = kept_outputs(model, batch, forward_arguments(model), "documents")
-    return backward(model, cross_entropy(logits[0], batch.targets[0], reduction="sum"))
+    return backward(model, cross_entropy(logits[0], trained_targets(batch), reduction="sum"))
 
 
 def alone(model: Any, rows: Rows) -> Result:
@@ -264,7 +268,7 @@ def test_flat_batches_hold_the_rows_without_padding() -> None:
     assert batch.inputs["position_ids"].tolist() == [expected]
     trained = np.flatnonzero(np.concatenate([row.trainable for row in rows]))
     assert batch.inputs["logits_to_keep"].tolist() == (trained - 1).tolist()
-    assert batch.targets.tolist() == [ids[trained].tolist()]
+    assert trained_targets(batch).tolist() == ids[trained].tolist()
     assert batch.loss_units == len(trained) and batch.tokens == 13
     nothing = collate_flat([PADDING_ROW])
     assert nothing.loss_units == 0 and nothing.targets.tolist() == [[IGNORED]]
