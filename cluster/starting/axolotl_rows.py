@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from ...training.config.methods import ONLINE
 from .draft import Draft, ForeignSettings
 from .places import Places
 
