@@ -144,6 +144,11 @@ class DpoMethod(PairSettings, ReferenceSettings):
         return None
 
     @property
+    def averages_by_pass(self) -> bool:
+        """True for losses that sort the pairs of a forward pass."""
+        return not {"aot", "aot_unpaired"}.isdisjoint(self.losses)
+
+    @property
     def uses_reference(self) -> bool:
         """False if the reference's log-probabilities are computed before the first step."""
         return not self.precompute_reference

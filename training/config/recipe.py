@@ -311,8 +311,8 @@ class Recipe(PlacedSection):
             )
         if self.method.averages_by_pass:
             return (
-                "optim.micro_batch_tokens: method.loss bnpo averages over each forward pass, so "
-                "its result depends on which rows share one; set micro_batch_size instead"
+                "optim.micro_batch_tokens: the loss (bnpo, aot or aot_unpaired) is one of each "
+                "forward pass, so it depends on which rows share one; set micro_batch_size instead"
             )
         if optim.micro_batch_tokens < row:
             texts = self.method.sequences_per_row

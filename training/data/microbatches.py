@@ -57,6 +57,8 @@ class Division:
         Without a budget, only what would be padded changes its order: rows of like length share a
         part. With one, parts have as few free places as possible.
         """
+        if not rows:
+            return []
         if self.is_flat and self.tokens is not None:
             sizes = np.array([len(row.input_ids) for row in rows], np.int32)
             bins = pack(sizes, max(self.tokens, int(sizes.max(initial=0))))

@@ -112,7 +112,7 @@ class Producer:
             return
         except FinrayError as error:
             self._fail(self._recipe.located(str(error)), error.exit_code)
-        except Exception as error:  # noqa: BLE001 - the workers end with it
+        except (Exception, SystemExit) as error:  # noqa: BLE001 - the workers end with it
             self._fail(f"preparing the data failed: {in_one_line(error)}", 1)
 
     def _fail(self, message: str, exit_code: int) -> None:
@@ -129,7 +129,7 @@ class Producer:
         self._waits = demand["waits"]
         ends = self._counts.ends
         first = bisect_right(ends, demand["position"])
-        last = first + self._ahead
+        last = max(first + self._ahead, demand["awaits"])
         for number in sorted(self._present):
             # One more is kept: messages name rows of the last steps.
             if not first - 1 <= number <= last or not self._is_there(number):
@@ -146,7 +146,9 @@ class Producer:
 
     def _make(self, windows: Windows, number: int) -> None:
         counts = self._counts
-        before = counts.dropped.get(BAD_ROW, 0), counts.rows
+        bad = counts.dropped.get(BAD_ROW, 0)
+        # A window that is made again is counted already, and was allowed.
+        before = bad if number == len(counts.sequences) else -bad, counts.rows
         part = windows.part(number, before)
         files = {block.chunk.file for block in part.blocks}
         home = self._folder / window_name(number)

@@ -75,10 +75,15 @@ class StreamedWindows:
         self._waits = 0
         self._sign: Any = None
         self._looks = 0
+        self._position = 0
+        self._awaits = 0
+        """The window without which the reader does not go on."""
 
     def need(self, position: int) -> None:
         """Say which sequence is the first that is still needed: by one worker for all."""
-        write_json(self._folder, POSITION, position=position, waits=self._waits)
+        self._position = position
+        demand = {"position": position, "waits": self._waits, "awaits": self._awaits}
+        write_json(self._folder, POSITION, **demand)
 
     def rows(
         self,
@@ -103,13 +108,16 @@ class StreamedWindows:
         """
         closed = threading.Event()
         tables = self._tables(batch_size, (rank, world_size), steps, closed)
-        seen = 0
+        seen = asked = 0
 
         def waiting() -> None:
-            nonlocal seen
+            nonlocal seen, asked
             if self._looks != seen:  # the thread that reads does not hang
                 seen = self._looks
                 beat()
+            if rank == 0 and self._awaits > asked:  # a step may take several windows
+                asked = self._awaits
+                self.need(self._position)
 
         try:
             with Prefetch(tables, waiting) as ahead:
@@ -192,6 +200,7 @@ class StreamedWindows:
             opened = self._open(number, ends) if number < len(ends) else None
             if opened is not None:
                 return opened
+            self._awaits = number
             self._refuse_failed()
             sign = read_json(self._folder, SIGNS)
             now = time.monotonic()

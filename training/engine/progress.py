@@ -28,11 +28,20 @@ class TrainingProgress:
     """Measurements since then."""
     measured_step: int = 0
     """The step of the last of them."""
+    watched: str = ""
+    """The metric that they are of."""
+
+    def watch(self, metric: Metric) -> None:
+        """Begin anew if the measurements so far are of another metric."""
+        if self.watched not in ("", metric.name):
+            self.best, self.best_step, self.waited = None, 0, 0
+        self.watched = metric.name
 
     def measured(self, value: float | None, metric: Metric) -> None:
         """Note a measurement of the watched metric; one that is no finite number is no gain."""
         if self.step <= self.measured_step:  # once more, by an attempt that only has to finish
             return
+        self.watch(metric)
         self.measured_step = self.step
         is_finite = value is not None and math.isfinite(value)
         if is_finite and (self.best is None or metric.better(cast(float, value), self.best)):

@@ -185,6 +185,7 @@ class TrainingWorker:
         )
         self.checkpoint = _fetch(checkpoints, choice, scratch)
         self.progress = _progress_of(self.checkpoint)
+        self.progress.watch(self.recipe.watched)
         self.checkpointer = self._make_checkpointer(checkpoints, choice)
         arguments = training_arguments(self.recipe, self.total_steps, scratch)
         self.strategy = choose_strategy(

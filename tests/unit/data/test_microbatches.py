@@ -84,6 +84,12 @@ def test_rows_of_like_length_are_padded_together(data: Any, count: int, parts: i
     assert sizes[0] <= sizes[1]
 
 
+@pytest.mark.parametrize("is_flat", [True, False])
+@pytest.mark.parametrize("tokens", [None, 40])
+def test_no_rows_are_no_parts(is_flat: bool, tokens: int | None) -> None:
+    assert Division(4, tokens, is_flat).parts([]) == []
+
+
 def test_a_row_above_the_budget_has_a_part_of_its_own() -> None:
     rows = rows_of([(50,), (9,), (9,)])
     for is_flat in (False, True):

@@ -188,6 +188,24 @@ def test_few_windows_exist_at_a_time(tiny_model: Path, tmp_path: Path) -> None:
     assert [name for name in streaming.folder.names() if name.isdigit()] == []
 
 
+@pytest.mark.parametrize(("kind", "batch"), [("jsonl", 256), ("csv", 8)])
+def test_a_step_may_take_more_windows_than_are_made_ahead(
+    tiny_model: Path, tmp_path: Path, kind: str, batch: int
+) -> None:
+    """A large batch; a file in one piece, which fills the first window and no other."""
+    data = write_rows(tmp_path / f"rows.{kind}", "row", 603)
+    streaming = Streaming(recipe(tiny_model, tmp_path, {"path": str(data)}))
+    assert (streaming.prepared.manifest.windows or 0) > 3
+    with streaming.producer():
+        windows = streaming.windows()
+        windows.need(0)
+        rows = windows.rows(batch, 0, 1, (0, 1280 // batch), lambda: None)
+        texts = [tuple(row.input_ids.tolist()) for row in rows]
+    assert len(texts) == 1280
+    epochs = Counter(texts[:603]), Counter(texts[603:1206])
+    assert epochs[0] == epochs[1] and len(epochs[0]) == 603
+
+
 def test_only_first_windows_rows_are_held_out(tiny_model: Path, tmp_path: Path) -> None:
     """Rows of the held-out share are trained on in no window; some of them measure the model."""
     data = write_rows(tmp_path / "rows.jsonl", "row", 600)

@@ -20,6 +20,20 @@ from finray.training.run import prepare_data, run_folder, run_prepared
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 
 
+def test_another_metric_is_measured_anew() -> None:
+    progress = TrainingProgress()
+    for step, value in ((2, 1.2), (4, 1.3)):
+        progress.step = step
+        progress.measured(value, Metric("eval_loss", "min"))
+    assert (progress.best, progress.waited) == (1.2, 1)
+    progress.watch(Metric("eval_exact_match", "max"))
+    assert (progress.best, progress.waited) == (None, 0)
+    for step, value in ((6, 0.5), (8, 0.9)):
+        progress.step = step
+        progress.measured(value, Metric("eval_exact_match", "max"))
+    assert (progress.best, progress.best_step, progress.waited) == (0.9, 8, 0)
+
+
 def make(model: Path, data: Path, storage: Path, name: str, **evaluation: Any) -> Recipe:
     # A rate whose steps change no value: every measurement after the first one is no gain.
     optim = {"batch_size": 4, "micro_batch_size": 4, "max_steps": 12, "learning_rate": 1e-30}
