@@ -67,9 +67,8 @@ class Judge:
         text = self._ask(_SCORE.format(reference=_by(reference)), prompt, reference, [answer])
         said = _said(text)
         value = _parsed(said, "score").get("score", said)
-        number = _only_number(value) if isinstance(value, str) else value
-        is_number = isinstance(number, int | float) and not isinstance(number, bool)
-        if not is_number or not 1 <= number <= 10:
+        number: Any = _only_number(value) if isinstance(value, str) else value
+        if type(number) not in (int, float) or not 1 <= number <= 10:
             raise RunError(f"the judge gave no score from 1 to 10: {_shown(said)}")
         return float(number)
 

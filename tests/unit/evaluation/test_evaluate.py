@@ -13,12 +13,15 @@ import torch
 from peft import PeftModel
 from pyarrow import fs as pafs
 from support.finished_run import finished_run
+from support.stored_runs import checkpoint, stored_run
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import finray
+from finray.cluster.api.results import RunResult
 from finray.cluster.cli.main import main
 from finray.training.common import storage
 from finray.training.common.errors import InputError, RunError
+from finray.training.common.storage import Folder
 from finray.training.evaluation import judge as judging
 from finray.training.evaluation.judge import Judge
 
@@ -308,6 +311,65 @@ def test_an_object_store_keeps_the_answers_of_a_silent_judge(
         "eval.json",
         "eval.jsonl",
     ]
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("eval", "{run}", "--data", "rows.jsonl"),
+        ("generate", "{run}", "--prompts", "rows.jsonl", "--to", "answers.jsonl"),
+        ("chat", "{run}"),
+        ("chat", "{run}/checkpoints/step-00000001"),
+    ],
+)
+@pytest.mark.parametrize(
+    ("recipe", "message"),
+    [
+        ("name: x\nmodel: {base: o/b}\ndata: {train: x}\nlater: 1\n", "recipe.yaml: later: "),
+        ("name: x\n", "recipe.yaml: model: "),
+        ("", "recipe.yaml: missing or empty; restore it"),
+    ],
+)
+def test_a_recipe_of_another_finray_is_one_line(
+    words: tuple[str, ...],
+    recipe: str,
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    run = stored_run(tmp_path, "run", result="adapter")
+    checkpoint(run, 1)
+    (run / "recipe.yaml").write_text(recipe)
+    monkeypatch.chdir(tmp_path)
+    assert main([word.format(run=run) for word in words]) == 2
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1 and message in err and "the finray that wrote it" in err
+    with pytest.raises(InputError, match=message):
+        _ = RunResult(Folder(str(run))).recipe
+
+
+def test_a_uri_is_a_folder_of_an_evaluation_and_no_file_of_answers(
+    run: Path,
+    tmp_path: Path,
+    write: Write,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    data = write(tmp_path / "rows.jsonl", ROWS[:1])
+    monkeypatch.chdir(tmp_path)
+    uri = f"file://{tmp_path}/eval"
+    words = ["eval", str(run), "--data", str(data), "--no-loss", "--max-tokens", "2", "--quiet"]
+    assert main([*words, "--to", uri]) == 0
+    assert (tmp_path / "eval" / "eval.json").is_file()
+    capsys.readouterr()
+    generate = ["generate", str(run), "--prompts", str(data), "--to", "s3://bucket/answers.jsonl"]
+    for command in (generate, ["export", str(run), "--to", "s3://bucket/model"]):
+        assert main(command) == 2
+        assert "expected a path on this machine, found the URI s3://" in capsys.readouterr().err
+    with pytest.raises(InputError, match=r"--to: s3://bucket/answers.jsonl is a URI"):
+        finray.generate(run, data, "s3://bucket/answers.jsonl")
+    assert not list(tmp_path.glob("s3*"))
 
 
 def test_the_page_escapes_and_shows_the_worst_first(
