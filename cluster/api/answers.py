@@ -287,9 +287,19 @@ def _sources(located: "Located", data: str | os.PathLike[str] | None) -> list[So
 
 
 def _target(located: "Located", to: str | os.PathLike[str] | None) -> Folder:
-    """The folder of an evaluation's files."""
+    """The folder of an evaluation's files.
+
+    Raises:
+        InputError: it cannot be written.
+    """
     if to is not None:
-        return Folder(resolve_path(os.fspath(to), Path.cwd())).create()
+        folder = Folder(resolve_path(os.fspath(to), Path.cwd()))
+        try:
+            return folder.create()
+        except OSError as error:
+            raise InputError(
+                f"--to: {folder}: cannot be written: {reason(error)}; give another folder or URI"
+            ) from None
     if located.folder is None:
         return Folder(str(Path.cwd() / "eval" / located.name.replace("/", "--"))).create()
     if located.checkpoint is not None:

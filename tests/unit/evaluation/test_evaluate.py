@@ -400,6 +400,8 @@ def test_the_page_escapes_and_shows_the_worst_first(
         (("--judge", "http://here:80"), "name the judge's model with --judge-model"),
         (("--schema", "{data}"), "--schema: cannot read"),
         (("--against", "nope"), "there is no run nope"),
+        (("--to", "{data}"), "rows.jsonl: cannot be written: "),
+        (("--to", "file://{data}/eval"), "rows.jsonl/eval: cannot be written: "),
     ],
 )
 def test_what_is_wrong_is_one_line(
