@@ -30,6 +30,9 @@ Referrers = dict[str, list[tuple[str, str]]]
 """By name: the names of those that refer to it, each with the place, recipe.yaml: model.adapter."""
 
 
+_SAME_SCHEMES = {"gcs": "gs", "abfss": "abfs"}
+
+
 @dataclass(frozen=True)
 class Entry:
     """A run or a sweep of a storage."""
@@ -170,16 +173,29 @@ def _paths(values: Any, key: str = "") -> list[tuple[str, str]]:
 
 def _is_inside(path: str, folder: Folder, storage: object) -> bool:
     """True if a path leads to a folder of the storage, or did where the storage was before."""
-    if _below(path, folder.uri):
+    place = _place(path)
+    if _below(place, _place(folder.uri)):
         return True
-    if isinstance(storage, str) and _below(path, f"{storage.rstrip('/')}/{folder.name}"):
-        return True
-    local = "://" not in path and folder.local is not None
-    return local and _below(os.path.realpath(path), os.path.realpath(folder.uri))
+    return isinstance(storage, str) and _below(place, _place((Folder(storage) / folder.name).uri))
 
 
-def _below(path: str, folder: str) -> bool:
-    return path == folder or path.startswith(f"{folder.rstrip('/')}/")
+def _place(text: str) -> str:
+    """A path or URI such that two of one place are equal: without links, query and key."""
+    if "://" not in text:
+        return os.path.realpath(text)
+    address = text.partition("?")[0]
+    if address.startswith("file://"):
+        return os.path.realpath(Folder(address).path)
+    scheme, _, rest = address.partition("://")
+    scheme = _SAME_SCHEMES.get(scheme, scheme)
+    if scheme in ("s3", "gs"):  # s3://KEY:SECRET@bucket; abfs has its container there
+        host, slash, below = rest.partition("/")
+        rest = f"{host.rpartition('@')[2]}{slash}{below}"
+    return f"{scheme}://{rest.rstrip('/')}"
+
+
+def _below(place: str, folder: str) -> bool:
+    return place == folder or place.startswith(f"{folder.rstrip('/')}/")
 
 
 def _text(folder: Folder, name: str) -> str:

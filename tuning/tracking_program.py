@@ -105,6 +105,8 @@ class SweepFeed:
                 sweep=str(record["name"]),
             )
             self._state.id = tracker.open(run, self._state.id)
+            self.note(self._state.error)  # what fails from here on resumes this run of the tracker
+            tracker.describe(run)
             self._tracker = tracker
             self.note(None)
         return self._tracker

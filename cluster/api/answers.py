@@ -54,7 +54,7 @@ def generate(
     Args:
         model: a run, a checkpoint or a model.
         prompts: rows in any shape that finray reads: a file, folder or URI.
-        to: the JSON Lines to write.
+        to: the JSON Lines to write, on this machine.
         max_tokens: longest answer.
         temperature: 0 is greedy.
         top_p: sample among the likeliest tokens that together have this probability.
@@ -77,6 +77,8 @@ def generate(
     prepare_process()
     from ...training.evaluation.located import locate
 
+    if "://" in os.fspath(to):
+        raise InputError(f"--to: {to} is a URI; give a file on this machine, and copy it there")
     target = Path(resolve_path(os.fspath(to), Path.cwd()))
     located = locate(name_of(model), Path.cwd())
     sources = [source_at(prompts)]
@@ -156,7 +158,7 @@ def evaluate(
         rows: read the first rows only.
         max_tokens: longest answer.
         batch: answers in a batch.
-        to: folder of eval.json, eval.jsonl and eval.html; by default the run's.
+        to: folder or URI of eval.json, eval.jsonl and eval.html; by default the run's.
         quiet: show no progress.
 
     Returns:
@@ -285,9 +287,19 @@ def _sources(located: "Located", data: str | os.PathLike[str] | None) -> list[So
 
 
 def _target(located: "Located", to: str | os.PathLike[str] | None) -> Folder:
-    """The folder of an evaluation's files."""
+    """The folder of an evaluation's files.
+
+    Raises:
+        InputError: it cannot be written.
+    """
     if to is not None:
-        return Folder(resolve_path(os.fspath(to), Path.cwd())).create()
+        folder = Folder(resolve_path(os.fspath(to), Path.cwd()))
+        try:
+            return folder.create()
+        except OSError as error:
+            raise InputError(
+                f"--to: {folder}: cannot be written: {reason(error)}; give another folder or URI"
+            ) from None
     if located.folder is None:
         return Folder(str(Path.cwd() / "eval" / located.name.replace("/", "--"))).create()
     if located.checkpoint is not None:

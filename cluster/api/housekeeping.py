@@ -10,10 +10,11 @@ from ...training.common.errors import InputError
 from ...training.common.formatting import shown
 from ...training.common.storage import Folder
 from ...training.config.default_storage import default_storage
-from ...training.config.metric import MODES
 from ...training.config.paths import resolve_path
 from ...training.records.comparison import Comparison, compare_runs
+from ...training.records.directions import direction_of
 from ...training.records.notes import Note, read_note, write_note
+from ...training.records.run_folder import read_recipe
 from ...tuning.removal import Removal, age_of, best_of, plan_removal
 from ...tuning.storage_contents import Entry, contents_of, entry_of
 from ...tuning.sweep_folder import SWEEP_FILE
@@ -23,13 +24,15 @@ from .results import RunResult
 def find_run(run: str, storage: Folder) -> Folder:
     """The folder of a run or sweep that is given by its path, its URI or its name in a storage.
 
+    Links of a disk are followed: who refers to a run is looked for where it lies.
+
     Raises:
         InputError: there is none.
     """
     path = Folder(resolve_path(run, Path.cwd()))
     for folder in (path, storage / run):
         if folder.exists("run.json") or folder.exists(SWEEP_FILE):
-            return folder
+            return folder if folder.local is None else Folder(os.path.realpath(folder.local))
     near = difflib.get_close_matches(run, storage.names(), n=1)
     remedy = f"did you mean {near[0]}?" if near else "finray runs lists them"
     raise InputError(f"{shown(run)}: no such run, neither as a path nor in {storage}; {remedy}")
@@ -91,8 +94,8 @@ def plan_rm(runs: Sequence[str], storage: Folder, unfinished: bool) -> Removal:
     home = storage
     for run in runs:
         folder = find_run(run, storage)
-        parent = Folder(folder.uri.rstrip("/").rpartition("/")[0])
-        grandparent = Folder(parent.uri.rpartition("/")[0])
+        parent = folder.parent
+        grandparent = parent.parent
         if grandparent.exists(SWEEP_FILE):
             raise InputError(
                 f"{folder}: a trial of the sweep {grandparent.name}; remove the sweep as a whole"
@@ -126,20 +129,16 @@ def plan_prune(
         unfinished: whether runs that can be continued may go, too.
 
     Raises:
-        InputError: neither rule is given, no run has the metric, or a record is damaged.
+        InputError: neither rule is given, no run has the metric, it is not known which direction of
+            it is better, or a record is damaged.
     """
     if keep_best is None and older_than is None:
         raise InputError("runs prune needs --keep-best or --older-than: what may go?")
+    if keep_best is not None and keep_best < 0:
+        raise InputError(f"--keep-best: {keep_best} is below 0; give the number of runs to keep")
     entries = contents_of(storage)
     runs = [entry for entry in entries if entry.kind == "run"]
-    best: set[str] = set()
-    if keep_best is not None:
-        has = {key for run in runs for key in run.record.get("metrics") or {}}
-        if runs and by not in has:
-            known = f"; there are {', '.join(sorted(has))}" if has else ""
-            raise InputError(f"--by {by}: no run has this metric{known}")
-        sign = -1 if MODES.get(by.removeprefix("eval_")) == "max" else 1
-        best = best_of(runs, by, sign, keep_best)
+    best = set() if keep_best is None or not runs else _best(runs, by, keep_best)
     now = datetime.now(UTC)
     chosen, kept = [], []
     for run in runs:
@@ -152,6 +151,22 @@ def plan_prune(
             chosen.append((run, _state(run)))
     removal = plan_removal(storage, entries, chosen, unfinished)
     return Removal(storage, removal.doomed, [*kept, *removal.kept])
+
+
+def _best(runs: Sequence[Entry], by: str, keep: int) -> set[str]:
+    """Names of the best runs of each method."""
+    has = {key for run in runs for key in run.record.get("metrics") or {}}
+    if by not in has:
+        known = f"; there are {', '.join(sorted(has))}" if has else ""
+        raise InputError(f"--by {by}: no run has this metric{known}")
+    measured = [run for run in runs if by in (run.record.get("metrics") or {})]
+    mode = direction_of(by, (read_recipe(run.folder)[1] for run in measured))
+    if mode is None:
+        raise InputError(
+            f"--by {by}: it is not known which direction is better, as no recipe of these runs "
+            "says it, or they disagree; give another metric, or name the runs to finray runs rm"
+        )
+    return best_of(runs, by, -1 if mode == "max" else 1, keep)
 
 
 def plan_clean(storage: Folder, older_than: float) -> Removal:

@@ -12,15 +12,15 @@ from typing import TYPE_CHECKING, Any, Literal
 from ...training.common.errors import InputError
 from ...training.common.storage import Folder
 from ...training.common.yaml_text import load_yaml
-from ...training.config.recipe import Recipe, recipe_from_dict
+from ...training.config.recipe import Recipe
 from ...training.records.report import write_report
+from ...training.records.resume import written_recipe
 from ...training.records.run_folder import (
     REPORT_FILE,
     FinishedRun,
     existing_run,
     finished_run,
     read_metrics,
-    read_recipe,
 )
 from ...tuning.sweep_folder import BEST_FILE, existing_sweep
 from ..screens.summary import render_summary
@@ -117,8 +117,12 @@ class RunResult(_Result):
 
     @property
     def recipe(self) -> Recipe:
-        """The run's recipe, with every default."""
-        return recipe_from_dict(read_recipe(self._folder)[1])
+        """The run's recipe, with every default.
+
+        Raises:
+            InputError: recipe.yaml is missing, or this finray does not take it.
+        """
+        return written_recipe(self._folder)
 
     @property
     def metrics(self) -> "pandas.DataFrame":
@@ -169,7 +173,7 @@ class RunResult(_Result):
         from ...training.models.open_result import open_result
 
         run = self._finished()
-        head = recipe_from_dict(run.recipe).method.head
+        head = written_recipe(run.folder).method.head
         compute = getattr(torch, dtype or run.record["dtype"])
         return open_result(run, head, compute, str(self._folder))
 

@@ -19,6 +19,7 @@ from .parser import (
     add_training,
     add_waiting,
     complete_as,
+    local,
     number,
     whole,
 )
@@ -232,7 +233,7 @@ def _add_data(commands: Any) -> None:
         "--rows", metavar="N", type=whole, default=3, help="rows of each source (default: 3)"
     )
     page = show.add_argument(
-        "--page", metavar="FILE", type=Path, help="write them as an HTML page instead"
+        "--page", metavar="FILE", type=local, help="write them as an HTML page instead"
     )
     complete_as(page, "file")
     report = add_command(

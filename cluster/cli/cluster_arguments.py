@@ -14,6 +14,7 @@ from .parser import (
     add_training,
     add_waiting,
     complete_as,
+    local,
     number,
     whole,
 )
@@ -65,7 +66,7 @@ def add_k8s(commands: Any) -> None:
         "--disk", help="local disk of a pod, such as 400Gi (default: the overlay's)"
     )
     to = render.add_argument(
-        "--to", metavar="FILE", type=Path, help="file to write (default: stdout)"
+        "--to", metavar="FILE", type=local, help="file to write (default: stdout)"
     )
     complete_as(to, "file")
     run = add_command(
@@ -104,7 +105,7 @@ def add_job(commands: Any) -> None:
         "job fetch my-run --to results",
     )
     to = fetch.add_argument(
-        "--to", metavar="DIR", type=Path, help="folder to write (default: runs/NAME)"
+        "--to", metavar="DIR", type=local, help="folder to write (default: runs/NAME)"
     )
     complete_as(to, "directory")
     for verb in (status, logs, stop, fetch):

@@ -93,8 +93,15 @@ def number(text: str) -> float:
         raise argparse.ArgumentTypeError(f"expected a number, found {text!r}") from None
 
 
+def local(text: str) -> Path:
+    """A path on this machine; a URI would become a folder of that name."""
+    if "://" in text:
+        raise argparse.ArgumentTypeError(f"expected a path on this machine, found the URI {text}")
+    return Path(text)
+
+
 def add_to(parser: Parser, what: str, default: Path | None = None) -> None:
-    to = parser.add_argument("--to", "-o", metavar="FILE", type=Path, default=default, help=what)
+    to = parser.add_argument("--to", "-o", metavar="FILE", type=local, default=default, help=what)
     complete_as(to, "file")
 
 

@@ -11,6 +11,7 @@ from .parser import (
     add_model,
     add_storage,
     complete_as,
+    local,
     number,
     whole,
 )
@@ -71,7 +72,7 @@ def _add_compare(verbs: Any) -> None:
         "--rows", metavar="N", type=whole, default=3, help="answers to show (default: 3)"
     )
     page = compare.add_argument(
-        "--page", metavar="FILE", type=Path, help="write it as an HTML page instead"
+        "--page", metavar="FILE", type=local, help="write it as an HTML page instead"
     )
     complete_as(page, "file")
     add_storage(compare)
@@ -178,7 +179,7 @@ def add_results(commands: Any) -> None:
         complete_as(
             parser.add_argument("run", metavar="RUN", help="a run's folder or URI"), "directory"
         )
-    to = export.add_argument("--to", metavar="DIR", type=Path, help="a new folder")
+    to = export.add_argument("--to", metavar="DIR", type=local, help="a new folder")
     complete_as(to, "directory")
     export.add_argument("--merge", action="store_true", help="merge the adapter into its base")
     export.add_argument(
@@ -234,7 +235,7 @@ def add_evaluation(commands: Any) -> None:
     to = generate.add_argument(
         "--to",
         metavar="FILE",
-        type=Path,
+        type=local,
         required=True,
         help="the JSON Lines to write; a started file is continued",
     )
@@ -326,8 +327,7 @@ def add_eval(commands: Any) -> None:
     to = evaluate.add_argument(
         "--to",
         metavar="DIR",
-        type=Path,
-        help="folder of eval.json, eval.jsonl and eval.html (default: the run's)",
+        help="folder or URI of eval.json, eval.jsonl and eval.html (default: the run's)",
     )
     for action in (against, to):
         complete_as(action, "directory")

@@ -14,6 +14,7 @@ from ...training.common.storage import Folder
 from ...training.config.default_storage import default_storage
 from ...training.config.paths import resolve_path
 from ...training.records.notes import noted_runs
+from ...training.records.run_folder import read_recipe
 from ..screens.runs import render_runs
 
 if TYPE_CHECKING:
@@ -23,8 +24,19 @@ if TYPE_CHECKING:
 def runs(options: argparse.Namespace) -> None:
     """List the runs of a storage."""
     storage = _storage(options)
+    listed = noted_runs(storage)
     print(
-        render_runs(noted_runs(storage), as_json=options.json, sort=options.sort, tag=options.tag)
+        render_runs(
+            listed,
+            as_json=options.json,
+            sort=options.sort,
+            tag=options.tag,
+            recipes=(
+                read_recipe(storage / name)[1]
+                for name, record in listed
+                if options.sort in (record.get("metrics") or {})
+            ),
+        )
     )
 
 

@@ -1,13 +1,13 @@
 """The table of `finray runs`."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime
 from typing import Any
 
 from ...training.common import formatting
 from ...training.common.errors import InputError
-from ...training.config.metric import MODES
+from ...training.records.directions import direction_of
 from ...training.records.run_folder import Record
 
 SILENT_SECONDS = 120.0
@@ -38,14 +38,18 @@ def render_runs(
     *,
     sort: str | None = None,
     tag: str | None = None,
+    recipes: Iterable[Record] = (),
 ) -> str:
     """The runs of a storage, in the order of their start, as text in columns or a JSON list.
 
     Args:
         runs: (name, run record), as `noted_runs` gives them.
         now: the time from which ages count, with its zone; the present by default.
-        sort: a column or a metric to sort by, the best first; runs without it come last.
+        sort: a column or a metric to sort by, the best first; runs without it come last. What has
+            no direction that is better goes up.
         tag: only runs with this tag.
+        recipes: those of the runs, for the direction of a metric of the user's own; they are read
+            only where it needs them.
 
     Raises:
         InputError: no run has what they are to be sorted by, or the tag.
@@ -56,7 +60,7 @@ def render_runs(
         raise InputError(f"--tag {tag}: no run has this tag{_among(_tags(runs))}")
     ordered = sorted(chosen, key=lambda run: (str(run[1].get("started_at") or ""), run[0]))
     if sort is not None and ordered:
-        ordered = _sorted_by(sort, ordered, now)
+        ordered = _sorted_by(sort, ordered, now, recipes)
     entries = [_entry(name, record, now) for name, record in ordered]
     if as_json:
         return json.dumps(entries, indent=2)
@@ -96,7 +100,7 @@ def _among(names: set[str]) -> str:
 
 
 def _sorted_by(
-    key: str, runs: Sequence[tuple[str, Record]], now: datetime
+    key: str, runs: Sequence[tuple[str, Record]], now: datetime, recipes: Iterable[Record]
 ) -> list[tuple[str, Record]]:
     """The best first, by the metric's own direction; words and times in ascending order."""
     values = {name: _value(_entry(name, record, now), key) for name, record in runs}
@@ -104,7 +108,8 @@ def _sorted_by(
         have = {"name", "status", "method", "step", "tokens", "started_at"}
         have |= {name for _, record in runs for name in record.get("metrics") or {}}
         raise InputError(f"--sort {key}: no run has {key}{_among(have)}")
-    sign = -1 if MODES.get(key.removeprefix("eval_")) == "max" else 1
+    numbers = any(formatting.is_number(value) for value in values.values())
+    sign = -1 if numbers and direction_of(key, recipes) == "max" else 1
 
     def rank(run: tuple[str, Record]) -> tuple[bool, float, str]:
         value = values[run[0]]

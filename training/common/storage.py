@@ -85,16 +85,28 @@ class Folder:
         return self.path.rpartition("/")[2]
 
     @property
+    def parent(self) -> "Folder":
+        """The folder that holds this one, in the same store; a root or a bucket is its own."""
+        address, question, query = self._parts
+        scheme, separator, path = address.rstrip("/").rpartition("://")
+        if "/" not in path:
+            return self
+        above = path.rpartition("/")[0] or "/"
+        return Folder(f"{scheme}{separator}{above}{question}{query}")
+
+    @property
+    def _parts(self) -> tuple[str, str, str]:
+        """Address, question mark and query: only a URI has the latter two."""
+        return self.uri.partition("?") if "://" in self.uri else (self.uri, "", "")
+
+    @property
     def local(self) -> Path | None:
         """The folder as a path on this machine's disk; None for an object store."""
         is_local = self.filesystem.type_name == "local"
         return Path(self.path) if is_local else None
 
     def __truediv__(self, name: str) -> "Folder":
-        # Only a URI has a query; a local path may contain a question mark.
-        address, question, query = (
-            self.uri.partition("?") if "://" in self.uri else (self.uri, "", "")
-        )
+        address, question, query = self._parts
         return Folder(f"{address.rstrip('/')}/{name}{question}{query}")
 
     def __str__(self) -> str:

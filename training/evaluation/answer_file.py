@@ -16,20 +16,27 @@ from ..common.secrets import redact
 from ..records.run_folder import Record, parse_record
 
 
+def part_of(target: Path) -> Path:
+    """What a file that is not finished is written to."""
+    return target.with_name(f"{target.name}.part")
+
+
 class AnswerFile:
     """Lines of a file by their row; what an earlier process wrote is there from the start.
 
     Args:
         target: the finished file.
         decides: all that decides the lines, as JSON values.
+        place: where the part lies for whoever reads a message; by default where it does.
 
     Raises:
         InputError: the file cannot be written, or was begun with other settings.
     """
 
-    def __init__(self, target: Path, decides: Record) -> None:
+    def __init__(self, target: Path, decides: Record, place: str | None = None) -> None:
         self.target = target
-        self._part = target.with_name(f"{target.name}.part")
+        self._part = part_of(target)
+        self._place = place or str(self._part)
         self._decides = decides
         self.lines: dict[int, Record] = {}
         """The lines so far, by row."""
@@ -96,7 +103,7 @@ class AnswerFile:
                 key for key in {*first, *self._decides} if first.get(key) != self._decides.get(key)
             )
             raise InputError(
-                f"{self._part} was begun with other settings ({', '.join(changed)}); give those "
+                f"{self._place} was begun with other settings ({', '.join(changed)}); give those "
                 "to go on with it, or delete it"
             )
         for line in lines:

@@ -76,6 +76,7 @@ def evaluate(
     target: Path,
     settings: EvaluationSettings,
     progress: Progress = SILENT,
+    place: str | None = None,
 ) -> Evaluation:
     """Evaluate models.
 
@@ -85,6 +86,7 @@ def evaluate(
         target: the file of the rows with their answers; it is written when nothing failed.
         settings: what is measured.
         progress: receives what is done, and how far it is.
+        place: what messages call the part of an unfinished file; by default its path.
 
     Raises:
         InputError: the rows or a model cannot be read.
@@ -99,7 +101,7 @@ def evaluate(
         "judge": None if settings.judge is None else settings.judge.model,
         **settings.answers.model_dump(),
     }
-    with AnswerFile(target, decides) as file:
+    with AnswerFile(target, decides, place) as file:
         for column, candidate in candidates.items():
             _answer_all(column, candidate, rows, file, settings, progress)
         problems = _judge_all(list(candidates), rows, file, settings.judge, progress)

@@ -24,7 +24,9 @@ _TRIES = 4
 _FIRST_PAUSE = 0.5
 _TIMEOUT = 120.0
 _AGAIN = (408, 409, 425, 429, 500, 502, 503, 504, 529)
-_NUMBER = re.compile(r"(?<![\d.])(10|[1-9])(?:\.0+)?(?![\d.])")
+_NUMBER = re.compile(r"(?<![\w.])-?\d+(?:\.\d+)?(?!\w|\.\d)")
+_OF_TEN = re.compile(r"(?<=\d)\s*(?:/|out of)\s*10\b")
+_THOUGHT = "</think>"
 _SCORE = (
     "You grade an assistant's answer. Consider whether it is correct, complete and does what was "
     "asked{reference}. Answer with one JSON object and nothing else: "
@@ -41,6 +43,10 @@ _Item = TypeVar("_Item")
 _Result = TypeVar("_Result")
 
 
+class SilentJudgeError(RunError):
+    """The judge cannot be reached, or refuses every request: asking it more is of no use."""
+
+
 @dataclass(frozen=True)
 class Judge:
     """A judge, and how it is reached."""
@@ -55,16 +61,16 @@ class Judge:
         """A score from 1 to 10.
 
         Raises:
-            RunError: the judge does not answer, or not with a score.
+            SilentJudgeError: the judge does not answer.
+            RunError: not with a score.
         """
         text = self._ask(_SCORE.format(reference=_by(reference)), prompt, reference, [answer])
-        value = _parsed(text).get("score")
-        if not isinstance(value, int | float) or not 1 <= value <= 10:
-            match = _NUMBER.search(text)
-            if match is None:
-                raise RunError(f"the judge gave no score from 1 to 10: {one_line(text)[:200]!r}")
-            value = int(match[1])
-        return float(value)
+        said = _said(text)
+        value = _parsed(said, "score").get("score", said)
+        number: Any = _only_number(value) if isinstance(value, str) else value
+        if type(number) not in (int, float) or not 1 <= number <= 10:
+            raise RunError(f"the judge gave no score from 1 to 10: {_shown(said)}")
+        return float(number)
 
     def prefer(
         self, prompt: Turns, first: str, second: str, reference: str | None
@@ -72,7 +78,8 @@ class Judge:
         """The better of two answers: that which wins in both orders, else a tie.
 
         Raises:
-            RunError: the judge does not answer, or not with a choice.
+            SilentJudgeError: the judge does not answer.
+            RunError: not with a choice.
         """
         ahead = self._choose(prompt, first, second, reference)
         behind = self._choose(prompt, second, first, reference)
@@ -82,11 +89,11 @@ class Judge:
 
     def _choose(self, prompt: Turns, a: str, b: str, reference: str | None) -> Verdict:
         asked = _CHOOSE.replace("{reference}", _by(reference))
-        text = self._ask(asked, prompt, reference, [a, b])
-        value = str(_parsed(text).get("winner", "")).strip().strip("\"'").lower()
+        said = _said(self._ask(asked, prompt, reference, [a, b]))
+        value = str(_parsed(said, "winner").get("winner", "")).strip().strip("\"'").lower()
         verdicts: dict[str, Verdict] = {"a": "A", "b": "B", "tie": "tie"}
         if value not in verdicts:
-            raise RunError(f"the judge chose neither A, B nor tie: {one_line(text)[:200]!r}")
+            raise RunError(f"the judge chose neither A, B nor tie: {_shown(said)}")
         return verdicts[value]
 
     def _ask(self, system: str, prompt: Turns, reference: str | None, answers: list[str]) -> str:
@@ -101,15 +108,18 @@ class Judge:
         body = {"model": self.model, "messages": messages, "temperature": 0}
         reply = self._post(json.dumps(body).encode())
         try:
-            return str(reply["choices"][0]["message"]["content"])
+            text = reply["choices"][0]["message"]["content"]
         except (KeyError, IndexError, TypeError):
-            raise RunError(f"the judge at {self.address} sent no answer") from None
+            text = None
+        if not isinstance(text, str):  # null where a server keeps the thinking apart
+            raise RunError(f"the judge at {self.address} sent no answer")
+        return text
 
     def _post(self, body: bytes) -> Any:
         """The reply to a request; what may pass is tried again.
 
         Raises:
-            RunError: it does not answer.
+            SilentJudgeError: it does not answer.
         """
         url = f"{self.address.rstrip('/')}/chat/completions"
         token = os.environ.get(TOKEN) or os.environ.get("OPENAI_API_KEY")
@@ -133,7 +143,7 @@ class Judge:
             pause *= 2
         tries = f" after {attempt} tries" if attempt > 1 else ""
         remedy = f"; set ${TOKEN}" if problem.startswith("401") else ""
-        raise RunError(
+        raise SilentJudgeError(
             redact(f"the judge at {self.address} does not answer{tries}: {problem}{remedy}")
         )
 
@@ -162,14 +172,37 @@ def _by(reference: str | None) -> str:
     return "" if reference is None else ", measured by the reference answer"
 
 
-def _parsed(text: str) -> dict[str, Any]:
-    """The first JSON object in a text; empty without one."""
-    start = text.find("{")
-    try:
-        value = json.JSONDecoder().raw_decode(text, start)[0] if start >= 0 else {}
-    except ValueError:
-        return {}
-    return value if isinstance(value, dict) else {}
+def _said(text: str) -> str:
+    """A reply without the thoughts before it; what was cut off while it thought says nothing."""
+    if _THOUGHT in text:
+        return text.rpartition(_THOUGHT)[2]
+    return "" if text.lstrip().startswith("<think>") else text
+
+
+def _parsed(text: str, key: str) -> dict[str, Any]:
+    """The last JSON object in a text that has a key; empty without one."""
+    last: dict[str, Any] = {}
+    start, decoder = text.find("{"), json.JSONDecoder()
+    while start >= 0:
+        end = start + 1
+        try:
+            value, after = decoder.raw_decode(text, start)
+        except (ValueError, RecursionError):  # no object begins here, or one without end
+            value = None
+        if isinstance(value, dict) and key in value:
+            last, end = value, after
+        start = text.find("{", end)
+    return last
+
+
+def _only_number(text: str) -> float | None:
+    """The number in a text, as in 8/10; None if there is none, or if there are several."""
+    numbers = {float(number) for number in _NUMBER.findall(_OF_TEN.sub("", text))}
+    return numbers.pop() if len(numbers) == 1 else None
+
+
+def _shown(text: str) -> str:
+    return repr(one_line(text)[:200])
 
 
 def ask_all(
@@ -183,7 +216,7 @@ def ask_all(
         Why the first item has no verdict; empty if all have one. Once the judge does not answer,
         the others are not asked.
     """
-    problem = ""
+    problem, is_silent = "", False
     with ThreadPoolExecutor(_AT_ONCE) as pool:
         for first in range(0, len(items), _AT_ONCE):
             part = items[first : first + _AT_ONCE]
@@ -193,6 +226,7 @@ def ask_all(
                     keep(item, future.result())
                 except RunError as error:
                     problem = problem or str(error)
-            if "does not answer" in problem:
-                return problem
+                    is_silent = is_silent or isinstance(error, SilentJudgeError)
+            if is_silent:
+                break
     return problem

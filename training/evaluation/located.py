@@ -9,15 +9,15 @@ from ..common.storage import Folder
 from ..config.adapter_folder import CONFIG_FILE
 from ..config.default_storage import default_storage
 from ..config.paths import is_folder, resolve_path
-from ..config.recipe import Recipe, recipe_from_dict
+from ..config.recipe import Recipe
 from ..records.checkpoint import best, newest
+from ..records.resume import written_recipe
 from ..records.run_folder import (
     CHECKPOINTS_FOLDER,
     FinishedRun,
     Record,
     finished_run,
     list_runs,
-    read_recipe,
     read_run,
 )
 
@@ -69,7 +69,8 @@ def locate(name: str, folder: Path) -> Located:
 
     Raises:
         UnfinishedRun: the run has a checkpoint, but is not finished.
-        InputError: there is neither; with the runs that there are.
+        InputError: there is neither, with the runs that there are; or this finray does not take
+            the run's recipe.
     """
     path = resolve_path(name, folder)
     storage = resolve_path(default_storage(), folder)
@@ -92,7 +93,7 @@ def locate(name: str, folder: Path) -> Located:
 
 
 def _of_run(folder: Folder, record: Record) -> Located:
-    recipe = recipe_from_dict(read_recipe(folder)[1])
+    recipe = written_recipe(folder)
     _check_speaks(folder, recipe)
     if record.get("status") != "finished":
         checkpoints = folder / CHECKPOINTS_FOLDER
@@ -113,7 +114,7 @@ def _of_checkpoint(checkpoint: Folder) -> Located:
     folder = Folder(str(Path(checkpoint.uri).parent.parent))
     if read_run(folder) is None:
         raise InputError(f"{checkpoint} is no checkpoint of a run: {folder} holds none")
-    recipe = recipe_from_dict(read_recipe(folder)[1])
+    recipe = written_recipe(folder)
     _check_speaks(folder, recipe)
     name = f"{folder.name} {checkpoint.name}"
     return Located(name, checkpoint.uri, folder, recipe, checkpoint=checkpoint)

@@ -8,6 +8,7 @@ from ..common.progress import SILENT, Progress
 from ..common.scratch import scratch_folder
 from ..common.storage import Folder
 from ..config.source import Source
+from .answer_file import part_of
 from .evaluate import (
     AGAINST,
     BASE,
@@ -69,11 +70,32 @@ def write_evaluation(
     if target.local is not None:
         evaluation = evaluate(candidates, sources, target.local / ROWS_FILE, settings, progress)
     else:
-        with scratch_folder("eval") as scratch:
-            file = Path(scratch) / ROWS_FILE
-            evaluation = evaluate(candidates, sources, file, settings, progress)
-            if file.exists():
-                target.write(ROWS_FILE, file.read_bytes())
+        evaluation = _evaluate_in_store(candidates, sources, target, settings, progress)
     target.write(RECORD_FILE, write_record(evaluation.record))
     target.write(PAGE_FILE, render_page(evaluation).encode("utf-8", "replace"))
+    return evaluation
+
+
+def _evaluate_in_store(
+    candidates: dict[str, Candidate],
+    sources: Sequence[Source],
+    target: Folder,
+    settings: EvaluationSettings,
+    progress: Progress,
+) -> Evaluation:
+    """Evaluate on this machine's disk, with the part of the object store, which gets it back."""
+    with scratch_folder("eval") as scratch:
+        file = Path(scratch) / ROWS_FILE
+        part = part_of(file)
+        if target.exists(part.name):
+            part.write_bytes(target.read(part.name))
+        try:
+            place = str(target / part.name)
+            evaluation = evaluate(candidates, sources, file, settings, progress, place)
+        finally:
+            if part.exists():
+                target.write(part.name, part.read_bytes())
+        if file.exists():
+            target.write(ROWS_FILE, file.read_bytes())
+            target.delete(part.name)
     return evaluation

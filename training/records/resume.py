@@ -13,6 +13,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from ..common.errors import InputError
+from ..common.formatting import one_line
 from ..common.storage import Folder
 from ..config.recipe import Recipe, recipe_from_dict
 from .run_folder import CHECKPOINTS_FOLDER, RECIPE_FILE, Record, flat, read_recipe, read_run
@@ -76,7 +77,7 @@ def state_of(recipe: Recipe, folder: Folder) -> RunState:
     record = read_run(folder)
     if record is None:
         return RunState(folder, None)
-    before = _written_recipe(folder).model_dump(mode="json")
+    before = written_recipe(folder, _WAYS).model_dump(mode="json")
     now = recipe.model_dump(mode="json")
     changes = differences(before, now, (*FREE, *_LENGTH))
     if changes:
@@ -168,23 +169,27 @@ def has_checkpoints(folder: Folder) -> bool:
     return any(name.startswith("step-") for name in (folder / CHECKPOINTS_FOLDER).names())
 
 
-def _written_recipe(folder: Folder) -> Recipe:
+def written_recipe(folder: Folder, ways: str = "or use the finray that wrote it") -> Recipe:
     """The recipe that the run was started with.
+
+    Args:
+        folder: the run's folder.
+        ways: what helps beside restoring the file.
 
     Raises:
         InputError: recipe.yaml is missing or damaged, or this finray does not accept its settings.
     """
     _, values = read_recipe(folder)
     if not values:
-        raise InputError(f"{folder / RECIPE_FILE}: missing or empty; restore it, {_WAYS}")
+        raise InputError(f"{folder / RECIPE_FILE}: missing or empty; restore it, {ways}")
     try:
         return recipe_from_dict(values)
     except ValidationError as error:
         fault = error.errors()[0]
         key = ".".join(map(str, fault["loc"]))
         raise InputError(
-            f"{folder / RECIPE_FILE}: {key}: {fault['msg']}: another finray wrote this recipe, or "
-            f"it was changed; restore it, {_WAYS}"
+            f"{folder / RECIPE_FILE}: {key}: {one_line(fault['msg'])}: another finray wrote this "
+            f"recipe, or it was changed; restore it, {ways}"
         ) from None
 
 

@@ -5,14 +5,20 @@ or raises reaches the training. Each is given lines of metrics.jsonl in their or
 """
 
 import os
+import re
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import chain, count
 from pathlib import Path
 from typing import Any, Protocol
 
 PROJECT = "finray"
 """Project or experiment where the environment names none."""
+
+_REFUSED = re.compile(r"[^\w./ -]", re.ASCII)
+_LONGEST_NAME = 250
+"""Characters of a name that MLflow takes."""
 
 Line = tuple[int, dict[str, float]]
 """(step, values)"""
@@ -40,7 +46,10 @@ class Tracker(Protocol):
     """A client, for one run."""
 
     def open(self, run: TrackedRun, known_id: str | None) -> str:
-        """Start a run, or resume it under its id; returns the id."""
+        """Start a run, or resume it under its id; returns the id, which is noted at once."""
+
+    def describe(self, run: TrackedRun) -> None:
+        """Send what `open` has not sent of the settings; comes after it, each time."""
 
     def log(self, lines: Sequence[Line]) -> None:
         """Send lines."""
@@ -73,8 +82,6 @@ class MlflowTracker:
 
     def open(self, run: TrackedRun, known_id: str | None) -> str:
         """See `Tracker`."""
-        from mlflow.entities import Param
-
         if known_id is not None:
             self._id = known_id
             self._client.update_run(known_id, status="RUNNING")
@@ -82,14 +89,27 @@ class MlflowTracker:
         name = os.environ.get("MLFLOW_EXPERIMENT_NAME") or PROJECT
         found = self._client.get_experiment_by_name(name)
         experiment = self._client.create_experiment(name) if found is None else found.experiment_id
-        tags = {"finray.kind": run.kind, **{f"tag.{tag}": "true" for tag in run.tags}}
+        tags = {"finray.kind": run.kind, **{_accepted(f"tag.{tag}"): "true" for tag in run.tags}}
         if run.parent is not None:
             tags["mlflow.parentRunId"] = run.parent
         self._id = self._client.create_run(experiment, tags=tags, run_name=run.name).info.run_id
-        params = [Param(key, str(value)[: self._LONGEST]) for key, value in run.config.items()]
+        return self._id
+
+    def describe(self, run: TrackedRun) -> None:
+        """See `Tracker`; a parameter that is there stays, as MLflow changes none."""
+        from mlflow.entities import Param
+
+        there = self._client.get_run(self._id).data.params
+        names: dict[str, str] = {}
+        for key in run.config:
+            names[_free(_accepted(key), names)] = key
+        params = [
+            Param(name, str(run.config[key])[: self._LONGEST])
+            for name, key in names.items()
+            if name not in there
+        ]
         for start in range(0, len(params), self._MOST_PARAMS):
             self._client.log_batch(self._id, params=params[start : start + self._MOST_PARAMS])
-        return self._id
 
     def log(self, lines: Sequence[Line]) -> None:
         """See `Tracker`."""
@@ -99,7 +119,9 @@ class MlflowTracker:
 
         now = int(time.time() * 1000)
         values = [
-            Metric(key, value, now, step) for step, line in lines for key, value in line.items()
+            Metric(_accepted(key), value, now, step)
+            for step, line in lines
+            for key, value in line.items()
         ]
         for start in range(0, len(values), self._MOST):
             self._client.log_batch(self._id, metrics=values[start : start + self._MOST])
@@ -114,6 +136,18 @@ class MlflowTracker:
     def close(self, status: str) -> None:
         """See `Tracker`."""
         self._client.set_terminated(self._id, self._ENDS.get(status, "KILLED"))
+
+
+def _accepted(name: str) -> str:
+    """A name that MLflow's servers take: a short path of letters, digits and _-. with spaces."""
+    parts = _REFUSED.sub("_", name)[:_LONGEST_NAME].split("/")
+    return "/".join(part for part in parts if part.strip("."))
+
+
+def _free(name: str, taken: Container[str]) -> str:
+    """A name beside others: two settings may differ only in what MLflow refuses."""
+    numbers = (f"{name[: _LONGEST_NAME - 5]}_{number}" for number in count(2))
+    return next(one for one in chain((name,), numbers) if one not in taken)
 
 
 class WandbTracker:
@@ -141,6 +175,9 @@ class WandbTracker:
             reinit="create_new",
         )
         return str(self._run.id)
+
+    def describe(self, run: TrackedRun) -> None:
+        """See `Tracker`; `open` sends all."""
 
     def log(self, lines: Sequence[Line]) -> None:
         """See `Tracker`."""
@@ -184,6 +221,9 @@ class TrackioTracker:
             auto_log_gpu=False,
         )
         return str(self._run.name)
+
+    def describe(self, run: TrackedRun) -> None:
+        """See `Tracker`; `open` sends all."""
 
     def log(self, lines: Sequence[Line]) -> None:
         """See `Tracker`."""

@@ -67,6 +67,24 @@ def test_children_of_a_uri_keep_its_query() -> None:
 
 
 @pytest.mark.parametrize(
+    ("uri", "parent"),
+    [
+        ("/data/runs/a", "/data/runs"),
+        ("/data/what?/a/", "/data/what?"),
+        ("/data", "/"),
+        ("/", "/"),
+        ("file:///data/runs", "file:///data"),
+        ("file:///data", "file:///"),
+        ("s3://bucket/runs/a?scheme=http", "s3://bucket/runs?scheme=http"),
+        ("s3://bucket/runs?scheme=http", "s3://bucket?scheme=http"),
+        ("s3://bucket?endpoint_override=http://h/x", "s3://bucket?endpoint_override=http://h/x"),
+    ],
+)
+def test_the_parent_keeps_the_query(uri: str, parent: str) -> None:
+    assert Folder(uri).parent == Folder(parent)
+
+
+@pytest.mark.parametrize(
     "name", ["a b", "50%25", "a#b", "what?x", "d\u00e9j\u00e0", "[1]*", "a=b&c"]
 )
 def test_any_name_of_a_local_folder(tmp_path: Path, name: str) -> None:

@@ -11,12 +11,17 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
+from pyarrow import fs as pafs
 from support.finished_run import finished_run
+from support.stored_runs import checkpoint, stored_run
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import finray
+from finray.cluster.api.results import RunResult
 from finray.cluster.cli.main import main
-from finray.training.common.errors import RunError
+from finray.training.common import storage
+from finray.training.common.errors import InputError, RunError
+from finray.training.common.storage import Folder
 from finray.training.evaluation import judge as judging
 from finray.training.evaluation.judge import Judge
 
@@ -169,6 +174,63 @@ def test_what_may_pass_is_tried_again(server: Server) -> None:
         judge(server).prefer("ask", "one", "two", None)
 
 
+@pytest.mark.parametrize(
+    ("text", "score"),
+    [
+        ('{"score": 7}', 7),
+        ('<think>{"score": 2}? It has 3 faults.</think>\n{"score": 8}', 8),
+        ("<think>Perhaps 3, or 9.</think>Score: 8/10", 8),
+        ("I give it 8 out of 10.", 8),
+        ("**8**. An 8 is fair.", 8),
+        ('I weigh {style: 3} and {"facts": 5}. {"score": 6.5, "parts": {"score": 1}}', 6.5),
+        ('First {"score": 3}, but then {"score": 9}.', 9),
+        ('{"result": {"score": 4}}', 4),
+        ('{"score": "8/10"}', 8),
+        ("It meets 3 of the criteria, so 8.", None),
+        ("<think>Is it a 7? Or", None),
+        ('<think>{"score": 7}</think>I cannot say.', None),
+        ('{"score": 0, "reason": "3 faults"}', None),
+        ('{"score": true}', None),
+        ('{"score": null} 5 points', None),
+        ("-5", None),
+        ("7.55.1", None),
+        ("{" * 3000, None),
+    ],
+)
+def test_the_score_is_the_last_word_and_never_guessed(
+    text: str, score: float | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Judge, "_ask", lambda *_: text)
+    if score is not None:
+        assert Judge("http://x", "m").score("ask", "one", None) == score
+        return
+    with pytest.raises(RunError, match="gave no score from 1 to 10"):
+        Judge("http://x", "m").score("ask", "one", None)
+
+
+def test_the_choice_is_the_last_word(monkeypatch: pytest.MonkeyPatch) -> None:
+    replies = ['<think>{"winner": "B"}?</think>{"winner": "A"}', '{"x": {}} {"winner": "B"}']
+    monkeypatch.setattr(Judge, "_ask", lambda *_: replies.pop(0))
+    assert Judge("http://x", "m").prefer("ask", "one", "two", None) == "first"
+
+
+def test_words_of_the_judge_do_not_make_it_silent(server: Server) -> None:
+    """A reply that says "does not answer" is no silence: the other rows are asked."""
+    server.answer = lambda text: "the text does not answer" if "one" in text else '{"score": 5}'
+    scores: dict[str, float] = {}
+    texts = ["one", *(f"text {number}" for number in range(20))]
+    problem = judging.ask_all(
+        texts, lambda text: judge(server).score("ask", text, None), scores.__setitem__
+    )
+    assert "the text does not answer" in problem and set(scores) == set(texts[1:])
+
+
+def test_a_reply_without_text_is_no_score(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    server.answer = lambda text: None  # type: ignore[assignment, return-value]
+    with pytest.raises(RunError, match="sent no answer"):
+        judge(server).score("ask", "one", None)
+
+
 def test_a_silent_judge_loses_nothing(
     run: Path,
     tmp_path: Path,
@@ -203,6 +265,113 @@ def test_a_silent_judge_loses_nothing(
     assert json.loads((target / "eval.json").read_text())["measures"][-1]["count"] == 5
 
 
+def test_an_object_store_keeps_the_answers_of_a_silent_judge(
+    run: Path, tmp_path: Path, write: Write, server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The part lies there between two commands, whatever ended the first, and then goes."""
+
+    def open_root(root: str) -> tuple[Any, str]:
+        if root.startswith("s3://"):
+            return pafs.SubTreeFileSystem(str(tmp_path), pafs.LocalFileSystem()), "bucket"
+        return pafs.LocalFileSystem(), "/"
+
+    monkeypatch.setattr(storage, "_filesystem", open_root)
+    real = judging.Judge
+    monkeypatch.setattr(judging, "Judge", lambda *a: replace(real(*a), pause=0.0))
+    data = write(tmp_path / "rows.jsonl", ROWS)
+
+    def evaluate(model: str = "m") -> finray.EvaluationResult:
+        how: dict[str, Any] = {"judge": server.address, "loss": False, "max_tokens": 2}
+        return finray.evaluate(run, data, to="s3://bucket/eval?x=1", judge_model=model, **how)
+
+    folder = tmp_path / "bucket" / "eval"
+    server.statuses = [200, *[500] * 200]
+    assert "does not answer" in evaluate().problems[0]
+    kept = (folder / "eval.jsonl.part").read_text()
+    assert kept.count('"judge_answer": 7.0') == 1
+    with pytest.raises(InputError, match=r"^s3://bucket/eval/eval.jsonl.part\?x=1 was begun with"):
+        evaluate("another")
+    assert (folder / "eval.jsonl.part").read_text() == kept
+    server.statuses, server.asked[:] = [], []
+    from finray.training.evaluation import results
+
+    with monkeypatch.context() as broken:
+
+        def interrupt(*_: Any) -> None:
+            raise KeyboardInterrupt
+
+        broken.setattr("finray.training.evaluation.evaluate._measured", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            evaluate()
+    assert len(server.asked) == 4
+    monkeypatch.setattr(results, "open_located", None)  # the model is not needed any more
+    assert evaluate().values["judge"] == 7.0 and len(server.asked) == 4
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "eval.html",
+        "eval.json",
+        "eval.jsonl",
+    ]
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("eval", "{run}", "--data", "rows.jsonl"),
+        ("generate", "{run}", "--prompts", "rows.jsonl", "--to", "answers.jsonl"),
+        ("chat", "{run}"),
+        ("chat", "{run}/checkpoints/step-00000001"),
+    ],
+)
+@pytest.mark.parametrize(
+    ("recipe", "message"),
+    [
+        ("name: x\nmodel: {base: o/b}\ndata: {train: x}\nlater: 1\n", "recipe.yaml: later: "),
+        ("name: x\n", "recipe.yaml: model: "),
+        ("", "recipe.yaml: missing or empty; restore it"),
+    ],
+)
+def test_a_recipe_of_another_finray_is_one_line(
+    words: tuple[str, ...],
+    recipe: str,
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    run = stored_run(tmp_path, "run", result="adapter")
+    checkpoint(run, 1)
+    (run / "recipe.yaml").write_text(recipe)
+    monkeypatch.chdir(tmp_path)
+    assert main([word.format(run=run) for word in words]) == 2
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1 and message in err and "the finray that wrote it" in err
+    with pytest.raises(InputError, match=message):
+        _ = RunResult(Folder(str(run))).recipe
+
+
+def test_a_uri_is_a_folder_of_an_evaluation_and_no_file_of_answers(
+    run: Path,
+    tmp_path: Path,
+    write: Write,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    data = write(tmp_path / "rows.jsonl", ROWS[:1])
+    monkeypatch.chdir(tmp_path)
+    uri = f"file://{tmp_path}/eval"
+    words = ["eval", str(run), "--data", str(data), "--no-loss", "--max-tokens", "2", "--quiet"]
+    assert main([*words, "--to", uri]) == 0
+    assert (tmp_path / "eval" / "eval.json").is_file()
+    capsys.readouterr()
+    generate = ["generate", str(run), "--prompts", str(data), "--to", "s3://bucket/answers.jsonl"]
+    for command in (generate, ["export", str(run), "--to", "s3://bucket/model"]):
+        assert main(command) == 2
+        assert "expected a path on this machine, found the URI s3://" in capsys.readouterr().err
+    with pytest.raises(InputError, match=r"--to: s3://bucket/answers.jsonl is a URI"):
+        finray.generate(run, data, "s3://bucket/answers.jsonl")
+    assert not list(tmp_path.glob("s3*"))
+
+
 def test_the_page_escapes_and_shows_the_worst_first(
     run: Path, tmp_path: Path, write: Write, read: Read
 ) -> None:
@@ -231,6 +400,8 @@ def test_the_page_escapes_and_shows_the_worst_first(
         (("--judge", "http://here:80"), "name the judge's model with --judge-model"),
         (("--schema", "{data}"), "--schema: cannot read"),
         (("--against", "nope"), "there is no run nope"),
+        (("--to", "{data}"), "rows.jsonl: cannot be written: "),
+        (("--to", "file://{data}/eval"), "rows.jsonl/eval: cannot be written: "),
     ],
 )
 def test_what_is_wrong_is_one_line(

@@ -6,12 +6,15 @@ writes down its calls; tests against the real packages are skipped where these a
 
 import json
 import os
+import posixpath
+import re
 import subprocess
 import sys
 import time
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -23,6 +26,7 @@ from finray.training.common.storage import Folder
 from finray.training.config.trackers import check_trackers, programs_of
 from finray.training.records.trackers import TRACKERS
 from finray.training.records.tracking import TrackerState, read_state, tracked
+from finray.training.records.tracking_program import RunFeed
 
 CLIENT = """
 import json, os, pathlib
@@ -184,6 +188,87 @@ def test_a_sweep_is_a_parent_and_its_ended_trials_are_children(
     assert [call for call in calls() if call[0] == "log" and call[1] == "sweep"] == [
         ["log", "sweep", 0, {"eval_loss": 0.5}]
     ]
+
+
+class MlflowServer:
+    """Stands in for the package mlflow: it refuses what a server refuses."""
+
+    def __init__(self) -> None:
+        self.params: dict[str, dict[str, str]] = {}
+        self.metrics: list[tuple[str, int]] = []
+        self.failures = 0
+        """Batches that are refused, before the others pass."""
+
+    def install(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        entities = SimpleNamespace(
+            Param=lambda key, value: (key, value),
+            Metric=lambda key, value, at, step: (key, step),
+        )
+        module = SimpleNamespace(MlflowClient=lambda: self, entities=entities)
+        monkeypatch.setitem(sys.modules, "mlflow", module)  # type: ignore[arg-type]
+        monkeypatch.setitem(sys.modules, "mlflow.entities", entities)  # type: ignore[arg-type]
+
+    def get_experiment_by_name(self, name: str) -> Any:
+        return SimpleNamespace(experiment_id="0")
+
+    def create_run(self, experiment: str, tags: dict[str, str], run_name: str) -> Any:
+        self.check(*tags)
+        number = str(len(self.params))
+        self.params[number] = {}
+        return SimpleNamespace(info=SimpleNamespace(run_id=number))
+
+    def update_run(self, number: str, status: str) -> None:
+        assert number in self.params
+
+    def get_run(self, number: str) -> Any:
+        return SimpleNamespace(data=SimpleNamespace(params=dict(self.params[number])))
+
+    def log_batch(self, number: str, params: Any = (), metrics: Any = ()) -> None:
+        self.check(*(key for key, _ in (*params, *metrics)))
+        if self.failures:
+            self.failures -= 1
+            raise OSError("the server is down")
+        for key, value in params:
+            assert self.params[number].setdefault(key, value) == value, "no parameter changes"
+        self.metrics += metrics
+
+    @staticmethod
+    def check(*names: str) -> None:
+        for name in names:
+            is_path = posixpath.normpath(name) == name and not name.startswith(("/", "."))
+            assert re.fullmatch(r"[/\w.\- ]{1,250}", name) and is_path, name
+
+
+@pytest.mark.parametrize("failures", [1, 2])
+def test_mlflow_makes_one_run_and_takes_every_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failures: int
+) -> None:
+    """Also where it fails right after a run is made, or between two batches of its parameters."""
+    server = MlflowServer()
+    server.install(monkeypatch)
+    pattern = {r"^model\.layers.(\d+)": 4, r"^model\.layers.[\d+]": 8, "a//../b": 16, "x" * 400: 2}
+    pattern |= {f"layer.{number}": number for number in range(150)}
+    run = stored_run(tmp_path, "run", tags=["a+b:c"], recipe={"adapter": {"rank_pattern": pattern}})
+    add_lines(run, 1)
+    with (run / "metrics.jsonl").open("a", encoding="utf-8") as stream:
+        stream.write(json.dumps({"step": 2, "reward/my@run": 0.5}) + "\n")
+    folder = Folder(str(run))
+    server.failures = failures
+    for _ in range(failures):
+        with pytest.raises(OSError, match="down"):
+            RunFeed(folder, "mlflow", TRACKERS["mlflow"]).poll()
+        assert read_state(folder, "mlflow").id == "0"
+    RunFeed(folder, "mlflow", TRACKERS["mlflow"]).poll()
+    assert list(server.params) == ["0"]
+    sent = server.params["0"]
+    assert sent["model.base"] == "owner/base" and len(sent) == 3 + len(pattern)
+    ranks = [value for key, value in sent.items() if key.startswith("adapter.rank_pattern.")]
+    assert sorted(ranks) == sorted(map(str, pattern.values()))
+    assert server.metrics == [("loss", 1), ("reward/my_run", 2)]
+    # A run that goes on with another setting that may change keeps the first.
+    (run / "recipe.yaml").write_text("model: {base: other}\nlog: {every_steps: 5}\n")
+    RunFeed(folder, "mlflow", TRACKERS["mlflow"]).poll()
+    assert server.params["0"] == {**sent, "log.every_steps": "5"}
 
 
 def test_values_of_one_step_come_from_several_lines() -> None:

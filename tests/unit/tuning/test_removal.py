@@ -9,11 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from pyarrow import fs as pafs
 from support.recorded import RecordedProgress
 from support.stored_runs import checkpoint, stored_run
 
 from finray.cluster.api.housekeeping import find_run, plan_clean, plan_prune, plan_rm
 from finray.cluster.cli.main import main
+from finray.training.common import storage as storage_module
 from finray.training.common.errors import InputError
 from finray.training.common.lock import hold_run_lock
 from finray.training.common.progress import SILENT
@@ -107,6 +109,55 @@ def test_references_survive_a_move_of_the_storage_and_links(tmp_path: Path) -> N
     assert "second" in kept(rm(tmp_path / "link", "first"))["first"]
 
 
+def test_a_storage_named_otherwise_than_in_the_recipe(tmp_path: Path) -> None:
+    """By a URI of the disk, by a link to the run, and the other way round."""
+    runs = tmp_path / "runs"
+    run = stored_run(runs, "first")
+    stored_run(runs, "second", recipe={"model": {"base": "x", "adapter": f"{run}/adapter"}})
+    stored_run(runs, "third", recipe={"model": {"base": f"file://{runs}/second/model"}})
+    (tmp_path / "link").symlink_to(run)
+    for chosen in ("first", f"file://{run}", str(tmp_path / "link"), f"file://{tmp_path}/link"):
+        removal = plan_rm([chosen], Folder(f"file://{runs}"), unfinished=False)
+        assert "second refers to it" in kept(removal)["first"], chosen
+    assert "third refers to it" in kept(rm(runs, "second"))["second"]
+
+
+QUERY = "?endpoint_override=127.0.0.1:9&scheme=http"
+
+
+@pytest.fixture
+def bucket(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder that stands in for the object store s3://bucket at the address of QUERY."""
+
+    def open_root(root: str) -> tuple[Any, str]:
+        if not root.startswith("s3://"):
+            return pafs.LocalFileSystem(), "/"
+        assert root == f"s3://bucket{QUERY}", "the query leads to the store"
+        return pafs.SubTreeFileSystem(str(tmp_path), pafs.LocalFileSystem()), "bucket"
+
+    monkeypatch.setattr(storage_module, "_filesystem", open_root)
+    return tmp_path / "bucket"
+
+
+@pytest.mark.parametrize(
+    "place", [f"s3://bucket/runs/first/adapter{QUERY}", "s3://bucket/runs/first/adapter"]
+)
+def test_references_in_an_object_store_with_a_query(bucket: Path, place: str) -> None:
+    home = Folder(f"s3://bucket/runs{QUERY}")
+    at_home = {"storage": home.uri}
+    stored_run(bucket / "runs", "first", recipe=at_home)
+    stored_run(bucket / "runs", "first.1", recipe=at_home)
+    recipe = at_home | {"model": {"base": "x", "adapter": place}}
+    stored_run(bucket / "runs", "second", recipe=recipe)
+    assert "second refers to it" in kept(plan_rm(["first"], home, False))["first"]
+    removal = plan_rm([(home / "first.1").uri], home, False)
+    assert names(removal) == ["first.1"] and removal.storage == home
+    (bucket / "runs").rename(bucket / "later")
+    later = Folder(f"s3://bucket/later{QUERY}")
+    by_old = kept(plan_rm(["first"], later, False))["first"]
+    assert "second refers to it" in by_old, "the recipes name the storage of before"
+
+
 def test_what_a_sweep_refers_to_and_its_trials_are_kept(tmp_path: Path) -> None:
     run = stored_run(tmp_path, "start")
     sweep = tmp_path / "sweep"
@@ -187,6 +238,56 @@ def test_prune_keeps_the_best_the_young_and_the_unfinished(tmp_path: Path) -> No
         prune(keep_best=1, by="rouge")
     with pytest.raises(InputError, match="needs --keep-best or --older-than"):
         prune()
+
+
+REWARDS = {"method": {"kind": "grpo", "rewards": [{"run": "/runs/cost", "weight": -1.0}]}}
+FUNCTION = {"eval": {"metrics": [{"file": "/home/score.py:odd", "mode": "min"}]}}
+
+
+@pytest.mark.parametrize(
+    ("metric", "recipe", "best"),
+    [
+        ("eval_loss", {}, "low"),
+        ("exact_match", {}, "high"),
+        ("eval_token_f1", {}, "high"),
+        ("eval_bleu", {}, "high"),
+        ("eval_rougeL", {}, "high"),
+        ("eval_odd", FUNCTION, "low"),
+        ("eval_odd", {"eval": {"metrics": [{"file": "/home/score.py:odd"}]}}, "high"),
+        ("eval_reward/cost", REWARDS, "low"),
+    ],
+)
+def test_the_best_by_any_metric_is_kept_and_comes_first(
+    tmp_path: Path,
+    metric: str,
+    recipe: dict[str, Any],
+    best: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    for name, value in (("high", 0.9), ("low", 0.1)):
+        stored_run(tmp_path, name, metrics={metric: value}, recipe=recipe)
+    words = ["runs", "prune", "--keep-best", "1", "--by", metric, "--storage", str(tmp_path)]
+    assert main([*words, "--json"]) == 0
+    said = json.loads(capsys.readouterr().out)
+    assert [item["name"] for item in said["keep"]] == [best]
+    assert main(["runs", "--sort", metric, "--storage", str(tmp_path), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)[0]["name"] == best
+
+
+def test_prune_refuses_an_unknown_direction_and_a_negative_number(tmp_path: Path) -> None:
+    stored_run(tmp_path, "max", metrics={"eval_odd": 1.0, "eval_loss": 1.0})
+    how: dict[str, Any] = {"older_than": None, "unfinished": False}
+    storage = Folder(str(tmp_path))
+    with pytest.raises(InputError, match="it is not known which direction is better"):
+        plan_prune(storage, keep_best=1, by="eval_odd", **how)
+    stored_run(tmp_path, "min", metrics={"eval_odd": 2.0}, recipe=FUNCTION)
+    assert names(plan_prune(storage, keep_best=1, by="eval_odd", **how)) == ["min"]
+    other = {"eval": {"metrics": [{"file": "score.py:odd", "mode": "max"}]}}
+    stored_run(tmp_path, "other", metrics={"eval_odd": 2.0}, recipe=other)
+    with pytest.raises(InputError, match="or they disagree"):
+        plan_prune(storage, keep_best=1, by="eval_odd", **how)
+    with pytest.raises(InputError, match="--keep-best: -1 is below 0"):
+        plan_prune(storage, keep_best=-1, by="eval_loss", **how)
 
 
 def test_clean_takes_what_no_run_refers_to(tmp_path: Path) -> None:
