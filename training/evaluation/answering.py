@@ -153,7 +153,7 @@ def _answer(opened: Opened, batch: Sequence[Ask], settings: AnswerSettings) -> l
         longest = max(map(len, prompts))
         how["logits_processor"] = LogitsProcessorList([Sampler(settings, drawn, longest)])
     with opened.active():
-        generated = generate_ids(opened.model, opened.tokenizer, prompts, room, **how)
+        generated = generate_ids(opened.model, opened.tokenizer, prompts, room, opened.stops, **how)
     texts = completion_texts(opened.tokenizer, generated)
     return [
         Answer(text.removeprefix(ask.prompt.cut), tuple(one.ids), one.ended)

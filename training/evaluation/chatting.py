@@ -175,7 +175,9 @@ class Conversation:
             how["logits_processor"] = LogitsProcessorList([sampler])
         try:
             with opened.active():
-                (generated,) = generate_ids(opened.model, opened.tokenizer, [ids], room, **how)
+                (generated,) = generate_ids(
+                    *(opened.model, opened.tokenizer, [ids], room, opened.stops), **how
+                )
         except KeyboardInterrupt:
             stream.end()
             text = opened.tokenizer.decode(stream.ids, skip_special_tokens=True)

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from ..models.devices import device_kind
 from ..models.dtypes import choose_dtype, torch_dtype
 from ..models.loading import Model
 from ..models.open_result import OpenedModel, open_checkpoint, open_named, open_result
+from ..models.stopping import stop_tokens
 from .located import Located
 
 _LONGEST = 2**31 - 1
@@ -50,6 +52,11 @@ class Opened:
             without: AbstractContextManager[Any] = self.model.disable_adapter()
             return without
         return nullcontext()
+
+    @cached_property
+    def stops(self) -> list[int]:
+        """Ids of the tokens that end an answer, which take a rendering of the chat template."""
+        return stop_tokens(self.model, self.tokenizer)
 
     @property
     def device(self) -> torch.device:

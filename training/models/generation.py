@@ -86,6 +86,7 @@ def generate_ids(
     tokenizer: Any,
     prompts: list[list[int]],
     max_new_tokens: int,
+    stops: list[int] | None = None,
     **how: Any,
 ) -> list[Generated]:
     """Generate the completions of one batch of prompts; greedy ones, unless a processor of the
@@ -96,10 +97,11 @@ def generate_ids(
         tokenizer: its tokenizer.
         prompts: token ids of each prompt, ending where the completion begins.
         max_new_tokens: longest completion.
+        stops: `stop_tokens` of the two, if they are computed already.
         how: `logits_processor`, `streamer` or `stopping_criteria` of transformers' `generate`.
     """
     pad = tokenizer.pad_token_id
-    stops = stop_tokens(model, tokenizer)
+    stops = stop_tokens(model, tokenizer) if stops is None else stops
     if pad is None:  # only a batch of equally long prompts needs none
         pad = stops[0] if stops else 0
     ids, mask = left_padded(prompts, pad)
