@@ -64,7 +64,7 @@ def init_recipe(
     """
     prepare_process()
     check_new(to, "-o")
-    target = to.absolute().parent
+    target = to.resolve().parent  # as a recipe's file is resolved, whose paths start there
     made = first_recipe(data, model, method, rewards, visible_gpus(), target)
     write_new(to, made.text, "-o")
     return made
