@@ -20,8 +20,10 @@ from finray.training.common.errors import FinrayError, InputError
 from finray.training.common.storage import Folder
 from finray.training.common.yaml_text import dump_yaml, load_yaml
 from finray.training.config.foreign.lookup import dialect_of
+from finray.training.config.llama_factory import named_source
 from finray.training.config.methods import METHODS
 from finray.training.config.recipe import load_recipe
+from finray.training.config.source import Source
 from finray.training.data.shown_rows import show_rows
 from finray.training.inspection import inspect_recipe
 
@@ -290,8 +292,32 @@ def test_dataset_info(tmp_path: Path) -> None:
     assert any("--dataset-info" in note for note in imported(text, tmp_path).notes)
     [source] = values_of(text, tmp_path, info=tmp_path / "info.json")["data.train"]
     assert source["dataset_info"] == "info.json"
+    (tmp_path / "info.json").write_text('{"identity": {"file_name": "a", "columns": null}}')
+    [source] = values_of(text, tmp_path, info=tmp_path / "info.json")["data.train"]
+    assert source["dataset"] == "identity"
     absent = imported(text.replace("identity", "other"), tmp_path, info=tmp_path / "info.json")
     assert any("other" in note for note in absent.notes)
+
+
+@pytest.mark.parametrize(
+    ("entry", "message"),
+    [
+        ('{"file_name": "a", "columns": null, "tags": null}', None),
+        ('{"file_name": "a", "columns": {"prompt": [1]}}', "not as LLaMA-Factory writes it"),
+        ('{"file_name": "a", "num_samples": "x"}', "not as LLaMA-Factory writes it"),
+        ('{"hf_hub_url": [1]}', "not as LLaMA-Factory writes it"),
+        ("[" * 10**5, "cannot read"),
+    ],
+)
+def test_entries_of_dataset_info(entry: str, message: str | None, tmp_path: Path) -> None:
+    info = tmp_path / "info.json"
+    info.write_text(f'{{"own": {entry}}}', encoding="utf-8")
+    source = Source(dataset="own", dataset_info="info.json")
+    if message is None:
+        assert named_source(source, info) == Source(path=str(tmp_path / "a"))
+        return
+    with pytest.raises(InputError, match=message):
+        named_source(source, info)
 
 
 def test_sharding_needs_several_gpus(tmp_path: Path) -> None:
