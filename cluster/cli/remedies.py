@@ -11,7 +11,6 @@ from collections.abc import Iterator
 
 from ...training.common.errors import InputError
 from ...training.config.foreign.lookup import foreign_key
-from ...training.config.short_forms import is_short_form
 
 _OF_SECTIONS = {"model": "model.base", "data.train": "data.train.0.path"}
 """The setting that is meant by a section's name."""
@@ -64,14 +63,19 @@ class Remedies:
 
     def _whole(self, name: str, value: str | None) -> list[str]:
         """The key of a list or section that the value stands for: data.curate=[deduplicate]."""
+        if not self._sections:
+            return []
+        from ...training.config.short_forms import is_short_form
+
         is_meant = "." in name or is_short_form(name, value)
         is_written_out = (value or "").startswith(("[", "{"))
         if not is_written_out and (name in _OF_SECTIONS or not is_meant):
             return []
-        pattern = _pattern(name)
+        own = name.removeprefix(_RECIPE)
+        pattern = _pattern(own)
         shorts = {key.removeprefix(_RECIPE): key for key in self._sections}
-        key = shorts.get(pattern.removeprefix(_RECIPE))
-        return [key.removesuffix(pattern) + name] if key is not None else []
+        key = shorts.get(pattern)
+        return [key.removesuffix(pattern) + own] if key is not None else []
 
     def _named(self, name: str) -> list[str]:
         """Keys that have the name in full, else as their last part."""

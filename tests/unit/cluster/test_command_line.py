@@ -256,6 +256,8 @@ def test_settings_of_a_sweep(tmp_path: Path, capsys: pytest.CaptureFixture[str])
         for given in ("--lr 1e-4", "lr=1e-4", "recipe.optim.learning_rate=1e-4"):
             text = refusal(capsys, *words, *given.split())
             assert text.endswith("--set recipe.optim.learning_rate=1e-4")
+        for given in ("data.curate=[a]", "recipe.data.curate=[a]"):
+            assert refusal(capsys, *words, given).endswith("--set 'recipe.data.curate=[a]'")
         assert refusal(capsys, *words, "--trials", "9").endswith(" --set trials=9")
         assert refusal(capsys, *words, "--seed=9").endswith(" --set seed=9")
     recipe = tmp_path / "recipe.yaml"
