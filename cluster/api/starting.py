@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ...training.common.errors import InputError, reason
+from ...training.config.paths import exists
 from ..gpus import visible_gpus
 from ..starting.first_recipe import FirstRecipe, first_recipe
 from ..starting.importing import Imported, import_settings
@@ -64,7 +65,7 @@ def init_recipe(
     """
     prepare_process()
     check_new(to, "-o")
-    target = to.absolute().parent
+    target = to.resolve().parent  # as a recipe's file is resolved, whose paths start there
     made = first_recipe(data, model, method, rewards, visible_gpus(), target)
     write_new(to, made.text, "-o")
     return made
@@ -76,7 +77,7 @@ def check_new(file: Path, option: str) -> None:
     Raises:
         InputError: it does.
     """
-    if file.exists():
+    if exists(file):
         raise InputError(f"{option}: {file} exists already; name another file, or move it away")
 
 

@@ -31,6 +31,7 @@ class Remedies:
         self._options: list[str] = re.findall(r"--[a-z][a-z-]*", options.parser.format_usage())
         keys = list(_keys(options)) if "overrides" in options else []
         self._keys = [key for key in keys if not any(k.startswith(f"{key}.") for k in keys)]
+        self._sections = [key for key in keys if key not in self._keys]
 
     def setting(self, name: str, value: str | None) -> str | None:
         """`--set KEY=VALUE` where the name is a setting's, in full or without its sections.
@@ -38,7 +39,7 @@ class Remedies:
         All of them where several settings have the name; None where none has it.
         """
         plain = _plain(name)
-        keys = self._named(plain) or self._named(_leaf(plain))
+        keys = self._whole(plain, value) or self._named(plain) or self._named(_leaf(plain))
         if not keys and (other := foreign_key(_leaf(plain))) is not None:
             own, has_value, text = other.to.partition(": ")
             keys = self._named(own)
@@ -60,10 +61,26 @@ class Remedies:
         starts = [option for option, text in options.items() if text.startswith(plain)]
         return starts[0] if len(plain) >= _SHORTEST_START and len(starts) == 1 else None
 
+    def _whole(self, name: str, value: str | None) -> list[str]:
+        """The key of a list or section that the value stands for: data.curate=[deduplicate]."""
+        if not self._sections:
+            return []
+        from ...training.config.short_forms import is_short_form
+
+        is_meant = "." in name or is_short_form(name, value)
+        is_written_out = (value or "").startswith(("[", "{"))
+        if not is_written_out and (name in _OF_SECTIONS or not is_meant):
+            return []
+        own = name.removeprefix(_RECIPE)
+        pattern = _pattern(own)
+        shorts = {key.removeprefix(_RECIPE): key for key in self._sections}
+        key = shorts.get(pattern)
+        return [key.removesuffix(pattern) + own] if key is not None else []
+
     def _named(self, name: str) -> list[str]:
         """Keys that have the name in full, else as their last part."""
         own = _OF_SECTIONS.get(name, name)
-        pattern = re.sub(r"\.\d+\b", ".0", own)
+        pattern = _pattern(own)
         for key in self._keys:
             short = key.removeprefix(_RECIPE)
             if pattern in (key, short):
@@ -106,6 +123,11 @@ def _as_option(key: str, value: str | None) -> str:
 
 def _plain(name: str) -> str:
     return name.lstrip("-").replace("-", "_")
+
+
+def _pattern(key: str) -> str:
+    """The key with 0 for each index of a list."""
+    return re.sub(r"\.\d+\b", ".0", key)
 
 
 def _leaf(key: str) -> str:

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 from .draft import Draft
+from .places import Places
 
 _ALL = ("all", "all-linear", "all_linear")
 _PATTERN = frozenset("()|*+?[\\^$")
@@ -34,12 +35,12 @@ def quantise(draft: Draft, kind: str, name: str, adapts: bool) -> None:
         draft.change(name, "none: quantised weights are not trained, and there is no adapter")
 
 
-def existing_adapter(draft: Draft, name: str) -> bool:
+def existing_adapter(draft: Draft, name: str, places: Places) -> bool:
     """An adapter to train on, whose rank and targets come with it."""
     paths = draft.settings.texts(name)
     if not paths:
         return False
-    draft.put("model.adapter", paths[-1], name)
+    draft.put("model.adapter", places.model(paths[-1]), name)
     if len(paths) > 1:
         draft.change(
             name, f"{paths[-1]}; merge the others into a base first (finray export --merge)"

@@ -2,13 +2,13 @@
 
 import json
 import re
-from typing import Any
 
 from ...training.config.methods import METHODS
 from . import adapting, trainer
 from .axolotl_rows import Rows, read_rows
 from .draft import Draft
 from .places import Places
+from .rewards import online
 from .trainer import Defaults, Devices
 
 _DEFAULTS = Defaults("Axolotl", 2e-4, 1.0, 1, "cosine", warmup=0.03)
@@ -49,15 +49,15 @@ def convert(draft: Draft, devices: Devices, places: Places) -> None:
     settings = draft.settings
     kind = _method(draft)
     base = settings.text("base_model") or settings.text("base_model_config") or "MODEL"
-    draft.put("model.base", places.path(base) if places.is_local(base) else base, "base_model")
+    draft.put("model.base", places.model(base), "base_model")
     names = ("wandb_name", "output_dir", "hub_model_id")
     trainer.run_name(draft, names, f"{base.rpartition('/')[2]}-{kind}")
-    adapts = _adapter(draft)
+    adapts = _adapter(draft, places)
     if draft.values.get("method.kind") == "pretrain" and settings.flag("reinit_weights"):
         draft.put("method.init", "random", "reinit_weights")
     holds_out = _data(draft, kind, places)
-    _of_method(draft, kind)
-    workers = settings.whole("ray_num_workers") if settings.flag("use_ray") else None
+    _of_method(draft, kind, places)
+    workers = settings.whole("ray_num_workers", 1) if settings.flag("use_ray") else None
     if workers:
         devices = Devices(workers, f"ray_num_workers: {workers}")
         draft.fulfilled(f"scale.workers: {workers}", "ray_num_workers", "use_ray")
@@ -124,13 +124,13 @@ def _method(draft: Draft) -> str:
     return kind
 
 
-def _adapter(draft: Draft) -> bool:
+def _adapter(draft: Draft, places: Places) -> bool:
     """The adapter and the base under it; True if there is one."""
     settings = draft.settings
     kind = (settings.text("adapter") or "").lower()
     adapts = kind in ("lora", "qlora", "oft", "ia3", "llama-adapter", "dora")
     if adapts:
-        _lora(draft, kind)
+        _lora(draft, kind, places)
     for name, bits in (("load_in_4bit", "nf4"), ("load_in_8bit", "int8")):
         if settings.flag(name) and "model.quantize" not in draft.values:
             adapting.quantise(draft, bits, name, adapts)
@@ -146,12 +146,12 @@ def _adapter(draft: Draft) -> bool:
     return adapts
 
 
-def _lora(draft: Draft, kind: str) -> None:
+def _lora(draft: Draft, kind: str, places: Places) -> None:
     settings = draft.settings
     draft.put("adapter.kind", "lora", "adapter")
     if kind not in ("lora", "qlora"):
         draft.change("adapter", f"{kind}: LoRA in its place")
-    if adapting.existing_adapter(draft, "lora_model_dir"):
+    if adapting.existing_adapter(draft, "lora_model_dir", places):
         for name in ("lora_r", "lora_alpha", "lora_dropout", "lora_target_linear"):
             if settings.value(name) is not None:
                 draft.leave(name, "comes with the adapter that is trained on")
@@ -219,7 +219,7 @@ def _data(draft: Draft, kind: str, places: Places) -> bool:
                 "data.overlong", "truncate" if cuts == "truncate" else "drop",
                 "excess_length_strategy",
             )  # fmt: skip
-    _template(draft, rows)
+    _template(draft, rows, places)
     if settings.flag("train_on_inputs") and kind == "sft":
         draft.put("method.train_on", "all", "train_on_inputs")
     elif settings.flag("train_on_inputs"):
@@ -259,7 +259,7 @@ def _packing(draft: Draft) -> None:
         draft.put("data.packing", False, "sample_packing", note="a row a sequence, as in Axolotl")
 
 
-def _template(draft: Draft, rows: Rows) -> None:
+def _template(draft: Draft, rows: Rows, places: Places) -> None:
     settings = draft.settings
     named = settings.text("chat_template")
     jinja = settings.text("chat_template_jinja")
@@ -270,7 +270,8 @@ def _template(draft: Draft, rows: Rows) -> None:
     elif "chatml" in names:
         adapting.chatml(draft, "chat_template")
     elif jinja is not None:
-        draft.put("data.chat_template", jinja, "chat_template_jinja", "chat_template")
+        file = places.path(jinja)
+        draft.put("data.chat_template", file, "chat_template_jinja", "chat_template")
     elif named is not None:
         draft.fulfilled("the model's own chat template", "chat_template")
     elif names and not all(map(_OWN_TEMPLATES.fullmatch, names)):
@@ -338,7 +339,7 @@ def _special_tokens(draft: Draft) -> None:
         draft.fulfilled("an answer ends with what the chat template writes", "eot_tokens")
 
 
-def _of_method(draft: Draft, kind: str) -> None:
+def _of_method(draft: Draft, kind: str, places: Places) -> None:
     settings = draft.settings
     beta = settings.number("rl_beta")
     name = "rl_beta" if beta is not None else "dpo_beta"
@@ -363,10 +364,7 @@ def _of_method(draft: Draft, kind: str) -> None:
     if kind == "reward" and (weight := settings.number("center_rewards_coefficient")):
         draft.put("method.center_coefficient", weight, "center_rewards_coefficient")
     if kind == "grpo":
-        value: Any = settings.value("trl")
-        from .rewards import online
-
-        online(draft, value if isinstance(value, dict) else {}, "trl")
+        online(draft, places, "trl", settings.value("trl") or {})
         whole = int(draft.values["data.max_length"])
         most = int(draft.values["method.max_completion"])
         draft.put("data.max_length", whole + most, note="prompt (sequence_len) and completion")

@@ -6,7 +6,7 @@ from typing import Any
 
 from ...training.config.methods import ONLINE
 from .draft import Draft, ForeignSettings
-from .places import Places
+from .places import Places, files_of
 
 _QUESTION = {"instruction": "question", "output": "answer"}
 _IMITATED: dict[str, dict[str, str]] = {
@@ -162,7 +162,7 @@ class _Entry:
         if self.columns:
             self.source["columns"] = self.columns
         name = self._take("path") or ""
-        files = self.settings.texts("data_files")
+        files = files_of(self.settings, self.settings.values.get("split"))
         self.values.pop("data_files", None)
         for place in places.source(str(name), files):
             self.rows.sources.append({**place, **self.source})
@@ -271,10 +271,13 @@ class _Entry:
             if (value := self._take(name)) is not None:
                 self.source[own] = str(value)
         split = self._take("split")
-        shards, index = self._take("shards"), self._take("shards_idx")
+        shards = self.settings.whole("shards", 1)
+        index = self.settings.whole("shards_idx", 0) or 0
+        for name in ("shards", "shards_idx"):
+            self.values.pop(name, None)
         if shards:
-            share = max(1, round(100 / int(shards)))
-            start = min(int(index or 0) * share, 99)
+            share = max(1, round(100 / shards))
+            start = min(index * share, 99)
             split = f"{split or 'train'}[{start}%:{min(start + share, 100)}%]"
             self.draft.change(f"{self.key}.shards", f"a part of the rows: split {split}")
         if split is not None and split != "train":

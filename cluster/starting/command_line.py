@@ -11,11 +11,28 @@ from ...training.common.errors import InputError
 from ...training.common.yaml_faults import YamlFault
 from ...training.common.yaml_text import parse_setting
 
-_LAUNCHERS = {"accelerate", "torchrun", "deepspeed", "python", "python3", "uv", "poetry", "srun"}
+_LAUNCHERS = re.compile(r"(accelerate|torch|deepspeed|ray)(\.\w+)*")
+"""Modules that start a script."""
+_PROJECTS = {
+    "trl": "trl",
+    "axolotl": "axolotl",
+    "llamafactory": "llamafactory-cli",
+    "llamafactory-cli": "llamafactory-cli",
+    "lmf": "llamafactory-cli",
+}
+"""The projects' commands, by these and by their packages' names."""
+_COMMANDS = {*_PROJECTS, "cli", "main", "__main__"}
+"""Words, or last parts of modules, that a verb follows."""
+_MODULE = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*")
 _PROCESSES = ("num_processes", "nproc_per_node", "num_gpus")
+_MACHINES = ("nnodes", "num_nodes")
 _OPTION = re.compile(r"--?[A-Za-z]")
 _ASSIGNMENT = re.compile(r"[A-Za-z_][\w.]*=")
-_METHODS = ("sft", "dpo", "kto", "orpo", "cpo", "reward", "grpo", "rloo", "ppo", "online_dpo")
+_METHODS = re.compile(
+    r"(?<![a-z])(online_dpo|nash_md|sft|dpo|kto|orpo|cpo|simpo|grpo|rloo|ppo|gkd|xpo|bco|prm)"
+    r"(?![a-z])"
+)
+"""TRL's methods in the name of a script; those that finray lacks are refused."""
 
 
 @dataclass
@@ -35,12 +52,14 @@ class CommandLine:
 
     @property
     def method(self) -> str | None:
-        """The method by the script's name."""
-        stem = PurePath(self.script).stem.lower()
-        if "reward" in stem:
-            return "reward"
-        words = re.split(r"[_\-.]", stem)
-        return next((name for name in _METHODS if name in words), None)
+        """The method by the name of the script or module."""
+        name = PurePath(self.script).name.lower().removesuffix(".py").replace("-", "_")
+        for part in reversed(name.split(".")):
+            if (match := _METHODS.search(part)) is not None:
+                return match[0]
+            if "reward" in part:
+                return "reward"
+        return None
 
 
 def is_command(text: str) -> bool:
@@ -59,9 +78,8 @@ def read_command(text: str) -> CommandLine:
     except ValueError as error:
         raise InputError(f"the command line cannot be read: {error}; close the quote") from None
     command = CommandLine()
-    rest = list(_without_environment(words))
-    names = [PurePath(word).name for word in rest]
-    start = _script_at(rest, names)
+    rest = list(_plain_words(words))
+    start = _script_at(rest)
     if start is None:
         raise InputError(
             f"the command line names no training script: {' '.join(rest[:4])}; expected one such "
@@ -69,39 +87,54 @@ def read_command(text: str) -> CommandLine:
         )
     _read_launcher(rest[:start], command)
     command.script = rest[start]
-    if names[start] in ("trl", "llamafactory-cli", "lmf", "axolotl"):
-        command.project = names[start]
+    command.project = _project(rest[start])
+    if command.project and PurePath(rest[start]).name.rpartition(".")[2] in _COMMANDS:
         start += 1
         command.script = rest[start] if start < len(rest) else ""
-    elif rest[start].startswith("axolotl."):
-        command.project = "axolotl"
     _read_options(rest[start + 1 :], command)
     return command
 
 
-def _without_environment(words: Sequence[str]) -> Iterator[str]:
-    """The words behind VARIABLE=value in front."""
+def _plain_words(words: Sequence[str]) -> Iterator[str]:
+    """The words behind VARIABLE=value in front; -mMODULE as two."""
     is_front = True
+    before = ""
     for word in words:
         is_front = is_front and bool(re.match(r"[A-Z_][A-Z0-9_]*=", word))
-        if not is_front:
-            yield word
+        if is_front:
+            continue
+        is_joined = word.startswith("-m") and PurePath(before).name.startswith("python")
+        yield from ("-m", word[2:]) if is_joined and len(word) > 2 else (word,)
+        before = word
 
 
-def _script_at(words: Sequence[str], names: Sequence[str]) -> int | None:
-    for index, (word, name) in enumerate(zip(words, names, strict=True)):
-        if name in ("trl", "llamafactory-cli", "lmf", "axolotl") or name.endswith(".py"):
+def _script_at(words: Sequence[str]) -> int | None:
+    """The index of the script, of the module in its place, or of a project's command."""
+    for index, word in enumerate(words):
+        is_module = index > 0 and words[index - 1] in ("-m", "--module")
+        if is_module and _LAUNCHERS.fullmatch(word):
+            continue
+        if _project(word) or word.endswith(".py") or (is_module and _MODULE.fullmatch(word)):
             return index
-        if index and words[index - 1] == "-m" and name not in _LAUNCHERS and "." in word:
-            return None if word.startswith("torch.") else index
     return None
 
 
+def _project(word: str) -> str:
+    """The project whose command or module a word is; empty for another's."""
+    name = PurePath(word).name
+    if name in _PROJECTS:
+        return _PROJECTS[name]
+    is_module = _MODULE.fullmatch(word) and not word.endswith((".py", ".yaml", ".yml", ".json"))
+    return _PROJECTS.get(word.partition(".")[0], "") if is_module else ""
+
+
 def _read_launcher(words: Sequence[str], command: CommandLine) -> None:
-    """Processes of accelerate, torchrun or deepspeed."""
-    for name, value in _options(words):
-        if name in _PROCESSES and str(value).isdecimal():
-            command.processes = int(value)
+    """Processes of accelerate, torchrun or deepspeed: of all machines, or of each."""
+    counts = {name: int(value) for name, value in _options(words) if str(value).isdecimal()}
+    of_all = counts.get("num_processes")
+    of_each = next((counts[name] for name in _PROCESSES[1:] if name in counts), None)
+    machines = next((counts[name] for name in _MACHINES if name in counts), 1)
+    command.processes = of_all or (of_each and of_each * max(1, machines))
 
 
 def _read_options(words: Sequence[str], command: CommandLine) -> None:

@@ -1,5 +1,6 @@
 """A recipe in the making, and what becomes of each setting that it is made from."""
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,6 +13,19 @@ _TRUE, _FALSE = (
     ("false", "no", "off", "0", "none", "null", ""),
 )
 _UNSET: tuple[Any, ...] = (None, "", [], {})
+_LARGEST = 2**53
+"""Up to here a float holds each whole number."""
+
+
+def finite(value: Any) -> float | None:
+    """A finite number, also one that is written as text; None for all else."""
+    if isinstance(value, bool) or not isinstance(value, str | int | float):
+        return None
+    try:
+        number = float(value)
+    except (ValueError, OverflowError):
+        return None
+    return number if math.isfinite(number) else None
 
 
 class ForeignSettings:
@@ -51,21 +65,49 @@ class ForeignSettings:
         return [text for item in items if (text := str(item).strip())]
 
     def number(self, name: str) -> float | None:
-        """A number, also one that YAML 1.1 reads as text: 2e-4."""
+        """A finite number, also one that YAML 1.1 reads as text: 2e-4."""
         value = self.value(name)
         if value is None or value == "auto":
             return None
-        try:
-            return float(value) if not isinstance(value, bool) else self._refuse(name)
-        except (TypeError, ValueError):
-            raise self.fault(name, "a number") from None
+        number = finite(value)
+        if number is None:
+            raise self.fault(name, "a number")
+        return number
 
-    def whole(self, name: str) -> int | None:
-        """A whole number."""
+    def whole(self, name: str, least: int = -_LARGEST) -> int | None:
+        """A whole number.
+
+        Args:
+            name: the setting.
+            least: the smallest number that is possible.
+        """
         number = self.number(name)
-        if number is not None and number != int(number):
-            raise self.fault(name, "a whole number")
-        return None if number is None else int(number)
+        if number is None:
+            return None
+        if number != int(number) or not least <= number <= _LARGEST:
+            is_bounded = least > -_LARGEST
+            raise self.fault(name, f"a whole number{f' from {least} on' if is_bounded else ''}")
+        return int(number)
+
+    def numbers(self, name: str) -> list[float]:
+        """A list of finite numbers, also written as one text with commas."""
+        numbers = [finite(text) for text in self.texts(name)]
+        if None in numbers:
+            raise self.fault(name, "a list of numbers")
+        return [number for number in numbers if number is not None]
+
+    def inside(self, name: str, values: Any) -> "ForeignSettings":
+        """The settings of a mapping inside this one.
+
+        Args:
+            name: where it stands, dotted.
+            values: the mapping.
+        """
+        if not isinstance(values, dict):
+            raise InputError(
+                f"{self.where}: {name}: expected a mapping, found {shown(values)}; correct it"
+            )
+        return ForeignSettings(values, f"{self.where}: {name}")
 
     def flag(self, name: str) -> bool | None:
         """true or false, also as text; None if it is not set."""
@@ -80,12 +122,9 @@ class ForeignSettings:
     def fault(self, name: str, expected: str) -> InputError:
         """An error about a setting's value."""
         return InputError(
-            f"{self.where}: {name}: expected {expected}, found {shown(self.values[name])}; "
+            f"{self.where}: {name}: expected {expected}, found {shown(self.values.get(name))}; "
             "correct it"
         )
-
-    def _refuse(self, name: str) -> float:
-        raise self.fault(name, "a number")
 
 
 class Draft:

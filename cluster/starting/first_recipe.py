@@ -104,15 +104,14 @@ def first_recipe(
     resolved, folder, reason = _model_here(base)
     choices, notes = Choices(), []
     choices.choose("name", _name(data, kind), "")
-    is_relative = resolved != base and not Path(base).expanduser().is_absolute()
-    written = os.path.relpath(resolved, target) if is_relative else base
+    written = base if resolved == base else _from(target, base)
     choices.choose("model.base", written, why)
     if reason is not None:
         notes.append(
             f"{base} is not on this machine, and cannot be fetched ({reason}): its size is taken "
             "from its name, and the lengths of the rows from their characters"
         )
-    method_settings = _method(choices, kind, shape, method is not None, rewards)
+    method_settings = _method(choices, kind, shape, method is not None, rewards, target)
     start = {
         "name": "first",
         "model": {"base": resolved},
@@ -197,7 +196,7 @@ def _rows(look: RowsLook) -> str:
 
 
 def _method(
-    choices: Choices, kind: str, shape: str, is_chosen: bool, rewards: Sequence[str]
+    choices: Choices, kind: str, shape: str, is_chosen: bool, rewards: Sequence[str], target: Path
 ) -> dict[str, Any]:
     settings: dict[str, Any] = {"kind": kind}
     title = METHODS[kind].title
@@ -205,8 +204,15 @@ def _method(
     choices.choose("method.kind", kind, f"{title}: {why}.")
     if rewards:
         settings["rewards"] = [{"file": name} for name in rewards]
-        choices.choose("method.rewards", settings["rewards"], "What scores the model's answers.")
+        written = [{"file": _from(target, name)} for name in rewards]
+        choices.choose("method.rewards", written, "What scores the model's answers.")
     return settings
+
+
+def _from(target: Path, path: str) -> str:
+    """A path of the current folder as a recipe in the target writes it."""
+    is_free = path.startswith("~") or Path(path).is_absolute()
+    return path if is_free else os.path.relpath(Path.cwd() / path, target)
 
 
 def _positions(folder: Path | None) -> int:
@@ -312,7 +318,7 @@ def _duration(choices: Choices, look: RowsLook, kind: str, workers: int) -> None
 def _provisional(choices: Choices, start: dict[str, Any]) -> dict[str, Any]:
     """The recipe so far, with the absolute paths of the first look."""
     values = {**start, **{name: dict(choices.values[name]) for name in ("adapter", "optim")}}
-    values["method"] = {**start["method"], **choices.values["method"]}
+    values["method"] = {**choices.values["method"], **start["method"]}
     values["data"] = {**choices.values["data"], "train": start["data"]["train"]}
     model = {**choices.values["model"], "base": start["model"]["base"]}
     batch = values["optim"]["batch_size"]

@@ -9,6 +9,7 @@ from ...training.common.errors import InputError
 from ...training.common.formatting import printable, shown
 from ...training.config.foreign.lookup import dialect_of, marks_in
 from ...training.config.methods import ONLINE
+from ...training.config.paths import exists
 from ...training.config.recipe import Recipe, build_recipe
 from ...training.config.short_forms import write_out
 from ...training.config.yaml_file import Document, read_foreign_file
@@ -20,8 +21,7 @@ from .recipe_text import recipe_text
 from .trainer import Devices
 
 _ACCELERATE = frozenset({"compute_environment", "distributed_type", "fsdp_config", "zero_stage"})
-_PROJECTS = {"trl": "TRL", "llamafactory-cli": "LLaMA-Factory", "lmf": "LLaMA-Factory"}
-_PROJECTS |= {"axolotl": "Axolotl"}
+_PROJECTS = {"trl": "TRL", "llamafactory-cli": "LLaMA-Factory", "axolotl": "Axolotl"}
 _NAMES = "Axolotl, LLaMA-Factory and TRL"
 
 
@@ -63,7 +63,7 @@ def import_settings(
         InputError: the file cannot be read, is of no project or of two, or trains in a way that
             finray does not have.
     """
-    command = read_command(source) if is_command(source) and not Path(source).exists() else None
+    command = read_command(source) if is_command(source) and not exists(source) else None
     values, where, folder = _read(source, command)
     name = _dialect(values, where, command)
     draft = Draft(ForeignSettings(values, where), dialect_of(name))

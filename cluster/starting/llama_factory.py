@@ -41,8 +41,7 @@ def convert(draft: Draft, devices: Devices, places: Places, info: Path | None) -
     settings = draft.settings
     kind = _method(draft)
     base = settings.text("model_name_or_path") or "MODEL"
-    path = places.path(base) if places.is_local(base) else base
-    draft.put("model.base", path, "model_name_or_path")
+    draft.put("model.base", places.model(base), "model_name_or_path")
     revision = settings.text("model_revision")
     if revision not in (None, "main"):
         draft.put("model.revision", revision, "model_revision")
@@ -50,11 +49,11 @@ def convert(draft: Draft, devices: Devices, places: Places, info: Path | None) -
         draft.fulfilled("main, as by default", "model_revision")
     names = ("run_name", "output_dir", "ray_run_name", "hub_model_id")
     trainer.run_name(draft, names, f"{base.rpartition('/')[2]}-{kind}")
-    adapts = _trained(draft)
+    adapts = _trained(draft, places)
     _quantised(draft, adapts)
-    _of_method(draft, kind)
+    _of_method(draft, kind, places)
     holds_out = _data(draft, kind, places, info)
-    if workers := settings.whole("ray_num_workers"):
+    if workers := settings.whole("ray_num_workers", 1):
         devices = Devices(workers, f"ray_num_workers: {workers}")
         draft.fulfilled(f"scale.workers: {workers}", "ray_num_workers")
     trainer.batch(draft, devices, _DEFAULTS, "per_device_train_batch_size")
@@ -115,7 +114,7 @@ def _method(draft: Draft) -> str:
     return kind
 
 
-def _trained(draft: Draft) -> bool:
+def _trained(draft: Draft, places: Places) -> bool:
     """What is trained; True if it is an adapter."""
     settings = draft.settings
     kind = (settings.text("finetuning_type") or "lora").lower()
@@ -129,7 +128,7 @@ def _trained(draft: Draft) -> bool:
     if kind != "lora":
         draft.change("finetuning_type", f"{kind}: LoRA in its place")
     is_new = settings.flag("create_new_adapter")
-    if not is_new and adapting.existing_adapter(draft, "adapter_name_or_path"):
+    if not is_new and adapting.existing_adapter(draft, "adapter_name_or_path", places):
         for name in ("lora_rank", "lora_alpha", "lora_dropout", "lora_target"):
             if settings.value(name) is not None:
                 draft.leave(name, "comes with the adapter that is trained on")
@@ -182,7 +181,7 @@ def _quantised(draft: Draft, adapts: bool) -> None:
         draft.change("quantization_method", f"{method}: bitsandbytes in its place")
 
 
-def _of_method(draft: Draft, kind: str) -> None:
+def _of_method(draft: Draft, kind: str, places: Places) -> None:
     settings = draft.settings
     olds = ("pref_beta", "dpo_beta", "orpo_beta", "kto_beta")
     name = next((name for name in olds if settings.value(name) is not None), None)
@@ -204,7 +203,7 @@ def _of_method(draft: Draft, kind: str) -> None:
                 draft.put(f"method.{own}_weight", weight, f"kto_{theirs}_weight")
     reference = settings.text("ref_model")
     if reference and kind in ("dpo", "kto"):
-        draft.put("method.reference_model", reference, "ref_model")
+        draft.put("method.reference_model", places.model(reference), "ref_model")
     if settings.flag("train_from_scratch") and kind == "pretrain":
         draft.put("method.init", "random", "train_from_scratch")
 
@@ -274,12 +273,15 @@ def _source(
 def _check_entry(draft: Draft, name: str, file: Path) -> None:
     try:
         entries = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{file}: cannot be read: {error}; give LLaMA-Factory's {_FILE}") from None
     entry = entries.get(name) if isinstance(entries, dict) else None
     if not isinstance(entry, dict):
         draft.notes.append(f"{name}: {file} has no such data set; correct data.train")
-    elif any(entry.get("columns", {}).get(kind) for kind in ("images", "videos", "audios")):
+        return
+    columns = entry.get("columns")
+    named = columns if isinstance(columns, dict) else {}
+    if any(named.get(kind) for kind in ("images", "videos", "audios")):
         draft.notes.append(f"{name}: rows with images, videos or sounds are refused, not trained")
 
 

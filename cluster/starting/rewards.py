@@ -1,11 +1,11 @@
 """Sampling and rewards of GRPO and RLOO, by TRL's names."""
 
-from collections.abc import Mapping
 from typing import Any, get_args
 
 from ...training.config.methods import GrpoMethod
 from ...training.config.rewards import TrlReward
 from .draft import Draft, ForeignSettings
+from .places import Places
 
 _TRL = get_args(TrlReward.model_fields["trl"].annotation)
 _LOSSES = get_args(GrpoMethod.model_fields["loss"].annotation)
@@ -21,23 +21,28 @@ _COPIED = {
     "num_iterations": "passes",
     "beta": "beta",
 }
-_SECTION = "trl"
+_COUNTS = ("num_generations", "max_completion_length", "num_iterations")
 
 
-def online(draft: Draft, values: Mapping[str, Any], section: str = "") -> None:
+def online(draft: Draft, places: Places, section: str = "", values: Any = None) -> None:
     """What a method of TRL that samples by itself says.
 
     Args:
         draft: the draft.
-        values: its settings.
+        places: where paths start.
         section: the setting that they stand under; empty where they are the draft's own.
+        values: those under the section.
     """
-    settings = ForeignSettings(values, draft.settings.where)
+    settings = draft.settings.inside(section, values) if section else draft.settings
     read = {"reward_funcs", "reward_weights", "use_vllm", "loss_type", "scale_rewards"}
     for name, own in _COPIED.items():
-        value = settings.number(name) if name != "mask_truncated_completions" else None
+        value: float | None
         if name == "mask_truncated_completions":
             value = settings.flag(name)
+        elif name in _COUNTS:
+            value = settings.whole(name, 1)
+        else:
+            value = settings.number(name)
         if value is None or (name == "top_k" and value < 0):
             continue
         plain = value if isinstance(value, bool) or value != int(value) else int(value)
@@ -45,14 +50,14 @@ def online(draft: Draft, values: Mapping[str, Any], section: str = "") -> None:
         read.add(name)
     draft.values.setdefault("method.generations", 8)
     draft.values.setdefault("method.max_completion", 512)
-    _rewards(draft, settings, section)
+    _rewards(draft, settings, section, places)
     if draft.values["method.kind"] == "grpo":
         _loss(draft, settings, section)
     if settings.flag("use_vllm"):
         _vllm(draft, section)
     if section:
         draft.fulfilled("method", section)
-        for name, value in values.items():
+        for name, value in settings.values.items():
             if name not in read and value not in (None, "", False, [], {}):
                 table = dict(draft.dialect.entries())
                 text = table[name].text if name in table and table[name].text else _OTHER
@@ -62,18 +67,14 @@ def online(draft: Draft, values: Mapping[str, Any], section: str = "") -> None:
 _OTHER = "a detail of TRL's trainer that finray does not have"
 
 
-def _rewards(draft: Draft, settings: ForeignSettings, section: str) -> None:
-    names = settings.texts("reward_funcs")
+def _rewards(draft: Draft, settings: ForeignSettings, section: str, places: Places) -> None:
     models = ("reward_model_name_or_path", "reward_model_path")
-    names += [name for key in models for name in settings.texts(key)]
-    value = settings.value("reward_weights")
-    weights = [float(item) for item in value] if isinstance(value, list) else []
-    rewards = []
-    for index, name in enumerate(names):
-        reward = _reward(name)
+    rewards = [_reward(name, places) for name in settings.texts("reward_funcs")]
+    rewards += [{"model": places.model(name)} for key in models for name in settings.texts(key)]
+    weights = settings.numbers("reward_weights")
+    for index, reward in enumerate(rewards):
         if index < len(weights) and weights[index] != 1.0:
             reward["weight"] = weights[index]
-        rewards.append(reward)
     keys = [] if section else ["reward_funcs", "reward_weights", *models]
     if not rewards:
         draft.notes.append(
@@ -89,15 +90,15 @@ def _rewards(draft: Draft, settings: ForeignSettings, section: str) -> None:
             )
 
 
-def _reward(name: str) -> dict[str, Any]:
+def _reward(name: str, places: Places) -> dict[str, Any]:
     last = name.rpartition(".")[2]
     if last in _TRL:
         return {"trl": last}
-    if "/" in name:
-        return {"model": name}
+    if "/" in name or places.has_folder(name):
+        return {"model": places.model(name)}
     module, _, function = name.rpartition(".")
     file = module.replace(".", "/") if module else "rewards"
-    return {"file": f"{file}.py:{function}"}
+    return {"file": f"{places.path(f'{file}.py')}:{function}"}
 
 
 def _loss(draft: Draft, settings: ForeignSettings, section: str) -> None:

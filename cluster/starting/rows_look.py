@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ...training.common.errors import InputError
+from ...training.config.paths import exists, resolve_path
 from ...training.config.places import about
 from ...training.config.recipe import Recipe
 from ...training.config.source import KnownFormat, Source
@@ -66,10 +67,11 @@ def place_of_data(data: str) -> dict[str, str]:
     """
     if "://" in data:
         return {"path": data}
-    path = Path(data).expanduser()
-    if path.exists() or any(sign in data for sign in "*?["):
-        return {"path": str(path.absolute())}
-    if _HUB.fullmatch(data) and not path.suffix and not data.startswith("."):
+    with about(_OPTION):
+        path = resolve_path(data, Path.cwd())
+    if exists(path) or any(sign in data for sign in "*?["):
+        return {"path": path}
+    if _HUB.fullmatch(data) and not Path(data).suffix and not data.startswith("."):
         return {"dataset": data}
     raise InputError(f"{_OPTION}: {data}: there is no such file or folder; correct the path")
 

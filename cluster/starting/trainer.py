@@ -10,7 +10,7 @@ from ...training.common.errors import InputError
 from ...training.config.methods import ONLINE
 from ...training.config.sections import RESERVED_NAMES
 from ...training.config.trackers import TrackerName, check_trackers
-from .draft import Draft
+from .draft import Draft, finite
 
 _SCHEDULES = {
     "constant": "constant",
@@ -72,9 +72,9 @@ def batch(
         generations: completions of a prompt, of online methods.
     """
     settings = draft.settings
-    micro = settings.whole(name)
-    accumulation = settings.whole("gradient_accumulation_steps")
-    whole = settings.whole("batch_size") if name == "micro_batch_size" else None
+    micro = settings.whole(name, 1)
+    accumulation = settings.whole("gradient_accumulation_steps", 1)
+    whole = settings.whole("batch_size", 1) if name == "micro_batch_size" else None
     if micro is None and whole is not None and accumulation:
         micro = max(1, whole // accumulation)
     rows = defaults.microbatch if micro is None else max(1, micro)
@@ -392,8 +392,7 @@ def _plain(value: Any) -> Any:
         return value
     if value.lower() in ("true", "false"):
         return value.lower() == "true"
-    try:
-        number = float(value)
-    except ValueError:
+    number = finite(value)
+    if number is None:
         return value
     return int(number) if number == int(number) and "e" not in value.lower() else number

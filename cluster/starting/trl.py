@@ -8,8 +8,8 @@ from ...training.common.errors import InputError
 from ...training.config.methods import METHODS, ONLINE, DpoLoss
 from . import adapting, trainer
 from .axolotl import holdout
-from .draft import Draft
-from .places import Places
+from .draft import Draft, ForeignSettings
+from .places import Places, files_of
 from .rewards import online
 from .trainer import Defaults, Devices
 
@@ -72,10 +72,7 @@ def convert(draft: Draft, devices: Devices, places: Places, kind: str, origin: s
     draft.put("method.kind", kind, note=f"by {origin}")
     defaults = Defaults("TRL", _RATES[kind], 3.0, 8, "linear")
     base = settings.text("model_name_or_path") or settings.text("sft_model_path") or "MODEL"
-    draft.put(
-        "model.base", places.path(base) if places.is_local(base) else base, "model_name_or_path",
-        "sft_model_path",
-    )  # fmt: skip
+    draft.put("model.base", places.model(base), "model_name_or_path", "sft_model_path")
     revision = settings.text("model_revision")
     if revision not in (None, "main"):
         draft.put("model.revision", revision, "model_revision")
@@ -85,7 +82,7 @@ def convert(draft: Draft, devices: Devices, places: Places, kind: str, origin: s
     trainer.run_name(draft, names, f"{base.rpartition('/')[2]}-{kind}")
     _adapter(draft)
     if kind in ONLINE:
-        online(draft, settings.values)
+        online(draft, places)
     else:
         _of_method(draft, kind)
     holds_out = _data(draft, kind, places)
@@ -174,9 +171,7 @@ def _of_method(draft: Draft, kind: str) -> None:
 
 def _dpo_losses(draft: Draft, names: list[str]) -> None:
     settings = draft.settings
-    value = settings.value("loss_weights")
-    given = value if isinstance(value, list) else [] if value is None else [value]
-    weights = [float(item) for item in given]
+    weights = settings.numbers("loss_weights")
     losses = {}
     for index, name in enumerate(names):
         own = name if name in _DPO_LOSSES else _OLD_LOSSES.get(name)
@@ -236,7 +231,7 @@ def _template(draft: Draft, template: str, places: Places) -> None:
         adapting.chatml(draft, name)
     elif "{" in template:
         draft.put("data.chat_template", template, name)
-    elif places.exists(template) and not any((f / template).is_dir() for f in places.folders):
+    elif places.exists(template) and not places.has_folder(template):
         draft.put("data.chat_template", places.path(template), name)
     else:
         draft.change(name, f"{template}: the model's own; data.chat_template takes a Jinja file")
@@ -245,17 +240,9 @@ def _template(draft: Draft, template: str, places: Places) -> None:
 def _sources(draft: Draft, places: Places) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """The sources for training, and what they have for evaluation."""
     settings = draft.settings
-    value: Any = settings.value("dataset_mixture") or settings.value("datasets")
-    if isinstance(value, dict):
-        value = value.get("datasets")
-    if isinstance(value, list):
-        found = [source for item in value for source in _mixed(item, places)]
-        share = (settings.value("dataset_mixture") or {}) if value else {}
-        if isinstance(share, dict) and share.get("test_split_size"):
-            size = share["test_split_size"]
-            if isinstance(size, float) and 0 < size < 1:
-                draft.put("data.holdout", size)
-        return found, []
+    key = next((key for key in ("dataset_mixture", "datasets") if settings.value(key)), None)
+    if key is not None:
+        return _mixture(draft, key, places), []
     mixer = settings.value("dataset_mixer")
     if isinstance(mixer, dict):
         return _mixer(draft, mixer, places)
@@ -272,23 +259,38 @@ def _sources(draft: Draft, places: Places) -> tuple[list[dict[str, Any]], list[d
     return [source], [] if is_file else [{"split": test}]
 
 
-def _mixed(item: Any, places: Places) -> list[dict[str, Any]]:
+def _mixture(draft: Draft, key: str, places: Places) -> list[dict[str, Any]]:
+    """The data sets of a mixture, and the share of their rows that is held out."""
+    settings, where, name = draft.settings, key, key
+    if isinstance(settings.value(key), dict):
+        settings, where, name = settings.inside(key, settings.value(key)), "datasets", "datasets"
+        size = settings.number("test_split_size")
+        if size is not None and 0 < size < 1:
+            draft.put("data.holdout", size)
+    items = settings.value(name)
+    if not isinstance(items, list):
+        raise settings.fault(name, "a list of data sets")
+    return [
+        source
+        for index, item in enumerate(items)
+        for source in _mixed(
+            settings.inside(f"{where}.{index}", {"id": item} if isinstance(item, str) else item),
+            places,
+        )
+    ]
+
+
+def _mixed(entry: ForeignSettings, places: Places) -> list[dict[str, Any]]:
     """A data set of a mixture."""
-    entry = {"id": item} if isinstance(item, str) else dict(item)
-    name = str(entry.get("id") or entry.get("path") or entry.get("name") or "")
-    found = []
-    for place in places.source(name, [str(file) for file in entry.get("data_files") or []]):
-        source: dict[str, Any] = dict(place)
-        subset = entry.get("config") or (entry.get("name") if "path" in entry else None)
-        if subset:
-            source["subset"] = str(subset)
-        if entry.get("split") not in (None, "train"):
-            source["split"] = str(entry["split"])
-        weight = entry.get("weight")
-        if weight is not None and float(weight) != 1.0 and float(weight) > 0:
-            source["weight"] = float(weight)
-        found.append(source)
-    return found
+    name = entry.text("id") or entry.text("path") or entry.text("name") or ""
+    subset = entry.text("config") or (entry.text("name") if "path" in entry.values else None)
+    split, weight = entry.text("split"), entry.number("weight")
+    part: dict[str, Any] = {"subset": subset} if subset else {}
+    if split not in (None, "train"):
+        part["split"] = split
+    if weight is not None and weight != 1.0 and weight > 0:
+        part["weight"] = weight
+    return [{**place, **part} for place in places.source(name, files_of(entry, split))]
 
 
 def _mixer(
@@ -300,15 +302,17 @@ def _mixer(
     train = next((split for split in splits if "train" in split), splits[0])
     test = next((split for split in splits if "test" in split or "val" in split), None)
     sources = []
-    for index, (name, share) in enumerate(mixer.items()):
+    shares = draft.settings.inside("dataset_mixer", mixer)
+    for index, name in enumerate(mixer):
         [place] = places.source(name, [])
         source: dict[str, Any] = dict(place)
         if index < len(subsets):
             source["subset"] = subsets[index]
         if train != "train":
             source["split"] = train
-        if isinstance(share, int | float) and 0 < share != 1:
-            source["weight"] = float(share)
+        share = shares.number(name)
+        if share is not None and 0 < share != 1:
+            source["weight"] = share
         sources.append(source)
     return sources, [{"split": test}] if test else []
 

@@ -4,6 +4,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
 from ..common.errors import InputError, reason
 from .source import Role, Source
 
@@ -42,22 +44,22 @@ def named_source(source: Source, file: Path) -> Source:
         raise InputError(
             f"dataset: {file} has no data set {source.dataset!r}; its data sets: {names}"
         )
+    own = source.model_dump(exclude_unset=True, exclude={"dataset", "dataset_info", "map"})
     try:
         written = {**_place(entry, file), **_columns(entry), **_messages(entry)}
-    except (TypeError, AttributeError):
+        written = {**written, **own, "columns": {**written.get("columns", {}), **source.columns}}
+        return Source.model_validate({**written, "map": source.map})
+    except (TypeError, AttributeError, ValidationError):
         raise InputError(
             f"dataset: {file}: the entry {source.dataset!r} is not as LLaMA-Factory writes it; "
             "correct it"
         ) from None
-    own = source.model_dump(exclude_unset=True, exclude={"dataset", "dataset_info", "map"})
-    written = {**written, **own, "columns": {**written.get("columns", {}), **source.columns}}
-    return Source.model_validate({**written, "map": source.map})
 
 
 def _read(file: Path) -> dict[str, Any]:
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise InputError(
             f"dataset_info: cannot read {file}: {reason(error)}; give LLaMA-Factory's "
             "dataset_info.json"
@@ -83,7 +85,7 @@ def _place(entry: dict[str, Any], file: Path) -> dict[str, Any]:
 
 def _columns(entry: dict[str, Any]) -> dict[str, Any]:
     """The columns by finray's names."""
-    named = {key: name for key, name in entry.get("columns", {}).items() if name}
+    named = {key: name for key, name in (entry.get("columns") or {}).items() if name}
     is_chat = entry.get("formatting", "alpaca") in ("sharegpt", "openai")
     names = {"messages": "conversations"} if is_chat else dict(_ALPACA)
     if set(named) == {"prompt"} and not is_chat:  # a text to learn whole
@@ -94,7 +96,7 @@ def _columns(entry: dict[str, Any]) -> dict[str, Any]:
 
 def _messages(entry: dict[str, Any]) -> dict[str, Any]:
     """The keys and roles of messages."""
-    tags = entry.get("tags", {})
+    tags = entry.get("tags") or {}
     keys = {"role": tags.get("role_tag"), "content": tags.get("content_tag")}
     return {
         "message_keys": {key: name for key, name in keys.items() if name},

@@ -60,6 +60,12 @@ _FORMS = {
 }
 
 
+def is_short_form(key: str, value: Any) -> bool:
+    """True for a value that stands for a whole section or list."""
+    full_form = _FORMS.get(tuple(key.split(".")))
+    return full_form is not None and full_form(value) != value
+
+
 def write_out(values: dict[str, Any]) -> None:
     """Replace the short forms in a recipe's values, so that keys inside them can be set."""
     for (*parents, last), full_form in _FORMS.items():

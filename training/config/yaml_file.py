@@ -154,10 +154,11 @@ def read_foreign_file(path: Path) -> dict[str, Any]:
     file = printable(str(path))
     try:
         values = json.loads(_read(path, file))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{file}: not valid JSON: {error}; correct it") from None
     if not isinstance(values, dict):
         raise InputError(f"{file}: {_EXPECTED}; found {shown(values)}")
+    _check_texts(values, lambda _: file)
     return values
 
 

@@ -207,6 +207,14 @@ RATE = "--set optim.learning_rate=1e-4"
         ("--lr 1e-4 --epochs 3", f"{RATE} --set optim.epochs=3"),
         ("--seed -1", "--set seed=-1"),
         ("--data.train.1.weight=2", "--set data.train.1.weight=2"),
+        ("data.curate=[deduplicate]", "--set 'data.curate=[deduplicate]'"),
+        ("--data.curate=[deduplicate]", "--set 'data.curate=[deduplicate]'"),
+        ("data.train=[a.jsonl,b.jsonl]", "--set 'data.train=[a.jsonl,b.jsonl]'"),
+        ("adapter=lora", "--set adapter=lora"),
+        ("method=dpo", "--set method=dpo"),
+        ("data.eval=rows.jsonl", "--set data.eval=rows.jsonl"),
+        ("data.train.1.map=rows.py:f", "--set data.train.1.map=rows.py:f"),
+        ('"adapter={rank: 8}"', "--set 'adapter={rank: 8}'"),
         ("--num_train_epochs 3", "--set optim.epochs=3"),
         ("--model org/name", "--set model.base=org/name"),
         ("--model_name_or_path org/name", "--set model.base=org/name"),
@@ -248,6 +256,8 @@ def test_settings_of_a_sweep(tmp_path: Path, capsys: pytest.CaptureFixture[str])
         for given in ("--lr 1e-4", "lr=1e-4", "recipe.optim.learning_rate=1e-4"):
             text = refusal(capsys, *words, *given.split())
             assert text.endswith("--set recipe.optim.learning_rate=1e-4")
+        for given in ("data.curate=[a]", "recipe.data.curate=[a]"):
+            assert refusal(capsys, *words, given).endswith("--set 'recipe.data.curate=[a]'")
         assert refusal(capsys, *words, "--trials", "9").endswith(" --set trials=9")
         assert refusal(capsys, *words, "--seed=9").endswith(" --set seed=9")
     recipe = tmp_path / "recipe.yaml"

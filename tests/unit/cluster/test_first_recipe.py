@@ -10,6 +10,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from finray.cluster.api.recipes import prepare_process
+from finray.cluster.api.starting import init_recipe
 from finray.cluster.cli.main import main
 from finray.cluster.gpus import Gpu
 from finray.cluster.starting.first_recipe import FirstRecipe, first_recipe
@@ -68,6 +69,24 @@ def test_the_rows_choose_the_method(kind: str, tmp_path: Path, tiny_model: Path)
     recipe = recipe_of(first, tmp_path)
     assert first.method == recipe.method.kind == kind
     assert recipe.optim.learning_rate == suggested_learning_rate(recipe)
+
+
+def test_paths_start_from_the_recipes_folder(
+    tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of rows and rewards, also where the folder is reached through a link."""
+    monkeypatch.chdir(tmp_path)
+    rows_of({"prompt": [QUESTION]}, tmp_path)
+    Path("rewards.py").write_text("def f(completions, **columns):\n    return [0.0]\n")
+    Path("real/recipes").mkdir(parents=True)
+    Path("link").symlink_to("real/recipes")
+    init_recipe(
+        "rows.jsonl", to=Path("link/a.yaml"), model=str(tiny_model), rewards=["rewards.py:f"]
+    )
+    values = load_yaml(Path("link/a.yaml").read_text(encoding="utf-8"))
+    assert values["method"]["rewards"] == [{"file": "../../rewards.py:f"}]
+    assert values["data"]["train"] == [{"path": "../../rows.jsonl"}]
+    load_recipe(Path("link/a.yaml"))
 
 
 def test_each_setting_is_explained(tmp_path: Path, tiny_model: Path) -> None:

@@ -1,5 +1,6 @@
 """`finray import`: configurations of Axolotl, LLaMA-Factory and TRL become recipes."""
 
+import copy
 import json
 import re
 import shutil
@@ -7,17 +8,22 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from support.foreign_configs import AXOLOTL, LLAMA_FACTORY, TRL
 
 from finray.cluster.cli.main import main
 from finray.cluster.starting import trainer
 from finray.cluster.starting.command_line import is_command
 from finray.cluster.starting.importing import Imported, import_settings
-from finray.training.common.errors import InputError
+from finray.training.common.errors import FinrayError, InputError
 from finray.training.common.storage import Folder
-from finray.training.common.yaml_text import load_yaml
+from finray.training.common.yaml_text import dump_yaml, load_yaml
+from finray.training.config.foreign.lookup import dialect_of
+from finray.training.config.llama_factory import named_source
 from finray.training.config.methods import METHODS
 from finray.training.config.recipe import load_recipe
+from finray.training.config.source import Source
 from finray.training.data.shown_rows import show_rows
 from finray.training.inspection import inspect_recipe
 
@@ -26,6 +32,18 @@ CONFIGS = {
     **{f"LLaMA-Factory {name}": text for name, text in LLAMA_FACTORY.items()},
     **{f"TRL {name}": text for name, text in TRL.items()},
 }
+FILES = {name: text for name, text in CONFIGS.items() if ":" in text.partition(" ")[0]}
+ODD = st.one_of(
+    st.none(),
+    st.booleans(),
+    st.integers(-(10**99), 10**99),
+    st.floats(),
+    st.text(st.characters(codec="utf-8", exclude_categories=("Cc",)), max_size=9),
+    st.sampled_from(["all", "0.5,0.5", "~nobody/a", "**x", "a/b", "1e400", "a" * 300, "*.jsonl"]),
+)
+VALUES = st.recursive(
+    ODD, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text("ab"), inner)
+)
 MESSAGES = [{"role": "user", "content": "one"}, {"role": "assistant", "content": "two"}]
 ROWS = {
     "documents": {"messages": MESSAGES},
@@ -37,6 +55,9 @@ ROWS = {
 }  # fmt: skip
 OF_THIS_MACHINE = re.compile(r"not installed|org/classifier")
 """Packages and models that recipes of GRPO and RLOO ask for."""
+_TRL = "model_name_or_path: a/b\ndataset_name: c/d\n"
+_MIXTURE = "model_name_or_path: a/b\nuse_peft: true\ndataset_mixture: {datasets: "
+_AXOLOTL = "base_model: a/b\nsequence_len: 64\n"
 REWARDS = "def score(prompts, completions, completion_ids, **columns):\n    return [0.0]\n"
 
 
@@ -231,10 +252,10 @@ def test_methods(tmp_path: Path) -> None:
         "TRL command-kto": ("kto", {}),
         "TRL command-rloo": ("rloo", {"rewards": [{"model": "org/classifier"}]}),
     }
-    for name, (kind, settings) in kinds.items():
+    for name, (kind, others) in kinds.items():
         values = values_of(CONFIGS[name], tmp_path)
         assert values["method.kind"] == kind, name
-        for key, value in settings.items():
+        for key, value in others.items():
             assert values[f"method.{key}"] == value, (name, key)
 
 
@@ -271,8 +292,32 @@ def test_dataset_info(tmp_path: Path) -> None:
     assert any("--dataset-info" in note for note in imported(text, tmp_path).notes)
     [source] = values_of(text, tmp_path, info=tmp_path / "info.json")["data.train"]
     assert source["dataset_info"] == "info.json"
+    (tmp_path / "info.json").write_text('{"identity": {"file_name": "a", "columns": null}}')
+    [source] = values_of(text, tmp_path, info=tmp_path / "info.json")["data.train"]
+    assert source["dataset"] == "identity"
     absent = imported(text.replace("identity", "other"), tmp_path, info=tmp_path / "info.json")
     assert any("other" in note for note in absent.notes)
+
+
+@pytest.mark.parametrize(
+    ("entry", "message"),
+    [
+        ('{"file_name": "a", "columns": null, "tags": null}', None),
+        ('{"file_name": "a", "columns": {"prompt": [1]}}', "not as LLaMA-Factory writes it"),
+        ('{"file_name": "a", "num_samples": "x"}', "not as LLaMA-Factory writes it"),
+        ('{"hf_hub_url": [1]}', "not as LLaMA-Factory writes it"),
+        ("[" * 10**5, "cannot read"),
+    ],
+)
+def test_entries_of_dataset_info(entry: str, message: str | None, tmp_path: Path) -> None:
+    info = tmp_path / "info.json"
+    info.write_text(f'{{"own": {entry}}}', encoding="utf-8")
+    source = Source(dataset="own", dataset_info="info.json")
+    if message is None:
+        assert named_source(source, info) == Source(path=str(tmp_path / "a"))
+        return
+    with pytest.raises(InputError, match=message):
+        named_source(source, info)
 
 
 def test_sharding_needs_several_gpus(tmp_path: Path) -> None:
@@ -306,6 +351,96 @@ def test_early_stopping(tmp_path: Path) -> None:
     assert values_of(text, tmp_path)["eval.patience"] == 3
 
 
+@pytest.mark.parametrize(
+    ("files", "paths"),
+    [
+        ("a.jsonl", ["a.jsonl"]),
+        ("[a.jsonl, b.jsonl]", ["a.jsonl", "b.jsonl"]),
+        ("{train: a.jsonl, test: b.jsonl}", ["a.jsonl"]),
+        ("{train: [a.jsonl, b.jsonl]}", ["a.jsonl", "b.jsonl"]),
+        ("{first: a.jsonl, second: [b.jsonl]}", ["a.jsonl", "b.jsonl"]),
+    ],
+)
+def test_data_files(files: str, paths: list[str], tmp_path: Path) -> None:
+    """A text, a list, or these by split, as the datasets library takes them."""
+    axolotl = AXOLOTL["lora"].replace("path: org/alpaca", f"path: json\n    data_files: {files}")
+    trl = f"{_MIXTURE}[{{id: json, data_files: {files}}}]}}\n"
+    for text in (axolotl, trl):
+        sources = values_of(text, tmp_path)["data.train"]
+        assert [source["path"] for source in sources] == paths
+    hub = trl.replace("id: json", "id: org/rows, split: 'train[:9]'")
+    sources = values_of(hub, tmp_path)["data.train"]
+    assert [source["path"] for source in sources] == [f"hf://datasets/org/rows/{p}" for p in paths]
+
+
+@pytest.mark.parametrize(
+    ("command", "kind", "gpus"),
+    [
+        ("python -m trl.scripts.dpo", "dpo", 1),
+        ("python -m trl dpo", "dpo", 1),
+        ("python -mtrl.cli kto", "kto", 1),
+        ("python -m accelerate.commands.launch --num_processes 8 dpo.py", "dpo", 8),
+        ("accelerate launch -m --num_processes 8 trl.scripts.reward", "reward", 8),
+        ("python -m torch.distributed.run --nproc_per_node 8 sft.py", "sft", 8),
+        ("python3 -m torch.distributed.launch --nnodes=2 --nproc-per-node=4 kto.py", "kto", 8),
+        ("torchrun --nproc_per_node 4 --module trl.scripts.orpo", "orpo", 4),
+        ("python -m deepspeed.launcher.runner --num_gpus 4 examples/dpo.py", "dpo", 4),
+        ("deepspeed --num_nodes 2 --num_gpus 4 grpo_with_rewards.py", "grpo", 8),
+    ],
+)
+def test_launchers_and_modules(command: str, kind: str, gpus: int, tmp_path: Path) -> None:
+    values = values_of(f"{command} --model_name_or_path a/b --dataset_name c/d", tmp_path)
+    assert values["method.kind"] == kind and values.get("scale.workers", 1) == gpus
+
+
+def test_modules_of_other_projects(tmp_path: Path) -> None:
+    (tmp_path / "a.yaml").write_text(AXOLOTL["lora"], encoding="utf-8")
+    (tmp_path / "l.yaml").write_text(LLAMA_FACTORY["lora-sft"], encoding="utf-8")
+    for module, name, file in (
+        ("axolotl.cli.train", "Axolotl", "a.yaml"),
+        ("axolotl.cli.main train", "Axolotl", "a.yaml"),
+        ("llamafactory.cli train", "LLaMA-Factory", "l.yaml"),
+        ("llamafactory.launcher", "LLaMA-Factory", "l.yaml"),
+    ):
+        result = imported(
+            f"accelerate launch --num_processes 2 -m {module} {tmp_path / file}", tmp_path
+        )
+        assert result.dialect == name
+        assert load_yaml(result.text)["scale"]["workers"] == 2
+
+
+def test_paths_start_from_the_recipes_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of models, adapters, rows, templates and code, all beside the configuration."""
+    monkeypatch.chdir(tmp_path)
+    to = tmp_path / "recipes"
+    for folder in ("base", "adapter", "reference", "judge", "my"):
+        Path(folder).mkdir()
+    for file in ("a.jsonl", "b.jsonl", "chat.jinja", "rewards.py", "my/code.py"):
+        Path(file).touch()
+    factory = LLAMA_FACTORY["lora-dpo"].replace("org/model", "base") + "ref_model: reference\n"
+    factory += "adapter_name_or_path: adapter\neval_dataset: b.jsonl\n"
+    factory = factory.replace("dpo_en_demo", "a.jsonl")
+    axolotl = AXOLOTL["chat-template"].replace("chat_template: ", "chat_template: jinja #")
+    axolotl += "chat_template_jinja: chat.jinja\nlora_model_dir: adapter\n"
+    axolotl += "test_datasets: [{path: b.jsonl, type: chat_template}]\n"
+    grpo = TRL["grpo"].replace("accuracy_reward, think_format_reward", "rewards.f, my.code.g")
+    for text, paths in (
+        (factory, ["base", "reference", "adapter", "a.jsonl", "b.jsonl"]),
+        (axolotl, ["chat.jinja", "adapter", "b.jsonl"]),
+        (grpo, ["rewards.py:f", "my/code.py:g"]),
+        (TRL["command-rloo"].replace("org/classifier", "judge"), ["judge"]),
+        (TRL["sft-chatml"].replace("chatml", "chat.jinja"), ["chat.jinja"]),
+    ):
+        source = text
+        if not is_command(text) or ":" in text.partition(" ")[0]:
+            source = "config.yaml"
+            Path(source).write_text(text, encoding="utf-8")
+        made = import_settings(source, None, to, None, None).text
+        assert [path for path in paths if f"../{path}" not in made] == []
+
+
 # refusals and the command
 
 
@@ -326,6 +461,23 @@ def test_two_dialects_are_refused(tmp_path: Path) -> None:
         ("base_model: a\nsequence_len: many\ndatasets: [a/b]\n", "expected a number, found 'many'"),
         ("compute_environment: LOCAL_MACHINE\n", "accelerate's own settings"),
         ("name: a\nmodel: b\ndata: {train: c}\n", "a recipe of finray's already"),
+        (f"{_TRL}loss_type: [sft, ipo]\nloss_weights: [0.5, b]\n", "expected a list of numbers"),
+        (f"{_TRL}reward_funcs: a\nreward_weights: [a]\n", "reward_weights: expected a list"),
+        (f"{_TRL}num_generations: 0\n", "num_generations: expected a whole number from 1 on"),
+        (f"{_TRL}num_generations: 2\nnum_iterations: 0\n", "expected a whole number from 1 on"),
+        (f"{_MIXTURE}[{{id: a/b, weight: all}}]}}\n", "datasets.0: weight: expected a number"),
+        (f"{_MIXTURE}[3]}}\n", "datasets.0: expected a mapping, found 3"),
+        (f"{_MIXTURE}3}}\n", "dataset_mixture: datasets: expected a list of data sets"),
+        (f"{_AXOLOTL}datasets: [{{path: a/b, shards: many}}]\n", "shards: expected a number"),
+        (
+            f"{_AXOLOTL}datasets: [a/b]\nmicro_batch_size: .inf\n",
+            "micro_batch_size: expected a number",
+        ),
+        (
+            f"{_AXOLOTL}datasets: [a/b]\nmicro_batch_size: 1e30\n",
+            "micro_batch_size: expected a whole number",
+        ),
+        ("trl sft --model_name_or_path " + "a" * 300 + " --dataset_name ''", "dataset_name"),
         ("a: 1\n", "no configuration of Axolotl, LLaMA-Factory and TRL"),
         ("- a\n", "expected a mapping"),
         ("bash train.sh --x 1", "names no training script"),
@@ -337,6 +489,44 @@ def test_what_cannot_be_imported(text: str, message: str, tmp_path: Path) -> Non
     with pytest.raises(InputError) as caught:
         imported(text, tmp_path)
     assert message in str(caught.value) and "\n" not in str(caught.value)
+
+
+def keys_of(values: Any, key: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
+    """The keys of all values inside a value."""
+    items = values.items() if isinstance(values, dict) else enumerate(values)
+    found: list[tuple[Any, ...]] = []
+    for name, value in items:
+        found.append((*key, name))
+        found += keys_of(value, (*key, name)) if isinstance(value, dict | list) else []
+    return found
+
+
+def test_any_value_becomes_a_recipe_or_a_message(tmp_path: Path) -> None:
+    """Of a setting in a file, or of one that its project has beside them; each equally often."""
+    files = {name: load_yaml(text) for name, text in FILES.items()}
+    by_key: dict[str, list[tuple[str, tuple[Any, ...]]]] = {}
+    for name, values in files.items():
+        table = dialect_of(name.partition(" ")[0]).entries()
+        for key in [*keys_of(values), *((own,) for own, entry in table if entry.fate != "left")]:
+            by_key.setdefault(".".join(map(str, key)), []).append((name, key))
+
+    @settings(
+        max_examples=50, deadline=None, suppress_health_check=list(HealthCheck), database=None
+    )
+    @given(st.sampled_from(sorted(by_key)).flatmap(lambda k: st.sampled_from(by_key[k])), VALUES)
+    def is_handled(place: tuple[str, tuple[Any, ...]], value: Any) -> None:
+        name, (*parents, last) = place
+        values = copy.deepcopy(files[name])
+        target = values
+        for part in parents:
+            target = target[part]
+        target[last] = value
+        try:
+            imported(dump_yaml(values), tmp_path)
+        except FinrayError as error:
+            assert "\n" not in str(error)
+
+    is_handled()
 
 
 def test_an_unknown_key_is_listed(tmp_path: Path) -> None:
