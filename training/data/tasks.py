@@ -97,7 +97,7 @@ class RunOnRayData:
             rows = ray.data.from_items(
                 [{"item": pickle.dumps(item)} for item in items], override_num_blocks=len(items)
             )
-            results = self._results(rows, task, on_gpus)
+            results = self._results(rows, task, on_gpus, len(items))
             batches = results.iter_batches(batch_size=1, batch_format="pyarrow", prefetch_batches=0)
             try:
                 for batch in batches:
@@ -108,7 +108,7 @@ class RunOnRayData:
             except ray.exceptions.RayError as error:
                 raise RunError(f"a data task failed: {in_one_line(error)}") from error
 
-    def _results(self, rows: Any, task: Callable[[T], R], on_gpus: bool) -> Any:
+    def _results(self, rows: Any, task: Callable[[T], R], on_gpus: bool, count: int) -> Any:
         import ray
         from ray.data import ActorPoolStrategy, TaskPoolStrategy
 
@@ -122,9 +122,9 @@ class RunOnRayData:
             _check_exist(self.resources, [node["Resources"] for node in ray.nodes()])
             options["resources"] = dict(self.resources)
         if self.beside is not None:
-            options |= {"compute": TaskPoolStrategy(size=self.beside), "num_cpus": 0}
+            options |= {"compute": TaskPoolStrategy(size=min(count, self.beside)), "num_cpus": 0}
         elif self.cpus is not None:
-            options["compute"] = TaskPoolStrategy(size=self.cpus)
+            options["compute"] = TaskPoolStrategy(size=min(count, self.cpus))
         return rows.map_batches(_Call(task), **options)
 
 

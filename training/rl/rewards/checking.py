@@ -75,16 +75,18 @@ def check_scores(recipe: Recipe) -> None:
                 f"{where}: a reward model scores answers, and rows of method "
                 f"{recipe.method.kind} are prompts; score them with a function of your own (with)"
             )
-        _finished_reward_run(stage.run, where)
+        run = _finished_reward_run(stage.run, where)
+        check_result_weights(run.result, run.kind, where)
 
 
 def _check_run(reward: RunReward, recipe: Recipe, where: str) -> None:
     run = _finished_reward_run(reward.run, where)
     _check_tokenizer(reward, run.result, recipe, where)
+    check_result_weights(run.result, run.kind, where)
 
 
 def _finished_reward_run(uri: str, where: str) -> FinishedRun:
-    """The finished run of a reward model, with undamaged weights."""
+    """The finished run of a reward model."""
     folder = Folder(uri)
     record = read_run(folder)
     kinds = [kind for kind, method in METHODS.items() if method.head == "score"]
@@ -96,11 +98,9 @@ def _finished_reward_run(uri: str, where: str) -> FinishedRun:
             f"{where}: {uri} is a run of method {record.get('method')}; expected {expected}"
         )
     try:
-        run = finished_run(folder)
+        return finished_run(folder)
     except InputError as error:
         raise InputError(f"{where}: {error}") from None
-    check_result_weights(run.result, run.kind, where)
-    return run
 
 
 def _check_tokenizer(reward: RunReward, result: Folder, recipe: Recipe, where: str) -> None:
