@@ -1,32 +1,37 @@
-"""A bar of rows while answers are generated or judged."""
+"""Bars: one for any work of a known size, and one of rows that are answered or judged."""
 
 from types import TracebackType
 from typing import Self
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    ProgressColumn,
+    TextColumn,
+    TimeRemainingColumn,
+)
 from rich.progress import Progress as Bars
 
 from ...training.common.progress import Progress
 
 
-class CountingProgress(Progress):
-    """A bar of rows while the block runs, if stderr is a terminal.
+class BarProgress(Progress):
+    """A bar while the block runs, if stderr is a terminal.
 
     Args:
-        what: what is done with the rows.
+        columns: what the bar shows.
+        what: its description.
         console: where to write; stderr by default.
+        visible: show it before the first advance.
     """
 
-    def __init__(self, what: str, console: Console | None = None) -> None:
+    def __init__(
+        self, *columns: ProgressColumn, what: str, console: Console | None, visible: bool
+    ) -> None:
         console = console or Console(stderr=True)
-        columns = (
-            TextColumn("{task.description}"),
-            *(BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()),
-        )
-        self._what = what
         self._bars = Bars(*columns, console=console, disable=not console.is_terminal)
-        self._bar = self._bars.add_task(what, total=None)
+        self._bar = self._bars.add_task(what, total=None, visible=visible)
 
     def __enter__(self) -> Self:
         self._bars.start()
@@ -39,6 +44,23 @@ class CountingProgress(Progress):
         trace: TracebackType | None,
     ) -> None:
         self._bars.stop()
+
+
+class CountingProgress(BarProgress):
+    """A bar of rows while the block runs, if stderr is a terminal.
+
+    Args:
+        what: what is done with the rows.
+        console: where to write; stderr by default.
+    """
+
+    def __init__(self, what: str, console: Console | None = None) -> None:
+        columns = (
+            TextColumn("{task.description}"),
+            *(BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()),
+        )
+        super().__init__(*columns, what=what, console=console, visible=True)
+        self._what = what
 
     def status(self, text: str) -> None:
         """What is done now, in the place of the rows."""

@@ -1,17 +1,14 @@
 """The progress bar of `finray export`, and its result."""
 
 import json
-from types import TracebackType
-from typing import Self
 
 from rich.console import Console
 from rich.filesize import decimal
 from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingColumn
-from rich.progress import Progress as Bars
 
-from ...training.common.progress import Progress
 from ...training.export.export import ExportSummary
 from ...training.export.gguf import shown_command
+from .counting import BarProgress
 
 KINDS = {
     "adapter": "the adapter alone",
@@ -20,26 +17,12 @@ KINDS = {
 }
 
 
-class ExportProgress(Progress):
+class ExportProgress(BarProgress):
     """A bar of bytes while the block runs, if stderr is a terminal."""
 
     def __init__(self, console: Console | None = None) -> None:
-        console = console or Console(stderr=True)
         columns = (TextColumn("merging"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
-        self._bars = Bars(*columns, console=console, disable=not console.is_terminal)
-        self._bar = self._bars.add_task("", total=None, visible=False)
-
-    def __enter__(self) -> Self:
-        self._bars.start()
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self._bars.stop()
+        super().__init__(*columns, what="", console=console, visible=False)
 
     def advance(self, done: int, total: int) -> None:
         """Bytes of weights written so far, and in all."""

@@ -103,11 +103,11 @@ class Producer:
         try:
             windows = Windows(self._recipe, resolve_data(self._recipe))
             while not self._stop.is_set():
-                wanted = self._next()
-                if wanted is None:
+                number = self._next()
+                if number is None:
                     self._stop.wait(self._poll)
                 else:
-                    self._make(windows, wanted)
+                    self._make(windows, number)
         except _StoppedError:
             return
         except FinrayError as error:

@@ -112,9 +112,9 @@ class Conversation:
     def forget(self) -> int:
         """Leave out the oldest turns until a quarter of the context is free for the answer; the
         last message of the user stays. Returns the number of turns left out."""
-        wanted = min(self._settings.max_tokens, self._opened.context // 4)
+        room = min(self._settings.max_tokens, self._opened.context // 4)
         before = len(self.turns)
-        while self._opened.context - self.size < wanted:
+        while self._opened.context - self.size < room:
             later = [n for n, turn in enumerate(self.turns) if n and turn["role"] == "user"]
             if not later:
                 break

