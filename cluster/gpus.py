@@ -84,8 +84,10 @@ def _listed(command: str, changed_ns: int) -> tuple[Gpu, ...]:
     else:
         return ()
     gpus: list[Gpu] = []
-    for line in filter(str.strip, text.splitlines()):
+    for line in text.splitlines():
         name, *values = (part.strip() for part in line.split(","))
+        if not values:  # a warning, or "No devices were found"
+            continue
         size, capability, uuid, mig = (*values, "", "", "", "")[:4]
         gpu = Gpu(name, _mebibytes(size), has_bfloat16=_computes_bfloat16(capability), uuid=uuid)
         slices = _slices(command, gpu) if mig == "Enabled" else []

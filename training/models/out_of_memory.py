@@ -16,7 +16,9 @@ _SIGNS = (
     "memoryallocation",  # cudaErrorMemoryAllocation
     "alloc_failed",  # CUBLAS_STATUS_, CUDNN_STATUS_, CUSOLVER_STATUS_, CUFFT_, HIPBLAS_STATUS_
     "allocation_failed",  # CUDNN_STATUS_INTERNAL_ERROR_DEVICE_
-    "cublas_status_not_initialized",  # cublasCreate without room for its workspace
+    "_status_not_initialized",  # cuBLAS, cuDNN, cuSOLVER without room for their workspace
+    "hsa_status_error_out_of_resources",  # ROCm
+    "allocfailed",  # miopenStatusAllocFailed
     "rocblas_status_memory_error",
     "failed to cuda calloc",  # NCCL
     "out_of_device_memory",  # UR_RESULT_ERROR_, ZE_RESULT_ERROR_

@@ -171,6 +171,9 @@ def test_the_output_of_nvidia_smi(answers: Callable[..., tuple[Gpu, ...]]) -> No
         Gpu("Tesla T4", 15 * 2**30, has_bfloat16=False, uuid="GPU-2b"),
     )
     assert answers("Tesla T4, 15360") == (Gpu("Tesla T4", 15 * 2**30),), "an older driver's"
+    assert answers("No devices were found") == ()
+    warned = "Tesla T4, 15360\nWARNING: infoROM is corrupted at gpu 0000:3B:00.0"
+    assert answers(warned) == (Gpu("Tesla T4", 15 * 2**30),)
 
 
 @pytest.mark.parametrize(

@@ -140,6 +140,7 @@ SIGNS = {
     "cublas start": RuntimeError("CUDA error: CUBLAS_STATUS_NOT_INITIALIZED when calling `cubla"),
     "cudnn": RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"),
     "cudnn 9": RuntimeError("CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED"),
+    "cudnn start": RuntimeError("cuDNN error: CUDNN_STATUS_NOT_INITIALIZED"),
     "cusolver": RuntimeError("cusolver error: CUSOLVER_STATUS_ALLOC_FAILED, when calling"),
     "nccl": DistBackendError(
         "NCCL error in: ProcessGroupNCCL.cpp:94, unhandled cuda error, NCCL version 2.27.3\n"
@@ -148,6 +149,8 @@ SIGNS = {
     "nccl buffers": DistBackendError("Last error:\nFailed to CUDA calloc async 608 bytes"),
     "bitsandbytes": RuntimeError("Error out of memory at line 380 in file /src/csrc/pythonIn"),
     "hip": RuntimeError("HIP error: hipErrorOutOfMemory"),
+    "rocm": RuntimeError("HSA_STATUS_ERROR_OUT_OF_RESOURCES: The runtime failed to allocate"),
+    "miopen": RuntimeError("MIOpen Error: miopenStatusAllocFailed"),
     "rocblas": RuntimeError("rocblas_status_memory_error"),
     "xpu": RuntimeError("level_zero backend failed with UR_RESULT_ERROR_OUT_OF_DEVICE_MEMORY"),
     "mps": RuntimeError("MPS backend out of memory (MPS allocated: 17.90 GB)"),
