@@ -6,8 +6,10 @@ from dataclasses import dataclass
 
 from ..training.common.errors import InputError
 
-_NODE = 8
+NODE = 8
 """GPUs of a node, at most."""
+_MOST = 4096
+"""GPUs of a plan."""
 
 
 @dataclass(frozen=True)
@@ -68,11 +70,13 @@ def parse_gpus(text: str) -> tuple[Card, int]:
         near = difflib.get_close_matches(plain, names, 1, 0.5)
         hint = f"; did you mean {names[near[0]]}?" if near else ""
         raise InputError(f"--gpu {text}: there is no such card{hint} ({', '.join(CARDS)})")
-    if separator and not (number.isdecimal() and 1 <= int(number) <= 4096):
-        raise InputError(f"--gpu {text}: expected the number of GPUs behind the colon: {name}:8")
+    if separator and not (number.isdecimal() and 1 <= int(number) <= _MOST):
+        raise InputError(
+            f"--gpu {text}: expected the number of GPUs, 1 to {_MOST}, behind the colon: {name}:8"
+        )
     return CARDS[names[plain]], int(number) if separator else 1
 
 
 def link_of(card: Card, workers: int) -> float:
     """Bytes a second that each of these workers exchanges with the others."""
-    return 1e9 * (card.link if workers <= _NODE else min(card.link, 50.0))
+    return 1e9 * (card.link if workers <= NODE else min(card.link, 50.0))

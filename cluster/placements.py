@@ -9,6 +9,7 @@ from ..training.common.errors import InputError
 from ..training.config.recipe import Recipe
 from ..training.config.sections import ScaleSettings
 from ..training.models.devices import Room
+from .cards import NODE
 
 if TYPE_CHECKING:
     from ..training.models.memory_estimate import Sizes
@@ -53,11 +54,16 @@ class Placement:
         ]
         if self.workers > 1 or self.own_scale.strategy == "fsdp":
             made.append(f"scale.strategy={self.recipe.scale.strategy}")
-        if self.own_scale.gpus_per_worker == 0:
+        if not has_whole_gpus(self.own_scale):
             made.append("scale.gpus_per_worker=auto")
         if self.recipe.trains_adapter:
             made.append(f"model.quantize={self.quantize}")
         return made
+
+
+def has_whole_gpus(scale: ScaleSettings) -> bool:
+    """True if each worker gets a GPU of its own, as placements have it."""
+    return scale.gpus_per_worker in ("auto", 1)
 
 
 def quantisations(recipe: Recipe) -> list[str]:
@@ -155,12 +161,16 @@ def _near_strategies(recipe: Recipe, count: int) -> list[tuple[str, Any]]:
 
 
 def _strategies(recipe: Recipe, count: int) -> list[tuple[str, int]]:
-    """(strategy, workers) on so many GPUs."""
+    """(strategy, workers) on so many GPUs: one, a node's, and as many as have rows in a step.
+
+    Shards that travel between nodes can take longer than the GPUs of one node would.
+    """
     strategies = [("ddp", 1)]
-    if count > 1 and recipe.rows_per_step >= count:
-        strategies.append(("ddp", count))
-        if _is_shardable(recipe, count):
-            strategies.append(("fsdp", count))
+    most = min(count, recipe.rows_per_step)
+    for workers in sorted({min(most, NODE), most} - {1}):
+        strategies.append(("ddp", workers))
+        if _is_shardable(recipe, workers):
+            strategies.append(("fsdp", workers))
     return strategies
 
 
@@ -179,9 +189,14 @@ def _is_shardable(recipe: Recipe, count: int) -> bool:
 
 
 def _rows(recipe: Recipe, checkpoints: bool, sizes: "Sizes", room: Room) -> int:
-    """The largest microbatch that fits, of the powers of two; 1 if none does."""
+    """The largest microbatch that fits, of the powers of two; 1 if none does.
+
+    The recipe's own where the loss depends on it.
+    """
     from ..training.models.placement import decide
 
+    if recipe.method.averages_by_pass:
+        return recipe.microbatch
     open_ = recipe.with_placement(1, checkpoints)
     open_ = with_settings(open_, "optim", micro_batch_size="auto", micro_batch_tokens=None)
     return decide(open_, sizes, room).microbatch

@@ -16,6 +16,7 @@ from ..placements import (
     Placement,
     as_line,
     changed_settings,
+    has_whole_gpus,
     nearest,
     placements,
     sizes_by_quantisation,
@@ -30,6 +31,8 @@ if TYPE_CHECKING:
 
 UTILISATION = 0.4
 """Share of a GPU's operations that training is assumed to reach."""
+_MORE = (2, 4, 8)
+"""Numbers of GPUs to propose, where none of other settings fits so few."""
 
 
 def plan(
@@ -81,7 +84,9 @@ def place(recipe: RecipeSource, changes: Changes = (), *, gpu: str) -> tuple[Rec
     planned = plan(recipe, changes, gpu=gpu)
     if planned["best"] is None:
         least = min(row["peak"] for row in planned["placements"])
-        near = planned["nearest"] or "none of other settings, nor another card of the table"
+        near = (
+            planned["nearest"] or "none of other settings, nor another card of the table or 8 GPUs"
+        )
         raise InputError(
             f"--gpu {gpu}: the run takes {amount(least)} of each at least; the nearest that would "
             f"fit: {near}"
@@ -198,12 +203,12 @@ def _figures(
 
 
 def _nearest(recipe: Recipe, sizes: dict[str, "Sizes"], card: Card, count: int) -> str | None:
-    """What would fit instead: other settings, or the smallest card that holds the run."""
+    """What would fit instead: other settings, the smallest card that does, or more GPUs."""
     from ...training.models.placement import decide, fits
 
     own, room = recipe.model.quantize, _room(card)
     on_gpus = recipe
-    if recipe.scale.gpus_per_worker == 0:
+    if not has_whole_gpus(recipe.scale):
         on_gpus = with_settings(recipe, "scale", gpus_per_worker="auto")
     near = nearest(decide(on_gpus, sizes[own], room), sizes, room, count)
     if near is not None:
@@ -215,4 +220,8 @@ def _nearest(recipe: Recipe, sizes: dict[str, "Sizes"], card: Card, count: int) 
             if fits(placement.recipe, sizes[quantize], _room(larger)):
                 peak = _memory(placement.recipe, sizes[quantize], larger).peak
                 return f"--gpu {larger.name}:{placement.workers} ({amount(peak)} of each)"
+    for more in filter(lambda number: number > count, _MORE):
+        near = nearest(decide(on_gpus, sizes[own], room), sizes, room, more)
+        if near is not None:
+            return f"--gpu {card.name}:{more} {as_line(changed_settings(recipe, near))}"
     return None

@@ -302,17 +302,19 @@ class Recipe(PlacedSection):
     def microbatch_fault(self) -> str | None:
         """Why there are no microbatches of the size that the recipe asks for; else None."""
         optim, row = self.optim, self.tokens_per_row
+        is_auto = optim.micro_batch_size == "auto"
+        if self.method.averages_by_pass and (is_auto or optim.micro_batch_tokens is not None):
+            return (
+                f"optim.{'micro_batch_size auto' if is_auto else 'micro_batch_tokens'}: the loss "
+                "(bnpo, aot or aot_unpaired) is one of each forward pass, so it depends on which "
+                "rows share one; set micro_batch_size to a number instead"
+            )
         if optim.micro_batch_tokens is None:
             if optim.microbatch <= optim.batch_size:
                 return None
             return (
                 f"optim.micro_batch_size {optim.microbatch} is larger than optim.batch_size "
                 f"{optim.batch_size}; lower it"
-            )
-        if self.method.averages_by_pass:
-            return (
-                "optim.micro_batch_tokens: the loss (bnpo, aot or aot_unpaired) is one of each "
-                "forward pass, so it depends on which rows share one; set micro_batch_size instead"
             )
         if optim.micro_batch_tokens < row:
             texts = self.method.sequences_per_row

@@ -1,6 +1,7 @@
 """`finray plan`: placements on GPUs that are not here."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +11,13 @@ from support.real_models import LLAMA_8B, QWEN3_4B_CONFIG, write_config
 
 import finray
 from finray.cluster.api.planning import _nearest, place, plan
-from finray.cluster.cards import CARDS, parse_gpus
+from finray.cluster.cards import CARDS, link_of, parse_gpus
 from finray.cluster.cli.main import main
-from finray.cluster.placements import quantisations
+from finray.cluster.placements import placements, quantisations
 from finray.cluster.screens.plan import render
 from finray.training.common.errors import InputError
 from finray.training.config.recipe import Recipe, load_recipe, recipe_from_dict
+from finray.training.models.devices import Room
 from finray.training.models.memory_estimate import estimate
 from finray.training.models.speed import Device, seconds_per_step, training_flops
 
@@ -62,7 +64,13 @@ def test_names_of_cards(text: str, expected: tuple[str, int]) -> None:
         ("h10", r"--gpu h10: there is no such card; did you mean h100\? \(a100-40, a100, h100"),
         ("rtx5080", r"did you mean rtx5090\?"),
         ("abacus", r"--gpu abacus: there is no such card \("),
-        ("h100:0", "--gpu h100:0: expected the number of GPUs behind the colon: h100:8"),
+        (
+            "h100:0",
+            "--gpu h100:0: expected the number of GPUs, 1 to 4096, behind the colon: h100:8",
+        ),
+        ("h100:4097", "1 to 4096"),
+        ("h100:-1", "1 to 4096"),
+        ("h100:2.5", "1 to 4096"),
         ("h100:", "behind the colon"),
         ("h100:x", "behind the colon"),
         ("", "there is no such card"),
@@ -131,6 +139,34 @@ def test_placements_of_a_small_model(tiny_model: Path, chat_file: Path) -> None:
     assert text.endswith("best: " + " ".join(f"--set {one}" for one in planned["best"]))
 
 
+@pytest.mark.parametrize(("count", "workers"), [(16, {1, 8, 16}), (64, {1, 8, 32}), (3, {1, 3})])
+def test_more_gpus_are_never_slower(count: int, workers: set[int]) -> None:
+    """A node's GPUs are tried alone, and no more than a step has rows for."""
+    settings = recipe_from_dict(
+        {
+            "name": "r",
+            "model": "/m",
+            "adapter": {"rank": 16},
+            "data": {"train": [{"path": "/x"}], "max_length": 512},
+            "optim": {"batch_size": 32},
+        }
+    )
+    room = Room(CARDS["h100"].bytes)
+    placed = list(placements(settings, "none", LLAMA_8B, room, count))
+    assert {one.workers for one in placed} == workers
+
+    def fastest(count: int) -> float:
+        return min(
+            seconds_per_step(
+                *(one.recipe, LLAMA_8B, Device(1e15, 3e12, link_of(CARDS["h100"], one.workers))),
+                *(0.4, 32 * 512, one.workers),
+            )
+            for one in placements(settings, "none", LLAMA_8B, room, count)
+        )
+
+    assert fastest(count) <= fastest(8 if count > 8 else 2)
+
+
 def test_what_fits_nowhere_gets_the_nearest(tmp_path: Path, tiny_model: Path) -> None:
     """Two layers of a wide model, 1.9 billion weights, all of them trained; no data is needed."""
     wide = {"hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 2}
@@ -170,6 +206,56 @@ def test_what_cannot_be_sharded_in_4_bits(tmp_path: Path, chat_file: Path) -> No
     rows = plan(recipe, gpu="l4:2")["placements"]
     sharded = {row["quantize"] for row in rows if row["strategy"] == "fsdp"}
     assert sharded == {"none"} and {row["quantize"] for row in rows} == {"none", "nf4"}
+
+
+@pytest.mark.parametrize("share", [0, 0.5])
+def test_a_plan_gives_each_worker_a_gpu(share: float) -> None:
+    """Of a recipe for CPUs, or one whose worker has half of a GPU."""
+    text = {
+        "name": "r",
+        "model": "/m",
+        "adapter": {"rank": 16},
+        "data": {"train": [{"path": "/x"}], "max_length": 512},
+        "scale": {"gpus_per_worker": share},
+    }
+    recipe, room = recipe_from_dict(text), Room(CARDS["h100"].bytes)
+    for placed in placements(recipe, "none", LLAMA_8B, room, 2):
+        settled = load_recipe(text, placed.settings)
+        assert settled.scale.gpus_per_worker == "auto"
+        assert settled.scale.workers == placed.workers
+
+
+def test_a_loss_of_each_pass_keeps_its_microbatch() -> None:
+    """What shares a forward pass decides on such a loss, so the GPU must not."""
+    text = {
+        "name": "r",
+        "model": "/m",
+        "adapter": {"rank": 16},
+        "method": {"kind": "dpo", "losses": {"aot": 1.0}},
+        "data": {"train": [{"path": "/x"}], "max_length": 512},
+        "optim": {"micro_batch_size": 2},
+    }
+    room = Room(CARDS["h100"].bytes)
+    placed = placements(recipe_from_dict(text), "none", LLAMA_8B, room, 2)
+    assert {one.rows for one in placed} == {2}
+    with pytest.raises(InputError, match=r"optim.micro_batch_size auto: the loss \(bnpo, aot"):
+        load_recipe(text, ["optim.micro_batch_size=auto"])
+
+
+def test_the_nearest_may_be_more_gpus() -> None:
+    """All of eight billion weights with gradients and moments, 128 GiB, on GPUs of 80."""
+    text = {
+        "name": "r",
+        "model": "/m",
+        "data": {"train": [{"path": "/x"}], "max_length": 131_072},
+    }
+    recipe, sizes = recipe_from_dict(text), replace(LLAMA_8B, linear=0, frozen=0, trained=8 * 10**9)
+    near = _nearest(recipe, {"none": sizes}, CARDS["h100"], 1)
+    assert near is not None
+    _, gpu, *settings = near.replace("--set ", "").split()
+    settled = load_recipe(text, settings)
+    assert gpu == f"h100:{settled.scale.workers}" and settled.scale.strategy == "fsdp"
+    assert estimate(settled, sizes).peak <= CARDS["h100"].bytes
 
 
 @pytest.mark.parametrize("quantize", ["nf4", "none"])
