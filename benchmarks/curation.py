@@ -28,11 +28,12 @@ from measure import (
     parse_options,
     print_result,
     ratios,
+    resident_mb,
     run_child,
     scratch,
     take_turns,
 )
-from prepare_memory import peak_megabytes, write_size
+from prepare_memory import write_size
 
 FULL = {"documents": 200_000, "sample": 10_000, "pipeline_mb": 200, "memory_mb": (100, 1000)}
 QUICK = {"documents": 5_000, "sample": 1_000, "pipeline_mb": 4, "memory_mb": (10, 40)}
@@ -234,7 +235,7 @@ def finray_pipeline(folder: Path, rows: str) -> dict[str, Any]:
         "rows": manifest.rows_read,
         "documents": manifest.train.documents,
         "fill": lengths,
-        "peak_mb": peak_megabytes(),
+        "peak_mb": resident_mb("VmHWM"),
     }
 
 

@@ -1,9 +1,10 @@
 """Accepts finray on one GPU, in stages of falling worth; at most 12 minutes.
 
-    gpu.py [--only machine,speed8k] [--seconds 690] [--name h100] [--dry]
+    gpu.py [--only machine,speed8k] [--seconds 630] [--name h100] [--dry]
 
-Each stage trains in processes of its own and ends no other. All results go to
-results/gpu-NAME.json after every stage. --dry runs the stages with tiny models on the CPU.
+Each stage trains in processes of its own and ends no other. After --seconds, no stage starts and no
+process goes on. All results go to results/gpu-NAME.json after every stage; those of stages that are
+not chosen stay. --dry runs the stages with tiny models on the CPU, and writes into --folder.
 """
 
 import argparse
@@ -19,10 +20,12 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-HERE = Path(__file__).resolve().parent
+from measure import HERE, RESULTS, commit
+
 QUICK = HERE.parent / "recipes/quickstart"
 WORDS = "order rug lamp late broken refund blue chair seven please send again thanks".split()
 SHAPES: dict[str, dict[str, Any]] = {
@@ -68,12 +71,19 @@ class Session:
     Args:
         folder: keeps models, data and runs.
         dry: True for tiny models on the CPU.
+        seconds: of all stages together.
     """
 
-    def __init__(self, folder: Path, dry: bool) -> None:
+    def __init__(self, folder: Path, dry: bool, seconds: float) -> None:
         self.folder = folder
         self.dry = dry
+        self._end = time.monotonic() + seconds
         folder.mkdir(parents=True, exist_ok=True)
+
+    @property
+    def seconds_left(self) -> float:
+        """Seconds until the end of all stages."""
+        return self._end - time.monotonic()
 
     def model(self, name: str) -> str:
         """A folder with random weights of a real shape, and the quickstart's tokenizer."""
@@ -87,6 +97,8 @@ class Session:
             with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
                 made = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
             made.save_pretrained(folder, max_shard_size="4GB")
+            del made
+            torch.cuda.empty_cache()  # the runs that follow need it
             for file in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
                 shutil.copy(QUICK / "base" / file, folder)
         return str(folder)
@@ -155,7 +167,9 @@ class Session:
         command = [sys.executable, __file__, "--probe", str(facts), "train", str(file), "--fresh"]
         env = {**os.environ, **({"CUDA_VISIBLE_DEVICES": ""} if hidden else {})}
         begun = time.monotonic()
-        limit = 4 * limit if self.dry else limit  # a busy machine's
+        limit = min(4 * limit if self.dry else limit, self.seconds_left)  # 4: a busy machine's
+        if limit <= 0:
+            return {"rc": None, "left out": "no time"}
         try:
             done = subprocess.run(
                 [*command, "--local"],
@@ -179,7 +193,8 @@ def _figures(run: Path) -> dict[str, Any]:
     metrics, record = run / "metrics.jsonl", run / "run.json"
     if not metrics.is_file() or not record.is_file():
         return {}
-    lines = [json.loads(line) for line in metrics.read_text("utf-8").splitlines()]
+    whole = metrics.read_text("utf-8").rpartition("\n")[0]  # a process that is ended may leave less
+    lines = [json.loads(line) for line in whole.splitlines()]
     steps = [line for line in lines if "loss" in line]
     values = json.loads(record.read_text("utf-8"))
     speeds = [line["tokens_per_second"] for line in steps[2:]]
@@ -229,6 +244,8 @@ def machine(session: Session) -> dict[str, Any]:
             torch.mm(left, right)
         torch.cuda.synchronize()
         tflops = 10 * 2 * 8192**3 / (time.monotonic() - begun) / 1e12
+        del left, right
+        torch.cuda.empty_cache()
         seen |= {"gpu": torch.cuda.get_device_name(), "bf16_tflops": round(tflops)}
     return seen
 
@@ -328,32 +345,69 @@ def out_of_memory(session: Session) -> dict[str, Any]:
 
 
 def estimated(session: Session) -> dict[str, Any]:
-    """The estimate beside the allocator's peak, of all runs before."""
-    from finray.training.config.recipe import load_recipe
-    from finray.training.models.memory_estimate import CONTEXT_BYTES, estimate, sizes_of
-
+    """Estimates beside what was seen, of all runs before: the peak, and the speed by the plan."""
     results = {}
     for facts in sorted(session.folder.glob("*.json")):
-        seen = json.loads(facts.read_text("utf-8")).get("peak_gib")
-        run = session.folder / "runs" / facts.stem / "recipe.yaml"
-        if run.is_file():
-            recipe = load_recipe(run)
-            peak = (estimate(recipe, sizes_of(recipe)).peak - CONTEXT_BYTES) / 2**30
-            error = None if not seen else round(peak / seen - 1, 4)
-            results[facts.stem] = {"estimated": round(peak, 3), "seen": seen, "error": error}
+        run = session.folder / "runs" / facts.stem
+        if (run / "run.json").is_file():
+            seen = {**_figures(run), **json.loads(facts.read_text("utf-8"))}
+            results[facts.stem] = _estimate(_recipe_of(run), seen, _card(session.dry))
     return results
+
+
+def _recipe_of(run: Path) -> Any:
+    """The recipe of a run, with what its GPU decided."""
+    from finray.training.config.recipe import load_recipe
+
+    recipe = load_recipe(run / "recipe.yaml")
+    decided = json.loads((run / "run.json").read_text("utf-8")).get("decided")
+    if not decided:
+        return recipe
+    return recipe.with_placement(decided["micro_batch_size"], decided["gradient_checkpointing"])
+
+
+def _estimate(recipe: Any, seen: dict[str, Any], card: Any) -> dict[str, Any]:
+    from finray.cluster.api.planning import UTILISATION
+    from finray.cluster.cards import link_of
+    from finray.training.models.memory_estimate import CONTEXT_BYTES, estimate, sizes_of
+    from finray.training.models.speed import Device, seconds_per_step
+
+    sizes, peak = sizes_of(recipe), seen.get("peak_gib")
+    own = (estimate(recipe, sizes).peak - CONTEXT_BYTES) / 2**30
+    result = {"estimated": round(own, 3), "seen": peak}
+    if peak:
+        result["error"] = round(own / peak - 1, 4)
+    if card is not None and seen.get("tokens_per_second"):
+        device = Device(card.tflops * 1e12, card.bandwidth * 1e12, link_of(card, 1))
+        tokens = recipe.rows_per_step * recipe.method.sequences_per_row * recipe.data.max_length
+        planned = tokens / seconds_per_step(recipe, sizes, device, UTILISATION, tokens, 1)
+        result |= {"planned_tokens_per_second": round(planned)}
+        result |= {"hours_seen_by_planned": round(planned / seen["tokens_per_second"], 3)}
+    return result
+
+
+def _card(dry: bool) -> Any:
+    """The card of the plan's table that this GPU is; None if there is none."""
+    import torch
+
+    from finray.cluster.cards import CARDS
+
+    if not torch.cuda.is_available():
+        return CARDS["l4"] if dry else None
+    name = re.sub(r"[^a-z0-9]", "", torch.cuda.get_device_name().lower())
+    names = sorted(CARDS, key=len, reverse=True)  # l40s before l4
+    return next((CARDS[one] for one in names if one.replace("-", "") in name), None)
 
 
 def _with_utilisation(session: Session, name: str, seen: dict[str, Any]) -> dict[str, Any]:
     """The figures with `mfu`: needed operations over those that the GPU's large product reached."""
-    from finray.training.config.recipe import load_recipe
     from finray.training.models.memory_estimate import sizes_of
     from finray.training.models.speed import training_flops
 
-    run = session.folder / "runs" / name / "recipe.yaml"
-    if seen["rc"] or not run.is_file() or not seen.get("tokens_per_second"):
+    run = session.folder / "runs" / name
+    if seen["rc"] != 0 or not seen.get("tokens_per_second"):
         return seen
-    recipe = load_recipe(run)
+    recipe = _recipe_of(run)
     flops = training_flops(recipe, sizes_of(recipe)) * seen["tokens_per_second"]
     reached = machine(session).get("bf16_tflops")
     share = None if reached is None else round(flops / reached / 1e12, 3)
@@ -374,21 +428,33 @@ STAGES: dict[str, Callable[[Session], dict[str, Any]]] = {
 }
 
 
-def run_stages(names: list[str], session: Session, target: Path, seconds: float) -> None:
-    """Run stages while there is time, and write what they return after each."""
-    begun, results = time.monotonic(), {}
+def run_stages(names: list[str], session: Session, target: Path) -> None:
+    """Run stages while there is time, and write what they return after each.
+
+    The results of stages that do not run now stay in the file.
+    """
+    kept = target.read_text("utf-8") if target.is_file() else "{}"
+    results, code = json.loads(kept), _commit()
     for name in names:
         start = time.monotonic()
-        if start - begun > seconds:
+        if session.seconds_left <= 0:
             result: dict[str, Any] = {"left out": "no time"}
         else:
             try:
                 result = STAGES[name](session)
             except Exception as error:  # noqa: BLE001 - one stage must not end the others
                 result = {"error": f"{type(error).__name__}: {error}"[:400]}
-        results[name] = {"seconds": round(time.monotonic() - start, 1), **result}
+        seconds = round(time.monotonic() - start, 1)
+        results[name] = {"commit": code, "seconds": seconds, **result}
         print(json.dumps({name: results[name]}), flush=True)
         target.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+
+
+def _commit() -> str | None:
+    """The commit; None on a machine that has the files alone."""
+    with suppress(OSError, subprocess.CalledProcessError):
+        return commit()
+    return None
 
 
 def main() -> int:
@@ -397,7 +463,7 @@ def main() -> int:
         return probe(Path(sys.argv[2]), sys.argv[3:])
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--only", help=f"stages, with commas: {','.join(STAGES)}")
-    parser.add_argument("--seconds", type=float, default=690.0, help="no stage starts after them")
+    parser.add_argument("--seconds", type=float, default=630.0, help="of all stages together")
     parser.add_argument("--name", help="of the results (default: the GPU's, or dry)")
     parser.add_argument("--dry", action="store_true", help="tiny models on the CPU")
     parser.add_argument("--folder", type=Path, help="for models and runs (default: a new one)")
@@ -406,10 +472,10 @@ def main() -> int:
     if unknown := [name for name in names if name not in STAGES]:
         parser.error(f"there is no stage {', '.join(unknown)}; those are {', '.join(STAGES)}")
     folder = options.folder or Path(tempfile.mkdtemp(prefix="finray-gpu-"))
-    session = Session(folder, options.dry)
+    session = Session(folder, options.dry, options.seconds)
     name = options.name or ("dry" if options.dry else _name_of_gpu())
-    results = HERE / "results" if not options.dry else folder
-    run_stages(names, session, results / f"gpu-{name}.json", options.seconds)
+    results = RESULTS if not options.dry else folder
+    run_stages(names, session, results / f"gpu-{name}.json")
     return 0
 
 

@@ -132,15 +132,20 @@ def run_child(script: str, *arguments: str, threads: int | None = None) -> Any:
     env = child_environment()
     if threads is not None:
         env["OMP_NUM_THREADS"] = str(threads)
+    return last_line([sys.executable, script, *arguments], env, HERE)
+
+
+def last_line(command: list[str], env: dict[str, str], folder: Path) -> Any:
+    """Run a command in a folder. Returns the JSON of its last line.
+
+    Raises:
+        RuntimeError: it failed; the message holds its error output.
+    """
     child = subprocess.run(
-        [sys.executable, str(HERE / script), *arguments],
-        check=False,
-        capture_output=True,
-        text=True,
-        env=env,
+        command, check=False, capture_output=True, text=True, env=env, cwd=folder
     )
     if child.returncode != 0:
-        message = f"{script} {' '.join(arguments)} ended with {child.returncode}"
+        message = f"{' '.join(command[1:])[:200]} ended with {child.returncode}"
         raise RuntimeError(f"{message}:\n{child.stderr[-4000:]}")
     return json.loads(child.stdout.strip().splitlines()[-1])
 
@@ -154,6 +159,18 @@ def finray_command() -> list[str]:
     """The finray command of this Python installation."""
     script = Path(sys.executable).parent / "finray"
     return [str(script)] if script.exists() else [sys.executable, "-m", "finray.cluster.cli.main"]
+
+
+def resident_mb(name: Literal["VmRSS", "VmHWM"]) -> float:
+    """This process's resident memory, or the largest since `reset_peak`, in MB."""
+    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+    line = next(line for line in lines if line.startswith(name))
+    return int(line.split()[1]) * 1024 / 1e6
+
+
+def reset_peak() -> None:
+    """Let `resident_mb("VmHWM")` begin anew."""
+    Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
 
 
 def print_result(result: Any) -> None:

@@ -24,6 +24,8 @@ from measure import (
     parse_options,
     print_result,
     ratios,
+    reset_peak,
+    resident_mb,
     run_child,
     scratch,
     take_turns,
@@ -35,12 +37,6 @@ FULL = {"vocabulary": 16_000, "hidden": 512, "layers": 6, "length": 4096, "longe
 QUICK = {"vocabulary": 2_000, "hidden": 128, "layers": 2, "length": 1024, "longer": 4096}
 MICRO, STEPS = 2, 1
 MAPPED = {"MALLOC_MMAP_THRESHOLD_": "1000000"}
-
-
-def memory(name: str) -> int:
-    """Bytes of a line of this process's status."""
-    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
-    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(name))
 
 
 def child(job: Job, isolation: Any, micro: int) -> dict[str, float]:
@@ -61,15 +57,15 @@ def child(job: Job, isolation: Any, micro: int) -> dict[str, float]:
     objective.prepare()
     rows = cycle(sequences(job, 0, 1))
     objective.loss(model, objective.collate([next(rows)]), measured=False)  # loads what is lazy
-    Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
-    before, started, tokens = memory("VmRSS"), time.process_time(), 0
+    reset_peak()
+    before, started, tokens = resident_mb("VmRSS"), time.process_time(), 0
     for _ in range(STEPS):
         batch = objective.collate(list(islice(rows, micro)))
         loss = objective.loss(model, batch, measured=False).total / batch.loss_units
         torch.autograd.backward(loss)
         tokens += batch.tokens
     seconds = time.process_time() - started
-    peak = memory("VmHWM") - before
+    peak = resident_mb("VmHWM") - before
     return {"speed": tokens / seconds, "peak": peak, "seconds": seconds, "tokens": tokens}
 
 

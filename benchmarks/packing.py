@@ -47,7 +47,7 @@ def find_rows(data: Path) -> Path:
     Raises:
         SystemExit: it is missing; the message names its source.
     """
-    path = data / FILE if data.is_dir() else data
+    path = (data / FILE if data.is_dir() else data).resolve()
     if not path.is_file():
         raise SystemExit(
             f"{path}: there is no such file; give --data the folder that holds {FILE} "

@@ -22,6 +22,7 @@ from measure import (
     conclude,
     parse_options,
     print_result,
+    resident_mb,
     run_child,
     scratch,
     take_turns,
@@ -82,17 +83,10 @@ def child(folder: Path, name: str, workers: int) -> dict[str, Any]:
     else:
         prepared = prepare_data(recipe)
     return {
-        "peak_mb": peak_megabytes(),
+        "peak_mb": resident_mb("VmHWM"),
         "seconds": time.perf_counter() - started,
         "rows": prepared.manifest.rows_read,
     }
-
-
-def peak_megabytes() -> float:
-    """Largest resident set size of this process so far, in MB."""
-    status = Path("/proc/self/status").read_text(encoding="utf-8")
-    line = next(line for line in status.splitlines() if line.startswith("VmHWM"))
-    return int(line.split()[1]) * 1024 / 1e6
 
 
 def measure_one(folder: Path, name: str, workers: int) -> dict[str, Any]:

@@ -1,7 +1,7 @@
-"""Run all benchmarks one after the other, print one table, and replace the one in README.md.
+"""Run benchmarks one after the other, print one table, and replace the one in README.md.
 
-With --quick nothing is written into README.md. With --table nothing is run: the table is made from
-the existing results.
+With --only some of them run; the table has the others' figures as they are. With --quick nothing is
+written into README.md, and no figure is kept. With --table nothing is run.
 """
 
 import argparse
@@ -21,9 +21,12 @@ NAMES = (
     "methods",
     "online",
     "packing",
+    "packed_rows",
+    "pairs",
+    "token_loss",
+    "estimate",
     "prepare_memory",
     "prepare_speed",
-    "token_loss",
     "checkpoint_stall",
     "kills",
     "kills_anywhere",
@@ -44,7 +47,8 @@ def run(name: str, arguments: list[str]) -> bool:
 def collect(quick: bool) -> list[dict[str, Any]]:
     """The results on disk, in the order of `NAMES`."""
     paths = [result_path(name, quick) for name in NAMES]
-    return [json.loads(path.read_text(encoding="utf-8")) for path in paths if path.exists()]
+    results = [json.loads(path.read_text(encoding="utf-8")) for path in paths if path.exists()]
+    return [result for result in results if "figures" in result]
 
 
 def overview(results: list[dict[str, Any]]) -> str:
@@ -74,13 +78,15 @@ def main() -> None:
     """Run, print and write; exit code 1 if a benchmark failed or a target is not met."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--quick", action="store_true", help="small sizes, one repetition")
+    parser.add_argument("--only", nargs="+", choices=NAMES, help="run these (default: all)")
     parser.add_argument("--table", action="store_true", help="print the table of existing results")
     parser.add_argument("--threads", type=int, default=2, help="torch's threads (default: 2)")
-    parser.add_argument("--data", help="folder with the real data, for packing.py")
+    parser.add_argument("--data", help="folder with the real data, for those that read it")
     options = parser.parse_args()
     common = ["--threads", str(options.threads), *(["--quick"] if options.quick else [])]
-    special = {"packing": ["--data", options.data] if options.data else []}
-    names = () if options.table else NAMES
+    data = ["--data", options.data] if options.data else []
+    special = {"packing": data, "packed_rows": data}
+    names = () if options.table else options.only or NAMES
     failed = [name for name in names if not run(name, [*common, *special.get(name, [])])]
     results = collect(options.quick)
     if not results:

@@ -21,6 +21,8 @@ from measure import (
     parse_options,
     print_result,
     ratios,
+    reset_peak,
+    resident_mb,
     run_child,
     scratch,
     take_turns,
@@ -45,7 +47,7 @@ def child(folder: Path, way: str, sizes: dict[str, int], case: dict[str, Any]) -
     model, step = build(folder, way, sizes, case)
     for weight in model.parameters():
         weight.detach().sum()  # its file is mapped, and read only now
-    resident = _megabytes("VmRSS")
+    resident = resident_mb("VmRSS")
     loss = step()  # loads what the first pass needs
     gradients = {n: w.grad for n, w in model.named_parameters() if w.grad is not None}
     largest = {name: float(gradient.abs().max()) for name, gradient in gradients.items()}
@@ -53,7 +55,7 @@ def child(folder: Path, way: str, sizes: dict[str, int], case: dict[str, Any]) -
     sample = gradients[name].flatten()[:: max(1, gradients[name].numel() // 1000)].tolist()
     model.zero_grad()
     del gradients
-    Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # resets VmHWM
+    reset_peak()
     started, cpu = time.perf_counter(), time.process_time()
     for _ in range(sizes["passes"]):
         step()
@@ -61,7 +63,7 @@ def child(folder: Path, way: str, sizes: dict[str, int], case: dict[str, Any]) -
     return {
         "seconds": (time.perf_counter() - started) / sizes["passes"],
         "cpu_seconds": (time.process_time() - cpu) / sizes["passes"],
-        "peak_mb": _megabytes("VmHWM") - resident,
+        "peak_mb": resident_mb("VmHWM") - resident,
         "loss": loss,
         "largest": largest[name],
         "sample": sample,
@@ -121,13 +123,6 @@ def build(folder: Path, way: str, sizes: dict[str, int], case: dict[str, Any]) -
         return float(loss.detach())
 
     return model, step
-
-
-def _megabytes(name: str) -> float:
-    """A line of this process's status, in MB."""
-    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
-    line = next(line for line in lines if line.startswith(name))
-    return int(line.split()[1]) * 1024 / 1e6
 
 
 def compare(case: str, results: dict[str, list[dict[str, Any]]]) -> None:
