@@ -231,24 +231,67 @@ def conclude(
         repetitions: each contender's values, in order.
         settings: sizes that the values depend on.
     """
-    written = [figure.to_dict() for figure in figures]
+    part = _part(options, figures, repetitions, settings)
+    _write(name, options.quick, {"benchmark": name, "quick": options.quick, **part})
+    _print(name, options, part, repetitions)
+
+
+def conclude_stage(
+    name: str,
+    stage: str,
+    options: Options,
+    figures: list[Figure],
+    repetitions: Mapping[str, list[float]],
+    settings: dict[str, Any],
+) -> None:
+    """Write the result of one stage of a benchmark beside those of the others, and print it.
+
+    Args: see `conclude`; each stage has an environment of its own.
+    """
+    path = result_path(name, options.quick)
+    before = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    part = _part(options, figures, repetitions, settings)
+    stages = {**before.get("stages", {}), stage: part}
     result = {
         "benchmark": name,
         "quick": options.quick,
+        "environment": part["environment"],
+        "figures": [figure for each in stages.values() for figure in each["figures"]],
+        "stages": stages,
+    }
+    _write(name, options.quick, result)
+    _print(f"{name}, {stage}", options, part, repetitions)
+
+
+def _part(
+    options: Options,
+    figures: list[Figure],
+    repetitions: Mapping[str, list[float]],
+    settings: dict[str, Any],
+) -> dict[str, Any]:
+    return {
         "environment": environment(options.threads),
         "settings": settings,
         "medians": {key: round(statistics.median(v), 4) for key, v in repetitions.items()},
         "repetitions": {key: [round(x, 4) for x in v] for key, v in repetitions.items()},
-        "figures": written,
+        "figures": [figure.to_dict() for figure in figures],
     }
+
+
+def _write(name: str, quick: bool, result: dict[str, Any]) -> None:
     RESULTS.mkdir(exist_ok=True)
-    path = result_path(name, options.quick)
+    path = result_path(name, quick)
     path.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    print(f"\nwritten to {path.relative_to(HERE.parent)}")
+
+
+def _print(
+    title: str, options: Options, part: dict[str, Any], repetitions: Mapping[str, list[float]]
+) -> None:
     rows = [[key, f"{statistics.median(v):,.4g}"] for key, v in repetitions.items()]
-    print(f"\n{name}: medians of {options.repetitions}")
+    print(f"\n{title}: medians of {options.repetitions}")
     print(table(["contender", "median"], rows))
-    print(table(FIGURE_COLUMNS, [figure_row(figure) for figure in written]))
-    print(f"written to {path.relative_to(HERE.parent)}")
+    print(table(FIGURE_COLUMNS, [figure_row(figure) for figure in part["figures"]]))
 
 
 def result_path(name: str, quick: bool) -> Path:

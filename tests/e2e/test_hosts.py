@@ -6,6 +6,7 @@ A head, two nodes and a laptop from which all is submitted, through Ray Jobs wit
 import json
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from statistics import mean
@@ -287,3 +288,102 @@ def test_two_hosts_train_as_one_process(cluster: Cluster, alone: Path) -> None:
     assert record(run)["status"] == "finished"
     assert record(run)["world_sizes"] == [2, 2] and len(record(run)["nodes"]) == 2
     assert_same_steps(run, alone)
+
+
+FUNCTION = '''
+import os
+import socket
+import time
+
+FOLDER = {folder!r}
+
+
+def is_good(row):
+    """Notes each call. Beta stops within its second part, and alpha begins no third one before."""
+    host, stopped = socket.gethostname(), os.path.join(FOLDER, "stopped")
+    with open(os.path.join(FOLDER, host), "a+") as calls:
+        calls.write(f"{{row['n']}}\\n")
+        calls.flush()
+        calls.seek(0)
+        count = len(calls.readlines())
+    if host == "beta" and count == {stop} and not os.path.exists(stopped):
+        open(stopped, "w").close()
+        time.sleep(600)
+    deadline = time.monotonic() + 300
+    while host == "alpha" and count > {enough} and not os.path.exists(stopped):
+        assert time.monotonic() < deadline, "beta has no work"
+        time.sleep(0.05)
+    return row["n"] % 7 != 3
+'''
+PARTS, ROWS = 6, 30
+
+
+def _write_rows(folder: Path) -> None:
+    """Rows with a column that makes them too large for the driver alone."""
+    folder.mkdir()
+    source = FUNCTION.format(folder=str(folder), stop=ROWS + 20, enough=2 * ROWS)
+    (folder / "rows.py").write_text(source, encoding="utf-8")
+    for part in range(PARTS):
+        numbers = range(part * ROWS, (part + 1) * ROWS)
+        # Each fourth text is nearly that of the first part, each tenth one is held out, too.
+        texts = [
+            " ".join(f"w{100 * (n % ROWS if n % 4 == 0 else n) + k}" for k in range(40)) + f" {n}"
+            for n in numbers
+        ]
+        rows = [
+            {"text": text, "n": n, "rest": "x" * 50_000}
+            for n, text in zip(numbers, texts, strict=True)
+        ]
+        lines = "".join(json.dumps(row) + "\n" for row in rows)
+        (folder / f"part-{part}.jsonl").write_text(lines, encoding="utf-8")
+        with (folder / "held-out.jsonl").open("a", encoding="utf-8") as held_out:
+            held_out.writelines(json.dumps({"text": text}) + "\n" for text in texts[1::10])
+
+
+def _curated_recipe(cluster: Cluster, rows: Path, name: str) -> Path:
+    data = {
+        "train": str(rows / "part-*.jsonl"),
+        "eval": str(rows / "held-out.jsonl"),
+        "curate": [
+            "normalise",
+            {"kind": "filter", "min_tokens": 8},
+            {"kind": "keep", "with": f"{rows}/rows.py:is_good"},
+            {"kind": "deduplicate", "near": {"jaccard": 0.8}},
+            "decontaminate",
+        ],
+        "max_length": 128,
+    }
+    storage = str(cluster.folder / name)
+    return cluster.recipe(name, 1, data=data, method="pretrain", scale__workers=1, storage=storage)
+
+
+def _content(storage: Path) -> dict[str, object]:
+    """All that is prepared, but for when and by whom."""
+    (file,) = (storage / "prepared").glob("*/manifest.json")
+    manifest: dict[str, object] = json.loads(file.read_text(encoding="utf-8"))
+    return {
+        name: value
+        for name, value in manifest.items()
+        if name not in ("attempt", "created_at", "seconds", "digest")
+    }
+
+
+def test_two_hosts_curate_as_one_process_and_one_is_lost(cluster: Cluster) -> None:
+    """What the lost one had finished is not done again, and only the part that it was at is."""
+    rows, address = cluster.folder / "rows", f"{cluster.head.address}:{PORT}"
+    _write_rows(rows)
+    cluster.finray.run("prepare", _curated_recipe(cluster, rows, "one-process"), "--local")
+    recipe = _curated_recipe(cluster, rows, "two-hosts")
+    preparing = cluster.admin.start("prepare", recipe, "--address", address)
+    wait_until((rows / "stopped").exists, "a call that beta does not end")
+    cluster.nodes["beta"].kill()
+    assert preparing.wait() == 0, preparing.output()
+    ours, theirs = (_content(cluster.folder / name) for name in ("two-hosts", "one-process"))
+    assert ours == theirs
+    calls = {host: list(map(int, (rows / host).read_text().split())) for host in cluster.nodes}
+    lost = calls["beta"][ROWS:]
+    assert len(lost) == 20 and len({n // ROWS for n in lost}) == 1
+    expected = Counter([*range(PARTS * ROWS), *lost])
+    assert Counter([*calls["alpha"], *calls["beta"]]) == expected
+    cluster.nodes["beta"].boot()
+    cluster.join("beta")

@@ -7,16 +7,19 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from numpy.typing import NDArray
 
 from ..common.storage import Folder
-from .packing import Indices, pack, unpacked
+from .packing import Bins, Indices, pack, unpacked, with_less_waste
 from .prepared import ROW_GROUP, SEQUENCE_SCHEMA, Split, write_hashed
 from .tokenising import TokenGroup
 
-# A task packs at least this much, so that its few unfilled sequences do not matter. More would
-# need more memory.
-_GROUP_TOKENS = 2_000_000
-_GROUP_SEQUENCES = 256
+_FILE_TOKENS = 2_000_000
+_FILE_SEQUENCES = 256
+"""A task writes about this much, the larger of both, and holds it in memory."""
+_TOGETHER = 8
+"""Files whose documents are packed together, so that few sequences stay unfilled. Each of their
+tasks reads the documents of all, a row group after the other, and keeps its own."""
 
 
 @dataclass(frozen=True)
@@ -34,6 +37,11 @@ class AssembleItem:
     split: str
     number: int
     parts: tuple[Part, ...]
+    """Of all files that are packed together."""
+    share: int = 0
+    """Which of these files it writes,"""
+    shares: int = 1
+    """and their number."""
 
 
 @dataclass(frozen=True)
@@ -50,30 +58,43 @@ class SequenceFile:
     trainable_tokens: int
 
 
-def assemble_items(split: str, parts: Iterable[Part], capacity: int) -> Iterator[AssembleItem]:
-    """Group consecutive parts of a split into the inputs of tasks.
+def assemble_items(
+    split: str, parts: Iterable[Part], capacity: int, packing: bool
+) -> Iterator[AssembleItem]:
+    """The inputs of the tasks that write a split's files.
 
     Args:
         split: train or eval.
         parts: the split's row groups of tokens, in order.
         capacity: tokens that a sequence can hold.
+        packing: whether a sequence holds several documents.
     """
-    limit = max(_GROUP_TOKENS, _GROUP_SEQUENCES * capacity)
+    limit = max(_FILE_TOKENS, _FILE_SEQUENCES * capacity)
+    number = 0
+    for group, tokens in _groups(parts, limit * _TOGETHER if packing else limit):
+        shares = max(1, -(-(tokens - limit // 4) // limit)) if packing else 1
+        for share in range(shares):
+            yield AssembleItem(split, number, group, share, shares)
+            number += 1
+
+
+def _groups(parts: Iterable[Part], limit: int) -> Iterator[tuple[tuple[Part, ...], int]]:
+    """Consecutive parts with this number of tokens or a little more, and the number."""
     group: list[Part] = []
-    tokens = number = 0
+    tokens = 0
     for part in parts:
         group.append(part)
         tokens += part.tokens.tokens
         if tokens >= limit:
-            yield AssembleItem(split, number, tuple(group))
-            group, tokens, number = [], 0, number + 1
+            yield tuple(group), tokens
+            group, tokens = [], 0
     if group:
-        yield AssembleItem(split, number, tuple(group))
+        yield tuple(group), tokens
 
 
 @dataclass(frozen=True)
 class AssembleTask:
-    """Packs the documents of an item, shuffles the sequences and writes them to a file."""
+    """Packs the documents of an item, shuffles the sequences and writes its share to a file."""
 
     attempt: Folder
     capacity: int
@@ -81,16 +102,12 @@ class AssembleTask:
     seed: int
 
     def __call__(self, item: AssembleItem) -> SequenceFile:
-        table = pa.concat_tables(self._read(part) for part in item.parts).combine_chunks()
-        lengths = _sizes(table["input_ids"])
-        bins = pack(lengths, self.capacity) if self.packing else unpacked(len(lengths))
-        sizes = np.diff(bins.offsets)
+        table, lengths, bins = self._share(item)
+        if self.packing:
+            bins = with_less_waste(bins, lengths, self.capacity)
         shuffled = np.random.default_rng((self.seed, item.number)).permutation(len(bins))
-        # Documents of the shuffled bins, one after another.
-        offsets = np.concatenate(([0], np.cumsum(sizes[shuffled])))
-        shift = np.repeat(bins.offsets[:-1][shuffled] - offsets[:-1], sizes[shuffled])
-        documents = bins.documents[np.arange(len(lengths)) + shift]
-        sequences = _sequences(table, documents, offsets)
+        bins = _chosen(bins, shuffled)
+        sequences = _sequences(table, bins.documents, bins.offsets)
         name = f"{item.split}/{item.number:06d}.parquet"
         content_hash = write_hashed(
             self.attempt, name, sequences, row_group_size=ROW_GROUP, use_dictionary=False
@@ -106,9 +123,45 @@ class AssembleTask:
             trainable_tokens=_flat(sequences["trainable"]).true_count,
         )
 
+    def _share(self, item: AssembleItem) -> tuple[pa.Table, NDArray[np.int32], Bins]:
+        """The documents of an item's share, their lengths, and their bins."""
+        if item.shares == 1:
+            table = pa.concat_tables(map(self._read, item.parts)).combine_chunks()
+            lengths = _sizes(table["input_ids"])
+            bins = pack(lengths, self.capacity) if self.packing else unpacked(len(lengths))
+            return table, lengths, bins
+        of_parts = [self._lengths(part) for part in item.parts]
+        lengths = np.concatenate(of_parts)
+        bins = pack(lengths, self.capacity)
+        dealt = np.random.default_rng((self.seed, item.number - item.share)).permutation(len(bins))
+        own = _chosen(bins, np.sort(dealt[item.share :: item.shares]))
+        wanted = np.zeros(len(lengths), np.bool_)
+        wanted[own.documents] = True
+        places = np.cumsum(wanted) - 1
+        of_part = np.split(wanted, np.cumsum([len(each) for each in of_parts])[:-1])
+        tables = [
+            self._read(part).filter(pa.array(mask))
+            for part, mask in zip(item.parts, of_part, strict=True)
+        ]
+        table = pa.concat_tables(tables).combine_chunks()
+        return table, lengths[wanted], Bins(places[own.documents], own.offsets)
+
+    def _lengths(self, part: Part) -> NDArray[np.int32]:
+        """The tokens of each document."""
+        with self._opened(part) as parquet:
+            texts = parquet.read_row_group(part.tokens.group, columns=["lengths"])["lengths"]
+        total = np.concatenate(([0], np.cumsum(_flat(texts).to_numpy(), dtype=np.int64)))
+        ends = np.concatenate(([0], np.cumsum(_sizes(texts), dtype=np.int64)))
+        lengths: NDArray[np.int32] = np.diff(total[ends]).astype(np.int32)
+        return lengths
+
+    def _opened(self, part: Part) -> Any:
+        return pq.ParquetFile(
+            self.attempt.file(part.tokens.file), filesystem=self.attempt.filesystem
+        )
+
     def _read(self, part: Part) -> pa.Table:
-        source = self.attempt.file(part.tokens.file)
-        with pq.ParquetFile(source, filesystem=self.attempt.filesystem) as parquet:
+        with self._opened(part) as parquet:
             table = parquet.read_row_group(part.tokens.group)
         rows = pa.array(table["row"].to_numpy() + part.first_row)
         return table.set_column(0, "row", rows)
@@ -128,6 +181,14 @@ def split_of(files: list[SequenceFile], capacity: int) -> Split | None:
         trainable_tokens=sum(file.trainable_tokens for file in files),
         capacity=capacity,
     )
+
+
+def _chosen(bins: Bins, numbers: Indices) -> Bins:
+    """Some bins."""
+    sizes = np.diff(bins.offsets)[numbers]
+    offsets = np.concatenate(([0], np.cumsum(sizes)))
+    shift = np.repeat(bins.offsets[:-1][numbers] - offsets[:-1], sizes)
+    return Bins(bins.documents[np.arange(offsets[-1]) + shift], offsets)
 
 
 def _sequences(table: pa.Table, documents: Indices, offsets: Indices) -> pa.Table:

@@ -12,10 +12,9 @@ from ..common.errors import InputError
 from ..common.storage import Folder
 from ..config.model_folder import model_folder, tokenizer_files
 from ..config.models import ModelSettings
-from .sources import SourceFile, file_kind
+from .sources import HUB, SourceFile, file_kind
 
 _BLOCK = 2**20
-HUB = "hf://"
 _CACHEABLE_SECONDS = 2.0
 _READ_WHOLE = 64 * 2**20
 """A file up to this size is read in a moment."""

@@ -1,4 +1,8 @@
-"""Best-fit-decreasing bin packing of documents into sequences of a fixed capacity."""
+"""Bin packing of documents into sequences of a fixed capacity.
+
+Best-fit-decreasing is fast, and close to the bound where short documents fill the gaps. Where all
+documents have about the same share of the capacity, filling one bin after the other is better.
+"""
 
 from dataclasses import dataclass
 
@@ -6,6 +10,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 Indices = NDArray[np.int64]
+
+_ENOUGH = 1.001
+"""Bins over their lower bound above which another way of packing is tried."""
 
 
 @dataclass(frozen=True)
@@ -43,6 +50,87 @@ def pack(lengths: NDArray[np.int32], capacity: int) -> Bins:
     documents = order[np.argsort(bin_of, kind="stable")]
     sizes = np.bincount(bin_of, minlength=space.bins)
     return Bins(documents, np.concatenate(([0], np.cumsum(sizes))))
+
+
+def with_less_waste(bins: Bins, lengths: NDArray[np.int32], capacity: int) -> Bins:
+    """The bins, or fewer ones where they are not nearly full and exact filling needs fewer.
+
+    Args:
+        bins: an assignment of all documents.
+        lengths: tokens of each document.
+        capacity: tokens that a bin can hold.
+    """
+    if len(bins) <= _ENOUGH * -(-int(lengths.sum()) // capacity):
+        return bins
+    other = fill_exactly(lengths, capacity)
+    return other if len(other) < len(bins) else bins
+
+
+def fill_exactly(lengths: NDArray[np.int32], capacity: int) -> Bins:
+    """Pack documents bin by bin: the longest one left, and others that fill its bin, or nearly.
+
+    Bins of the same lengths are made together, as often as there are documents. Deterministic.
+
+    Args:
+        lengths: tokens of each document, 1 ≤ length ≤ capacity.
+        capacity: tokens that a bin can hold.
+    """
+    order = np.argsort(-lengths.astype(np.int64), kind="stable")
+    distinct, counts = np.unique(lengths, return_counts=True)
+    sizes, counts = distinct[::-1].tolist(), counts[::-1]
+    next_of = np.cumsum(counts) - counts
+    left: list[int] = counts.tolist()
+    documents, offsets = [np.zeros(0, np.int64)], [np.zeros(1, np.int64)]
+    filled = 0
+    for longest in range(len(sizes)):
+        while left[longest]:
+            used = _filling(sizes, left, longest, capacity)
+            times = min(left[kind] // number for kind, number in used.items())
+            columns = []
+            for kind, number in used.items():
+                part = order[next_of[kind] : next_of[kind] + number * times]
+                columns.append(part.reshape(times, number))
+                next_of[kind] += number * times
+                left[kind] -= number * times
+            members = np.concatenate(columns, axis=1)
+            documents.append(members.reshape(-1))
+            offsets.append(filled + members.shape[1] * np.arange(1, times + 1))
+            filled += members.size
+    return Bins(np.concatenate(documents), np.concatenate(offsets))
+
+
+def _filling(sizes: list[int], left: list[int], longest: int, capacity: int) -> dict[int, int]:
+    """How many documents of which kinds fill a bin best, one of the longest kind among them.
+
+    Sums that can be reached are the bits of a number: a document shifts them by its size. Long
+    documents are tried first, as short ones fit everywhere later.
+
+    Args:
+        sizes: tokens of a document of each kind, descending.
+        left: documents of each kind.
+        longest: the first kind of which there are any.
+        capacity: tokens that a bin can hold.
+    """
+    space = capacity - sizes[longest]
+    within, goal = (1 << space + 1) - 1, 1 << space
+    reached = 1
+    tried: list[tuple[int, int]] = []
+    for kind in range(longest, len(sizes)):
+        if reached & goal:
+            break
+        size = sizes[kind]
+        number = min(left[kind] - (kind == longest), space // size)
+        if number > 0:
+            tried.append((kind, reached))
+            for _ in range(number):
+                reached |= reached << size & within
+    total = reached.bit_length() - 1
+    used = {longest: 1}
+    for kind, before in reversed(tried):
+        while not before >> total & 1:
+            total -= sizes[kind]
+            used[kind] = used.get(kind, 0) + 1
+    return used
 
 
 def unpacked(count: int) -> Bins:

@@ -249,7 +249,7 @@ class Preparation:
         items = [
             item
             for split, parts in self._parts.items()
-            for item in assemble_items(split, parts, length)
+            for item in assemble_items(split, parts, length, self._recipe.packs)
         ]
         files: list[SequenceFile] = []
         for file in self._run_tasks(task, items):

@@ -11,12 +11,10 @@ from ..common.errors import FinrayError, InputError, RunError, in_one_line
 from ..common.progress import Progress
 from ..common.storage import Folder
 from ..config.recipe import Recipe
-from .contents import HUB
 from .curation.funnel import BAD_ROW
 from .prepare import Windows
 from .prepared import MANIFEST, QUARANTINE, Prepared
 from .resolve import resolve_data
-from .sources import SourceFile
 from .tasks import RunTasks
 from .window_files import (
     COUNTS,
@@ -150,11 +148,8 @@ class Producer:
         # A window that is made again is counted already, and was allowed.
         before = bad if number == len(counts.sequences) else -bad, counts.rows
         part = windows.part(number, before)
-        files = {block.chunk.file for block in part.blocks}
         home = self._folder / window_name(number)
         made = windows.prepare(part, home, self._run_tasks, self._signs)
-        for file in files:
-            _check_unchanged(file)
         self._present.add(number)
         self._keep_bad_rows(made)
         found = made.manifest.train.sequences
@@ -206,20 +201,3 @@ class _Signs(Progress):
             self._count += 1
             write_json(self._folder, SIGNS, count=self._count)
             self._shown = time.monotonic()
-
-
-def _check_unchanged(file: SourceFile) -> None:
-    """Refuse a file that changed since the run began.
-
-    Raises:
-        InputError: it changed, or does not exist any more.
-    """
-    if file.uri.startswith(HUB):  # its address has the commit
-        return
-    folder = Folder(file.folder)
-    info = folder.filesystem.get_file_info(folder.file(file.name))
-    if (info.size, info.mtime_ns or 0) != (file.size, file.modified_ns):
-        raise InputError(
-            f"data.train: {file.place} changed while the run reads it; restore it, and start the "
-            "run again, or begin it anew with --fresh"
-        )

@@ -48,7 +48,7 @@ def read_chunk(chunk: Chunk, max_bytes: int) -> ChunkContent:
     Raises:
         InputError: while iterating, if a file cannot be read, or a JSON array, CSV, Parquet or
             compressed file is damaged: all rows after the damage are lost, so this is not a matter
-            of single bad rows.
+            of single bad rows; after the last row, if the file changed in the meantime.
     """
     file = chunk.file
     content = ChunkContent(iter(()))
@@ -73,6 +73,7 @@ def read_chunk(chunk: Chunk, max_bytes: int) -> ChunkContent:
     content.rows = _guard(file, rows)
     if chunk.rows is not None:
         content.rows = islice(content.rows, *chunk.rows)
+    content.rows = _unchanged(file, content.rows)
     return content
 
 
@@ -129,6 +130,17 @@ def _guard(
         raise InputError(
             f"{file.place}: the file is damaged or cannot be read: {reason(error)}; write it again"
         ) from None
+
+
+def _unchanged(
+    file: SourceFile, rows: Iterator[tuple[int, Row | BadRow]]
+) -> Iterator[tuple[int, Row | BadRow]]:
+    yield from rows
+    if not file.is_unchanged():
+        raise InputError(
+            f"{file.place}: changed while it was read; restore it, or start again with what it "
+            "holds now"
+        )
 
 
 def _lines_of(chunk: Chunk, max_bytes: int, content: ChunkContent) -> Iterator[bytes | BadRow]:

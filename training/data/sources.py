@@ -16,6 +16,7 @@ from ..common.errors import InputError, reason
 from ..common.formatting import one_line
 from ..common.storage import Folder
 
+HUB = "hf://"
 CHUNK_BYTES = 4 * 2**20
 """Bytes of JSON Lines (or of decompressed Parquet row groups) that one task reads."""
 
@@ -89,6 +90,18 @@ class SourceFile:
     @property
     def is_compressed(self) -> bool:
         return self.name.endswith(_COMPRESSIONS)
+
+    def is_unchanged(self) -> bool:
+        """True if the file is still as it was listed; of a data set of the hub, its address says
+        so."""
+        if self.uri.startswith(HUB):
+            return True
+        folder = Folder(self.folder)
+        info = folder.filesystem.get_file_info(folder.file(self.name))
+        # Stores tell a time in a list and of one object with different precision.
+        unit = 1 if self.is_local else 10**9
+        is_same_time = (info.mtime_ns or 0) // unit == self.modified_ns // unit
+        return bool(info.size == self.size and is_same_time)
 
     def open(self) -> Any:
         """The stored bytes as a pyarrow file with random access."""

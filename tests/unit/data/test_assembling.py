@@ -3,10 +3,13 @@
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
+import pytest
 
 from finray.training.common.storage import Folder
 from finray.training.data.assembling import AssembleItem, AssembleTask, Part, assemble_items
+from finray.training.data.packing import pack
 from finray.training.data.rendering import Document
 from finray.training.data.tokenising import TokenFile, TokenGroup
 
@@ -16,16 +19,28 @@ def part(tokens: int) -> Part:
 
 
 def test_parts_are_grouped_up_to_a_limit() -> None:
+    def shares(parts: list[Part], capacity: int, packing: bool) -> list[tuple[int, int, int]]:
+        items = assemble_items("train", parts, capacity, packing)
+        return [(len(item.parts), item.share, item.shares) for item in items]
+
     parts = [part(1_500_000)] * 5
-    sizes = [len(item.parts) for item in assemble_items("train", parts, 1024)]
-    assert sizes == [2, 2, 1]
+    assert shares(parts, 1024, packing=False) == [(2, 0, 1), (2, 0, 1), (1, 0, 1)]
     # Long sequences need more tokens per task, so that equally few of them stay unfilled.
-    assert [len(item.parts) for item in assemble_items("train", parts, 20_000)] == [4, 1]
-    assert [item.number for item in assemble_items("eval", parts, 1024)] == [0, 1, 2]
-    assert list(assemble_items("train", [], 8)) == []
+    assert shares(parts, 20_000, packing=False) == [(4, 0, 1), (1, 0, 1)]
+    # Documents of several files are packed together, and the files are as large.
+    assert shares(parts, 1024, packing=True) == [(5, share, 4) for share in range(4)]
+    of_many = shares(parts * 3, 1024, packing=True)
+    assert of_many == [
+        *((11, share, 8) for share in range(8)),
+        *((4, share, 3) for share in range(3)),
+    ]
+    items = assemble_items("eval", parts * 3, 1024, True)
+    assert [item.number for item in items] == list(range(11))
+    assert list(assemble_items("train", [], 8, True)) == []
 
 
-def test_documents_of_several_parts_stay_whole(tmp_path: Path) -> None:
+@pytest.mark.parametrize("shares", [1, 3])
+def test_documents_of_several_parts_stay_whole(tmp_path: Path, shares: int) -> None:
     attempt = Folder(str(tmp_path))
     for name in ("tokens", "train"):
         (attempt / name).create()
@@ -47,9 +62,13 @@ def test_documents_of_several_parts_stay_whole(tmp_path: Path) -> None:
         assert len(file.groups) == 3
         parts += [Part(group, first_row) for group in file.groups]
     task = AssembleTask(attempt, capacity=40, packing=True, seed=1)
-    result = task(AssembleItem("train", 0, tuple(parts)))
-    table = pq.read_table(tmp_path / result.name)
-    assert table.num_rows == sum(result.row_groups)
+    items = [AssembleItem("train", share, tuple(parts), share, shares) for share in range(shares)]
+    results = [task(item) for item in items]
+    tables = [pq.read_table(tmp_path / result.name) for result in results]
+    assert [table.num_rows for table in tables] == [sum(each.row_groups) for each in results]
+    table = pa.concat_tables(tables)
+    sizes = np.array([len(document.input_ids) for document in written.values()], np.int32)
+    assert table.num_rows == len(pack(sizes, 40))
     assembled: dict[int, tuple[list[int], list[bool]]] = {}
     for sequence in table.to_pylist():
         assert len(sequence["input_ids"]) == sum(sequence["lengths"]) <= 40
@@ -63,6 +82,7 @@ def test_documents_of_several_parts_stay_whole(tmp_path: Path) -> None:
         for row, document in written.items()
     }
     assert assembled == expected
-    assert result.documents == 100
-    assert result.tokens == sum(len(document.input_ids) for document in written.values())
-    assert result.trainable_tokens == sum(document.trainable.sum() for document in written.values())
+    assert sum(result.documents for result in results) == 100
+    assert sum(result.tokens for result in results) == sizes.sum()
+    trainable = sum(document.trainable.sum() for document in written.values())
+    assert sum(result.trainable_tokens for result in results) == trainable

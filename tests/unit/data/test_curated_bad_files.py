@@ -59,6 +59,33 @@ def test_a_parquet_file_whose_column_has_another_type(
     assert [row["line"] for row in bad] == [*range(1, 11)]
 
 
+@pytest.mark.parametrize("change", ["cut", "grown", "replaced", "gone"])
+def test_a_file_that_changes_while_it_is_read(
+    tmp_path: Path, make: MakeRecipe, change: str
+) -> None:
+    """Nothing of the other content is kept under the name of the first."""
+    (tmp_path / "data").mkdir()
+    write_jsonl(tmp_path / "data" / "a.jsonl", texts(*range(10)))
+    data = write_jsonl(tmp_path / "data" / "b.jsonl", texts(*range(10, 20)))
+    content = data.read_bytes()
+    others = {"cut": content[: len(content) // 2], "grown": content * 2}
+
+    def changing(task: Callable[[Any], Any], items: Sequence[Any]) -> Iterator[Any]:
+        for number, item in enumerate(items):
+            if number == 1 and change == "gone":
+                data.unlink(missing_ok=True)
+            elif number == 1:
+                data.write_bytes(others.get(change, content.upper()))
+            yield task(item)
+
+    recipe = make(train=str(tmp_path / "data"), curate=["normalise"])
+    message = r"b\.jsonl: (changed while it was read; restore it|the file .* cannot be read)"
+    with pytest.raises(InputError, match=message):
+        run(recipe, tmp_path, changing)
+    data.write_bytes(content)
+    assert left(run(recipe, tmp_path)) == list(range(20))
+
+
 def test_evaluation_data_that_vanishes(tmp_path: Path, make: MakeRecipe) -> None:
     data = write_jsonl(tmp_path / "a.jsonl", texts(1, 2))
     bench = write_jsonl(tmp_path / "bench.jsonl", texts(3))

@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import random
+import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -172,6 +173,13 @@ def test_a_killed_preparation_goes_on_from_the_last_stage(tmp_path: Path, make: 
     whole = run(recipe, tmp_path / "other")
     assert killed.manifest.funnel == whole.manifest.funnel
     assert killed.manifest.train.hashes == whole.manifest.train.hashes
+    # Once at the first task of each kind.
+    for kind in ("PassTask", *again.done):
+        with pytest.raises(KeyboardInterrupt):
+            run(recipe, tmp_path / "often", Watched(kind))
+    often = run(recipe, tmp_path / "often")
+    assert often.manifest.funnel == whole.manifest.funnel
+    assert often.manifest.train.hashes == whole.manifest.train.hashes
 
 
 @pytest.mark.parametrize(
@@ -233,13 +241,13 @@ def test_rows_with_other_labels_are_not_equal(tmp_path: Path, make: MakeRecipe) 
     assert left(prepared) == [0, 1]
 
 
-def test_a_million_equal_rows_take_no_pairs(tmp_path: Path, make: MakeRecipe) -> None:
+def test_thousands_of_equal_rows_take_no_pairs(tmp_path: Path, make: MakeRecipe) -> None:
     row = json.dumps({"text": text_of(1)}) + "\n"
     data = tmp_path / "a.jsonl"
-    data.write_text(row * 20_000 + json.dumps(near_copy(1)) + "\n", encoding="utf-8")
+    data.write_text(row * 3_000 + json.dumps(near_copy(1)) + "\n", encoding="utf-8")
     prepared = run(make(train=data, curate=[{"kind": "deduplicate", "near": {}}]), tmp_path)
-    taken = {"equal to an earlier row": 19_999, "nearly equal to an earlier row": 1}
-    assert funnel(prepared)[-1] == ("2 deduplicate", 20_001, 1, taken)
+    taken = {"equal to an earlier row": 2_999, "nearly equal to an earlier row": 1}
+    assert funnel(prepared)[-1] == ("2 deduplicate", 3_001, 1, taken)
 
 
 def test_a_system_prompt_that_all_rows_share_does_not_make_them_alike(
@@ -321,9 +329,15 @@ def test_rows_of_a_group_are_on_one_side(tmp_path: Path, make: MakeRecipe) -> No
 def test_a_row_without_the_groups_column_is_named(tmp_path: Path, make: MakeRecipe) -> None:
     data = write_jsonl(tmp_path / "a.jsonl", texts(1, 2))
     recipe = make(train=data, holdout={"share": 0.5, "group_by": "user"})
-    message = r"a\.jsonl:1: there is no column user, which data\.holdout\.group_by names"
-    with pytest.raises(InputError, match=message):
+    reason = "there is no column user, which data.holdout.group_by names"
+    with pytest.raises(InputError, match=re.escape(f"a.jsonl:1: {reason}")):
         run(recipe, tmp_path)
+    (first, _) = show_rows(recipe, 9, Folder(str(tmp_path / "prepared"))).rows
+    assert first.problem == f"not usable: {reason}"
+    lenient = make(train=data, holdout={"share": 0.5, "group_by": "user"}, max_bad_rows=1.0)
+    message = rf"read leaves no row(.|\n)*for example:\n    .*a\.jsonl:1: {re.escape(reason)}"
+    with pytest.raises(InputError, match=message):
+        run(lenient, tmp_path)
 
 
 def test_temperature_mixes_sources(tmp_path: Path, make: MakeRecipe) -> None:

@@ -117,9 +117,8 @@ def links_of(make: MakeRecipe, folder: Path, texts: list[str], near: NearDuplica
     task = PassTask(stages, (step,), RenderSettings.of(recipe), 2**20, None)
     task(PassItem(0, chunk.chunk, chunk.reading, chunk.changes, None, None))
     rows = StageRows(stages, 0, "key", "key")
-    return find_links(
-        near, False, [StageChunk(rows, chunk.reading, len(texts), 0)], work, run_in_process
-    )
+    chunks = [StageChunk(rows, chunk.reading, len(texts), 0)]
+    return find_links(near, chunks, work, run_in_process, wants="sizes")
 
 
 @pytest.mark.parametrize("small", [False, True])
@@ -152,9 +151,7 @@ def test_links_are_the_pairs_at_or_above_the_threshold(
     }
     found = links_of(make_recipe, tmp_path, texts, near)
     assert {tuple(pair) for pair in found.near.tolist()} <= similar and len(similar) > 100
-    numbers, roots = components(found.near)
-    root = dict(zip(numbers.tolist(), roots.tolist(), strict=True))
-    together = [a in root and root[a] == root.get(b) for a, b in similar]
+    together = [found.roots[a] == found.roots[b] for a, b in similar]
     assert np.mean(together) >= 0.99
 
 
@@ -164,5 +161,22 @@ def test_a_large_bucket_has_few_pairs(make_recipe: MakeRecipe, tmp_path: Path) -
     texts = [" ".join([*base, f"x{n}"]) for n in range(3000)]
     found = links_of(make_recipe, tmp_path, texts, NearDuplicates(jaccard=0.8))
     assert len(found.near) < 3 * len(texts)
-    numbers, roots = components(found.near)
-    assert len(numbers) == 3000 and set(roots.tolist()) == {0}
+    assert set(found.roots.tolist()) == {0}
+
+
+def test_equal_rows_leave_one_entry_for_each_part(
+    make_recipe: MakeRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However many rows are equal, no task compares more of them than there are parts."""
+    monkeypatch.setattr(links, "_PART_ROWS", 100)
+    compared: list[int] = []
+    equal_rows = links.equal_rows
+
+    def counted(entries: Any) -> Any:
+        compared.append(len(entries))
+        return equal_rows(entries)
+
+    monkeypatch.setattr(links, "equal_rows", counted)
+    found = links_of(make_recipe, tmp_path, ["the same"] * 1000, NearDuplicates())
+    assert compared == [100] * 10 + [10]
+    assert set(found.roots.tolist()) == {0} and found.repeats.tolist() == [False] + [True] * 999

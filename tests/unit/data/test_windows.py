@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import os
 import time
 from collections import Counter
 from pathlib import Path
@@ -263,7 +264,9 @@ def test_what_the_driver_refuses_ends_the_workers(tiny_model: Path, tmp_path: Pa
     first = recipe(tiny_model, tmp_path / "a", {"path": str(data)}, max_bad_rows=0.01)
     streaming = Streaming(first)
     text = data.read_bytes()
+    listed = data.stat()
     data.write_bytes(text.replace(b"completion", b"completiox"))
+    os.utime(data, ns=(listed.st_atime_ns, listed.st_mtime_ns))
     with pytest.raises(InputError, match=r"data.max_bad_rows allows 1.0%, and \d+ of \d+ rows"):
         streaming.texts(1, (0, 40))
     data.write_bytes(text)
@@ -281,7 +284,7 @@ def test_what_the_driver_refuses_ends_the_workers(tiny_model: Path, tmp_path: Pa
         rows = windows.rows(BATCH, 0, 1, (0, 200), lambda: None)
         next(rows)
         data.write_bytes(text + text)
-        with pytest.raises(InputError, match=f"data.train: {data} changed while the run reads it"):
+        with pytest.raises(InputError, match=f"{data}: changed while it was read; restore it"):
             list(rows)
 
 

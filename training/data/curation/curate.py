@@ -28,6 +28,9 @@ from .plan import DEDUPLICATE, HOLDOUT, SCORE, PlannedStage, ReferenceSource, pl
 from .scoring import OpenScorer, drop_low_scores
 from .stage import Reading
 
+_SHOWN = 3
+"""Rows that cannot be used, in a message."""
+
 
 @dataclass(frozen=True)
 class TrainChunk:
@@ -274,11 +277,22 @@ class _Curation:
         work = (folder / f"{WORK}{uuid.uuid4().hex}").create()
         run = drop_duplicates if stage.kind == DEDUPLICATE else hold_out
         try:
-            counted = run(stage.settings, chunks, folder, work, self._run_tasks)
+            counted = run(stage.settings, chunks, folder, work, self._run_reported(stage.kind))
         finally:
             work.delete()
         self._report(stage.kind, 1, 1, f"{count(sum(c.rows_out for c in counted))} rows left")
         self._finish(stage, counted)
+
+    def _run_reported(self, kind: str) -> RunTasks:
+        """Run tasks, and say how many are done."""
+
+        def run(task: Any, items: Sequence[Any], on_gpus: bool = False) -> Iterator[Any]:
+            del on_gpus  # nothing is computed on them here
+            for done, result in enumerate(self._run_tasks(task, items), start=1):
+                self._report(kind, done, len(items), "comparing rows")
+                yield result
+
+        return run
 
     def _by_score(self, stage: PlannedStage) -> None:
         """Run a stage that drops rows with low scores."""
@@ -312,10 +326,13 @@ class _Curation:
     def _check_rows_are_left(self) -> None:
         for stage, result in zip(self._stages, self._results, strict=False):
             if result.total.rows_out == 0:
-                lines = "\n".join(f"  {line}" for line in describe_funnel(self._funnel()))
+                lines = describe_funnel(self._funnel())
+                if first := self._bad_rows()[:_SHOWN]:
+                    lines.append("rows that cannot be used, for example:")
+                    lines += [f"  {bad['file']}:{bad['line']}: {bad['reason']}" for bad in first]
                 raise InputError(
                     f"{stage.setting}: {stage.kind} leaves no row to train on; change it, or add "
-                    f"data. What each stage took:\n{lines}"
+                    "data. What each stage took:\n" + "\n".join(f"  {line}" for line in lines)
                 )
 
     def _lines_before(self) -> list[int]:

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import islice
+from itertools import islice, tee
 
 from ...common.storage import Folder
 from ...config.recipe import Recipe
@@ -15,7 +15,7 @@ from ..shapes import RowError
 from .curate import TrainChunk, train_chunks
 from .decontaminate import REFERENCE
 from .files import MANIFEST, STAGES, held_in, left_in, scores_in
-from .passes import READ, may_be_foreign
+from .passes import READ, group_of, may_be_foreign
 from .plan import DEDUPLICATE, HOLDOUT, SCORE, PlannedStage, plan_stages
 from .scoring import LOW
 from .stage import Item, StageContext
@@ -60,8 +60,9 @@ class Stages:
     def _of_chunk(self, chunk: TrainChunk) -> Iterator[Followed]:
         limit = self._recipe.data.max_row_bytes
         before = first_line(chunk.chunk) - 1
-        rows = change_rows(read_chunk(chunk.chunk, limit).rows, chunk.changes)
-        for index, (line, row) in enumerate(rows):
+        own, rows = tee(read_chunk(chunk.chunk, limit).rows)
+        changed = zip(own, change_rows(rows, chunk.changes), strict=True)
+        for index, ((_, original), (line, row)) in enumerate(changed):
             if row is None:
                 continue
             place = f"{chunk.chunk.file.place}:{before + line}"
@@ -69,7 +70,8 @@ class Stages:
                 yield Followed(place, row)
                 continue
             try:
-                item = Item.read(index, line, row, chunk.reading, None)
+                group = group_of(self._recipe.data.grouped_by, original, row)
+                item = Item.read(index, line, row, chunk.reading, group)
                 if may_be_foreign(chunk.chunk, chunk.changes):
                     item = item.as_json(chunk.reading)
             except RowError as error:

@@ -3,9 +3,9 @@
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
-from numpy.typing import NDArray
 
 from ...common.storage import Folder
 from ...config.curation import DeduplicateStage, NearDuplicates
@@ -15,6 +15,7 @@ from .files import StageRows, held_file, index_file, left_in
 from .funnel import Counts
 from .links import (
     Entries,
+    Mask,
     MatchItem,
     MatchTask,
     Numbers,
@@ -26,7 +27,9 @@ from .links import (
     VerifyItem,
     VerifyTask,
     components,
+    settle,
     unique_pairs,
+    unite,
 )
 from .plan import GroupSettings
 from .sketches import Bands
@@ -60,14 +63,14 @@ class StageChunk:
 class Links:
     """Which rows are equal or nearly equal, by their numbers among all rows that are left."""
 
-    same: Pairs
-    """Rows of equal content, or of one group."""
     near: Pairs
     """Rows whose similarity is at or above the threshold; enough pairs to link all such rows."""
-    contents: Hashes
-    """A number for the content of each row."""
-    sizes: Numbers
-    """Characters of each row."""
+    roots: Numbers
+    """Of each row, the first one of all that it is linked with."""
+    repeats: Mask
+    """Whether a row is equal to an earlier one, or of its group."""
+    facts: Hashes
+    """A number for the content of each row, or its characters."""
 
 
 def drop_duplicates(
@@ -78,19 +81,16 @@ def drop_duplicates(
     run_tasks: RunTasks,
 ) -> list[Counts]:
     """Of rows that are linked with one another, keep the first; writes the stage's files."""
-    links = find_links(settings.near, False, chunks, work, run_tasks)
-    numbers, roots = components(np.concatenate([links.same, links.near]))
-    dropped = numbers[numbers != roots]
-    is_equal = np.isin(dropped, links.same[:, 1])
+    links = find_links(settings.near, chunks, work, run_tasks, wants="sizes")
     items = []
     sampled = 0
     for chunk, first in with_first(chunks):
-        inside = slice(*np.searchsorted(dropped, [first, first + chunk.left]))
-        places = dropped[inside] - first
+        inside = slice(first, first + chunk.left)
+        places = np.flatnonzero(links.roots[inside] != np.arange(first, first + chunk.left))
         shows = len(places) > 0 and sampled < _SAMPLED_CHUNKS
         sampled += shows
-        size = int(links.sizes[dropped[inside]].sum())
-        items.append(DropItem(chunk, places, is_equal[inside], size, shows))
+        size = int(links.facts[inside][places].sum())
+        items.append(DropItem(chunk, places, links.repeats[inside][places], size, shows))
     return list(run_tasks(DropTask(folder), items))
 
 
@@ -101,7 +101,7 @@ class DropItem:
     chunk: StageChunk
     places: Numbers
     """Their places among the rows that are left, ascending."""
-    equal: NDArray[np.bool_]
+    equal: Mask
     """Of each, whether it is equal to an earlier row, and not only nearly."""
     characters: int
     """Size of their texts."""
@@ -147,11 +147,9 @@ def hold_out(
     run_tasks: RunTasks,
 ) -> list[Counts]:
     """Hold out a share of the rows, rows that are linked with one another together."""
-    links = find_links(settings.near, settings.group_by is not None, chunks, work, run_tasks)
-    numbers, roots = components(np.concatenate([links.same, links.near]))
-    contents = links.contents.copy()
-    contents[numbers] = contents[roots]
-    draws = mixed(contents ^ _DRAW) >> np.uint64(11)
+    by_group = settings.group_by is not None
+    links = find_links(settings.near, chunks, work, run_tasks, wants="contents", by_group=by_group)
+    draws = mixed(links.facts[links.roots] ^ _DRAW) >> np.uint64(11)
     held = draws.astype(np.float64) / 2**53 < settings.share
     items = [
         HoldItem(chunk, held[first : first + chunk.left]) for chunk, first in with_first(chunks)
@@ -164,7 +162,7 @@ class HoldItem:
     """The rows of a chunk, and whether each is held out."""
 
     chunk: StageChunk
-    held: NDArray[np.bool_]
+    held: Mask
 
 
 @dataclass(frozen=True)
@@ -189,41 +187,54 @@ class HoldTask:
 
 def find_links(
     near: NearDuplicates | None,
-    by_group: bool,
     chunks: Sequence[StageChunk],
     work: Folder,
     run_tasks: RunTasks,
+    *,
+    wants: Literal["contents", "sizes"],
+    by_group: bool = False,
 ) -> Links:
     """Find equal and nearly equal rows among all chunks.
 
     Args:
         near: which rows count as nearly equal; None: equal ones only.
-        by_group: link rows of one group, too.
         chunks: the rows.
         work: an empty folder.
         run_tasks: runs the tasks.
+        wants: what is said of each row.
+        by_group: link rows of one group, too.
     """
     rows = sum(chunk.left for chunk in chunks)
     bands = Bands.of(near).count if near is not None else 0
     partitions = max(1, -(-rows * max(bands, 1 + by_group) * _ENTRY_BYTES // _PARTITION_BYTES))
-    sketch = SketchTask(work, near, by_group, partitions)
+    sketch = SketchTask(work, near, by_group, wants, partitions)
     sketches = [SketchItem(chunk.rows, chunk.reading, first) for chunk, first in with_first(chunks)]
-    sketched = list(run_tasks(sketch, sketches))
-    of_same = [entries for each in sketched for entries in each.same]
-    of_bands = [entries for each in sketched for entries in each.bands]
-    items = [
+    of_same: list[Entries] = []
+    of_bands: list[Entries] = []
+    roots, repeats = np.empty(rows, np.int64), np.empty(rows, np.bool_)
+    facts = np.empty(rows, np.uint64)
+    for item, done in zip(sketches, run_tasks(sketch, sketches), strict=True):
+        inside = slice(item.first, item.first + len(done.roots))
+        roots[inside], repeats[inside], facts[inside] = done.roots, done.repeats, done.facts
+        of_same += done.same
+        of_bands += done.bands
+    matches = [
         *(MatchItem(_parts(of_same, n), True) for n in range(partitions)),
         *(MatchItem(_parts(of_bands, n), False) for n in range(partitions) if near is not None),
     ]
-    found = list(run_tasks(MatchTask(work), items))
-    none = np.zeros((0, 2), np.int64)
-    same = np.concatenate([none, *found[:partitions]])
-    candidates = unique_pairs(found[partitions:])
-    linked = none
-    if near is not None and len(candidates):
+    found: list[Pairs] = []
+    for match, pairs in zip(matches, run_tasks(MatchTask(work), matches), strict=True):
+        if match.are_same:
+            unite(roots, pairs)
+            repeats[pairs[:, 1]] = True
+        else:
+            found.append(pairs)
+    linked = np.zeros((0, 2), np.int64)
+    if near is not None and len(candidates := unique_pairs(found)):
         linked = _verified(candidates, near, chunks, work, run_tasks)
-    contents, sizes = zip(*((each.contents, each.sizes) for each in sketched), strict=True)
-    return Links(same, linked, np.concatenate(contents), np.concatenate(sizes))
+        unite(roots, linked)
+    settle(roots)
+    return Links(linked, roots, repeats, facts)
 
 
 def _verified(

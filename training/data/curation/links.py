@@ -1,19 +1,20 @@
 """Finds rows of all sources that are equal or nearly equal, as links between their numbers.
 
-    sketch   each chunk: a row's content and the bands of its sketch, sorted into partitions
+    sketch   each chunk: a row's content and the bands of its sketch, sorted into partitions; of
+             rows that are equal within it, the first stands for all
     match    each partition: rows with the same content are linked; rows in the same band are a
              candidate pair
     scatter  each chunk: the word runs of rows in candidate pairs, sorted into blocks of pairs
     verify   each block: the true Jaccard similarity of each pair
 
-So a task holds a chunk, a partition or a block. What goes from task to task is in files; this
-process holds 16 bytes a row that is linked, or in a candidate pair.
+So a task holds a chunk, a partition or a block. What goes from task to task is in files; the driver
+holds 17 bytes a row, and 16 for each pair.
 """
 
 import hashlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -30,6 +31,7 @@ from .texts import compared_texts
 from .words import Hashes, word_runs
 
 Numbers = NDArray[np.int64]
+Mask = NDArray[np.bool_]
 Pairs = NDArray[np.int64]
 """Of rows, shape (pairs, 2), the smaller number first."""
 
@@ -40,6 +42,8 @@ _SMALL_BUCKET = 16
 """In a bucket of up to this many rows all pairs are candidates."""
 _PIVOTS, _NEIGHBOURS = 8, 4
 """In a larger one each row is a candidate with the first rows and its next ones, by content."""
+_UNITED = 1_000_000
+"""Pairs, or rows, that are looked at together."""
 _CONTENT_LABEL = np.uint64(0xA5A5_5A5A_0F0F_F0F0)
 
 
@@ -70,10 +74,12 @@ class Sketched:
     """Rows with equal keys and contents are linked."""
     bands: tuple[Entries, ...]
     """Rows with equal keys are candidates, unless their contents are equal, too."""
-    contents: Hashes
-    """A number for the content of each row."""
-    sizes: Numbers
-    """Characters of each row."""
+    roots: Numbers
+    """Of each row, the first one that it is linked with within a part of the chunk."""
+    repeats: Mask
+    """Whether there is an earlier one."""
+    facts: Hashes
+    """A number for the content of each row, or its characters."""
 
 
 @dataclass(frozen=True)
@@ -84,41 +90,58 @@ class SketchTask:
     near: NearDuplicates | None
     by_group: bool
     """Link rows of the same group, too."""
+    wants: Literal["contents", "sizes"]
+    """What is said of each row."""
     partitions: int
 
     def __call__(self, item: SketchItem) -> Sketched:
-        same, bands, contents = [], [], [np.zeros(0, np.uint64)]
-        sizes = [np.zeros(0, np.int64)]
-        number = item.first
+        same, bands, facts = [], [], [np.zeros(0, np.uint64)]
+        roots, repeats = [np.zeros(0, np.int64)], [np.zeros(0, np.bool_)]
+        first = item.first
         for part, items in enumerate(_parts(item.rows, item.reading, _PART_ROWS)):
-            chosen: list[tuple[Item, int]] = []
-            seen: set[bytes] = set()
+            name = f"{item.rows.chunk:06d}-{part:04d}"
             digests = np.frombuffer(b"".join(each.digest for each in items), np.uint64)
             digests = digests.reshape(-1, 2)
-            numbers = np.arange(number, number + len(items))
-            entries = [entries_of(digests[:, 0], digests[:, 1], numbers)]
+            numbers = np.arange(first, first + len(items))
+            entries = entries_of(digests[:, 0], digests[:, 1], numbers)
             if self.by_group:
-                entries.append(_group_entries(items, numbers))
-            for n, each in enumerate(items):
-                if (digest := each.digest) not in seen:
-                    seen.add(digest)
-                    chosen.append((each, n))
-            name = f"{item.rows.chunk:06d}-{part:04d}"
-            same.append(self._write(f"same-{name}", np.concatenate(entries)))
+                entries = np.concatenate([entries, _group_entries(items, numbers)])
+            firsts, pairs = equal_rows(entries)
+            same.append(self._write(f"same-{name}", firsts))
+            linked = np.arange(len(items))
+            unite(linked, pairs - first)
+            settle(linked)
+            roots.append(linked + first)
+            repeats.append(np.isin(numbers, pairs[:, 1]))
             if self.near is not None:
-                places = np.array([n for _, n in chosen], np.int64)
-                keys, kept = _band_entries([each for each, _ in chosen], self.near)
-                places = places[kept]
-                of_bands = entries_of(
-                    keys.reshape(-1),
-                    np.repeat(digests[places, 0], keys.shape[1]),
-                    np.repeat(numbers[places], keys.shape[1]),
-                )
-                bands.append(self._write(f"bands-{name}", of_bands))
-            contents.append(digests[:, 0])
-            sizes.append(np.array([each.size for each in items], np.int64))
-            number += len(items)
-        return Sketched(tuple(same), tuple(bands), np.concatenate(contents), np.concatenate(sizes))
+                bands.append(self._write(f"bands-{name}", self._bands(items, digests, first)))
+            if self.wants == "contents":
+                facts.append(digests[:, 0])
+            else:
+                facts.append(np.array([each.size for each in items], np.uint64))
+            first += len(items)
+        return Sketched(
+            tuple(same),
+            tuple(bands),
+            np.concatenate(roots),
+            np.concatenate(repeats),
+            np.concatenate(facts),
+        )
+
+    def _bands(self, items: Sequence[Item], digests: Hashes, first: int) -> Hashes:
+        """The entries of sketches, of each content once."""
+        assert self.near is not None
+        contents: dict[bytes, int] = {}
+        for n, each in enumerate(items):
+            contents.setdefault(each.digest, n)
+        places = np.array(list(contents.values()), np.int64)
+        keys, kept = _band_entries([items[n] for n in contents.values()], self.near)
+        places = places[kept]
+        return entries_of(
+            keys.reshape(-1),
+            np.repeat(digests[places, 0], keys.shape[1]),
+            np.repeat(places + first, keys.shape[1]),
+        )
 
     def _write(self, name: str, entries: Hashes) -> Entries:
         # The upper half of a key, as its lower half may be a counter.
@@ -217,18 +240,18 @@ class MatchTask:
                 content = stream.read_at(24 * (last - first), 24 * first)
             parts.append(np.frombuffer(content, np.uint64).reshape(-1, 3))
         entries = np.concatenate(parts)
-        return _linked(entries) if item.are_same else candidates_in(entries)
+        return equal_rows(entries)[1] if item.are_same else candidates_in(entries)
 
 
-def _linked(entries: Hashes) -> Pairs:
-    """Each row with the first one of the same key and content."""
+def equal_rows(entries: Hashes) -> tuple[Hashes, Pairs]:
+    """The first entry of each key and content, and each other one's row with that one's."""
     order = np.lexsort((entries[:, 2], entries[:, 1], entries[:, 0]))
     entries = entries[order]
     is_first = np.ones(len(entries), np.bool_)
     is_first[1:] = (entries[1:, :2] != entries[:-1, :2]).any(axis=1)
     numbers = entries[:, 2].astype(np.int64)
     firsts = numbers[np.flatnonzero(is_first)][np.cumsum(is_first) - 1]
-    return np.stack([firsts, numbers], axis=1)[~is_first]
+    return entries[is_first], np.stack([firsts, numbers], axis=1)[~is_first]
 
 
 def candidates_in(entries: Hashes) -> Pairs:
@@ -396,15 +419,41 @@ def components(pairs: Pairs) -> tuple[Numbers, Numbers]:
         The numbers of all rows in pairs, ascending, and for each the smallest number that it is
         linked with.
     """
-    numbers, places = np.unique(pairs, return_inverse=True)
-    edges = places.reshape(-1, 2)
+    numbers = np.unique(pairs)
     roots = np.arange(len(numbers))
-    while True:
-        ends = roots[edges]
-        low, high = ends.min(axis=1), ends.max(axis=1)
-        differ = low != high
-        if not differ.any():
-            return numbers, numbers[roots]
-        np.minimum.at(roots, high[differ], low[differ])
-        while not np.array_equal(above := roots[roots], roots):
-            roots = above
+    unite(roots, np.searchsorted(numbers, pairs))
+    settle(roots)
+    return numbers, numbers[roots]
+
+
+def unite(roots: Numbers, pairs: Pairs) -> None:
+    """Link the rows of pairs with one another.
+
+    Args:
+        roots: of each row, itself or a smaller one that it is linked with; changed.
+        pairs: the rows.
+    """
+    for start in range(0, len(pairs), _UNITED):
+        part = pairs[start : start + _UNITED]
+        while True:
+            ends = roots[part]
+            while not np.array_equal(above := roots[ends], ends):
+                ends = above
+            roots[part] = ends
+            low, high = ends.min(axis=1), ends.max(axis=1)
+            differ = low != high
+            if not differ.any():
+                break
+            np.minimum.at(roots, high[differ], low[differ])
+
+
+def settle(roots: Numbers) -> None:
+    """Let each row name the smallest one that it is linked with.
+
+    Args:
+        roots: as `unite` leaves them; changed.
+    """
+    for start in range(0, len(roots), _UNITED):
+        part = roots[start : start + _UNITED]
+        while not np.array_equal(above := roots[part], part):
+            part[:] = above

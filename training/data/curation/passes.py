@@ -110,22 +110,32 @@ class PassTask:
                 _quarantine(counts, line, row.reason, row.raw)
                 continue
             try:
-                read = Item.read(index, line, row, item.reading, self._group(original, row))
+                group = group_of(self.group_by, original, row)
+                read = Item.read(index, line, row, item.reading, group)
                 yield read.as_json(item.reading) if is_foreign else read
             except RowError as error:
                 _quarantine(counts, line, str(error), excerpt(row))
         counts.lines = content.lines
 
-    def _group(self, original: Row | BadRow, row: Row) -> str | None:
-        """The group of a row, whose column its source's changes may rename or make."""
-        name = self.group_by
-        if name is None:
-            return None
-        values = (source.get(name) for source in (original, row) if isinstance(source, Mapping))
-        value = next((value for value in values if value is not None), None)
-        if value is None:
-            raise RowError(f"there is no column {name}, which data.holdout.group_by names")
-        return json.dumps(value, sort_keys=True, default=str)
+
+def group_of(name: str | None, original: Row | BadRow, row: Row) -> str | None:
+    """The group of a row, whose column its source's changes may rename or make.
+
+    Args:
+        name: data.holdout.group_by.
+        original: the row as it is read.
+        row: the row as its source's changes make it.
+
+    Raises:
+        RowError: it has no such column.
+    """
+    if name is None:
+        return None
+    values = (source.get(name) for source in (original, row) if isinstance(source, Mapping))
+    value = next((value for value in values if value is not None), None)
+    if value is None:
+        raise RowError(f"there is no column {name}, which data.holdout.group_by names")
+    return json.dumps(value, sort_keys=True, default=str)
 
 
 def may_be_foreign(chunk: Chunk, changes: RowChanges) -> bool:
