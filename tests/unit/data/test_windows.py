@@ -18,19 +18,21 @@ import yaml
 from support.streamed import make_windows_small, method_of, method_rows, write_lines
 from tokenizers import Tokenizer
 
+from finray.cluster.api import outlook
 from finray.cluster.screens.curation import render_curation
 from finray.training.common.errors import InputError, RunError
 from finray.training.common.progress import SILENT
 from finray.training.common.storage import Folder
 from finray.training.config.methods import METHODS
 from finray.training.config.recipe import Recipe, load_recipe
+from finray.training.data import window_plan, window_reader
 from finray.training.data.prepare import Windows, prepare
 from finray.training.data.prepared import Prepared
 from finray.training.data.producing import MOST_AHEAD, Producer
 from finray.training.data.resolve import resolve_data
 from finray.training.data.stream import Sequence, every_sequence, share
 from finray.training.data.tasks import run_in_process
-from finray.training.data.window_files import WindowCounts, read_counts
+from finray.training.data.window_files import WindowCounts, read_counts, write_json
 from finray.training.data.window_reader import StreamedWindows
 from finray.training.run import curate_data
 
@@ -392,6 +394,37 @@ def test_a_report_takes_the_first_window(tiny_model: Path, tmp_path: Path) -> No
     assert report["funnel"] == list(manifest.funnel) and report["windows"] == manifest.windows
     assert 0 < report["sources"][0]["left"] < report["sources"][0]["rows"] < 100
     assert f"the first of {manifest.windows} windows of an epoch" in render_curation(report)
+
+
+def test_a_worker_that_cannot_write_says_it_again(
+    tiny_model: Path, chat_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A full disk is the driver's to tell; once there is room, the rows come."""
+    streaming = Streaming(recipe(tiny_model, tmp_path, {"path": str(chat_file)}))
+    failures = [OSError(28, "No space left")] * 3
+
+    def write(*arguments: Any, **values: Any) -> None:
+        if failures:
+            raise failures.pop()
+        write_json(*arguments, **values)
+
+    with streaming.producer():
+        windows = streaming.windows()
+        monkeypatch.setattr(window_reader, "write_json", write)
+        windows.need(0)
+        rows = windows.rows(BATCH, 0, 1, (0, 20), lambda: None)
+        assert len(list(rows)) == 20 * BATCH
+
+
+def test_a_check_names_a_file_that_is_too_large(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of large data, of which no window is made."""
+    data = write_rows(tmp_path / "rows.csv", "row", 60)
+    monkeypatch.setattr(window_plan, "LARGEST_BLOCK", 1000)
+    monkeypatch.setattr(outlook, "_TRIED_BYTES", 0)
+    with pytest.raises(InputError, match=rf"data.prepare: {data}: it is read as a whole"):
+        outlook.data_outlook(recipe(tiny_model, tmp_path, {"path": str(data)}))
 
 
 class _Cancelled(BaseException):
