@@ -80,8 +80,7 @@ def test_each_method_goes_on(
     whole, parts = (make(tiny_model, data, tmp_path, name, kind, 14) for name in ("whole", "parts"))
     assert go(whole)["status"] == "finished"
     assert go(parts, 6)["step"] == 6
-    record = go(parts)
-    assert record["status"] == "finished" and record["streamed"]["windows"] > 1
+    assert go(parts)["status"] == "finished"
     assert_same_result(tmp_path / "parts", tmp_path / "whole")
     assert len(losses(tmp_path / "whole")) == 14
 
