@@ -302,7 +302,7 @@ def prepares_on_ray(recipe: Recipe) -> bool:
     Raises:
         InputError: see `inspect_recipe`.
     """
-    if recipe.data.streams or not curates_on_ray(recipe):
+    if not curates_on_ray(recipe):
         return False
     return find_prepared(recipe, Folder(recipe.storage) / PREPARED_FOLDER) is None
 
@@ -320,11 +320,13 @@ def prepare_data(recipe: Recipe, progress: Progress = SILENT) -> Prepared:
 
 
 def curates_on_ray(recipe: Recipe) -> bool:
-    """True if the data is not small, and the run has workers.
+    """True if the data is not small and does not stream, and the run has workers.
 
     Raises:
         InputError: see `inspect_recipe`.
     """
+    if recipe.data.streams:  # only its first window is made before the workers start
+        return False
     return not inspect_recipe(recipe).is_small and recipe.scale.most_workers > 0
 
 

@@ -10,7 +10,9 @@ from ...training.data.inspection import SourceInspection
 from ...training.data.prepare import find_prepared
 from ...training.data.prepared import CUT, STREAMED, Prepared, remarks
 from ...training.data.rendering import OVERLONG
+from ...training.data.resolve import resolve_data
 from ...training.data.sample import measure_sample
+from ...training.data.window_plan import WindowPlan
 from ...training.inspection import Inspection, check_log, check_storage, inspect_recipe
 from ...training.records.resume import RunState
 from ...training.records.run_folder import PREPARED_FOLDER
@@ -89,6 +91,8 @@ def data_outlook(recipe: Recipe) -> dict[str, Any]:
 def _data_of(recipe: Recipe, inspection: Inspection) -> dict[str, Any]:
     prepared = find_prepared(recipe, Folder(recipe.storage) / PREPARED_FOLDER)
     if prepared is None:
+        if recipe.data.streams:  # a file may be larger than a window
+            WindowPlan(recipe, resolve_data(recipe))
         if inspection.bytes > _TRIED_BYTES or inspection.model_folder is None:
             return _estimated(recipe, inspection)
         prepared = prepare_here(recipe)

@@ -138,14 +138,15 @@ def report_data(
     quiet: bool = False,
 ) -> dict[str, Any]:
     """Take a recipe's training rows through its stages, without training; what is done is kept for
-    a later `prepare` or `train`.
+    a later `prepare` or `train`. Of data that streams, only the first window is taken.
 
     Args:
         recipe, changes, local, address, verbose, quiet: as in `train`.
 
     Returns:
         `funnel`: of each stage its rows before and after, why rows were dropped, and samples.
-        `sources`: of each its rows, those left, its weight and its share.
+        `sources`: of each its rows, those left, its weight and its share. `windows`: of an epoch,
+        None for data that does not stream.
 
     Raises:
         InputError: the recipe or the data is wrong, or the recipe has no stages.

@@ -19,6 +19,8 @@ def render_curation(report: dict[str, Any]) -> str:
         report: name, funnel and sources, as `report_data` returns them.
     """
     lines = [printable(report["name"])]
+    if (windows := report["windows"]) is not None:
+        lines.append(f"  {'streams':10}  the first of {windows} windows of an epoch")
     for stage, line in zip(report["funnel"], describe_funnel(report["funnel"]), strict=True):
         lines.append(f"  {line}")
         lines.append(f"      {_lengths(stage)}")

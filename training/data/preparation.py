@@ -85,6 +85,7 @@ class Preparation:
         progress: receives a status after every finished task.
         part: the window of the training data; None for all of it.
         open_scorer: opens the reward model of a stage of data.curate.
+        quarantine: (folder, name) of the list of bad rows; None: it lies in the attempt.
     """
 
     def __init__(
@@ -97,8 +98,10 @@ class Preparation:
         progress: Progress,
         part: WindowPart | None = None,
         open_scorer: OpenScorer | None = None,
+        quarantine: tuple[Folder, str] | None = None,
     ) -> None:
         self._recipe = recipe
+        self._bad_rows = quarantine or (attempt, QUARANTINE)
         self._open_scorer = open_scorer
         self._part = part
         self._is_later = part is not None and part.number > 0
@@ -145,11 +148,12 @@ class Preparation:
 
     def _check_bad_rows(self, rows: int) -> None:
         """Write the list of bad rows, and refuse too many of them."""
+        folder, name = self._bad_rows
         if self._quarantine:
-            self._attempt.write(QUARANTINE, b"".join(self._quarantine))
+            folder.write(name, b"".join(self._quarantine))
         bad_before, rows_before = (0, 0) if self._part is None else self._part.before
         bad = bad_before + self._dropped[BAD_ROW]
-        check_bad_rows(self._recipe, bad, rows_before + rows, self._attempt)
+        check_bad_rows(self._recipe, bad, rows_before + rows, folder, name)
 
     def _curate(self) -> None:
         def check(bad: Sequence[dict[str, Any]], count: int, rows: int) -> None:
@@ -391,21 +395,36 @@ def _line(entry: dict[str, Any]) -> bytes:
     return json.dumps(entry).encode() + b"\n"
 
 
-def check_bad_rows(recipe: Recipe, bad: int, rows: int, folder: Folder) -> None:
+def check_bad_rows(
+    recipe: Recipe, bad: int, rows: int, folder: Folder, name: str = QUARANTINE
+) -> None:
+    """Refuse too many rows that cannot be used.
+
+    Args:
+        recipe: the recipe.
+        bad: their number.
+        rows: that of all rows.
+        folder: of the list of them.
+        name: the list's file.
+
+    Raises:
+        InputError: there are more than the recipe allows.
+    """
     limit = recipe.data.max_bad_rows
     if bad <= limit * rows:
         return
+    first = _first_bad_rows(folder, name)
     raise InputError(
         f"data.max_bad_rows allows {limit:.1%}, and {bad} of {rows} rows ({bad / rows:.1%}) cannot "
-        f"be used; mend them, or raise the limit. The first ones:\n{_first_bad_rows(folder)}\n"
-        f"All of them: {folder}/{QUARANTINE}"
+        f"be used; mend them, or raise the limit. The first ones:\n{first}\n"
+        f"All of them: {folder}/{name}"
     )
 
 
-def _first_bad_rows(folder: Folder) -> str:
+def _first_bad_rows(folder: Folder, name: str) -> str:
     """The first rows of the quarantine; the file may have been changed since it was written."""
     try:
-        first = [json.loads(line) for line in folder.read(QUARANTINE).splitlines()[:3]]
+        first = [json.loads(line) for line in folder.read(name).splitlines()[:3]]
         lines = [f"{row['file']}:{row['line']}: {row['reason']}" for row in first]
     except (OSError, ValueError, KeyError, TypeError) as error:
         return f"  (the list is damaged: {one_line(str(error))})"

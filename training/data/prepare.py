@@ -203,7 +203,7 @@ class Windows:
     def prepare(
         self, part: WindowPart, home: Folder, run_tasks: RunTasks, progress: Progress
     ) -> Prepared:
-        """Prepare a window.
+        """Prepare a window. The list of its bad rows lies beside its folder, and stays.
 
         Args:
             part: the window.
@@ -215,16 +215,23 @@ class Windows:
             InputError: a source is wrong, or too many rows are bad.
             RunError: the storage is full, or cannot be written to.
         """
+        bad_rows = home.parent, f"{home.name}-{QUARANTINE}"
         with storage_errors(home):
             home.delete()
-            attempt = (home / uuid.uuid4().hex).create()
-            work = Preparation(
-                self._recipe, self._data, attempt, attempt, run_tasks, progress, part
-            )
-            manifest = work.run(str(part.number))
-            for name in (TOKENS, STAGES):
-                attempt.delete(name)
-            home.write(MANIFEST, manifest.to_json())
+            try:
+                attempt = (home / uuid.uuid4().hex).create()
+                work = Preparation(
+                    *(self._recipe, self._data, attempt, attempt, run_tasks, progress, part),
+                    quarantine=bad_rows,
+                )
+                manifest = work.run(str(part.number))
+                for name in (TOKENS, STAGES):
+                    attempt.delete(name)
+                home.write(MANIFEST, manifest.to_json())
+            except BaseException:
+                with suppress(OSError):  # the first error says more
+                    home.delete()
+                raise
         return Prepared(home, manifest)
 
 

@@ -179,7 +179,10 @@ class Manifest:
 
     @property
     def longest(self) -> int:
-        """A bound of the tokens of a document, by its longest text."""
+        """A bound of the tokens of a document, by its longest text; other windows may have longer
+        ones."""
+        if (self.windows or 1) > 1:
+            return self.max_length
         return min(self.length_quantiles.get("1") or self.max_length, self.max_length)
 
     def summary(self) -> dict[str, Any]:

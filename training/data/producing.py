@@ -12,7 +12,8 @@ from ..common.progress import Progress
 from ..common.storage import Folder
 from ..config.recipe import Recipe
 from .curation.funnel import BAD_ROW
-from .prepare import Windows
+from .fingerprint import fingerprint
+from .prepare import Windows, storage_errors
 from .prepared import MANIFEST, QUARANTINE, Prepared
 from .resolve import resolve_data
 from .tasks import RunTasks
@@ -99,19 +100,30 @@ class Producer:
 
     def _work(self) -> None:
         try:
-            windows = Windows(self._recipe, resolve_data(self._recipe))
-            while not self._stop.is_set():
-                number = self._next()
-                if number is None:
-                    self._stop.wait(self._poll)
-                else:
-                    self._make(windows, number)
+            with storage_errors(self._folder):
+                self._make_all()
         except _StoppedError:
             return
         except FinrayError as error:
             self._fail(self._recipe.located(str(error)), error.exit_code)
-        except (Exception, SystemExit) as error:  # noqa: BLE001 - the workers end with it
+        except BaseException as error:  # noqa: BLE001 - the workers end with it
             self._fail(f"preparing the data failed: {in_one_line(error)}", 1)
+
+    def _make_all(self) -> None:
+        """Make windows until the context ends."""
+        data = resolve_data(self._recipe)
+        if fingerprint(self._recipe, data) != self._prepared.manifest.fingerprint:
+            raise InputError(
+                "data.train: files changed while the run started, so that they are other data than "
+                "its first window; start it again"
+            )
+        windows = Windows(self._recipe, data)
+        while not self._stop.is_set():
+            number = self._next()
+            if number is None:
+                self._stop.wait(self._poll)
+            else:
+                self._make(windows, number)
 
     def _fail(self, message: str, exit_code: int) -> None:
         with suppress(OSError):  # workers then end as they see no sign of progress
@@ -146,12 +158,11 @@ class Producer:
         counts = self._counts
         bad = counts.dropped.get(BAD_ROW, 0)
         # A window that is made again is counted already, and was allowed.
-        before = bad if number == len(counts.sequences) else -bad, counts.rows
+        before = bad if number == len(counts.sequences) else -bad, counts.rows_read
         part = windows.part(number, before)
         home = self._folder / window_name(number)
         made = windows.prepare(part, home, self._run_tasks, self._signs)
         self._present.add(number)
-        self._keep_bad_rows(made)
         found = made.manifest.train.sequences
         if number == len(counts.sequences):
             counts.add(made.manifest)
@@ -169,11 +180,6 @@ class Producer:
         last = self._counts.sequences[-windows.plan.windows :]
         if len(last) == windows.plan.windows and not any(last):
             raise InputError("data.train: no sequence is left to train on; add data")
-
-    def _keep_bad_rows(self, made: Prepared) -> None:
-        if made.files.exists(QUARANTINE):
-            name = f"{made.folder.name}-{QUARANTINE}"
-            self._folder.write(name, made.files.read(QUARANTINE))
 
 
 class _StoppedError(Exception):

@@ -33,7 +33,10 @@ class WindowCounts:
     """Name of the prepared data set that holds the first window."""
     sequences: list[int] = field(default_factory=list)
     """Of each window."""
+    rows_read: int = 0
+    """Also for evaluation: those that `dropped` counts."""
     rows: int = 0
+    """For training."""
     documents: int = 0
     tokens: int = 0
     dropped: dict[str, int] = field(default_factory=dict)
@@ -49,6 +52,7 @@ class WindowCounts:
     def add(self, manifest: Manifest) -> None:
         """Add the next window."""
         self.sequences.append(manifest.train.sequences)
+        self.rows_read += manifest.rows_read
         self.rows += sum(source.rows for source in manifest.sources if source.split == "train")
         self.documents += manifest.train.documents
         self.tokens += manifest.train.tokens

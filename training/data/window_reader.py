@@ -76,6 +76,8 @@ class StreamedWindows:
         self._sign: Any = None
         self._looks = 0
         self._position = 0
+        self._is_said = True
+        """False if the latest position could not be written."""
         self._awaits = 0
         """The window without which the reader does not go on."""
 
@@ -83,7 +85,11 @@ class StreamedWindows:
         """Say which sequence is the first that is still needed: by one worker for all."""
         self._position = position
         demand = {"position": position, "waits": self._waits, "awaits": self._awaits}
-        write_json(self._folder, POSITION, **demand)
+        try:
+            write_json(self._folder, POSITION, **demand)
+            self._is_said = True
+        except OSError:  # the driver meets it too, and says what to do
+            self._is_said = False
 
     def rows(
         self,
@@ -115,7 +121,8 @@ class StreamedWindows:
             if self._looks != seen:  # the thread that reads does not hang
                 seen = self._looks
                 beat()
-            if rank == 0 and self._awaits > asked:  # a step may take several windows
+            # A step may take several windows.
+            if rank == 0 and (self._awaits > asked or not self._is_said):
                 asked = self._awaits
                 self.need(self._position)
 

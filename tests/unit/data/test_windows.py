@@ -2,42 +2,46 @@
 
 import gzip
 import json
-import os
+import re
 import time
 from collections import Counter
+from itertools import islice
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import yaml
+from support.streamed import make_windows_small, method_of, method_rows, write_lines
+from tokenizers import Tokenizer
 
+from finray.cluster.api import outlook
+from finray.cluster.screens.curation import render_curation
 from finray.training.common.errors import InputError, RunError
 from finray.training.common.progress import SILENT
 from finray.training.common.storage import Folder
+from finray.training.config.methods import METHODS
 from finray.training.config.recipe import Recipe, load_recipe
-from finray.training.data import window_plan
+from finray.training.data import window_plan, window_reader
 from finray.training.data.prepare import Windows, prepare
 from finray.training.data.prepared import Prepared
 from finray.training.data.producing import MOST_AHEAD, Producer
 from finray.training.data.resolve import resolve_data
-from finray.training.data.stream import share
+from finray.training.data.stream import Sequence, every_sequence, share
 from finray.training.data.tasks import run_in_process
-from finray.training.data.window_files import read_counts
+from finray.training.data.window_files import WindowCounts, read_counts, write_json
 from finray.training.data.window_reader import StreamedWindows
+from finray.training.run import curate_data
 
 BATCH = 8
 
 
 @pytest.fixture(autouse=True)
 def small_windows(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Windows of 4 KiB."""
-    sizes = {"FIRST_BYTES": 2048, "WINDOW_BYTES": 4096, "BLOCK_BYTES": 1024, "_SMALLEST_BLOCK": 256}
-    for name, size in sizes.items():
-        monkeypatch.setattr(window_plan, name, size)
-    monkeypatch.setattr(window_plan, "_PACKED_BYTES", 1)
+    make_windows_small(monkeypatch)
 
 
 def recipe(model: Path, storage: Path, *sources: dict[str, Any], **data: Any) -> Recipe:
@@ -80,6 +84,10 @@ class Streaming:
 
     def texts(self, world_size: int, steps: tuple[int, int]) -> list[tuple[int, ...]]:
         """The tokens of each sequence in global order, merged from all workers' streams."""
+        return [tuple(each.input_ids.tolist()) for each in self.sequences(world_size, steps)]
+
+    def sequences(self, world_size: int, steps: tuple[int, int]) -> list[Sequence]:
+        """Sequences in global order, merged from all workers' streams."""
         with self.producer():
             readers = [self.windows() for _ in range(world_size)]
             readers[0].need(steps[0] * BATCH)
@@ -88,7 +96,7 @@ class Streaming:
                 for rank, reader in enumerate(readers)
             ]
             return [
-                tuple(next(stream).input_ids.tolist())
+                next(stream)
                 for _ in range(*steps)
                 for rank, stream in enumerate(streams)
                 for _ in range(share(BATCH, rank, world_size))
@@ -102,6 +110,7 @@ def test_the_order_depends_on_neither_workers_nor_kills(
     settings = recipe(tiny_model, tmp_path / "a", {"path": str(chat_file)})
     streaming = Streaming(settings)
     assert (streaming.prepared.manifest.windows or 0) > 4
+    assert streaming.prepared.manifest.longest == 96  # rows of other windows may be longer
     whole = streaming.texts(1, (0, 62))
     assert len(whole) == 62 * BATCH
     epochs = [whole[:240], whole[240:480]]
@@ -137,6 +146,43 @@ def test_every_row_comes_as_often_as_its_weight_says(
         shares.append(sizes[str(small)] / len(rows))
     assert seen == {str(small): 120, str(large): 600}
     assert np.std(shares) < 0.1 and np.mean(shares) == pytest.approx(1 / 6, abs=0.02)
+
+
+@pytest.mark.parametrize("kind", METHODS)
+def test_every_method_gets_its_rows(tiny_model: Path, tmp_path: Path, kind: str) -> None:
+    """An epoch holds each row once, as if it were prepared ahead; two workers that begin in the
+    middle get the same as one, though nothing is known of earlier windows."""
+    data = write_lines(tmp_path / "rows.jsonl", method_rows(kind, 160))
+    ahead = every_row(prepared_of(of_method(tiny_model, tmp_path, data, kind, prepare="ahead")))
+    assert len(ahead) == 160 and len(set(ahead)) > 100
+    streaming = Streaming(of_method(tiny_model, tmp_path, data, kind))
+    assert (streaming.prepared.manifest.windows or 0) > 1
+    whole = [content(row) for row in streaming.sequences(1, (0, 30))]
+    assert Counter(whole[:160]) == Counter(ahead)
+    assert whole[160:] != whole[:80] and not Counter(whole[160:]) - Counter(ahead)
+    (tmp_path / "run/windows/counts.json").unlink()
+    later = [content(row) for row in streaming.sequences(2, (13, 30))]
+    assert later == whole[13 * BATCH :]
+
+
+def of_method(model: Path, storage: Path, data: Path, kind: str, **changes: Any) -> Recipe:
+    values = recipe(model, storage, {"path": str(data)}, **changes).model_dump()
+    del values["data"]["packing"]
+    packing = {"packing": False} if kind in ("sft", "pretrain") else {}
+    return Recipe.model_validate(
+        {**values, "method": method_of(kind), "data": {**values["data"], **packing}}
+    )
+
+
+def content(row: Sequence) -> tuple[Any, ...]:
+    """All that a worker gets of a row, but for its number."""
+    arrays = (row.input_ids, row.lengths, row.trainable)
+    return *(tuple(array.tolist()) for array in arrays), row.extra
+
+
+def every_row(prepared: Prepared) -> list[tuple[Any, ...]]:
+    train = prepared.manifest.train
+    return [content(row) for row in every_sequence(prepared.files, train, 0, 1)]
 
 
 def write_rows(path: Path, name: str, count: int) -> Path:
@@ -241,8 +287,7 @@ def test_stages_look_at_each_window(tiny_model: Path, tmp_path: Path) -> None:
 def test_packed_rows_are_near_the_bound(
     tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name, size in (("WINDOW_BYTES", 4096), ("_PACKED_BYTES", 1024)):
-        monkeypatch.setattr(window_plan, name, size)
+    make_windows_small(monkeypatch, _PACKED_BYTES=1024)
     draw = np.random.default_rng(0)
     words = ["w" * n for n in draw.integers(1, 60, 3000)]
     rows = "".join(json.dumps({"prompt": "say", "completion": text}) + "\n" for text in words)
@@ -259,19 +304,10 @@ def test_packed_rows_are_near_the_bound(
 
 
 def test_what_the_driver_refuses_ends_the_workers(tiny_model: Path, tmp_path: Path) -> None:
-    """Bad rows behind the first window; a driver that is gone; a file that changes."""
+    """A driver that is gone; a file that changes."""
     data = write_rows(tmp_path / "rows.jsonl", "row", 600)
-    first = recipe(tiny_model, tmp_path / "a", {"path": str(data)}, max_bad_rows=0.01)
-    streaming = Streaming(first)
     text = data.read_bytes()
-    listed = data.stat()
-    data.write_bytes(text.replace(b"completion", b"completiox"))
-    os.utime(data, ns=(listed.st_atime_ns, listed.st_mtime_ns))
-    with pytest.raises(InputError, match=r"data.max_bad_rows allows 1.0%, and \d+ of \d+ rows"):
-        streaming.texts(1, (0, 40))
-    data.write_bytes(text)
-
-    streaming = Streaming(recipe(tiny_model, tmp_path / "b", {"path": str(data)}))
+    streaming = Streaming(recipe(tiny_model, tmp_path, {"path": str(data)}))
     streaming.folder.create()
     windows = streaming.windows(patience=0.5)
     rows = windows.rows(BATCH, 0, 1, (0, 40), lambda: None)
@@ -285,6 +321,157 @@ def test_what_the_driver_refuses_ends_the_workers(tiny_model: Path, tmp_path: Pa
         next(rows)
         data.write_bytes(text + text)
         with pytest.raises(InputError, match=f"{data}: changed while it was read; restore it"):
+            list(rows)
+
+
+def spoilt(path: Path, first: int, last: int) -> Path:
+    """Lines [first, last) of a file become rows that cannot be used."""
+    lines = path.read_text().splitlines(keepends=True)
+    lines[first:last] = ["[]\n"] * (last - first)
+    path.write_text("".join(lines))
+    return path
+
+
+def test_bad_rows_count_once(tiny_model: Path, tmp_path: Path) -> None:
+    """Those of a window that is made again were allowed; those of the next one are not, and a list
+    of them is left. Bad rows of the evaluation data count among its own rows."""
+    data = spoilt(write_rows(tmp_path / "rows.jsonl", "row", 300), 150, 170)
+    held = spoilt(write_rows(tmp_path / "held.jsonl", "held", 300), 0, 12)
+    changes: dict[str, Any] = {"eval": [{"path": str(held)}]}
+    source = {"path": str(data)}
+    streaming = Streaming(recipe(tiny_model, tmp_path, source, **changes, max_bad_rows=0.1))
+    assert streaming.prepared.manifest.dropped["bad_row"] == 12
+    whole = streaming.texts(1, (0, 35))
+    folder = tmp_path / "run/windows"
+    counts = read_counts(streaming.folder)
+    assert counts is not None and counts.dropped["bad_row"] == 32 and counts.rows == 300
+    lines = "".join(path.read_text() for path in folder.glob("*.jsonl")).splitlines()
+    listed = [json.loads(line) for line in lines]
+    assert sorted(row["line"] for row in listed) == [*range(151, 171)]
+
+    streaming.settings = recipe(tiny_model, tmp_path, source, **changes, max_bad_rows=0.0)
+    assert streaming.texts(2, (14, 35)) == whole[14 * BATCH :]
+    counts.sequences.pop()
+    counts.write(streaming.folder)
+    with pytest.raises(InputError, match=r"allows 0.0%, and \d+ of \d+ rows") as raised:
+        streaming.texts(1, (14, 35))
+    path = Path(str(raised.value).rpartition("All of them: ")[2])
+    assert path.parent == folder and path.exists()
+
+
+def test_rows_of_a_step_are_named(tiny_model: Path, tmp_path: Path) -> None:
+    """By their numbers in files that are cut by bytes, by rows and by groups; bad rows count."""
+    kinds = ("jsonl", "jsonl.gz", "parquet")
+    paths = [write_rows(tmp_path / f"rows.{kind}", kind, 120) for kind in kinds]
+    spoilt(paths[0], 3, 5)
+    sources = [{"path": str(path)} for path in paths]
+    streaming = Streaming(recipe(tiny_model, tmp_path, *sources, max_bad_rows=0.1))
+    tokenizer = Tokenizer.from_file(str(tiny_model / "tokenizer.json"))
+    with streaming.producer():
+        windows = streaming.windows()
+        windows.need(0)
+        rows = windows.rows(BATCH, 0, 1, (0, 44), lambda: None)
+        for step in range(44):
+            expected: dict[str, list[int]] = {}
+            for row in islice(rows, BATCH):
+                text = tokenizer.decode(row.input_ids.tolist())
+                kind, number = re.findall(r"([a-z.]+) (\d+?)\2 is", text)[0]
+                expected.setdefault(f"{tmp_path}/rows.{kind}", []).append(int(number) + 1)
+            if step % 6:
+                continue
+            named = windows.rows_at(step * BATCH, (step + 1) * BATCH)
+            assert named == {path: sorted(numbers) for path, numbers in expected.items()}
+
+
+def test_a_report_takes_the_first_window(tiny_model: Path, tmp_path: Path) -> None:
+    """Of data that streams, nothing is written whole, nor left."""
+    data = write_rows(tmp_path / "rows.jsonl", "row", 600)
+    stages: dict[str, Any] = {"curate": [{"kind": "filter", "min_tokens": 18}]}
+    settings = recipe(tiny_model, tmp_path / "runs", {"path": str(data)}, **stages)
+    report = curate_data(settings)
+    assert list((tmp_path / "runs/prepared").iterdir()) == []
+    manifest = prepared_of(settings).manifest
+    assert report["funnel"] == list(manifest.funnel) and report["windows"] == manifest.windows
+    assert 0 < report["sources"][0]["left"] < report["sources"][0]["rows"] < 100
+    assert f"the first of {manifest.windows} windows of an epoch" in render_curation(report)
+
+
+def test_a_worker_that_cannot_write_says_it_again(
+    tiny_model: Path, chat_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A full disk is the driver's to tell; once there is room, the rows come."""
+    streaming = Streaming(recipe(tiny_model, tmp_path, {"path": str(chat_file)}))
+    failures = [OSError(28, "No space left")] * 3
+
+    def write(*arguments: Any, **values: Any) -> None:
+        if failures:
+            raise failures.pop()
+        write_json(*arguments, **values)
+
+    with streaming.producer():
+        windows = streaming.windows()
+        monkeypatch.setattr(window_reader, "write_json", write)
+        windows.need(0)
+        rows = windows.rows(BATCH, 0, 1, (0, 20), lambda: None)
+        assert len(list(rows)) == 20 * BATCH
+
+
+def test_a_check_names_a_file_that_is_too_large(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of large data, of which no window is made."""
+    data = write_rows(tmp_path / "rows.csv", "row", 60)
+    monkeypatch.setattr(window_plan, "LARGEST_BLOCK", 1000)
+    monkeypatch.setattr(outlook, "_TRIED_BYTES", 0)
+    with pytest.raises(InputError, match=rf"data.prepare: {data}: it is read as a whole"):
+        outlook.data_outlook(recipe(tiny_model, tmp_path, {"path": str(data)}))
+
+
+class _Cancelled(BaseException):
+    """An error that is no Exception."""
+
+
+def test_any_end_of_the_driver_ends_the_workers(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An unusual error; a full disk, which is met in the middle of a window, or at its end."""
+    data = write_rows(tmp_path / "rows.jsonl", "row", 600)
+    cases: list[tuple[type, str, BaseException, str]] = [
+        (Windows, "part", _Cancelled("no"), r"preparing the data failed: .*no"),
+        (Windows, "part", OSError(28, "No space left"), r"cannot write the prepared data: .* room"),
+        (WindowCounts, "write", OSError(28, "No space left"), r"cannot write .* make room"),
+    ]
+    for number, (owner, name, error, message) in enumerate(cases):
+        streaming = Streaming(recipe(tiny_model, tmp_path / str(number), {"path": str(data)}))
+        streaming.texts(1, (0, 1))
+        with monkeypatch.context() as patch:
+            producer = streaming.producer()
+            with producer, pytest.raises(RunError, match=message):
+                patch.setattr(owner, name, Mock(side_effect=error))
+                windows = streaming.windows()
+                windows.need(0)
+                list(windows.rows(BATCH, 0, 1, (0, 200), lambda: None))
+
+
+def test_files_that_come_while_the_run_starts(tiny_model: Path, tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    write_rows(tmp_path / "data/a.jsonl", "row", 300)
+    streaming = Streaming(recipe(tiny_model, tmp_path, {"path": str(tmp_path / "data/*.jsonl")}))
+    write_rows(tmp_path / "data/b.jsonl", "row", 300)
+    with pytest.raises(InputError, match="files changed while the run started"):
+        streaming.texts(1, (0, 60))
+
+
+def test_a_file_that_vanishes_is_named(tiny_model: Path, tmp_path: Path) -> None:
+    data = write_rows(tmp_path / "rows.jsonl", "row", 1200)
+    streaming = Streaming(recipe(tiny_model, tmp_path, {"path": str(data)}))
+    with streaming.producer():
+        windows = streaming.windows()
+        windows.need(0)
+        rows = windows.rows(BATCH, 0, 1, (0, 290), lambda: None)
+        next(rows)
+        data.unlink()
+        with pytest.raises(InputError, match=str(data)):
             list(rows)
 
 

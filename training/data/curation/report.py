@@ -1,5 +1,6 @@
 """What curation takes of a recipe's rows, without preparing them."""
 
+import uuid
 from collections.abc import Sequence
 from typing import Any
 
@@ -7,6 +8,7 @@ from ...common.errors import InputError
 from ...common.progress import Progress
 from ...common.storage import Folder
 from ...config.recipe import Recipe
+from ..prepare import Windows
 from ..resolve import ResolvedData, resolve_data
 from ..tasks import RunTasks
 from .curate import Curated, curate
@@ -24,7 +26,7 @@ def report_of(
     progress: Progress,
     open_scorer: OpenScorer | None = None,
 ) -> dict[str, Any]:
-    """Take the training rows through the recipe's stages.
+    """Take the training rows through the recipe's stages; of data that streams, the first window.
 
     Args:
         recipe: the recipe.
@@ -34,8 +36,8 @@ def report_of(
         open_scorer: opens the reward model of a stage that has one.
 
     Returns:
-        name, funnel, sources (path, rows, left, weight, share) and held_out: the number of rows, or
-        None without groups of held-out rows.
+        name, funnel, sources (path, rows, left, weight, share), held_out: the number of rows, or
+        None without groups of held-out rows, and windows: their number if the data streams.
 
     Raises:
         InputError: the recipe has no stages; see `curate`.
@@ -54,18 +56,28 @@ def report_of(
             )
 
     data = resolve_data(recipe)
-    curated = curate(recipe, data, folder, run_tasks, progress, check, open_scorer)
-    return {
-        "name": recipe.name,
-        "funnel": list(curated.funnel),
-        "sources": _sources(recipe, data, curated),
-        "held_out": _held_out(curated),
-    }
+    part = Windows(recipe, data).part(0) if recipe.data.streams else None
+    home, window = (folder, None) if part is None else (folder / uuid.uuid4().hex, part.curation)
+    try:
+        curated = curate(
+            *(recipe, data, home, run_tasks, progress, check, open_scorer), window=window
+        )
+        return {
+            "name": recipe.name,
+            "funnel": list(curated.funnel),
+            "sources": _sources(recipe, data, curated),
+            "held_out": _held_out(curated),
+            "windows": None if part is None else part.windows,
+        }
+    finally:
+        if part is not None:
+            home.delete()
 
 
 def _sources(recipe: Recipe, data: ResolvedData, curated: Curated) -> list[dict[str, Any]]:
     weights = weights_of(recipe, data, curated.left_rows)
     used = [weight * left for weight, left in zip(weights, curated.left_rows, strict=True)]
+    all_used = sum(used) or 1.0  # a window may lose all of its rows
     rows = [0] * len(used)
     for chunk, counts in zip(curated.chunks, curated.counts, strict=True):
         rows[chunk.source] += counts.rows
@@ -75,7 +87,7 @@ def _sources(recipe: Recipe, data: ResolvedData, curated: Curated) -> list[dict[
             "rows": rows[n],
             "left": curated.left_rows[n],
             "weight": weights[n],
-            "share": round(used[n] / sum(used), 6),
+            "share": round(used[n] / all_used, 6),
         }
         for n, source in enumerate(data.train)
     ]
