@@ -3,6 +3,8 @@ PYTHON ?= python3.11
 BIN := .venv/bin
 # Two processes, which share the files out in their order: the long ones come first.
 PYTEST := $(BIN)/python -m pytest -n 2 --dist loadscope --no-loadscope-reorder
+# Hundreds of processes load the same files: each would compile them anew.
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: install quickstart rlhf test-unit test test-rest test-families test-all lint check docs bench clean
 

@@ -7,7 +7,6 @@ import sys
 from dataclasses import asdict
 
 from ...training.common.errors import InputError
-from ..jobs.client import Cluster
 from ..nodes.address import dashboard_address
 from ..nodes.head import current_head, joining_lines, start_head, stop_head
 from ..nodes.token import token_file
@@ -45,6 +44,8 @@ def status(options: argparse.Namespace) -> None:
 
 def doctor(options: argparse.Namespace) -> None:
     """Check every node of a running cluster."""
+    from ..jobs.client import Cluster
+
     what = "doctor" if options.storage is None else f"doctor {shlex.quote(options.storage)}"
     code, log = Cluster(dashboard_address(options.address)).run("finray~doctor", what)
     table = "\n".join(line for line in log.splitlines() if line.startswith("  "))

@@ -18,6 +18,11 @@ from .token import MODE, ensure_token, probe, token_file
 DRAIN_SECONDS = 570
 """How long a node lets its work end on SIGTERM: long enough to save a checkpoint, and less than the
 grace period of a pod. By default Ray waits for 30 s."""
+_OF_WORKERS = {
+    "RAY_worker_niceness": "0",
+    # What Ray starts for the first job, a process for each CPU, lacks a job's environment.
+    "RAY_prestart_worker_first_driver": "0",
+}
 _VARIABLES = {
     MODE: "token",
     "RAY_worker_niceness": "0",
@@ -64,7 +69,7 @@ def start_head(port: int, dashboard_port: int, options: tuple[str, ...] = ()) ->
             stderr=subprocess.STDOUT,
             start_new_session=True,
             # The head drains no longer than Ray's default: `cluster down` stops what runs on it.
-            env={**START_VARIABLES, **os.environ, MODE: "token", "RAY_worker_niceness": "0"},
+            env={**START_VARIABLES, **os.environ, MODE: "token", **_OF_WORKERS},
         )
     dashboard = f"http://127.0.0.1:{dashboard_port}"
     _wait_for(process, dashboard, log)

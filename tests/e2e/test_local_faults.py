@@ -81,6 +81,7 @@ def test_all_checkpoints_damaged_stops(finray: Finray) -> None:
 def test_ctrl_c_saves_and_leaves(finray: Finray, undisturbed: Path) -> None:
     recipe = finray.recipe(checkpoint__every_steps=50)
     run = finray.folder / "runs" / "run"
+    finray.keep_rehearsal(recipe)
     command = finray.start("train", recipe, fresh=True)
     wait_until(lambda: reached(run, 7), "step 7")
     command.interrupt()

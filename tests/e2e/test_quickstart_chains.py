@@ -63,7 +63,9 @@ def test_dpo_prefers_what_is_right(chain: Chain) -> None:
 @pytest.fixture(scope="module")
 def judge(chain: Chain) -> dict[str, Any]:
     """run.json of the reward model, after one epoch of three."""
-    return chain.train("reward.yaml", "quickstart-reward", optim__epochs=1)
+    return chain.train(
+        "reward.yaml", "quickstart-reward", optim__epochs=1, eval__every_steps="null"
+    )
 
 
 def test_the_reward_model_learns(judge: dict[str, Any]) -> None:

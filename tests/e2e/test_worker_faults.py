@@ -3,7 +3,6 @@
 As processes of this machine, and as Ray Train's; both must come to the same weights.
 """
 
-import os
 from pathlib import Path
 
 import pytest
@@ -16,55 +15,14 @@ from support.harness import (
     wait_until,
     workers,
 )
+from support.spoiled import spoil_loss
 
 WORKERS = {"scale__workers": 2}
-SPOILED = '''
-import importlib.util
-import sys
-
-
-class Spoil:
-    """Rank 1 fails under a condition."""
-
-    def find_spec(self, name, path, target=None):
-        if name != "finray.training.objectives.cross_entropy":
-            return None
-        sys.meta_path.remove(self)
-        spec = importlib.util.find_spec(name)
-        load = spec.loader.exec_module
-
-        def exec_module(module):
-            load(module)
-            spoil(module.TokenObjective)
-
-        spec.loader.exec_module = exec_module
-        return spec
-
-
-def spoil(objective):
-    import torch
-    from torch import distributed
-
-    honest, calls = objective.loss, []
-
-    def loss(self, model, batch, measured):
-        calls.append(model.training)
-        # A rehearsal is one process, without a group.
-        if distributed.is_initialized() and distributed.get_rank() == 1 and FAILS:
-            raise ERROR
-        return honest(self, model, batch, measured)
-
-    objective.loss = loss
-
-
-sys.meta_path.insert(0, Spoil())
-'''
-OUT_OF_MEMORY = SPOILED.replace("FAILS", "len(batch.rows) > 2").replace(
-    "ERROR", 'torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")'
+OUT_OF_MEMORY = (
+    "if rank == 1 and len(batch.rows) > 2: "
+    'raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")'
 )
-BAD_ROW = SPOILED.replace("FAILS", "sum(calls) == 5").replace(
-    "ERROR", 'ValueError("this row is bad\\nand more")'
-)
+BAD_ROW = 'if rank == 1 and sum(calls) == 5: raise ValueError("this row is bad\\nand more")'
 
 
 @pytest.fixture(scope="module")
@@ -172,10 +130,9 @@ def test_one_worker_is_out_of_memory(
 ) -> None:
     """While the other waits for its gradients. It is no failure, and half the microbatch does."""
     run = finray.folder / "runs" / "run"
-    (finray.folder / "sitecustomize.py").write_text(OUT_OF_MEMORY, encoding="utf-8")
+    environment = spoil_loss(finray.folder, OUT_OF_MEMORY)
     path = finray.recipe(**WORKERS, scale__max_failures=0, optim__micro_batch_size=4)
-    paths = os.pathsep.join([str(finray.folder), os.environ.get("PYTHONPATH", "")])
-    command = finray.start(*train, path, environment={"PYTHONPATH": paths}, fresh=True)
+    command = finray.start(*train, path, environment=environment)
     assert command.wait() == 0, command.output()
     assert_same_result(run, undisturbed)  # whose recipe says 2
     assert record(run)["micro_batch_size"] == 2
@@ -187,10 +144,9 @@ def test_one_worker_is_out_of_memory(
 def test_an_error_that_a_restart_leads_to_again(finray: Finray) -> None:
     """It is not tried a third time, though max_failures allows that."""
     run = finray.folder / "runs" / "run"
-    (finray.folder / "sitecustomize.py").write_text(BAD_ROW, encoding="utf-8")
+    environment = spoil_loss(finray.folder, BAD_ROW)
     path = finray.recipe(**WORKERS, optim__max_steps=4)
-    paths = os.pathsep.join([str(finray.folder), os.environ.get("PYTHONPATH", "")])
-    command = finray.start("train", path, environment={"PYTHONPATH": paths}, fresh=True)
+    command = finray.start("train", path, environment=environment)
     assert command.wait() == 1, command.output()
     assert record(run)["world_sizes"] == [2, 2]
     error = "worker 1 failed: ValueError: this row is bad"

@@ -236,6 +236,16 @@ def _become(task: Task, streams: list[int]) -> None:
     os.environ.update(task.environment)
     if task.module == WORKER:
         ctypes.CDLL(None).prctl(_SET_NAME, WORKER_TITLE.encode(), 0, 0, 0)
+        _customise()
+
+
+def _customise() -> None:
+    """Run the sitecustomize.py of PYTHONPATH, as Python does when it starts."""
+    for folder in os.environ.get("PYTHONPATH", "").split(os.pathsep):
+        file = Path(folder, "sitecustomize.py")
+        if folder and file.exists():
+            exec(compile(file.read_text("utf-8"), file, "exec"), {"__name__": file.stem})
+            return
 
 
 def _fork_spawner() -> Task | None:

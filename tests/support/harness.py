@@ -16,7 +16,14 @@ import psutil
 import yaml
 from safetensors.numpy import load_file
 
+from finray.training.common.storage import Folder
+from finray.training.config.recipe import load_recipe
+from finray.training.records.run_folder import PREPARED_FOLDER
+from finray.training.rehearsal.child import REHEARSALS
+from finray.training.rehearsal.key import key_of
+
 from .forking import COMMAND, WORKER, WORKER_TITLE, Forked, ForkServer, Task
+from .rehearsed import OK
 
 
 @dataclass
@@ -114,6 +121,14 @@ class Finray:
         path = self.folder / f"{values['name']}.yaml"
         path.write_text(yaml.safe_dump(values), encoding="utf-8")
         return path
+
+    def keep_rehearsal(self, recipe: Path) -> None:
+        """Keep the outcome that a recipe's rehearsal has, which a process that is not forked needs
+        ten seconds for."""
+        loaded = load_recipe(recipe)
+        home = Folder(loaded.storage) / PREPARED_FOLDER / REHEARSALS
+        home.create()
+        home.write(f"{key_of(loaded, Path(loaded.model.base))}.json", OK.to_json().encode())
 
     def start(
         self,
