@@ -1,5 +1,6 @@
 """A run in segments equals an uninterrupted run; a checkpoint continues with other settings."""
 
+import multiprocessing
 import os
 import signal
 from pathlib import Path
@@ -9,7 +10,6 @@ import pytest
 import torch
 from support import guarded
 from support.harness import assert_same_result, losses, metrics
-from torch import multiprocessing
 
 from finray.training.config.recipe import Recipe
 from finray.training.data.batching import Batch
