@@ -14,6 +14,7 @@ from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
 
+import torch
 import torch.distributed as dist
 import transformers
 
@@ -25,8 +26,7 @@ from ..common.uploader import Uploader
 from ..config.adapter_folder import RESULT_FOLDER
 from ..config.recipe import recipe_from_dict
 from ..config.sections import ANSWERS_AT_ONCE
-from ..data.batching import Rows, in_batches
-from ..data.microbatches import number_of_parts
+from ..data.batching import PADDING_ROW, Rows, in_batches
 from ..data.origin import Origins, rows_of_step
 from ..data.prepared import (
     ROW_GROUP,
@@ -368,11 +368,9 @@ class TrainingWorker:
         assert split is not None
         context = self.context
         sequences = every_sequence(self.prepared.files, split, context.rank, context.world_size)
-        division = self.objective.evaluated
-        batches = division.in_order(sequences)
-        if self.strategy == "fsdp":  # ranks compute together, so all need equally many batches
-            passes = number_of_parts(split.sequences, division.rows, context.world_size)
-            batches = in_batches(sequences, division.rows, at_least=passes)
+        batches = self.objective.evaluated.in_order(sequences)
+        if self.strategy == "fsdp":
+            batches = equally_many(batches, self.trainer.cpu_group)
         for rows in batches:
             self.heartbeat.beat()
             yield rows
@@ -629,6 +627,23 @@ class TrainingWorker:
             self.recorder.check_folder()
         self.run_folder.delete(name)
         (self.run_folder / name).upload(self.scratch / name)
+
+
+def equally_many(batches: Iterator[Rows], group: dist.ProcessGroup | None) -> Iterator[Rows]:
+    """A rank's batches, and padding while others have some: sharded, all of them compute together.
+
+    Args:
+        batches: this rank's.
+        group: exchanges, between CPUs, who has one more; None for a single rank.
+    """
+    while True:
+        rows = next(batches, None)
+        have_more = torch.tensor(rows is not None, dtype=torch.int)
+        if group is not None:
+            dist.all_reduce(have_more, dist.ReduceOp.MAX, group=group)
+        if not have_more:
+            return
+        yield rows or [PADDING_ROW]
 
 
 def _open_prepared(uri: str) -> Prepared:

@@ -14,6 +14,7 @@ from typing import Any, Literal
 import torch
 from peft import PeftModel
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.functional import pad
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.hooks import RemovableHandle
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
@@ -158,7 +159,7 @@ def _without_values(
 def _attend(model: Model, attention: Attention) -> None:
     """Make attention keep what its kernel would; a family without sdpa keeps its own."""
     AttentionInterface.register(_COUNTED["plain"], sdpa_attention_forward)
-    AttentionInterface.register(_COUNTED["borders"], by_rows)
+    AttentionInterface.register(_COUNTED["borders"], _by_borders)
     AttentionMaskInterface.register(_COUNTED["plain"], _mask_of_windows)
     AttentionMaskInterface.register(_COUNTED["borders"], _no_mask)
     transformer = _transformer(model)
@@ -169,6 +170,41 @@ def _attend(model: Model, attention: Attention) -> None:
             replace_attention(transformer, _COUNTED[attention])
     elif attention == "plain" and transformer.config._attn_implementation == "sdpa":
         transformer.set_attn_implementation(_COUNTED[attention])
+
+
+def _by_borders(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    **settings: Any,
+) -> tuple[torch.Tensor, None]:
+    """What `attention` keeps of documents: its fused kernels write token by token, whatever the
+    order in which the model stores its queries."""
+    is_plain = settings.get("softcap") is None and settings.get("s_aux") is None
+    if settings.get("dropout") or not is_plain:
+        return by_rows(module, query, key, value, attention_mask, **settings)
+    if torch.is_autocast_enabled(query.device.type):
+        dtype = torch.get_autocast_dtype(query.device.type)
+        query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
+    width = value.shape[-1]
+    if width < query.shape[-1]:
+        value = pad(value, (0, query.shape[-1] - width))
+    computed: torch.Tensor = _Fused.apply(query, key, value)  # type: ignore[no-untyped-call]
+    return computed[..., :width], None
+
+
+class _Fused(torch.autograd.Function):
+    """Keeps what a fused kernel does; the result is (rows, tokens, heads, width)."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: torch.Tensor) -> torch.Tensor:
+        query = inputs[0].transpose(1, 2)
+        computed = query.new_empty(query.shape)
+        norms = torch.empty(query.shape[:3], dtype=torch.float32, device=query.device)
+        ctx.save_for_backward(*inputs, computed, norms)
+        return computed
 
 
 def _no_mask(*_: Any, **__: Any) -> None:

@@ -87,6 +87,22 @@ def no_mask(device: torch.device) -> Tensor:
     return torch.empty(1, 1, 0, 0, dtype=torch.bool, device=device)
 
 
+def all_tokens(tokens: int, device: torch.device) -> Tensor:
+    """A mask (1, tokens) of a row without padding, for a model that reads it outside attention.
+
+    Attention gets `no_mask` in its place, which `mask_of` knows it by: its values are one.
+    """
+    return torch.ones((), dtype=torch.bool, device=device).expand(1, tokens)
+
+
+def mask_of(*, attention_mask: Tensor | None = None, **settings: Any) -> Tensor | None:
+    """The mask that transformers hands to this attention; arguments as for `sdpa_mask`."""
+    if attention_mask is not None and attention_mask.stride() == (0, 0):
+        return no_mask(attention_mask.device)
+    mask: Tensor | None = sdpa_mask(attention_mask=attention_mask, **settings)
+    return mask
+
+
 def attention(
     module: torch.nn.Module,
     query: Tensor,
@@ -149,7 +165,7 @@ def attention(
 
 
 AttentionInterface.register(NAME, attention)
-AttentionMaskInterface.register(NAME, sdpa_mask)
+AttentionMaskInterface.register(NAME, mask_of)
 
 
 def _fits_kernel(query: Tensor, key: Tensor, value: Tensor) -> bool:

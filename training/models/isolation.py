@@ -19,7 +19,7 @@ from transformers.masking_utils import create_masks_for_generate
 from ..config.sections import Isolation
 from ..data.batching import Batch
 from ..data.documents import Documents
-from .attention import no_mask
+from .attention import all_tokens, no_mask
 
 
 def kept_outputs(
@@ -39,7 +39,8 @@ def kept_outputs(
         accepted: parameter names of the model's forward.
         isolation: how the model keeps documents apart; None for one document a row, whose
             positions the model counts itself: a few architectures do not start at 0.
-        config: the model's configuration; needed for `mask`.
+        config: the model's configuration; needed for `mask`, and for the auxiliary loss of a
+            mixture of experts.
     """
     outputs = outputs_of(model, batch, accepted, isolation, config)
     return kept_columns(outputs.logits, batch.inputs, accepted), outputs
@@ -72,12 +73,19 @@ def outputs_of(
     if batch.documents is not None:
         values.update(_borders(batch.documents))
         if isolation == "documents":
-            mask = no_mask(inputs["input_ids"].device)
+            mask = _mask_without_borders(inputs["input_ids"], config)
             values.update(attention_mask=mask, documents=batch.documents)
     if isolation == "mask":
         dtype = next(w.dtype for w in model.parameters() if w.is_floating_point())
         values["attention_mask"] = _block_mask(config, inputs, dtype)
     return model(**values, use_cache=False)
+
+
+def _mask_without_borders(ids: Tensor, config: Any) -> Tensor:
+    """Of a flat row; the auxiliary loss of a mixture of experts reads it token by token."""
+    if config is not None and getattr(config.get_text_config(), "output_router_logits", False):
+        return all_tokens(ids.shape[1], ids.device)
+    return no_mask(ids.device)
 
 
 def _block_mask(config: Any, inputs: Mapping[str, Tensor], dtype: torch.dtype) -> Any:

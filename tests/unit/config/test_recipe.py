@@ -78,6 +78,19 @@ def test_uris_stay(tmp_path: Path) -> None:
             1,
             "2 texts of data.max_length 2048 tokens; give at least 4096",
         ),
+        *(
+            (
+                f"method: {method}\noptim: {{micro_batch_tokens: 4096}}\n",
+                1,
+                "optim.micro_batch_tokens: the loss (bnpo, aot or aot_unpaired) is one of each "
+                "forward pass, so it depends on which rows share one; set micro_batch_size instead",
+            )
+            for method in (
+                "{kind: dpo, losses: {aot: 1.0}}",
+                "{kind: dpo, losses: {sigmoid: 1.0, aot_unpaired: 0.5}}",
+                "{kind: grpo, loss: bnpo, rewards: [{run: r}]}",
+            )
+        ),
         ("scale: {workers: 64}\n", 1, "scale.workers 64 is larger"),
         ("scale: {workers: [2, 64]}\n", 1, "scale.workers 64 is larger"),
         ("scale: {workers: [4, 2]}\n", 5, "workers: [4, 2] is reversed"),

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.steps import by_workers, make_setup
@@ -16,6 +17,7 @@ from finray.training.data.batching import Rows, collate, collate_flat, collate_p
 from finray.training.data.microbatches import Division
 from finray.training.data.stream import Sequence, share
 from finray.training.engine.methods import objective_of
+from finray.training.engine.worker import equally_many
 
 
 def rows_of(lengths: list[tuple[int, ...]]) -> Rows:
@@ -146,3 +148,24 @@ def test_all_workers_have_equally_many_parts(tmp_path: Path, optim: dict[str, An
     assert sorted(seen) == [[step, row] for step in range(6) for row in range(11)]
     if "micro_batch_tokens" in optim:
         assert len(set(saved[0]["numbers"].tolist())) > 1
+
+
+@pytest.mark.parametrize("tokens", [64, None])
+def test_sharded_workers_evaluate_equally_often(tmp_path: Path, tokens: int | None) -> None:
+    """Under a budget, too; who has no more held-out rows computes padding."""
+    division = Division(2, tokens, is_flat=True)
+    lengths = [[(60,)] * 5, [(8,)] * 6 + [(30,)], []]
+
+    def work(rank: int, world_size: int) -> dict[str, Any]:
+        own = rows_of(lengths[rank])
+        evaluated = list(equally_many(division.in_order(iter(own)), dist.group.WORLD))
+        sizes = [sum(len(row.input_ids) for row in rows) for rows in evaluated]
+        seen = [row for rows in evaluated for number in rows for row in number.rows]
+        return {"sizes": torch.tensor(sizes), "seen": torch.tensor(seen)}
+
+    saved = by_workers(3, tmp_path, work)
+    assert [one["seen"].tolist() for one in saved] == [[0, 1, 2, 3, 4], [*range(7)], []]
+    by_tokens = [[60] * 5, [48, 30, 2, 2, 2], [2] * 5]
+    by_rows = [[120, 120, 60, 2], [16, 16, 16, 30], [2] * 4]
+    expected = by_rows if tokens is None else by_tokens
+    assert [one["sizes"].tolist() for one in saved] == expected

@@ -1,12 +1,18 @@
 """A run in segments equals an uninterrupted run; a checkpoint continues with other settings."""
 
+import multiprocessing
+import os
+import signal
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from support import guarded
 from support.harness import assert_same_result, losses, metrics
 
 from finray.training.config.recipe import Recipe
+from finray.training.data.batching import Batch
 from finray.training.launch.in_process import InProcessLauncher
 from finray.training.records.run_folder import existing_run
 from finray.training.run import prepare_data, run_folder, run_prepared
@@ -53,6 +59,50 @@ def test_segments_make_the_same_run(tiny_model: Path, chat_file: Path, tmp_path:
     assert_same_result(tmp_path / "parts", tmp_path / "whole")
 
 
+def test_a_killed_run_under_a_budget_of_tokens_is_continued_bit_for_bit(
+    tiny_model: Path, chat_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """SIGKILL in the middle of step 6, after the checkpoint of step 4."""
+
+    def settings(name: str) -> Recipe:
+        budget = {"micro_batch_size": None, "micro_batch_tokens": 200, "max_steps": 8}
+        whole = guarded.recipe(tiny_model, chat_file, tmp_path, name, **budget)
+        assert whole.adapter is not None
+        adapter = whole.adapter.model_copy(update={"dropout": 0.1})
+        return whole.model_copy(update={"adapter": adapter})
+
+    sizes: list[int] = []
+    passes = 0
+
+    def note(batch: Batch, total: torch.Tensor) -> torch.Tensor:
+        sizes.append(batch.inputs["input_ids"].numel())
+        return total
+
+    def kill(batch: Batch, total: torch.Tensor) -> torch.Tensor:
+        nonlocal passes
+        passes += 1
+        if passes == killed_at:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return total
+
+    with monkeypatch.context() as noted:
+        guarded.spoil(noted, note)
+        guarded.run_to_the_end(settings("whole"))
+    assert max(sizes) <= 200 and len(sizes) > 8
+    killed_at = len(sizes) * 11 // 16
+    with monkeypatch.context() as fatal:
+        guarded.spoil(fatal, kill)
+        child = multiprocessing.get_context("fork").Process(
+            target=guarded.run_to_the_end, args=(settings("killed"),)
+        )
+        child.start()
+        child.join(600)
+    assert child.exitcode == -signal.SIGKILL
+    record = guarded.run_to_the_end(settings("killed"))
+    assert [restart["step"] for restart in record["restarts"]] == [4]
+    guarded.assert_same(tmp_path / "killed", tmp_path / "whole")
+
+
 def test_an_inherited_checkpoint_goes_on_with_own_settings(
     tiny_model: Path, chat_file: Path, tmp_path: Path
 ) -> None:
@@ -69,9 +119,6 @@ def test_an_inherited_checkpoint_goes_on_with_own_settings(
     assert rates[1] == pytest.approx(3 * rates[0])
     child_losses, parent_losses = losses(tmp_path / "child"), losses(tmp_path / "parent")
     assert child_losses == parent_losses, "the fifth loss is that of the inherited weights"
-
-    import torch
-
     state = torch.load(tmp_path / "child/checkpoints/step-00000005/optimizer.pt", weights_only=True)
     for group in state["param_groups"]:
         assert group["betas"] == (0.9, 0.9) and group["weight_decay"] == 0.0

@@ -11,7 +11,7 @@ from bitsandbytes.functional import dequantize_4bit
 from bitsandbytes.nn import Linear4bit
 from peft import PeftModel
 from support.mixtures import MIXTURES, TOKENS, mixture, saved_mixture
-from support.steps import make_setup
+from support.steps import make_sequences, make_setup
 from transformers import (
     AutoModelForCausalLM,
     BitsAndBytesConfig,
@@ -24,6 +24,7 @@ from transformers import (
 from finray.training.common.errors import InputError
 from finray.training.config.models import LoraAdapter
 from finray.training.config.recipe import Recipe
+from finray.training.config.sections import Isolation
 from finray.training.data.stream import Sequence
 from finray.training.engine.expert_load import ExpertLoad
 from finray.training.engine.methods import objective_of
@@ -38,6 +39,8 @@ from finray.training.models.packed import PackedWeight
 from finray.training.models.quantiser import check_quantisable
 from finray.training.models.targets import adapted_layers, coverage
 from finray.training.models.weights import load_weights, save_weights
+from finray.training.rehearsal.packing import find_isolation
+from finray.training.rehearsal.small_copy import VOCABULARY, make_copy
 
 pytestmark = [
     # peft calls a name that transformers has renamed.
@@ -46,6 +49,7 @@ pytestmark = [
 
 FAST = ("qwen2_moe", "gpt_oss", "glm4_moe", "llama4_text")
 KINDS = [kind if kind in FAST else pytest.param(kind, marks=pytest.mark.slow) for kind in MIXTURES]
+WAYS: tuple[Isolation, ...] = ("documents", "positions")
 QUANTISED = [
     kind if kind in ("glm4_moe", "gpt_oss") else pytest.param(kind, marks=pytest.mark.slow)
     for kind in MIXTURES
@@ -474,7 +478,8 @@ def test_the_estimate_counts_the_sums(tmp_path: Path) -> None:
     assert sizes_of(recipe(tmp_path, experts=False)).added == 0
 
 
-def test_auxiliary_losses_are_trained(tmp_path: Path) -> None:
+@pytest.mark.parametrize("isolation", WAYS)
+def test_auxiliary_losses_are_trained(tmp_path: Path, isolation: Isolation) -> None:
     """The loss is the one that transformers computes from labels."""
     base = saved_mixture(
         "qwen3_moe",
@@ -488,8 +493,7 @@ def test_auxiliary_losses_are_trained(tmp_path: Path) -> None:
     tokens = np.arange(3, 35, dtype=np.int32)
     trainable = np.arange(32) > 9
     sequence = Sequence(tokens, np.array([32], dtype=np.int32), trainable, np.array([0]))
-    # The model computes the loss of its routers with the mask, which attention by documents lacks.
-    setup = replace(make_setup(settings, model, tmp_path, 0, 1), isolation="positions")
+    setup = replace(make_setup(settings, model, tmp_path, 0, 1), isolation=isolation)
     objective = objective_of(setup)
     batch = objective.collate([sequence])
     loss = objective.loss(model, batch, measured=False).total / batch.loss_units
@@ -502,6 +506,32 @@ def test_auxiliary_losses_are_trained(tmp_path: Path) -> None:
     with torch.no_grad():  # what is measured is the cross-entropy alone
         held_out = objective.loss(model, batch, measured=False).total / batch.loss_units
     assert torch.allclose(held_out, expected.loss - 0.1 * expected.aux_loss, atol=1e-5)
+
+
+def test_auxiliary_losses_do_not_keep_documents_from_being_packed_by_their_borders(
+    tmp_path: Path,
+) -> None:
+    """Losses and gradients are those of transformers' own mask."""
+    more = {"output_router_logits": True, "router_aux_loss_coef": 0.1}
+    base = saved_mixture("qwen3_moe", tmp_path / "base", vocab_size=256, **more)
+    settings = recipe(base)
+    (row,) = make_sequences(1)
+    assert len(row.lengths) > 2
+    losses, gradients = [], []
+    for isolation in WAYS:
+        torch.manual_seed(0)
+        model = load_model(settings)
+        setup = replace(make_setup(settings, model, tmp_path, 0, 1), isolation=isolation)
+        objective = objective_of(setup)
+        loss = objective.loss(model, objective.collate([row]), measured=False).total
+        loss.backward()
+        losses.append(loss.detach())
+        gradients.append([w.grad for w in model.parameters() if w.grad is not None])
+    assert torch.allclose(*losses, rtol=1e-5)
+    for one, other in zip(*gradients, strict=True):
+        assert torch.allclose(one, other, atol=1e-4 * float(other.abs().max()))
+    copy = make_copy(settings, tmp_path)
+    assert find_isolation(copy, VOCABULARY) == ("documents", None)
 
 
 def test_what_is_left_out_of_experts_is_one_of_their_matrices(tmp_path: Path) -> None:

@@ -5,14 +5,17 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from support.real_models import LLAMA_8B, LLAMA_8B_CONFIG, write_config
 
 from finray.training.common.errors import InputError
 from finray.training.config.recipe import Recipe, recipe_from_dict
+from finray.training.data.documents import Documents
 from finray.training.models import memory_estimate as memory
 from finray.training.models.activations import kept_by
+from finray.training.models.attention import attend_by_documents, no_mask
 from finray.training.models.devices import Room
 from finray.training.models.loading import load_model
 from finray.training.models.memory_estimate import (
@@ -109,10 +112,18 @@ def forward(settings: Recipe, model: Any, positions: torch.Tensor | None = None)
     return logits
 
 
-def bytes_kept(settings: Recipe, positions: torch.Tensor | None = None) -> int:
+def bytes_kept(
+    settings: Recipe, positions: torch.Tensor | None = None, documents: Documents | None = None
+) -> int:
     """Bytes that a forward pass keeps for the backward pass, without the model itself."""
     model = load_model(settings)
     model.train()
+    if documents is not None:
+        attend_by_documents(model)
+        more = {"documents": documents, "attention_mask": no_mask(model.device)}
+        model.register_forward_pre_hook(
+            lambda _, args, kwargs: (args, {**kwargs, **more}), with_kwargs=True
+        )
     own = {
         tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())
     }
@@ -293,6 +304,19 @@ def test_a_models_own_pass_is_followed_byte_for_byte(
     kept = kept_by(settings, 1, TOKENS, "bfloat16", "bfloat16", attention_of(settings))
     assert kept is not None and len(kept.layers) == 2
     assert kept.whole == bytes_kept(settings, positions)
+
+
+@pytest.mark.parametrize("kind", ["llama", "phi3"])
+def test_documents_keep_what_is_followed(tmp_path: Path, kind: str) -> None:
+    """Phi-3 stores its queries head by head; attention stores its result token by token."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.for_model(kind, **SMALL)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    settings = recipe(tmp_path, **LORA, model={"dtype": "bfloat16"}, packing=True)
+    kept = kept_by(settings, 1, TOKENS, "bfloat16", "bfloat16", "borders")
+    documents = Documents.of(np.full(3, TOKENS // 3, np.int32))
+    assert kept is not None and kept.whole == bytes_kept(settings, documents=documents)
 
 
 def test_documents_that_the_rehearsal_masks_cost_a_mask(bases: dict[int, Path]) -> None:
