@@ -7,17 +7,19 @@ from typing import Any
 
 from ...training.common.errors import InputError
 from ...training.common.formatting import printable, shown
+from ...training.config.foreign.llama_factory_v1 import LLAMA_FACTORY_V1
 from ...training.config.foreign.lookup import dialect_of, marks_in
 from ...training.config.methods import ONLINE
 from ...training.config.paths import exists
 from ...training.config.recipe import Recipe, build_recipe
 from ...training.config.short_forms import write_out
 from ...training.config.yaml_file import Document, read_foreign_file
-from . import axolotl, llama_factory, trl
+from . import axolotl, llama_factory, llama_factory_v1, trl
 from .command_line import CommandLine, is_command, read_command
 from .draft import Draft, ForeignSettings
-from .places import Places
+from .places import Places, starting_folders
 from .recipe_text import recipe_text
+from .refusals import refuse_other_training
 from .trainer import Devices
 
 _ACCELERATE = frozenset({"compute_environment", "distributed_type", "fsdp_config", "zero_stage"})
@@ -68,11 +70,15 @@ def import_settings(
     name = _dialect(values, where, command)
     draft = Draft(ForeignSettings(values, where), dialect_of(name))
     devices = _devices(gpus, command)
-    places = Places(tuple(dict.fromkeys((folder, Path.cwd()))), target.resolve())
+    refuse_other_training(draft)
+    places = Places(starting_folders(folder), target.resolve())
     if name == "Axolotl":
         axolotl.convert(draft, devices, places)
     elif name == "LLaMA-Factory":
         llama_factory.convert(draft, devices, places, dataset_info)
+    elif name == LLAMA_FACTORY_V1.name:
+        verb = command.script if command is not None and command.script != "train" else None
+        llama_factory_v1.convert(draft, devices, places, verb)
     else:
         kind, origin = _method(values, where, command, method)
         trl.convert(draft, devices, places, kind, origin)
@@ -95,6 +101,8 @@ def _read(source: str, command: CommandLine | None) -> tuple[dict[str, Any], str
 
 def _dialect(values: Mapping[str, Any], where: str, command: CommandLine | None) -> str:
     marks = marks_in(values)
+    if LLAMA_FACTORY_V1.name in marks:
+        return LLAMA_FACTORY_V1.name
     if command is not None and command.project in _PROJECTS:
         named = _PROJECTS[command.project]
         marks = {named: [], **{name: keys for name, keys in marks.items() if name == named}}

@@ -234,7 +234,7 @@ def _data(draft: Draft, kind: str, places: Places, info: Path | None) -> bool:
         _packing(draft, kind)
     if kind == "sft":
         _loss(draft)
-    _template(draft)
+    template(draft)
     return holds_out
 
 
@@ -312,7 +312,8 @@ def _loss(draft: Draft) -> None:
         draft.put("method.train_on", "last", "mask_history")
 
 
-def _template(draft: Draft) -> None:
+def template(draft: Draft) -> None:
+    """The chat template, by its name: the model's own."""
     settings = draft.settings
     name = settings.text("template")
     if name is not None and name != "default":

@@ -51,6 +51,13 @@ class Defaults:
     warmup: float = 0.0
 
 
+def leave_present(draft: Draft, names: Sequence[str], why: str) -> None:
+    """Leave out those of these settings that have a value."""
+    for name in names:
+        if draft.settings.value(name) is not None:
+            draft.leave(name, why)
+
+
 def rate(draft: Draft, defaults: Defaults) -> None:
     """The learning rate."""
     own = draft.settings.number("learning_rate")
@@ -87,10 +94,8 @@ def batch(
     least = generations * devices.count if generations > 1 else devices.count
     rounded = max(least, -(-total // generations) * generations)
     if rounded != total:
-        draft.notes.append(
-            f"optim.batch_size: {total} completions became {rounded}, whole groups of {generations}"
-            " for each GPU"
-        )
+        unit = f"whole groups of {generations} completions" if generations > 1 else "one sequence"
+        draft.notes.append(f"optim.batch_size: {total} became {rounded}, {unit} for each GPU")
     if draft.values.get("method.kind") == "kto" and rounded < 2:
         rounded = 2
         draft.notes.append("optim.batch_size: 2 instead of 1, as kto compares answers of a batch")
@@ -100,6 +105,25 @@ def batch(
     draft.put("optim.micro_batch_size", min(rows, rounded), name, note=micro_note)
     if devices.count > 1:
         draft.put("scale.workers", devices.count, note=devices.origin)
+
+
+def without_split_sequences(draft: Draft, devices: Devices, share: int) -> Devices:
+    """The GPUs, each with sequences of its own.
+
+    Args:
+        draft: the draft.
+        devices: the GPUs.
+        share: of them compute one sequence together in the other project, so that the batch counts
+            them once.
+    """
+    if share < 2 or devices.count < 2:
+        return devices
+    count = max(1, devices.count // share)
+    draft.notes.append(
+        f"scale.workers: {count}, not {devices.count}, which keeps the batch; finray splits no "
+        "sequence over GPUs, but scale.strategy: fsdp shares the model among more"
+    )
+    return Devices(count, f"{devices.count} GPUs, {share} for a sequence")
 
 
 def duration(draft: Draft, defaults: Defaults, name: str) -> None:
@@ -131,11 +155,16 @@ def schedule(draft: Draft, defaults: Defaults, name: str) -> None:
 def _warmup(draft: Draft, defaults: Defaults, without: bool) -> None:
     settings = draft.settings
     share, steps = settings.number("warmup_ratio"), settings.number("warmup_steps")
+    names = ["warmup_ratio"]
     if steps is not None and 0 < steps < 1:
-        share, steps = steps, None
+        share, steps, names = steps, None, ["warmup_steps"]
+    elif steps == 0:
+        names.append("warmup_steps")
     if without:
         draft.put("optim.warmup_ratio", 0.0, "warmup_ratio", "warmup_steps")
     elif steps:
+        if share is not None:
+            draft.leave("warmup_ratio", "a share of the steps; warmup_steps comes before it")
         total = draft.values.get("optim.max_steps")
         if total:
             note = f"{steps:g} of {total} steps"
@@ -150,7 +179,7 @@ def _warmup(draft: Draft, defaults: Defaults, without: bool) -> None:
                 f"decides: {_WARMUP:g} stands there",
             )
     elif share is not None:
-        draft.put("optim.warmup_ratio", min(1.0, share), "warmup_ratio")
+        draft.put("optim.warmup_ratio", min(1.0, share), *names)
     else:
         value = defaults.warmup if steps is None else 0.0
         note = "" if steps is not None else f"{defaults.project}'s default"

@@ -163,6 +163,10 @@ def _of_method(draft: Draft, kind: str) -> None:
         draft.put("method.gamma", settings.number("simpo_gamma") or 0.5, "simpo_gamma")
         weight = settings.number("cpo_alpha")
         draft.put("method.sft_weight", 1.0 if weight is None else weight, "cpo_alpha")
+        if not beta:  # finray's own default is larger
+            draft.put("method.beta", 0.1, note="TRL's default")
+    elif losses and losses[0] in ("nll", "chunked_nll"):
+        draft.fulfilled("the cross-entropy of the next token", "loss_type")
     elif losses:
         draft.change("loss_type", f"{', '.join(losses)}: the cross-entropy in its place")
     if settings.number("label_smoothing") and kind == "kto":
