@@ -37,6 +37,8 @@ class Devices:
     count: int
     origin: str
     """Where their number comes from, for the comment."""
+    shards: str = ""
+    """The file that shares the weights among them, beside the configuration; empty for none."""
 
 
 @dataclass(frozen=True)
@@ -123,7 +125,7 @@ def without_split_sequences(draft: Draft, devices: Devices, share: int) -> Devic
         f"scale.workers: {count}, not {devices.count}, which keeps the batch; finray splits no "
         "sequence over GPUs, but scale.strategy: fsdp shares the model among more"
     )
-    return Devices(count, f"{devices.count} GPUs, {share} for a sequence")
+    return Devices(count, f"{devices.count} GPUs, {share} for a sequence", devices.shards)
 
 
 def duration(draft: Draft, defaults: Defaults, name: str) -> None:
@@ -251,15 +253,13 @@ def sharding(draft: Draft, devices: Devices) -> None:
     given = {name: draft.settings.value(name) for name in ("deepspeed", "fsdp", "fsdp_config")}
     names = [name for name, value in given.items() if value is not None]
     if not names:
+        _shard_as_launched(draft, devices)
         return
-    shards = any(name != "deepspeed" or "zero3" in str(given[name]) for name in names)
-    quantize = draft.values.get("model.quantize")
-    init = draft.values.get("adapter.init")
-    is_online = draft.values.get("method.kind") in ONLINE
+    shards = any(name != "deepspeed" or _is_stage_3(given[name]) for name in names)
     for name in names:
         if devices.count < 2:
             draft.change(name, "one GPU has no other to share the weights with; see --gpus")
-        elif quantize == "int8" or is_online or init in ("pissa", "olora"):
+        elif _cannot_shard(draft):
             draft.change(name, "scale.strategy: auto; what is trained here cannot be sharded")
         elif shards:
             draft.put("scale.strategy", "fsdp", name)
@@ -268,6 +268,26 @@ def sharding(draft: Draft, devices: Devices) -> None:
                 name, "scale.strategy: auto shards weights, gradients and states where one GPU "
                 "does not hold them"
             )  # fmt: skip
+
+
+def _is_stage_3(deepspeed: Any) -> bool:
+    """True if DeepSpeed shares the weights too: ZeRO-3, by its settings or its file's name."""
+    if isinstance(deepspeed, dict):
+        zero = deepspeed.get("zero_optimization")
+        return isinstance(zero, dict) and zero.get("stage") == 3
+    return bool(re.search(r"z(ero)?[_-]?(stage)?[_-]?3", str(deepspeed).lower()))
+
+
+def _shard_as_launched(draft: Draft, devices: Devices) -> None:
+    if devices.shards and devices.count > 1 and not _cannot_shard(draft):
+        draft.put("scale.strategy", "fsdp", note=devices.shards)
+
+
+def _cannot_shard(draft: Draft) -> bool:
+    values = draft.values
+    is_online = values.get("method.kind") in ONLINE
+    init = values.get("adapter.init")
+    return values.get("model.quantize") == "int8" or is_online or init in ("pissa", "olora")
 
 
 def evaluation(draft: Draft, holds_out: bool) -> None:
