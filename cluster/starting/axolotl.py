@@ -40,6 +40,8 @@ _PLUGINS = {
 }
 """What finray does in the place of a plugin, by its package."""
 _PLAIN_FORMATS = ("{prompt}", "{chosen}", "{rejected}", "{completion}")
+_ROWS_OF_A_WEIGHT = re.compile(r"\s*\[\d*:\d*\]\Z")
+"""The part of a weight that is trained, behind the expression for its name."""
 _OWN_TEMPLATES = re.compile(r"tokenizer_default.*|jinja")
 
 
@@ -89,6 +91,7 @@ def convert(draft: Draft, devices: Devices, places: Places) -> None:
         trainer.leave_present(draft, _ADAPTER, why)
     _special_tokens(draft)
     _plugins(draft)
+    trainer.streaming(draft, "streaming")
     trainer.copy_the_rest(draft, frozenset(METHODS[draft.values["method.kind"]].model_fields))
 
 
@@ -161,10 +164,11 @@ def _adapter(draft: Draft, places: Places) -> bool:
             adapting.quantise(draft, bits, name, adapts)
     if kind == "qlora" and "model.quantize" not in draft.values:
         draft.put("model.quantize", "nf4", "adapter")
-    unfrozen = [text.partition("[")[0].rstrip() for text in settings.texts("unfrozen_parameters")]
+    named = settings.texts("unfrozen_parameters")
+    unfrozen = list(dict.fromkeys(_ROWS_OF_A_WEIGHT.sub("", text) for text in named))
     if unfrozen and not adapts:
         draft.put("freeze.train", unfrozen, "unfrozen_parameters")
-        if any("[" in text for text in settings.texts("unfrozen_parameters")):
+        if any(map(_ROWS_OF_A_WEIGHT.search, named)):
             draft.change("unfrozen_parameters", "whole weights; finray trains no part of one")
     elif unfrozen:
         draft.fulfilled("the base is frozen beside an adapter", "unfrozen_parameters")

@@ -195,6 +195,11 @@ class _Entry:
             self.rows.formats += [str(text) for text in formats if text is not None]
             return
         if kind is None:
+            if self.method == "sft":
+                self.draft.notes.append(
+                    f"{self.key}: without a type Axolotl reads tokens (input_ids); finray reads "
+                    "texts and conversations"
+                )
             return
         name, _, style = str(kind).partition(":")
         stem, _, loader = name.partition(".")

@@ -60,6 +60,14 @@ def leave_present(draft: Draft, names: Sequence[str], why: str) -> None:
             draft.leave(name, why)
 
 
+def streaming(draft: Draft, name: str) -> None:
+    """Rows that are read while the run trains."""
+    if draft.settings.flag(name):
+        draft.change(
+            name, "rows are prepared ahead; data.prepare: streaming reads them while the run trains"
+        )
+
+
 def rate(draft: Draft, defaults: Defaults) -> None:
     """The learning rate."""
     own = draft.settings.number("learning_rate")

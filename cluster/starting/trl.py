@@ -99,6 +99,8 @@ def convert(draft: Draft, devices: Devices, places: Places, kind: str, origin: s
     trainer.evaluation(draft, holds_out)
     trainer.saving(draft, int(draft.values.get("method.passes", 1)))
     trainer.trackers(draft)
+    for name in ("streaming", "dataset_streaming"):
+        trainer.streaming(draft, name)
     adapting.attention(draft, "attn_implementation")
     if settings.value("use_flash_attention_2") is not None:
         draft.fulfilled("model.attention: auto, documents one at a time", "use_flash_attention_2")

@@ -128,6 +128,14 @@ def test_zeros_and_plugins_are_answered_with_what_they_mean(tmp_path: Path) -> N
     assert not result.unknown
 
 
+def test_names_of_weights_are_expressions(tmp_path: Path) -> None:
+    """Only a part of a weight is cut off, no class of characters."""
+    text = f"{ALPACA}unfrozen_parameters: ['layers.4[4-9]+.mlp', 'embed_tokens.weight$[:32000]']\n"
+    result = imported(text, tmp_path)
+    assert result.values["freeze"] == {"train": ["layers.4[4-9]+.mlp", "embed_tokens.weight$"]}
+    assert "whole weights" in result.changed["unfrozen_parameters"]
+
+
 def test_new_weights(tmp_path: Path) -> None:
     text = f"{AXOLOTL}pretraining_dataset: [{{path: org/texts, type: pretrain}}]\nmax_steps: 9\n"
     method = section(f"{text}reinit_weights: true\n", "method", tmp_path)
