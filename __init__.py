@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from .cluster.api.recipes import load_recipe
     from .cluster.api.results import PreparedData, Report, RunResult, SweepResult
     from .cluster.api.runs import check, export, prepare, runs, train
+    from .cluster.api.starting import import_recipe, init_recipe
     from .cluster.api.sweeps import tune
     from .training.common.errors import FinrayError, InputError, Interrupted, RunError
     from .training.config.recipe import Recipe
@@ -45,6 +46,8 @@ __all__ = [
     "evaluate",
     "export",
     "generate",
+    "import_recipe",
+    "init_recipe",
     "load_recipe",
     "plan",
     "prepare",
@@ -60,6 +63,7 @@ _MODULES = {
     "cluster.api.recipes": ("load_recipe",),
     "cluster.api.results": ("PreparedData", "Report", "RunResult", "SweepResult"),
     "cluster.api.runs": ("check", "export", "prepare", "runs", "train"),
+    "cluster.api.starting": ("import_recipe", "init_recipe"),
     "cluster.api.sweeps": ("tune",),
     "training.common.errors": ("FinrayError", "InputError", "Interrupted", "RunError"),
     "training.config.recipe": ("Recipe",),

@@ -15,11 +15,14 @@ def import_recipe(
     source: str,
     *,
     gpus: int | None = None,
-    to: Path | None = None,
-    dataset_info: Path | None = None,
+    to: str | Path | None = None,
+    dataset_info: str | Path | None = None,
     method: str | None = None,
 ) -> Imported:
     """Make a recipe from a configuration of Axolotl, LLaMA-Factory or TRL.
+
+        made = finray.import_recipe("axolotl.yml", gpus=8)
+        finray.check(made.values)
 
     Args:
         source: a file, or the command line of a training script.
@@ -34,28 +37,33 @@ def import_recipe(
             `to` exists.
     """
     prepare_process()
-    if to is not None:
-        check_new(to, "-o")
-    target = Path.cwd() if to is None else to.parent
-    imported = import_settings(source, gpus, target, dataset_info, method)
-    if to is not None:
-        write_new(to, imported.text, "-o")
+    file = None if to is None else Path(to)
+    if file is not None:
+        check_new(file, "-o")
+    target = Path.cwd() if file is None else file.parent
+    info = None if dataset_info is None else Path(dataset_info)
+    imported = import_settings(source, gpus, target, info, method)
+    if file is not None:
+        write_new(file, imported.text, "-o")
     return imported
 
 
 def init_recipe(
     data: str,
     *,
-    to: Path,
+    to: str | Path | None = None,
     model: str | None = None,
     method: str | None = None,
     rewards: Sequence[str] = (),
 ) -> FirstRecipe:
-    """Look at data, machine and model, and write a recipe whose comments explain each choice.
+    """Look at data, machine and model, and make a recipe whose comments explain each choice.
+
+        first = finray.init_recipe("conversations.jsonl", model="Qwen/Qwen3-0.6B")
+        finray.train(first.values)
 
     Args:
         data: a file, a folder, a URI, or a data set of the hub.
-        to: a new file for the recipe.
+        to: a new file for the recipe, whose folder its paths start from; None: it is only returned.
         model: a folder or a hub id; by default a small open model that fits the machine.
         method: a method's kind; by default the one that learns from the rows' shape.
         rewards: reward functions of an online method, as FILE:FUNCTION.
@@ -64,10 +72,14 @@ def init_recipe(
         InputError: the data cannot be read, no method learns from it, or `to` exists.
     """
     prepare_process()
-    check_new(to, "-o")
-    target = to.resolve().parent  # as a recipe's file is resolved, whose paths start there
+    file = None if to is None else Path(to)
+    if file is not None:
+        check_new(file, "-o")
+    # as a recipe's file is resolved, whose paths start there
+    target = Path.cwd() if file is None else file.resolve().parent
     made = first_recipe(data, model, method, rewards, visible_gpus(), target)
-    write_new(to, made.text, "-o")
+    if file is not None:
+        write_new(file, made.text, "-o")
     return made
 
 

@@ -5,6 +5,7 @@ import re
 
 from ...training.config.methods import METHODS
 from . import adapting, trainer
+from .alpaca import is_like_alpaca, write_template
 from .axolotl_rows import Rows, read_rows
 from .draft import Draft
 from .places import Places
@@ -22,21 +23,25 @@ _KINDS = {
     "grpo": "grpo",
     "gdpo": "grpo",
 }
-_ALPACA_TEMPLATE = """\
-{% for message in messages %}{% if message.role == 'system' %}{{ message.content + '\\n\\n' }}\
-{% elif message.role == 'user' %}{{ '### Instruction:\\n' + message.content + '\\n\\n' }}\
-{% elif message.role == 'assistant' %}\
-{{ '### Response:\\n' + message.content + eos_token }}\
-{% if not loop.last %}{{ '\\n\\n' }}{% endif %}{% endif %}{% endfor %}\
-{% if add_generation_prompt %}{{ '### Response:\\n' }}{% endif %}"""
-_ALPACA_SYSTEM = (
-    "Below is an instruction that describes a task. Write a response that appropriately completes "
-    "the request."
+_ADAPTER = (
+    *("lora_r", "lora_alpha", "lora_dropout", "lora_target_linear", "lora_target_modules"),
+    *("lora_target_parameters", "lora_modules_to_save", "peft_init_lora_weights"),
+    *("peft_use_dora", "peft_use_rslora", "lora_rank_pattern", "lora_alpha_pattern", "peft"),
+    "loraplus_lr_ratio",
 )
-_ALPACA_LIKE = frozenset(
-    "alpaca alpaca_instruct gpteacher oasst alpaca_w_system context_qa summarizetldr jeopardy "
-    "orcamini alpaca_chat creative_acr user_defined".split()
-)
+_PLUGINS = {
+    "spectrum": "all weights are trained; freeze.train selects those of some layers",
+    "grokfast": "gradients are not filtered",
+    "mora": "LoRA in the place of MoRA",
+    "mixlora": "LoRA in the place of MixLoRA",
+    "densemixer": "the router learns nothing; finray leaves it as it is",
+    "llm_compressor": "weights are neither sparse nor compressed",
+    "lm_eval": "finray eval measures the result",
+}
+"""What finray does in the place of a plugin, by its package."""
+_PLAIN_FORMATS = ("{prompt}", "{chosen}", "{rejected}", "{completion}")
+_ROWS_OF_A_WEIGHT = re.compile(r"\s*\[\d*:\d*\]\Z")
+"""The part of a weight that is trained, behind the expression for its name."""
 _OWN_TEMPLATES = re.compile(r"tokenizer_default.*|jinja")
 
 
@@ -53,15 +58,16 @@ def convert(draft: Draft, devices: Devices, places: Places) -> None:
     names = ("wandb_name", "output_dir", "hub_model_id")
     trainer.run_name(draft, names, f"{base.rpartition('/')[2]}-{kind}")
     adapts = _adapter(draft, places)
-    if draft.values.get("method.kind") == "pretrain" and settings.flag("reinit_weights"):
-        draft.put("method.init", "random", "reinit_weights")
     holds_out = _data(draft, kind, places)
+    if settings.flag("reinit_weights"):
+        _fresh_weights(draft)
     _of_method(draft, kind, places)
     workers = settings.whole("ray_num_workers", 1) if settings.flag("use_ray") else None
     if workers:
         devices = Devices(workers, f"ray_num_workers: {workers}")
         draft.fulfilled(f"scale.workers: {workers}", "ray_num_workers", "use_ray")
     generations = int(draft.values.get("method.generations", 1)) if kind == "grpo" else 1
+    devices = trainer.without_split_sequences(draft, devices, _gpus_of_a_sequence(draft))
     trainer.batch(draft, devices, _DEFAULTS, "micro_batch_size", generations)
     trainer.duration(draft, _DEFAULTS, "num_epochs")
     trainer.rate(draft, _DEFAULTS)
@@ -81,11 +87,35 @@ def convert(draft: Draft, devices: Devices, places: Places) -> None:
     adapting.attention(draft, "attn_implementation")
     _trackers(draft)
     if not adapts:
-        for name in ("lora_r", "lora_alpha", "lora_dropout", "lora_target_linear"):
-            if settings.value(name) is not None:
-                draft.leave(name, "an adapter's; the configuration trains the model's own weights")
+        why = "an adapter's; the configuration trains the model's own weights"
+        trainer.leave_present(draft, _ADAPTER, why)
     _special_tokens(draft)
+    _plugins(draft)
+    trainer.streaming(draft, "streaming")
     trainer.copy_the_rest(draft, frozenset(METHODS[draft.values["method.kind"]].model_fields))
+
+
+def _gpus_of_a_sequence(draft: Draft) -> int:
+    """GPUs that compute one sequence together, and so count once in a batch."""
+    settings = draft.settings
+    nested = settings.value("context_parallel")
+    inner = settings.inside("context_parallel", nested).whole("size", 1) if nested else None
+    names = ("context_parallel_size", "sequence_parallel_degree")
+    context = next((size for name in names if (size := settings.whole(name, 1))), inner or 1)
+    return context * (settings.whole("tensor_parallel_size", 1) or 1)
+
+
+def _fresh_weights(draft: Draft) -> None:
+    if draft.values["method.kind"] == "pretrain":
+        draft.put("method.init", "random", "reinit_weights")
+    else:
+        draft.change("reinit_weights", "the base's weights; only pretrain starts from random ones")
+
+
+def _plugins(draft: Draft) -> None:
+    packages = {part for name in draft.settings.texts("plugins") for part in name.split(".")}
+    if found := sorted(packages & _PLUGINS.keys()):
+        draft.change("plugins", "; ".join(f"{name}: {_PLUGINS[name]}" for name in found))
 
 
 def _trackers(draft: Draft) -> None:
@@ -103,8 +133,6 @@ def _method(draft: Draft) -> str:
     """The kind of finray's method; sft until the rows say that it is pretraining."""
     settings = draft.settings
     rl = settings.text("rl")
-    if settings.flag("process_reward_model"):
-        raise draft.refusal("process_reward_model", "no method of finray rates single steps")
     if settings.flag("reward_model"):
         draft.put("method.kind", "reward", "reward_model")
         return "reward"
@@ -136,10 +164,11 @@ def _adapter(draft: Draft, places: Places) -> bool:
             adapting.quantise(draft, bits, name, adapts)
     if kind == "qlora" and "model.quantize" not in draft.values:
         draft.put("model.quantize", "nf4", "adapter")
-    unfrozen = [text.partition("[")[0].rstrip() for text in settings.texts("unfrozen_parameters")]
+    named = settings.texts("unfrozen_parameters")
+    unfrozen = list(dict.fromkeys(_ROWS_OF_A_WEIGHT.sub("", text) for text in named))
     if unfrozen and not adapts:
         draft.put("freeze.train", unfrozen, "unfrozen_parameters")
-        if any("[" in text for text in settings.texts("unfrozen_parameters")):
+        if any(map(_ROWS_OF_A_WEIGHT.search, named)):
             draft.change("unfrozen_parameters", "whole weights; finray trains no part of one")
     elif unfrozen:
         draft.fulfilled("the base is frozen beside an adapter", "unfrozen_parameters")
@@ -152,9 +181,7 @@ def _lora(draft: Draft, kind: str, places: Places) -> None:
     if kind not in ("lora", "qlora"):
         draft.change("adapter", f"{kind}: LoRA in its place")
     if adapting.existing_adapter(draft, "lora_model_dir", places):
-        for name in ("lora_r", "lora_alpha", "lora_dropout", "lora_target_linear"):
-            if settings.value(name) is not None:
-                draft.leave(name, "comes with the adapter that is trained on")
+        trainer.leave_present(draft, _ADAPTER, "comes with the adapter that is trained on")
         return
     named = settings.texts("lora_target_modules")
     if settings.flag("lora_target_linear"):
@@ -238,6 +265,8 @@ def holdout(draft: Draft, name: str, has_sources: bool) -> bool:
     """The share of the rows that is held out; True if there are held-out rows."""
     share = draft.settings.number(name)
     if not share:
+        if share is not None:
+            draft.fulfilled("no training rows are held out, as by default", name)
         return has_sources
     if has_sources:
         draft.leave(name, "a share of the training rows; the evaluation data comes before it")
@@ -273,40 +302,29 @@ def _template(draft: Draft, rows: Rows, places: Places) -> None:
         file = places.path(jinja)
         draft.put("data.chat_template", file, "chat_template_jinja", "chat_template")
     elif named is not None:
-        draft.fulfilled("the model's own chat template", "chat_template")
+        _named_template(draft, named)
     elif names and not all(map(_OWN_TEMPLATES.fullmatch, names)):
         listed = ", ".join(sorted(names))
         draft.notes.append(
             f"chat template {listed}: the model's own stands in its place; data.chat_template "
             "takes another"
         )
-    elif draft.values["method.kind"] == "sft" and rows.strategies <= _ALPACA_LIKE:
-        _alpaca_template(draft, rows)
+    elif draft.values["method.kind"] == "sft" and is_like_alpaca(rows):
+        write_template(draft, rows)
+    elif any(text.strip() not in _PLAIN_FORMATS for text in rows.formats):
+        listed = ", ".join(map(json.dumps, dict.fromkeys(rows.formats)))
+        draft.notes.append(f"prompt formats {listed}: the chat template, or map of the source")
     _system(draft)
 
 
-def _alpaca_template(draft: Draft, rows: Rows) -> None:
-    """The texts around instruction and answer that the strategy writes itself."""
-    template, origin = _ALPACA_TEMPLATE, "Axolotl's strategy writes this text itself"
-    if rows.formats:
-        before, found, after = rows.formats[0].partition("{instruction}")
-        if not found or "{" in before + after:
-            draft.notes.append(
-                f"datasets.0.type.format: {json.dumps(rows.formats[0])}: the model's own chat "
-                "template stands in its place; data.chat_template takes another"
-            )
-            return
-        template = (
-            "{% for message in messages %}{% if message.role == 'user' %}{{ "
-            f"{json.dumps(before)} + message.content + {json.dumps(after)} }}}}"
-            "{% elif message.role == 'system' %}{{ message.content + '\\n' }}"
-            "{% else %}{{ message.content + eos_token }}{% endif %}{% endfor %}"
+def _named_template(draft: Draft, name: str) -> None:
+    if _OWN_TEMPLATES.fullmatch(name):
+        draft.fulfilled("the model's own chat template", "chat_template")
+    else:
+        draft.change(
+            "chat_template",
+            f"{name}: the model's own chat template; data.chat_template takes another",
         )
-        origin = "datasets.0.type.format"
-    elif rows.strategies <= {"alpaca", "gpteacher"}:
-        for source in draft.values["data.train"]:
-            source.setdefault("system", _ALPACA_SYSTEM)
-    draft.put("data.chat_template", template, note=origin)
 
 
 def _system(draft: Draft) -> None:
@@ -341,26 +359,17 @@ def _special_tokens(draft: Draft) -> None:
 
 def _of_method(draft: Draft, kind: str, places: Places) -> None:
     settings = draft.settings
-    beta = settings.number("rl_beta")
-    name = "rl_beta" if beta is not None else "dpo_beta"
-    beta = settings.number("dpo_beta") if beta is None else beta
-    if kind in ("dpo", "kto", "simpo", "cpo") and beta:
-        draft.put("method.beta", beta, name)
-    if kind == "orpo" and (alpha := settings.number("orpo_alpha") or beta):
-        draft.put("method.beta", alpha, "orpo_alpha", name)
+    if kind in ("dpo", "kto", "orpo", "simpo", "cpo"):
+        _beta(draft, kind)
     if kind == "simpo":
         draft.put("method.gamma", settings.number("simpo_gamma") or 0.5, "simpo_gamma")
-        draft.put("method.sft_weight", settings.number("cpo_alpha") or 0.0, "cpo_alpha")
-    if kind == "cpo" and (weight := settings.number("cpo_alpha")) is not None:
-        draft.put("method.sft_weight", weight, "cpo_alpha")
+    if kind in ("simpo", "cpo"):
+        weight = settings.number("cpo_alpha")
+        note = "TRL's default" if weight is None else ""
+        value = 1.0 if weight is None else weight
+        draft.put("method.sft_weight", value, "cpo_alpha", note=note)
     if kind == "dpo":
-        if names := settings.texts("dpo_loss_type"):
-            draft.put("method.losses", dict.fromkeys(names, 1.0), "dpo_loss_type")
-        if weight := settings.number("rpo_alpha"):
-            losses = {**draft.values.get("method.losses", {"sigmoid": 1.0}), "sft": weight}
-            draft.put("method.losses", losses, "rpo_alpha")
-        if smoothing := settings.number("dpo_label_smoothing"):
-            draft.put("method.label_smoothing", smoothing, "dpo_label_smoothing")
+        _dpo(draft)
     if kind == "reward" and (weight := settings.number("center_rewards_coefficient")):
         draft.put("method.center_coefficient", weight, "center_rewards_coefficient")
     if kind == "grpo":
@@ -368,3 +377,31 @@ def _of_method(draft: Draft, kind: str, places: Places) -> None:
         whole = int(draft.values["data.max_length"])
         most = int(draft.values["method.max_completion"])
         draft.put("data.max_length", whole + most, note="prompt (sequence_len) and completion")
+
+
+def _beta(draft: Draft, kind: str) -> None:
+    """The distance from the reference; trl.beta comes first, as in Axolotl."""
+    settings = draft.settings
+    trl = settings.value("trl")
+    inner = settings.inside("trl", trl).number("beta") if trl is not None else None
+    if inner is not None:
+        draft.fulfilled("method.beta", "trl")
+    names = ("rl_beta", "dpo_beta", *(["orpo_alpha"] if kind == "orpo" else []))
+    found = [inner, *(settings.number(name) for name in names)]
+    value = next((number for number in found if number), None)
+    if value is not None or kind == "simpo":  # finray's own default for simpo is larger
+        note = "TRL's default" if value is None else ""
+        draft.put("method.beta", value or 0.1, *names, note=note)
+
+
+def _dpo(draft: Draft) -> None:
+    settings = draft.settings
+    weights = settings.numbers("dpo_loss_weights")
+    if names := settings.texts("dpo_loss_type"):
+        pairs = zip(names, [*weights, *[1.0] * len(names)], strict=False)
+        draft.put("method.losses", dict(pairs), "dpo_loss_type", "dpo_loss_weights")
+    if weight := settings.number("rpo_alpha"):
+        losses = {**draft.values.get("method.losses", {"sigmoid": 1.0}), "sft": weight}
+        draft.put("method.losses", losses, "rpo_alpha")
+    if smoothing := settings.number("dpo_label_smoothing"):
+        draft.put("method.label_smoothing", smoothing, "dpo_label_smoothing")

@@ -51,7 +51,6 @@ _PAIRS: dict[str, dict[str, str]] = {
     "ultra": {},
     "default": {},
     "load": {},
-    "nectar": {},
     "passthrough": {},
     "chat_template": {},
     "llama3": {},
@@ -60,7 +59,7 @@ _LABELLED: dict[str, dict[str, str]] = {
     "intel": {"instruction": "question", "output": "completion"},
     "prompt_pairs": {"instruction": "prompt", "output": "completion"},
     "argilla": {"output": "completion"},
-    "argilla_chat": {},
+    "argilla_chat": {"messages": "completion"},
     "ultra": {"instruction": "prompt", "output": "completion"},
     "default": {},
 }
@@ -95,6 +94,10 @@ _LEFT = {
     "input_transform": "a function of yours; write it as map of the source",
     "logprobs_field": "distillation, which finray does not have",
     "temperature": "distillation, which finray does not have",
+    "train_on_eot": "which ends of turns are trained; finray trains the end of each trained turn",
+    "field_human": "a strategy that Axolotl no longer has",
+    "field_model": "a strategy that Axolotl no longer has",
+    "system_format": "the text around a system prompt; the chat template writes it",
     "drop_system_message": "leaving out system messages; map of the source can do it",
     "drop_exact_duplicates": "data.curate: [deduplicate]",
     "skip": "rows at the beginning; split: train[N:] leaves them out",
@@ -104,8 +107,8 @@ _LEFT = {
     "train_on_last_step_only": "single steps, from which no method learns",
 }
 _FORMATS = (
-    *("system_format", "no_input_format", "format", "prompt_format", "chosen_format"),
-    *("rejected_format", "completion_format"),
+    *("no_input_format", "format", "prompt_format", "chosen_format", "rejected_format"),
+    "completion_format",
 )
 
 
@@ -118,6 +121,8 @@ class Rows:
     """Names of chat templates, or Jinja texts."""
     strategies: set[str] = field(default_factory=set)
     """Names of prompt strategies."""
+    styles: set[str] = field(default_factory=set)
+    """Their styles, as chat in alpaca:chat."""
     trains_all: bool = False
     """True if other roles than the assistant's are trained."""
     formats: list[str] = field(default_factory=list)
@@ -186,14 +191,17 @@ class _Entry:
             self.values |= kind
             if prompt := self._take("system_prompt"):
                 self.source["system"] = str(prompt)
-            formats = {name: self._take(name) for name in _FORMATS}
-            text = formats["no_input_format"] or formats["format"] or formats["prompt_format"]
-            if text is not None:
-                self.rows.formats.append(str(text))
+            formats = [self._take(name) for name in _FORMATS]
+            self.rows.formats += [str(text) for text in formats if text is not None]
             return
         if kind is None:
+            if self.method == "sft":
+                self.draft.notes.append(
+                    f"{self.key}: without a type Axolotl reads tokens (input_ids); finray reads "
+                    "texts and conversations"
+                )
             return
-        name = str(kind).partition(":")[0]
+        name, _, style = str(kind).partition(":")
         stem, _, loader = name.partition(".")
         if self.method in ONLINE:
             self.draft.leave(
@@ -203,9 +211,13 @@ class _Entry:
         if self.method == "sft":
             found = _IMITATED.get(_plain_loader(name), _IMITATED.get(stem))
             self.rows.strategies.add(stem)
+            if style and stem not in _CHATS:
+                self.rows.styles.add(style)
         else:
             table = _LABELLED if self.method == "kto" else _PAIRS
             found = table.get(loader, table.get(stem))
+            if stem == "bradley_terry":
+                found = {"instruction": "input"}
             self.rows.strategies.add("pairs")
             if stem in ("chatml", "llama3"):
                 self.rows.templates.add(stem)
@@ -267,6 +279,10 @@ class _Entry:
 
     def _part(self) -> None:
         """The part of the data set that is used."""
+        weight = self.settings.number("weight")
+        self.values.pop("weight", None)
+        if weight is not None and 0 < weight < 1:
+            self.source["weight"] = weight
         for name, own in (("name", "subset"), ("revision", "revision")):
             if (value := self._take(name)) is not None:
                 self.source[own] = str(value)

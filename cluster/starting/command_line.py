@@ -2,7 +2,7 @@
 
 import re
 import shlex
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import PurePath
 from typing import Any
@@ -29,10 +29,12 @@ _MACHINES = ("nnodes", "num_nodes")
 _OPTION = re.compile(r"--?[A-Za-z]")
 _ASSIGNMENT = re.compile(r"[A-Za-z_][\w.]*=")
 _METHODS = re.compile(
-    r"(?<![a-z])(online_dpo|nash_md|sft|dpo|kto|orpo|cpo|simpo|grpo|rloo|ppo|gkd|xpo|bco|prm)"
-    r"(?![a-z])"
+    r"(?<![a-z])(online_dpo|nash_md|sft|dpo|kto|orpo|cpo|simpo|grpo|rloo|ppo|gkd|xpo|bco|prm|gold"
+    r"|minillm|sdft|sdpo|tpo|a2po|gmpo|\w*distillation)(?![a-z])"
 )
 """TRL's methods in the name of a script; those that finray lacks are refused."""
+_LAUNCH_FILES = ("config_file", "accelerate_config")
+_VARIABLE = re.compile(r"([A-Z_][A-Z0-9_]*)=(.*)", re.DOTALL)
 
 
 @dataclass
@@ -49,6 +51,8 @@ class CommandLine:
     """Processes that the launcher starts."""
     files: list[str] = field(default_factory=list)
     """YAML files with settings."""
+    launch_file: str | None = None
+    """accelerate's file, or the name of one that TRL brings along."""
 
     @property
     def method(self) -> str | None:
@@ -78,7 +82,8 @@ def read_command(text: str) -> CommandLine:
     except ValueError as error:
         raise InputError(f"the command line cannot be read: {error}; close the quote") from None
     command = CommandLine()
-    rest = list(_plain_words(words))
+    variables: dict[str, str] = {}
+    rest = list(_plain_words(words, variables))
     start = _script_at(rest)
     if start is None:
         raise InputError(
@@ -92,16 +97,31 @@ def read_command(text: str) -> CommandLine:
         start += 1
         command.script = rest[start] if start < len(rest) else ""
     _read_options(rest[start + 1 :], command)
+    if command.processes is None and command.launch_file is None:
+        command.processes = _visible(variables)
     return command
 
 
-def _plain_words(words: Sequence[str]) -> Iterator[str]:
-    """The words behind VARIABLE=value in front; -mMODULE as two."""
+def _visible(variables: Mapping[str, str]) -> int | None:
+    """The GPUs that variables of the environment name; None if none does."""
+    each, machines = (variables.get(name, "") for name in ("NPROC_PER_NODE", "NNODES"))
+    devices = [text for text in variables.get("CUDA_VISIBLE_DEVICES", "").split(",") if text]
+    if not (each.isdecimal() or machines.isdecimal() or devices):
+        return None
+    here = int(each) if each.isdecimal() else len(devices)
+    return max(1, here) * (max(1, int(machines)) if machines.isdecimal() else 1)
+
+
+def _plain_words(words: Sequence[str], variables: dict[str, str]) -> Iterator[str]:
+    """The words behind VARIABLE=value in front, which goes into variables; -mMODULE as two."""
     is_front = True
     before = ""
     for word in words:
-        is_front = is_front and bool(re.match(r"[A-Z_][A-Z0-9_]*=", word))
+        match = _VARIABLE.fullmatch(word)
+        is_front = is_front and (match is not None or word in ("env", "export"))
         if is_front:
+            if match is not None:
+                variables[match[1]] = match[2]
             continue
         is_joined = word.startswith("-m") and PurePath(before).name.startswith("python")
         yield from ("-m", word[2:]) if is_joined and len(word) > 2 else (word,)
@@ -135,12 +155,16 @@ def _read_launcher(words: Sequence[str], command: CommandLine) -> None:
     of_each = next((counts[name] for name in _PROCESSES[1:] if name in counts), None)
     machines = next((counts[name] for name in _MACHINES if name in counts), 1)
     command.processes = of_all or (of_each and of_each * max(1, machines))
+    files = [str(value) for name, value in _options(words) if name in _LAUNCH_FILES]
+    command.launch_file = files[-1] if files else None
 
 
 def _read_options(words: Sequence[str], command: CommandLine) -> None:
     for name, value in _options(words):
         if name == "config":
             command.files.append(str(value))
+        elif name in _LAUNCH_FILES and not isinstance(value, bool):
+            command.launch_file = str(value)
         elif name in _PROCESSES and str(value).isdecimal():
             command.processes = int(value)
         elif name:

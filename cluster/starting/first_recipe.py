@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from ...training.common.errors import InputError
 from ...training.common.formatting import count
+from ...training.common.yaml_text import load_yaml
 from ...training.config.methods import METHODS
 from ...training.config.model_folder import model_folder
 from ...training.config.models import ModelSettings
@@ -74,6 +75,11 @@ class FirstRecipe:
     """True if the model's small files are on this machine."""
     notes: tuple[str, ...]
     """What the user should know beside the comments."""
+
+    @property
+    def values(self) -> dict[str, Any]:
+        """The recipe's settings, as `finray.check` and `finray.train` take them."""
+        return dict(load_yaml(self.text))
 
 
 def first_recipe(

@@ -7,17 +7,21 @@ from typing import Any
 
 from ...training.common.errors import InputError
 from ...training.common.formatting import printable, shown
+from ...training.common.yaml_text import load_yaml
+from ...training.config.foreign.llama_factory_v1 import LLAMA_FACTORY_V1
 from ...training.config.foreign.lookup import dialect_of, marks_in
 from ...training.config.methods import ONLINE
 from ...training.config.paths import exists
 from ...training.config.recipe import Recipe, build_recipe
 from ...training.config.short_forms import write_out
 from ...training.config.yaml_file import Document, read_foreign_file
-from . import axolotl, llama_factory, trl
+from . import axolotl, llama_factory, llama_factory_v1, trl
 from .command_line import CommandLine, is_command, read_command
 from .draft import Draft, ForeignSettings
-from .places import Places
+from .launch import devices_of
+from .places import Places, starting_folders
 from .recipe_text import recipe_text
+from .refusals import refuse_other_training
 from .trainer import Devices
 
 _ACCELERATE = frozenset({"compute_environment", "distributed_type", "fsdp_config", "zero_stage"})
@@ -46,6 +50,11 @@ class Imported:
     faults: str | None
     """What is wrong with the recipe; None if it is valid."""
 
+    @property
+    def values(self) -> dict[str, Any]:
+        """The recipe's settings, as `finray.check` and `finray.train` take them."""
+        return dict(load_yaml(self.text))
+
 
 def import_settings(
     source: str, gpus: int | None, target: Path, dataset_info: Path | None, method: str | None
@@ -67,12 +76,16 @@ def import_settings(
     values, where, folder = _read(source, command)
     name = _dialect(values, where, command)
     draft = Draft(ForeignSettings(values, where), dialect_of(name))
-    devices = _devices(gpus, command)
-    places = Places(tuple(dict.fromkeys((folder, Path.cwd()))), target.resolve())
+    devices = devices_of(gpus, command)
+    refuse_other_training(draft)
+    places = Places(starting_folders(folder), target.resolve())
     if name == "Axolotl":
         axolotl.convert(draft, devices, places)
     elif name == "LLaMA-Factory":
         llama_factory.convert(draft, devices, places, dataset_info)
+    elif name == LLAMA_FACTORY_V1.name:
+        verb = command.script if command is not None and command.script != "train" else None
+        llama_factory_v1.convert(draft, devices, places, verb)
     else:
         kind, origin = _method(values, where, command, method)
         trl.convert(draft, devices, places, kind, origin)
@@ -95,6 +108,8 @@ def _read(source: str, command: CommandLine | None) -> tuple[dict[str, Any], str
 
 def _dialect(values: Mapping[str, Any], where: str, command: CommandLine | None) -> str:
     marks = marks_in(values)
+    if LLAMA_FACTORY_V1.name in marks:
+        return LLAMA_FACTORY_V1.name
     if command is not None and command.project in _PROJECTS:
         named = _PROJECTS[command.project]
         marks = {named: [], **{name: keys for name, keys in marks.items() if name == named}}
@@ -114,18 +129,13 @@ def _dialect(values: Mapping[str, Any], where: str, command: CommandLine | None)
             f"{where}: accelerate's own settings, which say how processes start; name the file or "
             "command with the training's settings, and the GPUs with --gpus"
         )
+    if "zero_optimization" in values:
+        raise InputError(
+            f"{where}: DeepSpeed's own settings; name the file or command with the training's, and "
+            "the GPUs with --gpus"
+        )
     keys = ", ".join(list(values)[:6]) or "none"
     raise InputError(f"{where}: no configuration of {_NAMES}; its keys: {keys}")
-
-
-def _devices(gpus: int | None, command: CommandLine | None) -> Devices:
-    if gpus is not None:
-        if gpus < 1:
-            raise InputError(f"--gpus: expected at least 1, found {gpus}")
-        return Devices(gpus, f"--gpus {gpus}")
-    if command is not None and command.processes:
-        return Devices(command.processes, "the command line's processes")
-    return Devices(1, "1 GPU unless --gpus says more")
 
 
 def _method(

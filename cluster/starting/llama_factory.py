@@ -1,6 +1,7 @@
 """A LLaMA-Factory configuration as a recipe."""
 
 import json
+import math
 import os
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,11 @@ _OTHER_WORK = {
     "eval_template": "measures a finished model; nothing is trained",
 }
 _OTHER_OPTIMIZERS = ("use_galore", "use_apollo", "use_badam", "use_adam_mini", "use_muon")
+_MODEL_PARALLEL = (
+    "tensor_model_parallel_size",
+    "pipeline_model_parallel_size",
+    "context_parallel_size",
+)
 _OTHER_LOSSES = ("use_dft_loss", "use_eaft_loss", "use_asft_loss")
 
 
@@ -56,6 +62,8 @@ def convert(draft: Draft, devices: Devices, places: Places, info: Path | None) -
     if workers := settings.whole("ray_num_workers", 1):
         devices = Devices(workers, f"ray_num_workers: {workers}")
         draft.fulfilled(f"scale.workers: {workers}", "ray_num_workers")
+    share = math.prod(settings.whole(name, 1) or 1 for name in _MODEL_PARALLEL)
+    devices = trainer.without_split_sequences(draft, devices, share)
     trainer.batch(draft, devices, _DEFAULTS, "per_device_train_batch_size")
     trainer.duration(draft, _DEFAULTS, "num_train_epochs")
     trainer.rate(draft, _DEFAULTS)
@@ -75,6 +83,7 @@ def convert(draft: Draft, devices: Devices, places: Places, info: Path | None) -
     trainer.patience(draft, "early_stopping_steps")
     trainer.saving(draft)
     trainer.trackers(draft)
+    trainer.streaming(draft, "streaming")
     own = settings.text("flash_attn")
     if own is not None:
         draft.fulfilled("model.attention: auto, documents one at a time", "flash_attn")
@@ -234,7 +243,7 @@ def _data(draft: Draft, kind: str, places: Places, info: Path | None) -> bool:
         _packing(draft, kind)
     if kind == "sft":
         _loss(draft)
-    _template(draft)
+    template(draft)
     return holds_out
 
 
@@ -312,7 +321,8 @@ def _loss(draft: Draft) -> None:
         draft.put("method.train_on", "last", "mask_history")
 
 
-def _template(draft: Draft) -> None:
+def template(draft: Draft) -> None:
+    """The chat template, by its name: the model's own."""
     settings = draft.settings
     name = settings.text("template")
     if name is not None and name != "default":

@@ -39,6 +39,15 @@ def files_of(settings: ForeignSettings, split: Any = None) -> list[str]:
     return files
 
 
+def starting_folders(folder: Path) -> tuple[Path, ...]:
+    """Where relative paths of a configuration may start: its folder, the current one, and the root
+    of the project that it is in, where these projects' commands are mostly started."""
+    roots = (parent for parent in folder.parents if (parent / "pyproject.toml").is_file())
+    return tuple(
+        dict.fromkeys((folder, Path.cwd(), *([root] if (root := next(roots, None)) else [])))
+    )
+
+
 def _matches(folder: Path, pattern: str) -> bool:
     return any(True for _ in glob.iglob(pattern, root_dir=folder, recursive=True))  # noqa: PTH207 - which raises for **x
 

@@ -48,7 +48,8 @@ def online(draft: Draft, places: Places, section: str = "", values: Any = None) 
         plain = value if isinstance(value, bool) or value != int(value) else int(value)
         draft.put(f"method.{own}", plain, *([] if section else [name]))
         read.add(name)
-    draft.values.setdefault("method.generations", 8)
+    default = 2 if draft.values["method.kind"] == "rloo" else 8
+    draft.values.setdefault("method.generations", default)
     draft.values.setdefault("method.max_completion", 512)
     _rewards(draft, settings, section, places)
     if draft.values["method.kind"] == "grpo":

@@ -37,6 +37,8 @@ class Devices:
     count: int
     origin: str
     """Where their number comes from, for the comment."""
+    shards: str = ""
+    """The file that shares the weights among them, beside the configuration; empty for none."""
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,21 @@ class Defaults:
     microbatch: int
     schedule: str
     warmup: float = 0.0
+
+
+def leave_present(draft: Draft, names: Sequence[str], why: str) -> None:
+    """Leave out those of these settings that have a value."""
+    for name in names:
+        if draft.settings.value(name) is not None:
+            draft.leave(name, why)
+
+
+def streaming(draft: Draft, name: str) -> None:
+    """Rows that are read while the run trains."""
+    if draft.settings.flag(name):
+        draft.change(
+            name, "rows are prepared ahead; data.prepare: streaming reads them while the run trains"
+        )
 
 
 def rate(draft: Draft, defaults: Defaults) -> None:
@@ -87,10 +104,8 @@ def batch(
     least = generations * devices.count if generations > 1 else devices.count
     rounded = max(least, -(-total // generations) * generations)
     if rounded != total:
-        draft.notes.append(
-            f"optim.batch_size: {total} completions became {rounded}, whole groups of {generations}"
-            " for each GPU"
-        )
+        unit = f"whole groups of {generations} completions" if generations > 1 else "one sequence"
+        draft.notes.append(f"optim.batch_size: {total} became {rounded}, {unit} for each GPU")
     if draft.values.get("method.kind") == "kto" and rounded < 2:
         rounded = 2
         draft.notes.append("optim.batch_size: 2 instead of 1, as kto compares answers of a batch")
@@ -100,6 +115,25 @@ def batch(
     draft.put("optim.micro_batch_size", min(rows, rounded), name, note=micro_note)
     if devices.count > 1:
         draft.put("scale.workers", devices.count, note=devices.origin)
+
+
+def without_split_sequences(draft: Draft, devices: Devices, share: int) -> Devices:
+    """The GPUs, each with sequences of its own.
+
+    Args:
+        draft: the draft.
+        devices: the GPUs.
+        share: of them compute one sequence together in the other project, so that the batch counts
+            them once.
+    """
+    if share < 2 or devices.count < 2:
+        return devices
+    count = max(1, devices.count // share)
+    draft.notes.append(
+        f"scale.workers: {count}, not {devices.count}, which keeps the batch; finray splits no "
+        "sequence over GPUs, but scale.strategy: fsdp shares the model among more"
+    )
+    return Devices(count, f"{devices.count} GPUs, {share} for a sequence", devices.shards)
 
 
 def duration(draft: Draft, defaults: Defaults, name: str) -> None:
@@ -131,11 +165,16 @@ def schedule(draft: Draft, defaults: Defaults, name: str) -> None:
 def _warmup(draft: Draft, defaults: Defaults, without: bool) -> None:
     settings = draft.settings
     share, steps = settings.number("warmup_ratio"), settings.number("warmup_steps")
+    names = ["warmup_ratio"]
     if steps is not None and 0 < steps < 1:
-        share, steps = steps, None
+        share, steps, names = steps, None, ["warmup_steps"]
+    elif steps == 0:
+        names.append("warmup_steps")
     if without:
         draft.put("optim.warmup_ratio", 0.0, "warmup_ratio", "warmup_steps")
     elif steps:
+        if share is not None:
+            draft.leave("warmup_ratio", "a share of the steps; warmup_steps comes before it")
         total = draft.values.get("optim.max_steps")
         if total:
             note = f"{steps:g} of {total} steps"
@@ -150,7 +189,7 @@ def _warmup(draft: Draft, defaults: Defaults, without: bool) -> None:
                 f"decides: {_WARMUP:g} stands there",
             )
     elif share is not None:
-        draft.put("optim.warmup_ratio", min(1.0, share), "warmup_ratio")
+        draft.put("optim.warmup_ratio", min(1.0, share), *names)
     else:
         value = defaults.warmup if steps is None else 0.0
         note = "" if steps is not None else f"{defaults.project}'s default"
@@ -222,15 +261,13 @@ def sharding(draft: Draft, devices: Devices) -> None:
     given = {name: draft.settings.value(name) for name in ("deepspeed", "fsdp", "fsdp_config")}
     names = [name for name, value in given.items() if value is not None]
     if not names:
+        _shard_as_launched(draft, devices)
         return
-    shards = any(name != "deepspeed" or "zero3" in str(given[name]) for name in names)
-    quantize = draft.values.get("model.quantize")
-    init = draft.values.get("adapter.init")
-    is_online = draft.values.get("method.kind") in ONLINE
+    shards = any(name != "deepspeed" or _is_stage_3(given[name]) for name in names)
     for name in names:
         if devices.count < 2:
             draft.change(name, "one GPU has no other to share the weights with; see --gpus")
-        elif quantize == "int8" or is_online or init in ("pissa", "olora"):
+        elif _cannot_shard(draft):
             draft.change(name, "scale.strategy: auto; what is trained here cannot be sharded")
         elif shards:
             draft.put("scale.strategy", "fsdp", name)
@@ -239,6 +276,26 @@ def sharding(draft: Draft, devices: Devices) -> None:
                 name, "scale.strategy: auto shards weights, gradients and states where one GPU "
                 "does not hold them"
             )  # fmt: skip
+
+
+def _is_stage_3(deepspeed: Any) -> bool:
+    """True if DeepSpeed shares the weights too: ZeRO-3, by its settings or its file's name."""
+    if isinstance(deepspeed, dict):
+        zero = deepspeed.get("zero_optimization")
+        return isinstance(zero, dict) and zero.get("stage") == 3
+    return bool(re.search(r"z(ero)?[_-]?(stage)?[_-]?3", str(deepspeed).lower()))
+
+
+def _shard_as_launched(draft: Draft, devices: Devices) -> None:
+    if devices.shards and devices.count > 1 and not _cannot_shard(draft):
+        draft.put("scale.strategy", "fsdp", note=devices.shards)
+
+
+def _cannot_shard(draft: Draft) -> bool:
+    values = draft.values
+    is_online = values.get("method.kind") in ONLINE
+    init = values.get("adapter.init")
+    return values.get("model.quantize") == "int8" or is_online or init in ("pissa", "olora")
 
 
 def evaluation(draft: Draft, holds_out: bool) -> None:

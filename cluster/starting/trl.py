@@ -99,6 +99,8 @@ def convert(draft: Draft, devices: Devices, places: Places, kind: str, origin: s
     trainer.evaluation(draft, holds_out)
     trainer.saving(draft, int(draft.values.get("method.passes", 1)))
     trainer.trackers(draft)
+    for name in ("streaming", "dataset_streaming"):
+        trainer.streaming(draft, name)
     adapting.attention(draft, "attn_implementation")
     if settings.value("use_flash_attention_2") is not None:
         draft.fulfilled("model.attention: auto, documents one at a time", "use_flash_attention_2")
@@ -163,6 +165,10 @@ def _of_method(draft: Draft, kind: str) -> None:
         draft.put("method.gamma", settings.number("simpo_gamma") or 0.5, "simpo_gamma")
         weight = settings.number("cpo_alpha")
         draft.put("method.sft_weight", 1.0 if weight is None else weight, "cpo_alpha")
+        if not beta:  # finray's own default is larger
+            draft.put("method.beta", 0.1, note="TRL's default")
+    elif losses and losses[0] in ("nll", "chunked_nll"):
+        draft.fulfilled("the cross-entropy of the next token", "loss_type")
     elif losses:
         draft.change("loss_type", f"{', '.join(losses)}: the cross-entropy in its place")
     if settings.number("label_smoothing") and kind == "kto":

@@ -20,8 +20,8 @@ from finray.cluster.jobs.staging import add_finray
 NAMES = [
     *("Comparison", "EvaluationResult", "FinrayError", "InputError", "Interrupted"),
     *("PreparedData", "Recipe", "Report", "RunError", "RunResult", "SweepResult"),
-    *("__version__", "check", "compare", "evaluate", "export", "generate", "load_recipe"),
-    *("plan", "prepare", "runs", "train", "tune"),
+    *("__version__", "check", "compare", "evaluate", "export", "generate", "import_recipe"),
+    *("init_recipe", "load_recipe", "plan", "prepare", "runs", "train", "tune"),
 ]
 USE = (
     "import finray, json\n"

@@ -107,7 +107,13 @@ LLAMA_FACTORY = Dialect(
         "enable_liger_kernel use_v1_kernels enable_quantization upcast_layernorm "
         "upcast_lmhead_output print_param_status fp8 fp8_backend "
         "fp8_enable_fsdp_float8_all_gather include_mfu use_megatron use_hyper_parallel "
-        "use_mca asft_alpha": ("how the model computes: kernels and memory; finray has its own"),
+        "use_mca hyper_parallel_args include_effective_tokens_per_second block_diag_attn "
+        "kt_weight_path kt_expert_checkpoint_path kt_use_lora_experts kt_lora_expert_num "
+        "kt_lora_expert_intermediate_size bias_activation_fusion apply_rope_fusion "
+        "use_distributed_optimizer overlap_param_gather overlap_grad_reduce moe_grouped_gemm "
+        "moe_token_dispatcher_type recompute_granularity recompute_method recompute_num_layers": (
+            "how the model computes: kernels and memory; finray has its own"
+        ),
         "moe_aux_loss_coef": "the router's balance; finray leaves routers as they are",
         "quantization_method quantization_type double_quantization quantization_device_map": (
             "the quantiser; finray has bitsandbytes' NF4 with double quantisation, and LLM.int8()"
@@ -146,7 +152,11 @@ LLAMA_FACTORY = Dialect(
         "apollo_layerwise apollo_scale_front use_badam badam_mode badam_start_block "
         "badam_switch_mode badam_switch_interval badam_update_ratio badam_mask_mode badam_verbose "
         "use_adam_mini use_muon use_adaclip": "another optimizer; finray has AdamW",
-        "use_dft_loss use_eaft_loss use_asft_loss dft_alpha eaft_alpha": (
+        "tensor_model_parallel_size pipeline_model_parallel_size expert_model_parallel_size "
+        "context_parallel_size virtual_pipeline_model_parallel_size sequence_parallel": (
+            "how the model is spread over GPUs; finray has scale.workers and scale.strategy"
+        ),
+        "use_dft_loss use_eaft_loss use_asft_loss dft_alpha asft_alpha eaft_alpha": (
             "another loss; finray has the cross-entropy of the next token"
         ),
         "use_swanlab swanlab_project swanlab_workspace swanlab_run_name swanlab_mode "
@@ -154,11 +164,18 @@ LLAMA_FACTORY = Dialect(
         "trackio_project": (
             "another service's settings; log.to says what is written beside metrics.jsonl"
         ),
+        "task task_dir batch_size lang n_shot save_dir download_mode": "measuring a finished model",
+        "preserve_thinking": "whether earlier reasoning is rendered; the chat template decides",
+        "compute_dtype device_map model_max_length": "follows from other settings",
         "ray_storage_path ray_storage_filesystem ray_init_kwargs resources_per_worker "
         "placement_strategy master_addr master_port": (
             "Ray's cluster: finray train --address, or finray job submit"
         ),
-        "profiler_args enable_profiler": "profiling",
+        "profiler_args enable_profiler enable_torch_profiler profiler_output_dir "
+        "profiler_wait_steps profiler_warmup_steps profiler_active_steps profiler_repeat "
+        "profiler_record_shapes profiler_profile_memory profiler_with_stack profile_modules": (
+            "profiling"
+        ),
     },
     frozenset(
         "stage finetuning_type cutoff_len template lora_rank lora_target dataset dataset_dir "

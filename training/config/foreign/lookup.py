@@ -7,9 +7,11 @@ from typing import Any
 from .axolotl import AXOLOTL
 from .dialect import Dialect, ForeignKey
 from .llama_factory import LLAMA_FACTORY
+from .llama_factory_v1 import LLAMA_FACTORY_V1
 from .trl import TRL
 
 DIALECTS = (AXOLOTL, LLAMA_FACTORY, TRL)
+"""Those whose marks no other one has."""
 
 _OTHERS = {
     "r": "adapter.rank",
@@ -68,7 +70,7 @@ _OPTIMIZERS = ("adamw", "paged_", "sgd", "adafactor", "lion")
 @cache
 def _index() -> dict[str, ForeignKey]:
     index = {name: ForeignKey("copied", to) for name, to in _OTHERS.items()}
-    for dialect in reversed(DIALECTS):
+    for dialect in (LLAMA_FACTORY_V1, *reversed(DIALECTS)):
         index |= dict(dialect.entries())
     return index
 
@@ -90,13 +92,16 @@ def value_remedy(key: str, value: Any) -> str | None:
 def marks_in(keys: Iterable[str]) -> dict[str, list[str]]:
     """The dialects that a file's keys belong to, each with the keys that only it has."""
     present = list(keys)
+    of_v1 = [key for key in present if key in LLAMA_FACTORY_V1.marks]
+    if len(of_v1) > 1:  # it shares names with the others
+        return {LLAMA_FACTORY_V1.name: of_v1}
     found = {dialect.name: [key for key in present if key in dialect.marks] for dialect in DIALECTS}
     return {name: marks for name, marks in found.items() if marks}
 
 
 def dialect_of(name: str) -> Dialect:
     """The dialect of a project's name."""
-    return next(dialect for dialect in DIALECTS if dialect.name == name)
+    return next(dialect for dialect in (*DIALECTS, LLAMA_FACTORY_V1) if dialect.name == name)
 
 
 def whole_file(values: Mapping[str, Any], own: Iterable[str]) -> dict[str, list[str]]:
@@ -106,7 +111,8 @@ def whole_file(values: Mapping[str, Any], own: Iterable[str]) -> dict[str, list[
         values: the file.
         own: the keys of finray's settings that such a file cannot lack.
     """
-    if any(name in values for name in own):
+    marks = marks_in(values)
+    if LLAMA_FACTORY_V1.name not in marks and any(name in values for name in own):
         return {}
     known = [key for key in values if foreign_key(key) is not None]
-    return marks_in(values) if len(known) >= 3 else {}
+    return marks if len(known) >= 3 else {}

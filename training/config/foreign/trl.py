@@ -89,7 +89,10 @@ TRL = Dialect(
     },
     {
         **LEFT,
-        "dataset_streaming": "streaming from the hub; finray reads the hub part by part",
+        "teacher_model_name_or_path teacher_model_revision teacher_model_init_kwargs lmbda": (
+            "distillation from a teacher, which finray does not have"
+        ),
+        "streaming dataset_streaming": "streaming from the hub; finray reads the hub part by part",
         "dataset_kwargs dataset_revision skip_prepare_dataset max_seq_len pad_to_multiple_of "
         "pad_token pad_to_sequence_len padding_free max_packed_sequence_len "
         "auto_insert_empty_system_msg add_special_tokens append_concat_token num_of_sequences": (
@@ -131,6 +134,9 @@ TRL = Dialect(
         "use_bias_correction_kl": "variants of GRPO that finray does not have",
         "log_completions log_multimodal num_completions_to_print log_unique_prompts "
         "log_completions_hub_repo": "printing completions; eval.samples puts some into the report",
+        "image_column max_num_images max_image_size": (
+            "images; finray trains text alone, and refuses rows that hold any"
+        ),
         "dataset_prompt_column system_prompt callbacks benchmarks wandb_entity wandb_project "
         "wandb_run_group wandb_log_unique_prompts overwrite_hub_revision": (
             "settings of a script around TRL; finray has columns and system in a source, and log.to"
@@ -138,7 +144,7 @@ TRL = Dialect(
         "config_file main_process_port machine_rank num_machines mixed_precision dynamo_backend "
         "main_process_ip rdzv_backend rdzv_endpoint master_port nnodes node_rank "
         "compute_environment distributed_type num_cpu_threads_per_process zero_stage "
-        "deepspeed_config_file standalone": (
+        "deepspeed_config_file standalone accelerate_config launcher gpu_ids": (
             "accelerate's and torchrun's; finray has scale, and finray job submit for a cluster"
         ),
         "use_deepspeed multi_gpu use_fsdp": "how workers share the model; see scale.strategy",

@@ -1,0 +1,53 @@
+"""The GPUs that a configuration, or a command line, is meant for."""
+
+from pathlib import Path
+
+from ...training.common.errors import InputError
+from ...training.config.yaml_file import read_foreign_file
+from .command_line import CommandLine
+from .draft import ForeignSettings
+from .trainer import Devices
+
+_TRL_FILES = {"single_gpu": 1, **dict.fromkeys(("multi_gpu", "zero1", "zero2", "zero3"), 8)}
+_TRL_FILES |= {"fsdp1": 8, "fsdp2": 8}
+"""Processes in the files for accelerate that TRL brings along."""
+_SHARDING = ("zero3", "fsdp1", "fsdp2")
+
+
+def devices_of(gpus: int | None, command: CommandLine | None) -> Devices:
+    """The GPUs, and whether accelerate's file shards the weights over them.
+
+    Args:
+        gpus: as the user says.
+        command: the command line, if there is one.
+
+    Raises:
+        InputError: gpus is below 1, or accelerate's file cannot be read.
+    """
+    if gpus is not None and gpus < 1:
+        raise InputError(f"--gpus: expected at least 1, found {gpus}")
+    launched = _launched(command) if command is not None else None
+    shards = launched.shards if launched is not None else ""
+    if gpus is not None:
+        return Devices(gpus, f"--gpus {gpus}", shards)
+    if command is not None and command.processes:
+        return Devices(command.processes, "the command line's processes", shards)
+    return launched or Devices(1, "1 GPU unless --gpus says more")
+
+
+def _launched(command: CommandLine) -> Devices | None:
+    """What accelerate's file says; None without one, or where it is not on this machine."""
+    name = command.launch_file
+    if name is None:
+        return None
+    if name in _TRL_FILES and not Path(name).is_file():
+        shards = f"TRL's {name}" if name in _SHARDING else ""
+        return Devices(_TRL_FILES[name], f"num_processes of TRL's {name}", shards)
+    if not Path(name).is_file():
+        return Devices(1, f"1 GPU unless --gpus says more; {name} is not there")
+    settings = ForeignSettings(read_foreign_file(Path(name)), name)
+    kind = (settings.text("distributed_type") or "").upper()
+    deepspeed = settings.inside("deepspeed_config", settings.value("deepspeed_config") or {})
+    is_sharded = kind == "FSDP" or (kind == "DEEPSPEED" and deepspeed.whole("zero_stage") == 3)
+    count = settings.whole("num_processes", 1) or 1
+    return Devices(count, f"num_processes of {name}", name if is_sharded else "")
