@@ -4,9 +4,11 @@ As processes of this machine, and as Ray Train's; both must come to the same wei
 """
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 from support.harness import (
+    Command,
     Finray,
     assert_same_result,
     losses,
@@ -23,6 +25,7 @@ OUT_OF_MEMORY = (
     'raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")'
 )
 BAD_ROW = 'if rank == 1 and sum(calls) == 5: raise ValueError("this row is bad\\nand more")'
+SLOW = "time.sleep(0.05)"
 
 
 @pytest.fixture(scope="module")
@@ -35,19 +38,16 @@ def undisturbed(shared_finray: Finray) -> Path:
     return run
 
 
-LOCAL = pytest.param(("train",), id="processes")
 ON_RAY = ("train", "--address", "local")
-either = pytest.mark.parametrize(
-    "train", [LOCAL, pytest.param(ON_RAY, id="ray", marks=pytest.mark.ray)]
-)
-"""The command, with either kind of workers."""
-mostly_local = pytest.mark.parametrize(
-    "train", [LOCAL, pytest.param(ON_RAY, id="ray", marks=[pytest.mark.ray, pytest.mark.slow])]
-)
-"""What follows from the fault is the same code, and another test has Ray notice one."""
 
 
-@either
+@pytest.mark.parametrize(
+    "train",
+    [
+        pytest.param(("train",), id="processes"),
+        pytest.param(ON_RAY, id="ray", marks=pytest.mark.ray),
+    ],
+)
 def test_sigkill_of_a_worker_in_a_save(
     finray: Finray, undisturbed: Path, train: tuple[str, ...]
 ) -> None:
@@ -68,29 +68,36 @@ def test_sigkill_of_a_worker_in_a_save(
     assert record(run)["restarts"][0]["step"] >= 5
 
 
-@mostly_local
-def test_sigkill_of_the_driver(finray: Finray, undisturbed: Path, train: tuple[str, ...]) -> None:
+def test_sigkill_of_the_driver(finray: Finray, undisturbed: Path) -> None:
     recipe = finray.recipe(**WORKERS)
     run = finray.folder / "runs" / "run"
-    command = finray.start(*train, recipe, fresh=True)
+    finray.keep_rehearsal(recipe)
+    command = finray.start("train", recipe, fresh=True)
     wait_until(lambda: reached(run, 17), "step 17")
+    kill_driver(command)
+    finray.run("train", recipe)
+    assert_same_result(run, undisturbed)
+
+
+def kill_driver(command: Command) -> None:
     training = set(workers(command))
     assert len(training) == 2
     command.kill()
     # Ray's own agents notice later; what could still write into the run must be gone.
     assert not command.survivors(120, training), "workers outlive their driver"
-    finray.run(*train, recipe)
+
+
+def test_ctrl_c_saves_and_leaves_nothing_behind(finray: Finray, undisturbed: Path) -> None:
+    recipe = finray.recipe(**WORKERS, checkpoint__every_steps=50)
+    run = finray.folder / "runs" / "run"
+    command = finray.start("train", recipe)
+    wait_until(lambda: reached(run, 1), "step 1", brief=True)  # all 30 take a second
+    interrupt(command, run)
+    finray.run("train", recipe)
     assert_same_result(run, undisturbed)
 
 
-@mostly_local
-def test_ctrl_c_saves_and_leaves_nothing_behind(
-    finray: Finray, undisturbed: Path, train: tuple[str, ...]
-) -> None:
-    recipe = finray.recipe(**WORKERS, checkpoint__every_steps=50)
-    run = finray.folder / "runs" / "run"
-    command = finray.start(*train, recipe)
-    wait_until(lambda: reached(run, 1), "step 1", brief=True)  # all 30 take a second
+def interrupt(command: Command, run: Path) -> None:
     command.watch_family()
     command.interrupt()
     assert command.wait() == 130, command.output()
@@ -98,46 +105,78 @@ def test_ctrl_c_saves_and_leaves_nothing_behind(
     assert not command.survivors(120), "processes outlive Ctrl-C"
     assert record(run)["status"] == "stopped"
     assert list(run.glob("checkpoints/step-*/rank-1.json"))
-    finray.run(*train, recipe)
-    assert_same_result(run, undisturbed)
 
 
-@mostly_local
-def test_a_worker_that_hangs(finray: Finray, undisturbed: Path, train: tuple[str, ...]) -> None:
+HANGS: dict[str, Any] = {"scale__hang_timeout": 10, "checkpoint__every_steps": 20}
+"""Saves are rare: a worker that is stopped in one leaves the others in a barrier of Ray Train's."""
+
+
+def test_a_worker_that_hangs(finray: Finray, undisturbed: Path) -> None:
     """The other one says where it waits, and both are started again."""
     run = finray.folder / "runs" / "run"
-    # Saves are rare: a worker that is stopped in one leaves the others in a barrier of Ray Train's.
-    settings = {**WORKERS, "scale__hang_timeout": 10, "checkpoint__every_steps": 20}
-    command = finray.start(*train, finray.recipe(**settings))
+    command = finray.start("train", finray.recipe(**WORKERS, **HANGS))
     wait_until(lambda: reached(run, 21), "step 21")
-    stopped = next(workers(command))
-    stopped.suspend()
-    assert command.wait() == 0, command.output()
+    hang_to_the_end(command, run)
     assert_same_result(run, undisturbed)
     assert record(run)["world_sizes"] == [2, 2]
+
+
+def hang_to_the_end(command: Command, run: Path) -> None:
+    next(workers(command)).suspend()
+    assert command.wait() == 0, command.output()
     files = sorted(run.glob("stacks/rank-*.txt"))
     assert "_run_epoch" in "".join(file.read_text(encoding="utf-8") for file in files)
-    reason = record(run)["restarts"][0]["reason"]
+    reason = record(run)["restarts"][-1]["reason"]
     assert all(f"stacks/{file.name}" in reason for file in files)
     assert " is stopped, by SIGSTOP or a debugger: step 2" in reason
     assert not command.survivors(120), "the stopped process is still there"
 
 
-@either
 @pytest.mark.slow
-def test_one_worker_is_out_of_memory(
-    finray: Finray, undisturbed: Path, train: tuple[str, ...]
-) -> None:
+def test_one_worker_is_out_of_memory(finray: Finray, undisturbed: Path) -> None:
     """While the other waits for its gradients. It is no failure, and half the microbatch does."""
     run = finray.folder / "runs" / "run"
     environment = spoil_loss(finray.folder, OUT_OF_MEMORY)
     path = finray.recipe(**WORKERS, scale__max_failures=0, optim__micro_batch_size=4)
-    command = finray.start(*train, path, environment=environment)
+    command = finray.start("train", path, environment=environment)
     assert command.wait() == 0, command.output()
     assert_same_result(run, undisturbed)  # whose recipe says 2
-    assert record(run)["micro_batch_size"] == 2
+    assert_halved(run)
     assert record(run)["world_sizes"] == [2, 2]
+
+
+def assert_halved(run: Path) -> None:
+    assert record(run)["micro_batch_size"] == 2
     assert "CUDA out of memory" in record(run)["restarts"][0]["reason"]
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_one_run_on_ray_through_all_of_it(finray: Finray, undisturbed: Path) -> None:
+    """Out of memory, Ctrl-C, SIGKILL of the driver, and a worker that hangs."""
+    run = finray.folder / "runs" / "run"
+    environment = spoil_loss(finray.folder, f"{SLOW}\n{OUT_OF_MEMORY}")
+    recipe = finray.recipe(**WORKERS, **HANGS, optim__micro_batch_size=4)
+
+    def start(*changes: str) -> Command:
+        return finray.start(*ON_RAY, recipe, *changes, environment=environment)
+
+    command = start("--set", "scale.max_failures=0")
+    wait_until(lambda: reached(run, 1), "step 1")
+    assert_halved(run)
+    assert record(run)["world_sizes"] == [2, 2]
+    interrupt(command, run)
+
+    command = start()
+    wait_until(lambda: len(record(run)["world_sizes"]) == 3 and reached(run, 12), "step 12")
+    kill_driver(command)
+
+    command = start()
+    wait_until(lambda: len(record(run)["world_sizes"]) == 4 and reached(run, 21), "step 21")
+    hang_to_the_end(command, run)
+    assert_same_result(run, undisturbed)
+    assert_halved(run)
+    assert record(run)["world_sizes"] == [2] * 5
 
 
 @pytest.mark.slow
