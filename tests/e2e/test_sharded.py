@@ -1,4 +1,4 @@
-"""Two Ray Train workers with a shard of the model each: killed, resumed, and what comes out."""
+"""Two workers with a shard of the model each: killed, resumed, and what comes out."""
 
 from pathlib import Path
 
@@ -15,7 +15,7 @@ def test_a_sharded_run(finray: Finray, tmp_path: Path) -> None:
     """Killed, it ends as undisturbed, bit for bit; as one process does, but for rounding."""
     settings = {
         "adapter__dropout": 0.0,
-        "optim__max_steps": 30,
+        "optim__max_steps": 16,
         "optim__learning_rate": 1e-3,
         "data__holdout": 0.1,
         "eval__samples": 3,
@@ -29,7 +29,7 @@ def test_a_sharded_run(finray: Finray, tmp_path: Path) -> None:
     finray.run("train", recipe("whole"))
     finray.run("train", recipe("sharded"))
     command = finray.start("train", recipe("killed"))
-    wait_until(lambda: reached(runs / "killed", 12), "step 12")
+    wait_until(lambda: reached(runs / "killed", 7), "step 7")
     next(workers(command)).kill()
     assert command.wait() == 0, command.output()
     assert record(runs / "killed")["world_sizes"] == [2, 2]
