@@ -15,7 +15,7 @@ def test_a_sharded_run(finray: Finray, tmp_path: Path) -> None:
     """Killed, it ends as undisturbed, bit for bit; as one process does, but for rounding."""
     settings = {
         "adapter__dropout": 0.0,
-        "optim__max_steps": 16,
+        "optim__max_steps": 20,
         "optim__learning_rate": 1e-3,
         "data__holdout": 0.1,
         "eval__samples": 3,
