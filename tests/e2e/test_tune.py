@@ -161,7 +161,12 @@ def test_a_population(finray: Finray) -> None:
     """Members that go on from better ones, their checkpoints and curves included."""
     rate = {"optim.learning_rate": {"log_uniform": [1e-5, 5e-2]}}
     sweep = write_sweep(
-        finray, {"optim__max_steps": 20}, search=rate, trials=4, pruning={"kind": "pbt"}
+        finray,
+        {"optim__max_steps": 20},
+        search=rate,
+        trials=4,
+        concurrency=2,
+        pruning={"kind": "pbt"},
     )
     finray.run("tune", sweep, "--local", seconds=600)
     folder = finray.folder / "runs" / "sweep"
@@ -210,6 +215,7 @@ def test_a_pareto_front(finray: Finray) -> None:
         finray,
         {"optim__max_steps": 4},
         trials=4,
+        concurrency=1,
         objective=["eval_loss", "adapter_bytes"],
         sampler="nsga2",
     )
@@ -241,6 +247,7 @@ def test_a_sweep_of_an_online_method_searches_the_highest_reward(finray: Finray)
         {"method": method, "optim__max_steps": 4, "data__packing": "auto"},
         search={"optim.learning_rate": {"choice": [1e-5, 1e-2, 5e-2]}},
         trials=9,
+        concurrency=1,
         retrain={"seeds": [1]},
     )
     finray.run("tune", sweep, seconds=600)
