@@ -40,7 +40,7 @@ SPREAD = {
     f"tests/{name}.py"
     for name in (
         *("against_trl/test_losses", "against_trl/test_online_losses"),
-        *("e2e/test_export", "e2e/test_online", "e2e/test_tune"),
+        *("e2e/test_online", "e2e/test_tune"),
         *("unit/models/test_feature_pairs", "unit/config/test_fuzz"),
         *("families/test_matrix", "families/test_tenth"),
     )

@@ -50,11 +50,6 @@ for program, folder in json.loads(sys.argv[-1]):
 """
 
 
-def run_each_alone(programs: dict[Path, str]) -> None:
-    """Run a program in each folder, one after another in one process without finray."""
-    run_alone(_EACH, _as_argument(programs), folder=next(iter(programs)))
-
-
 def _as_argument(programs: dict[Path, str]) -> str:
     return json.dumps([[program, str(folder)] for folder, program in programs.items()])
 
