@@ -5,10 +5,10 @@ count holds for every architecture, adapter and type, and takes neither memory n
 """
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any, Literal
 
 import torch
@@ -16,7 +16,6 @@ from peft import PeftModel
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.functional import pad
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.hooks import RemovableHandle
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
@@ -28,6 +27,7 @@ from .attention import replace_attention
 from .dtypes import DtypeName, torch_dtype
 from .freezing import decoder_layers
 from .loading import Model, build_meta_model, forward_arguments
+from .repeated_layers import form_of, kinds_of
 
 Attention = Literal["plain", "dense", "borders", "eager"]
 """plain: one document a row; only sliding windows need a mask. dense: every layer keeps a mask, and
@@ -64,19 +64,13 @@ _OF_THE_MODEL = {"kind", "init", "reference_model", "rollout"}
 
 
 def kept_by(
-    recipe: Recipe,
-    rows: int,
-    tokens: int,
-    compute: DtypeName,
-    trained: DtypeName,
-    attention: Attention,
-) -> Kept | None:
-    """What the forward pass of a microbatch keeps; None where it cannot be followed without values.
+    recipe: Recipe, tokens: int, compute: DtypeName, trained: DtypeName, attention: Attention
+) -> tuple[Kept, Kept] | None:
+    """What the forward passes of one row and of two keep; None where they cannot be followed.
 
     Args:
         recipe: the run's recipe, whose model's configuration is on this machine.
-        rows: number of rows of the microbatch.
-        tokens: length of each.
+        tokens: length of a row.
         compute: type that the model computes in.
         trained: type of the trained weights; if it is wider, autocast computes.
         attention: what attention keeps.
@@ -85,7 +79,7 @@ def kept_by(
         include={"model": True, "adapter": True, "freeze": True, "method": _OF_THE_MODEL},
         exclude={"model": {"gradient_checkpointing"}},
     )
-    return _counted(_Key(relevant, recipe), rows, tokens, compute, trained, attention)
+    return _counted(_Key(relevant, recipe), tokens, compute, trained, attention)
 
 
 class _Key:
@@ -103,8 +97,8 @@ class _Key:
 
 @lru_cache(maxsize=64)
 def _counted(
-    key: _Key, rows: int, tokens: int, compute: DtypeName, trained: DtypeName, attention: Attention
-) -> Kept | None:
+    key: _Key, tokens: int, compute: DtypeName, trained: DtypeName, attention: Attention
+) -> tuple[Kept, Kept] | None:
     limit("torch._subclasses.fake_tensor", logging.CRITICAL)  # what fails is not computed
     limit("transformers", logging.ERROR)  # nor do slow stand-ins for kernels matter here
     mode = FakeTensorMode(allow_non_fake_inputs=True)
@@ -112,7 +106,8 @@ def _counted(
         model = _without_values(key.recipe, mode, compute, trained)
         _attend(model, attention)
         with mode, _GroupedProducts():  # type: ignore[no-untyped-call]
-            return _forward(model, rows, tokens, compute, trained)
+            one, two = (_forward(model, rows, tokens, compute, trained) for rows in (1, 2))
+            return one, two
     except (RuntimeError, NotImplementedError, ValueError, TypeError):
         return None  # the code of some architectures reads values
 
@@ -250,35 +245,50 @@ def _forward(model: Model, rows: int, tokens: int, compute: DtypeName, trained: 
         torch.autocast("cpu", torch.bfloat16, enabled=casts),
     ):
         model(**values)
-    return Kept(tuple(layers.kept), sum(sizes.values()) - sum(layers.kept), layers.inputs)
+    return Kept(tuple(layers.kept), sum(sizes.values()) - layers.followed, layers.inputs)
 
 
 class _Layers:
-    """Follows how much is kept inside each decoder layer."""
+    """Follows how much is kept inside each decoder layer.
+
+    The first two of each kind run: the first one keeps what the others share with it. Those after
+    them keep as much as the second, and hand on what they get.
+    """
 
     def __init__(self, total: Callable[[], int]) -> None:
         self.kept: list[int] = []
+        self.followed = 0
+        """Bytes of the layers that ran."""
         self.inputs = 0
         self._total = total
-        self._before = 0
+        self._known: dict[Hashable, list[int]] = {}
 
     @contextmanager
     def watched(self, model: Model) -> Iterator[None]:
         """Inside, the layers' passes are followed."""
-        handles: list[RemovableHandle] = []
-        for layer in decoder_layers(_transformer(model))[1]:
-            handles.append(layer.register_forward_pre_hook(self._enter, with_kwargs=True))
-            handles.append(layer.register_forward_hook(self._leave))
+        transformer = _transformer(model)
+        layers = decoder_layers(transformer)[1]
+        own = [layer.forward for layer in layers]
+        kinds = kinds_of(layers, transformer.config.get_text_config())
+        for layer, kind in zip(layers, kinds, strict=True):
+            layer.forward = partial(self._pass, layer.forward, kind)
         try:
             yield
         finally:
-            for handle in handles:
-                handle.remove()
+            for layer, forward in zip(layers, own, strict=True):
+                layer.forward = forward
 
-    def _enter(self, _: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _pass(self, forward: Callable[..., Any], kind: Hashable, *args: Any, **kwargs: Any) -> Any:
         hidden = args[0] if args else kwargs["hidden_states"]
         self.inputs += hidden.untyped_storage().nbytes()
-        self._before = self._total()
-
-    def _leave(self, *_: Any) -> None:
-        self.kept.append(self._total() - self._before)
+        known = self._known.setdefault((kind, form_of((args, *sorted(kwargs.items())))), [])
+        if len(known) > 1:
+            self.kept.append(known[-1])
+            return hidden.clone()
+        before = self._total()
+        output = forward(*args, **kwargs)
+        self.kept.append(self._total() - before)
+        self.followed += self.kept[-1]
+        if isinstance(output, torch.Tensor) and form_of(output) == form_of(hidden):
+            known.append(self.kept[-1])
+        return output

@@ -17,7 +17,7 @@ from peft.tuners.lora.layer import ParamWrapper
 from ..common.errors import InputError
 from ..config.recipe import Recipe
 from ..config.sections import ANSWERS_AT_ONCE
-from .activations import Attention, kept_by
+from .activations import Attention, Kept, kept_by
 from .dtypes import DtypeName
 from .loading import Model, build_meta_model
 from .logit_memory import HeadFacts, LossSizes, head_facts, loss_bytes, tokens_at_once
@@ -365,20 +365,15 @@ def _followed(recipe: Recipe, rows: float, compute: DtypeName, trained: DtypeNam
     attention, tokens = attention_of(recipe), recipe.data.max_length
     size = recipe.longest_document if attention == "borders" else tokens
 
-    def of(rows: int) -> _Held | None:
-        kept = kept_by(recipe, rows, size, compute, trained, attention)
-        if kept is None:
-            return None
+    def held(kept: Kept) -> _Held:
         count = len(kept.layers)  # the last one's output stays, too
         inputs = kept.inputs * (count + 1) // count if recipe.model.checkpoints and count else 0
         return _Held(kept.outside + inputs, kept.largest, sum(kept.layers))
 
-    one = of(1)
-    if rows == 1 and size == tokens:
-        return one
-    two = of(2)
-    if one is None or two is None:
+    kept = kept_by(recipe, size, compute, trained, attention)
+    if kept is None:
         return None
+    one, two = map(held, kept)
     beyond = rows * tokens / size - 1
     return _Held(*(round(a + beyond * (b - a)) for a, b in zip(one, two, strict=True)))
 

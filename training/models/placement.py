@@ -63,7 +63,7 @@ def with_strategy(
         room: bytes of a GPU's memory.
         compute: the type that `model.dtype: auto` comes to.
     """
-    if recipe.scale.strategy != "auto":
+    if recipe.scale.strategy != "auto" or sharded(recipe) is recipe:
         return recipe
     memory = estimate(recipe.with_placement(1, False), sizes, compute)
     return sharded(recipe) if memory.weights + memory.training > USABLE * room else recipe

@@ -69,6 +69,12 @@ def keep_kinds(values: Values) -> None:
                 values[key] = len(chosen)
 
 
+def kinds_of_layers(values: Values, total: int) -> list[Hashable]:
+    """Equal for layers of a stack of `total` of which the configuration says the same."""
+    features = _features(values, total)
+    return [tuple(feature(layer) for feature in features) for layer in range(total)]
+
+
 def _infer_count(values: Values, counts: dict[str, int]) -> None:
     """Some configurations have a list of kinds alone."""
     for key in ("layers_block_type", "layer_types"):
@@ -83,10 +89,9 @@ def _is_count(number: Any) -> bool:
 
 def _chosen(values: Values, total: int) -> list[int]:
     """The layers that stay, by their numbers in the whole model."""
-    features = _features(values, total)
     first: dict[Hashable, int] = {}
-    for layer in range(total):
-        first.setdefault(tuple(feature(layer) for feature in features), layer)
+    for layer, kind in enumerate(kinds_of_layers(values, total)):
+        first.setdefault(kind, layer)
     chosen = set(first.values())
     for key in _TAPS:
         chosen |= {tap for tap in values.get(key) or () if 0 <= tap < total}
