@@ -23,6 +23,7 @@ NAMES = (
     "packing",
     "prepare_memory",
     "prepare_speed",
+    "answers",
     "token_loss",
     "checkpoint_stall",
     "kills",
