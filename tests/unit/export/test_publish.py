@@ -146,6 +146,7 @@ def test_a_modelfile_and_gguf(
         ({"format": "gguf"}, "--format gguf takes a whole model"),
         ({"quantize": "nf4"}, "--quantize takes a whole model"),
         ({"llama_cpp": "x"}, "--llama-cpp is for --format gguf"),
+        ({"public": True}, "--public is for --push OWNER/NAME; add that"),
         ({"llama_cpp": "x", "format": "gguf"}, "there is no convert_hf_to_gguf.py"),
         ({"quantize": "nf4", "format": "gguf"}, "--quantize contradicts --format gguf"),
     ],
