@@ -27,6 +27,7 @@ NAMES = (
     "estimate",
     "prepare_memory",
     "prepare_speed",
+    "answers",
     "checkpoint_stall",
     "kills",
     "kills_anywhere",

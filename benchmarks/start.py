@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from bare_finetune import FIRST_STEP, MAX_LENGTH
 from material import Words, save_llama, save_tokenizer, texts_of, write_rows
@@ -66,12 +66,14 @@ def make_inputs(folder: Path, sizes: dict[str, int]) -> None:
     (folder / "recipe.yaml").write_text(json.dumps(recipe), encoding="utf-8")
 
 
-def start(command: list[str], folder: Path, threads: int) -> subprocess.Popen[bytes]:
+def start(
+    command: list[str], folder: Path, threads: int, stdin: int | IO[bytes] = subprocess.DEVNULL
+) -> subprocess.Popen[bytes]:
     """Start a command in a process group of its own."""
     return subprocess.Popen(
         command,
         cwd=folder,
-        stdin=subprocess.DEVNULL,
+        stdin=stdin,
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
         start_new_session=True,

@@ -14,6 +14,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from ..training.common.errors import InputError
+from ..training.common.formatting import is_number
 from ..training.common.lock import hold_run_lock
 from ..training.common.progress import Progress
 from ..training.common.storage import Folder
@@ -199,11 +200,11 @@ def age_of(entry: Entry, now: datetime) -> float | None:
 
 
 def best_of(entries: Iterable[Entry], metric: str, sign: int, keep: int) -> set[str]:
-    """Names of the best `keep` runs of each method; runs without the metric come last."""
+    """Names of the best `keep` runs of each method; runs without a finite value come last."""
 
     def rank(entry: Entry) -> tuple[bool, float, str]:
         value = (entry.record.get("metrics") or {}).get(metric)
-        return value is None, sign * (value or 0.0), entry.name
+        return (False, sign * value, entry.name) if is_number(value) else (True, 0.0, entry.name)
 
     ordered = sorted(entries, key=rank)
     names: dict[str, list[str]] = {}

@@ -2,16 +2,17 @@
 
 import json
 import os
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from ...training.common.errors import InputError, reason
-from ...training.common.progress import SILENT
+from ...training.common.progress import SILENT, Progress
 from ...training.common.storage import Folder
-from ...training.config.eval_metrics import FunctionMetric, check_installed, metric_of
+from ...training.config.eval_metrics import FunctionMetric, MetricChoice, check_installed, metric_of
 from ...training.config.paths import resolve_path
 from ...training.config.source import Source
 from ...training.config.user_code import try_file
@@ -23,6 +24,8 @@ from .results import Report, RunResult
 
 if TYPE_CHECKING:
     from ...training.data.rows import Row
+    from ...training.data.tasks import RunOnRayData
+    from ...training.evaluation.answering import AnswerSettings
     from ...training.evaluation.chatting import Conversation
     from ...training.evaluation.generate import GenerateSummary
     from ...training.evaluation.located import Located
@@ -30,6 +33,10 @@ if TYPE_CHECKING:
 
 ModelSource = RunResult | str | os.PathLike[str]
 """A run, its folder, name or URI, a checkpoint of it, a model's folder, or a hub id."""
+Engine = Literal["transformers", "vllm"]
+"""What generates answers."""
+_WORKERS = 2
+"""Processes that answer on a cluster without GPUs, if no number is given."""
 
 
 def generate(
@@ -43,8 +50,9 @@ def generate(
     seed: int = 0,
     base: bool = False,
     batch: int = 32,
+    engine: Engine | None = None,
     address: str | None = None,
-    workers: int = 2,
+    workers: int | None = None,
     quiet: bool = False,
 ) -> "GenerateSummary":
     """Answer the prompts of a file with a trained model.
@@ -61,10 +69,8 @@ def generate(
         seed: seed of sampled answers.
         base: answer with the model under the adapter, too.
         batch: answers in a batch.
-        address: a Ray cluster, as in `train`, whose nodes reach the model at the same place; it
-            answers the batches, on all of its GPUs. By default this process answers them.
-        workers: processes that answer on a cluster without GPUs.
-        quiet: show no progress.
+        engine: vllm or transformers; by default vLLM on GPUs, if it is there and loads the model.
+        address, workers, quiet: as in `evaluate`.
 
     Returns:
         The file, its rows, and the rows that are no prompts.
@@ -77,51 +83,69 @@ def generate(
     prepare_process()
     from ...training.evaluation.located import locate
 
-    if "://" in os.fspath(to):
-        raise InputError(f"--to: {to} is a URI; give a file on this machine, and copy it there")
-    target = Path(resolve_path(os.fspath(to), Path.cwd()))
-    located = locate(name_of(model), Path.cwd())
-    sources = [source_at(prompts)]
     # What can be wrong is reported before torch is loaded.
+    target = _answers_file(to)
+    located = locate(name_of(model), Path.cwd())
     if target.exists():
         return _was_there(target)
     from ...training.models import import_peft  # noqa: F401, I001 - before what loads peft
     from ...training.evaluation.answering import AnswerSettings
-    from ...training.data.tasks import RunOnRayData
-    from ...training.evaluation.elsewhere import AnswerTask, by_tasks
-    from ...training.evaluation.generate import generate as write
-    from ...training.evaluation.generate import here
-    from ...training.models.devices import on_cpu
-    from ...training.evaluation.opened import base_of, open_located
-    from ...training.evaluation.prompts import read_prompts
 
     settings = AnswerSettings(
         max_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed, at_once=batch
     )
     settings.check()
-    if workers < 1:
-        raise InputError(f"--workers: {workers} is not above 0; give 1 or more")
-    where = cluster_address(address)
+    with _shown("answering", quiet) as progress, _elsewhere(address, workers, progress) as run:
+        return _generate(
+            *(located, [source_at(prompts)], target, settings, base, engine, run, progress)
+        )
+
+
+def _generate(
+    located: "Located",
+    sources: list[Source],
+    target: Path,
+    settings: "AnswerSettings",
+    base: bool,
+    engine: Engine | None,
+    run: "RunOnRayData | None",
+    progress: Progress,
+) -> "GenerateSummary":
+    """Generate with an engine, in this process or elsewhere."""
+    from ...training.data.tasks import run_in_process
+    from ...training.evaluation.elsewhere import AnswerTask, Remote, by_tasks
+    from ...training.evaluation.generate import generate as write
+    from ...training.evaluation.generate import here
+    from ...training.evaluation.on_vllm import by_vllm, chooses_vllm
+    from ...training.evaluation.opened import base_of, open_located, open_unloaded
+    from ...training.evaluation.prompts import read_prompts
+    from ...training.models.devices import device_kind
+
     total = sum(1 for _ in read_prompts(sources))
-    with nullcontext(SILENT) if quiet else CountingProgress("answering") as progress:
-        progress.status("loading the model")
-        with on_cpu(where is not None):  # there this process only renders the prompts
-            opened = open_located(located)
-            models = [opened, *([base_of(opened, located)] if base else [])]
+    on_gpus = device_kind() == "cuda" if run is None else run.gpus > 0
+    on_vllm = chooses_vllm(engine, located, base, on_gpus)
+    progress.status("loading the model")
+    if on_vllm or run is not None:  # this process only renders the prompts
+        opened = open_unloaded(located)
+        models = [opened, *([opened] if base else [])]
+    else:
+        opened = open_located(located)
+        models = [opened, *([base_of(opened, located)] if base else [])]
+    if on_vllm:
+        answering = by_vllm(located, opened, base, settings, run or run_in_process)
+    elif run is not None:
+        remote = (Remote(located.uri), *([Remote(located.uri, is_base=True)] if base else []))
+        answering = by_tasks(AnswerTask(remote, settings), run)
+    else:
         answering = here(models, settings)
-        if where is not None:
-            progress.status("starting Ray")
-            task = AnswerTask(located.uri, base, settings)
-            answering = by_tasks(task, RunOnRayData(cpus=workers))
-        session = ray_session(workers + 1, where, common_environment(), verbose=False)
-        with nullcontext() if where is None else session:
-            return write(
-                *(models, sources, target, settings),
-                identity=located.identity,
-                answering=answering,
-                total=total,
-                progress=progress,
-            )
+    return write(
+        *(models, sources, target, settings),
+        identity=located.identity,
+        engine="vllm" if on_vllm else "transformers",
+        answering=answering,
+        total=total,
+        progress=progress,
+    )
 
 
 def evaluate(
@@ -129,6 +153,7 @@ def evaluate(
     data: str | os.PathLike[str] | None = None,
     *,
     metrics: Sequence[str] = (),
+    tasks: Sequence[str] = (),
     loss: bool = True,
     schema: str | os.PathLike[str] | None = None,
     judge: str | None = None,
@@ -139,6 +164,8 @@ def evaluate(
     max_tokens: int = 512,
     batch: int = 32,
     to: str | os.PathLike[str] | None = None,
+    address: str | None = None,
+    workers: int | None = None,
     quiet: bool = False,
 ) -> "EvaluationResult":
     """Measure a trained model on rows with answers.
@@ -148,6 +175,7 @@ def evaluate(
         data: rows in any shape that finray reads; by default the run's own `data.eval`.
         metrics: measures of its answers by name, and functions as `"score.py:function"`, which
             take what reward functions take; by default exact match and token F1.
+        tasks: tasks of lm-evaluation-harness by name, or YAML files of such.
         loss: measure loss and perplexity, too.
         schema: a JSON schema for the measure `json_valid`; a row's column `schema` goes before it.
         judge: the address of an OpenAI-compatible API that scores answers, and with `against`
@@ -159,6 +187,9 @@ def evaluate(
         max_tokens: longest answer.
         batch: answers in a batch.
         to: folder or URI of eval.json, eval.jsonl and eval.html; by default the run's.
+        address: a Ray cluster, as in `train`, whose nodes reach the model at the same place.
+        workers: processes that answer, each with a GPU where there are some; by default this one
+            alone, and on a cluster all of its GPUs, or two processes.
         quiet: show no progress.
 
     Returns:
@@ -171,16 +202,14 @@ def evaluate(
     prepare_process()
     from ...training.evaluation.located import locate
 
+    if rows is not None and rows < 1:
+        raise InputError(f"--rows: {rows} is not above 0; give 1 or more, or leave it out")
     located = locate(name_of(model), Path.cwd())
     other = None if against is None else locate(name_of(against), Path.cwd())
-    names = metrics or DEFAULT_METRICS
-    chosen = [metric_of(name, Path.cwd(), "--metric") for name in names]
-    check_installed(chosen, "--metric")
-    for metric in chosen:
-        if isinstance(metric, FunctionMetric):
-            try_file(metric, "--metric")
+    chosen = _metrics(metrics)
+    _check_tasks(tasks, address, workers)
     rules = None if schema is None else _schema(schema)
-    sources = _sources(located, data)
+    sources = _sources(located, data, is_needed=not tasks)
     target = _target(located, to)
     from ...training.models import import_peft  # noqa: F401, I001 - before what loads peft
     from ...training.evaluation.answering import AnswerSettings
@@ -190,18 +219,80 @@ def evaluate(
 
     answers = AnswerSettings(max_tokens=max_tokens, at_once=batch)
     answers.check()
+    judging = judge_at(judge, judge_model)
+    has_rows = bool(sources)
     settings = EvaluationSettings(
-        metrics=tuple(chosen),
-        with_loss=loss,
-        answers=answers,
-        schema=rules,
-        judge=judge_at(judge, judge_model),
-        rows=rows,
+        *(chosen if has_rows else (), loss and has_rows, answers, rules, judging, rows),
+        tasks=tuple(tasks),
     )
-    candidates = candidates_of(located, other, base=base)
-    with nullcontext(SILENT) if quiet else CountingProgress("evaluating") as progress:
-        evaluation = write_evaluation(candidates, sources, target, settings, progress)
+    with _shown("evaluating", quiet) as progress, _elsewhere(address, workers, progress) as run:
+        candidates = candidates_of(located, other, base, elsewhere=run is not None)
+        evaluation = write_evaluation(candidates, sources, target, settings, progress, run)
     return EvaluationResult(str(target), evaluation.record, tuple(evaluation.problems))
+
+
+def _metrics(names: Sequence[str]) -> tuple[MetricChoice, ...]:
+    """Measures by their names; functions of the user are loaded.
+
+    Raises:
+        InputError: there is no such measure, its package is missing, or the function fails.
+    """
+    chosen = tuple(
+        metric_of(name, Path.cwd(), "--metric") for name in dict.fromkeys(names or DEFAULT_METRICS)
+    )
+    check_installed(chosen, "--metric")
+    for metric in chosen:
+        if isinstance(metric, FunctionMetric):
+            try_file(metric, "--metric")
+    return chosen
+
+
+def _check_tasks(tasks: Sequence[str], address: str | None, workers: int | None) -> None:
+    """Check what the tasks of lm-evaluation-harness need.
+
+    Raises:
+        InputError: the harness is not installed, or other processes are to answer.
+    """
+    if not tasks:
+        return
+    if address is not None or (workers or 1) > 1:
+        raise InputError(
+            "--tasks: lm-evaluation-harness works in this process; leave out --workers and "
+            "--address, or measure the tasks by themselves"
+        )
+    if find_spec("lm_eval") is None:
+        raise InputError(
+            "--tasks: needs the package lm-eval; install it: pip install 'finray[harness]'"
+        )
+
+
+def _shown(what: str, quiet: bool) -> AbstractContextManager[Progress]:
+    """The progress of some work, on stderr unless it is to be quiet."""
+    return nullcontext(SILENT) if quiet else CountingProgress(what)
+
+
+@contextmanager
+def _elsewhere(
+    address: str | None, workers: int | None, progress: Progress
+) -> Iterator["RunOnRayData | None"]:
+    """Ray Data's workers on a cluster, or on this machine if there is more than one; None if this
+    process does the work.
+
+    Raises:
+        InputError: the number of workers means nothing, or no cluster answers.
+    """
+    if workers is not None and workers < 1:
+        raise InputError(f"--workers: {workers} is not above 0; give 1 or more")
+    where = cluster_address(address) or ("local" if (workers or 1) > 1 else None)
+    if where is None:
+        yield None
+        return
+    progress.status("starting Ray")
+    with ray_session((workers or _WORKERS) + 1, where, common_environment(), verbose=False):
+        from ...training.data.tasks import RunOnRayData
+
+        anywhere = RunOnRayData(actors=workers, in_order=False)
+        yield anywhere if workers or anywhere.gpus else replace(anywhere, actors=_WORKERS)
 
 
 def chat(
@@ -276,12 +367,14 @@ def _tools(place: str | os.PathLike[str]) -> "tuple[Row, ...]":
 DEFAULT_METRICS = ("exact_match", "token_f1")
 
 
-def _sources(located: "Located", data: str | os.PathLike[str] | None) -> list[Source]:
+def _sources(
+    located: "Located", data: str | os.PathLike[str] | None, is_needed: bool
+) -> list[Source]:
     """The rows to measure on: those named, else the held-out ones of the run's recipe."""
     if data is not None:
         return [source_at(data)]
     held_out = [] if located.recipe is None else located.recipe.data.eval
-    if not held_out:
+    if is_needed and not held_out:
         raise InputError(f"{located.name} has no data.eval of its own; give rows with --data FILE")
     return list(held_out)
 
@@ -363,6 +456,13 @@ def name_of(model: ModelSource) -> str:
 def source_at(place: str | os.PathLike[str]) -> Source:
     """A file, folder or URI as a source of rows."""
     return Source(path=resolve_path(os.fspath(place), Path.cwd()))
+
+
+def _answers_file(to: str | os.PathLike[str]) -> Path:
+    """The file of answers, which lies on this machine."""
+    if "://" in os.fspath(to):
+        raise InputError(f"--to: {to} is a URI; give a file on this machine, and copy it there")
+    return Path(resolve_path(os.fspath(to), Path.cwd()))
 
 
 def _was_there(target: Path) -> "GenerateSummary":

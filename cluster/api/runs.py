@@ -290,21 +290,16 @@ def export(
         RunError: the result cannot be written, or a merged weight is not finite.
     """
     prepare_process()
+    folder = Folder(run.uri) if isinstance(run, RunResult) else _folder(run)
+    problem = _contradiction(format == "gguf", to, quantize, llama_cpp, push, public)
+    if problem:
+        raise InputError(problem)
     # Both load torch, which the other functions here leave to the workers.
     from ...training.export.export import export as write
     from ...training.export.gguf import check_converter
     from ...training.export.publish import reserve, upload
     from ..screens.export import ExportProgress
 
-    folder = Folder(run.uri) if isinstance(run, RunResult) else _folder(run)
-    if to is None and push is None:
-        raise InputError("export needs a folder to write to, or a repository to push to")
-    if format == "gguf" and quantize is not None:
-        raise InputError("--quantize contradicts --format gguf, which reads plain weights")
-    if llama_cpp is not None and format != "gguf":
-        raise InputError("--llama-cpp is for --format gguf; add that")
-    if format == "gguf" and llama_cpp is None and to is None:
-        raise InputError("--format gguf without --llama-cpp needs --to, to convert it from there")
     script = None if llama_cpp is None else check_converter(Path(llama_cpp))
     with (
         scratch_folder("export") as scratch,
@@ -314,21 +309,35 @@ def export(
         finished_run(folder)
         if push is not None:
             reserve(push, private=not public)
-        exported = write(
-            folder,
-            Path(target),
-            merge=merge,
-            dtype=dtype,
-            quantize=quantize,
-            for_gguf=format == "gguf",
-            converter=script,
-            ollama=ollama,
-            progress=progress,
-        )
+        how: dict[str, Any] = {"merge": merge, "dtype": dtype, "quantize": quantize}
+        how |= {"for_gguf": format == "gguf", "converter": script, "ollama": ollama}
+        exported = write(folder, Path(target), **how, progress=progress)
         if push is None:
             return exported
         progress.status(f"uploading to {push}")
         return replace(exported, pushed=upload(exported.folder, push))
+
+
+def _contradiction(
+    for_gguf: bool,
+    to: str | os.PathLike[str] | None,
+    quantize: str | None,
+    llama_cpp: str | os.PathLike[str] | None,
+    push: str | None,
+    public: bool,
+) -> str:
+    """What contradicts itself in the arguments of an export; empty if nothing does."""
+    if to is None and push is None:
+        return "export needs a folder to write to, or a repository to push to"
+    if public and push is None:
+        return "--public is for --push OWNER/NAME; add that"
+    if for_gguf and quantize is not None:
+        return "--quantize contradicts --format gguf, which reads plain weights"
+    if llama_cpp is not None and not for_gguf:
+        return "--llama-cpp is for --format gguf; add that"
+    if for_gguf and llama_cpp is None and to is None:
+        return "--format gguf without --llama-cpp needs --to, to convert it from there"
+    return ""
 
 
 class _Notes(Progress):

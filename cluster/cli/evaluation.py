@@ -19,6 +19,7 @@ def generate(options: argparse.Namespace) -> None:
         seed=options.seed,
         base=options.base,
         batch=options.batch,
+        engine=options.engine,
         address=options.address,
         workers=options.workers,
         quiet=options.quiet,
@@ -33,6 +34,7 @@ def evaluate(options: argparse.Namespace) -> None:
     result = measure(
         *(options.model, options.data),
         metrics=options.metrics,
+        tasks=options.tasks,
         loss=not options.no_loss,
         schema=options.schema,
         judge=options.judge,
@@ -43,6 +45,8 @@ def evaluate(options: argparse.Namespace) -> None:
         max_tokens=options.max_tokens,
         batch=options.batch,
         to=options.to,
+        address=options.address,
+        workers=options.workers,
         quiet=options.quiet,
     )
     from ..screens.answers import render_evaluation

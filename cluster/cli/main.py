@@ -6,6 +6,7 @@ Only the standard library is imported here; each command imports what it needs.
 
 import sys
 from collections.abc import Sequence
+from io import TextIOWrapper
 
 from ...training.common.errors import FinrayError
 from .commands import command_function
@@ -14,6 +15,7 @@ from .usage import parse
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; returns its exit code."""
+    _accept_any_text()
     try:
         options = parse(sys.argv[1:] if arguments is None else arguments)
         _prepare_process(options.log_level)
@@ -31,6 +33,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stderr.close()
         return 0
     return 0
+
+
+def _accept_any_text() -> None:
+    """Signs that the terminal lacks are shown as escapes, and input that is no text is replaced."""
+    for stream, errors in ((sys.stdin, "replace"), (sys.stdout, "backslashreplace")):
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors=errors)
 
 
 def _prepare_process(log_level: str | None) -> None:

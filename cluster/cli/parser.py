@@ -1,6 +1,8 @@
 """The parser, and arguments that several commands share; only the standard library is imported."""
 
 import argparse
+import math
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 
@@ -87,10 +89,10 @@ def whole(text: str) -> int:
 
 
 def number(text: str) -> float:
-    try:
-        return float(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"expected a number, found {text!r}") from None
+    with suppress(ValueError):
+        if math.isfinite(value := float(text)):
+            return value
+    raise argparse.ArgumentTypeError(f"expected a number, found {text!r}")
 
 
 def local(text: str) -> Path:

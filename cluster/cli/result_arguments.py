@@ -244,16 +244,9 @@ def add_evaluation(commands: Any) -> None:
     _add_answering(generate)
     _add_sampling(generate)
     generate.add_argument(
-        "--address",
-        help="a running Ray cluster that answers, as HOST:PORT or auto, or local (default: "
-        "$FINRAY_ADDRESS unless that is a URL, then $RAY_ADDRESS, else this process)",
-    )
-    generate.add_argument(
-        "--workers",
-        metavar="N",
-        type=whole,
-        default=2,
-        help="processes that answer on a cluster without GPUs (default: 2)",
+        "--engine",
+        choices=("transformers", "vllm"),
+        help="what answers (default: vLLM on GPUs, if it is installed and can load the model)",
     )
     generate.add_argument(
         "--base", action="store_true", help="answer with the model under the adapter, too"
@@ -302,6 +295,13 @@ def add_eval(commands: Any) -> None:
         default=[],
         help="exact_match, token_f1 (both are the default), rouge1, rouge2, rougeL, bleu, chrf, "
         "json_valid, tool_calls, or score.py:function (may be repeated)",
+    )
+    evaluate.add_argument(
+        "--tasks",
+        metavar="NAME,NAME",
+        type=lambda text: [name for name in text.split(",") if name],
+        default=[],
+        help="tasks of lm-evaluation-harness, or YAML files of such",
     )
     schema = evaluate.add_argument(
         "--schema", metavar="FILE", type=Path, help="a JSON schema for json_valid"
@@ -361,4 +361,16 @@ def _add_answering(parser: Parser) -> None:
     _add_length(parser)
     parser.add_argument(
         "--batch", metavar="N", type=whole, default=32, help="answers in a batch (default: 32)"
+    )
+    parser.add_argument(
+        "--address",
+        help="a running Ray cluster that answers, as HOST:PORT or auto, or local (default: "
+        "$FINRAY_ADDRESS unless that is a URL, then $RAY_ADDRESS, else this machine)",
+    )
+    parser.add_argument(
+        "--workers",
+        metavar="N",
+        type=whole,
+        help="processes that answer, each with a GPU where there are some (default: this one; on "
+        "a cluster all of its GPUs, or 2 processes)",
     )

@@ -112,17 +112,21 @@ def check_for_vllm(model: ModelSettings) -> None:
         InputError: the adapter uses settings that vLLM does not support.
     """
     assert model.adapter is not None
-    config = read_adapter_config(Path(model.adapter), "model.adapter")
-    names = (
-        *("use_dora", "modules_to_save", "rank_pattern", "alpha_pattern"),
-        *("target_parameters", "trainable_token_indices"),
-    )
-    unsupported = [name for name in names if config.get(name)]
+    unsupported = unknown_to_vllm(read_adapter_config(Path(model.adapter), "model.adapter"))
     if unsupported:
         raise InputError(
             f"method.rollout: vLLM does not support {', '.join(unsupported)} of the adapter "
             f"{model.adapter}; set method.rollout: transformers"
         )
+
+
+def unknown_to_vllm(config: Mapping[str, Any]) -> list[str]:
+    """The settings of an adapter that vLLM does not apply, from PEFT's configuration of it."""
+    names = (
+        *("use_dora", "modules_to_save", "rank_pattern", "alpha_pattern"),
+        *("target_parameters", "trainable_token_indices"),
+    )
+    return [name for name in names if config.get(name)]
 
 
 def check_safetensors(folder: Path, where: str) -> None:

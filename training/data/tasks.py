@@ -19,6 +19,8 @@ _HANDED_ON = (FinrayError, OSError)
 
 _TASKS_BESIDE = 8
 """Tasks that prepare data at the same time while workers train."""
+_AHEAD = 2
+"""Items that an actor holds: the one that it works at, and the next."""
 _OWN_RESOURCE = re.compile(r"(CPU|GPU|memory|object_store_memory)$|node:|accelerator_type:")
 
 T = TypeVar("T")
@@ -51,11 +53,16 @@ class RunOnRayData:
         cpus: most CPU cores that work at once; None for all.
         resources: custom resources that each task asks for.
         beside: run that many tasks at once, which hold no CPU: workers that train may hold all.
+        actors: work in as many processes at most, each with a GPU where there are some, and each of
+            which keeps what the task loads; None for all GPUs, and for tasks where there are none.
+        in_order: yield the results in the items' order, and not as they are ready.
     """
 
     cpus: int | None = None
     resources: Mapping[str, float] = field(default_factory=dict)
     beside: int | None = None
+    actors: int | None = None
+    in_order: bool = True
 
     @classmethod
     def within(cls, bounds: PrepareSettings | None) -> "RunOnRayData":
@@ -68,10 +75,17 @@ class RunOnRayData:
         cpus, resources = (None, {}) if bounds is None else (bounds.cpus, bounds.resources)
         return cls(resources=resources, beside=min(_TASKS_BESIDE, cpus or _TASKS_BESIDE))
 
+    @property
+    def gpus(self) -> int:
+        """GPUs of the cluster."""
+        import ray
+
+        return int(ray.cluster_resources().get("GPU", 0))
+
     def __call__(
         self, task: Callable[[T], R], items: Sequence[T], on_gpus: bool = False
     ) -> Iterator[R]:
-        """Yield the results in the items' order.
+        """Yield the results, in the items' order if `in_order`.
 
         Args:
             task: what is done with an item.
@@ -91,7 +105,7 @@ class RunOnRayData:
 
         context = ray.data.DataContext.get_current().copy()
         context.enable_progress_bars = False
-        context.execution_options.preserve_order = True
+        context.execution_options.preserve_order = self.in_order
         context.execution_options.verbose_progress = False
         with ray.data.DataContext.current(context), _only_errors("ray.data"):
             rows = ray.data.from_items(
@@ -113,10 +127,18 @@ class RunOnRayData:
         from ray.data import ActorPoolStrategy, TaskPoolStrategy
 
         options: dict[str, Any] = {"batch_size": 1, "batch_format": "pyarrow"}
-        gpus = int(ray.cluster_resources().get("GPU", 0)) if on_gpus else 0
-        if gpus:
-            actors = ActorPoolStrategy(min_size=1, max_size=gpus)
-            options |= {"compute": actors, "num_gpus": 1, "fn_constructor_args": (task,)}
+        gpus = self.gpus if on_gpus else 0
+        if gpus or self.actors is not None:
+            size = min(count, gpus or count, self.actors or count)
+            # Not more at once than an actor needs to stay busy: a kill loses what is in flight.
+            actors = ActorPoolStrategy(
+                min_size=1,
+                max_size=size,
+                initial_size=size,
+                max_tasks_in_flight_per_actor=_AHEAD,
+            )
+            options |= {"compute": actors, "fn_constructor_args": (task,)}
+            options |= {"num_gpus": 1} if gpus else {"num_cpus": 1}
             return rows.map_batches(_Call, **options)
         if self.resources:
             _check_exist(self.resources, [node["Resources"] for node in ray.nodes()])

@@ -7,11 +7,12 @@ order in which they were made. The end sorts them by their rows into the file it
 import json
 import os
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from ..common.errors import InputError, reason
+from ..common.errors import InputError, RunError, reason
 from ..common.secrets import redact
 from ..records.run_folder import Record, parse_record
 
@@ -31,6 +32,7 @@ class AnswerFile:
 
     Raises:
         InputError: the file cannot be written, or was begun with other settings.
+        RunError: a later write fails, as on a full disk.
     """
 
     def __init__(self, target: Path, decides: Record, place: str | None = None) -> None:
@@ -62,7 +64,8 @@ class AnswerFile:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self._file.close()
+        with suppress(OSError):  # what a full disk did not take is made again
+            self._file.close()
 
     def add(self, lines: list[Record]) -> None:
         """Add lines; those of rows that are there already gain their keys."""
@@ -74,7 +77,7 @@ class AnswerFile:
         """Write the file, in the order of the rows, and remove the part."""
         self._file.close()
         whole = self._part.with_name(f"{self.target.name}.tmp")
-        with whole.open("wb") as file:
+        with self._write_errors(), whole.open("wb") as file:
             for row in sorted(self.lines):
                 file.write(_as_line(change(self.lines[row])))
             file.flush()
@@ -83,8 +86,20 @@ class AnswerFile:
         self._part.unlink()
 
     def _write(self, lines: list[Record]) -> None:
-        self._file.write(b"".join(map(_as_line, lines)))
-        self._file.flush()
+        with self._write_errors():
+            self._file.write(b"".join(map(_as_line, lines)))
+            self._file.flush()
+
+    @contextmanager
+    def _write_errors(self) -> Iterator[None]:
+        """A disk that is full is the machine's fault, and nothing that it took is lost."""
+        try:
+            yield
+        except OSError as error:
+            raise RunError(
+                f"{self._place}: cannot be written: {reason(error)}; what is there is kept, and "
+                "the same command goes on with it"
+            ) from None
 
     def _read_part(self) -> int:
         """Read what an earlier process left; returns the bytes of its whole lines."""

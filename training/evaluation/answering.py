@@ -14,7 +14,7 @@ from ..config.section import Section
 from ..config.sections import ANSWERS_AT_ONCE
 from ..data.rendering import Prompt
 from ..data.shapes import RowError
-from ..models.generation import completion_texts, generate_ids
+from ..models.generation import Generated, completion_texts, generate_ids
 from ..models.out_of_memory import in_fitting_parts
 from ..rl.rollouts.sampling import Sampler
 from .opened import Opened
@@ -51,8 +51,10 @@ class AnswerSettings(Section):
             raise InputError(f"--max-tokens: {self.max_tokens} is not above 0; give 1 or more")
         if self.temperature < 0:
             raise InputError(
-                f"--temperature: {self.temperature} is below 0; give 0 for greedy answers"
+                f"--temperature: {self.temperature} is not 0 or above; give 0 for greedy answers"
             )
+        if not 0 < self.top_p <= 1:
+            raise InputError(f"--top-p: {self.top_p} is not above 0 and at most 1; give 1 for all")
         if not 0 <= self.seed < 2**32:
             raise InputError(f"--seed: {self.seed} is not between 0 and 2**32 - 1; correct it")
         if self.at_once < 1:
@@ -111,7 +113,7 @@ def batches(
     Prompts of similar length share a batch. One that leaves less than `max_tokens` of the model's
     context is alone.
     """
-    for window in _windows(rows, settings.at_once * _WINDOW):
+    for window in windows(rows, settings.at_once * _WINDOW):
         asked = [ask_of(opened, row, settings) for row in window]
         yield from (row for row in asked if isinstance(row, PromptRow))
         asks = [ask for ask in asked if isinstance(ask, Ask)]
@@ -122,7 +124,8 @@ def batches(
         yield from ([ask] for ask in asks if ask.room < settings.max_tokens)
 
 
-def _windows(items: Iterable[_Item], size: int) -> Iterator[list[_Item]]:
+def windows(items: Iterable[_Item], size: int) -> Iterator[list[_Item]]:
+    """The items in lists of a size, but for the last."""
     waiting = iter(items)
     while window := list(islice(waiting, size)):
         yield window
@@ -154,8 +157,15 @@ def _answer(opened: Opened, batch: Sequence[Ask], settings: AnswerSettings) -> l
         how["logits_processor"] = LogitsProcessorList([Sampler(settings, drawn, longest)])
     with opened.active():
         generated = generate_ids(opened.model, opened.tokenizer, prompts, room, opened.stops, **how)
-    texts = completion_texts(opened.tokenizer, generated)
+    return answers_of(opened, batch, generated)
+
+
+def answers_of(
+    opened: Opened, batch: Sequence[Ask], completions: Sequence[Generated]
+) -> list[Answer]:
+    """Completions of a batch as answers, in its order."""
+    texts = completion_texts(opened.tokenizer, completions)
     return [
         Answer(text.removeprefix(ask.prompt.cut), tuple(one.ids), one.ended)
-        for ask, text, one in zip(batch, texts, generated, strict=True)
+        for ask, text, one in zip(batch, texts, completions, strict=True)
     ]

@@ -6,20 +6,26 @@ or a judge that does not answer costs none of them.
 
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from ..common.errors import RunError
 from ..common.progress import SILENT, Progress
-from ..config.eval_metrics import MetricChoice, metric_name
+from ..config.eval_metrics import FunctionMetric, MetricChoice, metric_name
+from ..config.metric import Mode
 from ..config.source import Source
+from ..data.tasks import RunTasks
 from ..records.run_folder import Record
 from .answer_file import AnswerFile
-from .answering import AnswerSettings, answer, batches
+from .answering import AnswerSettings, Ask, batches
+from .elsewhere import AnswerTask, LossTask, Remote, by_tasks, losses_by_tasks
+from .generate import here
+from .harness import Harness
 from .judge import Judge, ask_all
-from .losses import measure_loss
+from .losses import losses_here, measure_loss
 from .opened import Opened
 from .prompts import PromptRow, digest_of, read_prompts
 from .scores import Answered, Scored, score, title_of
@@ -45,6 +51,8 @@ class EvaluationSettings:
     judge: Judge | None = None
     rows: int | None = None
     """Rows that are read at most."""
+    tasks: tuple[str, ...] = ()
+    """Tasks of lm-evaluation-harness."""
 
 
 @dataclass
@@ -67,7 +75,9 @@ class Candidate:
     identity: str
     """Changes when a model of this name is another one."""
     open: Callable[[], Opened]
-    """Loads it."""
+    """Loads it; without weights where other processes answer."""
+    remote: Remote
+    """What other processes load."""
 
 
 def evaluate(
@@ -77,6 +87,7 @@ def evaluate(
     settings: EvaluationSettings,
     progress: Progress = SILENT,
     place: str | None = None,
+    run: RunTasks | None = None,
 ) -> Evaluation:
     """Evaluate models.
 
@@ -87,11 +98,16 @@ def evaluate(
         settings: what is measured.
         progress: receives what is done, and how far it is.
         place: what messages call the part of an unfinished file; by default its path.
+        run: runs the answers and the losses in other processes; by default this one computes them.
 
     Raises:
         InputError: the rows or a model cannot be read.
     """
     rows = list(read_prompts(sources, settings.rows))
+    harness = None
+    if settings.tasks:
+        progress.status("loading the tasks")
+        harness = Harness(settings.tasks, settings.rows, settings.answers.at_once)
     decides = {
         "finray": FORMAT,
         "models": {column: one.identity for column, one in candidates.items()},
@@ -103,8 +119,9 @@ def evaluate(
     }
     with AnswerFile(target, decides, place) as file:
         for column, candidate in candidates.items():
-            _answer_all(column, candidate, rows, file, settings, progress)
-        problems = _judge_all(list(candidates), rows, file, settings.judge, progress)
+            _answer_all(column, candidate, rows, file, settings, progress, run)
+        problems = _run_tasks(candidates, file, harness, progress)
+        problems += _judge_all(list(candidates), rows, file, settings.judge, progress)
         evaluation = _measured(candidates, sources, rows, file, settings)
         evaluation.problems[:0] = problems
         if not problems:
@@ -120,35 +137,69 @@ def _answer_all(
     file: AnswerFile,
     settings: EvaluationSettings,
     progress: Progress,
+    run: RunTasks | None,
 ) -> None:
     """Answer with a model what it has not answered, and measure its loss."""
     losses = file.lines.get(_LOSSES_ROW, {})
     needs_loss = settings.with_loss and column not in losses
     done = {row for row, line in file.lines.items() if column in line or "error" in line}
-    waiting = [row for row in rows if row.number not in done]
-    if not (waiting or needs_loss):
+    missing = sum(row.number not in done for row in rows)
+    if not (missing or needs_loss):
         return
     progress.status(f"loading {candidate.name}")
     opened = candidate.open()
+    if run is None:
+        measure, answering = losses_here(opened), here([opened], settings.answers)
+    else:
+        measure = losses_by_tasks(LossTask(candidate.remote), run)
+        answering = by_tasks(AnswerTask((candidate.remote,), settings.answers), run)
     if needs_loss:
-        measured = measure_loss(opened, rows, lambda count: progress.advance(count, 2 * len(rows)))
+        measured = measure_loss(measure, rows, lambda count: progress.advance(count, 2 * len(rows)))
         values = [measured.mean, measured.tokens, measured.left_out]
         file.add([{"row": _LOSSES_ROW, **losses, column: values}])
-    count = len(rows) - len(waiting)
-    for item in batches(opened, rows, settings.answers):
-        if isinstance(item, PromptRow):
-            if item.number not in done:
-                file.add([{"row": item.number, "error": item.error}])
-        elif any(ask.row.number not in done for ask in item):
-            answers = answer(opened, item, settings.answers)
-            file.add(
-                [
-                    {"row": ask.row.number, column: one.text, f"{column}_ids": one.ids}
-                    for ask, one in zip(item, answers, strict=True)
-                ]
-            )
-            count += len(item)
-            progress.advance(len(rows) + min(count, len(rows)), 2 * len(rows))
+
+    def waiting() -> Iterator[list[Ask]]:
+        for item in batches(opened, rows, settings.answers):
+            if isinstance(item, PromptRow):
+                if item.number not in done:
+                    file.add([{"row": item.number, "error": item.error}])
+            elif any(ask.row.number not in done for ask in item):
+                yield item
+
+    count = len(rows) - missing
+    for batch, (answers,) in answering(waiting()):
+        file.add(
+            [
+                {"row": ask.row.number, column: one.text, f"{column}_ids": one.ids}
+                for ask, one in zip(batch, answers, strict=True)
+            ]
+        )
+        count += len(batch)
+        progress.advance(len(rows) + min(count, len(rows)), 2 * len(rows))
+
+
+def _run_tasks(
+    candidates: Mapping[str, Candidate],
+    file: AnswerFile,
+    harness: Harness | None,
+    progress: Progress,
+) -> list[str]:
+    """Measure on the harness' tasks what is not measured; returns why a model could not."""
+    if harness is None:
+        return []
+    problems = []
+    for column, candidate in candidates.items():
+        key = f"{column}_tasks"
+        if harness.names != file.lines.get(_LOSSES_ROW, {}).get(key, {}).get("names"):
+            progress.status(f"tasks of {candidate.name}")
+            try:
+                measured = harness.measure(candidate.open())
+            except RunError as error:
+                problems.append(str(error))
+            else:
+                done = {"names": harness.names, "measures": measured}
+                file.add([{"row": _LOSSES_ROW, key: done}])
+    return problems
 
 
 def _judge_all(
@@ -213,11 +264,13 @@ def _measured(
             column: score(metric, _answers(column, answered, file), settings.schema)
             for column in candidates
         }
-        measures.append(_measure(name, title_of(name), scored))
+        is_min = isinstance(metric, FunctionMetric) and metric.mode == "min"
+        measures.append(_measure(name, title_of(name), scored, "min" if is_min else "max"))
         for column, one in scored.items():
             _note(file, answered, column, name, one.values)
         errors = [one.error for one in scored.values() if one.error]
         problems += [f"{name}: {errors[0]}"] if errors else []
+    measures += _of_tasks(list(candidates), file.lines.get(_LOSSES_ROW, {}))
     if settings.judge is not None:
         scored = {}
         for column in candidates:
@@ -273,12 +326,31 @@ def _losses(columns: list[str], losses: Record) -> list[Record]:
     }
     tokens = losses.get(OWN, [None, 0])[1]
     return [
-        {"name": LOSS, "title": "loss", "values": means, "count": tokens},
-        {"name": PERPLEXITY, "title": "perplexity", "values": perplexities, "count": tokens},
+        {"name": LOSS, "title": "loss", "values": means, "count": tokens, "mode": "min"},
+        {
+            "name": PERPLEXITY,
+            "title": "perplexity",
+            "values": perplexities,
+            "count": tokens,
+            "mode": "min",
+        },
     ]
 
 
-def _measure(name: str, title: str, scored: Mapping[str, Scored]) -> Record:
+def _of_tasks(columns: list[str], kept: Record) -> list[Record]:
+    """The measures of the harness' tasks."""
+    by_name: dict[str, Record] = {}
+    for column in columns:
+        for one in kept.get(f"{column}_tasks", {}).get("measures", []):
+            facts = {key: one[key] for key in ("name", "count", "mode")}
+            empty = {**facts, "title": one["name"], "values": {}, "intervals": {}}
+            measure = by_name.setdefault(one["name"], empty)
+            measure["values"][column] = one["value"]
+            measure["intervals"][column] = one["interval"]
+    return list(by_name.values())
+
+
+def _measure(name: str, title: str, scored: Mapping[str, Scored], mode: Mode = "max") -> Record:
     counts = [sum(value is not None for value in one.values) for one in scored.values()]
     failures = max(one.failures for one in scored.values())
     return {
@@ -287,6 +359,7 @@ def _measure(name: str, title: str, scored: Mapping[str, Scored]) -> Record:
         "values": {column: one.overall for column, one in scored.items()},
         "intervals": {column: interval(one.values) for column, one in scored.items()},
         "count": max(counts, default=0),
+        "mode": mode,
         **({"failures": failures} if failures else {}),
     }
 

@@ -57,6 +57,7 @@ def generate(
     settings: AnswerSettings,
     *,
     identity: str,
+    engine: str = "transformers",
     answering: Answering | None = None,
     total: int | None = None,
     progress: Progress = SILENT,
@@ -70,6 +71,7 @@ def generate(
             `base`, of the row `reference`; or `row` and `error`.
         settings: how to answer.
         identity: which model it is, so that a file is not continued by another one.
+        engine: what answers; likewise.
         answering: answers batches; in this process by default.
         total: number of rows, for the progress.
         progress: receives how far it is.
@@ -82,6 +84,7 @@ def generate(
         "finray": 1,
         "model": identity,
         "models": len(models),
+        "engine": engine,
         "prompts": digest_of(sources),
         **settings.model_dump(),
     }

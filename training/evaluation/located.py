@@ -81,7 +81,7 @@ def locate(name: str, folder: Path) -> Located:
             record = read_run(run_folder)
             if record is not None:
                 return _of_run(run_folder, record)
-    if _CHECKPOINT.fullmatch(Path(path).name) and is_folder(path):
+    if _is_checkpoint(path):
         return _of_checkpoint(Folder(path))
     if "://" not in path and is_folder(path):
         if any((Path(path) / file).is_file() for file in ("config.json", CONFIG_FILE)):
@@ -89,7 +89,14 @@ def locate(name: str, folder: Path) -> Located:
         raise InputError(f"{path} holds neither a run nor a model{_those_there(path, storage)}")
     if _HUB_ID.fullmatch(name) and not is_folder(Path(path).parent):
         return Located(name, name)
-    raise InputError(f"there is no run {name}{_those_there(str(Path(path).parent), storage)}")
+    raise InputError(f"there is no run {name}{_those_there(Folder(path).parent.uri, storage)}")
+
+
+def _is_checkpoint(path: str) -> bool:
+    if "://" not in path:
+        return _CHECKPOINT.fullmatch(Path(path).name) is not None and is_folder(path)
+    folder = Folder(path)
+    return _CHECKPOINT.fullmatch(folder.name) is not None and bool(folder.names())
 
 
 def _of_run(folder: Folder, record: Record) -> Located:
@@ -111,7 +118,7 @@ def _of_run(folder: Folder, record: Record) -> Located:
 
 
 def _of_checkpoint(checkpoint: Folder) -> Located:
-    folder = Folder(str(Path(checkpoint.uri).parent.parent))
+    folder = checkpoint.parent.parent
     if read_run(folder) is None:
         raise InputError(f"{checkpoint} is no checkpoint of a run: {folder} holds none")
     recipe = written_recipe(folder)

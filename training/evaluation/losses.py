@@ -1,14 +1,15 @@
 """The loss of a model on rows with answers, as training measures it on held-out rows."""
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import islice
 
 import numpy as np
 import torch
 
 from ..data.rendering import Document
 from ..models.out_of_memory import in_fitting_parts
+from .answering import windows
 from .opened import Opened
 from .prompts import PromptRow
 
@@ -26,6 +27,7 @@ class LossSum:
     """Number of trained tokens."""
     left_out: int = 0
     """Rows that have no text to measure: none with an answer, or too long."""
+    rows: int = 0
 
     @property
     def mean(self) -> float | None:
@@ -33,34 +35,54 @@ class LossSum:
         return self.total / self.tokens if self.tokens else None
 
 
+MeasureLosses = Callable[[Iterator[list[PromptRow]]], Iterator[LossSum]]
+"""Measures the losses of lists of rows, in this process or elsewhere; in any order."""
+
+
 def measure_loss(
-    opened: Opened, rows: Iterable[PromptRow], on_row: Callable[[int], None] = lambda _: None
+    measure: MeasureLosses,
+    rows: Iterable[PromptRow],
+    on_row: Callable[[int], None] = lambda _: None,
 ) -> LossSum:
     """The loss of the answers in some rows, over the tokens that training learns.
 
     Args:
-        opened: the model.
+        measure: measures rows.
         rows: the rows; those without an answer are left out.
         on_row: receives the number of rows so far.
     """
-    result = LossSum()
-    waiting = iter(rows)
-    count = 0
-    while window := list(islice(waiting, _WINDOW)):
-        examples = [row.example for row in window if row.example is not None]
-        rendered = opened.renderer.render(examples)
-        documents = [document for one in rendered for document in one.documents]
-        result.left_out += len(window) - sum(bool(one.documents) for one in rendered)
-        for batch in _batches(documents):
-            sums, _ = in_fitting_parts(
-                *(batch, len(batch), lambda part: _sums(opened, part)),
-                what="rows",
-                remedy="leave out the measure loss",
-            )
-            result.total += sum(total for total, _ in sums)
-            result.tokens += sum(tokens for _, tokens in sums)
-        count += len(window)
-        on_row(count)
+    sums: list[LossSum] = []
+    for one in measure(windows(rows, _WINDOW)):
+        sums.append(one)
+        on_row(sum(each.rows for each in sums))
+    # Exactly rounded, so that the order in which they came does not matter.
+    total = math.fsum(one.total for one in sums)
+    return LossSum(total, *(sum(part) for part in zip(*map(_counts, sums), strict=True)))
+
+
+def _counts(one: LossSum) -> tuple[int, int, int]:
+    return one.tokens, one.left_out, one.rows
+
+
+def losses_here(opened: Opened) -> MeasureLosses:
+    """Measures losses in this process."""
+    return lambda waiting: (loss_of(opened, rows) for rows in waiting)
+
+
+def loss_of(opened: Opened, rows: Sequence[PromptRow]) -> LossSum:
+    """The loss of the answers in a list of rows."""
+    result = LossSum(rows=len(rows))
+    rendered = opened.renderer.render([row.example for row in rows if row.example is not None])
+    documents = [document for one in rendered for document in one.documents]
+    result.left_out = len(rows) - sum(bool(one.documents) for one in rendered)
+    for batch in _batches(documents):
+        sums, _ = in_fitting_parts(
+            *(batch, len(batch), lambda part: _sums(opened, part)),
+            what="rows",
+            remedy="leave out the measure loss",
+        )
+        result.total += sum(total for total, _ in sums)
+        result.tokens += sum(tokens for _, tokens in sums)
     return result
 
 

@@ -1,7 +1,7 @@
 """A model that answers: its weights on the device, its tokenizer, and how it renders prompts."""
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -9,16 +9,27 @@ from typing import Any
 import torch
 import transformers
 from peft import PeftModel
+from transformers import AutoConfig, GenerationConfig
 
 from ..common.errors import InputError
 from ..config.model_folder import named_model
 from ..config.models import ModelSettings
 from ..data.render_settings import RenderSettings
 from ..data.rendering import Renderer
+from ..models.composite import model_from_config
 from ..models.devices import device_kind
 from ..models.dtypes import choose_dtype, torch_dtype
-from ..models.loading import Model
-from ..models.open_result import OpenedModel, open_checkpoint, open_named, open_result
+from ..models.loading import Model, load_tokenizer
+from ..models.open_result import (
+    OpenedModel,
+    check_base,
+    local_copy,
+    open_checkpoint,
+    open_named,
+    open_result,
+    tokenizer_named,
+    tokenizer_of,
+)
 from ..models.stopping import stop_tokens
 from .located import Located
 
@@ -99,6 +110,52 @@ def open_located(located: Located) -> Opened:
             assert located.run is not None
             opened = open_result(located.run, "causal", dtype, where)
     return _placed(located.name, opened, settings)
+
+
+def open_unloaded(located: Located) -> Opened:
+    """As `open_located`, without weights: it renders prompts, and knows where answers end.
+
+    Raises:
+        InputError: the model's configuration or its tokenizer cannot be loaded.
+    """
+    recipe = located.recipe
+    if recipe is None:
+        tokenizer, source, revision = tokenizer_named(located.uri, located.name)
+        return _without_weights(
+            located,
+            source,
+            revision,
+            tokenizer,
+            _settings_of(located.uri, named_model(located.uri)),
+        )
+    settings, rendering = recipe.model, RenderSettings.of(recipe)
+    if located.checkpoint is not None:
+        tokenizer = load_tokenizer(recipe)
+        return _without_weights(located, settings.base, settings.revision, tokenizer, rendering)
+    assert located.run is not None
+    with local_copy(located.run.result) as folder:
+        tokenizer = tokenizer_of(folder, located.name)
+        source, revision = settings.base, settings.revision
+        if located.run.kind == "model":
+            source, revision = str(folder), None
+        else:
+            check_base(folder, source, revision, located.name)
+        return _without_weights(located, source, revision, tokenizer, rendering)
+
+
+def _without_weights(
+    located: Located, source: str, revision: str | None, tokenizer: Any, settings: RenderSettings
+) -> Opened:
+    how: dict[str, Any] = {"revision": revision, "trust_remote_code": False}
+    try:
+        config = AutoConfig.from_pretrained(source, **how)
+    except (OSError, ValueError) as error:
+        raise InputError(f"{located.name}: cannot load {source}: {error}") from error
+    with torch.device("meta"):
+        model = model_from_config(config, "causal", located.name)
+    with suppress(OSError):  # a model without one has that of its configuration
+        model.generation_config = GenerationConfig.from_pretrained(source, revision=revision)
+    return Opened(located.name, model, tokenizer, Renderer(tokenizer, settings))
 
 
 def base_of(opened: Opened, located: Located) -> Opened:

@@ -104,7 +104,7 @@ def _subject(record: Record) -> list[tuple[str, str]]:
 def _measure(measure: Record, columns: Sequence[str]) -> dict[str, Any]:
     name, values = measure["name"], measure["values"]
     present = [value for value in values.values() if value is not None]
-    choose = min if name in _LOWER_IS_BETTER else max
+    choose = min if measure["mode"] == "min" else max
     best = choose(present) if len(present) > 1 and len(set(present)) > 1 else None
     intervals = measure.get("intervals", {})
     cells = [

@@ -1,6 +1,7 @@
 """An evaluation from its models to its files: eval.json, eval.jsonl and eval.html."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
@@ -8,7 +9,9 @@ from ..common.progress import SILENT, Progress
 from ..common.scratch import scratch_folder
 from ..common.storage import Folder
 from ..config.source import Source
+from ..data.tasks import RunTasks
 from .answer_file import part_of
+from .elsewhere import Remote
 from .evaluate import (
     AGAINST,
     BASE,
@@ -20,7 +23,7 @@ from .evaluate import (
     write_record,
 )
 from .located import Located
-from .opened import Opened, base_of, open_located
+from .opened import Opened, base_of, open_located, open_unloaded
 from .page import render_page
 
 RECORD_FILE = "eval.json"
@@ -28,25 +31,34 @@ ROWS_FILE = "eval.jsonl"
 PAGE_FILE = "eval.html"
 
 
-def candidates_of(located: Located, other: Located | None, base: bool) -> dict[str, Candidate]:
+def candidates_of(
+    located: Located, other: Located | None, base: bool, elsewhere: bool = False
+) -> dict[str, Candidate]:
     """The models of an evaluation, by column; none is loaded yet.
 
     Args:
         located: the model.
         other: another model to compare with.
         base: the base under the model, too.
+        elsewhere: other processes load the weights.
     """
+    load = open_unloaded if elsewhere else open_located
 
     @cache
     def own() -> Opened:
-        return open_located(located)
+        return load(located)
 
-    found = {OWN: Candidate(located.name, located.identity, own)}
+    def under() -> Opened:
+        return replace(own(), name="base") if elsewhere else base_of(own(), located)
+
+    found = {OWN: Candidate(located.name, located.identity, own, Remote(located.uri))}
     if base:
-        under = f"base of {located.identity}"
-        found[BASE] = Candidate("base", under, lambda: base_of(own(), located))
+        identity = f"base of {located.identity}"
+        found[BASE] = Candidate("base", identity, under, Remote(located.uri, is_base=True))
     if other is not None:
-        found[AGAINST] = Candidate(other.name, other.identity, lambda: open_located(other))
+        found[AGAINST] = Candidate(
+            other.name, other.identity, lambda: load(other), Remote(other.uri)
+        )
     return found
 
 
@@ -56,21 +68,23 @@ def write_evaluation(
     target: Folder,
     settings: EvaluationSettings,
     progress: Progress = SILENT,
+    run: RunTasks | None = None,
 ) -> Evaluation:
     """Evaluate, and write the three files; where something failed, the answers stay in a part
     that the next evaluation goes on with.
 
     Args:
-        candidates, sources, settings, progress: as in `evaluate`.
+        candidates, sources, settings, progress, run: as in `evaluate`.
         target: the folder of the files.
 
     Raises:
         InputError: see `evaluate`.
     """
     if target.local is not None:
-        evaluation = evaluate(candidates, sources, target.local / ROWS_FILE, settings, progress)
+        file = target.local / ROWS_FILE
+        evaluation = evaluate(candidates, sources, file, settings, progress, run=run)
     else:
-        evaluation = _evaluate_in_store(candidates, sources, target, settings, progress)
+        evaluation = _evaluate_in_store(candidates, sources, target, settings, progress, run)
     target.write(RECORD_FILE, write_record(evaluation.record))
     target.write(PAGE_FILE, render_page(evaluation).encode("utf-8", "replace"))
     return evaluation
@@ -82,6 +96,7 @@ def _evaluate_in_store(
     target: Folder,
     settings: EvaluationSettings,
     progress: Progress,
+    run: RunTasks | None,
 ) -> Evaluation:
     """Evaluate on this machine's disk, with the part of the object store, which gets it back."""
     with scratch_folder("eval") as scratch:
@@ -91,7 +106,7 @@ def _evaluate_in_store(
             part.write_bytes(target.read(part.name))
         try:
             place = str(target / part.name)
-            evaluation = evaluate(candidates, sources, file, settings, progress, place)
+            evaluation = evaluate(candidates, sources, file, settings, progress, place, run)
         finally:
             if part.exists():
                 target.write(part.name, part.read_bytes())

@@ -1,5 +1,6 @@
 """GGUF, the format of llama.cpp and Ollama, written by llama.cpp's own converter."""
 
+import re
 import shlex
 import subprocess
 import sys
@@ -10,6 +11,7 @@ from ..common.formatting import one_line
 
 CONVERTER = "convert_hf_to_gguf.py"
 _ERROR_LINES = 5
+_MISSING = re.compile(r"No module named '(\w+)")
 
 
 def check_converter(folder: Path) -> Path:
@@ -47,9 +49,13 @@ def convert(script: Path, model: Path, file: Path) -> None:
         command(str(script), model, file), capture_output=True, text=True, check=False
     )
     if done.returncode or not file.is_file():
-        lines = [one_line(line) for line in (done.stderr or done.stdout).splitlines() if line]
+        output = done.stderr or done.stdout
+        lines = [one_line(line) for line in output.splitlines() if line]
         said = "\n".join(f"  {line}" for line in lines[-_ERROR_LINES:])
+        missing = _MISSING.search(output)
+        remedy = "What it does not know, a newer llama.cpp may"
+        if missing is not None:
+            remedy = f"It needs a package that is not installed: pip install {missing[1]}"
         raise RunError(
-            f"{CONVERTER} cannot convert the model (exit code {done.returncode}):\n{said}\n"
-            "What it does not know, a newer llama.cpp may"
+            f"{CONVERTER} cannot convert the model (exit code {done.returncode}):\n{said}\n{remedy}"
         )

@@ -1,6 +1,7 @@
 """Opens a trained model of a finished run, of a folder written by transformers or PEFT, or of the
 hub. All users of a result (references, reward models, …) open it here."""
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,8 +16,10 @@ from ..common.errors import InputError
 from ..common.scratch import scratch_folder
 from ..common.storage import Folder
 from ..config.adapter_folder import CONFIG_FILE, adapter_base, check_safetensors
-from ..config.model_folder import has_vocabulary, named_model
-from ..config.models import Head
+from ..config.base_digest import BASE_FILE, base_digest
+from ..config.model_folder import has_vocabulary, model_folder, named_model
+from ..config.models import Head, ModelSettings
+from ..config.paths import is_folder
 from ..config.recipe import Recipe
 from ..records.run_folder import FinishedRun
 from .adapter import check_fits
@@ -83,15 +86,34 @@ def open_named(name: str, dtype: torch.dtype, where: str) -> OpenedModel:
         InputError: the model or its tokenizer cannot be loaded.
     """
     model = open_model(name, "causal", dtype, where)
-    with _load_errors(where, name):
-        named = named_model(name)
-        source, revision = named.base, named.revision
-        if (Path(name) / CONFIG_FILE).is_file() and not has_vocabulary(Path(name)):
-            source, revision = adapter_base(Path(name), "causal", where)
-        tokenizer = AutoTokenizer.from_pretrained(
-            source, revision=revision, trust_remote_code=False
-        )
+    tokenizer, _, _ = tokenizer_named(name, where)
     return OpenedModel(model, tokenizer)
+
+
+def tokenizer_named(name: str, where: str) -> tuple[Any, str, str | None]:
+    """The tokenizer of a model as `open_named` takes it, and the model's folder or id, which for
+    an adapter is its base, with its revision.
+
+    Raises:
+        InputError: the tokenizer cannot be loaded.
+    """
+    named, path = named_model(name), Path(name)
+    source, revision = named.base, named.revision
+    if is_adapter := (path / CONFIG_FILE).is_file():
+        source, revision = adapter_base(path, "causal", where)
+    if is_adapter and has_vocabulary(path):
+        return tokenizer_of(name, where), source, revision
+    return tokenizer_of(source, where, revision), source, revision
+
+
+def tokenizer_of(name: str | Path, where: str, revision: str | None = None) -> Any:
+    """The tokenizer of a folder or of a hub id.
+
+    Raises:
+        InputError: it cannot be loaded.
+    """
+    with _load_errors(where, name):
+        return AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=False)
 
 
 def open_checkpoint(
@@ -113,7 +135,7 @@ def open_checkpoint(
             f"{where}: with adapter.init {recipe.adapter.init} a checkpoint is no adapter on the "
             "base; finish the run"
         )
-    with _local_copy(checkpoint) as folder, _load_errors(where, checkpoint):
+    with local_copy(checkpoint) as folder, _load_errors(where, checkpoint):
         tokenizer = load_tokenizer(recipe)
         if recipe.trains_adapter:
             base, revision = recipe.model.base, recipe.model.revision
@@ -124,7 +146,8 @@ def open_checkpoint(
 
 
 @contextmanager
-def _local_copy(folder: Folder) -> Iterator[Path]:
+def local_copy(folder: Folder) -> Iterator[Path]:
+    """A folder on a local disk: itself, or a copy that the context deletes."""
     if folder.local is not None:
         yield folder.local
         return
@@ -137,6 +160,7 @@ def _under_adapter(
     adapter: Path, base: str, revision: str | None, head: Head, dtype: torch.dtype, where: str
 ) -> Model:
     check_safetensors(adapter, where)
+    check_base(adapter, base, revision, where)
     model = _load(
         *(base, head, dtype, where),
         new_head=head == "score",  # the adapter brings it
@@ -153,6 +177,30 @@ def _under_adapter(
         raise InputError(f"{where}: {adapter} does not fit {base}: {reason}") from error
     check_fits(adapted, adapter, where)
     return adapted
+
+
+def check_base(adapter: Path, base: str, revision: str | None, where: str) -> None:
+    """Check that an adapter's base is the one that it was trained on.
+
+    Raises:
+        InputError: the base's folder is gone, or its weights are others.
+    """
+    if Path(base).is_absolute() and not is_folder(base):
+        raise InputError(
+            f"{where}: its base {base} is not there; move it back, or write its new place into the "
+            f"run's recipe.yaml (for an adapter without a run, into {CONFIG_FILE})"
+        )
+    note = adapter / BASE_FILE
+    recorded = json.loads(note.read_text("utf-8")).get("digest") if note.is_file() else None
+    if recorded is None:
+        return
+    model = ModelSettings(base=base, revision=revision)
+    folder = Path(base) if is_folder(base) else model_folder(model, only_cached=True, where=where)
+    if folder is not None and base_digest(folder) not in (recorded, None):
+        raise InputError(
+            f"{where}: the weights of its base {base} have changed since the adapter was trained; "
+            "restore the original ones"
+        )
 
 
 def _load(

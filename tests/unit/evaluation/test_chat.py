@@ -1,7 +1,9 @@
 """`finray chat`: streamed answers against plain transformers, interrupts, and a full context."""
 
 import json
+import sys
 from collections.abc import Callable, Iterator
+from io import BytesIO, TextIOWrapper
 from pathlib import Path
 from typing import Any
 
@@ -227,3 +229,12 @@ def test_a_model_without_a_template_cannot_chat(opened: Opened) -> None:
             converse(opened)
     finally:
         opened.tokenizer.chat_template = template
+
+
+def test_input_and_terminal_that_are_no_utf8(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shown = BytesIO()
+    monkeypatch.setattr(sys, "stdin", TextIOWrapper(BytesIO(b"caf\xe9\n/n\xc3\xb6\n"), "utf-8"))
+    monkeypatch.setattr(sys, "stdout", TextIOWrapper(shown, "ascii"))
+    assert main(["chat", str(run), "--max-tokens", "2"]) == 0
+    sys.stdout.flush()
+    assert b"there is no /n\\xf6; /help lists the commands" in shown.getvalue()

@@ -1,6 +1,7 @@
 """`finray generate`: the answers of a run, against transformers and PEFT by themselves."""
 
 import json
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -9,19 +10,24 @@ import numpy as np
 import pytest
 import torch
 from peft import PeftModel
+from pyarrow import fs as pafs
+from safetensors.torch import load_file, save_file
 from support.finished_run import finished_run
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import finray
 from finray.cluster.cli.main import main
 from finray.cluster.screens.answers import render_generated
-from finray.training.common.errors import InputError
+from finray.training.common import storage
+from finray.training.common.errors import InputError, RunError
+from finray.training.common.storage import Folder
 from finray.training.config.source import Source
 from finray.training.evaluation import generate as generating
+from finray.training.evaluation.answer_file import AnswerFile
 from finray.training.evaluation.answering import AnswerSettings, Ask
 from finray.training.evaluation.generate import generate, here
 from finray.training.evaluation.located import UnfinishedRun, locate
-from finray.training.evaluation.opened import Opened
+from finray.training.evaluation.opened import Opened, open_located, open_unloaded
 
 Write = Callable[[Path, list[Any]], Path]
 Read = Callable[[Path], list[Any]]
@@ -203,7 +209,10 @@ def test_a_prompt_may_fill_the_context(
         (("runs/nope",), "there is no run runs/nope; those in {runs}: support"),
         (("{runs}",), "{runs} holds neither a run nor a model; those in {runs}: support"),
         (("support", "--max-tokens", "0"), "--max-tokens: 0 is not above 0; give 1 or more"),
-        (("support", "--temperature", "-1"), "--temperature: -1.0 is below 0"),
+        (("support", "--temperature", "-1"), "--temperature: -1.0 is not 0 or above"),
+        (("support", "--temperature", "nan"), "expected a number, found 'nan'"),
+        (("support", "--top-p", "0"), "--top-p: 0.0 is not above 0 and at most 1"),
+        (("support", "--workers", "0"), "--workers: 0 is not above 0; give 1 or more"),
     ],
 )
 def test_what_is_wrong_is_one_line(
@@ -247,3 +256,70 @@ def test_an_unfinished_run_names_its_best_checkpoint(
     finray.generate(best, prompts, tmp_path / "of-checkpoint.jsonl", max_tokens=4)
     finray.generate(run, prompts, tmp_path / "of-run.jsonl", max_tokens=4)
     assert read(tmp_path / "of-checkpoint.jsonl") == read(tmp_path / "of-run.jsonl")
+
+
+def test_a_base_that_moved_or_changed_is_said(
+    tiny_model: Path, tmp_path: Path, write: Write
+) -> None:
+    """Another base would answer without a word; both ways to load the run refuse it."""
+    base = tmp_path / "base"
+    shutil.copytree(tiny_model, base)
+    folder = finished_run(tmp_path, base)
+    located = locate(str(folder), Path.cwd())
+    tensors = load_file(base / "model.safetensors")
+    save_file(
+        {name: tensor + 1 for name, tensor in tensors.items()},
+        base / "model.safetensors",
+        metadata={"format": "pt"},
+    )
+    for load in (open_located, open_unloaded):
+        with pytest.raises(InputError, match=r"the weights of its base .* have changed since"):
+            load(located)
+    base.rename(tmp_path / "moved")
+    for load in (open_located, open_unloaded):
+        with pytest.raises(InputError, match=f"its base {base} is not there; move it back, or"):
+            load(located)
+    shutil.rmtree(tmp_path / "moved")
+    shutil.copytree(tiny_model, tmp_path / "moved")
+    recipe = folder / "recipe.yaml"
+    recipe.write_text(recipe.read_text().replace(str(base), str(tmp_path / "moved")))
+    assert open_located(locate(str(folder), Path.cwd())).stops
+
+
+def test_a_checkpoint_in_an_object_store_is_offered_and_opened(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def open_root(root: str) -> tuple[Any, str]:
+        if root.startswith("s3://"):
+            return pafs.SubTreeFileSystem(str(tmp_path), pafs.LocalFileSystem()), "bucket"
+        return pafs.LocalFileSystem(), "/"
+
+    monkeypatch.setattr(storage, "_filesystem", open_root)
+    folder = finished_run(tmp_path / "bucket", tiny_model)
+    record = json.loads((folder / "run.json").read_text())
+    (folder / "run.json").write_text(json.dumps({**record, "status": "stopped"}))
+    checkpoint = folder / "checkpoints" / "step-00000010"
+    shutil.copytree(folder / "adapter", checkpoint)
+    manifest = {"format": 1, "world_size": 1, "metrics": {"eval_loss": 0.5}, "files": {}}
+    (checkpoint / "rank-0.json").write_text(json.dumps(manifest))
+    with pytest.raises(UnfinishedRun) as error:
+        locate("s3://bucket/runs/support?x=1", Path.cwd())
+    offered = "s3://bucket/runs/support/checkpoints/step-00000010?x=1"
+    assert error.value.checkpoint == offered
+    located = locate(offered, Path.cwd())
+    assert located.folder == Folder("s3://bucket/runs/support?x=1")
+    assert open_located(located).stops == open_unloaded(located).stops
+    with pytest.raises(InputError, match=r"there is no run s3://bucket/.*-00000020"):
+        locate("s3://bucket/runs/support/checkpoints/step-00000020", Path.cwd())
+
+
+def test_a_full_disk_is_one_line_and_costs_no_answer(tmp_path: Path) -> None:
+    decides = {"model": "x"}
+    with AnswerFile(tmp_path / "out", decides) as file:
+        file.add([{"row": 1, "answer": "fox"}])
+        file._file.close()
+        file._file = Path("/dev/full").open("wb")  # noqa: SIM115 - the context closes it
+        with pytest.raises(RunError, match=r"out.part: cannot be written: No space .* goes on"):
+            file.add([{"row": 2, "answer": "dog"}])
+    with AnswerFile(tmp_path / "out", decides) as file:
+        assert list(file.lines) == [1]

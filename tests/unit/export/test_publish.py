@@ -18,6 +18,7 @@ from finray.cluster.api.runs import export
 from finray.cluster.cli.main import main
 from finray.training.common.errors import InputError, RunError
 from finray.training.data.chat import chat_template_of
+from finray.training.export.gguf import convert
 from finray.training.export.ollama import TurnTexts, turn_texts
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
@@ -146,6 +147,7 @@ def test_a_modelfile_and_gguf(
         ({"format": "gguf"}, "--format gguf takes a whole model"),
         ({"quantize": "nf4"}, "--quantize takes a whole model"),
         ({"llama_cpp": "x"}, "--llama-cpp is for --format gguf"),
+        ({"public": True}, "--public is for --push OWNER/NAME; add that"),
         ({"llama_cpp": "x", "format": "gguf"}, "there is no convert_hf_to_gguf.py"),
         ({"quantize": "nf4", "format": "gguf"}, "--quantize contradicts --format gguf"),
     ],
@@ -174,3 +176,11 @@ def test_quantised_weights_load_and_say_nearly_the_same(
     assert torch.nn.functional.cosine_similarity(*logits, dim=-1).mean() > 0.9
     card = (small.folder / "README.md").read_text(encoding="utf-8")
     assert f"- Weights: {scheme}, as bitsandbytes stores them" in card
+
+
+def test_a_converter_without_its_packages_names_them(tmp_path: Path) -> None:
+    """As llama.cpp's does without sentencepiece, whose own advice would be a newer llama.cpp."""
+    script = tmp_path / "convert_hf_to_gguf.py"
+    script.write_text("import not_there.at_all\n", encoding="utf-8")
+    with pytest.raises(RunError, match=r"not installed: pip install not_there$"):
+        convert(script, tmp_path, tmp_path / "out.gguf")

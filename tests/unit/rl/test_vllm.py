@@ -71,7 +71,7 @@ def test_the_adapter_is_handed_over_at_every_call(
     recipe = online_recipe({"kind": "grpo", "temperature": 0.7, "top_k": 5})
     adapted = get_peft_model(copy.deepcopy(model), LoraConfig(r=12, target_modules=["q_proj"]))
     rollouts = VllmRollouts(recipe, adapted, tokenizer)
-    engine: Any = rollouts._engine
+    engine: Any = rollouts._engine._engine
     assert engine.arguments["max_lora_rank"] == 16
     assert engine.arguments["max_model_len"] == recipe.data.max_length
     requests = [Request([5, 6, 7], (0, 1)), Request([8, 9], (0, 2))]
@@ -108,11 +108,11 @@ def test_its_process_sees_one_gpu_and_no_group(
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,7")
     monkeypatch.setenv("RANK", "1")
     adapted = get_peft_model(copy.deepcopy(model), LoraConfig(r=4, target_modules=["q_proj"]))
-    engine: Any = VllmRollouts(online_recipe({"kind": "grpo"}), adapted, tokenizer)._engine
+    engine: Any = VllmRollouts(online_recipe({"kind": "grpo"}), adapted, tokenizer)._engine._engine
     assert engine.environment["CUDA_VISIBLE_DEVICES"] == "7" and "RANK" not in engine.environment
     assert os.environ["CUDA_VISIBLE_DEVICES"] == "4,7" and os.environ["RANK"] == "1"
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
-    engine = VllmRollouts(online_recipe({"kind": "grpo"}), adapted, tokenizer)._engine
+    engine = VllmRollouts(online_recipe({"kind": "grpo"}), adapted, tokenizer)._engine._engine
     assert engine.environment["CUDA_VISIBLE_DEVICES"] == "1"
     assert "CUDA_VISIBLE_DEVICES" not in os.environ
 

@@ -341,3 +341,13 @@ def test_no_such_run(tmp_path: Path) -> None:
     stored_run(tmp_path, "my-run")
     with pytest.raises(InputError, match=r"no such run, .*did you mean my-run"):
         find_run("my-rnu", Folder(str(tmp_path)))
+
+
+def test_what_is_no_number_is_never_among_the_best(tmp_path: Path) -> None:
+    """NaN compares with nothing: sorted by it, a bad run could stay in the place of the best."""
+    values: list[Any] = [float("nan"), 0.9, float("nan"), 0.1, "x", None]
+    for name, value in zip("abcdef", values, strict=True):
+        stored_run(tmp_path, name, metrics={"eval_loss": value})
+    how: dict[str, Any] = {"by": "eval_loss", "older_than": None, "unfinished": False}
+    removal = plan_prune(Folder(str(tmp_path)), keep_best=1, **how)
+    assert names(removal) == ["a", "b", "c", "e", "f"]

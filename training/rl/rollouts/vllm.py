@@ -6,14 +6,18 @@ Before every generation the adapter is written to a folder, which vLLM loads as 
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, cast
 
 import torch
 from peft import PeftModel
 
+from ...common.errors import InputError
 from ...common.scratch import scratch_folder
 from ...config.methods import OnlineMethod
 from ...config.recipe import Recipe
+from ...data.rows import Row
 from ...models.devices import device_kind, memory_of
 from ...models.dtypes import choose_dtype
 from ...models.memory_estimate import sizes_of, vllm_share
@@ -22,13 +26,92 @@ from .rollout import Request, Rollout
 
 _RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 """The maximum LoRA ranks that vLLM supports."""
-_SHARE_OF_HOST = 0.3
+SHARE_OF_HOST = 0.3
 """Share of the memory for vLLM's weights and cache where it samples on the CPU."""
 _GROUP_VARIABLES = (
     *("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "NODE_RANK"),
     *("MASTER_ADDR", "MASTER_PORT"),
 )
 _GPUS = "CUDA_VISIBLE_DEVICES"
+
+
+@dataclass(frozen=True)
+class EngineSettings:
+    """What an engine loads."""
+
+    base: str
+    """Hub id or folder."""
+    revision: str | None
+    trust_remote_code: bool
+    dtype: str
+    max_length: int | None
+    """Most tokens of a prompt with its completion; None for the model's own."""
+    rank: int | None
+    """Largest rank of an adapter; None for no adapter."""
+    share: float
+    """Of the device's memory, 0 to 1."""
+    seed: int = 0
+
+
+class Engine:
+    """vLLM's engine in a process of its own.
+
+    Args:
+        settings: what it loads.
+    """
+
+    def __init__(self, settings: EngineSettings) -> None:
+        os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # vLLM reads it when imported
+        from vllm import LLM
+
+        adapters: dict[str, Any] = {}
+        if (rank := settings.rank) is not None:
+            most = next((maximum for maximum in _RANKS if maximum >= rank), None)
+            if most is None:
+                raise InputError(f"vLLM takes no adapter of rank {rank}; the most is {_RANKS[-1]}")
+            adapters = {"enable_lora": True, "max_lora_rank": most}
+        with _own_device():
+            self._engine = LLM(
+                model=settings.base,
+                revision=settings.revision,
+                trust_remote_code=settings.trust_remote_code,
+                dtype=settings.dtype,
+                max_model_len=settings.max_length,
+                gpu_memory_utilization=settings.share,
+                # Chunked prefill rewinds the random generator, which the CPU's does not support.
+                enable_chunked_prefill=torch.cuda.is_available(),
+                seed=settings.seed,
+                **adapters,
+            )
+        self._adapters = 0
+
+    def adapter(self, folder: Path) -> Any:
+        """An adapter to complete with; it has a new id, as vLLM caches that of each id."""
+        from vllm.lora.request import LoRARequest
+
+        self._adapters += 1
+        return LoRARequest(f"adapter-{self._adapters}", self._adapters, str(folder))
+
+    def complete(
+        self, prompts: Sequence[list[int]], parameters: Sequence[Row], adapter: Any = None
+    ) -> list[Rollout]:
+        """A completion of each prompt.
+
+        Args:
+            prompts: token ids.
+            parameters: of vLLM's SamplingParams, for each prompt.
+            adapter: of `adapter`; None for the base alone.
+        """
+        from vllm import SamplingParams
+
+        outputs = self._engine.generate(
+            [{"prompt_token_ids": ids} for ids in prompts],
+            [SamplingParams(detokenize=False, ignore_eos=False, **how) for how in parameters],
+            lora_request=adapter,
+            use_tqdm=False,
+        )
+        completions = [output.outputs[0] for output in outputs]
+        return [Rollout(list(c.token_ids), c.finish_reason == "stop") for c in completions]
 
 
 class VllmRollouts:
@@ -41,63 +124,42 @@ class VllmRollouts:
     """
 
     def __init__(self, recipe: Recipe, model: PeftModel, tokenizer: Any) -> None:
-        os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # vLLM reads it when imported
-        from vllm import LLM
-
         self._model = model
         self._settings = cast(OnlineMethod, recipe.method)
         self._stops = stop_tokens(model, tokenizer)
-        self._calls = 0
-        rank = model.peft_config[model.active_adapter].r
-        share = _share(recipe)
-        with _own_device():
-            self._engine = LLM(
-                model=recipe.model.base,
+        self._engine = Engine(
+            EngineSettings(
+                base=recipe.model.base,
                 revision=recipe.model.revision,
                 trust_remote_code=recipe.model.trust_remote_code,
                 dtype=choose_dtype(recipe.model),
-                max_model_len=recipe.data.max_length,
-                enable_lora=True,
-                max_lora_rank=next(maximum for maximum in _RANKS if maximum >= rank),
-                gpu_memory_utilization=share,
-                # Chunked prefill rewinds the random generator, which the CPU's does not support.
-                enable_chunked_prefill=torch.cuda.is_available(),
+                max_length=recipe.data.max_length,
+                rank=model.peft_config[model.active_adapter].r,
+                share=_share(recipe),
                 seed=recipe.seed,
             )
+        )
 
     def sample(self, requests: Sequence[Request]) -> list[Rollout]:
         """Sample a completion for each request, with the request's own seed."""
-        from vllm.lora.request import LoRARequest
-
         if not requests:
             return []
-        self._calls += 1
-        prompts = [{"prompt_token_ids": request.prompt_ids} for request in requests]
+        prompts = [request.prompt_ids for request in requests]
         parameters = [self._parameters(request) for request in requests]
         with scratch_folder("adapter") as folder:
             self._model.save_pretrained(str(folder), selected_adapters=[self._model.active_adapter])
-            # A new id for every call: vLLM caches the adapter of each id.
-            adapter = LoRARequest(f"call-{self._calls}", self._calls, str(folder))
-            outputs = self._engine.generate(
-                prompts, parameters, lora_request=adapter, use_tqdm=False
-            )
-        completions = [output.outputs[0] for output in outputs]
-        return [Rollout(list(c.token_ids), c.finish_reason == "stop") for c in completions]
+            return self._engine.complete(prompts, parameters, self._engine.adapter(folder))
 
-    def _parameters(self, request: Request) -> Any:
-        from vllm import SamplingParams
-
+    def _parameters(self, request: Request) -> Row:
         settings = self._settings
-        return SamplingParams(
-            max_tokens=settings.max_completion,
-            temperature=settings.temperature,
-            top_p=settings.top_p,
-            top_k=settings.top_k,
-            stop_token_ids=self._stops,
-            ignore_eos=False,
-            detokenize=False,
-            seed=int(request.random().integers(2**31)),
-        )
+        return {
+            "max_tokens": settings.max_completion,
+            "temperature": settings.temperature,
+            "top_p": settings.top_p,
+            "top_k": settings.top_k,
+            "stop_token_ids": self._stops,
+            "seed": int(request.random().integers(2**31)),
+        }
 
 
 def _share(recipe: Recipe) -> float:
@@ -108,7 +170,7 @@ def _share(recipe: Recipe) -> float:
     """
     kind = device_kind()
     if kind not in ("cuda", "xpu"):
-        return _SHARE_OF_HOST
+        return SHARE_OF_HOST
     total = memory_of(torch.device(kind))
     return vllm_share(recipe, sizes_of(recipe), choose_dtype(recipe.model), total)
 
