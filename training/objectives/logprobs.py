@@ -177,7 +177,7 @@ def _walk(
         at_a_time = max(1, sizes.slice // width)
         done.losses[part] = logits.losses(tokens[part], weights, at_a_time, done.statistics)
         if done.gradient is not None:
-            done.gradient[part] = logits.gradient_by_states()
+            done.gradient[part] = logits.gradient_by_states(tokens[part], weights)
         del logits  # before the next part has some
     if is_scaled and done.gradient is not None:
         for tensor in (done.gradient, *done.sums):
@@ -198,6 +198,9 @@ class _Logits:
             if work.temperature != 1.0:
                 final = final / work.temperature
         self._final = final
+        self._frozen = None if work.is_measured else _frozen_weight(work, layer)
+        self._in_place = self._frozen is not None and final is self._raw and _is_wide_on_cpu(final)
+        self._sums: list[Tensor] = []
         self._gradient: Tensor | None = None
         if differentiates:
             own = final.detach()
@@ -211,6 +214,9 @@ class _Logits:
         for first in range(0, len(tokens), rows):
             part = slice(first, first + rows)
             values, targets = final[part], tokens[part, None]
+            if self._in_place:
+                losses.append(self._exponentials(values, targets))
+                continue
             wide = wide_type(values)
             largest, own = values.amax(-1).to(wide), values.gather(1, targets)[:, 0].to(wide)
             shares = torch.softmax(values, -1, dtype=wide)
@@ -228,13 +234,38 @@ class _Logits:
             del shares  # before the next tokens have some
         return torch.cat(losses)
 
-    def gradient_by_states(self) -> Tensor:
-        """The gradient of the losses' sum by the states, (tokens, hidden)."""
+    def _exponentials(self, values: Tensor, targets: Tensor) -> Tensor:
+        """The losses; leaves exp(value - largest) in the place of the values, and their sums."""
+        largest, own = values.amax(-1, keepdim=True), values.gather(1, targets)[:, 0]
+        sums = values.sub_(largest).exp_().sum(-1)
+        self._sums.append(sums)
+        return largest[:, 0] + sums.log() - own
+
+    def gradient_by_states(self, tokens: Tensor, factors: Tensor | None) -> Tensor:
+        """The gradient of the losses' sum by the states, (tokens, hidden); after `losses`, whose
+        arguments these are."""
         gradient = self._gradient
         assert gradient is not None
+        if self._in_place:
+            # Dividing and subtracting here costs a hidden state's width instead of a vocabulary's.
+            assert self._frozen is not None
+            by_states = self._layer.backward(gradient).div_(torch.cat(self._sums)[:, None])
+            by_states.sub_(self._frozen[tokens])
+            return by_states if factors is None else by_states.mul_(factors[:, None])
         if self._final is not self._raw:
             (gradient,) = torch.autograd.grad(self._final, self._raw, gradient)
         return self._layer.backward(gradient)
+
+
+def _frozen_weight(work: _Work, layer: Part) -> Tensor | None:
+    """The head's weight, if its product is all that there is to differentiate."""
+    linear = None if work.head is None else work.head.linear
+    return None if linear is None or layer.sums else linear.weight.detach()
+
+
+def _is_wide_on_cpu(logits: Tensor) -> bool:
+    """True if nothing is converted for the softmax, and no kernel does all of it at once."""
+    return logits.device.type == "cpu" and wide_type(logits) == logits.dtype
 
 
 def _computes_in_half(states: Tensor) -> bool:
