@@ -8,6 +8,7 @@ from typing import Any
 
 from ...training.common.errors import InputError
 from ...training.config.methods import METHODS
+from ...training.config.yaml_file import read_foreign_file
 from . import adapting, trainer
 from .axolotl import holdout
 from .draft import Draft
@@ -88,9 +89,26 @@ def convert(draft: Draft, devices: Devices, places: Places, info: Path | None) -
     if own is not None:
         draft.fulfilled("model.attention: auto, documents one at a time", "flash_attn")
     adapting.tokens(draft, "add_tokens", "add_special_tokens", "new_special_tokens")
+    _listed_tokens(draft, places)
     if settings.flag("resize_vocab"):
         draft.fulfilled("rows for new tokens come with model.add_tokens", "resize_vocab")
     trainer.copy_the_rest(draft, frozenset(METHODS[draft.values["method.kind"]].model_fields))
+
+
+def _listed_tokens(draft: Draft, places: Places) -> None:
+    """New tokens that a file lists, each with what it means."""
+    name = "new_special_tokens_config"
+    text = draft.settings.text(name)
+    if text is None:
+        return
+    file = next((folder / text for folder in places.folders if (folder / text).is_file()), None)
+    if file is None:
+        draft.change(name, f"{text} is not there; model.add_tokens takes the tokens that it lists")
+        return
+    own = draft.values.get("model.add_tokens")
+    before = own if isinstance(own, list) else []
+    listed = [str(token) for token in read_foreign_file(file)]
+    draft.put("model.add_tokens", list(dict.fromkeys([*before, *listed])), name)
 
 
 def _method(draft: Draft) -> str:

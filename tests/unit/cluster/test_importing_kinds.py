@@ -238,6 +238,14 @@ def test_a_recipe_that_is_such_a_file_is_named(tmp_path: Path) -> None:
         load_recipe(file)
 
 
+def test_tokens_that_a_file_lists(tmp_path: Path) -> None:
+    (tmp_path / "tokens.yaml").write_text('"<a>": first\n"<b>": second\n', encoding="utf-8")
+    text = f"{FACTORY}add_tokens: <c>\nnew_special_tokens_config: tokens.yaml\n"
+    assert section(text, "model", tmp_path)["add_tokens"] == ["<c>", "<a>", "<b>"]
+    absent = imported(text.replace("tokens.yaml", "absent.yaml"), tmp_path)
+    assert "absent.yaml is not there" in absent.changed["new_special_tokens_config"]
+
+
 def test_paths_start_from_the_projects_root(tmp_path: Path) -> None:
     """These projects' commands are started there, wherever the file lies."""
     (tmp_path / "pyproject.toml").touch()

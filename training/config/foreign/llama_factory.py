@@ -48,6 +48,7 @@ LLAMA_FACTORY = Dialect(
         "add_tokens": ("model.add_tokens", "tokens that get a row of their own"),
         "add_special_tokens": ("model.add_tokens", "tokens that get a row of their own"),
         "new_special_tokens": ("model.add_tokens", "tokens that get a row of their own"),
+        "new_special_tokens_config": ("model.add_tokens", "a file that lists them"),
         "flash_attn": ("model.attention", "auto computes documents one at a time"),
         "pure_bf16": ("model.dtype: bfloat16", "compute type"),
         "disable_gradient_checkpointing": (
@@ -96,7 +97,7 @@ LLAMA_FACTORY = Dialect(
         ),
         "efficient_eos replace_jinja_template replace_text split_special_tokens "
         "use_fast_tokenizer": "details of the tokenizer, which finray takes as it is",
-        "init_special_tokens new_special_tokens_config": (
+        "init_special_tokens": (
             "first values of new tokens; finray's start at the mean of the others"
         ),
         "rope_scaling shift_attn mixture_of_depths": (

@@ -144,7 +144,9 @@ TRL = Dialect(
         "config_file main_process_port machine_rank num_machines mixed_precision dynamo_backend "
         "main_process_ip rdzv_backend rdzv_endpoint master_port nnodes node_rank "
         "compute_environment distributed_type num_cpu_threads_per_process zero_stage "
-        "deepspeed_config_file standalone accelerate_config launcher gpu_ids": (
+        "deepspeed_config_file standalone accelerate_config launcher gpu_ids "
+        "same_network main_training_function downcast_bf16 enable_cpu_affinity tpu_env "
+        "tpu_use_cluster tpu_use_sudo parallelism_config_cp_size": (
             "accelerate's and torchrun's; finray has scale, and finray job submit for a cluster"
         ),
         "use_deepspeed multi_gpu use_fsdp": "how workers share the model; see scale.strategy",
