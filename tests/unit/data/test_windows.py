@@ -332,6 +332,12 @@ def spoilt(path: Path, first: int, last: int) -> Path:
     return path
 
 
+def one_epoch(settings: Recipe) -> Recipe:
+    """The recipe with as many steps as 280 rows take."""
+    optim = settings.optim.model_copy(update={"max_steps": 280 // BATCH})
+    return settings.model_copy(update={"optim": optim})
+
+
 def test_bad_rows_count_once(tiny_model: Path, tmp_path: Path) -> None:
     """Those of a window that is made again were allowed; those of the next one are not, and a list
     of them is left. Bad rows of the evaluation data count among its own rows."""
@@ -339,7 +345,9 @@ def test_bad_rows_count_once(tiny_model: Path, tmp_path: Path) -> None:
     held = spoilt(write_rows(tmp_path / "held.jsonl", "held", 300), 0, 12)
     changes: dict[str, Any] = {"eval": [{"path": str(held)}]}
     source = {"path": str(data)}
-    streaming = Streaming(recipe(tiny_model, tmp_path, source, **changes, max_bad_rows=0.1))
+    streaming = Streaming(
+        one_epoch(recipe(tiny_model, tmp_path, source, **changes, max_bad_rows=0.1))
+    )
     assert streaming.prepared.manifest.dropped["bad_row"] == 12
     whole = streaming.texts(1, (0, 35))
     folder = tmp_path / "run/windows"
@@ -349,14 +357,16 @@ def test_bad_rows_count_once(tiny_model: Path, tmp_path: Path) -> None:
     listed = [json.loads(line) for line in lines]
     assert sorted(row["line"] for row in listed) == [*range(151, 171)]
 
-    streaming.settings = recipe(tiny_model, tmp_path, source, **changes, max_bad_rows=0.0)
+    streaming.settings = one_epoch(
+        recipe(tiny_model, tmp_path, source, **changes, max_bad_rows=0.0)
+    )
     assert streaming.texts(2, (14, 35)) == whole[14 * BATCH :]
     counts.sequences.pop()
     counts.write(streaming.folder)
     with pytest.raises(InputError, match=r"allows 0.0%, and \d+ of \d+ rows") as raised:
         streaming.texts(1, (14, 35))
     path = Path(str(raised.value).rpartition("All of them: ")[2])
-    assert path.parent == folder and path.exists()
+    assert path.parent == folder and any(folder.glob("*-quarantine.jsonl"))
 
 
 def test_rows_of_a_step_are_named(tiny_model: Path, tmp_path: Path) -> None:
