@@ -198,7 +198,7 @@ class _Logits:
             if work.temperature != 1.0:
                 final = final / work.temperature
         self._final = final
-        self._frozen = None if work.is_measured else _frozen_weight(work, layer)
+        self._frozen = _frozen_weight(work, layer)
         self._in_place = self._frozen is not None and final is self._raw and _is_wide_on_cpu(final)
         self._sums: list[Tensor] = []
         self._gradient: Tensor | None = None
@@ -215,7 +215,7 @@ class _Logits:
             part = slice(first, first + rows)
             values, targets = final[part], tokens[part, None]
             if self._in_place:
-                losses.append(self._exponentials(values, targets))
+                losses.append(self._exponentials(values, targets, statistics))
                 continue
             wide = wide_type(values)
             largest, own = values.amax(-1).to(wide), values.gather(1, targets)[:, 0].to(wide)
@@ -234,10 +234,20 @@ class _Logits:
             del shares  # before the next tokens have some
         return torch.cat(losses)
 
-    def _exponentials(self, values: Tensor, targets: Tensor) -> Tensor:
-        """The losses; leaves exp(value - largest) in the place of the values, and their sums."""
+    def _exponentials(self, values: Tensor, targets: Tensor, statistics: Tensor) -> Tensor:
+        """The losses; leaves exp(value - largest) in the place of the values, and their sums.
+
+        A step that is measured computes the same, as a log must not change what is trained.
+        """
         largest, own = values.amax(-1, keepdim=True), values.gather(1, targets)[:, 0]
-        sums = values.sub_(largest).exp_().sum(-1)
+        values.sub_(largest)
+        exponentials = values.exp() if self._is_measured else values.exp_()
+        sums = exponentials.sum(-1)
+        if self._is_measured:
+            entropies = sums.log() - torch.linalg.vecdot(exponentials, values) / sums
+            hits = (own >= largest[:, 0]).to(values.dtype)
+            statistics += torch.stack([hits.sum(), entropies.sum()])
+            values.copy_(exponentials)
         self._sums.append(sums)
         return largest[:, 0] + sums.log() - own
 

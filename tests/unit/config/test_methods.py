@@ -22,7 +22,7 @@ ALLOWED = {
     # What other projects call the methods, and what they give each.
     *(
         f"cluster/starting/{name}.py"
-        for name in ("axolotl", "command_line", "llama_factory", "trl")
+        for name in ("axolotl", "command_line", "llama_factory", "llama_factory_v1", "trl")
     ),
 }
 CLASSES = {

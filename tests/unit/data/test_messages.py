@@ -437,7 +437,8 @@ def parquet(path: Path, rows: list[dict[str, Any]]) -> Path:
 
 
 def rows_of(path: Path) -> list[Any]:
-    file = SourceFile(str(path.parent), path.name, path.stat().st_size, 0)
+    listed = path.stat()
+    file = SourceFile(str(path.parent), path.name, listed.st_size, listed.st_mtime_ns)
     return [row for chunk in plan_chunks(file) for _, row in read_chunk(chunk, 2**20).rows]
 
 

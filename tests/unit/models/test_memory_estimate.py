@@ -316,9 +316,9 @@ def test_documents_keep_what_is_followed(tmp_path: Path, kind: str) -> None:
     config = AutoConfig.for_model(kind, **SMALL)
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
     settings = recipe(tmp_path, **LORA, model={"dtype": "bfloat16"}, packing=True)
-    kept = kept_by(settings, 1, TOKENS, "bfloat16", "bfloat16", "borders")
+    kept = kept_by(settings, TOKENS, "bfloat16", "bfloat16", "borders")
     documents = Documents.of(np.full(3, TOKENS // 3, np.int32))
-    assert kept is not None and kept.whole == bytes_kept(settings, documents=documents)
+    assert kept is not None and kept[0].whole == bytes_kept(settings, documents=documents)
 
 
 def test_documents_that_the_rehearsal_masks_cost_a_mask(bases: dict[int, Path]) -> None:

@@ -262,6 +262,7 @@ def test_training_on_from_an_adapter_is_compared_with_it(
         method={"kind": "dpo"},
         model={"base": str(tiny_model), "adapter": str(direct / "adapter")},
         adapter=None,
+        optim={"learning_rate": 1e-3, "max_steps": STEPS, "batch_size": 8},
     )
     losses = [line["loss"] for line in lines(run(on)) if "loss" in line]
     assert losses[0] == pytest.approx(0.693147, abs=1e-5)
