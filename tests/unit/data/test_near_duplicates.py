@@ -107,6 +107,16 @@ def test_components() -> None:
     assert [part.tolist() for part in components(np.zeros((0, 2), np.int64))] == [[], []]
 
 
+def test_components_of_a_long_chain() -> None:
+    """Each row is like the next one alone, as windows over a long text are."""
+    rows = np.arange(100_000)
+    for order in (slice(None), slice(None, None, -1)):
+        pairs = np.stack([rows[:-1], rows[1:]], axis=1)[order]
+        numbers, roots = components(pairs)
+        assert np.array_equal(numbers, rows)
+        assert not roots.any()
+
+
 def links_of(make: MakeRecipe, folder: Path, texts: list[str], near: NearDuplicates) -> Any:
     data = write_jsonl(folder / "a.jsonl", [{"text": text} for text in texts])
     recipe = make(train=data, method={"kind": "pretrain"})

@@ -435,16 +435,18 @@ def unite(roots: Numbers, pairs: Pairs) -> None:
     """
     for start in range(0, len(pairs), _UNITED):
         part = pairs[start : start + _UNITED]
+        ends = part
         while True:
-            ends = roots[part]
-            while not np.array_equal(above := roots[ends], ends):
-                ends = above
-            roots[part] = ends
+            # Each pass halves the ways to the roots, however long a chain the pairs form.
+            while not np.array_equal(above := roots[roots[ends]], near := roots[ends]):
+                roots[ends] = above
+            ends = near
             low, high = ends.min(axis=1), ends.max(axis=1)
             differ = low != high
             if not differ.any():
                 break
             np.minimum.at(roots, high[differ], low[differ])
+        roots[part] = ends
 
 
 def settle(roots: Numbers) -> None:
