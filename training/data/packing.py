@@ -122,8 +122,12 @@ def _filling(sizes: list[int], left: list[int], longest: int, capacity: int) -> 
         number = min(left[kind] - (kind == longest), space // size)
         if number > 0:
             tried.append((kind, reached))
-            for _ in range(number):
-                reached |= reached << size & within
+            together = 1
+            while number:  # doubled, to reach all numbers of documents in few shifts
+                together = min(together, number)
+                reached |= reached << together * size & within
+                number -= together
+                together *= 2
     total = reached.bit_length() - 1
     used = {longest: 1}
     for kind, before in reversed(tried):
