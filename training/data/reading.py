@@ -70,10 +70,9 @@ def read_chunk(chunk: Chunk, max_bytes: int) -> ChunkContent:
             else _lines_of(chunk, max_bytes, content)
         )
         rows = _line_rows(lines, _parse_text if chunk.kind == "text" else _parse_line)
-    content.rows = _guard(file, rows)
     if chunk.rows is not None:
-        content.rows = islice(content.rows, *chunk.rows)
-    content.rows = _unchanged(file, content.rows)
+        rows = islice(rows, *chunk.rows)
+    content.rows = _guard(file, _unchanged(file, rows))
     return content
 
 

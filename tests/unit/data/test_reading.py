@@ -20,7 +20,7 @@ from finray.training.data.formats import normalise
 from finray.training.data.reading import first_line, read_chunk
 from finray.training.data.rows import BadRow, Unreadable
 from finray.training.data.shapes import RowError, Text
-from finray.training.data.sources import Chunk, plan_chunks
+from finray.training.data.sources import Chunk, SourceFile, plan_chunks
 
 Numbered = list[tuple[int, Any]]
 
@@ -267,3 +267,18 @@ def test_a_value_that_python_cannot_hold_leaves_the_others(tmp_path: Path) -> No
     assert normalise(rows[1], "text") == Text("b")
     with pytest.raises(RowError, match="text cannot be read: 'utf-8' codec"):
         normalise(rows[2], "text")
+
+
+def test_a_file_whose_state_cannot_be_read_is_an_error_of_the_file(tmp_path: Path) -> None:
+    """And not one of the storage for prepared data."""
+
+    class Lost(SourceFile):
+        def is_unchanged(self) -> bool:
+            raise OSError("connection lost")
+
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"n": 1}\n', encoding="utf-8")
+    file = Lost(str(tmp_path), path.name, path.stat().st_size, path.stat().st_mtime_ns)
+    (chunk,) = plan_chunks(file)
+    with pytest.raises(InputError, match=r"a\.jsonl: .* cannot be read: connection lost"):
+        list(read_chunk(chunk, LIMIT).rows)
