@@ -60,15 +60,10 @@ class Batch:
         )
 
 
-def in_batches(sequences: Iterator[Sequence], size: int, at_least: int = 0) -> Iterator[Rows]:
-    """Groups of `size` rows; the last may be smaller. Groups of PADDING_ROW follow if there are
-    fewer than `at_least`."""
-    groups = 0
+def in_batches(sequences: Iterator[Sequence], size: int) -> Iterator[Rows]:
+    """Groups of `size` rows; the last may be smaller."""
     while part := list(islice(sequences, size)):
-        groups += 1
         yield part
-    for _ in range(groups, at_least):
-        yield [PADDING_ROW]
 
 
 PADDING_ROW = Sequence(
