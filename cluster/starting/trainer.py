@@ -22,6 +22,8 @@ _SCHEDULES = {
 _SAME = ("constant", "constant_with_warmup", "linear", "cosine")
 _TRACKERS: dict[str, TrackerName] = {name: name for name in get_args(TrackerName)}
 _HALF = "model.dtype: auto, bfloat16 where the GPU has it, float16 elsewhere"
+PREPARED_AHEAD = "rows are prepared ahead; data.prepare: streaming reads them while the run trains"
+"""How finray differs where another project streams."""
 _WARMUP = 0.03
 """Axolotl's own share of the steps, and finray's."""
 _PARENTS = {
@@ -63,9 +65,7 @@ def leave_present(draft: Draft, names: Sequence[str], why: str) -> None:
 def streaming(draft: Draft, name: str) -> None:
     """Rows that are read while the run trains."""
     if draft.settings.flag(name):
-        draft.change(
-            name, "rows are prepared ahead; data.prepare: streaming reads them while the run trains"
-        )
+        draft.change(name, PREPARED_AHEAD)
 
 
 def rate(draft: Draft, defaults: Defaults) -> None:

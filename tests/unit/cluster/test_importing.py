@@ -466,6 +466,7 @@ def test_two_dialects_are_refused(tmp_path: Path) -> None:
         (f"{_TRL}num_generations: 0\n", "num_generations: expected a whole number from 1 on"),
         (f"{_TRL}num_generations: 2\nnum_iterations: 0\n", "expected a whole number from 1 on"),
         (f"{_MIXTURE}[{{id: a/b, weight: all}}]}}\n", "datasets.0: weight: expected a number"),
+        (f"{_MIXTURE}[{{id: a/b, fraction: -1}}]}}\n", "datasets.0: fraction: expected a share"),
         (f"{_MIXTURE}[3]}}\n", "datasets.0: expected a mapping, found 3"),
         (f"{_MIXTURE}3}}\n", "dataset_mixture: datasets: expected a list of data sets"),
         (f"{_AXOLOTL}datasets: [{{path: a/b, shards: many}}]\n", "shards: expected a number"),
@@ -489,6 +490,28 @@ def test_what_cannot_be_imported(text: str, message: str, tmp_path: Path) -> Non
     with pytest.raises(InputError) as caught:
         imported(text, tmp_path)
     assert message in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_no_setting_of_a_mixture_is_dropped_without_a_word(tmp_path: Path) -> None:
+    text = (
+        "model_name_or_path: a/b\ndataset_name: e/f\ndataset_mixture:\n  seed: 3\n  odd: 1\n"
+        "  streaming: true\n  test_split_size: 50\n  datasets:\n"
+        "  - {path: c/d, data_dir: parts/de/, columns: [messages], fraction: 0.3, wrong: 1}\n"
+        "  - {path: json, data_dir: rows, data_files: [a.jsonl], fraction: 0.7}\n"
+        "  - {path: g/h, fraction: 0}\n"
+    )
+    result = imported(text, tmp_path)
+    assert result.values["data"]["train"] == [
+        {"path": "hf://datasets/c/d/parts/de/"},
+        {"path": "rows/a.jsonl"},
+    ]
+    each = "dataset_mixture.datasets"
+    assert {f"{each}.0.columns", f"{each}.2.fraction", "dataset_mixture.seed"} <= set(result.left)
+    assert "dataset_mixture comes before it" in result.left["dataset_name"]
+    assert result.unknown == ("dataset_mixture.odd", f"{each}.0.wrong")
+    changed = {f"{each}.0.fraction", f"{each}.1.fraction", "dataset_mixture.streaming"}
+    assert changed | {"dataset_mixture.test_split_size"} <= set(result.changed)
+    assert result.faults is None
 
 
 def keys_of(values: Any, key: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
