@@ -7,7 +7,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from ...training.common.errors import InputError, reason
 from ...training.common.progress import SILENT, Progress
@@ -85,6 +85,9 @@ def generate(
 
     # What can be wrong is reported before torch is loaded.
     target = _answers_file(to)
+    _check_workers(workers)
+    if engine not in (None, *get_args(Engine)):
+        raise InputError(f"--engine: {engine!r} is none; give {' or '.join(get_args(Engine))}")
     located = locate(name_of(model), Path.cwd())
     if target.exists():
         return _was_there(target)
@@ -204,12 +207,14 @@ def evaluate(
 
     if rows is not None and rows < 1:
         raise InputError(f"--rows: {rows} is not above 0; give 1 or more, or leave it out")
+    _check_workers(workers)
     located = locate(name_of(model), Path.cwd())
     other = None if against is None else locate(name_of(against), Path.cwd())
     chosen = _metrics(metrics)
     _check_tasks(tasks, address, workers)
     rules = None if schema is None else _schema(schema)
-    sources = _sources(located, data, is_needed=not tasks)
+    of_rows = bool(metrics or judge) or schema is not None
+    sources = _sources(located, data, is_needed=of_rows or not tasks)
     target = _target(located, to)
     from ...training.models import import_peft  # noqa: F401, I001 - before what loads peft
     from ...training.evaluation.answering import AnswerSettings
@@ -225,7 +230,11 @@ def evaluate(
         *(chosen if has_rows else (), loss and has_rows, answers, rules, judging, rows),
         tasks=tuple(tasks),
     )
-    with _shown("evaluating", quiet) as progress, _elsewhere(address, workers, progress) as run:
+    # Tasks need the weights here, also where a variable names a cluster.
+    with (
+        _shown("evaluating", quiet) as progress,
+        nullcontext() if tasks else _elsewhere(address, workers, progress) as run,
+    ):
         candidates = candidates_of(located, other, base, elsewhere=run is not None)
         evaluation = write_evaluation(candidates, sources, target, settings, progress, run)
     return EvaluationResult(str(target), evaluation.record, tuple(evaluation.problems))
@@ -271,6 +280,16 @@ def _shown(what: str, quiet: bool) -> AbstractContextManager[Progress]:
     return nullcontext(SILENT) if quiet else CountingProgress(what)
 
 
+def _check_workers(workers: int | None) -> None:
+    """Refuse a number of processes that means nothing.
+
+    Raises:
+        InputError: it is below 1.
+    """
+    if workers is not None and workers < 1:
+        raise InputError(f"--workers: {workers} is not above 0; give 1 or more")
+
+
 @contextmanager
 def _elsewhere(
     address: str | None, workers: int | None, progress: Progress
@@ -279,10 +298,8 @@ def _elsewhere(
     process does the work.
 
     Raises:
-        InputError: the number of workers means nothing, or no cluster answers.
+        InputError: no cluster answers.
     """
-    if workers is not None and workers < 1:
-        raise InputError(f"--workers: {workers} is not above 0; give 1 or more")
     where = cluster_address(address) or ("local" if (workers or 1) > 1 else None)
     if where is None:
         yield None
