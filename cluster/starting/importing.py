@@ -18,7 +18,7 @@ from ...training.config.yaml_file import Document, read_foreign_file
 from . import axolotl, llama_factory, llama_factory_v1, trl
 from .command_line import CommandLine, is_command, read_command
 from .draft import Draft, ForeignSettings
-from .launch import devices_of
+from .launch import devices_of, name_launcher_options
 from .places import Places, starting_folders
 from .recipe_text import recipe_text
 from .refusals import refuse_other_training
@@ -89,6 +89,8 @@ def import_settings(
     else:
         kind, origin = _method(values, where, command, method)
         trl.convert(draft, devices, places, kind, origin)
+    if command is not None:
+        name_launcher_options(draft, command, devices)
     _settle(draft)
     return _imported(draft, name, where, devices)
 

@@ -263,7 +263,7 @@ def sharding(draft: Draft, devices: Devices) -> None:
     if not names:
         _shard_as_launched(draft, devices)
         return
-    shards = any(name != "deepspeed" or _is_stage_3(given[name]) for name in names)
+    shards = any(name != "deepspeed" or is_stage_3(given[name]) for name in names)
     for name in names:
         if devices.count < 2:
             draft.change(name, "one GPU has no other to share the weights with; see --gpus")
@@ -278,7 +278,7 @@ def sharding(draft: Draft, devices: Devices) -> None:
             )  # fmt: skip
 
 
-def _is_stage_3(deepspeed: Any) -> bool:
+def is_stage_3(deepspeed: Any) -> bool:
     """True if DeepSpeed shares the weights too: ZeRO-3, by its settings or its file's name."""
     if isinstance(deepspeed, dict):
         zero = deepspeed.get("zero_optimization")

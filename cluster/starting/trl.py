@@ -2,7 +2,6 @@
 
 import posixpath
 import re
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, get_args
 
@@ -310,7 +309,7 @@ def _of_mixture(draft: Draft, key: str, settings: ForeignSettings) -> None:
         draft.change(f"{key}.streaming", trainer.PREPARED_AHEAD)
     if settings.value("seed") is not None:
         draft.leave(f"{key}.seed", "of the order of a mixture; finray's seed is the whole run's")
-    _name_others(draft, key, settings, ("datasets", "test_split_size", "streaming", "seed"))
+    draft.name_others(key, settings, ("datasets", "test_split_size", "streaming", "seed"))
 
 
 def _mixed(
@@ -353,13 +352,7 @@ def _explain(draft: Draft, where: str, entry: ForeignSettings) -> None:
             "which columns are kept; finray reads those of the shape that it finds, or that format "
             "of the source names",
         )
-    _name_others(draft, where, entry, _OF_A_MIXED)
-
-
-def _name_others(draft: Draft, where: str, settings: ForeignSettings, names: Sequence[str]) -> None:
-    """Name the settings inside another that are none of these."""
-    others = [key for key in settings.values if key not in names]
-    draft.strangers += [f"{where}.{key}" for key in others if settings.value(key) is not None]
+    draft.name_others(where, entry, _OF_A_MIXED)
 
 
 def _mixer(

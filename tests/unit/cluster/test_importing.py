@@ -514,6 +514,41 @@ def test_no_setting_of_a_mixture_is_dropped_without_a_word(tmp_path: Path) -> No
     assert result.faults is None
 
 
+def test_the_options_of_a_launcher_count_or_are_named(tmp_path: Path) -> None:
+    script = f"{tmp_path}/sft.py --model_name_or_path a/b --dataset_name c/d"
+    start = "accelerate launch --num_processes 8 --mixed_precision bf16"
+    result = imported(f"{start} --use_deepspeed --zero_stage 3 {script}", tmp_path)
+    assert result.values["scale"] == {"workers": 8, "strategy": "fsdp"}
+    assert result.mapped["zero_stage"] == "scale.strategy: fsdp, as --zero_stage 3"
+    assert result.left.keys() == {"mixed_precision"}
+    for start in ("deepspeed --include a:0,1@b:0", "accelerate launch --gpu_ids 0,1,2"):
+        scale = imported(f"{start} {script}", tmp_path).values["scale"]
+        assert scale["workers"] == 3
+    assert imported(f"deepspeed --include a {script}", tmp_path).values.get("scale") is None
+    file = tmp_path / "launch.yaml"
+    file.write_text(
+        "distributed_type: DEEPSPEED\nnum_processes: 4\n"
+        "deepspeed_config: {deepspeed_config_file: ds_z3.json}\n"
+    )
+    result = imported(f"accelerate launch --config_file {file} {script}", tmp_path)
+    assert result.values["scale"] == {"workers": 4, "strategy": "fsdp"}
+
+
+def test_what_version_1_of_llama_factory_nests_is_named(tmp_path: Path) -> None:
+    (tmp_path / "rows.yaml").write_text(
+        "one: {path: a/b, converter: own, odd: 1}\ntwo: {path: c/d, streaming: true}\n"
+    )
+    text = "model: a/b\ntrain_dataset: rows.yaml\nquant_config: {quantization_type: fp4}\n"
+    result = imported(f"{text}peft_config: {{name: lora, bias: all}}\n", tmp_path)
+    named = {"peft_config.bias", "quant_config.quantization_type", "train_dataset.one.odd"}
+    assert set(result.unknown) == named
+    assert {"train_dataset.one.converter", "train_dataset.two.streaming"} <= set(result.changed)
+    frozen = "{name: freeze, freeze_trainable_layers: -3, freeze_trainable_modules: [mlp]}"
+    result = imported(f"{text}peft_config: {frozen}\n", tmp_path)
+    each = "peft_config.freeze_trainable_"
+    assert {f"{each}layers", f"{each}modules"} <= set(result.changed)
+
+
 def keys_of(values: Any, key: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
     """The keys of all values inside a value."""
     items = values.items() if isinstance(values, dict) else enumerate(values)
