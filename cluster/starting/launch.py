@@ -26,8 +26,8 @@ def devices_of(gpus: int | None, command: CommandLine | None) -> Devices:
     Raises:
         InputError: gpus is below 1, or accelerate's file cannot be read.
     """
-    if gpus is not None and gpus < 1:
-        raise InputError(f"--gpus: expected at least 1, found {gpus}")
+    if gpus is not None and (type(gpus) is not int or gpus < 1):
+        raise InputError(f"--gpus: expected at least 1, found {shown(gpus)}; give a whole number")
     launched = _launched(command) if command is not None else None
     shards = launched.shards if launched is not None else ""
     if command is not None and not shards:

@@ -24,6 +24,9 @@ _TRACKERS: dict[str, TrackerName] = {name: name for name in get_args(TrackerName
 _HALF = "model.dtype: auto, bfloat16 where the GPU has it, float16 elsewhere"
 PREPARED_AHEAD = "rows are prepared ahead; data.prepare: streaming reads them while the run trains"
 """How finray differs where another project streams."""
+_HOW_SHARDED = (
+    "how weights are shared and where they lie; finray's FSDP2 shares each layer's, on the GPUs"
+)
 _WARMUP = 0.03
 """Axolotl's own share of the steps, and finray's."""
 _PARENTS = {
@@ -263,6 +266,12 @@ def sharding(draft: Draft, devices: Devices) -> None:
     if not names:
         _shard_as_launched(draft, devices)
         return
+    for name, value in given.items():
+        inner = value if isinstance(value, dict) else {}
+        of_it = draft.settings.inside(name, inner)
+        leave = [key for key in inner if key != "zero_optimization" and of_it.value(key)]
+        for key in leave:
+            draft.leave(f"{name}.{key}", _HOW_SHARDED)
     shards = any(name != "deepspeed" or is_stage_3(given[name]) for name in names)
     for name in names:
         if devices.count < 2:

@@ -12,6 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from support.foreign_configs import AXOLOTL, LLAMA_FACTORY, TRL
 
+import finray
 from finray.cluster.cli.main import main
 from finray.cluster.starting import trainer
 from finray.cluster.starting.command_line import is_command
@@ -532,6 +533,32 @@ def test_the_options_of_a_launcher_count_or_are_named(tmp_path: Path) -> None:
     )
     result = imported(f"accelerate launch --config_file {file} {script}", tmp_path)
     assert result.values["scale"] == {"workers": 4, "strategy": "fsdp"}
+
+
+def test_what_a_program_passes(tmp_path: Path) -> None:
+    file = tmp_path / "config.yaml"
+    file.write_text("model: a/b\ntrain_dataset: rows.yaml\ncutoff_len: 64\nmodel_class: llm\n")
+    made = finray.import_recipe(file, gpus=2, method="dpo").values
+    assert made["method"] == {"kind": "dpo"} and made["scale"]["workers"] == 2
+    for gpus in (2.5, "8", True, 0):
+        with pytest.raises(InputError, match="--gpus: expected at least 1, found"):
+            finray.import_recipe(file, gpus=gpus)  # type: ignore[arg-type]
+    with pytest.raises(InputError, match="source: expected a text or a path, found nothing"):
+        finray.import_recipe(None)  # type: ignore[arg-type]
+    with pytest.raises(InputError, match="data: expected a text or a path, found 3"):
+        finray.init_recipe(3)  # type: ignore[arg-type]
+    with pytest.raises(InputError, match="there is no such file or folder"):
+        finray.init_recipe(tmp_path / "absent.jsonl", model="a/b")
+    file.write_text(f"{_AXOLOTL}datasets: [a/b]\n")
+    with pytest.raises(InputError, match="is Axolotl's, which says its method; leave it out"):
+        finray.import_recipe(file, method="dpo")
+
+
+def test_what_fsdp_config_nests_is_named(tmp_path: Path) -> None:
+    text = f"{_AXOLOTL}datasets: [a/b]\nfsdp_config: {{offload_params: true, cpu_ram: false}}\n"
+    result = imported(text, tmp_path, 2)
+    assert result.values["scale"]["strategy"] == "fsdp"
+    assert result.left.keys() == {"fsdp_config.offload_params"}
 
 
 def test_what_version_1_of_llama_factory_nests_is_named(tmp_path: Path) -> None:
