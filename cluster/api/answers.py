@@ -25,7 +25,7 @@ from .results import Report, RunResult
 if TYPE_CHECKING:
     from ...training.data.rows import Row
     from ...training.data.tasks import RunOnRayData
-    from ...training.evaluation.answering import AnswerSettings
+    from ...training.evaluation.answer_settings import AnswerSettings
     from ...training.evaluation.chatting import Conversation
     from ...training.evaluation.generate import GenerateSummary
     from ...training.evaluation.located import Located
@@ -81,6 +81,7 @@ def generate(
         RunError: an answer does not fit into memory.
     """
     prepare_process()
+    from ...training.evaluation.answer_settings import AnswerSettings
     from ...training.evaluation.located import locate
 
     # What can be wrong is reported before torch is loaded.
@@ -88,16 +89,15 @@ def generate(
     _check_workers(workers)
     if engine not in (None, *get_args(Engine)):
         raise InputError(f"--engine: {engine!r} is none; give {' or '.join(get_args(Engine))}")
-    located = locate(name_of(model), Path.cwd())
-    if target.exists():
-        return _was_there(target)
-    from ...training.models import import_peft  # noqa: F401, I001 - before what loads peft
-    from ...training.evaluation.answering import AnswerSettings
-
     settings = AnswerSettings(
         max_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed, at_once=batch
     )
     settings.check()
+    located = locate(name_of(model), Path.cwd())
+    if target.exists():
+        return _was_there(target)
+    from ...training.models import import_peft  # noqa: F401 - before what loads peft
+
     with _shown("answering", quiet) as progress, _elsewhere(address, workers, progress) as run:
         return _generate(
             *(located, [source_at(prompts)], target, settings, base, engine, run, progress)
@@ -203,8 +203,13 @@ def evaluate(
         RunError: an answer does not fit into memory.
     """
     prepare_process()
+    from ...training.evaluation.answer_settings import AnswerSettings
+    from ...training.evaluation.judge import judge_at
     from ...training.evaluation.located import locate
 
+    answers = AnswerSettings(max_tokens=max_tokens, at_once=batch)
+    answers.check()
+    judging = judge_at(judge, judge_model)
     if rows is not None and rows < 1:
         raise InputError(f"--rows: {rows} is not above 0; give 1 or more, or leave it out")
     _check_workers(workers)
@@ -217,14 +222,9 @@ def evaluate(
     sources = _sources(located, data, is_needed=of_rows or not tasks)
     target = _target(located, to)
     from ...training.models import import_peft  # noqa: F401, I001 - before what loads peft
-    from ...training.evaluation.answering import AnswerSettings
     from ...training.evaluation.evaluate import EvaluationSettings
-    from ...training.evaluation.judge import judge_at
     from ...training.evaluation.results import candidates_of, write_evaluation
 
-    answers = AnswerSettings(max_tokens=max_tokens, at_once=batch)
-    answers.check()
-    judging = judge_at(judge, judge_model)
     has_rows = bool(sources)
     settings = EvaluationSettings(
         *(chosen if has_rows else (), loss and has_rows, answers, rules, judging, rows),
@@ -338,8 +338,13 @@ def chat(
         InputError: there is no such model, it has no chat template, or the tools are none.
     """
     prepare_process()
+    from ...training.evaluation.answer_settings import AnswerSettings
     from ...training.evaluation.located import UnfinishedRun, locate
 
+    settings = AnswerSettings(
+        max_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed
+    )
+    settings.check()
     try:
         located = locate(name_of(model), Path.cwd())
     except UnfinishedRun as error:
@@ -348,14 +353,9 @@ def chat(
         located = locate(error.checkpoint, Path.cwd())
     offered = () if tools is None else _tools(tools)
     from ...training.models import import_peft  # noqa: F401, I001 - before what loads peft
-    from ...training.evaluation.answering import AnswerSettings
     from ...training.evaluation.chatting import Conversation
     from ...training.evaluation.opened import base_of, open_located
 
-    settings = AnswerSettings(
-        max_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed
-    )
-    settings.check()
     opened = open_located(located)
     conversation = Conversation(opened, settings, system, offered)
     return conversation, base_of(opened, located) if base else None

@@ -20,7 +20,8 @@ from ..config.source import Source
 from ..data.tasks import RunTasks
 from ..records.run_folder import Record
 from .answer_file import AnswerFile
-from .answering import AnswerSettings, Ask, batches
+from .answer_settings import AnswerSettings
+from .answering import Ask, batches
 from .elsewhere import AnswerTask, LossTask, Remote, by_tasks, losses_by_tasks
 from .generate import here
 from .harness import Harness

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 import finray
 from finray.training.common.storage import Folder
 from finray.training.config.source import Source
-from finray.training.evaluation.answering import AnswerSettings
+from finray.training.evaluation.answer_settings import AnswerSettings
 from finray.training.evaluation.elsewhere import AnswerTask, Remote, by_tasks
 from finray.training.evaluation.evaluate import EvaluationSettings
 from finray.training.evaluation.generate import generate
