@@ -2,6 +2,7 @@
 
 import difflib
 import re
+from collections.abc import Collection
 from dataclasses import dataclass
 
 from ..training.common.errors import InputError
@@ -67,14 +68,22 @@ def parse_gpus(text: str) -> tuple[Card, int]:
     names = {re.sub(r"[^a-z0-9]", "", card): card for card in CARDS} | _OTHER_NAMES
     names |= {digits: card for card in CARDS if (digits := card.removeprefix("rtx")) != card}
     if plain not in names:
-        near = difflib.get_close_matches(plain, names, 1, 0.5)
-        hint = f"; did you mean {names[near[0]]}?" if near else ""
+        near = _nearest(plain, names)
+        hint = f"; did you mean {names[near]}?" if near else ""
         raise InputError(f"--gpu {text}: there is no such card{hint} ({', '.join(CARDS)})")
     if separator and not (number.isdecimal() and 1 <= int(number) <= _MOST):
         raise InputError(
             f"--gpu {text}: expected the number of GPUs, 1 to {_MOST}, behind the colon: {name}:8"
         )
     return CARDS[names[plain]], int(number) if separator else 1
+
+
+def _nearest(text: str, names: Collection[str]) -> str | None:
+    """The name most like a text: one that it begins with and says more to, else any close one."""
+    start = max((name for name in names if text.startswith(name)), key=len, default="")
+    alike = [name for name in names if name.startswith(start)]
+    near = difflib.get_close_matches(text, alike, 1, 0.0 if start else 0.5)
+    return near[0] if near else None
 
 
 def link_of(card: Card, workers: int) -> float:

@@ -7,7 +7,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from ...training.common.errors import InputError, reason
 from ...training.common.progress import SILENT, Progress
@@ -25,7 +25,7 @@ from .results import Report, RunResult
 if TYPE_CHECKING:
     from ...training.data.rows import Row
     from ...training.data.tasks import RunOnRayData
-    from ...training.evaluation.answering import AnswerSettings
+    from ...training.evaluation.answer_settings import AnswerSettings
     from ...training.evaluation.chatting import Conversation
     from ...training.evaluation.generate import GenerateSummary
     from ...training.evaluation.located import Located
@@ -81,20 +81,23 @@ def generate(
         RunError: an answer does not fit into memory.
     """
     prepare_process()
+    from ...training.evaluation.answer_settings import AnswerSettings
     from ...training.evaluation.located import locate
 
     # What can be wrong is reported before torch is loaded.
     target = _answers_file(to)
-    located = locate(name_of(model), Path.cwd())
-    if target.exists():
-        return _was_there(target)
-    from ...training.models import import_peft  # noqa: F401, I001 - before what loads peft
-    from ...training.evaluation.answering import AnswerSettings
-
+    _check_workers(workers)
+    if engine not in (None, *get_args(Engine)):
+        raise InputError(f"--engine: {engine!r} is none; give {' or '.join(get_args(Engine))}")
     settings = AnswerSettings(
         max_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed, at_once=batch
     )
     settings.check()
+    located = locate(name_of(model), Path.cwd())
+    if target.exists():
+        return _was_there(target)
+    from ...training.models import import_peft  # noqa: F401 - before what loads peft
+
     with _shown("answering", quiet) as progress, _elsewhere(address, workers, progress) as run:
         return _generate(
             *(located, [source_at(prompts)], target, settings, base, engine, run, progress)
@@ -200,32 +203,38 @@ def evaluate(
         RunError: an answer does not fit into memory.
     """
     prepare_process()
+    from ...training.evaluation.answer_settings import AnswerSettings
+    from ...training.evaluation.judge import judge_at
     from ...training.evaluation.located import locate
 
+    answers = AnswerSettings(max_tokens=max_tokens, at_once=batch)
+    answers.check()
+    judging = judge_at(judge, judge_model)
     if rows is not None and rows < 1:
         raise InputError(f"--rows: {rows} is not above 0; give 1 or more, or leave it out")
+    _check_workers(workers)
     located = locate(name_of(model), Path.cwd())
     other = None if against is None else locate(name_of(against), Path.cwd())
     chosen = _metrics(metrics)
     _check_tasks(tasks, address, workers)
     rules = None if schema is None else _schema(schema)
-    sources = _sources(located, data, is_needed=not tasks)
+    of_rows = bool(metrics or judge) or schema is not None
+    sources = _sources(located, data, is_needed=of_rows or not tasks)
     target = _target(located, to)
     from ...training.models import import_peft  # noqa: F401, I001 - before what loads peft
-    from ...training.evaluation.answering import AnswerSettings
     from ...training.evaluation.evaluate import EvaluationSettings
-    from ...training.evaluation.judge import judge_at
     from ...training.evaluation.results import candidates_of, write_evaluation
 
-    answers = AnswerSettings(max_tokens=max_tokens, at_once=batch)
-    answers.check()
-    judging = judge_at(judge, judge_model)
     has_rows = bool(sources)
     settings = EvaluationSettings(
         *(chosen if has_rows else (), loss and has_rows, answers, rules, judging, rows),
         tasks=tuple(tasks),
     )
-    with _shown("evaluating", quiet) as progress, _elsewhere(address, workers, progress) as run:
+    # Tasks need the weights here, also where a variable names a cluster.
+    with (
+        _shown("evaluating", quiet) as progress,
+        nullcontext() if tasks else _elsewhere(address, workers, progress) as run,
+    ):
         candidates = candidates_of(located, other, base, elsewhere=run is not None)
         evaluation = write_evaluation(candidates, sources, target, settings, progress, run)
     return EvaluationResult(str(target), evaluation.record, tuple(evaluation.problems))
@@ -271,6 +280,16 @@ def _shown(what: str, quiet: bool) -> AbstractContextManager[Progress]:
     return nullcontext(SILENT) if quiet else CountingProgress(what)
 
 
+def _check_workers(workers: int | None) -> None:
+    """Refuse a number of processes that means nothing.
+
+    Raises:
+        InputError: it is below 1.
+    """
+    if workers is not None and workers < 1:
+        raise InputError(f"--workers: {workers} is not above 0; give 1 or more")
+
+
 @contextmanager
 def _elsewhere(
     address: str | None, workers: int | None, progress: Progress
@@ -279,10 +298,8 @@ def _elsewhere(
     process does the work.
 
     Raises:
-        InputError: the number of workers means nothing, or no cluster answers.
+        InputError: no cluster answers.
     """
-    if workers is not None and workers < 1:
-        raise InputError(f"--workers: {workers} is not above 0; give 1 or more")
     where = cluster_address(address) or ("local" if (workers or 1) > 1 else None)
     if where is None:
         yield None
@@ -321,8 +338,13 @@ def chat(
         InputError: there is no such model, it has no chat template, or the tools are none.
     """
     prepare_process()
+    from ...training.evaluation.answer_settings import AnswerSettings
     from ...training.evaluation.located import UnfinishedRun, locate
 
+    settings = AnswerSettings(
+        max_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed
+    )
+    settings.check()
     try:
         located = locate(name_of(model), Path.cwd())
     except UnfinishedRun as error:
@@ -331,14 +353,9 @@ def chat(
         located = locate(error.checkpoint, Path.cwd())
     offered = () if tools is None else _tools(tools)
     from ...training.models import import_peft  # noqa: F401, I001 - before what loads peft
-    from ...training.evaluation.answering import AnswerSettings
     from ...training.evaluation.chatting import Conversation
     from ...training.evaluation.opened import base_of, open_located
 
-    settings = AnswerSettings(
-        max_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed
-    )
-    settings.check()
     opened = open_located(located)
     conversation = Conversation(opened, settings, system, offered)
     return conversation, base_of(opened, located) if base else None

@@ -5,6 +5,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ...training.common.errors import InputError
+from ...training.common.formatting import shown
 from ...training.config.recipe import Recipe
 from ...training.config.recipe import load_recipe as load
 from ...training.config.yaml_file import Change
@@ -53,9 +55,20 @@ def read(recipe: RecipeSource, changes: Changes, *, local: bool = False) -> Reci
 
 
 def as_changes(changes: Changes) -> list[str | Change]:
-    """Changes in the form that recipes and sweeps take."""
+    """Changes in the form that recipes and sweeps take.
+
+    Raises:
+        InputError: they are neither a mapping nor texts.
+    """
     if not isinstance(changes, Mapping):
+        if not isinstance(changes, list | tuple) or not all(isinstance(c, str) for c in changes):
+            raise InputError(
+                "changes: expected a mapping by dotted key, or a list of 'key=value' texts; found "
+                f"{shown(changes)}"
+            )
         return list(changes)
+    if wrong := [key for key in changes if not isinstance(key, str)]:
+        raise InputError(f"changes: the key {shown(wrong[0])} is no text; write 'optim.epochs'")
     return [Change(key, value, "changes") for key, value in changes.items()]
 
 
@@ -67,4 +80,4 @@ def source_of(recipe: RecipeSource | SweepSource) -> Path | Mapping[str, Any]:
         return {**values, "method": {"kind": recipe.method.kind, **values.get("method", {})}}
     if isinstance(recipe, Mapping):
         return recipe
-    return Path(recipe)
+    return Path(recipe) if isinstance(recipe, str | os.PathLike) else recipe

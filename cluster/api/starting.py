@@ -1,9 +1,11 @@
 """The first recipe: from data, or from another project's configuration."""
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
 from ...training.common.errors import InputError, reason
+from ...training.common.formatting import shown
 from ...training.config.paths import exists
 from ..gpus import visible_gpus
 from ..starting.first_recipe import FirstRecipe, first_recipe
@@ -12,7 +14,7 @@ from .recipes import prepare_process
 
 
 def import_recipe(
-    source: str,
+    source: str | os.PathLike[str],
     *,
     gpus: int | None = None,
     to: str | Path | None = None,
@@ -30,7 +32,7 @@ def import_recipe(
         to: a new file for the recipe, whose folder its paths start from; None: it is only returned.
         dataset_info: LLaMA-Factory's dataset_info.json; by default that of `dataset_dir`, or the
             one beside the file.
-        method: the method of a TRL file that does not say it.
+        method: the method of a file of TRL or of LLaMA-Factory's version 1 that does not say it.
 
     Raises:
         InputError: it is no such configuration, or trains in a way that finray does not have; or
@@ -42,17 +44,17 @@ def import_recipe(
         check_new(file, "-o")
     target = Path.cwd() if file is None else file.parent
     info = None if dataset_info is None else Path(dataset_info)
-    imported = import_settings(source, gpus, target, info, method)
+    imported = import_settings(_text(source, "source"), gpus, target, info, method)
     if file is not None:
         write_new(file, imported.text, "-o")
     return imported
 
 
 def init_recipe(
-    data: str,
+    data: str | os.PathLike[str],
     *,
     to: str | Path | None = None,
-    model: str | None = None,
+    model: str | os.PathLike[str] | None = None,
     method: str | None = None,
     rewards: Sequence[str] = (),
 ) -> FirstRecipe:
@@ -77,10 +79,22 @@ def init_recipe(
         check_new(file, "-o")
     # as a recipe's file is resolved, whose paths start there
     target = Path.cwd() if file is None else file.resolve().parent
-    made = first_recipe(data, model, method, rewards, visible_gpus(), target)
+    base = None if model is None else _text(model, "model")
+    made = first_recipe(_text(data, "data"), base, method, rewards, visible_gpus(), target)
     if file is not None:
         write_new(file, made.text, "-o")
     return made
+
+
+def _text(value: str | os.PathLike[str], name: str) -> str:
+    """A path or a text as text.
+
+    Raises:
+        InputError: it is neither.
+    """
+    if not isinstance(value, str | os.PathLike):  # a program's
+        raise InputError(f"{name}: expected a text or a path, found {shown(value)}")
+    return os.fspath(value)
 
 
 def check_new(file: Path, option: str) -> None:

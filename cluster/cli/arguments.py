@@ -161,7 +161,7 @@ def _add_starting(commands: Any) -> None:
     parser.add_argument(
         "--method",
         metavar="KIND",
-        help="the method of a TRL file that does not say it, such as dpo",
+        help="the method of a file (TRL, LLaMA-Factory v1) that does not say it, such as dpo",
     )
     add_to(parser, "a new file for the recipe (default: it is printed)")
     add_json(parser)

@@ -299,7 +299,7 @@ def add_eval(commands: Any) -> None:
     evaluate.add_argument(
         "--tasks",
         metavar="NAME,NAME",
-        type=lambda text: [name for name in text.split(",") if name],
+        type=lambda text: [name for each in text.split(",") if (name := each.strip())],
         default=[],
         help="tasks of lm-evaluation-harness, or YAML files of such",
     )

@@ -215,6 +215,7 @@ def _first_values(draft: Draft) -> None:
     if isinstance(peft, dict) and peft.get("loftq_config"):
         draft.put("adapter.init", "loftq", "peft")
         draft.put("model.quantize", "nf4", "peft")
+        draft.name_others("peft", settings.inside("peft", peft), ("loftq_config",))
 
 
 def _data(draft: Draft, kind: str, places: Places) -> bool:

@@ -26,6 +26,9 @@ _COMMANDS = {*_PROJECTS, "cli", "main", "__main__"}
 _MODULE = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*")
 _PROCESSES = ("num_processes", "nproc_per_node", "num_gpus")
 _MACHINES = ("nnodes", "num_nodes")
+_CHOSEN = ("gpu_ids", "include")
+"""The launchers' options that list GPUs: 0,1 or host:0,1@host:0,1."""
+_READ = (*_PROCESSES, *_MACHINES, *_CHOSEN, "num_machines", "config_file", "module")
 _OPTION = re.compile(r"--?[A-Za-z]")
 _ASSIGNMENT = re.compile(r"[A-Za-z_][\w.]*=")
 _METHODS = re.compile(
@@ -53,6 +56,9 @@ class CommandLine:
     """YAML files with settings."""
     launch_file: str | None = None
     """accelerate's file, or the name of one that TRL brings along."""
+
+    launcher: dict[str, Any] = field(default_factory=dict)
+    """Options of the launcher beside those."""
 
     @property
     def method(self) -> str | None:
@@ -154,9 +160,21 @@ def _read_launcher(words: Sequence[str], command: CommandLine) -> None:
     of_all = counts.get("num_processes")
     of_each = next((counts[name] for name in _PROCESSES[1:] if name in counts), None)
     machines = next((counts[name] for name in _MACHINES if name in counts), 1)
-    command.processes = of_all or (of_each and of_each * max(1, machines))
+    chosen = [_count(value) for name, value in _options(words) if name in _CHOSEN]
+    of_each = of_each or next(filter(None, chosen), None)
+    is_all = "include" in dict(_options(words))
+    command.processes = of_all or (of_each and of_each * (1 if is_all else max(1, machines)))
+    others = {name: value for name, value in _options(words) if name not in _READ}
+    command.launcher = {name: value for name, value in others.items() if len(name) > 1}
     files = [str(value) for name, value in _options(words) if name in _LAUNCH_FILES]
     command.launch_file = files[-1] if files else None
+
+
+def _count(value: Any) -> int | None:
+    """GPUs of a launcher's list of them; None where it lists none by number."""
+    parts = [part.rpartition(":")[2].split(",") for part in str(value).split("@")]
+    numbers = [number for part in parts for number in part if number]
+    return len(numbers) if all(number.isdecimal() for number in numbers) else None
 
 
 def _read_options(words: Sequence[str], command: CommandLine) -> None:

@@ -1,7 +1,7 @@
 """A recipe in the making, and what becomes of each setting that it is made from."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from ...training.common.errors import InputError
@@ -187,6 +187,14 @@ class Draft:
         """An error about a setting that no recipe can be made from."""
         value = shown(self.settings.values.get(name))
         return InputError(f"{self.settings.where}: {name}: {value}: {text}")
+
+    def name_others(self, where: str, settings: ForeignSettings, names: Collection[str]) -> None:
+        """Name the settings inside another that are none of these, as nothing comes of them."""
+        self.strangers += [
+            f"{where}.{name}"
+            for name in settings.values
+            if name not in names and settings.value(name) not in (None, False)
+        ]
 
     def unknown(self) -> list[str]:
         """Settings that the table does not have; the others that nothing read are explained."""

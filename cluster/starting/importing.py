@@ -18,7 +18,7 @@ from ...training.config.yaml_file import Document, read_foreign_file
 from . import axolotl, llama_factory, llama_factory_v1, trl
 from .command_line import CommandLine, is_command, read_command
 from .draft import Draft, ForeignSettings
-from .launch import devices_of
+from .launch import devices_of, name_launcher_options
 from .places import Places, starting_folders
 from .recipe_text import recipe_text
 from .refusals import refuse_other_training
@@ -66,7 +66,7 @@ def import_settings(
         gpus: GPUs that the configuration is meant for; None: one, or those of the command line.
         target: the folder of the recipe, from which its paths start.
         dataset_info: LLaMA-Factory's dataset_info.json.
-        method: the method of a TRL file that does not say it.
+        method: the method of a file of TRL or of LLaMA-Factory's version 1 that does not say it.
 
     Raises:
         InputError: the file cannot be read, is of no project or of two, or trains in a way that
@@ -75,6 +75,8 @@ def import_settings(
     command = read_command(source) if is_command(source) and not exists(source) else None
     values, where, folder = _read(source, command)
     name = _dialect(values, where, command)
+    if method is not None and name in ("Axolotl", "LLaMA-Factory"):
+        raise InputError(f"--method: {where} is {name}'s, which says its method; leave it out")
     draft = Draft(ForeignSettings(values, where), dialect_of(name))
     devices = devices_of(gpus, command)
     refuse_other_training(draft)
@@ -85,10 +87,12 @@ def import_settings(
         llama_factory.convert(draft, devices, places, dataset_info)
     elif name == LLAMA_FACTORY_V1.name:
         verb = command.script if command is not None and command.script != "train" else None
-        llama_factory_v1.convert(draft, devices, places, verb)
+        llama_factory_v1.convert(draft, devices, places, method or verb)
     else:
         kind, origin = _method(values, where, command, method)
         trl.convert(draft, devices, places, kind, origin)
+    if command is not None:
+        name_launcher_options(draft, command, devices)
     _settle(draft)
     return _imported(draft, name, where, devices)
 

@@ -10,6 +10,13 @@ from .places import Places
 from .trainer import Defaults, Devices
 
 _DEFAULTS = Defaults("LLaMA-Factory v1", 1e-4, 3.0, 1, "constant")
+_FREEZE = ("name", "freeze_trainable_layers", "freeze_trainable_modules", "freeze_extra_modules")
+_LORA = (
+    *("name", "adapter_name_or_path", "r", "lora_alpha", "lora_dropout", "target_modules"),
+    *("modules_to_save", "use_dora", "use_rslora"),
+)
+_QUANTISATION = ("name", "quantization_bit")
+_DATASET = ("path", "converter", "split", "size", "weight", "streaming", "source")
 _VERBS = {None: "sft", "sft": "sft", "dpo": "dpo", "rm": "reward", "reward": "reward"}
 _CONVERTERS = {"alpaca": "alpaca", "sharegpt": "sharegpt", "pair": "preference"}
 
@@ -39,6 +46,7 @@ def convert(draft: Draft, devices: Devices, places: Places, verb: str | None) ->
     if quantised.values:
         bits = quantised.whole("quantization_bit") or 4
         adapting.quantise(draft, "int8" if bits == 8 else "nf4", "quant_config", adapts)
+        draft.name_others("quant_config", quantised, _QUANTISATION)
     draft.put("data.train", _sources(draft, "train_dataset", "data.train", places), "train_dataset")
     if settings.value("eval_dataset") is not None:
         draft.put("data.eval", _sources(draft, "eval_dataset", "data.eval", places), "eval_dataset")
@@ -71,15 +79,30 @@ def _adapted(draft: Draft, places: Places) -> bool:
     if kind == "freeze":
         count = peft.whole("freeze_trainable_layers")
         draft.put("freeze.last_layers", max(1, abs(2 if count is None else count)), "peft_config")
+        if count is not None and count < 0:
+            draft.change(
+                "peft_config.freeze_trainable_layers",
+                f"the last {-count} layers instead of the first",
+            )
+        if peft.texts("freeze_trainable_modules") not in ([], ["all"]):
+            draft.change(
+                "peft_config.freeze_trainable_modules",
+                "whole layers; freeze.train takes expressions",
+            )
         if extra := peft.texts("freeze_extra_modules"):
             draft.put("freeze.train", extra, "peft_config")
+        draft.name_others("peft_config", peft, _FREEZE)
         return False
     if kind is None:
         return False
     if kind != "lora":
         raise draft.refusal("peft_config", f"{kind}: finray has LoRA, and trains the last layers")
+    draft.name_others("peft_config", peft, _LORA)
     if existing := peft.texts("adapter_name_or_path"):
         draft.put("model.adapter", places.model(existing[0]), "peft_config")
+        for name in _LORA[2:]:
+            if peft.value(name) is not None:
+                draft.leave(f"peft_config.{name}", "comes with the adapter that is trained on")
         return True
     draft.put("adapter.kind", "lora", "peft_config")
     draft.put("adapter.rank", peft.whole("r", 1) or 8, "peft_config")
@@ -107,13 +130,24 @@ def _sources(draft: Draft, name: str, own: str, places: Places) -> list[dict[str
         draft.notes.append(f"{text} is not there: it lists the data sets; write them into {own}")
         return [{"path": text}]
     listed = read_foreign_file(file)
-    return [_source(ForeignSettings({}, str(file)).inside(k, v), places) for k, v in listed.items()]
+    whole = ForeignSettings(listed, str(file))
+    return [_source(draft, f"{name}.{k}", whole.inside(k, v), places) for k, v in listed.items()]
 
 
-def _source(entry: ForeignSettings, places: Places) -> dict[str, Any]:
+def _source(draft: Draft, where: str, entry: ForeignSettings, places: Places) -> dict[str, Any]:
     [source] = places.source(entry.text("path") or "", [])
     if (converter := entry.text("converter")) in _CONVERTERS:
         source["format"] = _CONVERTERS[str(converter)]
+    elif converter is not None:
+        draft.change(
+            f"{where}.converter",
+            f"{converter}: finray looks at the rows; map of the source does it",
+        )
+    if entry.flag("streaming"):
+        draft.change(f"{where}.streaming", trainer.PREPARED_AHEAD)
+    if entry.text("source") == "ms_hub":
+        draft.change(f"{where}.source", "ms_hub: a data set of this name on the hub, or a path")
+    draft.name_others(where, entry, _DATASET)
     if (split := entry.text("split")) not in (None, "train"):
         source["split"] = split
     if (size := entry.whole("size", 1)) is not None:

@@ -22,6 +22,11 @@ _SCHEDULES = {
 _SAME = ("constant", "constant_with_warmup", "linear", "cosine")
 _TRACKERS: dict[str, TrackerName] = {name: name for name in get_args(TrackerName)}
 _HALF = "model.dtype: auto, bfloat16 where the GPU has it, float16 elsewhere"
+PREPARED_AHEAD = "rows are prepared ahead; data.prepare: streaming reads them while the run trains"
+"""How finray differs where another project streams."""
+_HOW_SHARDED = (
+    "how weights are shared and where they lie; finray's FSDP2 shares each layer's, on the GPUs"
+)
 _WARMUP = 0.03
 """Axolotl's own share of the steps, and finray's."""
 _PARENTS = {
@@ -63,9 +68,7 @@ def leave_present(draft: Draft, names: Sequence[str], why: str) -> None:
 def streaming(draft: Draft, name: str) -> None:
     """Rows that are read while the run trains."""
     if draft.settings.flag(name):
-        draft.change(
-            name, "rows are prepared ahead; data.prepare: streaming reads them while the run trains"
-        )
+        draft.change(name, PREPARED_AHEAD)
 
 
 def rate(draft: Draft, defaults: Defaults) -> None:
@@ -263,7 +266,13 @@ def sharding(draft: Draft, devices: Devices) -> None:
     if not names:
         _shard_as_launched(draft, devices)
         return
-    shards = any(name != "deepspeed" or _is_stage_3(given[name]) for name in names)
+    for name, value in given.items():
+        inner = value if isinstance(value, dict) else {}
+        of_it = draft.settings.inside(name, inner)
+        leave = [key for key in inner if key != "zero_optimization" and of_it.value(key)]
+        for key in leave:
+            draft.leave(f"{name}.{key}", _HOW_SHARDED)
+    shards = any(name != "deepspeed" or is_stage_3(given[name]) for name in names)
     for name in names:
         if devices.count < 2:
             draft.change(name, "one GPU has no other to share the weights with; see --gpus")
@@ -278,7 +287,7 @@ def sharding(draft: Draft, devices: Devices) -> None:
             )  # fmt: skip
 
 
-def _is_stage_3(deepspeed: Any) -> bool:
+def is_stage_3(deepspeed: Any) -> bool:
     """True if DeepSpeed shares the weights too: ZeRO-3, by its settings or its file's name."""
     if isinstance(deepspeed, dict):
         zero = deepspeed.get("zero_optimization")

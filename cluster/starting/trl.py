@@ -1,5 +1,6 @@
 """A TRL configuration, or the command line of one of its scripts, as a recipe."""
 
+import posixpath
 import re
 from pathlib import Path
 from typing import Any, get_args
@@ -11,7 +12,7 @@ from .axolotl import holdout
 from .draft import Draft, ForeignSettings
 from .places import Places, files_of
 from .rewards import online
-from .trainer import Defaults, Devices
+from .trainer import Defaults, Devices, leave_present
 
 _RATES = {
     "sft": 2e-5,
@@ -34,6 +35,15 @@ _SIGNS = {
 }
 _DPO_LOSSES = get_args(DpoLoss)
 _OLD_LOSSES = {"kto_pair": "sigmoid", "apo_zero_unpaired": "apo_zero", "sigmoid_norm": "sigmoid"}
+
+_OF_ONE_DATASET = (
+    *("dataset_name", "dataset_config", "dataset_config_name", "dataset_train_split"),
+    *("dataset_splits", "dataset_configs", "dataset_mixer"),
+)
+_OF_A_MIXED = (
+    *("id", "path", "name", "config", "split", "weight", "fraction", "columns", "data_files"),
+    "data_dir",
+)
 
 
 def method_by_keys(values: dict[str, Any], path: str) -> tuple[str, str]:
@@ -267,36 +277,82 @@ def _sources(draft: Draft, places: Places) -> tuple[list[dict[str, Any]], list[d
 
 def _mixture(draft: Draft, key: str, places: Places) -> list[dict[str, Any]]:
     """The data sets of a mixture, and the share of their rows that is held out."""
-    settings, where, name = draft.settings, key, key
+    settings, where = draft.settings, key
     if isinstance(settings.value(key), dict):
-        settings, where, name = settings.inside(key, settings.value(key)), "datasets", "datasets"
-        size = settings.number("test_split_size")
-        if size is not None and 0 < size < 1:
-            draft.put("data.holdout", size)
+        settings, where = settings.inside(key, settings.value(key)), f"{key}.datasets"
+        _of_mixture(draft, key, settings)
+    name = where.rpartition(".")[2]
     items = settings.value(name)
     if not isinstance(items, list):
         raise settings.fault(name, "a list of data sets")
-    return [
-        source
-        for index, item in enumerate(items)
-        for source in _mixed(
-            settings.inside(f"{where}.{index}", {"id": item} if isinstance(item, str) else item),
-            places,
+    sources = []
+    for index, item in enumerate(items):
+        written = {"path": item} if isinstance(item, str) else item
+        entry = settings.inside(f"{name}.{index}", written)
+        sources += _mixed(draft, f"{where}.{index}", entry, places)
+    leave_present(draft, _OF_ONE_DATASET, f"of a single data set; {key} comes before it")
+    return sources
+
+
+def _of_mixture(draft: Draft, key: str, settings: ForeignSettings) -> None:
+    """What a mixture says of all its data sets."""
+    size = settings.number("test_split_size")
+    if size is not None and 0 < size < 1:
+        draft.put("data.holdout", size)
+    elif size:
+        draft.put("data.holdout", 0.02)
+        draft.change(
+            f"{key}.test_split_size",
+            f"{size:g} rows; finray takes a share of the rows: 0.02 stands there",
         )
-    ]
+    if settings.flag("streaming"):
+        draft.change(f"{key}.streaming", trainer.PREPARED_AHEAD)
+    if settings.value("seed") is not None:
+        draft.leave(f"{key}.seed", "of the order of a mixture; finray's seed is the whole run's")
+    draft.name_others(key, settings, ("datasets", "test_split_size", "streaming", "seed"))
 
 
-def _mixed(entry: ForeignSettings, places: Places) -> list[dict[str, Any]]:
-    """A data set of a mixture."""
+def _mixed(
+    draft: Draft, where: str, entry: ForeignSettings, places: Places
+) -> list[dict[str, Any]]:
+    """A data set of a mixture, none if its share is 0; what nothing comes of is named."""
     name = entry.text("id") or entry.text("path") or entry.text("name") or ""
     subset = entry.text("config") or (entry.text("name") if "path" in entry.values else None)
-    split, weight = entry.text("split"), entry.number("weight")
     part: dict[str, Any] = {"subset": subset} if subset else {}
+    split = entry.text("split")
     if split not in (None, "train"):
         part["split"] = split
-    if weight is not None and weight != 1.0 and weight > 0:
+    weight, fraction = entry.number("weight"), entry.number("fraction")
+    for key, share in (("weight", weight), ("fraction", fraction)):
+        if share is not None and share < 0:
+            raise entry.fault(key, "a share from 0 on")
+    if weight and weight != 1.0:
         part["weight"] = weight
-    return [{**place, **part} for place in places.source(name, files_of(entry, split))]
+    _explain(draft, where, entry)
+    files, folder = files_of(entry, split), entry.text("data_dir")
+    if folder is not None:
+        files = [posixpath.join(folder, file) for file in files] or [folder]
+    if 0 in (weight, fraction):
+        draft.leave(f"{where}.{'weight' if weight == 0 else 'fraction'}", "0: none of its rows")
+        return []
+    return [{**place, **part} for place in places.source(name, files)]
+
+
+def _explain(draft: Draft, where: str, entry: ForeignSettings) -> None:
+    """Say what becomes of the settings of a data set that a source does not have."""
+    if entry.number("fraction"):
+        draft.change(
+            f"{where}.fraction",
+            f"{entry.number('fraction'):g} of the mixture; all rows are used, and weight of the "
+            "source says how often: how many rows each has decides it",
+        )
+    if entry.value("columns") is not None:
+        draft.leave(
+            f"{where}.columns",
+            "which columns are kept; finray reads those of the shape that it finds, or that format "
+            "of the source names",
+        )
+    draft.name_others(where, entry, _OF_A_MIXED)
 
 
 def _mixer(
@@ -317,7 +373,12 @@ def _mixer(
         if train != "train":
             source["split"] = train
         share = shares.number(name)
-        if share is not None and 0 < share != 1:
+        if share is not None and share < 0:
+            raise shares.fault(name, "a share from 0 on")
+        if share == 0:
+            draft.leave(f"dataset_mixer.{name}", "0: none of its rows is used")
+            continue
+        if share is not None and share != 1:
             source["weight"] = share
         sources.append(source)
     return sources, [{"split": test}] if test else []

@@ -9,7 +9,7 @@ from support.finished_run import finished_run
 import finray
 from finray.training.common.storage import Folder
 from finray.training.config.source import Source
-from finray.training.evaluation.answering import AnswerSettings
+from finray.training.evaluation.answer_settings import AnswerSettings
 from finray.training.evaluation.evaluate import EvaluationSettings
 from finray.training.evaluation.generate import generate
 from finray.training.evaluation.located import locate

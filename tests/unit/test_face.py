@@ -10,6 +10,7 @@ import subprocess
 import sys
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 from support.house import FACE, PACKAGES, ROOT, parse
@@ -36,6 +37,20 @@ def test_the_public_names() -> None:
     assert all(getattr(finray, name) is not None for name in NAMES)
     with pytest.raises(AttributeError, match="no attribute 'trian'"):
         importlib.import_module("finray").trian  # noqa: B018
+
+
+@pytest.mark.parametrize(
+    ("recipe", "changes", "message"),
+    [
+        (["name"], {}, "settings: expected a mapping of settings"),
+        (None, {}, "or the Path of a file; found nothing"),
+        ({"name": "a"}, "optim.epochs=1", "changes: expected a mapping by dotted key, or a list"),
+        ({"name": "a"}, {1: 2}, "changes: the key 1 is no text"),
+    ],
+)
+def test_settings_of_another_type_are_refused(recipe: Any, changes: Any, message: str) -> None:
+    with pytest.raises(finray.InputError, match=message):
+        finray.load_recipe(recipe, changes)
 
 
 def test_type_checkers_see_the_names_that_are_loaded() -> None:

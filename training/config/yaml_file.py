@@ -88,10 +88,12 @@ def read_settings(
     """The document of a YAML file or of a mapping, and the folder that its paths start from.
 
     Raises:
-        InputError: as `read_recipe_file`, and if a key of the mapping is no text.
+        InputError: as `read_recipe_file`, and if it is neither or a key of the mapping is no text.
     """
     if isinstance(source, Path):
         return read_recipe_file(source, overrides, write_out), source.resolve().parent
+    if not isinstance(source, Mapping):  # a program's
+        raise InputError(f"settings: {_EXPECTED}, or the Path of a file; found {shown(source)}")
     document = Document(_plain(source, ()), {(): "settings"}, write_out)
     _check_texts(document.values, lambda _: "settings")
     write_out(document.values)

@@ -15,7 +15,7 @@ from ..data.shapes import ChatContext, Message, Question, RowError
 from ..models.generation import completion_texts, generate_ids
 from ..models.out_of_memory import first_line, is_out_of_memory
 from ..rl.rollouts.sampling import Sampler
-from .answering import AnswerSettings
+from .answer_settings import AnswerSettings
 from .opened import Opened
 from .scores import calls_in
 

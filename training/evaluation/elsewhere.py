@@ -6,7 +6,8 @@ from functools import lru_cache
 from pathlib import Path
 
 from ..data.tasks import RunTasks
-from .answering import Answer, AnswerSettings, Ask, answer
+from .answer_settings import AnswerSettings
+from .answering import Answer, Ask, answer
 from .generate import Answering, Batch
 from .located import locate
 from .losses import LossSum, MeasureLosses, loss_of

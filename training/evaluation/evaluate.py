@@ -20,7 +20,8 @@ from ..config.source import Source
 from ..data.tasks import RunTasks
 from ..records.run_folder import Record
 from .answer_file import AnswerFile
-from .answering import AnswerSettings, Ask, batches
+from .answer_settings import AnswerSettings
+from .answering import Ask, batches
 from .elsewhere import AnswerTask, LossTask, Remote, by_tasks, losses_by_tasks
 from .generate import here
 from .harness import Harness
@@ -215,7 +216,7 @@ def _judge_all(
     progress.status("asking the judge")
     problems = []
     by_number = {row.number: row for row in rows}
-    answered = [row for row in rows if OWN in file.lines.get(row.number, {})]
+    answered = _answered(rows, columns, file)
     for column in columns:
         key = f"judge_{column}"
 
@@ -254,7 +255,7 @@ def _measured(
     settings: EvaluationSettings,
 ) -> Evaluation:
     """Every measure of every model, with the values in the lines of the file."""
-    answered = [row for row in rows if OWN in file.lines.get(row.number, {})]
+    answered = _answered(rows, list(candidates), file)
     measures, problems = [], []
     if settings.with_loss:
         measures += _losses(list(candidates), file.lines.get(_LOSSES_ROW, {}))
@@ -299,6 +300,11 @@ def _measured(
         "preferences": _preferences(lines, candidates, settings),
     }
     return Evaluation(record, lines, problems)
+
+
+def _answered(rows: list[PromptRow], columns: list[str], file: AnswerFile) -> list[PromptRow]:
+    """The rows that every model has answered: one may take prompts that another refuses."""
+    return [row for row in rows if set(columns) <= file.lines.get(row.number, {}).keys()]
 
 
 def _answers(column: str, rows: list[PromptRow], file: AnswerFile) -> list[Answered]:

@@ -8,7 +8,8 @@ from ..common.progress import SILENT, Progress
 from ..config.source import Source
 from ..records.run_folder import Record
 from .answer_file import AnswerFile
-from .answering import Answer, AnswerSettings, Ask, answer, batches
+from .answer_settings import AnswerSettings
+from .answering import Answer, Ask, answer, batches
 from .opened import Opened
 from .prompts import PromptRow, digest_of, read_prompts
 

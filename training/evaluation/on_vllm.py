@@ -26,7 +26,8 @@ from ..models.dtypes import choose_dtype
 from ..models.generation import Generated
 from ..models.open_result import local_copy
 from ..rl.rollouts.vllm import SHARE_OF_HOST, Engine, EngineSettings
-from .answering import AnswerSettings, Ask, answers_of, windows
+from .answer_settings import AnswerSettings
+from .answering import Ask, answers_of, windows
 from .generate import Answering, Batch
 from .located import Located, locate
 from .opened import Opened

@@ -12,6 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from support.foreign_configs import AXOLOTL, LLAMA_FACTORY, TRL
 
+import finray
 from finray.cluster.cli.main import main
 from finray.cluster.starting import trainer
 from finray.cluster.starting.command_line import is_command
@@ -466,6 +467,7 @@ def test_two_dialects_are_refused(tmp_path: Path) -> None:
         (f"{_TRL}num_generations: 0\n", "num_generations: expected a whole number from 1 on"),
         (f"{_TRL}num_generations: 2\nnum_iterations: 0\n", "expected a whole number from 1 on"),
         (f"{_MIXTURE}[{{id: a/b, weight: all}}]}}\n", "datasets.0: weight: expected a number"),
+        (f"{_MIXTURE}[{{id: a/b, fraction: -1}}]}}\n", "datasets.0: fraction: expected a share"),
         (f"{_MIXTURE}[3]}}\n", "datasets.0: expected a mapping, found 3"),
         (f"{_MIXTURE}3}}\n", "dataset_mixture: datasets: expected a list of data sets"),
         (f"{_AXOLOTL}datasets: [{{path: a/b, shards: many}}]\n", "shards: expected a number"),
@@ -489,6 +491,89 @@ def test_what_cannot_be_imported(text: str, message: str, tmp_path: Path) -> Non
     with pytest.raises(InputError) as caught:
         imported(text, tmp_path)
     assert message in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_no_setting_of_a_mixture_is_dropped_without_a_word(tmp_path: Path) -> None:
+    text = (
+        "model_name_or_path: a/b\ndataset_name: e/f\ndataset_mixture:\n  seed: 3\n  odd: 1\n"
+        "  streaming: true\n  test_split_size: 50\n  datasets:\n"
+        "  - {path: c/d, data_dir: parts/de/, columns: [messages], fraction: 0.3, wrong: 1}\n"
+        "  - {path: json, data_dir: rows, data_files: [a.jsonl], fraction: 0.7}\n"
+        "  - {path: g/h, fraction: 0}\n"
+    )
+    result = imported(text, tmp_path)
+    assert result.values["data"]["train"] == [
+        {"path": "hf://datasets/c/d/parts/de/"},
+        {"path": "rows/a.jsonl"},
+    ]
+    each = "dataset_mixture.datasets"
+    assert {f"{each}.0.columns", f"{each}.2.fraction", "dataset_mixture.seed"} <= set(result.left)
+    assert "dataset_mixture comes before it" in result.left["dataset_name"]
+    assert result.unknown == ("dataset_mixture.odd", f"{each}.0.wrong")
+    changed = {f"{each}.0.fraction", f"{each}.1.fraction", "dataset_mixture.streaming"}
+    assert changed | {"dataset_mixture.test_split_size"} <= set(result.changed)
+    assert result.faults is None
+
+
+def test_the_options_of_a_launcher_count_or_are_named(tmp_path: Path) -> None:
+    script = f"{tmp_path}/sft.py --model_name_or_path a/b --dataset_name c/d"
+    start = "accelerate launch --num_processes 8 --mixed_precision bf16"
+    result = imported(f"{start} --use_deepspeed --zero_stage 3 {script}", tmp_path)
+    assert result.values["scale"] == {"workers": 8, "strategy": "fsdp"}
+    assert result.mapped["zero_stage"] == "scale.strategy: fsdp, as --zero_stage 3"
+    assert result.left.keys() == {"mixed_precision"}
+    for start in ("deepspeed --include a:0,1@b:0", "accelerate launch --gpu_ids 0,1,2"):
+        scale = imported(f"{start} {script}", tmp_path).values["scale"]
+        assert scale["workers"] == 3
+    assert imported(f"deepspeed --include a {script}", tmp_path).values.get("scale") is None
+    file = tmp_path / "launch.yaml"
+    file.write_text(
+        "distributed_type: DEEPSPEED\nnum_processes: 4\n"
+        "deepspeed_config: {deepspeed_config_file: ds_z3.json}\n"
+    )
+    result = imported(f"accelerate launch --config_file {file} {script}", tmp_path)
+    assert result.values["scale"] == {"workers": 4, "strategy": "fsdp"}
+
+
+def test_what_a_program_passes(tmp_path: Path) -> None:
+    file = tmp_path / "config.yaml"
+    file.write_text("model: a/b\ntrain_dataset: rows.yaml\ncutoff_len: 64\nmodel_class: llm\n")
+    made = finray.import_recipe(file, gpus=2, method="dpo").values
+    assert made["method"] == {"kind": "dpo"} and made["scale"]["workers"] == 2
+    for gpus in (2.5, "8", True, 0):
+        with pytest.raises(InputError, match="--gpus: expected at least 1, found"):
+            finray.import_recipe(file, gpus=gpus)  # type: ignore[arg-type]
+    with pytest.raises(InputError, match="source: expected a text or a path, found nothing"):
+        finray.import_recipe(None)  # type: ignore[arg-type]
+    with pytest.raises(InputError, match="data: expected a text or a path, found 3"):
+        finray.init_recipe(3)  # type: ignore[arg-type]
+    with pytest.raises(InputError, match="there is no such file or folder"):
+        finray.init_recipe(tmp_path / "absent.jsonl", model="a/b")
+    file.write_text(f"{_AXOLOTL}datasets: [a/b]\n")
+    with pytest.raises(InputError, match="is Axolotl's, which says its method; leave it out"):
+        finray.import_recipe(file, method="dpo")
+
+
+def test_what_fsdp_config_nests_is_named(tmp_path: Path) -> None:
+    text = f"{_AXOLOTL}datasets: [a/b]\nfsdp_config: {{offload_params: true, cpu_ram: false}}\n"
+    result = imported(text, tmp_path, 2)
+    assert result.values["scale"]["strategy"] == "fsdp"
+    assert result.left.keys() == {"fsdp_config.offload_params"}
+
+
+def test_what_version_1_of_llama_factory_nests_is_named(tmp_path: Path) -> None:
+    (tmp_path / "rows.yaml").write_text(
+        "one: {path: a/b, converter: own, odd: 1}\ntwo: {path: c/d, streaming: true}\n"
+    )
+    text = "model: a/b\ntrain_dataset: rows.yaml\nquant_config: {quantization_type: fp4}\n"
+    result = imported(f"{text}peft_config: {{name: lora, bias: all}}\n", tmp_path)
+    named = {"peft_config.bias", "quant_config.quantization_type", "train_dataset.one.odd"}
+    assert set(result.unknown) == named
+    assert {"train_dataset.one.converter", "train_dataset.two.streaming"} <= set(result.changed)
+    frozen = "{name: freeze, freeze_trainable_layers: -3, freeze_trainable_modules: [mlp]}"
+    result = imported(f"{text}peft_config: {frozen}\n", tmp_path)
+    each = "peft_config.freeze_trainable_"
+    assert {f"{each}layers", f"{each}modules"} <= set(result.changed)
 
 
 def keys_of(values: Any, key: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:

@@ -63,6 +63,8 @@ def test_names_of_cards(text: str, expected: tuple[str, int]) -> None:
     [
         ("h10", r"--gpu h10: there is no such card; did you mean h100\? \(a100-40, a100, h100"),
         ("rtx5080", r"did you mean rtx5090\?"),
+        ("h100 80gb:8", r"did you mean h100\?"),
+        ("A100-PCIE-40GB", r"did you mean a100-40\?"),
         ("abacus", r"--gpu abacus: there is no such card \("),
         (
             "h100:0",

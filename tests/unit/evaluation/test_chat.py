@@ -17,7 +17,7 @@ from finray.cluster.api.answers import chat
 from finray.cluster.cli.main import main
 from finray.cluster.screens.chat import ChatScreen
 from finray.training.common.errors import InputError
-from finray.training.evaluation.answering import AnswerSettings
+from finray.training.evaluation.answer_settings import AnswerSettings
 from finray.training.evaluation.chatting import Conversation, FullContextError
 from finray.training.evaluation.located import locate
 from finray.training.evaluation.opened import Opened, base_of

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 import finray
 from finray.training.common.storage import Folder
 from finray.training.config.source import Source
-from finray.training.evaluation.answering import AnswerSettings
+from finray.training.evaluation.answer_settings import AnswerSettings
 from finray.training.evaluation.elsewhere import AnswerTask, Remote, by_tasks
 from finray.training.evaluation.evaluate import EvaluationSettings
 from finray.training.evaluation.generate import generate
@@ -170,6 +170,8 @@ def test_vllm_is_chosen_where_it_can_load_the_model(
     run: Path, tiny_model: Path, tmp_path: Path, write: Write, request: pytest.FixtureRequest
 ) -> None:
     prompts = write(tmp_path / "rows.jsonl", ROWS[:1])
+    with pytest.raises(ValueError, match="--engine: 'vlm' is none; give transformers or vllm"):
+        finray.generate(run, prompts, tmp_path / "out.jsonl", engine="vlm")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="--engine: vllm is not installed; pip install"):
         finray.generate(run, prompts, tmp_path / "out.jsonl", engine="vllm")
     request.getfixturevalue("stand_in")

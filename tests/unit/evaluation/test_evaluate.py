@@ -1,6 +1,7 @@
 """`finray eval` from end to end: losses, a judge behind a real server, what fails, the page."""
 
 import json
+import shutil
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
@@ -115,6 +116,22 @@ def test_the_loss_is_that_of_plain_transformers(
     assert measured["loss"]["values"]["answer"] == pytest.approx(tuned, rel=1e-5)
     assert measured["perplexity"]["values"]["base"] == pytest.approx(2.718281828**expected)
     assert result.values["loss"] == measured["loss"]["values"]["answer"]
+
+
+def test_a_prompt_that_the_other_model_refuses_is_compared_by_neither(
+    run: Path, tiny_model: Path, tmp_path: Path, write: Write
+) -> None:
+    short = shutil.copytree(tiny_model, tmp_path / "short")
+    config = json.loads((short / "config.json").read_text())
+    (short / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 16}))
+    rows = [{"prompt": "a", "completion": "b"}, {"prompt": "quick fox " * 9, "completion": "b"}]
+    data = write(tmp_path / "rows.jsonl", rows)
+    target = tmp_path / "eval"
+    result = finray.evaluate(run, data, against=short, loss=False, max_tokens=2, to=target)
+    assert result.record["answered"] == 1 and len(result.record["bad"]) == 1
+    assert "context of 16" in result.record["bad"][0]
+    assert [one["count"] for one in result.record["measures"]] == [1, 1]
+    assert "context of 16" in result.report.text
 
 
 def test_a_judge_scores_and_prefers(

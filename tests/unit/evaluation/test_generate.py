@@ -24,7 +24,8 @@ from finray.training.common.storage import Folder
 from finray.training.config.source import Source
 from finray.training.evaluation import generate as generating
 from finray.training.evaluation.answer_file import AnswerFile
-from finray.training.evaluation.answering import AnswerSettings, Ask
+from finray.training.evaluation.answer_settings import AnswerSettings
+from finray.training.evaluation.answering import Ask
 from finray.training.evaluation.generate import generate, here
 from finray.training.evaluation.located import UnfinishedRun, locate
 from finray.training.evaluation.opened import Opened, open_located, open_unloaded

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import finray
 from finray.cluster.screens.answers import render_evaluation
 from finray.training.common.errors import InputError
+from finray.training.evaluation.evaluate import Evaluation
 from finray.training.evaluation.harness import measures_of
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -36,6 +37,22 @@ def test_an_absent_package_is_named(run: Path, monkeypatch: pytest.MonkeyPatch) 
         finray.evaluate(run, tasks=["arc_easy"])
     with pytest.raises(InputError, match="in this process; leave out --workers"):
         finray.evaluate(run, tasks=["arc_easy"], workers=2)
+    monkeypatch.setattr("finray.cluster.api.answers.find_spec", lambda name: object())
+    with pytest.raises(InputError, match=r"has no data\.eval of its own"):
+        finray.evaluate(run, metrics=["exact_match"], tasks=["arc_easy"])
+
+
+def test_tasks_are_measured_here_though_a_variable_names_a_cluster(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def measured(candidates: Any, *_: Any) -> Evaluation:
+        assert not next(candidates["answer"].open().model.parameters()).is_meta
+        return Evaluation({"measures": []}, [])
+
+    monkeypatch.setattr("finray.cluster.api.answers.find_spec", lambda name: object())
+    monkeypatch.setattr("finray.training.evaluation.results.write_evaluation", measured)
+    monkeypatch.setenv("FINRAY_ADDRESS", "127.0.0.1:1")
+    finray.evaluate(run, tasks=["arc_easy"], to=tmp_path / "eval", quiet=True)
 
 
 def test_its_results_become_measures() -> None:
