@@ -16,6 +16,9 @@ import signal, sys, time
 from finray.cluster import interrupts
 from finray.training.common.background import Stop
 
+# The tests may run under nohup or in a shell's background, where children ignore these.
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
+signal.signal(signal.SIGINT, signal.default_int_handler)
 interrupts._GRACE_SECONDS = 0.5
 stop = Stop(armed=True)
 with interrupts.graceful_interrupts(stop):
