@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ..common.errors import InputError, reason
-from .base_digest import ADDED, BASE_FILE, is_same_base
+from .base_digest import ADDED, BASE_FILE, base_digest, is_same_base
 from .models import Head, ModelSettings
 from .paths import is_folder
 
@@ -144,13 +144,32 @@ def check_safetensors(folder: Path, where: str) -> None:
 
 def _check_base(model: ModelSettings, folder: Path, name: str) -> None:
     where = "model.adapter"
-    base = _read(folder / BASE_FILE, where) if (folder / BASE_FILE).is_file() else {}
-    if not is_same_base(model, name, base.get("digest")):
+    if not is_same_base(model, name, recorded_digest(folder, where)):
         raise InputError(
             f"{where}: {folder} is an adapter of {name}, and model.base is {model.base}, "
             "which has other weights; set model.base to the adapter's base (if that has moved, "
             f"write its new path into {CONFIG_FILE})"
         )
+
+
+def is_base_unchanged(adapter: Path, base: Path, where: str) -> bool:
+    """False if a base's weights have changed since an adapter was trained on it.
+
+    Raises:
+        InputError: base.json or a weight file cannot be read.
+    """
+    recorded = recorded_digest(adapter, where)
+    return recorded is None or base_digest(base) in (recorded, None)
+
+
+def recorded_digest(adapter: Path, where: str) -> Any:
+    """The digest of an adapter's base from base.json; None if there is none.
+
+    Raises:
+        InputError: the file cannot be read; `where` is the key in the recipe.
+    """
+    file = adapter / BASE_FILE
+    return _read(file, where).get("digest") if file.is_file() else None
 
 
 def read_adapter_config(folder: Path, where: str) -> dict[str, Any]:

@@ -12,8 +12,8 @@ from ..common.errors import InputError, RunError
 from ..common.progress import SILENT, Progress
 from ..common.storage import Folder
 from ..config.adapter_folder import CONFIG_FILE as ADAPTER_CONFIG
-from ..config.adapter_folder import WEIGHTS_FILE
-from ..config.base_digest import BASE_FILE, base_digest
+from ..config.adapter_folder import WEIGHTS_FILE, is_base_unchanged
+from ..config.base_digest import BASE_FILE
 from ..config.model_folder import model_folder, processor_files, tokenizer_files
 from ..config.models import ModelSettings
 from ..records.run_folder import Record, finished_run
@@ -204,9 +204,7 @@ def _write_base_name(adapter: Path, settings: Record) -> None:
 
 def _check_base(base: Path, adapter: Path) -> None:
     """Refuse a base whose weights have changed since the adapter was trained."""
-    file = adapter / BASE_FILE
-    recorded = _read_json(file).get("digest") if file.is_file() else None
-    if recorded is not None and base_digest(base) not in (recorded, None):
+    if not is_base_unchanged(adapter, base, "export"):
         raise InputError(
             f"{base}: the base's weights have changed since the adapter was trained; "
             "merge needs the original weights"

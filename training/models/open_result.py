@@ -1,7 +1,6 @@
 """Opens a trained model of a finished run, of a folder written by transformers or PEFT, or of the
 hub. All users of a result (references, reward models, …) open it here."""
 
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,8 +14,12 @@ from transformers import AutoTokenizer, PreTrainedModel
 from ..common.errors import InputError
 from ..common.scratch import scratch_folder
 from ..common.storage import Folder
-from ..config.adapter_folder import CONFIG_FILE, adapter_base, check_safetensors
-from ..config.base_digest import BASE_FILE, base_digest
+from ..config.adapter_folder import (
+    CONFIG_FILE,
+    adapter_base,
+    check_safetensors,
+    is_base_unchanged,
+)
 from ..config.model_folder import has_vocabulary, model_folder, named_model
 from ..config.models import Head, ModelSettings
 from ..config.paths import is_folder
@@ -183,20 +186,16 @@ def check_base(adapter: Path, base: str, revision: str | None, where: str) -> No
     """Check that an adapter's base is the one that it was trained on.
 
     Raises:
-        InputError: the base's folder is gone, or its weights are others.
+        InputError: the base's folder is gone, its weights are others, or base.json is damaged.
     """
     if Path(base).is_absolute() and not is_folder(base):
         raise InputError(
             f"{where}: its base {base} is not there; move it back, or write its new place into the "
             f"run's recipe.yaml (for an adapter without a run, into {CONFIG_FILE})"
         )
-    note = adapter / BASE_FILE
-    recorded = json.loads(note.read_text("utf-8")).get("digest") if note.is_file() else None
-    if recorded is None:
-        return
     model = ModelSettings(base=base, revision=revision)
     folder = Path(base) if is_folder(base) else model_folder(model, only_cached=True, where=where)
-    if folder is not None and base_digest(folder) not in (recorded, None):
+    if folder is not None and not is_base_unchanged(adapter, folder, where):
         raise InputError(
             f"{where}: the weights of its base {base} have changed since the adapter was trained; "
             "restore the original ones"

@@ -21,6 +21,7 @@ from finray.cluster.screens.answers import render_generated
 from finray.training.common import storage
 from finray.training.common.errors import InputError, RunError
 from finray.training.common.storage import Folder
+from finray.training.config.base_digest import BASE_FILE
 from finray.training.config.source import Source
 from finray.training.evaluation import generate as generating
 from finray.training.evaluation.answer_file import AnswerFile
@@ -285,6 +286,10 @@ def test_a_base_that_moved_or_changed_is_said(
     recipe = folder / "recipe.yaml"
     recipe.write_text(recipe.read_text().replace(str(base), str(tmp_path / "moved")))
     assert open_located(locate(str(folder), Path.cwd())).stops
+    (folder / "adapter" / BASE_FILE).write_text("{")
+    for load in (open_located, open_unloaded):
+        with pytest.raises(InputError, match=rf"cannot read .*{BASE_FILE}: "):
+            load(locate(str(folder), Path.cwd()))
 
 
 def test_a_checkpoint_in_an_object_store_is_offered_and_opened(
