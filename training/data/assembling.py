@@ -135,16 +135,16 @@ class AssembleTask:
         bins = pack(lengths, self.capacity)
         dealt = np.random.default_rng((self.seed, item.number - item.share)).permutation(len(bins))
         own = _chosen(bins, np.sort(dealt[item.share :: item.shares]))
-        wanted = np.zeros(len(lengths), np.bool_)
-        wanted[own.documents] = True
-        places = np.cumsum(wanted) - 1
-        of_part = np.split(wanted, np.cumsum([len(each) for each in of_parts])[:-1])
+        is_own = np.zeros(len(lengths), np.bool_)
+        is_own[own.documents] = True
+        places = np.cumsum(is_own) - 1
+        of_part = np.split(is_own, np.cumsum([len(each) for each in of_parts])[:-1])
         tables = [
             self._read(part).filter(pa.array(mask))
             for part, mask in zip(item.parts, of_part, strict=True)
         ]
         table = pa.concat_tables(tables).combine_chunks()
-        return table, lengths[wanted], Bins(places[own.documents], own.offsets)
+        return table, lengths[is_own], Bins(places[own.documents], own.offsets)
 
     def _lengths(self, part: Part) -> NDArray[np.int32]:
         """The tokens of each document."""

@@ -51,17 +51,16 @@ def measure_loss(
         rows: the rows; those without an answer are left out.
         on_row: receives the number of rows so far.
     """
-    sums: list[LossSum] = []
+    result, totals = LossSum(), list[float]()
     for one in measure(windows(rows, _WINDOW)):
-        sums.append(one)
-        on_row(sum(each.rows for each in sums))
+        totals.append(one.total)
+        result.tokens += one.tokens
+        result.left_out += one.left_out
+        result.rows += one.rows
+        on_row(result.rows)
     # Exactly rounded, so that the order in which they came does not matter.
-    total = math.fsum(one.total for one in sums)
-    return LossSum(total, *(sum(part) for part in zip(*map(_counts, sums), strict=True)))
-
-
-def _counts(one: LossSum) -> tuple[int, int, int]:
-    return one.tokens, one.left_out, one.rows
+    result.total = math.fsum(totals)
+    return result
 
 
 def losses_here(opened: Opened) -> MeasureLosses:

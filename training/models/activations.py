@@ -261,7 +261,7 @@ class _Layers:
         """Bytes of the layers that ran."""
         self.inputs = 0
         self._total = total
-        self._known: dict[Hashable, list[int]] = {}
+        self._repeated: dict[Hashable, list[int]] = {}
 
     @contextmanager
     def watched(self, model: Model) -> Iterator[None]:
@@ -281,14 +281,14 @@ class _Layers:
     def _pass(self, forward: Callable[..., Any], kind: Hashable, *args: Any, **kwargs: Any) -> Any:
         hidden = args[0] if args else kwargs["hidden_states"]
         self.inputs += hidden.untyped_storage().nbytes()
-        known = self._known.setdefault((kind, form_of((args, *sorted(kwargs.items())))), [])
-        if len(known) > 1:
-            self.kept.append(known[-1])
+        followed = self._repeated.setdefault((kind, form_of((args, *sorted(kwargs.items())))), [])
+        if len(followed) > 1:
+            self.kept.append(followed[-1])
             return hidden.clone()
         before = self._total()
         output = forward(*args, **kwargs)
         self.kept.append(self._total() - before)
         self.followed += self.kept[-1]
         if isinstance(output, torch.Tensor) and form_of(output) == form_of(hidden):
-            known.append(self.kept[-1])
+            followed.append(self.kept[-1])
         return output
