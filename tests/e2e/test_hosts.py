@@ -88,11 +88,9 @@ class Cluster:
         ids = dict(json.loads(output.strip().splitlines()[-1]))
         return str(ids[self.nodes[name].address])
 
-    def job(self, verb: str, *arguments: str | Path, code: int = 0, seconds: float = 480) -> str:
+    def job(self, verb: str, *arguments: str | Path, code: int = 0) -> str:
         address = f"http://{self.head.address}:{DASHBOARD}"
-        return self.finray.run(
-            "job", verb, *arguments, "--address", address, code=code, seconds=seconds
-        )
+        return self.finray.run("job", verb, *arguments, "--address", address, code=code)
 
     def recipe(self, name: str, steps: int, **changes: object) -> Path:
         settings: dict[str, object] = {
@@ -264,7 +262,7 @@ def test_a_sweep_loses_a_host_and_no_trial(cluster: Cluster) -> None:
     cluster.job("submit", sweep)
     wait_until(lambda: all(reached(trial, 15) for trial in trials), "step 15 of both trials")
     cluster.nodes["beta"].kill()
-    output = cluster.job("logs", "swept", "--follow", seconds=500)
+    output = cluster.job("logs", "swept", "--follow")
     assert "sweep swept finished" in output
     for trial in trials:
         assert record(trial)["status"] == "finished"

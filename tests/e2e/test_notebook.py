@@ -17,7 +17,7 @@ def test_the_notebook(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     notebook = nbformat.read(FOLDER / "notebook.ipynb", as_version=4)
     assert not any(cell.get("outputs") for cell in notebook.cells)
     NotebookClient(
-        notebook, timeout=300, kernel_name="python3", resources={"metadata": {"path": FOLDER}}
+        notebook, timeout=600, kernel_name="python3", resources={"metadata": {"path": FOLDER}}
     ).execute()
     outputs = [cell.outputs for cell in notebook.cells if cell.cell_type == "code"]
     _, trained, metrics, report, answer, mistake, runs = outputs

@@ -68,7 +68,7 @@ def test_a_sweep_killed_in_its_middle_goes_on(finray: Finray) -> None:
     assert not command.survivors(120, held), "slots outlive their driver"
     started = {row["number"]: run_of(folder, row["number"])["started_at"] for row in ended}
 
-    finray.run("tune", sweep, seconds=600)
+    finray.run("tune", sweep)
     after = sweep_record(finray)
     rows = {row["number"]: row for row in after["trials"]}
     assert after["status"] == "finished" and len(rows) == 7
@@ -131,7 +131,7 @@ def test_a_lost_slot_and_ctrl_c_cost_little(finray: Finray) -> None:
     assert not command.survivors(120), "processes outlive Ctrl-C"
     assert sweep_record(finray)["status"] == "stopped" and states(finray) == ["running"]
     saved = record(trial)["step"]
-    finray.run("tune", sweep, seconds=600)
+    finray.run("tune", sweep)
     assert sweep_record(finray)["status"] == "finished" and len(states(finray)) == 2
     assert [one["step"] for one in record(trial)["restarts"]] == [lost, saved]
     assert sorted(losses(trial)) == list(range(1, 151))
@@ -147,7 +147,7 @@ def test_a_killed_sweep_of_several_workers_goes_on(finray: Finray) -> None:
     assert training
     command.kill()
     assert not command.survivors(120, training)
-    finray.run("tune", sweep, seconds=600)
+    finray.run("tune", sweep)
     assert set(states(finray)) <= {"finished", "pruned"} and "finished" in states(finray)
     assert record(trial)["world_sizes"] == [2, 2] and record(trial)["restarts"][0]["step"] > 0
     rows = sweep_record(finray)["trials"]
@@ -168,7 +168,7 @@ def test_a_population(finray: Finray) -> None:
         concurrency=2,
         pruning={"kind": "pbt"},
     )
-    finray.run("tune", sweep, "--local", seconds=600)
+    finray.run("tune", sweep, "--local")
     folder = finray.folder / "runs" / "sweep"
     rows = {row["number"]: row for row in sweep_record(finray)["trials"]}
     assert [row["state"] for row in rows.values()].count("finished") == 4
@@ -204,7 +204,7 @@ def test_trials_that_all_fail_alike_end_the_sweep(finray: Finray) -> None:
         trials=50,
         search={"optim.learning_rate": {"log_uniform": [1e-5, 1e-3]}},
     )
-    message = finray.run("tune", sweep, code=2, seconds=600)
+    message = finray.run("tune", sweep, code=2)
     assert "q_prj" in message and "same error" in message and "Traceback" not in message
     assert 3 <= states(finray).count("failed") <= 5
 
@@ -219,7 +219,7 @@ def test_a_pareto_front(finray: Finray) -> None:
         objective=["eval_loss", "adapter_bytes"],
         sampler="nsga2",
     )
-    finray.run("tune", sweep, seconds=600)
+    finray.run("tune", sweep)
     after = sweep_record(finray)
     assert states(finray) == ["finished"] * 4
     rows = {row["number"]: row["values"] for row in after["trials"]}
@@ -250,7 +250,7 @@ def test_a_sweep_of_an_online_method_searches_the_highest_reward(finray: Finray)
         concurrency=1,
         retrain={"seeds": [1]},
     )
-    finray.run("tune", sweep, seconds=600)
+    finray.run("tune", sweep)
     after = sweep_record(finray)
     assert after["objectives"] == [{"metric": "eval_reward", "mode": "max"}]
     assert after["over"] == "all 3 valid settings have been tried"
@@ -267,7 +267,6 @@ def test_the_quickstart_sweep(finray: Finray) -> None:
         *("--set", "recipe.optim.epochs=null", "--set", "recipe.optim.max_steps=2"),
         *("--set", "recipe.optim.batch_size=2", "--set", "recipe.optim.micro_batch_size=2"),
         *("--set", "recipe.data.eval.0.weight=0.05", "--set", f"storage={finray.folder}/runs"),
-        seconds=600,
     )
     path = finray.folder / "runs" / "quickstart-sweep" / "sweep.json"
     after = json.loads(path.read_text(encoding="utf-8"))

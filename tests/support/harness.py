@@ -25,6 +25,10 @@ from finray.training.rehearsal.key import key_of
 from .forking import COMMAND, WORKER, WORKER_TITLE, Forked, ForkServer, Task
 from .rehearsed import OK
 
+PATIENCE = 600
+"""Seconds until a wait is given up: far above what a busy machine needs, so a hang, and no test of
+speed."""
+
 
 @dataclass
 class Command:
@@ -43,7 +47,7 @@ class Command:
             self.family |= set(psutil.Process(self.process.pid).children(recursive=True))
         return self.family
 
-    def wait(self, seconds: float = 480) -> int:
+    def wait(self, seconds: float = PATIENCE) -> int:
         """The exit code."""
         try:
             return self.process.wait(seconds)
@@ -166,7 +170,7 @@ class Finray:
         return self._started[-1]
 
     def run(
-        self, *arguments: str | Path, code: int = 0, seconds: float = 480, fresh: bool = False
+        self, *arguments: str | Path, code: int = 0, seconds: float = PATIENCE, fresh: bool = False
     ) -> str:
         """Run to the end; returns what was printed."""
         command = self.start(*arguments, fresh=fresh)
@@ -175,7 +179,9 @@ class Finray:
         return command.output()
 
     def end_all(self) -> None:
+        """End every command, and print what each printed: pytest shows it where a test fails."""
         for command in self._started:
+            print(command.log.name, command.output()[-4000:], sep="\n")
             command.watch_family()
             for process in {*command.family}:
                 with suppress(psutil.NoSuchProcess):
@@ -195,7 +201,7 @@ def workers(command: Command) -> Iterator[psutil.Process]:
 
 
 def wait_until(
-    condition: Callable[[], bool], what: str, seconds: float = 300, brief: bool = False
+    condition: Callable[[], bool], what: str, seconds: float = PATIENCE, brief: bool = False
 ) -> None:
     """Poll a condition, and often where it holds for a brief moment only."""
     deadline = time.monotonic() + seconds
