@@ -14,6 +14,16 @@ from throughput import prepared_job
 folder, *arguments = json.loads(sys.argv[1])
 print(json.dumps(dataclasses.asdict(prepared_job(pathlib.Path(folder), *arguments))))
 """
+_TRAIN = """
+import contextlib, io, json, resource, runpy, sys
+sys.path.insert(0, ".")
+sys.argv = ["contenders.py", "finray", sys.argv[1]]
+with contextlib.redirect_stdout(io.StringIO()) as printed:
+    runpy.run_path("contenders.py", run_name="__main__")
+result = json.loads(printed.getvalue().strip().splitlines()[-1])
+peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+print(json.dumps({**result, "peak_mb": peak}))
+"""
 
 
 def checked_out(commit: str, folder: Path) -> Path:
@@ -68,9 +78,9 @@ class Version:
         return file
 
     def train(self, job: Path, threads: int) -> dict[str, Any]:
-        """What its worker measures of a job, in a process of its own."""
+        """What its worker measures of a job, in a process of its own, and that process's peak."""
         self._env["OMP_NUM_THREADS"] = str(threads)
-        result: dict[str, Any] = self._answer("contenders.py", "finray", str(job))
+        result: dict[str, Any] = self._answer("-c", _TRAIN, str(job))
         return result
 
     def _answer(self, *arguments: str) -> Any:
