@@ -37,7 +37,7 @@ def part_of(head: OutputHead | None, leaves: tuple[Tensor, ...], differentiates:
     leaves = leaves if differentiates else ()
     linear = head.linear
     if linear is not None:
-        return _Product(linear, leaves)
+        return Product(linear, leaves)
     return _Module(head.module, leaves, differentiates)
 
 
@@ -71,7 +71,7 @@ class _Same:
         return gradient
 
 
-class _Product:
+class Product:
     """A linear layer, whose gradient is added up in place."""
 
     owns_output = True
@@ -105,6 +105,31 @@ class _Product:
             total = next(sums)
             total += gradient.sum(0, dtype=total.dtype)
         return gradient @ self._weight
+
+    def backward_of_softmax(
+        self, exponentials: Tensor, sums: Tensor, tokens: Tensor, factors: Tensor | None
+    ) -> Tensor:
+        """What `backward` does of the gradient of cross-entropies, which is not computed itself:
+        scaling a hidden state costs less than scaling logits.
+
+        Args:
+            exponentials: of the logits, (tokens, vocabulary).
+            sums: of these, (tokens,).
+            tokens: the targets, (tokens,).
+            factors: of the cross-entropies, (tokens,); None for 1.
+        """
+        factors = torch.ones_like(sums) if factors is None else factors
+        shares = factors / sums
+        totals = iter(self.sums)
+        if self._is_trained[0]:
+            total = next(totals)
+            total.addmm_(exponentials.T, self._states * shares[:, None])
+            total.index_add_(0, tokens, self._states * -factors[:, None])
+        if self._is_trained[1:] == [True]:
+            total = next(totals)
+            total.addmv_(exponentials.T, shares).index_add_(0, tokens, -factors)
+        by_states = (exponentials @ self._weight).mul_(shares[:, None])
+        return by_states.addcmul_(self._weight[tokens], factors[:, None], value=-1)
 
 
 class _Module:

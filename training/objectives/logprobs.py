@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..models.devices import random_state, sum_type
 from ..models.output_head import OutputHead, logit_sizes
-from .head_parts import Part, part_of, trained_parameters, wide_type
+from .head_parts import Part, Product, part_of, trained_parameters, wide_type
 
 _HALF_SCALE = 2.0**10
 """Keeps small probabilities within the range of float16."""
@@ -198,8 +198,9 @@ class _Logits:
             if work.temperature != 1.0:
                 final = final / work.temperature
         self._final = final
-        self._frozen = _frozen_weight(work, layer)
-        self._in_place = self._frozen is not None and final is self._raw and _is_wide_on_cpu(final)
+        self._product = layer if isinstance(layer, Product) else None
+        is_logits = final is self._raw
+        self._in_place = self._product is not None and is_logits and _is_wide_on_cpu(final)
         self._sums: list[Tensor] = []
         self._gradient: Tensor | None = None
         if differentiates:
@@ -257,20 +258,12 @@ class _Logits:
         gradient = self._gradient
         assert gradient is not None
         if self._in_place:
-            # Dividing and subtracting here costs a hidden state's width instead of a vocabulary's.
-            assert self._frozen is not None
-            by_states = self._layer.backward(gradient).div_(torch.cat(self._sums)[:, None])
-            by_states.sub_(self._frozen[tokens])
-            return by_states if factors is None else by_states.mul_(factors[:, None])
+            assert self._product is not None
+            sums = torch.cat(self._sums)
+            return self._product.backward_of_softmax(gradient, sums, tokens, factors)
         if self._final is not self._raw:
             (gradient,) = torch.autograd.grad(self._final, self._raw, gradient)
         return self._layer.backward(gradient)
-
-
-def _frozen_weight(work: _Work, layer: Part) -> Tensor | None:
-    """The head's weight, if its product is all that there is to differentiate."""
-    linear = None if work.head is None else work.head.linear
-    return None if linear is None or layer.sums else linear.weight.detach()
 
 
 def _is_wide_on_cpu(logits: Tensor) -> bool:
