@@ -1,6 +1,6 @@
 """Answers prompts and measures losses in other processes, each of which loads a model once."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -10,9 +10,12 @@ from .answer_settings import AnswerSettings
 from .answering import Answer, Ask, answer
 from .generate import Answering, Batch
 from .located import locate
-from .losses import LossSum, MeasureLosses, loss_of
+from .losses import LossSum, loss_of
 from .opened import Opened, base_of, open_located
 from .prompts import PromptRow
+
+Measuring = Callable[[Iterator[list[PromptRow]], Iterator[list[Ask]]], Iterator[LossSum | Batch]]
+"""Measures the losses of parts of rows, and answers batches, here or elsewhere; in any order."""
 
 
 @dataclass(frozen=True)
@@ -53,14 +56,21 @@ class AnswerTask:
 
 
 @dataclass(frozen=True)
-class LossTask:
-    """Measures the loss of some rows, in whatever process it is called."""
+class EvaluationTask:
+    """Measures the loss of some rows, or answers a batch, in whatever process it is called."""
 
     model: Remote
+    settings: AnswerSettings
 
-    def __call__(self, rows: list[PromptRow]) -> LossSum:
-        """The loss of the rows."""
-        return loss_of(self.model.opened(), rows)
+    def __call__(
+        self, item: list[PromptRow] | tuple[int, list[Ask]]
+    ) -> LossSum | tuple[int, list[Answer]]:
+        """The loss of rows; of a numbered batch the number, and the answers."""
+        opened = self.model.opened()
+        if isinstance(item, list):
+            return loss_of(opened, item)
+        number, batch = item
+        return number, answer(opened, batch, self.settings)
 
 
 def by_tasks(task: AnswerTask, run: RunTasks) -> Answering:
@@ -74,6 +84,19 @@ def by_tasks(task: AnswerTask, run: RunTasks) -> Answering:
     return answering
 
 
-def losses_by_tasks(task: LossTask, run: RunTasks) -> MeasureLosses:
-    """Measures losses as tasks, on GPUs where there are some."""
-    return lambda waiting: run(task, list(waiting), on_gpus=True)
+def measuring_by_tasks(task: EvaluationTask, run: RunTasks) -> Measuring:
+    """Evaluates as tasks, on GPUs where there are some: a process loads the model for all of it."""
+
+    def measuring(
+        losses: Iterator[list[PromptRow]], waiting: Iterator[list[Ask]]
+    ) -> Iterator[LossSum | Batch]:
+        batches = list(waiting)
+        items: list[list[PromptRow] | tuple[int, list[Ask]]] = [*losses, *enumerate(batches)]
+        for result in run(task, items, on_gpus=True):
+            if isinstance(result, LossSum):
+                yield result
+            else:
+                number, answers = result
+                yield batches[number], [answers]
+
+    return measuring

@@ -21,12 +21,12 @@ from ..data.tasks import RunTasks
 from ..records.run_folder import Record
 from .answer_file import AnswerFile
 from .answer_settings import AnswerSettings
-from .answering import Ask, batches
-from .elsewhere import AnswerTask, LossTask, Remote, by_tasks, losses_by_tasks
-from .generate import here
+from .answering import Answer, Ask, batches
+from .elsewhere import EvaluationTask, Measuring, Remote, measuring_by_tasks
+from .generate import Batch, here
 from .harness import Harness
 from .judge import Judge, ask_all
-from .losses import losses_here, measure_loss
+from .losses import LossSum, TotalLoss, loss_of, loss_parts
 from .opened import Opened
 from .prompts import PromptRow, digest_of, read_prompts
 from .scores import Answered, Scored, score, title_of
@@ -150,14 +150,9 @@ def _answer_all(
     progress.status(f"loading {candidate.name}")
     opened = candidate.open()
     if run is None:
-        measure, answering = losses_here(opened), here([opened], settings.answers)
+        measuring = _measuring_here(opened, settings.answers)
     else:
-        measure = losses_by_tasks(LossTask(candidate.remote), run)
-        answering = by_tasks(AnswerTask((candidate.remote,), settings.answers), run)
-    if needs_loss:
-        measured = measure_loss(measure, rows, lambda count: progress.advance(count, 2 * len(rows)))
-        values = [measured.mean, measured.tokens, measured.left_out]
-        file.add([{"row": _LOSSES_ROW, **losses, column: values}])
+        measuring = measuring_by_tasks(EvaluationTask(candidate.remote, settings.answers), run)
 
     def waiting() -> Iterator[list[Ask]]:
         for item in batches(opened, rows, settings.answers):
@@ -167,16 +162,39 @@ def _answer_all(
             elif any(ask.row.number not in done for ask in item):
                 yield item
 
-    count = len(rows) - missing
-    for batch, (answers,) in answering(waiting()):
-        file.add(
-            [
-                {"row": ask.row.number, column: one.text, f"{column}_ids": one.ids}
-                for ask, one in zip(batch, answers, strict=True)
-            ]
-        )
-        count += len(batch)
-        progress.advance(len(rows) + min(count, len(rows)), 2 * len(rows))
+    loss = TotalLoss(len(rows))
+    answered = len(rows) - missing
+    for part in measuring(loss_parts(rows if needs_loss else ()), waiting()):
+        if isinstance(part, LossSum):
+            total = loss.add(part)
+            if total is not None:
+                values = [total.mean, total.tokens, total.left_out]
+                file.add([{"row": _LOSSES_ROW, **losses, column: values}])
+        else:
+            batch, (answers,) = part
+            file.add(_lines(column, batch, answers))
+            answered += len(batch)
+        measured = loss.rows if needs_loss else len(rows)
+        progress.advance(measured + min(answered, len(rows)), 2 * len(rows))
+
+
+def _measuring_here(opened: Opened, settings: AnswerSettings) -> Measuring:
+    """Measures losses in this process, then answers."""
+
+    def measuring(
+        losses: Iterator[list[PromptRow]], waiting: Iterator[list[Ask]]
+    ) -> Iterator[LossSum | Batch]:
+        yield from (loss_of(opened, rows) for rows in losses)
+        yield from here([opened], settings)(waiting)
+
+    return measuring
+
+
+def _lines(column: str, batch: list[Ask], answers: list[Answer]) -> list[Record]:
+    return [
+        {"row": ask.row.number, column: one.text, f"{column}_ids": one.ids}
+        for ask, one in zip(batch, answers, strict=True)
+    ]
 
 
 def _run_tasks(

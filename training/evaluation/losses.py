@@ -1,7 +1,7 @@
 """The loss of a model on rows with answers, as training measures it on held-out rows."""
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -35,37 +35,39 @@ class LossSum:
         return self.total / self.tokens if self.tokens else None
 
 
-MeasureLosses = Callable[[Iterator[list[PromptRow]]], Iterator[LossSum]]
-"""Measures the losses of lists of rows, in this process or elsewhere; in any order."""
-
-
-def measure_loss(
-    measure: MeasureLosses,
-    rows: Iterable[PromptRow],
-    on_row: Callable[[int], None] = lambda _: None,
-) -> LossSum:
-    """The loss of the answers in some rows, over the tokens that training learns.
+class TotalLoss:
+    """Adds up the losses of parts, which come in any order.
 
     Args:
-        measure: measures rows.
-        rows: the rows; those without an answer are left out.
-        on_row: receives the number of rows so far.
+        rows: the number of all rows.
     """
-    result, totals = LossSum(), list[float]()
-    for one in measure(windows(rows, _WINDOW)):
-        totals.append(one.total)
-        result.tokens += one.tokens
-        result.left_out += one.left_out
-        result.rows += one.rows
-        on_row(result.rows)
-    # Exactly rounded, so that the order in which they came does not matter.
-    result.total = math.fsum(totals)
-    return result
+
+    def __init__(self, rows: int) -> None:
+        self._rows = rows
+        self._parts: list[LossSum] = []
+
+    @property
+    def rows(self) -> int:
+        """The number of rows so far."""
+        return sum(part.rows for part in self._parts)
+
+    def add(self, part: LossSum) -> LossSum | None:
+        """Add a part. Returns the loss of all rows with the last one."""
+        self._parts.append(part)
+        if self.rows < self._rows:
+            return None
+        return LossSum(
+            # Exactly rounded, so that the order in which they came does not matter.
+            total=math.fsum(part.total for part in self._parts),
+            tokens=sum(part.tokens for part in self._parts),
+            left_out=sum(part.left_out for part in self._parts),
+            rows=self._rows,
+        )
 
 
-def losses_here(opened: Opened) -> MeasureLosses:
-    """Measures losses in this process."""
-    return lambda waiting: (loss_of(opened, rows) for rows in waiting)
+def loss_parts(rows: Iterable[PromptRow]) -> Iterator[list[PromptRow]]:
+    """Rows in parts whose losses are measured by themselves."""
+    return windows(rows, _WINDOW)
 
 
 def loss_of(opened: Opened, rows: Sequence[PromptRow]) -> LossSum:

@@ -38,12 +38,17 @@ ROWS: list[Any] = [
 ] + [{"text": "no prompt"}, {"prompt": "the quick"}]
 
 
-def backwards(
-    task: Callable[[Any], Any], items: Sequence[Any], on_gpus: bool = False
-) -> Iterator[Any]:
+class Backwards:
     """Runs the last item first, as workers may finish in any order."""
-    assert on_gpus
-    return map(task, reversed(items))
+
+    runs = 0
+
+    def __call__(
+        self, task: Callable[[Any], Any], items: Sequence[Any], on_gpus: bool = False
+    ) -> Iterator[Any]:
+        assert on_gpus
+        self.runs += 1
+        return map(task, reversed(items))
 
 
 def test_workers_write_what_one_process_writes_and_go_on_after_a_kill(
@@ -89,8 +94,8 @@ def test_workers_measure_what_one_process_measures(
     monkeypatch.setattr("finray.training.evaluation.losses._WINDOW", 3)
     sources = [Source(path=str(write(tmp_path / "rows.jsonl", ROWS)))]
     other = finished_run(tmp_path, tiny_model, what="model", run_name="whole")
-    records = []
-    for name, runner in (("alone", None), ("elsewhere", backwards)):
+    records, elsewhere = [], Backwards()
+    for name, runner in (("alone", None), ("elsewhere", elsewhere)):
         located, against = locate(str(run), Path.cwd()), locate(str(other), Path.cwd())
         candidates = candidates_of(located, against, True, elsewhere=runner is not None)
         settings = EvaluationSettings(
@@ -100,6 +105,7 @@ def test_workers_measure_what_one_process_measures(
         one = write_evaluation(candidates, sources, target, settings, run=runner)
         records.append({**one.record, "at": None})
     assert records[0] == records[1]
+    assert elsewhere.runs == len(candidates)  # loss and answers by the same processes
     values = records[0]["measures"][0]["values"]
     assert values["answer"] != values["base"] == values["against"]
     rows = [(tmp_path / name / "eval.jsonl").read_bytes() for name in ("alone", "elsewhere")]
