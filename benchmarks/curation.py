@@ -502,10 +502,9 @@ def datasets_pipeline(folder: Path, rows: str) -> dict[str, Any]:
     tokenizer = AutoTokenizer.from_pretrained(folder / "model")
     evals = [json.loads(line) for line in (folder / "eval.jsonl").open(encoding="utf-8")]
     reference = {run for row in evals for run in _runs(_text(row["messages"]), CONTAMINATION)}
+    cache = str(folder / f"cache-{time.monotonic_ns()}")  # nothing of an earlier turn is used
     started = time.process_time()
-    data = load_dataset(
-        "json", data_files=str(folder / rows), split="train", cache_dir=str(folder / "cache")
-    )
+    data = load_dataset("json", data_files=str(folder / rows), split="train", cache_dir=cache)
     count = len(data)
     data = data.map(_normalised).filter(lambda row: _passes(row, tokenizer))
     seen: set[str] = set()

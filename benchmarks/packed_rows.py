@@ -125,7 +125,7 @@ def trainings(
             f"{name}{kind}": partial(
                 version.train,
                 version.prepare(
-                    folder / f"{name}{kind}", recipe, WARMUP + TIMED + 1, WARMUP, threads
+                    folder / f"run of {name}{kind}", recipe, WARMUP + TIMED + 1, WARMUP, threads
                 ),
                 threads,
             )

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import numpy as np
@@ -9,11 +10,14 @@ import torch
 
 from ..data.rendering import Document
 from ..models.out_of_memory import in_fitting_parts
+from ..objectives.logprobs import cross_entropies
 from .answering import windows
 from .opened import Opened
 from .prompts import PromptRow
 
-_TOKENS_AT_ONCE = 8192
+_TOKENS_AT_ONCE = {"cpu": 2048}
+"""By kind of device; a processor's caches hold the states of fewer."""
+_ACCELERATOR_TOKENS = 8192
 _WINDOW = 512
 
 
@@ -76,7 +80,8 @@ def loss_of(opened: Opened, rows: Sequence[PromptRow]) -> LossSum:
     rendered = opened.renderer.render([row.example for row in rows if row.example is not None])
     documents = [document for one in rendered for document in one.documents]
     result.left_out = len(rows) - sum(bool(one.documents) for one in rendered)
-    for batch in _batches(documents):
+    at_once = _TOKENS_AT_ONCE.get(opened.device.type, _ACCELERATOR_TOKENS)
+    for batch in _batches(documents, at_once):
         sums, _ = in_fitting_parts(
             *(batch, len(batch), lambda part: _sums(opened, part)),
             what="rows",
@@ -87,11 +92,11 @@ def loss_of(opened: Opened, rows: Sequence[PromptRow]) -> LossSum:
     return result
 
 
-def _batches(documents: Sequence[Document]) -> Iterator[list[Document]]:
-    """Documents of similar length, of at most `_TOKENS_AT_ONCE` tokens with their padding."""
+def _batches(documents: Sequence[Document], tokens: int) -> Iterator[list[Document]]:
+    """Documents of similar length, of at most so many tokens with their padding."""
     batch: list[Document] = []
     for document in sorted(documents, key=lambda one: len(one.input_ids)):
-        if batch and (len(batch) + 1) * len(document.input_ids) > _TOKENS_AT_ONCE:
+        if batch and (len(batch) + 1) * len(document.input_ids) > tokens:
             yield batch
             batch = []
         batch.append(document)
@@ -109,12 +114,19 @@ def _sums(opened: Opened, documents: Sequence[Document]) -> list[tuple[float, in
         ids[row, :size], mask[row, :size] = document.input_ids, 1
         trained[row, :size] = document.trainable
     tokens, attended = (torch.from_numpy(part).to(opened.device) for part in (ids, mask))
-    with opened.active():
-        logits = opened.model(input_ids=tokens, attention_mask=attended).logits[:, :-1]
     chosen = torch.from_numpy(trained[:, 1:]).to(opened.device)
-    losses = torch.nn.functional.cross_entropy(
-        logits[chosen].float(), tokens[:, 1:][chosen], reduction="none"
-    ).double()
+    computed: list[torch.Tensor] = []
+
+    def compute(values: torch.Tensor) -> None:
+        of_tokens, _ = cross_entropies(values[:, :-1][chosen], tokens[:, 1:][chosen], head)
+        computed.append(of_tokens.double())
+
+    head = opened.head
+    with opened.active(), nullcontext() if head is None else head.capturing(compute):
+        outputs = opened.model(input_ids=tokens, attention_mask=attended)
+    if head is None:
+        compute(outputs.logits)
+    (losses,) = computed
     counts = trained[:, 1:].sum(1).tolist()
     parts = torch.split(losses, counts)
     return [(float(part.sum()), count) for part, count in zip(parts, counts, strict=True)]

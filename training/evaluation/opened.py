@@ -30,6 +30,7 @@ from ..models.open_result import (
     tokenizer_named,
     tokenizer_of,
 )
+from ..models.output_head import OutputHead, find_head
 from ..models.stopping import stop_tokens
 from .located import Located
 
@@ -68,6 +69,18 @@ class Opened:
     def stops(self) -> list[int]:
         """Ids of the tokens that end an answer, which take a rendering of the chat template."""
         return stop_tokens(self.model, self.tokenizer)
+
+    @cached_property
+    def head(self) -> OutputHead | None:
+        """Its output head, if it can be applied to some tokens alone; a short run finds it."""
+
+        def run() -> torch.Tensor:
+            with self.active():
+                token = torch.zeros(1, 1, dtype=torch.long, device=self.device)
+                logits: torch.Tensor = self.model(input_ids=token).logits
+                return logits
+
+        return find_head(self.model, run)
 
     @property
     def device(self) -> torch.device:

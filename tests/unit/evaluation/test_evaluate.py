@@ -23,8 +23,12 @@ from finray.cluster.cli.main import main
 from finray.training.common import storage
 from finray.training.common.errors import InputError, RunError
 from finray.training.common.storage import Folder
+from finray.training.config.source import Source
 from finray.training.evaluation import judge as judging
 from finray.training.evaluation.judge import Judge
+from finray.training.evaluation.losses import loss_of
+from finray.training.evaluation.opened import Opened
+from finray.training.evaluation.prompts import read_prompts
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 
@@ -116,6 +120,25 @@ def test_the_loss_is_that_of_plain_transformers(
     assert measured["loss"]["values"]["answer"] == pytest.approx(tuned, rel=1e-5)
     assert measured["perplexity"]["values"]["base"] == pytest.approx(2.718281828**expected)
     assert result.values["loss"] == measured["loss"]["values"]["answer"]
+
+
+def test_logits_are_computed_for_answers_alone(
+    opened: Opened, tmp_path: Path, write: Write
+) -> None:
+    """And the loss is the same where the model computes its own."""
+    source = [Source(path=str(write(tmp_path / "rows.jsonl", ROWS)))]
+    rows, tokens = list(read_prompts(source)), list[int]()
+    head = opened.model.get_output_embeddings()
+    hook = head.register_forward_hook(lambda _, args, logits: tokens.append(logits.shape[1]))
+    assert opened.head is not None
+    tokens.clear()
+    apart = loss_of(opened, rows)
+    assert set(tokens) == {0}
+    whole = replace(opened)
+    whole.__dict__["head"] = None
+    together = loss_of(whole, rows)
+    assert max(tokens) > 0 and apart.total == pytest.approx(together.total, rel=1e-6)
+    hook.remove()
 
 
 def test_a_prompt_that_the_other_model_refuses_is_compared_by_neither(
