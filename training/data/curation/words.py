@@ -108,7 +108,7 @@ def _words(texts: Sequence[str]) -> tuple[Hashes, Offsets]:
     encoded = [text.lower().encode("utf-8", "surrogatepass") for text in texts]
     joined = b"".join([b"\n", b"\n".join(encoded), b"\n"])
     content = np.frombuffer(joined, np.uint8)
-    first, last = _borders(content) if joined.isascii() else _borders_of_utf8(content)
+    first, last = _borders(joined) if joined.isascii() else _borders_of_utf8(content)
     sums = np.zeros(len(content) + 1, np.uint64)
     powers, inverse = _powers(len(content))
     np.multiply(content, powers, out=sums[1:])
@@ -118,16 +118,17 @@ def _words(texts: Sequence[str]) -> tuple[Hashes, Offsets]:
     return hashes, np.concatenate(([0], np.searchsorted(first, text_ends))).astype(np.int64)
 
 
-def _borders(content: NDArray[np.uint8]) -> tuple[Offsets, Offsets]:
+def _borders(content: bytes) -> tuple[Offsets, Offsets]:
     """Where words begin and end in ASCII that begins and ends with a separator."""
-    is_word = _IS_WORD[content]
+    # As fast as reading it; numpy makes a wide index of each byte.
+    is_word = np.frombuffer(content.translate(_IS_WORD), np.bool_)
     borders = np.flatnonzero(is_word[1:] != is_word[:-1]) + 1
     return borders[::2], borders[1::2]
 
 
 def _borders_of_utf8(content: NDArray[np.uint8]) -> tuple[Offsets, Offsets]:
     """As `_borders`, of UTF-8."""
-    kinds = _KINDS[_without_signs(content)]
+    kinds = np.frombuffer(_without_signs(content).tobytes().translate(_KINDS), np.uint8)
     is_word = kinds > _SEPARATOR
     before = np.zeros(len(content), np.bool_)
     before[1:] = is_word[:-1]
@@ -149,12 +150,12 @@ def _without_signs(content: NDArray[np.uint8]) -> NDArray[np.uint8]:
     return content
 
 
-def _kinds() -> NDArray[np.uint8]:
+def _kinds() -> bytes:
     kinds = np.zeros(256, np.uint8)
     for letters in (b"abcdefghijklmnopqrstuvwxyz0123456789", range(0x80, 0xE0)):
         kinds[list(letters)] = _LETTER
     kinds[0xE0:0xF8] = _OWN_WORD
-    return kinds
+    return kinds.tobytes()
 
 
 def _lengths() -> NDArray[np.int64]:
@@ -165,7 +166,7 @@ def _lengths() -> NDArray[np.int64]:
 
 _KINDS = _kinds()
 _LENGTHS = _lengths()
-_IS_WORD = _KINDS > _SEPARATOR
+_IS_WORD = bytes(kind > _SEPARATOR for kind in _KINDS)
 
 
 def _make_powers(count: int) -> tuple[Hashes, Hashes]:
