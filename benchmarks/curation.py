@@ -3,18 +3,14 @@ datasets and TRL, peak memory, packed rows, waiting for data, and the first batc
 
 `--stage NAME` measures one of them (again for more) and leaves the results of the others as they
 are; each names its commit. Contenders run in processes of their own, on one core; CPU time is
-compared, so that other work of the machine disturbs little. Where datasketch is not installed, a
-stand-in computes as its MinHash and MinHashLSH do, a document at a time: SHA-1 of each shingle,
-numpy's permutations, bands.
+compared, so that other work of the machine disturbs little.
 """
 
 import argparse
-import hashlib
 import json
 import os
 import re
 import shutil
-import struct
 import subprocess
 import sys
 import threading
@@ -28,7 +24,6 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from material import Words, save_llama, save_tokenizer, texts_of, write_rows
 from measure import (
     Figure,
@@ -44,7 +39,20 @@ from measure import (
     scratch,
     take_turns,
 )
+from near_duplicates import (
+    JACCARD,
+    LENGTH,
+    datasketch_near,
+    finray_near,
+    finray_texts,
+    make_documents,
+    quality,
+    recipe_of,
+    similar_pairs,
+    stand_in,
+)
 from prepare_memory import write_size
+from prepared_rows import FILE_ROWS, distributions, first_batch, make_prepared, over_bound
 
 FULL = {
     "documents": 200_000,
@@ -64,167 +72,7 @@ QUICK = {
 }
 """The stand-in and datasketch read a sample of the documents: their time is linear in them."""
 OBJECT_STORE = 512 * 2**20
-FILE_ROWS = 2000
-"""Rows of a file of prepared data, 8 MB of tokens."""
-JACCARD, PERMUTATIONS, NGRAM = 0.8, 128, 5
-WORDS = 300
-LENGTH = 1024
 CONTAMINATION = 13
-
-
-def make_documents(path: Path, count: int) -> None:
-    """Write documents of 300 words, a fifth of them with a copy of which some words are changed."""
-    words = Words()
-    draw = np.random.default_rng(1)
-    rows: list[dict[str, str]] = []
-    while len(rows) < count:
-        text = words.text(WORDS)
-        rows.append({"text": text})
-        if len(rows) % 5 == 0:
-            copy = np.array(text.split())
-            copy[draw.choice(WORDS, draw.integers(0, 9), replace=False)] = "changed"
-            rows.append({"text": " ".join(copy)})
-    draw.shuffle(rows)  # type: ignore[arg-type]
-    write_rows(path, rows[:count])
-
-
-def shingles(text: str) -> set[str]:
-    """The runs of words by which documents are compared."""
-    words = text.lower().split()
-    return {" ".join(words[n : n + NGRAM]) for n in range(max(1, len(words) - NGRAM + 1))}
-
-
-def similar_pairs(path: Path) -> set[tuple[int, int]]:
-    """All pairs at or above the threshold, by shingles that both have: none is missed."""
-    sets, firsts, owners = [], [], []
-    with path.open(encoding="utf-8") as lines:
-        for number, line in enumerate(lines):
-            hashes = np.unique([hash(shingle) for shingle in shingles(json.loads(line)["text"])])
-            # Two sets of such a similarity have one of these in common, whatever the order.
-            first = hashes[: len(hashes) - int(np.ceil(JACCARD * len(hashes))) + 1]
-            sets.append(hashes)
-            firsts.append(first)
-            owners.append(np.full(len(first), number))
-    keys, numbers = np.concatenate(firsts), np.concatenate(owners)
-    order = np.argsort(keys, kind="stable")
-    groups = np.split(numbers[order], np.flatnonzero(np.diff(keys[order])) + 1)
-    pairs = {(a, b) for group in groups if len(group) > 1 for a in group for b in group if a < b}
-    return {(int(a), int(b)) for a, b in pairs if similarity(sets[a], sets[b]) >= JACCARD}
-
-
-def similarity(first: Any, second: Any) -> float:
-    """Jaccard similarity of two sets, given as arrays."""
-    common = len(np.intersect1d(first, second, assume_unique=True))
-    return common / (len(first) + len(second) - common)
-
-
-def recipe_of(folder: Path, rows: str, **data: Any) -> Any:
-    """A recipe over a file of the folder."""
-    from finray.training.config.recipe import load_recipe
-
-    values = {
-        "name": "curation",
-        "model": {"base": str(folder / "model")},
-        "method": "pretrain" if "documents" in rows else "sft",
-        "data": {"train": str(folder / rows), "max_length": LENGTH, **data},
-        "scale": {"workers": 0},
-        "storage": str(folder / f"runs-{time.monotonic_ns()}"),
-    }
-    return load_recipe(values)
-
-
-def finray_near(folder: Path, rows: str) -> dict[str, Any]:
-    """Deduplicate from raw file to finished stage; the reading of rows is part of it."""
-    from finray.training.common.progress import SILENT
-    from finray.training.common.storage import Folder
-    from finray.training.data.curation.curate import curate
-    from finray.training.data.curation.files import left_in
-    from finray.training.data.resolve import resolve_data
-    from finray.training.data.tasks import run_in_process
-
-    near = {"jaccard": JACCARD, "permutations": PERMUTATIONS, "ngram": NGRAM}
-    recipe = recipe_of(folder, rows, curate=[{"kind": "deduplicate", "near": near}])
-    data = resolve_data(recipe)
-    started = time.process_time()
-    prepared = Folder(recipe.storage) / "prepared"
-    done = curate(recipe, data, prepared, run_in_process, SILENT, lambda *_: None)
-    seconds = time.process_time() - started
-    left, before = [], 0
-    for chunk, counts in zip(done.chunks, done.counts, strict=True):
-        left += (left_in(done.folder / done.left, chunk.number) + before).tolist()
-        before += counts.rows
-    return {"seconds": seconds, "rows": before, "left": left}
-
-
-def finray_texts(folder: Path, rows: str) -> dict[str, Any]:
-    """Near duplicates of texts in memory: word runs, sketches, bands, and the true similarity."""
-    from finray.training.config.curation import NearDuplicates
-    from finray.training.data.curation.links import candidates_in, distinct, entries_of, jaccard
-    from finray.training.data.curation.sketches import Bands, band_keys
-    from finray.training.data.curation.words import word_runs
-
-    near = NearDuplicates(jaccard=JACCARD, permutations=PERMUTATIONS, ngram=NGRAM)
-    bands = Bands.of(near)
-    texts = [json.loads(line)["text"] for line in (folder / rows).open(encoding="utf-8")]
-    started = time.process_time()
-    keys = []
-    for start in range(0, len(texts), 1000):
-        runs = word_runs(texts[start : start + 1000], NGRAM)
-        keys.append(band_keys(runs.hashes, runs.offsets, bands))
-    numbers = np.repeat(np.arange(len(texts)), bands.count)
-    entries = entries_of(np.concatenate(keys).reshape(-1), numbers.astype(np.uint64), numbers)
-    pairs = candidates_in(entries)
-    runs = word_runs([texts[number] for number in np.unique(pairs)], NGRAM)
-    sets = {
-        int(number): distinct(runs.hashes[runs.offsets[n] : runs.offsets[n + 1]])
-        for n, number in enumerate(np.unique(pairs))
-    }
-    similar = sum(jaccard(sets[a], sets[b]) >= JACCARD for a, b in pairs.tolist())
-    seconds = time.process_time() - started
-    return {"seconds": seconds, "rows": len(texts), "similar": similar}
-
-
-def datasketch_near(folder: Path, rows: str) -> dict[str, Any]:
-    """The same with datasketch: candidates alone, without the true similarity."""
-    texts = [json.loads(line)["text"] for line in (folder / rows).open(encoding="utf-8")]
-    try:
-        from datasketch import MinHash, MinHashLSH
-    except ImportError:
-        return _stand_in(texts)
-    started = time.process_time()
-    index = MinHashLSH(threshold=JACCARD, num_perm=PERMUTATIONS)
-    for number, text in enumerate(texts):
-        sketch = MinHash(num_perm=PERMUTATIONS)
-        sketch.update_batch([shingle.encode() for shingle in shingles(text)])
-        index.query(sketch)
-        index.insert(number, sketch)
-    seconds = time.process_time() - started
-    return {"seconds": seconds, "rows": len(texts), "contender": "datasketch"}
-
-
-def _stand_in(texts: list[str]) -> dict[str, Any]:
-    prime, draw = np.uint64(2**61 - 1), np.random.default_rng(1)
-    a, b = draw.integers(1, 2**61 - 1, (2, PERMUTATIONS), dtype=np.uint64)
-    bands, rows = 9, 13  # as datasketch chooses them for 0.8 and 128
-    tables: list[dict[bytes, list[int]]] = [defaultdict(list) for _ in range(bands)]
-    started = time.process_time()
-    for number, text in enumerate(texts):
-        hashes = np.array(
-            [
-                struct.unpack("<I", hashlib.sha1(shingle.encode()).digest()[:4])[0]
-                for shingle in shingles(text)
-            ],
-            np.uint64,
-        )
-        with np.errstate(over="ignore"):
-            sketch = (((hashes[:, None] * a + b) % prime) & np.uint64(2**32 - 1)).min(axis=0)
-        found: set[int] = set()
-        for band, table in enumerate(tables):
-            bucket = table[sketch[band * rows : (band + 1) * rows].tobytes()]
-            found.update(bucket)
-            bucket.append(number)
-    seconds = time.process_time() - started
-    return {"seconds": seconds, "rows": len(texts), "contender": "stand-in for datasketch"}
 
 
 def make_chats(folder: Path, megabytes: int) -> None:
@@ -344,72 +192,6 @@ def _memory_of(process: int) -> int:
     return 1024 * sum(int(line.split()[1]) for line in lines if line.startswith("Pss:"))
 
 
-def make_prepared(folder: Path, files: int) -> None:
-    """Write prepared data: the same rows in each file."""
-    import pyarrow as pa
-
-    from finray.training.common.storage import Folder
-    from finray.training.data.prepared import ROW_GROUP, SEQUENCE_SCHEMA, write_hashed
-
-    draw = np.random.default_rng(0)
-    offsets = pa.array(LENGTH * np.arange(FILE_ROWS + 1), pa.int32())
-    one = pa.array(np.arange(FILE_ROWS + 1), pa.int32())
-    tokens = FILE_ROWS * LENGTH
-    table = pa.table(
-        [
-            pa.ListArray.from_arrays(offsets, draw.integers(0, 50_000, tokens, np.int32)),
-            pa.ListArray.from_arrays(one, np.full(FILE_ROWS, LENGTH, np.int32)),
-            pa.ListArray.from_arrays(offsets, pa.array(np.ones(tokens, np.bool_))),
-            pa.ListArray.from_arrays(one, np.arange(FILE_ROWS)),
-            pa.nulls(FILE_ROWS, pa.string()),
-        ],
-        schema=SEQUENCE_SCHEMA,
-    )
-    (folder / "train").mkdir()
-    options = {"row_group_size": ROW_GROUP, "use_dictionary": False}
-    hashed = write_hashed(Folder(str(folder)), "train/000000.parquet", table, **options)
-    names = [f"train/{number:06d}.parquet" for number in range(files)]
-    for name in names[1:]:
-        shutil.copyfile(folder / names[0], folder / name)
-    full, rest = divmod(FILE_ROWS, ROW_GROUP)
-    groups = (*[ROW_GROUP] * full, *([rest] if rest else []))
-    split = {
-        "files": names,
-        "hashes": [hashed] * files,
-        "row_groups": [groups] * files,
-        "sequences": files * FILE_ROWS,
-        "documents": files * FILE_ROWS,
-        "tokens": files * tokens,
-        "trainable_tokens": files * tokens,
-        "capacity": LENGTH,
-    }
-    (folder / "split.json").write_text(json.dumps(split), encoding="utf-8")
-
-
-def first_batch(folder: Path, share: str) -> dict[str, Any]:
-    """Seconds to the first batch from a share of the first epoch on."""
-    from finray.training.common.storage import Folder
-    from finray.training.data.prepared import Split
-    from finray.training.data.stream import Slice, stream
-
-    values = json.loads((folder / "split.json").read_text(encoding="utf-8"))
-    names = ("files", "hashes", "row_groups")
-    split = Split(**{**values, **{name: tuple(map(_tuple, values[name])) for name in names}})
-    batch = 8
-    step = int(split.sequences * float(share)) // batch
-    started = time.perf_counter()
-    part = Slice(Folder(str(folder)), split, 0, batch, 0, 1, step, split.sequences // batch)
-    rows = stream(part, on_ray=False)
-    taken = list(islice(rows, batch))
-    seconds = time.perf_counter() - started
-    rows.close()  # type: ignore[attr-defined]
-    return {"seconds": seconds, "rows": len(taken)}
-
-
-def _tuple(value: Any) -> Any:
-    return tuple(value) if isinstance(value, list) else value
-
-
 def waiting(folder: Path, how: str, steps: int) -> float:
     """The share of a training's step time for which it waits for data."""
     recipe = {
@@ -433,65 +215,6 @@ def waiting(folder: Path, how: str, steps: int) -> float:
     return waited / seconds
 
 
-def over_bound(lengths: Any, capacity: int) -> float:
-    """Packed rows over the lower bound: the tokens' sum, or the bound of Martello and Toth."""
-    import pyarrow as pa
-
-    from finray.training.common.storage import Folder
-    from finray.training.data.assembling import AssembleTask, Part, assemble_items
-    from finray.training.data.rendering import Document
-    from finray.training.data.tokenising import TokenFile
-
-    with scratch() as folder:
-        attempt = Folder(str(folder))
-        for name in ("tokens", "train"):
-            (attempt / name).create()
-        file = TokenFile(attempt, "tokens/all.parquet")
-        zeros, trained = np.zeros(capacity, np.int32), np.ones(capacity, np.bool_)
-        for row, length in enumerate(lengths.tolist()):
-            file.add(row, Document(zeros[:length], trained[:length], (length,)), None)
-        file.flush()
-        file.close()
-        task = AssembleTask(attempt, capacity, True, seed=0)
-        parts = [Part(group, 0) for group in file.groups]
-        items = assemble_items("train", parts, capacity, True)
-        rows = sum(sum(task(item).row_groups) for item in items)
-        pa.default_memory_pool().release_unused()
-    return rows / lower_bound(lengths, capacity)
-
-
-def lower_bound(lengths: Any, capacity: int) -> int:
-    """The fewest rows that could hold documents of these lengths."""
-    ordered = np.sort(lengths.astype(np.int64))
-    sums = np.concatenate(([0], np.cumsum(ordered)))
-    best = -(-int(sums[-1]) // capacity)
-    half = int(np.searchsorted(ordered, capacity // 2, side="right"))
-    for least in np.unique(ordered[:half]).tolist():
-        alone = int(np.searchsorted(ordered, capacity - least, side="right"))
-        small = sums[half] - sums[np.searchsorted(ordered, least)]
-        free = (alone - half) * capacity - (sums[alone] - sums[half])
-        best = max(best, len(ordered) - half + max(0, -int(-(small - free) // capacity)))
-    return best
-
-
-def distributions(capacity: int, tokens: int) -> dict[str, Any]:
-    """Lengths of documents, by the name of their distribution."""
-    draw = np.random.default_rng(0)
-    count = 400_000
-    lengths = {
-        "log-normal around a fifth": draw.lognormal(np.log(capacity / 5), 0.8, count),
-        "log-normal around a half": draw.lognormal(np.log(capacity / 2), 1.0, count),
-        "log-normal around a fiftieth": draw.lognormal(np.log(capacity / 50), 0.5, count),
-        "uniform": draw.integers(1, capacity + 1, count),
-        "normal around a quarter": draw.normal(capacity / 4, capacity / 20, count),
-    }
-    chosen = {}
-    for name, values in lengths.items():
-        whole = np.clip(values.astype(np.int32), 1, capacity)
-        chosen[name] = whole[: int(np.searchsorted(np.cumsum(whole), tokens))]
-    return chosen
-
-
 def datasets_pipeline(folder: Path, rows: str) -> dict[str, Any]:
     """The same stages with datasets' map and filter, and TRL's packing; near duplicates by the
     datasketch or its stand-in, without the true similarity."""
@@ -511,7 +234,7 @@ def datasets_pipeline(folder: Path, rows: str) -> dict[str, Any]:
     data = data.filter(
         lambda row: not (_text(row["messages"]) in seen or seen.add(_text(row["messages"])))
     )  # type: ignore[func-returns-value]
-    near = _stand_in([_text(row["messages"]) for row in data])["seconds"]
+    near = stand_in([_text(row["messages"]) for row in data])["seconds"]
     data = data.filter(
         lambda row: (
             not any(run in reference for run in _runs(_text(row["messages"]), CONTAMINATION))
@@ -577,16 +300,6 @@ def measured(name: str, folder: Path, rows: str) -> dict[str, Any]:
     """Run a contender in a child process."""
     result: dict[str, Any] = run_child("curation.py", "--child", name, str(folder), rows, threads=1)
     return result
-
-
-def quality(left: list[int], pairs: set[tuple[int, int]]) -> tuple[float, float]:
-    """The share of similar pairs of which one is gone, and that of gone rows which have a pair."""
-    stays = set(left)
-    count = max((number for pair in pairs for number in pair), default=0) + 1
-    gone = set(range(count)) - stays
-    paired = {number for pair in pairs for number in pair}
-    recall = sum(not (a in stays and b in stays) for a, b in pairs) / max(1, len(pairs))
-    return recall, len(gone & paired) / max(1, len(gone))
 
 
 @dataclass
