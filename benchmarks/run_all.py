@@ -28,6 +28,7 @@ NAMES = (
     "prepare_memory",
     "prepare_speed",
     "answers",
+    "curation",
     "checkpoint_stall",
     "kills",
     "kills_anywhere",
