@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 
 from ..common.errors import InputError, reason
 from ..common.formatting import one_line
+from .contents import is_unchanged
 from .json_array import array_rows
 from .json_features import decode_json
 from .rows import SHOWN, BadRow, Row, Unreadable, row_or_bad, shorten, size_in_bytes, too_large
@@ -135,7 +136,7 @@ def _unchanged(
     file: SourceFile, rows: Iterator[tuple[int, Row | BadRow]]
 ) -> Iterator[tuple[int, Row | BadRow]]:
     yield from rows
-    if not file.is_unchanged():
+    if not is_unchanged(file):
         raise InputError(
             f"{file.place}: changed while it was read; restore it, or start again with what it "
             "holds now"

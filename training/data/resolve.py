@@ -9,6 +9,7 @@ from ..common.errors import InputError
 from ..config.places import about
 from ..config.recipe import Recipe
 from ..config.source import KnownFormat, Source
+from .contents import identified
 from .expand import expand
 from .formats import detect_format
 from .hub import pinned
@@ -68,6 +69,21 @@ def resolve_data(recipe: Recipe) -> ResolvedData:
     return ResolvedData(
         tuple(map(_with_unread, train, unread)),
         tuple(map(_with_unread, held_out, unread[len(train) :])),
+    )
+
+
+def identified_data(recipe: Recipe) -> ResolvedData:
+    """As `resolve_data`, with what identifies the content of each file: what a preparation reads is
+    compared with it.
+
+    Raises:
+        InputError: see `resolve_data`; or a file cannot be read.
+    """
+    data = resolve_data(recipe)
+    at_once = not recipe.data.streams
+    return ResolvedData(
+        tuple(replace(each, files=identified(each.files, at_once)) for each in data.train),
+        tuple(replace(each, files=identified(each.files)) for each in data.eval),
     )
 
 

@@ -318,6 +318,30 @@ def test_clean_takes_what_no_run_refers_to(tmp_path: Path) -> None:
     assert in_storage(home) == {"a" * 16, "c" * 16, "stages", "rehearsals"}
 
 
+def test_clean_takes_windows_of_runs_that_do_not_train(tmp_path: Path) -> None:
+    """What is counted, and the lists of bad rows, stay for the run and its user."""
+    for name in ("killed", "busy", "elsewhere"):
+        run = stored_run(tmp_path, name, status="running")
+        checkpoint(run)
+        for window in ("000003", "000004"):
+            (run / "windows" / window / ("d" * 32)).mkdir(parents=True)
+            (run / "windows" / window / "manifest.json").write_bytes(b"x" * 500)
+        for file in ("counts.json", "position.json", "000003-quarantine.jsonl"):
+            (run / "windows" / file).write_text("{}")
+    make_old(tmp_path)
+    (tmp_path / "elsewhere" / "lock.json").write_text("{}")
+    (tmp_path / "killed" / "windows" / "000004" / "used").write_text("")
+    with hold_run_lock(Folder(str(tmp_path / "busy")), threading.Event(), SILENT):
+        plan = plan_clean(Folder(str(tmp_path)), DAY)
+    assert names(plan) == ["killed/windows/000003"] and plan.size == 500
+    assert kept(plan)["busy/windows"].startswith("in use by process")
+    assert kept(plan)["elsewhere/windows"] == "its lock was renewed just now"
+    assert kept(plan)["killed/windows/000004"].startswith("used ")
+    assert remove(plan, SILENT) == names(plan)
+    left = in_storage(tmp_path / "killed" / "windows")
+    assert left == {"000004", "counts.json", "position.json", "000003-quarantine.jsonl"}
+
+
 def test_data_that_a_run_starts_to_use_after_the_plan_stays(tmp_path: Path) -> None:
     data = tmp_path / "prepared" / ("b" * 16)
     (data / "train").mkdir(parents=True)
