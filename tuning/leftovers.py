@@ -181,9 +181,7 @@ class Leftovers:
                 if is_cut_off and (item := self._unused(path, "cut-off write")) is not None:
                     yield item
 
-    def _unused(
-        self, place: str, kind: str, reason: str = "no run refers to it"
-    ) -> Doomed | None:
+    def _unused(self, place: str, kind: str, reason: str = "no run refers to it") -> Doomed | None:
         """The thing, if it was not used lately; what is kept for that is noted."""
         newest = self._storage.newest(place)
         age = None if newest is None else time.time() - newest

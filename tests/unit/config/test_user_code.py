@@ -78,8 +78,15 @@ def test_a_file_is_tried_once(tmp_path: Path) -> None:
     mark = tmp_path / "mark"
     code = f"open({str(mark)!r}, 'a').write('x')\n" + GOOD + GOOD.replace("short", "brief")
     rewards = [{"file": "rewards.py:short"}, {"file": "rewards.py:brief"}]
-    try_import(load_recipe(grpo(tmp_path, code, rewards=rewards)))
+    tried: set[str] = set()
+    for _ in range(2):
+        try_import(load_recipe(grpo(tmp_path, code, rewards=rewards)), tried)
     assert mark.read_text(encoding="utf-8") == "x"
+
+
+def test_a_file_without_a_function_is_said(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"0\.file: 'rewards\.py' names a file without a function"):
+        load_recipe(grpo(tmp_path, rewards=[{"file": "rewards.py"}]))
 
 
 def test_trying_needs_nothing_heavy(tmp_path: Path) -> None:
