@@ -141,6 +141,7 @@ class UserFunction(Section):
         linecache.cache[self.path] = (len(self.text), None, lines, self.path)
         module = types.ModuleType(f"finray_user_{self.digest[:8]}")
         module.__file__ = self.path
+        module.__dict__["print"] = _print_aside
         # Dataclasses and pickle look for the module there.
         sys.modules[module.__name__] = module
         try:
@@ -150,6 +151,11 @@ class UserFunction(Section):
             trace = traceback_of(error, self.path)
             raise RunError(f"{self.path} cannot be imported:\n{trace}") from None
         return _without_exit(function)
+
+
+def _print_aside(*values: object, file: Any = None, **options: Any) -> None:
+    """`print` of the user's code: stdout belongs to the command, which may write JSON there."""
+    print(*values, file=sys.stderr if file is None else file, **options)
 
 
 def _without_exit(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -84,6 +84,14 @@ def test_a_file_is_tried_once(tmp_path: Path) -> None:
     assert mark.read_text(encoding="utf-8") == "x"
 
 
+def test_prints_leave_the_commands_output_alone(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = "print('loaded')\ndef f(row):\n    print('called', end='!')\n"
+    UserFunction(file=f"{tmp_path}/f.py:f", source=text).load()({})
+    assert capsys.readouterr() == ("", "loaded\ncalled!")
+
+
 def test_a_file_without_a_function_is_said(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"0\.file: 'rewards\.py' names a file without a function"):
         load_recipe(grpo(tmp_path, rewards=[{"file": "rewards.py"}]))

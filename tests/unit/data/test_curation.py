@@ -326,6 +326,15 @@ def test_rows_of_a_group_are_on_one_side(tmp_path: Path, make: MakeRecipe) -> No
     assert len(held) == 10 * len(users) and 5 <= len(users) <= 20
 
 
+def test_a_single_group_is_on_one_side(tmp_path: Path, make: MakeRecipe) -> None:
+    """All rows are held out, or none, whatever the share."""
+    data = write_jsonl(tmp_path / "a.jsonl", [{**text, "user": "u"} for text in texts(1, 2, 3)])
+    for share, left in ((0.001, "evaluate"), (0.999, "train")):
+        recipe = make(train=data, holdout={"share": share, "group_by": "user"})
+        with pytest.raises(InputError, match=rf"is left to {left} on: .* many groups are needed"):
+            run(recipe, tmp_path)
+
+
 def test_a_row_without_the_groups_column_is_named(tmp_path: Path, make: MakeRecipe) -> None:
     data = write_jsonl(tmp_path / "a.jsonl", texts(1, 2))
     recipe = make(train=data, holdout={"share": 0.5, "group_by": "user"})
