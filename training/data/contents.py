@@ -131,7 +131,7 @@ def _hash(path: Path) -> str:
 def _hash_of_parts(path: Path) -> str:
     """The hash of evenly spread parts, the beginning and the end among them."""
     digest = hashlib.sha256()
-    last = path.stat().st_size - _PART
+    last = max(0, path.stat().st_size - _PART)
     with path.open("rb") as stream:
         for place in np.linspace(0, last, _PARTS).astype(np.int64).tolist():
             stream.seek(place)
