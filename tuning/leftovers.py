@@ -199,10 +199,13 @@ def _is_as_old(place: Folder, newest: float | None) -> bool:
 
 
 def _keys(recipe: Recipe) -> Iterator[str]:
-    """The key of a recipe's rehearsal, where its model's configuration is on this machine."""
+    """The keys that a recipe's rehearsal may have, where its model's configuration is on this
+    machine. A run's recipe says of checkpointing what was decided, also where it was left open."""
+    is_open = recipe.model.model_copy(update={"gradient_checkpointing": "auto"})
     try:
         folder = model_folder(recipe.model, only_cached=True)
         if folder is not None:
             yield key_of(recipe, folder)
+            yield key_of(recipe.model_copy(update={"model": is_open}), folder)
     except (InputError, OSError, ValueError):
         return  # its model or adapter is gone, and with it the outcome's use

@@ -20,7 +20,9 @@ from finray.training.common.errors import InputError
 from finray.training.common.lock import hold_run_lock
 from finray.training.common.progress import SILENT
 from finray.training.common.storage import Folder
+from finray.training.config.recipe import recipe_from_dict
 from finray.training.records.run_folder import list_runs
+from finray.training.rehearsal.key import key_of
 from finray.tuning.removal import DELETED_FOLDER, Removal, remove
 from finray.tuning.storage_contents import contents_of
 
@@ -359,6 +361,26 @@ def test_stages_of_a_set_that_stays_are_kept(tmp_path: Path) -> None:
     (home / ("a" * 16) / "stages.json").write_text('["used"]')
     make_old(tmp_path)
     assert names(plan_clean(Folder(str(tmp_path)), DAY)) == ["prepared/stages/unused"]
+
+
+@pytest.mark.parametrize("decided", [None, False, True])
+def test_the_rehearsal_of_a_run_is_kept(
+    tmp_path: Path, tiny_model: Path, decided: bool | None
+) -> None:
+    """Its recipe.yaml says what was decided, and its user's recipe perhaps nothing."""
+    recipe = {
+        "name": "run",
+        "model": {"base": str(tiny_model)},
+        "data": {"train": [{"path": "/rows.jsonl"}]},
+    }
+    home = tmp_path / "prepared" / "rehearsals"
+    home.mkdir(parents=True)
+    (home / f"{key_of(recipe_from_dict(recipe), tiny_model)}.json").write_text("{}")
+    make_old(tmp_path)
+    if decided is not None:
+        recipe["model"]["gradient_checkpointing"] = decided  # type: ignore[index]
+    stored_run(tmp_path, "run", recipe=recipe)
+    assert names(plan_clean(Folder(str(tmp_path)), DAY)) == []
 
 
 def test_no_such_run(tmp_path: Path) -> None:
