@@ -6,6 +6,7 @@ import io
 import json
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any
@@ -111,25 +112,31 @@ def first_line(chunk: Chunk) -> int:
         batches = islice(arrow_batches(chunk.file), chunk.start)
         return 1 + sum(int(batch.num_rows) for batch in batches)
     line = 1
-    with chunk.file.open() as stream:
+    with _guarded(chunk.file), chunk.file.open() as stream:
         remaining = _line_start(stream, chunk.start, chunk.file.size)
         stream.seek(0)
-        while remaining > 0:
-            block = stream.read(min(_BLOCK, remaining))
+        while remaining > 0 and (block := stream.read(min(_BLOCK, remaining))):
             line += block.count(b"\n")
             remaining -= len(block)
     return line
 
 
-def _guard(
-    file: SourceFile, rows: Iterator[tuple[int, Row | BadRow]]
-) -> Iterator[tuple[int, Row | BadRow]]:
+@contextmanager
+def _guarded(file: SourceFile) -> Iterator[None]:
+    """Turn errors of a source file into one message."""
     try:
-        yield from rows
+        yield
     except (OSError, pa.ArrowException) as error:
         raise InputError(
             f"{file.place}: the file is damaged or cannot be read: {reason(error)}; write it again"
         ) from None
+
+
+def _guard(
+    file: SourceFile, rows: Iterator[tuple[int, Row | BadRow]]
+) -> Iterator[tuple[int, Row | BadRow]]:
+    with _guarded(file):
+        yield from rows
 
 
 def _unchanged(

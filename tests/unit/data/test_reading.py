@@ -270,6 +270,18 @@ def test_a_value_that_python_cannot_hold_leaves_the_others(tmp_path: Path) -> No
         normalise(rows[2], "text")
 
 
+def test_the_place_of_a_row_whose_file_is_cut_or_gone(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"n": 1}\n' * 9, encoding="utf-8")
+    chunk = Chunk(expand(Source(path=str(path))).files[0], "lines", 50, 81)
+    assert first_line(chunk) == 7
+    path.write_text('{"n": 1}\n' * 2, encoding="utf-8")
+    assert first_line(chunk) == 3
+    path.unlink()
+    with pytest.raises(InputError, match=r"a\.jsonl: the file is damaged or cannot be read"):
+        first_line(chunk)
+
+
 def test_a_file_whose_state_cannot_be_read_is_an_error_of_the_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
