@@ -281,6 +281,8 @@ class Preparation:
                 remedy = f"{self._groups()}add data, or hold out a smaller share"
             elif self._dropped["overlong"]:
                 remedy = "raise data.max_length, or add data"
+            elif any(source.weight < 1 for source in self._data.train):
+                remedy = "raise the weight of a source, of whose rows it takes a share, or add data"
             raise InputError(
                 f"data.train: no sequence is left to train on: {self._summary()}; {remedy}"
             )
