@@ -1,4 +1,4 @@
-"""What lies in a storage and belongs to no run: prepared data, stages, rehearsals, remains.
+"""What lies in a storage and no run needs: prepared data, stages, windows, rehearsals, remains.
 
 A process that is about to train on prepared data is in no run.json yet. So whatever was used within
 the last day stays: `prepare` says when it opens a data set or a stage (`Folder.touch`).
@@ -14,12 +14,14 @@ from pydantic import ValidationError
 
 from ..training.common.errors import InputError
 from ..training.common.formatting import duration
+from ..training.common.lock import LOCK_FILE, STALE_SECONDS
 from ..training.common.storage import Folder
 from ..training.common.yaml_text import load_yaml
 from ..training.config.model_folder import model_folder
 from ..training.config.recipe import Recipe, recipe_from_dict
 from ..training.data.curation.files import STAGES
 from ..training.data.prepared import STAGES_FILE, DamagedDataError, open_prepared
+from ..training.data.window_files import WINDOWS_FOLDER, is_window
 from ..training.records.run_folder import PREPARED_FOLDER
 from ..training.rehearsal.child import REHEARSALS
 from ..training.rehearsal.key import key_of
@@ -55,7 +57,10 @@ class Leftovers:
         Raises:
             InputError: a run's record is damaged: what it refers to is not known.
         """
-        parts = (self._deleted(), self._sets(), self._stages(), self._rehearsals(), self._cut_off())
+        parts = (
+            *(self._deleted(), self._sets(), self._stages(), self._windows()),
+            *(self._rehearsals(), self._cut_off()),
+        )
         doomed = [item for part in parts for item in part]
         return Removal(self._storage, doomed, self._kept)
 
@@ -124,6 +129,28 @@ class Leftovers:
             return True
         return prepared is not None and bool(prepared.manifest.funnel)
 
+    def _windows(self) -> Iterator[Doomed]:
+        """Windows of streamed data that the driver of a run left when it was killed: the next one
+        makes its own. What they count, and their lists of bad rows, stay."""
+        for entry in self._entries:
+            home = f"{entry.name}/{WINDOWS_FOLDER}"
+            windows = [name for name in (self._storage / home).names() if is_window(name)]
+            if windows and (by := self._driver_of(entry)) is not None:
+                self._kept.append((home, by))
+                continue
+            why = "its run does not train, and makes its windows again"
+            for name in windows:
+                if (item := self._unused(f"{home}/{name}", "window", why)) is not None:
+                    yield item
+
+    def _driver_of(self, entry: Entry) -> str | None:
+        """Who prepares windows of a run; of a driver on another machine only its lock is seen."""
+        if entry.why_in_use is not None:
+            return entry.why_in_use
+        renewed = self._storage.newest(f"{entry.name}/{LOCK_FILE}")
+        is_held = renewed is not None and time.time() - renewed < STALE_SECONDS
+        return "its lock was renewed just now" if is_held else None
+
     def _rehearsals(self) -> Iterator[Doomed]:
         """Outcomes that a start of none of the runs would look up with today's libraries."""
         names = (self._home / REHEARSALS).names()
@@ -154,14 +181,14 @@ class Leftovers:
                 if is_cut_off and (item := self._unused(path, "cut-off write")) is not None:
                     yield item
 
-    def _unused(self, place: str, kind: str) -> Doomed | None:
+    def _unused(self, place: str, kind: str, reason: str = "no run refers to it") -> Doomed | None:
         """The thing, if it was not used lately; what is kept for that is noted."""
         newest = self._storage.newest(place)
         age = None if newest is None else time.time() - newest
         if age is None or age < self._seconds:
             self._kept.append((place, f"used {duration(age or 0.0)} ago"))
             return None
-        why = f"no run refers to it; last used {duration(age)} ago"
+        why = f"{reason}; last used {duration(age)} ago"
         same = partial(_is_as_old, newest=newest)
         return Doomed(place, kind, self._storage.size(place), why, is_still_unused=same)
 
@@ -172,10 +199,13 @@ def _is_as_old(place: Folder, newest: float | None) -> bool:
 
 
 def _keys(recipe: Recipe) -> Iterator[str]:
-    """The key of a recipe's rehearsal, where its model's configuration is on this machine."""
+    """The keys that a recipe's rehearsal may have, where its model's configuration is on this
+    machine. A run's recipe says of checkpointing what was decided, also where it was left open."""
+    is_open = recipe.model.model_copy(update={"gradient_checkpointing": "auto"})
     try:
         folder = model_folder(recipe.model, only_cached=True)
         if folder is not None:
             yield key_of(recipe, folder)
+            yield key_of(recipe.model_copy(update={"model": is_open}), folder)
     except (InputError, OSError, ValueError):
         return  # its model or adapter is gone, and with it the outcome's use

@@ -12,6 +12,7 @@ from dataclasses import asdict
 
 from ..training.common.background import Stop, run_in_thread
 from ..training.common.errors import InputError, Interrupted, RunError, in_one_line
+from ..training.common.formatting import count
 from ..training.common.lock import hold_run_lock
 from ..training.common.storage import Folder
 from ..training.config.recipe import Recipe
@@ -43,6 +44,7 @@ from .trial_actor import TrialConfig
 from .warm_start import earlier_trials
 
 _RETRY_SECONDS = 2.0
+_OF_ANSWERS = ("exact_match",)
 
 
 def tune(
@@ -86,6 +88,8 @@ def tune(
         with plan.sweep.locating():
             rehearsals.start(plan.points)
         _check_answers(plan, rehearsals.prepared)
+        if (remark := _different_rows(plan, rehearsals.prepared)) is not None:
+            progress.note(remark)
         record = {**earlier, "commits": commits}
         sweep = _SweepRun(plan, progress, rehearsals, record, concurrency, worker_env, room)
         with tracked(plan.folder, programs_of(plan.recipe.log.to), progress, PROGRAM):
@@ -365,6 +369,19 @@ def _check_answers(plan: Plan, prepared: Iterable[Prepared]) -> None:
             f"{plan.place('objective')}: objective: no held-out row has both a prompt and an "
             "answer, so no run reports exact_match; add such rows, or choose another objective"
         )
+
+
+def _different_rows(plan: Plan, prepared: Iterable[Prepared]) -> str | None:
+    """What to say if the objective of trials is measured on different held-out rows."""
+    measured = [m.name for m in plan.metrics if m.name.startswith("eval_") or m.name in _OF_ANSWERS]
+    tokens = {split.tokens for data in prepared if (split := data.manifest.eval)}
+    if not measured or len(tokens) < 2:
+        return None
+    return (
+        f"{measured[0]} is measured on different held-out rows ({count(min(tokens))} to "
+        f"{count(max(tokens))} tokens), as the searched settings change these, too; "
+        "data.eval names rows that data.curate and data.mix leave as they are"
+    )
 
 
 def _tokens_per_run(recipe: Recipe, prepared: Prepared) -> int:

@@ -90,6 +90,7 @@ class Space:
         # `kind` selects the section's class, so it must be present also if it is the default.
         self._values["method"] = {"kind": base.method.kind, **self._values.get("method", {})}
         self._base_values = base.model_dump(mode="json")
+        self._alikes: Settings = {}
         self._check_keys()
         self.keys = self._in_order()
 
@@ -244,7 +245,7 @@ class Space:
         return len(refused), refused[:_SHOWN]
 
     def data_settings(self) -> list[Settings]:
-        """Settings for each prepared data set that trials need.
+        """Settings for each prepared data set that trials need; of valid recipes.
 
         Raises:
             InputError: a key that changes the data, or a key that it depends on, has too many
@@ -260,7 +261,15 @@ class Space:
             self.complete(dict(zip(varied, combination, strict=True)))
             for combination in itertools.product(*values)
         ]
-        return list({self.data_key(each): each for each in settings}.values())
+        valid = [each for each in settings if self._is_valid(each)]
+        return list({self.data_key(each): each for each in valid}.values())
+
+    def _is_valid(self, settings: Settings) -> bool:
+        try:
+            self._validated(settings, {})
+        except InputError:
+            return False
+        return True
 
     def _data_keys(self) -> list[str]:
         """Searched keys that change the prepared data.
@@ -346,7 +355,21 @@ class Space:
         own = self.base_value(key)
         if self._contains(key, own, settings):
             return self[key].spelled(own)
-        return self._nearest(key, own, settings) if is_number(own) else self[key].middle()
+        return self._nearest(key, own, settings) if is_number(own) else self._alike(key)
+
+    def _alike(self, key: str) -> Any:
+        """The choice that is the base recipe's value, written in another form; else the middle."""
+        if key not in self._alikes:
+            alike = (value for value in self[key].choice or () if self._makes_base(key, value))
+            self._alikes[key] = next(alike, self[key].middle())
+        return self._alikes[key]
+
+    def _makes_base(self, key: str, value: Any) -> bool:
+        try:
+            made = self.recipe({key: value}).model_dump(mode="json")
+        except InputError:
+            return False
+        return bool(value_at(made, key) == self.base_value(key))
 
     def _check_in_space(self, key: str, value: Any, settings: Settings, place: str) -> None:
         if not self._contains(key, value, settings):

@@ -61,7 +61,7 @@ def tune(
     """
     prepare_process()
     plan = make_plan(read_sweep_source(sweep, changes, stop_when, local=local))
-    try_import(plan.recipe)
+    _try_imports(plan)
     inspect_recipe(plan.recipe)
     check_log(plan.recipe)
 
@@ -110,7 +110,7 @@ def check_sweep(
         "objectives": [asdict(metric) for metric in plan.metrics],
     }
     state = "new" if record is None else f"{record['status']} before; the same command goes on"
-    try_import(plan.recipe)
+    _try_imports(plan)
     outlook = examine(plan.recipe, fresh=True)
     own = {"name": plan.sweep.name, "folder": plan.folder.uri, "state": state, "sweep": facts}
     return _trial(plan), outlook | own
@@ -127,6 +127,13 @@ def read_sweep_source(
     own, of_recipe = split_overrides(as_changes(changes))
     bounds = [f"stop_when.{bound}" for bound in stop_when]
     return load(source_of(sweep), [*own, *bounds], [*of_recipe, *(LOCAL if local else ())])
+
+
+def _try_imports(plan: Plan) -> None:
+    """Import the user's code once, also that of stages and rewards which only some trials have."""
+    tried: set[str] = set()
+    for recipe in (plan.recipe, *plan.data_recipes().values()):
+        try_import(recipe, tried)
 
 
 def _trial(plan: Plan) -> Recipe:

@@ -137,7 +137,7 @@ def _add_deleting(verbs: Any, commands: Any) -> None:
     clean = add_command(
         commands,
         "clean",
-        "delete prepared data, rehearsals and remains that no run refers to; first shows sizes",
+        "delete prepared data, windows, rehearsals and remains that no run needs; sizes first",
         "clean",
         "clean --older-than 7d --yes",
     )

@@ -209,10 +209,12 @@ class _Parcel:
         for key, text in texts({section: values}):
             if not text or "\n" in text or self._stays(text):
                 continue
-            if exists(loaded.folder / text):
+            code, _, function = text.rpartition(":")
+            file = code if function.isidentifier() and code.endswith(".py") else text
+            if exists(loaded.folder / file):
                 dotted = ".".join(map(str, key))
                 raise InputError(
-                    f"{loaded.place(section)}: {dotted}: {text} is on this machine, and searched "
+                    f"{loaded.place(section)}: {dotted}: {file} is on this machine, and searched "
                     "files are not uploaded; put it where all nodes reach it, and name that: a "
                     "URI, a hub id, or a folder with --on-cluster FOLDER"
                 )

@@ -1,9 +1,11 @@
 """Runs in one process that are killed, stopped or damaged, and go on as if nothing had been."""
 
+import os
 from pathlib import Path
 
 import pytest
 from support.harness import Finray, assert_same_result, losses, reached, record, wait_until
+from support.streamed import method_rows, write_lines
 
 
 @pytest.fixture(scope="module")
@@ -92,6 +94,27 @@ def test_ctrl_c_saves_and_leaves(finray: Finray, undisturbed: Path) -> None:
     output = finray.run("train", recipe)
     assert "resumed from" in output
     assert_same_result(run, undisturbed)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["dpo", "kto", "pretrain"])
+def test_streamed_rows_after_sigkill(finray: Finray, kind: str) -> None:
+    """A window an epoch; the files are touched before each start."""
+    data = write_lines(finray.folder / "rows.jsonl", method_rows(kind, 40))
+    changes = {"method": {"kind": kind}, "data__train": [str(data)], "data__holdout": 0.2}
+    streamed = {**changes, "data__prepare": "streaming", "optim__batch_size": 4}
+    whole, parts = (finray.recipe(name=name, **streamed) for name in ("whole", "run"))
+    run = finray.folder / "runs" / "run"
+    finray.run("train", whole)
+    for step in (7, 18):
+        os.utime(data, (step, step))
+        kill_after(finray, parts, step)
+        kept = [path.name for path in (run / "windows").iterdir() if path.name.isdecimal()]
+        assert kept and "000000" not in kept
+    finray.run("train", parts)
+    assert_same_result(run, finray.folder / "runs" / "whole")
+    counts = [finray.folder / "runs" / name / "windows/counts.json" for name in ("whole", "run")]
+    assert counts[0].read_bytes() == counts[1].read_bytes()
 
 
 def test_one_driver_at_a_time(finray: Finray, undisturbed: Path) -> None:

@@ -23,6 +23,7 @@ from typing import Any, Self
 from pydantic import BaseModel
 
 from ..common.errors import InputError, RunError, reason
+from ..common.formatting import shown
 from ..common.secrets import redact, secret_kind
 from .paths import resolve_path
 from .places import PlacedSection, about, locates
@@ -72,6 +73,11 @@ class UserFunction(Section):
             InputError: the file cannot be read, is not Python, holds a secret, or lacks the
                 function.
         """
+        if not self.path:
+            raise InputError(
+                f"{where}.file: {shown(self.file)} names a file without a function; write both, as "
+                "in rewards.py:score"
+            )
         with about(f"{where}.file"):
             file = f"{resolve_path(self.path, folder)}:{self.name}"
         function = self.model_copy(update={"file": file})
@@ -135,6 +141,7 @@ class UserFunction(Section):
         linecache.cache[self.path] = (len(self.text), None, lines, self.path)
         module = types.ModuleType(f"finray_user_{self.digest[:8]}")
         module.__file__ = self.path
+        module.__dict__["print"] = _print_aside
         # Dataclasses and pickle look for the module there.
         sys.modules[module.__name__] = module
         try:
@@ -144,6 +151,11 @@ class UserFunction(Section):
             trace = traceback_of(error, self.path)
             raise RunError(f"{self.path} cannot be imported:\n{trace}") from None
         return _without_exit(function)
+
+
+def _print_aside(*values: object, file: Any = None, **options: Any) -> None:
+    """`print` of the user's code: stdout belongs to the command, which may write JSON there."""
+    print(*values, file=sys.stderr if file is None else file, **options)
 
 
 def _without_exit(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -181,16 +193,17 @@ def functions_in(settings: BaseModel, key: str = "") -> Iterator[tuple[str, User
 
 
 @locates
-def try_import(settings: PlacedSection) -> None:
+def try_import(settings: PlacedSection, tried: set[str] | None = None) -> None:
     """Import each file of the user's code once, in a process of its own, before anything heavy.
 
     Args:
         settings: the recipe.
+        tried: digests of files that were imported before; those of this recipe are added.
 
     Raises:
         InputError: a file raises, ends its process, or does not come to an end.
     """
-    tried: set[str] = set()
+    tried = set() if tried is None else tried
     for key, function in functions_in(settings):
         if function.digest in tried:
             continue

@@ -238,6 +238,8 @@ def _apply(document: Document, change: Change) -> None:
         del document.places[inner]
     document.places[key] = change.place
     target[key[-1]] = copy.deepcopy(change.value)
+    if last == "file" and isinstance(target, dict):
+        target.pop("source", None)  # the text of the file that is named no more
 
 
 def _part(target: Any, part: str, change: Change) -> str | int:

@@ -1,12 +1,14 @@
 """What identifies data and tokenizers: hashes of their content."""
 
 import hashlib
-import os
 import time
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
+
+import numpy as np
 
 from ..common.errors import InputError
 from ..common.storage import Folder
@@ -18,6 +20,10 @@ _BLOCK = 2**20
 _CACHEABLE_SECONDS = 2.0
 _READ_WHOLE = 64 * 2**20
 """A file up to this size is read in a moment."""
+_PARTS, _PART = 64, 2**18
+"""Parts of a larger one that are read, and their bytes."""
+_SAMPLED = "parts:"
+"""Begins what identifies a file of which only parts are read."""
 
 
 def describe_files(files: Iterable[SourceFile], at_once: bool = True) -> list[object]:
@@ -28,8 +34,8 @@ def describe_files(files: Iterable[SourceFile], at_once: bool = True) -> list[ob
 
     Args:
         files: the files.
-        at_once: False to read no large file whole: its size, its modification time, its beginning
-            and its end identify it.
+        at_once: False to read no large file whole: its size and evenly spread parts of it identify
+            it.
 
     Raises:
         InputError: a file cannot be read.
@@ -38,20 +44,58 @@ def describe_files(files: Iterable[SourceFile], at_once: bool = True) -> list[ob
         return list(pool.map(lambda file: _describe_file(file, at_once), files))
 
 
+def identified(files: Iterable[SourceFile], at_once: bool = True) -> tuple[SourceFile, ...]:
+    """The files with what identifies their content, which tasks on other nodes compare.
+
+    Args:
+        files: the files.
+        at_once: see `describe_files`.
+
+    Raises:
+        InputError: a file cannot be read.
+    """
+
+    def with_content(file: SourceFile) -> SourceFile:
+        return replace(file, content=_content(file, at_once)) if file.is_local else file
+
+    with ThreadPoolExecutor() as pool:
+        return tuple(pool.map(with_content, files))
+
+
+def is_unchanged(file: SourceFile) -> bool:
+    """True if a file is as it was listed: by its time, or else by its content, as a copy on another
+    node may have another time. Of a data set of the hub, its address says so."""
+    if file.uri.startswith(HUB):
+        return True
+    folder = Folder(file.folder)
+    info = folder.filesystem.get_file_info(folder.file(file.name))
+    # Stores tell a time in a list and of one object with different precision.
+    unit = 1 if file.is_local else 10**9
+    if info.size != file.size or (info.mtime_ns or 0) // unit == file.modified_ns // unit:
+        return bool(info.size == file.size)
+    content = file.content
+    return content is not None and content == _content(file, not content.startswith(_SAMPLED))
+
+
 def _describe_file(file: SourceFile, at_once: bool) -> list[object]:
     kind = file_kind(file)
     facts = [kind, file.is_compressed, file.rows]
     if file.is_local:
-        path = Path(Folder(file.folder).file(file.name))
-        try:
-            if not at_once and file.size > _READ_WHOLE:
-                return [*facts, file.size, file.modified_ns, _hash_of_ends(path)]
-            return [*facts, _cached_hash(path)]
-        except OSError as error:
-            raise InputError(f"{file.place}: cannot read it: {error.strerror}") from None
+        return [*facts, file.content or _content(file, at_once)]
     if file.uri.startswith(HUB):  # the hub gives no time; the address of a data set has its commit
         return [*facts, file.size, file.uri]
     return [*facts, file.size, file.modified_ns]
+
+
+def _content(file: SourceFile, at_once: bool) -> str:
+    """What identifies the bytes of a local file."""
+    path = Path(Folder(file.folder).file(file.name))
+    try:
+        if at_once or file.size <= _READ_WHOLE:
+            return _cached_hash(path)
+        return f"{_SAMPLED}{file.size}-{_cached_hash(path, of_parts=True)}"
+    except OSError as error:
+        raise InputError(f"{file.place}: cannot read it: {error.strerror}") from None
 
 
 def describe_tokenizer(model: ModelSettings) -> dict[str, str]:
@@ -61,18 +105,19 @@ def describe_tokenizer(model: ModelSettings) -> dict[str, str]:
     return {file.name: _cached_hash(file) for file in tokenizer_files(folder)}
 
 
-def _cached_hash(path: Path) -> str:
-    """The hash of a file; cached in this process until the file changes."""
+def _cached_hash(path: Path, of_parts: bool = False) -> str:
+    """The hash of a file, or of parts of it; cached in this process until the file changes."""
     status = path.stat()
+    read = _hash_of_parts if of_parts else _hash
     if time.time() - status.st_ctime < _CACHEABLE_SECONDS:
-        return _hash(path)  # its next change may get the same timestamp
-    return _hash_of_version(path, status.st_size, status.st_ctime_ns)
+        return read(path)  # its next change may get the same timestamp
+    return _hash_of_version(path, of_parts, status.st_size, status.st_ctime_ns)
 
 
 @lru_cache(maxsize=4096)
-def _hash_of_version(path: Path, size: int, changed_ns: int) -> str:
+def _hash_of_version(path: Path, of_parts: bool, size: int, changed_ns: int) -> str:
     del size, changed_ns
-    return _hash(path)
+    return _hash_of_parts(path) if of_parts else _hash(path)
 
 
 def _hash(path: Path) -> str:
@@ -83,10 +128,12 @@ def _hash(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _hash_of_ends(path: Path) -> str:
+def _hash_of_parts(path: Path) -> str:
+    """The hash of evenly spread parts, the beginning and the end among them."""
     digest = hashlib.sha256()
+    last = max(0, path.stat().st_size - _PART)
     with path.open("rb") as stream:
-        digest.update(stream.read(_BLOCK))
-        stream.seek(-_BLOCK, os.SEEK_END)
-        digest.update(stream.read(_BLOCK))
+        for place in np.linspace(0, last, _PARTS).astype(np.int64).tolist():
+            stream.seek(place)
+            digest.update(stream.read(_PART))
     return digest.hexdigest()

@@ -2,7 +2,8 @@
 
 from dataclasses import dataclass
 
-from ..common.errors import InputError
+from ..common.errors import InputError, reason
+from ..common.formatting import one_line
 from ..common.storage import Folder
 from ..config.source import Source
 from .hub import hub_splits, pinned_address
@@ -28,10 +29,16 @@ def expand(source: Source) -> Expanded:
         InputError: the path or data set does not exist, has no data file, a file is empty or of an
             unknown kind, the split does not exist or is empty, or the store cannot be reached.
     """
-    expanded = _of_dataset(source) if source.dataset is not None else _of_path(source)
-    if source.limit is None:
-        return expanded
-    files = take_rows(expanded.files, 0, source.limit)
+    try:
+        expanded = _of_dataset(source) if source.dataset is not None else _of_path(source)
+        if source.limit is None:
+            return expanded
+        files = take_rows(expanded.files, 0, source.limit)
+    except OSError as error:
+        raise InputError(
+            f"{one_line(source.place)}: cannot read it: {reason(error)}; check that it is there, "
+            "and its permissions"
+        ) from None
     return Expanded(tuple(files), expanded.commit, expanded.unread_splits)
 
 

@@ -276,18 +276,30 @@ class Preparation:
             return
         is_all = self._part is None or self._part.windows == 1
         if not self._parts["train"] and is_all:
-            remedy = (
-                "raise data.max_length, or add data" if self._dropped["overlong"] else "add data"
-            )
+            remedy = "add data"
+            if self._parts["eval"] and data.holds_out:
+                remedy = f"{self._groups()}add data, or hold out a smaller share"
+            elif self._dropped["overlong"]:
+                remedy = "raise data.max_length, or add data"
+            elif any(source.weight < 1 for source in self._data.train):
+                remedy = "raise the weight of a source, of whose rows it takes a share, or add data"
             raise InputError(
                 f"data.train: no sequence is left to train on: {self._summary()}; {remedy}"
             )
         if held_out and not self._parts["eval"]:
-            setting = "data.eval" if data.eval else f"data.holdout {data.held_out_share:g}"
+            setting, remedy = "data.eval", "add data"
+            if not data.eval:
+                setting = f"data.holdout {data.held_out_share:g}"
+                remedy = f"{self._groups()}add data, or hold out a larger share"
             raise InputError(
-                f"{setting}: no sequence is left to evaluate on: {self._summary()}; "
-                "add data, or hold out a larger share"
+                f"{setting}: no sequence is left to evaluate on: {self._summary()}; {remedy}"
             )
+
+    def _groups(self) -> str:
+        """Why a share may hold out all rows, or none."""
+        if isinstance(self._recipe.data.holdout, float):
+            return ""
+        return "rows that are alike or of one group stay together, so many groups are needed; "
 
     def _summary(self) -> str:
         """The number of rows read, and of rows dropped for each reason."""

@@ -31,7 +31,7 @@ from .prepared import (
     publish,
     remarks,
 )
-from .resolve import ResolvedData, resolve_data
+from .resolve import ResolvedData, identified_data, read_twice, resolve_data
 from .tasks import RunTasks
 from .tokenising import (
     TOKENS,
@@ -69,7 +69,7 @@ def prepare(
         InputError: sources or rows are wrong, too many rows are bad, or no sequence is left.
         RunError: the storage is full, or cannot be written to.
     """
-    data = resolve_data(recipe)
+    data = identified_data(recipe)
     key = fingerprint(recipe, data)
     home = folder / key
     with storage_errors(folder):
@@ -84,7 +84,7 @@ def prepare(
             )
             prepared = _run_and_publish(work, key, home, attempt)
     manifest = prepared.manifest
-    for remark in remarks(manifest.summary()):
+    for remark in (*read_twice(recipe, data), *remarks(manifest.summary())):
         progress.status(f"data: {remark}")
     with suppress(OSError):  # the data can be used without
         _remove_stale(home, manifest.attempt)

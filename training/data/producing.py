@@ -15,7 +15,7 @@ from .curation.funnel import BAD_ROW
 from .fingerprint import fingerprint
 from .prepare import Windows, storage_errors
 from .prepared import MANIFEST, QUARANTINE, Prepared
-from .resolve import resolve_data
+from .resolve import identified_data
 from .tasks import RunTasks
 from .window_files import (
     COUNTS,
@@ -111,7 +111,7 @@ class Producer:
 
     def _make_all(self) -> None:
         """Make windows until the context ends."""
-        data = resolve_data(self._recipe)
+        data = identified_data(self._recipe)
         if fingerprint(self._recipe, data) != self._prepared.manifest.fingerprint:
             raise InputError(
                 "data.train: files changed while the run started, so that they are other data than "

@@ -6,6 +6,7 @@ import io
 import json
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any
@@ -15,6 +16,7 @@ import pyarrow.parquet as pq
 
 from ..common.errors import InputError, reason
 from ..common.formatting import one_line
+from .contents import is_unchanged
 from .json_array import array_rows
 from .json_features import decode_json
 from .rows import SHOWN, BadRow, Row, Unreadable, row_or_bad, shorten, size_in_bytes, too_large
@@ -110,32 +112,38 @@ def first_line(chunk: Chunk) -> int:
         batches = islice(arrow_batches(chunk.file), chunk.start)
         return 1 + sum(int(batch.num_rows) for batch in batches)
     line = 1
-    with chunk.file.open() as stream:
+    with _guarded(chunk.file), chunk.file.open() as stream:
         remaining = _line_start(stream, chunk.start, chunk.file.size)
         stream.seek(0)
-        while remaining > 0:
-            block = stream.read(min(_BLOCK, remaining))
+        while remaining > 0 and (block := stream.read(min(_BLOCK, remaining))):
             line += block.count(b"\n")
             remaining -= len(block)
     return line
 
 
-def _guard(
-    file: SourceFile, rows: Iterator[tuple[int, Row | BadRow]]
-) -> Iterator[tuple[int, Row | BadRow]]:
+@contextmanager
+def _guarded(file: SourceFile) -> Iterator[None]:
+    """Turn errors of a source file into one message."""
     try:
-        yield from rows
+        yield
     except (OSError, pa.ArrowException) as error:
         raise InputError(
             f"{file.place}: the file is damaged or cannot be read: {reason(error)}; write it again"
         ) from None
 
 
+def _guard(
+    file: SourceFile, rows: Iterator[tuple[int, Row | BadRow]]
+) -> Iterator[tuple[int, Row | BadRow]]:
+    with _guarded(file):
+        yield from rows
+
+
 def _unchanged(
     file: SourceFile, rows: Iterator[tuple[int, Row | BadRow]]
 ) -> Iterator[tuple[int, Row | BadRow]]:
     yield from rows
-    if not file.is_unchanged():
+    if not is_unchanged(file):
         raise InputError(
             f"{file.place}: changed while it was read; restore it, or start again with what it "
             "holds now"

@@ -6,19 +6,22 @@ from dataclasses import dataclass, replace
 from itertools import islice
 
 from ..common.errors import InputError
+from ..config.curation import DeduplicateStage
 from ..config.places import about
 from ..config.recipe import Recipe
 from ..config.source import KnownFormat, Source
+from .contents import identified
 from .expand import expand
 from .formats import detect_format
 from .hub import pinned
 from .reading import read_chunk
 from .row_changes import UNCHANGED, RowChanges, change_rows
 from .rows import BadRow, Row
-from .sources import SourceFile, plan_chunks
+from .sources import MOST_ROWS, Rows, SourceFile, plan_chunks
 
 _ROWS_CHECKED = 20
 _COMMIT_DIGITS = 12
+_FILES_SHOWN = 3
 _IN_JSON = re.compile(r"\.json(?:\.gz|\.zst)?:\d+\Z", re.IGNORECASE)
 _JSON_HOLDS = "; a .json file holds an array, an object whose data is one, or an object a line"
 
@@ -69,6 +72,43 @@ def resolve_data(recipe: Recipe) -> ResolvedData:
         tuple(map(_with_unread, train, unread)),
         tuple(map(_with_unread, held_out, unread[len(train) :])),
     )
+
+
+def identified_data(recipe: Recipe) -> ResolvedData:
+    """As `resolve_data`, with what identifies the content of each file: what a preparation reads is
+    compared with it.
+
+    Raises:
+        InputError: see `resolve_data`; or a file cannot be read.
+    """
+    data = resolve_data(recipe)
+    at_once = not recipe.data.streams
+    return ResolvedData(
+        tuple(replace(each, files=identified(each.files, at_once)) for each in data.train),
+        tuple(replace(each, files=identified(each.files)) for each in data.eval),
+    )
+
+
+def read_twice(recipe: Recipe, data: ResolvedData) -> list[str]:
+    """What to say of training files whose rows two sources read in the same way, as a glob and a
+    name do; nothing if a stage drops equal rows."""
+    if any(isinstance(stage, DeduplicateStage) for stage in recipe.data.curate):
+        return []
+    seen: dict[Hashable, list[Rows]] = {}
+    found: dict[int, list[str]] = {}
+    for number, source in enumerate(data.train):
+        for file in source.files:
+            own, key = file.rows or (0, MOST_ROWS), (file.uri, source.format, source.changes)
+            earlier = seen.setdefault(key, [])
+            if any(own[0] < stop and start < own[1] for start, stop in earlier):
+                found.setdefault(number, []).append(file.place)
+            earlier.append(own)
+    return [
+        f"data.train.{number} reads again what is read already, so that its rows are used twice: "
+        + ", ".join(files[:_FILES_SHOWN])
+        + (f" and {len(files) - _FILES_SHOWN} more files" if len(files) > _FILES_SHOWN else "")
+        for number, files in found.items()
+    ]
 
 
 def _unread(places: Sequence[Hashable], splits: Sequence[tuple[str, ...]]) -> list[tuple[str, ...]]:

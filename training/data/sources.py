@@ -72,6 +72,8 @@ class SourceFile:
     """Modification time, nanoseconds since 1970; 0 if the store does not provide it."""
     rows: Rows | None = None
     """The rows that are used; None: all."""
+    content: str | None = None
+    """What identifies its bytes, where `contents.identified` has looked."""
 
     @property
     def uri(self) -> str:
@@ -90,18 +92,6 @@ class SourceFile:
     @property
     def is_compressed(self) -> bool:
         return self.name.endswith(_COMPRESSIONS)
-
-    def is_unchanged(self) -> bool:
-        """True if the file is still as it was listed; of a data set of the hub, its address says
-        so."""
-        if self.uri.startswith(HUB):
-            return True
-        folder = Folder(self.folder)
-        info = folder.filesystem.get_file_info(folder.file(self.name))
-        # Stores tell a time in a list and of one object with different precision.
-        unit = 1 if self.is_local else 10**9
-        is_same_time = (info.mtime_ns or 0) // unit == self.modified_ns // unit
-        return bool(info.size == self.size and is_same_time)
 
     def open(self) -> Any:
         """The stored bytes as a pyarrow file with random access."""

@@ -93,6 +93,11 @@ def window_name(number: int) -> str:
     return f"{number:06d}"
 
 
+def is_window(name: str) -> bool:
+    """True if it is the name of a window's folder."""
+    return name.isdecimal() and len(name) >= len(window_name(0))
+
+
 def read_json(folder: Folder, name: str) -> dict[str, Any] | None:
     """An object that the other side wrote; None if there is none, or half of one."""
     try:

@@ -226,6 +226,11 @@ def test_searched_files_are_not_uploaded(tmp_path: Path, rows: Path) -> None:
     loaded = make_sweep(rows, tmp_path, search=search)
     with pytest.raises(InputError, match=r"sweep\.yaml:\d+: search\.data\.train\.0\.path.*rows"):
         stage_sweep(loaded, parcel(tmp_path), ())
+    (rows / "rows.py").write_text("def good(row):\n    return True\n", encoding="utf-8")
+    stages = [[], [{"kind": "keep", "with": "rows.py:good"}]]
+    loaded = make_sweep(rows, tmp_path, search={"data.curate": {"choice": stages}})
+    with pytest.raises(InputError, match=r"choice\.1\.0\.with: rows\.py is on this machine"):
+        stage_sweep(loaded, parcel(tmp_path, "code"), ())
 
 
 def test_splits_of_a_folder_are_uploaded_together(tmp_path: Path, rows: Path) -> None:

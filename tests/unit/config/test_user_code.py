@@ -78,8 +78,23 @@ def test_a_file_is_tried_once(tmp_path: Path) -> None:
     mark = tmp_path / "mark"
     code = f"open({str(mark)!r}, 'a').write('x')\n" + GOOD + GOOD.replace("short", "brief")
     rewards = [{"file": "rewards.py:short"}, {"file": "rewards.py:brief"}]
-    try_import(load_recipe(grpo(tmp_path, code, rewards=rewards)))
+    tried: set[str] = set()
+    for _ in range(2):
+        try_import(load_recipe(grpo(tmp_path, code, rewards=rewards)), tried)
     assert mark.read_text(encoding="utf-8") == "x"
+
+
+def test_prints_leave_the_commands_output_alone(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = "print('loaded')\ndef f(row):\n    print('called', end='!')\n"
+    UserFunction(file=f"{tmp_path}/f.py:f", source=text).load()({})
+    assert capsys.readouterr() == ("", "loaded\ncalled!")
+
+
+def test_a_file_without_a_function_is_said(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"0\.file: 'rewards\.py' names a file without a function"):
+        load_recipe(grpo(tmp_path, rewards=[{"file": "rewards.py"}]))
 
 
 def test_trying_needs_nothing_heavy(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import errno
 import json
+import os
 import tracemalloc
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -84,6 +85,26 @@ def test_a_file_that_changes_while_it_is_read(
         run(recipe, tmp_path, changing)
     data.write_bytes(content)
     assert left(run(recipe, tmp_path)) == list(range(20))
+
+
+@pytest.mark.parametrize("curate", [[], EVERY_WRITE])
+def test_copies_with_other_times_are_the_same_files(
+    tmp_path: Path, make: MakeRecipe, curate: list[Any]
+) -> None:
+    """As on a node to which they were copied; the content counts."""
+    data = write_jsonl(tmp_path / "a.jsonl", texts(*range(10)))
+    evals = write_jsonl(tmp_path / "e.jsonl", texts(20, 21))
+    recipe = make(train=data, eval=evals, curate=curate)
+    whole = run(recipe, tmp_path / "whole")
+
+    def elsewhere(task: Callable[[Any], Any], items: Sequence[Any]) -> Iterator[Any]:
+        for number, item in enumerate(items):
+            for file in (data, evals):
+                os.utime(file, (number, number))
+            yield task(item)
+
+    there = run(recipe, tmp_path / "there", elsewhere)
+    assert there.manifest.train.hashes == whole.manifest.train.hashes
 
 
 def test_evaluation_data_that_vanishes(tmp_path: Path, make: MakeRecipe) -> None:

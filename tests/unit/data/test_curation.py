@@ -2,6 +2,7 @@
 
 import errno
 import json
+import math
 import os
 import random
 import re
@@ -10,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
@@ -324,6 +326,31 @@ def test_rows_of_a_group_are_on_one_side(tmp_path: Path, make: MakeRecipe) -> No
     assert not prepared.manifest.unused
     users = {rows[n]["user"] for n in held if n < 200}
     assert len(held) == 10 * len(users) and 5 <= len(users) <= 20
+
+
+def test_a_group_is_the_same_in_all_kinds_of_files(tmp_path: Path, make: MakeRecipe) -> None:
+    lines = write_jsonl(tmp_path / "a.jsonl", [{**texts(n)[0], "user": n % 40} for n in range(80)])
+    numbers = [float(n % 40) for n in range(80)] + [math.nan]
+    rows = [text_of(100 + n) for n in range(81)]
+    pq.write_table(pa.table({"text": rows, "user": numbers}), tmp_path / "b.parquet")
+    csv = "".join(f"{text_of(200 + n)},{n % 40}\n" for n in range(80))
+    (tmp_path / "c.csv").write_text(f"text,user\n{csv}")
+    sources = [str(lines), str(tmp_path / "b.parquet"), str(tmp_path / "c.csv")]
+    recipe = make(train=sources, holdout={"share": 0.4, "group_by": "user"})
+    prepared = run(recipe, tmp_path)
+    assert prepared.manifest.dropped == {"bad_row": 1}, "the row whose number is missing"
+    held = [row - (row > 160) for row in left(prepared, "eval")]
+    users = {row % 80 % 40 for row in held}
+    assert len(held) == 6 * len(users) and 5 <= len(users) <= 30
+
+
+def test_a_single_group_is_on_one_side(tmp_path: Path, make: MakeRecipe) -> None:
+    """All rows are held out, or none, whatever the share."""
+    data = write_jsonl(tmp_path / "a.jsonl", [{**text, "user": "u"} for text in texts(1, 2, 3)])
+    for share, left in ((0.001, "evaluate"), (0.999, "train")):
+        recipe = make(train=data, holdout={"share": share, "group_by": "user"})
+        with pytest.raises(InputError, match=rf"is left to {left} on: .* many groups are needed"):
+            run(recipe, tmp_path)
 
 
 def test_a_row_without_the_groups_column_is_named(tmp_path: Path, make: MakeRecipe) -> None:

@@ -12,7 +12,9 @@ import pytest
 from safetensors.numpy import save_file
 
 from finray.training.common.errors import InputError
+from finray.training.data.contents import is_unchanged
 from finray.training.data.fingerprint import fingerprint
+from finray.training.data.resolve import identified_data
 
 from .conftest import MakeRecipe, chat_row, write_jsonl
 
@@ -121,6 +123,27 @@ def test_content_matters(
     time.sleep(0.05)
     data.write_text(text)
     assert fingerprint(recipe) == key
+
+
+def test_parts_of_a_large_streamed_file_matter_and_not_its_time(
+    data: Path, tmp_path: Path, make_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes = {"_READ_WHOLE": 9, "_PARTS": 3, "_PART": 4, "_CACHEABLE_SECONDS": 0.0}
+    for name, value in sizes.items():
+        monkeypatch.setattr(f"finray.training.data.contents.{name}", value)
+    streams = make_recipe(train=data, prepare="streaming", optim={"max_steps": 1})
+    key, text = fingerprint(streams), data.read_text()
+    copy = shutil.copy(data, tmp_path / "copy.jsonl")
+    (file,) = identified_data(streams).train[0].files
+    os.utime(data, (1, 1))
+    assert fingerprint(streams) == key and is_unchanged(file)
+    beside_the_parts = text.replace("q 0", "q 9")
+    for other in (f"{text}\n", f"{text[:-2]} \n", beside_the_parts):
+        time.sleep(0.05)  # beyond the resolution of a file's times
+        data.write_text(other)
+        is_seen = other != beside_the_parts
+        assert (fingerprint(streams) != key) == is_seen and is_unchanged(file) != is_seen
+        assert fingerprint(make_recipe(train=data)) != fingerprint(make_recipe(train=copy))
 
 
 def test_a_missing_model_is_an_error(data: Path, make_recipe: MakeRecipe) -> None:

@@ -261,6 +261,15 @@ def test_no_sequence_left_is_an_error(tmp_path: Path, make_recipe: MakeRecipe) -
     assert list(home.iterdir()) == []
 
 
+def test_a_weight_that_takes_no_row_is_an_error(tmp_path: Path, make_recipe: MakeRecipe) -> None:
+    path = write_jsonl(tmp_path / "a.jsonl", chats(4))
+    recipe = make_recipe(train=[{"path": str(path), "weight": 1e-9}])
+    with pytest.raises(
+        InputError, match=r"4 rows read, dropped: none; raise the weight of a source"
+    ):
+        run(recipe, tmp_path)
+
+
 def test_an_empty_holdout_is_an_error(tmp_path: Path, make_recipe: MakeRecipe) -> None:
     path = write_jsonl(tmp_path / "a.jsonl", chats(4))
     with pytest.raises(InputError, match=r"data\.holdout 0\.0001: no sequence is left to evaluate"):

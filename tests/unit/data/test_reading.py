@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from finray.training.common.errors import InputError
 from finray.training.config.source import Source
+from finray.training.data import reading
 from finray.training.data.expand import expand
 from finray.training.data.formats import normalise
 from finray.training.data.reading import first_line, read_chunk
@@ -269,16 +270,30 @@ def test_a_value_that_python_cannot_hold_leaves_the_others(tmp_path: Path) -> No
         normalise(rows[2], "text")
 
 
-def test_a_file_whose_state_cannot_be_read_is_an_error_of_the_file(tmp_path: Path) -> None:
+def test_the_place_of_a_row_whose_file_is_cut_or_gone(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"n": 1}\n' * 9, encoding="utf-8")
+    chunk = Chunk(expand(Source(path=str(path))).files[0], "lines", 50, 81)
+    assert first_line(chunk) == 7
+    path.write_text('{"n": 1}\n' * 2, encoding="utf-8")
+    assert first_line(chunk) == 3
+    path.unlink()
+    with pytest.raises(InputError, match=r"a\.jsonl: the file is damaged or cannot be read"):
+        first_line(chunk)
+
+
+def test_a_file_whose_state_cannot_be_read_is_an_error_of_the_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """And not one of the storage for prepared data."""
 
-    class Lost(SourceFile):
-        def is_unchanged(self) -> bool:
-            raise OSError("connection lost")
+    def lost(file: SourceFile) -> bool:
+        raise OSError("connection lost")
 
     path = tmp_path / "a.jsonl"
     path.write_text('{"n": 1}\n', encoding="utf-8")
-    file = Lost(str(tmp_path), path.name, path.stat().st_size, path.stat().st_mtime_ns)
+    file = SourceFile(str(tmp_path), path.name, path.stat().st_size, path.stat().st_mtime_ns)
     (chunk,) = plan_chunks(file)
+    monkeypatch.setattr(reading, "is_unchanged", lost)
     with pytest.raises(InputError, match=r"a\.jsonl: .* cannot be read: connection lost"):
         list(read_chunk(chunk, LIMIT).rows)

@@ -9,8 +9,9 @@ import pytest
 
 from finray.training.common.errors import InputError
 from finray.training.config.source import Source
+from finray.training.data import splits
 from finray.training.data.expand import expand
-from finray.training.data.sources import CHUNK_BYTES, file_kind, plan_chunks
+from finray.training.data.sources import CHUNK_BYTES, SourceFile, file_kind, plan_chunks
 
 
 def names(path: Path | str) -> list[str]:
@@ -68,6 +69,20 @@ def test_an_empty_file_is_an_error(folder: Path) -> None:
     (folder / "deep" / "empty.jsonl").touch()
     with pytest.raises(InputError, match=r"deep/empty\.jsonl: the file is empty"):
         names(folder)
+
+
+def test_a_folder_or_file_that_cannot_be_read_is_an_error(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(splits, "data_files", refuse)
+    with pytest.raises(InputError, match=f"^{folder}: cannot read it: .*ermission denied"):
+        names(folder)
+    monkeypatch.setattr(SourceFile, "open", refuse)
+    with pytest.raises(InputError, match=r"b\.jsonl: cannot read it: .*ermission denied"):
+        expand(Source(path=str(folder / "b.jsonl"), limit=3))
 
 
 def test_an_unknown_store_is_an_error() -> None:

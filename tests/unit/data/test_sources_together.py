@@ -8,9 +8,10 @@ import pyarrow.parquet as pq
 import trl
 
 from finray.training.common.storage import Folder
+from finray.training.data.resolve import read_twice, resolve_data
 from finray.training.data.shown_rows import show_rows
 
-from .conftest import MakeRecipe, write_jsonl
+from .conftest import MakeRecipe, chat_row, write_jsonl
 
 TEMPLATE = (Path(trl.__file__).parent / "chat_templates" / "qwen3.jinja").read_text("utf-8")
 
@@ -61,3 +62,24 @@ def test_two_sources_with_other_tools(
     pieces = [piece for text in shown[0].texts for piece in text.pieces]
     trained = "".join(piece.text for piece in pieces if piece.trained)
     assert '"item": "x"' in trained and "Twelve." in trained and "12\n" not in trained
+
+
+def test_rows_that_two_sources_read_are_said(tmp_path: Path, make_recipe: MakeRecipe) -> None:
+    folder = tmp_path / "rows"
+    folder.mkdir()
+    for name in ("a", "b"):
+        write_jsonl(folder / f"{name}.jsonl", [chat_row(f"q {n}", "a") for n in range(20)])
+    path = str(folder / "a.jsonl")
+
+    def said(*sources: Any, **data: Any) -> list[str]:
+        recipe = make_recipe(train=list(sources), **data)
+        return read_twice(recipe, resolve_data(recipe))
+
+    (line,) = said(str(folder / "*.jsonl"), path)
+    assert line.startswith("data.train.1 reads again") and line.endswith(f": {path}")
+    assert said(path, path, str(folder)) and said({"path": path, "limit": 5}, path)
+    assert not said(path, str(folder / "b.jsonl")), "two files"
+    assert not said(path, {"path": path, "system": "Be brief."}), "other rows"
+    rows = [{"path": str(folder), "split": f"train[{part}]"} for part in (":50%", "50%:")]
+    assert not said(*rows), "other parts"
+    assert not said(path, path, curate=["deduplicate"])

@@ -1,5 +1,6 @@
 """What differs between trials is rehearsed before one starts; a refused one takes no slot."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -108,6 +109,22 @@ def test_each_trial_trains_on_data_packed_as_its_model_takes_it(
         for kind in ("sdpa", "eager")
     }
     assert packing == {"sdpa": True, "eager": False} and len(made.prepared) == 2
+
+
+def test_stages_that_trials_share_are_done_once(
+    rehearsals: Callable[..., tuple[Any, Rehearsals]], tmp_path: Path
+) -> None:
+    stages = ["normalise", "deduplicate", "redact"]
+    choices = [stages[:n] for n in range(4)]
+    plan, made = rehearsals(data__curate=choices, data__mix=[None, {"temperature": 0.5}])
+    made.start(plan.points)
+    assert (
+        len(made.prepared) == len(list((tmp_path / "runs/prepared").glob("*/manifest.json"))) == 8
+    )
+    done = (tmp_path / "runs" / "prepared" / "stages").glob("*/manifest.json")
+    assert sorted(json.loads(file.read_bytes())["kind"] for file in done) == sorted(
+        ["read", *stages]  # a mixture counts what it reads
+    )
 
 
 def conduct(plan: Any, made: Rehearsals) -> tuple[Conductor, SweepStudy]:

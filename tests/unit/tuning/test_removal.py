@@ -20,7 +20,9 @@ from finray.training.common.errors import InputError
 from finray.training.common.lock import hold_run_lock
 from finray.training.common.progress import SILENT
 from finray.training.common.storage import Folder
+from finray.training.config.recipe import recipe_from_dict
 from finray.training.records.run_folder import list_runs
+from finray.training.rehearsal.key import key_of
 from finray.tuning.removal import DELETED_FOLDER, Removal, remove
 from finray.tuning.storage_contents import contents_of
 
@@ -318,6 +320,30 @@ def test_clean_takes_what_no_run_refers_to(tmp_path: Path) -> None:
     assert in_storage(home) == {"a" * 16, "c" * 16, "stages", "rehearsals"}
 
 
+def test_clean_takes_windows_of_runs_that_do_not_train(tmp_path: Path) -> None:
+    """What is counted, and the lists of bad rows, stay for the run and its user."""
+    for name in ("killed", "busy", "elsewhere"):
+        run = stored_run(tmp_path, name, status="running")
+        checkpoint(run)
+        for window in ("000003", "000004"):
+            (run / "windows" / window / ("d" * 32)).mkdir(parents=True)
+            (run / "windows" / window / "manifest.json").write_bytes(b"x" * 500)
+        for file in ("counts.json", "position.json", "000003-quarantine.jsonl"):
+            (run / "windows" / file).write_text("{}")
+    make_old(tmp_path)
+    (tmp_path / "elsewhere" / "lock.json").write_text("{}")
+    (tmp_path / "killed" / "windows" / "000004" / "used").write_text("")
+    with hold_run_lock(Folder(str(tmp_path / "busy")), threading.Event(), SILENT):
+        plan = plan_clean(Folder(str(tmp_path)), DAY)
+    assert names(plan) == ["killed/windows/000003"] and plan.size == 500
+    assert kept(plan)["busy/windows"].startswith("in use by process")
+    assert kept(plan)["elsewhere/windows"] == "its lock was renewed just now"
+    assert kept(plan)["killed/windows/000004"].startswith("used ")
+    assert remove(plan, SILENT) == names(plan)
+    left = in_storage(tmp_path / "killed" / "windows")
+    assert left == {"000004", "counts.json", "position.json", "000003-quarantine.jsonl"}
+
+
 def test_data_that_a_run_starts_to_use_after_the_plan_stays(tmp_path: Path) -> None:
     data = tmp_path / "prepared" / ("b" * 16)
     (data / "train").mkdir(parents=True)
@@ -335,6 +361,26 @@ def test_stages_of_a_set_that_stays_are_kept(tmp_path: Path) -> None:
     (home / ("a" * 16) / "stages.json").write_text('["used"]')
     make_old(tmp_path)
     assert names(plan_clean(Folder(str(tmp_path)), DAY)) == ["prepared/stages/unused"]
+
+
+@pytest.mark.parametrize("decided", [None, False, True])
+def test_the_rehearsal_of_a_run_is_kept(
+    tmp_path: Path, tiny_model: Path, decided: bool | None
+) -> None:
+    """Its recipe.yaml says what was decided, and its user's recipe perhaps nothing."""
+    recipe = {
+        "name": "run",
+        "model": {"base": str(tiny_model)},
+        "data": {"train": [{"path": "/rows.jsonl"}]},
+    }
+    home = tmp_path / "prepared" / "rehearsals"
+    home.mkdir(parents=True)
+    (home / f"{key_of(recipe_from_dict(recipe), tiny_model)}.json").write_text("{}")
+    make_old(tmp_path)
+    if decided is not None:
+        recipe["model"]["gradient_checkpointing"] = decided  # type: ignore[index]
+    stored_run(tmp_path, "run", recipe=recipe)
+    assert names(plan_clean(Folder(str(tmp_path)), DAY)) == []
 
 
 def test_no_such_run(tmp_path: Path) -> None:

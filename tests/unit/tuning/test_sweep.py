@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import yaml
 
+from finray.cluster.api.sweeps import check_sweep
 from finray.training.common.errors import InputError
 from finray.tuning.default_search import suggested_learning_rate
 from finray.tuning.plan import Plan, make_plan
@@ -155,6 +156,44 @@ def test_whole_sections_are_choices(plan: MakePlan) -> None:
     assert [recipe.adapter and recipe.adapter.rank for recipe in recipes] == [None, 2]
 
 
+@pytest.mark.parametrize("own", [["normalise"], ["normalise", {"kind": "deduplicate"}]])
+def test_the_first_trial_has_the_recipes_own_choice_in_any_form(
+    plan: MakePlan, own: list[Any]
+) -> None:
+    choices = [[], ["normalise"], ["normalise", "deduplicate"]]
+    made = plan(
+        {"data": {"train": ["rows.jsonl"], "holdout": 0.1, "curate": own}},
+        search={"data.curate": {"choice": choices}},
+    )
+    assert made.points == [{"data.curate": choices[len(own)]}]
+
+
+def test_code_that_only_some_trials_have_is_tried_first(plan: MakePlan, tmp_path: Path) -> None:
+    (tmp_path / "rows.py").write_text("import nothing_here\ndef good(row): ...\n")
+    stages = [[], [{"kind": "keep", "with": "rows.py:good"}]]
+    plan(search={"data.curate": {"choice": stages}}, storage=str(tmp_path / "runs"))
+    with pytest.raises(
+        InputError, match=r"sweep\.yaml:\d+: data\.curate\.0\.with.* cannot be imported"
+    ):
+        check_sweep(tmp_path / "sweep.yaml")
+
+
+def test_another_function_comes_with_its_own_text(plan: MakePlan, tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        text = f"def good(row):\n    return row['x'] == {name!r}\n"
+        (tmp_path / f"{name}.py").write_text(text, encoding="utf-8")
+    stage = {"kind": "keep", "with": "a.py:good"}
+    made = plan(
+        {"data": {"train": ["rows.jsonl"], "holdout": 0.1, "curate": [stage]}},
+        search={"data.curate.0.with.file": {"choice": ["a.py:good", "b.py:good"]}},
+    )
+    functions = [
+        recipe.data.curate[0].function  # type: ignore[union-attr]
+        for recipe in made.data_recipes().values()
+    ]
+    assert [function.load()({"x": "b"}) for function in functions if function] == [False, True]
+
+
 def test_the_default_space_lies_around_the_rule(plan: MakePlan) -> None:
     made = plan(search="default")
     # 5e-5 * 10 * (2000 / 32) ** 0.78, at alpha 32
@@ -280,6 +319,14 @@ def test_recipes_share_data_unless_its_settings_differ(plan: MakePlan) -> None:
     keys = {made.space.data_key(settings) for settings in made.space.data_settings()}
     assert len(keys) == 2
     assert len(plan().space.data_settings()) == 1
+
+
+def test_no_data_is_prepared_for_impossible_combinations(plan: MakePlan) -> None:
+    mixes = {"choice": [None, {"temperature": 0.5}]}
+    made = plan(search={"data.mix": mixes, "data.train.0.weight": {"choice": [1, 2]}})
+    assert made.excluded_count == 1
+    pairs = [(r.data.mix is None, r.data.train[0].weight) for r in made.data_recipes().values()]
+    assert pairs == [(True, 1.0), (True, 2.0), (False, 1.0)]
 
 
 def test_data_that_depends_on_other_keys_is_prepared_for_all_their_values(plan: MakePlan) -> None:

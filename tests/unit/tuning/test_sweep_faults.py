@@ -4,12 +4,14 @@ import json
 import shutil
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
 
 from finray.training.common.errors import InputError
 from finray.training.common.storage import Folder
+from finray.training.config.metric import Metric
 from finray.training.config.recipe import recipe_from_dict
 from finray.training.engine.context import STOP_FILE
 from finray.tuning import run
@@ -138,6 +140,29 @@ def test_the_stop_file_is_written_again_until_it_succeeds(
         assert time.monotonic() < deadline
         time.sleep(0.01)
     assert tuning._folder.failures == 0
+
+
+@pytest.mark.parametrize(
+    ("metric", "tokens", "is_said"),
+    [
+        ("eval_loss", (90, 80, 90), True),
+        ("exact_match", (90, 80), True),
+        ("eval_loss", (90, 90), False),
+        ("loss", (90, 80), False),
+        ("eval_loss", (None, None), False),
+    ],
+)
+def test_an_objective_on_different_rows_is_said(
+    metric: str, tokens: tuple[int | None, ...], is_said: bool
+) -> None:
+    plan: Any = SimpleNamespace(metrics=[Metric(metric, "min")])
+    prepared: Any = [
+        SimpleNamespace(manifest=SimpleNamespace(eval=n and SimpleNamespace(tokens=n)))
+        for n in tokens
+    ]
+    said = run._different_rows(plan, prepared)
+    assert (said is not None) == is_said
+    assert said is None or f"{metric} is measured on different held-out rows (80 to 90 to" in said
 
 
 def test_all_trials_start_from_the_same_files(

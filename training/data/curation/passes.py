@@ -1,6 +1,7 @@
 """A pass over the rows: neighbouring stages that decide about each row on its own, together."""
 
 import json
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import tee
@@ -119,7 +120,8 @@ class PassTask:
 
 
 def group_of(name: str | None, original: Row | BadRow, row: Row) -> str | None:
-    """The group of a row, whose column its source's changes may rename or make.
+    """The group of a row, whose column its source's changes may rename or make. A number is that of
+    its text: 7 in JSON is 7.0 in a column with gaps, and "7" in CSV.
 
     Args:
         name: data.holdout.group_by.
@@ -132,10 +134,19 @@ def group_of(name: str | None, original: Row | BadRow, row: Row) -> str | None:
     if name is None:
         return None
     values = (source.get(name) for source in (original, row) if isinstance(source, Mapping))
-    value = next((value for value in values if value is not None), None)
+    value = next((value for value in values if value is not None and not _is_nan(value)), None)
     if value is None:
         raise RowError(f"there is no column {name}, which data.holdout.group_by names")
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    if isinstance(value, int) and not isinstance(value, bool):
+        value = str(value)
     return json.dumps(value, sort_keys=True, default=str)
+
+
+def _is_nan(value: object) -> bool:
+    """True for what a table of pandas has in the place of a number that is missing."""
+    return isinstance(value, float) and math.isnan(value)
 
 
 def may_be_foreign(chunk: Chunk, changes: RowChanges) -> bool:

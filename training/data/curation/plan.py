@@ -20,7 +20,7 @@ from ...config.curation import (
 from ...config.places import about
 from ...config.recipe import Recipe
 from ...config.source import KnownFormat
-from ..contents import describe_files, describe_tokenizer
+from ..contents import describe_files, describe_tokenizer, identified
 from ..expand import expand
 from ..resolve import ResolvedData
 from ..row_changes import RowChanges
@@ -29,7 +29,7 @@ from .passes import READ
 from .stages import REWRITING, ROW_STAGES
 
 _RESULT_FILES = (".safetensors", ".json", ".jinja")
-VERSION = 2
+VERSION = 3
 """Increased when a new version of a stage makes other rows of the same ones."""
 DEDUPLICATE, SCORE, HOLDOUT = "deduplicate", "score", "holdout"
 
@@ -189,7 +189,7 @@ def _references(
     ]
     for index, source in enumerate(settings.against):
         with about(f"{setting}.against.{index}"):
-            files = expand(source).files
+            files = identified(expand(source).files)
         own = None if source.format == "auto" else source.format
         references.append(ReferenceSource(files, RowChanges.of(source), own))
     return tuple(references)

@@ -9,7 +9,7 @@ from ...common.progress import Progress
 from ...common.storage import Folder
 from ...config.recipe import Recipe
 from ..prepare import Windows
-from ..resolve import ResolvedData, resolve_data
+from ..resolve import ResolvedData, identified_data
 from ..tasks import RunTasks
 from .curate import Curated, curate
 from .files import held_in
@@ -55,7 +55,7 @@ def report_of(
                 f"rows cannot be used; mend them, or raise the limit. The first ones:\n{first}"
             )
 
-    data = resolve_data(recipe)
+    data = identified_data(recipe)
     part = Windows(recipe, data).part(0) if recipe.data.streams else None
     home, window = (folder, None) if part is None else (folder / uuid.uuid4().hex, part.curation)
     try:
