@@ -154,6 +154,8 @@ class _Entry:
         self.draft, self.key, self.method, self.rows = draft, key, method, rows
         self.settings = ForeignSettings(values, f"{draft.settings.where}: {key}")
         self.values = dict(values)
+        if isinstance(parts := values.get("split"), list):  # as datasets' own notation adds them
+            self.values["split"] = "+".join(map(str, parts))
         self.source: dict[str, Any] = {}
         self.columns: dict[str, str] = {}
 
@@ -162,12 +164,13 @@ class _Entry:
         self._strategy()
         self._fields()
         self._messages()
+        split = self.values.get("split")
         self._part()
         self._templates()
         if self.columns:
             self.source["columns"] = self.columns
         name = self._take("path") or ""
-        files = files_of(self.settings, self.settings.values.get("split"))
+        files = files_of(self.settings, split)
         self.values.pop("data_files", None)
         for place in places.source(str(name), files):
             self.rows.sources.append({**place, **self.source})

@@ -111,8 +111,13 @@ class AnswerFile:
             raise InputError(f"{self._part}: cannot be read: {reason(error)}") from None
         size = content.rfind(b"\n") + 1
         first, *lines = list(_records(content[:size])) or [None]
-        if first is None:
+        if first is None and not lines:
             return 0
+        if first is None:
+            raise InputError(
+                f"{self._place}: line 1 is damaged, which says how the {len(lines)} answers below "
+                "it were made; restore it, or delete the file to begin anew"
+            )
         if first != self._decides:
             changed = sorted(
                 key for key in {*first, *self._decides} if first.get(key) != self._decides.get(key)
