@@ -106,3 +106,5 @@ def test_the_axis(values: list[float], is_log: bool, ticks: list[Any]) -> None:
     assert len(chart.y_ticks) == len(ticks)
     assert [float(tick.label) for tick in chart.y_ticks] == pytest.approx([float(t) for t in ticks])
     assert chart.y_ticks[0].at == 0 and chart.y_ticks[-1].at == 100
+    share = overlay("x", [("a", list(enumerate(values)))], format="percent")
+    assert share is not None and not share.is_log
