@@ -73,8 +73,10 @@ class AnswerFile:
             self.lines[line["row"]] = {**self.lines.get(line["row"], {}), **line}
         self._write(lines)
 
-    def finish(self, change: Callable[[Record], Record] = lambda line: line) -> None:
-        """Write the file, in the order of the rows, and remove the part."""
+    def finish(
+        self, change: Callable[[Record], Record] = lambda line: line, keeps_part: bool = False
+    ) -> None:
+        """Write the file, in the order of the rows, and remove the part unless it is kept."""
         self._file.close()
         whole = self._part.with_name(f"{self.target.name}.tmp")
         with self._write_errors(), whole.open("wb") as file:
@@ -83,7 +85,8 @@ class AnswerFile:
             file.flush()
             os.fsync(file.fileno())
         whole.replace(self.target)
-        self._part.unlink()
+        if not keeps_part:
+            self._part.unlink()
 
     def _write(self, lines: list[Record]) -> None:
         with self._write_errors():
