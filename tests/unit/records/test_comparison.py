@@ -31,7 +31,7 @@ def two_runs(tmp_path: Path) -> Comparison:
             name,
             recipe={
                 "optim": {"learning_rate": rate, "epochs": 2},
-                "data": {"train": [{"p": name}]},
+                "data": {"train": [{"p": name}], "eval": [] if name == "first" else [{"p": "e"}]},
             },
             metrics={"eval_loss": 0.5 + rate * 1000, "loss": 0.25},
             lines=[{"step": step, "loss": 8.0 / step**2} for step in (1, 2, 4)],
@@ -46,6 +46,7 @@ def test_only_what_differs_is_named(tmp_path: Path) -> None:
     assert compared.settings == {
         "optim.learning_rate": [1e-4, 3e-4],
         "data.train.0.p": ["first", "second"],
+        "data.eval.0.p": [None, "e"],
     }
     assert compared.inputs == {"torch (version)": ["2.13.0", "2.14.0"]}
     assert compared.metrics == {"eval_loss": [0.6, 0.8], "loss": [0.25, 0.25]}
