@@ -217,10 +217,7 @@ class _Entry:
             if style and stem not in _CHATS:
                 self.rows.styles.add(style)
         else:
-            table = _LABELLED if self.method == "kto" else _PAIRS
-            found = table.get(loader, table.get(stem))
-            if stem == "bradley_terry":
-                found = {"instruction": "input"}
+            found = self._of_pairs(stem, loader)
             self.rows.strategies.add("pairs")
             if stem in ("chatml", "llama3"):
                 self.rows.templates.add(stem)
@@ -234,6 +231,15 @@ class _Entry:
         self.columns |= found
         if self.method == "sft" and stem == "alpaca":
             self.source["format"] = "alpaca"
+
+    def _of_pairs(self, stem: str, loader: str) -> dict[str, str] | None:
+        """Columns of pairs, or of labelled answers, by the strategy; None for an unknown one."""
+        if stem == "bradley_terry":
+            return {"instruction": "input"}
+        if self.method == "orpo":  # conversations, whatever the loader's name
+            return {}
+        table = _LABELLED if self.method == "kto" else _PAIRS
+        return table.get(loader or "default", table.get(stem))
 
     def _fields(self) -> None:
         """Columns that the entry itself names."""

@@ -175,6 +175,9 @@ def test_rows_of_axolotl(tmp_path: Path) -> None:
     chats, answers = section(AXOLOTL + text, "data", tmp_path)["train"]
     assert chats["columns"] == {"messages": "completion"} and chats["split"] == "train[:9]"
     assert answers["columns"] == {"instruction": "question", "output": "completion"}
+    plain = f"{AXOLOTL}rl: orpo\ndatasets: [{{path: org/c, type: chat_template.argilla}}]\n"
+    assert section(plain, "data", tmp_path)["train"] == [{"dataset": "org/c"}]
+    assert "datasets.0.type" not in imported(PAIRS.replace(".intel", "") + "dpo\n", tmp_path).left
     reward = "reward_model: true\ndatasets: [{path: org/c, type: bradley_terry.chat_template}]\n"
     [source] = section(AXOLOTL + reward, "data", tmp_path)["train"]
     assert source["columns"] == {"instruction": "input"}
@@ -231,7 +234,7 @@ def test_version_1_of_llama_factory(tmp_path: Path) -> None:
     (tmp_path / "rows.json").write_text("[]", encoding="utf-8")
     (tmp_path / "sets.yaml").write_text(json.dumps(rows), encoding="utf-8")
     result = imported(V1, tmp_path, 2)
-    values = result.values
+    values = load_yaml(result.text)
     assert result.dialect == "LLaMA-Factory v1" and not result.unknown
     assert values["adapter"] == {
         "kind": "lora", "rank": 4, "alpha": 12, "dropout": 0.05, "targets": "all-linear"
