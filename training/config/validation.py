@@ -21,7 +21,7 @@ from .yaml_file import Document, split_key
 Settings = TypeVar("Settings", bound=BaseModel)
 Fault = dict[str, Any]
 
-_OWN = ("value_error", "reward")
+_OWN = ("value_error", "reward", "metric")
 """Errors whose message is finray's own."""
 _SHOWN = 50
 """Maximum number of errors of a document that are reported."""
