@@ -14,7 +14,7 @@ from finray.training.common.errors import InputError
 from finray.training.common.storage import Folder
 from finray.training.records.charts import overlay
 from finray.training.records.comparison import Comparison, compare_runs
-from finray.training.records.comparison_page import render_page
+from finray.training.records.comparison_page import matched, render_page
 
 SAMPLES = [("same", "1", "1"), ("<|im_start|>user\n<b>apart", "2", "2"), ("neither", "3", "?")]
 
@@ -66,6 +66,15 @@ def test_the_text(tmp_path: Path) -> None:
     assert "optim.learning_rate  0.0001   0.0003" in text
     assert "Loss, log scale" in text and text.count("|*") == 0
     assert "B ✓        2" in text and "2 more prompts" in text
+
+
+def test_a_run_is_measured_by_the_prompts_that_it_answered(tmp_path: Path) -> None:
+    two_runs(tmp_path)
+    first = {"row": 0, "prompt": "same", "reference": "1", "after": "1"}
+    for name, samples in (("few", [first]), ("none", [])):
+        stored_run(tmp_path, name, samples=samples)
+    folders = [Folder(str(tmp_path / name)) for name in ("first", "second", "few", "none")]
+    assert matched(compare_runs(folders))[2:] == ["1 of 1", "–"]
 
 
 def test_the_page_escapes_and_folds(tmp_path: Path) -> None:
