@@ -215,6 +215,7 @@ def evaluate(
     from ...training.evaluation.answer_settings import AnswerSettings
     from ...training.evaluation.judge import judge_at
     from ...training.evaluation.located import locate
+    from ...training.evaluation.prompts import read_prompts
 
     answers = AnswerSettings.of("evaluate", max_tokens=max_tokens, at_once=batch)
     judging = judge_at(judge, judge_model)
@@ -227,6 +228,8 @@ def evaluate(
     rules = None if schema is None else _schema(schema)
     of_rows = bool(metrics or judge) or schema is not None
     sources = _sources(located, data, is_needed=of_rows or not tasks)
+    for source in sources:  # what cannot be read is said before torch is loaded
+        next(read_prompts([source], 1), None)
     target = _target(located, to)
     from ...training.models import import_peft  # noqa: F401, I001 - before what loads peft
     from ...training.evaluation.evaluate import EvaluationSettings

@@ -369,8 +369,12 @@ for case in {list(cases.values())!r}:
         finray.generate({str(run)!r}, to={str(tmp_path / "out")!r}, **how)
     except finray.InputError as error:
         print("torch" in sys.modules, error)
+try:
+    finray.evaluate({str(run)!r}, {str(tmp_path / "rows.json")!r})
+except finray.InputError as error:
+    print("torch" in sys.modules, error)
 """
     command = [sys.executable, "-c", program]
     said = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
-    for message, line in zip(cases, said, strict=True):
+    for message, line in zip([*cases, "rows.json: no such"], said, strict=True):
         assert line.startswith("False") and message in line
