@@ -199,7 +199,10 @@ def test_rows_of_axolotl(tmp_path: Path) -> None:
     ],
 )
 def test_styles_of_prompts(kind: str, question: str | None, tmp_path: Path) -> None:
-    template = section(ALPACA.replace("alpaca", f'"{kind}"'), "data", tmp_path)["chat_template"]
+    text = ALPACA.replace("alpaca", f'"{kind}"')
+    is_block = "chat_template: |-" in imported(text, tmp_path).text
+    assert is_block is (question is not None), "a template is written without escapes"
+    template = section(text, "data", tmp_path)["chat_template"]
     assert template == "chatml" if question is None else f"'{question}'" in template
 
 
