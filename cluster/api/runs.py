@@ -269,7 +269,7 @@ def export(
     """Write a finished run's result as a folder that transformers and PEFT load without finray.
 
     Args:
-        run: the run, or its folder or URI.
+        run: the run, or its folder, URI, or name in the default storage.
         to: a new or empty folder; without one it is only pushed.
         merge: merge the adapter into its base.
         dtype: type of a whole model's weights; by default the base's.
@@ -290,10 +290,14 @@ def export(
         RunError: the result cannot be written, or a merged weight is not finite.
     """
     prepare_process()
-    folder = Folder(run.uri) if isinstance(run, RunResult) else _folder(run)
+    from .housekeeping import find_run
+
+    home = _folder(default_storage())
+    folder = Folder(run.uri) if isinstance(run, RunResult) else find_run(os.fspath(run), home)
     problem = _contradiction(format == "gguf", to, quantize, llama_cpp, push, public)
     if problem:
         raise InputError(problem)
+    finished_run(folder)
     # Both load torch, which the other functions here leave to the workers.
     from ...training.export.export import export as write
     from ...training.export.gguf import check_converter
@@ -306,7 +310,6 @@ def export(
         nullcontext(SILENT) if quiet else ExportProgress() as progress,
     ):
         target = scratch / folder.name if to is None else resolve_path(os.fspath(to), Path.cwd())
-        finished_run(folder)
         if push is not None:
             reserve(push, private=not public)
         how: dict[str, Any] = {"merge": merge, "dtype": dtype, "quantize": quantize}

@@ -177,7 +177,10 @@ def add_results(commands: Any) -> None:
     )
     for parser in (report, export):
         complete_as(
-            parser.add_argument("run", metavar="RUN", help="a run's folder or URI"), "directory"
+            parser.add_argument(
+                "run", metavar="RUN", help="a run's name in the storage, its folder or URI"
+            ),
+            "directory",
         )
     to = export.add_argument("--to", metavar="DIR", type=local, help="a new folder")
     complete_as(to, "directory")

@@ -6,18 +6,21 @@ from pathlib import Path
 
 from ...training.common.errors import InputError
 from ...training.common.storage import Folder
+from ...training.config.default_storage import default_storage
 from ...training.config.paths import resolve_path
 from ...training.config.recipe import Recipe
 from ...training.config.section import json_schema
 from ...training.records.report import write_report
 from ...training.records.run_folder import REPORT_FILE
 from ...tuning.sweep import Sweep
+from ..api.housekeeping import find_run
 from ..api.runs import export as write_export
 
 
 def report(options: argparse.Namespace) -> None:
     """Write a run's report again."""
-    folder = Folder(resolve_path(options.run, Path.cwd()))
+    storage = Folder(resolve_path(default_storage(), Path.cwd()))
+    folder = find_run(options.run, storage)
     write_report(folder)
     print(folder / REPORT_FILE)
 

@@ -25,6 +25,7 @@ HEADERS = (
     "tokens",
     "started",
 )
+_OF_SOME = ("match", "reward")
 LEFT_ALIGNED = 3
 """Number of columns with words; the others hold numbers, but for tags and notes at the end."""
 _NOTE = 60
@@ -71,7 +72,7 @@ def render_runs(
 
 def _table(entries: Sequence[Record], sort: str | None) -> str:
     """The columns; what runs are sorted by, their tags and notes only where there are some."""
-    rows = [list(HEADERS), *(list(_row(entry)) for entry in entries)]
+    rows = _without_empty([list(HEADERS), *(list(_row(entry)) for entry in entries)])
     shown = {*HEADERS, "eval_loss", "exact_match", "eval_reward", "started_at"}
     if sort is not None and sort not in shown:
         rows[0].append(sort)
@@ -85,6 +86,16 @@ def _table(entries: Sequence[Record], sort: str | None) -> str:
                 text = " ".join(entry[key]) if key == "tags" else entry[key]
                 row.append(_cut(formatting.one_line(text)))
     return columns(rows, LEFT_ALIGNED, words_from)
+
+
+def _without_empty(rows: list[list[str]]) -> list[list[str]]:
+    """The rows without the columns that only some methods fill, where no run does."""
+    kept = [
+        index
+        for index, (header, *values) in enumerate(zip(*rows, strict=True))
+        if header not in _OF_SOME or set(values) != {formatting.MISSING}
+    ]
+    return [[row[index] for index in kept] for row in rows]
 
 
 def _cut(text: str) -> str:

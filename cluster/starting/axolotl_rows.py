@@ -154,6 +154,8 @@ class _Entry:
         self.draft, self.key, self.method, self.rows = draft, key, method, rows
         self.settings = ForeignSettings(values, f"{draft.settings.where}: {key}")
         self.values = dict(values)
+        if isinstance(parts := values.get("split"), list):  # as datasets' own notation adds them
+            self.values["split"] = "+".join(map(str, parts))
         self.source: dict[str, Any] = {}
         self.columns: dict[str, str] = {}
 
@@ -162,12 +164,13 @@ class _Entry:
         self._strategy()
         self._fields()
         self._messages()
+        split = self.values.get("split")
         self._part()
         self._templates()
         if self.columns:
             self.source["columns"] = self.columns
         name = self._take("path") or ""
-        files = files_of(self.settings, self.settings.values.get("split"))
+        files = files_of(self.settings, split)
         self.values.pop("data_files", None)
         for place in places.source(str(name), files):
             self.rows.sources.append({**place, **self.source})
@@ -214,10 +217,7 @@ class _Entry:
             if style and stem not in _CHATS:
                 self.rows.styles.add(style)
         else:
-            table = _LABELLED if self.method == "kto" else _PAIRS
-            found = table.get(loader, table.get(stem))
-            if stem == "bradley_terry":
-                found = {"instruction": "input"}
+            found = self._of_pairs(stem, loader)
             self.rows.strategies.add("pairs")
             if stem in ("chatml", "llama3"):
                 self.rows.templates.add(stem)
@@ -231,6 +231,15 @@ class _Entry:
         self.columns |= found
         if self.method == "sft" and stem == "alpaca":
             self.source["format"] = "alpaca"
+
+    def _of_pairs(self, stem: str, loader: str) -> dict[str, str] | None:
+        """Columns of pairs, or of labelled answers, by the strategy; None for an unknown one."""
+        if stem == "bradley_terry":
+            return {"instruction": "input"}
+        if self.method == "orpo":  # conversations, whatever the loader's name
+            return {}
+        table = _LABELLED if self.method == "kto" else _PAIRS
+        return table.get(loader or "default", table.get(stem))
 
     def _fields(self) -> None:
         """Columns that the entry itself names."""

@@ -15,7 +15,7 @@ from ...training.common.yaml_text import load_yaml
 from ...training.config.methods import METHODS
 from ...training.config.model_folder import model_folder
 from ...training.config.models import ModelSettings
-from ...training.config.paths import resolve_model
+from ...training.config.paths import resolve_model, resolve_path
 from ...training.config.places import about
 from ...training.config.recipe import Recipe, load_recipe
 from ...training.config.weight_checks import text_part
@@ -75,11 +75,8 @@ class FirstRecipe:
     """True if the model's small files are on this machine."""
     notes: tuple[str, ...]
     """What the user should know beside the comments."""
-
-    @property
-    def values(self) -> dict[str, Any]:
-        """The recipe's settings, as `finray.check` and `finray.train` take them."""
-        return dict(load_yaml(self.text))
+    values: dict[str, Any]
+    """The recipe's settings, as `finray.check` and `finray.train` take them; paths are absolute."""
 
 
 def first_recipe(
@@ -140,7 +137,13 @@ def first_recipe(
     head = [f"Made by finray init from {data}: {_rows(look)}."]
     values = {name: choices.values[name] for name in Recipe.model_fields if name in choices.values}
     text = recipe_text(values, choices.comments, head)
-    return FirstRecipe(text, base, kind, folder is not None, tuple(notes))
+    absolute = dict(load_yaml(text))
+    absolute["model"]["base"] = resolved
+    absolute["data"]["train"] = [place]
+    if rewards:
+        files = [{"file": resolve_path(name, Path.cwd())} for name in rewards]
+        absolute["method"]["rewards"] = files
+    return FirstRecipe(text, base, kind, folder is not None, tuple(notes), absolute)
 
 
 def _kind(method: str | None, likely: str, shape: str, rewards: Sequence[str]) -> str:

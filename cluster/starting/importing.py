@@ -1,7 +1,7 @@
 """A recipe from the configuration, or the command line, of another project."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -49,11 +49,9 @@ class Imported:
     notes: tuple[str, ...]
     faults: str | None
     """What is wrong with the recipe; None if it is valid."""
-
-    @property
-    def values(self) -> dict[str, Any]:
-        """The recipe's settings, as `finray.check` and `finray.train` take them."""
-        return dict(load_yaml(self.text))
+    values: dict[str, Any]
+    """The recipe's settings, as `finray.check` and `finray.train` take them: paths start in the
+    current folder."""
 
 
 def import_settings(
@@ -72,6 +70,16 @@ def import_settings(
         InputError: the file cannot be read, is of no project or of two, or trains in a way that
             finray does not have.
     """
+    here = Path.cwd().resolve()
+    made = _import(source, gpus, target.resolve(), dataset_info, method)
+    if target.resolve() == here:
+        return made
+    return replace(made, values=_import(source, gpus, here, dataset_info, method).values)
+
+
+def _import(
+    source: str, gpus: int | None, target: Path, dataset_info: Path | None, method: str | None
+) -> Imported:
     command = read_command(source) if is_command(source) and not exists(source) else None
     values, where, folder = _read(source, command)
     name = _dialect(values, where, command)
@@ -80,7 +88,7 @@ def import_settings(
     draft = Draft(ForeignSettings(values, where), dialect_of(name))
     devices = devices_of(gpus, command)
     refuse_other_training(draft)
-    places = Places(starting_folders(folder), target.resolve())
+    places = Places(starting_folders(folder), target)
     if name == "Axolotl":
         axolotl.convert(draft, devices, places)
     elif name == "LLaMA-Factory":
@@ -183,7 +191,8 @@ def _imported(draft: Draft, name: str, where: str, devices: Devices) -> Imported
     off = tuple(key for key in draft.settings.values if draft.is_off(key))
     recipe = draft.nested()
     head = [f"Made by finray import from {where} ({name})."]
-    if devices.count == 1 and "--gpus" not in devices.origin[:6]:
+    is_alone = devices.count == 1 and "scale.workers" not in draft.values
+    if is_alone and "--gpus" not in devices.origin[:6]:
         head.append("For one GPU: --gpus N multiplies the batch, which goes over all GPUs.")
     tail = _tail(draft, unknown)
     text = recipe_text(recipe, draft.sources, head, tail)
@@ -197,6 +206,7 @@ def _imported(draft: Draft, name: str, where: str, devices: Devices) -> Imported
         unknown=tuple(unknown),
         notes=tuple(draft.notes),
         faults=_faults(recipe),
+        values=dict(load_yaml(text)),
     )
 
 

@@ -84,11 +84,12 @@ def _flow(value: Any) -> str:
 
 
 class _Readable(Dumper):
-    """Writes texts of several lines as blocks."""
+    """Writes texts of several lines, and long ones with quotes in them, as blocks."""
 
 
 def _text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
-    style = "|" if "\n" in text else None
+    is_quoted = len(text) > _WIDTH and "'" in text
+    style = "|" if "\n" in text or is_quoted else None
     return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=style)
 
 

@@ -27,6 +27,8 @@ PREPARED_AHEAD = "rows are prepared ahead; data.prepare: streaming reads them wh
 _HOW_SHARDED = (
     "how weights are shared and where they lie; finray's FSDP2 shares each layer's, on the GPUs"
 )
+_RECOMPUTES = "activation_checkpointing"
+"""FSDP's own gradient checkpointing."""
 _WARMUP = 0.03
 """Axolotl's own share of the steps, and finray's."""
 _PARENTS = {
@@ -269,7 +271,11 @@ def sharding(draft: Draft, devices: Devices) -> None:
     for name, value in given.items():
         inner = value if isinstance(value, dict) else {}
         of_it = draft.settings.inside(name, inner)
-        leave = [key for key in inner if key != "zero_optimization" and of_it.value(key)]
+        recomputes, own = of_it.flag(_RECOMPUTES), "model.gradient_checkpointing"
+        if recomputes is not None and own not in draft.values:
+            draft.put(own, recomputes, note=f"{name}.{_RECOMPUTES}")
+        taken = ("zero_optimization", _RECOMPUTES)
+        leave = [key for key in inner if key not in taken and of_it.value(key)]
         for key in leave:
             draft.leave(f"{name}.{key}", _HOW_SHARDED)
     shards = any(name != "deepspeed" or is_stage_3(given[name]) for name in names)

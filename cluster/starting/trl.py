@@ -36,6 +36,8 @@ _SIGNS = {
 _DPO_LOSSES = get_args(DpoLoss)
 _OLD_LOSSES = {"kto_pair": "sigmoid", "apo_zero_unpaired": "apo_zero", "sigmoid_norm": "sigmoid"}
 
+_OPEN_LENGTH = 8192
+"""Tokens, where TRL cuts no row."""
 _OF_ONE_DATASET = (
     *("dataset_name", "dataset_config", "dataset_config_name", "dataset_train_split"),
     *("dataset_splits", "dataset_configs", "dataset_mixer"),
@@ -217,6 +219,10 @@ def _data(draft: Draft, kind: str, places: Places) -> bool:
     if column and column not in ("text", "messages", "content"):
         for source in sources:
             source.setdefault("columns", {"text": column})
+    if (system := settings.text("system_prompt")) is not None:
+        for source in sources:
+            source["system"] = system
+        draft.fulfilled("data.train.0.system", "system_prompt")
     keys = ("dataset_name", "dataset_mixture", "dataset_mixer", "datasets", "dataset_configs")
     more = ("dataset_config", "dataset_config_name", "dataset_train_split", "dataset_splits")
     draft.put("data.train", sources, *keys, *more)
@@ -266,6 +272,7 @@ def _sources(draft: Draft, places: Places) -> tuple[list[dict[str, Any]], list[d
     if name is None:
         return [], []
     subset = settings.text("dataset_config") or settings.text("dataset_config_name")
+    subset = subset or next(iter(settings.texts("dataset_configs")), None)
     split = settings.text("dataset_train_split")
     part = {"subset": subset} if subset else {}
     [place] = places.source(name, [])
@@ -388,13 +395,19 @@ def _lengths(draft: Draft, kind: str) -> None:
     settings = draft.settings
     name = "max_length" if settings.value("max_length") is not None else "max_seq_length"
     length = settings.whole(name)
-    value = max(8, length or 1024)
+    is_open = length is None and "max_length" in settings.values
+    value = max(8, length or (_OPEN_LENGTH if is_open else 1024))
     if kind in ONLINE:
         prompt = settings.whole("max_prompt_length") or 512
         value = prompt + int(draft.values["method.max_completion"])
         draft.put("data.max_length", value, "max_prompt_length", note="prompt and completion")
     else:
-        draft.put("data.max_length", value, name, note=_default(length))
+        if is_open:
+            draft.change(
+                "max_length",
+                f"null: rows of any length; finray needs a bound: {value} stands there",
+            )
+        draft.put("data.max_length", value, name, note="" if is_open else _default(length))
         mode = settings.text("truncation_mode")
         cut = "truncate_left" if mode == "keep_end" else "truncate"
         draft.put("data.overlong", cut, "truncation_mode", note="" if mode else "as TRL cuts")

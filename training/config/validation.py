@@ -21,12 +21,14 @@ from .yaml_file import Document, split_key
 Settings = TypeVar("Settings", bound=BaseModel)
 Fault = dict[str, Any]
 
-_OWN = ("value_error", "reward")
+_OWN = ("value_error", "reward", "metric")
 """Errors whose message is finray's own."""
 _SHOWN = 50
 """Maximum number of errors of a document that are reported."""
 _COMPARED = 100
 """Characters of an unknown key that are compared with the existing ones."""
+_SHORT = 4
+"""Characters of a name that is near to others by chance: type, dtype."""
 
 
 def validate(settings: type[Settings], document: Document) -> Settings:
@@ -188,7 +190,8 @@ def suggestion(settings: type[BaseModel], key: Key) -> str:
     if near:
         return f"; did you mean {near[0]!r}?"
     anywhere = {name[-1]: ".".join(name) for name in existing}
-    near = difflib.get_close_matches(unknown, anywhere, n=1, cutoff=0.75)
+    cutoff = 0.75 if len(unknown) > _SHORT else 1.0
+    near = difflib.get_close_matches(unknown, anywhere, n=1, cutoff=cutoff)
     if near:
         return f"; did you mean {anywhere[near[0]]!r}?"
     return f"; possible keys: {', '.join(siblings)}" if siblings else "; remove it"

@@ -73,8 +73,10 @@ class AnswerFile:
             self.lines[line["row"]] = {**self.lines.get(line["row"], {}), **line}
         self._write(lines)
 
-    def finish(self, change: Callable[[Record], Record] = lambda line: line) -> None:
-        """Write the file, in the order of the rows, and remove the part."""
+    def finish(
+        self, change: Callable[[Record], Record] = lambda line: line, keeps_part: bool = False
+    ) -> None:
+        """Write the file, in the order of the rows, and remove the part unless it is kept."""
         self._file.close()
         whole = self._part.with_name(f"{self.target.name}.tmp")
         with self._write_errors(), whole.open("wb") as file:
@@ -83,7 +85,8 @@ class AnswerFile:
             file.flush()
             os.fsync(file.fileno())
         whole.replace(self.target)
-        self._part.unlink()
+        if not keeps_part:
+            self._part.unlink()
 
     def _write(self, lines: list[Record]) -> None:
         with self._write_errors():
@@ -111,8 +114,13 @@ class AnswerFile:
             raise InputError(f"{self._part}: cannot be read: {reason(error)}") from None
         size = content.rfind(b"\n") + 1
         first, *lines = list(_records(content[:size])) or [None]
-        if first is None:
+        if first is None and not lines:
             return 0
+        if first is None:
+            raise InputError(
+                f"{self._place}: line 1 is damaged, which says how the {len(lines)} answers below "
+                "it were made; restore it, or delete the file to begin anew"
+            )
         if first != self._decides:
             changed = sorted(
                 key for key in {*first, *self._decides} if first.get(key) != self._decides.get(key)

@@ -1,8 +1,12 @@
 """How answers are generated; torch is not loaded to find out what means nothing."""
 
+from typing import Any
+
 from ..common.errors import InputError
 from ..config.section import Section
 from ..config.sections import ANSWERS_AT_ONCE
+from ..config.validation import validate
+from ..config.yaml_file import Document
 
 
 class AnswerSettings(Section):
@@ -20,6 +24,21 @@ class AnswerSettings(Section):
     """Seed of sampled answers; that of a row depends on it and on the row's number alone."""
     at_once: int = ANSWERS_AT_ONCE
     """Answers in a batch."""
+
+    @classmethod
+    def of(cls, verb: str, **values: Any) -> "AnswerSettings":
+        """The settings that a command or a program gives.
+
+        Args:
+            verb: what asks for answers, for messages.
+            values: by name.
+
+        Raises:
+            InputError: a value has the wrong type, or means nothing.
+        """
+        settings = validate(cls, Document(values, {(): verb}))
+        settings.check()
+        return settings
 
     def check(self) -> None:
         """Refuse values that mean nothing.

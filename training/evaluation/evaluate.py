@@ -127,7 +127,7 @@ def evaluate(
         evaluation.problems[:0] = problems
         if not problems:
             file.lines.pop(_LOSSES_ROW, None)
-            file.finish(_shown_line)
+            file.finish(_shown_line, keeps_part=bool(evaluation.problems))
     return evaluation
 
 

@@ -112,5 +112,6 @@ def _evaluate_in_store(
                 target.write(part.name, part.read_bytes())
         if file.exists():
             target.write(ROWS_FILE, file.read_bytes())
-            target.delete(part.name)
+            if not part.exists():
+                target.delete(part.name)
     return evaluation

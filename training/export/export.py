@@ -16,7 +16,8 @@ from ..config.adapter_folder import WEIGHTS_FILE, is_base_unchanged
 from ..config.base_digest import BASE_FILE
 from ..config.model_folder import model_folder, processor_files, tokenizer_files
 from ..config.models import ModelSettings
-from ..records.run_folder import Record, finished_run
+from ..config.places import about
+from ..records.run_folder import RECIPE_FILE, Record, finished_run
 from .gguf import convert
 from .loading import ExportedModel
 from .model_card import render_card
@@ -94,7 +95,8 @@ def export(
     base = None
     if merge:
         model = ModelSettings(base=settings["base"], revision=settings.get("revision"))
-        base = model_folder(model, weights=True)
+        with about(str(run / RECIPE_FILE)):
+            base = model_folder(model, weights=True)
     with _staged(target) as staged, finished.local_result() as trained:
         if base is not None:
             _merge(record, settings, base, trained, staged, dtype, progress)

@@ -18,6 +18,7 @@ def quantise(folder: Path, scheme: Literal["nf4", "int8"], model_class: str, tru
     import torch
     import transformers
 
+    transformers.utils.logging.disable_progress_bar()
     config = transformers.BitsAndBytesConfig(
         load_in_4bit=scheme == "nf4",
         load_in_8bit=scheme == "int8",

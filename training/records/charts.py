@@ -310,7 +310,7 @@ def _frame(
         return None
     x_range = (0.0, max(1.0, *(float(step) for step, _ in points)))
     low, high = min(values), max(values)
-    if log and low > 0 and high >= LOG_FROM * low:
+    if log and format != "percent" and low > 0 and high >= LOG_FROM * low:
         edges = _log_edges(low, high)
         return _Frame(x_range, (edges[0], edges[-1]), format, unit, tuple(edges))
     low = min(low, 0.0) if from_zero else low

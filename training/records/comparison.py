@@ -141,11 +141,12 @@ def _facts(records: Sequence[Record]) -> dict[str, list[str]]:
 
 
 def _settings(recipes: Sequence[Record]) -> dict[str, list[Any]]:
+    settings = [
+        flat({key: value for key, value in recipe.items() if key not in _PLACES})
+        for recipe in recipes
+    ]
     return _differing(
-        [
-            flat({key: value for key, value in recipe.items() if key not in _PLACES})
-            for recipe in recipes
-        ]
+        [{key: value for key, value in each.items() if value != []} for each in settings]
     )
 
 

@@ -46,12 +46,17 @@ def metric_rows(comparison: Comparison) -> list[tuple[str, list[str], list[str]]
 
 
 def matched(comparison: Comparison) -> list[str]:
-    """How many answers of each run are the reference: 12 of 20; empty without references."""
+    """How many of each run's answers are the reference: 12 of 20; empty without references."""
     rows = [item for item in comparison.answers if item.reference is not None]
     if not rows:
         return []
-    columns = zip(*(item.matches for item in rows), strict=True)
-    return [f"{sum(column)} of {len(rows)}" for column in columns]
+    matches = zip(*(item.matches for item in rows), strict=True)
+    answers = zip(*(item.answers for item in rows), strict=True)
+    given = [sum(answer is not None for answer in column) for column in answers]
+    return [
+        f"{sum(right)} of {asked}" if asked else MISSING
+        for right, asked in zip(matches, given, strict=True)
+    ]
 
 
 def _rows(values: dict[str, list[Any]]) -> list[tuple[str, list[str]]]:

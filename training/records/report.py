@@ -123,7 +123,7 @@ def render_report(folder: Folder) -> str:
         charts=[chart for chart in small if chart is not None],
         matched=_matched(samples),
         folds=any(_SPECIAL.search(sample.prompt) for sample in samples),
-        next_steps=_next_steps(folder, run),
+        next_steps=_next_steps(folder, run, recipe),
         shown=samples[:SAMPLES_OPEN],
         more=samples[SAMPLES_OPEN:],
         rollouts=_rollouts(read_rollouts(folder)),
@@ -316,20 +316,23 @@ def _matched(samples: Sequence[Sample]) -> str:
     return f"{matching} of {len(tuned)} tuned answers match the reference exactly.{order}"
 
 
-def _next_steps(folder: Folder, run: Record) -> Pairs:
+def _next_steps(folder: Folder, run: Record, recipe: Record) -> Pairs:
     """(what, command) for a run that is not being trained."""
-    recipe = _quoted(folder / RECIPE_FILE)
+    file = _quoted(folder / RECIPE_FILE)
     place = _quoted(folder)
     if run.get("status") in ("stopped", "failed"):
-        return [("Go on", f"finray train {recipe}")]
+        return [("Go on", f"finray train {file}")]
     if run.get("status") != "finished":
         return []
     steps = [] if run.get("method") == "reward" else [("Talk to it", f"finray chat {place}")]
+    merge = " --merge" if run.get("result") == "adapter" else ""
+    counts = "max_steps" if (recipe.get("optim") or {}).get("max_steps") else "epochs"
+    sort = " --sort eval_loss" if "eval_loss" in (run.get("metrics") or {}) else ""
     return [
         *steps,
-        ("Export it", f"finray export {place} --to {_quoted(folder.name)} --merge"),
-        ("Train longer", f"finray train {recipe} --longer --set optim.epochs=N"),
-        ("All runs", "finray runs --sort eval_loss"),
+        ("Export it", f"finray export {place} --to {_quoted(folder.name)}{merge}"),
+        ("Train longer", f"finray train {file} --longer --set optim.{counts}=N"),
+        ("All runs", f"finray runs --storage {_quoted(folder.parent)}{sort}"),
     ]
 
 

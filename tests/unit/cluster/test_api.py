@@ -126,7 +126,7 @@ def test_a_wrong_key_of_a_mapping_and_a_missing_file(settings: dict[str, Any]) -
         finray.train({**settings, "data": {1: 2}})
     with pytest.raises(finray.InputError, match=r"absent\.yaml: cannot read the file"):
         finray.train("absent.yaml")
-    with pytest.raises(finray.InputError, match="holds no run"):
+    with pytest.raises(finray.InputError, match="no such run"):
         finray.export("absent", "to")
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import yaml
+from support.stored_runs import stored_run
 
 from finray.cluster.cli.main import main
 from finray.cluster.jobs.client import Cluster, Job
@@ -201,12 +202,18 @@ def test_schema_documents_every_setting(finray: Runner) -> None:
 
 
 def test_report_of_no_run(finray: Runner) -> None:
-    assert "holds no run" in finray("report", "nowhere", code=2)
+    assert "'nowhere': no such run" in finray("report", "nowhere", code=2)
 
 
 def test_export_of_no_run(finray: Runner) -> None:
-    assert "holds no run" in finray("export", "nowhere", "--to", "out", "--merge", code=2)
+    assert "'nowhere': no such run" in finray("export", "nowhere", "--to", "out", code=2)
     assert not (finray.folder / "out").exists()
+
+
+def test_a_run_is_named_as_other_commands_name_it(finray: Runner) -> None:
+    stored_run(finray.folder / "runs", "first", status="stopped")
+    assert "first: the run is not finished" in finray("export", "first", "--to", "out", code=2)
+    assert finray("report", "first", code=0).endswith("runs/first/report.html\n")
 
 
 def write_sweep(finray: Runner, **settings: Any) -> Path:

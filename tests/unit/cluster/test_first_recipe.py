@@ -80,13 +80,15 @@ def test_paths_start_from_the_recipes_folder(
     Path("rewards.py").write_text("def f(completions, **columns):\n    return [0.0]\n")
     Path("real/recipes").mkdir(parents=True)
     Path("link").symlink_to("real/recipes")
-    init_recipe(
+    first = init_recipe(
         "rows.jsonl", to=Path("link/a.yaml"), model=str(tiny_model), rewards=["rewards.py:f"]
     )
     values = load_yaml(Path("link/a.yaml").read_text(encoding="utf-8"))
     assert values["method"]["rewards"] == [{"file": "../../rewards.py:f"}]
     assert values["data"]["train"] == [{"path": "../../rows.jsonl"}]
-    load_recipe(Path("link/a.yaml"))
+    monkeypatch.chdir("/")
+    for recipe in (load_recipe(tmp_path / "link/a.yaml"), load_recipe(first.values)):
+        assert Path(str(recipe.data.train[0].path)).resolve() == tmp_path / "rows.jsonl"
 
 
 def test_each_setting_is_explained(tmp_path: Path, tiny_model: Path) -> None:

@@ -154,7 +154,8 @@ def test_a_batch_goes_over_all_gpus(tmp_path: Path) -> None:
         assert values["optim.batch_size"] == 2 * 4 * (gpus or 1)
         assert values["optim.micro_batch_size"] == 2
         assert values.get("scale.workers", 1) == (gpus or 1)
-    assert "--gpus" in imported(AXOLOTL["lora"], tmp_path).text
+    assert "# For one GPU" in imported(AXOLOTL["lora"], tmp_path).text
+    assert "# For one GPU" not in imported(AXOLOTL["ray"], tmp_path).text
 
 
 def test_processes_of_a_command_are_gpus(tmp_path: Path) -> None:
@@ -559,6 +560,8 @@ def test_what_fsdp_config_nests_is_named(tmp_path: Path) -> None:
     result = imported(text, tmp_path, 2)
     assert result.values["scale"]["strategy"] == "fsdp"
     assert result.left.keys() == {"fsdp_config.offload_params"}
+    text = f"{_AXOLOTL}datasets: [a/b]\nfsdp_config: {{activation_checkpointing: true}}\n"
+    assert imported(text, tmp_path).values["model"]["gradient_checkpointing"] is True
 
 
 def test_what_version_1_of_llama_factory_nests_is_named(tmp_path: Path) -> None:

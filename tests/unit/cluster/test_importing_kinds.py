@@ -10,6 +10,7 @@ import pytest
 import finray
 from finray.cluster.starting.importing import Imported, import_settings
 from finray.training.common.errors import InputError
+from finray.training.common.yaml_text import load_yaml
 from finray.training.config.recipe import load_recipe
 
 AXOLOTL = "base_model: org/model\nsequence_len: 512\n"
@@ -43,7 +44,7 @@ def imported(text: str, folder: Path, gpus: int | None = None) -> Imported:
 
 
 def section(text: str, name: str, folder: Path, gpus: int | None = None) -> Any:
-    return imported(text, folder, gpus).values.get(name, {})
+    return load_yaml(imported(text, folder, gpus).text).get(name, {})
 
 
 @pytest.mark.parametrize(
@@ -174,9 +175,14 @@ def test_rows_of_axolotl(tmp_path: Path) -> None:
     chats, answers = section(AXOLOTL + text, "data", tmp_path)["train"]
     assert chats["columns"] == {"messages": "completion"} and chats["split"] == "train[:9]"
     assert answers["columns"] == {"instruction": "question", "output": "completion"}
+    plain = f"{AXOLOTL}rl: orpo\ndatasets: [{{path: org/c, type: chat_template.argilla}}]\n"
+    assert section(plain, "data", tmp_path)["train"] == [{"dataset": "org/c"}]
+    assert "datasets.0.type" not in imported(PAIRS.replace(".intel", "") + "dpo\n", tmp_path).left
     reward = "reward_model: true\ndatasets: [{path: org/c, type: bradley_terry.chat_template}]\n"
     [source] = section(AXOLOTL + reward, "data", tmp_path)["train"]
     assert source["columns"] == {"instruction": "input"}
+    listed = ALPACA.replace("alpaca}", "alpaca, split: [train, 'test[:5%]']}")
+    assert section(listed, "data", tmp_path)["train"][0]["split"] == "train+test[:5%]"
     weighted = ALPACA.replace("alpaca}", "alpaca, weight: 0.25}")
     [source] = section(weighted, "data", tmp_path)["train"]
     assert source["weight"] == 0.25
@@ -193,8 +199,27 @@ def test_rows_of_axolotl(tmp_path: Path) -> None:
     ],
 )
 def test_styles_of_prompts(kind: str, question: str | None, tmp_path: Path) -> None:
-    template = section(ALPACA.replace("alpaca", f'"{kind}"'), "data", tmp_path)["chat_template"]
+    text = ALPACA.replace("alpaca", f'"{kind}"')
+    is_block = "chat_template: |-" in imported(text, tmp_path).text
+    assert is_block is (question is not None), "a template is written without escapes"
+    template = section(text, "data", tmp_path)["chat_template"]
     assert template == "chatml" if question is None else f"'{question}'" in template
+
+
+def test_a_length_without_bound_gets_one_and_says_so(tmp_path: Path) -> None:
+    text = "model_name_or_path: a/b\ndataset_name: c/d\nuse_peft: true\nmax_length: null\n"
+    made = imported(text, tmp_path)
+    assert made.values["data"]["max_length"] == 8192
+    assert "rows of any length" in made.changed["max_length"]
+
+
+def test_a_data_set_of_trl_has_its_subset_and_system_prompt(tmp_path: Path) -> None:
+    text = (
+        "model_name_or_path: a/b\ndataset_name: c/d\nuse_peft: true\ndataset_configs: [main]\n"
+        "system_prompt: Be brief.\n"
+    )
+    [source] = section(text, "data", tmp_path)["train"]
+    assert source == {"dataset": "c/d", "subset": "main", "system": "Be brief."}
 
 
 def test_templates_by_name_are_the_models_own(tmp_path: Path) -> None:
@@ -212,7 +237,7 @@ def test_version_1_of_llama_factory(tmp_path: Path) -> None:
     (tmp_path / "rows.json").write_text("[]", encoding="utf-8")
     (tmp_path / "sets.yaml").write_text(json.dumps(rows), encoding="utf-8")
     result = imported(V1, tmp_path, 2)
-    values = result.values
+    values = load_yaml(result.text)
     assert result.dialect == "LLaMA-Factory v1" and not result.unknown
     assert values["adapter"] == {
         "kind": "lora", "rank": 4, "alpha": 12, "dropout": 0.05, "targets": "all-linear"
@@ -264,3 +289,10 @@ def test_in_python(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert finray.load_recipe("recipe.yaml") == finray.load_recipe(made.values)
     with pytest.raises(InputError, match=r"recipe\.yaml exists already"):
         finray.import_recipe("axolotl.yml", to="recipe.yaml")
+    Path("rows.jsonl").touch()
+    Path("local.yml").write_text(ALPACA.replace("org/rows", "rows.jsonl"), encoding="utf-8")
+    made = finray.import_recipe("local.yml", to="sub/recipe.yaml")
+    assert "path: ../rows.jsonl" in made.text
+    for recipe in ("sub/recipe.yaml", made.values):
+        path = finray.load_recipe(recipe).data.train[0].path
+        assert path is not None and Path(path).resolve() == (tmp_path / "rows.jsonl").resolve()

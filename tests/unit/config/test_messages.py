@@ -127,6 +127,11 @@ def test_every_setting_of_a_sweep() -> None:
         ),
         ({"data": {"train": []}}, "data.train: expected "),
         ({"log": {"to": ["neptune"]}}, "log.to.0: expected one of 'tensorboard', 'wandb',"),
+        (
+            {"eval": {"metrics": ["score.py:fine"]}},
+            "eval.metrics.0: a measure is one of exact_match, token_f1, rouge1, rouge2, rougeL, "
+            'bleu, chrf, json_valid, tool_calls and {file: "score.py:function"}',
+        ),
         ({"adapter": {"dora": "maybe"}}, "adapter.dora: expected true or false, found 'maybe'"),
         ({"storage": 3}, "storage: expected text, found 3; put it into quotes"),
         ({"model": {}}, "model.base: missing, and it has no default; add it"),

@@ -62,6 +62,7 @@ def test_uris_stay(tmp_path: Path) -> None:
         ("optim: {learnin_rate: 1e-4}\n", 5, "did you mean 'learning_rate'?"),
         ("adaptr: {rank: 4}\n", 5, "did you mean 'adapter'?"),
         ("learning_rate: 1e-4\n", 5, "did you mean 'optim.learning_rate'?"),
+        ("eval: {type: x}\n", 5, "eval.type: unknown key; possible keys: every_steps, "),
         ("optim:\n  batch_size: many\n", 6, "optim.batch_size: "),
         ("optim: {epochs: 1, max_steps: 3}\n", 5, "epochs and max_steps contradict"),
         ("method: {kind: sftt}\n", 5, "expected one of 'sft', 'pretrain'"),

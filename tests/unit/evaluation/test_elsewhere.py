@@ -14,6 +14,7 @@ from support.finished_run import finished_run
 from transformers import AutoModelForCausalLM
 
 import finray
+from finray.training.common.errors import RunError
 from finray.training.common.storage import Folder
 from finray.training.config.source import Source
 from finray.training.evaluation.answer_settings import AnswerSettings
@@ -188,3 +189,17 @@ def test_vllm_is_chosen_where_it_can_load_the_model(
     assert not Engine.made  # there is no GPU
     finray.generate(whole, prompts, tmp_path / "whole.jsonl", max_tokens=1, engine="vllm")
     assert Engine.made[0]["model"] == str(whole / "model") and "enable_lora" not in Engine.made[0]
+
+
+def test_a_broken_vllm_says_what_answers_without_it(
+    stand_in: None, run: Path, tmp_path: Path, write: Write, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One that was installed for another version of its neighbours raises anything."""
+
+    def broken(**_: Any) -> None:
+        raise AttributeError("module 'transformers' has no attribute 'Old'")
+
+    monkeypatch.setattr(sys.modules["vllm"], "LLM", broken)
+    prompts = write(tmp_path / "rows.jsonl", ROWS[:1])
+    with pytest.raises(RunError, match="has no attribute 'Old'; --engine transformers answers"):
+        finray.generate(run, prompts, tmp_path / "out.jsonl", engine="vllm")

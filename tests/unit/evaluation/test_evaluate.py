@@ -353,6 +353,28 @@ def test_an_object_store_keeps_the_answers_of_a_silent_judge(
     ]
 
 
+def test_a_function_that_raises_costs_no_answer(
+    run: Path, tmp_path: Path, write: Write, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The corrected one measures the answers that are there."""
+    data = write(tmp_path / "rows.jsonl", ROWS)
+    score = tmp_path / "score.py"
+
+    def evaluate(body: str) -> finray.EvaluationResult:
+        score.write_text(f"def f(completions, **columns):\n    {body}\n")
+        how: dict[str, Any] = {"loss": False, "max_tokens": 2, "to": tmp_path / "eval"}
+        return finray.evaluate(run, data, metrics=[f"{score}:f"], **how)
+
+    assert "KeyError" in evaluate("raise KeyError('gone')").problems[0]
+    assert (tmp_path / "eval" / "eval.jsonl").is_file()
+    from finray.training.evaluation import results
+
+    monkeypatch.setattr(results, "open_located", None)  # the model is not needed any more
+    result = evaluate("return [1.0] * len(completions)")
+    assert result.values == {"f": 1.0} and "±" not in result.report.text
+    assert not (tmp_path / "eval" / "eval.jsonl.part").exists()
+
+
 @pytest.mark.parametrize(
     "words",
     [

@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -214,7 +216,10 @@ def test_a_prompt_may_fill_the_context(
         (("support", "--temperature", "-1"), "--temperature: -1.0 is not 0 or above"),
         (("support", "--temperature", "nan"), "expected a number, found 'nan'"),
         (("support", "--top-p", "0"), "--top-p: 0.0 is not above 0 and at most 1"),
-        (("support", "--workers", "0"), "--workers: 0 is not above 0; give 1 or more"),
+        (
+            ("support", "--workers", "0"),
+            "--workers: expected a whole number of at least 1, found 0",
+        ),
     ],
 )
 def test_what_is_wrong_is_one_line(
@@ -329,3 +334,47 @@ def test_a_full_disk_is_one_line_and_costs_no_answer(tmp_path: Path) -> None:
             file.add([{"row": 2, "answer": "dog"}])
     with AnswerFile(tmp_path / "out", decides) as file:
         assert list(file.lines) == [1]
+
+
+def test_a_damaged_first_line_costs_no_answer(tmp_path: Path) -> None:
+    """Without it nothing says whether the answers are of these settings, so they are kept."""
+    with AnswerFile(tmp_path / "out", {"model": "x"}) as file:
+        file.add([{"row": 1, "answer": "fox"}])
+    part = tmp_path / "out.part"
+    kept = part.read_bytes().partition(b"\n")[2]
+    part.write_bytes(b'{"model\n' + kept)
+    with pytest.raises(InputError, match=r"out.part: line 1 is damaged, .* the 1 answers below"):
+        AnswerFile(tmp_path / "out", {"model": "x"})
+    assert part.read_bytes().endswith(kept)
+    part.write_bytes(b'{"model')
+    with AnswerFile(tmp_path / "out", {"model": "x"}) as file:
+        assert not file.lines
+
+
+def test_what_is_wrong_is_said_before_torch_is_loaded(
+    run: Path, tmp_path: Path, write: Write
+) -> None:
+    prompts = str(write(tmp_path / "rows.jsonl", ROWS[:1]))
+    cases = {
+        "nope.jsonl: no such file or folder": {"prompts": str(tmp_path / "nope.jsonl")},
+        "--engine: vllm is not installed; pip install": {"engine": "vllm"},
+        "generate: max_tokens: expected a whole number, found 'a'": {"max_tokens": "a"},
+        "--workers: expected a whole number of at least 1, found 'a'": {"workers": "a"},
+    }
+    program = f"""
+import sys, finray
+for case in {list(cases.values())!r}:
+    try:
+        how = {{"prompts": {prompts!r}, **case}}
+        finray.generate({str(run)!r}, to={str(tmp_path / "out")!r}, **how)
+    except finray.InputError as error:
+        print("torch" in sys.modules, error)
+try:
+    finray.evaluate({str(run)!r}, {str(tmp_path / "rows.json")!r})
+except finray.InputError as error:
+    print("torch" in sys.modules, error)
+"""
+    command = [sys.executable, "-c", program]
+    said = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
+    for message, line in zip([*cases, "rows.json: no such"], said, strict=True):
+        assert line.startswith("False") and message in line

@@ -123,7 +123,7 @@ def test_a_base_that_is_gone(tiny_model: Path, tmp_path: Path) -> None:
     base = shutil.copytree(tiny_model, tmp_path / "base")
     run = finished_run(tmp_path, base)
     shutil.rmtree(base)
-    assert f"there is no folder {base}" in refusal(run, merge=True)
+    assert f"recipe.yaml: model.base: there is no folder {base}" in refusal(run, merge=True)
     assert exported(run).is_dir()  # the adapter alone needs no base
 
 

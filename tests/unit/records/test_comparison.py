@@ -14,7 +14,7 @@ from finray.training.common.errors import InputError
 from finray.training.common.storage import Folder
 from finray.training.records.charts import overlay
 from finray.training.records.comparison import Comparison, compare_runs
-from finray.training.records.comparison_page import render_page
+from finray.training.records.comparison_page import matched, render_page
 
 SAMPLES = [("same", "1", "1"), ("<|im_start|>user\n<b>apart", "2", "2"), ("neither", "3", "?")]
 
@@ -31,7 +31,7 @@ def two_runs(tmp_path: Path) -> Comparison:
             name,
             recipe={
                 "optim": {"learning_rate": rate, "epochs": 2},
-                "data": {"train": [{"p": name}]},
+                "data": {"train": [{"p": name}], "eval": [] if name == "first" else [{"p": "e"}]},
             },
             metrics={"eval_loss": 0.5 + rate * 1000, "loss": 0.25},
             lines=[{"step": step, "loss": 8.0 / step**2} for step in (1, 2, 4)],
@@ -46,6 +46,7 @@ def test_only_what_differs_is_named(tmp_path: Path) -> None:
     assert compared.settings == {
         "optim.learning_rate": [1e-4, 3e-4],
         "data.train.0.p": ["first", "second"],
+        "data.eval.0.p": [None, "e"],
     }
     assert compared.inputs == {"torch (version)": ["2.13.0", "2.14.0"]}
     assert compared.metrics == {"eval_loss": [0.6, 0.8], "loss": [0.25, 0.25]}
@@ -65,6 +66,15 @@ def test_the_text(tmp_path: Path) -> None:
     assert "optim.learning_rate  0.0001   0.0003" in text
     assert "Loss, log scale" in text and text.count("|*") == 0
     assert "B ✓        2" in text and "2 more prompts" in text
+
+
+def test_a_run_is_measured_by_the_prompts_that_it_answered(tmp_path: Path) -> None:
+    two_runs(tmp_path)
+    first = {"row": 0, "prompt": "same", "reference": "1", "after": "1"}
+    for name, samples in (("few", [first]), ("none", [])):
+        stored_run(tmp_path, name, samples=samples)
+    folders = [Folder(str(tmp_path / name)) for name in ("first", "second", "few", "none")]
+    assert matched(compare_runs(folders))[2:] == ["1 of 1", "–"]
 
 
 def test_the_page_escapes_and_folds(tmp_path: Path) -> None:
@@ -106,3 +116,5 @@ def test_the_axis(values: list[float], is_log: bool, ticks: list[Any]) -> None:
     assert len(chart.y_ticks) == len(ticks)
     assert [float(tick.label) for tick in chart.y_ticks] == pytest.approx([float(t) for t in ticks])
     assert chart.y_ticks[0].at == 0 and chart.y_ticks[-1].at == 100
+    share = overlay("x", [("a", list(enumerate(values)))], format="percent")
+    assert share is not None and not share.is_log

@@ -261,6 +261,31 @@ def test_settings_are_shown_with_their_sections(tmp_path: Path) -> None:
     assert "data: {train:" in text, "the YAML itself is there too"
 
 
+@pytest.mark.parametrize(
+    ("record", "recipe", "commands"),
+    [
+        (
+            {"result": "adapter", "metrics": {"eval_loss": 1.0}},
+            "optim: {max_steps: 8}",
+            ("--to demo --merge", "--set optim.max_steps=N", "--sort eval_loss"),
+        ),
+        (
+            {"result": "model", "metrics": {"loss": 1.0}},
+            "optim: {epochs: 2}",
+            ("--to demo Train", "--set optim.epochs=N", "--storage {} Curves"),
+        ),
+    ],
+)
+def test_the_commands_that_come_next_are_possible(
+    record: dict[str, Any], recipe: str, commands: tuple[str, ...], tmp_path: Path
+) -> None:
+    folder = make_run(tmp_path, steps([2.0, 1.0]), **record)
+    folder.write("recipe.yaml", recipe.encode())
+    text = Page(render_report(folder)).text()
+    for command in commands:
+        assert command.format(tmp_path) in text
+
+
 def test_no_run_is_an_input_error(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"holds no run: there is no run\.json"):
         render_report(Folder(str(tmp_path)))

@@ -232,6 +232,7 @@ def test_prune_keeps_the_best_the_young_and_the_unfinished(tmp_path: Path) -> No
 
     both = prune(keep_best=2, older_than=30 * DAY)
     assert names(both) == ["old-0", "old-2"]
+    assert [item.why.endswith(", no eval_loss") for item in both.doomed] == [False, True]
     assert set(kept(both)) == {"old-1", "old-3", "young", "pairs", "half"}
     assert "step 10 of 10" in kept(both)["half"]
     assert "young" in names(prune(keep_best=1))

@@ -151,3 +151,15 @@ def test_fifty_trials_stay_below_a_megabyte(record: dict[str, Any]) -> None:
     page = render_report(study, record)
     assert len(page.encode()) < 1_000_000
     assert "Held-out loss of each trial" in page and page.count('class="plot"') == 6
+
+
+def test_each_of_several_objectives_has_a_figure_of_its_own(record: dict[str, Any]) -> None:
+    """Together they would be too long for one."""
+    record["objectives"].append({"metric": "eval_token_f1", "mode": "max"})
+    for trial in record["trials"]:
+        trial["values"] = trial["values"] and [*trial["values"], 0.5]
+    page = render_report(optuna.create_study(directions=["minimize", "maximize"]), record)
+    figures = re.findall(r'<span class="label">(.*?)</span><span class="value">(.*?)</span>', page)
+    assert ("Best, trial 2: eval_loss", "1") in figures
+    assert ("Best, trial 2: eval_token_f1", "0.5") in figures
+    assert '<span class="x" style="left:0.0%">learning_rate' not in page

@@ -66,7 +66,7 @@ LEFT = {
     "push_to_hub hub_model_id hub_strategy hub_token hub_private_repo hub_always_push hub_revision "
     "hub_model_revision push_to_hub_revision push_to_hub_model_id push_to_hub_token "
     "push_to_hub_organization": (
-        "uploading to the hub; finray export writes the finished result as a folder"
+        "uploading to the hub; finray export --push uploads the finished result"
     ),
     "logging_dir logging_first_step logging_strategy logging_nan_inf_filter log_level "
     "log_level_replica log_on_each_node disable_tqdm debug include_num_input_tokens_seen "

@@ -63,6 +63,7 @@ TRL = Dialect(
         "test_split_size": ("data.holdout", "share of the rows that is held out"),
         "dataset_text_field": ("data.train.0.columns: {text: NAME}", "the column of plain text"),
         "text_column": ("data.train.0.columns: {text: NAME}", "the column of plain text"),
+        "system_prompt": ("data.train.0.system", "for conversations without one"),
         "chat_template": ("data.chat_template", "a Jinja text; else the model's own"),
         "chat_template_path": ("data.chat_template", "a Jinja file; else the model's own"),
         "eos_token": ("data.chat_template", "an answer ends as the chat template writes it"),
@@ -137,9 +138,9 @@ TRL = Dialect(
         "image_column max_num_images max_image_size": (
             "images; finray trains text alone, and refuses rows that hold any"
         ),
-        "dataset_prompt_column system_prompt callbacks benchmarks wandb_entity wandb_project "
+        "dataset_prompt_column callbacks benchmarks wandb_entity wandb_project "
         "wandb_run_group wandb_log_unique_prompts overwrite_hub_revision": (
-            "settings of a script around TRL; finray has columns and system in a source, and log.to"
+            "settings of a script around TRL; finray has columns in a source, and log.to"
         ),
         "config_file main_process_port machine_rank num_machines mixed_precision dynamo_backend "
         "main_process_ip rdzv_backend rdzv_endpoint master_port nnodes node_rank "
