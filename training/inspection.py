@@ -56,8 +56,12 @@ class Inspection:
 
 
 @locates
-def inspect_recipe(recipe: Recipe) -> Inspection:
+def inspect_recipe(recipe: Recipe, *, weights: bool = True) -> Inspection:
     """Check a recipe's sources, model folder, adapter, reference and rewards within seconds.
+
+    Args:
+        recipe: the recipe.
+        weights: False where no weights are needed, so that those of the base may be elsewhere.
 
     Raises:
         InputError: a source is missing, empty, unreadable, in an unknown format, or all its first
@@ -94,7 +98,8 @@ def inspect_recipe(recipe: Recipe) -> Inspection:
             inspected[split].append(rows)
     _check_template(recipe, folder, tokenizer, [*inspected["train"], *inspected["eval"]])
     _check_enough(recipe, data.train, inspected["train"])
-    _check_weights(recipe)
+    if weights:
+        _check_weights(recipe)
     return Inspection(
         tuple(rows.inspection for rows in inspected["train"]),
         tuple(rows.inspection for rows in inspected["eval"]),

@@ -50,9 +50,10 @@ def plan(
         utilisation: share of the card's 16-bit operations that training reaches.
 
     Returns:
-        Plain values: `placements`, each with its peaks by phase, whether it fits, tokens a second,
-        hours and GPU hours; `best`, the settings of the fastest that fits, None if none does; and
-        `nearest`, what would fit then.
+        Plain values: `placements`, each with its peaks by phase, whether it fits and how tightly,
+        the bytes that a worker takes of its machine's memory (`host`), tokens a second, hours and
+        GPU hours; `best`, the settings of the fastest that fits, those that fill the card last,
+        None if none does; and `nearest`, what would fit then.
 
     Raises:
         InputError: there is no such card, or the recipe is wrong.
@@ -107,7 +108,7 @@ def _placed(recipe: Recipe, gpu: str) -> tuple[Recipe, int]:
     verdict = judge(recipe, sizes, gpus)
     if not verdict.fits or verdict.is_tight:
         raise InputError(f"--gpu {gpu}: {verdict.text}")
-    return recipe, host_bytes(_memory(recipe, sizes[recipe.model.quantize], card))
+    return recipe, host_bytes(recipe, sizes[recipe.model.quantize], _room(card).compute)
 
 
 @locates
@@ -123,7 +124,12 @@ def _planned(recipe: Recipe, card: Card, count: int, utilisation: float) -> dict
         for quantize, of_model in sizes.items()
         for placement in placements(recipe, quantize, of_model, _room(card), count)
     ]
-    rows.sort(key=lambda row: (not row["fits"], row["seconds_per_step"], row["gpu_hours"] or 0))
+    rows.sort(
+        key=lambda row: (
+            *(not row["fits"], row["is_tight"]),
+            *(row["seconds_per_step"], row["gpu_hours"] or 0),
+        )
+    )
     fitting = [row for row in rows if row["fits"]]
     return {
         "name": recipe.name,
@@ -139,8 +145,10 @@ def _planned(recipe: Recipe, card: Card, count: int, utilisation: float) -> dict
 
 
 def _work(recipe: Recipe) -> dict[str, Any]:
-    """Steps of the run, and tokens of a step; None where the data is not at hand."""
-    length = recipe.data.max_length * recipe.method.sequences_per_row
+    """Steps of the run, tokens of its data, and the share of a full step that holds tokens; None
+    where the data is not at hand. Completions count as long as they may be."""
+    sampled = recipe.data.max_length - recipe.row_length if recipe.method.samples_online else 0
+    length = recipe.tokens_per_row
     work: dict[str, Any] = {"steps": None, "tokens": None, "filled": 1.0, "note": None}
     try:
         data = data_outlook(recipe)
@@ -151,7 +159,7 @@ def _work(recipe: Recipe) -> dict[str, Any]:
         work |= {
             "steps": recipe.total_steps(data["sequences"]),
             "tokens": data["tokens"],
-            "filled": min(1.0, data["tokens"] / (data["sequences"] * length)),
+            "filled": min(1.0, (data["tokens"] / data["sequences"] + sampled) / length),
         }
     elif recipe.optim.max_steps is not None:
         work["steps"] = recipe.optim.max_steps
@@ -173,7 +181,7 @@ def _memory(recipe: Recipe, sizes: "Sizes", card: Card) -> "MemoryEstimate":
 def _figures(
     placement: Placement, sizes: "Sizes", card: Card, utilisation: float, work: dict[str, Any]
 ) -> dict[str, Any]:
-    from ...training.models.placement import fits
+    from ...training.models.placement import SHARE, fits
     from ...training.models.speed import Device, seconds_per_step
 
     recipe, workers = placement.recipe, placement.workers
@@ -194,6 +202,8 @@ def _figures(
         "phases": memory.phases,
         "peak": memory.peak,
         "fits": fits(recipe, sizes, _room(card)),
+        "is_tight": memory.peak > SHARE * card.bytes,
+        "host": host_bytes(recipe, sizes, _room(card).compute),
         "seconds_per_step": seconds,
         "tokens_per_second": tokens / seconds,
         "hours": hours,

@@ -259,6 +259,11 @@ class Recipe(PlacedSection):
                 "model.quantize int8 stores scales of whole rows, which cannot be sharded with the "
                 "weights; use nf4"
             )
+        if self.model.dtype == "float16":
+            return (
+                "model.dtype float16 scales its gradients, which finray does not do for shards; "
+                "set bfloat16 or float32, or take ddp"
+            )
         if self.method.why_not_shardable is not None:
             return self.method.why_not_shardable
         if self.adapter is not None and self.adapter.changes_base:

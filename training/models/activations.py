@@ -77,7 +77,7 @@ def kept_by(
     """
     relevant = recipe.model_dump_json(
         include={"model": True, "adapter": True, "freeze": True, "method": _OF_THE_MODEL},
-        exclude={"model": {"gradient_checkpointing"}},
+        exclude={"model": {"gradient_checkpointing", "quantize"}},
     )
     return _counted(_Key(relevant, recipe), tokens, compute, trained, attention)
 
