@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 UTILISATION = 0.4
 """Share of a GPU's operations that training is assumed to reach."""
-_MORE = (2, 4, 8)
+_MORE = (2, 4, 8, 16, 32, 64)
 """Numbers of GPUs to propose, where none of other settings fits so few."""
 
 
@@ -85,9 +85,7 @@ def place(recipe: RecipeSource, changes: Changes = (), *, gpu: str) -> tuple[Rec
     planned = plan(recipe, changes, gpu=gpu)
     if planned["best"] is None:
         least = min(row["peak"] for row in planned["placements"])
-        near = (
-            planned["nearest"] or "none of other settings, nor another card of the table or 8 GPUs"
-        )
+        near = planned["nearest"] or "no other settings, card of the table or number of GPUs"
         raise InputError(
             f"--gpu {gpu}: the run takes {amount(least)} of each at least; the nearest that would "
             f"fit: {near}"
@@ -224,8 +222,8 @@ def _nearest(recipe: Recipe, sizes: dict[str, "Sizes"], card: Card, count: int) 
     if near is not None:
         return as_line(changed_settings(recipe, near))
     quantize = "nf4" if "nf4" in sizes else own
-    least = list(placements(recipe, quantize, sizes[quantize], room, count))
     for larger in sorted(CARDS.values(), key=lambda one: one.bytes):
+        least = placements(recipe, quantize, sizes[quantize], _room(larger), count)
         for placement in filter(lambda one: one.checkpoints, least):
             if fits(placement.recipe, sizes[quantize], _room(larger)):
                 peak = _memory(placement.recipe, sizes[quantize], larger).peak

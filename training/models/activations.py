@@ -101,15 +101,24 @@ def _counted(
 ) -> tuple[Kept, Kept] | None:
     limit("torch._subclasses.fake_tensor", logging.CRITICAL)  # what fails is not computed
     limit("transformers", logging.ERROR)  # nor do slow stand-ins for kernels matter here
-    mode = FakeTensorMode(allow_non_fake_inputs=True)
     try:
-        model = _without_values(key.recipe, mode, compute, trained)
-        _attend(model, attention)
+        mode, model = _followed_model(key, compute, trained, attention)
         with mode, _GroupedProducts():  # type: ignore[no-untyped-call]
             one, two = (_forward(model, rows, tokens, compute, trained) for rows in (1, 2))
             return one, two
     except (RuntimeError, NotImplementedError, ValueError, TypeError):
         return None  # the code of some architectures reads values
+
+
+@lru_cache(maxsize=1)
+def _followed_model(
+    key: _Key, compute: DtypeName, trained: DtypeName, attention: Attention
+) -> tuple[FakeTensorMode, Model]:
+    """The last model, which rows of another length go through, too."""
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    model = _without_values(key.recipe, mode, compute, trained)
+    _attend(model, attention)
+    return mode, model
 
 
 class _GroupedProducts(TorchDispatchMode):  # type: ignore[no-untyped-call]

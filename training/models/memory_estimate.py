@@ -24,6 +24,7 @@ from .dtypes import DtypeName
 from .loading import Model, build_meta_model
 from .logit_memory import HeadFacts, LossSizes, head_facts, loss_bytes, tokens_at_once
 from .matrices import Matrix, matrices, own_name
+from .reward_sizes import values_of_rewards
 from .targets import adapted_layers
 
 CONTEXT_BYTES = 2**29
@@ -100,6 +101,8 @@ class Sizes:
     backward pass, in the base's type."""
     largest: int = 0
     """Values of the largest frozen matrix."""
+    rewards: int = 0
+    """Values of the reward models that score completions."""
     head: HeadFacts = field(default_factory=HeadFacts)
     can_be_followed: bool = field(default=False, compare=False)
     """The model's configuration is at hand: its own forward pass decides on the activations.
@@ -111,7 +114,8 @@ class MemoryEstimate:
     """Estimated bytes on one worker's GPU."""
 
     weights: int
-    """The model and a second model as reference, if there is one, in their stored types."""
+    """The model, a second model as reference and reward models, if there are any, in their stored
+    types."""
     training: int
     """Gradients and the optimizer's states."""
     activations: int
@@ -195,6 +199,7 @@ def sizes_of(recipe: Recipe, model: Model | None = None) -> Sizes:
         cached=_cached(config),
         added=_added(model, own),
         largest=max((matrix.values for matrix in own if matrix.weight in packs), default=0),
+        rewards=values_of_rewards(recipe) if recipe.method.samples_online else 0,
         head=head_facts(model),
         can_be_followed=True,
     )
@@ -303,7 +308,7 @@ def _trained_width(recipe: Recipe, compute: DtypeName) -> int:
 
 
 def _weights(recipe: Recipe, sizes: Sizes, compute: DtypeName) -> int:
-    """Bytes of all weights, with those of a second model as reference."""
+    """Bytes of all weights, with those of a second model as reference and of reward models."""
     low = _width(compute)
     # If the base itself is trained, its frozen weights are float32 too.
     base = low if recipe.trains_adapter else 4
@@ -313,7 +318,7 @@ def _weights(recipe: Recipe, sizes: Sizes, compute: DtypeName) -> int:
     if recipe.method.holds_second_model(recipe.trains_adapter):
         total += (sizes.linear + sizes.frozen) * low
         total += 0 if recipe.trains_adapter else sizes.trained * low
-    return round(total)
+    return round(total + sizes.rewards * low)
 
 
 def _gathered(recipe: Recipe, sizes: Sizes, compute: DtypeName) -> int:

@@ -168,6 +168,14 @@ def test_float16_is_not_sharded(dtype: str) -> None:
     assert {one.strategy for one in placed} == {"one GPU", "ddp"}
 
 
+def test_the_nearest_card_may_shard() -> None:
+    """All of eight billion weights: T4s take float16, which is not sharded; larger cards do not."""
+    text = {"name": "r", "model": "/m", "data": {"train": [{"path": "/x"}]}}
+    sizes = replace(LLAMA_8B, linear=0, frozen=0, trained=8 * 10**9)
+    near = _nearest(recipe_from_dict(text), {"none": sizes}, CARDS["t4"], 4)
+    assert near is not None and near.startswith("--gpu a100-40:4 (")
+
+
 def test_completions_are_trained_on(tiny_model: Path, tmp_path: Path) -> None:
     """As long as they may be, with prompts as long as they are."""
     rows = [{"prompt": f"How much is {number} + 1?"} for number in range(40)]

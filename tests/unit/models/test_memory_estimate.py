@@ -1,6 +1,7 @@
 """The estimated memory, compared with what a model really keeps for its backward pass."""
 
 import gc
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import pytest
 import torch
 from pydantic import ValidationError
 from support.real_models import LLAMA_8B, LLAMA_8B_CONFIG, write_config
+from transformers import AutoModelForSequenceClassification
 
 from finray.training.common.errors import InputError
 from finray.training.config.recipe import Recipe, recipe_from_dict
@@ -30,6 +32,7 @@ from finray.training.models.memory_estimate import (
     vllm_share,
 )
 from finray.training.models.placement import decide, with_strategy
+from finray.training.records.run_folder import RUN_FORMAT
 
 # peft calls a name that transformers has renamed.
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
@@ -485,6 +488,23 @@ def test_a_worker_samples_its_own_prompts(bases: dict[int, Path]) -> None:
     sizes = sizes_of(settings)
     of_one = cache_bytes(sizes, "bfloat16", TOKENS) + 64 * 40
     assert estimate(settings, sizes).generation == 2 * 4 * of_one
+
+
+def test_reward_models_are_counted(bases: dict[int, Path], tmp_path: Path) -> None:
+    """A classifier by its configuration, a finished run by its record; they stay on the GPU."""
+    run = tmp_path / "reward"
+    run.mkdir()
+    record = {"format": RUN_FORMAT, "parameters": {"total": 12_345, "trainable": 5}}
+    (run / "run.json").write_text(json.dumps(record), encoding="utf-8")
+    method = {"kind": "grpo", "max_completion": 8, "rewards": [{"file": "/x.py:f"}]}
+    alone = recipe(bases[3], **LORA, method=method)
+    method["rewards"] = [{"model": str(bases[1])}, {"run": str(run)}]
+    scored = recipe(bases[3], **LORA, method=method)
+    own, sizes = sizes_of(alone), sizes_of(scored)
+    head = AutoModelForSequenceClassification.from_pretrained(bases[1], num_labels=2)
+    assert (own.rewards, sizes.rewards) == (0, 12_345 + head.num_parameters())
+    added = estimate(scored, sizes).weights - estimate(alone, own).weights
+    assert added == 2 * sizes.rewards
 
 
 WORKERS = 8
