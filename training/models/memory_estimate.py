@@ -290,7 +290,8 @@ def attention_of(recipe: Recipe) -> Attention:
 
 def logits_at_once(recipe: Recipe, sizes: Sizes, kind: str = "cuda") -> int:
     """Number of a microbatch's tokens that have logits at a time; arguments as for `estimate`."""
-    return tokens_at_once(sizes.head, _loss_sizes(recipe, sizes, "bfloat16"), kind)
+    of_loss = _loss_sizes(recipe, sizes, "bfloat16", recipe.microbatch_tokens)
+    return tokens_at_once(sizes.head, of_loss, kind)
 
 
 def _width(dtype: str) -> int:
@@ -348,11 +349,6 @@ def _training(recipe: Recipe, sizes: Sizes, compute: DtypeName) -> int:
     return sizes.trained * per_value
 
 
-def _tokens(recipe: Recipe) -> int:
-    """Number of tokens in a full microbatch."""
-    return recipe.microbatch_tokens
-
-
 class _Held(NamedTuple):
     """Bytes that are held from the forward to the backward pass of a microbatch."""
 
@@ -366,7 +362,7 @@ class _Held(NamedTuple):
 
 def _step_activations(recipe: Recipe, sizes: Sizes, compute: DtypeName, device: str) -> int:
     """Bytes that a microbatch's forward pass keeps, and those of its loss."""
-    tokens = _tokens(recipe)
+    tokens = recipe.microbatch_tokens
     rows = tokens / recipe.data.max_length
     trained: DtypeName = "float32" if _trained_width(recipe, compute) == 4 else "bfloat16"
     gathers_low = _gathers_low(recipe)
@@ -380,7 +376,7 @@ def _step_activations(recipe: Recipe, sizes: Sizes, compute: DtypeName, device: 
         copies = 2 * sizes.cast if kind == "autocast" and not gathers_low else 0
         held = _of_a_llama(recipe, sizes, tokens, compute, kind)
         held = held._replace(always=held.always + copies)
-    logits = _logits_bytes(recipe, sizes, compute, device)
+    logits = _logits_bytes(recipe, sizes, compute, device, tokens)
     # Gradients inside a layer exist when those of the logits are gone.
     backward = _BACKWARD * tokens * sizes.inner * _width(compute)
     if recipe.model.checkpoints:
@@ -453,18 +449,18 @@ def _layer_activations(kept: _ActivationBytes, sizes: Sizes) -> int:
 
 
 def _logits_bytes(
-    recipe: Recipe, sizes: Sizes, compute: DtypeName, kind: str, trains: bool = True
+    recipe: Recipe, sizes: Sizes, compute: DtypeName, kind: str, tokens: int, trains: bool = True
 ) -> int:
-    """Bytes of the loss, if all tokens are trained."""
+    """Bytes of the loss of so many tokens, if all are trained."""
     if recipe.method.head == "score":
         return 0
-    return loss_bytes(sizes.head, _loss_sizes(recipe, sizes, compute), kind, trains)
+    return loss_bytes(sizes.head, _loss_sizes(recipe, sizes, compute, tokens), kind, trains)
 
 
-def _loss_sizes(recipe: Recipe, sizes: Sizes, compute: DtypeName) -> LossSizes:
+def _loss_sizes(recipe: Recipe, sizes: Sizes, compute: DtypeName, tokens: int) -> LossSizes:
     width = _width(compute)
     of_state = width if recipe.trains_adapter or _gathers_low(recipe) else 4
-    return LossSizes(_tokens(recipe), sizes.vocabulary, sizes.hidden, width, of_state)
+    return LossSizes(tokens, sizes.vocabulary, sizes.hidden, width, of_state)
 
 
 def cache_bytes(sizes: Sizes, compute: DtypeName, tokens: int) -> int:
@@ -475,9 +471,8 @@ def cache_bytes(sizes: Sizes, compute: DtypeName, tokens: int) -> int:
 
 def completions_at_once(recipe: Recipe) -> int:
     """Completions of a step that a worker generates in one batch on the trained model's weights."""
-    prompts = -(-recipe.rows_per_step // max(1, recipe.scale.least_workers))
-    of_prompt = recipe.optim.batch_size // recipe.rows_per_step
-    return min(recipe.method.completions_at_once, prompts * of_prompt)
+    rows = recipe.rows_of_worker(recipe.scale.least_workers)
+    return min(recipe.method.completions_at_once, rows)
 
 
 def _generated(recipe: Recipe, sizes: Sizes, compute: DtypeName, answers: int) -> int:
@@ -494,7 +489,9 @@ def _evaluation(recipe: Recipe, sizes: Sizes, compute: DtypeName, kind: str) -> 
     answers = min(recipe.eval.samples, ANSWERS_AT_ONCE)
     tokens = recipe.row_length + recipe.eval.max_new_tokens
     generated = answers * (cache_bytes(sizes, compute, tokens) + sizes.vocabulary * 4)
-    return max(generated, _logits_bytes(recipe, sizes, compute, kind, trains=False))
+    rows = recipe.microbatch * recipe.tokens_per_row  # held-out data fills them in any case
+    measured = max(rows, recipe.optim.micro_batch_tokens or 0)
+    return max(generated, _logits_bytes(recipe, sizes, compute, kind, measured, trains=False))
 
 
 def vllm_bytes(recipe: Recipe, sizes: Sizes, compute: DtypeName) -> tuple[int, int]:

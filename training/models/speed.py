@@ -61,7 +61,7 @@ def seconds_per_step(
     if recipe.method.uses_reference:
         per_token += recomputed
     speed = device.flops * utilisation * (1.0 if recipe.model.quantize == "none" else _QLORA)
-    most = -(-recipe.rows_per_step // workers) / recipe.rows_per_step  # of a worker
+    most = recipe.rows_of_worker(workers) / recipe.rows_of_worker(1)
     computing = most * tokens * per_token / speed
     return (
         computing
@@ -78,8 +78,7 @@ def _exchange(recipe: Recipe, sizes: Sizes, device: Device, workers: int) -> flo
     gradients = 2 * share * sizes.trained * (2 if recipe.trains_adapter else 4)
     if recipe.scale.strategy != "fsdp":
         return gradients / device.link / 2
-    rows = -(-recipe.rows_per_step // workers) * recipe.method.sequences_per_row
-    passes = -(-rows // recipe.microbatch)
+    passes = -(-recipe.rows_of_worker(workers) // recipe.microbatch)
     packed = 0.516 if recipe.model.quantize == "nf4" else 2
     weights = sizes.linear * packed + (sizes.frozen + sizes.trained) * 2
     return (2 * passes * share * weights + gradients) / device.link / 2

@@ -184,6 +184,7 @@ def test_completions_are_trained_on(tiny_model: Path, tmp_path: Path) -> None:
     (tmp_path / "rewards.py").write_text("def worth(**_): return []\n", encoding="utf-8")
     method = {
         "kind": "grpo",
+        "rollout": "vllm",  # which need not be installed here
         "rewards": [{"file": f"{tmp_path}/rewards.py:worth"}],
         "generations": 4,
         "max_completion": 80,

@@ -490,6 +490,22 @@ def test_a_worker_samples_its_own_prompts(bases: dict[int, Path]) -> None:
     assert estimate(settings, sizes).generation == 2 * 4 * of_one
 
 
+def test_a_microbatch_holds_the_rows_of_a_worker(bases: dict[int, Path]) -> None:
+    """Of a step: 8 rows for 4 workers are two each. Held-out rows fill a microbatch."""
+    optim = {"batch_size": 8, "micro_batch_size": 8}
+    held_out = {"holdout": 0.1, "train": [{"path": "/x"}], "max_length": TOKENS}
+    values = recipe(bases[3], **LORA, optim=optim, scale={"workers": 4}).model_dump(mode="json")
+    settings = recipe_from_dict({**values, "data": {**held_out, "packing": False}})
+    sizes = sizes_of(settings)
+    two, whole = (estimate(settings.with_placement(rows, False), sizes) for rows in (2, 8))
+    assert two.activations == whole.activations and two.evaluation < whole.evaluation
+    pairs = recipe(bases[3], **LORA, optim=optim, method={"kind": "dpo"})
+    online = {"kind": "grpo", "rewards": [{"file": "/x.py:f"}], "generations": 4}
+    sampled = recipe(bases[3], **LORA, optim=optim, method={**online, "max_completion": 8})
+    counted = [[one.rows_of_worker(n) for n in (0, 1, 2, 3, 8)] for one in (pairs, sampled)]
+    assert counted == [[8, 8, 4, 3, 1], [8, 8, 4, 4, 4]]
+
+
 def test_reward_models_are_counted(bases: dict[int, Path], tmp_path: Path) -> None:
     """A classifier by its configuration, a finished run by its record; they stay on the GPU."""
     run = tmp_path / "reward"
