@@ -37,6 +37,8 @@ _SAMPLED_LOGIT = 40
 """Bytes of a logit while a token is sampled: in the compute type, and four times in float64."""
 _BACKWARD = 4
 """Gradients of a layer's widest tensors that exist at a time."""
+_OF_NORM = 3
+"""Tensors of a weight's size that exist while DoRA's norm of it is computed."""
 _NF4_BYTES = 0.516
 """Bytes per value, double quantised: 4 bits, 8 per block of 64, 32 per 256 blocks."""
 
@@ -126,19 +128,20 @@ class MemoryEstimate:
     """Logits of held-out rows, or caches of the answers to held-out prompts."""
     loading: int = 0
     """What loading takes beside the weights, before there are gradients."""
-    unpacked: int = 0
-    """The largest matrix of a quantised base, which is whole for a moment."""
+    transient: int = 0
+    """Of the largest matrix: its values while a quantised base computes, and the sums for DoRA's
+    norm."""
     vllm: int = 0
     """The least that vLLM takes beside the training, if it samples."""
 
     @property
     def phases(self) -> dict[str, int]:
         """The peak of each phase with CUDA's context, in bytes; only phases that the run has."""
-        whole = CONTEXT_BYTES + self.unpacked
-        trained = self.weights + self.training + self.vllm + whole
+        beside = CONTEXT_BYTES + self.transient
+        trained = self.weights + self.training + self.vllm + beside
         optional = {"generation": self.generation, "evaluation": self.evaluation}
         return {
-            "loading": self.weights + self.loading + whole,
+            "loading": self.weights + self.loading + beside,
             "step": trained + self.activations,
             **{phase: trained + size for phase, size in optional.items() if size},
         }
@@ -259,6 +262,7 @@ def estimate(
         compute = recipe.model.dtype
     compute = compute or "bfloat16"
     is_sharded, is_packed = recipe.scale.strategy == "fsdp", recipe.model.quantize != "none"
+    is_dora = recipe.adapter_kind == "dora"
     shards = max(recipe.scale.least_workers, 2) if is_sharded else 1
     whole = _weights(recipe, sizes, compute)
     weights = whole // shards + _gathered(recipe, sizes, compute) if is_sharded else whole
@@ -270,7 +274,7 @@ def estimate(
         evaluation=_evaluation(recipe, sizes, compute, kind),
         # A quantised base is packed on the GPU, and cut up when it is whole.
         loading=max(0, whole - weights) if is_packed else 0,
-        unpacked=sizes.largest * _width(compute) if is_packed else 0,
+        transient=sizes.largest * _width(compute) * (is_packed + _OF_NORM * is_dora),
         vllm=vllm_bytes(recipe, sizes, compute)[0],
     )
 
@@ -358,6 +362,8 @@ class _Held(NamedTuple):
     """Of the layer that keeps most, which checkpointing computes again when it is its turn."""
     layers: int
     """Of all layers."""
+    passing: int = 0
+    """Most that a layer holds beyond that while it computes."""
 
 
 def _step_activations(recipe: Recipe, sizes: Sizes, compute: DtypeName, device: str) -> int:
@@ -380,8 +386,8 @@ def _step_activations(recipe: Recipe, sizes: Sizes, compute: DtypeName, device: 
     # Gradients inside a layer exist when those of the logits are gone.
     backward = _BACKWARD * tokens * sizes.inner * _width(compute)
     if recipe.model.checkpoints:
-        return held.always + max(logits, held.layer + backward)
-    return held.always + held.layers + max(logits, backward)
+        return held.always + max(logits, held.layer + max(backward, held.passing))
+    return held.always + held.layers + max(logits, backward, held.passing)
 
 
 def _gathers_low(recipe: Recipe) -> bool:
@@ -402,7 +408,7 @@ def _followed(recipe: Recipe, rows: float, compute: DtypeName, trained: DtypeNam
     def held(kept: Kept) -> _Held:
         count = len(kept.layers)  # the last one's output stays, too
         inputs = kept.inputs * (count + 1) // count if recipe.model.checkpoints and count else 0
-        return _Held(kept.outside + inputs, kept.largest, sum(kept.layers))
+        return _Held(kept.outside + inputs, kept.largest, sum(kept.layers), kept.passing)
 
     kept = kept_by(recipe, size, compute, trained, attention)
     if kept is None:

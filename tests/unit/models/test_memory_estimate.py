@@ -506,6 +506,32 @@ def test_a_microbatch_holds_the_rows_of_a_worker(bases: dict[int, Path]) -> None
     assert counted == [[8, 8, 4, 3, 1], [8, 8, 4, 4, 4]]
 
 
+def test_what_dora_holds_for_a_moment(tmp_path: Path) -> None:
+    """The allocator's own record of a forward pass; norms have no gradient, so nothing of them is
+    kept."""
+    from torch.profiler import ProfilerActivity, profile
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    wide = {**SMALL, "hidden_size": 64, "intermediate_size": 2048}
+    LlamaForCausalLM(LlamaConfig(**wide)).save_pretrained(tmp_path)
+    model = {"dtype": "bfloat16", "quantize": "nf4"}
+    settings = recipe(tmp_path, adapter={"rank": 4, "dora": True}, model=model)
+    sizes = sizes_of(settings)
+    loaded = load_model(settings).train()
+    gc.collect()
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
+        logits = forward(settings, loaded)
+    held = most = 0
+    for event in seen.profiler.kineto_results.events():  # type: ignore[union-attr]
+        if event.name() == "[memory]":
+            held += event.nbytes()
+            most = max(most, held)
+    kept = kept_by(settings, TOKENS, "bfloat16", "bfloat16", "plain")
+    assert logits.requires_grad and kept is not None and kept[0].passing > 2 * 2048**2
+    expected = kept[0].whole + kept[0].passing + estimate(settings, sizes).transient
+    assert most == pytest.approx(expected, rel=0.03)
+
+
 def test_reward_models_are_counted(bases: dict[int, Path], tmp_path: Path) -> None:
     """A classifier by its configuration, a finished run by its record; they stay on the GPU."""
     run = tmp_path / "reward"
