@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING
 from ..training.config.recipe import Recipe
 from ..training.models.devices import Room
 from .gpus import Gpu, amount
-from .placements import as_line, changed_settings, nearest
+from .placements import as_line, changed_settings, nearest, with_settings
 
 if TYPE_CHECKING:
+    from ..training.models.dtypes import DtypeName
     from ..training.models.memory_estimate import MemoryEstimate, Sizes
 
 _PROCESS_BYTES = 8 * 2**30
@@ -75,12 +76,17 @@ def judge(
     return Verdict(False, True, f"{text}; {end}")
 
 
-def host_bytes(memory: "MemoryEstimate") -> int:
-    """Bytes that a worker on a GPU takes of its machine's memory, generously.
+def host_bytes(recipe: Recipe, sizes: "Sizes", compute: "DtypeName") -> int:
+    """Bytes that a worker on a GPU takes of its machine's memory.
 
-    The weights pass through it when they are loaded, and what is trained when it is saved.
+    The whole weights pass through it when they are loaded, and what is trained when it is saved,
+    even if a worker's GPU holds a shard of them.
     """
-    return memory.weights + memory.training + _PROCESS_BYTES
+    from ..training.models.memory_estimate import estimate
+
+    whole = with_settings(recipe, "scale", workers=1, strategy="ddp")
+    memory = estimate(whole, sizes, compute)
+    return max(memory.weights, memory.training) + _PROCESS_BYTES
 
 
 def room_of(gpus: Sequence[Gpu], share: float = 1.0) -> Room | None:

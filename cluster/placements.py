@@ -76,19 +76,21 @@ def quantisations(recipe: Recipe) -> list[str]:
 
 
 def sizes_by_quantisation(recipe: Recipe) -> dict[str, "Sizes"]:
-    """The model's sizes by quantisation; without another that the model does not allow.
+    """The model's sizes by quantisation, which are the same; without one that it does not allow.
 
     Raises:
         InputError: as `sizes_of`, for the recipe's own.
     """
     from ..training.models import import_peft  # noqa: F401 - before what loads peft
+    from ..training.models.loading import check_quantisation
     from ..training.models.memory_estimate import sizes_of
 
     own, *others = quantisations(recipe)
     sizes = {own: sizes_of(recipe)}
     for quantize in others:
         with suppress(InputError):
-            sizes[quantize] = sizes_of(with_settings(recipe, "model", quantize=quantize))
+            check_quantisation(with_settings(recipe, "model", quantize=quantize))
+            sizes[quantize] = sizes[own]
     return sizes
 
 
@@ -105,7 +107,7 @@ def placements(
         count: number of GPUs.
     """
     recipe = with_settings(recipe, "model", quantize=quantize)
-    for strategy, workers in _strategies(recipe, count):
+    for strategy, workers in _strategies(recipe, count, room):
         placed = with_settings(recipe, "scale", workers=workers, strategy=strategy)
         for checkpoints in (False, True):
             rows = _rows(placed, checkpoints, sizes, room)
@@ -138,7 +140,7 @@ def nearest(recipe: Recipe, sizes: Mapping[str, "Sizes"], room: Room, count: int
         (with_settings(placed, "scale", workers=workers, strategy=strategy), quantize)
         for quantize in sizes
         for placed in [with_settings(recipe.with_placement(1, True), "model", quantize=quantize)]
-        for strategy, workers in _near_strategies(placed, count)
+        for strategy, workers in _near_strategies(placed, count, room)
     ]
     length = recipe.data.max_length
     while length >= min(_SHORTEST, recipe.data.max_length):
@@ -150,17 +152,17 @@ def nearest(recipe: Recipe, sizes: Mapping[str, "Sizes"], room: Room, count: int
     return None
 
 
-def _near_strategies(recipe: Recipe, count: int) -> list[tuple[str, Any]]:
+def _near_strategies(recipe: Recipe, count: int, room: Room) -> list[tuple[str, Any]]:
     """(strategy, workers): the recipe's own if it has so many GPUs, then others of them."""
     scale = recipe.scale
     if scale.most_workers > max(1, scale.least_workers):  # as many as fit
-        shards = [("fsdp", scale.workers)] if _is_shardable(recipe, scale.most_workers) else []
+        shards = [("fsdp", scale.workers)] if _is_shardable(recipe, room) else []
         return [(scale.strategy, scale.workers), *shards]
     own = [(scale.strategy, scale.workers)] if scale.most_workers <= count else []
-    return list(dict.fromkeys([*own, *_strategies(recipe, count)]))
+    return list(dict.fromkeys([*own, *_strategies(recipe, count, room)]))
 
 
-def _strategies(recipe: Recipe, count: int) -> list[tuple[str, int]]:
+def _strategies(recipe: Recipe, count: int, room: Room) -> list[tuple[str, int]]:
     """(strategy, workers) on so many GPUs: one, a node's, and as many as have rows in a step.
 
     Shards that travel between nodes can take longer than the GPUs of one node would.
@@ -169,20 +171,25 @@ def _strategies(recipe: Recipe, count: int) -> list[tuple[str, int]]:
     most = min(count, recipe.rows_per_step)
     for workers in sorted({min(most, NODE), most} - {1}):
         strategies.append(("ddp", workers))
-        if _is_shardable(recipe, workers):
+        if _is_shardable(recipe, room):
             strategies.append(("fsdp", workers))
     return strategies
 
 
-def _is_shardable(recipe: Recipe, count: int) -> bool:
+def _is_shardable(recipe: Recipe, room: Room) -> bool:
     """True if workers can shard the model; packed weights of a few architectures cannot be."""
-    if recipe.why_not_shardable is not None or recipe.model.quantize == "none":
-        return recipe.why_not_shardable is None
-    from ..training.models.loading import build_meta_model
+    is_half = recipe.model.dtype == "auto" and room.compute == "float16"
+    if is_half or recipe.why_not_shardable is not None:
+        return False
+    return recipe.model.quantize == "none" or _packs_as_layers(recipe)
+
+
+def _packs_as_layers(recipe: Recipe) -> bool:
+    """True if bitsandbytes quantises all of the model's weights, which can be sharded then."""
+    from ..training.models.loading import check_quantisation
 
     try:
-        sharded = with_settings(recipe, "scale", workers=count, strategy="fsdp")
-        build_meta_model(sharded, recipe.method.head)
+        check_quantisation(with_settings(recipe, "scale", workers=2, strategy="fsdp"))
     except InputError:
         return False
     return True

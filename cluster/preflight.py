@@ -25,7 +25,7 @@ from ..training.launch.resources import (
     request_from_autoscaler,
     worker_request,
 )
-from ..training.models.devices import Room
+from ..training.models.devices import Room, check_torch
 from ..training.models.dtypes import probe_bfloat16
 from .gpus import Gpu, gpus_here, visible_gpus
 from .memory_fit import judge, room_of
@@ -135,9 +135,12 @@ def try_machine(recipe: Recipe, progress: Progress) -> Preflight:
     """Check this machine for a run that stays on it, and report warnings.
 
     Raises:
-        InputError: a check failed; the message is the whole table.
+        InputError: torch computes on none of the GPUs here, or a check failed; the message is the
+            whole table then.
     """
     gpus = visible_gpus()
+    if gpus and recipe.scale.gpus_per_worker != 0:
+        check_torch(gpus[0].kind)
     result = Preflight(memory_lines(recipe, gpus), {}, _room(recipe, gpus))
     result.require_success(progress)
     return result

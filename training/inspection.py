@@ -56,8 +56,12 @@ class Inspection:
 
 
 @locates
-def inspect_recipe(recipe: Recipe) -> Inspection:
+def inspect_recipe(recipe: Recipe, *, trains_here: bool = True) -> Inspection:
     """Check a recipe's sources, model folder, adapter, reference and rewards within seconds.
+
+    Args:
+        recipe: the recipe.
+        trains_here: False for a run that is only planned: weights and vLLM may be elsewhere.
 
     Raises:
         InputError: a source is missing, empty, unreadable, in an unknown format, or all its first
@@ -69,7 +73,7 @@ def inspect_recipe(recipe: Recipe) -> Inspection:
     """
     check_languages(recipe)
     check_scores(recipe)
-    check_rewards(recipe)
+    check_rewards(recipe, trains_here=trains_here)
     check_installed(recipe.eval.metrics, "eval.metrics")
     data = resolve_data(recipe)
     size = sum(file.size for source in (*data.train, *data.eval) for file in source.files)
@@ -94,7 +98,8 @@ def inspect_recipe(recipe: Recipe) -> Inspection:
             inspected[split].append(rows)
     _check_template(recipe, folder, tokenizer, [*inspected["train"], *inspected["eval"]])
     _check_enough(recipe, data.train, inspected["train"])
-    _check_weights(recipe)
+    if trains_here:
+        _check_weights(recipe)
     return Inspection(
         tuple(rows.inspection for rows in inspected["train"]),
         tuple(rows.inspection for rows in inspected["eval"]),

@@ -82,10 +82,12 @@ def examine(recipe: Recipe, *, fresh: bool = False, longer: bool = False) -> dic
 def data_outlook(recipe: Recipe) -> dict[str, Any]:
     """Tokens and sequences of a recipe's data: exact if it is prepared or small, else estimated.
 
+    The model's weights, and vLLM, may be elsewhere.
+
     Raises:
         InputError: the data is wrong, or there is none.
     """
-    return _data_of(recipe, inspect_recipe(recipe))
+    return _data_of(recipe, inspect_recipe(recipe, trains_here=False))
 
 
 def _data_of(recipe: Recipe, inspection: Inspection) -> dict[str, Any]:

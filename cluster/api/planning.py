@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 UTILISATION = 0.4
 """Share of a GPU's operations that training is assumed to reach."""
-_MORE = (2, 4, 8)
+_MORE = (2, 4, 8, 16, 32, 64)
 """Numbers of GPUs to propose, where none of other settings fits so few."""
 
 
@@ -50,9 +50,10 @@ def plan(
         utilisation: share of the card's 16-bit operations that training reaches.
 
     Returns:
-        Plain values: `placements`, each with its peaks by phase, whether it fits, tokens a second,
-        hours and GPU hours; `best`, the settings of the fastest that fits, None if none does; and
-        `nearest`, what would fit then.
+        Plain values: `placements`, each with its peaks by phase, whether it fits and how tightly,
+        the bytes that a worker takes of its machine's memory (`host`), tokens a second, hours and
+        GPU hours; `best`, the settings of the fastest that fits, those that fill the card last,
+        None if none does; and `nearest`, what would fit then.
 
     Raises:
         InputError: there is no such card, or the recipe is wrong.
@@ -84,9 +85,7 @@ def place(recipe: RecipeSource, changes: Changes = (), *, gpu: str) -> tuple[Rec
     planned = plan(recipe, changes, gpu=gpu)
     if planned["best"] is None:
         least = min(row["peak"] for row in planned["placements"])
-        near = (
-            planned["nearest"] or "none of other settings, nor another card of the table or 8 GPUs"
-        )
+        near = planned["nearest"] or "no other settings, card of the table or number of GPUs"
         raise InputError(
             f"--gpu {gpu}: the run takes {amount(least)} of each at least; the nearest that would "
             f"fit: {near}"
@@ -107,7 +106,7 @@ def _placed(recipe: Recipe, gpu: str) -> tuple[Recipe, int]:
     verdict = judge(recipe, sizes, gpus)
     if not verdict.fits or verdict.is_tight:
         raise InputError(f"--gpu {gpu}: {verdict.text}")
-    return recipe, host_bytes(_memory(recipe, sizes[recipe.model.quantize], card))
+    return recipe, host_bytes(recipe, sizes[recipe.model.quantize], _room(card).compute)
 
 
 @locates
@@ -123,7 +122,12 @@ def _planned(recipe: Recipe, card: Card, count: int, utilisation: float) -> dict
         for quantize, of_model in sizes.items()
         for placement in placements(recipe, quantize, of_model, _room(card), count)
     ]
-    rows.sort(key=lambda row: (not row["fits"], row["seconds_per_step"], row["gpu_hours"] or 0))
+    rows.sort(
+        key=lambda row: (
+            *(not row["fits"], row["is_tight"]),
+            *(row["seconds_per_step"], row["gpu_hours"] or 0),
+        )
+    )
     fitting = [row for row in rows if row["fits"]]
     return {
         "name": recipe.name,
@@ -139,8 +143,10 @@ def _planned(recipe: Recipe, card: Card, count: int, utilisation: float) -> dict
 
 
 def _work(recipe: Recipe) -> dict[str, Any]:
-    """Steps of the run, and tokens of a step; None where the data is not at hand."""
-    length = recipe.data.max_length * recipe.method.sequences_per_row
+    """Steps of the run, tokens of its data, and the share of a full step that holds tokens; None
+    where the data is not at hand. Completions count as long as they may be."""
+    sampled = recipe.data.max_length - recipe.row_length if recipe.method.samples_online else 0
+    length = recipe.tokens_per_row
     work: dict[str, Any] = {"steps": None, "tokens": None, "filled": 1.0, "note": None}
     try:
         data = data_outlook(recipe)
@@ -151,7 +157,7 @@ def _work(recipe: Recipe) -> dict[str, Any]:
         work |= {
             "steps": recipe.total_steps(data["sequences"]),
             "tokens": data["tokens"],
-            "filled": min(1.0, data["tokens"] / (data["sequences"] * length)),
+            "filled": min(1.0, (data["tokens"] / data["sequences"] + sampled) / length),
         }
     elif recipe.optim.max_steps is not None:
         work["steps"] = recipe.optim.max_steps
@@ -173,7 +179,7 @@ def _memory(recipe: Recipe, sizes: "Sizes", card: Card) -> "MemoryEstimate":
 def _figures(
     placement: Placement, sizes: "Sizes", card: Card, utilisation: float, work: dict[str, Any]
 ) -> dict[str, Any]:
-    from ...training.models.placement import fits
+    from ...training.models.placement import SHARE, fits
     from ...training.models.speed import Device, seconds_per_step
 
     recipe, workers = placement.recipe, placement.workers
@@ -194,6 +200,8 @@ def _figures(
         "phases": memory.phases,
         "peak": memory.peak,
         "fits": fits(recipe, sizes, _room(card)),
+        "is_tight": memory.peak > SHARE * card.bytes,
+        "host": host_bytes(recipe, sizes, _room(card).compute),
         "seconds_per_step": seconds,
         "tokens_per_second": tokens / seconds,
         "hours": hours,
@@ -214,8 +222,8 @@ def _nearest(recipe: Recipe, sizes: dict[str, "Sizes"], card: Card, count: int) 
     if near is not None:
         return as_line(changed_settings(recipe, near))
     quantize = "nf4" if "nf4" in sizes else own
-    least = list(placements(recipe, quantize, sizes[quantize], room, count))
     for larger in sorted(CARDS.values(), key=lambda one: one.bytes):
+        least = placements(recipe, quantize, sizes[quantize], _room(larger), count)
         for placement in filter(lambda one: one.checkpoints, least):
             if fits(placement.recipe, sizes[quantize], _room(larger)):
                 peak = _memory(placement.recipe, sizes[quantize], larger).peak

@@ -18,11 +18,12 @@ def render(planned: dict[str, Any]) -> str:
     table = _aligned([columns, *(_row(row) for row in planned["placements"])])
     if planned["best"] is not None:
         chosen = " ".join(f"--set {setting}" for setting in planned["best"])
-        end = f"best: {chosen}"
+        host = planned["placements"][0]["host"] / 2**30
+        end = f"a worker of the best takes up to {host:.1f} GiB of its machine\nbest: {chosen}"
     elif planned["nearest"] is not None:
         end = f"none fits; the nearest that would: {planned['nearest']}"
     else:
-        end = "none fits, nor would a shorter data.max_length, another card of the table or 8 GPUs"
+        end = "none fits, nor would a shorter data.max_length, another card or more GPUs"
     notes = [] if planned["note"] is None else [f"note: {planned['note']}"]
     return "\n".join([header, *notes, "", *table, "", end])
 
@@ -37,7 +38,7 @@ def _row(row: dict[str, Any]) -> list[str]:
         "yes" if row["gradient_checkpointing"] else "no",
         f"{row['peak'] / 2**30:.1f} GiB",
         phase,
-        "yes" if row["fits"] else "no",
+        "no" if not row["fits"] else "tight" if row["is_tight"] else "yes",
         formatting.count(round(row["tokens_per_second"])),
         "" if row["hours"] is None else f"{row['hours']:.2f}",
         "" if row["gpu_hours"] is None else f"{row['gpu_hours']:.2f}",

@@ -72,6 +72,7 @@ LLAMA_8B = Sizes(
     ranks=7 * 16,
     heads=32,
     vocabulary=128_256,
+    cached=32 * (None,),
     largest=4096 * 14336,
 )
 """Sizes of Llama 8B with an adapter of rank 16 on every linear layer."""

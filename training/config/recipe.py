@@ -259,6 +259,11 @@ class Recipe(PlacedSection):
                 "model.quantize int8 stores scales of whole rows, which cannot be sharded with the "
                 "weights; use nf4"
             )
+        if self.model.dtype == "float16":
+            return (
+                "model.dtype float16 scales its gradients, which finray does not do for shards; "
+                "set bfloat16 or float32, or take ddp"
+            )
         if self.method.why_not_shardable is not None:
             return self.method.why_not_shardable
         if self.adapter is not None and self.adapter.changes_base:
@@ -337,13 +342,19 @@ class Recipe(PlacedSection):
         budget = self.optim.micro_batch_tokens
         return self.optim.microbatch if budget is None else max(1, budget // self.tokens_per_row)
 
+    def rows_of_worker(self, workers: int) -> int:
+        """Most rows of a step (sequences, pairs, completions) that each of so many workers has."""
+        of_stream = self.rows_per_step
+        return math.ceil(of_stream / max(1, workers)) * (self.optim.batch_size // of_stream)
+
     @property
     def microbatch_tokens(self) -> int:
-        """Largest number of tokens of a microbatch."""
+        """Largest number of tokens of a microbatch in a step."""
         budget, row = self.optim.micro_batch_tokens, self.tokens_per_row
+        rows = self.rows_of_worker(self.scale.least_workers)
         if budget is None or self.packs:
-            return self.microbatch * row
-        return min(budget, self.optim.batch_size * row)
+            return min(self.microbatch, rows) * row
+        return min(budget, rows * row)
 
     @property
     def microbatch_setting(self) -> str:

@@ -241,6 +241,8 @@ class _Remedies:
         recipe = recipe_from_dict(task["recipe"])
         step, problem = request["steps"][-1], request["problem"]
         key, size = _size(task)
+        if key == _ROWS:  # more than a worker has are not there to halve
+            size = min(size, recipe.rows_of_worker(recipe.scale.least_workers))
         least = 1 if key == _ROWS else recipe.tokens_per_row
         if size == least:
             recomputes = recipe.model.gradient_checkpointing is True

@@ -10,6 +10,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from typing import Any, Literal
+from weakref import WeakSet
 
 import torch
 from peft import PeftModel
@@ -47,6 +48,8 @@ class Kept:
     """Of everything else, such as low-precision copies of weights."""
     inputs: int
     """Of the layers' inputs, which checkpointing keeps instead."""
+    passing: int = 0
+    """Most that a layer saves beyond what it keeps, as for DoRA's norms, which have no gradient."""
 
     @property
     def whole(self) -> int:
@@ -77,7 +80,7 @@ def kept_by(
     """
     relevant = recipe.model_dump_json(
         include={"model": True, "adapter": True, "freeze": True, "method": _OF_THE_MODEL},
-        exclude={"model": {"gradient_checkpointing"}},
+        exclude={"model": {"gradient_checkpointing", "quantize"}},
     )
     return _counted(_Key(relevant, recipe), tokens, compute, trained, attention)
 
@@ -101,15 +104,24 @@ def _counted(
 ) -> tuple[Kept, Kept] | None:
     limit("torch._subclasses.fake_tensor", logging.CRITICAL)  # what fails is not computed
     limit("transformers", logging.ERROR)  # nor do slow stand-ins for kernels matter here
-    mode = FakeTensorMode(allow_non_fake_inputs=True)
     try:
-        model = _without_values(key.recipe, mode, compute, trained)
-        _attend(model, attention)
+        mode, model = _followed_model(key, compute, trained, attention)
         with mode, _GroupedProducts():  # type: ignore[no-untyped-call]
             one, two = (_forward(model, rows, tokens, compute, trained) for rows in (1, 2))
             return one, two
     except (RuntimeError, NotImplementedError, ValueError, TypeError):
         return None  # the code of some architectures reads values
+
+
+@lru_cache(maxsize=1)
+def _followed_model(
+    key: _Key, compute: DtypeName, trained: DtypeName, attention: Attention
+) -> tuple[FakeTensorMode, Model]:
+    """The last model, which rows of another length go through, too."""
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    model = _without_values(key.recipe, mode, compute, trained)
+    _attend(model, attention)
+    return mode, model
 
 
 class _GroupedProducts(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -220,17 +232,19 @@ def _transformer(model: Model) -> PreTrainedModel:
 
 def _forward(model: Model, rows: int, tokens: int, compute: DtypeName, trained: DtypeName) -> Kept:
     own = {tensor.untyped_storage()._cdata for tensor in (*model.parameters(), *model.buffers())}
-    sizes: dict[int, int] = {}
-    alive: list[torch.Tensor] = []
+    kept: WeakSet[_Saved] = WeakSet()
 
-    def keep(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        if storage._cdata not in own:
-            sizes[storage._cdata] = storage.nbytes()
-            alive.append(tensor)  # another storage must not get its address
-        return tensor
+    def keep(tensor: torch.Tensor) -> "_Saved":
+        saved = _Saved(tensor)
+        if saved.storage not in own:
+            kept.add(saved)
+            layers.most = max(layers.most, total())
+        return saved
 
-    layers = _Layers(lambda: sum(sizes.values()))
+    def total() -> int:
+        return sum({saved.storage: saved.bytes for saved in kept}.values())
+
+    layers = _Layers(total)
     ids = torch.zeros((rows, tokens), dtype=torch.long)
     accepted = forward_arguments(model)
     values: dict[str, Any] = {"input_ids": ids, "use_cache": False}
@@ -241,11 +255,22 @@ def _forward(model: Model, rows: int, tokens: int, compute: DtypeName, trained: 
     casts = compute not in (trained, "float32")
     with (
         layers.watched(model),
-        torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
+        torch.autograd.graph.saved_tensors_hooks(keep, lambda saved: saved.tensor),
         torch.autocast("cpu", torch.bfloat16, enabled=casts),
     ):
-        model(**values)
-    return Kept(tuple(layers.kept), sum(sizes.values()) - layers.followed, layers.inputs)
+        outputs = model(**values)  # whose graph holds what is kept
+        outside = total() - layers.followed
+    del outputs
+    return Kept(tuple(layers.kept), outside, layers.inputs, layers.passing)
+
+
+class _Saved:
+    """A tensor that the graph keeps, for as long as it does."""
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self.tensor = tensor
+        storage = tensor.untyped_storage()
+        self.storage, self.bytes = storage._cdata, storage.nbytes()
 
 
 class _Layers:
@@ -260,6 +285,9 @@ class _Layers:
         self.followed = 0
         """Bytes of the layers that ran."""
         self.inputs = 0
+        self.most = 0
+        """Most bytes that were saved at a time, in the layer that runs."""
+        self.passing = 0
         self._total = total
         self._repeated: dict[Hashable, list[int]] = {}
 
@@ -285,9 +313,11 @@ class _Layers:
         if len(followed) > 1:
             self.kept.append(followed[-1])
             return hidden.clone()
-        before = self._total()
+        before = self.most = self._total()
         output = forward(*args, **kwargs)
-        self.kept.append(self._total() - before)
+        after = self._total()
+        self.kept.append(after - before)
+        self.passing = max(self.passing, self.most - after)
         self.followed += self.kept[-1]
         if isinstance(output, torch.Tensor) and form_of(output) == form_of(hidden):
             followed.append(self.kept[-1])

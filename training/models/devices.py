@@ -95,10 +95,31 @@ def on_cpu(chosen: bool) -> Iterator[None]:
 
 
 def use(device: str) -> None:
-    """Make a device the current one of this process: cuda:1, xpu:0. No-op for cpu and mps."""
+    """Make a device the current one of this process: cuda:1, xpu:0. No-op for cpu and mps.
+
+    Raises:
+        InputError: torch finds no such device.
+    """
     kind = device.partition(":")[0]
     if kind in ("cuda", "xpu"):
+        check_torch(kind)
         _module(kind).set_device(device)
+
+
+def check_torch(kind: str) -> None:
+    """Check that torch computes on the accelerators that a driver lists.
+
+    Raises:
+        InputError: it finds none: it is built for CPUs, or for a newer driver.
+    """
+    import torch
+
+    if kind != "cpu" and found_kind() == "cpu":
+        raise InputError(
+            f"scale.gpus_per_worker: the driver lists a GPU of kind {kind}, and torch "
+            f"{torch.__version__} finds none; install a torch for it (nvidia-smi shows the newest "
+            "CUDA that the driver takes), or set 0 to train on the CPU"
+        )
 
 
 def empty_cache() -> None:

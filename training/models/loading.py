@@ -299,14 +299,12 @@ def build_meta_model(
     trust = recipe.model.trust_remote_code
     added = AddedTokens.of(recipe)
     with torch.device("meta"):
-        model: Model = model_from_config(config, head, "model.base", trust_remote_code=trust)
-        make_room(model, added.trained, added.fresh)
-        if recipe.model.quantize != "none":
-            sharded = recipe.scale.strategy == "fsdp"
-            check_quantisable(model, recipe.model.quantize, sharded=sharded)
-            check_saved(model, _saved_whole(recipe))
+        base = model_from_config(config, head, "model.base", trust_remote_code=trust)
+        model: Model = base
+        make_room(base, added.trained, added.fresh)
+        _check_quantisation(base, recipe)
         if recipe.trains_adapter:
-            model = _attach(model, recipe, head, added.trained, left_out, weights=False)
+            model = _attach(base, recipe, head, added.trained, left_out, weights=False)
             method = recipe.method
             _check_rollouts(recipe, model)
             is_copied = method.uses_reference and method.reference_name is None
@@ -319,6 +317,27 @@ def build_meta_model(
             check_trained(model, added.trained)
     freeze_left_out(model, left_out)
     return model
+
+
+@locates
+def check_quantisation(recipe: Recipe) -> None:
+    """Refuse a `model.quantize` that the model does not allow, alone or with shards.
+
+    Raises:
+        InputError: as `build_meta_model`.
+    """
+    trust = recipe.model.trust_remote_code
+    config = _config(recipe.model, recipe.method.head)
+    with torch.device("meta"):
+        model = model_from_config(config, recipe.method.head, "model.base", trust_remote_code=trust)
+    _check_quantisation(model, recipe)
+
+
+def _check_quantisation(model: PreTrainedModel, recipe: Recipe) -> None:
+    if recipe.model.quantize == "none":
+        return
+    check_quantisable(model, recipe.model.quantize, sharded=recipe.scale.strategy == "fsdp")
+    check_saved(model, _saved_whole(recipe))
 
 
 def _saved_whole(recipe: Recipe) -> list[str]:

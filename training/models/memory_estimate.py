@@ -13,6 +13,8 @@ from typing import Any, Literal, NamedTuple
 import torch
 from peft import PeftModel
 from peft.tuners.lora.layer import ParamWrapper
+from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
 
 from ..common.errors import InputError
 from ..config.recipe import Recipe
@@ -22,6 +24,7 @@ from .dtypes import DtypeName
 from .loading import Model, build_meta_model
 from .logit_memory import HeadFacts, LossSizes, head_facts, loss_bytes, tokens_at_once
 from .matrices import Matrix, matrices, own_name
+from .reward_sizes import values_of_rewards
 from .targets import adapted_layers
 
 CONTEXT_BYTES = 2**29
@@ -34,6 +37,8 @@ _SAMPLED_LOGIT = 40
 """Bytes of a logit while a token is sampled: in the compute type, and four times in float64."""
 _BACKWARD = 4
 """Gradients of a layer's widest tensors that exist at a time."""
+_OF_NORM = 3
+"""Tensors of a weight's size that exist while DoRA's norm of it is computed."""
 _NF4_BYTES = 0.516
 """Bytes per value, double quantised: 4 bits, 8 per block of 64, 32 per 256 blocks."""
 
@@ -80,7 +85,7 @@ class Sizes:
     cast: int
     """Trained values in matrix products; autocast keeps copies of them."""
     layers: int
-    """Decoder layers that keep activations."""
+    """Decoder layers."""
     hidden: int
     queries: int
     """Number of heads times their width."""
@@ -90,11 +95,16 @@ class Sizes:
     """Sum of the adapters' ranks in a layer."""
     heads: int
     vocabulary: int
+    cached: tuple[int | None, ...] = ()
+    """For each layer that caches keys and values, the most tokens of a sequence that it keeps: its
+    window, None for all."""
     added: int = 0
     """Values of weights that an adapter is added to, such as experts; the sums are kept for the
     backward pass, in the base's type."""
     largest: int = 0
-    """Values of the largest frozen matrix, which is whole for a moment while it is quantised."""
+    """Values of the largest frozen matrix."""
+    rewards: int = 0
+    """Values of the reward models that score completions."""
     head: HeadFacts = field(default_factory=HeadFacts)
     can_be_followed: bool = field(default=False, compare=False)
     """The model's configuration is at hand: its own forward pass decides on the activations.
@@ -106,7 +116,8 @@ class MemoryEstimate:
     """Estimated bytes on one worker's GPU."""
 
     weights: int
-    """The model and a second model as reference, if there is one, in their stored types."""
+    """The model, a second model as reference and reward models, if there are any, in their stored
+    types."""
     training: int
     """Gradients and the optimizer's states."""
     activations: int
@@ -117,16 +128,20 @@ class MemoryEstimate:
     """Logits of held-out rows, or caches of the answers to held-out prompts."""
     loading: int = 0
     """What loading takes beside the weights, before there are gradients."""
+    transient: int = 0
+    """Of the largest matrix: its values while a quantised base computes, and the sums for DoRA's
+    norm."""
     vllm: int = 0
     """The least that vLLM takes beside the training, if it samples."""
 
     @property
     def phases(self) -> dict[str, int]:
         """The peak of each phase with CUDA's context, in bytes; only phases that the run has."""
-        trained = self.weights + self.training + self.vllm + CONTEXT_BYTES
+        beside = CONTEXT_BYTES + self.transient
+        trained = self.weights + self.training + self.vllm + beside
         optional = {"generation": self.generation, "evaluation": self.evaluation}
         return {
-            "loading": self.weights + self.loading + CONTEXT_BYTES,
+            "loading": self.weights + self.loading + beside,
             "step": trained + self.activations,
             **{phase: trained + size for phase, size in optional.items() if size},
         }
@@ -171,24 +186,23 @@ def sizes_of(recipe: Recipe, model: Model | None = None) -> Sizes:
             is_packed = own_name(name.removeprefix("base_model.model.")) in packs
             counts["linear" if is_packed else "frozen"] += parameter.numel()
     config = model.config.get_text_config()
-    layers = config.num_hidden_layers
     # State-space models have heads under another name, or none.
     heads = _setting(config, "num_attention_heads", _setting(config, "num_heads", 1))
     width = _setting(config, "head_dim", config.hidden_size // heads)
-    freeze = recipe.freeze
-    trained_layers = freeze.last_layers if freeze is not None and not freeze.train else None
     return Sizes(
         **counts,
-        layers=trained_layers or layers,
+        layers=config.num_hidden_layers,
         hidden=config.hidden_size,
         queries=heads * width,
         keys=_setting(config, "num_key_value_heads", heads) * width,
         inner=_inner(config),
-        ranks=ranks // layers,
+        ranks=ranks // config.num_hidden_layers,
         heads=heads,
         vocabulary=config.vocab_size,
+        cached=_cached(config),
         added=_added(model, own),
         largest=max((matrix.values for matrix in own if matrix.weight in packs), default=0),
+        rewards=values_of_rewards(recipe) if recipe.method.samples_online else 0,
         head=head_facts(model),
         can_be_followed=True,
     )
@@ -201,6 +215,19 @@ def _added(model: Model, own: list[Matrix]) -> int:
     layers = adapted_layers(model)
     return sum(
         matrix.values for matrix in own if isinstance(layers.get(matrix.weight), ParamWrapper)
+    )
+
+
+def _cached(config: Any) -> tuple[int | None, ...]:
+    """For each layer with a cache of keys and values, the window of what generation keeps there."""
+    try:
+        layers = DynamicCache(config=config).layers
+    except (AttributeError, KeyError):  # the code of some models has kinds of its own
+        return (None,) * int(config.num_hidden_layers)
+    return tuple(
+        layer.sliding_window if layer.is_sliding else None
+        for layer in layers
+        if isinstance(layer, DynamicLayer)
     )
 
 
@@ -234,16 +261,20 @@ def estimate(
     if recipe.model.dtype != "auto":
         compute = recipe.model.dtype
     compute = compute or "bfloat16"
-    is_sharded = recipe.scale.strategy == "fsdp"
+    is_sharded, is_packed = recipe.scale.strategy == "fsdp", recipe.model.quantize != "none"
+    is_dora = recipe.adapter_kind == "dora"
     shards = max(recipe.scale.least_workers, 2) if is_sharded else 1
-    gathered = _gathered(sizes, compute) if is_sharded else 0
+    whole = _weights(recipe, sizes, compute)
+    weights = whole // shards + _gathered(recipe, sizes, compute) if is_sharded else whole
     return MemoryEstimate(
-        weights=_weights(recipe, sizes, compute) // shards + gathered,
+        weights=weights,
         training=_training(recipe, sizes, compute) // shards,
         activations=_step_activations(recipe, sizes, compute, kind),
-        generation=_generated(recipe, sizes, compute, recipe.method.completions_at_once),
+        generation=_generated(recipe, sizes, compute, completions_at_once(recipe)),
         evaluation=_evaluation(recipe, sizes, compute, kind),
-        loading=_loading(recipe, sizes, compute),
+        # A quantised base is packed on the GPU, and cut up when it is whole.
+        loading=max(0, whole - weights) if is_packed else 0,
+        transient=sizes.largest * _width(compute) * (is_packed + _OF_NORM * is_dora),
         vllm=vllm_bytes(recipe, sizes, compute)[0],
     )
 
@@ -263,7 +294,8 @@ def attention_of(recipe: Recipe) -> Attention:
 
 def logits_at_once(recipe: Recipe, sizes: Sizes, kind: str = "cuda") -> int:
     """Number of a microbatch's tokens that have logits at a time; arguments as for `estimate`."""
-    return tokens_at_once(sizes.head, _loss_sizes(recipe, sizes, "bfloat16"), kind)
+    of_loss = _loss_sizes(recipe, sizes, "bfloat16", recipe.microbatch_tokens)
+    return tokens_at_once(sizes.head, of_loss, kind)
 
 
 def _width(dtype: str) -> int:
@@ -281,7 +313,7 @@ def _trained_width(recipe: Recipe, compute: DtypeName) -> int:
 
 
 def _weights(recipe: Recipe, sizes: Sizes, compute: DtypeName) -> int:
-    """Bytes of all weights, with those of a second model as reference."""
+    """Bytes of all weights, with those of a second model as reference and of reward models."""
     low = _width(compute)
     # If the base itself is trained, its frozen weights are float32 too.
     base = low if recipe.trains_adapter else 4
@@ -291,14 +323,25 @@ def _weights(recipe: Recipe, sizes: Sizes, compute: DtypeName) -> int:
     if recipe.method.holds_second_model(recipe.trains_adapter):
         total += (sizes.linear + sizes.frozen) * low
         total += 0 if recipe.trains_adapter else sizes.trained * low
-    return round(total)
+    return round(total + sizes.rewards * low)
 
 
-def _gathered(sizes: Sizes, compute: DtypeName) -> int:
-    """Bytes of the weights that FSDP gathers at a time: two layers and all outside the layers."""
+def _gathered(recipe: Recipe, sizes: Sizes, compute: DtypeName) -> int:
+    """Bytes of what FSDP holds whole at a time.
+
+    Those are the weights of two layers and all outside the layers. Without an adapter, also the
+    gradients of a layer in their own type and in float32, in which they are reduced; of an adapter,
+    the sums of a step's gradients.
+    """
+    width = _width(compute)
     outside = min(2 * sizes.vocabulary * sizes.hidden, sizes.frozen + sizes.trained)
-    layer = (sizes.linear + sizes.frozen + sizes.trained - outside) // sizes.layers
-    return _width(compute) * (outside + 2 * layer)
+    rest = sizes.frozen + sizes.trained - outside
+    packed = _NF4_BYTES if recipe.model.quantize == "nf4" else width
+    layer = (sizes.linear * packed + rest * width) / sizes.layers
+    gradients: float = 4 * sizes.trained
+    if not recipe.trains_adapter:
+        gradients = min(sizes.trained, (sizes.linear + rest) / sizes.layers) * (width + 4)
+    return round(outside * width + 2 * layer + gradients)
 
 
 def _training(recipe: Recipe, sizes: Sizes, compute: DtypeName) -> int:
@@ -310,11 +353,6 @@ def _training(recipe: Recipe, sizes: Sizes, compute: DtypeName) -> int:
     return sizes.trained * per_value
 
 
-def _tokens(recipe: Recipe) -> int:
-    """Number of tokens in a full microbatch."""
-    return recipe.microbatch_tokens
-
-
 class _Held(NamedTuple):
     """Bytes that are held from the forward to the backward pass of a microbatch."""
 
@@ -324,11 +362,13 @@ class _Held(NamedTuple):
     """Of the layer that keeps most, which checkpointing computes again when it is its turn."""
     layers: int
     """Of all layers."""
+    passing: int = 0
+    """Most that a layer holds beyond that while it computes."""
 
 
 def _step_activations(recipe: Recipe, sizes: Sizes, compute: DtypeName, device: str) -> int:
     """Bytes that a microbatch's forward pass keeps, and those of its loss."""
-    tokens = _tokens(recipe)
+    tokens = recipe.microbatch_tokens
     rows = tokens / recipe.data.max_length
     trained: DtypeName = "float32" if _trained_width(recipe, compute) == 4 else "bfloat16"
     gathers_low = _gathers_low(recipe)
@@ -342,12 +382,12 @@ def _step_activations(recipe: Recipe, sizes: Sizes, compute: DtypeName, device: 
         copies = 2 * sizes.cast if kind == "autocast" and not gathers_low else 0
         held = _of_a_llama(recipe, sizes, tokens, compute, kind)
         held = held._replace(always=held.always + copies)
-    logits = _logits_bytes(recipe, sizes, compute, device)
+    logits = _logits_bytes(recipe, sizes, compute, device, tokens)
     # Gradients inside a layer exist when those of the logits are gone.
     backward = _BACKWARD * tokens * sizes.inner * _width(compute)
     if recipe.model.checkpoints:
-        return held.always + max(logits, held.layer + backward)
-    return held.always + held.layers + max(logits, backward)
+        return held.always + max(logits, held.layer + max(backward, held.passing))
+    return held.always + held.layers + max(logits, backward, held.passing)
 
 
 def _gathers_low(recipe: Recipe) -> bool:
@@ -368,7 +408,7 @@ def _followed(recipe: Recipe, rows: float, compute: DtypeName, trained: DtypeNam
     def held(kept: Kept) -> _Held:
         count = len(kept.layers)  # the last one's output stays, too
         inputs = kept.inputs * (count + 1) // count if recipe.model.checkpoints and count else 0
-        return _Held(kept.outside + inputs, kept.largest, sum(kept.layers))
+        return _Held(kept.outside + inputs, kept.largest, sum(kept.layers), kept.passing)
 
     kept = kept_by(recipe, size, compute, trained, attention)
     if kept is None:
@@ -392,12 +432,20 @@ def _of_a_llama(
     elif attention == "eager":  # scores, and their softmax in float32
         layer += tokens * recipe.data.max_length * sizes.heads * (width + 4)
     sums = sizes.added * width
-    inputs = tokens * sizes.hidden * (width if recipe.trains_adapter else 4) * sizes.layers
+    count = trained_layers(recipe, sizes)
+    inputs = tokens * sizes.hidden * (width if recipe.trains_adapter else 4) * count
     return _Held(
         always=inputs if recipe.model.checkpoints else 0,
-        layer=layer + sums // sizes.layers,
-        layers=layer * sizes.layers + sums,
+        layer=layer + sums // count,
+        layers=layer * count + sums,
     )
+
+
+def trained_layers(recipe: Recipe, sizes: Sizes) -> int:
+    """Number of decoder layers through which gradients pass."""
+    freeze = recipe.freeze
+    last = None if freeze is None or freeze.train else freeze.last_layers
+    return sizes.layers if last is None else min(last, sizes.layers)
 
 
 def _layer_activations(kept: _ActivationBytes, sizes: Sizes) -> int:
@@ -407,30 +455,36 @@ def _layer_activations(kept: _ActivationBytes, sizes: Sizes) -> int:
 
 
 def _logits_bytes(
-    recipe: Recipe, sizes: Sizes, compute: DtypeName, kind: str, trains: bool = True
+    recipe: Recipe, sizes: Sizes, compute: DtypeName, kind: str, tokens: int, trains: bool = True
 ) -> int:
-    """Bytes of the loss, if all tokens are trained."""
+    """Bytes of the loss of so many tokens, if all are trained."""
     if recipe.method.head == "score":
         return 0
-    return loss_bytes(sizes.head, _loss_sizes(recipe, sizes, compute), kind, trains)
+    return loss_bytes(sizes.head, _loss_sizes(recipe, sizes, compute, tokens), kind, trains)
 
 
-def _loss_sizes(recipe: Recipe, sizes: Sizes, compute: DtypeName) -> LossSizes:
+def _loss_sizes(recipe: Recipe, sizes: Sizes, compute: DtypeName, tokens: int) -> LossSizes:
     width = _width(compute)
     of_state = width if recipe.trains_adapter or _gathers_low(recipe) else 4
-    return LossSizes(_tokens(recipe), sizes.vocabulary, sizes.hidden, width, of_state)
+    return LossSizes(tokens, sizes.vocabulary, sizes.hidden, width, of_state)
 
 
-def _cache(recipe: Recipe, sizes: Sizes, compute: DtypeName, tokens: int) -> int:
-    """Bytes of the keys and values of tokens."""
-    del recipe
-    return tokens * sizes.layers * 2 * sizes.keys * _width(compute)
+def cache_bytes(sizes: Sizes, compute: DtypeName, tokens: int) -> int:
+    """Bytes of the keys and values of a sequence of so many tokens."""
+    kept = sum(tokens if window is None else min(window, tokens) for window in sizes.cached)
+    return kept * 2 * sizes.keys * _width(compute)
+
+
+def completions_at_once(recipe: Recipe) -> int:
+    """Completions of a step that a worker generates in one batch on the trained model's weights."""
+    rows = recipe.rows_of_worker(recipe.scale.least_workers)
+    return min(recipe.method.completions_at_once, rows)
 
 
 def _generated(recipe: Recipe, sizes: Sizes, compute: DtypeName, answers: int) -> int:
     """Bytes of the cache, and of the last tokens' logits and probabilities in float64."""
-    tokens = answers * recipe.data.max_length
-    return _cache(recipe, sizes, compute, tokens) + answers * sizes.vocabulary * _SAMPLED_LOGIT
+    of_one = cache_bytes(sizes, compute, recipe.data.max_length)
+    return answers * (of_one + sizes.vocabulary * _SAMPLED_LOGIT)
 
 
 def _evaluation(recipe: Recipe, sizes: Sizes, compute: DtypeName, kind: str) -> int:
@@ -439,14 +493,11 @@ def _evaluation(recipe: Recipe, sizes: Sizes, compute: DtypeName, kind: str) -> 
     if not held_out or recipe.method.samples_online:
         return _generated(recipe, sizes, compute, recipe.method.completions_at_once * held_out)
     answers = min(recipe.eval.samples, ANSWERS_AT_ONCE)
-    tokens = answers * (recipe.row_length + recipe.eval.max_new_tokens)
-    generated = _cache(recipe, sizes, compute, tokens) + answers * sizes.vocabulary * 4
-    return max(generated, _logits_bytes(recipe, sizes, compute, kind, trains=False))
-
-
-def _loading(recipe: Recipe, sizes: Sizes, compute: DtypeName) -> int:
-    """Bytes beside the weights while they are loaded: the largest matrix, before it is packed."""
-    return 0 if recipe.model.quantize == "none" else sizes.largest * _width(compute)
+    tokens = recipe.row_length + recipe.eval.max_new_tokens
+    generated = answers * (cache_bytes(sizes, compute, tokens) + sizes.vocabulary * 4)
+    rows = recipe.microbatch * recipe.tokens_per_row  # held-out data fills them in any case
+    measured = max(rows, recipe.optim.micro_batch_tokens or 0)
+    return max(generated, _logits_bytes(recipe, sizes, compute, kind, measured, trains=False))
 
 
 def vllm_bytes(recipe: Recipe, sizes: Sizes, compute: DtypeName) -> tuple[int, int]:
@@ -459,7 +510,7 @@ def vllm_bytes(recipe: Recipe, sizes: Sizes, compute: DtypeName) -> tuple[int, i
     if not method.samples_online or method.completions_at_once:
         return 0, 0
     base = (sizes.linear + sizes.frozen) * _width(compute) + CONTEXT_BYTES + _VLLM_WORKSPACE
-    of_one = _cache(recipe, sizes, compute, recipe.data.max_length)
+    of_one = cache_bytes(sizes, compute, recipe.data.max_length)
     workers = max(1, recipe.scale.least_workers)
     sequences = min(-(-recipe.optim.batch_size // workers), _VLLM_SEQUENCES)
     return base + of_one, base + sequences * of_one

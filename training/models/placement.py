@@ -8,8 +8,8 @@ from .dtypes import DtypeName
 from .memory_estimate import Sizes, estimate
 from .sharding import USABLE
 
-_SHARE = 0.92
-"""Share of a GPU's memory that `auto` fills: the allocator's own pieces take some."""
+SHARE = 0.92
+"""Share of a GPU's memory that `auto` fills: the allocator's own pieces and NCCL take some."""
 _MOST_ROWS = 64
 """Largest microbatch that `auto` takes: the products of a GPU are full long before."""
 
@@ -33,7 +33,7 @@ def decide(recipe: Recipe, sizes: Sizes, room: Room) -> Recipe:
 
     def fits(rows: int, checkpoints: bool) -> bool:
         changed = sharded.with_placement(rows, checkpoints)
-        return estimate(changed, sizes, room.compute).peak <= _SHARE * room.bytes
+        return estimate(changed, sizes, room.compute).peak <= SHARE * room.bytes
 
     is_auto = recipe.optim.micro_batch_size == "auto"
     rows = 1 if is_auto else recipe.microbatch
@@ -63,15 +63,22 @@ def with_strategy(
         room: bytes of a GPU's memory.
         compute: the type that `model.dtype: auto` comes to.
     """
-    if recipe.scale.strategy != "auto" or sharded(recipe) is recipe:
+    if recipe.scale.strategy != "auto" or sharded(recipe, compute) is recipe:
         return recipe
     memory = estimate(recipe.with_placement(1, False), sizes, compute)
-    return sharded(recipe) if memory.weights + memory.training > USABLE * room else recipe
+    is_large = memory.weights + memory.training > USABLE * room
+    return sharded(recipe, compute) if is_large else recipe
 
 
-def sharded(recipe: Recipe) -> Recipe:
-    """The recipe with sharded weights, if it can be sharded over at least two workers."""
-    if recipe.scale.least_workers < 2 or recipe.why_not_shardable is not None:
+def sharded(recipe: Recipe, compute: DtypeName | None = None) -> Recipe:
+    """The recipe with sharded weights, if it can be sharded over at least two workers.
+
+    Args:
+        recipe: the run's recipe.
+        compute: the type that `model.dtype: auto` comes to; float16 cannot be sharded.
+    """
+    is_half = recipe.model.dtype == "auto" and compute == "float16"
+    if is_half or recipe.scale.least_workers < 2 or recipe.why_not_shardable is not None:
         return recipe
     scale = recipe.scale.model_copy(update={"strategy": "fsdp"})
     return recipe.model_copy(update={"scale": scale})

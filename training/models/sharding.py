@@ -70,13 +70,14 @@ def choose_strategy(
 
 
 def model_state_bytes(model: torch.nn.Module) -> int:
-    """Bytes of all weights, and of the trained weights' gradients, moments and float32 masters."""
+    """Bytes of all weights, and of the trained weights' gradients, which DDP holds twice, moments,
+    and float32 masters with gradients."""
     total = 0
     for weight in model.parameters():
         total += weight.nbytes
         if weight.requires_grad:
-            of_optimizer = 8 if weight.dtype == torch.float32 else 12
-            total += weight.nbytes + of_optimizer * weight.numel()
+            of_optimizer = 8 if weight.dtype == torch.float32 else 16
+            total += 2 * weight.nbytes + of_optimizer * weight.numel()
     return total
 
 

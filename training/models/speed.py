@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from ..config.recipe import Recipe
-from .memory_estimate import Sizes
+from .memory_estimate import Sizes, cache_bytes, trained_layers
 
 _QLORA = 0.85
 """Speed with a base in 4 or 8 bits, whose weights are unpacked for every product."""
@@ -26,15 +26,20 @@ def training_flops(recipe: Recipe, sizes: Sizes) -> float:
 
     A product with N weights takes 2N forward, 2N for the gradient of its input, and 2N for that of
     its weights if they are trained. Of experts, those count that a token is sent to. Attention is
-    that to half of a full row.
+    that to half of a full row. Below the first layer that is trained there are no gradients.
     """
     head = sizes.vocabulary * sizes.hidden
     layer = 2 * sizes.hidden * (sizes.queries + sizes.keys) + 3 * sizes.hidden * sizes.inner
-    whole = sizes.linear if recipe.trains_adapter else sizes.frozen + sizes.trained - head
-    products = min(layer * sizes.layers, max(whole, 0)) + head
+    whole = sizes.linear
+    if not recipe.trains_adapter:
+        whole += sizes.frozen + sizes.trained - head
+    products = min(layer * sizes.layers, max(whole, 0))
     attention = 2 * sizes.layers * sizes.queries * recipe.data.max_length
-    of_trained = 6 * sizes.trained if recipe.trains_adapter else 2 * products
-    return 4 * products + of_trained + 3 * attention
+    back = trained_layers(recipe, sizes) / sizes.layers
+    of_trained = 6 * sizes.trained
+    if not recipe.trains_adapter:
+        of_trained = 2 * min(sizes.trained, products + head)
+    return 2 * (1 + back) * products + 4 * head + of_trained + (1 + 2 * back) * attention
 
 
 def seconds_per_step(
@@ -56,7 +61,8 @@ def seconds_per_step(
     if recipe.method.uses_reference:
         per_token += recomputed
     speed = device.flops * utilisation * (1.0 if recipe.model.quantize == "none" else _QLORA)
-    computing = tokens * per_token / (speed * workers)
+    most = recipe.rows_of_worker(workers) / recipe.rows_of_worker(1)
+    computing = most * tokens * per_token / speed
     return (
         computing
         + _exchange(recipe, sizes, device, workers)
@@ -72,8 +78,7 @@ def _exchange(recipe: Recipe, sizes: Sizes, device: Device, workers: int) -> flo
     gradients = 2 * share * sizes.trained * (2 if recipe.trains_adapter else 4)
     if recipe.scale.strategy != "fsdp":
         return gradients / device.link / 2
-    rows = -(-recipe.rows_per_step // workers) * recipe.method.sequences_per_row
-    passes = -(-rows // recipe.microbatch)
+    passes = -(-recipe.rows_of_worker(workers) // recipe.microbatch)
     packed = 0.516 if recipe.model.quantize == "nf4" else 2
     weights = sizes.linear * packed + (sizes.frozen + sizes.trained) * 2
     return (2 * passes * share * weights + gradients) / device.link / 2
@@ -88,6 +93,6 @@ def _sampling(recipe: Recipe, sizes: Sizes, device: Device, workers: int) -> flo
     at_once = method.completions_at_once or completions
     tokens = recipe.data.max_length - recipe.row_length
     weights = 2 * (sizes.linear + sizes.frozen)
-    cache = at_once * recipe.data.max_length * sizes.layers * 4 * sizes.keys
+    cache = at_once * cache_bytes(sizes, "bfloat16", recipe.data.max_length)
     each = (weights + cache / 2) / (0.5 * device.bandwidth)
     return -(-completions // at_once) * tokens * each / method.repeats

@@ -1,6 +1,7 @@
 """`finray plan`: placements on GPUs that are not here."""
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import finray
 from finray.cluster.api.planning import _nearest, place, plan
 from finray.cluster.cards import CARDS, link_of, parse_gpus
 from finray.cluster.cli.main import main
+from finray.cluster.memory_fit import host_bytes
 from finray.cluster.placements import placements, quantisations
 from finray.cluster.screens.plan import render
 from finray.training.common.errors import InputError
@@ -116,6 +118,125 @@ def test_the_operations_are_those_of_the_formula() -> None:
     eight = seconds(settings, 8)
     gradients = 2 * 7 / 8 * LLAMA_8B.trained * 2
     assert eight == pytest.approx(plain / 8 + gradients / 4e11 / 2)
+
+
+def test_the_worker_with_most_rows_counts() -> None:
+    """3 workers have 11 of 32 rows at most, and 20 have 2."""
+    settings = recipe_from_dict(
+        {
+            "name": "r",
+            "model": "/m",
+            "adapter": {"rank": 16},
+            "data": {"train": [{"path": "/x"}], "max_length": 512},
+        }
+    )
+    device = Device(flops=1e15, bandwidth=3e12, link=1e30)
+    seconds = [
+        seconds_per_step(settings, LLAMA_8B, device, 0.4, 32 * 512, workers)
+        for workers in (1, 3, 20)
+    ]
+    assert [seconds[0] / each for each in seconds[1:]] == pytest.approx([32 / 11, 16])
+
+
+def test_frozen_layers_have_no_backward_pass() -> None:
+    """2 operations a weight of 30 of 32 layers, 6 of the others, 4 of the head."""
+    text = {
+        "name": "r",
+        "model": "/m",
+        "freeze": {"last_layers": 2},
+        "data": {"train": [{"path": "/x"}], "max_length": 8192},
+    }
+    layer, head = LLAMA_8B.linear // 32, 128_256 * 4096
+    sizes = replace(LLAMA_8B, linear=30 * layer, frozen=2 * head, trained=2 * layer)
+    attention = 2 * 4096 * 8192
+    expected = 30 * 2 * layer + 2 * 6 * layer + 4 * head + attention * (32 + 2 * 2)
+    assert training_flops(recipe_from_dict(text), sizes) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("dtype", ["auto", "float16"])
+def test_float16_is_not_sharded(dtype: str) -> None:
+    """A T4 has no bfloat16, and shards have no scaled gradients."""
+    text = {
+        "name": "r",
+        "model": {"base": "/m", "dtype": dtype},
+        "adapter": {"rank": 16},
+        "data": {"train": [{"path": "/x"}], "max_length": 512},
+    }
+    recipe = recipe_from_dict(text)
+    card = CARDS["t4" if dtype == "auto" else "h100"]
+    placed = list(placements(recipe, "none", LLAMA_8B, Room(card.bytes, card.has_bfloat16), 4))
+    assert {one.strategy for one in placed} == {"one GPU", "ddp"}
+
+
+def test_the_nearest_card_may_shard() -> None:
+    """All of eight billion weights: T4s take float16, which is not sharded; larger cards do not."""
+    text = {"name": "r", "model": "/m", "data": {"train": [{"path": "/x"}]}}
+    sizes = replace(LLAMA_8B, linear=0, frozen=0, trained=8 * 10**9)
+    near = _nearest(recipe_from_dict(text), {"none": sizes}, CARDS["t4"], 4)
+    assert near is not None and near.startswith("--gpu a100-40:4 (")
+
+
+def test_completions_are_trained_on(tiny_model: Path, tmp_path: Path) -> None:
+    """As long as they may be, with prompts as long as they are."""
+    rows = [{"prompt": f"How much is {number} + 1?"} for number in range(40)]
+    data = tmp_path / "prompts.jsonl"
+    data.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    (tmp_path / "rewards.py").write_text("def worth(**_): return []\n", encoding="utf-8")
+    method = {
+        "kind": "grpo",
+        "rollout": "vllm",  # which need not be installed here
+        "rewards": [{"file": f"{tmp_path}/rewards.py:worth"}],
+        "generations": 4,
+        "max_completion": 80,
+    }
+    recipe = values(tiny_model, data, method=method)
+    recipe["data"]["max_length"] = 128
+    planned = plan(recipe, gpu="l4")
+    assert planned["note"] is None
+    row = planned["placements"][0]
+    prompt = planned["tokens"] / 40
+    assert planned["steps"] == 20 and 5 < prompt < 48
+    assert row["tokens_per_second"] * row["seconds_per_step"] == pytest.approx(8 * (prompt + 80))
+
+
+def test_only_the_configuration_is_needed(
+    tiny_model: Path, chat_file: Path, tmp_path: Path
+) -> None:
+    """The weights may be where the GPUs are."""
+    base = shutil.copytree(tiny_model, tmp_path / "base")
+    (base / "model.safetensors").unlink()
+    planned = plan(values(base, chat_file), gpu="l4")
+    assert planned["note"] is None and planned["steps"]
+
+
+def test_what_fills_a_card_comes_last(
+    tiny_model: Path, chat_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The allocator's own pieces may not fit beside it, so `auto` would not take it either."""
+    recipe = values(tiny_model, chat_file, adapter={"rank": 4, "init": "orthogonal"})
+    recipe["optim"] = {"batch_size": 1, "micro_batch_size": 1}
+    plain, saving = plan(recipe, gpu="l4")["placements"]
+    assert plain["peak"] > saving["peak"] and not plain["is_tight"]
+    small = replace(CARDS["l4"], gib=(plain["peak"] + 2**10) / 2**30)
+    monkeypatch.setitem(CARDS, "l4", small)
+    share = plain["peak"] / small.bytes - 1e-9
+    monkeypatch.setattr("finray.training.models.placement.SHARE", share)
+    planned = plan(recipe, gpu="l4")
+    assert [row["is_tight"] for row in planned["placements"]] == [False, True]
+    assert planned["best"] == saving["settings"] and "  tight  " in render(planned)
+
+
+def test_a_worker_loads_the_whole_model() -> None:
+    """Shards are cut on the host; what is trained is gathered there when it is saved."""
+    text = {"name": "r", "model": "/m", "data": {"train": [{"path": "/x"}]}}
+    scale = {"workers": 8, "strategy": "fsdp"}
+    adapter = recipe_from_dict({**text, "adapter": {"rank": 16}, "scale": scale})
+    beside = 8 * 2**30
+    base = 2 * (LLAMA_8B.linear + LLAMA_8B.frozen + LLAMA_8B.trained)
+    assert host_bytes(adapter, LLAMA_8B, "bfloat16") == base + beside
+    full = replace(LLAMA_8B, linear=0, frozen=0, trained=8 * 10**9)
+    whole = host_bytes(recipe_from_dict({**text, "scale": scale}), full, "bfloat16")
+    assert whole == 12 * full.trained + beside
 
 
 def test_placements_of_a_small_model(tiny_model: Path, chat_file: Path) -> None:

@@ -316,7 +316,8 @@ class Real:
         write_config(CONFIGS[self.name], home)
         self.recipe = load(name, tried, f"model.base={home}")
         adapter = yaml.safe_dump(FILES[name].get("adapter"))
-        self.sizes = real_sizes(self.name, adapter, self.recipe.method.head, home)
+        sizes = real_sizes(self.name, adapter, self.recipe.method.head, home)
+        self.sizes = replace(sizes, rewards=self.rewards(sizes))
 
     @property
     def memory(self) -> MemoryEstimate:
@@ -326,15 +327,11 @@ class Real:
     def parameters(self) -> int:
         return self.sizes.linear + self.sizes.frozen
 
-    def peak(self) -> int:
-        """Bytes on the fullest GPU, with the reward model that the estimate does not count."""
-        return self.memory.peak + self.reward_model()
-
-    def reward_model(self) -> int:
-        """Bytes of a reward model in bfloat16, with the same base and rank as the trained one."""
+    def rewards(self, sizes: Sizes) -> int:
+        """Values of a reward model with the same base and rank as the trained one."""
         rewards = getattr(self.recipe.method, "rewards", [])
         loads = any("run" in dict(reward) for reward in rewards)
-        return 2 * (self.parameters + self.sizes.trained) if loads else 0
+        return sizes.linear + sizes.frozen + sizes.trained if loads else 0
 
     def changed(self, section: str, **changes: Any) -> Recipe:
         part = getattr(self.recipe, section).model_copy(update=changes)
@@ -365,7 +362,7 @@ class Real:
         yield from (whole.weights + whole.training, self.held("model", quantize="none").weights)
         memory = self.memory
         yield from (memory.peak, memory.weights, memory.training, memory.activations)
-        yield from (self.reward_model(), self.peak())
+        yield 2 * self.sizes.rewards
         plain = self.changed("model", gradient_checkpointing=False)
         yield estimate(plain, self.sizes).activations
         yield estimate(self.changed("data", max_length=2048), self.sizes).peak
@@ -400,11 +397,10 @@ def test_every_figure_in_a_comment_is_computed(name: str, real: Callable[[str], 
 def test_it_fits_the_gpus_that_it_names(name: str, real: Callable[[str], Real]) -> None:
     recipe = real(name)
     row = dict(rows_of_the_readme())[name]
-    assert amount(recipe.peak()) in row
+    assert amount(recipe.memory.peak) in row
     (size,) = GPUS.findall(row)
     assert f"{size} GB" in comments_of(name)
-    # Where another model lies beside it, as much less is there.
-    gpu = Gpu(f"{size} GB", int(size) * 10**9 - recipe.reward_model())
+    gpu = Gpu(f"{size} GB", int(size) * 10**9)
     verdict = judge(recipe.recipe, {recipe.recipe.model.quantize: recipe.sizes}, [gpu])
     assert verdict.fits and not verdict.is_tight, verdict.text
 

@@ -4,7 +4,8 @@ import json
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
+from unittest.mock import Mock, patch
 
 import pytest
 import torch
@@ -16,7 +17,10 @@ from finray.training.common.errors import RunError
 from finray.training.common.progress import SILENT
 from finray.training.config.recipe import Recipe
 from finray.training.data.batching import Batch
+from finray.training.engine.failures import memory_request
+from finray.training.engine.task import WorkerTask
 from finray.training.launch.in_process import InProcessLauncher
+from finray.training.launch.retries import _Remedies
 from finray.training.models.devices import Room
 from finray.training.models.out_of_memory import in_fitting_parts, is_out_of_memory
 from finray.training.objectives.cross_entropy import TokenObjective
@@ -129,6 +133,19 @@ def test_with_one_row_it_says_what_to_change(
             run_to_the_end(settings.with_placement(3, True))
     spoil(monkeypatch, holds(1))
     assert len(run_to_the_end(settings)["restarts"]) == 2
+
+
+def test_what_a_worker_has_not_is_not_halved(tiny_model: Path, chat_file: Path) -> None:
+    """Two rows each for four workers: half of 8 would change nothing."""
+    whole = recipe(tiny_model, chat_file, tiny_model, "run", batch_size=8, micro_batch_size=8)
+    scale = whole.scale.model_copy(update={"workers": 4})
+    values = whole.model_copy(update={"scale": scale}).model_dump(mode="json")
+    task = cast(WorkerTask, {"recipe": values, "run": "memory://none", "prepared": ""})
+    request = memory_request(torch.OutOfMemoryError(MESSAGE), "step", 1)
+    remedies = _Remedies(Mock(), lambda: None, Mock())
+    with patch("finray.training.launch.retries.update_run"):
+        after = remedies.apply(task, request)
+    assert after["recipe"]["optim"]["micro_batch_size"] == 1
 
 
 SIGNS = {

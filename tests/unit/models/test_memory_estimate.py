@@ -1,6 +1,7 @@
 """The estimated memory, compared with what a model really keeps for its backward pass."""
 
 import gc
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -8,7 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from pydantic import ValidationError
 from support.real_models import LLAMA_8B, LLAMA_8B_CONFIG, write_config
+from transformers import AutoModelForSequenceClassification
 
 from finray.training.common.errors import InputError
 from finray.training.config.recipe import Recipe, recipe_from_dict
@@ -21,12 +24,15 @@ from finray.training.models.loading import load_model
 from finray.training.models.memory_estimate import (
     MemoryEstimate,
     attention_of,
+    cache_bytes,
     estimate,
     logits_at_once,
     sizes_of,
+    trained_layers,
     vllm_share,
 )
-from finray.training.models.placement import decide
+from finray.training.models.placement import decide, with_strategy
+from finray.training.records.run_folder import RUN_FORMAT
 
 # peft calls a name that transformers has renamed.
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
@@ -428,3 +434,173 @@ def test_scores_of_packed_rows_are_those_of_their_documents(kind: str, tmp_path:
     values["optim"] = {"micro_batch_size": 4}
     alone = estimate(recipe_from_dict(values), sizes).activations
     assert own == pytest.approx(alone, abs=8)
+
+
+@pytest.mark.parametrize(
+    ("kind", "config"),
+    [
+        ("llama", {}),
+        ("gemma3_text", {"sliding_window": 16, "num_hidden_layers": 7}),
+        ("lfm2", {"num_hidden_layers": 3, "full_attn_idxs": [1]}),
+        ("qwen3_next", {"num_experts": 0, "num_hidden_layers": 4}),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_a_cache_holds_what_generation_keeps(
+    tmp_path: Path, kind: str, config: dict[str, Any]
+) -> None:
+    """Of windows no more than they are long, of convolutions and recurrences nothing."""
+    from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
+    from transformers.cache_utils import DynamicLayer
+
+    made = AutoConfig.for_model(kind, **{**SMALL, "head_dim": 16, **config})
+    model = AutoModelForCausalLM.from_config(made, dtype=torch.float32)
+    made.save_pretrained(tmp_path)
+    cache = DynamicCache(config=made)
+    with torch.no_grad():
+        for _ in range(2):
+            model(torch.ones(1, TOKENS // 2, dtype=torch.long), past_key_values=cache)
+    held = [layer for layer in cache.layers if isinstance(layer, DynamicLayer)]
+    sizes = sizes_of(recipe(tmp_path, **LORA))
+    assert len(sizes.cached) == len(held)
+    windows = sum(window is not None for window in sizes.cached)
+    one_token = 2 * sizes.keys * 4
+    # transformers keeps a token less than a window.
+    assert cache_bytes(sizes, "float32", TOKENS) - windows * one_token == sum(
+        layer.keys.nbytes + layer.values.nbytes for layer in held
+    )
+
+
+def test_frozen_layers_have_a_cache(bases: dict[int, Path]) -> None:
+    """Their gradients end early; generation reads all layers."""
+    settings = recipe(bases[3], freeze={"last_layers": 1})
+    sizes = sizes_of(settings)
+    assert (sizes.layers, trained_layers(settings, sizes), sizes.cached) == (3, 1, (None,) * 3)
+
+
+def test_a_worker_samples_its_own_prompts(bases: dict[int, Path]) -> None:
+    """No more completions than it has in a step, however many fit into a batch."""
+    online = {"kind": "grpo", "rewards": [{"file": "/x.py:f"}], "max_completion": 8}
+    settings = recipe(
+        *(bases[3],), **LORA, method={**online, "generations": 4, "rollout_batch_size": 64},
+        optim={"batch_size": 24}, scale={"workers": 4},
+    )  # fmt: skip
+    sizes = sizes_of(settings)
+    of_one = cache_bytes(sizes, "bfloat16", TOKENS) + 64 * 40
+    assert estimate(settings, sizes).generation == 2 * 4 * of_one
+
+
+def test_a_microbatch_holds_the_rows_of_a_worker(bases: dict[int, Path]) -> None:
+    """Of a step: 8 rows for 4 workers are two each. Held-out rows fill a microbatch."""
+    optim = {"batch_size": 8, "micro_batch_size": 8}
+    held_out = {"holdout": 0.1, "train": [{"path": "/x"}], "max_length": TOKENS}
+    values = recipe(bases[3], **LORA, optim=optim, scale={"workers": 4}).model_dump(mode="json")
+    settings = recipe_from_dict({**values, "data": {**held_out, "packing": False}})
+    sizes = sizes_of(settings)
+    two, whole = (estimate(settings.with_placement(rows, False), sizes) for rows in (2, 8))
+    assert two.activations == whole.activations and two.evaluation < whole.evaluation
+    pairs = recipe(bases[3], **LORA, optim=optim, method={"kind": "dpo"})
+    online = {"kind": "grpo", "rewards": [{"file": "/x.py:f"}], "generations": 4}
+    sampled = recipe(bases[3], **LORA, optim=optim, method={**online, "max_completion": 8})
+    counted = [[one.rows_of_worker(n) for n in (0, 1, 2, 3, 8)] for one in (pairs, sampled)]
+    assert counted == [[8, 8, 4, 3, 1], [8, 8, 4, 4, 4]]
+
+
+def test_what_dora_holds_for_a_moment(tmp_path: Path) -> None:
+    """The allocator's own record of a forward pass; norms have no gradient, so nothing of them is
+    kept."""
+    from torch.profiler import ProfilerActivity, profile
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    wide = {**SMALL, "hidden_size": 64, "intermediate_size": 2048}
+    LlamaForCausalLM(LlamaConfig(**wide)).save_pretrained(tmp_path)
+    model = {"dtype": "bfloat16", "quantize": "nf4"}
+    settings = recipe(tmp_path, adapter={"rank": 4, "dora": True}, model=model)
+    sizes = sizes_of(settings)
+    loaded = load_model(settings).train()
+    gc.collect()
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
+        logits = forward(settings, loaded)
+    held = most = 0
+    for event in seen.profiler.kineto_results.events():  # type: ignore[union-attr]
+        if event.name() == "[memory]":
+            held += event.nbytes()
+            most = max(most, held)
+    kept = kept_by(settings, TOKENS, "bfloat16", "bfloat16", "plain")
+    assert logits.requires_grad and kept is not None and kept[0].passing > 2 * 2048**2
+    expected = kept[0].whole + kept[0].passing + estimate(settings, sizes).transient
+    assert most == pytest.approx(expected, rel=0.03)
+
+
+def test_reward_models_are_counted(bases: dict[int, Path], tmp_path: Path) -> None:
+    """A classifier by its configuration, a finished run by its record; they stay on the GPU."""
+    run = tmp_path / "reward"
+    run.mkdir()
+    record = {"format": RUN_FORMAT, "parameters": {"total": 12_345, "trainable": 5}}
+    (run / "run.json").write_text(json.dumps(record), encoding="utf-8")
+    method = {"kind": "grpo", "max_completion": 8, "rewards": [{"file": "/x.py:f"}]}
+    alone = recipe(bases[3], **LORA, method=method)
+    method["rewards"] = [{"model": str(bases[1])}, {"run": str(run)}]
+    scored = recipe(bases[3], **LORA, method=method)
+    own, sizes = sizes_of(alone), sizes_of(scored)
+    head = AutoModelForSequenceClassification.from_pretrained(bases[1], num_labels=2)
+    assert (own.rewards, sizes.rewards) == (0, 12_345 + head.num_parameters())
+    added = estimate(scored, sizes).weights - estimate(alone, own).weights
+    assert added == 2 * sizes.rewards
+
+
+WORKERS = 8
+LLAMA_8B_FULL = replace(LLAMA_8B, linear=0, frozen=0, trained=8_030_261_248, cast=8_030_261_248)
+
+
+@pytest.mark.parametrize("quantize", ["none", "nf4", "full"])
+def test_the_shards_of_a_known_model(quantize: str) -> None:
+    """8B over 8 GPUs, by hand: shards, two layers and embedding and head whole."""
+    is_full = quantize == "full"
+    settings = recipe_from_dict(
+        {
+            "name": "run",
+            "model": {"base": "/m", "quantize": "none" if is_full else quantize},
+            **({} if is_full else {"adapter": {"rank": 16}}),
+            "data": {"train": [{"path": "/rows.jsonl"}], "max_length": 2048, "packing": False},
+            "optim": {"batch_size": 8, "micro_batch_size": 1},
+            "scale": {"workers": WORKERS, "strategy": "fsdp"},
+        }
+    )
+    memory = estimate(settings, LLAMA_8B_FULL if is_full else LLAMA_8B)
+    outside, layer, adapter = 2 * 128_256 * 4096, 218_112_000, 41_943_040
+    bytes_of_layer = {"none": 2, "nf4": 0.516, "full": 2}[quantize] * layer
+    base = {"none": 2 * 32 * layer, "nf4": 0.516 * 32 * layer, "full": 4 * 32 * layer}[quantize]
+    base += outside * (4 if is_full else 2)
+    trained = 0 if is_full else 2 * adapter
+    # A layer's gradients, in bfloat16 and in float32; or the sums of all of an adapter's.
+    gradients = 6 * layer if is_full else 4 * adapter
+    gathered = 2 * outside + 2 * bytes_of_layer + gradients
+    assert memory.weights == pytest.approx((base + trained) / WORKERS + gathered, rel=3e-3)
+    states = 12 * (32 * layer + outside) if is_full else (2 + 8 + 8) * adapter
+    assert memory.training == pytest.approx(states / WORKERS, rel=3e-3)
+    # A quantised base is whole on each GPU before it is cut up.
+    largest = 2 * 4096 * 14336
+    loaded = base + trained + largest if quantize == "nf4" else memory.weights
+    assert memory.phases["loading"] == pytest.approx(loaded + 2**29, rel=3e-3)
+
+
+def test_float16_is_not_sharded() -> None:
+    """Whatever `auto` comes to: its gradients are scaled."""
+    text = {
+        "name": "run",
+        "model": {"base": "/m"},
+        "adapter": {"rank": 16},
+        "data": {"train": [{"path": "/rows.jsonl"}], "max_length": 2048},
+        "optim": {"batch_size": 8, "micro_batch_size": 1},
+        "scale": {"workers": 2},
+    }
+    settings = recipe_from_dict(text)
+    strategies = {
+        compute: with_strategy(settings, LLAMA_8B, 2**34, compute).scale.strategy  # type: ignore[arg-type]
+        for compute in ("float16", "bfloat16")
+    }
+    assert strategies == {"float16": "auto", "bfloat16": "fsdp"}
+    half = {**text, "model": {"base": "/m", "dtype": "float16"}}
+    with pytest.raises(ValidationError, match=r"fsdp: model.dtype float16 scales its gradients"):
+        recipe_from_dict({**half, "scale": {"workers": 2, "strategy": "fsdp"}})

@@ -19,8 +19,12 @@ from ...records.run_folder import FinishedRun, finished_run, read_run
 _TOKENIZER = "tokenizer.json"
 
 
-def check_rewards(recipe: Recipe) -> None:
+def check_rewards(recipe: Recipe, *, trains_here: bool = True) -> None:
     """Check the rewards and the sampler of an online method; other methods have none.
+
+    Args:
+        recipe: the recipe.
+        trains_here: False if vLLM need not be installed here.
 
     Raises:
         InputError: a run has no reward model or one with another tokenizer; a classifier does not
@@ -30,7 +34,7 @@ def check_rewards(recipe: Recipe) -> None:
     if not recipe.method.samples_online:
         return
     method = cast(OnlineMethod, recipe.method)
-    if method.rollout == "vllm":
+    if method.rollout == "vllm" and trains_here:
         _check_vllm(recipe)
     for index, reward in enumerate(method.rewards):
         where = f"method.rewards.{index}"
