@@ -104,7 +104,7 @@ def loss_bytes(head: HeadFacts, sizes: LossSizes, kind: str, trains: bool = True
     if kind == "cpu" and of_weight:  # which converts it before the sum
         of_weight += 4 * head.trained
     product = max(of_weight, rows * sizes.hidden * sizes.width)
-    if kind == "cpu" and sizes.width == 4 and head.results == 1 and not head.trained:
+    if kind == "cpu" and sizes.width == 4 and head.results == 1:
         softmax, product = 0, 2 * product  # in place; a step that is logged has a slice more
     of_part = head.results * part + max(softmax, head.gradients * part + product)
     return 2 * states + converted + 4 * head.trained + of_part
