@@ -29,9 +29,9 @@ rlhf: install
 	$(BIN)/finray train recipes/quickstart/reward.yaml
 	$(BIN)/finray train recipes/quickstart/grpo.yaml
 
-# While one works: no real command, no Ray.
+# While one works: no real command, no Ray, no file of many seconds.
 test-unit: install
-	$(PYTEST) -m "not slow and not ray" tests/unit
+	$(PYTEST) -m "not slow and not ray and not long" tests/unit
 
 # What a change must pass.
 test: install
