@@ -34,8 +34,8 @@ def describe_files(files: Iterable[SourceFile], at_once: bool = True) -> list[ob
 
     Args:
         files: the files.
-        at_once: False to read no large file whole: its size and evenly spread parts of it identify
-            it.
+        at_once: False to read no large file whole: its size, its time and evenly spread parts of it
+            identify it.
 
     Raises:
         InputError: a file cannot be read.
@@ -64,7 +64,8 @@ def identified(files: Iterable[SourceFile], at_once: bool = True) -> tuple[Sourc
 
 def is_unchanged(file: SourceFile) -> bool:
     """True if a file is as it was listed: by its time, or else by its content, as a copy on another
-    node may have another time. Of a data set of the hub, its address says so."""
+    node may have another time; of a file of which only parts are read, the time decides. Of a data
+    set of the hub, its address says so."""
     if file.uri.startswith(HUB):
         return True
     folder = Folder(file.folder)
@@ -74,7 +75,9 @@ def is_unchanged(file: SourceFile) -> bool:
     if info.size != file.size or (info.mtime_ns or 0) // unit == file.modified_ns // unit:
         return bool(info.size == file.size)
     content = file.content
-    return content is not None and content == _content(file, not content.startswith(_SAMPLED))
+    if content is None or content.startswith(_SAMPLED):
+        return False
+    return content == _content(file, at_once=True)
 
 
 def _describe_file(file: SourceFile, at_once: bool) -> list[object]:
@@ -93,7 +96,8 @@ def _content(file: SourceFile, at_once: bool) -> str:
     try:
         if at_once or file.size <= _READ_WHOLE:
             return _cached_hash(path)
-        return f"{_SAMPLED}{file.size}-{_cached_hash(path, of_parts=True)}"
+        parts = _cached_hash(path, of_parts=True)
+        return f"{_SAMPLED}{file.size}-{file.modified_ns}-{parts}"
     except OSError as error:
         raise InputError(f"{file.place}: cannot read it: {error.strerror}") from None
 

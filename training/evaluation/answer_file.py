@@ -16,6 +16,9 @@ from ..common.errors import InputError, RunError, reason
 from ..common.secrets import redact
 from ..records.run_folder import Record, parse_record
 
+_WRITTEN: Record = {"row": None, "written": True}
+"""The last line of a part whose lines are in the finished file, too."""
+
 
 def part_of(target: Path) -> Path:
     """What a file that is not finished is written to."""
@@ -76,8 +79,8 @@ class AnswerFile:
     def finish(
         self, change: Callable[[Record], Record] = lambda line: line, keeps_part: bool = False
     ) -> None:
-        """Write the file, in the order of the rows, and remove the part unless it is kept."""
-        self._file.close()
+        """Write the file, in the order of the rows, and remove the part unless it is kept: for the
+        same settings alone, as others make a file of their own."""
         whole = self._part.with_name(f"{self.target.name}.tmp")
         with self._write_errors(), whole.open("wb") as file:
             for row in sorted(self.lines):
@@ -85,6 +88,9 @@ class AnswerFile:
             file.flush()
             os.fsync(file.fileno())
         whole.replace(self.target)
+        if keeps_part:
+            self._write([_WRITTEN])
+        self._file.close()
         if not keeps_part:
             self._part.unlink()
 
@@ -122,6 +128,8 @@ class AnswerFile:
                 "it were made; restore it, or delete the file to begin anew"
             )
         if first != self._decides:
+            if lines and lines[-1] == _WRITTEN:
+                return 0
             changed = sorted(
                 key for key in {*first, *self._decides} if first.get(key) != self._decides.get(key)
             )
@@ -130,7 +138,7 @@ class AnswerFile:
                 "to go on with it, or delete it"
             )
         for line in lines:
-            if line is not None:
+            if line is not None and line != _WRITTEN:
                 self.lines[line["row"]] = {**self.lines.get(line["row"], {}), **line}
         return size
 

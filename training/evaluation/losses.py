@@ -123,7 +123,7 @@ def _sums(opened: Opened, documents: Sequence[Document]) -> list[tuple[float, in
 
     head = opened.head
     with opened.active(), nullcontext() if head is None else head.capturing(compute):
-        outputs = opened.model(input_ids=tokens, attention_mask=attended)
+        outputs = opened.model(input_ids=tokens, attention_mask=attended, use_cache=False)
     if head is None:
         compute(outputs.logits)
     (losses,) = computed

@@ -77,7 +77,7 @@ class Opened:
         def run() -> torch.Tensor:
             with self.active():
                 token = torch.zeros(1, 1, dtype=torch.long, device=self.device)
-                logits: torch.Tensor = self.model(input_ids=token).logits
+                logits: torch.Tensor = self.model(input_ids=token, use_cache=False).logits
                 return logits
 
         return find_head(self.model, run)

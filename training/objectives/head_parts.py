@@ -118,7 +118,7 @@ class Product:
             tokens: the targets, (tokens,).
             factors: of the cross-entropies, (tokens,); None for 1.
         """
-        factors = torch.ones_like(sums) if factors is None else factors
+        factors = torch.ones_like(sums) if factors is None else factors.to(sums.dtype)
         shares = factors / sums
         totals = iter(self.sums)
         if self._is_trained[0]:

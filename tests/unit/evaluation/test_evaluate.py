@@ -360,11 +360,13 @@ def test_a_function_that_raises_costs_no_answer(
     data = write(tmp_path / "rows.jsonl", ROWS)
     score = tmp_path / "score.py"
 
-    def evaluate(body: str) -> finray.EvaluationResult:
+    def evaluate(body: str, max_tokens: int = 2) -> finray.EvaluationResult:
         score.write_text(f"def f(completions, **columns):\n    {body}\n")
-        how: dict[str, Any] = {"loss": False, "max_tokens": 2, "to": tmp_path / "eval"}
+        how: dict[str, Any] = {"loss": False, "max_tokens": max_tokens, "to": tmp_path / "eval"}
         return finray.evaluate(run, data, metrics=[f"{score}:f"], **how)
 
+    assert "KeyError" in evaluate("raise KeyError('gone')", max_tokens=1).problems[0]
+    # What is written already keeps no other evaluation from beginning.
     assert "KeyError" in evaluate("raise KeyError('gone')").problems[0]
     assert (tmp_path / "eval" / "eval.jsonl").is_file()
     from finray.training.evaluation import results
