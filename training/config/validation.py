@@ -127,7 +127,10 @@ def _message(settings: type[BaseModel], document: Document, group: list[Fault]) 
     for fault in group:
         kind = fault["type"]
         if kind in _OWN:
-            return _own_message(document, key, str(fault["msg"]).removeprefix("Value error, "))
+            message = str(fault["msg"]).removeprefix("Value error, ")
+            if kind == "metric":  # pydantic has the same text for every value
+                message += f", found {shown(_value(document, key))}"
+            return _own_message(document, key, message)
         if fault["loc"][-1:] == ("[key]",):
             section = schema_at(schema_of(settings), document.values, key[:-1])
             names = section.get("propertyNames", {})
@@ -150,9 +153,7 @@ def _own_message(document: Document, key: Key, message: str) -> str:
 
 
 def _expectation(settings: type[BaseModel], document: Document, key: Key) -> str:
-    value: Any = document.values
-    for part in key:
-        value = value[part]
+    value = _value(document, key)
     schema = schema_at(schema_of(settings), document.values, key)
     remedy = value_remedy(dotted(key), value)
     end = hint(schema, value) if remedy is None else f"; {remedy}"
@@ -160,6 +161,13 @@ def _expectation(settings: type[BaseModel], document: Document, key: Key) -> str
         f"{document.place(key)}: {dotted(key) or 'recipe'}: expected {describe(schema, value)}, "
         f"found {shown(value)}{end}"
     )
+
+
+def _value(document: Document, key: Key) -> Any:
+    value: Any = document.values
+    for part in key:
+        value = value[part]
+    return value
 
 
 def has_key(settings: type[BaseModel], key: Key) -> bool:

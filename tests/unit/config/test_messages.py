@@ -130,7 +130,8 @@ def test_every_setting_of_a_sweep() -> None:
         (
             {"eval": {"metrics": ["score.py:fine"]}},
             "eval.metrics.0: a measure is one of exact_match, token_f1, rouge1, rouge2, rougeL, "
-            'bleu, chrf, json_valid, tool_calls and {file: "score.py:function"}',
+            'bleu, chrf, json_valid, tool_calls and {file: "score.py:function"}, found '
+            "'score.py:fine'",
         ),
         ({"adapter": {"dora": "maybe"}}, "adapter.dora: expected true or false, found 'maybe'"),
         ({"storage": 3}, "storage: expected text, found 3; put it into quotes"),

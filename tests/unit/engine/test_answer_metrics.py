@@ -122,7 +122,7 @@ def test_they_are_objectives_of_a_sweep(
         ({"samples": 0}, "set eval.samples"),
         (
             {"metrics": ["rogue"]},
-            "expected one of 'exact_match', 'token_f1'.*mapping.* found 'rogue'",
+            "eval.metrics.0: a measure is one of exact_match, .*function\"}, found 'rogue'",
         ),
         ({"metrics": ["bleu", "bleu"]}, "names bleu twice"),
         ({"watch": "eval_bleu"}, "reports no eval_bleu at an evaluation, but eval_loss"),
