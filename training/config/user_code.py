@@ -32,6 +32,8 @@ from .section import Section
 _TRY_SECONDS = 300
 _TRIED = "tried"
 """What the process that imports a file prints last."""
+_FAILED = "\0failed: "
+"""What it prints before the error; what the file itself prints comes earlier."""
 
 
 class UserFunction(Section):
@@ -237,8 +239,16 @@ def try_file(function: UserFunction, key: str) -> None:
             f"{key}.file: importing {function.path} takes longer than {_TRY_SECONDS} s"
         ) from None
     if done.returncode or not done.stdout.endswith(_TRIED):
-        reason = done.stderr.strip() or f"its process ended with exit code {done.returncode}"
-        raise InputError(f"{key}.file: {redact(reason)}")
+        _, failed, error = done.stderr.rpartition(_FAILED)
+        problem = error.strip() if failed else _of_ended(done)
+        raise InputError(f"{key}.file: {redact(problem)}")
+
+
+def _of_ended(done: subprocess.CompletedProcess[str]) -> str:
+    """What is known of a process that ended without an error of its own."""
+    problem = f"its process ended with exit code {done.returncode}"
+    *_, last = done.stderr.strip().splitlines() or [""]
+    return f"{problem}, after the line: {last}" if last else problem
 
 
 def main() -> int:
@@ -246,7 +256,7 @@ def main() -> int:
     try:
         UserFunction.model_validate_json(sys.stdin.read()).load()
     except RunError as error:
-        print(error, file=sys.stderr)
+        print(_FAILED, error, sep="", file=sys.stderr)
         return error.exit_code
     print(_TRIED, end="")
     return 0
