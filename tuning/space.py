@@ -6,6 +6,7 @@ import json
 import random
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -228,11 +229,9 @@ class Space:
         """
         valid: set[tuple[str, Scalar]] = set()
         refused: list[Excluded] = []
-        for settings in self._samples():
-            try:
-                self._validated(settings, {})
-            except InputError as error:
-                refused.append(Excluded(settings, str(error)))
+        for settings, reason in self._tried:
+            if reason is not None:
+                refused.append(Excluded(settings, reason))
             else:
                 valid.update(self._as_labels(settings).items())
         for item in refused:
@@ -246,6 +245,8 @@ class Space:
 
     def data_settings(self) -> list[Settings]:
         """Settings for each prepared data set that trials need; of valid recipes.
+
+        Other keys have the base recipe's values, or else the first ones that make a valid recipe.
 
         Raises:
             InputError: a key that changes the data, or a key that it depends on, has too many
@@ -261,15 +262,25 @@ class Space:
             self.complete(dict(zip(varied, combination, strict=True)))
             for combination in itertools.product(*values)
         ]
-        valid = [each for each in settings if self._is_valid(each)]
-        return list({self.data_key(each): each for each in valid}.values())
+        valid = {self.data_key(each): each for each in settings if self._refusal(each) is None}
+        keys_of_data = list(dict.fromkeys(self.data_key(each) for each in settings))
+        if len(valid) < len(keys_of_data):
+            for each, reason in self._tried:
+                if reason is None:
+                    valid.setdefault(self.data_key(each), each)
+        return [valid[key] for key in keys_of_data if key in valid]
 
-    def _is_valid(self, settings: Settings) -> bool:
+    @cached_property
+    def _tried(self) -> list[tuple[Settings, str | None]]:
+        """Combinations of typical values, and why each is not a valid recipe; None if it is."""
+        return [(settings, self._refusal(settings)) for settings in self._samples()]
+
+    def _refusal(self, settings: Settings) -> str | None:
         try:
             self._validated(settings, {})
-        except InputError:
-            return False
-        return True
+        except InputError as error:
+            return str(error)
+        return None
 
     def _data_keys(self) -> list[str]:
         """Searched keys that change the prepared data.

@@ -329,6 +329,25 @@ def test_no_data_is_prepared_for_impossible_combinations(plan: MakePlan) -> None
     assert pairs == [(True, 1.0), (True, 2.0), (False, 1.0)]
 
 
+def test_data_is_prepared_for_combinations_that_need_other_values_than_the_recipes(
+    plan: MakePlan,
+) -> None:
+    lengths, sizes = {"choice": [512, 4096]}, {"choice": [1024, 8192]}
+    made = plan(
+        {
+            "data": {"train": ["rows.jsonl"], "holdout": 0.1, "max_length": 512},
+            "optim": {"batch_size": 8, "micro_batch_tokens": 1024},
+        },
+        search={"data.max_length": lengths, "optim.micro_batch_tokens": sizes},
+    )
+    assert made.excluded_count == 1
+    pairs = [
+        (recipe.data.max_length, recipe.optim.micro_batch_tokens)
+        for recipe in made.data_recipes().values()
+    ]
+    assert pairs == [(512, 1024), (4096, 8192)]
+
+
 def test_data_that_depends_on_other_keys_is_prepared_for_all_their_values(plan: MakePlan) -> None:
     ranks = {"adapter.rank": {"choice": [2, 4, 8]}}
     when = {"choice": [64, 128], "when": {"adapter.rank": 8}}
