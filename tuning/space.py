@@ -13,6 +13,7 @@ from typing import Any, Protocol
 from ..training.common.errors import InputError
 from ..training.config.recipe import Recipe, build_recipe, resolve_recipe
 from ..training.config.short_forms import write_out
+from ..training.config.user_code import functions_in, with_texts
 from ..training.config.validation import has_key, suggestion
 from ..training.config.yaml_file import Change, Document, apply_changes, split_key
 from .default_search import (
@@ -92,6 +93,8 @@ class Space:
         self._values["method"] = {"kind": base.method.kind, **self._values.get("method", {})}
         self._base_values = base.model_dump(mode="json")
         self._alikes: Settings = {}
+        self._texts: dict[str, str] = {}
+        self._note_texts(base)
         self._check_keys()
         self.keys = self._in_order()
 
@@ -206,7 +209,7 @@ class Space:
         return json.dumps(self.labels(settings), sort_keys=True)
 
     def recipe(self, settings: Settings, **fixed: Any) -> Recipe:
-        """The recipe with these settings.
+        """The recipe with these settings; a file of code has the text that was first read of it.
 
         Args:
             settings: values by dotted key.
@@ -215,7 +218,10 @@ class Space:
         Raises:
             InputError: the settings are not a valid recipe.
         """
-        return resolve_recipe(self._validated(settings, fixed), self._folder)
+        valid = with_texts(self._validated(settings, fixed), self._texts, self._folder)
+        recipe = resolve_recipe(valid, self._folder)
+        self._note_texts(recipe)
+        return recipe
 
     def every_setting(self) -> list[Settings] | None:
         """All possible settings in order; None if there are too many to list."""
@@ -349,6 +355,11 @@ class Space:
         return value / self._factor(at_alpha, settings)
 
     # in detail
+
+    def _note_texts(self, recipe: Recipe) -> None:
+        for _, function in functions_in(recipe):
+            if function.source is not None:
+                self._texts.setdefault(function.path, function.source)
 
     def _value(self, key: str, settings: Settings, choose: Callable[[str], Any]) -> Any:
         return self._computed(key, settings) if self[key].is_computed else choose(key)

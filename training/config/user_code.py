@@ -12,13 +12,14 @@ import ast
 import functools
 import hashlib
 import linecache
+import operator
 import subprocess
 import sys
 import traceback
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 from pydantic import BaseModel
 
@@ -28,6 +29,8 @@ from ..common.secrets import redact, secret_kind
 from .paths import resolve_path
 from .places import PlacedSection, about, locates
 from .section import Section
+
+AnySettings = TypeVar("AnySettings", bound=BaseModel)
 
 _TRY_SECONDS = 300
 _TRIED = "tried"
@@ -192,6 +195,41 @@ def functions_in(settings: BaseModel, key: str = "") -> Iterator[tuple[str, User
             if isinstance(item, BaseModel):
                 inner = f"{name}.{index}" if isinstance(value, list | tuple) else name
                 yield from functions_in(item, f"{key}.{inner}" if key else inner)
+
+
+def with_texts(
+    settings: AnySettings, texts: Mapping[str, str], folder: Path, key: str = ""
+) -> AnySettings:
+    """The settings, whose functions have these texts instead of what their files hold now.
+
+    Args:
+        settings: a recipe or a section of it.
+        texts: by absolute path; a function stays whose file is not among them, or that has a text.
+        folder: where a relative path starts.
+        key: the key of the section, for messages.
+
+    Raises:
+        InputError: a path begins with the home of a user who does not exist.
+    """
+
+    def changed(value: Any, key: str) -> Any:
+        if isinstance(value, list | tuple):
+            items = [changed(item, f"{key}.{index}") for index, item in enumerate(value)]
+            return type(value)(items) if any(map(operator.is_not, items, value)) else value
+        return with_texts(value, texts, folder, key) if isinstance(value, BaseModel) else value
+
+    update = {}
+    for name in type(settings).model_fields:
+        value = getattr(settings, name)
+        new = changed(value, f"{key}.{name}" if key else name)
+        if new is not value:
+            update[name] = new
+    if isinstance(settings, UserFunction) and settings.source is None:
+        with about(f"{key}.file"):
+            text = texts.get(resolve_path(settings.path, folder))
+        if text is not None:
+            update["source"] = text
+    return settings.model_copy(update=update) if update else settings
 
 
 @locates

@@ -194,6 +194,32 @@ def test_another_function_comes_with_its_own_text(plan: MakePlan, tmp_path: Path
     assert [function.load()({"x": "b"}) for function in functions if function] == [False, True]
 
 
+@pytest.mark.parametrize("whole", [False, True])
+def test_a_sweep_uses_one_text_of_each_file(plan: MakePlan, tmp_path: Path, whole: bool) -> None:
+    """Also that of the recipe, and for values that name the file inside a section."""
+    names = ["a.py:good", "./b.py:good"]
+    (tmp_path / "a.py").write_text("def good(row):\n    return 'first'\n", encoding="utf-8")
+    (tmp_path / "b.py").write_text("def good(row):\n    return 'first'\n", encoding="utf-8")
+    stages: list[Any] = [[{"kind": "keep", "with": name}] for name in names]
+    made = plan(
+        {"data": {"train": ["rows.jsonl"], "holdout": 0.1, "curate": stages[0]}},
+        search={
+            "data.curate" if whole else "data.curate.0.with.file": {
+                "choice": stages if whole else names
+            }
+        },
+    )
+
+    def said() -> list[Any]:
+        functions = [recipe.data.curate[0].function for recipe in made.data_recipes().values()]  # type: ignore[union-attr]
+        return [function.load()({}) for function in functions if function]
+
+    (tmp_path / "a.py").write_text("not Python", encoding="utf-8")
+    assert said() == ["first", "first"]
+    (tmp_path / "b.py").unlink()
+    assert said() == ["first", "first"]
+
+
 def test_the_default_space_lies_around_the_rule(plan: MakePlan) -> None:
     made = plan(search="default")
     # 5e-5 * 10 * (2000 / 32) ** 0.78, at alpha 32
