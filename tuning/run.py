@@ -45,6 +45,8 @@ from .warm_start import earlier_trials
 
 _RETRY_SECONDS = 2.0
 _OF_ANSWERS = ("exact_match",)
+_DECIDE_ROWS = ("data.train", "data.eval", "data.curate", "data.mix", "data.holdout")
+"""Keys that change which rows are held out, if data.eval does not name them."""
 
 
 def tune(
@@ -375,13 +377,19 @@ def _different_rows(plan: Plan, prepared: Iterable[Prepared]) -> str | None:
     """What to say if the objective of trials is measured on different held-out rows."""
     measured = [m.name for m in plan.metrics if m.name.startswith("eval_") or m.name in _OF_ANSWERS]
     tokens = {split.tokens for data in prepared if (split := data.manifest.eval)}
-    if not measured or len(tokens) < 2:
+    if not measured or len(tokens) < 2 or not _choose_rows(plan):
         return None
     return (
         f"{measured[0]} is measured on different held-out rows ({count(min(tokens))} to "
         f"{count(max(tokens))} tokens), as the searched settings change these, too; "
         "data.eval names rows that data.curate and data.mix leave as they are"
     )
+
+
+def _choose_rows(plan: Plan) -> bool:
+    """True if searched keys change which rows are held out, and not only their tokens."""
+    deciding = ("data.eval",) if plan.recipe.data.eval else _DECIDE_ROWS
+    return any(key == "data" or key.startswith(deciding) for key in plan.space.keys)
 
 
 def _tokens_per_run(recipe: Recipe, prepared: Prepared) -> int:

@@ -6,12 +6,14 @@ import json
 import random
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
 from ..training.common.errors import InputError
 from ..training.config.recipe import Recipe, build_recipe, resolve_recipe
 from ..training.config.short_forms import write_out
+from ..training.config.user_code import functions_in, with_texts
 from ..training.config.validation import has_key, suggestion
 from ..training.config.yaml_file import Change, Document, apply_changes, split_key
 from .default_search import (
@@ -91,6 +93,8 @@ class Space:
         self._values["method"] = {"kind": base.method.kind, **self._values.get("method", {})}
         self._base_values = base.model_dump(mode="json")
         self._alikes: Settings = {}
+        self._texts: dict[str, str] = {}
+        self._note_texts(base)
         self._check_keys()
         self.keys = self._in_order()
 
@@ -205,7 +209,7 @@ class Space:
         return json.dumps(self.labels(settings), sort_keys=True)
 
     def recipe(self, settings: Settings, **fixed: Any) -> Recipe:
-        """The recipe with these settings.
+        """The recipe with these settings; a file of code has the text that was first read of it.
 
         Args:
             settings: values by dotted key.
@@ -214,7 +218,10 @@ class Space:
         Raises:
             InputError: the settings are not a valid recipe.
         """
-        return resolve_recipe(self._validated(settings, fixed), self._folder)
+        valid = with_texts(self._validated(settings, fixed), self._texts, self._folder)
+        recipe = resolve_recipe(valid, self._folder)
+        self._note_texts(recipe)
+        return recipe
 
     def every_setting(self) -> list[Settings] | None:
         """All possible settings in order; None if there are too many to list."""
@@ -228,11 +235,9 @@ class Space:
         """
         valid: set[tuple[str, Scalar]] = set()
         refused: list[Excluded] = []
-        for settings in self._samples():
-            try:
-                self._validated(settings, {})
-            except InputError as error:
-                refused.append(Excluded(settings, str(error)))
+        for settings, reason in self._tried:
+            if reason is not None:
+                refused.append(Excluded(settings, reason))
             else:
                 valid.update(self._as_labels(settings).items())
         for item in refused:
@@ -246,6 +251,8 @@ class Space:
 
     def data_settings(self) -> list[Settings]:
         """Settings for each prepared data set that trials need; of valid recipes.
+
+        Other keys have the base recipe's values, or else the first ones that make a valid recipe.
 
         Raises:
             InputError: a key that changes the data, or a key that it depends on, has too many
@@ -261,15 +268,25 @@ class Space:
             self.complete(dict(zip(varied, combination, strict=True)))
             for combination in itertools.product(*values)
         ]
-        valid = [each for each in settings if self._is_valid(each)]
-        return list({self.data_key(each): each for each in valid}.values())
+        valid = {self.data_key(each): each for each in settings if self._refusal(each) is None}
+        keys_of_data = list(dict.fromkeys(self.data_key(each) for each in settings))
+        if len(valid) < len(keys_of_data):
+            for each, reason in self._tried:
+                if reason is None:
+                    valid.setdefault(self.data_key(each), each)
+        return [valid[key] for key in keys_of_data if key in valid]
 
-    def _is_valid(self, settings: Settings) -> bool:
+    @cached_property
+    def _tried(self) -> list[tuple[Settings, str | None]]:
+        """Combinations of typical values, and why each is not a valid recipe; None if it is."""
+        return [(settings, self._refusal(settings)) for settings in self._samples()]
+
+    def _refusal(self, settings: Settings) -> str | None:
         try:
             self._validated(settings, {})
-        except InputError:
-            return False
-        return True
+        except InputError as error:
+            return str(error)
+        return None
 
     def _data_keys(self) -> list[str]:
         """Searched keys that change the prepared data.
@@ -338,6 +355,11 @@ class Space:
         return value / self._factor(at_alpha, settings)
 
     # in detail
+
+    def _note_texts(self, recipe: Recipe) -> None:
+        for _, function in functions_in(recipe):
+            if function.source is not None:
+                self._texts.setdefault(function.path, function.source)
 
     def _value(self, key: str, settings: Settings, choose: Callable[[str], Any]) -> Any:
         return self._computed(key, settings) if self[key].is_computed else choose(key)

@@ -12,13 +12,14 @@ import ast
 import functools
 import hashlib
 import linecache
+import operator
 import subprocess
 import sys
 import traceback
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 from pydantic import BaseModel
 
@@ -29,9 +30,13 @@ from .paths import resolve_path
 from .places import PlacedSection, about, locates
 from .section import Section
 
+AnySettings = TypeVar("AnySettings", bound=BaseModel)
+
 _TRY_SECONDS = 300
 _TRIED = "tried"
 """What the process that imports a file prints last."""
+_FAILED = "\0failed: "
+"""What it prints before the error; what the file itself prints comes earlier."""
 
 
 class UserFunction(Section):
@@ -192,6 +197,41 @@ def functions_in(settings: BaseModel, key: str = "") -> Iterator[tuple[str, User
                 yield from functions_in(item, f"{key}.{inner}" if key else inner)
 
 
+def with_texts(
+    settings: AnySettings, texts: Mapping[str, str], folder: Path, key: str = ""
+) -> AnySettings:
+    """The settings, whose functions have these texts instead of what their files hold now.
+
+    Args:
+        settings: a recipe or a section of it.
+        texts: by absolute path; a function stays whose file is not among them, or that has a text.
+        folder: where a relative path starts.
+        key: the key of the section, for messages.
+
+    Raises:
+        InputError: a path begins with the home of a user who does not exist.
+    """
+
+    def changed(value: Any, key: str) -> Any:
+        if isinstance(value, list | tuple):
+            items = [changed(item, f"{key}.{index}") for index, item in enumerate(value)]
+            return type(value)(items) if any(map(operator.is_not, items, value)) else value
+        return with_texts(value, texts, folder, key) if isinstance(value, BaseModel) else value
+
+    update = {}
+    for name in type(settings).model_fields:
+        value = getattr(settings, name)
+        new = changed(value, f"{key}.{name}" if key else name)
+        if new is not value:
+            update[name] = new
+    if isinstance(settings, UserFunction) and settings.source is None:
+        with about(f"{key}.file"):
+            text = texts.get(resolve_path(settings.path, folder))
+        if text is not None:
+            update["source"] = text
+    return settings.model_copy(update=update) if update else settings
+
+
 @locates
 def try_import(settings: PlacedSection, tried: set[str] | None = None) -> None:
     """Import each file of the user's code once, in a process of its own, before anything heavy.
@@ -237,8 +277,16 @@ def try_file(function: UserFunction, key: str) -> None:
             f"{key}.file: importing {function.path} takes longer than {_TRY_SECONDS} s"
         ) from None
     if done.returncode or not done.stdout.endswith(_TRIED):
-        reason = done.stderr.strip() or f"its process ended with exit code {done.returncode}"
-        raise InputError(f"{key}.file: {redact(reason)}")
+        _, failed, error = done.stderr.rpartition(_FAILED)
+        problem = error.strip() if failed else _of_ended(done)
+        raise InputError(f"{key}.file: {redact(problem)}")
+
+
+def _of_ended(done: subprocess.CompletedProcess[str]) -> str:
+    """What is known of a process that ended without an error of its own."""
+    problem = f"its process ended with exit code {done.returncode}"
+    *_, last = done.stderr.strip().splitlines() or [""]
+    return f"{problem}, after the line: {last}" if last else problem
 
 
 def main() -> int:
@@ -246,7 +294,7 @@ def main() -> int:
     try:
         UserFunction.model_validate_json(sys.stdin.read()).load()
     except RunError as error:
-        print(error, file=sys.stderr)
+        print(_FAILED, error, sep="", file=sys.stderr)
         return error.exit_code
     print(_TRIED, end="")
     return 0

@@ -102,7 +102,11 @@ def count_rows(file: SourceFile, at_most: int) -> int:
 
 
 def first_line(chunk: Chunk) -> int:
-    """Number of the chunk's first line (or Parquet row) in its file; reads the file up to there."""
+    """Number of the chunk's first line (or Parquet row) in its file; reads the file up to there.
+
+    Raises:
+        InputError: the file cannot be read, or is shorter by now.
+    """
     if chunk.start == 0:
         return 1
     if chunk.kind == "parquet":
@@ -115,7 +119,9 @@ def first_line(chunk: Chunk) -> int:
     with _guarded(chunk.file), chunk.file.open() as stream:
         remaining = _line_start(stream, chunk.start, chunk.file.size)
         stream.seek(0)
-        while remaining > 0 and (block := stream.read(min(_BLOCK, remaining))):
+        while remaining > 0:
+            if not (block := stream.read(min(_BLOCK, remaining))):
+                raise _changed(chunk.file)
             line += block.count(b"\n")
             remaining -= len(block)
     return line
@@ -144,10 +150,14 @@ def _unchanged(
 ) -> Iterator[tuple[int, Row | BadRow]]:
     yield from rows
     if not is_unchanged(file):
-        raise InputError(
-            f"{file.place}: changed while it was read; restore it, or start again with what it "
-            "holds now"
-        )
+        raise _changed(file)
+
+
+def _changed(file: SourceFile) -> InputError:
+    return InputError(
+        f"{file.place}: changed while it was read; restore it, or start again with what it "
+        "holds now"
+    )
 
 
 def _lines_of(chunk: Chunk, max_bytes: int, content: ChunkContent) -> Iterator[bytes | BadRow]:

@@ -62,8 +62,15 @@ def test_the_text_is_part_of_the_recipe(tmp_path: Path) -> None:
     [
         ("import no_such_package_of_mine\n" + GOOD, r"rewards\.py cannot be imported(.|\n)*line 1"),
         ("raise SystemExit(0)\n" + GOOD, r"cannot be imported(.|\n)*SystemExit: 0"),
-        ("import os\nos._exit(0)\n" + GOOD, r"ended with exit code 0"),
-        ("1 / 0\n" + GOOD, r"ZeroDivisionError"),
+        ("import os\nos._exit(0)\n" + GOOD, r"file: its process ended with exit code 0$"),
+        (
+            "import os\nprint('loading')\nprint('more')\nos._exit(3)\n" + GOOD,
+            r"file: its process ended with exit code 3, after the line: more$",
+        ),
+        (
+            "print('loading')\n1 / 0\n" + GOOD,
+            r"file: .*/rewards\.py cannot(.|\n)*ZeroDivisionError",
+        ),
     ],
 )
 def test_it_is_tried_before_anything_heavy(code: str, message: str, tmp_path: Path) -> None:

@@ -20,10 +20,13 @@ from finray.training.common.progress import SILENT
 from finray.training.common.storage import Folder
 from finray.training.config.recipe import Recipe
 from finray.training.data import sources
+from finray.training.data.curation import plan
+from finray.training.data.curation.passes import group_of
 from finray.training.data.curation.report import report_of
 from finray.training.data.fingerprint import fingerprint
 from finray.training.data.prepare import prepare
 from finray.training.data.prepared import Manifest, Prepared
+from finray.training.data.shapes import RowError
 from finray.training.data.shown_rows import show_rows
 from finray.training.data.tasks import RunTasks, run_in_process
 
@@ -342,6 +345,45 @@ def test_a_group_is_the_same_in_all_kinds_of_files(tmp_path: Path, make: MakeRec
     held = [row - (row > 160) for row in left(prepared, "eval")]
     users = {row % 80 % 40 for row in held}
     assert len(held) == 6 * len(users) and 5 <= len(users) <= 30
+
+
+@pytest.mark.parametrize(
+    "alike",
+    [
+        [7, 7.0, "7", "7.0", "7.00"],
+        [-7, -7.0, "-7", "-7.0"],
+        [0.5, "0.5"],
+        [True, "true", "True"],
+        ["7.1.0"],
+        ["1.10"],
+        ["u7"],
+        [["a", 7]],
+    ],
+)
+def test_a_group_is_the_same_in_any_spelling(alike: list[Any]) -> None:
+    groups = {group_of("user", {"user": value}, {}) for value in alike}
+    assert len(groups) == 1
+    others = [8, False, "1.1", "7.1", "u7.0", ["a", 8]]
+    assert not groups & {group_of("user", {"user": value}, {}) for value in others}
+
+
+@pytest.mark.parametrize("value", [None, math.nan, ""])
+def test_a_missing_value_is_no_group(value: Any) -> None:
+    assert group_of("user", {"user": value}, {"user": 7}) == '"7"', "that of the source's map"
+    with pytest.raises(RowError, match="there is no column user"):
+        group_of("user", {"user": value}, {"user": value})
+
+
+def test_other_groups_of_the_same_rows_leave_ungrouped_rows_as_they_are(
+    tmp_path: Path, make: MakeRecipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = write_jsonl(tmp_path / "a.jsonl", [{**texts(1)[0], "user": 1}])
+    holdouts = [0.5, {"share": 0.5}, {"share": 0.5, "group_by": "user"}]
+    recipes = [make(train=data, curate=["normalise"], holdout=each) for each in holdouts]
+    before = [fingerprint(recipe) for recipe in recipes]
+    monkeypatch.setattr(plan, "_GROUP_VERSION", 0)
+    after = [fingerprint(recipe) for recipe in recipes]
+    assert [a == b for a, b in zip(after, before, strict=True)] == [True, True, False]
 
 
 def test_a_single_group_is_on_one_side(tmp_path: Path, make: MakeRecipe) -> None:

@@ -194,6 +194,32 @@ def test_another_function_comes_with_its_own_text(plan: MakePlan, tmp_path: Path
     assert [function.load()({"x": "b"}) for function in functions if function] == [False, True]
 
 
+@pytest.mark.parametrize("whole", [False, True])
+def test_a_sweep_uses_one_text_of_each_file(plan: MakePlan, tmp_path: Path, whole: bool) -> None:
+    """Also that of the recipe, and for values that name the file inside a section."""
+    names = ["a.py:good", "./b.py:good"]
+    (tmp_path / "a.py").write_text("def good(row):\n    return 'first'\n", encoding="utf-8")
+    (tmp_path / "b.py").write_text("def good(row):\n    return 'first'\n", encoding="utf-8")
+    stages: list[Any] = [[{"kind": "keep", "with": name}] for name in names]
+    made = plan(
+        {"data": {"train": ["rows.jsonl"], "holdout": 0.1, "curate": stages[0]}},
+        search={
+            "data.curate" if whole else "data.curate.0.with.file": {
+                "choice": stages if whole else names
+            }
+        },
+    )
+
+    def said() -> list[Any]:
+        functions = [recipe.data.curate[0].function for recipe in made.data_recipes().values()]  # type: ignore[union-attr]
+        return [function.load()({}) for function in functions if function]
+
+    (tmp_path / "a.py").write_text("not Python", encoding="utf-8")
+    assert said() == ["first", "first"]
+    (tmp_path / "b.py").unlink()
+    assert said() == ["first", "first"]
+
+
 def test_the_default_space_lies_around_the_rule(plan: MakePlan) -> None:
     made = plan(search="default")
     # 5e-5 * 10 * (2000 / 32) ** 0.78, at alpha 32
@@ -327,6 +353,25 @@ def test_no_data_is_prepared_for_impossible_combinations(plan: MakePlan) -> None
     assert made.excluded_count == 1
     pairs = [(r.data.mix is None, r.data.train[0].weight) for r in made.data_recipes().values()]
     assert pairs == [(True, 1.0), (True, 2.0), (False, 1.0)]
+
+
+def test_data_is_prepared_for_combinations_that_need_other_values_than_the_recipes(
+    plan: MakePlan,
+) -> None:
+    lengths, sizes = {"choice": [512, 4096]}, {"choice": [1024, 8192]}
+    made = plan(
+        {
+            "data": {"train": ["rows.jsonl"], "holdout": 0.1, "max_length": 512},
+            "optim": {"batch_size": 8, "micro_batch_tokens": 1024},
+        },
+        search={"data.max_length": lengths, "optim.micro_batch_tokens": sizes},
+    )
+    assert made.excluded_count == 1
+    pairs = [
+        (recipe.data.max_length, recipe.optim.micro_batch_tokens)
+        for recipe in made.data_recipes().values()
+    ]
+    assert pairs == [(512, 1024), (4096, 8192)]
 
 
 def test_data_that_depends_on_other_keys_is_prepared_for_all_their_values(plan: MakePlan) -> None:

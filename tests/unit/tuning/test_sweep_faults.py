@@ -143,19 +143,28 @@ def test_the_stop_file_is_written_again_until_it_succeeds(
 
 
 @pytest.mark.parametrize(
-    ("metric", "tokens", "is_said"),
+    ("metric", "tokens", "key", "evaluation", "is_said"),
     [
-        ("eval_loss", (90, 80, 90), True),
-        ("exact_match", (90, 80), True),
-        ("eval_loss", (90, 90), False),
-        ("loss", (90, 80), False),
-        ("eval_loss", (None, None), False),
+        ("eval_loss", (90, 80, 90), "data.curate", [], True),
+        ("exact_match", (90, 80), "data.curate.0.min_tokens", [], True),
+        ("eval_loss", (90, 80), "data", ["eval.jsonl"], True),
+        ("eval_loss", (90, 80), "data.eval.0.path", ["eval.jsonl"], True),
+        ("eval_loss", (90, 80), "data.curate", ["eval.jsonl"], False),
+        ("eval_loss", (90, 80), "data.max_length", [], False),
+        ("eval_loss", (90, 80), "data.max_length", ["eval.jsonl"], False),
+        ("eval_loss", (90, 90), "data.curate", [], False),
+        ("loss", (90, 80), "data.curate", [], False),
+        ("eval_loss", (None, None), "data.curate", [], False),
     ],
 )
 def test_an_objective_on_different_rows_is_said(
-    metric: str, tokens: tuple[int | None, ...], is_said: bool
+    metric: str, tokens: tuple[int | None, ...], key: str, evaluation: list[str], is_said: bool
 ) -> None:
-    plan: Any = SimpleNamespace(metrics=[Metric(metric, "min")])
+    plan: Any = SimpleNamespace(
+        metrics=[Metric(metric, "min")],
+        recipe=SimpleNamespace(data=SimpleNamespace(eval=evaluation)),
+        space=SimpleNamespace(keys=["optim.learning_rate", key]),
+    )
     prepared: Any = [
         SimpleNamespace(manifest=SimpleNamespace(eval=n and SimpleNamespace(tokens=n)))
         for n in tokens

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import tee
@@ -25,6 +26,8 @@ SAMPLES = 3
 """Dropped rows of a chunk that are shown."""
 _CHARACTERS = 500_000
 _ROWS = 1000
+_WHOLE = re.compile(r"(-?\d+)\.0+", re.ASCII)
+"""The text of a whole number, as a column of numbers with gaps has it."""
 _FOREIGN = ("parquet", "arrow")
 """Files whose values may be other than those of JSON."""
 UNUSABLE = "not usable after it"
@@ -120,8 +123,8 @@ class PassTask:
 
 
 def group_of(name: str | None, original: Row | BadRow, row: Row) -> str | None:
-    """The group of a row, whose column its source's changes may rename or make. A number is that of
-    its text: 7 in JSON is 7.0 in a column with gaps, and "7" in CSV.
+    """The group of a row, whose column its source's changes may rename or make. A number or a truth
+    value is that of its text: 7 in JSON is 7.0 in a column with gaps, and "7" or "7.0" in CSV.
 
     Args:
         name: data.holdout.group_by.
@@ -129,24 +132,34 @@ def group_of(name: str | None, original: Row | BadRow, row: Row) -> str | None:
         row: the row as its source's changes make it.
 
     Raises:
-        RowError: it has no such column.
+        RowError: it has no such column, or no value in it: null, NaN or an empty text.
     """
     if name is None:
         return None
     values = (source.get(name) for source in (original, row) if isinstance(source, Mapping))
-    value = next((value for value in values if value is not None and not _is_nan(value)), None)
+    value = next((value for value in values if not _is_missing(value)), None)
     if value is None:
         raise RowError(f"there is no column {name}, which data.holdout.group_by names")
     if isinstance(value, float) and value.is_integer():
         value = int(value)
-    if isinstance(value, int) and not isinstance(value, bool):
+    if isinstance(value, int | float):
         value = str(value)
-    return json.dumps(value, sort_keys=True, default=str)
+    return json.dumps(_spelled(value), sort_keys=True, default=str)
 
 
-def _is_nan(value: object) -> bool:
-    """True for what a table of pandas has in the place of a number that is missing."""
-    return isinstance(value, float) and math.isnan(value)
+def _is_missing(value: object) -> bool:
+    """True also for what a table of pandas has in the place of a missing number, and CSV of all."""
+    return value is None or value == "" or (isinstance(value, float) and math.isnan(value))
+
+
+def _spelled(value: object) -> object:
+    """A text in the form that whole numbers and truth values have: 7 for 7.0, true for True."""
+    if not isinstance(value, str):
+        return value
+    whole = _WHOLE.fullmatch(value)
+    if whole is not None:
+        return whole[1]
+    return value.lower() if value.lower() in ("true", "false") else value
 
 
 def may_be_foreign(chunk: Chunk, changes: RowChanges) -> bool:

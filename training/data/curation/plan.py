@@ -29,8 +29,10 @@ from .passes import READ
 from .stages import REWRITING, ROW_STAGES
 
 _RESULT_FILES = (".safetensors", ".json", ".jinja")
-VERSION = 3
+VERSION = 2
 """Increased when a new version of a stage makes other rows of the same ones."""
+_GROUP_VERSION = 2
+"""Increased when rows get other groups from the same column."""
 DEDUPLICATE, SCORE, HOLDOUT = "deduplicate", "score", "holdout"
 
 
@@ -142,7 +144,7 @@ def _first_facts(recipe: Recipe, data: ResolvedData) -> list[Any]:
         recipe.method.kind,
         recipe.method.columns,
         recipe.data.max_row_bytes,
-        recipe.data.grouped_by,
+        recipe.data.grouped_by and [recipe.data.grouped_by, _GROUP_VERSION],
     ]
 
 
