@@ -549,6 +549,30 @@ def test_reward_models_are_counted(bases: dict[int, Path], tmp_path: Path) -> No
     assert added == 2 * sizes.rewards
 
 
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ('{"model_type": "no_such_type"}', "cannot load /.*/judge: .*no_such_type"),
+        ('{"model_type": ', "cannot load /.*/judge: .*config.json"),
+        ("[]", "cannot load /.*/judge: "),
+        (
+            '{"model_type": "own", "auto_map": {"AutoConfig": "own.Config"}}',
+            "/.*/judge/config.json: auto_map refers to .*; choose a model that transformers has",
+        ),
+    ],
+)
+def test_a_reward_model_without_a_sound_configuration(
+    config: str, message: str, bases: dict[int, Path], tmp_path: Path
+) -> None:
+    """One line that names the reward's key; nothing of the base is to blame."""
+    (tmp_path / "judge").mkdir()
+    (tmp_path / "judge" / "config.json").write_text(config, encoding="utf-8")
+    method = {"kind": "grpo", "max_completion": 8, "rewards": [{"model": str(tmp_path / "judge")}]}
+    with pytest.raises(InputError, match=rf"^method\.rewards\[0\]\.model: {message}") as caught:
+        sizes_of(recipe(bases[1], **LORA, method=method))
+    assert "\n" not in str(caught.value)
+
+
 WORKERS = 8
 LLAMA_8B_FULL = replace(LLAMA_8B, linear=0, frozen=0, trained=8_030_261_248, cast=8_030_261_248)
 
