@@ -188,6 +188,16 @@ def test_rows_of_axolotl(tmp_path: Path) -> None:
     assert source["weight"] == 0.25
 
 
+@pytest.mark.parametrize("method", ["dpo", "kto", "orpo", "simpo"])
+@pytest.mark.parametrize("kind", ["foo", "foo.intel", "my.module.default", "chatml.foo"])
+def test_a_strategy_for_pairs_of_the_users_own_is_named(
+    kind: str, method: str, tmp_path: Path
+) -> None:
+    made = imported(PAIRS.replace("chatml.intel", kind) + method, tmp_path)
+    assert f"{kind}: a strategy that finray import does not know" in made.left["datasets.0.type"]
+    assert "columns" not in made.values["data"]["train"][0]
+
+
 @pytest.mark.parametrize(
     ("kind", "question"),
     [
