@@ -511,8 +511,7 @@ def vllm_bytes(recipe: Recipe, sizes: Sizes, compute: DtypeName) -> tuple[int, i
         return 0, 0
     base = (sizes.linear + sizes.frozen) * _width(compute) + CONTEXT_BYTES + _VLLM_WORKSPACE
     of_one = cache_bytes(sizes, compute, recipe.data.max_length)
-    workers = max(1, recipe.scale.least_workers)
-    sequences = min(-(-recipe.optim.batch_size // workers), _VLLM_SEQUENCES)
+    sequences = min(recipe.rows_of_worker(recipe.scale.least_workers), _VLLM_SEQUENCES)
     return base + of_one, base + sequences * of_one
 
 

@@ -89,8 +89,8 @@ def _sampling(recipe: Recipe, sizes: Sizes, device: Device, workers: int) -> flo
     method = recipe.method
     if not method.samples_online:
         return 0.0
-    completions = -(-recipe.optim.batch_size // workers)
-    at_once = method.completions_at_once or completions
+    completions = recipe.rows_of_worker(workers)
+    at_once = min(method.completions_at_once or completions, completions)
     tokens = recipe.data.max_length - recipe.row_length
     weights = 2 * (sizes.linear + sizes.frozen)
     cache = at_once * cache_bytes(sizes, "bfloat16", recipe.data.max_length)

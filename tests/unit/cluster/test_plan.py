@@ -138,6 +138,28 @@ def test_the_worker_with_most_rows_counts() -> None:
     assert [seconds[0] / each for each in seconds[1:]] == pytest.approx([32 / 11, 16])
 
 
+@pytest.mark.parametrize("rollout", ["transformers", "vllm"])
+def test_the_worker_with_most_prompts_samples_longest(rollout: str) -> None:
+    """Of 3 prompts with 8 completions each, one of 2 workers has 16, in one batch of up to 64."""
+    online = {"kind": "grpo", "rewards": [{"file": "/x.py:f"}], "beta": 0.0, "max_completion": 100}
+    settings = recipe_from_dict(
+        {
+            "name": "r",
+            "model": "/m",
+            "adapter": {"rank": 16},
+            "method": {**online, "generations": 8, "rollout": rollout},
+            "data": {"train": [{"path": "/x"}], "max_length": 512},
+            "optim": {"batch_size": 24},
+        }
+    )
+    sizes, device = LLAMA_8B, Device(flops=1e30, bandwidth=3e12, link=1e30)
+    cache = 2 * 32 * sizes.keys * 512 * 2
+    for workers, completions in ((1, 24), (2, 16), (3, 8)):
+        read = 2 * (sizes.linear + sizes.frozen) + completions * cache / 2
+        seconds = seconds_per_step(settings, sizes, device, 0.4, 24 * 512, workers)
+        assert seconds == pytest.approx(100 * read / 1.5e12)
+
+
 def test_frozen_layers_have_no_backward_pass() -> None:
     """2 operations a weight of 30 of 32 layers, 6 of the others, 4 of the head."""
     text = {

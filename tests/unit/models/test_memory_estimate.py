@@ -375,6 +375,9 @@ def test_every_phase_has_a_peak(bases: dict[int, Path]) -> None:
     share = vllm_share(sampled, sizes, "bfloat16", total)
     assert round(share * total) == base + 11 * of_one, "all that the training leaves"
     assert round(vllm_share(sampled, sizes, "bfloat16", 2**40) * 2**40) == base + 64 * of_one
+    three = sampled.model_copy(update={"scale": sampled.scale.model_copy(update={"workers": 3})})
+    share = vllm_share(three, sizes, "bfloat16", 2**40)
+    assert round(share * 2**40) == base + 3 * 8 * of_one, "prompts are not divided"
     with pytest.raises(InputError, match=r"^method.rollout: vllm needs 1.5 GiB of the GPU, and"):
         vllm_share(sampled, sizes, "bfloat16", with_vllm.peak - 1)
 
