@@ -114,7 +114,9 @@ def test_the_operations_are_those_of_the_formula() -> None:
 
     plain = seconds(settings)
     assert plain == pytest.approx(8192 * 32 * expected / 4e14)
-    assert seconds(settings.with_placement(4, True)) == pytest.approx(1.5 * plain)
+    forward = 2 * (LLAMA_8B.linear + head) + attention / 3
+    again = seconds(settings.with_placement(4, True))
+    assert again == pytest.approx(8192 * 32 * (expected + forward) / 4e14)
     eight = seconds(settings, 8)
     gradients = 2 * 7 / 8 * LLAMA_8B.trained * 2
     assert eight == pytest.approx(plain / 8 + gradients / 4e11 / 2)
@@ -161,7 +163,10 @@ def test_the_worker_with_most_prompts_samples_longest(rollout: str) -> None:
 
 
 def test_frozen_layers_have_no_backward_pass() -> None:
-    """2 operations a weight of 30 of 32 layers, 6 of the others, 4 of the head."""
+    """2 operations a weight of 30 of 32 layers, 6 of the others, 4 of the head.
+
+    Checkpointing computes the others alone again, a reference all of them once.
+    """
     text = {
         "name": "r",
         "model": "/m",
@@ -172,7 +177,18 @@ def test_frozen_layers_have_no_backward_pass() -> None:
     sizes = replace(LLAMA_8B, linear=30 * layer, frozen=2 * head, trained=2 * layer)
     attention = 2 * 4096 * 8192
     expected = 30 * 2 * layer + 2 * 6 * layer + 4 * head + attention * (32 + 2 * 2)
-    assert training_flops(recipe_from_dict(text), sizes) == pytest.approx(expected)
+    plain = recipe_from_dict(text)
+    assert training_flops(plain, sizes) == pytest.approx(expected)
+    device, forward = Device(1e15, 3e12, 4e11), 2 * (32 * layer + head) + attention * 32
+    referring = recipe_from_dict({**text, "method": {"kind": "dpo"}})
+    for recipe, beside in (
+        (plain, 0.0),
+        (plain.with_placement(4, True), forward * 2 / 32),
+        (referring, forward),
+        (referring.with_placement(4, True), forward * (1 + 2 / 32)),
+    ):
+        seconds = seconds_per_step(recipe, sizes, device, 0.4, 8192, 1)
+        assert seconds == pytest.approx(8192 * (expected + beside) / 4e14)
 
 
 @pytest.mark.parametrize("dtype", ["auto", "float16"])
