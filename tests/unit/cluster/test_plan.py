@@ -419,6 +419,19 @@ def test_the_nearest_may_be_more_gpus() -> None:
     assert estimate(settled, sizes).peak <= CARDS["h100"].bytes
 
 
+def test_the_nearest_may_be_more_gpus_of_a_larger_card() -> None:
+    """All of 40 billion weights, 600 GiB: no card holds them, and T4s do not shard."""
+    recipe = recipe_from_dict({"name": "r", "model": "/m", "data": {"train": [{"path": "/x"}]}})
+    sizes = {"none": replace(LLAMA_8B, linear=0, frozen=0, trained=40 * 10**9)}
+    near = _nearest(recipe, sizes, CARDS["t4"], 1)
+    assert near is not None and near.startswith("--gpu b200:4 (")
+    room = Room(CARDS["b200"].bytes)
+    fewer = placements(recipe, "none", sizes["none"], room, 2)
+    assert min(estimate(one.recipe, sizes["none"]).peak for one in fewer) > room.bytes
+    vast = {"none": replace(sizes["none"], trained=4 * 10**13)}
+    assert _nearest(recipe, vast, CARDS["t4"], 1) is None
+
+
 @pytest.mark.parametrize("quantize", ["nf4", "none"])
 def test_the_nearest_is_quantised(quantize: str) -> None:
     recipe = recipe_from_dict(
