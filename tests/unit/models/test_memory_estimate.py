@@ -612,6 +612,29 @@ def test_the_shards_of_a_known_model(quantize: str) -> None:
     assert memory.phases["loading"] == pytest.approx(loaded + 2**29, rel=3e-3)
 
 
+def test_the_root_of_shards_holds_its_gradients_to_the_end() -> None:
+    """Embedding and head of 8B, where a short row has few activations; not if they are frozen."""
+    text: dict[str, Any] = {
+        "name": "run",
+        "model": {"base": "/m", "gradient_checkpointing": True},
+        "data": {"train": [{"path": "/rows.jsonl"}], "max_length": 64, "packing": False},
+        "optim": {"batch_size": 8, "micro_batch_size": 1},
+    }
+    shards = {"scale": {"workers": WORKERS, "strategy": "fsdp"}}
+    outside, layer = 2 * 128_256 * 4096, 218_112_000
+    sharded = estimate(recipe_from_dict({**text, **shards}), LLAMA_8B_FULL)
+    assert sharded.activations == pytest.approx(6 * (outside - layer), rel=3e-3)
+    assert sharded.largest_phase == "step"
+    frozen = replace(
+        LLAMA_8B_FULL, linear=30 * layer, frozen=outside, trained=2 * layer, cast=2 * layer
+    )
+    last = estimate(recipe_from_dict({**text, **shards, "freeze": {"last_layers": 2}}), frozen)
+    assert last.activations < sharded.activations / 8
+    longer = {**text["data"], "max_length": 32_768}
+    long = estimate(recipe_from_dict({**text, **shards, "data": longer}), LLAMA_8B_FULL)
+    assert long.activations > sharded.activations
+
+
 def test_float16_is_not_sharded() -> None:
     """Whatever `auto` comes to: its gradients are scaled."""
     text = {
