@@ -181,6 +181,8 @@ def test_rows_of_axolotl(tmp_path: Path) -> None:
     reward = "reward_model: true\ndatasets: [{path: org/c, type: bradley_terry.chat_template}]\n"
     [source] = section(AXOLOTL + reward, "data", tmp_path)["train"]
     assert source["columns"] == {"instruction": "input"}
+    own = reward.replace("terry.chat_template", "terry.own")
+    assert "datasets.0.type" in imported(AXOLOTL + own, tmp_path).left
     listed = ALPACA.replace("alpaca}", "alpaca, split: [train, 'test[:5%]']}")
     assert section(listed, "data", tmp_path)["train"][0]["split"] == "train+test[:5%]"
     weighted = ALPACA.replace("alpaca}", "alpaca, weight: 0.25}")
