@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from ..training.common.errors import InputError
@@ -12,6 +13,7 @@ from ..training.models.devices import Room
 from .cards import NODE
 
 if TYPE_CHECKING:
+    from ..training.models.activations import Keyed
     from ..training.models.memory_estimate import Sizes
 
 _SHORTEST = 256
@@ -181,15 +183,25 @@ def _is_shardable(recipe: Recipe, room: Room) -> bool:
     is_half = recipe.model.dtype == "auto" and room.compute == "float16"
     if is_half or recipe.why_not_shardable is not None:
         return False
-    return recipe.model.quantize == "none" or _packs_as_layers(recipe)
+    if recipe.model.quantize == "none":
+        return True
+    from ..training.models.activations import Keyed
+
+    parts = {"model", "adapter", "method"}
+    relevant = recipe.model_dump_json(include=parts, exclude={"model": {"gradient_checkpointing"}})
+    return _packs_as_layers(Keyed(relevant, recipe))
 
 
-def _packs_as_layers(recipe: Recipe) -> bool:
-    """True if bitsandbytes quantises all of the model's weights, which can be sharded then."""
+@lru_cache(maxsize=8)
+def _packs_as_layers(keyed: "Keyed") -> bool:
+    """True if bitsandbytes quantises all of the model's weights, which can be sharded then.
+
+    That builds the model, which takes long for a large one.
+    """
     from ..training.models.loading import check_quantisation
 
     try:
-        check_quantisation(with_settings(recipe, "scale", workers=2, strategy="fsdp"))
+        check_quantisation(with_settings(keyed.recipe, "scale", workers=2, strategy="fsdp"))
     except InputError:
         return False
     return True

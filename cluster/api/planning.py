@@ -1,5 +1,6 @@
 """What a run would need of a kind of GPU: computed from the recipe, without a GPU or a network."""
 
+from itertools import product
 from typing import TYPE_CHECKING, Any
 
 from ...training.common.errors import InputError
@@ -85,7 +86,7 @@ def place(recipe: RecipeSource, changes: Changes = (), *, gpu: str) -> tuple[Rec
     planned = plan(recipe, changes, gpu=gpu)
     if planned["best"] is None:
         least = min(row["peak"] for row in planned["placements"])
-        near = planned["nearest"] or "no other settings, card of the table or number of GPUs"
+        near = planned["nearest"] or "no shorter data.max_length, and not 64 GPUs of any card"
         raise InputError(
             f"--gpu {gpu}: the run takes {amount(least)} of each at least; the nearest that would "
             f"fit: {near}"
@@ -211,8 +212,8 @@ def _figures(
 
 
 def _nearest(recipe: Recipe, sizes: dict[str, "Sizes"], card: Card, count: int) -> str | None:
-    """What would fit instead: other settings, the smallest card that does, or more GPUs."""
-    from ...training.models.placement import decide, fits
+    """What would fit instead: other settings, the smallest card that does, more GPUs, or both."""
+    from ...training.models.placement import decide
 
     own, room = recipe.model.quantize, _room(card)
     on_gpus = recipe
@@ -221,15 +222,26 @@ def _nearest(recipe: Recipe, sizes: dict[str, "Sizes"], card: Card, count: int) 
     near = nearest(decide(on_gpus, sizes[own], room), sizes, room, count)
     if near is not None:
         return as_line(changed_settings(recipe, near))
-    quantize = "nf4" if "nf4" in sizes else own
-    for larger in sorted(CARDS.values(), key=lambda one: one.bytes):
-        least = placements(recipe, quantize, sizes[quantize], _room(larger), count)
-        for placement in filter(lambda one: one.checkpoints, least):
-            if fits(placement.recipe, sizes[quantize], _room(larger)):
-                peak = _memory(placement.recipe, sizes[quantize], larger).peak
-                return f"--gpu {larger.name}:{placement.workers} ({amount(peak)} of each)"
-    for more in filter(lambda number: number > count, _MORE):
-        near = nearest(decide(on_gpus, sizes[own], room), sizes, room, more)
+    if (larger := _on_another_card(recipe, sizes, count)) is not None:
+        return larger
+    more = [number for number in _MORE if number > count]
+    for number in more:
+        near = nearest(decide(on_gpus, sizes[own], room), sizes, room, number)
         if near is not None:
-            return f"--gpu {card.name}:{more} {as_line(changed_settings(recipe, near))}"
+            return f"--gpu {card.name}:{number} {as_line(changed_settings(recipe, near))}"
+    others = (_on_another_card(recipe, sizes, number) for number in more)
+    return next(filter(None, others), None)
+
+
+def _on_another_card(recipe: Recipe, sizes: dict[str, "Sizes"], count: int) -> str | None:
+    """The smallest card of which up to so many GPUs hold the run; None if none does."""
+    from ...training.models.placement import fits
+
+    smallest_first = sorted(CARDS.values(), key=lambda one: one.bytes)
+    for card, quantize in product(smallest_first, sorted(sizes, key=lambda one: one != "nf4")):
+        least = placements(recipe, quantize, sizes[quantize], _room(card), count)
+        for placement in filter(lambda one: one.checkpoints, least):
+            if fits(placement.recipe, sizes[quantize], _room(card)):
+                peak = _memory(placement.recipe, sizes[quantize], card).peak
+                return f"--gpu {card.name}:{placement.workers} ({amount(peak)} of each)"
     return None

@@ -23,7 +23,7 @@ def render(planned: dict[str, Any]) -> str:
     elif planned["nearest"] is not None:
         end = f"none fits; the nearest that would: {planned['nearest']}"
     else:
-        end = "none fits, nor would a shorter data.max_length, another card or more GPUs"
+        end = "none fits, nor would a shorter data.max_length, or up to 64 GPUs of another card"
     notes = [] if planned["note"] is None else [f"note: {planned['note']}"]
     return "\n".join([header, *notes, "", *table, "", end])
 

@@ -51,10 +51,8 @@ _PAIRS: dict[str, dict[str, str]] = {
     "ultra": {},
     "default": {},
     "load": {},
-    "passthrough": {},
-    "chat_template": {},
-    "llama3": {},
 }
+"""Columns by the loader of a strategy for pairs."""
 _LABELLED: dict[str, dict[str, str]] = {
     "intel": {"instruction": "question", "output": "completion"},
     "prompt_pairs": {"instruction": "prompt", "output": "completion"},
@@ -63,6 +61,10 @@ _LABELLED: dict[str, dict[str, str]] = {
     "ultra": {"instruction": "prompt", "output": "completion"},
     "default": {},
 }
+_CONVERSATIONS = ("default", "load", "argilla", "prompt_pairs", "load_prompt_pairs")
+"""Loaders of ORPO's strategies, all of conversations."""
+_OF_PAIRS = ("chat_template", "chatml", "llama3", "passthrough")
+"""Axolotl's own strategies for pairs; others are the user's."""
 _FIELDS = {
     "field_instruction": "instruction",
     "field_input": "input",
@@ -235,11 +237,14 @@ class _Entry:
     def _of_pairs(self, stem: str, loader: str) -> dict[str, str] | None:
         """Columns of pairs, or of labelled answers, by the strategy; None for an unknown one."""
         if stem == "bradley_terry":
-            return {"instruction": "input"}
-        if self.method == "orpo":  # conversations, whatever the loader's name
-            return {}
+            is_own = loader.partition(".")[0] in ("", *_OF_PAIRS)
+            return {"instruction": "input"} if is_own else None
+        if stem not in _OF_PAIRS:
+            return None
+        if self.method == "orpo":
+            return {} if (loader or "default") in _CONVERSATIONS else None
         table = _LABELLED if self.method == "kto" else _PAIRS
-        return table.get(loader or "default", table.get(stem))
+        return table.get(loader or "default")
 
     def _fields(self) -> None:
         """Columns that the entry itself names."""

@@ -27,7 +27,7 @@ PREPARED_AHEAD = "rows are prepared ahead; data.prepare: streaming reads them wh
 _HOW_SHARDED = (
     "how weights are shared and where they lie; finray's FSDP2 shares each layer's, on the GPUs"
 )
-_RECOMPUTES = "activation_checkpointing"
+_RECOMPUTES = ("activation_checkpointing", "fsdp_activation_checkpointing")
 """FSDP's own gradient checkpointing."""
 _WARMUP = 0.03
 """Axolotl's own share of the steps, and finray's."""
@@ -271,10 +271,10 @@ def sharding(draft: Draft, devices: Devices) -> None:
     for name, value in given.items():
         inner = value if isinstance(value, dict) else {}
         of_it = draft.settings.inside(name, inner)
-        recomputes, own = of_it.flag(_RECOMPUTES), "model.gradient_checkpointing"
-        if recomputes is not None and own not in draft.values:
-            draft.put(own, recomputes, note=f"{name}.{_RECOMPUTES}")
-        taken = ("zero_optimization", _RECOMPUTES)
+        for key in filter(of_it.flag, _RECOMPUTES):
+            if not draft.values.get("model.gradient_checkpointing"):
+                draft.put("model.gradient_checkpointing", True, note=f"{name}.{key}")
+        taken = ("zero_optimization", *_RECOMPUTES)
         leave = [key for key in inner if key not in taken and of_it.value(key)]
         for key in leave:
             draft.leave(f"{name}.{key}", _HOW_SHARDED)

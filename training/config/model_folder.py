@@ -48,7 +48,7 @@ def model_folder(
     """
     folder = _find(model, only_cached, weights, where)
     if folder is not None:
-        check_remote_code(model, folder)
+        check_remote_code(model, folder, where)
     return folder
 
 

@@ -10,7 +10,11 @@ from ..common.errors import InputError
 from .models import ModelSettings
 
 _COMMIT = re.compile(r"[0-9a-f]{40}")
-_CURE = "look at that code, and set model.trust_remote_code: true if you trust it"
+_CURE = (
+    "look at that code, and set model.trust_remote_code: true if you trust it (for a hub model "
+    "together with model.revision, the full hash of a commit)"
+)
+_OTHER = "choose a model that transformers has"
 
 
 def is_commit(revision: str | None) -> bool:
@@ -32,11 +36,16 @@ def check_pinned(model: ModelSettings) -> None:
         )
 
 
-def check_remote_code(model: ModelSettings, folder: Path) -> None:
+def check_remote_code(model: ModelSettings, folder: Path, where: str = "model.base") -> None:
     """Refuse a model that transformers can only load by the code in its folder.
 
     A model that transformers knows is loaded by transformers' own code, whatever its folder holds.
     Trusted code lies beside the model: other repositories' is not pinned by the revision.
+
+    Args:
+        model: the model's settings; only a recipe's own base can be trusted.
+        folder: its files.
+        where: the key in the recipe, for messages.
 
     Raises:
         InputError: naming the file and what it asks for.
@@ -53,14 +62,13 @@ def check_remote_code(model: ModelSettings, folder: Path) -> None:
         named = json.dumps(content.get("auto_map") or {})
         if model.trust_remote_code and "--" in named:
             raise InputError(
-                f"model.base: {folder / file}: auto_map refers to code of another repository "
+                f"{where}: {folder / file}: auto_map refers to code of another repository "
                 f"({named}), which model.revision does not pin; copy model and code into a folder"
             )
         if not model.trust_remote_code and named != "{}" and needs[file]:
             raise InputError(
-                f"model.base: {folder / file}: auto_map refers to the model's own Python code "
-                f"({named}), which is not run; {_CURE} (for a hub model together with "
-                "model.revision, the full hash of a commit)"
+                f"{where}: {folder / file}: auto_map refers to the model's own Python code "
+                f"({named}), which is not run; {_CURE if where == 'model.base' else _OTHER}"
             )
 
 

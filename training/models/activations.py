@@ -82,17 +82,17 @@ def kept_by(
         include={"model": True, "adapter": True, "freeze": True, "method": _OF_THE_MODEL},
         exclude={"model": {"gradient_checkpointing", "quantize"}},
     )
-    return _counted(_Key(relevant, recipe), tokens, compute, trained, attention)
+    return _counted(Keyed(relevant, recipe), tokens, compute, trained, attention)
 
 
-class _Key:
-    """A recipe that is equal to others with the same sections that decide the model."""
+class Keyed:
+    """A recipe that is equal to others with the same text, such as of what decides the model."""
 
     def __init__(self, text: str, recipe: Recipe) -> None:
         self.text, self.recipe = text, recipe
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Key) and other.text == self.text
+        return isinstance(other, Keyed) and other.text == self.text
 
     def __hash__(self) -> int:
         return hash(self.text)
@@ -100,7 +100,7 @@ class _Key:
 
 @lru_cache(maxsize=64)
 def _counted(
-    key: _Key, tokens: int, compute: DtypeName, trained: DtypeName, attention: Attention
+    key: Keyed, tokens: int, compute: DtypeName, trained: DtypeName, attention: Attention
 ) -> tuple[Kept, Kept] | None:
     limit("torch._subclasses.fake_tensor", logging.CRITICAL)  # what fails is not computed
     limit("transformers", logging.ERROR)  # nor do slow stand-ins for kernels matter here
@@ -115,7 +115,7 @@ def _counted(
 
 @lru_cache(maxsize=1)
 def _followed_model(
-    key: _Key, compute: DtypeName, trained: DtypeName, attention: Attention
+    key: Keyed, compute: DtypeName, trained: DtypeName, attention: Attention
 ) -> tuple[FakeTensorMode, Model]:
     """The last model, which rows of another length go through, too."""
     mode = FakeTensorMode(allow_non_fake_inputs=True)

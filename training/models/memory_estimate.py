@@ -121,7 +121,8 @@ class MemoryEstimate:
     training: int
     """Gradients and the optimizer's states."""
     activations: int
-    """Activations of a microbatch's step, with the logits."""
+    """Activations of a microbatch's step, with the logits; or, if they are more, the gradients
+    outside the layers that FSDP holds when there are no activations any more."""
     generation: int = 0
     """Caches and logits of the answers that the trained model generates at a time."""
     evaluation: int = 0
@@ -265,11 +266,14 @@ def estimate(
     is_dora = recipe.adapter_kind == "dora"
     shards = max(recipe.scale.least_workers, 2) if is_sharded else 1
     whole = _weights(recipe, sizes, compute)
-    weights = whole // shards + _gathered(recipe, sizes, compute) if is_sharded else whole
+    weights, activations = whole, _step_activations(recipe, sizes, compute, kind)
+    if is_sharded:
+        weights = whole // shards + _gathered(recipe, sizes, compute)
+        activations = max(activations, _root_gradients(recipe, sizes, compute))
     return MemoryEstimate(
         weights=weights,
         training=_training(recipe, sizes, compute) // shards,
-        activations=_step_activations(recipe, sizes, compute, kind),
+        activations=activations,
         generation=_generated(recipe, sizes, compute, completions_at_once(recipe)),
         evaluation=_evaluation(recipe, sizes, compute, kind),
         # A quantised base is packed on the GPU, and cut up when it is whole.
@@ -330,18 +334,43 @@ def _gathered(recipe: Recipe, sizes: Sizes, compute: DtypeName) -> int:
     """Bytes of what FSDP holds whole at a time.
 
     Those are the weights of two layers and all outside the layers. Without an adapter, also the
-    gradients of a layer in their own type and in float32, in which they are reduced; of an adapter,
-    the sums of a step's gradients.
+    gradients of a layer in their own type and in float32, in which they are reduced (see
+    `_root_gradients` for those outside the layers); of an adapter, the sums of a step's gradients.
     """
     width = _width(compute)
-    outside = min(2 * sizes.vocabulary * sizes.hidden, sizes.frozen + sizes.trained)
-    rest = sizes.frozen + sizes.trained - outside
+    outside, rest = _outside(sizes)
     packed = _NF4_BYTES if recipe.model.quantize == "nf4" else width
     layer = (sizes.linear * packed + rest * width) / sizes.layers
     gradients: float = 4 * sizes.trained
     if not recipe.trains_adapter:
-        gradients = min(sizes.trained, (sizes.linear + rest) / sizes.layers) * (width + 4)
+        gradients = _layer_gradients(sizes, compute)
     return round(outside * width + 2 * layer + gradients)
+
+
+def _root_gradients(recipe: Recipe, sizes: Sizes, compute: DtypeName) -> int:
+    """Bytes by which the gradients outside the layers exceed a layer's, without an adapter.
+
+    Those of the embedding, the norm and the head are one unit of FSDP's, which is reduced when the
+    backward pass is over.
+    """
+    if recipe.trains_adapter:
+        return 0
+    outside, rest = _outside(sizes)
+    inside = (sizes.linear + rest) / sizes.layers * trained_layers(recipe, sizes)
+    trained = min(outside, max(0, sizes.trained - inside))
+    return round(max(0, trained * (_width(compute) + 4) - _layer_gradients(sizes, compute)))
+
+
+def _layer_gradients(sizes: Sizes, compute: DtypeName) -> float:
+    """Bytes of a layer's gradients in their own type and in float32."""
+    layer = (sizes.linear + _outside(sizes)[1]) / sizes.layers
+    return min(sizes.trained, layer) * (_width(compute) + 4)
+
+
+def _outside(sizes: Sizes) -> tuple[int, int]:
+    """Values of embedding and head, and all others that are not packed."""
+    outside = min(2 * sizes.vocabulary * sizes.hidden, sizes.frozen + sizes.trained)
+    return outside, sizes.frozen + sizes.trained - outside
 
 
 def _training(recipe: Recipe, sizes: Sizes, compute: DtypeName) -> int:
@@ -511,8 +540,7 @@ def vllm_bytes(recipe: Recipe, sizes: Sizes, compute: DtypeName) -> tuple[int, i
         return 0, 0
     base = (sizes.linear + sizes.frozen) * _width(compute) + CONTEXT_BYTES + _VLLM_WORKSPACE
     of_one = cache_bytes(sizes, compute, recipe.data.max_length)
-    workers = max(1, recipe.scale.least_workers)
-    sequences = min(-(-recipe.optim.batch_size // workers), _VLLM_SEQUENCES)
+    sequences = min(recipe.rows_of_worker(recipe.scale.least_workers), _VLLM_SEQUENCES)
     return base + of_one, base + sequences * of_one
 
 

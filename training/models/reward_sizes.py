@@ -6,6 +6,8 @@ A reward model that finray trained is counted by its run, a classifier by its co
 import torch
 from transformers import AutoConfig
 
+from ..common.errors import InputError
+from ..common.formatting import one_line
 from ..common.storage import Folder
 from ..config.model_folder import model_folder, named_model
 from ..config.recipe import Recipe
@@ -17,10 +19,10 @@ def values_of_rewards(recipe: Recipe) -> int:
     """Values of all reward models; without those of which this machine holds no files.
 
     Raises:
-        InputError: a run's record cannot be read, or a folder does not exist.
+        InputError: a run's record cannot be read, or a model's configuration cannot be loaded.
     """
     runs = sum(map(_of_run, recipe.method.runs.values()))
-    return runs + sum(map(_of_classifier, recipe.method.models.values()))
+    return runs + sum(_of_classifier(*named) for named in recipe.method.models.items())
 
 
 def _of_run(run: str) -> int:
@@ -28,12 +30,14 @@ def _of_run(run: str) -> int:
     return int((record.get("parameters") or {}).get("total") or 0)
 
 
-def _of_classifier(name: str) -> int:
-    named = named_model(name)
-    folder = model_folder(named, only_cached=True, where="method.rewards")
+def _of_classifier(key: str, name: str) -> int:
+    folder = model_folder(named_model(name), only_cached=True, where=key)
     if folder is None or not (folder / "config.json").is_file():
         return 0
-    config = AutoConfig.from_pretrained(folder)
+    try:
+        config = AutoConfig.from_pretrained(folder)
+    except (OSError, ValueError) as error:
+        raise InputError(f"{key}: cannot load {name}: {one_line(str(error))}") from error
     with torch.device("meta"):
-        model = model_from_config(config, "score", "method.rewards")
+        model = model_from_config(config, "score", key)
     return int(model.num_parameters())

@@ -28,18 +28,29 @@ def training_flops(recipe: Recipe, sizes: Sizes) -> float:
     its weights if they are trained. Of experts, those count that a token is sent to. Attention is
     that to half of a full row. Below the first layer that is trained there are no gradients.
     """
+    products, head, attention = _of_a_pass(recipe, sizes)
+    back = trained_layers(recipe, sizes) / sizes.layers
+    of_trained = 6 * sizes.trained
+    if not recipe.trains_adapter:
+        of_trained = 2 * min(sizes.trained, products + head)
+    return 2 * (1 + back) * products + 4 * head + of_trained + (1 + 2 * back) * attention
+
+
+def forward_flops(recipe: Recipe, sizes: Sizes) -> float:
+    """Operations of one token's forward pass, without those of an adapter."""
+    products, head, attention = _of_a_pass(recipe, sizes)
+    return 2 * (products + head) + attention
+
+
+def _of_a_pass(recipe: Recipe, sizes: Sizes) -> tuple[int, int, int]:
+    """Weights of the layers' products and of the head's, and the operations of attention."""
     head = sizes.vocabulary * sizes.hidden
     layer = 2 * sizes.hidden * (sizes.queries + sizes.keys) + 3 * sizes.hidden * sizes.inner
     whole = sizes.linear
     if not recipe.trains_adapter:
         whole += sizes.frozen + sizes.trained - head
     products = min(layer * sizes.layers, max(whole, 0))
-    attention = 2 * sizes.layers * sizes.queries * recipe.data.max_length
-    back = trained_layers(recipe, sizes) / sizes.layers
-    of_trained = 6 * sizes.trained
-    if not recipe.trains_adapter:
-        of_trained = 2 * min(sizes.trained, products + head)
-    return 2 * (1 + back) * products + 4 * head + of_trained + (1 + 2 * back) * attention
+    return products, head, 2 * sizes.layers * sizes.queries * recipe.data.max_length
 
 
 def seconds_per_step(
@@ -56,10 +67,11 @@ def seconds_per_step(
         workers: number of workers.
     """
     per_token = training_flops(recipe, sizes)
-    recomputed = per_token / 2 if recipe.trains_adapter else per_token / 3
-    per_token += recomputed if recipe.model.checkpoints else 0
+    forward = forward_flops(recipe, sizes)
+    if recipe.model.checkpoints:
+        per_token += forward * trained_layers(recipe, sizes) / sizes.layers
     if recipe.method.uses_reference:
-        per_token += recomputed
+        per_token += forward
     speed = device.flops * utilisation * (1.0 if recipe.model.quantize == "none" else _QLORA)
     most = recipe.rows_of_worker(workers) / recipe.rows_of_worker(1)
     computing = most * tokens * per_token / speed
@@ -89,8 +101,8 @@ def _sampling(recipe: Recipe, sizes: Sizes, device: Device, workers: int) -> flo
     method = recipe.method
     if not method.samples_online:
         return 0.0
-    completions = -(-recipe.optim.batch_size // workers)
-    at_once = method.completions_at_once or completions
+    completions = recipe.rows_of_worker(workers)
+    at_once = min(method.completions_at_once or completions, completions)
     tokens = recipe.data.max_length - recipe.row_length
     weights = 2 * (sizes.linear + sizes.frozen)
     cache = at_once * cache_bytes(sizes, "bfloat16", recipe.data.max_length)

@@ -560,8 +560,20 @@ def test_what_fsdp_config_nests_is_named(tmp_path: Path) -> None:
     result = imported(text, tmp_path, 2)
     assert result.values["scale"]["strategy"] == "fsdp"
     assert result.left.keys() == {"fsdp_config.offload_params"}
-    text = f"{_AXOLOTL}datasets: [a/b]\nfsdp_config: {{activation_checkpointing: true}}\n"
-    assert imported(text, tmp_path).values["model"]["gradient_checkpointing"] is True
+
+
+@pytest.mark.parametrize("key", ["activation_checkpointing", "fsdp_activation_checkpointing"])
+def test_fsdp_recomputes_only_where_it_says_so(key: str, tmp_path: Path) -> None:
+    """Its false leaves the choice open; its true counts beside gradient_checkpointing: false."""
+    text = f"{_AXOLOTL}datasets: [a/b]\nfsdp_config: {{{key}: VALUE}}\n"
+    for more in ("", "gradient_checkpointing: false\n"):
+        result = imported(text.replace("VALUE", "true") + more, tmp_path)
+        assert result.values["model"]["gradient_checkpointing"] is True
+        assert f"fsdp_config.{key}" not in result.left
+    off = imported(text.replace("VALUE", "false"), tmp_path).values["model"]
+    assert "gradient_checkpointing" not in off
+    kept = imported(text.replace("VALUE", "false") + "gradient_checkpointing: true\n", tmp_path)
+    assert kept.values["model"]["gradient_checkpointing"] is True
 
 
 def test_what_version_1_of_llama_factory_nests_is_named(tmp_path: Path) -> None:

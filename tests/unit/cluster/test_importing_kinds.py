@@ -181,11 +181,23 @@ def test_rows_of_axolotl(tmp_path: Path) -> None:
     reward = "reward_model: true\ndatasets: [{path: org/c, type: bradley_terry.chat_template}]\n"
     [source] = section(AXOLOTL + reward, "data", tmp_path)["train"]
     assert source["columns"] == {"instruction": "input"}
+    own = reward.replace("terry.chat_template", "terry.own")
+    assert "datasets.0.type" in imported(AXOLOTL + own, tmp_path).left
     listed = ALPACA.replace("alpaca}", "alpaca, split: [train, 'test[:5%]']}")
     assert section(listed, "data", tmp_path)["train"][0]["split"] == "train+test[:5%]"
     weighted = ALPACA.replace("alpaca}", "alpaca, weight: 0.25}")
     [source] = section(weighted, "data", tmp_path)["train"]
     assert source["weight"] == 0.25
+
+
+@pytest.mark.parametrize("method", ["dpo", "kto", "orpo", "simpo"])
+@pytest.mark.parametrize("kind", ["foo", "foo.intel", "my.module.default", "chatml.foo"])
+def test_a_strategy_for_pairs_of_the_users_own_is_named(
+    kind: str, method: str, tmp_path: Path
+) -> None:
+    made = imported(PAIRS.replace("chatml.intel", kind) + method, tmp_path)
+    assert f"{kind}: a strategy that finray import does not know" in made.left["datasets.0.type"]
+    assert "columns" not in made.values["data"]["train"][0]
 
 
 @pytest.mark.parametrize(

@@ -114,7 +114,9 @@ def test_the_operations_are_those_of_the_formula() -> None:
 
     plain = seconds(settings)
     assert plain == pytest.approx(8192 * 32 * expected / 4e14)
-    assert seconds(settings.with_placement(4, True)) == pytest.approx(1.5 * plain)
+    forward = 2 * (LLAMA_8B.linear + head) + attention / 3
+    again = seconds(settings.with_placement(4, True))
+    assert again == pytest.approx(8192 * 32 * (expected + forward) / 4e14)
     eight = seconds(settings, 8)
     gradients = 2 * 7 / 8 * LLAMA_8B.trained * 2
     assert eight == pytest.approx(plain / 8 + gradients / 4e11 / 2)
@@ -138,8 +140,33 @@ def test_the_worker_with_most_rows_counts() -> None:
     assert [seconds[0] / each for each in seconds[1:]] == pytest.approx([32 / 11, 16])
 
 
+@pytest.mark.parametrize("rollout", ["transformers", "vllm"])
+def test_the_worker_with_most_prompts_samples_longest(rollout: str) -> None:
+    """Of 3 prompts with 8 completions each, one of 2 workers has 16, in one batch of up to 64."""
+    online = {"kind": "grpo", "rewards": [{"file": "/x.py:f"}], "beta": 0.0, "max_completion": 100}
+    settings = recipe_from_dict(
+        {
+            "name": "r",
+            "model": "/m",
+            "adapter": {"rank": 16},
+            "method": {**online, "generations": 8, "rollout": rollout},
+            "data": {"train": [{"path": "/x"}], "max_length": 512},
+            "optim": {"batch_size": 24},
+        }
+    )
+    sizes, device = LLAMA_8B, Device(flops=1e30, bandwidth=3e12, link=1e30)
+    cache = 2 * 32 * sizes.keys * 512 * 2
+    for workers, completions in ((1, 24), (2, 16), (3, 8)):
+        read = 2 * (sizes.linear + sizes.frozen) + completions * cache / 2
+        seconds = seconds_per_step(settings, sizes, device, 0.4, 24 * 512, workers)
+        assert seconds == pytest.approx(100 * read / 1.5e12)
+
+
 def test_frozen_layers_have_no_backward_pass() -> None:
-    """2 operations a weight of 30 of 32 layers, 6 of the others, 4 of the head."""
+    """2 operations a weight of 30 of 32 layers, 6 of the others, 4 of the head.
+
+    Checkpointing computes the others alone again, a reference all of them once.
+    """
     text = {
         "name": "r",
         "model": "/m",
@@ -150,7 +177,18 @@ def test_frozen_layers_have_no_backward_pass() -> None:
     sizes = replace(LLAMA_8B, linear=30 * layer, frozen=2 * head, trained=2 * layer)
     attention = 2 * 4096 * 8192
     expected = 30 * 2 * layer + 2 * 6 * layer + 4 * head + attention * (32 + 2 * 2)
-    assert training_flops(recipe_from_dict(text), sizes) == pytest.approx(expected)
+    plain = recipe_from_dict(text)
+    assert training_flops(plain, sizes) == pytest.approx(expected)
+    device, forward = Device(1e15, 3e12, 4e11), 2 * (32 * layer + head) + attention * 32
+    referring = recipe_from_dict({**text, "method": {"kind": "dpo"}})
+    for recipe, beside in (
+        (plain, 0.0),
+        (plain.with_placement(4, True), forward * 2 / 32),
+        (referring, forward),
+        (referring.with_placement(4, True), forward * (1 + 2 / 32)),
+    ):
+        seconds = seconds_per_step(recipe, sizes, device, 0.4, 8192, 1)
+        assert seconds == pytest.approx(8192 * (expected + beside) / 4e14)
 
 
 @pytest.mark.parametrize("dtype", ["auto", "float16"])
@@ -379,6 +417,19 @@ def test_the_nearest_may_be_more_gpus() -> None:
     settled = load_recipe(text, settings)
     assert gpu == f"h100:{settled.scale.workers}" and settled.scale.strategy == "fsdp"
     assert estimate(settled, sizes).peak <= CARDS["h100"].bytes
+
+
+def test_the_nearest_may_be_more_gpus_of_a_larger_card() -> None:
+    """All of 40 billion weights, 600 GiB: no card holds them, and T4s do not shard."""
+    recipe = recipe_from_dict({"name": "r", "model": "/m", "data": {"train": [{"path": "/x"}]}})
+    sizes = {"none": replace(LLAMA_8B, linear=0, frozen=0, trained=40 * 10**9)}
+    near = _nearest(recipe, sizes, CARDS["t4"], 1)
+    assert near is not None and near.startswith("--gpu b200:4 (")
+    room = Room(CARDS["b200"].bytes)
+    fewer = placements(recipe, "none", sizes["none"], room, 2)
+    assert min(estimate(one.recipe, sizes["none"]).peak for one in fewer) > room.bytes
+    vast = {"none": replace(sizes["none"], trained=4 * 10**13)}
+    assert _nearest(recipe, vast, CARDS["t4"], 1) is None
 
 
 @pytest.mark.parametrize("quantize", ["nf4", "none"])

@@ -375,6 +375,9 @@ def test_every_phase_has_a_peak(bases: dict[int, Path]) -> None:
     share = vllm_share(sampled, sizes, "bfloat16", total)
     assert round(share * total) == base + 11 * of_one, "all that the training leaves"
     assert round(vllm_share(sampled, sizes, "bfloat16", 2**40) * 2**40) == base + 64 * of_one
+    three = sampled.model_copy(update={"scale": sampled.scale.model_copy(update={"workers": 3})})
+    share = vllm_share(three, sizes, "bfloat16", 2**40)
+    assert round(share * 2**40) == base + 3 * 8 * of_one, "prompts are not divided"
     with pytest.raises(InputError, match=r"^method.rollout: vllm needs 1.5 GiB of the GPU, and"):
         vllm_share(sampled, sizes, "bfloat16", with_vllm.peak - 1)
 
@@ -549,6 +552,30 @@ def test_reward_models_are_counted(bases: dict[int, Path], tmp_path: Path) -> No
     assert added == 2 * sizes.rewards
 
 
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ('{"model_type": "no_such_type"}', "cannot load /.*/judge: .*no_such_type"),
+        ('{"model_type": ', "cannot load /.*/judge: .*config.json"),
+        ("[]", "cannot load /.*/judge: "),
+        (
+            '{"model_type": "own", "auto_map": {"AutoConfig": "own.Config"}}',
+            "/.*/judge/config.json: auto_map refers to .*; choose a model that transformers has",
+        ),
+    ],
+)
+def test_a_reward_model_without_a_sound_configuration(
+    config: str, message: str, bases: dict[int, Path], tmp_path: Path
+) -> None:
+    """One line that names the reward's key; nothing of the base is to blame."""
+    (tmp_path / "judge").mkdir()
+    (tmp_path / "judge" / "config.json").write_text(config, encoding="utf-8")
+    method = {"kind": "grpo", "max_completion": 8, "rewards": [{"model": str(tmp_path / "judge")}]}
+    with pytest.raises(InputError, match=rf"^method\.rewards\[0\]\.model: {message}") as caught:
+        sizes_of(recipe(bases[1], **LORA, method=method))
+    assert "\n" not in str(caught.value)
+
+
 WORKERS = 8
 LLAMA_8B_FULL = replace(LLAMA_8B, linear=0, frozen=0, trained=8_030_261_248, cast=8_030_261_248)
 
@@ -583,6 +610,29 @@ def test_the_shards_of_a_known_model(quantize: str) -> None:
     largest = 2 * 4096 * 14336
     loaded = base + trained + largest if quantize == "nf4" else memory.weights
     assert memory.phases["loading"] == pytest.approx(loaded + 2**29, rel=3e-3)
+
+
+def test_the_root_of_shards_holds_its_gradients_to_the_end() -> None:
+    """Embedding and head of 8B, where a short row has few activations; not if they are frozen."""
+    text: dict[str, Any] = {
+        "name": "run",
+        "model": {"base": "/m", "gradient_checkpointing": True},
+        "data": {"train": [{"path": "/rows.jsonl"}], "max_length": 64, "packing": False},
+        "optim": {"batch_size": 8, "micro_batch_size": 1},
+    }
+    shards = {"scale": {"workers": WORKERS, "strategy": "fsdp"}}
+    outside, layer = 2 * 128_256 * 4096, 218_112_000
+    sharded = estimate(recipe_from_dict({**text, **shards}), LLAMA_8B_FULL)
+    assert sharded.activations == pytest.approx(6 * (outside - layer), rel=3e-3)
+    assert sharded.largest_phase == "step"
+    frozen = replace(
+        LLAMA_8B_FULL, linear=30 * layer, frozen=outside, trained=2 * layer, cast=2 * layer
+    )
+    last = estimate(recipe_from_dict({**text, **shards, "freeze": {"last_layers": 2}}), frozen)
+    assert last.activations < sharded.activations / 8
+    longer = {**text["data"], "max_length": 32_768}
+    long = estimate(recipe_from_dict({**text, **shards, "data": longer}), LLAMA_8B_FULL)
+    assert long.activations > sharded.activations
 
 
 def test_float16_is_not_sharded() -> None:
