@@ -7,6 +7,8 @@ os.environ.pop("FINRAY_STORAGE", None)
 os.environ.pop("FINRAY_ADDRESS", None)
 os.environ.pop("FINRAY_LOG_LEVEL", None)
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+# Ray's workers give way to all other processes by default, those of other tests among them.
+os.environ.setdefault("RAY_worker_niceness", "0")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 # Some virtual CPUs announce instructions for bfloat16 that they fault on.
 os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX512_CORE_BF16")
