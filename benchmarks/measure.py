@@ -302,16 +302,24 @@ def result_path(name: str, quick: bool) -> Path:
 FIGURE_COLUMNS = ["figure", "target", "measured", "spread", "met"]
 
 
+_NEAR = 0.005
+
+
 def figure_row(figure: dict[str, Any]) -> list[str]:
     """The cells of one figure, for a table with `FIGURE_COLUMNS`."""
     unit = figure["unit"]
     return [
         figure["figure"],
         figure["asked"] or "-",
-        f"{figure['measured']:.3g}{unit}",
-        f"{figure['lowest']:.3g}-{figure['highest']:.3g}",
+        f"{_shown(figure['measured'])}{unit}",
+        f"{_shown(figure['lowest'])}-{_shown(figure['highest'])}",
         {None: "-", True: "yes", False: "NO"}[figure["met"]],
     ]
+
+
+def _shown(value: float) -> str:
+    """A ratio near 1 with the digits that tell it from 1, others with three."""
+    return f"{value:.4f}" if 0 < abs(value - 1) < _NEAR else f"{value:.3g}"
 
 
 def table(columns: list[str], rows: list[list[str]]) -> str:
