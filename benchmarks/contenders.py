@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 import transformers
+from material import PAD_ID
 from measure import print_result
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch.nn.modules.module import register_module_forward_pre_hook
@@ -384,7 +385,8 @@ CONTENDERS: dict[str, Callable[[Job], Measured]] = {
 
 @contextmanager
 def hashed_ids(is_enabled: bool) -> Iterator[Callable[[], str]]:
-    """Hash the token ids that an embedding receives in training.
+    """Hash the token ids that an embedding receives in training, but padding: rows may be padded,
+    or follow each other on a flat one.
 
     Yields:
         A function that returns the hash so far; an empty text if not enabled.
@@ -393,8 +395,8 @@ def hashed_ids(is_enabled: bool) -> Iterator[Callable[[], str]]:
 
     def note(module: torch.nn.Module, inputs: tuple[Any, ...]) -> None:
         if isinstance(module, torch.nn.Embedding) and module.training:
-            digest.update(str(tuple(inputs[0].shape)).encode())
-            digest.update(inputs[0].cpu().numpy().tobytes())
+            ids = inputs[0].flatten()
+            digest.update(ids[ids != PAD_ID].cpu().numpy().tobytes())
 
     hook = register_module_forward_pre_hook(note) if is_enabled else None
     yield lambda: digest.hexdigest() if is_enabled else ""

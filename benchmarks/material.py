@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 PAD, START, END = "<|pad|>", "<|im_start|>", "<|im_end|>"
+PAD_ID = 0
 CHATML = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
     "{{ message['content'] }}<|im_end|>\n{% endfor %}"
@@ -51,7 +52,7 @@ def save_llama(folder: Path, vocabulary: int, hidden: int, layers: int, context:
         num_key_value_heads=hidden // 64,
         max_position_embeddings=context,
         tie_word_embeddings=False,
-        pad_token_id=0,
+        pad_token_id=PAD_ID,
         bos_token_id=None,
         eos_token_id=2,
     )
