@@ -26,7 +26,7 @@ from .data.added_tokens import check_embedded, marks_of, tokens_to_add
 from .data.chat import NO_TEMPLATE, check_chatml, check_syntax
 from .data.curation.languages import check_languages
 from .data.inspection import InspectedRows, SourceInspection, inspect_source
-from .data.resolve import ResolvedSource, resolve_data
+from .data.resolve import ResolvedSource, read_twice, resolve_data
 from .data.shapes import Text, is_chat, parts_of
 from .rl.rewards.checking import check_rewards, check_scores
 
@@ -43,6 +43,8 @@ class Inspection:
     eval: tuple[SourceInspection, ...]
     model_folder: Path | None
     """The folder with the model's files; None for a hub model that is not in the local cache."""
+    notes: tuple[str, ...]
+    """What to say of the sources together."""
 
     @property
     def bytes(self) -> int:
@@ -104,6 +106,7 @@ def inspect_recipe(recipe: Recipe, *, trains_here: bool = True) -> Inspection:
         tuple(rows.inspection for rows in inspected["train"]),
         tuple(rows.inspection for rows in inspected["eval"]),
         folder,
+        tuple(read_twice(recipe, data)),
     )
 
 

@@ -10,7 +10,7 @@ from ...training.data.inspection import SourceInspection
 from ...training.data.prepare import find_prepared
 from ...training.data.prepared import CUT, STREAMED, Prepared, remarks
 from ...training.data.rendering import OVERLONG
-from ...training.data.resolve import read_twice, resolve_data
+from ...training.data.resolve import resolve_data
 from ...training.data.sample import measure_sample
 from ...training.data.window_plan import WindowPlan
 from ...training.inspection import Inspection, check_log, check_storage, inspect_recipe
@@ -92,8 +92,8 @@ def data_outlook(recipe: Recipe) -> dict[str, Any]:
 
 def _data_of(recipe: Recipe, inspection: Inspection) -> dict[str, Any]:
     found = _figures_of(recipe, inspection)
-    again = read_twice(recipe, resolve_data(recipe))
-    return {**found, "notes": [*again, *found.get("notes", ())]} if again else found
+    notes = [*inspection.notes, *found.get("notes", ())]
+    return {**found, "notes": notes} if inspection.notes else found
 
 
 def _figures_of(recipe: Recipe, inspection: Inspection) -> dict[str, Any]:
