@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from ..common.storage import Folder
-from .packing import Bins, Indices, pack, unpacked, with_less_waste
+from .packing import Bins, Indices, fewest_bins, pack, pack_tightly, unpacked
 from .prepared import ROW_GROUP, SEQUENCE_SCHEMA, Split, write_hashed
 from .tokenising import TokenGroup
 
@@ -20,6 +20,9 @@ _FILE_SEQUENCES = 256
 _TOGETHER = 8
 """Files whose documents are packed together, so that few sequences stay unfilled. Each of their
 tasks reads the documents of all, a row group after the other, and keeps its own."""
+
+_WASTEFUL = 1.002
+"""Sequences over the fewest that could do, above which documents are packed tightly."""
 
 
 @dataclass(frozen=True)
@@ -70,26 +73,36 @@ def assemble_items(
         packing: whether a sequence holds several documents.
     """
     limit = max(_FILE_TOKENS, _FILE_SEQUENCES * capacity)
+    together = limit * _TOGETHER if packing else limit
     number = 0
-    for group, tokens in _groups(parts, limit * _TOGETHER if packing else limit):
+    for group in _groups(parts, together, least=together // 2 if packing else 0):
+        tokens = _tokens(group)
         shares = max(1, -(-(tokens - limit // 4) // limit)) if packing else 1
         for share in range(shares):
-            yield AssembleItem(split, number, group, share, shares)
+            yield AssembleItem(split, number, tuple(group), share, shares)
             number += 1
 
 
-def _groups(parts: Iterable[Part], limit: int) -> Iterator[tuple[tuple[Part, ...], int]]:
-    """Consecutive parts with this number of tokens or a little more, and the number."""
+def _groups(parts: Iterable[Part], limit: int, least: int) -> Iterator[list[Part]]:
+    """Consecutive parts with `limit` tokens or a little more; fewer than `least` join the last
+    group, as few documents fill sequences badly."""
+    before: list[Part] = []
     group: list[Part] = []
-    tokens = 0
     for part in parts:
+        if _tokens(group) >= limit:
+            if before:
+                yield before
+            before, group = group, []
         group.append(part)
-        tokens += part.tokens.tokens
-        if tokens >= limit:
-            yield tuple(group), tokens
-            group, tokens = [], 0
-    if group:
-        yield tuple(group), tokens
+    if before and _tokens(group) >= least:
+        yield before
+        before = []
+    if before or group:
+        yield before + group
+
+
+def _tokens(parts: list[Part]) -> int:
+    return sum(part.tokens.tokens for part in parts)
 
 
 @dataclass(frozen=True)
@@ -103,8 +116,6 @@ class AssembleTask:
 
     def __call__(self, item: AssembleItem) -> SequenceFile:
         table, lengths, bins = self._share(item)
-        if self.packing:
-            bins = with_less_waste(bins, lengths, self.capacity)
         shuffled = np.random.default_rng((self.seed, item.number)).permutation(len(bins))
         bins = _chosen(bins, shuffled)
         sequences = _sequences(table, bins.documents, bins.offsets)
@@ -125,26 +136,32 @@ class AssembleTask:
 
     def _share(self, item: AssembleItem) -> tuple[pa.Table, NDArray[np.int32], Bins]:
         """The documents of an item's share, their lengths, and their bins."""
-        if item.shares == 1:
+        if not self.packing:
             table = pa.concat_tables(map(self._read, item.parts)).combine_chunks()
             lengths = _sizes(table["input_ids"])
-            bins = pack(lengths, self.capacity) if self.packing else unpacked(len(lengths))
-            return table, lengths, bins
+            return table, lengths, unpacked(len(lengths))
         of_parts = [self._lengths(part) for part in item.parts]
         lengths = np.concatenate(of_parts)
         bins = pack(lengths, self.capacity)
-        dealt = np.random.default_rng((self.seed, item.number - item.share)).permutation(len(bins))
-        own = _chosen(bins, np.sort(dealt[item.share :: item.shares]))
+        draw = np.random.default_rng((self.seed, item.number - item.share))
+        of_shares = _dealt(lengths, item.shares, self.capacity, draw)
+        fewest = sum(fewest_bins(lengths[each], self.capacity) for each in of_shares)
+        if len(bins) > _WASTEFUL * fewest:
+            own = np.sort(of_shares[item.share])
+            bins = pack_tightly(lengths[own], self.capacity)
+        else:
+            dealt = draw.permutation(len(bins))
+            bins = _chosen(bins, np.sort(dealt[item.share :: item.shares]))
+            own = np.sort(bins.documents)
+            bins = Bins(np.searchsorted(own, bins.documents), bins.offsets)
         is_own = np.zeros(len(lengths), np.bool_)
-        is_own[own.documents] = True
-        places = np.cumsum(is_own) - 1
+        is_own[own] = True
         of_part = np.split(is_own, np.cumsum([len(each) for each in of_parts])[:-1])
         tables = [
             self._read(part).filter(pa.array(mask))
             for part, mask in zip(item.parts, of_part, strict=True)
         ]
-        table = pa.concat_tables(tables).combine_chunks()
-        return table, lengths[is_own], Bins(places[own.documents], own.offsets)
+        return pa.concat_tables(tables).combine_chunks(), lengths[own], bins
 
     def _lengths(self, part: Part) -> NDArray[np.int32]:
         """The tokens of each document."""
@@ -181,6 +198,20 @@ def split_of(files: list[SequenceFile], capacity: int) -> Split | None:
         trainable_tokens=sum(file.trainable_tokens for file in files),
         capacity=capacity,
     )
+
+
+def _dealt(
+    lengths: NDArray[np.int32], shares: int, capacity: int, draw: np.random.Generator
+) -> list[Indices]:
+    """Deal documents, so that each share but the last hardly fails to fill whole sequences."""
+    documents = draw.permutation(len(lengths))
+    ends = np.cumsum(lengths[documents], dtype=np.int64)
+    sequences = -(-int(lengths.sum(dtype=np.int64)) // (capacity * shares))
+    stops = [0]
+    for _ in range(shares - 1):
+        before = int(ends[stops[-1] - 1]) if stops[-1] else 0
+        stops.append(int(np.searchsorted(ends, before + sequences * capacity, side="right")))
+    return np.split(documents, stops[1:])
 
 
 def _chosen(bins: Bins, numbers: Indices) -> Bins:

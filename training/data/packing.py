@@ -11,9 +11,6 @@ from numpy.typing import NDArray
 
 Indices = NDArray[np.int64]
 
-_ENOUGH = 1.001
-"""Bins over their lower bound above which another way of packing is tried."""
-
 
 @dataclass(frozen=True)
 class Bins:
@@ -52,18 +49,33 @@ def pack(lengths: NDArray[np.int32], capacity: int) -> Bins:
     return Bins(documents, np.concatenate(([0], np.cumsum(sizes))))
 
 
-def with_less_waste(bins: Bins, lengths: NDArray[np.int32], capacity: int) -> Bins:
-    """The bins, or fewer ones where they are not nearly full and exact filling needs fewer.
+def fewest_bins(lengths: NDArray[np.int32], capacity: int) -> int:
+    """A lower bound of the number of bins: by the sum of all tokens, and by the long documents.
+
+    No two documents of over half the capacity share a bin. Of the documents of at least some
+    length, those of up to half share bins with long ones as far as these have space for that
+    length, and fill the other bins at best (Martello and Toth's L2).
 
     Args:
-        bins: an assignment of all documents.
-        lengths: tokens of each document.
+        lengths: tokens of each document, 1 ≤ length ≤ capacity.
         capacity: tokens that a bin can hold.
     """
-    if len(bins) <= _ENOUGH * -(-int(lengths.sum()) // capacity):
-        return bins
-    other = fill_exactly(lengths, capacity)
-    return other if len(other) < len(bins) else bins
+    ordered = np.sort(lengths.astype(np.int64))
+    sums = np.concatenate(([0], np.cumsum(ordered)))
+    half = int(np.searchsorted(ordered, capacity // 2, side="right"))
+    least = np.unique(ordered[:half])
+    shared = np.searchsorted(ordered, capacity - least, side="right")
+    small = sums[half] - sums[np.searchsorted(ordered, least)]
+    free = (shared - half) * capacity - (sums[shared] - sums[half])
+    more = np.maximum(0, -((free - small) // capacity))
+    by_length = len(ordered) - half + int(more.max(initial=0))
+    return max(-(-int(sums[-1]) // capacity), by_length)
+
+
+def pack_tightly(lengths: NDArray[np.int32], capacity: int) -> Bins:
+    """Pack documents in both ways, and take the one with fewer bins. Slow; see `fill_exactly`."""
+    exact, plain = fill_exactly(lengths, capacity), pack(lengths, capacity)
+    return exact if len(exact) <= len(plain) else plain
 
 
 def fill_exactly(lengths: NDArray[np.int32], capacity: int) -> Bins:

@@ -9,7 +9,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from finray.training.data.packing import Bins, fill_exactly, pack, unpacked, with_less_waste
+from finray.training.data.packing import (
+    Bins,
+    fewest_bins,
+    fill_exactly,
+    pack,
+    pack_tightly,
+    unpacked,
+)
 
 from .conftest import SHARED
 
@@ -56,8 +63,9 @@ def test_packing_properties(case: tuple[int, list[int]]) -> None:
         assert sorted(each.documents) == list(range(len(lengths)))
         loads = [sum(lengths[document] for document in members) for members in bins_of(each)]
         assert all(0 < load <= capacity for load in loads)
-    assert len(with_less_waste(bins, array, capacity)) == min(len(bins), len(exact))
-    assert len(bins) >= math.ceil(sum(lengths) / capacity)
+    fewest = len(pack_tightly(array, capacity))
+    assert fewest == min(len(bins), len(exact))
+    assert math.ceil(sum(lengths) / capacity) <= fewest_bins(array, capacity) <= fewest
     assert len(bins) <= next_fit_decreasing(lengths, capacity)
     assert len(bins) == best_fit_decreasing(lengths, capacity)
 
@@ -78,7 +86,13 @@ def test_documents_of_a_quarter_are_packed_without_waste() -> None:
     bound = math.ceil(lengths.sum() / 1024)
     plain = pack(lengths, 1024)
     assert len(plain) > 1.03 * bound
-    assert len(with_less_waste(plain, lengths, 1024)) <= 1.001 * bound
+    assert len(pack_tightly(lengths, 1024)) <= 1.001 * bound
+
+
+def test_long_documents_do_not_share_a_bin() -> None:
+    """Three of 6 leave 4 each, where no 5 has space; two of 5 fill another bin."""
+    assert fewest_bins(np.array([6, 6, 6, 5, 5], np.int32), 10) == 4
+    assert fewest_bins(np.array([6, 6, 6, 4, 4], np.int32), 10) == 3
 
 
 def test_nothing_packs_to_nothing() -> None:
