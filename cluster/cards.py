@@ -61,7 +61,7 @@ def parse_gpus(text: str) -> tuple[Card, int]:
         InputError: there is no such card, and the nearest is named; or no number behind the colon.
     """
     if not isinstance(text, str):  # a program's
-        raise InputError(f"gpu {text!r}: expected a card and how many, such as 'h100:8'")
+        raise InputError(f"gpu: expected a card and how many, such as 'h100:8'; found {text!r}")
     name, separator, number = text.partition(":")
     plain = re.sub(r"[^a-z0-9]", "", name.lower())
     plain = plain.removeprefix("nvidia").replace("geforce", "")

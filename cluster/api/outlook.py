@@ -34,7 +34,7 @@ _TRIED_BYTES = 4 * 2**20
 _TYPICAL_FILL = 0.98
 """Share of a packed sequence that holds tokens."""
 _BEFORE_CURATION = (
-    "rows and tokens are those before curation; finray data report shows what it takes"
+    "rows and tokens are those before curation; finray data report shows what it drops"
 )
 
 

@@ -16,7 +16,7 @@ from ..screens.data import render_rows
 
 
 def report(options: argparse.Namespace) -> None:
-    """Print what each stage takes of the rows."""
+    """Print what each stage drops of the rows."""
     found = report_data(
         options.recipe,
         options.overrides,

@@ -63,7 +63,7 @@ class CountingProgress(BarProgress):
         self._what = what
 
     def status(self, text: str) -> None:
-        """What is done now, in the place of the rows."""
+        """What is done now, in place of the rows."""
         self._bars.update(self._bar, description=text)
 
     def advance(self, done: int, total: int) -> None:

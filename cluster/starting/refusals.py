@@ -4,7 +4,7 @@ from .draft import Draft
 
 _DIFFUSION = "a diffusion model; finray trains models that predict the next token"
 _TEACHER = "distillation from a teacher, which finray does not have"
-_SERVICE = "trains on a service; finray trains on machines of yours"
+_SERVICE = "trains on a service; finray trains on your own machines"
 _ASKED = {
     "process_reward_model": "no method of finray rates single steps",
     "diffusion": _DIFFUSION,

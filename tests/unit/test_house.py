@@ -91,7 +91,7 @@ def attributes_set(function: ast.FunctionDef) -> set[str]:
 
 
 BUILT_ELSEWHERE = {"TrialSlot"}
-"""Ray Tune calls `setup` in the place of `__init__`."""
+"""Ray Tune calls `setup` in place of `__init__`."""
 
 
 def born_late(tree: ast.Module) -> dict[str, list[str]]:

@@ -125,8 +125,8 @@ def _followed(
     facts = ("train", source.format, *followed.facts)
     if isinstance(row, BadRow):
         return ShownRow(followed.place, facts, (), f"not usable: {row.reason}")
-    if followed.taken:
-        return ShownRow(followed.place, facts, (), followed.taken)
+    if followed.dropped:
+        return ShownRow(followed.place, facts, (), followed.dropped)
     shown = _shown(recipe, followed.place, row, source, "train", renderer)
     return replace(shown, facts=(*shown.facts, *followed.facts))
 

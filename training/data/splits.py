@@ -244,8 +244,8 @@ def _refuse_reading_options(folder: Folder, name: str, config: dict[str, object]
     options = sorted(set(config) - _READ)
     if options:
         raise InputError(
-            f"{folder}/{_CARD}: subset {name} sets {', '.join(options)}, with which its files are "
-            "read otherwise; convert them to Parquet or JSON Lines, or name them by their path"
+            f"{folder}/{_CARD}: subset {name} sets {', '.join(options)}, which finray does not "
+            "apply; convert its files to Parquet or JSON Lines, or name them by their path"
         )
 
 

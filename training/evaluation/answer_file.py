@@ -107,7 +107,7 @@ class AnswerFile:
         except OSError as error:
             raise RunError(
                 f"{self._place}: cannot be written: {reason(error)}; what is there is kept, and "
-                "the same command goes on with it"
+                "the same command continues it"
             ) from None
 
     def _read_part(self) -> int:
@@ -125,7 +125,7 @@ class AnswerFile:
         if first is None:
             raise InputError(
                 f"{self._place}: line 1 is damaged, which says how the {len(lines)} answers below "
-                "it were made; restore it, or delete the file to begin anew"
+                "it were made; restore it, or delete the file to start over"
             )
         if first != self._decides:
             if lines and lines[-1] == _WRITTEN:

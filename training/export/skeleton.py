@@ -196,7 +196,7 @@ class Conversion:
         if written.keys() != set(self.keys):
             raise InputError(
                 f"{self.name}: the base's files hold it as {self.keys[0]} and so on, which "
-                "transformers no longer writes; load the base with transformers, and save it anew"
+                "transformers no longer writes; load the base with transformers, and save it again"
             )
         return {key: _only(value) for key, value in written.items()}
 

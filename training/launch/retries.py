@@ -150,7 +150,7 @@ def run_with_retries(
             return WorkerResult(status="failed", error=str(error), exit_code=error.exit_code)
         except AttemptEndedError as end:
             if end.is_failure and policy.is_repeated(end):
-                raise RunError(f"{end}; a restart has led to it again") from end
+                raise RunError(f"{end}; it happened again after a restart") from end
             if end.is_failure and (stop.requested.is_set() or not policy.should_retry()):
                 raise RunError(str(end)) from end
             progress.status(f"restarting the workers: {end}")

@@ -117,8 +117,8 @@ def check_torch(kind: str) -> None:
     if kind != "cpu" and found_kind() == "cpu":
         raise InputError(
             f"scale.gpus_per_worker: the driver lists a GPU of kind {kind}, and torch "
-            f"{torch.__version__} finds none; install a torch for it (nvidia-smi shows the newest "
-            "CUDA that the driver takes), or set 0 to train on the CPU"
+            f"{torch.__version__} finds none; install a torch built for it (nvidia-smi shows the "
+            "newest CUDA that the driver takes), or set 0 to train on the CPU"
         )
 
 

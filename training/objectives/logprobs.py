@@ -236,7 +236,7 @@ class _Logits:
         return torch.cat(losses)
 
     def _exponentials(self, values: Tensor, targets: Tensor, statistics: Tensor) -> Tensor:
-        """The losses; leaves exp(value - largest) in the place of the values, and their sums.
+        """The losses; leaves exp(value - largest) in place of the values, and their sums.
 
         A step that is measured computes the same, as a log must not change what is trained.
         """

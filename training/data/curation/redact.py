@@ -65,7 +65,7 @@ def redact(settings: RedactStage, context: StageContext) -> Apply:
 
 
 def mask(text: str, kind: PersonalData) -> str:
-    """The text with a mark in the place of each piece of data; the same object without any."""
+    """The text with a mark in place of each piece of data; the same object without any."""
     if not _MARKS[kind].search(text):
         return text
     pattern, is_real = _KINDS[kind]
