@@ -27,7 +27,7 @@ class BarProgress(Progress):
     """
 
     def __init__(
-        self, *columns: ProgressColumn, what: str, console: Console | None, visible: bool
+        self, *columns: ProgressColumn, what: str, visible: bool, console: Console | None = None
     ) -> None:
         console = console or Console(stderr=True)
         self._bars = Bars(*columns, console=console, disable=not console.is_terminal)
@@ -51,15 +51,14 @@ class CountingProgress(BarProgress):
 
     Args:
         what: what is done with the rows.
-        console: where to write; stderr by default.
     """
 
-    def __init__(self, what: str, console: Console | None = None) -> None:
+    def __init__(self, what: str) -> None:
         columns = (
             TextColumn("{task.description}"),
             *(BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()),
         )
-        super().__init__(*columns, what=what, console=console, visible=True)
+        super().__init__(*columns, what=what, visible=True)
         self._what = what
 
     def status(self, text: str) -> None:

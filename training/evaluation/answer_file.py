@@ -13,7 +13,6 @@ from types import TracebackType
 from typing import Any, Self
 
 from ..common.errors import InputError, RunError, reason
-from ..common.secrets import redact
 from ..records.run_folder import Record, parse_record
 
 _WRITTEN: Record = {"row": None, "written": True}
@@ -151,8 +150,3 @@ def _records(content: bytes) -> Iterator[Record | None]:
 def _as_line(record: Any) -> bytes:
     text = json.dumps(record, ensure_ascii=False, default=str)
     return f"{text}\n".encode("utf-8", "backslashreplace")
-
-
-def without_secrets(text: str) -> str:
-    """A text of another program, for a file: secrets in it are replaced."""
-    return redact(text)

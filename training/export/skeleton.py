@@ -5,7 +5,7 @@ from collections.abc import Iterable, Iterator
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from transformers import AutoConfig, PreTrainedModel
@@ -23,9 +23,6 @@ from ..common.errors import InputError
 from ..config.models import Head
 from ..models.composite import is_in_towers, model_from_config, towers
 from ..models.quantiser import plan_quantisation
-
-Task = Literal["CAUSAL_LM", "SEQ_CLS"]
-"""PEFT's names for the tasks of models."""
 
 _HEADS: dict[str, Head] = {"CAUSAL_LM": "causal", "SEQ_CLS": "score"}
 
@@ -172,11 +169,6 @@ class Conversion:
     def keys(self) -> tuple[str, ...]:
         """The stored names."""
         return tuple(key for key, _ in self.parts)
-
-    @property
-    def is_of_experts(self) -> bool:
-        """True if several tensors form one parameter."""
-        return len(self.converter.target_patterns) == 1
 
     def join(self, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """The parameters, by name, of the stored tensors."""
