@@ -22,7 +22,7 @@ _PLUGINS = {
     "hatchery": _SERVICE,
     "coreweave": _SERVICE,
 }
-"""By the package of an Axolotl plugin."""
+"""Why finray does not take an Axolotl plugin, by its package."""
 _MEDIA = "rows with images, videos or sounds, and finray trains text alone"
 _MEDIA_SETTINGS = (
     *("image_size", "image_resize_algorithm", "freeze_mm_modules", "role_boundaries"),

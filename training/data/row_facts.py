@@ -19,7 +19,7 @@ from .rows import Row
 from .shapes import Example
 
 Digests = NDArray[np.uint64]
-"""Of rows, shape (rows,)."""
+"""Digests of rows, shape (rows,)."""
 QUANTILES = (0.5, 0.9, 0.99, 1.0)
 _MOST_NAMES = 100
 """Names of unused fields that are kept apart; rows can have keys without end."""

@@ -40,7 +40,7 @@ class Located:
     """A run, a checkpoint of a run, or a model; nothing of it is loaded yet."""
 
     name: str
-    """Its name in tables."""
+    """The model's name in tables."""
     uri: str
     """Its folder or URI, or the hub id."""
     folder: Folder | None = None

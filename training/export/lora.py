@@ -41,7 +41,7 @@ class Update:
     """(out, rank), or (experts, out, rank)"""
     scaling: float
     magnitude: torch.Tensor | None = None
-    """(out)"""
+    """Magnitudes of DoRA: (out,); None without."""
 
     def apply(self, weight: torch.Tensor) -> torch.Tensor:
         """Change a weight in place, and return it.

@@ -28,7 +28,7 @@ class Room:
     """What the GPU of a worker offers."""
 
     bytes: int
-    """Of its memory, for this worker."""
+    """Bytes of its memory that this worker may use."""
     has_bfloat16: bool = True
 
     @property

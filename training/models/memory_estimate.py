@@ -386,7 +386,7 @@ class _Held(NamedTuple):
     """Bytes that are held from the forward to the backward pass of a microbatch."""
 
     always: int
-    """Until its end."""
+    """Bytes that are held until the backward pass ends."""
     layer: int
     """Of the layer that keeps most, which checkpointing computes again when it is its turn."""
     layers: int

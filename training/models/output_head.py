@@ -30,9 +30,9 @@ class LogitSizes:
     """Numbers of logits that a loss holds at a time."""
 
     part: int
-    """In the type in which the head computes."""
+    """Logits in the type in which the head computes."""
     slice: int
-    """In float32."""
+    """Logits in float32."""
 
 
 # A processor's slices stay in its cache.

@@ -138,7 +138,7 @@ class _Done:
     gradient: Tensor | None
     """By the states, (tokens, hidden)."""
     sums: list[Tensor]
-    """By the trained parameters."""
+    """Gradients by the trained parameters, in their order."""
 
 
 def _walk(

@@ -78,7 +78,7 @@ class Chart:
 class Bar:
     label: str
     height: float
-    """In per cent of the axis."""
+    """Height in per cent of the axis."""
 
 
 @dataclass(frozen=True)

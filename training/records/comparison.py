@@ -85,7 +85,7 @@ class Comparison:
         return [chart for chart in charts if chart is not None]
 
     def as_json(self) -> Record:
-        """As plain values."""
+        """The comparison as values of JSON."""
         return {
             "runs": self.names,
             "facts": self.facts,

@@ -66,7 +66,7 @@ class MlflowTracker:
 
     _ENDS = {"finished": "FINISHED", "failed": "FAILED"}
     _MOST = 1000
-    """Values in a request."""
+    """Values in one request, at most."""
     _MOST_PARAMS = 100
     _LONGEST = 500
     """Characters of a parameter that servers of all versions keep."""

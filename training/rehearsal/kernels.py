@@ -40,7 +40,7 @@ DISTRIBUTIONS = {
     "mamba_ssm": "mamba-ssm",
     "fla": "flash-linear-attention",
 }
-"""By the name that is imported."""
+"""Packages by the name that is imported."""
 
 
 def install() -> None:

@@ -49,7 +49,7 @@ class Curated:
     """Rows that went through all stages."""
 
     folder: Folder
-    """Of all stages."""
+    """Folder that holds one folder per stage."""
     rows: str
     """Key of the stage that wrote the rows' content."""
     left: str

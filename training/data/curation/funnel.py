@@ -31,7 +31,7 @@ class Counts:
     """Of the texts that are compared, of rows that can be used."""
     characters_out: int = 0
     dropped: Counter[str] = field(default_factory=Counter)
-    """Rows by the reason."""
+    """Number of dropped rows by the reason."""
     bad: list[dict[str, Any]] = field(default_factory=list)
     """line, reason and row of rows that cannot be used."""
     languages_in: Counter[str] = field(default_factory=Counter)

@@ -55,7 +55,7 @@ class StageChunk:
     rows: StageRows
     reading: Reading
     left: int
-    """Number of its rows."""
+    """Number of the chunk's rows that are left."""
     characters: int
 
 

@@ -36,7 +36,7 @@ UNUSABLE = "not usable after it"
 
 @dataclass(frozen=True)
 class Step:
-    """A stage of a pass."""
+    """One stage of a pass, and the folder that it writes to."""
 
     key: str
     """Name of its folder."""
@@ -65,7 +65,7 @@ class PassTask:
     """Takes a chunk through neighbouring stages."""
 
     folder: Folder
-    """Of all stages."""
+    """Folder that holds one folder per stage."""
     steps: tuple[Step, ...]
     render: RenderSettings
     max_row_bytes: int

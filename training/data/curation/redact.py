@@ -34,7 +34,7 @@ _MARKS: dict[PersonalData, re.Pattern[str]] = {
 
 
 def redact(settings: RedactStage, context: StageContext) -> Apply:
-    """The stage at work."""
+    """Make the stage `redact`, which masks personal data, or drops rows that hold some."""
     kinds = [kind for kind in _ORDER if kind in settings.of]
 
     def apply(items: Sequence[Item]) -> list[Outcome]:
