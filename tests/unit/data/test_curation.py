@@ -423,7 +423,7 @@ def test_temperature_mixes_sources(tmp_path: Path, make: MakeRecipe) -> None:
         assert report["sources"][1]["share"] == pytest.approx(share, abs=1e-4)
 
 
-def test_rows_are_shown_with_the_stage_that_takes_them(tmp_path: Path, make: MakeRecipe) -> None:
+def test_rows_are_shown_with_the_stage_that_drops_them(tmp_path: Path, make: MakeRecipe) -> None:
     recipe = make(**every_kind(tmp_path), curate=EVERY_STAGE)
     folder = Folder(str(tmp_path / "prepared"))
     before = show_rows(recipe, 9, folder).rows
@@ -433,7 +433,7 @@ def test_rows_are_shown_with_the_stage_that_takes_them(tmp_path: Path, make: Mak
     after = show_rows(recipe, 9, folder).rows
     problems = [row.problem.partition(":")[0] for row in after]
     taken = [f"dropped by {stage}" for stage in ("5 decontaminate", *["4 deduplicate"] * 2)]
-    assert problems == ["", "", *taken, *["dropped by 2 filter"], "", "taken by 2 filter", "", ""]
+    assert problems == ["", "", *taken, *["dropped by 2 filter"], "", "dropped by 2 filter", "", ""]
     assert after[6].facts[-1] == "changed by 3 redact"
 
 
