@@ -116,7 +116,10 @@ class AnswerFile:
         except FileNotFoundError:
             return 0
         except OSError as error:
-            raise InputError(f"{self._part}: cannot be read: {reason(error)}") from None
+            raise InputError(
+                f"{self._part}: cannot be read: {reason(error)}; change its permissions, or delete "
+                "it to start over"
+            ) from None
         size = content.rfind(b"\n") + 1
         first, *lines = list(_records(content[:size])) or [None]
         if first is None and not lines:

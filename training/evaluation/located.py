@@ -120,7 +120,9 @@ def _of_run(folder: Folder, record: Record) -> Located:
 def _of_checkpoint(checkpoint: Folder) -> Located:
     folder = checkpoint.parent.parent
     if read_run(folder) is None:
-        raise InputError(f"{checkpoint} is no checkpoint of a run: {folder} holds none")
+        raise InputError(
+            f"{checkpoint} is no checkpoint of a run: {folder} holds none; correct the path"
+        )
     recipe = written_recipe(folder)
     _check_speaks(folder, recipe)
     name = f"{folder.name} {checkpoint.name}"

@@ -88,7 +88,9 @@ class Adapter:
     def __init__(self, folder: Path) -> None:
         config = PeftConfig.from_pretrained(str(folder))
         if not isinstance(config, LoraConfig):
-            raise InputError(f"{folder}: a {config.peft_type} adapter cannot be merged")
+            raise InputError(
+                f"{folder}: a {config.peft_type} adapter cannot be merged; leave out --merge"
+            )
         _check_mergeable(config)
         self.task = str(config.task_type)
         self.keeps_ties = bool(config.ensure_weight_tying)
@@ -228,7 +230,7 @@ class Adapter:
             if shape != base:
                 raise InputError(
                     f"the adapter belongs to another base model: it was trained on {name} of shape "
-                    f"{shape}, but the base's has shape {base}"
+                    f"{shape}, but the base's has shape {base}; restore its own base"
                 )
 
 
@@ -247,4 +249,6 @@ def _check_mergeable(config: LoraConfig) -> None:
     if init.startswith(_CHANGES_BASE):
         refused.append(f"init_lora_weights: {init} (it changes the base's weights)")
     if refused:
-        raise InputError(f"an adapter with {', '.join(refused)} cannot be merged")
+        raise InputError(
+            f"an adapter with {', '.join(refused)} cannot be merged; leave out --merge"
+        )

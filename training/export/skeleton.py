@@ -48,7 +48,9 @@ class Skeleton:
                 "adapter with PEFT, and merge it there (merge_and_unload)"
             ) from None
         if "quantization_config" in config.to_dict():
-            raise InputError(f"{folder}: cannot merge into a base that is stored quantised")
+            raise InputError(
+                f"{folder}: cannot merge into a base that is stored quantised; leave out --merge"
+            )
         if task not in _HEADS:
             raise InputError(f"an adapter for the task {task} cannot be merged")
         if task == "SEQ_CLS":

@@ -97,7 +97,7 @@ def test_trials_share_data_that_is_prepared_ahead(plan: MakePlan) -> None:
         ),
         (
             {"search": {"optim.weight_decay": {"log_uniform": [0.01, 0.1], "at_alpha": 32}}},
-            "at_alpha can only be used with optim.learning_rate",
+            "at_alpha belongs to optim.learning_rate",
         ),
         ({"trails": 3}, "trails: unknown key; did you mean 'trials'"),
         ({"time_budget": "soon"}, "time_budget"),
