@@ -158,8 +158,8 @@ def _best(runs: Sequence[Entry], by: str, keep: int) -> set[str]:
     """Names of the best runs of each method."""
     has = {key for run in runs for key in run.record.get("metrics") or {}}
     if by not in has:
-        known = f"; there are {', '.join(sorted(has))}" if has else ""
-        raise InputError(f"--by {by}: no run has this metric{known}")
+        existing = f"; there are {', '.join(sorted(has))}" if has else ""
+        raise InputError(f"--by {by}: no run has this metric{existing}")
     measured = [run for run in runs if by in (run.record.get("metrics") or {})]
     mode = direction_of(by, (read_recipe(run.folder)[1] for run in measured))
     if mode is None:

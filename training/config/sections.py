@@ -196,14 +196,14 @@ class DataSettings(Section):
     @property
     def sources(self) -> list[tuple[str, Source]]:
         """(key in the recipe, source) of every source."""
-        found: list[tuple[str, Source]] = []
+        sources: list[tuple[str, Source]] = []
 
         def note(key: str, source: Source) -> Source:
-            found.append((key, source))
+            sources.append((key, source))
             return source
 
         self.with_sources(note)
-        return found
+        return sources
 
     @property
     def streams(self) -> bool:

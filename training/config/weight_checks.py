@@ -213,10 +213,10 @@ _MORE_ROWS = {"mllama_text_model": 8, "moshi": 1}
 def _check_sizes(
     tensors: Mapping[str, StoredTensor], config: dict[str, Any], folder: Folder
 ) -> None:
-    sizes, found = text_part(config), _embedding_of(tensors)
-    if found is None:
+    sizes, stored = text_part(config), _embedding_of(tensors)
+    if stored is None:
         return
-    embedding, entry = found
+    embedding, entry = stored
     width = next((sizes[name] for name in _EMBEDDING_WIDTHS if sizes.get(name)), None)
     rows = sizes.get("vocab_size")
     if isinstance(rows, int):

@@ -163,14 +163,14 @@ class Producer:
         home = self._folder / window_name(number)
         made = windows.prepare(part, home, self._run_tasks, self._signs)
         self._present.add(number)
-        found = made.manifest.train.sequences
+        size = made.manifest.train.sequences
         if number == len(counts.sequences):
             counts.add(made.manifest)
             counts.write(self._folder)
             self._refuse_empty(windows)
-        elif counts.sequences[number] != found:
+        elif counts.sequences[number] != size:
             raise RunError(
-                f"window {number} of the data has {found} sequences, and had "
+                f"window {number} of the data has {size} sequences, and had "
                 f"{counts.sequences[number]} when it was first prepared: the data changed; restore "
                 "it, or start over with --fresh"
             )

@@ -128,11 +128,11 @@ def quantiles(lengths: Mapping[int, int], longer: int) -> dict[str, int | None]:
     if not total:
         return {}
     reached = np.cumsum([lengths[size] for size in sizes.tolist()])
-    found: dict[str, int | None] = {}
+    quantiles: dict[str, int | None] = {}
     for share in QUANTILES:
         place = int(np.searchsorted(reached, int(np.ceil(share * total))))
-        found[f"{share:g}"] = int(sizes[place]) if place < len(sizes) else None
-    return found
+        quantiles[f"{share:g}"] = int(sizes[place]) if place < len(sizes) else None
+    return quantiles
 
 
 def digest(example: Example) -> int:

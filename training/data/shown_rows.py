@@ -109,8 +109,8 @@ def template_of(recipe: Recipe) -> str:
 def _of_source(
     recipe: Recipe, source: ResolvedSource, split: str, renderer: Renderer, most: int
 ) -> Iterator[ShownRow]:
-    found = all_rows(source.files, source.changes, recipe.data.max_row_bytes)
-    for place, row in islice(found, most):
+    rows = all_rows(source.files, source.changes, recipe.data.max_row_bytes)
+    for place, row in islice(rows, most):
         if isinstance(row, BadRow):
             yield ShownRow(place, (split, source.format), (), f"not usable: {row.reason}")
             continue

@@ -43,8 +43,10 @@ def found_kind() -> str:
 
     if torch.cuda.is_available():
         return "cuda"
-    found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    return "cpu" if found is None else found.type
+    accelerator = (
+        torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    )
+    return "cpu" if accelerator is None else accelerator.type
 
 
 def accelerators() -> list[tuple[str, str, int]]:

@@ -87,8 +87,10 @@ class MlflowTracker:
             self._client.update_run(known_id, status="RUNNING")
             return known_id
         name = os.environ.get("MLFLOW_EXPERIMENT_NAME") or PROJECT
-        found = self._client.get_experiment_by_name(name)
-        experiment = self._client.create_experiment(name) if found is None else found.experiment_id
+        existing = self._client.get_experiment_by_name(name)
+        experiment = (
+            self._client.create_experiment(name) if existing is None else existing.experiment_id
+        )
         tags = {"finray.kind": run.kind, **{_accepted(f"tag.{tag}"): "true" for tag in run.tags}}
         if run.parent is not None:
             tags["mlflow.parentRunId"] = run.parent

@@ -156,8 +156,10 @@ def _hits(texts: Sequence[str], ngram: int, reference: Hashes) -> Iterator[bool]
     runs = word_runs(texts, ngram)
     places = np.searchsorted(reference, runs.hashes)
     places[places == len(reference)] = 0
-    found = reference[places] == runs.hashes if len(reference) else np.zeros(len(places), np.bool_)
-    counts = np.concatenate(([0], np.cumsum(found)))
+    is_shared = (
+        reference[places] == runs.hashes if len(reference) else np.zeros(len(places), np.bool_)
+    )
+    counts = np.concatenate(([0], np.cumsum(is_shared)))
     return iter((counts[runs.offsets[1:]] > counts[runs.offsets[:-1]]).tolist())
 
 
