@@ -19,7 +19,6 @@ from ..config.adapter_folder import WEIGHTS_FILE
 
 _PREFIX = "base_model.model."
 _A = (".lora_A.weight", ".lora_embedding_A")
-_B = (".lora_B.weight", ".lora_embedding_B")
 _BIAS = ".lora_B.bias"
 _MAGNITUDE = ".lora_magnitude_vector"
 _ROWS = ".token_adapter.trainable_tokens_delta"
