@@ -153,8 +153,8 @@ def train(
     return existing_run(folder)
 
 
-def set_run_aside(recipe: Recipe, progress: Progress = SILENT) -> Folder | None:
-    """Move a run's folder aside, so that the run starts over.
+def begin_anew(recipe: Recipe, progress: Progress = SILENT) -> Folder | None:
+    """Move a run's folder aside, so that the run begins anew.
 
     Returns:
         The old run's new folder; None if there was no run.

@@ -22,13 +22,13 @@ from ...training.records.run_folder import finished_run, list_runs
 from ...training.rehearsal.child import Rehearsal
 from ...training.run import (
     at_earlier_commits,
+    begin_anew,
     curate_data,
     curates_on_ray,
     packed_before,
     prepare_data,
     prepares_on_ray,
     run_folder,
-    set_run_aside,
     state_of_run,
 )
 from ...training.run import train as run_to_the_end
@@ -231,7 +231,7 @@ def train(
             )
             with place as launcher:
                 # Only now: a run that is refused leaves the earlier one in its place.
-                if fresh and (old := set_run_aside(settings, progress)) is not None:
+                if fresh and (old := begin_anew(settings, progress)) is not None:
                     progress.status(f"the earlier run is in {old}")
                 run_to_the_end(settings, launcher, progress, longer=longer, rehearsal=rehearsal)
     return RunResult(run_folder(settings))

@@ -41,8 +41,8 @@ def write_template(draft: Draft, rows: Rows) -> None:
     style = min(styles)
     if len(styles) > 1 or style not in {*_STYLES, "chatml"}:
         draft.notes.append(
-            f"styles of prompts {', '.join(sorted(styles))}: the model's own chat template is "
-            "used; data.chat_template sets another"
+            f"styles of prompts {', '.join(sorted(styles))}: the model's own chat template stands "
+            "in their place; data.chat_template takes another"
         )
         return
     if rows.strategies <= {"alpaca", "gpteacher"}:

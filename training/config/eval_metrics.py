@@ -29,6 +29,8 @@ class AnswerMetric:
     """What is known of a metric without computing it."""
 
     title: str
+    needs_reference: bool = True
+    """True if a row without a reference answer has no value."""
 
     package: str = ""
     """The package that computes it; empty for none beside finray's own."""
@@ -46,7 +48,7 @@ ANSWER_METRICS: dict[str, AnswerMetric] = {
     "rougeL": AnswerMetric("ROUGE-L", package="rouge-score", module="rouge_score"),
     "bleu": AnswerMetric("BLEU", package="sacrebleu", module="sacrebleu", largest=100.0),
     "chrf": AnswerMetric("chrF", package="sacrebleu", module="sacrebleu", largest=100.0),
-    "json_valid": AnswerMetric("valid JSON"),
+    "json_valid": AnswerMetric("valid JSON", needs_reference=False),
     "tool_calls": AnswerMetric("tool calls"),
 }
 """Each metric by its name; of all of them a higher value is better."""

@@ -247,7 +247,7 @@ def _judge_all(
         waiting = [row.number for row in answered if key not in file.lines[row.number]]
         problem = ask_all(waiting, ask, _keeping(file, key))
         if problem:
-            return [f"judge: {problem}; the same command continues with the rows that are left"]
+            return [f"judge: {problem}; the same command goes on with the rows that are left"]
     if AGAINST in columns:
 
         def choose(number: int) -> str:

@@ -34,7 +34,7 @@ _MARKS: dict[PersonalData, re.Pattern[str]] = {
 
 
 def redact(settings: RedactStage, context: StageContext) -> Apply:
-    """Make the stage `redact`, which masks personal data, or drops rows that hold some."""
+    """The stage at work."""
     kinds = [kind for kind in _ORDER if kind in settings.of]
 
     def apply(items: Sequence[Item]) -> list[Outcome]:
@@ -65,7 +65,7 @@ def redact(settings: RedactStage, context: StageContext) -> Apply:
 
 
 def mask(text: str, kind: PersonalData) -> str:
-    """The text with a mark in place of each piece of data; the same object without any."""
+    """The text with a mark in the place of each piece of data; the same object without any."""
     if not _MARKS[kind].search(text):
         return text
     pattern, is_real = _KINDS[kind]
