@@ -31,7 +31,6 @@ class AnswerMetric:
     title: str
     needs_reference: bool = True
     """True if a row without a reference answer has no value."""
-
     package: str = ""
     """The package that computes it; empty for none beside finray's own."""
     module: str = ""
