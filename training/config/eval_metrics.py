@@ -129,5 +129,5 @@ def metric_of(text: str, folder: Path, where: str) -> MetricChoice:
         return FunctionMetric(file=text).resolve(folder, where)
     raise InputError(
         f"{where}: there is no metric {text}; there are {', '.join(ANSWER_METRICS)}, and a "
-        "your own function as score.py:function"
+        "function of your own as score.py:function"
     )
