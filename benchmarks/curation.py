@@ -128,7 +128,7 @@ def finray_memory(folder: Path, rows: str) -> dict[str, Any]:
     from finray.cluster.environment import set_environment
     from finray.training.common.storage import Folder
     from finray.training.data.prepare import prepare
-    from finray.training.data.tasks import run_on_ray_data
+    from finray.training.data.tasks import RunOnRayData
 
     set_environment()
     recipe = recipe_of(folder, rows, curate=CURATE, eval=str(folder / "eval.jsonl"))
@@ -141,7 +141,7 @@ def finray_memory(folder: Path, rows: str) -> dict[str, Any]:
             logging_level="ERROR",
             log_to_driver=False,
         )
-        prepared = prepare(recipe, Folder(recipe.storage) / "prepared", run_on_ray_data)
+        prepared = prepare(recipe, Folder(recipe.storage) / "prepared", RunOnRayData())
         ray.shutdown()
     shutil.rmtree(recipe.storage)
     return {"rows": prepared.manifest.rows_read, "peak_mb": peak.bytes / 1e6}

@@ -10,7 +10,7 @@ from ..training.common.errors import InputError
 NODE = 8
 """GPUs of a node, at most."""
 _MOST = 4096
-"""GPUs of a plan."""
+"""GPUs of a plan, at most."""
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class Card:
     tflops: float
     """Dense 16-bit matrix products with sums in float32, in 10^12 operations a second."""
     bandwidth: float
-    """Of its memory, in 10^12 bytes a second."""
+    """Speed of its memory, in 10^12 bytes a second."""
     link: float
     """To the other GPUs of a node, one way, in 10^9 bytes a second."""
     has_bfloat16: bool = True
@@ -61,7 +61,7 @@ def parse_gpus(text: str) -> tuple[Card, int]:
         InputError: there is no such card, and the nearest is named; or no number behind the colon.
     """
     if not isinstance(text, str):  # a program's
-        raise InputError(f"gpu {text!r}: expected a card and how many, such as 'h100:8'")
+        raise InputError(f"gpu: expected a card and how many, such as 'h100:8'; found {text!r}")
     name, separator, number = text.partition(":")
     plain = re.sub(r"[^a-z0-9]", "", name.lower())
     plain = plain.removeprefix("nvidia").replace("geforce", "")

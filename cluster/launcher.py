@@ -99,9 +99,9 @@ def check_machine(recipe: Recipe, progress: Progress) -> MachineFit:
         InputError: finray does not train on its GPUs, the workers do not fit, the model does not
             fit into a GPU's memory, or its type needs a GPU and there is none.
     """
-    workers, found = 0, kind_here()
+    workers, kind = 0, kind_here()
     with recipe.locating():
-        check_device(recipe, "cpu" if recipe.scale.gpus_per_worker == 0 else found, found)
+        check_device(recipe, "cpu" if recipe.scale.gpus_per_worker == 0 else kind, kind)
         _check_slices(recipe)
     if recipe.scale.most_workers:
         machine = _this_machine(recipe)

@@ -44,7 +44,7 @@ class Placement:
     checkpoints: bool
     recipe: Recipe
     own_scale: ScaleSettings
-    """Of the recipe that is planned."""
+    """The section `scale` of the recipe that is planned."""
 
     @property
     def settings(self) -> list[str]:

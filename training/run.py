@@ -363,7 +363,7 @@ class _Ready:
     """All that a run needs before it takes workers."""
 
     recipe: Recipe
-    """With its packing decided."""
+    """The recipe, with its packing decided."""
     prepared: Prepared
     outcome: Outcome
 

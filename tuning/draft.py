@@ -26,7 +26,7 @@ class Draft:
         self._choose = choose
 
     def suggest_categorical(self, name: str, choices: list[Any]) -> Any:
-        """One of the choices."""
+        """One of the choices; the signature is Optuna's, as of the two below."""
         return self._suggest(name, CategoricalDistribution(choices))
 
     def suggest_float(

@@ -68,7 +68,7 @@ class Leftovers:
         for name in (self._storage / DELETED_FOLDER).names():
             place = f"{DELETED_FOLDER}/{name}"
             size = self._storage.size(place)
-            yield Doomed(place, "deleted", size, "its deletion was cut off")
+            yield Doomed(place, "deleted", size, "its deletion was interrupted")
 
     def _set_names(self) -> list[str]:
         others = (STAGES, REHEARSALS)
@@ -178,7 +178,7 @@ class Leftovers:
             for name in folder.names():
                 path = f"{place}/{name}" if place else name
                 is_cut_off = _TEMPORARY.fullmatch(name) is not None
-                if is_cut_off and (item := self._unused(path, "cut-off write")) is not None:
+                if is_cut_off and (item := self._unused(path, "unfinished write")) is not None:
                     yield item
 
     def _unused(self, place: str, kind: str, reason: str = "no run refers to it") -> Doomed | None:

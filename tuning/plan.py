@@ -167,5 +167,6 @@ def _check_changeable(loaded: LoadedSweep, space: Space) -> None:
         if key not in CHANGEABLE:
             raise InputError(
                 f"{loaded.place('search', key)}: search.{key}: with pruning.kind pbt a trial "
-                f"continues from another's weights, so only {', '.join(CHANGEABLE)} can be searched"
+                f"continues from another's weights, so only {', '.join(CHANGEABLE)} can be "
+                "searched; remove this key"
             )

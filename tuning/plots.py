@@ -73,10 +73,10 @@ def importances(study: optuna.Study) -> list[tuple[str, list[tuple[str, float]]]
         with warnings.catch_warnings():
             # It says that low values are good, as they are here.
             warnings.filterwarnings("ignore", "PedAnova", UserWarning)
-            found = optuna.importance.get_param_importances(
+            importances_of = optuna.importance.get_param_importances(
                 study, evaluator=evaluator, target=value
             )
-        shares.append((str(place), sorted(found.items(), key=lambda item: -item[1])))
+        shares.append((str(place), sorted(importances_of.items(), key=lambda item: -item[1])))
     return shares
 
 

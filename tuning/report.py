@@ -28,8 +28,8 @@ def render_report(study: optuna.Study, record: Record) -> str:
     """
     metrics = [objective["metric"] for objective in record["objectives"]]
     shares = [
-        (f" of {metrics[int(place)]}" if len(metrics) > 1 else "", found)
-        for place, found in importances(study)
+        (f" of {metrics[int(place)]}" if len(metrics) > 1 else "", importance)
+        for place, importance in importances(study)
     ]
     return (
         page_environment(Path(__file__).parent)

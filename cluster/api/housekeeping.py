@@ -133,7 +133,7 @@ def plan_prune(
             it is better, or a record is damaged.
     """
     if keep_best is None and older_than is None:
-        raise InputError("runs prune needs --keep-best or --older-than: what may go?")
+        raise InputError("runs prune: no rule says which runs; give --keep-best or --older-than")
     if keep_best is not None and keep_best < 0:
         raise InputError(f"--keep-best: {keep_best} is below 0; give the number of runs to keep")
     entries = contents_of(storage)
@@ -158,14 +158,14 @@ def _best(runs: Sequence[Entry], by: str, keep: int) -> set[str]:
     """Names of the best runs of each method."""
     has = {key for run in runs for key in run.record.get("metrics") or {}}
     if by not in has:
-        known = f"; there are {', '.join(sorted(has))}" if has else ""
-        raise InputError(f"--by {by}: no run has this metric{known}")
+        existing = f"; there are {', '.join(sorted(has))}" if has else ""
+        raise InputError(f"--by {by}: no run has this metric{existing}")
     measured = [run for run in runs if by in (run.record.get("metrics") or {})]
     mode = direction_of(by, (read_recipe(run.folder)[1] for run in measured))
     if mode is None:
         raise InputError(
-            f"--by {by}: it is not known which direction is better, as no recipe of these runs "
-            "says it, or they disagree; give another metric, or name the runs to finray runs rm"
+            f"--by {by}: the recipes of these runs do not say, or do not agree, which direction is "
+            "better; give another metric, or name the runs to finray runs rm"
         )
     return best_of(runs, by, -1 if mode == "max" else 1, keep)
 

@@ -34,7 +34,7 @@ _TRIED_BYTES = 4 * 2**20
 _TYPICAL_FILL = 0.98
 """Share of a packed sequence that holds tokens."""
 _BEFORE_CURATION = (
-    "rows and tokens are those before curation; finray data report shows what it takes"
+    "rows and tokens are those before curation; finray data report shows what it drops"
 )
 
 
@@ -91,9 +91,9 @@ def data_outlook(recipe: Recipe) -> dict[str, Any]:
 
 
 def _data_of(recipe: Recipe, inspection: Inspection) -> dict[str, Any]:
-    found = _figures_of(recipe, inspection)
-    notes = [*inspection.notes, *found.get("notes", ())]
-    return {**found, "notes": notes} if inspection.notes else found
+    figures = _figures_of(recipe, inspection)
+    notes = [*inspection.notes, *figures.get("notes", ())]
+    return {**figures, "notes": notes} if inspection.notes else figures
 
 
 def _figures_of(recipe: Recipe, inspection: Inspection) -> dict[str, Any]:

@@ -88,8 +88,8 @@ def place(recipe: RecipeSource, changes: Changes = (), *, gpu: str) -> tuple[Rec
         least = min(row["peak"] for row in planned["placements"])
         near = planned["nearest"] or "no shorter data.max_length, and not 64 GPUs of any card"
         raise InputError(
-            f"--gpu {gpu}: the run takes {amount(least)} of each at least; the nearest that would "
-            f"fit: {near}"
+            f"--gpu {gpu}: the run needs at least {amount(least)} of each GPU; the nearest that "
+            f"would fit: {near}"
         )
     return _placed(load(source_of(recipe), [*planned["best"], *as_changes(changes)]), gpu)
 

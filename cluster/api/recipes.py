@@ -68,7 +68,7 @@ def as_changes(changes: Changes) -> list[str | Change]:
             )
         return list(changes)
     if wrong := [key for key in changes if not isinstance(key, str)]:
-        raise InputError(f"changes: the key {shown(wrong[0])} is no text; write 'optim.epochs'")
+        raise InputError(f"changes: the key {shown(wrong[0])} is not text; write 'optim.epochs'")
     return [Change(key, value, "changes") for key, value in changes.items()]
 
 

@@ -185,7 +185,7 @@ def train(
             a Ray that this process has initialised, then $FINRAY_ADDRESS and $RAY_ADDRESS, else
             processes of this machine. A Ray of the caller's is used and not stopped.
         wait_for_nodes: seconds to wait for an autoscaler to add missing nodes.
-        fresh: begin anew; an earlier run's folder is renamed to the first free of NAME.1, NAME.2.
+        fresh: start over; an earlier run's folder is renamed to the first free of NAME.1, NAME.2.
         longer: steps beyond those of an earlier call get a learning-rate schedule of their own. A
             constant schedule without a longer warm-up needs no such leave.
         verbose: show what the workers print.

@@ -109,7 +109,7 @@ def check_sweep(
         "sampler": plan.sweep.sampler,
         "objectives": [asdict(metric) for metric in plan.metrics],
     }
-    state = "new" if record is None else f"{record['status']} before; the same command goes on"
+    state = "new" if record is None else f"{record['status']} before; the same command continues it"
     _try_imports(plan)
     outlook = examine(plan.recipe, fresh=True)
     own = {"name": plan.sweep.name, "folder": plan.folder.uri, "state": state, "sweep": facts}

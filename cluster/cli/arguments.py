@@ -239,7 +239,7 @@ def _add_data(commands: Any) -> None:
     report = add_command(
         verbs,
         "report",
-        "curate the training rows, and show what each stage takes and why",
+        "curate the training rows, and show what each stage drops and why",
         "data report recipe.yaml",
     )
     add_preparing(report)

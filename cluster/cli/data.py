@@ -16,8 +16,8 @@ from ..screens.data import render_rows
 
 
 def report(options: argparse.Namespace) -> None:
-    """Print what each stage takes of the rows."""
-    found = report_data(
+    """Print what each stage drops of the rows."""
+    outcome = report_data(
         options.recipe,
         options.overrides,
         local=options.local,
@@ -25,7 +25,7 @@ def report(options: argparse.Namespace) -> None:
         verbose=options.verbose,
         quiet=options.quiet,
     )
-    print(json.dumps(found, indent=2) if options.json else render_curation(found))
+    print(json.dumps(outcome, indent=2) if options.json else render_curation(outcome))
 
 
 def show(options: argparse.Namespace) -> None:

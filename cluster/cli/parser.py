@@ -189,7 +189,7 @@ def add_again(parser: Parser) -> None:
     parser.add_argument(
         "--fresh",
         action="store_true",
-        help="begin anew; an earlier run's folder is renamed to NAME.1",
+        help="start over; an earlier run's folder is renamed to NAME.1",
     )
     parser.add_argument(
         "--longer",

@@ -102,7 +102,7 @@ def _add_note(verbs: Any) -> None:
 
 def _add_deleting(verbs: Any, commands: Any) -> None:
     rm = add_command(
-        verbs, "rm", "delete runs and sweeps that are named; first shows their sizes", "runs rm old"
+        verbs, "rm", "delete the named runs and sweeps; first shows their sizes", "runs rm old"
     )
     _add_run_names(rm)
     prune = add_command(
@@ -131,13 +131,13 @@ def _add_deleting(verbs: Any, commands: Any) -> None:
         parser.add_argument(
             "--unfinished",
             action="store_true",
-            help="delete also what the same command would continue",
+            help="also delete unfinished runs and sweeps, which the same command would continue",
         )
         add_storage(parser)
     clean = add_command(
         commands,
         "clean",
-        "delete prepared data, windows, rehearsals and remains that no run needs; sizes first",
+        "delete prepared data, windows, rehearsals and unfinished writes that no run needs",
         "clean",
         "clean --older-than 7d --yes",
     )
@@ -146,7 +146,7 @@ def _add_deleting(verbs: Any, commands: Any) -> None:
         metavar="AGE",
         type=_age,
         default=86400.0,
-        help="keep what was used later (default: 1d)",
+        help="keep what was used within this time (default: 1d)",
     )
     add_storage(clean, is_verb=False)
     for parser in (rm, prune, clean):

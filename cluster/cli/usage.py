@@ -200,7 +200,7 @@ def _is_value(word: str) -> bool:
 
 
 def _assignments(options: argparse.Namespace, rest: Sequence[str]) -> Iterator[Foreign]:
-    """KEY=VALUE without --set; where there is none, that in the place of the recipe."""
+    """KEY=VALUE without --set; where there is none, that in place of the recipe."""
     words = [word for word in rest if _ASSIGNMENT.match(word)]
     recipe = str(options.recipe) if "recipe" in options else ""
     for word in words or filter(_ASSIGNMENT.match, [recipe]):

@@ -107,7 +107,7 @@ class Cluster:
             python: the interpreter on the head; None means the one that runs Ray's workers.
             wait_for_nodes: seconds to wait for an autoscaler to add missing nodes.
             log_level: how much the libraries log there; None for the default.
-            fresh: begin a finished run anew.
+            fresh: start over, also after a finished run.
             longer: added steps get a learning-rate schedule of their own.
 
         Raises:

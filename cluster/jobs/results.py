@@ -108,7 +108,9 @@ def _extract(archive: tarfile.TarFile, names: list[str], target: Path) -> None:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 (Path(folder) / name).replace(path)
     except OSError as error:
-        raise RunError(f"cannot write into {target}: {error}") from None
+        raise RunError(
+            f"cannot write into {target}: {error}; make room, or name another folder with --to"
+        ) from None
 
 
 def _is_run_result(name: str) -> bool:

@@ -158,7 +158,7 @@ def _fit_cluster(cluster: Manifest, scale: ScaleSettings, target: Target) -> Non
 
 
 def _bytes(quantity: str) -> int:
-    """Of an overlay's quantity such as 64Gi."""
+    """Bytes of an overlay's quantity such as 64Gi."""
     return int(quantity.removesuffix("Gi")) * 2**30
 
 

@@ -104,7 +104,10 @@ def stop_head() -> Head | None:
     deadline = time.monotonic() + _STOP_SECONDS
     while _is_alive(head.pid):
         if time.monotonic() > deadline:
-            raise RunError(f"the head (process {head.pid}) did not stop within {_STOP_SECONDS:g} s")
+            raise RunError(
+                f"the head (process {head.pid}) did not stop within {_STOP_SECONDS:g} s; end it "
+                f"with kill -9 {head.pid}, and call finray cluster down again"
+            )
         time.sleep(0.1)
     _note().unlink(missing_ok=True)
     return head

@@ -104,7 +104,10 @@ def on_every_node(
         try:
             results[id] = ray.get(reference, timeout=max(0.1, deadline - time.monotonic()))
         except ray.exceptions.GetTimeoutError:
-            raise RunError(f"node {nodes[id]} did not answer within {PROBE_SECONDS:g} s") from None
+            raise RunError(
+                f"node {nodes[id]} did not answer within {PROBE_SECONDS:g} s; check that it runs "
+                "and reaches the head, or remove it from the cluster"
+            ) from None
         except ray.exceptions.RayError as error:
             raise RunError(
                 f"node {nodes[id]} cannot run a task: {in_one_line(error)}; where finray is not "

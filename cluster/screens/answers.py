@@ -17,8 +17,8 @@ def render_generated(summary: GenerateSummary, as_json: bool) -> str:
         return json.dumps({**asdict(summary), "file": str(summary.file)}, indent=2)
     if summary.was_there:
         return (
-            f"{summary.file}: is there already with {count(summary.rows)} rows, and is not written "
-            "again; delete it to generate anew"
+            f"{summary.file}: has its {count(summary.rows)} rows already, and is not written "
+            "again; delete it to start over"
         )
     answered = summary.rows - len(summary.bad)
     before = f", {count(summary.before)} of them before" if summary.before else ""

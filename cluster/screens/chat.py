@@ -122,7 +122,7 @@ class ChatScreen:
             self._show(self._conversation.answer(self._piece))
         except FullContextError as error:
             if any(turn["role"] == "assistant" for turn in turns):
-                remedy = "/forget leaves out the oldest turns and answers, /reset begins anew"
+                remedy = "/forget leaves out the oldest turns and answers, /reset starts over"
             else:
                 turns.pop()
                 remedy = "the message is too long; send a shorter one"

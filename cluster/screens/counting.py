@@ -27,7 +27,7 @@ class BarProgress(Progress):
     """
 
     def __init__(
-        self, *columns: ProgressColumn, what: str, console: Console | None, visible: bool
+        self, *columns: ProgressColumn, what: str, visible: bool, console: Console | None = None
     ) -> None:
         console = console or Console(stderr=True)
         self._bars = Bars(*columns, console=console, disable=not console.is_terminal)
@@ -51,19 +51,18 @@ class CountingProgress(BarProgress):
 
     Args:
         what: what is done with the rows.
-        console: where to write; stderr by default.
     """
 
-    def __init__(self, what: str, console: Console | None = None) -> None:
+    def __init__(self, what: str) -> None:
         columns = (
             TextColumn("{task.description}"),
             *(BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()),
         )
-        super().__init__(*columns, what=what, console=console, visible=True)
+        super().__init__(*columns, what=what, visible=True)
         self._what = what
 
     def status(self, text: str) -> None:
-        """What is done now, in the place of the rows."""
+        """What is done now, in place of the rows."""
         self._bars.update(self._bar, description=text)
 
     def advance(self, done: int, total: int) -> None:

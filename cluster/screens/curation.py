@@ -1,4 +1,4 @@
-"""What stages took of the data, as text."""
+"""What stages dropped of the data, as text."""
 
 from collections.abc import Sequence
 from typing import Any

@@ -12,14 +12,14 @@ def render(planned: dict[str, Any]) -> str:
     steps = "steps unknown, as the data is not at hand"
     if planned["steps"] is not None:
         steps = f"{formatting.count(planned['steps'])} steps"
-    header = f"{planned['name']} on {gpus}, at {share} of its arithmetic; {steps}"
+    header = f"{planned['name']} on {gpus}, at {share} of their 16-bit speed; {steps}"
     columns = ["placement", "base", "microbatch", "checkpointing", "peak", "most in", "fits"]
     columns += ["tokens/s", "hours", "GPU hours"]
     table = _aligned([columns, *(_row(row) for row in planned["placements"])])
     if planned["best"] is not None:
         chosen = " ".join(f"--set {setting}" for setting in planned["best"])
         host = planned["placements"][0]["host"] / 2**30
-        end = f"a worker of the best takes up to {host:.1f} GiB of its machine\nbest: {chosen}"
+        end = f"with the best, a worker takes up to {host:.1f} GiB of host memory\nbest: {chosen}"
     elif planned["nearest"] is not None:
         end = f"none fits; the nearest that would: {planned['nearest']}"
     else:

@@ -158,15 +158,15 @@ class _WatchedRun:
         if self._save_error not in (None, error) and not quiet:
             newest = "none yet" if self._state.saved is None else f"step {self._state.saved}"
             self._display.note(
-                f"a save failed ({formatting.one_line(str(self._save_error))}); training goes on, "
-                f"last saved: {newest}"
+                f"a save failed ({formatting.one_line(str(self._save_error))}); training "
+                f"continues, last saved: {newest}"
             )
         waited = run.get("save_wait_seconds")
         if formatting.is_number(waited) and waited > LONG_WAIT and not self._wait_was_shown:
             self._wait_was_shown = True
             self._display.note(
-                f"saving is slower than checkpoint.every_steps asks: {formatting.duration(waited)} "
-                "spent waiting for the storage"
+                f"training has waited {formatting.duration(waited)} for checkpoints to be stored; "
+                "a larger checkpoint.every_steps saves less often"
             )
 
     def _take_line(self, line: Record, quiet: bool) -> None:

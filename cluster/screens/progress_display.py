@@ -98,7 +98,7 @@ class Display(Protocol):
         """A line that stays: an evaluation, a restart."""
 
     def tick(self) -> None:
-        """A moment has passed."""
+        """Called several times a second: draw if it is time."""
 
     def close(self) -> None:
         """Draw the last state and end."""

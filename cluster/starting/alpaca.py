@@ -79,7 +79,7 @@ def _own_format(draft: Draft, rows: Rows) -> None:
     if not found or "{" in before + after:
         draft.notes.append(
             f"datasets.0.type.format: {json.dumps(rows.formats[0])}: the model's own chat "
-            "template stands in its place; data.chat_template takes another"
+            "template is used; data.chat_template sets another"
         )
         return
     if len(set(rows.formats)) > 1:

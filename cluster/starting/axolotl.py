@@ -32,14 +32,14 @@ _ADAPTER = (
 _PLUGINS = {
     "spectrum": "all weights are trained; freeze.train selects those of some layers",
     "grokfast": "gradients are not filtered",
-    "mora": "LoRA in the place of MoRA",
-    "mixlora": "LoRA in the place of MixLoRA",
+    "mora": "LoRA instead of MoRA",
+    "mixlora": "LoRA instead of MixLoRA",
     "densemixer": "the router learns nothing; finray leaves it as it is",
     "llm_compressor": "weights are neither sparse nor compressed",
     "lm_eval": "finray eval measures the result",
     "swanlab": "SwanLab is not there; log.to says where metrics go",
 }
-"""What finray does in the place of a plugin, by its package."""
+"""What finray does instead of a plugin, by its package."""
 _PLAIN_FORMATS = ("{prompt}", "{chosen}", "{rejected}", "{completion}")
 _ROWS_OF_A_WEIGHT = re.compile(r"\s*\[\d*:\d*\]\Z")
 """The part of a weight that is trained, behind the expression for its name."""
@@ -180,7 +180,7 @@ def _lora(draft: Draft, kind: str, places: Places) -> None:
     settings = draft.settings
     draft.put("adapter.kind", "lora", "adapter")
     if kind not in ("lora", "qlora"):
-        draft.change("adapter", f"{kind}: LoRA in its place")
+        draft.change("adapter", f"{kind}: LoRA instead")
     if adapting.existing_adapter(draft, "lora_model_dir", places):
         trainer.leave_present(draft, _ADAPTER, "comes with the adapter that is trained on")
         return
@@ -276,7 +276,7 @@ def holdout(draft: Draft, name: str, has_sources: bool) -> bool:
         draft.put("data.holdout", share, name)
     else:
         draft.put("data.holdout", 0.02)
-        draft.change(name, f"{share:g} rows; finray takes a share of the rows: 0.02 stands there")
+        draft.change(name, f"{share:g} rows; finray takes a share of the rows: 0.02 is written")
     return True
 
 
@@ -308,8 +308,7 @@ def _template(draft: Draft, rows: Rows, places: Places) -> None:
     elif names and not all(map(_OWN_TEMPLATES.fullmatch, names)):
         listed = ", ".join(sorted(names))
         draft.notes.append(
-            f"chat template {listed}: the model's own stands in its place; data.chat_template "
-            "takes another"
+            f"chat template {listed}: the model's own is used; data.chat_template takes another"
         )
     elif draft.values["method.kind"] == "sft" and is_like_alpaca(rows):
         write_template(draft, rows)

@@ -93,7 +93,7 @@ _LEFT = {
     "message_field_training": "turns that do not count; finray reads weight, train and loss",
     "message_field_training_detail": "parts of a turn that do not count, which finray trains whole",
     "input_format": "how a strategy joins its fields; the chat template does it",
-    "input_transform": "a function of yours; write it as map of the source",
+    "input_transform": "your own function; write it as map of the source",
     "logprobs_field": "distillation, which finray does not have",
     "temperature": "distillation, which finray does not have",
     "train_on_eot": "which ends of turns are trained; finray trains the end of each trained turn",
@@ -210,7 +210,7 @@ class _Entry:
         stem, _, loader = name.partition(".")
         if self.method in ONLINE:
             self.draft.leave(
-                f"{self.key}.type", f"{kind}: a function of yours; write it as map of the source"
+                f"{self.key}.type", f"{kind}: your own function; write it as map of the source"
             )
             return
         if self.method == "sft":

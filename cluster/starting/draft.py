@@ -176,11 +176,11 @@ class Draft:
                 self.mapped[name] = text
 
     def change(self, name: str, text: str) -> None:
-        """A setting that finray does in another way."""
+        """Note a setting that finray fulfils in another way, with the difference."""
         self.changed[name] = text
 
     def leave(self, name: str, text: str) -> None:
-        """A setting of which nothing comes."""
+        """Note a setting that the recipe leaves out, with the reason."""
         self.left[name] = text
 
     def refusal(self, name: str, text: str) -> InputError:

@@ -72,10 +72,10 @@ def convert(draft: Draft, devices: Devices, places: Places, info: Path | None) -
     trainer.optimizer(draft, "optim")
     for name in _OTHER_OPTIMIZERS:
         if settings.flag(name):
-            draft.change(name, "AdamW in its place; its learning rate may be another")
+            draft.change(name, "AdamW instead, which may need another learning rate")
     for name in _OTHER_LOSSES:
         if settings.flag(name):
-            draft.change(name, "the cross-entropy of the next token in its place")
+            draft.change(name, "the cross-entropy of the next token instead")
     trainer.precision(draft)
     _checkpointing(draft)
     trainer.remote_code(draft)
@@ -135,7 +135,7 @@ def _method(draft: Draft) -> str:
     draft.fulfilled("finray train", "do_train")
     if kind == "dpo" and settings.value(name) is not None:
         if loss == "kto_pair":
-            draft.change(name, "kto_pair: sigmoid in its place")
+            draft.change(name, "kto_pair: sigmoid instead")
         else:
             draft.put("method.losses", {loss: 1.0}, name)
     return kind
@@ -153,7 +153,7 @@ def _trained(draft: Draft, places: Places) -> bool:
         return False
     draft.put("adapter.kind", "lora", "finetuning_type")
     if kind != "lora":
-        draft.change("finetuning_type", f"{kind}: LoRA in its place")
+        draft.change("finetuning_type", f"{kind}: LoRA instead")
     is_new = settings.flag("create_new_adapter")
     if not is_new and adapting.existing_adapter(draft, "adapter_name_or_path", places):
         for name in ("lora_rank", "lora_alpha", "lora_dropout", "lora_target"):
@@ -202,10 +202,10 @@ def _quantised(draft: Draft, adapts: bool) -> None:
     kind = "int8" if bits == 8 else "nf4"
     adapting.quantise(draft, kind, "quantization_bit", adapts)
     if bits not in (4, 8):
-        draft.change("quantization_bit", f"{bits} bits: nf4, 4 bits, in their place")
+        draft.change("quantization_bit", f"{bits} bits: nf4, 4 bits, instead")
     method = (draft.settings.text("quantization_method") or "bnb").lower()
     if method not in ("bnb", "bitsandbytes"):
-        draft.change("quantization_method", f"{method}: bitsandbytes in its place")
+        draft.change("quantization_method", f"{method}: bitsandbytes instead")
 
 
 def _of_method(draft: Draft, kind: str, places: Places) -> None:

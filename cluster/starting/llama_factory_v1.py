@@ -172,7 +172,7 @@ def _steps(draft: Draft, devices: Devices) -> None:
     trainer.rate(draft, _DEFAULTS)
     trainer.schedule(draft, _DEFAULTS, "")
     for name, text in (
-        ("optim_config", "AdamW; its learning rate may be another"),
+        ("optim_config", "AdamW instead, which may need another learning rate"),
         ("lr_scheduler_config", "optim.schedule: constant; cosine and linear are there, too"),
     ):
         if (kind := _plugin(draft, name).text("name")) is not None:

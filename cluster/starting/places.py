@@ -12,7 +12,7 @@ from .draft import ForeignSettings
 
 _FILE = re.compile(r"\.(jsonl|ndjson|json|parquet|arrow|csv|tsv|txt)(\.gz|\.zst)?\Z", re.IGNORECASE)
 _LOADERS = frozenset({"json", "csv", "parquet", "text", "arrow"})
-"""Names of the datasets library's loaders, in the place of a data set's."""
+"""Names of the datasets library's loaders, given instead of a data set's."""
 
 
 def files_of(settings: ForeignSettings, split: Any = None) -> list[str]:

@@ -4,7 +4,7 @@ from .draft import Draft
 
 _DIFFUSION = "a diffusion model; finray trains models that predict the next token"
 _TEACHER = "distillation from a teacher, which finray does not have"
-_SERVICE = "trains on a service; finray trains on machines of yours"
+_SERVICE = "trains on a service; finray trains on your own machines"
 _ASKED = {
     "process_reward_model": "no method of finray rates single steps",
     "diffusion": _DIFFUSION,
@@ -22,7 +22,7 @@ _PLUGINS = {
     "hatchery": _SERVICE,
     "coreweave": _SERVICE,
 }
-"""By the package of an Axolotl plugin."""
+"""Why finray does not take an Axolotl plugin, by its package."""
 _MEDIA = "rows with images, videos or sounds, and finray trains text alone"
 _MEDIA_SETTINGS = (
     *("image_size", "image_resize_algorithm", "freeze_mm_modules", "role_boundaries"),

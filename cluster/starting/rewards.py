@@ -79,14 +79,14 @@ def _rewards(draft: Draft, settings: ForeignSettings, section: str, places: Plac
     keys = [] if section else ["reward_funcs", "reward_weights", *models]
     if not rewards:
         draft.notes.append(
-            "method.rewards: the configuration names none; rewards.py:reward stands there"
+            "method.rewards: the configuration names none; rewards.py:reward is written"
         )
         rewards = [{"file": "rewards.py:reward"}]
     draft.put("method.rewards", rewards, *keys)
     for reward in rewards:
         if "file" in reward:
             draft.notes.append(
-                f"{reward['file']}: a function of yours, which takes prompts, completions, "
+                f"{reward['file']}: your own function, which takes prompts, completions, "
                 "completion_ids and **columns"
             )
 

@@ -50,7 +50,7 @@ class RowsLook:
     is_exact: bool
     """True if the rows are counted."""
     tokens: int
-    """Of all rows together, about."""
+    """Tokens of all rows together, about."""
     lengths: dict[str, int]
     """Tokens up to which a share of the texts goes, by the share: 0.5, 0.99, 1."""
     is_measured: bool

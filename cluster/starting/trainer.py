@@ -191,7 +191,7 @@ def _warmup(draft: Draft, defaults: Defaults, without: bool) -> None:
             draft.change(
                 "warmup_steps",
                 f"{steps:g} steps; finray takes a share of the steps, whose number the data "
-                f"decides: {_WARMUP:g} stands there",
+                f"decides: {_WARMUP:g} is written",
             )
     elif share is not None:
         draft.put("optim.warmup_ratio", min(1.0, share), *names)
@@ -202,13 +202,13 @@ def _warmup(draft: Draft, defaults: Defaults, without: bool) -> None:
 
 
 def optimizer(draft: Draft, name: str) -> None:
-    """AdamW, in the place of any other."""
+    """AdamW, instead of any other optimizer."""
     own = draft.settings.text(name)
     if own is None:
         return
     kind = own.lower().removeprefix("optimizernames.")
     if not kind.startswith(("adamw", "paged_adamw")) or "schedule_free" in kind:
-        draft.change(name, f"{own}: AdamW in its place; its learning rate may be another")
+        draft.change(name, f"{own}: AdamW instead, which may need another learning rate")
     elif "8bit" in kind or "4bit" in kind or "paged" in kind:
         draft.change(name, f"{own}: AdamW with states of 32 bits, 8 bytes a trained weight")
     else:

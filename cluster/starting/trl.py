@@ -182,7 +182,7 @@ def _of_method(draft: Draft, kind: str) -> None:
     elif losses and losses[0] in ("nll", "chunked_nll"):
         draft.fulfilled("the cross-entropy of the next token", "loss_type")
     elif losses:
-        draft.change("loss_type", f"{', '.join(losses)}: the cross-entropy in its place")
+        draft.change("loss_type", f"{', '.join(losses)}: the cross-entropy instead")
     if settings.number("label_smoothing") and kind == "kto":
         draft.leave("label_smoothing", "smoothed labels, which kto does not have")
 
@@ -194,7 +194,7 @@ def _dpo_losses(draft: Draft, names: list[str]) -> None:
     for index, name in enumerate(names):
         own = name if name in _DPO_LOSSES else _OLD_LOSSES.get(name)
         if own is None:
-            draft.change("loss_type", f"{name}: sigmoid in its place")
+            draft.change("loss_type", f"{name}: sigmoid instead")
         losses[own or "sigmoid"] = weights[index] if index < len(weights) else 1.0
     if weight := settings.number("rpo_alpha"):
         losses = {**(losses or {"sigmoid": 1.0}), "sft": weight}
@@ -310,7 +310,7 @@ def _of_mixture(draft: Draft, key: str, settings: ForeignSettings) -> None:
         draft.put("data.holdout", 0.02)
         draft.change(
             f"{key}.test_split_size",
-            f"{size:g} rows; finray takes a share of the rows: 0.02 stands there",
+            f"{size:g} rows; finray takes a share of the rows: 0.02 is written",
         )
     if settings.flag("streaming"):
         draft.change(f"{key}.streaming", trainer.PREPARED_AHEAD)
@@ -405,7 +405,7 @@ def _lengths(draft: Draft, kind: str) -> None:
         if is_open:
             draft.change(
                 "max_length",
-                f"null: rows of any length; finray needs a bound: {value} stands there",
+                f"null: rows of any length; finray needs a bound: {value} is written",
             )
         draft.put("data.max_length", value, name, note="" if is_open else _default(length))
         mode = settings.text("truncation_mode")

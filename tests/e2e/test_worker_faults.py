@@ -191,7 +191,7 @@ def test_an_error_that_a_restart_leads_to_again(finray: Finray) -> None:
     error = "worker 1 failed: ValueError: this row is bad"
     assert record(run)["restarts"][0]["reason"].startswith(error)
     assert record(run)["error"].startswith(error)
-    assert record(run)["error"].endswith("; a restart has led to it again")
+    assert record(run)["error"].endswith("; it happened again after a restart")
 
 
 def test_ctrl_c_before_the_first_step(finray: Finray) -> None:

@@ -7,7 +7,6 @@ layer that every published checkpoint has. `PUBLISHED` holds whole models.
 from typing import Any
 
 _LLAMA = {"hidden_size": 4096, "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128}
-_MOE = {"num_experts_per_tok": 8}
 _EVERY_FOURTH = ["linear_attention"] * 3 + ["full_attention"]
 _SLIDING_FOURTH = ["sliding_attention"] * 3 + ["full_attention"]
 _ROPE = {"rope_type": "default", "rope_theta": 10000.0}

@@ -20,7 +20,7 @@ from finray.training.data.prepare import Windows, prepare
 from finray.training.data.prepared import DamagedDataError, Prepared
 from finray.training.data.resolve import resolve_data
 from finray.training.data.stream import Slice, _in_ray_tasks, share, stream
-from finray.training.data.tasks import RunOnRayData, run_in_process, run_on_ray_data
+from finray.training.data.tasks import RunOnRayData, run_in_process
 
 pytestmark = [
     pytest.mark.ray,
@@ -83,11 +83,11 @@ def test_ray_data_prepares_the_same(
 ) -> None:
     recipe = make_recipe(tiny_model, [chat_file], tmp_path)
     progress = RecordedProgress()
-    on_ray = prepare(recipe, Folder(str(tmp_path)), run_on_ray_data, progress)
+    on_ray = prepare(recipe, Folder(str(tmp_path)), RunOnRayData(), progress)
     assert on_ray.manifest.fingerprint == prepared.manifest.fingerprint
     assert rows(on_ray) == rows(prepared) and progress.statuses
     progress = RecordedProgress()
-    prepare(recipe, Folder(str(tmp_path)), run_on_ray_data, progress)
+    prepare(recipe, Folder(str(tmp_path)), RunOnRayData(), progress)
     assert not progress.statuses, "the second preparation did work"
 
 
@@ -107,7 +107,7 @@ def test_ray_data_curates_the_same(tiny_model: Path, tmp_path: Path) -> None:
     }
     recipe = make_recipe(tiny_model, [], tmp_path, method={"kind": "pretrain"}, **values)
     here = prepare(recipe, Folder(str(tmp_path / "here")), run_in_process)
-    on_ray = prepare(recipe, Folder(str(tmp_path / "ray")), run_on_ray_data)
+    on_ray = prepare(recipe, Folder(str(tmp_path / "ray")), RunOnRayData())
     assert here.manifest.funnel == on_ray.manifest.funnel
     assert here.manifest.train.hashes == on_ray.manifest.train.hashes
     assert here.manifest.eval is not None and on_ray.manifest.eval is not None
@@ -136,7 +136,7 @@ def test_ray_data_scores_the_same(tiny_model: Path, tmp_path: Path) -> None:
         *(tiny_model, _texts(tmp_path), tmp_path), {"kind": "pretrain"}, curate=curate
     )
     here = prepare(recipe, Folder(str(tmp_path / "here")), run_in_process)
-    on_ray = prepare(recipe, Folder(str(tmp_path / "ray")), run_on_ray_data)
+    on_ray = prepare(recipe, Folder(str(tmp_path / "ray")), RunOnRayData())
     assert here.manifest.funnel == on_ray.manifest.funnel
     assert here.manifest.funnel[-1]["rows_out"] == 72
     assert here.manifest.train.hashes == on_ray.manifest.train.hashes
@@ -168,7 +168,7 @@ def test_a_bad_row_in_a_task_is_reported_as_in_this_process(
     bad.write_text(good * 10 + "{oops\n" * 10, encoding="utf-8")
     recipe = make_recipe(tiny_model, [bad], tmp_path)
     with pytest.raises(InputError, match=r"bad\.jsonl:11"):
-        prepare(recipe, Folder(str(tmp_path)), run_on_ray_data)
+        prepare(recipe, Folder(str(tmp_path)), RunOnRayData())
 
 
 @pytest.mark.usefixtures("local_ray")

@@ -142,7 +142,7 @@ class Reference:
 
     def _kind(self, value: Schema) -> str:
         """What a value may be, in words."""
-        choices = value.get("anyOf") or value.get("oneOf") or [value]
+        choices = _choices(value)
         links = [self._link(choice["$ref"]) for choice in choices if "$ref" in choice]
         kinds = [f"section {_joined(links)}"] if links else []
         # A default of null says that the key may be left out.
@@ -177,6 +177,12 @@ class Reference:
             return f"pair [{', '.join(self._kind(item) for item in value['prefixItems'])}]"
         least = ", at least one" if value.get("minItems") else ""
         return f"list of {self._kind(value['items'])}{least}"
+
+
+def _choices(value: Schema) -> list[Schema]:
+    """The alternatives of a value, also those of an alternative; itself if there is one."""
+    parts = value.get("anyOf") or value.get("oneOf")
+    return [each for part in parts for each in _choices(part)] if parts else [value]
 
 
 _SIMPLE = {

@@ -45,7 +45,7 @@ def test_the_public_names() -> None:
         (["name"], {}, "settings: expected a mapping of settings"),
         (None, {}, "or the Path of a file; found nothing"),
         ({"name": "a"}, "optim.epochs=1", "changes: expected a mapping by dotted key, or a list"),
-        ({"name": "a"}, {1: 2}, "changes: the key 1 is no text"),
+        ({"name": "a"}, {1: 2}, "changes: the key 1 is not text"),
     ],
 )
 def test_settings_of_another_type_are_refused(recipe: Any, changes: Any, message: str) -> None:

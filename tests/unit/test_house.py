@@ -4,9 +4,11 @@ Every import counts: those inside functions, under TYPE_CHECKING, and between fl
 """
 
 import ast
+import re
 import subprocess
 import sys
 import tomllib
+from collections import Counter
 from collections.abc import Iterator
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
@@ -91,7 +93,7 @@ def attributes_set(function: ast.FunctionDef) -> set[str]:
 
 
 BUILT_ELSEWHERE = {"TrialSlot"}
-"""Ray Tune calls `setup` in the place of `__init__`."""
+"""Ray Tune calls `setup` in place of `__init__`."""
 
 
 def born_late(tree: ast.Module) -> dict[str, list[str]]:
@@ -120,6 +122,41 @@ def test_objects_are_built_whole() -> None:
         assert not born_late(parse(path)), name
     planted = "class A:\n    def __init__(self): self.a = 1\n    def run(self): self.b = self.a"
     assert born_late(ast.parse(planted)) == {"A": ["b"]}
+
+
+REGISTERED = {"Nf4Quantiser", "Int8Quantiser"}
+"""transformers gets them by a decorator."""
+
+
+def named_at_top(tree: ast.Module) -> Iterator[str]:
+    """Functions, classes and constants of a module."""
+    for node in tree.body:
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            yield node.name
+        elif isinstance(node, ast.Assign | ast.AnnAssign):
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+            for part in (part for target in targets for part in ast.walk(target)):
+                if isinstance(part, ast.Name):
+                    yield part.id
+
+
+def test_nothing_is_left_over() -> None:
+    """Each name is used by the product, a private one by its own file; tests do not count."""
+    words = {
+        path: Counter(re.findall(r"\w+", path.read_text(encoding="utf-8")))
+        for path in modules().values()
+    }
+    everywhere = Counter[str]()
+    for counted in words.values():
+        everywhere.update(counted)
+    left_over = [
+        f"{path.relative_to(ROOT)}: {name}"
+        for path, counted in words.items()
+        for name in named_at_top(parse(path))
+        if not name.startswith("__") and name not in REGISTERED
+        if (counted if name.startswith("_") else everywhere)[name] < 2
+    ]
+    assert not left_over, "\n".join(left_over)
 
 
 HEAVY = {"torch", "transformers", "peft", "trl", "bitsandbytes", "accelerate", "datasets"}

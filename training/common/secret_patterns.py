@@ -10,7 +10,7 @@ _MIXED = r"(?=[\w-]{0,200}[0-9])(?=[\w-]{0,200}[A-Z])"
 _RANDOM = r"(?=[^\s\"']{0,200}[0-9])(?=[^\s\"']{0,200}[A-Za-z])"
 """What follows holds a digit and a letter."""
 _WRITTEN = r"(?![$<{%*\[(])"
-"""What follows is no ${NAME}, {name}, <name> or *** in the place of a value."""
+"""What follows is no ${NAME}, {name}, <name> or *** in place of a value."""
 
 _BY_FORM = {
     "a Hugging Face token": (

@@ -196,7 +196,9 @@ def adapter_base(folder: Path, head: Head, where: str) -> tuple[str, str | None]
             f"{where}: {folder} is an adapter for the task {task}; expected one for {TASKS[head]}"
         )
     if not isinstance(base, str) or not base:
-        raise InputError(f"{where}: {folder / CONFIG_FILE} has no base_model_name_or_path")
+        raise InputError(
+            f"{where}: {folder / CONFIG_FILE} has no base_model_name_or_path; write the base there"
+        )
     return base, revision if isinstance(revision, str) else None
 
 

@@ -1,4 +1,4 @@
-"""The measures of answers that `finray eval` and `eval.metrics` know, and the user's own."""
+"""The metrics of answers that `finray eval` and `eval.metrics` know, and the user's own."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -26,7 +26,7 @@ AnswerMetricName = Literal[
 
 @dataclass(frozen=True)
 class AnswerMetric:
-    """What is known of a measure without computing it."""
+    """What is known of a metric without computing it."""
 
     title: str
     needs_reference: bool = True
@@ -50,11 +50,11 @@ ANSWER_METRICS: dict[str, AnswerMetric] = {
     "json_valid": AnswerMetric("valid JSON", needs_reference=False),
     "tool_calls": AnswerMetric("tool calls"),
 }
-"""Each measure by its name; of all of them a higher value is better."""
+"""Each metric by its name; of all of them a higher value is better."""
 
 
 class FunctionMetric(FunctionReward):
-    """A Python function as a measure, with the signature of reward functions."""
+    """A Python function as a metric, with the signature of reward functions."""
 
     file: str
     """A Python file and a function in it, "score.py:json_valid", relative to the recipe's folder.
@@ -76,19 +76,19 @@ MetricChoice = Annotated[
     Discriminator(
         _kind,
         custom_error_type="metric",
-        custom_error_message=f"a measure is one of {', '.join(ANSWER_METRICS)} and "
+        custom_error_message=f"a metric is one of {', '.join(ANSWER_METRICS)} and "
         '{file: "score.py:function"}',
     ),
 ]
 
 
 def metric_name(metric: MetricChoice) -> str:
-    """The name of a measure in tables and files."""
+    """The name of a metric in tables and files."""
     return metric if isinstance(metric, str) else metric.name
 
 
 def answer_metrics(metrics: Sequence[MetricChoice]) -> dict[str, Metric]:
-    """The measures that a run reports, by name: eval_exact_match, …"""
+    """The metrics that a run reports, by name: eval_exact_match, …"""
     modes: dict[str, Mode] = {
         metric_name(metric): "max" if isinstance(metric, str) else metric.mode for metric in metrics
     }
@@ -96,10 +96,10 @@ def answer_metrics(metrics: Sequence[MetricChoice]) -> dict[str, Metric]:
 
 
 def check_installed(metrics: Sequence[MetricChoice], where: str) -> None:
-    """Refuse a measure whose package is not installed.
+    """Refuse a metric whose package is not installed.
 
     Args:
-        metrics: the measures.
+        metrics: those that are asked for.
         where: the option or key that names them.
 
     Raises:
@@ -118,16 +118,16 @@ def check_installed(metrics: Sequence[MetricChoice], where: str) -> None:
 
 
 def metric_of(text: str, folder: Path, where: str) -> MetricChoice:
-    """A measure as a command names it: a known name, or "score.py:function".
+    """A metric as a command names it: a known name, or "score.py:function".
 
     Raises:
-        InputError: there is no such measure, or the file cannot be used.
+        InputError: there is no such metric, or the file cannot be used.
     """
     if text in ANSWER_METRICS:
         return text  # type: ignore[return-value]
     if ":" in text:
         return FunctionMetric(file=text).resolve(folder, where)
     raise InputError(
-        f"{where}: there is no measure {text}; those are {', '.join(ANSWER_METRICS)}, and a "
-        "function of yours as score.py:function"
+        f"{where}: there is no metric {text}; there are {', '.join(ANSWER_METRICS)}, and a "
+        "function of your own as score.py:function"
     )

@@ -100,7 +100,7 @@ class PretrainMethod(DocumentSettings):
 
     @property
     def trains_on_all(self) -> bool:
-        """Always."""
+        """True: every token of a text is trained."""
         return True
 
     @property

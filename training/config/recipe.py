@@ -128,7 +128,7 @@ class Recipe(PlacedSection):
         return self
 
     def _check_metrics(self) -> None:
-        """Refuse measures of answers that there are none of, and a metric that is not reported."""
+        """Refuse metrics without answers, a metric twice, and a watched one that is not there."""
         if self.eval.metrics and not self.eval.samples:
             raise ValueError(
                 "eval.metrics measures answers to held-out prompts: set eval.samples, their number"
@@ -140,8 +140,8 @@ class Recipe(PlacedSection):
         possible = [*own, *answer_metrics(self.eval.metrics)]
         if self.eval.watch is not None and self.eval.watch not in possible:
             raise ValueError(
-                f"eval.watch: the run reports no {self.eval.watch} at an evaluation, but "
-                f"{', '.join(possible)}"
+                f"eval.watch: an evaluation of this run does not report {self.eval.watch}; choose "
+                f"one of {', '.join(possible)}"
             )
 
     @property
@@ -165,8 +165,8 @@ class Recipe(PlacedSection):
             )
         if self.optim.max_steps is None:
             raise ValueError(
-                "data.prepare streaming needs optim.max_steps, as nobody has counted the rows; set "
-                "it, or prepare ahead"
+                "data.prepare streaming needs optim.max_steps, as the number of rows is not known; "
+                "set it, or prepare ahead"
             )
         if self.data.why_not_streaming is not None:
             raise ValueError(self.data.why_not_streaming)
@@ -193,7 +193,7 @@ class Recipe(PlacedSection):
             "method.init random contradicts freeze, which keeps weights; remove one of them": (
                 self.method.starts_at_random and self.freeze is not None
             ),
-            "adapter.init loftq needs model.quantize nf4, whose loss it makes up for; add that": (
+            "adapter.init loftq needs model.quantize nf4, whose error it reduces; add that": (
                 init == "loftq" and quantize != "nf4"
             ),
             "adapter.dora contradicts model.quantize int8, whose layers give DoRA no weights to "
@@ -311,8 +311,8 @@ class Recipe(PlacedSection):
         if self.method.averages_by_pass and (is_auto or optim.micro_batch_tokens is not None):
             return (
                 f"optim.{'micro_batch_size auto' if is_auto else 'micro_batch_tokens'}: the loss "
-                "(bnpo, aot or aot_unpaired) is one of each forward pass, so it depends on which "
-                "rows share one; set micro_batch_size to a number instead"
+                "(bnpo, aot or aot_unpaired) is computed over each forward pass, so it depends on "
+                "which rows share one; set micro_batch_size to a number instead"
             )
         if optim.micro_batch_tokens is None:
             if optim.microbatch <= optim.batch_size:

@@ -89,18 +89,18 @@ def _splits_of(train: Sequence[Source], source: Source, index: int) -> list[Sour
         InputError: all training sources are single files or globs.
     """
     written = source.model_dump(exclude_unset=True)
-    found = []
+    splits = []
     for other in train:
         if other.path is not None and (Path(other.path).is_file() or _is_glob(other.path)):
             continue
         changes = {"weight": 1.0, "limit": None, **written, "map": source.map or other.map}
-        found.append(other.model_copy(update=changes))
-    if not found:
+        splits.append(other.model_copy(update=changes))
+    if not splits:
         raise InputError(
             f"data.eval.{index}: {train[0].place} has no splits, as it is no folder or data set; "
             "name the evaluation data, or set data.holdout"
         )
-    return found
+    return splits
 
 
 def _is_glob(path: str) -> bool:

@@ -196,14 +196,14 @@ class DataSettings(Section):
     @property
     def sources(self) -> list[tuple[str, Source]]:
         """(key in the recipe, source) of every source."""
-        found: list[tuple[str, Source]] = []
+        sources: list[tuple[str, Source]] = []
 
         def note(key: str, source: Source) -> Source:
-            found.append((key, source))
+            sources.append((key, source))
             return source
 
         self.with_sources(note)
-        return found
+        return sources
 
     @property
     def streams(self) -> bool:
@@ -360,7 +360,7 @@ class ScaleSettings(Section):
     workers: Annotated[int, Field(ge=0)] | tuple[PositiveInt, PositiveInt] = 1
     """On a cluster Ray Train's workers, else processes of this machine; 0 trains in this process.
     [2, 8]: as many as fit, at least 2 and at most 8. After the loss of a node the run
-    goes on with fewer, and grows again when there is room; batch_size and the order of the data
+    continues with fewer, and grows again when there is room; batch_size and the order of the data
     stay."""
     gpus_per_worker: Literal["auto"] | Annotated[float, Field(ge=0.0)] = "auto"
     """auto: one where there are GPUs, none where there are not. A worker trains on one GPU; a part
@@ -447,8 +447,8 @@ class EvalSettings(Section):
     max_new_tokens: PositiveInt = 128
     """Longest answer, in tokens."""
     metrics: list[MetricChoice] = []
-    """Measures of the answers to the prompts of `samples`, at each measurement of the loss: names
-    such as exact_match, and functions of yours as {file: "score.py:json_valid"}. They are logged
+    """Metrics of the answers to the prompts of `samples`, at each measurement of the loss: names
+    such as exact_match, and your own functions as {file: "score.py:json_valid"}. They are logged
     as eval_exact_match, …"""
     watch: str | None = None
     """The metric that decides which checkpoint is the best: eval_loss, or one of `metrics` such as

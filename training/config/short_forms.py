@@ -1,4 +1,4 @@
-"""Short forms of a recipe's sections: a text in the place of a mapping."""
+"""Short forms of a recipe's sections: a text in place of a mapping."""
 
 from typing import Annotated, Any
 

@@ -274,7 +274,8 @@ def try_file(function: UserFunction, key: str) -> None:
         )
     except subprocess.TimeoutExpired:
         raise InputError(
-            f"{key}.file: importing {function.path} takes longer than {_TRY_SECONDS} s"
+            f"{key}.file: importing {function.path} takes longer than {_TRY_SECONDS} s; move slow "
+            "work into the function"
         ) from None
     if done.returncode or not done.stdout.endswith(_TRIED):
         _, failed, error = done.stderr.rpartition(_FAILED)

@@ -60,7 +60,7 @@ def _refuse_foreign(settings: type[BaseModel], document: Document) -> None:
     if not marks:
         return
     file = document.place(()).rpartition(":")[0] or "FILE"
-    keys = " and ".join(f"{name}'s {', '.join(found[:3])}" for name, found in marks.items())
+    keys = " and ".join(f"{name}'s {', '.join(names[:3])}" for name, names in marks.items())
     remedy = f"finray import {file} writes a recipe from it"
     if len(marks) > 1:
         remedy = "keep the keys of one of them, and let finray import write a recipe from it"

@@ -119,12 +119,14 @@ def check_adapter_weights(folder: Path, where: str) -> None:
     except InputError as error:
         raise InputError(f"{where}: {error}") from None
     if not tensors:
-        raise InputError(f"{where}: {file}: holds no tensors")
+        raise InputError(f"{where}: {file}: holds no tensors; save the adapter again")
     for name, entry in tensors.items():
         if ".lora_A." in name and entry.shape:
             partner = tensors.get(name.replace(".lora_A.", ".lora_B."))
             if partner is None or partner.shape[1:2] != entry.shape[:1]:
-                raise InputError(f"{where}: {file}: {name} has no lora_B of the same rank")
+                raise InputError(
+                    f"{where}: {file}: {name} has no lora_B of its rank; save the adapter again"
+                )
 
 
 def check_result_weights(folder: Folder, kind: str, where: str) -> None:
@@ -172,9 +174,9 @@ def _config(folder: Folder) -> dict[str, Any]:
     try:
         content = json.loads(folder.read(_CONFIG))
     except (OSError, ValueError) as error:
-        raise InputError(f"{folder / _CONFIG}: cannot be read: {error}") from None
+        raise InputError(f"{folder / _CONFIG}: cannot be read: {error}; save it again") from None
     if not isinstance(content, dict):
-        raise InputError(f"{folder / _CONFIG}: expected a JSON object")
+        raise InputError(f"{folder / _CONFIG}: expected a JSON object; save it again")
     return content
 
 
@@ -211,10 +213,10 @@ _MORE_ROWS = {"mllama_text_model": 8, "moshi": 1}
 def _check_sizes(
     tensors: Mapping[str, StoredTensor], config: dict[str, Any], folder: Folder
 ) -> None:
-    sizes, found = text_part(config), _embedding_of(tensors)
-    if found is None:
+    sizes, stored = text_part(config), _embedding_of(tensors)
+    if stored is None:
         return
-    embedding, entry = found
+    embedding, entry = stored
     width = next((sizes[name] for name in _EMBEDDING_WIDTHS if sizes.get(name)), None)
     rows = sizes.get("vocab_size")
     if isinstance(rows, int):
@@ -248,7 +250,8 @@ def _check_layers(
     if absent:
         raise InputError(
             f"{folder}: the weights lack layer {absent[0]} ({len(absent)} in all): config.json "
-            f"says num_hidden_layers {count}, and they hold {len(layers)}"
+            f"says num_hidden_layers {count}, and they hold {len(layers)}; download or save the "
+            "model again"
         )
     common = set().union(*layers.values()) if sizes.get("model_type") in _UNIFORM else set()
     lacking = [f"{container}{n}.{name}" for n in range(count) for name in common - layers[n]]

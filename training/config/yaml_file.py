@@ -106,7 +106,7 @@ def _plain(value: Any, key: Key) -> Any:
     if isinstance(value, Mapping):
         if wrong := [name for name in value if not isinstance(name, str)]:
             where = dotted(key) or "settings"
-            raise InputError(f"settings: {where}: the key {wrong[0]!r} is no text")
+            raise InputError(f"settings: {where}: the key {wrong[0]!r} is not text; make it text")
         return {name: _plain(item, (*key, name)) for name, item in value.items()}
     if isinstance(value, list | tuple):
         return [_plain(item, (*key, index)) for index, item in enumerate(value)]
@@ -183,7 +183,9 @@ def _read(path: Path, file: str) -> str:
         reason = error.strerror if isinstance(error, OSError) else str(error)
         raise InputError(f"{file}: cannot read the file: {reason}; name a YAML file") from None
     if len(content) > LARGEST:
-        raise InputError(f"{file}: larger than {LARGEST / 2**20:g} MiB, so it is no recipe")
+        raise InputError(
+            f"{file}: larger than {LARGEST / 2**20:g} MiB, so it is no recipe; name a YAML file"
+        )
     if content.startswith(_UTF16):
         raise InputError(f"{file}:1: cannot read the file: it is UTF-16; save it as UTF-8")
     try:

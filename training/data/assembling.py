@@ -40,11 +40,11 @@ class AssembleItem:
     split: str
     number: int
     parts: tuple[Part, ...]
-    """Of all files that are packed together."""
+    """Parts of all files that are packed together."""
     share: int = 0
-    """Which of these files it writes,"""
+    """Which of the files this task writes, from 0."""
     shares: int = 1
-    """and their number."""
+    """Number of files, each written by a task."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class SequenceFile:
     split: str
     name: str
     hash: str
-    """Of the file's content."""
+    """SHA-256 of the file's content."""
     row_groups: tuple[int, ...]
     documents: int
     tokens: int
@@ -215,7 +215,7 @@ def _dealt(
 
 
 def _chosen(bins: Bins, numbers: Indices) -> Bins:
-    """Some bins."""
+    """The bins of these numbers, in their order."""
     sizes = np.diff(bins.offsets)[numbers]
     offsets = np.concatenate(([0], np.cumsum(sizes)))
     shift = np.repeat(bins.offsets[:-1][numbers] - offsets[:-1], sizes)

@@ -36,7 +36,7 @@ class Batch:
     rows: NDArray[np.int64]
     """Row numbers in the source data."""
     documents: Documents | None = None
-    """Of the single row of a flat batch."""
+    """The documents in the single row of a flat batch."""
     extra: dict[str, torch.Tensor] = field(default_factory=dict)
     """Further tensors that the method's loss needs."""
 

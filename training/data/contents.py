@@ -99,7 +99,9 @@ def _content(file: SourceFile, at_once: bool) -> str:
         parts = _cached_hash(path, of_parts=True)
         return f"{_SAMPLED}{file.size}-{file.modified_ns}-{parts}"
     except OSError as error:
-        raise InputError(f"{file.place}: cannot read it: {error.strerror}") from None
+        raise InputError(
+            f"{file.place}: cannot read it: {error.strerror}; check its permissions"
+        ) from None
 
 
 def describe_tokenizer(model: ModelSettings) -> dict[str, str]:

@@ -169,11 +169,11 @@ def encode_divided(
     divided = [_parts(text, divider.starts(text)) for text in texts]
     different = dict.fromkeys(part for parts in divided for _, part in parts if len(part) <= WINDOW)
     encodings = encoder.encode_batch(list(different))
-    known = {
+    encoded = {
         part: (encoding, np.array(encoding.ids, np.int32))
         for part, encoding in zip(different, encodings, strict=True)
     }
-    return [_pieces_of(encoder, parts, known) for parts in divided]
+    return [_pieces_of(encoder, parts, encoded) for parts in divided]
 
 
 def _parts(text: str, starts: Sequence[int]) -> list[tuple[int, str]]:
@@ -184,11 +184,11 @@ def _parts(text: str, starts: Sequence[int]) -> list[tuple[int, str]]:
 def _pieces_of(
     encoder: TextEncoder,
     parts: Iterable[tuple[int, str]],
-    known: dict[str, tuple[Any, NDArray[np.int32]]],
+    encoded: dict[str, tuple[Any, NDArray[np.int32]]],
 ) -> Iterator[Piece]:
     for start, part in parts:
-        if part in known:
-            encoding, ids = known[part]
+        if part in encoded:
+            encoding, ids = encoded[part]
             yield Piece(encoding, start, stop=start + len(part), array=ids)
         else:
             for piece in _pieces(encoder.tokenizer, part):

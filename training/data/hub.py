@@ -172,14 +172,14 @@ def _commit(name: str, revision: str | None, key: str = "dataset") -> str | None
 
 def _cached(name: str, subset: str | None, revision: str | None) -> tuple[str, Splits]:
     """The data set in a cache of this machine."""
-    found = _arrow_cache(name, subset, revision) or _snapshot(name, subset, revision)
-    if found is None:
+    cached = _arrow_cache(name, subset, revision) or _snapshot(name, subset, revision)
+    if cached is None:
         at = f" at revision {revision}" if revision else ""
         raise InputError(
             f"dataset: the hub cannot be reached, and no cache holds {name}{at}; fetch it where "
             f"there is a network: hf download --repo-type dataset {name}, or name a folder"
         )
-    return found
+    return cached
 
 
 def _arrow_cache(name: str, subset: str | None, revision: str | None) -> tuple[str, Splits] | None:

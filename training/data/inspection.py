@@ -46,7 +46,7 @@ class InspectedRows:
 
     inspection: SourceInspection
     examples: tuple[Example, ...]
-    """In the shape that the method tokenises."""
+    """The rows in the shape that the method tokenises."""
     per_row: float
     """Mean number of examples in a usable row of the source."""
     bad: tuple[str, ...]

@@ -76,8 +76,8 @@ class _Window:
     def expect(self, character: str) -> None:
         actual = self.peek()
         if actual != character:
-            found = f"expected '{character}', found {actual!r}" if actual else "the file ends"
-            self._fail(found, self.line)
+            fault = f"expected '{character}', found {actual!r}" if actual else "the file ends"
+            self._fail(fault, self.line)
         self._position += 1
 
     def enter(self, key: str) -> None:

@@ -14,7 +14,7 @@ _LISTS = ("List", "LargeList", "Sequence")
 
 
 def decode_json(schema: Any, rows: list[Row | BadRow]) -> list[Row | BadRow]:
-    """The rows of an Arrow schema, with the values of JSON features in the place of their text."""
+    """The rows of an Arrow schema, with the values of JSON features in place of their text."""
     decode = _decoder_of(schema.metadata)
     if decode is None:
         return rows

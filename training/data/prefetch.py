@@ -23,18 +23,11 @@ class Prefetch(Generic[T]):
     Args:
         items: where the thread takes them from; what it raises is raised here, in its place.
         on_wait: called twice a second while the consumer waits.
-        most: items that are held at most.
     """
 
-    def __init__(
-        self,
-        items: Iterator[T],
-        on_wait: Callable[[], None] = lambda: None,
-        most: int = MOST_AHEAD,
-    ) -> None:
+    def __init__(self, items: Iterator[T], on_wait: Callable[[], None] = lambda: None) -> None:
         self._items = items
         self._on_wait = on_wait
-        self._most = most
         self._ready: deque[T] = deque()
         self._error: BaseException | None = None
         self._is_at_end = False
@@ -75,7 +68,7 @@ class Prefetch(Generic[T]):
     def _adapt(self, waited: float) -> None:
         if waited > _NOTICEABLE_SECONDS and not self._is_first:
             self.waits += 1
-            self.ahead = min(self._most, 2 * self.ahead)
+            self.ahead = min(MOST_AHEAD, 2 * self.ahead)
         self._is_first = False
 
     def _fill(self) -> None:

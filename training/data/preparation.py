@@ -428,7 +428,7 @@ def check_bad_rows(
     first = _first_bad_rows(folder, name)
     raise InputError(
         f"data.max_bad_rows allows {limit:.1%}, and {bad} of {rows} rows ({bad / rows:.1%}) cannot "
-        f"be used; mend them, or raise the limit. The first ones:\n{first}\n"
+        f"be used; correct them, or raise the limit. The first ones:\n{first}\n"
         f"All of them: {folder}/{name}"
     )
 

@@ -45,8 +45,8 @@ _NOTES = {
     "example of its own",
 }
 STREAMED = (
-    "the data streams: figures of rows are those of the first window; nobody counts all rows, or "
-    "bad ones, before the training, or looks for held-out rows in the training data"
+    "the data streams: figures of rows are those of the first window; not counted before the "
+    "training: all rows, bad rows, and held-out rows that are trained on, too"
 )
 """What `data.prepare: streaming` gives up."""
 _DIGEST = "digest"
@@ -170,7 +170,7 @@ class Manifest:
     seconds: float
     """Duration of the preparation."""
     funnel: tuple[dict[str, Any], ...] = ()
-    """What each stage of data.curate took, and why, with samples; empty without any."""
+    """What each stage of data.curate dropped, and why, with samples; empty without any."""
     windows: int | None = None
     """Windows of an epoch, of which this is one; None for all of the data."""
     blocks: tuple[tuple[dict[str, Any], int], ...] = ()
@@ -231,7 +231,7 @@ def remarks(summary: Mapping[str, Any]) -> list[str]:
     lines = [f"{formatting.count(n)} {_NOTES.get(note, note)}" for note, n in notes.items()]
     if summary.get("in_train_too"):
         rows = formatting.count(summary["in_train_too"])
-        lines.append(f"{rows} held-out rows stand in the training data, too")
+        lines.append(f"{rows} held-out rows are in the training data, too")
     if summary.get("windows"):
         lines.append(STREAMED)
     return [*lines, *filter(None, [describe_unused(summary.get("unused") or {})])]

@@ -114,8 +114,8 @@ class Producer:
         data = identified_data(self._recipe)
         if fingerprint(self._recipe, data) != self._prepared.manifest.fingerprint:
             raise InputError(
-                "data.train: files changed while the run started, so that they are other data than "
-                "its first window; start it again"
+                "data.train: files changed while the run started, and differ from its first "
+                "window; start it again"
             )
         windows = Windows(self._recipe, data)
         while not self._stop.is_set():
@@ -163,16 +163,16 @@ class Producer:
         home = self._folder / window_name(number)
         made = windows.prepare(part, home, self._run_tasks, self._signs)
         self._present.add(number)
-        found = made.manifest.train.sequences
+        size = made.manifest.train.sequences
         if number == len(counts.sequences):
             counts.add(made.manifest)
             counts.write(self._folder)
             self._refuse_empty(windows)
-        elif counts.sequences[number] != found:
+        elif counts.sequences[number] != size:
             raise RunError(
-                f"window {number} of the data has {found} sequences now, and had "
-                f"{counts.sequences[number]} before: it is not the same data; begin the run anew "
-                "with --fresh"
+                f"window {number} of the data has {size} sequences, and had "
+                f"{counts.sequences[number]} when it was first prepared: the data changed; restore "
+                "it, or start over with --fresh"
             )
 
     def _refuse_empty(self, windows: Windows) -> None:

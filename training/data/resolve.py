@@ -95,19 +95,19 @@ def read_twice(recipe: Recipe, data: ResolvedData) -> list[str]:
     if any(isinstance(stage, DeduplicateStage) for stage in recipe.data.curate):
         return []
     seen: dict[Hashable, list[Rows]] = {}
-    found: dict[int, list[str]] = {}
+    repeats: dict[int, list[str]] = {}
     for number, source in enumerate(data.train):
         for file in source.files:
             own, key = file.rows or (0, MOST_ROWS), (file.uri, source.format, source.changes)
             earlier = seen.setdefault(key, [])
             if any(own[0] < stop and start < own[1] for start, stop in earlier):
-                found.setdefault(number, []).append(file.place)
+                repeats.setdefault(number, []).append(file.place)
             earlier.append(own)
     return [
         f"data.train.{number} reads again what is read already, so that its rows are used twice: "
         + ", ".join(files[:_FILES_SHOWN])
         + (f" and {len(files) - _FILES_SHOWN} more files" if len(files) > _FILES_SHOWN else "")
-        for number, files in found.items()
+        for number, files in repeats.items()
     ]
 
 

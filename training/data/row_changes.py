@@ -142,7 +142,7 @@ def _called(function: RowFunction, row: Row) -> Row | None:
 
 
 def _with_lists(value: Any) -> Any:
-    """A value with lists in the place of tuples, and dicts in that of other mappings."""
+    """A value with lists in place of tuples, and dicts in that of other mappings."""
     if isinstance(value, Mapping):
         return {key: _with_lists(item) for key, item in value.items()}
     if isinstance(value, list | tuple):

@@ -19,7 +19,7 @@ from .rows import Row
 from .shapes import Example
 
 Digests = NDArray[np.uint64]
-"""Of rows, shape (rows,)."""
+"""Digests of rows, shape (rows,)."""
 QUANTILES = (0.5, 0.9, 0.99, 1.0)
 _MOST_NAMES = 100
 """Names of unused fields that are kept apart; rows can have keys without end."""
@@ -128,11 +128,11 @@ def quantiles(lengths: Mapping[int, int], longer: int) -> dict[str, int | None]:
     if not total:
         return {}
     reached = np.cumsum([lengths[size] for size in sizes.tolist()])
-    found: dict[str, int | None] = {}
+    quantiles: dict[str, int | None] = {}
     for share in QUANTILES:
         place = int(np.searchsorted(reached, int(np.ceil(share * total))))
-        found[f"{share:g}"] = int(sizes[place]) if place < len(sizes) else None
-    return found
+        quantiles[f"{share:g}"] = int(sizes[place]) if place < len(sizes) else None
+    return quantiles
 
 
 def digest(example: Example) -> int:

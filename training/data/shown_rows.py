@@ -109,8 +109,8 @@ def template_of(recipe: Recipe) -> str:
 def _of_source(
     recipe: Recipe, source: ResolvedSource, split: str, renderer: Renderer, most: int
 ) -> Iterator[ShownRow]:
-    found = all_rows(source.files, source.changes, recipe.data.max_row_bytes)
-    for place, row in islice(found, most):
+    rows = all_rows(source.files, source.changes, recipe.data.max_row_bytes)
+    for place, row in islice(rows, most):
         if isinstance(row, BadRow):
             yield ShownRow(place, (split, source.format), (), f"not usable: {row.reason}")
             continue
@@ -125,8 +125,8 @@ def _followed(
     facts = ("train", source.format, *followed.facts)
     if isinstance(row, BadRow):
         return ShownRow(followed.place, facts, (), f"not usable: {row.reason}")
-    if followed.taken:
-        return ShownRow(followed.place, facts, (), followed.taken)
+    if followed.dropped:
+        return ShownRow(followed.place, facts, (), followed.dropped)
     shown = _shown(recipe, followed.place, row, source, "train", renderer)
     return replace(shown, facts=(*shown.facts, *followed.facts))
 

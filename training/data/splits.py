@@ -32,8 +32,8 @@ _DEFAULT = "default"
 def side_files(folder: str, files: Sequence[SourceFile]) -> list[Path]:
     """The files of a local folder that decide what its splits are, for some of its data files."""
     folders = dict.fromkeys([Path(folder), *(Path(file.uri).parent for file in files)])
-    found = [place / name for place in folders for name in (_CARD, _SAVED, _SAVED_SPLITS)]
-    return [file for file in found if file.is_file()]
+    candidates = [place / name for place in folders for name in (_CARD, _SAVED, _SAVED_SPLITS)]
+    return [file for file in candidates if file.is_file()]
 
 
 def splits_of(folder: Folder, subset: str | None) -> Splits:
@@ -134,9 +134,9 @@ def _instructions(splits: Splits, requested: str, place: str) -> list[tuple[str,
     try:
         parts = ReadInstruction.from_spec(requested).to_absolute(_Lengths(splits, is_relative))
     except (ValueError, AssertionError) as error:
-        if (found := re.match(r'Unknown split "(.*?)"', str(error))) is not None:
+        if (unknown := re.match(r'Unknown split "(.*?)"', str(error))) is not None:
             raise InputError(
-                f"split: {place} has no split {found[1]}; its splits: {names}"
+                f"split: {place} has no split {unknown[1]}; its splits: {names}"
             ) from None
         raise InputError(
             f"split: {requested!r} is not a split: {one_line(str(error))}; write it as in train, "
@@ -161,7 +161,7 @@ def _matched(files: list[SourceFile], patterns: dict[str, list[str]]) -> Splits:
         for split, of_split in patterns.items()
     }
     # Two patterns of a split can match the same file.
-    return {split: list(dict.fromkeys(found)) for split, found in matched.items() if found}
+    return {split: list(dict.fromkeys(files)) for split, files in matched.items() if files}
 
 
 def _matching(files: list[SourceFile], pattern: str) -> list[SourceFile]:
@@ -244,8 +244,8 @@ def _refuse_reading_options(folder: Folder, name: str, config: dict[str, object]
     options = sorted(set(config) - _READ)
     if options:
         raise InputError(
-            f"{folder}/{_CARD}: subset {name} sets {', '.join(options)}, with which its files are "
-            "read otherwise; convert them to Parquet or JSON Lines, or name them by their path"
+            f"{folder}/{_CARD}: subset {name} sets {', '.join(options)}, which finray does not "
+            "apply; convert its files to Parquet or JSON Lines, or name them by their path"
         )
 
 

@@ -150,9 +150,6 @@ class RunOnRayData:
         return rows.map_batches(_Call(task), **options)
 
 
-run_on_ray_data = RunOnRayData()
-
-
 def _check_exist(resources: Mapping[str, float], nodes: Sequence[Mapping[str, float]]) -> None:
     """Refuse custom resources that no node has: Ray would wait for one for ever."""
     if any(all(node.get(name, 0.0) >= n for name, n in resources.items()) for node in nodes):

@@ -137,7 +137,7 @@ class _Pending:
     copies: int
     row: Row
     normalised: Example
-    """In the shape that the method tokenises."""
+    """The row in the shape that the method tokenises."""
     extra: Row | None
     """Further input of the method."""
 

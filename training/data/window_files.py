@@ -21,7 +21,7 @@ from ..common.storage import Folder
 from .prepared import Manifest
 
 WINDOWS_FOLDER = "windows"
-"""In a run's folder."""
+"""Folder of the windows, in a run's folder."""
 COUNTS, SIGNS, FAILED, POSITION = "counts.json", "signs.json", "failed.json", "position.json"
 
 
@@ -32,17 +32,17 @@ class WindowCounts:
     prepared: str
     """Name of the prepared data set that holds the first window."""
     sequences: list[int] = field(default_factory=list)
-    """Of each window."""
+    """Number of sequences in each window."""
     rows_read: int = 0
     """Also for evaluation: those that `dropped` counts."""
     rows: int = 0
-    """For training."""
+    """Rows for training."""
     documents: int = 0
     tokens: int = 0
     dropped: dict[str, int] = field(default_factory=dict)
-    """Rows by the reason."""
+    """Number of dropped rows by the reason."""
     sources: dict[str, int] = field(default_factory=dict)
-    """Documents by source."""
+    """Number of documents by source."""
 
     @property
     def ends(self) -> list[int]:

@@ -24,7 +24,7 @@ _KEPT = 16_000_000
 _BESIDE = 200
 """Bytes that a word takes beside its characters."""
 _BYTES = 4
-"""Of the id of a token."""
+"""Bytes of a token's id."""
 _GPT2 = (
     r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"  # ByteLevel's own
 )

@@ -32,7 +32,7 @@ class ExpertLoad:
 
     @contextmanager
     def counting(self, active: bool) -> Iterator[None]:
-        """Count inside, if it is active."""
+        """Inside, count the tokens that each expert gets, if `active`."""
         self._is_counting = active
         try:
             yield

@@ -32,7 +32,7 @@ class TrainingProgress:
     """The metric that they are of."""
 
     def watch(self, metric: Metric) -> None:
-        """Begin anew if the measurements so far are of another metric."""
+        """Forget the measurements so far if they are of another metric."""
         if self.watched not in ("", metric.name):
             self.best, self.best_step, self.waited = None, 0, 0
         self.watched = metric.name

@@ -316,7 +316,7 @@ class StreamTrainer(Trainer):
         return steps
 
     def take_data_wait(self, steps: int) -> float:
-        """Mean over the last `steps` steps of `Counts.data_wait`; the next call starts anew."""
+        """Mean over the last `steps` steps of `Counts.data_wait`; the next call starts at zero."""
         total, self._data_wait = self._data_wait, 0.0
         return total / max(1, steps)
 

@@ -11,6 +11,7 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
+from functools import partial
 from itertools import islice
 from pathlib import Path
 
@@ -25,27 +26,23 @@ from ..common.storage import Folder
 from ..common.uploader import Uploader
 from ..config.adapter_folder import RESULT_FOLDER
 from ..config.recipe import recipe_from_dict
-from ..config.sections import ANSWERS_AT_ONCE
 from ..data.batching import PADDING_ROW, Rows, in_batches
 from ..data.origin import Origins, rows_of_step
 from ..data.prepared import (
     ROW_GROUP,
     DamagedDataError,
     Prepared,
-    Sample,
     forget_checks,
     open_prepared,
 )
 from ..data.stream import Sequence, Slice, every_sequence, share, stream
 from ..data.window_files import WINDOWS_FOLDER
 from ..data.window_reader import StreamedWindows
-from ..evaluation.during_training import AnswerMeasures, measure_answers
 from ..models import import_peft  # noqa: F401 - before what loads peft
 from ..models.base_cache import BaseCache
 from ..models.composite import name_of_class
 from ..models.devices import check_device, device_kind, found_kind
 from ..models.dtypes import choose_dtype
-from ..models.generation import Generated, completion_texts, exact_match, generate_completions
 from ..models.loading import count_parameters, grown_embedding, load_model, load_tokenizer
 from ..models.out_of_memory import is_out_of_memory
 from ..models.sharding import choose_strategy
@@ -61,6 +58,7 @@ from .context import WorkerContext
 from .determinism import deterministic
 from .failures import memory_request, note_step, reading, retry_requests
 from .heartbeat import Phase
+from .held_out_answers import HeldOutAnswers
 from .methods import objective_of
 from .progress import PROGRESS_FILE, StepTimer, TrainingProgress
 from .task import Report, RetryError, RetryRequest, WorkerResult, WorkerTask
@@ -164,12 +162,10 @@ class TrainingWorker:
         self.report = report
         self.bases = bases
         self.until = task.get("until")
-        self.evaluation_parts = task.get("evaluation_parts", 1)
         self.prepared = _open_prepared(task["prepared"])
         self.total_steps = self.recipe.total_steps(self.prepared.manifest.train.sequences)
         self.schedule = task.get("schedule") or [self.total_steps]
         self.eval_metrics: dict[str, float] = {}
-        self.completions: tuple[int, list[Generated]] | None = None
         self.stopped = False
 
         checkpoints = self.run_folder / CHECKPOINTS_FOLDER
@@ -213,6 +209,9 @@ class TrainingWorker:
         self.timer = StepTimer(self.progress)
         self.first_step = self.progress.step + 1
         self.recorder = self._start_recorder(choice, task.get("cause"), notices)
+        self.answers = HeldOutAnswers(
+            setup, self.trainer, self.recorder, partial(self._begin, "evaluation")
+        )
 
     def fit(self) -> bool:
         """Train to the end or to a requested stop; True if the run is finished.
@@ -474,7 +473,7 @@ class TrainingWorker:
         self._record_skipped(self.trainer.skipped.take_steps(), "not finite")
 
     def _evaluate(self) -> None:
-        measured = {**self._measure(), **self._measure_answers()}
+        measured = {**self._measure(), **self.answers.measure(self.progress.step)}
         self.eval_metrics = {"step": self.progress.step, **measured}
         watched = self.recipe.watched
         self.progress.measured(measured.get(watched.name), watched)
@@ -528,70 +527,17 @@ class TrainingWorker:
             measured = self._measure()
         else:
             measured = self.bases.measured(self.recipe, fingerprint, self._measure)
-        measured.update({**self._measure_answers(), **self._answer("before")})
+        answered = self.answers.measure(self.progress.step)
+        measured.update({**answered, **self.answers.record(self.progress.step, "before")})
         if self.recorder is not None:
             self.recorder.log_base(measured)
-
-    def _answer(self, when: str) -> dict[str, float]:
-        """Answer the held-out samples greedily; returns `exact_match`, or nothing without samples.
-
-        Args:
-            when: before or after the training, for the record.
-        """
-        samples = self.prepared.samples(self.recipe.eval.samples)
-        if not samples:
-            return {}
-        answers = completion_texts(self.tokenizer, self._complete(samples))
-        if self.recorder is not None:
-            texts = [
-                {"row": sample.row, "prompt": sample.prompt, "reference": sample.reference}
-                for sample in samples
-            ]
-            self.recorder.add_answers(texts, answers, when)
-        return {"exact_match": exact_match(answers, [sample.reference for sample in samples])}
-
-    def _complete(self, samples: list[Sample]) -> list[Generated]:
-        """The completions of the held-out samples at this step, generated once."""
-        step = self.progress.step
-        if self.completions is None or self.completions[0] != step:
-            self._begin("evaluation", step)
-            with self.trainer.compute_loss_context_manager():
-                completions = generate_completions(
-                    self.model,
-                    self.tokenizer,
-                    [sample.prompt_ids for sample in samples],
-                    self.recipe.eval.max_new_tokens,
-                    self.context.rank,
-                    self.context.world_size,
-                    at_once=max(1, ANSWERS_AT_ONCE // self.evaluation_parts),
-                )
-            self.completions = (step, completions)
-        return self.completions[1]
-
-    def _measure_answers(self) -> dict[str, float]:
-        """The recipe's measures of the answers to the held-out samples, the same on every rank."""
-        metrics = self.recipe.eval.metrics
-        samples = self.prepared.samples(self.recipe.eval.samples) if metrics else []
-        if not samples:
-            return {}
-        completions = self._complete(samples)
-        measured = [AnswerMeasures()]
-        if self.recorder is not None:  # a function of the user need not be the same everywhere
-            texts = completion_texts(self.tokenizer, completions)
-            device = self.trainer.args.device
-            measured = [measure_answers(metrics, samples, texts, completions, device)]
-            for problem in measured[0].problems:
-                self.recorder.add_notice(f"step {self.progress.step}: {problem}")
-        if self.context.world_size > 1:
-            dist.broadcast_object_list(measured, src=0, group=self.trainer.cpu_group)
-        return dict(measured[0].values)
 
     def _finish(self) -> None:
         """Evaluate the trained model and write it."""
         step = self.progress.step
         if self._is_evaluated(step) and self.eval_metrics.get("step") != step:
             self._evaluate()
-        matches = self._answer("after")
+        matches = self.answers.record(step, "after")
         self._begin("save", step)
         self.checkpointer.close()
         weights = gather_weights(self.model)

@@ -13,7 +13,6 @@ from types import TracebackType
 from typing import Any, Self
 
 from ..common.errors import InputError, RunError, reason
-from ..common.secrets import redact
 from ..records.run_folder import Record, parse_record
 
 _WRITTEN: Record = {"row": None, "written": True}
@@ -107,7 +106,7 @@ class AnswerFile:
         except OSError as error:
             raise RunError(
                 f"{self._place}: cannot be written: {reason(error)}; what is there is kept, and "
-                "the same command goes on with it"
+                "the same command continues it"
             ) from None
 
     def _read_part(self) -> int:
@@ -117,7 +116,10 @@ class AnswerFile:
         except FileNotFoundError:
             return 0
         except OSError as error:
-            raise InputError(f"{self._part}: cannot be read: {reason(error)}") from None
+            raise InputError(
+                f"{self._part}: cannot be read: {reason(error)}; change its permissions, or delete "
+                "it to start over"
+            ) from None
         size = content.rfind(b"\n") + 1
         first, *lines = list(_records(content[:size])) or [None]
         if first is None and not lines:
@@ -125,7 +127,7 @@ class AnswerFile:
         if first is None:
             raise InputError(
                 f"{self._place}: line 1 is damaged, which says how the {len(lines)} answers below "
-                "it were made; restore it, or delete the file to begin anew"
+                "it were made; restore it, or delete the file to start over"
             )
         if first != self._decides:
             if lines and lines[-1] == _WRITTEN:
@@ -151,8 +153,3 @@ def _records(content: bytes) -> Iterator[Record | None]:
 def _as_line(record: Any) -> bytes:
     text = json.dumps(record, ensure_ascii=False, default=str)
     return f"{text}\n".encode("utf-8", "backslashreplace")
-
-
-def without_secrets(text: str) -> str:
-    """A text of another program, for a file: secrets in it are replaced."""
-    return redact(text)

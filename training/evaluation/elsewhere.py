@@ -25,7 +25,7 @@ class Remote:
     uri: str
     """Its absolute path, URI or hub id."""
     is_base: bool = False
-    """The base under it."""
+    """True for the base under its adapter."""
 
     def opened(self) -> Opened:
         """The model; a process loads one, and keeps it."""

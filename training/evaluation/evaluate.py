@@ -78,7 +78,7 @@ class Candidate:
     open: Callable[[], Opened]
     """Loads it; without weights where other processes answer."""
     remote: Remote
-    """What other processes load."""
+    """Names the model to other processes, which load it themselves."""
 
 
 def evaluate(

@@ -52,7 +52,7 @@ class Judge:
     """A judge, and how it is reached."""
 
     address: str
-    """Of the API: http://host:8000/v1."""
+    """Address of the API, such as http://host:8000/v1."""
     model: str
     pause: float = _FIRST_PAUSE
     """Seconds before the second try; each further one waits twice as long."""

@@ -40,7 +40,7 @@ class Located:
     """A run, a checkpoint of a run, or a model; nothing of it is loaded yet."""
 
     name: str
-    """Its name in tables."""
+    """The model's name in tables."""
     uri: str
     """Its folder or URI, or the hub id."""
     folder: Folder | None = None
@@ -120,7 +120,9 @@ def _of_run(folder: Folder, record: Record) -> Located:
 def _of_checkpoint(checkpoint: Folder) -> Located:
     folder = checkpoint.parent.parent
     if read_run(folder) is None:
-        raise InputError(f"{checkpoint} is no checkpoint of a run: {folder} holds none")
+        raise InputError(
+            f"{checkpoint} is no checkpoint of a run: {folder} holds none; correct the path"
+        )
     recipe = written_recipe(folder)
     _check_speaks(folder, recipe)
     name = f"{folder.name} {checkpoint.name}"

@@ -85,7 +85,7 @@ def loss_of(opened: Opened, rows: Sequence[PromptRow]) -> LossSum:
         sums, _ = in_fitting_parts(
             *(batch, len(batch), lambda part: _sums(opened, part)),
             what="rows",
-            remedy="leave out the measure loss",
+            remedy="--no-loss leaves out the loss",
         )
         result.total += sum(total for total, _ in sums)
         result.tokens += sum(tokens for _, tokens in sums)

@@ -49,7 +49,7 @@ class Opened:
     """A model in evaluation mode, on this process's device."""
 
     name: str
-    """Its name in tables."""
+    """The model's name in tables."""
     model: Model
     tokenizer: Any
     renderer: Renderer

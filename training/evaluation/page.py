@@ -8,12 +8,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from ..common import formatting
 from ..config.eval_metrics import ANSWER_METRICS
-from ..records.report import asset
+from ..records.report import asset, page_environment
 from ..records.run_folder import Record, is_match
 from ..rl.rewards.reward import as_text
 from .evaluate import AGAINST, BASE, OWN, Evaluation
@@ -28,17 +27,11 @@ def render_page(evaluation: Evaluation) -> str:
     """The page as HTML."""
     record = evaluation.record
     here = Path(__file__).parent
-    environment = Environment(
-        autoescape=True,
-        undefined=StrictUndefined,
-        loader=FileSystemLoader(here),
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
     columns = columns_of(record)
     answered = [line for line in evaluation.lines if OWN in line]
     worst = worst_first(answered, record["measures"])
-    return environment.get_template("eval.html").render(
+    template = page_environment(here).get_template("eval.html")
+    return template.render(
         css=asset("report.css"),
         own_css=Markup((here / "eval.css").read_text(encoding="utf-8")),
         name=record["models"][OWN],

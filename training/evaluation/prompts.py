@@ -48,7 +48,7 @@ class PromptRow:
     question: Question | None = None
     """The prompt, with the row's own answer as its reference; None if the row is none."""
     error: str = ""
-    """Why it is none."""
+    """Why the row is no prompt; empty if it is one."""
     example: Example | None = None
     """The row with its answer, of which a loss can be measured; None if it has none."""
     calls: list[Row] | None = None

@@ -51,15 +51,15 @@ def candidates_of(
     def under() -> Opened:
         return replace(own(), name="base") if elsewhere else base_of(own(), located)
 
-    found = {OWN: Candidate(located.name, located.identity, own, Remote(located.uri))}
+    candidates = {OWN: Candidate(located.name, located.identity, own, Remote(located.uri))}
     if base:
         identity = f"base of {located.identity}"
-        found[BASE] = Candidate("base", identity, under, Remote(located.uri, is_base=True))
+        candidates[BASE] = Candidate("base", identity, under, Remote(located.uri, is_base=True))
     if other is not None:
-        found[AGAINST] = Candidate(
+        candidates[AGAINST] = Candidate(
             other.name, other.identity, lambda: load(other), Remote(other.uri)
         )
-    return found
+    return candidates
 
 
 def write_evaluation(

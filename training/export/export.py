@@ -136,7 +136,9 @@ def _staged(target: Path) -> Iterator[Path]:
         shutil.rmtree(staged, ignore_errors=True)
         staged.mkdir(parents=True)
     except OSError as error:
-        raise InputError(f"{target}: cannot write there: {error.strerror}") from None
+        raise InputError(
+            f"{target}: cannot write there: {error.strerror}; give another folder"
+        ) from None
     try:
         yield staged
         staged.replace(target)

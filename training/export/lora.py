@@ -19,7 +19,6 @@ from ..config.adapter_folder import WEIGHTS_FILE
 
 _PREFIX = "base_model.model."
 _A = (".lora_A.weight", ".lora_embedding_A")
-_B = (".lora_B.weight", ".lora_embedding_B")
 _BIAS = ".lora_B.bias"
 _MAGNITUDE = ".lora_magnitude_vector"
 _ROWS = ".token_adapter.trainable_tokens_delta"
@@ -41,7 +40,7 @@ class Update:
     """(out, rank), or (experts, out, rank)"""
     scaling: float
     magnitude: torch.Tensor | None = None
-    """(out)"""
+    """Magnitudes of DoRA: (out,); None without."""
 
     def apply(self, weight: torch.Tensor) -> torch.Tensor:
         """Change a weight in place, and return it.
@@ -88,7 +87,9 @@ class Adapter:
     def __init__(self, folder: Path) -> None:
         config = PeftConfig.from_pretrained(str(folder))
         if not isinstance(config, LoraConfig):
-            raise InputError(f"{folder}: a {config.peft_type} adapter cannot be merged")
+            raise InputError(
+                f"{folder}: a {config.peft_type} adapter cannot be merged; leave out --merge"
+            )
         _check_mergeable(config)
         self.task = str(config.task_type)
         self.keeps_ties = bool(config.ensure_weight_tying)
@@ -228,7 +229,7 @@ class Adapter:
             if shape != base:
                 raise InputError(
                     f"the adapter belongs to another base model: it was trained on {name} of shape "
-                    f"{shape}, but the base's has shape {base}"
+                    f"{shape}, but the base's has shape {base}; restore its own base"
                 )
 
 
@@ -247,4 +248,6 @@ def _check_mergeable(config: LoraConfig) -> None:
     if init.startswith(_CHANGES_BASE):
         refused.append(f"init_lora_weights: {init} (it changes the base's weights)")
     if refused:
-        raise InputError(f"an adapter with {', '.join(refused)} cannot be merged")
+        raise InputError(
+            f"an adapter with {', '.join(refused)} cannot be merged; leave out --merge"
+        )

@@ -160,7 +160,7 @@ class _MergePlan:
             if name not in self.adapter.replacements or not self.skeleton.has(name):
                 raise InputError(
                     f"the adapter changes {name}, which is no separate tensor in the base's files: "
-                    "the adapter belongs to another base model"
+                    "the adapter belongs to another base model; restore its own base"
                 )
             added.add(name)
         return added

@@ -25,7 +25,7 @@ class TurnTexts:
     opening: dict[str, str]
     """Before the content of a turn, by role."""
     closing: dict[str, str]
-    """Behind it."""
+    """Behind the content of a turn, by role."""
     unsaid: str
     """Before the first turn of a conversation without a system message."""
     prompt: str

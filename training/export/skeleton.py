@@ -5,7 +5,7 @@ from collections.abc import Iterable, Iterator
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from transformers import AutoConfig, PreTrainedModel
@@ -23,9 +23,6 @@ from ..common.errors import InputError
 from ..config.models import Head
 from ..models.composite import is_in_towers, model_from_config, towers
 from ..models.quantiser import plan_quantisation
-
-Task = Literal["CAUSAL_LM", "SEQ_CLS"]
-"""PEFT's names for the tasks of models."""
 
 _HEADS: dict[str, Head] = {"CAUSAL_LM": "causal", "SEQ_CLS": "score"}
 
@@ -51,7 +48,9 @@ class Skeleton:
                 "adapter with PEFT, and merge it there (merge_and_unload)"
             ) from None
         if "quantization_config" in config.to_dict():
-            raise InputError(f"{folder}: cannot merge into a base that is stored quantised")
+            raise InputError(
+                f"{folder}: cannot merge into a base that is stored quantised; leave out --merge"
+            )
         if task not in _HEADS:
             raise InputError(f"an adapter for the task {task} cannot be merged")
         if task == "SEQ_CLS":
@@ -173,11 +172,6 @@ class Conversion:
         """The stored names."""
         return tuple(key for key, _ in self.parts)
 
-    @property
-    def is_of_experts(self) -> bool:
-        """True if several tensors form one parameter."""
-        return len(self.converter.target_patterns) == 1
-
     def join(self, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """The parameters, by name, of the stored tensors."""
         converter = deepcopy(self.converter)
@@ -196,7 +190,7 @@ class Conversion:
         if written.keys() != set(self.keys):
             raise InputError(
                 f"{self.name}: the base's files hold it as {self.keys[0]} and so on, which "
-                "transformers no longer writes; load the base with transformers, and save it anew"
+                "transformers no longer writes; load the base with transformers, and save it again"
             )
         return {key: _only(value) for key, value in written.items()}
 

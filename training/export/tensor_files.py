@@ -132,7 +132,8 @@ def write_model_files(
     free = shutil.disk_usage(folder).free
     if total > free:
         raise InputError(
-            f"{folder.parent}: the model needs {total:,} bytes, but only {free:,} are free"
+            f"{folder.parent}: the model needs {total:,} bytes, but only {free:,} are free; make "
+            "room, or give another folder"
         )
     done = 0
     weight_map: dict[str, str] = {}

@@ -24,7 +24,7 @@ from .resources import (
 )
 
 _POLL_SECONDS = 2.0
-GROW_SECONDS = 20.0
+_GROW_SECONDS = 20.0
 """Capacity for more workers is used once it lasts this long, as nodes often join in groups."""
 
 
@@ -35,20 +35,12 @@ class ClusterWatcher:
         run: the run's folder; its run.json names the nodes that train.
         request: the run's workers.
         workers: number of this attempt's workers.
-        grow_seconds: how long capacity for more workers must last before it is used.
     """
 
-    def __init__(
-        self,
-        run: Folder,
-        request: WorkerRequest,
-        workers: int,
-        grow_seconds: float = GROW_SECONDS,
-    ) -> None:
+    def __init__(self, run: Folder, request: WorkerRequest, workers: int) -> None:
         self._run = run
         self._request = request
         self._workers = workers
-        self._grow_seconds = grow_seconds
         self._next_poll = time.monotonic() + _POLL_SECONDS
         self._capacity_since: float | None = None
         self.reason: str | None = None
@@ -78,7 +70,7 @@ class ClusterWatcher:
             self._capacity_since = None
             return None
         self._capacity_since = self._capacity_since or now
-        if now - self._capacity_since < self._grow_seconds:
+        if now - self._capacity_since < _GROW_SECONDS:
             return None
         return f"there is room for {capacity} workers, {self._workers} train"
 

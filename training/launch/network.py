@@ -19,7 +19,7 @@ _BACKENDS = {"cuda": "nccl", "xpu": "xccl"}
 _MEETING_SECONDS = 600
 """Time in which all workers must come."""
 _TIMEOUT_SECONDS = 1800
-"""Of a collective."""
+"""Time after which a collective of the process group fails."""
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from ..engine.heartbeat import Heartbeat
 from ..engine.task import RetryError, RetryRequest, WorkerResult, WorkerTask, repeats_as
 from ..models.devices import Room
 from ..records.run_folder import CHECKPOINTS_FOLDER
-from .elastic import GROW_SECONDS, ClusterWatcher, wait_for_capacity
+from .elastic import ClusterWatcher, wait_for_capacity
 from .resources import check_fits, cluster_nodes, request_from_autoscaler, worker_request
 from .retries import AttemptEndedError, Launcher
 
@@ -31,7 +31,6 @@ class RayLauncher(Launcher):
         scale: the recipe's `scale` section.
         stop: requested when the run should save and end.
         worker_env: environment variables of the workers.
-        grow_seconds: how long capacity for more workers must last before it is used.
         room: what a worker's GPU offers; None without one.
 
     Raises:
@@ -43,7 +42,6 @@ class RayLauncher(Launcher):
         scale: ScaleSettings,
         stop: Stop,
         worker_env: dict[str, str],
-        grow_seconds: float = GROW_SECONDS,
         room: Room | None = None,
     ) -> None:
         self.stop = stop
@@ -52,7 +50,6 @@ class RayLauncher(Launcher):
         self.run_tasks = RunOnRayData.beside_workers(scale.prepare)
         self._node_wait = scale.node_wait
         self._worker_env = worker_env
-        self._grow_seconds = grow_seconds
         nodes = cluster_nodes()
         self._request = worker_request(scale, nodes)
         self._workers = check_fits(self._request, nodes)
@@ -73,7 +70,7 @@ class RayLauncher(Launcher):
         run = Folder(task["run"])
         run.delete(STOP_FILE)  # the stop request that ended the previous attempt
         hangs = hang_files(run)
-        watcher = ClusterWatcher(run, self._request, self._workers, self._grow_seconds)
+        watcher = ClusterWatcher(run, self._request, self._workers)
         try:
             result = self._fit(task, run, watcher)
         except Exception as error:

@@ -150,7 +150,7 @@ def run_with_retries(
             return WorkerResult(status="failed", error=str(error), exit_code=error.exit_code)
         except AttemptEndedError as end:
             if end.is_failure and policy.is_repeated(end):
-                raise RunError(f"{end}; a restart has led to it again") from end
+                raise RunError(f"{end}; it happened again after a restart") from end
             if end.is_failure and (stop.requested.is_set() or not policy.should_retry()):
                 raise RunError(str(end)) from end
             progress.status(f"restarting the workers: {end}")
@@ -197,7 +197,7 @@ class _Remedies:
         if request["cause"] == "memory":
             return self._save_memory(task, request)
         if request["cause"] == "data":
-            return self._mend_data(task, request["problem"])
+            return self._replace_data(task, request["problem"])
         if request["cause"] == "checkpoint":
             name = checkpoint.checkpoint_name(request["steps"][-1])
             unusable = {**task.get("unusable", {}), name: request["problem"]}
@@ -205,7 +205,7 @@ class _Remedies:
         self._roll_back(request)
         return task
 
-    def _mend_data(self, task: WorkerTask, problem: str) -> WorkerTask:
+    def _replace_data(self, task: WorkerTask, problem: str) -> WorkerTask:
         if not self.data_policy.should_retry():
             raise _NoRemedyError(f"{problem}; the next start prepares the data again")
         self.prepare_again()

@@ -43,7 +43,7 @@ class Kept:
     """Bytes that the forward pass of a microbatch keeps, without the logits."""
 
     layers: tuple[int, ...]
-    """Of each decoder layer."""
+    """Bytes of each decoder layer."""
     outside: int
     """Of everything else, such as low-precision copies of weights."""
     inputs: int
@@ -53,12 +53,12 @@ class Kept:
 
     @property
     def whole(self) -> int:
-        """All of it."""
+        """Bytes of the whole model."""
         return sum(self.layers) + self.outside
 
     @property
     def largest(self) -> int:
-        """Of the layer that keeps most."""
+        """Bytes of the layer that keeps most."""
         return max(self.layers, default=0)
 
 

@@ -33,7 +33,7 @@ _WITHOUT_EFFECT = frozenset(
 )
 """Keyword arguments that attention functions receive and that change no result."""
 _WIDEST = 256
-"""Of a head, for the kernel."""
+"""Largest width of a head that the kernel takes."""
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,7 @@ class Room:
     """What the GPU of a worker offers."""
 
     bytes: int
-    """Of its memory, for this worker."""
+    """Bytes of its memory that this worker may use."""
     has_bfloat16: bool = True
 
     @property
@@ -43,8 +43,10 @@ def found_kind() -> str:
 
     if torch.cuda.is_available():
         return "cuda"
-    found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    return "cpu" if found is None else found.type
+    accelerator = (
+        torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    )
+    return "cpu" if accelerator is None else accelerator.type
 
 
 def accelerators() -> list[tuple[str, str, int]]:
@@ -117,8 +119,8 @@ def check_torch(kind: str) -> None:
     if kind != "cpu" and found_kind() == "cpu":
         raise InputError(
             f"scale.gpus_per_worker: the driver lists a GPU of kind {kind}, and torch "
-            f"{torch.__version__} finds none; install a torch for it (nvidia-smi shows the newest "
-            "CUDA that the driver takes), or set 0 to train on the CPU"
+            f"{torch.__version__} finds none; install a torch built for it (nvidia-smi shows the "
+            "newest CUDA that the driver takes), or set 0 to train on the CPU"
         )
 
 

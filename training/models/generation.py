@@ -14,23 +14,6 @@ from .stopping import stop_tokens
 
 
 @torch.no_grad()
-def generate_answers(
-    model: Model,
-    tokenizer: Any,
-    prompts: list[list[int]],
-    max_new_tokens: int,
-    rank: int,
-    world_size: int,
-    at_once: int = ANSWERS_AT_ONCE,
-) -> list[str]:
-    """The texts of `generate_completions`."""
-    completions = generate_completions(
-        model, tokenizer, prompts, max_new_tokens, rank, world_size, at_once
-    )
-    return completion_texts(tokenizer, completions)
-
-
-@torch.no_grad()
 def generate_completions(
     model: Model,
     tokenizer: Any,

@@ -74,7 +74,7 @@ class AddedTokens:
 
     trained: list[int]
     names: list[str]
-    """Their texts."""
+    """The tokens' texts."""
     fresh: list[int]
     """Those that the base's tokenizer lacks."""
 

@@ -71,13 +71,6 @@ def _finishing(settings: dict[str, Any]) -> tuple[int, int]:
     return (3, 2) if any("cap" in name for name in names) else (2, 1)
 
 
-def tokens_at_once(head: HeadFacts, sizes: LossSizes, kind: str) -> int:
-    """Number of tokens that have logits at a time on a kind of device."""
-    if not head.in_parts:
-        return sizes.tokens
-    return min(sizes.tokens, max(1, logit_sizes(kind).part // sizes.vocabulary))
-
-
 def loss_bytes(head: HeadFacts, sizes: LossSizes, kind: str, trains: bool = True) -> int:
     """Bytes of the loss of a microbatch whose tokens are all trained.
 

@@ -223,7 +223,7 @@ def past_its_layer(
 ) -> Literal["handed", "read", "written"] | None:
     """Whether the code around a linear layer reads its weight, or writes it, past the layer.
 
-    Kernels of state-space models are handed weights, in the place of a call of the layer, which
+    Kernels of state-space models are handed weights, in place of a call of the layer, which
     passes an adapter over; other code reads some, and Gemma 3n clamps some in every step.
     """
     place, _, leaf = matrix.module.rpartition(".")

@@ -22,7 +22,7 @@ from ..config.sections import ANSWERS_AT_ONCE
 from .activations import Attention, Kept, kept_by
 from .dtypes import DtypeName
 from .loading import Model, build_meta_model
-from .logit_memory import HeadFacts, LossSizes, head_facts, loss_bytes, tokens_at_once
+from .logit_memory import HeadFacts, LossSizes, head_facts, loss_bytes
 from .matrices import Matrix, matrices, own_name
 from .reward_sizes import values_of_rewards
 from .targets import adapted_layers
@@ -296,12 +296,6 @@ def attention_of(recipe: Recipe) -> Attention:
     return "dense" if recipe.packs else "plain"
 
 
-def logits_at_once(recipe: Recipe, sizes: Sizes, kind: str = "cuda") -> int:
-    """Number of a microbatch's tokens that have logits at a time; arguments as for `estimate`."""
-    of_loss = _loss_sizes(recipe, sizes, "bfloat16", recipe.microbatch_tokens)
-    return tokens_at_once(sizes.head, of_loss, kind)
-
-
 def _width(dtype: str) -> int:
     return 4 if dtype == "float32" else 2
 
@@ -386,7 +380,7 @@ class _Held(NamedTuple):
     """Bytes that are held from the forward to the backward pass of a microbatch."""
 
     always: int
-    """Until its end."""
+    """Bytes that are held until the backward pass ends."""
     layer: int
     """Of the layer that keeps most, which checkpointing computes again when it is its turn."""
     layers: int

@@ -30,9 +30,9 @@ class LogitSizes:
     """Numbers of logits that a loss holds at a time."""
 
     part: int
-    """In the type in which the head computes."""
+    """Logits in the type in which the head computes."""
     slice: int
-    """In float32."""
+    """Logits in float32."""
 
 
 # A processor's slices stay in its cache.
@@ -98,7 +98,7 @@ class OutputHead:
 
     @contextmanager
     def capturing(self, consume: Callable[[Tensor], object]) -> Iterator[None]:
-        """Inside, the model's forward pass hands its hidden states to `consume`, in the place of
+        """Inside, the model's forward pass hands its hidden states to `consume`, in place of
         the layer, and returns no logits.
 
         These logits of no token have a graph, which leads to the states: a sharded model gathers

@@ -89,11 +89,11 @@ def check_quantisable(model: PreTrainedModel, quantize: str, *, sharded: bool) -
             f"scale.strategy fsdp: quantised {shorten(plan.packed)} cannot be sharded over "
             "workers; use ddp, which holds them on each, or set model.quantize: none"
         )
-    known = {matrix.weight for matrix in matrices(model)} | _embeddings(model)
+    adaptable = {matrix.weight for matrix in matrices(model)} | _embeddings(model)
     total, left = 0, {}
     for name, weight in model.named_parameters():
         total += weight.numel()
-        if weight.dim() > 1 and name not in known and name not in plan.weights:
+        if weight.dim() > 1 and name not in adaptable and name not in plan.weights:
             left[name] = weight.numel()
     if sum(left.values()) > _LEFT * total:
         raise InputError(

@@ -57,7 +57,7 @@ def wide_type(tensor: Tensor) -> torch.dtype:
 
 
 class _Same:
-    """No layer at all."""
+    """Stands for a missing layer: returns what it gets."""
 
     owns_output = False
 

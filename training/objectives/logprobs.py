@@ -138,7 +138,7 @@ class _Done:
     gradient: Tensor | None
     """By the states, (tokens, hidden)."""
     sums: list[Tensor]
-    """By the trained parameters."""
+    """Gradients by the trained parameters, in their order."""
 
 
 def _walk(
@@ -236,7 +236,7 @@ class _Logits:
         return torch.cat(losses)
 
     def _exponentials(self, values: Tensor, targets: Tensor, statistics: Tensor) -> Tensor:
-        """The losses; leaves exp(value - largest) in the place of the values, and their sums.
+        """The losses; leaves exp(value - largest) in place of the values, and their sums.
 
         A step that is measured computes the same, as a log must not change what is trained.
         """

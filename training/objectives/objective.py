@@ -210,7 +210,7 @@ class Objective:
     ) -> TokenLosses:
         """Cross-entropies of the batch's trained tokens.
 
-        The model's forward pass computes them in the place of its logits, because the weights of a
+        The model's forward pass computes them in place of its logits, because the weights of a
         sharded model exist only there. Arguments as for `log_probabilities` and `cross_entropies`.
         """
         plain = model if isinstance(model, Model) else self.model

@@ -28,7 +28,7 @@ class OrpoObjective(PairObjective):
         `extra["answer"]`, (sequences, columns), is True for the targets of answers.
         """
         trained = [_with_prompt(row) for row in rows]
-        # The same batch with 1 in the place of each token of an answer, and 0 of a prompt.
+        # The same batch with 1 in place of each token of an answer, and 0 of a prompt.
         marks = [
             replace(with_prompt, input_ids=row.trainable.astype(np.int32))
             for row, with_prompt in zip(rows, trained, strict=True)

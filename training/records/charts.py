@@ -78,7 +78,7 @@ class Chart:
 class Bar:
     label: str
     height: float
-    """In per cent of the axis."""
+    """Height in per cent of the axis."""
 
 
 @dataclass(frozen=True)
@@ -128,7 +128,6 @@ def overlay(
     format: Format,
     unit: str = "step",
     styles: Sequence[Style] = SERIES,
-    log: bool = True,
 ) -> Chart | None:
     """A chart of several series over one another; None if they contain no number.
 
@@ -138,9 +137,8 @@ def overlay(
         format: format of the values.
         unit: what the horizontal axis counts.
         styles: of each series, repeated where there are more.
-        log: use a logarithmic axis where the values span much.
     """
-    frame = _frame([points for _, points in series], format, log=log, unit=unit)
+    frame = _frame([points for _, points in series], format, log=True, unit=unit)
     if frame is None:
         return None
     lines = [
@@ -262,15 +260,15 @@ def smooth(points: Sequence[Point]) -> list[Point]:
     return smoothed
 
 
-def thin(points: Sequence[Point], limit: int = MAX_POINTS) -> list[Point]:
-    """Reduce to about `limit` points: each section keeps its lowest and highest point and a gap.
+def thin(points: Sequence[Point]) -> list[Point]:
+    """About `MAX_POINTS` of the points: each section keeps its lowest, its highest and a gap.
 
     Taking every n-th point would be simpler, but would hide spikes.
     """
-    if len(points) <= limit:
+    if len(points) <= MAX_POINTS:
         return list(points)
     kept = {0, len(points) - 1}
-    buckets = limit // 3
+    buckets = MAX_POINTS // 3
     for bucket in range(buckets):
         start, end = (len(points) * edge // buckets for edge in (bucket, bucket + 1))
         values = [(value, i) for i in range(start, end) if (value := points[i][1]) is not None]

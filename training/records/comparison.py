@@ -85,7 +85,7 @@ class Comparison:
         return [chart for chart in charts if chart is not None]
 
     def as_json(self) -> Record:
-        """As plain values."""
+        """The comparison as values of JSON."""
         return {
             "runs": self.names,
             "facts": self.facts,
@@ -108,7 +108,7 @@ def compare_runs(folders: Sequence[Folder]) -> Comparison:
         InputError: fewer than two runs or more than six, the same one twice, or a damaged file.
     """
     if not 2 <= len(folders) <= MOST_RUNS:
-        raise InputError(f"runs compare takes 2 to {MOST_RUNS} runs, not {len(folders)}")
+        raise InputError(f"runs compare: expected 2 to {MOST_RUNS} runs, found {len(folders)}")
     twice = {str(folder) for folder in folders if list(folders).count(folder) > 1}
     if twice:
         raise InputError(f"{min(twice)} is given twice; name another run")

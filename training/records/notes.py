@@ -48,7 +48,7 @@ def write_note(folder: Folder, note: Note) -> None:
         InputError: the folder holds no run.
     """
     if not folder.exists(RUN_FILE):
-        raise InputError(f"{folder} holds no run: there is no {RUN_FILE}")
+        raise InputError(f"{folder} holds no run: there is no {RUN_FILE}; name a run's folder")
     text = json.dumps(asdict(note), indent=2, ensure_ascii=False)
     folder.write(NOTE_FILE, text.encode("utf-8", "backslashreplace") + b"\n")
 

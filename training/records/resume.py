@@ -27,7 +27,7 @@ FREE = (
 _SHOWN = 200
 """Characters of a setting that are shown."""
 _LENGTH = ("optim.epochs", "optim.max_steps")
-_WAYS = "give this run another name, or begin it anew with --fresh, which keeps the old folder"
+_WAYS = "give this run another name, or start over with --fresh, which keeps the old folder"
 
 
 @dataclass(frozen=True)

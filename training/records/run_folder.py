@@ -108,7 +108,7 @@ def existing_run(folder: Folder) -> Record:
     """
     run = read_run(folder)
     if run is None:
-        raise InputError(f"{folder} holds no run: there is no {RUN_FILE}")
+        raise InputError(f"{folder} holds no run: there is no {RUN_FILE}; name a run's folder")
     return run
 
 
@@ -154,7 +154,10 @@ def finished_run(folder: Folder) -> FinishedRun:
             f"{record.get('total_steps')}); `finray train` with its recipe resumes it"
         )
     if not folder.exists(name):
-        raise InputError(f"{folder}: the run's result folder {name}/ no longer exists")
+        raise InputError(
+            f"{folder}: the run's result folder {name}/ no longer exists; restore it, or train the "
+            "run again with --fresh"
+        )
     recipe = read_recipe(folder)[1]
     model = recipe.get("model")
     if not isinstance(model, dict) or not isinstance(model.get("base"), str):

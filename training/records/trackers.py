@@ -66,7 +66,7 @@ class MlflowTracker:
 
     _ENDS = {"finished": "FINISHED", "failed": "FAILED"}
     _MOST = 1000
-    """Values in a request."""
+    """Values in one request, at most."""
     _MOST_PARAMS = 100
     _LONGEST = 500
     """Characters of a parameter that servers of all versions keep."""
@@ -87,8 +87,10 @@ class MlflowTracker:
             self._client.update_run(known_id, status="RUNNING")
             return known_id
         name = os.environ.get("MLFLOW_EXPERIMENT_NAME") or PROJECT
-        found = self._client.get_experiment_by_name(name)
-        experiment = self._client.create_experiment(name) if found is None else found.experiment_id
+        existing = self._client.get_experiment_by_name(name)
+        experiment = (
+            self._client.create_experiment(name) if existing is None else existing.experiment_id
+        )
         tags = {"finray.kind": run.kind, **{_accepted(f"tag.{tag}"): "true" for tag in run.tags}}
         if run.parent is not None:
             tags["mlflow.parentRunId"] = run.parent

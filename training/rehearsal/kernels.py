@@ -40,7 +40,7 @@ DISTRIBUTIONS = {
     "mamba_ssm": "mamba-ssm",
     "fla": "flash-linear-attention",
 }
-"""By the name that is imported."""
+"""Packages by the name that is imported."""
 
 
 def install() -> None:
@@ -169,8 +169,8 @@ def _gated_delta_rule(
             state = torch.zeros_like(state)
         state = state * g[:, token].exp()[..., None, None]
         key = k[:, token]
-        known = torch.einsum("bhkv,bhk->bhv", state, key)
-        change = (v[:, token] - known) * beta[:, token, :, None]
+        recalled = torch.einsum("bhkv,bhk->bhv", state, key)
+        change = (v[:, token] - recalled) * beta[:, token, :, None]
         state = state + torch.einsum("bhk,bhv->bhkv", key, change)
         outputs.append(torch.einsum("bhkv,bhk->bhv", state, q[:, token]))
     return torch.stack(outputs, dim=1), None

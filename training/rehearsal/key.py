@@ -87,7 +87,7 @@ def _coarse(adapter: LoraAdapter) -> dict[str, Any]:
 
 
 def _signs(values: dict[str, Any]) -> dict[str, Any]:
-    """With 0, 1 or -1 in the place of every fraction, such as a dropout or a beta: 0 may turn
+    """With 0, 1 or -1 in place of every fraction, such as a dropout or a beta: 0 may turn
     something off, and other values do the same as each other."""
     return {
         name: (value > 0) - (value < 0) if isinstance(value, float) else value

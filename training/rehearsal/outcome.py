@@ -85,7 +85,7 @@ class Outcome:
             remedy = (
                 "set data.packing: auto, which then trains one document a row"
                 if is_fixed
-                else "continue it where it was started, or begin it anew with --fresh"
+                else "continue it where it was started, or start over with --fresh"
             )
             raise InputError(f"data.packing: documents cannot share a row: {reason}; {remedy}")
         recipe = self.allowed(recipe)

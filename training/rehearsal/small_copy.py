@@ -22,7 +22,7 @@ from .key import RANK, cut_down
 
 VOCABULARY = 96
 ROWS = 4
-"""Of a step, which has two microbatches."""
+"""Rows of a step, which has two microbatches."""
 _GENERATIONS, _COMPLETION = 2, 6
 _TOKENS = 4
 """Added tokens that a copy gets at most."""

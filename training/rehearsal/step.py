@@ -39,7 +39,7 @@ class Step:
     """A step that was taken."""
 
     model: Model
-    """With its gradients."""
+    """The model after the step, with its gradients."""
     loss: float
     left_out: list[str]
     """Patterns of parameters that are trained, but get no gradient."""

@@ -122,7 +122,7 @@ def test_wrong_settings(call: Any, settings: Any, changes: Any, message: str) ->
 def test_a_wrong_key_of_a_mapping_and_a_missing_file(settings: dict[str, Any]) -> None:
     with pytest.raises(finray.InputError, match=r"settings: colour: unknown key"):
         finray.train({**settings, "colour": "red"})
-    with pytest.raises(finray.InputError, match=r"settings: data: the key 1 is no text"):
+    with pytest.raises(finray.InputError, match=r"settings: data: the key 1 is not text"):
         finray.train({**settings, "data": {1: 2}})
     with pytest.raises(finray.InputError, match=r"absent\.yaml: cannot read the file"):
         finray.train("absent.yaml")

@@ -62,7 +62,8 @@ def test_a_page(tmp_path: Path, tiny_model: Path, capsys: pytest.CaptureFixture[
     text = page.read_text(encoding="utf-8")
     assert '<span class="trained ">It is &lt;b&gt;4&lt;/b&gt;.</span>' in text
     assert '<span class="trained special">&lt;|im_end|&gt;</span>' in text
-    assert str(asset("rows.css")) in text and "<b>4" not in text and "http" not in text
+    assert str(asset("rows.css")) in text and "<b>4" not in text and "://" not in text
+    assert "default-src 'none'" in text and "script-src" not in text
 
 
 def test_bad_arguments(

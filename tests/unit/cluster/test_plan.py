@@ -296,7 +296,7 @@ def test_placements_of_a_small_model(tiny_model: Path, chat_file: Path) -> None:
     # The settings are those of a recipe that is valid.
     assert plan(values(tiny_model, chat_file), planned["best"], gpu="l4:2")["best"]
     text = render(planned)
-    assert text.startswith("run on 2 x L4 24 GB, at 40.0% of its arithmetic; ")
+    assert text.startswith("run on 2 x L4 24 GB, at 40.0% of their 16-bit speed; ")
     assert text.endswith("best: " + " ".join(f"--set {one}" for one in planned["best"]))
 
 

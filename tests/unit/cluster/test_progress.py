@@ -86,9 +86,9 @@ def test_the_last_save_and_failed_saves_are_shown(folder: Folder) -> None:
     lines = out.getvalue().splitlines()
     assert "step 12  loss 1.000  saved 10" in lines
     assert lines.count(
-        "a save failed (step 20: no space); training goes on, last saved: step 10"
+        "a save failed (step 20: no space); training continues, last saved: step 10"
     ) == 1  # fmt: skip
-    assert sum("spent waiting for the storage" in line for line in lines) == 1
+    assert sum("for checkpoints to be stored" in line for line in lines) == 1
 
 
 def test_lines_come_while_the_run_goes_on(folder: Folder) -> None:

@@ -129,7 +129,7 @@ def test_every_setting_of_a_sweep() -> None:
         ({"log": {"to": ["neptune"]}}, "log.to.0: expected one of 'tensorboard', 'wandb',"),
         (
             {"eval": {"metrics": ["score.py:fine"]}},
-            "eval.metrics.0: a measure is one of exact_match, token_f1, rouge1, rouge2, rougeL, "
+            "eval.metrics.0: a metric is one of exact_match, token_f1, rouge1, rouge2, rougeL, "
             'bleu, chrf, json_valid, tool_calls and {file: "score.py:function"}, found '
             "'score.py:fine'",
         ),

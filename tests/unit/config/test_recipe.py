@@ -83,9 +83,9 @@ def test_uris_stay(tmp_path: Path) -> None:
             (
                 f"method: {method}\noptim: {{micro_batch_tokens: 4096}}\n",
                 1,
-                "optim.micro_batch_tokens: the loss (bnpo, aot or aot_unpaired) is one of each "
-                "forward pass, so it depends on which rows share one; set micro_batch_size to a "
-                "number instead",
+                "optim.micro_batch_tokens: the loss (bnpo, aot or aot_unpaired) is computed over "
+                "each forward pass, so it depends on which rows share one; set micro_batch_size to "
+                "a number instead",
             )
             for method in (
                 "{kind: dpo, losses: {aot: 1.0}}",

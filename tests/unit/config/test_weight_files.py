@@ -260,12 +260,12 @@ def adapter_tensors() -> dict[str, Any]:
     ("change", "message"),
     [
         (lambda tensors: tensors.clear(), "holds no tensors"),
-        (lambda tensors: tensors.popitem(), "has no lora_B of the same rank"),
+        (lambda tensors: tensors.popitem(), "has no lora_B of its rank"),
         (
             lambda tensors: tensors.update(
                 {name: value[:, :1].copy() for name, value in tensors.items() if "lora_B" in name}
             ),
-            "has no lora_B of the same rank",
+            "has no lora_B of its rank",
         ),
     ],
 )

@@ -423,17 +423,17 @@ def test_temperature_mixes_sources(tmp_path: Path, make: MakeRecipe) -> None:
         assert report["sources"][1]["share"] == pytest.approx(share, abs=1e-4)
 
 
-def test_rows_are_shown_with_the_stage_that_takes_them(tmp_path: Path, make: MakeRecipe) -> None:
+def test_rows_are_shown_with_the_stage_that_drops_them(tmp_path: Path, make: MakeRecipe) -> None:
     recipe = make(**every_kind(tmp_path), curate=EVERY_STAGE)
     folder = Folder(str(tmp_path / "prepared"))
     before = show_rows(recipe, 9, folder).rows
-    assert before[5].problem == "taken by 2 filter: too short"
+    assert before[5].problem == "dropped by 2 filter: too short"
     assert before[4].facts[-1] == "4 deduplicate not done yet: finray data report"
     report_of(recipe, folder, run_in_process, SILENT)
     after = show_rows(recipe, 9, folder).rows
     problems = [row.problem.partition(":")[0] for row in after]
-    taken = [f"taken by {stage}" for stage in ("5 decontaminate", *["4 deduplicate"] * 2)]
-    assert problems == ["", "", *taken, *["taken by 2 filter"], "", "taken by 2 filter", "", ""]
+    taken = [f"dropped by {stage}" for stage in ("5 decontaminate", *["4 deduplicate"] * 2)]
+    assert problems == ["", "", *taken, *["dropped by 2 filter"], "", "dropped by 2 filter", "", ""]
     assert after[6].facts[-1] == "changed by 3 redact"
 
 
@@ -447,7 +447,7 @@ def test_a_stage_that_drops_everything(tmp_path: Path, make: MakeRecipe) -> None
         run(recipe, tmp_path)
     assert str(refused.value) == (
         "data.curate.1: filter leaves no row to train on; change it, or add data. What each stage "
-        "took:\n"
+        "dropped:\n"
         "  1 read: 3 → 3 rows\n"
         "  2 deduplicate: 3 → 2 rows (equal to an earlier row 1)\n"
         "  3 filter: 2 → 0 rows (too short 2)"

@@ -61,7 +61,7 @@ def test_rows_in_other_languages_are_counted_by_language(
     again = report_of(recipe, folder, run_in_process, SILENT)["funnel"]
     assert again == [funnel], "counts do not survive the stage's file"
     problems = [row.problem for row in show_rows(recipe, 5, folder).rows]
-    assert problems[1] == "taken by 1 language: another language (fr)" and problems[3] == ""
+    assert problems[1] == "dropped by 1 language: another language (fr)" and problems[3] == ""
 
 
 def test_rare_languages_are_added_up() -> None:

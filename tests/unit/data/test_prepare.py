@@ -597,7 +597,7 @@ def test_what_is_said_of_rows(tmp_path: Path, make_recipe: MakeRecipe, tokenizer
     }
     assert manifest.in_train_too == 5
     assert manifest.unused == {"topic": 11, "messages[].date": 11}
-    text = "5 held-out rows stand in the training data, too"
+    text = "5 held-out rows are in the training data, too"
     assert remarks(manifest.summary())[0] == text
     sample = measure_sample(recipe)
     assert (sample.rows, sample.overlong) == (46, manifest.dropped["overlong"])

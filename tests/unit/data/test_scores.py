@@ -183,8 +183,8 @@ def test_rows_are_shown_with_their_scores(tmp_path: Path, make: MakeRecipe) -> N
     report_of(recipe, folder, run_in_process, SILENT)
     shown = show_rows(recipe, 3, folder).rows
     assert [row.problem for row in shown] == [
-        "taken by 2 score: its score is too low",
-        "taken by 2 score: it has no score, as finray data report says",
+        "dropped by 2 score: its score is too low",
+        "dropped by 2 score: it has no score, as finray data report says",
         "",
     ]
     assert "score 3" in shown[2].facts

@@ -122,10 +122,10 @@ def test_they_are_objectives_of_a_sweep(
         ({"samples": 0}, "set eval.samples"),
         (
             {"metrics": ["rogue"]},
-            "eval.metrics.0: a measure is one of exact_match, .*function\"}, found 'rogue'",
+            "eval.metrics.0: a metric is one of exact_match, .*function\"}, found 'rogue'",
         ),
         ({"metrics": ["bleu", "bleu"]}, "names bleu twice"),
-        ({"watch": "eval_bleu"}, "reports no eval_bleu at an evaluation, but eval_loss"),
+        ({"watch": "eval_bleu"}, "does not report eval_bleu; choose one of eval_loss"),
         ({"metrics": [{"file": "none.py:f"}]}, "cannot read"),
     ],
 )

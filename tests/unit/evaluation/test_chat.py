@@ -34,7 +34,7 @@ CHAT_WITH_TOOLS = (
 
 
 def typed(*lines: str | type[BaseException]) -> Callable[[str], str]:
-    """What a user types; an exception is raised in the place of a line."""
+    """What a user types; an exception is raised in place of a line."""
     waiting: Iterator[str | type[BaseException]] = iter(lines)
 
     def read(_: str) -> str:
@@ -117,7 +117,7 @@ def test_a_full_context_offers_to_leave_out_turns(
     lines = typed(long, long, long, long, "/forget", "/reset", long * 9, "quick")
     ChatScreen(conversation, None, lines, is_terminal=False).run("head")
     out = capsys.readouterr().out
-    assert out.count("/forget leaves out the oldest turns and answers, /reset begins anew") >= 1
+    assert out.count("/forget leaves out the oldest turns and answers, /reset starts over") >= 1
     assert "turns left out)" in out and "(a new conversation)" in out
     assert "the message is too long; send a shorter one" in out
     assert [turn["role"] for turn in conversation.turns] == ["user", "assistant"]

@@ -177,7 +177,7 @@ def test_vllm_is_chosen_where_it_can_load_the_model(
     run: Path, tiny_model: Path, tmp_path: Path, write: Write, request: pytest.FixtureRequest
 ) -> None:
     prompts = write(tmp_path / "rows.jsonl", ROWS[:1])
-    with pytest.raises(ValueError, match="--engine: 'vlm' is none; give transformers or vllm"):
+    with pytest.raises(ValueError, match="'vlm' is not an engine; give transformers or vllm"):
         finray.generate(run, prompts, tmp_path / "out.jsonl", engine="vlm")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="--engine: vllm is not installed; pip install"):
         finray.generate(run, prompts, tmp_path / "out.jsonl", engine="vllm")

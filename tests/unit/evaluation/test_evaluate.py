@@ -459,7 +459,7 @@ def test_the_page_escapes_and_shows_the_worst_first(
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (("--metric", "rogue"), "--metric: there is no measure rogue"),
+        (("--metric", "rogue"), "--metric: there is no metric rogue"),
         (("--judge", "here:80", "--judge-model", "m"), "--judge: here:80 is no address"),
         (("--judge", "http://here:80"), "name the judge's model with --judge-model"),
         (("--schema", "{data}"), "--schema: cannot read"),

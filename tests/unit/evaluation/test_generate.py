@@ -330,7 +330,7 @@ def test_a_full_disk_is_one_line_and_costs_no_answer(tmp_path: Path) -> None:
         file.add([{"row": 1, "answer": "fox"}])
         file._file.close()
         file._file = Path("/dev/full").open("wb")  # noqa: SIM115 - the context closes it
-        with pytest.raises(RunError, match=r"out.part: cannot be written: No space .* goes on"):
+        with pytest.raises(RunError, match=r"out.part: cannot be written: No space .* continues"):
             file.add([{"row": 2, "answer": "dog"}])
     with AnswerFile(tmp_path / "out", decides) as file:
         assert list(file.lines) == [1]

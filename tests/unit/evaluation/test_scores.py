@@ -149,7 +149,7 @@ def test_a_function_that_raises_loses_its_own_answers_only(tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("rogue", "there is no measure rogue; those are exact_match, token_f1"),
+        ("rogue", "there is no metric rogue; there are exact_match, token_f1"),
         ("none.py:f", "cannot read"),
         ("empty.py:f", "has no function 'f'"),
     ],

@@ -64,7 +64,7 @@ def test_the_same_error_in_the_same_step_is_not_retried(tmp_path: Path) -> None:
     for failures in (("a", "b", "a"), (None, None, None), ("a", None, "a")):
         assert run_with_retries(task, Fails(*failures), SILENT, not_needed)["status"] == "finished"
     launcher = Fails("a", "a", "a")
-    with pytest.raises(RunError, match="no; a restart has led to it again"):
+    with pytest.raises(RunError, match="no; it happened again after a restart"):
         run_with_retries(task, launcher, SILENT, not_needed)
     assert launcher.left == ["a"]
 

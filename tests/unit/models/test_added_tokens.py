@@ -36,7 +36,7 @@ CHATML = {"chat_template": "chatml", "max_length": 96, "packing": False}
 
 
 def without_marks(tokenizer: Path, folder: Path) -> None:
-    """Write the tokenizer with other tokens in the place of ChatML's, and without a template."""
+    """Write the tokenizer with other tokens in place of ChatML's, and without a template."""
     text = (tokenizer / "tokenizer.json").read_text(encoding="utf-8")
     text = text.replace(MARKS[0], "<s>").replace(MARKS[1], "</s>")
     (folder / "tokenizer.json").write_text(text, encoding="utf-8")

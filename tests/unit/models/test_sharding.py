@@ -24,7 +24,7 @@ from finray.training.data.stream import share
 from finray.training.engine.methods import objective_of
 from finray.training.engine.trainer import StepMeasures, StreamTrainer
 from finray.training.engine.trainer_arguments import training_arguments
-from finray.training.models.generation import generate_answers
+from finray.training.models.generation import completion_texts, generate_completions
 from finray.training.models.loading import load_model, load_tokenizer
 from finray.training.models.sharding import choose_strategy, shard
 from finray.training.models.weights import gather_weights, save_result
@@ -344,11 +344,16 @@ def test_answers(tiny_model: Path, tmp_path: Path, prompts: int) -> None:
     settings = make_recipe(tiny_model, "lora", 2)
     model, tokenizer = make_model(settings), load_tokenizer(settings)
     prompt_ids = [list(range(5 + 2 * number, 40)) for number in range(prompts)]
-    expected = generate_answers(model, tokenizer, prompt_ids, 12, 0, 1)
+
+    def answers(rank: int, world_size: int) -> list[str]:
+        completions = generate_completions(model, tokenizer, prompt_ids, 12, rank, world_size)
+        return completion_texts(tokenizer, completions)
+
+    expected = answers(0, 1)
 
     def work(rank: int, world_size: int) -> dict[str, Any]:
         shard(model, settings, torch.device("cpu"))
-        return {"answers": generate_answers(model, tokenizer, prompt_ids, 12, rank, world_size)}
+        return {"answers": answers(rank, world_size)}
 
     for saved in by_workers(2, tmp_path, work):
         assert saved["answers"] == expected

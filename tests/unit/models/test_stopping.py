@@ -13,7 +13,7 @@ from finray.training.common.storage import Folder
 from finray.training.config.recipe import recipe_from_dict
 from finray.training.export.export import export
 from finray.training.launch.in_process import InProcessLauncher
-from finray.training.models.generation import generate_answers
+from finray.training.models.generation import completion_texts, generate_completions
 from finray.training.models.stopping import stop_tokens, turn_end
 from finray.training.run import train
 
@@ -105,7 +105,8 @@ def check_stops(folder: Path, model: Any, tokenizer: Any) -> None:
     answer = output[0, inputs["input_ids"].shape[1] :].tolist()
     assert answer[-1] == tokenizer.convert_tokens_to_ids(END) and len(answer) < LONGEST
     prompt = inputs["input_ids"][0].tolist()
-    (text,) = generate_answers(model, tokenizer, [prompt], LONGEST, 0, 1)
+    completions = generate_completions(model, tokenizer, [prompt], LONGEST, 0, 1)
+    (text,) = completion_texts(tokenizer, completions)
     assert tokenizer.decode(answer, skip_special_tokens=True) == text
 
 

@@ -107,7 +107,7 @@ def make_model(settings: Recipe) -> Any:
 
 
 def sampled(objective: Any) -> Callable[..., Any]:
-    """Completions and rewards in the place of sampled ones; one completion has one token."""
+    """Completions and rewards in place of sampled ones; one completion has one token."""
     random = np.random.default_rng(5)
     sizes = [1, *random.integers(2, 20, BATCH - 1)]
     rollouts = [Rollout(random.integers(3, 250, n).tolist(), ended=n != 7) for n in sizes]

@@ -96,7 +96,7 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
 def test_refused(tmp_path: Path) -> None:
     two_runs(tmp_path)
     folder = Folder(str(tmp_path / "first"))
-    for folders, message in (([folder], "takes 2 to 6 runs"), ([folder] * 2, "is given twice")):
+    for folders, message in (([folder], "expected 2 to 6 runs"), ([folder] * 2, "is given twice")):
         with pytest.raises(InputError, match=message):
             compare_runs(folders)
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+import finray
 from finray.training.common.errors import InputError
 from finray.training.common.storage import Folder
 from finray.training.records.charts import histogram, line_chart, smooth, thin
@@ -328,6 +329,15 @@ def test_thinning_keeps_ends_extremes_and_gaps() -> None:
     assert len(kept) <= 1002
     assert {given[0], given[-1], (5_000.0, -1.0), (7_000.0, None)} <= set(kept)
     assert kept == sorted(kept, key=lambda point: point[0])
+
+
+def test_all_pages_have_one_head() -> None:
+    """So none is without the policy that lets text of the user's rows load nothing."""
+    home = Path(finray.__file__).parent
+    folders = [home / name for name in ("training", "tuning", "cluster")]
+    pages = [page for folder in folders for page in folder.rglob("*.html")]
+    heads = [page.name for page in pages if "<head>" in page.read_text(encoding="utf-8")]
+    assert heads == ["macros.html"] and len(pages) == 6
 
 
 def test_histogram_refuses_edges_that_do_not_fit() -> None:

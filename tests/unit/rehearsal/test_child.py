@@ -28,7 +28,7 @@ OUTCOME = Outcome(
 
 
 class Starts:
-    """Starts this Python source in the place of the program, and counts."""
+    """Starts this Python source in place of the program, and counts."""
 
     def __init__(self, source: str) -> None:
         self.source, self.count = source, 0

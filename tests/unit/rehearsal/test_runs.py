@@ -103,7 +103,7 @@ def test_a_packed_run_is_not_resumed_unpacked(
     assert finray.train(settings, quiet=True).record["data"]["packing"] is True
     rehearses(MIXED)
     for call in (finray.check, finray.train):
-        with pytest.raises(finray.InputError, match=r"data\.packing: .*begin it anew with --fresh"):
+        with pytest.raises(finray.InputError, match=r"data\.packing: .*start over with --fresh"):
             call(settings, ["optim.max_steps=2"], quiet=True)
 
 

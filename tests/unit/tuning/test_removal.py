@@ -239,7 +239,7 @@ def test_prune_keeps_the_best_the_young_and_the_unfinished(tmp_path: Path) -> No
     assert "half" in names(prune(older_than=DAY, unfinished=True))
     with pytest.raises(InputError, match="no run has this metric; there are eval_loss"):
         prune(keep_best=1, by="rouge")
-    with pytest.raises(InputError, match="needs --keep-best or --older-than"):
+    with pytest.raises(InputError, match="give --keep-best or --older-than"):
         prune()
 
 
@@ -281,13 +281,13 @@ def test_prune_refuses_an_unknown_direction_and_a_negative_number(tmp_path: Path
     stored_run(tmp_path, "max", metrics={"eval_odd": 1.0, "eval_loss": 1.0})
     how: dict[str, Any] = {"older_than": None, "unfinished": False}
     storage = Folder(str(tmp_path))
-    with pytest.raises(InputError, match="it is not known which direction is better"):
+    with pytest.raises(InputError, match="do not say, or do not agree, which direction is better"):
         plan_prune(storage, keep_best=1, by="eval_odd", **how)
     stored_run(tmp_path, "min", metrics={"eval_odd": 2.0}, recipe=FUNCTION)
     assert names(plan_prune(storage, keep_best=1, by="eval_odd", **how)) == ["min"]
     other = {"eval": {"metrics": [{"file": "score.py:odd", "mode": "max"}]}}
     stored_run(tmp_path, "other", metrics={"eval_odd": 2.0}, recipe=other)
-    with pytest.raises(InputError, match="or they disagree"):
+    with pytest.raises(InputError, match="or do not agree"):
         plan_prune(storage, keep_best=1, by="eval_odd", **how)
     with pytest.raises(InputError, match="--keep-best: -1 is below 0"):
         plan_prune(storage, keep_best=-1, by="eval_loss", **how)
@@ -391,7 +391,7 @@ def test_no_such_run(tmp_path: Path) -> None:
 
 
 def test_what_is_no_number_is_never_among_the_best(tmp_path: Path) -> None:
-    """NaN compares with nothing: sorted by it, a bad run could stay in the place of the best."""
+    """NaN compares with nothing: sorted by it, a bad run could stay in place of the best."""
     values: list[Any] = [float("nan"), 0.9, float("nan"), 0.1, "x", None]
     for name, value in zip("abcdef", values, strict=True):
         stored_run(tmp_path, name, metrics={"eval_loss": value})

@@ -77,7 +77,7 @@ def study(record: dict[str, Any]) -> optuna.Study:
 
 def test_the_page_is_self_contained(record: dict[str, Any], study: optuna.Study) -> None:
     page = render_report(study, record)
-    assert not re.search(r"<(script|link|img)[^>]+(src|href)=", page)
+    assert not re.search(r'<(script|link|img)[^>]+(src|href)=(?!"data:)', page)
     titles = ("Held-out loss of each trial", "Best so far", "optim.learning_rate")
     assert [title for title in titles if f"<h3>{title}" not in page] == []
     assert "each setting explains" in page

@@ -97,7 +97,7 @@ def test_trials_share_data_that_is_prepared_ahead(plan: MakePlan) -> None:
         ),
         (
             {"search": {"optim.weight_decay": {"log_uniform": [0.01, 0.1], "at_alpha": 32}}},
-            "at_alpha can only be used with optim.learning_rate",
+            "at_alpha belongs to optim.learning_rate",
         ),
         ({"trails": 3}, "trails: unknown key; did you mean 'trials'"),
         ({"time_budget": "soon"}, "time_budget"),
@@ -318,7 +318,7 @@ def test_a_guess_of_a_rate_is_the_recipes_rate(plan: MakePlan) -> None:
 
 def test_rates_at_an_alpha_need_an_adapter(plan: MakePlan) -> None:
     rate = {"optim.learning_rate": {"log_uniform": [1e-5, 1e-3], "at_alpha": 32}}
-    with pytest.raises(InputError, match=r"sweep.yaml:3.* needs a base recipe with an ada"):
+    with pytest.raises(InputError, match=r"sweep.yaml:3.* needs a base recipe with a section ad"):
         plan({"adapter": None}, search=rate)
     for key, text, kind in (("adapter.rank", "8", "a num"), ("adapter.rslora", "true", "true or")):
         with pytest.raises(InputError, match=rf"search.{key}: expected {kind}.*found '{text}'"):

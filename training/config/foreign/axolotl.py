@@ -199,7 +199,7 @@ AXOLOTL = Dialect(
         "nemo_gym_head_port nemo_gym_server_timeout nemo_gym_verify_timeout nemo_gym_run_timeout "
         "nemo_gym_datasets nemo_gym_auto_start nemo_gym_model_name nemo_gym_multi_turn "
         "nemo_gym_max_turns": "rewards from NeMo Gym's environments; finray has functions",
-        "trainer_cls": "a trainer of yours",
+        "trainer_cls": "your own trainer",
         "dynamic_checkpoint": "saving on a signal; finray saves when it is stopped (Ctrl-C)",
         "balance_labels label_balance_window_optim_steps": (
             "the order of the rows by their labels; finray shuffles them by its seed"
@@ -237,7 +237,7 @@ AXOLOTL = Dialect(
         "shuffle_merged_datasets shuffle_before_merging_datasets streaming "
         "streaming_multipack_buffer_size preprocess_iterable is_preprocess skip_prepare "
         "num_dataset_shards_to_save save_first_step": (
-            "where prepared data is kept; finray keeps it in the storage, and prepares it anew "
+            "where prepared data is kept; finray keeps it in the storage, and prepares it again "
             "when something of it changes"
         ),
         "eval_batch_size eval_sequence_len": (

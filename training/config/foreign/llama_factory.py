@@ -84,7 +84,7 @@ LLAMA_FACTORY = Dialect(
         "video_resolution": "images, videos and sounds; finray trains text alone",
         "overwrite_cache tokenized_path streaming buffer_size cache_dir data_shared_file_system "
         "ignore_pad_token_for_loss reserved_label_len": (
-            "where prepared data is kept; finray keeps it in the storage, and prepares it anew "
+            "where prepared data is kept; finray keeps it in the storage, and prepares it again "
             "when something of it changes"
         ),
         "mix_strategy interleave_probs": (

@@ -49,7 +49,7 @@ LLAMA_FACTORY_V1 = Dialect(
         "save_epochs": "saving by passes; finray counts steps, and saves at the end",
         "save_ckpt_as_hf": "what a checkpoint is; finray writes whole ones",
         "resume_from_checkpoint": (
-            "going on after a stop; the same command continues a run, --fresh begins anew"
+            "going on after a stop; the same command continues a run, --fresh starts over"
         ),
     },
     frozenset(

@@ -95,8 +95,10 @@ def marks_in(keys: Iterable[str]) -> dict[str, list[str]]:
     of_v1 = [key for key in present if key in LLAMA_FACTORY_V1.marks]
     if len(of_v1) > 1:  # it shares names with the others
         return {LLAMA_FACTORY_V1.name: of_v1}
-    found = {dialect.name: [key for key in present if key in dialect.marks] for dialect in DIALECTS}
-    return {name: marks for name, marks in found.items() if marks}
+    marks_of = {
+        dialect.name: [key for key in present if key in dialect.marks] for dialect in DIALECTS
+    }
+    return {name: marks for name, marks in marks_of.items() if marks}
 
 
 def dialect_of(name: str) -> Dialect:
@@ -114,5 +116,5 @@ def whole_file(values: Mapping[str, Any], own: Iterable[str]) -> dict[str, list[
     marks = marks_in(values)
     if LLAMA_FACTORY_V1.name not in marks and any(name in values for name in own):
         return {}
-    known = [key for key in values if foreign_key(key) is not None]
-    return marks if len(known) >= 3 else {}
+    foreign = [key for key in values if foreign_key(key) is not None]
+    return marks if len(foreign) >= 3 else {}

@@ -60,7 +60,7 @@ LEFT = {
     ),
     "overwrite_output_dir resume_from_checkpoint ignore_data_skip "
     "restore_callback_states_from_checkpoint": (
-        "going on after a stop; the same command continues a run, --fresh begins anew"
+        "going on after a stop; the same command continues a run, --fresh starts over"
     ),
     "do_train do_eval do_predict": "what the script does; finray trains, and measures at the end",
     "push_to_hub hub_model_id hub_strategy hub_token hub_private_repo hub_always_push hub_revision "

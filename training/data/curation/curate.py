@@ -49,7 +49,7 @@ class Curated:
     """Rows that went through all stages."""
 
     folder: Folder
-    """Of all stages."""
+    """Folder that holds one folder per stage."""
     rows: str
     """Key of the stage that wrote the rows' content."""
     left: str
@@ -60,7 +60,7 @@ class Curated:
     counts: tuple[Counts, ...]
     """What the first stage counted of each chunk: its rows and lines."""
     funnel: tuple[dict[str, Any], ...]
-    """What each stage took, and samples of it."""
+    """What each stage dropped, and samples of it."""
     bad: tuple[dict[str, Any], ...]
     """file, line, reason and row of rows that cannot be used."""
     left_rows: tuple[int, ...]
@@ -332,7 +332,7 @@ class _Curation:
                     lines += [f"  {bad['file']}:{bad['line']}: {bad['reason']}" for bad in first]
                 raise InputError(
                     f"{stage.setting}: {stage.kind} leaves no row to train on; change it, or add "
-                    "data. What each stage took:\n" + "\n".join(f"  {line}" for line in lines)
+                    "data. What each stage dropped:\n" + "\n".join(f"  {line}" for line in lines)
                 )
 
     def _lines_before(self) -> list[int]:

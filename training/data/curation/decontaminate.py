@@ -126,7 +126,7 @@ def reference_of(parts: Iterable[References], setting: str, most_bad: float) -> 
         first = "\n".join(f"  {each}" for each in bad[:_SHOWN])
         raise InputError(
             f"{setting}: data.max_bad_rows allows {most_bad:.1%}, and {len(bad)} of {rows} rows to "
-            f"compare with cannot be read; mend them, or raise the limit. The first ones:\n{first}"
+            f"compare with cannot be read; correct them, or raise the limit. First:\n{first}"
         )
     if not any(len(part.runs) for part in parts):
         raise InputError(
@@ -156,8 +156,10 @@ def _hits(texts: Sequence[str], ngram: int, reference: Hashes) -> Iterator[bool]
     runs = word_runs(texts, ngram)
     places = np.searchsorted(reference, runs.hashes)
     places[places == len(reference)] = 0
-    found = reference[places] == runs.hashes if len(reference) else np.zeros(len(places), np.bool_)
-    counts = np.concatenate(([0], np.cumsum(found)))
+    is_shared = (
+        reference[places] == runs.hashes if len(reference) else np.zeros(len(places), np.bool_)
+    )
+    counts = np.concatenate(([0], np.cumsum(is_shared)))
     return iter((counts[runs.offsets[1:]] > counts[runs.offsets[:-1]]).tolist())
 
 

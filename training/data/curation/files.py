@@ -200,7 +200,7 @@ class StageRows:
     """Where the rows of a chunk are, after a stage."""
 
     folder: Folder
-    """Of all stages."""
+    """Folder that holds one folder per stage."""
     chunk: int
     rows: str
     """Key of the stage that wrote them."""

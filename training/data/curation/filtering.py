@@ -21,7 +21,7 @@ _REPETITIVE = Outcome(dropped="repeats itself")
 
 
 def filter_rows(settings: FilterStage, context: StageContext) -> Apply:
-    """The stage at work."""
+    """Make the stage `filter`: rows that are too short or repetitive are dropped."""
 
     def apply(items: Sequence[Item]) -> list[Outcome]:
         texts = [item.texts for item in items]

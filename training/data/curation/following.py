@@ -1,4 +1,4 @@
-"""Follows single rows through the stages of a recipe, to say which one takes them."""
+"""Follows single rows through the stages of a recipe, to say which one drops them."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -31,9 +31,9 @@ class Followed:
     row: Row | BadRow
     """As the last stage leaves it."""
     facts: tuple[str, ...] = ()
-    """What stages do with it, but for taking it."""
-    taken: str = ""
-    """Which stage takes it, and why."""
+    """What stages do with it, but for dropping it."""
+    dropped: str = ""
+    """Which stage drops it, and why."""
 
 
 class Stages:
@@ -75,7 +75,7 @@ class Stages:
                 if may_be_foreign(chunk.chunk, chunk.changes):
                     item = item.as_json(chunk.reading)
             except RowError as error:
-                yield Followed(place, row, taken=f"not usable: {error}")
+                yield Followed(place, row, dropped=f"not usable: {error}")
                 continue
             yield self._follow(item, chunk, place)
 
@@ -91,24 +91,24 @@ class Stages:
                 outcome = ROW_STAGES[stage.kind](stage.settings, context)([item])[0]
                 if (why := outcome.dropped or outcome.bad) is not None:
                     why += f" ({outcome.language})" if outcome.language else ""
-                    return Followed(place, item.row, tuple(facts), f"taken by {name}: {why}")
+                    return Followed(place, item.row, tuple(facts), f"dropped by {name}: {why}")
                 if outcome.row is not None:
                     facts.append(f"changed by {name}")
                     try:
                         item = item.with_row(outcome.row, chunk.reading)
                     except RowError as error:
                         return Followed(
-                            place, outcome.row, tuple(facts), f"taken by {name}: {error}"
+                            place, outcome.row, tuple(facts), f"dropped by {name}: {error}"
                         )
             elif stage.kind != READ:
                 fact, why = self._among_all(stage, chunk.number, item.index)
                 facts += [fact] if fact else []
                 if why:
-                    return Followed(place, item.row, tuple(facts), f"taken by {name}: {why}")
+                    return Followed(place, item.row, tuple(facts), f"dropped by {name}: {why}")
         return Followed(place, item.row, tuple(facts))
 
     def _among_all(self, stage: PlannedStage, chunk: int, index: int) -> tuple[str, str]:
-        """(fact, why it is taken) of a row in a finished stage that compares all rows."""
+        """(fact, why it is dropped) of a row in a finished stage that compares all rows."""
         folder = self._folder / stage.key
         if stage.kind == HOLDOUT:
             return ("held out" if held_in(folder, chunk).get(index) else ""), ""

@@ -1,4 +1,4 @@
-"""What stages took, and why: the funnel from rows that are read to rows that are tokenised."""
+"""What stages drop, and why: the funnel from rows that are read to rows that are tokenised."""
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -10,7 +10,7 @@ from ...common import formatting
 BAD_ROW, LEFT_OUT = "bad_row", "left_out"
 """Why a row is dropped that cannot be used, or for which the source's function returns None."""
 SAMPLES = 5
-"""Rows that are shown of what a stage took."""
+"""Rows that are shown of what a stage dropped."""
 _LANGUAGES = 12
 """Languages that are named; the rows of the others are added up."""
 MOST_BAD_OF_CHUNK = 1000
@@ -31,7 +31,7 @@ class Counts:
     """Of the texts that are compared, of rows that can be used."""
     characters_out: int = 0
     dropped: Counter[str] = field(default_factory=Counter)
-    """Rows by the reason."""
+    """Number of dropped rows by the reason."""
     bad: list[dict[str, Any]] = field(default_factory=list)
     """line, reason and row of rows that cannot be used."""
     languages_in: Counter[str] = field(default_factory=Counter)
@@ -92,7 +92,7 @@ def describe_funnel(funnel: Iterable[Mapping[str, Any]]) -> list[str]:
 
 
 def funnel_facts(funnel: Iterable[Mapping[str, Any]]) -> list[tuple[str, str]]:
-    """(label, text) pairs: each stage, and a row that it took."""
+    """(label, text) pairs: each stage, and a row that it dropped."""
     facts = []
     for stage in funnel:
         name, _, text = _line(stage).partition(": ")
@@ -152,7 +152,7 @@ def describe_languages(stage: Mapping[str, Any]) -> list[str]:
 
 
 def describe_samples(stage: Mapping[str, Any]) -> Sequence[str]:
-    """A line for each row that is shown of what a stage took."""
+    """A line for each row that is shown of what a stage dropped."""
     return [
         f"{sample['place']}: {sample['reason']}: {formatting.one_line(sample['text'])}"
         for sample in stage["samples"]

@@ -55,7 +55,7 @@ class StageChunk:
     rows: StageRows
     reading: Reading
     left: int
-    """Number of its rows."""
+    """Number of the chunk's rows that are left."""
     characters: int
 
 
@@ -222,15 +222,15 @@ def find_links(
         *(MatchItem(_parts(of_same, n), True) for n in range(partitions)),
         *(MatchItem(_parts(of_bands, n), False) for n in range(partitions) if near is not None),
     ]
-    found: list[Pairs] = []
+    proposed: list[Pairs] = []
     for match, pairs in zip(matches, run_tasks(MatchTask(work), matches), strict=True):
         if match.are_same:
             unite(roots, pairs)
             repeats[pairs[:, 1]] = True
         else:
-            found.append(pairs)
+            proposed.append(pairs)
     linked = np.zeros((0, 2), np.int64)
-    if near is not None and len(candidates := unique_pairs(found)):
+    if near is not None and len(candidates := unique_pairs(proposed)):
         linked = _verified(candidates, near, chunks, work, run_tasks)
         unite(roots, linked)
     settle(roots)

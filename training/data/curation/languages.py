@@ -41,7 +41,7 @@ def check_languages(recipe: Recipe) -> None:
 
 
 def language(settings: LanguageStage, _: StageContext) -> Apply:
-    """The stage at work."""
+    """Make the stage `language`; raises InputError if its package is not installed."""
     return by_language(settings, _detector())
 
 

@@ -305,7 +305,7 @@ class ScatterItem:
     places: Numbers
     """Their places among the rows that are left, once for each block, sorted by block."""
     blocks: Numbers
-    """The block of each."""
+    """Number of the block of each place."""
     first: int
 
 

@@ -15,7 +15,7 @@ _LINE_ENDS = re.compile(r"\r\n?")
 
 
 def normalise(settings: NormaliseStage, _: StageContext) -> Apply:
-    """The stage at work."""
+    """Make the stage `normalise`, which rewrites the texts of a row."""
     change = partial(normal_form, form=settings.unicode)
 
     def apply(items: Sequence[Item]) -> list[Outcome]:

@@ -31,12 +31,12 @@ _WHOLE = re.compile(r"(-?\d+)\.0+", re.ASCII)
 _FOREIGN = ("parquet", "arrow")
 """Files whose values may be other than those of JSON."""
 UNUSABLE = "not usable after it"
-"""Why a row is dropped from which a stage took what the method needs."""
+"""Why a row is dropped from which a stage removed what the method needs."""
 
 
 @dataclass(frozen=True)
 class Step:
-    """A stage of a pass."""
+    """One stage of a pass, and the folder that it writes to."""
 
     key: str
     """Name of its folder."""
@@ -65,7 +65,7 @@ class PassTask:
     """Takes a chunk through neighbouring stages."""
 
     folder: Folder
-    """Of all stages."""
+    """Folder that holds one folder per stage."""
     steps: tuple[Step, ...]
     render: RenderSettings
     max_row_bytes: int
@@ -148,7 +148,7 @@ def group_of(name: str | None, original: Row | BadRow, row: Row) -> str | None:
 
 
 def _is_missing(value: object) -> bool:
-    """True also for what a table of pandas has in the place of a missing number, and CSV of all."""
+    """True also for what a table of pandas has in place of a missing number, and CSV of all."""
     return value is None or value == "" or (isinstance(value, float) and math.isnan(value))
 
 

@@ -52,7 +52,7 @@ def report_of(
             first = "\n".join(f"  {e['file']}:{e['line']}: {e['reason']}" for e in bad[:_SHOWN])
             raise InputError(
                 f"data.max_bad_rows allows {recipe.data.max_bad_rows:.1%}, and {count} of {rows} "
-                f"rows cannot be used; mend them, or raise the limit. The first ones:\n{first}"
+                f"rows cannot be used; correct them, or raise the limit. The first ones:\n{first}"
             )
 
     data = identified_data(recipe)

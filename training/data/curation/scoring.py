@@ -56,7 +56,7 @@ class Scores:
 
 @dataclass(frozen=True)
 class Cut:
-    """The lowest row that stays."""
+    """The border below which rows are dropped: a score, and an order of rows that have it."""
 
     score: float
     content: int = 2**64 - 1

@@ -141,7 +141,7 @@ def _borders_of_utf8(content: NDArray[np.uint8]) -> tuple[Offsets, Offsets]:
 
 
 def _without_signs(content: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """UTF-8 with spaces in the place of signs: U+0080 to U+00BF and U+2000 to U+2FFF."""
+    """UTF-8 with spaces in place of signs: U+0080 to U+00BF and U+2000 to U+2FFF."""
     content = content.copy()
     for lead, length in ((0xC2, 2), (0xE2, 3)):
         places = np.flatnonzero(content == lead)

@@ -36,7 +36,7 @@ class Classifier:
     model: Any
     """On the device where it computes."""
     tokenizer: Any
-    """Its own."""
+    """The classifier's own tokenizer."""
     column: int
     """Index of the logit."""
     where: str

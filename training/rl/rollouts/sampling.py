@@ -18,7 +18,7 @@ class SamplingSettings(Protocol):
 
     @property
     def temperature(self) -> float:
-        """Above 0."""
+        """Divides the logits; above 0."""
 
     @property
     def top_k(self) -> int:

@@ -49,7 +49,7 @@ class EngineSettings:
     rank: int | None
     """Largest rank of an adapter; None for no adapter."""
     share: float
-    """Of the device's memory, 0 to 1."""
+    """Share of the device's memory, 0 to 1."""
     seed: int = 0
 
 
