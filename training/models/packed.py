@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_map_only
 
 Scheme = Literal["nf4", "int8"]
 _MOST = 2**30
-"""Values that a kernel of bitsandbytes gets: it counts them in 32 bits, and does not notice more."""
+"""Values that a kernel of bitsandbytes gets: it counts them in 32 bits, and notices no overflow."""
 _SCALE = 1 / 127
 
 aten = torch.ops.aten
@@ -100,7 +100,7 @@ class PackedParts:
     def values(self, dtype: torch.dtype) -> torch.Tensor:
         """All values, in the weight's shape."""
         values = torch.empty(self.shape, dtype=dtype, device=self.codes.device)
-        for part, place in zip(self.parts, values.split(self.sizes), strict=True):
+        for part, place in zip(self.parts, torch.split(values, self.sizes), strict=True):
             place.copy_(part.values(dtype))
         return values
 
@@ -117,7 +117,7 @@ def packed(weight: torch.Tensor, scheme: Scheme) -> Packed:
     """Quantise a weight of any size."""
     if weight.numel() <= _MOST:
         return SCHEMES[scheme].of(weight)
-    parts = weight.split(max(1, _MOST // weight[0].numel()))
+    parts = torch.split(weight, max(1, _MOST // weight[0].numel()))
     of_parts = [SCHEMES[scheme].of(part) for part in parts]
     return PackedParts(of_parts, [len(part) for part in parts], weight.shape)
 
