@@ -270,16 +270,19 @@ def speed2k(session: Session) -> dict[str, Any]:
 
 
 def same(session: Session) -> dict[str, Any]:
-    """float32 twice on the GPU, and on the CPU: how far the losses are apart."""
+    """float32 on the GPU and on the CPU: how far the losses are apart. Twice with `deterministic`,
+    in the GPU's own type: they must be equal."""
     recipe = session.sft("qwen3-0.6b", 256, 2, 60)
-    recipe["model"] = {"base": str(QUICK / "base"), "dtype": "float32"}
-    first, second = session.train("same-a", recipe), session.train("same-b", recipe)
-    cpu = session.train("same-cpu", recipe, hidden=True)
-    pairs = zip(first.get("losses", ()), cpu.get("losses", ()), strict=False)
+    wide = {**recipe, "model": {"base": str(QUICK / "base"), "dtype": "float32"}}
+    gpu, cpu = session.train("same-gpu", wide), session.train("same-cpu", wide, hidden=True)
+    fixed = {**recipe, "model": {"base": str(QUICK / "base")}, "deterministic": True}
+    first, second = session.train("same-a", fixed), session.train("same-b", fixed)
+    pairs = zip(gpu.get("losses", ()), cpu.get("losses", ()), strict=False)
     return {
         "twice_equal": first.get("losses") == second.get("losses"),
         "largest_difference_from_cpu": max((abs(a - b) for a, b in pairs), default=None),
-        "rc": [first["rc"], second["rc"], cpu["rc"]],
+        "rc": [run["rc"] for run in (gpu, cpu, first, second)],
+        "tails": [run["tail"] for run in (gpu, cpu, first, second) if "tail" in run],
     }
 
 
@@ -360,10 +363,13 @@ def _recipe_of(run: Path) -> Any:
     from finray.training.config.recipe import load_recipe
 
     recipe = load_recipe(run / "recipe.yaml")
-    decided = json.loads((run / "run.json").read_text("utf-8")).get("decided")
-    if not decided:
-        return recipe
-    return recipe.with_placement(decided["micro_batch_size"], decided["gradient_checkpointing"])
+    record = json.loads((run / "run.json").read_text("utf-8"))
+    if decided := record.get("decided"):
+        rows, checkpoints = decided["micro_batch_size"], decided["gradient_checkpointing"]
+        recipe = recipe.with_placement(rows, checkpoints)
+    if halved := record.get("micro_batch_size"):  # out of memory
+        recipe = recipe.with_placement(halved, recipe.model.checkpoints)
+    return recipe
 
 
 def _estimate(recipe: Any, seen: dict[str, Any], card: Any) -> dict[str, Any]:
@@ -390,13 +396,14 @@ def _card(dry: bool) -> Any:
     """The card of the plan's table that this GPU is; None if there is none."""
     import torch
 
-    from finray.cluster.cards import CARDS
+    from finray.cluster.cards import CARDS, parse_gpus
+    from finray.training.common.errors import InputError
 
     if not torch.cuda.is_available():
         return CARDS["l4"] if dry else None
-    name = re.sub(r"[^a-z0-9]", "", torch.cuda.get_device_name().lower())
-    names = sorted(CARDS, key=len, reverse=True)  # l40s before l4
-    return next((CARDS[one] for one in names if one.replace("-", "") in name), None)
+    with suppress(InputError):
+        return parse_gpus(torch.cuda.get_device_name())[0]
+    return None
 
 
 def _with_utilisation(session: Session, name: str, seen: dict[str, Any]) -> dict[str, Any]:
