@@ -38,6 +38,14 @@ from finray.training.records.run_folder import RUN_FORMAT
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 
 TOKENS = 48
+LATENT = {
+    "head_dim": 8,
+    "kv_lora_rank": 16,
+    "q_lora_rank": 16,
+    "qk_rope_head_dim": 8,
+    "qk_nope_head_dim": 8,
+    "v_head_dim": 16,
+}
 SMALL: dict[str, Any] = {
     "vocab_size": 64,
     "hidden_size": 48,
@@ -446,13 +454,15 @@ def test_scores_of_packed_rows_are_those_of_their_documents(kind: str, tmp_path:
         ("gemma3_text", {"sliding_window": 16, "num_hidden_layers": 7}),
         ("lfm2", {"num_hidden_layers": 3, "full_attn_idxs": [1]}),
         ("qwen3_next", {"num_experts": 0, "num_hidden_layers": 4}),
+        ("deepseek_v3", {**LATENT, "num_key_value_heads": 4, "first_k_dense_replace": 2}),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_a_cache_holds_what_generation_keeps(
     tmp_path: Path, kind: str, config: dict[str, Any]
 ) -> None:
-    """Of windows no more than they are long, of convolutions and recurrences nothing."""
+    """Of windows no more than they are long, of convolutions and recurrences nothing, of latent
+    attention what it keeps before it expands that."""
     from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
     from transformers.cache_utils import DynamicLayer
 
@@ -467,11 +477,28 @@ def test_a_cache_holds_what_generation_keeps(
     sizes = sizes_of(recipe(tmp_path, **LORA))
     assert len(sizes.cached) == len(held)
     windows = sum(window is not None for window in sizes.cached)
-    one_token = 2 * sizes.keys * 4
+    one_token = sizes.cached_values * 4
+    assert bool(sizes.expanded) == (kind == "deepseek_v3")
     # transformers keeps a token less than a window.
     assert cache_bytes(sizes, "float32", TOKENS) - windows * one_token == sum(
         layer.keys.nbytes + layer.values.nbytes for layer in held
     )
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_embedding_and_head_that_are_one_matrix_count_once(tmp_path: Path, tied: bool) -> None:
+    """Sharded, they are whole on each GPU, and so are their gradients."""
+    from transformers import AutoConfig
+
+    shapes = {**SMALL, "vocab_size": 4096, "tie_word_embeddings": tied}
+    AutoConfig.for_model("llama", **shapes).save_pretrained(tmp_path)
+    settings = recipe(tmp_path, scale={"workers": 2, "strategy": "fsdp"})
+    sizes = sizes_of(settings)
+    assert sizes.outside == (1 if tied else 2) * 4096 * SMALL["hidden_size"]
+    layer = (sizes.trained - sizes.outside) / SMALL["num_hidden_layers"]
+    memory = estimate(settings, sizes)
+    gathered = sizes.outside * 2 + 2 * layer * 2 + layer * 6
+    assert memory.weights == pytest.approx(2 * sizes.trained + gathered, rel=0.01)
 
 
 def test_frozen_layers_have_a_cache(bases: dict[int, Path]) -> None:
@@ -596,20 +623,20 @@ def test_the_shards_of_a_known_model(quantize: str) -> None:
     )
     memory = estimate(settings, LLAMA_8B_FULL if is_full else LLAMA_8B)
     outside, layer, adapter = 2 * 128_256 * 4096, 218_112_000, 41_943_040
-    bytes_of_layer = {"none": 2, "nf4": 0.516, "full": 2}[quantize] * layer
-    base = {"none": 2 * 32 * layer, "nf4": 0.516 * 32 * layer, "full": 4 * 32 * layer}[quantize]
+    bytes_of_layer = {"none": 2, "nf4": 0.5, "full": 2}[quantize] * layer
+    base = {"none": 2 * 32 * layer, "nf4": 0.5 * 32 * layer, "full": 4 * 32 * layer}[quantize]
     base += outside * (4 if is_full else 2)
     trained = 0 if is_full else 2 * adapter
     # A layer's gradients, in bfloat16 and in float32; or the sums of all of an adapter's.
     gradients = 6 * layer if is_full else 4 * adapter
-    gathered = 2 * outside + 2 * bytes_of_layer + gradients
+    scales = 0.016 * 32 * layer if quantize == "nf4" else 0  # whole on each
+    gathered = 2 * outside + 2 * bytes_of_layer + gradients + scales
     assert memory.weights == pytest.approx((base + trained) / WORKERS + gathered, rel=3e-3)
     states = 12 * (32 * layer + outside) if is_full else (2 + 8 + 8) * adapter
     assert memory.training == pytest.approx(states / WORKERS, rel=3e-3)
-    # A quantised base is whole on each GPU before it is cut up.
-    largest = 2 * 4096 * 14336
-    loaded = base + trained + largest if quantize == "nf4" else memory.weights
-    assert memory.phases["loading"] == pytest.approx(loaded + 2**29, rel=3e-3)
+    # Each GPU gets its shards alone, of a quantised base too.
+    largest = 2 * 4096 * 14336 if quantize == "nf4" else 0
+    assert memory.phases["loading"] == memory.weights + largest + 2**29
 
 
 def test_the_root_of_shards_holds_its_gradients_to_the_end() -> None:
