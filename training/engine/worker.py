@@ -554,7 +554,7 @@ class TrainingWorker:
         step = self.progress.step
         if self.completions is None or self.completions[0] != step:
             self._begin("evaluation", step)
-            with self.trainer.compute_loss_context_manager():
+            with self.trainer.in_compute_type():
                 completions = generate_completions(
                     self.model,
                     self.tokenizer,
