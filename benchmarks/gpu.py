@@ -234,9 +234,9 @@ def machine(session: Session) -> dict[str, Any]:
 
     seen: dict[str, Any] = {"torch": torch.__version__, "python": sys.version.split()[0]}
     if torch.cuda.is_available():
-        left, right = (
-            torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2)
-        )
+        has_bfloat16 = torch.cuda.is_bf16_supported(including_emulation=False)
+        dtype = torch.bfloat16 if has_bfloat16 else torch.float16
+        left, right = (torch.randn(8192, 8192, device="cuda", dtype=dtype) for _ in range(2))
         torch.mm(left, right)
         torch.cuda.synchronize()
         begun = time.monotonic()
@@ -246,7 +246,7 @@ def machine(session: Session) -> dict[str, Any]:
         tflops = 10 * 2 * 8192**3 / (time.monotonic() - begun) / 1e12
         del left, right
         torch.cuda.empty_cache()
-        seen |= {"gpu": torch.cuda.get_device_name(), "bf16_tflops": round(tflops)}
+        seen |= {"gpu": torch.cuda.get_device_name(), "tflops_of_16_bits": round(tflops)}
     return seen
 
 
@@ -379,7 +379,8 @@ def _estimate(recipe: Any, seen: dict[str, Any], card: Any) -> dict[str, Any]:
     from finray.training.models.speed import Device, seconds_per_step
 
     sizes, peak = sizes_of(recipe), seen.get("peak_gib")
-    own = (estimate(recipe, sizes).peak - CONTEXT_BYTES) / 2**30
+    memory = estimate(recipe, sizes, seen.get("dtype"), seen.get("device", "cuda"))
+    own = (memory.peak - CONTEXT_BYTES) / 2**30
     result = {"estimated": round(own, 3), "seen": peak}
     if peak:
         result["error"] = round(own / peak - 1, 4)
@@ -416,7 +417,7 @@ def _with_utilisation(session: Session, name: str, seen: dict[str, Any]) -> dict
         return seen
     recipe = _recipe_of(run)
     flops = training_flops(recipe, sizes_of(recipe)) * seen["tokens_per_second"]
-    reached = machine(session).get("bf16_tflops")
+    reached = machine(session).get("tflops_of_16_bits")
     share = None if reached is None else round(flops / reached / 1e12, 3)
     return {**seen, "tflops": round(flops / 1e12, 3), "mfu_of_measured": share}
 

@@ -321,16 +321,23 @@ def estimate(
     )
 
 
-def attention_of(recipe: Recipe) -> Attention:
+def attention_of(recipe: Recipe, compute: DtypeName = "bfloat16", kind: str = "cuda") -> Attention:
     """What attention keeps as the recipe runs.
 
     Packed rows get a dense mask with sdpa, and where the rehearsal shows that the model's attention
-    cannot be computed by documents. Other rows are padded then.
+    cannot be computed by documents. Other rows are padded then. A kernel takes the borders of
+    documents on a CPU and, in 16 bits, on GPUs that have bfloat16.
+
+    Args:
+        recipe: the run's recipe.
+        compute: type that the model computes in.
+        kind: of the device: cpu, cuda, …
     """
     if recipe.model.attention == "eager":
         return "eager"
     if recipe.is_flat and recipe.model.attention != "sdpa":
-        return "borders"
+        by_kernel = kind == "cpu" or (kind == "cuda" and compute == "bfloat16")
+        return "borders" if by_kernel else "groups"
     return "dense" if recipe.packs else "plain"
 
 
@@ -444,11 +451,10 @@ def _step_activations(recipe: Recipe, sizes: Sizes, compute: DtypeName, device: 
         kind = "autocast"
     held = None
     if sizes.can_be_followed:
-        held = _followed(recipe, rows, compute, compute if gathers_low else trained)
+        held = _followed(recipe, rows, compute, compute if gathers_low else trained, device)
     if held is None:
-        copies = 2 * sizes.cast if kind == "autocast" and not gathers_low else 0
-        held = _of_a_llama(recipe, sizes, tokens, compute, kind)
-        held = held._replace(always=held.always + copies)
+        held = _of_a_llama(recipe, sizes, tokens, compute, kind, device)
+        held = held._replace(always=held.always + _copies(recipe, sizes, compute))
     logits = _logits_bytes(recipe, sizes, compute, device, tokens)
     # Gradients inside a layer exist when those of the logits are gone.
     backward = _BACKWARD * tokens * sizes.inner * _width(compute)
@@ -457,20 +463,28 @@ def _step_activations(recipe: Recipe, sizes: Sizes, compute: DtypeName, device: 
     return held.always + held.layers + max(logits, backward, held.passing)
 
 
+def _copies(recipe: Recipe, sizes: Sizes, compute: DtypeName) -> int:
+    """Bytes of autocast's copies of trained weights."""
+    casts = compute != "float32" and _trained_width(recipe, compute) == 4
+    return 2 * sizes.cast if casts and not _gathers_low(recipe) else 0
+
+
 def _gathers_low(recipe: Recipe) -> bool:
     """True if FSDP gathers trained weights in the compute type, so that autocast copies nothing."""
     return recipe.scale.strategy == "fsdp" and not recipe.trains_adapter
 
 
-def _followed(recipe: Recipe, rows: float, compute: DtypeName, trained: DtypeName) -> _Held | None:
+def _followed(
+    recipe: Recipe, rows: float, compute: DtypeName, trained: DtypeName, device: str
+) -> _Held | None:
     """Bytes by the model's own forward pass; None where it cannot be followed.
 
     All but copies of weights is as many times as much as there are rows of full length. A row whose
     documents are computed one at a time counts as so many documents of the longest's length as
     fill it.
     """
-    attention, tokens = attention_of(recipe), recipe.data.max_length
-    size = recipe.longest_document if attention == "borders" else tokens
+    attention, tokens = attention_of(recipe, compute, device), recipe.data.max_length
+    size = recipe.longest_document if attention in ("borders", "groups") else tokens
 
     def held(kept: Kept) -> _Held:
         count = len(kept.layers)  # the last one's output stays, too
@@ -486,16 +500,23 @@ def _followed(recipe: Recipe, rows: float, compute: DtypeName, trained: DtypeNam
 
 
 def _of_a_llama(
-    recipe: Recipe, sizes: Sizes, tokens: int, compute: DtypeName, kind: _Compute
+    recipe: Recipe,
+    sizes: Sizes,
+    tokens: int,
+    compute: DtypeName,
+    kind: _Compute,
+    device: str,
 ) -> _Held:
     """Bytes that the layers of a Llama of these sizes keep."""
     dropout = recipe.adapter is not None and recipe.adapter.dropout > 0
     table = _WHOLE if not recipe.trains_adapter else _ADAPTER_DROPOUT if dropout else _ADAPTER
     layer = tokens * _layer_activations(table[kind], sizes)
-    attention, width = attention_of(recipe), _width(compute)
+    attention, width = attention_of(recipe, compute, device), _width(compute)
+    expanded = 2 * (sizes.queries - sizes.keys)
     if attention == "dense":  # the mask, and keys and values of all heads
-        expanded = 2 * (sizes.queries - sizes.keys)
         layer += tokens * (recipe.data.max_length + expanded) * width
+    elif attention == "groups":
+        layer += tokens * (expanded + sizes.queries) * width
     elif attention == "eager":  # scores, and their softmax in float32
         layer += tokens * recipe.data.max_length * sizes.heads * (width + 4)
     sums = sizes.added * width
@@ -556,7 +577,8 @@ def completions_at_once(recipe: Recipe) -> int:
 def _generated(recipe: Recipe, sizes: Sizes, compute: DtypeName, answers: int) -> int:
     """Bytes of the cache, and of the last tokens' logits and probabilities in float64."""
     of_one = _generating(sizes, compute, recipe.data.max_length)
-    return answers * (of_one + sizes.vocabulary * _SAMPLED_LOGIT)
+    copies = _copies(recipe, sizes, compute) if answers else 0
+    return copies + answers * (of_one + sizes.vocabulary * _SAMPLED_LOGIT)
 
 
 def _evaluation(recipe: Recipe, sizes: Sizes, compute: DtypeName, kind: str) -> int:
@@ -569,7 +591,8 @@ def _evaluation(recipe: Recipe, sizes: Sizes, compute: DtypeName, kind: str) -> 
     generated = answers * (_generating(sizes, compute, tokens) + sizes.vocabulary * 4)
     rows = recipe.microbatch * recipe.tokens_per_row  # held-out data fills them in any case
     measured = max(rows, recipe.optim.micro_batch_tokens or 0)
-    return max(generated, _logits_bytes(recipe, sizes, compute, kind, measured, trains=False))
+    loss = _logits_bytes(recipe, sizes, compute, kind, measured, trains=False)
+    return max(generated, loss) + _copies(recipe, sizes, compute)
 
 
 def vllm_bytes(recipe: Recipe, sizes: Sizes, compute: DtypeName) -> tuple[int, int]:

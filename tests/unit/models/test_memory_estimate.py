@@ -157,8 +157,8 @@ def bytes_kept(
 
 
 def estimated_bytes(settings: Recipe) -> int:
-    """Bytes of a microbatch's activations and logits."""
-    return estimate(settings, sizes_of(settings)).activations
+    """Bytes of a microbatch's activations and logits on a CPU."""
+    return estimate(settings, sizes_of(settings), kind="cpu").activations
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -333,6 +333,34 @@ def test_documents_keep_what_is_followed(tmp_path: Path, kind: str) -> None:
     kept = kept_by(settings, TOKENS, "bfloat16", "bfloat16", "borders")
     documents = Documents.of(np.full(3, TOKENS // 3, np.int32))
     assert kept is not None and kept[0].whole == bytes_kept(settings, documents=documents)
+
+
+def test_documents_without_a_kernel_keep_copies(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a T4: their result in two orders, and with fewer heads of keys those of all heads."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.for_model("llama", **{**SMALL, "num_key_value_heads": 4})
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    settings = recipe(tmp_path, **LORA, model={"dtype": "bfloat16"}, packing=True)
+    assert attention_of(settings, "float16") == attention_of(settings, "float32") == "groups"
+    assert attention_of(settings, "float32", "cpu") == attention_of(settings) == "borders"
+    kept = kept_by(settings, TOKENS, "bfloat16", "bfloat16", "groups")
+    monkeypatch.setattr("finray.training.models.attention._fits_cpu", lambda *_: False)
+    documents = Documents.of(np.full(3, TOKENS // 3, np.int32))
+    places = 17 * TOKENS  # in groups and back, for all layers
+    assert kept is not None and kept[0].whole + places == bytes_kept(settings, documents=documents)
+    fewer = {**SMALL, "num_key_value_heads": 1}
+    AutoConfig.for_model("llama", **fewer).save_pretrained(tmp_path / "fewer")
+    settings = recipe(tmp_path / "fewer", **LORA, model={"dtype": "bfloat16"}, packing=True)
+    every, own = (
+        kept_by(settings, TOKENS, "bfloat16", "bfloat16", way) for way in ("groups", "borders")
+    )
+    assert every is not None and own is not None
+    width, layers = SMALL["hidden_size"], SMALL["num_hidden_layers"]
+    copies = layers * TOKENS * (width + 2 * (width - width // 4)) * 2
+    assert every[0].whole - own[0].whole == copies
 
 
 def test_documents_that_the_rehearsal_masks_cost_a_mask(bases: dict[int, Path]) -> None:
