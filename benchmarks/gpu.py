@@ -234,9 +234,9 @@ def machine(session: Session) -> dict[str, Any]:
 
     seen: dict[str, Any] = {"torch": torch.__version__, "python": sys.version.split()[0]}
     if torch.cuda.is_available():
-        left, right = (
-            torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2)
-        )
+        has_bfloat16 = torch.cuda.is_bf16_supported(including_emulation=False)
+        dtype = torch.bfloat16 if has_bfloat16 else torch.float16
+        left, right = (torch.randn(8192, 8192, device="cuda", dtype=dtype) for _ in range(2))
         torch.mm(left, right)
         torch.cuda.synchronize()
         begun = time.monotonic()
@@ -246,7 +246,7 @@ def machine(session: Session) -> dict[str, Any]:
         tflops = 10 * 2 * 8192**3 / (time.monotonic() - begun) / 1e12
         del left, right
         torch.cuda.empty_cache()
-        seen |= {"gpu": torch.cuda.get_device_name(), "bf16_tflops": round(tflops)}
+        seen |= {"gpu": torch.cuda.get_device_name(), "tflops_of_16_bits": round(tflops)}
     return seen
 
 
@@ -270,16 +270,19 @@ def speed2k(session: Session) -> dict[str, Any]:
 
 
 def same(session: Session) -> dict[str, Any]:
-    """float32 twice on the GPU, and on the CPU: how far the losses are apart."""
+    """float32 on the GPU and on the CPU: how far the losses are apart. Twice with `deterministic`,
+    in the GPU's own type: they must be equal."""
     recipe = session.sft("qwen3-0.6b", 256, 2, 60)
-    recipe["model"] = {"base": str(QUICK / "base"), "dtype": "float32"}
-    first, second = session.train("same-a", recipe), session.train("same-b", recipe)
-    cpu = session.train("same-cpu", recipe, hidden=True)
-    pairs = zip(first.get("losses", ()), cpu.get("losses", ()), strict=False)
+    wide = {**recipe, "model": {"base": str(QUICK / "base"), "dtype": "float32"}}
+    gpu, cpu = session.train("same-gpu", wide), session.train("same-cpu", wide, hidden=True)
+    fixed = {**recipe, "model": {"base": str(QUICK / "base")}, "deterministic": True}
+    first, second = session.train("same-a", fixed), session.train("same-b", fixed)
+    pairs = zip(gpu.get("losses", ()), cpu.get("losses", ()), strict=False)
     return {
         "twice_equal": first.get("losses") == second.get("losses"),
         "largest_difference_from_cpu": max((abs(a - b) for a, b in pairs), default=None),
-        "rc": [first["rc"], second["rc"], cpu["rc"]],
+        "rc": [run["rc"] for run in (gpu, cpu, first, second)],
+        "tails": [run["tail"] for run in (gpu, cpu, first, second) if "tail" in run],
     }
 
 
@@ -360,10 +363,13 @@ def _recipe_of(run: Path) -> Any:
     from finray.training.config.recipe import load_recipe
 
     recipe = load_recipe(run / "recipe.yaml")
-    decided = json.loads((run / "run.json").read_text("utf-8")).get("decided")
-    if not decided:
-        return recipe
-    return recipe.with_placement(decided["micro_batch_size"], decided["gradient_checkpointing"])
+    record = json.loads((run / "run.json").read_text("utf-8"))
+    if decided := record.get("decided"):
+        rows, checkpoints = decided["micro_batch_size"], decided["gradient_checkpointing"]
+        recipe = recipe.with_placement(rows, checkpoints)
+    if halved := record.get("micro_batch_size"):  # out of memory
+        recipe = recipe.with_placement(halved, recipe.model.checkpoints)
+    return recipe
 
 
 def _estimate(recipe: Any, seen: dict[str, Any], card: Any) -> dict[str, Any]:
@@ -373,7 +379,8 @@ def _estimate(recipe: Any, seen: dict[str, Any], card: Any) -> dict[str, Any]:
     from finray.training.models.speed import Device, seconds_per_step
 
     sizes, peak = sizes_of(recipe), seen.get("peak_gib")
-    own = (estimate(recipe, sizes).peak - CONTEXT_BYTES) / 2**30
+    memory = estimate(recipe, sizes, seen.get("dtype"), seen.get("device", "cuda"))
+    own = (memory.peak - CONTEXT_BYTES) / 2**30
     result = {"estimated": round(own, 3), "seen": peak}
     if peak:
         result["error"] = round(own / peak - 1, 4)
@@ -390,13 +397,14 @@ def _card(dry: bool) -> Any:
     """The card of the plan's table that this GPU is; None if there is none."""
     import torch
 
-    from finray.cluster.cards import CARDS
+    from finray.cluster.cards import CARDS, parse_gpus
+    from finray.training.common.errors import InputError
 
     if not torch.cuda.is_available():
         return CARDS["l4"] if dry else None
-    name = re.sub(r"[^a-z0-9]", "", torch.cuda.get_device_name().lower())
-    names = sorted(CARDS, key=len, reverse=True)  # l40s before l4
-    return next((CARDS[one] for one in names if one.replace("-", "") in name), None)
+    with suppress(InputError):
+        return parse_gpus(torch.cuda.get_device_name())[0]
+    return None
 
 
 def _with_utilisation(session: Session, name: str, seen: dict[str, Any]) -> dict[str, Any]:
@@ -409,7 +417,7 @@ def _with_utilisation(session: Session, name: str, seen: dict[str, Any]) -> dict
         return seen
     recipe = _recipe_of(run)
     flops = training_flops(recipe, sizes_of(recipe)) * seen["tokens_per_second"]
-    reached = machine(session).get("bf16_tflops")
+    reached = machine(session).get("tflops_of_16_bits")
     share = None if reached is None else round(flops / reached / 1e12, 3)
     return {**seen, "tflops": round(flops / 1e12, 3), "mfu_of_measured": share}
 

@@ -30,6 +30,11 @@ class Card:
     has_bfloat16: bool = True
 
     @property
+    def gigabytes(self) -> int:
+        """Memory as its title has it."""
+        return int(self.title.split()[-2])
+
+    @property
     def bytes(self) -> int:
         """Memory in bytes."""
         return round(self.gib * 2**30)
@@ -44,18 +49,33 @@ CARDS = {
         Card("h200", "H200 141 GB", 139.8, 989, 4.8, 450),
         Card("b200", "B200 180 GB", 178.3, 2250, 7.7, 900),
         Card("l4", "L4 24 GB", 22.0, 121, 0.30, 16),
+        Card("l40", "L40 48 GB", 44.4, 181, 0.864, 32),
         Card("l40s", "L40S 48 GB", 44.4, 362, 0.864, 32),
+        Card("a10g", "A10G 24 GB", 22.0, 70, 0.60, 16),
+        Card("a40", "A40 48 GB", 44.4, 150, 0.696, 32),
+        Card("a6000", "RTX A6000 48 GB", 47.4, 155, 0.768, 32),
+        Card("rtx6000ada", "RTX 6000 Ada 48 GB", 47.4, 364, 0.96, 32),
+        Card("rtx3090", "RTX 3090 24 GB", 23.6, 71, 0.936, 16),
         Card("rtx4090", "RTX 4090 24 GB", 23.5, 165, 1.01, 16),
         Card("rtx5090", "RTX 5090 32 GB", 31.4, 210, 1.79, 32),
         Card("pro6000", "RTX PRO 6000 96 GB", 95.0, 503, 1.79, 32),
+        Card("v100-16", "V100 16 GB", 15.7, 125, 0.90, 150, has_bfloat16=False),
+        Card("v100", "V100 32 GB", 31.7, 125, 0.90, 150, has_bfloat16=False),
         Card("t4", "T4 16 GB", 14.6, 65, 0.32, 16, has_bfloat16=False),
     )
 }
-_OTHER_NAMES = {"a10080": "a100", "a10080gb": "a100", "a10040gb": "a100-40", "a10040": "a100-40"}
+_BESIDE = re.compile(
+    r"nvidia|tesla|geforce|quadro|sxm\d?|pcie|nvl|hbm\d?e?|blackwell|generation|edition|server|"
+    r"workstation"
+)
+"""Words that drivers write beside a card's name."""
+_SIZE = r"(\d+)(?:g|gb|gib)?"
+_LIKE = 0.1
+"""Two sizes of memory that differ by this share are one: of 80 GB a driver may call 81."""
 
 
 def parse_gpus(text: str) -> tuple[Card, int]:
-    """The card and the number of `h100`, `h100:8` or `rtx-4090:2`.
+    """The card and the number of `h100`, `h100:8`, `rtx-4090:2` or `NVIDIA A100-SXM4-80GB`.
 
     Raises:
         InputError: there is no such card, and the nearest is named; or no number behind the colon.
@@ -63,26 +83,56 @@ def parse_gpus(text: str) -> tuple[Card, int]:
     if not isinstance(text, str):  # a program's
         raise InputError(f"gpu: expected a card and how many, such as 'h100:8'; found {text!r}")
     name, separator, number = text.partition(":")
-    plain = re.sub(r"[^a-z0-9]", "", name.lower())
-    plain = plain.removeprefix("nvidia").replace("geforce", "")
-    names = {re.sub(r"[^a-z0-9]", "", card): card for card in CARDS} | _OTHER_NAMES
-    names |= {digits: card for card in CARDS if (digits := card.removeprefix("rtx")) != card}
-    if plain not in names:
-        near = _nearest(plain, names)
-        hint = f"; did you mean {names[near]}?" if near else ""
+    words = re.findall(r"[a-z0-9]+", name.lower())
+    plain = "".join(word for word in words if not _BESIDE.fullmatch(word))
+    card = _card(plain)
+    if card is None:
+        near = _nearest(plain)
+        hint = f"; did you mean {near}?" if near else ""
         raise InputError(f"--gpu {text}: there is no such card{hint} ({', '.join(CARDS)})")
     if separator and not (number.isdecimal() and 1 <= int(number) <= _MOST):
         raise InputError(
             f"--gpu {text}: expected the number of GPUs, 1 to {_MOST}, behind the colon: {name}:8"
         )
-    return CARDS[names[plain]], int(number) if separator else 1
+    return card, int(number) if separator else 1
 
 
-def _nearest(text: str, names: Collection[str]) -> str | None:
-    """The name most like a text: one that it begins with and says more to, else any close one."""
-    start = max((name for name in names if text.startswith(name)), key=len, default="")
-    alike = [name for name in names if name.startswith(start)]
-    near = difflib.get_close_matches(text, alike, 1, 0.0 if start else 0.5)
+def _names() -> dict[str, list[Card]]:
+    """The cards of each name, with and without rtx, whatever their memory; longer names first."""
+    names: dict[str, list[Card]] = {}
+    for card in CARDS.values():
+        own = card.name.partition("-")[0]
+        digits = own.removeprefix("rtx")
+        for name in {own, digits, f"rtx{digits}"}:
+            names.setdefault(name, []).append(card)
+    return dict(sorted(names.items(), key=lambda item: -len(item[0])))
+
+
+def _card(plain: str) -> Card | None:
+    """The card of a name, with the memory behind it, or that which its name alone stands for."""
+    for name, cards in _names().items():
+        if (match := re.fullmatch(f"{name}(?:{_SIZE})?", plain)) is None:
+            continue
+        fitting = cards if match[1] is None else _like(cards, int(match[1]))
+        if fitting:
+            return min(fitting, key=lambda card: "-" in card.name)
+    return None
+
+
+def _like(cards: Collection[Card], gigabytes: int) -> list[Card]:
+    return [card for card in cards if abs(card.gigabytes / max(gigabytes, 1) - 1) <= _LIKE]
+
+
+def _nearest(plain: str) -> str | None:
+    """The card whose name is most like a text; one of its memory, if the text says how much."""
+    size = re.search(r"(\d+)(?:gb|gib)$", plain)
+    alike = _like(CARDS.values(), int(size[1])) if size else []
+    start = max((name for name in _names() if plain.startswith(name)), key=len, default="")
+    chosen = [card for card in alike or CARDS.values() if card.name.startswith(start)]
+    if size and start and not alike:
+        chosen = [min(chosen, key=lambda card: abs(card.gigabytes - int(size[1])))]
+    names = [card.name for card in chosen]
+    near = difflib.get_close_matches(plain, names, 1, 0.0 if alike or start else 0.5)
     return near[0] if near else None
 
 

@@ -49,7 +49,8 @@ def amount(count: float) -> str:
 
 
 def gpus_here() -> tuple[Gpu, ...]:
-    """This machine's GPUs: NVIDIA's by nvidia-smi, others as torch has them."""
+    """This machine's GPUs in the order in which CUDA counts them, the newest and largest first:
+    NVIDIA's by nvidia-smi, others as torch has them."""
     return _nvidia_gpus() or _other_gpus()
 
 
@@ -83,16 +84,21 @@ def _listed(command: str, changed_ns: int) -> tuple[Gpu, ...]:
             break
     else:
         return ()
-    gpus: list[Gpu] = []
+    cards: list[tuple[float, Gpu, list[Gpu]]] = []
     for line in text.splitlines():
         name, *values = (part.strip() for part in line.split(","))
         if not values:  # a warning, or "No devices were found"
             continue
         size, capability, uuid, mig = (*values, "", "", "", "")[:4]
-        gpu = Gpu(name, _mebibytes(size), has_bfloat16=_computes_bfloat16(capability), uuid=uuid)
+        known = _number(capability)
+        has_bfloat16 = known is None or known >= _EMULATED_BFLOAT16
+        gpu = Gpu(name, _mebibytes(size), has_bfloat16=has_bfloat16, uuid=uuid)
         slices = _slices(command, gpu) if mig == "Enabled" else []
-        gpus += slices or [gpu]
-    return tuple(gpus)
+        cards.append((known or 0.0, gpu, slices or [gpu]))
+    if os.environ.get("CUDA_DEVICE_ORDER") != "PCI_BUS_ID":
+        # CUDA counts the fastest first, nvidia-smi by their slots.
+        cards.sort(key=lambda card: (-card[0], -(card[1].bytes or 0)))
+    return tuple(gpu for _, _, parts in cards for gpu in parts)
 
 
 def _output(command: str, *arguments: str) -> str | None:
@@ -116,11 +122,11 @@ def _mebibytes(text: str) -> int | None:
     return int(text) * 2**20 if text.isdecimal() and int(text) else None
 
 
-def _computes_bfloat16(capability: str) -> bool:
+def _number(text: str) -> float | None:
     try:
-        return float(capability) >= _EMULATED_BFLOAT16
-    except ValueError:  # not known
-        return True
+        return float(text)
+    except ValueError:  # [N/A]
+        return None
 
 
 def _slices(command: str, gpu: Gpu) -> list[Gpu]:

@@ -3,7 +3,6 @@
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from ..training.common.errors import InputError
@@ -13,7 +12,6 @@ from ..training.models.devices import Room
 from .cards import NODE
 
 if TYPE_CHECKING:
-    from ..training.models.activations import Keyed
     from ..training.models.memory_estimate import Sizes
 
 _SHORTEST = 256
@@ -109,7 +107,7 @@ def placements(
         count: number of GPUs.
     """
     recipe = with_settings(recipe, "model", quantize=quantize)
-    for strategy, workers in _strategies(recipe, count, room):
+    for strategy, workers in _strategies(recipe, sizes, room, count):
         placed = with_settings(recipe, "scale", workers=workers, strategy=strategy)
         for checkpoints in (False, True):
             rows = _rows(placed, checkpoints, sizes, room)
@@ -142,7 +140,7 @@ def nearest(recipe: Recipe, sizes: Mapping[str, "Sizes"], room: Room, count: int
         (with_settings(placed, "scale", workers=workers, strategy=strategy), quantize)
         for quantize in sizes
         for placed in [with_settings(recipe.with_placement(1, True), "model", quantize=quantize)]
-        for strategy, workers in _near_strategies(placed, count, room)
+        for strategy, workers in _near_strategies(placed, sizes[quantize], room, count)
     ]
     length = recipe.data.max_length
     while length >= min(_SHORTEST, recipe.data.max_length):
@@ -154,17 +152,19 @@ def nearest(recipe: Recipe, sizes: Mapping[str, "Sizes"], room: Room, count: int
     return None
 
 
-def _near_strategies(recipe: Recipe, count: int, room: Room) -> list[tuple[str, Any]]:
+def _near_strategies(
+    recipe: Recipe, sizes: "Sizes", room: Room, count: int
+) -> list[tuple[str, Any]]:
     """(strategy, workers): the recipe's own if it has so many GPUs, then others of them."""
     scale = recipe.scale
     if scale.most_workers > max(1, scale.least_workers):  # as many as fit
-        shards = [("fsdp", scale.workers)] if _is_shardable(recipe, room) else []
+        shards = [("fsdp", scale.workers)] if _is_shardable(recipe, sizes, room) else []
         return [(scale.strategy, scale.workers), *shards]
     own = [(scale.strategy, scale.workers)] if scale.most_workers <= count else []
-    return list(dict.fromkeys([*own, *_strategies(recipe, count, room)]))
+    return list(dict.fromkeys([*own, *_strategies(recipe, sizes, room, count)]))
 
 
-def _strategies(recipe: Recipe, count: int, room: Room) -> list[tuple[str, int]]:
+def _strategies(recipe: Recipe, sizes: "Sizes", room: Room, count: int) -> list[tuple[str, int]]:
     """(strategy, workers) on so many GPUs: one, a node's, and as many as have rows in a step.
 
     Shards that travel between nodes can take longer than the GPUs of one node would.
@@ -173,38 +173,15 @@ def _strategies(recipe: Recipe, count: int, room: Room) -> list[tuple[str, int]]
     most = min(count, recipe.rows_per_step)
     for workers in sorted({min(most, NODE), most} - {1}):
         strategies.append(("ddp", workers))
-        if _is_shardable(recipe, room):
+        if _is_shardable(recipe, sizes, room):
             strategies.append(("fsdp", workers))
     return strategies
 
 
-def _is_shardable(recipe: Recipe, room: Room) -> bool:
-    """True if workers can shard the model; packed weights of a few architectures cannot be."""
-    is_half = recipe.model.dtype == "auto" and room.compute == "float16"
-    if is_half or recipe.why_not_shardable is not None:
-        return False
-    if recipe.model.quantize == "none":
-        return True
-    from ..training.models.activations import Keyed
+def _is_shardable(recipe: Recipe, sizes: "Sizes", room: Room) -> bool:
+    from ..training.models.placement import can_shard
 
-    parts = {"model", "adapter", "method"}
-    relevant = recipe.model_dump_json(include=parts, exclude={"model": {"gradient_checkpointing"}})
-    return _packs_as_layers(Keyed(relevant, recipe))
-
-
-@lru_cache(maxsize=8)
-def _packs_as_layers(keyed: "Keyed") -> bool:
-    """True if bitsandbytes quantises all of the model's weights, which can be sharded then.
-
-    That builds the model, which takes long for a large one.
-    """
-    from ..training.models.loading import check_quantisation
-
-    try:
-        check_quantisation(with_settings(keyed.recipe, "scale", workers=2, strategy="fsdp"))
-    except InputError:
-        return False
-    return True
+    return can_shard(recipe, sizes, room.compute)
 
 
 def _rows(recipe: Recipe, checkpoints: bool, sizes: "Sizes", room: Room) -> int:

@@ -110,7 +110,12 @@ def _room(recipe: Recipe, gpus: Sequence[Gpu]) -> Room | None:
 
 def room_here(recipe: Recipe) -> Room | None:
     """What a worker gets of this machine's GPUs."""
-    return _room(recipe, visible_gpus())
+    return _room(recipe, _own_gpus(recipe))
+
+
+def _own_gpus(recipe: Recipe) -> tuple[Gpu, ...]:
+    """Those of this machine that the run's workers get here."""
+    return visible_gpus()[: max(1, recipe.scale.most_workers)]
 
 
 def memory_lines(recipe: Recipe, gpus: Sequence[Gpu]) -> tuple[Line, ...]:
@@ -138,7 +143,7 @@ def try_machine(recipe: Recipe, progress: Progress) -> Preflight:
         InputError: torch computes on none of the GPUs here, or a check failed; the message is the
             whole table then.
     """
-    gpus = visible_gpus()
+    gpus = _own_gpus(recipe)
     if gpus and recipe.scale.gpus_per_worker != 0:
         check_torch(gpus[0].kind)
     result = Preflight(memory_lines(recipe, gpus), {}, _room(recipe, gpus))

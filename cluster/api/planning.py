@@ -212,7 +212,24 @@ def _figures(
 
 
 def _nearest(recipe: Recipe, sizes: dict[str, "Sizes"], card: Card, count: int) -> str | None:
-    """What would fit instead: other settings, the smallest card that does, more GPUs, or both."""
+    """What would fit instead: other settings, the smallest card that does, more GPUs, or both; then
+    shorter rows there."""
+    own = _settings_on(recipe, sizes, card, count)
+    if own is not None:
+        return own
+    if (larger := _on_another_card(recipe, sizes, count)) is not None:
+        return larger
+    more = [number for number in _MORE if number > count]
+    for number in more:
+        if (settings := _settings_on(recipe, sizes, card, number)) is not None:
+            return f"--gpu {card.name}:{number} {settings}"
+    others = (_on_another_card(recipe, sizes, number) for number in more)
+    at_full_length = next(filter(None, others), None)
+    return at_full_length or _shorter_on_another_card(recipe, sizes, card, [count, *more])
+
+
+def _settings_on(recipe: Recipe, sizes: dict[str, "Sizes"], card: Card, count: int) -> str | None:
+    """The settings of the nearest recipe that fits on so many GPUs of a card."""
     from ...training.models.placement import decide
 
     own, room = recipe.model.quantize, _room(card)
@@ -220,25 +237,30 @@ def _nearest(recipe: Recipe, sizes: dict[str, "Sizes"], card: Card, count: int) 
     if not has_whole_gpus(recipe.scale):
         on_gpus = with_settings(recipe, "scale", gpus_per_worker="auto")
     near = nearest(decide(on_gpus, sizes[own], room), sizes, room, count)
-    if near is not None:
-        return as_line(changed_settings(recipe, near))
-    if (larger := _on_another_card(recipe, sizes, count)) is not None:
-        return larger
-    more = [number for number in _MORE if number > count]
-    for number in more:
-        near = nearest(decide(on_gpus, sizes[own], room), sizes, room, number)
-        if near is not None:
-            return f"--gpu {card.name}:{number} {as_line(changed_settings(recipe, near))}"
-    others = (_on_another_card(recipe, sizes, number) for number in more)
-    return next(filter(None, others), None)
+    return None if near is None else as_line(changed_settings(recipe, near))
+
+
+def _shorter_on_another_card(
+    recipe: Recipe, sizes: dict[str, "Sizes"], card: Card, counts: list[int]
+) -> str | None:
+    larger = [one for one in _smallest_first() if one.bytes > card.bytes]
+    if not larger or _settings_on(recipe, sizes, larger[-1], counts[-1]) is None:
+        return None
+    for count, one in product(counts, larger):
+        if (settings := _settings_on(recipe, sizes, one, count)) is not None:
+            return f"--gpu {one.name}:{count} {settings}"
+    return None
+
+
+def _smallest_first() -> list[Card]:
+    return sorted(CARDS.values(), key=lambda one: one.bytes)
 
 
 def _on_another_card(recipe: Recipe, sizes: dict[str, "Sizes"], count: int) -> str | None:
     """The smallest card of which up to so many GPUs hold the run; None if none does."""
     from ...training.models.placement import fits
 
-    smallest_first = sorted(CARDS.values(), key=lambda one: one.bytes)
-    for card, quantize in product(smallest_first, sorted(sizes, key=lambda one: one != "nf4")):
+    for card, quantize in product(_smallest_first(), sorted(sizes, key=lambda one: one != "nf4")):
         least = placements(recipe, quantize, sizes[quantize], _room(card), count)
         for placement in filter(lambda one: one.checkpoints, least):
             if fits(placement.recipe, sizes[quantize], _room(card)):

@@ -72,6 +72,8 @@ LLAMA_8B = Sizes(
     ranks=7 * 16,
     heads=32,
     vocabulary=128_256,
+    outside=2 * 128_256 * 4096,
+    cached_values=2 * 1024,
     cached=32 * (None,),
     largest=4096 * 14336,
 )

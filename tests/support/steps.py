@@ -21,7 +21,7 @@ from finray.training.data.stream import Sequence, share
 from finray.training.engine.methods import objective_of
 from finray.training.engine.trainer import Counts, StepMeasures, StreamTrainer
 from finray.training.engine.trainer_arguments import training_arguments
-from finray.training.models.sharding import choose_strategy
+from finray.training.models.placement import choose_strategy
 from finray.training.objectives.objective import Setup
 
 Gradients = dict[str, torch.Tensor]
@@ -68,7 +68,7 @@ class _Grab(TrainerCallback):  # type: ignore[misc]
 def make_setup(settings: Recipe, model: Any, folder: Path, rank: int, world_size: int) -> Setup:
     """Without prepared data."""
     prepared, cpu = Prepared(Folder(str(folder)), Mock()), torch.device("cpu")
-    strategy = choose_strategy(settings, model, world_size, cpu)
+    strategy = choose_strategy(settings, world_size, cpu)
     return Setup(
         *(settings, model, None, prepared, rank, world_size, cpu, strategy), isolation="documents"
     )

@@ -20,7 +20,6 @@ SIGNATURES = {
     "transformers.Trainer.floating_point_ops": "self inputs",
     "transformers.Trainer.log": "self logs start_time",
     "transformers.Trainer.compute_loss": "self model inputs return_outputs num_items_in_batch",
-    "transformers.Trainer.compute_loss_context_manager": "self",
     "transformers.Trainer.training_step": "self model inputs num_items_in_batch",
     "transformers.Trainer._get_grad_norm": "self model grad_norm",
     "transformers.Trainer._maybe_log_save_evaluate": (

@@ -34,6 +34,7 @@ from .sections import (
     Name,
     OptimSettings,
     ScaleSettings,
+    Strategy,
 )
 from .short_forms import AdapterName, as_adapter, as_model, write_out
 from .validation import validate
@@ -272,6 +273,11 @@ class Recipe(PlacedSection):
                 "another init, or ddp"
             )
         return None
+
+    def with_strategy(self, strategy: Strategy) -> Self:
+        """The same recipe with what `scale.strategy: auto` results in."""
+        scale = self.scale.model_copy(update={"strategy": strategy})
+        return self.model_copy(update={"scale": scale})
 
     @property
     def packs(self) -> bool:

@@ -354,6 +354,9 @@ class PrepareSettings(Section):
         return self
 
 
+Strategy = Literal["ddp", "fsdp"]
+
+
 class ScaleSettings(Section):
     """How many workers train, with what each, and what happens when some fail."""
 

@@ -84,7 +84,7 @@ class HeldOutAnswers:
         setup = self._setup
         if self._completions is None or self._completions[0] != step:
             self._on_generate(step)
-            with self._trainer.compute_loss_context_manager():
+            with self._trainer.in_compute_type():
                 completions = generate_completions(
                     setup.model,
                     setup.tokenizer,

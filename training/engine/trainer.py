@@ -130,8 +130,14 @@ class StreamTrainer(Trainer):
         # The CPUs exchange the counts, so that a GPU never waits for them.
         self.cpu_group = dist.new_group(backend="gloo") if args.world_size > 1 else None
         self.counts = Counts(0, 0, False)
-        with self.compute_loss_context_manager():
+        with self.in_compute_type():
             objective.prepare()
+
+    def in_compute_type(self) -> AbstractContextManager[None]:
+        """Inside, autocast computes as in a step: also before the Trainer wraps the model, and in
+        an adapted model's generation, which calls another forward."""
+        autocast: AbstractContextManager[None] = self.accelerator.autocast()
+        return autocast
 
     def create_optimizer(self, model: torch.nn.Module | None = None) -> torch.optim.Optimizer:
         """The AdamW of `make_optimizer`, made at the first call."""
@@ -179,7 +185,7 @@ class StreamTrainer(Trainer):
             rows = next(epoch_iterator)
             waits[self.args.process_index] = round(_MICRO * (time.monotonic() - since))
             self._on_phase("rollout")
-            with torch.no_grad(), self.compute_loss_context_manager():
+            with torch.no_grad(), self.in_compute_type():
                 batches = self._objective.batches(step, rows)
             # Now, while the device may still compute the step before.
             self._current = [batch.to(self.args.device) for batch in batches]
@@ -406,7 +412,7 @@ class StreamTrainer(Trainer):
         model = self.model
         training = model.training
         model.eval()
-        with self.compute_loss_context_manager():
+        with self.in_compute_type():
             total = self._objective.evaluate_held_out(microbatches, self.args.device)
         model.train(training)
         if self.args.world_size > 1:

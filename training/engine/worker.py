@@ -41,11 +41,11 @@ from ..data.window_reader import StreamedWindows
 from ..models import import_peft  # noqa: F401 - before what loads peft
 from ..models.base_cache import BaseCache
 from ..models.composite import name_of_class
-from ..models.devices import check_device, device_kind, found_kind
+from ..models.devices import check_device, device_kind, found_kind, own_device
 from ..models.dtypes import choose_dtype
 from ..models.loading import count_parameters, grown_embedding, load_model, load_tokenizer
 from ..models.out_of_memory import is_out_of_memory
-from ..models.sharding import choose_strategy
+from ..models.placement import choose_strategy
 from ..models.stopping import turn_end
 from ..models.targets import coverage_of
 from ..models.weights import gather_weights, save_result
@@ -175,8 +175,10 @@ class TrainingWorker:
         transformers.set_seed(self.recipe.seed)
         self.tokenizer = load_tokenizer(self.recipe)
         notices: list[str] = []
+        self.strategy = choose_strategy(self.recipe, context.world_size, own_device())
+        placed = self.recipe.with_strategy(self.strategy)
         self.model = load_model(
-            *(self.recipe, self.recipe.method.head, bases, notices.append),
+            *(placed, self.recipe.method.head, bases, notices.append),
             left_out=task.get("left_out", ()),
         )
         self.checkpoint = _fetch(checkpoints, choice, scratch)
@@ -184,9 +186,6 @@ class TrainingWorker:
         self.progress.watch(self.recipe.watched)
         self.checkpointer = self._make_checkpointer(checkpoints, choice)
         arguments = training_arguments(self.recipe, self.total_steps, scratch)
-        self.strategy = choose_strategy(
-            self.recipe, self.model, context.world_size, arguments.device
-        )
         setup = Setup(
             recipe=self.recipe,
             model=self.model,

@@ -24,18 +24,23 @@ from transformers.masking_utils import sdpa_mask
 from ..common.logs import limit
 from ..config.recipe import Recipe
 from .attention import attention as by_rows
-from .attention import replace_attention
+from .attention import for_all_heads, replace_attention
 from .dtypes import DtypeName, torch_dtype
 from .freezing import decoder_layers
 from .loading import Model, build_meta_model, forward_arguments
 from .repeated_layers import form_of, kinds_of
 
-Attention = Literal["plain", "dense", "borders", "eager"]
+Attention = Literal["plain", "dense", "borders", "groups", "eager"]
 """plain: one document a row; only sliding windows need a mask. dense: every layer keeps a mask, and
-keys and values of all heads. borders: neither; a kernel takes the borders of documents. eager:
-every layer keeps the scores of all pairs of tokens."""
+keys and values of all heads. borders: neither; a kernel takes the borders of documents. groups: no
+mask, but keys and values of all heads, and the result in two orders; documents of like length are
+computed together. eager: every layer keeps the scores of all pairs of tokens."""
 
-_COUNTED: dict[Attention, str] = {"plain": "finray_plain", "borders": "finray_borders"}
+_COUNTED: dict[Attention, str] = {
+    "plain": "finray_plain",
+    "borders": "finray_borders",
+    "groups": "finray_groups",
+}
 
 
 @dataclass(frozen=True)
@@ -167,12 +172,14 @@ def _attend(model: Model, attention: Attention) -> None:
     """Make attention keep what its kernel would; a family without sdpa keeps its own."""
     AttentionInterface.register(_COUNTED["plain"], sdpa_attention_forward)
     AttentionInterface.register(_COUNTED["borders"], _by_borders)
+    AttentionInterface.register(_COUNTED["groups"], _by_groups)
     AttentionMaskInterface.register(_COUNTED["plain"], _mask_of_windows)
     AttentionMaskInterface.register(_COUNTED["borders"], _no_mask)
+    AttentionMaskInterface.register(_COUNTED["groups"], _no_mask)
     transformer = _transformer(model)
     if attention == "eager":
         transformer.set_attn_implementation("eager")
-    elif attention == "borders":
+    elif attention in ("borders", "groups"):
         with suppress(ValueError):  # one whose attention cannot be replaced keeps its own
             replace_attention(transformer, _COUNTED[attention])
     elif attention == "plain" and transformer.config._attn_implementation == "sdpa":
@@ -200,6 +207,20 @@ def _by_borders(
         value = pad(value, (0, query.shape[-1] - width))
     computed: torch.Tensor = _Fused.apply(query, key, value)  # type: ignore[no-untyped-call]
     return computed[..., :width], None
+
+
+def _by_groups(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    *others: Any,
+    **settings: Any,
+) -> tuple[torch.Tensor, None]:
+    """As `_by_borders`, where no kernel takes borders."""
+    key, value = (for_all_heads(tensor, query) for tensor in (key, value))
+    computed, _ = _by_borders(module, query, key, value, *others, **settings)
+    return computed.clone(), None
 
 
 class _Fused(torch.autograd.Function):

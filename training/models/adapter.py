@@ -153,7 +153,7 @@ def _without_base(tensors: dict[str, torch.Tensor], adapted: PeftModel) -> dict[
     return {
         name: value
         for name, value in tensors.items()
-        if name not in own or own[name].shape != value.shape or not own[name].equal(value)
+        if name not in own or own[name].shape != value.shape or not own[name].cpu().equal(value)
     }
 
 

@@ -274,7 +274,7 @@ def _fused(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, layer
         value = pad(value, (0, query.shape[-1] - width))
     shares_keys = query.shape[1] != key.shape[1]
     if shares_keys and query.device.type != "cpu":  # fused kernels elsewhere take equal numbers
-        key, value = (_for_all_heads(tensor, query) for tensor in (key, value))
+        key, value = (for_all_heads(tensor, query) for tensor in (key, value))
         shares_keys = False
     computed = scaled_dot_product_attention(
         query,
@@ -293,7 +293,7 @@ def _weighed(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, layer: _Layer
 ) -> Tensor:
     """Attention with capped scores and sinks; (documents, tokens, heads, width of values)."""
-    key, value = (_for_all_heads(tensor, query) for tensor in (key, value))
+    key, value = (for_all_heads(tensor, query) for tensor in (key, value))
     scale = query.shape[-1] ** -0.5 if layer.scaling is None else layer.scaling
     scores = query @ key.transpose(-2, -1) * scale
     if layer.softcap is not None:
@@ -309,7 +309,7 @@ def _weighed(
     return (weights @ value).transpose(1, 2)
 
 
-def _for_all_heads(tensor: Tensor, query: Tensor) -> Tensor:
+def for_all_heads(tensor: Tensor, query: Tensor) -> Tensor:
     """Keys or values, repeated for each head of the queries that reads them."""
     return tensor.repeat_interleave(query.shape[1] // tensor.shape[1], dim=1)
 

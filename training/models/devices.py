@@ -69,6 +69,13 @@ def device_kind() -> str:
     return found_kind() if chosen is None else chosen.partition(":")[0]
 
 
+def own_device() -> "torch.device":
+    """What this process trains on; with its number, where one was chosen."""
+    import torch
+
+    return torch.device(os.environ.get(VARIABLE) or found_kind())
+
+
 def has_bfloat16(kind: str) -> bool:
     """True if an accelerator of this kind computes in bfloat16 here, rather than emulates it.
 

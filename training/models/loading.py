@@ -107,7 +107,8 @@ def load_model(
 ) -> Model:
     """The model to train, with its adapter if the recipe has one.
 
-    The model is on the CPU; only a quantised base is on this process's GPU, if there is one.
+    The model is on the CPU; only a quantised base is on this process's GPU, if there is one and the
+    strategy is not fsdp.
     Trained weights of the base are float32 (autocast computes in lower types), those of an adapter
     have the type of `choose_adapter_dtype`, and a frozen base has the compute type.
 
@@ -179,7 +180,7 @@ def _load_base(recipe: Recipe, head: Head, added: AddedTokens, notify: Notify) -
         dtype=dtype,
         quantization_config=quantisation_config(recipe.model),
         notify=notify,
-        **_place_of_packed(recipe.model),
+        **_place_of_packed(recipe),
     )
     prepare_for_training(model)
     make_room(model, added.trained, added.fresh)
@@ -240,9 +241,12 @@ def _attach(
     return adapted
 
 
-def _place_of_packed(settings: ModelSettings) -> dict[str, Any]:
-    """A quantised base is loaded onto the GPU that there is, unless this run trains on the CPU."""
-    on_cpu = settings.quantize != "none" and device_kind() == "cpu"
+def _place_of_packed(recipe: Recipe) -> dict[str, Any]:
+    """A quantised base is loaded onto the GPU that there is, unless this run trains on the CPU, or
+    each GPU gets a shard of it."""
+    if recipe.model.quantize == "none":
+        return {}
+    on_cpu = device_kind() == "cpu" or recipe.scale.strategy == "fsdp"
     return {"device_map": {"": "cpu"}} if on_cpu else {}
 
 

@@ -24,6 +24,7 @@ from .dtypes import DtypeName
 from .loading import Model, build_meta_model
 from .logit_memory import HeadFacts, LossSizes, head_facts, loss_bytes
 from .matrices import Matrix, matrices, own_name
+from .quantiser import plan_quantisation
 from .reward_sizes import values_of_rewards
 from .targets import adapted_layers
 
@@ -39,8 +40,9 @@ _BACKWARD = 4
 """Gradients of a layer's widest tensors that exist at a time."""
 _OF_NORM = 3
 """Tensors of a weight's size that exist while DoRA's norm of it is computed."""
-_NF4_BYTES = 0.516
-"""Bytes per value, double quantised: 4 bits, 8 per block of 64, 32 per 256 blocks."""
+_NF4_BYTES = 0.5
+_NF4_SCALES = 0.016
+"""Bytes per value of a double quantised base's scales: 8 bits a block of 64, 32 per 256 blocks."""
 
 
 class _ActivationBytes(NamedTuple):
@@ -95,9 +97,18 @@ class Sizes:
     """Sum of the adapters' ranks in a layer."""
     heads: int
     vocabulary: int
+    outside: int
+    """Values of embedding and head, which count once where they are one matrix."""
+    cached_values: int
+    """Of a token in a layer that caches keys and values."""
+    expanded: int = 0
+    """Values of a token's keys and values that a layer makes of latent ones in its cache, while it
+    computes."""
     cached: tuple[int | None, ...] = ()
     """For each layer that caches keys and values, the most tokens of a sequence that it keeps: its
     window, None for all."""
+    packs_parameters: bool = False
+    """Quantisation packs weights that bitsandbytes has no layer for, which cannot be sharded."""
     added: int = 0
     """Values of weights that an adapter is added to, such as experts; the sums are kept for the
     backward pass, in the base's type."""
@@ -127,8 +138,6 @@ class MemoryEstimate:
     """Caches and logits of the answers that the trained model generates at a time."""
     evaluation: int = 0
     """Logits of held-out rows, or caches of the answers to held-out prompts."""
-    loading: int = 0
-    """What loading takes beside the weights, before there are gradients."""
     transient: int = 0
     """Of the largest matrix: its values while a quantised base computes, and the sums for DoRA's
     norm."""
@@ -142,7 +151,7 @@ class MemoryEstimate:
         trained = self.weights + self.training + self.vllm + beside
         optional = {"generation": self.generation, "evaluation": self.evaluation}
         return {
-            "loading": self.weights + self.loading + beside,
+            "loading": self.weights + beside,
             "step": trained + self.activations,
             **{phase: trained + size for phase, size in optional.items() if size},
         }
@@ -190,23 +199,42 @@ def sizes_of(recipe: Recipe, model: Model | None = None) -> Sizes:
     # State-space models have heads under another name, or none.
     heads = _setting(config, "num_attention_heads", _setting(config, "num_heads", 1))
     width = _setting(config, "head_dim", config.hidden_size // heads)
+    keys = _setting(config, "num_key_value_heads", heads) * width
+    cached, expanded = _cached_values(config, heads, keys)
     return Sizes(
         **counts,
         layers=config.num_hidden_layers,
         hidden=config.hidden_size,
         queries=heads * width,
-        keys=_setting(config, "num_key_value_heads", heads) * width,
+        keys=keys,
         inner=_inner(config),
         ranks=ranks // config.num_hidden_layers,
         heads=heads,
         vocabulary=config.vocab_size,
+        outside=_embeddings(model),
+        cached_values=cached,
+        expanded=expanded,
         cached=_cached(config),
+        packs_parameters=recipe.trains_adapter and _packs_parameters(model),
         added=_added(model, own),
         largest=max((matrix.values for matrix in own if matrix.weight in packs), default=0),
         rewards=values_of_rewards(recipe) if recipe.method.samples_online else 0,
         head=head_facts(model),
         can_be_followed=True,
     )
+
+
+def _embeddings(model: Model) -> int:
+    """Values of embedding and head."""
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    parts = (base.get_input_embeddings(), base.get_output_embeddings())
+    weights = {weight for part in parts if part is not None for weight in part.parameters()}
+    return sum(weight.numel() for weight in weights)
+
+
+def _packs_parameters(model: Model) -> bool:
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    return bool(plan_quantisation(base).packed)
 
 
 def _added(model: Model, own: list[Matrix]) -> int:
@@ -230,6 +258,16 @@ def _cached(config: Any) -> tuple[int | None, ...]:
         for layer in layers
         if isinstance(layer, DynamicLayer)
     )
+
+
+def _cached_values(config: Any, heads: int, keys: int) -> tuple[int, int]:
+    """(`cached_values`, `expanded`); multi-head latent attention caches latent values."""
+    latent, rotated = (_setting(config, name, 0) for name in ("kv_lora_rank", "qk_rope_head_dim"))
+    if not latent:
+        return 2 * keys, 0
+    width = _setting(config, "qk_nope_head_dim", 0) + _setting(config, "v_head_dim", 0)
+    indices = _setting(config, "index_head_dim", 0)
+    return latent + rotated + indices, heads * (width + rotated)
 
 
 def _inner(config: Any) -> int:
@@ -269,6 +307,8 @@ def estimate(
     weights, activations = whole, _step_activations(recipe, sizes, compute, kind)
     if is_sharded:
         weights = whole // shards + _gathered(recipe, sizes, compute)
+        if recipe.model.quantize == "nf4":  # its scales are whole on each
+            weights += round(sizes.linear * _NF4_SCALES * (shards - 1) / shards)
         activations = max(activations, _root_gradients(recipe, sizes, compute))
     return MemoryEstimate(
         weights=weights,
@@ -276,23 +316,28 @@ def estimate(
         activations=activations,
         generation=_generated(recipe, sizes, compute, completions_at_once(recipe)),
         evaluation=_evaluation(recipe, sizes, compute, kind),
-        # A quantised base is packed on the GPU, and cut up when it is whole.
-        loading=max(0, whole - weights) if is_packed else 0,
         transient=sizes.largest * _width(compute) * (is_packed + _OF_NORM * is_dora),
         vllm=vllm_bytes(recipe, sizes, compute)[0],
     )
 
 
-def attention_of(recipe: Recipe) -> Attention:
+def attention_of(recipe: Recipe, compute: DtypeName = "bfloat16", kind: str = "cuda") -> Attention:
     """What attention keeps as the recipe runs.
 
     Packed rows get a dense mask with sdpa, and where the rehearsal shows that the model's attention
-    cannot be computed by documents. Other rows are padded then.
+    cannot be computed by documents. Other rows are padded then. A kernel takes the borders of
+    documents on a CPU and, in 16 bits, on GPUs that have bfloat16.
+
+    Args:
+        recipe: the run's recipe.
+        compute: type that the model computes in.
+        kind: of the device: cpu, cuda, …
     """
     if recipe.model.attention == "eager":
         return "eager"
     if recipe.is_flat and recipe.model.attention != "sdpa":
-        return "borders"
+        by_kernel = kind == "cpu" or (kind == "cuda" and compute == "bfloat16")
+        return "borders" if by_kernel else "groups"
     return "dense" if recipe.packs else "plain"
 
 
@@ -315,7 +360,7 @@ def _weights(recipe: Recipe, sizes: Sizes, compute: DtypeName) -> int:
     low = _width(compute)
     # If the base itself is trained, its frozen weights are float32 too.
     base = low if recipe.trains_adapter else 4
-    linear = {"none": base, "nf4": _NF4_BYTES, "int8": 1}[recipe.model.quantize]
+    linear = {"none": base, "nf4": _NF4_BYTES + _NF4_SCALES, "int8": 1}[recipe.model.quantize]
     total = sizes.linear * linear + sizes.frozen * base
     total += sizes.trained * _trained_width(recipe, compute)
     if recipe.method.holds_second_model(recipe.trains_adapter):
@@ -363,7 +408,7 @@ def _layer_gradients(sizes: Sizes, compute: DtypeName) -> float:
 
 def _outside(sizes: Sizes) -> tuple[int, int]:
     """Values of embedding and head, and all others that are not packed."""
-    outside = min(2 * sizes.vocabulary * sizes.hidden, sizes.frozen + sizes.trained)
+    outside = min(sizes.outside, sizes.frozen + sizes.trained)
     return outside, sizes.frozen + sizes.trained - outside
 
 
@@ -400,11 +445,10 @@ def _step_activations(recipe: Recipe, sizes: Sizes, compute: DtypeName, device: 
         kind = "autocast"
     held = None
     if sizes.can_be_followed:
-        held = _followed(recipe, rows, compute, compute if gathers_low else trained)
+        held = _followed(recipe, rows, compute, compute if gathers_low else trained, device)
     if held is None:
-        copies = 2 * sizes.cast if kind == "autocast" and not gathers_low else 0
-        held = _of_a_llama(recipe, sizes, tokens, compute, kind)
-        held = held._replace(always=held.always + copies)
+        held = _of_a_llama(recipe, sizes, tokens, compute, kind, device)
+        held = held._replace(always=held.always + _copies(recipe, sizes, compute))
     logits = _logits_bytes(recipe, sizes, compute, device, tokens)
     # Gradients inside a layer exist when those of the logits are gone.
     backward = _BACKWARD * tokens * sizes.inner * _width(compute)
@@ -413,20 +457,28 @@ def _step_activations(recipe: Recipe, sizes: Sizes, compute: DtypeName, device: 
     return held.always + held.layers + max(logits, backward, held.passing)
 
 
+def _copies(recipe: Recipe, sizes: Sizes, compute: DtypeName) -> int:
+    """Bytes of autocast's copies of trained weights."""
+    casts = compute != "float32" and _trained_width(recipe, compute) == 4
+    return 2 * sizes.cast if casts and not _gathers_low(recipe) else 0
+
+
 def _gathers_low(recipe: Recipe) -> bool:
     """True if FSDP gathers trained weights in the compute type, so that autocast copies nothing."""
     return recipe.scale.strategy == "fsdp" and not recipe.trains_adapter
 
 
-def _followed(recipe: Recipe, rows: float, compute: DtypeName, trained: DtypeName) -> _Held | None:
+def _followed(
+    recipe: Recipe, rows: float, compute: DtypeName, trained: DtypeName, device: str
+) -> _Held | None:
     """Bytes by the model's own forward pass; None where it cannot be followed.
 
     All but copies of weights is as many times as much as there are rows of full length. A row whose
     documents are computed one at a time counts as so many documents of the longest's length as
     fill it.
     """
-    attention, tokens = attention_of(recipe), recipe.data.max_length
-    size = recipe.longest_document if attention == "borders" else tokens
+    attention, tokens = attention_of(recipe, compute, device), recipe.data.max_length
+    size = recipe.longest_document if attention in ("borders", "groups") else tokens
 
     def held(kept: Kept) -> _Held:
         count = len(kept.layers)  # the last one's output stays, too
@@ -442,16 +494,23 @@ def _followed(recipe: Recipe, rows: float, compute: DtypeName, trained: DtypeNam
 
 
 def _of_a_llama(
-    recipe: Recipe, sizes: Sizes, tokens: int, compute: DtypeName, kind: _Compute
+    recipe: Recipe,
+    sizes: Sizes,
+    tokens: int,
+    compute: DtypeName,
+    kind: _Compute,
+    device: str,
 ) -> _Held:
     """Bytes that the layers of a Llama of these sizes keep."""
     dropout = recipe.adapter is not None and recipe.adapter.dropout > 0
     table = _WHOLE if not recipe.trains_adapter else _ADAPTER_DROPOUT if dropout else _ADAPTER
     layer = tokens * _layer_activations(table[kind], sizes)
-    attention, width = attention_of(recipe), _width(compute)
+    attention, width = attention_of(recipe, compute, device), _width(compute)
+    expanded = 2 * (sizes.queries - sizes.keys)
     if attention == "dense":  # the mask, and keys and values of all heads
-        expanded = 2 * (sizes.queries - sizes.keys)
         layer += tokens * (recipe.data.max_length + expanded) * width
+    elif attention == "groups":
+        layer += tokens * (expanded + sizes.queries) * width
     elif attention == "eager":  # scores, and their softmax in float32
         layer += tokens * recipe.data.max_length * sizes.heads * (width + 4)
     sums = sizes.added * width
@@ -495,7 +554,12 @@ def _loss_sizes(recipe: Recipe, sizes: Sizes, compute: DtypeName, tokens: int) -
 def cache_bytes(sizes: Sizes, compute: DtypeName, tokens: int) -> int:
     """Bytes of the keys and values of a sequence of so many tokens."""
     kept = sum(tokens if window is None else min(window, tokens) for window in sizes.cached)
-    return kept * 2 * sizes.keys * _width(compute)
+    return kept * sizes.cached_values * _width(compute)
+
+
+def _generating(sizes: Sizes, compute: DtypeName, tokens: int) -> int:
+    """Bytes of a sequence's cache, and of what a layer makes of it while it computes."""
+    return cache_bytes(sizes, compute, tokens) + tokens * sizes.expanded * _width(compute)
 
 
 def completions_at_once(recipe: Recipe) -> int:
@@ -506,8 +570,9 @@ def completions_at_once(recipe: Recipe) -> int:
 
 def _generated(recipe: Recipe, sizes: Sizes, compute: DtypeName, answers: int) -> int:
     """Bytes of the cache, and of the last tokens' logits and probabilities in float64."""
-    of_one = cache_bytes(sizes, compute, recipe.data.max_length)
-    return answers * (of_one + sizes.vocabulary * _SAMPLED_LOGIT)
+    of_one = _generating(sizes, compute, recipe.data.max_length)
+    copies = _copies(recipe, sizes, compute) if answers else 0
+    return copies + answers * (of_one + sizes.vocabulary * _SAMPLED_LOGIT)
 
 
 def _evaluation(recipe: Recipe, sizes: Sizes, compute: DtypeName, kind: str) -> int:
@@ -517,10 +582,11 @@ def _evaluation(recipe: Recipe, sizes: Sizes, compute: DtypeName, kind: str) -> 
         return _generated(recipe, sizes, compute, recipe.method.completions_at_once * held_out)
     answers = min(recipe.eval.samples, ANSWERS_AT_ONCE)
     tokens = recipe.row_length + recipe.eval.max_new_tokens
-    generated = answers * (cache_bytes(sizes, compute, tokens) + sizes.vocabulary * 4)
+    generated = answers * (_generating(sizes, compute, tokens) + sizes.vocabulary * 4)
     rows = recipe.microbatch * recipe.tokens_per_row  # held-out data fills them in any case
     measured = max(rows, recipe.optim.micro_batch_tokens or 0)
-    return max(generated, _logits_bytes(recipe, sizes, compute, kind, measured, trains=False))
+    loss = _logits_bytes(recipe, sizes, compute, kind, measured, trains=False)
+    return max(generated, loss) + _copies(recipe, sizes, compute)
 
 
 def vllm_bytes(recipe: Recipe, sizes: Sizes, compute: DtypeName) -> tuple[int, int]:

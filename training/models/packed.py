@@ -15,6 +15,9 @@ from bitsandbytes import functional
 from torch.utils._pytree import tree_map_only
 
 Scheme = Literal["nf4", "int8"]
+_MOST = 2**30
+"""Values that a kernel of bitsandbytes gets: it counts them in 32 bits, and notices no overflow."""
+_SCALE = 1 / 127
 
 aten = torch.ops.aten
 
@@ -69,15 +72,54 @@ class Packed8:
 
     def values(self, dtype: torch.dtype) -> torch.Tensor:
         """All values, in the weight's shape."""
-        values = functional.int8_vectorwise_dequant(self.codes, self.scales)
-        return cast("torch.Tensor", values).reshape(self.shape).to(dtype)
+        values = torch.empty(self.codes.shape, dtype=dtype, device=self.codes.device)
+        torch.mul(self.codes, self.scales[:, None] * _SCALE, out=values)  # no copy in float32
+        return values.reshape(self.shape)
 
     def to(self, device: torch.device) -> Self:
         """These values on another device."""
         return type(self)(self.codes.to(device), self.scales.to(device), self.shape)
 
 
+class PackedParts:
+    """Values of a weight that is too large for a kernel, part by part along the first dimension."""
+
+    def __init__(self, parts: list[Packed4 | Packed8], sizes: list[int], shape: torch.Size) -> None:
+        self.parts, self.sizes, self.shape = parts, sizes, shape
+
+    @property
+    def codes(self) -> torch.Tensor:
+        """Those of the first part."""
+        return self.parts[0].codes
+
+    @property
+    def nbytes(self) -> int:
+        """Stored bytes, with the scales."""
+        return sum(part.nbytes for part in self.parts)
+
+    def values(self, dtype: torch.dtype) -> torch.Tensor:
+        """All values, in the weight's shape."""
+        values = torch.empty(self.shape, dtype=dtype, device=self.codes.device)
+        for part, place in zip(self.parts, torch.split(values, self.sizes), strict=True):
+            place.copy_(part.values(dtype))
+        return values
+
+    def to(self, device: torch.device) -> Self:
+        """These values on another device."""
+        return type(self)([part.to(device) for part in self.parts], self.sizes, self.shape)
+
+
+Packed = Packed4 | Packed8 | PackedParts
 SCHEMES: dict[Scheme, type[Packed4] | type[Packed8]] = {"nf4": Packed4, "int8": Packed8}
+
+
+def packed(weight: torch.Tensor, scheme: Scheme) -> Packed:
+    """Quantise a weight of any size."""
+    if weight.numel() <= _MOST:
+        return SCHEMES[scheme].of(weight)
+    parts = torch.split(weight, max(1, _MOST // weight[0].numel()))
+    of_parts = [SCHEMES[scheme].of(part) for part in parts]
+    return PackedParts(of_parts, [len(part) for part in parts], weight.shape)
 
 
 class PackedWeight(torch.Tensor):
@@ -90,14 +132,14 @@ class PackedWeight(torch.Tensor):
         transposed: True to read the last two dimensions exchanged.
     """
 
-    packed: Packed4 | Packed8
+    packed: Packed
     stored_shape: torch.Size
     transposed: bool
 
     @staticmethod
     def __new__(
         cls: type[Self],
-        packed: Packed4 | Packed8,
+        packed: Packed,
         shape: torch.Size,
         dtype: torch.dtype,
         transposed: bool = False,
@@ -116,7 +158,7 @@ class PackedWeight(torch.Tensor):
     @classmethod
     def of(cls, weight: torch.Tensor, scheme: Scheme) -> Self:
         """Quantise a weight."""
-        return cls(SCHEMES[scheme].of(weight), weight.shape, weight.dtype)
+        return cls(packed(weight, scheme), weight.shape, weight.dtype)
 
     def values(self) -> torch.Tensor:
         """The weight as an ordinary tensor."""

@@ -2,14 +2,20 @@
 
 from collections.abc import Iterator
 
+import torch
+import torch.distributed as dist
+
+from ..common.errors import InputError
 from ..config.recipe import Recipe
-from .devices import Room
-from .dtypes import DtypeName
-from .memory_estimate import Sizes, estimate
-from .sharding import USABLE
+from ..config.sections import Strategy
+from .devices import Room, memory_of
+from .dtypes import DtypeName, choose_dtype
+from .memory_estimate import Sizes, estimate, sizes_of
 
 SHARE = 0.92
 """Share of a GPU's memory that `auto` fills: the allocator's own pieces and NCCL take some."""
+USABLE = 0.8
+"""Share of a GPU's memory for weights and what trains them; the rest is for activations."""
 _MOST_ROWS = 64
 """Largest microbatch that `auto` takes: the products of a GPU are full long before."""
 
@@ -52,6 +58,38 @@ def _most_rows(recipe: Recipe) -> int:
     return min(_MOST_ROWS, max(1, recipe.optim.batch_size // workers))
 
 
+def choose_strategy(recipe: Recipe, world_size: int, device: torch.device) -> Strategy:
+    """The strategy of a worker; `auto` is fsdp if the weights and what trains them do not fit.
+
+    A single worker always uses ddp. All ranks call this together and get the same result.
+
+    Args:
+        recipe: the run's recipe.
+        world_size: number of workers.
+        device: the device that this worker trains on.
+
+    Raises:
+        InputError: fsdp for weights that cannot be sharded.
+    """
+    requested = recipe.scale.strategy
+    if world_size == 1 or requested == "ddp":
+        return "ddp"
+    compute = choose_dtype(recipe.model)
+    reason = _computing_in(compute, recipe).why_not_shardable
+    if requested == "fsdp":
+        if reason is not None:
+            raise InputError(f"scale.strategy fsdp: {reason}")
+        return "fsdp"
+    if reason is not None or device.type == "cpu":
+        return "ddp"
+    memory: list[int] = [0] * world_size
+    dist.all_gather_object(memory, memory_of(device))
+    scale = recipe.scale.model_copy(update={"workers": world_size})
+    own = recipe.model_copy(update={"scale": scale})
+    chosen = with_strategy(own, sizes_of(recipe), min(memory), compute)
+    return "fsdp" if chosen.scale.strategy == "fsdp" else "ddp"
+
+
 def with_strategy(
     recipe: Recipe, sizes: Sizes, room: int, compute: DtypeName | None = None
 ) -> Recipe:
@@ -63,25 +101,30 @@ def with_strategy(
         room: bytes of a GPU's memory.
         compute: the type that `model.dtype: auto` comes to.
     """
-    if recipe.scale.strategy != "auto" or sharded(recipe, compute) is recipe:
+    few = recipe.scale.least_workers < 2
+    if recipe.scale.strategy != "auto" or few or not can_shard(recipe, sizes, compute):
         return recipe
     memory = estimate(recipe.with_placement(1, False), sizes, compute)
     is_large = memory.weights + memory.training > USABLE * room
-    return sharded(recipe, compute) if is_large else recipe
+    return recipe.with_strategy("fsdp") if is_large else recipe
 
 
-def sharded(recipe: Recipe, compute: DtypeName | None = None) -> Recipe:
-    """The recipe with sharded weights, if it can be sharded over at least two workers.
+def can_shard(recipe: Recipe, sizes: Sizes, compute: DtypeName | None = None) -> bool:
+    """True if workers can hold shards of the weights.
 
     Args:
-        recipe: the run's recipe.
-        compute: the type that `model.dtype: auto` comes to; float16 cannot be sharded.
+        recipe, sizes, compute: as for `with_strategy`.
     """
-    is_half = recipe.model.dtype == "auto" and compute == "float16"
-    if is_half or recipe.scale.least_workers < 2 or recipe.why_not_shardable is not None:
+    is_packed = recipe.model.quantize != "none" and sizes.packs_parameters
+    return not is_packed and _computing_in(compute, recipe).why_not_shardable is None
+
+
+def _computing_in(compute: DtypeName | None, recipe: Recipe) -> Recipe:
+    """The recipe with the type that its `model.dtype: auto` comes to."""
+    if compute is None or recipe.model.dtype != "auto":
         return recipe
-    scale = recipe.scale.model_copy(update={"strategy": "fsdp"})
-    return recipe.model_copy(update={"scale": scale})
+    model = recipe.model.model_copy(update={"dtype": compute})
+    return recipe.model_copy(update={"model": model})
 
 
 def fits(recipe: Recipe, sizes: Sizes, room: Room) -> bool:

@@ -16,6 +16,7 @@ from transformers.pytorch_utils import Conv1D
 from ..common.logs import limit
 from ..config.models import ModelSettings
 from .adapter import TRAINED
+from .devices import own_device
 from .dtypes import choose_dtype, torch_dtype
 from .packed import PackedWeight
 from .quantiser import Int8Config, Nf4Config
@@ -67,13 +68,14 @@ def initialise_loftq(model: PeftModel, full: PreTrainedModel) -> None:
         model: a 4-bit base with a new adapter.
         full: the same base, not quantised.
     """
+    device = own_device()  # whose decompositions are many times faster
     for name, module in model.get_base_model().named_modules():
         if not isinstance(module, LoraLinear4bit):
             continue
         layer = full.get_submodule(name)
         packed = module.get_base_layer().weight
         weight = layer.weight.T if isinstance(layer, Conv1D) else layer.weight
-        dequantised = dequantize_4bit(packed.data, packed.quant_state).float()
+        dequantised = dequantize_4bit(packed.data, packed.quant_state).float().to(device)
         error = weight.to(dequantised) - dequantised
         left, values, right = torch.linalg.svd(error, full_matrices=False)
         rank = min(module.r[TRAINED], len(values))  # more ranks keep their first values

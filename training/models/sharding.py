@@ -2,7 +2,8 @@
 
 transformers treats a sharded model like one that it sharded while loading: the Trainer neither
 moves nor wraps it, and generation keeps the ranks in step. Every rank loads the full base on the
-CPU and keeps its shard, so a node needs memory for one copy per worker.
+CPU, in 4 bits if it is quantised, and keeps its shard, so a node needs memory for one copy per
+worker.
 
 FSDP2 stores a weight as a DTensor, split along its first dimension. Files always hold full tensors:
 a checkpoint depends neither on the number of workers nor on the strategy.
@@ -10,7 +11,7 @@ a checkpoint depends neither on the number of workers nor on the strategy.
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -20,65 +21,11 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
-from ..common.errors import InputError
 from ..config.recipe import Recipe
 from .composite import towers
-from .devices import memory_of
 from .dtypes import choose_dtype, torch_dtype
 from .freezing import decoder_layers
 from .loading import Model
-from .packed import PackedWeight
-
-Strategy = Literal["ddp", "fsdp"]
-
-USABLE = 0.8
-"""Share of a device's memory for model states; the rest is for activations."""
-
-
-def choose_strategy(
-    recipe: Recipe, model: Model, world_size: int, device: torch.device
-) -> Strategy:
-    """The recipe's strategy; `auto` chooses fsdp if the full model does not fit a device.
-
-    A single worker always uses ddp. All ranks call this together and get the same result.
-
-    Args:
-        recipe: the run's recipe.
-        model: the full model, on any device.
-        world_size: number of workers.
-        device: the device that this worker trains on.
-
-    Raises:
-        InputError: fsdp in float16, which finray does not support (its gradients are scaled).
-    """
-    requested, is_half = recipe.scale.strategy, choose_dtype(recipe.model) == "float16"
-    if world_size == 1 or requested == "ddp":
-        return "ddp"
-    if requested == "fsdp":
-        if is_half:
-            raise InputError(
-                "scale.strategy: fsdp does not support float16, which this model computes in; set "
-                "model.dtype to bfloat16 or float32, or use ddp"
-            )
-        return "fsdp"
-    is_packed = any(isinstance(weight, PackedWeight) for weight in model.parameters())
-    if is_half or is_packed or recipe.why_not_shardable is not None or device.type == "cpu":
-        return "ddp"
-    memory: list[int] = [0] * world_size
-    dist.all_gather_object(memory, memory_of(device))
-    return "ddp" if model_state_bytes(model) <= USABLE * min(memory) else "fsdp"
-
-
-def model_state_bytes(model: torch.nn.Module) -> int:
-    """Bytes of all weights, and of the trained weights' gradients, which DDP holds twice, moments,
-    and float32 masters with gradients."""
-    total = 0
-    for weight in model.parameters():
-        total += weight.nbytes
-        if weight.requires_grad:
-            of_optimizer = 8 if weight.dtype == torch.float32 else 16
-            total += 2 * weight.nbytes + of_optimizer * weight.numel()
-    return total
 
 
 def shard(model: Model, recipe: Recipe, device: torch.device) -> None:

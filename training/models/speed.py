@@ -91,7 +91,7 @@ def _exchange(recipe: Recipe, sizes: Sizes, device: Device, workers: int) -> flo
     if recipe.scale.strategy != "fsdp":
         return gradients / device.link / 2
     passes = -(-recipe.rows_of_worker(workers) // recipe.microbatch)
-    packed = 0.516 if recipe.model.quantize == "nf4" else 2
+    packed = 0.5 if recipe.model.quantize == "nf4" else 2
     weights = sizes.linear * packed + (sizes.frozen + sizes.trained) * 2
     return (2 * passes * share * weights + gradients) / device.link / 2
 

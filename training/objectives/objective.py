@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 
 from ..config.recipe import Recipe
-from ..config.sections import FLAT, Isolation
+from ..config.sections import FLAT, Isolation, Strategy
 from ..data.batching import PADDING_ROW, Batch, Rows, collate, collate_flat
 from ..data.microbatches import Division, number_of_parts
 from ..data.prepared import Prepared
@@ -18,7 +18,7 @@ from ..models.devices import sum_type
 from ..models.isolation import kept_columns, outputs_of
 from ..models.loading import Model, forward_arguments
 from ..models.output_head import OutputHead, find_head
-from ..models.sharding import Strategy, shard
+from ..models.sharding import shard
 from .logprobs import cross_entropies
 
 

@@ -172,6 +172,8 @@ def test_the_output_of_nvidia_smi(answers: Callable[..., tuple[Gpu, ...]]) -> No
         Gpu("NVIDIA H100 80GB HBM3", 81559 * 2**20, uuid="GPU-1a"),
         Gpu("Tesla T4", 15 * 2**30, has_bfloat16=False, uuid="GPU-2b"),
     )
+    slots = "NVIDIA GeForce GT 1030, 2048, 6.1, GPU-3c, [N/A]\nTesla T4, 15360, 7.5, GPU-2b, [N/A]"
+    assert [gpu.uuid for gpu in answers(slots)] == ["GPU-2b", "GPU-3c"], "as CUDA counts them"
     assert answers("Tesla T4, 15360") == (Gpu("Tesla T4", 15 * 2**30),), "an older driver's"
     assert answers("No devices were found") == ()
     warned = "Tesla T4, 15360\nWARNING: infoROM is corrupted at gpu 0000:3B:00.0"
@@ -257,6 +259,23 @@ def test_a_torch_that_finds_no_gpu_is_refused(
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     values["scale"]["gpus_per_worker"] = "auto"
     check_machine(recipe_from_dict(values), SILENT)
+
+
+def test_the_smallest_of_those_that_are_used_counts(
+    tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not a card for a screen that lies idle."""
+    screen = Gpu("NVIDIA GeForce GT 1030", 2**20, has_bfloat16=False)
+    monkeypatch.setattr("finray.cluster.gpus.gpus_here", lambda: (H100, screen))
+    monkeypatch.setattr("finray.training.models.devices.found_kind", lambda: "cuda")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    values = recipe(scale={"workers": 0}).model_dump(mode="json")
+    values["model"]["base"] = str(tiny_model)
+    room = check_machine(recipe_from_dict(values), SILENT).room
+    assert room is not None and room.bytes == H100.bytes and room.has_bfloat16
+    values["scale"]["workers"] = 2
+    with pytest.raises(InputError, match=r"there is 1 MiB \(NVIDIA GeForce GT 1030\)"):
+        check_machine(recipe_from_dict(values), SILENT)
 
 
 def test_gpus_that_lie_idle_are_named(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:

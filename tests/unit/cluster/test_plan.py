@@ -15,7 +15,7 @@ from finray.cluster.api.planning import _nearest, place, plan
 from finray.cluster.cards import CARDS, link_of, parse_gpus
 from finray.cluster.cli.main import main
 from finray.cluster.memory_fit import host_bytes
-from finray.cluster.placements import placements, quantisations
+from finray.cluster.placements import placements, quantisations, with_settings
 from finray.cluster.screens.plan import render
 from finray.training.common.errors import InputError
 from finray.training.config.recipe import Recipe, load_recipe, recipe_from_dict
@@ -53,6 +53,27 @@ def values(base: Path, data: Path, **changes: Any) -> dict[str, Any]:
         ("4090", ("rtx4090", 1)),
         ("A100-40GB", ("a100-40", 1)),
         ("NVIDIA-L40S", ("l40s", 1)),
+        ("h100 80gb:8", ("h100", 8)),
+        ("A100-PCIE-40GB", ("a100-40", 1)),
+        ("a10080", ("a100", 1)),
+        # as nvidia-smi has them
+        ("Tesla T4", ("t4", 1)),
+        ("Tesla V100-SXM2-16GB", ("v100-16", 1)),
+        ("Tesla V100-SXM2-32GB:4", ("v100", 4)),
+        ("NVIDIA A10G", ("a10g", 1)),
+        ("NVIDIA A40", ("a40", 1)),
+        ("NVIDIA RTX A6000", ("a6000", 1)),
+        ("NVIDIA RTX 6000 Ada Generation", ("rtx6000ada", 1)),
+        ("NVIDIA A100-SXM4-40GB", ("a100-40", 1)),
+        ("NVIDIA A100-SXM4-80GB", ("a100", 1)),
+        ("NVIDIA A100 80GB PCIe", ("a100", 1)),
+        ("NVIDIA H100 80GB HBM3", ("h100", 1)),
+        ("NVIDIA H100 PCIe", ("h100", 1)),
+        ("NVIDIA H200", ("h200", 1)),
+        ("NVIDIA L4", ("l4", 1)),
+        ("NVIDIA L40S", ("l40s", 1)),
+        ("NVIDIA GeForce RTX 4090", ("rtx4090", 1)),
+        ("NVIDIA RTX PRO 6000 Blackwell Server Edition", ("pro6000", 1)),
     ],
 )
 def test_names_of_cards(text: str, expected: tuple[str, int]) -> None:
@@ -65,8 +86,10 @@ def test_names_of_cards(text: str, expected: tuple[str, int]) -> None:
     [
         ("h10", r"--gpu h10: there is no such card; did you mean h100\? \(a100-40, a100, h100"),
         ("rtx5080", r"did you mean rtx5090\?"),
-        ("h100 80gb:8", r"did you mean h100\?"),
-        ("A100-PCIE-40GB", r"did you mean a100-40\?"),
+        ("Tesla P100-PCIE-16GB", r"did you mean v100-16\?"),
+        ("NVIDIA A10", r"did you mean a10g\?"),
+        ("A100-SXM-64GB", r"did you mean a100\?"),
+        ("a100-800", r"did you mean a100\?"),
         ("abacus", r"--gpu abacus: there is no such card \("),
         (
             "h100:0",
@@ -87,10 +110,11 @@ def test_what_is_no_card_is_refused(text: str, message: str) -> None:
 
 def test_every_card_is_complete() -> None:
     """The larger of a pair has more of everything that decides."""
-    assert len(CARDS) == 11
+    assert len(CARDS) == 19
     for card in CARDS.values():
         assert 14 < card.gib < 180 and 60 < card.tflops < 2500 and 0.2 < card.bandwidth < 8
     assert CARDS["h200"].bytes > CARDS["h100"].bytes > CARDS["a100-40"].bytes
+    assert [card.gigabytes for card in CARDS.values()][:4] == [40, 80, 80, 141]
     assert not CARDS["t4"].has_bfloat16 and CARDS["a100"].has_bfloat16
 
 
@@ -428,6 +452,12 @@ def test_the_nearest_may_be_more_gpus_of_a_larger_card() -> None:
     room = Room(CARDS["b200"].bytes)
     fewer = placements(recipe, "none", sizes["none"], room, 2)
     assert min(estimate(one.recipe, sizes["none"]).peak for one in fewer) > room.bytes
+    long = with_settings(recipe, "data", max_length=2**20)
+    near = _nearest(long, sizes, CARDS["t4"], 1)
+    assert near is not None and near.startswith("--gpu b200:4 --set scale.workers=4 ")
+    settled = load_recipe(long.model_dump(mode="json"), near.replace("--set ", "").split()[2:])
+    assert settled.data.max_length < 2**20
+    assert estimate(settled, sizes["none"]).peak <= room.bytes
     vast = {"none": replace(sizes["none"], trained=4 * 10**13)}
     assert _nearest(recipe, vast, CARDS["t4"], 1) is None
 

@@ -17,6 +17,10 @@ from finray.training.config.recipe import Recipe
 from finray.training.data.batching import IGNORED, Batch, collate
 from finray.training.data.stream import Sequence
 from finray.training.engine.methods import objective_of
+from finray.training.engine.trainer import StreamTrainer
+from finray.training.engine.trainer_arguments import training_arguments
+from finray.training.models.generation import generate_answers
+from finray.training.models.loading import load_model, load_tokenizer
 from finray.training.objectives.logprobs import cross_entropies
 
 # peft calls a name that transformers has renamed.
@@ -228,3 +232,33 @@ def test_so_they_are_by_several_workers(tiny_model: Path, tmp_path: Path) -> Non
             # Each worker scales its losses by 2, and the mean of the last gradients is rounded.
             difference = float((gradient - expected[name]).abs().max())
             assert difference <= 2e-3 * largest, name
+
+
+@pytest.mark.parametrize("parts", [{}, {"adapter": {"rank": 4, "dtype": "float32"}}])
+def test_what_is_computed_beside_the_steps_has_their_type(
+    tiny_model: Path, tmp_path: Path, parts: dict[str, Any]
+) -> None:
+    """Before the first step too, when the Trainer has not wrapped the model yet."""
+    values = {**recipe(tiny_model).model_dump(mode="json", exclude={"adapter"}), **parts}
+    values["model"] |= {"dtype": "bfloat16"}
+    settings = Recipe.model_validate(values)
+    adapted = load_model(settings)
+    setup = steps.make_setup(settings, adapted, tmp_path, 0, 1)
+    trainer = StreamTrainer(
+        adapted,
+        training_arguments(settings, 1, tmp_path),
+        objective=objective_of(setup),
+        passes=1,
+        rows=lambda: iter(()),
+        after_step=lambda _: False,
+        is_logged=lambda _: True,
+        stop_requested=lambda: False,
+    )
+    types: set[torch.dtype] = set()
+    for name, module in adapted.named_modules():
+        if name.endswith(("gate_proj", "gate_proj.lora_A.default")):
+            module.register_forward_hook(lambda _, args, output: types.add(output.dtype))
+    trainer.evaluate_held_out(iter([make_sequences(2)]))
+    with trainer.in_compute_type():
+        generate_answers(adapted, load_tokenizer(settings), [[5, 6, 7]], 2, 0, 1)
+    assert types == {torch.bfloat16}

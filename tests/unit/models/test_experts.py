@@ -35,7 +35,7 @@ from finray.training.models.left_out import patterns_of, plain_names
 from finray.training.models.loading import build_meta_model, load_model
 from finray.training.models.matrices import matrices
 from finray.training.models.memory_estimate import sizes_of
-from finray.training.models.packed import PackedWeight
+from finray.training.models.packed import PackedWeight, Scheme
 from finray.training.models.quantiser import check_quantisable
 from finray.training.models.targets import adapted_layers, coverage
 from finray.training.models.weights import load_weights, save_weights
@@ -422,6 +422,21 @@ def test_a_packed_weight_reads_as_its_values() -> None:
     assert torch.equal(weight.to(torch.bfloat16) + 0, values.bfloat16())
     with pytest.raises(RuntimeError, match="cannot be changed"):
         weight += 1
+
+
+@pytest.mark.parametrize("scheme", ["nf4", "int8"])
+def test_a_kernel_gets_no_more_values_than_it_counts(
+    scheme: Scheme, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of 5 experts two at a time; each part has the values that it would have by itself."""
+    monkeypatch.setattr("finray.training.models.packed._MOST", 2 * 64 * 32)
+    source = torch.randn(5, 64, 32, dtype=torch.bfloat16)
+    weight = PackedWeight.of(source, scheme)
+    parts = [PackedWeight.of(part, scheme) for part in source.split(2)]
+    assert weight.shape == source.shape and weight.nbytes == sum(part.nbytes for part in parts)
+    assert weight.values().equal(torch.cat([part.values() for part in parts]))
+    moved = weight.to(torch.device("cpu"), torch.float32)
+    assert moved.dtype == torch.float32 and moved.values().shape == source.shape
 
 
 def test_the_backward_pass_keeps_packed_values() -> None:

@@ -37,6 +37,14 @@ from finray.training.records.run_folder import RUN_FORMAT
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 
 TOKENS = 48
+LATENT = {
+    "head_dim": 8,
+    "kv_lora_rank": 16,
+    "q_lora_rank": 16,
+    "qk_rope_head_dim": 8,
+    "qk_nope_head_dim": 8,
+    "v_head_dim": 16,
+}
 SMALL: dict[str, Any] = {
     "vocab_size": 64,
     "hidden_size": 48,
@@ -148,8 +156,8 @@ def bytes_kept(
 
 
 def estimated_bytes(settings: Recipe) -> int:
-    """Bytes of a microbatch's activations and logits."""
-    return estimate(settings, sizes_of(settings)).activations
+    """Bytes of a microbatch's activations and logits on a CPU."""
+    return estimate(settings, sizes_of(settings), kind="cpu").activations
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -325,6 +333,34 @@ def test_documents_keep_what_is_followed(tmp_path: Path, kind: str) -> None:
     assert kept is not None and kept[0].whole == bytes_kept(settings, documents=documents)
 
 
+def test_documents_without_a_kernel_keep_copies(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a T4: their result in two orders, and with fewer heads of keys those of all heads."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.for_model("llama", **{**SMALL, "num_key_value_heads": 4})
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    settings = recipe(tmp_path, **LORA, model={"dtype": "bfloat16"}, packing=True)
+    assert attention_of(settings, "float16") == attention_of(settings, "float32") == "groups"
+    assert attention_of(settings, "float32", "cpu") == attention_of(settings) == "borders"
+    kept = kept_by(settings, TOKENS, "bfloat16", "bfloat16", "groups")
+    monkeypatch.setattr("finray.training.models.attention._fits_cpu", lambda *_: False)
+    documents = Documents.of(np.full(3, TOKENS // 3, np.int32))
+    places = 17 * TOKENS  # in groups and back, for all layers
+    assert kept is not None and kept[0].whole + places == bytes_kept(settings, documents=documents)
+    fewer = {**SMALL, "num_key_value_heads": 1}
+    AutoConfig.for_model("llama", **fewer).save_pretrained(tmp_path / "fewer")
+    settings = recipe(tmp_path / "fewer", **LORA, model={"dtype": "bfloat16"}, packing=True)
+    every, own = (
+        kept_by(settings, TOKENS, "bfloat16", "bfloat16", way) for way in ("groups", "borders")
+    )
+    assert every is not None and own is not None
+    width, layers = SMALL["hidden_size"], SMALL["num_hidden_layers"]
+    copies = layers * TOKENS * (width + 2 * (width - width // 4)) * 2
+    assert every[0].whole - own[0].whole == copies
+
+
 def test_documents_that_the_rehearsal_masks_cost_a_mask(bases: dict[int, Path]) -> None:
     """Attention by documents is what packed rows get unless another way is settled."""
     ways: dict[Any, str] = {None: "borders", "documents": "borders", "borders": "borders"}
@@ -444,13 +480,15 @@ def test_scores_of_packed_rows_are_those_of_their_documents(kind: str, tmp_path:
         ("gemma3_text", {"sliding_window": 16, "num_hidden_layers": 7}),
         ("lfm2", {"num_hidden_layers": 3, "full_attn_idxs": [1]}),
         ("qwen3_next", {"num_experts": 0, "num_hidden_layers": 4}),
+        ("deepseek_v3", {**LATENT, "num_key_value_heads": 4, "first_k_dense_replace": 2}),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_a_cache_holds_what_generation_keeps(
     tmp_path: Path, kind: str, config: dict[str, Any]
 ) -> None:
-    """Of windows no more than they are long, of convolutions and recurrences nothing."""
+    """Of windows no more than they are long, of convolutions and recurrences nothing, of latent
+    attention what it keeps before it expands that."""
     from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
     from transformers.cache_utils import DynamicLayer
 
@@ -465,11 +503,28 @@ def test_a_cache_holds_what_generation_keeps(
     sizes = sizes_of(recipe(tmp_path, **LORA))
     assert len(sizes.cached) == len(held)
     windows = sum(window is not None for window in sizes.cached)
-    one_token = 2 * sizes.keys * 4
+    one_token = sizes.cached_values * 4
+    assert bool(sizes.expanded) == (kind == "deepseek_v3")
     # transformers keeps a token less than a window.
     assert cache_bytes(sizes, "float32", TOKENS) - windows * one_token == sum(
         layer.keys.nbytes + layer.values.nbytes for layer in held
     )
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_embedding_and_head_that_are_one_matrix_count_once(tmp_path: Path, tied: bool) -> None:
+    """Sharded, they are whole on each GPU, and so are their gradients."""
+    from transformers import AutoConfig
+
+    shapes = {**SMALL, "vocab_size": 4096, "tie_word_embeddings": tied}
+    AutoConfig.for_model("llama", **shapes).save_pretrained(tmp_path)
+    settings = recipe(tmp_path, scale={"workers": 2, "strategy": "fsdp"})
+    sizes = sizes_of(settings)
+    assert sizes.outside == (1 if tied else 2) * 4096 * SMALL["hidden_size"]
+    layer = (sizes.trained - sizes.outside) / SMALL["num_hidden_layers"]
+    memory = estimate(settings, sizes)
+    gathered = sizes.outside * 2 + 2 * layer * 2 + layer * 6
+    assert memory.weights == pytest.approx(2 * sizes.trained + gathered, rel=0.01)
 
 
 def test_frozen_layers_have_a_cache(bases: dict[int, Path]) -> None:
@@ -594,20 +649,20 @@ def test_the_shards_of_a_known_model(quantize: str) -> None:
     )
     memory = estimate(settings, LLAMA_8B_FULL if is_full else LLAMA_8B)
     outside, layer, adapter = 2 * 128_256 * 4096, 218_112_000, 41_943_040
-    bytes_of_layer = {"none": 2, "nf4": 0.516, "full": 2}[quantize] * layer
-    base = {"none": 2 * 32 * layer, "nf4": 0.516 * 32 * layer, "full": 4 * 32 * layer}[quantize]
+    bytes_of_layer = {"none": 2, "nf4": 0.5, "full": 2}[quantize] * layer
+    base = {"none": 2 * 32 * layer, "nf4": 0.5 * 32 * layer, "full": 4 * 32 * layer}[quantize]
     base += outside * (4 if is_full else 2)
     trained = 0 if is_full else 2 * adapter
     # A layer's gradients, in bfloat16 and in float32; or the sums of all of an adapter's.
     gradients = 6 * layer if is_full else 4 * adapter
-    gathered = 2 * outside + 2 * bytes_of_layer + gradients
+    scales = 0.016 * 32 * layer if quantize == "nf4" else 0  # whole on each
+    gathered = 2 * outside + 2 * bytes_of_layer + gradients + scales
     assert memory.weights == pytest.approx((base + trained) / WORKERS + gathered, rel=3e-3)
     states = 12 * (32 * layer + outside) if is_full else (2 + 8 + 8) * adapter
     assert memory.training == pytest.approx(states / WORKERS, rel=3e-3)
-    # A quantised base is whole on each GPU before it is cut up.
-    largest = 2 * 4096 * 14336
-    loaded = base + trained + largest if quantize == "nf4" else memory.weights
-    assert memory.phases["loading"] == pytest.approx(loaded + 2**29, rel=3e-3)
+    # Each GPU gets its shards alone, of a quantised base too.
+    largest = 2 * 4096 * 14336 if quantize == "nf4" else 0
+    assert memory.phases["loading"] == memory.weights + largest + 2**29
 
 
 def test_the_root_of_shards_holds_its_gradients_to_the_end() -> None:

@@ -2,6 +2,7 @@
 
 import os
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,11 +11,13 @@ import torch.distributed as dist
 from bitsandbytes.functional import dequantize_4bit
 from bitsandbytes.nn import Linear4bit, Linear8bitLt
 from torch import multiprocessing
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.parallel import DistributedDataParallel
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from finray.training.config.models import LoraAdapter
 from finray.training.config.recipe import Recipe
+from finray.training.models import quantiser
 from finray.training.models.loading import count_meta_parameters, count_parameters, load_model
 from finray.training.models.matrices import matrices
 from finray.training.models.quantiser import plan_quantisation
@@ -196,3 +199,23 @@ def test_weights_that_go_to_a_kernel_get_no_adapter(
         m for m in matrices(model) if m.kind != "head" and not {m.name, m.weight} & targets.names
     ]
     assert {m.module.rpartition(".")[2] for m in left if m.kind != "router"} == handed
+
+
+def test_a_gpu_quantises_what_stays_on_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tensors without values stand for both."""
+    monkeypatch.setattr(quantiser, "own_device", lambda: torch.device("cuda", 0))
+    seen: list[str] = []
+
+    class Layers:
+        def convert(self, weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+            seen.extend(str(weight.device) for weight in weights.values())
+            return {name: weight.byte() for name, weight in weights.items()}
+
+    of_all = SimpleNamespace(plan=quantiser.Plan(frozenset(), frozenset()), scheme="nf4")
+    quantise = quantiser._Quantise(of_all, Layers())  # type: ignore[arg-type]
+    with FakeTensorMode():  # type: ignore[no-untyped-call]
+        weights = {"host": [torch.ones(4, 4)], "gpu": torch.ones(4, 4, device="cuda")}
+        made = quantise.convert(weights)
+    assert seen == ["cuda:0", "cuda:0"]
+    devices = {name: str(weight.device) for name, weight in made.items()}
+    assert devices == {"host": "cpu", "gpu": "cuda:0"}

@@ -11,12 +11,14 @@ from unittest.mock import patch
 
 import pytest
 import torch
+from bitsandbytes.nn import Params4bit
 from safetensors.torch import load_file
 from support.cases import mostly_slow
 from support.mixtures import saved_mixture
 from support.steps import by_workers, make_sequences, make_setup, one_step
 from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
+from transformers.integrations.bitsandbytes import Bnb4bitQuantize
 
 from finray.training.config.recipe import Recipe
 from finray.training.data.batching import Rows, collate
@@ -25,8 +27,10 @@ from finray.training.engine.methods import objective_of
 from finray.training.engine.trainer import StepMeasures, StreamTrainer
 from finray.training.engine.trainer_arguments import training_arguments
 from finray.training.models.generation import completion_texts, generate_completions
+from finray.training.models import loading
 from finray.training.models.loading import load_model, load_tokenizer
-from finray.training.models.sharding import choose_strategy, shard
+from finray.training.models.placement import choose_strategy
+from finray.training.models.sharding import shard
 from finray.training.models.weights import gather_weights, save_result
 
 # peft calls a name that transformers has renamed.
@@ -365,15 +369,44 @@ def test_auto_shards_what_the_smallest_device_cannot_hold(
 ) -> None:
     """A weight trained in float32 takes 20 bytes; four fifths of the memory are usable."""
     settings = make_recipe(tiny_model, "full", 0)
-    model = make_model(settings)
-    needed = 20 * sum(weight.numel() for weight in model.parameters())
+    needed = 20 * sum(weight.numel() for weight in load_model(settings).parameters())
     cuda = torch.device("cuda", 0)
 
     def work(rank: int, world_size: int) -> dict[str, Any]:
         memory = 2 * needed if rank == 0 else math.ceil(needed / 0.8) + spare
         properties = SimpleNamespace(total_memory=memory)
         with patch.object(torch.cuda, "get_device_properties", return_value=properties):
-            return {"strategy": choose_strategy(settings, model, world_size, cuda)}
+            return {"strategy": choose_strategy(settings, world_size, cuda)}
 
-    assert choose_strategy(settings, model, 1, cuda) == "ddp"
+    assert choose_strategy(settings, 1, cuda) == "ddp"
     assert {saved["strategy"] for saved in by_workers(2, tmp_path, work)} == {chosen}
+
+
+def test_a_quantised_base_waits_on_the_host_for_its_shards(
+    tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A GPU quantises each weight, and holds only one at a time; without shards it keeps them."""
+    quantised: list[str] = []
+    quantise = Bnb4bitQuantize.convert
+
+    def convert(self: Any, weights: dict[str, Any], **more: Any) -> Any:
+        quantised.extend(f"{name} on {value.device}" for name, value in weights.items())
+        return quantise(self, weights, **more)
+
+    monkeypatch.setattr(Bnb4bitQuantize, "convert", convert)
+    monkeypatch.setattr("finray.training.models.loading.device_kind", lambda: "cuda")
+    asked: list[Any] = []
+    load = loading.load_pretrained
+
+    def load_pretrained(*names: Any, **more: Any) -> Any:
+        asked.append(more.get("device_map"))
+        return load(*names, **more)
+
+    monkeypatch.setattr(loading, "load_pretrained", load_pretrained)
+    sharded = make_recipe(tiny_model, "nf4", 2)
+    model = load_model(sharded)
+    load_model(sharded.with_strategy("ddp"))
+    assert asked == [{"": "cpu"}, None]
+    assert len(quantised) == 28 and all(" on cpu" in one for one in quantised)
+    weight = next(w for w in model.parameters() if isinstance(w, Params4bit))
+    assert weight.device.type == "cpu" and weight.bnb_quantized

@@ -1,7 +1,7 @@
 """Samples tokens with random numbers that are drawn in advance.
 
 Every (sequence, position) has its own uniform number, which selects the token by inverting the
-cumulative distribution. This is exact, and independent of the rest of the batch.
+cumulative distribution. This is exact to 2^-50, and independent of the rest of the batch.
 """
 
 from typing import Any, Protocol
@@ -11,6 +11,9 @@ from transformers import LogitsProcessor
 
 _ALMOST_ONE = 1.0 - 1e-12
 """Maximum of the uniform numbers: one that is rounded up to 1 would select no token."""
+_UNIT = 2.0**50
+"""What a probability of 1 counts as. Sums of whole numbers are the same in any order; a GPU adds up
+floating-point numbers in one that changes, which `deterministic` refuses."""
 
 
 class SamplingSettings(Protocol):
@@ -45,9 +48,9 @@ def probabilities(logits: torch.Tensor, settings: SamplingSettings) -> torch.Ten
         scaled = scaled.masked_fill(scaled < smallest, -torch.inf)
     if settings.top_p < 1.0:
         ordered, order = scaled.sort(descending=True)
-        shares = ordered.softmax(-1)
+        shares = _whole(ordered.softmax(-1))
         # A token is kept if the tokens before it do not reach top_p; the first is always kept.
-        outside = shares.cumsum(-1) - shares >= settings.top_p
+        outside = shares.cumsum(-1) - shares >= settings.top_p * _UNIT
         scaled = scaled.masked_fill(outside.scatter(1, order, outside), -torch.inf)
     return scaled.softmax(-1)
 
@@ -60,11 +63,16 @@ def pick(shares: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
         uniform: random numbers, (sequences,), in [0, 1).
 
     Returns:
-        (sequences,) token ids, none of probability 0.
+        (sequences,) token ids, none of a probability below 2^-51.
     """
-    cumulative = shares.cumsum(-1)
-    targets = uniform.clamp(max=_ALMOST_ONE)[:, None] * cumulative[:, -1:]
+    cumulative = _whole(shares).cumsum(-1)
+    targets = (uniform.clamp(max=_ALMOST_ONE)[:, None] * cumulative[:, -1:]).long()
     return torch.searchsorted(cumulative, targets, right=True).squeeze(1)
+
+
+def _whole(shares: torch.Tensor) -> torch.Tensor:
+    """Probabilities as whole numbers, in units of 1 / _UNIT."""
+    return (shares * _UNIT).round().long()
 
 
 class Sampler(LogitsProcessor):
