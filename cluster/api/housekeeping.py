@@ -14,7 +14,7 @@ from ...training.config.paths import resolve_path
 from ...training.records.comparison import Comparison, compare_runs
 from ...training.records.directions import direction_of
 from ...training.records.notes import Note, read_note, write_note
-from ...training.records.run_folder import read_recipe
+from ...training.records.run_folder import PREPARED_FOLDER, read_recipe
 from ...tuning.removal import Removal, age_of, best_of, plan_removal
 from ...tuning.storage_contents import Entry, contents_of, entry_of
 from ...tuning.sweep_folder import SWEEP_FILE
@@ -33,7 +33,8 @@ def find_run(run: str, storage: Folder) -> Folder:
     for folder in (path, storage / run):
         if folder.exists("run.json") or folder.exists(SWEEP_FILE):
             return folder if folder.local is None else Folder(os.path.realpath(folder.local))
-    near = difflib.get_close_matches(run, storage.names(), n=1)
+    names = [name for name in storage.names() if name != PREPARED_FOLDER and name[0] != "."]
+    near = difflib.get_close_matches(run, names, n=1)
     remedy = f"did you mean {near[0]}?" if near else "finray runs lists them"
     raise InputError(f"{shown(run)}: no such run, neither as a path nor in {storage}; {remedy}")
 

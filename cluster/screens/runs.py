@@ -26,6 +26,13 @@ HEADERS = (
     "started",
 )
 _OF_SOME = ("match", "reward")
+_KEYS = {
+    "eval loss": "eval_loss",
+    "match": "exact_match",
+    "reward": "eval_reward",
+    "started": "started_at",
+}
+"""What is under a heading that is not called like it."""
 LEFT_ALIGNED = 3
 """Number of columns with words; the others hold numbers, but for tags and notes at the end."""
 _NOTE = 60
@@ -46,8 +53,8 @@ def render_runs(
     Args:
         runs: (name, run record), as `noted_runs` gives them.
         now: the time from which ages count, with its zone; the present by default.
-        sort: a column or a metric to sort by, the best first; runs without it come last. What has
-            no direction that is better goes up.
+        sort: a column, by its heading or its key, or a metric to sort by, the best first; runs
+            without it come last. What has no direction that is better goes up.
         tag: only runs with this tag.
         recipes: those of the runs, for the direction of a metric of the user's own; they are read
             only where it needs them.
@@ -61,6 +68,7 @@ def render_runs(
         raise InputError(f"--tag {tag}: no run has this tag{_among(_tags(runs))}")
     ordered = sorted(chosen, key=lambda run: (str(run[1].get("started_at") or ""), run[0]))
     if sort is not None and ordered:
+        sort = _key_of(sort, ordered)
         ordered = _sorted_by(sort, ordered, now, recipes)
     entries = [_entry(name, record, now) for name, record in ordered]
     if as_json:
@@ -73,7 +81,7 @@ def render_runs(
 def _table(entries: Sequence[Record], sort: str | None) -> str:
     """The columns; what runs are sorted by, their tags and notes only where there are some."""
     rows = _without_empty([list(HEADERS), *(list(_row(entry)) for entry in entries)])
-    shown = {*HEADERS, "eval_loss", "exact_match", "eval_reward", "started_at"}
+    shown = {*HEADERS, *_KEYS.values(), "tags", "note"}
     if sort is not None and sort not in shown:
         rows[0].append(sort)
         for row, entry in zip(rows[1:], entries, strict=True):
@@ -110,13 +118,19 @@ def _among(names: set[str]) -> str:
     return f"; there are {', '.join(sorted(names)[:_NAMED])}" if names else ""
 
 
+def _key_of(name: str, runs: Sequence[tuple[str, Record]]) -> str:
+    """What is under a heading; a metric of this name, such as a policy's reward, goes before it."""
+    is_metric = any(name in (record.get("metrics") or {}) for _, record in runs)
+    return name if is_metric else _KEYS.get(name, name)
+
+
 def _sorted_by(
     key: str, runs: Sequence[tuple[str, Record]], now: datetime, recipes: Iterable[Record]
 ) -> list[tuple[str, Record]]:
     """The best first, by the metric's own direction; words and times in ascending order."""
     values = {name: _value(_entry(name, record, now), key) for name, record in runs}
     if all(value is None for value in values.values()):
-        have = {"name", "status", "method", "step", "tokens", "started_at"}
+        have = {"name", "status", "method", "step", "tokens", "started", "tags", "note"}
         have |= {name for _, record in runs for name in record.get("metrics") or {}}
         raise InputError(f"--sort {key}: no run has {key}{_among(have)}")
     numbers = any(formatting.is_number(value) for value in values.values())
@@ -132,8 +146,9 @@ def _sorted_by(
 
 
 def _value(entry: Record, key: str) -> Any:
-    """A column of a run, else a metric."""
-    return entry[key] if key in entry else _number(entry["metrics"].get(key))
+    """A column of a run, else a metric; None for one that is empty."""
+    value = entry[key] if key in entry else entry["metrics"].get(key)
+    return value or None if isinstance(value, str | list) else _number(value)
 
 
 def _entry(name: str, record: Record, now: datetime) -> Record:

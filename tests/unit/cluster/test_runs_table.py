@@ -41,6 +41,23 @@ def test_a_reward_or_a_preference_has_its_column() -> None:
     assert " 0.750 " in policy and "90.0%" in pairs
 
 
+def test_a_heading_sorts_its_column_and_nothing_stands_twice() -> None:
+    runs = [
+        ("b", run(started_at=ago(hours=2), metrics={"eval_loss": 2.0, "exact_match": 0.5})),
+        ("a", run(started_at=ago(hours=1), metrics={"eval_loss": 1.0, "exact_match": 0.1})),
+        ("c", run(metrics={"reward": 0.1}, tags=["x"], note="late")),
+    ]
+
+    def order(sort: str) -> list[str]:
+        header, *rows = render_runs(runs, as_json=False, now=NOW, sort=sort).splitlines()
+        assert header.count("note") == header.count("tags") == 1
+        return [row.split()[0] for row in rows]
+
+    assert order("eval loss") == order("eval_loss") == ["a", "b", "c"]
+    assert order("match") == ["b", "a", "c"] == order("started")
+    assert order("reward")[0] == order("tags")[0] == order("note")[0] == "c", "a metric, words"
+
+
 def test_a_silent_run_is_marked() -> None:
     runs = [
         ("alive", run(status="running", updated_at=ago(seconds=119))),
