@@ -1,6 +1,8 @@
 """Runs side by side: what differs, the answers that tell them apart, plots and the page."""
 
+import errno
 import json
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -91,6 +93,27 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert json.loads(capsys.readouterr().out)["runs"] == ["first", "second"]
     assert main([*words, "--page", str(tmp_path / "page.html")]) == 0
     assert (tmp_path / "page.html").read_text(encoding="utf-8").startswith("<!doctype html>")
+
+
+def test_what_cannot_be_written_is_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    two_runs(tmp_path)
+
+    def refuse(*_: object) -> None:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    monkeypatch.setattr(Folder, "write", refuse)
+    storage, page = ["--storage", str(tmp_path)], str(tmp_path / "page.html")
+    for command, place in (
+        (["runs", "compare", "first", "second", *storage, "--page", page], f"--page {page}"),
+        (["runs", "note", "first", "hi", *storage], f"{tmp_path}/first/note.json"),
+        (["report", str(tmp_path / "first")], f"{tmp_path}/first/report.html"),
+    ):
+        assert main(command) == 2
+        out, err = capsys.readouterr()
+        assert err.startswith(f"finray: {place}: cannot be written: Read-only file system; ")
+        assert err.count("\n") == 1 and not out
 
 
 def test_refused(tmp_path: Path) -> None:
