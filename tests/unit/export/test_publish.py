@@ -71,6 +71,12 @@ def test_what_the_hub_refuses_is_said_before_anything_is_written(
     tiny_model: Path, tmp_path: Path, hub: ModelHub, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = finished_run(tmp_path, tiny_model)
+    with pytest.raises(InputError, match="add --merge"):
+        push(run, ollama=True)
+    (run / "adapter" / "chat_template.jinja").write_text("{{ messages | tojson }}")
+    with pytest.raises(InputError, match="does more than put texts around turns"):
+        push(run, merge=True, ollama=True)
+    assert not hub.private, "no repository is made for what is refused"
     hub.private["acme/support"] = False
     with pytest.raises(InputError, match=r"exists and is public; add --public"):
         push(run, to=tmp_path / "out")
@@ -150,6 +156,7 @@ def test_a_modelfile_and_gguf(
         ({"public": True}, "--public is for --push OWNER/NAME; add that"),
         ({"llama_cpp": "x", "format": "gguf"}, "there is no convert_hf_to_gguf.py"),
         ({"quantize": "nf4", "format": "gguf"}, "--quantize contradicts --format gguf"),
+        ({"quantize": "nf4", "ollama": True}, "--quantize contradicts --ollama"),
     ],
 )
 def test_refused(tiny_model: Path, tmp_path: Path, how: dict[str, Any], message: str) -> None:
