@@ -32,7 +32,7 @@ def export(options: argparse.Namespace) -> None:
     from ..screens.export import render_exported
 
     if options.to is None and options.push is None:
-        raise InputError("export needs --to; see finray export --help")
+        raise InputError("export needs --to or --push; see finray export --help")
     exported = write_export(
         options.run,
         options.to,

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from ..common.errors import InputError, RunError
+from ..common.errors import InputError, RunError, reason
 from ..common.progress import SILENT, Progress
 from ..common.storage import Folder
 from ..config.adapter_folder import CONFIG_FILE as ADAPTER_CONFIG
@@ -110,13 +110,12 @@ def export(
         if quantize is not None:
             trust = settings.get("trust_remote_code", False)
             quantise(staged, quantize, result.model_class, trust)
-        source = "."
+        gguf = f"{target.name}.gguf"
         if converter is not None:
             progress.status("llama.cpp converts the model")
-            convert(converter, staged, staged / f"{target.name}.gguf")
-            source = f"./{target.name}.gguf"
+            convert(converter, staged, staged / gguf)
         if ollama:
-            write_modelfile(staged, source)
+            write_modelfile(staged, f"./{gguf}" if for_gguf else ".")
         card = render_card(record, recipe, result)
         (staged / CARD_FILE).write_text(card, encoding="utf-8")
         sizes = [path.stat().st_size for path in staged.rglob("*") if path.is_file()]
@@ -148,7 +147,9 @@ def _staged(target: Path) -> Iterator[Path]:
         shutil.rmtree(staged, ignore_errors=True)
         staged.mkdir(parents=True)
     except OSError as error:
-        raise InputError(f"{target}: cannot write there: {error.strerror}") from None
+        raise InputError(
+            f"{target}: cannot write there: {reason(error)}; give another folder"
+        ) from None
     try:
         yield staged
         staged.replace(target)

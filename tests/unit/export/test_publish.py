@@ -137,7 +137,9 @@ def test_a_modelfile_and_gguf(
     tokenizer = AutoTokenizer.from_pretrained(out)
     assert f"PARAMETER stop {json.dumps(tokenizer.eos_token)}" in modelfile
     words = ["export", str(run), "--to", str(tmp_path / "ready"), "--format", "gguf", "--merge"]
-    assert main(["--quiet", *words]) == 0
+    assert main(["--quiet", *words, "--ollama"]) == 0
+    ready = (tmp_path / "ready" / "Modelfile").read_text(encoding="utf-8")
+    assert "FROM ./ready.gguf\n" in ready, "what the command that is printed writes"
     said = capsys.readouterr().out
     assert f"python LLAMA_CPP/convert_hf_to_gguf.py {tmp_path}/ready --outfile" in said
     script.write_text("import sys; sys.exit('Model XForCausalLM is not supported')")

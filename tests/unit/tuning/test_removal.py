@@ -410,6 +410,10 @@ def test_no_such_run(tmp_path: Path) -> None:
     stored_run(tmp_path, "my-run")
     with pytest.raises(InputError, match=r"no such run, .*did you mean my-run"):
         find_run("my-rnu", Folder(str(tmp_path)))
+    (tmp_path / "sweep").mkdir()
+    (tmp_path / "sweep" / "sweep.json").write_text("{}")
+    with pytest.raises(InputError, match=r"sweep: a sweep, and no run; name one of its trials"):
+        find_run("sweep", Folder(str(tmp_path)))
     (tmp_path / "prepared").mkdir()
     with pytest.raises(InputError, match="finray runs lists them"):
         find_run("prepard", Folder(str(tmp_path)))
