@@ -15,7 +15,7 @@ from ...training.config.default_storage import default_storage
 from ...training.config.paths import resolve_path
 from ...training.records.notes import noted_runs
 from ...training.records.run_folder import read_recipe
-from ..screens.runs import render_runs
+from ..screens.runs import render_runs, terminal_width
 
 if TYPE_CHECKING:
     from ...tuning.removal import Removal
@@ -36,6 +36,7 @@ def runs(options: argparse.Namespace) -> None:
                 for name, record in listed
                 if options.sort in (record.get("metrics") or {})
             ),
+            width=terminal_width(),
         )
     )
 
@@ -59,7 +60,11 @@ def compare(options: argparse.Namespace) -> None:
             Folder(str(page.parent)).write(page.name, text.encode("utf-8", "replace"))
         print(page)
     else:
-        print(render_comparison(comparison, options.rows, colour=sys.stdout.isatty()))
+        print(
+            render_comparison(
+                comparison, options.rows, colour=sys.stdout.isatty(), width=terminal_width()
+            )
+        )
 
 
 def note(options: argparse.Namespace) -> None:

@@ -1,6 +1,8 @@
 """The table of `finray runs`."""
 
 import json
+import shutil
+import sys
 from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime
 from typing import Any
@@ -36,6 +38,9 @@ _KEYS = {
 LEFT_ALIGNED = 3
 """Number of columns with words; the others hold numbers, but for tags and notes at the end."""
 _NOTE = 60
+_GAP = "  "
+_NARROWEST = 8
+"""Signs of a column of words that is cut."""
 _NAMED = 20
 
 
@@ -47,6 +52,7 @@ def render_runs(
     sort: str | None = None,
     tag: str | None = None,
     recipes: Iterable[Record] = (),
+    width: int | None = None,
 ) -> str:
     """The runs of a storage, in the order of their start, as text in columns or a JSON list.
 
@@ -58,6 +64,7 @@ def render_runs(
         tag: only runs with this tag.
         recipes: those of the runs, for the direction of a metric of the user's own; they are read
             only where it needs them.
+        width: columns of the terminal; None where there is none.
 
     Raises:
         InputError: no run has what they are to be sorted by, or the tag.
@@ -75,10 +82,10 @@ def render_runs(
         return json.dumps(entries, indent=2)
     if not entries:
         return "no runs here yet"
-    return _table(entries, sort)
+    return _table(entries, sort, width)
 
 
-def _table(entries: Sequence[Record], sort: str | None) -> str:
+def _table(entries: Sequence[Record], sort: str | None, width: int | None) -> str:
     """The columns; what runs are sorted by, their tags and notes only where there are some."""
     rows = _without_empty([list(HEADERS), *(list(_row(entry)) for entry in entries)])
     shown = {*HEADERS, *_KEYS.values(), "tags", "note"}
@@ -93,7 +100,12 @@ def _table(entries: Sequence[Record], sort: str | None) -> str:
             for row, entry in zip(rows[1:], entries, strict=True):
                 text = " ".join(entry[key]) if key == "tags" else entry[key]
                 row.append(_cut(formatting.one_line(text)))
-    return columns(rows, LEFT_ALIGNED, words_from)
+    return columns(rows, LEFT_ALIGNED, words_from, width)
+
+
+def terminal_width() -> int | None:
+    """Columns of the terminal that stdout is; None if it is none."""
+    return shutil.get_terminal_size().columns if sys.stdout.isatty() else None
 
 
 def _without_empty(rows: list[list[str]]) -> list[list[str]]:
@@ -208,20 +220,51 @@ def _reward(entry: Record) -> str:
     return formatting.percent(entry["eval_reward_accuracy"])
 
 
-def columns(rows: Sequence[Sequence[str]], left_aligned: int, words_from: int | None = None) -> str:
-    """A table with its first `left_aligned` columns aligned left, and those from `words_from` on;
-    the others right."""
+def columns(
+    rows: Sequence[Sequence[str]],
+    left_aligned: int,
+    words_from: int | None = None,
+    width: int | None = None,
+) -> str:
+    """A table: its columns of words are aligned left, the others right.
+
+    Args:
+        rows: the cells.
+        left_aligned: number of columns with words, at the start.
+        words_from: the first of those at the end; None for none there.
+        width: columns of a terminal; words but the first of a row, which names it, are cut where
+            lines would be longer. None cuts nothing.
+    """
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    last = len(widths) if words_from is None else words_from
+    words = [index for index in range(len(widths)) if index < left_aligned or index >= last]
+    if width is not None:
+        _shrink(widths, words[1:], width - len(_GAP) * (len(widths) - 1))
     lines = []
     for row in rows:
         cells = [
-            cell.ljust(width)
-            if index < left_aligned or (words_from is not None and index >= words_from)
-            else cell.rjust(width)
-            for index, (cell, width) in enumerate(zip(row, widths, strict=True))
+            shortened(cell, size).ljust(size) if index in words else cell.rjust(size)
+            for index, (cell, size) in enumerate(zip(row, widths, strict=True))
         ]
-        lines.append("  ".join(cells).rstrip())
+        lines.append(_GAP.join(cells).rstrip())
     return "\n".join(lines)
+
+
+def _shrink(widths: list[int], words: Sequence[int], room: int) -> None:
+    """Make the widest columns of words narrower, until all have room; none if they cannot have."""
+    least = {index: min(widths[index], _NARROWEST) for index in words}
+    if sum(widths) - sum(widths[index] - least[index] for index in words) > room:
+        return
+    while sum(widths) > room:
+        widths[max(words, key=lambda index: widths[index] - least[index])] -= 1
+
+
+def shortened(text: str, size: int) -> str:
+    """A text of at most so many signs: prose loses its end, a path its middle."""
+    if len(text) <= size:
+        return text
+    kept = size // 3 if " " not in text else size - 1
+    return f"{text[:kept]}…{text[len(text) - (size - 1 - kept) :]}"
 
 
 def _number(value: Any) -> float | None:

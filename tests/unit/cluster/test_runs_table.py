@@ -58,6 +58,18 @@ def test_a_heading_sorts_its_column_and_nothing_stands_twice() -> None:
     assert order("reward")[0] == order("tags")[0] == order("note")[0] == "c", "a metric, words"
 
 
+def test_words_are_cut_to_a_terminal_and_numbers_never() -> None:
+    name = "support-" + "qwen3-" * 6 + "lr-3e-4"
+    metrics = {"loss": 0.47, "eval_loss": 0.552}
+    long = run(metrics=metrics, tokens=123, note="warm-up too short " * 3, tags=["a", "b"])
+    whole = render_runs([(name, long)], as_json=False, now=NOW)
+    assert name in whole and max(map(len, whole.splitlines())) > 120
+    table = render_runs([(name, long)], as_json=False, now=NOW, width=140)
+    assert max(map(len, table.splitlines())) <= 140
+    assert all(part in table for part in ("400/400", "0.552", name, "warm-up", "…"))
+    assert render_runs([(name, long)], as_json=False, now=NOW, width=100) == whole, "it cannot fit"
+
+
 def test_a_silent_run_is_marked() -> None:
     runs = [
         ("alive", run(status="running", updated_at=ago(seconds=119))),

@@ -70,6 +70,17 @@ def test_the_text(tmp_path: Path) -> None:
     assert "B ✓        2" in text and "2 more prompts" in text
 
 
+@pytest.mark.parametrize("width", [60, 80])
+def test_the_text_fits_a_terminal(tmp_path: Path, width: int) -> None:
+    for name in ("first", "second"):
+        path = f"/a/folder/that/is/very/long/and/shared/by/all/of/them/rows-{name}.jsonl"
+        stored_run(tmp_path, name, recipe={"data": {"train": [{"path": path}]}})
+    compared = compare_runs([Folder(str(tmp_path / name)) for name in ("first", "second")])
+    text = render_comparison(compared, 0, width=width)
+    assert max(map(len, text.splitlines())) <= width
+    assert "first.jsonl" in text and "second.jsonl" in text, "what differs is shown"
+
+
 def test_a_run_is_measured_by_the_prompts_that_it_answered(tmp_path: Path) -> None:
     two_runs(tmp_path)
     first = {"row": 0, "prompt": "same", "reference": "1", "after": "1"}
