@@ -58,7 +58,7 @@ from .records.run_folder import (
     existing_run,
     read_run,
 )
-from .records.tracking import tracked
+from .records.tracking import lacking, tracked
 from .rehearsal.child import Rehearsal, rehearse
 from .rehearsal.outcome import Outcome, with_packing
 from .rl.row_scores import close_row_scorers, open_row_scorer
@@ -129,6 +129,7 @@ def train(
     state = state_of_run(recipe, longer=longer)
     folder = state.folder
     if state.record is not None and state.is_finished:
+        send_rest(recipe, progress)
         return state.record
     commits = _commits(recipe, state.record)
     recipe = at_commits(recipe, commits)
@@ -151,6 +152,15 @@ def train(
             )
     _raise_failure(result, folder)
     return existing_run(folder)
+
+
+def send_rest(recipe: Recipe, progress: Progress = SILENT) -> None:
+    """Send a finished run to those of its trackers that lack something of it."""
+    folder = run_folder(recipe)
+    late = lacking(folder, programs_of(recipe.log.to))
+    if late:
+        with hold_run_lock(folder, threading.Event(), progress), tracked(folder, late, progress):
+            pass
 
 
 def begin_anew(recipe: Recipe, progress: Progress = SILENT) -> Folder | None:

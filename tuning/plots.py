@@ -90,7 +90,8 @@ def learning_curves(record: Record) -> Chart | None:
         for row in rows
     ]
     name = record["objectives"][0]["metric"]
-    title = f"{label_of(name).title} of each trial".capitalize()
+    text = label_of(name).title
+    title = f"{text[:1].upper()}{text[1:]} of each trial"
     form = label_of(name).format
     return overlay(title, series, format=form, unit="tokens", styles=styles or ("main",))
 

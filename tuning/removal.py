@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any
 
-from ..training.common.errors import InputError
+from ..training.common.errors import InputError, reason
 from ..training.common.formatting import is_number
 from ..training.common.lock import hold_run_lock
 from ..training.common.progress import Progress
@@ -107,12 +107,14 @@ def plan_removal(
     return Removal(storage, doomed, list(kept.items()))
 
 
-def remove(removal: Removal, progress: Progress) -> list[str]:
-    """Delete what a plan says; returns the names of what was deleted.
+def remove(removal: Removal, progress: Progress) -> tuple[list[str], list[str]]:
+    """Delete what a plan says.
 
-    What has come into use since the plan was made stays, which the progress says.
+    Returns:
+        The names of what was deleted, and a line for each of the others: it has come into use since
+        the plan was made, or cannot be deleted.
     """
-    done = []
+    done, left = [], []
     for number, item in enumerate(removal.doomed):
         progress.advance(number, len(removal.doomed))
         progress.status(f"deleting {item.name}")
@@ -120,13 +122,15 @@ def remove(removal: Removal, progress: Progress) -> list[str]:
             if item.entry is not None:
                 remove_entry(removal.storage, item.entry, progress)
             elif not _remove_leftover(removal.storage, item):
-                progress.note(f"{item.name} is kept: it has come into use")
+                left.append(f"{item.name} is kept: it has come into use")
                 continue
         except InputError as error:
-            progress.note(f"{item.name} is kept: {error}")
-            continue
-        done.append(item.name)
-    return done
+            left.append(f"{item.name} is kept: {error}")
+        except OSError as error:
+            left.append(f"{item.name} cannot be deleted: {reason(error)}; make its folder writable")
+        else:
+            done.append(item.name)
+    return done, left
 
 
 def remove_entry(storage: Folder, entry: Entry, progress: Progress) -> None:

@@ -104,7 +104,7 @@ class SweepFeed:
                 config=config_of(record["settings"]),
                 sweep=str(record["name"]),
             )
-            self._state.id = tracker.open(run, self._state.id)
+            self._state.opened_as(tracker.open(run, self._state.id))
             self.note(self._state.error)  # what fails from here on resumes this run of the tracker
             tracker.describe(run)
             self._tracker = tracker

@@ -9,7 +9,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
-from ...training.common.errors import InputError, reason
+from ...training.common.errors import InputError, reason, writing
 from ...training.common.formatting import shown
 from ...training.common.progress import SILENT, Progress
 from ...training.common.storage import Folder
@@ -105,10 +105,14 @@ def generate(
         at_once=batch,
     )
     located = locate(name_of(model), Path.cwd())
-    if target.exists():
-        return _was_there(target)
     sources = [source_at(prompts)]
+    if target.exists():
+        if os.path.realpath(sources[0].path or "") == os.path.realpath(target):
+            raise InputError(f"--to: {target} holds the prompts; give another file")
+        return _was_there(target)
     total = sum(1 for _ in read_prompts(sources))
+    with writing(f"--to: {target}"):
+        target.parent.mkdir(parents=True, exist_ok=True)
     from ...training.models import import_peft  # noqa: F401 - before what loads peft
 
     with _shown("answering", quiet) as progress, _elsewhere(address, workers, progress) as run:
@@ -417,17 +421,14 @@ def _target(located: "Located", to: str | os.PathLike[str] | None) -> Folder:
     """
     if to is not None:
         folder = Folder(resolve_path(os.fspath(to), Path.cwd()))
-        try:
-            return folder.create()
-        except OSError as error:
-            raise InputError(
-                f"--to: {folder}: cannot be written: {reason(error)}; give another folder or URI"
-            ) from None
-    if located.folder is None:
-        return Folder(str(Path.cwd() / "eval" / located.name.replace("/", "--"))).create()
-    if located.checkpoint is not None:
-        return (located.folder / "eval" / located.checkpoint.name).create()
-    return located.folder
+    elif located.folder is None:
+        folder = Folder(str(Path.cwd() / "eval" / located.name.replace("/", "--")))
+    elif located.checkpoint is not None:
+        folder = located.folder / "eval" / located.checkpoint.name
+    else:
+        return located.folder
+    with writing(folder if to is None else f"--to: {folder}", "give another folder with --to"):
+        return folder.create()
 
 
 def _schema(place: str | os.PathLike[str]) -> Any:

@@ -14,26 +14,38 @@ from ...training.config.paths import resolve_path
 from ...training.records.comparison import Comparison, compare_runs
 from ...training.records.directions import direction_of
 from ...training.records.notes import Note, read_note, write_note
-from ...training.records.run_folder import read_recipe
+from ...training.records.run_folder import PREPARED_FOLDER, RUN_FILE, read_recipe
 from ...tuning.removal import Removal, age_of, best_of, plan_removal
 from ...tuning.storage_contents import Entry, contents_of, entry_of
-from ...tuning.sweep_folder import SWEEP_FILE
+from ...tuning.sweep_folder import SWEEP_FILE, TRIALS_FOLDER
 from .results import RunResult
 
 
 def find_run(run: str, storage: Folder) -> Folder:
-    """The folder of a run or sweep that is given by its path, its URI or its name in a storage.
+    """The folder of a run that is given by its path, its URI or its name in a storage.
 
     Links of a disk are followed: who refers to a run is looked for where it lies.
 
     Raises:
-        InputError: there is none.
+        InputError: there is none, or it is a sweep.
     """
+    folder = _find(run, storage)
+    if not folder.exists(RUN_FILE):
+        raise InputError(
+            f"{folder}: a sweep, and no run; name one of its trials, such as "
+            f"{folder / TRIALS_FOLDER}/trial-0000"
+        )
+    return folder
+
+
+def _find(run: str, storage: Folder) -> Folder:
+    """The folder of a run or a sweep; for errors see `find_run`."""
     path = Folder(resolve_path(run, Path.cwd()))
     for folder in (path, storage / run):
-        if folder.exists("run.json") or folder.exists(SWEEP_FILE):
+        if folder.exists(RUN_FILE) or folder.exists(SWEEP_FILE):
             return folder if folder.local is None else Folder(os.path.realpath(folder.local))
-    near = difflib.get_close_matches(run, storage.names(), n=1)
+    names = [name for name in storage.names() if name != PREPARED_FOLDER and name[0] != "."]
+    near = difflib.get_close_matches(run, names, n=1)
     remedy = f"did you mean {near[0]}?" if near else "finray runs lists them"
     raise InputError(f"{shown(run)}: no such run, neither as a path nor in {storage}; {remedy}")
 
@@ -93,7 +105,7 @@ def plan_rm(runs: Sequence[str], storage: Folder, unfinished: bool) -> Removal:
     chosen: dict[str, Entry] = {}
     home = storage
     for run in runs:
-        folder = find_run(run, storage)
+        folder = _find(run, storage)
         parent = folder.parent
         grandparent = parent.parent
         if grandparent.exists(SWEEP_FILE):

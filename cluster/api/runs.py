@@ -3,6 +3,7 @@
 import os
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -29,6 +30,7 @@ from ...training.run import (
     prepare_data,
     prepares_on_ray,
     run_folder,
+    send_rest,
     state_of_run,
 )
 from ...training.run import train as run_to_the_end
@@ -213,6 +215,7 @@ def train(
         state = RunState(run_folder(settings), None)
         if not fresh and (state := state_of_run(settings, longer=longer)).is_finished:
             progress.status(f"{settings.name}: {state.describe()}")
+            send_rest(settings, progress)
             return RunResult(state.folder)
         packed = packed_before(state.record)
         with Rehearsal(settings) as rehearsal:
@@ -294,7 +297,7 @@ def export(
 
     home = _folder(default_storage())
     folder = Folder(run.uri) if isinstance(run, RunResult) else find_run(os.fspath(run), home)
-    problem = _contradiction(format == "gguf", to, quantize, llama_cpp, push, public)
+    problem = _contradiction(format == "gguf", to, quantize, llama_cpp, ollama, push, public)
     if problem:
         raise InputError(problem)
     finished_run(folder)
@@ -310,10 +313,10 @@ def export(
         nullcontext(SILENT) if quiet else ExportProgress() as progress,
     ):
         target = scratch / folder.name if to is None else resolve_path(os.fspath(to), Path.cwd())
-        if push is not None:
-            reserve(push, private=not public)
         how: dict[str, Any] = {"merge": merge, "dtype": dtype, "quantize": quantize}
         how |= {"for_gguf": format == "gguf", "converter": script, "ollama": ollama}
+        if push is not None:
+            how["before_writing"] = partial(reserve, push, private=not public)
         exported = write(folder, Path(target), **how, progress=progress)
         if push is None:
             return exported
@@ -326,6 +329,7 @@ def _contradiction(
     to: str | os.PathLike[str] | None,
     quantize: str | None,
     llama_cpp: str | os.PathLike[str] | None,
+    ollama: bool,
     push: str | None,
     public: bool,
 ) -> str:
@@ -334,8 +338,9 @@ def _contradiction(
         return "export needs a folder to write to, or a repository to push to"
     if public and push is None:
         return "--public is for --push OWNER/NAME; add that"
-    if for_gguf and quantize is not None:
-        return "--quantize contradicts --format gguf, which reads plain weights"
+    if quantize is not None and (for_gguf or ollama):
+        reader = "--format gguf" if for_gguf else "--ollama"
+        return f"--quantize contradicts {reader}, which reads plain weights"
     if llama_cpp is not None and not for_gguf:
         return "--llama-cpp is for --format gguf; add that"
     if for_gguf and llama_cpp is None and to is None:

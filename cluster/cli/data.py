@@ -4,7 +4,7 @@ import argparse
 import json
 import sys
 
-from ...training.common.errors import InputError, reason
+from ...training.common.errors import InputError, writing
 from ...training.common.storage import Folder
 from ...training.data.shown_rows import show_rows
 from ...training.records.rows_page import render_page
@@ -38,9 +38,8 @@ def show(options: argparse.Namespace) -> None:
     if options.page is None:
         print(render_rows(rows, colour=sys.stdout.isatty()))
         return
-    try:
+    text = render_page(rows)
+    with writing(f"--page {options.page}", "give another file"):
         # UTF-8 cannot encode a lone surrogate.
-        options.page.write_bytes(render_page(rows).encode("utf-8", "replace"))
-    except OSError as error:
-        raise InputError(f"--page: cannot write {options.page}: {reason(error)}") from None
+        options.page.write_bytes(text.encode("utf-8", "replace"))
     print(options.page)

@@ -4,7 +4,7 @@ import argparse
 import hashlib
 from dataclasses import replace
 
-from ...training.common.errors import InputError
+from ...training.common.errors import InputError, writing
 from ...training.common.storage import Folder
 from ...training.config.recipe import load_recipe
 from ...tuning.sweep import is_sweep
@@ -33,10 +33,8 @@ def render(options: argparse.Namespace) -> None:
     if options.to is None:
         print(text, end="")
         return
-    try:
+    with writing(f"--to {options.to}", "give another file"):
         options.to.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise InputError(f"--to {options.to}: cannot write the file: {error.strerror}") from None
 
 
 def run(options: argparse.Namespace) -> None:

@@ -4,7 +4,7 @@ import argparse
 import json
 from pathlib import Path
 
-from ...training.common.errors import InputError
+from ...training.common.errors import InputError, writing
 from ...training.common.storage import Folder
 from ...training.config.default_storage import default_storage
 from ...training.config.paths import resolve_path
@@ -21,7 +21,8 @@ def report(options: argparse.Namespace) -> None:
     """Write a run's report again."""
     storage = Folder(resolve_path(default_storage(), Path.cwd()))
     folder = find_run(options.run, storage)
-    write_report(folder)
+    with writing(folder / REPORT_FILE, "make the folder writable"):
+        write_report(folder)
     print(folder / REPORT_FILE)
 
 
@@ -31,7 +32,7 @@ def export(options: argparse.Namespace) -> None:
     from ..screens.export import render_exported
 
     if options.to is None and options.push is None:
-        raise InputError("export needs --to; see finray export --help")
+        raise InputError("export needs --to or --push; see finray export --help")
     exported = write_export(
         options.run,
         options.to,

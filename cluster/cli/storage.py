@@ -7,7 +7,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ...training.common.errors import InputError
+from ...training.common.errors import InputError, RunError, writing
 from ...training.common.formatting import one_line
 from ...training.common.progress import SILENT
 from ...training.common.storage import Folder
@@ -15,7 +15,7 @@ from ...training.config.default_storage import default_storage
 from ...training.config.paths import resolve_path
 from ...training.records.notes import noted_runs
 from ...training.records.run_folder import read_recipe
-from ..screens.runs import render_runs
+from ..screens.runs import render_runs, terminal_width
 
 if TYPE_CHECKING:
     from ...tuning.removal import Removal
@@ -36,6 +36,7 @@ def runs(options: argparse.Namespace) -> None:
                 for name, record in listed
                 if options.sort in (record.get("metrics") or {})
             ),
+            width=terminal_width(),
         )
     )
 
@@ -54,12 +55,16 @@ def compare(options: argparse.Namespace) -> None:
         from ...training.records.comparison_page import render_page
 
         page = Path(resolve_path(str(options.page), Path.cwd()))
-        Folder(str(page.parent)).write(
-            page.name, render_page(comparison).encode("utf-8", "replace")
-        )
+        text = render_page(comparison)
+        with writing(f"--page {page}", "give another file"):
+            Folder(str(page.parent)).write(page.name, text.encode("utf-8", "replace"))
         print(page)
     else:
-        print(render_comparison(comparison, options.rows, colour=sys.stdout.isatty()))
+        print(
+            render_comparison(
+                comparison, options.rows, colour=sys.stdout.isatty(), width=terminal_width()
+            )
+        )
 
 
 def note(options: argparse.Namespace) -> None:
@@ -121,11 +126,13 @@ def _carry_out(removal: "Removal", options: argparse.Namespace) -> None:
             print("nothing is deleted yet; add --yes")
         return
     with nullcontext(SILENT) if options.quiet else ProgressWatcher() as progress:
-        deleted = remove(removal, progress)
+        deleted, left = remove(removal, progress)
     if options.json:
         print(json.dumps(removal.as_json(deleted), indent=2))
     else:
         print(render_deleted(deleted, removal))
+    if left:
+        raise RunError("\n".join(left))
 
 
 def _storage(options: argparse.Namespace) -> Folder:

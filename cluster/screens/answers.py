@@ -68,6 +68,7 @@ def render_evaluation(record: dict[str, Any], folder: str, as_json: bool) -> str
         f"{count(one['losses'])} worse than {record['models']['against']}"
         for one in record["preferences"]
     ]
+    lines += [f"  {text}" for text in record["remarks"]]
     bad = [f"  without a prompt: {fault}" for fault in record["bad"][:_SHOWN]]
     blocks = [[head], lines, preferred, bad, [f"  page  {folder}/eval.html"]]
     return "\n\n".join("\n".join(block) for block in blocks if block)

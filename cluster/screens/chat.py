@@ -86,6 +86,8 @@ class ChatScreen:
             self._line("(a new conversation with this system prompt)", _DIM)
         elif word == "/forget":
             self._forget()
+        elif word == "/tool" and not self._conversation.takes_results:
+            self._line("this model's chat template renders no results of tools", _RED)
         elif word == "/tool":
             self._say("tool", rest)
         elif word.startswith("/") and word[1:].isalpha():

@@ -16,7 +16,7 @@ from ...training.common import formatting
 from ...training.common.errors import InputError
 from ...training.common.progress import Progress
 from ...training.common.storage import Folder
-from ...training.records.labels import KEY_METRICS, label_of
+from ...training.records.labels import key_metrics, label_of
 from ...training.records.run_folder import METRICS_FILE, Record, parse_record, read_run
 from .progress_display import Display, State, choose_display
 
@@ -172,7 +172,7 @@ class _WatchedRun:
     def _take_line(self, line: Record, quiet: bool) -> None:
         if not formatting.is_number(line.get("step")):
             return
-        if not line.keys().isdisjoint(KEY_METRICS):
+        if key_metrics(line):
             self._take_evaluation(line, quiet)
         if line.get("skipped") and not quiet:
             skipped = f"{line['skipped']} of the last steps changed nothing"
@@ -190,7 +190,7 @@ class _WatchedRun:
 
     def _take_evaluation(self, line: Record, quiet: bool) -> None:
         """Show an evaluation once, even if a restart makes the file be read again."""
-        evaluation = (line["step"], *(line.get(name) for name in KEY_METRICS))
+        evaluation = (line["step"], *((name, line[name]) for name in key_metrics(line)))
         if evaluation not in self._shown_evaluations and not quiet:
             self._display.note(evaluation_text(line))
         self._shown_evaluations.add(evaluation)
@@ -258,7 +258,7 @@ class Speed:
 def evaluation_text(line: Record) -> str:
     """An evaluation line of metrics.jsonl: step 100  held-out loss 1.234  exact match 45.0%."""
     parts = [f"step {formatting.count(line.get('step'))}"]
-    for name in ("eval_loss", "eval_token_accuracy", *KEY_METRICS):
+    for name in ("eval_loss", "eval_token_accuracy", *key_metrics(line)):
         if name in line:
             measure = label_of(name)
             part = f"{measure.title} {measure.write(line[name])}"

@@ -1,6 +1,8 @@
 """The table of `finray runs`."""
 
 import json
+import shutil
+import sys
 from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime
 from typing import Any
@@ -26,9 +28,19 @@ HEADERS = (
     "started",
 )
 _OF_SOME = ("match", "reward")
+_KEYS = {
+    "eval loss": "eval_loss",
+    "match": "exact_match",
+    "reward": "eval_reward",
+    "started": "started_at",
+}
+"""What is under a heading that is not called like it."""
 LEFT_ALIGNED = 3
 """Number of columns with words; the others hold numbers, but for tags and notes at the end."""
 _NOTE = 60
+_GAP = "  "
+_NARROWEST = 8
+"""Signs of a column of words that is cut."""
 _NAMED = 20
 
 
@@ -40,17 +52,19 @@ def render_runs(
     sort: str | None = None,
     tag: str | None = None,
     recipes: Iterable[Record] = (),
+    width: int | None = None,
 ) -> str:
     """The runs of a storage, in the order of their start, as text in columns or a JSON list.
 
     Args:
         runs: (name, run record), as `noted_runs` gives them.
         now: the time from which ages count, with its zone; the present by default.
-        sort: a column or a metric to sort by, the best first; runs without it come last. What has
-            no direction that is better goes up.
+        sort: a column, by its heading or its key, or a metric to sort by, the best first; runs
+            without it come last. What has no direction that is better goes up.
         tag: only runs with this tag.
         recipes: those of the runs, for the direction of a metric of the user's own; they are read
             only where it needs them.
+        width: columns of the terminal; None where there is none.
 
     Raises:
         InputError: no run has what they are to be sorted by, or the tag.
@@ -61,19 +75,20 @@ def render_runs(
         raise InputError(f"--tag {tag}: no run has this tag{_among(_tags(runs))}")
     ordered = sorted(chosen, key=lambda run: (str(run[1].get("started_at") or ""), run[0]))
     if sort is not None and ordered:
+        sort = _key_of(sort, ordered)
         ordered = _sorted_by(sort, ordered, now, recipes)
     entries = [_entry(name, record, now) for name, record in ordered]
     if as_json:
         return json.dumps(entries, indent=2)
     if not entries:
         return "no runs here yet"
-    return _table(entries, sort)
+    return _table(entries, sort, width)
 
 
-def _table(entries: Sequence[Record], sort: str | None) -> str:
+def _table(entries: Sequence[Record], sort: str | None, width: int | None) -> str:
     """The columns; what runs are sorted by, their tags and notes only where there are some."""
     rows = _without_empty([list(HEADERS), *(list(_row(entry)) for entry in entries)])
-    shown = {*HEADERS, "eval_loss", "exact_match", "eval_reward", "started_at"}
+    shown = {*HEADERS, *_KEYS.values(), "tags", "note"}
     if sort is not None and sort not in shown:
         rows[0].append(sort)
         for row, entry in zip(rows[1:], entries, strict=True):
@@ -85,7 +100,12 @@ def _table(entries: Sequence[Record], sort: str | None) -> str:
             for row, entry in zip(rows[1:], entries, strict=True):
                 text = " ".join(entry[key]) if key == "tags" else entry[key]
                 row.append(_cut(formatting.one_line(text)))
-    return columns(rows, LEFT_ALIGNED, words_from)
+    return columns(rows, LEFT_ALIGNED, words_from, width)
+
+
+def terminal_width() -> int | None:
+    """Columns of the terminal that stdout is; None if it is none."""
+    return shutil.get_terminal_size().columns if sys.stdout.isatty() else None
 
 
 def _without_empty(rows: list[list[str]]) -> list[list[str]]:
@@ -110,13 +130,19 @@ def _among(names: set[str]) -> str:
     return f"; there are {', '.join(sorted(names)[:_NAMED])}" if names else ""
 
 
+def _key_of(name: str, runs: Sequence[tuple[str, Record]]) -> str:
+    """What is under a heading; a metric of this name, such as a policy's reward, goes before it."""
+    is_metric = any(name in (record.get("metrics") or {}) for _, record in runs)
+    return name if is_metric else _KEYS.get(name, name)
+
+
 def _sorted_by(
     key: str, runs: Sequence[tuple[str, Record]], now: datetime, recipes: Iterable[Record]
 ) -> list[tuple[str, Record]]:
     """The best first, by the metric's own direction; words and times in ascending order."""
     values = {name: _value(_entry(name, record, now), key) for name, record in runs}
     if all(value is None for value in values.values()):
-        have = {"name", "status", "method", "step", "tokens", "started_at"}
+        have = {"name", "status", "method", "step", "tokens", "started", "tags", "note"}
         have |= {name for _, record in runs for name in record.get("metrics") or {}}
         raise InputError(f"--sort {key}: no run has {key}{_among(have)}")
     numbers = any(formatting.is_number(value) for value in values.values())
@@ -132,8 +158,9 @@ def _sorted_by(
 
 
 def _value(entry: Record, key: str) -> Any:
-    """A column of a run, else a metric."""
-    return entry[key] if key in entry else _number(entry["metrics"].get(key))
+    """A column of a run, else a metric; None for one that is empty."""
+    value = entry[key] if key in entry else entry["metrics"].get(key)
+    return value or None if isinstance(value, str | list) else _number(value)
 
 
 def _entry(name: str, record: Record, now: datetime) -> Record:
@@ -193,20 +220,51 @@ def _reward(entry: Record) -> str:
     return formatting.percent(entry["eval_reward_accuracy"])
 
 
-def columns(rows: Sequence[Sequence[str]], left_aligned: int, words_from: int | None = None) -> str:
-    """A table with its first `left_aligned` columns aligned left, and those from `words_from` on;
-    the others right."""
+def columns(
+    rows: Sequence[Sequence[str]],
+    left_aligned: int,
+    words_from: int | None = None,
+    width: int | None = None,
+) -> str:
+    """A table: its columns of words are aligned left, the others right.
+
+    Args:
+        rows: the cells.
+        left_aligned: number of columns with words, at the start.
+        words_from: the first of those at the end; None for none there.
+        width: columns of a terminal; words but the first of a row, which names it, are cut where
+            lines would be longer. None cuts nothing.
+    """
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    last = len(widths) if words_from is None else words_from
+    words = [index for index in range(len(widths)) if index < left_aligned or index >= last]
+    if width is not None:
+        _shrink(widths, words[1:], width - len(_GAP) * (len(widths) - 1))
     lines = []
     for row in rows:
         cells = [
-            cell.ljust(width)
-            if index < left_aligned or (words_from is not None and index >= words_from)
-            else cell.rjust(width)
-            for index, (cell, width) in enumerate(zip(row, widths, strict=True))
+            shortened(cell, size).ljust(size) if index in words else cell.rjust(size)
+            for index, (cell, size) in enumerate(zip(row, widths, strict=True))
         ]
-        lines.append("  ".join(cells).rstrip())
+        lines.append(_GAP.join(cells).rstrip())
     return "\n".join(lines)
+
+
+def _shrink(widths: list[int], words: Sequence[int], room: int) -> None:
+    """Make the widest columns of words narrower, until all have room; none if they cannot have."""
+    least = {index: min(widths[index], _NARROWEST) for index in words}
+    if sum(widths) - sum(widths[index] - least[index] for index in words) > room:
+        return
+    while sum(widths) > room:
+        widths[max(words, key=lambda index: widths[index] - least[index])] -= 1
+
+
+def shortened(text: str, size: int) -> str:
+    """A text of at most so many signs: prose loses its end, a path its middle."""
+    if len(text) <= size:
+        return text
+    kept = size // 3 if " " not in text else size - 1
+    return f"{text[:kept]}…{text[len(text) - (size - 1 - kept) :]}"
 
 
 def _number(value: Any) -> float | None:

@@ -7,7 +7,7 @@ from rich.cells import cell_len, set_cell_size
 
 from ...training.common import formatting
 from ...training.common.storage import Folder
-from ...training.records.labels import KEY_METRICS, label_of
+from ...training.records.labels import key_metrics, label_of
 from ...training.records.run_folder import (
     METRICS_FILE,
     REPORT_FILE,
@@ -86,7 +86,7 @@ def _gains(run: Record, paint: _Paint) -> list[str]:
     before, after = run.get("before") or {}, run.get("metrics") or {}
     rows = [
         (label_of(key), before.get(key), after.get(key))
-        for key in KEY_METRICS
+        for key in key_metrics(before, after)
         if formatting.is_number(before.get(key)) or formatting.is_number(after.get(key))
     ]
     if not rows:

@@ -3,7 +3,10 @@
 Each takes a single message, so that it can be pickled between Ray processes.
 """
 
+import errno
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from .formatting import one_line, printable
 from .secrets import redact
@@ -56,6 +59,27 @@ def reason(error: Exception) -> str:
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     return one_line(str(error)) or type(error).__name__
+
+
+@contextmanager
+def writing(place: object, remedy: str = "choose another place") -> Iterator[None]:
+    """Inside, a file of the user's is written.
+
+    Args:
+        place: the file, or the option with it, for messages.
+        remedy: what to do about a place that takes no file.
+
+    Raises:
+        InputError: the place takes no file.
+        RunError: the disk is full or fails.
+    """
+    try:
+        yield
+    except OSError as error:
+        text = f"{place}: cannot be written: {reason(error)}"
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO):
+            raise RunError(f"{text}; free space there, and run the same command") from None
+        raise InputError(f"{text}; {remedy}") from None
 
 
 def in_one_line(error: BaseException) -> str:

@@ -37,6 +37,8 @@ class AnswerMetric:
     """The module that is imported from it."""
     largest: float = 1.0
     """The value of a perfect answer."""
+    without: str = "without a reference answer"
+    """Which rows have no value."""
 
 
 ANSWER_METRICS: dict[str, AnswerMetric] = {
@@ -47,8 +49,10 @@ ANSWER_METRICS: dict[str, AnswerMetric] = {
     "rougeL": AnswerMetric("ROUGE-L", package="rouge-score", module="rouge_score"),
     "bleu": AnswerMetric("BLEU", package="sacrebleu", module="sacrebleu", largest=100.0),
     "chrf": AnswerMetric("chrF", package="sacrebleu", module="sacrebleu", largest=100.0),
-    "json_valid": AnswerMetric("valid JSON", needs_reference=False),
-    "tool_calls": AnswerMetric("tool calls"),
+    "json_valid": AnswerMetric(
+        "valid JSON", needs_reference=False, without="with a schema that is none"
+    ),
+    "tool_calls": AnswerMetric("tool calls", without="that offer no tools"),
 }
 """Each metric by its name; of all of them a higher value is better."""
 

@@ -28,6 +28,7 @@ from .shapes import (
     parts_of,
     question_of,
 )
+from .template_traits import Traits
 from .words import TextEncoder
 
 OVERLONG = "overlong"
@@ -128,6 +129,15 @@ class Renderer:
     def tokenizer(self) -> Any:
         """The model's tokenizer."""
         return self._tokenizer
+
+    @property
+    def traits(self) -> Traits:
+        """What the chat template reads and renders.
+
+        Raises:
+            InputError: the tokenizer has no chat template.
+        """
+        return self._drafter.template.traits
 
     def reads(self, key: str) -> bool:
         """True if the chat template names a key of a message.

@@ -73,7 +73,7 @@ class Conversation:
         tools: the tools that it may call.
 
     Raises:
-        InputError: the model has no chat template.
+        InputError: the model has no chat template, or one that renders no tools.
     """
 
     def __init__(
@@ -87,6 +87,11 @@ class Conversation:
             raise InputError(
                 f"{opened.name} has no chat template, so it knows no turns; `finray generate` "
                 "continues plain texts"
+            )
+        if tools and not opened.renderer.traits.tools:
+            raise InputError(
+                f"--tools: the chat template of {opened.name} renders no tools, so the model would "
+                "not see them; leave out --tools"
             )
         self._opened = opened
         self._settings = settings
@@ -104,6 +109,11 @@ class Conversation:
             RowError: the chat template does not accept the conversation.
         """
         return len(self._prompt().input_ids)
+
+    @property
+    def takes_results(self) -> bool:
+        """True if the model can read the result of a tool."""
+        return self._opened.renderer.traits.results
 
     def reset(self) -> None:
         """Forget all turns."""

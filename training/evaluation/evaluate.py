@@ -14,7 +14,7 @@ from typing import Any
 
 from ..common.errors import RunError
 from ..common.progress import SILENT, Progress
-from ..config.eval_metrics import FunctionMetric, MetricChoice, metric_name
+from ..config.eval_metrics import ANSWER_METRICS, FunctionMetric, MetricChoice, metric_name
 from ..config.metric import Mode
 from ..config.source import Source
 from ..data.tasks import RunTasks
@@ -232,7 +232,6 @@ def _judge_all(
     if judge is None:
         return []
     progress.status("asking the judge")
-    problems = []
     by_number = {row.number: row for row in rows}
     answered = _answered(rows, columns, file)
     for column in columns:
@@ -247,7 +246,7 @@ def _judge_all(
         waiting = [row.number for row in answered if key not in file.lines[row.number]]
         problem = ask_all(waiting, ask, _keeping(file, key))
         if problem:
-            return [f"judge: {problem}; the same command goes on with the rows that are left"]
+            return [_left(problem)]
     if AGAINST in columns:
 
         def choose(number: int) -> str:
@@ -257,8 +256,12 @@ def _judge_all(
 
         waiting = [row.number for row in answered if "preferred" not in file.lines[row.number]]
         problem = ask_all(waiting, choose, _keeping(file, "preferred"))
-        problems += [f"judge: {problem}"] if problem else []
-    return problems
+        return [_left(problem)] if problem else []
+    return []
+
+
+def _left(problem: str) -> str:
+    return f"judge: {problem}; the same command goes on with the rows that are left"
 
 
 def _keeping(file: AnswerFile, key: str) -> Callable[[int, Any], None]:
@@ -315,9 +318,27 @@ def _measured(
         "bad": [line["error"] for line in lines if "error" in line][:20],
         "max_tokens": settings.answers.max_tokens,
         "measures": measures,
+        "remarks": _remarks(measures, len(rows), len(answered), file.lines.get(_LOSSES_ROW, {})),
         "preferences": _preferences(lines, candidates, settings),
     }
     return Evaluation(record, lines, problems)
+
+
+def _remarks(measures: list[Record], rows: int, answered: int, losses: Record) -> list[str]:
+    """Which rows measures leave out."""
+    without: dict[str, list[str]] = {}
+    for one in measures:
+        fact = ANSWER_METRICS.get(one["name"])
+        left_out = answered - one["count"]
+        if fact is not None and left_out:
+            without.setdefault(f"{left_out:,} of {answered:,} rows {fact.without}", []).append(
+                one["title"]
+            )
+    left_out = losses.get(OWN, [None, 0, 0])[2]
+    if left_out:
+        text = f"{left_out:,} of {rows:,} rows without an answer, or too long"
+        without[text] = [LOSS, PERPLEXITY]
+    return [f"{text}: no {', '.join(titles)}" for text, titles in without.items()]
 
 
 def _answered(rows: list[PromptRow], columns: list[str], file: AnswerFile) -> list[PromptRow]:

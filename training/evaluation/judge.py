@@ -8,8 +8,10 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, as_completed
+from contextlib import suppress
 from dataclasses import dataclass
+from threading import Thread
 from typing import Any, Literal, TypeVar
 
 from ..common.errors import InputError, RunError
@@ -22,6 +24,8 @@ TOKEN = "FINRAY_JUDGE_TOKEN"
 _AT_ONCE = 8
 _TRIES = 4
 _FIRST_PAUSE = 0.5
+_LONGEST_PAUSE = 60.0
+"""Of the pauses that a judge asks for."""
 _TIMEOUT = 120.0
 _AGAIN = (408, 409, 425, 429, 500, 502, 503, 504, 529)
 _NUMBER = re.compile(r"(?<![\w.])-?\d+(?:\.\d+)?(?!\w|\.\d)")
@@ -132,20 +136,47 @@ class Judge:
                 with urllib.request.urlopen(request, timeout=_TIMEOUT) as response:
                     return json.loads(response.read())
             except urllib.error.HTTPError as error:
-                problem = f"{error.code} {error.reason}"
+                problem = f"{error.code} {error.reason}{_explained(error)}{self._remedy(error)}"
                 may_pass = error.code in _AGAIN
-            except (OSError, http.client.HTTPException, ValueError) as error:
+                pause = max(pause, _asked_pause(error))
+            except (OSError, http.client.HTTPException) as error:
                 reason = getattr(error, "reason", error)
                 problem, may_pass = str(reason) or type(error).__name__, True
+            except ValueError:
+                problem, may_pass = "its reply is not JSON; does the address end in /v1?", True
             if not may_pass or attempt == _TRIES:
                 break
             time.sleep(pause)
             pause *= 2
         tries = f" after {attempt} tries" if attempt > 1 else ""
-        remedy = f"; set ${TOKEN}" if problem.startswith("401") else ""
         raise SilentJudgeError(
-            redact(f"the judge at {self.address} does not answer{tries}: {problem}{remedy}")
+            redact(f"the judge at {self.address} does not answer{tries}: {problem}")
         )
+
+    def _remedy(self, error: urllib.error.HTTPError) -> str:
+        if error.code in (401, 403):
+            return f"; set ${TOKEN}"
+        if error.code == 404:
+            return f"; does the address end in /v1, and is {self.model} a model there?"
+        return ""
+
+
+def _explained(error: urllib.error.HTTPError) -> str:
+    """What an API says about its refusal, as OpenAI's do: {error: {message}}."""
+    with suppress(OSError, http.client.HTTPException, ValueError, RecursionError):
+        content = json.loads(error.read())
+        refusal = content.get("error", content) if isinstance(content, dict) else None
+        said = refusal.get("message") if isinstance(refusal, dict) else refusal
+        if isinstance(said, str) and said:
+            return f" ({_cut(said)})"
+    return ""
+
+
+def _asked_pause(error: urllib.error.HTTPError) -> float:
+    """The seconds that a judge asks to wait, as where it limits the rate; 0 if it asks for none."""
+    with suppress(ValueError):
+        return min(float(error.headers.get("Retry-After") or 0), _LONGEST_PAUSE)
+    return 0.0
 
 
 def judge_at(address: str | None, model: str) -> Judge | None:
@@ -201,8 +232,12 @@ def _only_number(text: str) -> float | None:
     return numbers.pop() if len(numbers) == 1 else None
 
 
+def _cut(text: str) -> str:
+    return one_line(text)[:200]
+
+
 def _shown(text: str) -> str:
-    return repr(one_line(text)[:200])
+    return repr(_cut(text))
 
 
 def ask_all(
@@ -212,21 +247,38 @@ def ask_all(
 ) -> str:
     """Ask a judge about several items at once, and keep each verdict as it comes.
 
+    Who interrupts this does not wait for the judge.
+
     Returns:
         Why the first item has no verdict; empty if all have one. Once the judge does not answer,
         the others are not asked.
     """
-    problem, is_silent = "", False
-    with ThreadPoolExecutor(_AT_ONCE) as pool:
-        for first in range(0, len(items), _AT_ONCE):
-            part = items[first : first + _AT_ONCE]
-            futures = [(item, pool.submit(ask, item)) for item in part]
-            for item, future in futures:
-                try:
-                    keep(item, future.result())
-                except RunError as error:
-                    problem = problem or str(error)
-                    is_silent = is_silent or isinstance(error, SilentJudgeError)
-            if is_silent:
-                break
-    return problem
+    problems: dict[int, RunError] = {}
+    for first in range(0, len(items), _AT_ONCE):
+        numbers = range(first, min(first + _AT_ONCE, len(items)))
+        futures = {_in_a_thread(ask, items[number]): number for number in numbers}
+        for future in as_completed(futures):
+            number = futures[future]
+            try:
+                verdict = future.result()
+            except RunError as error:
+                problems[number] = error
+            else:
+                keep(items[number], verdict)
+        if any(isinstance(error, SilentJudgeError) for error in problems.values()):
+            break
+    return str(problems[min(problems)]) if problems else ""
+
+
+def _in_a_thread(ask: Callable[[_Item], _Result], item: _Item) -> "Future[_Result]":
+    """An executor's threads would be waited for at the end of the process."""
+    future: Future[_Result] = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(ask(item))
+        except BaseException as error:  # noqa: BLE001 - `result` raises it
+            future.set_exception(error)
+
+    Thread(target=run, daemon=True).start()
+    return future

@@ -116,6 +116,7 @@ def _measure(measure: Record, columns: Sequence[str]) -> dict[str, Any]:
 def _note(record: Record) -> str:
     failed = [one for one in record["measures"] if one.get("failures")]
     parts = [f"{one['title']} has no value for {one['failures']} answers" for one in failed]
+    parts += record["remarks"]
     intervals = [one.get("intervals") or {} for one in record["measures"]]
     if any(value for each in intervals for value in each.values()):
         parts.append("± is a 95 % interval of the mean over rows, by its standard error")

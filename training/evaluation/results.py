@@ -5,6 +5,7 @@ from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
+from ..common.errors import writing
 from ..common.progress import SILENT, Progress
 from ..common.scratch import scratch_folder
 from ..common.storage import Folder
@@ -79,14 +80,17 @@ def write_evaluation(
 
     Raises:
         InputError: see `evaluate`.
+        RunError: the disk is full.
     """
     if target.local is not None:
         file = target.local / ROWS_FILE
         evaluation = evaluate(candidates, sources, file, settings, progress, run=run)
     else:
         evaluation = _evaluate_in_store(candidates, sources, target, settings, progress, run)
-    target.write(RECORD_FILE, write_record(evaluation.record))
-    target.write(PAGE_FILE, render_page(evaluation).encode("utf-8", "replace"))
+    page = render_page(evaluation).encode("utf-8", "replace")
+    with writing(target, "give another folder with --to"):
+        target.write(RECORD_FILE, write_record(evaluation.record))
+        target.write(PAGE_FILE, page)
     return evaluation
 
 

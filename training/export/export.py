@@ -2,13 +2,13 @@
 
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from ..common.errors import InputError, RunError
+from ..common.errors import InputError, RunError, reason
 from ..common.progress import SILENT, Progress
 from ..common.storage import Folder
 from ..config.adapter_folder import CONFIG_FILE as ADAPTER_CONFIG
@@ -21,7 +21,7 @@ from ..records.run_folder import RECIPE_FILE, Record, finished_run
 from .gguf import convert
 from .loading import ExportedModel
 from .model_card import render_card
-from .ollama import write_modelfile
+from .ollama import check_template, write_modelfile
 from .quantising import quantise
 
 if TYPE_CHECKING:
@@ -58,6 +58,7 @@ def export(
     for_gguf: bool = False,
     converter: Path | None = None,
     ollama: bool = False,
+    before_writing: Callable[[], None] = lambda: None,
     progress: Progress = SILENT,
 ) -> ExportSummary:
     """Write a run's result and its model card into a folder, completely or not at all.
@@ -71,6 +72,7 @@ def export(
         for_gguf: the folder is to be converted to GGUF, so it must hold a whole model.
         converter: llama.cpp's, which writes <name of the folder>.gguf beside the weights.
         ollama: write a Modelfile for a whole model.
+        before_writing: called when all of it was checked.
         progress: receives the bytes of weights written so far and in all.
 
     Raises:
@@ -81,14 +83,8 @@ def export(
     record, recipe, name = finished.record, finished.recipe, finished.kind
     if name == "model" and merge:
         raise InputError(f"{run}: the run trained the full model, not an adapter; omit --merge")
-    if name == "adapter" and dtype is not None and not merge:
-        raise InputError("--dtype sets the type of a full model's weights; add --merge")
-    extras = {"--quantize": quantize, "--format gguf": for_gguf, "--ollama": ollama}
-    asked = [option for option, is_asked in extras.items() if is_asked]
-    if name == "adapter" and not merge and asked:
-        raise InputError(
-            f"{asked[0]} takes a whole model, and the run trained an adapter; add --merge"
-        )
+    if name == "adapter" and not merge:
+        _check_of_adapter(dtype, quantize, for_gguf, ollama)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise InputError(f"{target} exists already; give a new or empty folder")
     settings = recipe["model"]
@@ -98,6 +94,8 @@ def export(
         with about(str(run / RECIPE_FILE)):
             base = model_folder(model, weights=True)
     with _staged(target) as staged, finished.local_result() as trained:
+        _check_result(trained, base, ollama)
+        before_writing()
         if base is not None:
             _merge(record, settings, base, trained, staged, dtype, progress)
         elif dtype is not None:
@@ -112,17 +110,30 @@ def export(
         if quantize is not None:
             trust = settings.get("trust_remote_code", False)
             quantise(staged, quantize, result.model_class, trust)
-        source = "."
+        gguf = f"{target.name}.gguf"
         if converter is not None:
             progress.status("llama.cpp converts the model")
-            convert(converter, staged, staged / f"{target.name}.gguf")
-            source = f"./{target.name}.gguf"
+            convert(converter, staged, staged / gguf)
         if ollama:
-            write_modelfile(staged, source)
+            write_modelfile(staged, f"./{gguf}" if for_gguf else ".")
         card = render_card(record, recipe, result)
         (staged / CARD_FILE).write_text(card, encoding="utf-8")
         sizes = [path.stat().st_size for path in staged.rglob("*") if path.is_file()]
     return ExportSummary(target, result, len(sizes), sum(sizes))
+
+
+def _check_of_adapter(
+    dtype: "DtypeName | None", quantize: str | None, for_gguf: bool, ollama: bool
+) -> None:
+    """Refuse what an adapter alone cannot become."""
+    if dtype is not None:
+        raise InputError("--dtype sets the type of a full model's weights; add --merge")
+    extras = {"--quantize": quantize, "--format gguf": for_gguf, "--ollama": ollama}
+    for option, is_asked in extras.items():
+        if is_asked:
+            raise InputError(
+                f"{option} takes a whole model, and the run trained an adapter; add --merge"
+            )
 
 
 @contextmanager
@@ -137,7 +148,7 @@ def _staged(target: Path) -> Iterator[Path]:
         staged.mkdir(parents=True)
     except OSError as error:
         raise InputError(
-            f"{target}: cannot write there: {error.strerror}; give another folder"
+            f"{target}: cannot write there: {reason(error)}; give another folder"
         ) from None
     try:
         yield staged
@@ -161,7 +172,6 @@ def _merge(
 
     from .merge import merge
 
-    _check_base(base, adapter)
     merge(
         base,
         adapter,
@@ -204,6 +214,14 @@ def _write_base_name(adapter: Path, settings: Record) -> None:
     )
     if (adapter / BASE_FILE).is_file() and Path(base).is_absolute():
         _change_json(adapter / BASE_FILE, base=Path(base).name)
+
+
+def _check_result(trained: Path, base: Path | None, ollama: bool) -> None:
+    """Refuse a result that cannot be merged, or for which no Modelfile can be written."""
+    if base is not None:
+        _check_base(base, trained)
+    if ollama:
+        check_template(trained)
 
 
 def _check_base(base: Path, adapter: Path) -> None:

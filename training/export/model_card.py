@@ -9,7 +9,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from ..common import formatting
 from ..config.methods import title_of
-from ..records.labels import KEY_METRICS, label_of
+from ..records.labels import key_metrics, label_of
 from ..records.report import data_statistics
 from ..records.run_folder import Record
 from .loading import ExportedModel
@@ -103,8 +103,7 @@ def _facts(run: Record, recipe: Record, result: ExportedModel) -> list[tuple[str
 def _metrics(run: Record) -> list[tuple[str, str, str]]:
     """Rows (measure, before, after), with the key metrics first."""
     before, after = run.get("before") or {}, run.get("metrics") or {}
-    first = [name for name in KEY_METRICS if name in before or name in after]
-    names = dict.fromkeys([*first, *sorted(before.keys() | after.keys())])
+    names = dict.fromkeys([*key_metrics(before, after), *sorted(before.keys() | after.keys())])
     return [
         (label.title, label.write(before.get(name)), label.write(after.get(name)))
         for name, label in ((name, label_of(name)) for name in names)

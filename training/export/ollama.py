@@ -50,6 +50,15 @@ class TurnTexts:
         return f"{unsaid}{{{{ range .Messages }}}}{turns}{{{{ end }}}}{{{{ end }}}}{self.prompt}"
 
 
+def check_template(folder: Path) -> None:
+    """Refuse a model or an adapter for whose chat template no Modelfile can be written.
+
+    Raises:
+        InputError: it has no chat template, or one that Ollama cannot express.
+    """
+    turn_texts(_tokenizer_in(folder))
+
+
 def write_modelfile(folder: Path, source: str) -> None:
     """Write a Modelfile beside an exported model.
 
@@ -60,13 +69,17 @@ def write_modelfile(folder: Path, source: str) -> None:
     Raises:
         InputError: the model has no chat template, or one that Ollama cannot express.
     """
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    tokenizer = _tokenizer_in(folder)
     texts = turn_texts(tokenizer)
     lines = [f"FROM {source}", f'TEMPLATE """{texts.go()}"""']
     lines += [f"PARAMETER stop {json.dumps(stop)}" for stop in stops_of(folder, tokenizer)]
     (folder / MODELFILE).write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def _tokenizer_in(folder: Path) -> Any:
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
 
 
 def stops_of(folder: Path, tokenizer: Any) -> list[str]:

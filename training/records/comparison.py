@@ -9,7 +9,7 @@ from ..common.errors import InputError
 from ..common.formatting import is_number
 from ..common.storage import Folder
 from .charts import Chart, Point, overlay
-from .labels import KEY_METRICS, label_of
+from .labels import key_metrics, label_of
 from .report import series_of
 from .run_folder import (
     Record,
@@ -170,7 +170,7 @@ def _differing(values: Sequence[Record]) -> dict[str, list[Any]]:
 
 def _metrics(records: Sequence[Record]) -> dict[str, list[float | None]]:
     values = [record.get("metrics") or {} for record in records]
-    names = [key for key in (*KEY_METRICS, "loss") if any(key in each for each in values)]
+    names = [*key_metrics(*values), *(["loss"] if any("loss" in each for each in values) else [])]
     names += sorted({key for each in values for key in each} - set(names))
     return {
         name: [each[name] if is_number(each.get(name)) else None for each in values]

@@ -1,10 +1,12 @@
 """Labels of metrics for people: their titles, their number formats, and the key metrics."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from ..common import formatting
 from ..config.eval_metrics import ANSWER_METRICS
+from ..config.metric import MODES
 from .charts import Format, value_text
 
 
@@ -48,8 +50,26 @@ LABELS = {
 }
 """Labels by metric name; the held-out value of a metric has the prefix `eval_`."""
 
-KEY_METRICS = ("exact_match", "eval_reward", "eval_reward_accuracy", "eval_kl", "eval_loss")
-"""The metrics that describe a run best, the easiest to understand first."""
+_KEY_METRICS = ("eval_reward", "eval_reward_accuracy", "eval_kl", "eval_loss")
+_MATCH = "exact_match"
+
+
+def key_metrics(*records: Mapping[str, Any]) -> list[str]:
+    """Those of some metrics that describe a run best, the easiest to understand first.
+
+    They include the measures of answers that a recipe names in eval.metrics.
+    """
+    names = {name for record in records for name in record}
+    own = sorted(filter(_is_of_answers, names))
+    if _MATCH in names and f"eval_{_MATCH}" in own:  # the same, of the same prompts
+        own.remove(f"eval_{_MATCH}")
+    return [name for name in (_MATCH, *own, *_KEY_METRICS) if name in names]
+
+
+def _is_of_answers(name: str) -> bool:
+    bare = name.removeprefix("eval_")
+    is_declared = bare in LABELS or bare in MODES or "/" in bare
+    return name != bare and (bare in ANSWER_METRICS or not is_declared)
 
 
 def label_of(name: str) -> MetricLabel:

@@ -6,7 +6,7 @@ run.json has one writer at a time, which may be a worker; a note is a file of it
 import json
 from dataclasses import asdict, dataclass
 
-from ..common.errors import InputError
+from ..common.errors import InputError, writing
 from ..common.storage import Folder
 from .run_folder import RUN_FILE, Record, list_runs, parse_record
 
@@ -45,12 +45,14 @@ def write_note(folder: Folder, note: Note) -> None:
     """Write or replace a run's note.
 
     Raises:
-        InputError: the folder holds no run.
+        InputError: the folder holds no run, or cannot be written.
+        RunError: the disk is full.
     """
     if not folder.exists(RUN_FILE):
         raise InputError(f"{folder} holds no run: there is no {RUN_FILE}; name a run's folder")
     text = json.dumps(asdict(note), indent=2, ensure_ascii=False)
-    folder.write(NOTE_FILE, text.encode("utf-8", "backslashreplace") + b"\n")
+    with writing(folder / NOTE_FILE, "make the folder writable"):
+        folder.write(NOTE_FILE, text.encode("utf-8", "backslashreplace") + b"\n")
 
 
 def noted_runs(storage: Folder) -> list[tuple[str, Record]]:

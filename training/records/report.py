@@ -25,7 +25,7 @@ from ..data.curation.funnel import funnel_facts
 from ..data.prepared import remarks
 from ..data.row_facts import describe_lengths
 from .charts import Chart, Format, Histogram, Point, histogram, line_chart
-from .labels import KEY_METRICS, adapted_text, label_of
+from .labels import adapted_text, key_metrics, label_of
 from .run_folder import (
     RECIPE_FILE,
     REPORT_FILE,
@@ -214,7 +214,7 @@ def _progress(run: Record) -> tuple[str, float] | None:
 def _key_figures(run: Record, metrics: Sequence[Record]) -> list[Figure]:
     before, after = run.get("before") or {}, run.get("metrics") or {}
     shown: list[Figure] = []
-    available = [key for key in KEY_METRICS if formatting.is_number(after.get(key))]
+    available = [key for key in key_metrics(after) if formatting.is_number(after[key])]
     shown += [_change(before, after, key) for key in available]
     if not available:
         # in the file, null means a loss that is not a finite number

@@ -46,7 +46,10 @@ class Tracker(Protocol):
     """A client, for one run."""
 
     def open(self, run: TrackedRun, known_id: str | None) -> str:
-        """Start a run, or resume it under its id; returns the id, which is noted at once."""
+        """Start a run, or resume it under its id; returns the id, which is noted at once.
+
+        Another id than the known one means that the tracker has nothing of the run.
+        """
 
     def describe(self, run: TrackedRun) -> None:
         """Send what `open` has not sent of the settings; comes after it, each time."""
@@ -82,9 +85,8 @@ class MlflowTracker:
 
     def open(self, run: TrackedRun, known_id: str | None) -> str:
         """See `Tracker`."""
-        if known_id is not None:
+        if known_id is not None and self._goes_on(known_id):
             self._id = known_id
-            self._client.update_run(known_id, status="RUNNING")
             return known_id
         name = os.environ.get("MLFLOW_EXPERIMENT_NAME") or PROJECT
         existing = self._client.get_experiment_by_name(name)
@@ -96,6 +98,18 @@ class MlflowTracker:
             tags["mlflow.parentRunId"] = run.parent
         self._id = self._client.create_run(experiment, tags=tags, run_name=run.name).info.run_id
         return self._id
+
+    def _goes_on(self, known_id: str) -> bool:
+        """Resume a run; False if this server has none of this id, as another one may."""
+        from mlflow.exceptions import MlflowException
+
+        try:
+            self._client.update_run(known_id, status="RUNNING")
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+                raise
+            return False
+        return True
 
     def describe(self, run: TrackedRun) -> None:
         """See `Tracker`; a parameter that is there stays, as MLflow changes none."""

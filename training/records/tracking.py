@@ -47,6 +47,13 @@ class TrackerState:
     children: list[str] = field(default_factory=list)
     """Of a sweep: the trials that were sent whole."""
 
+    def opened_as(self, id: str) -> None:
+        """Note the id that a tracker gives; with another than before it gets all once more."""
+        if self.id not in (None, id):
+            self.steps.clear()
+            self.children.clear()
+        self.id = id
+
     def unsent(self, lines: Sequence[dict[str, Any]]) -> list[tuple[int, dict[str, float]]]:
         """The values of metrics.jsonl that were not sent yet."""
         left = []
@@ -100,6 +107,17 @@ def tracked(
             _end(name, child, folder, progress)
 
 
+def lacking(folder: Folder, names: Sequence[str]) -> list[str]:
+    """Those trackers that lack something of a run that has ended."""
+    lines = complete_lines(folder)
+    states = {name: read_state(folder, name) for name in names}
+    return [
+        name
+        for name, state in states.items()
+        if state.id is None or state.error is not None or state.unsent(lines)
+    ]
+
+
 def _start(program: str, name: str, folder: Folder) -> "subprocess.Popen[bytes]":
     # A session of its own: Ctrl-C is for the run, whose end this process waits for.
     return subprocess.Popen(
@@ -117,6 +135,7 @@ def _end(name: str, child: "subprocess.Popen[bytes]", folder: Folder, progress: 
     with suppress(BrokenPipeError):
         child.stdin.write(END)
         child.stdin.close()
+    progress.status(f"sending the rest to {name}")
     started, is_late = time.monotonic(), False
     while child.poll() is None:
         seconds = time.monotonic() - started
@@ -127,7 +146,6 @@ def _end(name: str, child: "subprocess.Popen[bytes]", folder: Folder, progress: 
             child.kill()
             child.wait()
             is_late = True
-        progress.status(f"sending the rest to {name}")
         time.sleep(0.1)
     _report(name, child.returncode, is_late, folder, progress)
 
@@ -140,7 +158,7 @@ def _report(name: str, code: int, is_late: bool, folder: Folder, progress: Progr
     cause = state.error or ("it did not answer in time" if is_late else "its process ended")
     progress.note(
         f"log.to: {name}: {redact(one_line(cause))}; {left} lines of {METRICS_FILE} were not sent, "
-        "and the run went on without it"
+        "and the run went on without it; the same command sends the rest later"
     )
 
 

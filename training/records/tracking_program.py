@@ -92,7 +92,7 @@ class RunFeed:
     def _opened(self, record: Record) -> Tracker:
         if self._tracker is None:
             tracker, facts = self._make(), self._facts(record)
-            self._state.id = tracker.open(facts, self._state.id)
+            self._state.opened_as(tracker.open(facts, self._state.id))
             self.note(self._state.error)  # what fails from here on resumes this run of the tracker
             tracker.describe(facts)
             self._tracker = tracker

@@ -128,7 +128,7 @@ def test_a_mistake_and_the_version_need_only_the_standard_library() -> None:
         ("", "a command is missing; finray --help lists them"),
         ("job", "a verb is missing; finray job --help lists them"),
         ("train", "train needs RECIPE; see finray train --help"),
-        ("export runs/run", "export needs --to; see finray export --help"),
+        ("export runs/run", "export needs --to or --push; see finray export --help"),
         ("runs --jsno", "unknown option --jsno; did you mean --json?"),
         ("train x.yaml --adress local", "unknown option --adress; did you mean --address?"),
         ("train x.yaml --adress=local", "unknown option --adress; did you mean --address?"),

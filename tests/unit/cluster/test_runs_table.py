@@ -41,6 +41,35 @@ def test_a_reward_or_a_preference_has_its_column() -> None:
     assert " 0.750 " in policy and "90.0%" in pairs
 
 
+def test_a_heading_sorts_its_column_and_nothing_stands_twice() -> None:
+    runs = [
+        ("b", run(started_at=ago(hours=2), metrics={"eval_loss": 2.0, "exact_match": 0.5})),
+        ("a", run(started_at=ago(hours=1), metrics={"eval_loss": 1.0, "exact_match": 0.1})),
+        ("c", run(metrics={"reward": 0.1}, tags=["x"], note="late")),
+    ]
+
+    def order(sort: str) -> list[str]:
+        header, *rows = render_runs(runs, as_json=False, now=NOW, sort=sort).splitlines()
+        assert header.count("note") == header.count("tags") == 1
+        return [row.split()[0] for row in rows]
+
+    assert order("eval loss") == order("eval_loss") == ["a", "b", "c"]
+    assert order("match") == ["b", "a", "c"] == order("started")
+    assert order("reward")[0] == order("tags")[0] == order("note")[0] == "c", "a metric, words"
+
+
+def test_words_are_cut_to_a_terminal_and_numbers_never() -> None:
+    name = "support-" + "qwen3-" * 6 + "lr-3e-4"
+    metrics = {"loss": 0.47, "eval_loss": 0.552}
+    long = run(metrics=metrics, tokens=123, note="warm-up too short " * 3, tags=["a", "b"])
+    whole = render_runs([(name, long)], as_json=False, now=NOW)
+    assert name in whole and max(map(len, whole.splitlines())) > 120
+    table = render_runs([(name, long)], as_json=False, now=NOW, width=140)
+    assert max(map(len, table.splitlines())) <= 140
+    assert all(part in table for part in ("400/400", "0.552", name, "warm-up", "…"))
+    assert render_runs([(name, long)], as_json=False, now=NOW, width=100) == whole, "it cannot fit"
+
+
 def test_a_silent_run_is_marked() -> None:
     runs = [
         ("alive", run(status="running", updated_at=ago(seconds=119))),

@@ -7,9 +7,11 @@ from typing import Any
 import pytest
 from rich.cells import cell_len
 
+from finray.cluster.screens.progress import evaluation_text
 from finray.cluster.screens.summary import WIDTH, render_summary, shorten
 from finray.training.common.errors import InputError
 from finray.training.common.storage import Folder
+from finray.training.records.labels import key_metrics
 from finray.training.records.run_folder import write_run, write_samples
 
 
@@ -53,6 +55,20 @@ def test_gains_samples_and_places(full: Folder) -> None:
     assert f"adapter    {full}/adapter" in text
     assert f"report     {full}/report.html" in text
     assert "metrics.jsonl" not in text, "what is not there is not named"
+
+
+def test_measures_of_answers_of_the_recipe_are_shown(tmp_path: Path) -> None:
+    after = {"eval_token_f1": 0.5, "eval_short": 2.0, "eval_exact_match": 0.1, "eval_loss": 1.0}
+    others = {"eval_entropy": 2.0, "eval_reward/short": 1.0, "eval_idle_experts": 0.0}
+    run = make_run(tmp_path, before={"eval_short": 3.0}, metrics={**after, **others})
+    text = render_summary(run)
+    assert re.search(r"held-out short +3\.000 +2\.000 +-1\.000\n", text)
+    assert re.search(r"held-out token F1 +– +50\.0%\n", text)
+    shown = "held-out exact match 10.0%  held-out short 2.000  held-out token F1 50.0%"
+    assert evaluation_text({"step": 3, **after, **others}) == (
+        f"step 3  held-out loss 1.000  {shown}"
+    )
+    assert key_metrics(after, {"exact_match": 0.1})[:2] == ["exact_match", "eval_short"]
 
 
 def test_text_of_a_model_cannot_control_the_terminal(full: Folder) -> None:

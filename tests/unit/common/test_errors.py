@@ -1,8 +1,11 @@
 """How an error is quoted in one line."""
 
+import errno
+import os
+
 import pytest
 
-from finray.training.common.errors import in_one_line
+from finray.training.common.errors import FinrayError, InputError, RunError, in_one_line, writing
 
 TRACE = """ray::work() (pid=7, ip=10.0.0.1)
   File "/x/tasks.py", line 3, in work
@@ -37,3 +40,15 @@ TRACE = """ray::work() (pid=7, ip=10.0.0.1)
 )
 def test_first_line_and_the_last_where_it_says_more(text: str, line: str) -> None:
     assert in_one_line(RuntimeError(text)) == line
+
+
+@pytest.mark.parametrize(
+    ("number", "kind", "text"),
+    [
+        (errno.EROFS, InputError, "page.html: cannot be written: Read-only file system; move it"),
+        (errno.ENOSPC, RunError, "No space left on device; free space there"),
+    ],
+)
+def test_a_file_that_cannot_be_written(number: int, kind: type[FinrayError], text: str) -> None:
+    with pytest.raises(kind, match=text), writing("page.html", "move it"):
+        raise OSError(number, os.strerror(number))

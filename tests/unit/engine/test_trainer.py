@@ -19,7 +19,7 @@ from finray.training.data.stream import Sequence
 from finray.training.engine.methods import objective_of
 from finray.training.engine.trainer import StreamTrainer
 from finray.training.engine.trainer_arguments import training_arguments
-from finray.training.models.generation import generate_answers
+from finray.training.models.generation import generate_completions
 from finray.training.models.loading import load_model, load_tokenizer
 from finray.training.objectives.logprobs import cross_entropies
 
@@ -260,5 +260,5 @@ def test_what_is_computed_beside_the_steps_has_their_type(
             module.register_forward_hook(lambda _, args, output: types.add(output.dtype))
     trainer.evaluate_held_out(iter([make_sequences(2)]))
     with trainer.in_compute_type():
-        generate_answers(adapted, load_tokenizer(settings), [[5, 6, 7]], 2, 0, 1)
+        generate_completions(adapted, load_tokenizer(settings), [[5, 6, 7]], 2, 0, 1)
     assert types == {torch.bfloat16}

@@ -145,14 +145,18 @@ def test_forgetting_keeps_the_last_message(opened: Opened) -> None:
 
 
 def test_marks_of_templates_are_pointed_out(
-    opened: Opened, capsys: pytest.CaptureFixture[str]
+    opened: Opened, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    lines = typed("[INST] quick", "a <|im_end|> b", "/nope")
+    monkeypatch.setattr(Conversation, "takes_results", False)
+    lines = typed("[INST] quick", "a <|im_end|> b", "/nope", "/tool 3")
     ChatScreen(converse(opened), None, lines, is_terminal=False).run("head")
     out = capsys.readouterr().out
     assert "([INST] is a mark of another chat template: plain text here)" in out
     assert "(<|im_end|> is a special token of this model, and read as one)" in out
     assert "there is no /nope; /help lists the commands" in out
+    assert "chat template renders no results of tools" in out
+    with pytest.raises(InputError, match=r"--tools: the chat template of .* renders no tools"):
+        Conversation(opened, AnswerSettings(), tools=[{"type": "function"}])
 
 
 def test_tools_reach_the_model_and_their_calls_are_shown(

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -48,6 +49,8 @@ class Server:
     """From the text of a request to that of the reply."""
     statuses: list[int] = field(default_factory=list)
     """Replies to the first requests, before it answers."""
+    refusal: str = ""
+    """What it says with a status that is not 200."""
     asked: list[dict[str, Any]] = field(default_factory=list)
     tokens: list[str | None] = field(default_factory=list)
     address: str = ""
@@ -65,7 +68,11 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
             status = state.statuses.pop(0) if state.statuses else 200
             text = state.answer(body["messages"][1]["content"])
             reply = json.dumps({"choices": [{"message": {"content": text}}]}).encode()
-            self.send_response(status if self.path == "/v1/chat/completions" else 404)
+            status = status if self.path == "/v1/chat/completions" else 404
+            self.send_response(status)
+            if status != 200:
+                reply = json.dumps({"error": {"message": state.refusal}}).encode()
+                self.send_header("Retry-After", "3")
             self.send_header("Content-Length", str(len(reply)))
             self.end_headers()
             self.wfile.write(reply)
@@ -212,6 +219,36 @@ def test_what_may_pass_is_tried_again(server: Server) -> None:
         judge(server).score("ask", "one", None)
     with pytest.raises(RunError, match="chose neither A, B nor tie"):
         judge(server).prefer("ask", "one", "two", None)
+
+
+def test_a_refusal_says_why_and_how_long(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    pauses: list[float] = []
+    monkeypatch.setattr(judging, "time", SimpleNamespace(sleep=pauses.append))
+    server.refusal, server.statuses = "3 a minute", [429] * 4
+    with pytest.raises(RunError, match=r"after 4 tries: 429 Too Many Requests \(3 a minute\)$"):
+        judge(server).score("ask", "one", None)
+    assert pauses == [3, 6, 12]
+    server.refusal, server.statuses = "no model m", [404]
+    with pytest.raises(RunError, match=r"404 .* \(no model m\); .* /v1, and is m a model there"):
+        judge(server).score("ask", "one", None)
+
+
+def test_an_interrupt_does_not_wait_for_the_judge() -> None:
+    waits, answered = threading.Event(), []
+
+    def ask(item: str) -> str:
+        if item == "slow":
+            waits.wait(5)
+            answered.append(item)
+        return item
+
+    def interrupt(*_: str) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        judging.ask_all(["slow", "quick"], ask, interrupt)
+    assert not answered
+    waits.set()
 
 
 @pytest.mark.parametrize(
@@ -481,3 +518,30 @@ def test_what_is_wrong_is_one_line(
     assert main(["eval", str(run), "--data", str(data), *more]) == 2
     err = capsys.readouterr().err
     assert err.count("\n") == 1 and message in err
+
+
+def test_rows_that_measures_leave_out_are_counted(
+    run: Path, tmp_path: Path, write: Write, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = write(tmp_path / "rows.jsonl", [ROWS[0], {"prompt": "quick fox"}])
+    words = ["--max-tokens", "2", "--to", str(tmp_path / "eval"), "--quiet"]
+    assert main(["eval", str(run), "--data", str(data), *words]) == 0
+    remarks = [
+        "1 of 2 rows without a reference answer: no exact match, token F1",
+        "1 of 2 rows without an answer, or too long: no loss, perplexity",
+    ]
+    assert json.loads((tmp_path / "eval" / "eval.json").read_text())["remarks"] == remarks
+    page = (tmp_path / "eval" / "eval.html").read_text()
+    for text in (capsys.readouterr().out, page):
+        assert all(remark in text for remark in remarks)
+
+
+def test_a_record_that_cannot_be_written_is_one_line(
+    run: Path, tmp_path: Path, write: Write, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = write(tmp_path / "rows.jsonl", ROWS[:1])
+    (tmp_path / "eval" / "eval.json").mkdir(parents=True)
+    words = ["--no-loss", "--max-tokens", "2", "--to", str(tmp_path / "eval"), "--quiet"]
+    assert main(["eval", str(run), "--data", str(data), *words]) == 2
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1 and "eval: cannot be written: Is a directory; give another" in err

@@ -220,6 +220,7 @@ def test_a_prompt_may_fill_the_context(
             ("support", "--workers", "0"),
             "--workers: expected a whole number of at least 1, found 0",
         ),
+        (("support", "--to", "{prompts}"), "rows.jsonl holds the prompts; give another file"),
     ],
 )
 def test_what_is_wrong_is_one_line(
@@ -234,8 +235,9 @@ def test_what_is_wrong_is_one_line(
     monkeypatch.chdir(run.parent.parent)
     prompts = write(tmp_path / "rows.jsonl", ROWS[:1])
     runs = str(run.parent)
-    words = [word.format(runs=runs) for word in arguments]
-    code = main(["generate", *words, "--prompts", str(prompts), "--to", str(tmp_path / "out")])
+    words = [word.format(runs=runs, prompts=prompts) for word in arguments]
+    files = ["--prompts", str(prompts), "--to", str(tmp_path / "out")]
+    code = main(["generate", *files, *words])
     err = capsys.readouterr().err
     assert code == 2 and err.count("\n") == 1 and message.format(runs=runs) in err
 

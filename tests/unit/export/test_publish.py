@@ -71,6 +71,12 @@ def test_what_the_hub_refuses_is_said_before_anything_is_written(
     tiny_model: Path, tmp_path: Path, hub: ModelHub, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = finished_run(tmp_path, tiny_model)
+    with pytest.raises(InputError, match="add --merge"):
+        push(run, ollama=True)
+    (run / "adapter" / "chat_template.jinja").write_text("{{ messages | tojson }}")
+    with pytest.raises(InputError, match="does more than put texts around turns"):
+        push(run, merge=True, ollama=True)
+    assert not hub.private, "no repository is made for what is refused"
     hub.private["acme/support"] = False
     with pytest.raises(InputError, match=r"exists and is public; add --public"):
         push(run, to=tmp_path / "out")
@@ -131,7 +137,9 @@ def test_a_modelfile_and_gguf(
     tokenizer = AutoTokenizer.from_pretrained(out)
     assert f"PARAMETER stop {json.dumps(tokenizer.eos_token)}" in modelfile
     words = ["export", str(run), "--to", str(tmp_path / "ready"), "--format", "gguf", "--merge"]
-    assert main(["--quiet", *words]) == 0
+    assert main(["--quiet", *words, "--ollama"]) == 0
+    ready = (tmp_path / "ready" / "Modelfile").read_text(encoding="utf-8")
+    assert "FROM ./ready.gguf\n" in ready, "what the command that is printed writes"
     said = capsys.readouterr().out
     assert f"python LLAMA_CPP/convert_hf_to_gguf.py {tmp_path}/ready --outfile" in said
     script.write_text("import sys; sys.exit('Model XForCausalLM is not supported')")
@@ -150,6 +158,7 @@ def test_a_modelfile_and_gguf(
         ({"public": True}, "--public is for --push OWNER/NAME; add that"),
         ({"llama_cpp": "x", "format": "gguf"}, "there is no convert_hf_to_gguf.py"),
         ({"quantize": "nf4", "format": "gguf"}, "--quantize contradicts --format gguf"),
+        ({"quantize": "nf4", "ollama": True}, "--quantize contradicts --ollama"),
     ],
 )
 def test_refused(tiny_model: Path, tmp_path: Path, how: dict[str, Any], message: str) -> None:

@@ -1,6 +1,8 @@
 """Runs side by side: what differs, the answers that tell them apart, plots and the page."""
 
+import errno
 import json
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -68,6 +70,17 @@ def test_the_text(tmp_path: Path) -> None:
     assert "B ✓        2" in text and "2 more prompts" in text
 
 
+@pytest.mark.parametrize("width", [60, 80])
+def test_the_text_fits_a_terminal(tmp_path: Path, width: int) -> None:
+    for name in ("first", "second"):
+        path = f"/a/folder/that/is/very/long/and/shared/by/all/of/them/rows-{name}.jsonl"
+        stored_run(tmp_path, name, recipe={"data": {"train": [{"path": path}]}})
+    compared = compare_runs([Folder(str(tmp_path / name)) for name in ("first", "second")])
+    text = render_comparison(compared, 0, width=width)
+    assert max(map(len, text.splitlines())) <= width
+    assert "first.jsonl" in text and "second.jsonl" in text, "what differs is shown"
+
+
 def test_a_run_is_measured_by_the_prompts_that_it_answered(tmp_path: Path) -> None:
     two_runs(tmp_path)
     first = {"row": 0, "prompt": "same", "reference": "1", "after": "1"}
@@ -91,6 +104,27 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert json.loads(capsys.readouterr().out)["runs"] == ["first", "second"]
     assert main([*words, "--page", str(tmp_path / "page.html")]) == 0
     assert (tmp_path / "page.html").read_text(encoding="utf-8").startswith("<!doctype html>")
+
+
+def test_what_cannot_be_written_is_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    two_runs(tmp_path)
+
+    def refuse(*_: object) -> None:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    monkeypatch.setattr(Folder, "write", refuse)
+    storage, page = ["--storage", str(tmp_path)], str(tmp_path / "page.html")
+    for command, place in (
+        (["runs", "compare", "first", "second", *storage, "--page", page], f"--page {page}"),
+        (["runs", "note", "first", "hi", *storage], f"{tmp_path}/first/note.json"),
+        (["report", str(tmp_path / "first")], f"{tmp_path}/first/report.html"),
+    ):
+        assert main(command) == 2
+        out, err = capsys.readouterr()
+        assert err.startswith(f"finray: {place}: cannot be written: Read-only file system; ")
+        assert err.count("\n") == 1 and not out
 
 
 def test_refused(tmp_path: Path) -> None:

@@ -23,10 +23,12 @@ from support.stored_runs import stored_run
 
 from finray.training.common.errors import InputError
 from finray.training.common.storage import Folder
+from finray.training.config.recipe import recipe_from_dict
 from finray.training.config.trackers import check_trackers, programs_of
 from finray.training.records.trackers import TRACKERS
 from finray.training.records.tracking import TrackerState, read_state, tracked
 from finray.training.records.tracking_program import RunFeed
+from finray.training.run import send_rest
 
 CLIENT = """
 import json, os, pathlib
@@ -125,8 +127,18 @@ def test_a_tracker_that_is_down_ends_in_one_warning_with_a_count(
     assert note.startswith("log.to: trackio: OSError: the server is down")
     assert "3 lines of metrics.jsonl were not sent" in note and "a1B2a1B2" not in note
     down.unlink()
-    with tracked(Folder(str(run)), ["trackio"], progress):
-        pass
+    recipe = recipe_from_dict(
+        {
+            "name": "run",
+            "storage": str(tmp_path),
+            "model": {"base": "owner/base"},
+            "data": {"train": [{"path": "/rows.jsonl"}]},
+            "log": {"to": ["trackio"]},
+        }
+    )
+    send_rest(recipe, progress)
+    send_rest(recipe, progress)
+    assert sum(call[0] == "init" for call in calls()) == 2, "only once more, for what was missing"
     assert [step for step, _ in losses(calls())] == [1, 2, 3], "the next start sends them"
     assert len(progress.notes) == 1
 
@@ -156,7 +168,7 @@ def test_a_process_that_ends_at_once_is_said(
         pass
     assert notes == [
         "log.to: trackio: its process ended; 1 lines of metrics.jsonl were not sent, and the run "
-        "went on without it"
+        "went on without it; the same command sends the rest later"
     ]
 
 
@@ -190,6 +202,10 @@ def test_a_sweep_is_a_parent_and_its_ended_trials_are_children(
     ]
 
 
+class MlflowError(Exception):
+    error_code = "RESOURCE_DOES_NOT_EXIST"
+
+
 class MlflowServer:
     """Stands in for the package mlflow: it refuses what a server refuses."""
 
@@ -204,6 +220,8 @@ class MlflowServer:
             Param=lambda key, value: (key, value),
             Metric=lambda key, value, at, step: (key, step),
         )
+        exceptions = SimpleNamespace(MlflowException=MlflowError)
+        monkeypatch.setitem(sys.modules, "mlflow.exceptions", exceptions)  # type: ignore[arg-type]
         module = SimpleNamespace(MlflowClient=lambda: self, entities=entities)
         monkeypatch.setitem(sys.modules, "mlflow", module)  # type: ignore[arg-type]
         monkeypatch.setitem(sys.modules, "mlflow.entities", entities)  # type: ignore[arg-type]
@@ -218,7 +236,8 @@ class MlflowServer:
         return SimpleNamespace(info=SimpleNamespace(run_id=number))
 
     def update_run(self, number: str, status: str) -> None:
-        assert number in self.params
+        if number not in self.params:
+            raise MlflowError
 
     def get_run(self, number: str) -> Any:
         return SimpleNamespace(data=SimpleNamespace(params=dict(self.params[number])))
@@ -269,6 +288,14 @@ def test_mlflow_makes_one_run_and_takes_every_name(
     (run / "recipe.yaml").write_text("model: {base: other}\nlog: {every_steps: 5}\n")
     RunFeed(folder, "mlflow", TRACKERS["mlflow"]).poll()
     assert server.params["0"] == {**sent, "log.every_steps": "5"}
+    # Another server, which does not know the run, gets all of it.
+    other = MlflowServer()
+    other.install(monkeypatch)
+    other.params["of another run"] = {}
+    feed = RunFeed(folder, "mlflow", TRACKERS["mlflow"])
+    feed.poll()
+    feed.poll()
+    assert other.metrics == server.metrics and list(other.params) == ["of another run", "1"]
 
 
 def test_values_of_one_step_come_from_several_lines() -> None:

@@ -1,5 +1,6 @@
 """Deleting runs and leftovers: what is kept and why, and deaths and starts in between."""
 
+import errno
 import json
 import os
 import threading
@@ -10,7 +11,6 @@ from typing import Any
 
 import pytest
 from pyarrow import fs as pafs
-from support.recorded import RecordedProgress
 from support.stored_runs import checkpoint, stored_run
 
 from finray.cluster.api.housekeeping import find_run, plan_clean, plan_prune, plan_rm
@@ -187,8 +187,30 @@ def test_a_run_that_starts_or_changes_after_the_plan_is_kept(tmp_path: Path) -> 
     plan = rm(tmp_path, "starts", "changes", "goes")
     (changes / "run.json").write_text('{"status": "running", "step": 3}', encoding="utf-8")
     with hold_run_lock(Folder(str(starts)), threading.Event(), SILENT):
-        assert remove(plan, RecordedProgress()) == ["goes"]
+        deleted, left = remove(plan, SILENT)
+    assert deleted == ["goes"] and [line.partition(" is kept: ")[0] for line in left] == [
+        "starts",
+        "changes",
+    ]
     assert in_storage(tmp_path) == {"starts", "changes"}
+
+
+def test_what_cannot_be_deleted_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stored_run(tmp_path, "held"), stored_run(tmp_path, "goes")
+    move = Folder.move_to
+
+    def move_some(folder: Folder, target: Folder) -> None:
+        if folder.name == "held":
+            raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+        move(folder, target)
+
+    monkeypatch.setattr(Folder, "move_to", move_some)
+    assert main(["runs", "rm", "held", "goes", "--storage", str(tmp_path), "--yes"]) == 1
+    out, err = capsys.readouterr()
+    assert "deleted 1 of 2" in out and "held cannot be deleted: Read-only file system" in err
+    assert in_storage(tmp_path) == {"held"}
 
 
 def test_a_death_half_way_leaves_a_whole_run_or_none(
@@ -317,7 +339,7 @@ def test_clean_takes_what_no_run_refers_to(tmp_path: Path) -> None:
     assert "run was trained on it" in kept(plan)[f"prepared/{'a' * 16}"]
     assert kept(plan)[f"prepared/{'c' * 16}"].startswith("used ")
     assert plan.size == 1002
-    assert len(remove(plan, SILENT)) == len(plan.doomed)
+    assert len(remove(plan, SILENT)[0]) == len(plan.doomed)
     assert in_storage(home) == {"a" * 16, "c" * 16, "stages", "rehearsals"}
 
 
@@ -340,7 +362,7 @@ def test_clean_takes_windows_of_runs_that_do_not_train(tmp_path: Path) -> None:
     assert kept(plan)["busy/windows"].startswith("in use by process")
     assert kept(plan)["elsewhere/windows"] == "its lock was renewed just now"
     assert kept(plan)["killed/windows/000004"].startswith("used ")
-    assert remove(plan, SILENT) == names(plan)
+    assert remove(plan, SILENT) == (names(plan), [])
     left = in_storage(tmp_path / "killed" / "windows")
     assert left == {"000004", "counts.json", "position.json", "000003-quarantine.jsonl"}
 
@@ -351,7 +373,7 @@ def test_data_that_a_run_starts_to_use_after_the_plan_stays(tmp_path: Path) -> N
     make_old(tmp_path)
     plan = plan_clean(Folder(str(tmp_path)), DAY)
     Folder(str(data)).touch()
-    assert remove(plan, RecordedProgress()) == [] and (data / "train").exists()
+    assert not remove(plan, SILENT)[0] and (data / "train").exists()
 
 
 def test_stages_of_a_set_that_stays_are_kept(tmp_path: Path) -> None:
@@ -388,6 +410,13 @@ def test_no_such_run(tmp_path: Path) -> None:
     stored_run(tmp_path, "my-run")
     with pytest.raises(InputError, match=r"no such run, .*did you mean my-run"):
         find_run("my-rnu", Folder(str(tmp_path)))
+    (tmp_path / "sweep").mkdir()
+    (tmp_path / "sweep" / "sweep.json").write_text("{}")
+    with pytest.raises(InputError, match=r"sweep: a sweep, and no run; name one of its trials"):
+        find_run("sweep", Folder(str(tmp_path)))
+    (tmp_path / "prepared").mkdir()
+    with pytest.raises(InputError, match="finray runs lists them"):
+        find_run("prepard", Folder(str(tmp_path)))
 
 
 def test_what_is_no_number_is_never_among_the_best(tmp_path: Path) -> None:
