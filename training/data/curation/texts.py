@@ -72,8 +72,8 @@ def strings_of(value: Any, in_arguments: bool = False) -> list[str]:
 def rewritten(row: Row, change: Callable[[str], str]) -> Row:
     """The row with each of its texts changed; the same object if none is.
 
-    In the arguments of calls every value counts, numbers too. A text that is JSON of an object or a
-    list stays so: each string and number in it is changed on its own.
+    In the arguments of calls keys and every value count, numbers too. A text that is JSON of an
+    object or a list stays so: each string and number in it is changed on its own.
 
     Raises:
         RowError: it is nested too deeply.
@@ -91,13 +91,17 @@ def _rewritten(value: Any, change: Callable[[str], str], in_arguments: bool) -> 
     if isinstance(value, str):
         return _rewritten_text(value, change)
     if isinstance(value, Mapping):
-        items = {
-            key: item
-            if key in _NAMES and not in_arguments
-            else _rewritten(item, change, in_arguments or key in _ARGUMENTS)
-            for key, item in value.items()
-        }
-        return items if any(items[key] is not item for key, item in value.items()) else value
+        items: dict[Any, Any] = {}
+        for key, item in value.items():
+            is_name = key in _NAMES and not in_arguments
+            items[_key(key, change, items) if in_arguments else key] = (
+                item if is_name else _rewritten(item, change, in_arguments or key in _ARGUMENTS)
+            )
+        is_same = all(
+            new is old and own == key
+            for (own, new), (key, old) in zip(items.items(), value.items(), strict=True)
+        )
+        return value if is_same else items
     if isinstance(value, list | tuple):
         parts = [_rewritten(item, change, in_arguments) for item in value]
         return (
@@ -109,8 +113,18 @@ def _rewritten(value: Any, change: Callable[[str], str], in_arguments: bool) -> 
     return value
 
 
+def _key(key: Any, change: Callable[[str], str], taken: Mapping[Any, Any]) -> Any:
+    """A changed key of a call's arguments; none takes the place of another."""
+    key = change(key) if isinstance(key, str) else key
+    while key in taken:
+        key += "_"
+    return key
+
+
 def _rewritten_text(text: str, change: Callable[[str], str]) -> str:
     """The text changed; the same object if nothing is."""
+    if "\\" not in text and (changed := change(text)) == text:
+        return text  # nor does any value in it change, which stands in it as it is
     if not _is_json(text):
         return change(text)
 
