@@ -16,6 +16,7 @@ _ARGUMENTS = frozenset({"arguments", "parameters", "args", "input"})
 _CONTAINER = re.compile(r"\s*[\[{]")
 _SCALAR = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*"|-?\d[\d.eE+-]*')
 """A string or a number of JSON."""
+_decode = json.JSONDecoder(strict=False).decode
 _CONTEXT = frozenset({"system", "developer"})
 """Roles whose messages many rows share."""
 
@@ -132,12 +133,18 @@ def _rewritten_text(text: str, change: Callable[[str], str]) -> str:
         written = match[0]
         if written[0] != '"':
             return written if (number := change(written)) == written else json.dumps(number)
-        value = json.loads(written, strict=False)
+        value = _string(written)
         changed = _rewritten_text(value, change)
         return written if changed == value else json.dumps(changed, ensure_ascii=value.isascii())
 
     changed = _SCALAR.sub(of_scalar, text)
     return text if changed == text else changed
+
+
+def _string(written: str) -> str:
+    """The value of a string of JSON."""
+    value: str = _decode(written) if "\\" in written else written[1:-1]
+    return value
 
 
 def _is_json(text: str) -> bool:
