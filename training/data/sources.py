@@ -91,6 +91,11 @@ class SourceFile:
         return Folder(self.folder).local is not None
 
     @property
+    def real(self) -> str:
+        """The file itself, where its path leads through links."""
+        return os.path.realpath(Folder(self.folder).file(self.name)) if self.is_local else self.uri
+
+    @property
     def is_compressed(self) -> bool:
         return self.name.endswith(_COMPRESSIONS)
 
