@@ -94,6 +94,7 @@ class Space:
         self._base_values = base.model_dump(mode="json")
         self._alikes: Settings = {}
         self._texts: dict[str, str] = {}
+        self._templates: dict[str | None, str | None] = {}
         self._note_texts(base)
         self._check_keys()
         self.keys = self._in_order()
@@ -209,7 +210,8 @@ class Space:
         return json.dumps(self.labels(settings), sort_keys=True)
 
     def recipe(self, settings: Settings, **fixed: Any) -> Recipe:
-        """The recipe with these settings; a file of code has the text that was first read of it.
+        """The recipe with these settings; a file of code, and a chat template's, has the text that
+        was first read of it.
 
         Args:
             settings: values by dotted key.
@@ -219,7 +221,12 @@ class Space:
             InputError: the settings are not a valid recipe.
         """
         valid = with_texts(self._validated(settings, fixed), self._texts, self._folder)
-        recipe = resolve_recipe(valid, self._folder)
+        template = valid.data.chat_template
+        data = valid.data.model_copy(
+            update={"chat_template": self._templates.get(template, template)}
+        )
+        recipe = resolve_recipe(valid.model_copy(update={"data": data}), self._folder)
+        self._templates.setdefault(template, recipe.data.chat_template)
         self._note_texts(recipe)
         return recipe
 

@@ -7,7 +7,7 @@ from ..common.formatting import one_line
 from ..common.storage import Folder
 from ..config.source import Source
 from .hub import hub_splits, pinned_address
-from .sources import SourceFile, find_files, is_data_folder
+from .sources import SourceFile, check_not_empty, find_files, is_data_folder
 from .splits import TRAIN, select, splits_of, take_rows
 
 
@@ -61,9 +61,7 @@ def _of_path(source: Source) -> Expanded:
     splits = splits_of(Folder(path.rstrip("/")), source.subset)
     if not any(splits.values()):
         find_files(path)  # raises: it says what is missing
-    for file in (file for files in splits.values() for file in files):
-        if file.size == 0:
-            raise InputError(f"{file.place}: the file is empty; expected at least one row of data")
+    check_not_empty(file for files in splits.values() for file in files)
     files = select(splits, source.split, path)
     return Expanded(tuple(files), commit, _others(list(splits), source.split))
 

@@ -98,7 +98,7 @@ def read_twice(recipe: Recipe, data: ResolvedData) -> list[str]:
     repeats: dict[int, list[str]] = {}
     for number, source in enumerate(data.train):
         for file in source.files:
-            own, key = file.rows or (0, MOST_ROWS), (file.uri, source.format, source.changes)
+            own, key = file.rows or (0, MOST_ROWS), (file.real, source.format, source.changes)
             earlier = seen.setdefault(key, [])
             if any(own[0] < stop and start < own[1] for start, stop in earlier):
                 repeats.setdefault(number, []).append(file.place)

@@ -2,8 +2,9 @@
 
 import fnmatch
 import json
+import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -90,6 +91,11 @@ class SourceFile:
         return Folder(self.folder).local is not None
 
     @property
+    def real(self) -> str:
+        """The file itself, where its path leads through links."""
+        return os.path.realpath(Folder(self.folder).file(self.name)) if self.is_local else self.uri
+
+    @property
     def is_compressed(self) -> bool:
         return self.name.endswith(_COMPRESSIONS)
 
@@ -136,10 +142,25 @@ def find_files(path: str) -> list[SourceFile]:
         raise InputError(
             f"{path}: cannot read it: {reason(error)}; check its address and permissions"
         ) from None
-    for file in files:
-        if file.size == 0:
-            raise InputError(f"{file.place}: the file is empty; expected at least one row of data")
+    check_not_empty(files)
     return files
+
+
+def check_not_empty(files: Iterable[SourceFile]) -> None:
+    """Check that each file has something in it.
+
+    Raises:
+        InputError: one is empty, or a link to nothing.
+    """
+    for file in files:
+        if file.size > 0:
+            continue
+        if file.is_local and _is_broken_link(Path(Folder(file.folder).path, file.name)):
+            raise InputError(
+                f"{file.place}: a link to a file that does not exist; restore that file, or "
+                "remove the link"
+            )
+        raise InputError(f"{file.place}: the file is empty; expected at least one row of data")
 
 
 def base_of(path: str) -> tuple[str, str]:
@@ -267,8 +288,24 @@ def data_files(folder: str, recursive: bool = True) -> list[SourceFile]:
             continue
         if _extension(name) in _KINDS:
             files.append(SourceFile(folder, name, info.size or 0, info.mtime_ns or 0))
+    files += [SourceFile(folder, name, 0, 0) for name in _broken_links(root, recursive)]
     rows = [file for file in files if _extension(file.name) != ".txt"]
     return sorted(rows or files, key=lambda file: file.name)
+
+
+def _broken_links(root: Folder, recursive: bool) -> Iterator[str]:
+    """Names of local links to nothing, which pyarrow leaves out: rows are missing there."""
+    for folder, folders, names in os.walk(root.local or ""):
+        folders[:] = [name for name in folders if recursive and not name.startswith((".", "_"))]
+        for name in names:
+            path = Path(folder, name)
+            is_data = _extension(name) in _KINDS and not name.startswith((".", "_"))
+            if is_data and _is_broken_link(path):
+                yield str(path.relative_to(root.path))
+
+
+def _is_broken_link(path: Path) -> bool:
+    return path.is_symlink() and not path.exists()
 
 
 def _extension(name: str) -> str:

@@ -70,6 +70,7 @@ def test_values_beside_the_texts_may_be_of_any_type(
     [
         ({"from": MAIL, "id": [MAIL], "n": 1}, {"from": "[email]", "id": ["[email]"], "n": 1}),
         ({"card": 4111111111111111}, {"card": "[card]"}),
+        ({MAIL: 1, f"b{MAIL}": 2, "n": 3}, {"[email]": 1, "[email]_": 2, "n": 3}),
         (json.dumps({"text": f"Hi\n{MAIL}"}), '{"text": "Hi\\n[email]"}'),
         ('{ "card":4111111111111111, "n":1 }', '{ "card":"[card]", "n":1 }'),
         (

@@ -34,6 +34,7 @@ from .conftest import MakeRecipe, chat_row, write_jsonl
 
 Row = dict[str, Any]
 WORDS = [f"w{n}" for n in range(500)]
+PHONE = "+49 30 123456"
 
 
 def text_of(seed: int, words: int = 30) -> str:
@@ -572,6 +573,28 @@ def test_what_redact_drops_is_shown_nowhere(tmp_path: Path, make: MakeRecipe) ->
     prepared = run(make(train=data, curate=curate), tmp_path)
     assert funnel(prepared) == [("1 redact", 2, 1, {"holds email": 1})]
     assert b"mail.example" not in prepared.manifest.to_json()
+
+
+@pytest.mark.parametrize(
+    "first",
+    [
+        {"kind": "filter", "min_tokens": 60},
+        {
+            "kind": "score",
+            "with": {"file": "/f.py:f", "source": "def f(row): return len(row['text'])"},
+            "min": 60,
+        },
+    ],
+)
+def test_what_is_shown_of_a_stage_before_redact_is_masked(
+    tmp_path: Path, make: MakeRecipe, first: dict[str, Any]
+) -> None:
+    data = write_jsonl(tmp_path / "a.jsonl", [{"text": f"to\n{PHONE}"}, *texts(1)])
+    plain = run(make(train=data, curate=[first]), tmp_path)
+    assert PHONE in plain.manifest.funnel[-1]["samples"][0]["text"]
+    # The same files of the same stage.
+    masked = run(make(train=data, curate=[first, "redact"]), tmp_path).manifest
+    assert PHONE.encode() not in masked.to_json() and b"[phone]" in masked.to_json()
 
 
 def test_a_recipe_without_stages_has_no_report(tmp_path: Path, make: MakeRecipe) -> None:

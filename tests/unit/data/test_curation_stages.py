@@ -33,6 +33,24 @@ KINDS: tuple[PersonalData, ...] = get_args(PersonalData)
         ("(555) 123-4567 / 555.123.4567", "[phone] / [phone]"),
         ("on 2024-01-31, 1,234,567, 3.14159265, 123 456 789", None),
         ("sum = 12345678901234567890", None),
+        ("送信はada@mail.exampleまで、4111111111111111です", "送信は[email]まで、[card]です"),
+        ("サーバ10.1.2.3は+81 3-1234-5678へ", "サーバ[ip]は[phone]へ"),
+        (
+            "*ada@mail.example*, ada@mail.example--, ada@mail.xn--p1ai",
+            "*[email]*, [email]--, [email]",
+        ),
+        (f"{'文' * 80}jörg@mail.example{'文' * 80}", f"{'文' * 80}[email]{'文' * 80}"),
+        ("4111 1111 1111 1111 12/27 123, 4111 1111 1111 1111 123", "[card] 12/27 123, [card] 123"),
+        ("2025 4111 1111 1111 1111, 12 4111111111111111 9", "2025 [card], 12 [card] 9"),
+        ("3782 822463 10005, 4111\u00a01111\u00a01111\u00a01111", "[card], [card]"),
+        ("at 1606780800003 ms, isbn 9783161484100, 1 2 3 4 5 6 7 8 9 0 1 2 3 7", None),
+        ("+33 6 12 34 56 78, +33 (0) 6 12 34 56 78", "[phone], [phone]"),
+        (
+            "1-800-555-0199, +1 (555) 123\u20114567, +1 555 123 4567x5",
+            "[phone], [phone], [phone]x5",
+        ),
+        ("J. Chem. (1999) 123-145, +0100 123 4567, 555-123-4567-89", None),
+        ("fe80::1, 2001:db8::/32 and a::b, face::b", "[ip], [ip]/32 and a::b, face::b"),
     ],
 )
 def test_redact(text: str, masked: str | None) -> None:
@@ -50,7 +68,15 @@ def test_masks_hold_nothing_to_mask() -> None:
 
 
 def test_masking_long_texts_takes_little_time() -> None:
-    for text in ("a." * 50_000, "1 " * 50_000, "::" * 50_000, "a@" * 50_000, "+1 (2" * 20_000):
+    for text in (
+        "a." * 50_000,
+        "1 " * 50_000,
+        "::" * 50_000,
+        "a@" * 50_000,
+        "+1 (2" * 20_000,
+        "+1 2" * 20_000,
+        "+1234567890" * 9_000,
+    ):
         for kind in KINDS:
             mask(text, kind)
 

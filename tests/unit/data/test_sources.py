@@ -65,6 +65,17 @@ def test_missing_files_are_errors(folder: Path, path: str, message: str) -> None
     assert ".jsonl" in str(caught.value)
 
 
+@pytest.mark.parametrize("path", ["", "*.jsonl", "deep/*.gz"])
+def test_a_link_to_nothing_is_an_error_where_it_is_read(folder: Path, path: str) -> None:
+    (folder / "c.jsonl").symlink_to(folder / "gone.jsonl")
+    (folder / "e.jsonl").symlink_to(folder / "b.jsonl")
+    if path.endswith("gz"):
+        assert names(folder / path) == ["d.jsonl.gz"]
+        return
+    with pytest.raises(InputError, match=r"/c\.jsonl: a link to a file that does not exist"):
+        names(folder / path)
+
+
 def test_an_empty_file_is_an_error(folder: Path) -> None:
     (folder / "deep" / "empty.jsonl").touch()
     with pytest.raises(InputError, match=r"deep/empty\.jsonl: the file is empty"):

@@ -78,6 +78,9 @@ def test_rows_that_two_sources_read_are_said(tmp_path: Path, make_recipe: MakeRe
     (line,) = said(str(folder / "*.jsonl"), path)
     assert line.startswith("data.train.1 reads again") and line.endswith(f": {path}")
     assert said(path, path, str(folder)) and said({"path": path, "limit": 5}, path)
+    link = tmp_path / "link"
+    link.symlink_to(folder)
+    assert said(path, str(link / "a.jsonl")) and not said(path, str(link / "b.jsonl"))
     assert not said(path, str(folder / "b.jsonl")), "two files"
     assert not said(path, {"path": path, "system": "Be brief."}), "other rows"
     rows = [{"path": str(folder), "split": f"train[{part}]"} for part in (":50%", "50%:")]

@@ -220,6 +220,17 @@ def test_a_sweep_uses_one_text_of_each_file(plan: MakePlan, tmp_path: Path, whol
     assert said() == ["first", "first"]
 
 
+def test_a_sweep_uses_one_text_of_each_chat_template(plan: MakePlan, tmp_path: Path) -> None:
+    (tmp_path / "a.jinja").write_text("{{ 'first' }}", encoding="utf-8")
+    choice = {"choice": ["a.jinja", "chatml"]}
+    made = plan(
+        {"data": {"train": ["rows.jsonl"], "holdout": 0.1}}, search={"data.chat_template": choice}
+    )
+    (tmp_path / "a.jinja").write_text("{{ 'second' }}", encoding="utf-8")
+    templates = [made.space.recipe({"data.chat_template": name}) for name in choice["choice"]]
+    assert [each.data.chat_template for each in templates] == ["{{ 'first' }}", "chatml"]
+
+
 def test_the_default_space_lies_around_the_rule(plan: MakePlan) -> None:
     made = plan(search="default")
     # 5e-5 * 10 * (2000 / 32) ** 0.78, at alpha 32

@@ -25,6 +25,7 @@ from .funnel import BAD_ROW, LEFT_OUT, SAMPLES, Counts, StageResult, describe_fu
 from .grouping import StageChunk, drop_duplicates, hold_out
 from .passes import PassItem, PassTask, Step
 from .plan import DEDUPLICATE, HOLDOUT, SCORE, PlannedStage, ReferenceSource, plan_stages
+from .samples import shown_sample
 from .scoring import OpenScorer, drop_low_scores
 from .stage import Reading
 
@@ -378,12 +379,13 @@ class _Curation:
     def _entry(self, number: int, stage: PlannedStage, result: StageResult) -> dict[str, Any]:
         before = self._lines_before()
         total = result.total
+        is_redacted = any(stage.kind == "redact" for stage in self._stages)
         samples = [
-            {
-                "place": f"{each.chunk.file.place}:{self._line(each, sample['line'], before)}",
-                "reason": sample["reason"],
-                "text": sample["text"],
-            }
+            shown_sample(
+                sample,
+                f"{each.chunk.file.place}:{self._line(each, sample['line'], before)}",
+                is_redacted,
+            )
             for each, sample in islice(
                 (
                     (each, sample)

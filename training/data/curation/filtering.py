@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from ...config.curation import FilterStage
 from ..rendering import load_renderer
 from .stage import KEPT, Apply, Item, Outcome, StageContext
-from .words import word_runs
+from .words import distinct, word_runs
 
 RUN = 5
 """Words in a run whose repetition counts."""
@@ -77,6 +77,6 @@ def repetition(rows: Sequence[Sequence[str]]) -> NDArray[np.float64]:
     shares = np.zeros(len(rows))
     for number in np.flatnonzero(runs.words > RUN):
         hashes = runs.hashes[runs.offsets[number] : runs.offsets[number + 1]]
-        share = 1 - len(np.unique(hashes)) / len(hashes)
+        share = 1 - len(distinct(hashes)) / len(hashes)
         shares[owners[number]] = max(shares[owners[number]], share)
     return shares

@@ -38,7 +38,7 @@ class Counts:
     """Rows by their language, where the stage looks for that."""
     languages_out: Counter[str] = field(default_factory=Counter)
     samples: list[dict[str, Any]] = field(default_factory=list)
-    """index, line, reason and text of the first dropped rows."""
+    """The first dropped rows, as `samples.sample_of` makes them."""
     rows: int = 0
     """Rows of the chunk as it is read."""
     lines: int = 0

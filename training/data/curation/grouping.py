@@ -9,7 +9,6 @@ import numpy as np
 
 from ...common.storage import Folder
 from ...config.curation import DeduplicateStage, NearDuplicates
-from ..rows import excerpt
 from ..tasks import RunTasks
 from .files import StageRows, held_file, index_file, left_in
 from .funnel import Counts
@@ -32,6 +31,7 @@ from .links import (
     unite,
 )
 from .plan import GroupSettings
+from .samples import sample_of
 from .sketches import Bands
 from .stage import Item, Reading
 from .words import Hashes, mixed
@@ -130,8 +130,7 @@ class DropTask:
             for place, each in enumerate(items_of(chunk)):
                 if place in shown:
                     reason = _EQUAL if shown[place] else _NEAR
-                    text = excerpt(each.row)
-                    counts.samples.append({"line": each.line, "reason": reason, "text": text})
+                    counts.samples.append(sample_of(each.line, reason, each.row))
                 if place >= max(shown):
                     break
         with index_file(self.folder, chunk.rows.chunk).completing(counts.to_json) as file:

@@ -28,7 +28,7 @@ from .files import StageRows
 from .sketches import Bands, band_keys
 from .stage import Item, Reading
 from .texts import compared_texts
-from .words import Hashes, word_runs
+from .words import Hashes, distinct, word_runs
 
 Numbers = NDArray[np.int64]
 Mask = NDArray[np.bool_]
@@ -290,8 +290,8 @@ def unique_pairs(parts: Iterable[Pairs]) -> Pairs:
     codes = [np.zeros(0, np.uint64)]
     for pairs in parts:
         low, high = pairs.min(axis=1), pairs.max(axis=1)
-        codes.append(np.unique(low.astype(np.uint64) << np.uint64(32) | high.astype(np.uint64)))
-    whole = np.unique(np.concatenate(codes))
+        codes.append(distinct(low.astype(np.uint64) << np.uint64(32) | high.astype(np.uint64)))
+    whole = distinct(np.concatenate(codes))
     lower = whole & np.uint64(0xFFFF_FFFF)
     return np.stack([whole >> np.uint64(32), lower], axis=1).astype(np.int64)
 
@@ -391,14 +391,6 @@ def _root(roots: dict[int, int], number: int) -> int:
     return number
 
 
-def distinct(hashes: Hashes) -> Hashes:
-    """The values in order, each once; for so few, sorting is faster than numpy's `unique`."""
-    ordered = np.sort(hashes)
-    is_new = np.ones(len(ordered), np.bool_)
-    np.not_equal(ordered[1:], ordered[:-1], out=is_new[1:])
-    return ordered[is_new]
-
-
 def jaccard(first: Hashes, second: Hashes) -> float:
     """Size of the intersection of two sets over that of their union.
 
@@ -419,7 +411,7 @@ def components(pairs: Pairs) -> tuple[Numbers, Numbers]:
         The numbers of all rows in pairs, ascending, and for each the smallest number that it is
         linked with.
     """
-    numbers = np.unique(pairs)
+    numbers = distinct(pairs.reshape(-1))
     roots = np.arange(len(numbers))
     unite(roots, np.searchsorted(numbers, pairs))
     settle(roots)

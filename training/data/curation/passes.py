@@ -17,6 +17,7 @@ from ..shapes import RowError
 from ..sources import Chunk
 from .files import StageFile, StageRows, facts_of, index_file, row_file
 from .funnel import BAD_ROW, LEFT_OUT, MOST_BAD_OF_CHUNK, Counts
+from .samples import sample_of
 from .stage import Apply, Item, Outcome, Reading, StageContext
 from .stages import ROW_STAGES
 
@@ -220,9 +221,9 @@ class _Work:
     def _drop(self, item: Item, reason: str, language: str | None) -> None:
         self.counts.dropped[reason] += 1
         if len(self.counts.samples) < SAMPLES:
-            shown = "" if self._hides else excerpt(item.row)
             reason = reason if language is None else f"{reason} ({language})"
-            self.counts.samples.append({"line": item.line, "reason": reason, "text": shown})
+            sample = sample_of(item.line, reason, None if self._hides else item.row)
+            self.counts.samples.append(sample)
 
     def _write(self, items: Sequence[Item]) -> None:
         columns: list[list[Any]] = [[item.index for item in items]]

@@ -29,6 +29,7 @@ from ..tasks import RunTasks
 from .files import StageFile, facts_of, index_file, score_file, scores_in
 from .funnel import BAD_ROW, MOST_BAD_OF_CHUNK, Counts
 from .grouping import StageChunk, items_of, with_first
+from .samples import sample_of
 from .stage import Item
 from .words import Hashes
 
@@ -254,11 +255,4 @@ class CutTask:
 def _samples(chunk: StageChunk, low: Mapping[int, float]) -> list[dict[str, Any]]:
     """Rows with low scores, by their numbers within the chunk, as the funnel shows them."""
     chosen = islice((item for item in items_of(chunk) if item.index in low), len(low))
-    return [
-        {
-            "line": item.line,
-            "reason": f"{LOW} ({low[item.index]:.4g})",
-            "text": excerpt(item.row),
-        }
-        for item in chosen
-    ]
+    return [sample_of(item.line, f"{LOW} ({low[item.index]:.4g})", item.row) for item in chosen]

@@ -16,6 +16,7 @@ _ARGUMENTS = frozenset({"arguments", "parameters", "args", "input"})
 _CONTAINER = re.compile(r"\s*[\[{]")
 _SCALAR = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*"|-?\d[\d.eE+-]*')
 """A string or a number of JSON."""
+_decode = json.JSONDecoder(strict=False).decode
 _CONTEXT = frozenset({"system", "developer"})
 """Roles whose messages many rows share."""
 
@@ -72,8 +73,8 @@ def strings_of(value: Any, in_arguments: bool = False) -> list[str]:
 def rewritten(row: Row, change: Callable[[str], str]) -> Row:
     """The row with each of its texts changed; the same object if none is.
 
-    In the arguments of calls every value counts, numbers too. A text that is JSON of an object or a
-    list stays so: each string and number in it is changed on its own.
+    In the arguments of calls keys and every value count, numbers too. A text that is JSON of an
+    object or a list stays so: each string and number in it is changed on its own.
 
     Raises:
         RowError: it is nested too deeply.
@@ -91,13 +92,17 @@ def _rewritten(value: Any, change: Callable[[str], str], in_arguments: bool) -> 
     if isinstance(value, str):
         return _rewritten_text(value, change)
     if isinstance(value, Mapping):
-        items = {
-            key: item
-            if key in _NAMES and not in_arguments
-            else _rewritten(item, change, in_arguments or key in _ARGUMENTS)
-            for key, item in value.items()
-        }
-        return items if any(items[key] is not item for key, item in value.items()) else value
+        items: dict[Any, Any] = {}
+        for key, item in value.items():
+            is_name = key in _NAMES and not in_arguments
+            items[_key(key, change, items) if in_arguments else key] = (
+                item if is_name else _rewritten(item, change, in_arguments or key in _ARGUMENTS)
+            )
+        is_same = all(
+            new is old and own == key
+            for (own, new), (key, old) in zip(items.items(), value.items(), strict=True)
+        )
+        return value if is_same else items
     if isinstance(value, list | tuple):
         parts = [_rewritten(item, change, in_arguments) for item in value]
         return (
@@ -109,8 +114,18 @@ def _rewritten(value: Any, change: Callable[[str], str], in_arguments: bool) -> 
     return value
 
 
+def _key(key: Any, change: Callable[[str], str], taken: Mapping[Any, Any]) -> Any:
+    """A changed key of a call's arguments; none takes the place of another."""
+    key = change(key) if isinstance(key, str) else key
+    while key in taken:
+        key += "_"
+    return key
+
+
 def _rewritten_text(text: str, change: Callable[[str], str]) -> str:
     """The text changed; the same object if nothing is."""
+    if "\\" not in text and (changed := change(text)) == text:
+        return text  # nor does any value in it change, which stands in it as it is
     if not _is_json(text):
         return change(text)
 
@@ -118,12 +133,18 @@ def _rewritten_text(text: str, change: Callable[[str], str]) -> str:
         written = match[0]
         if written[0] != '"':
             return written if (number := change(written)) == written else json.dumps(number)
-        value = json.loads(written, strict=False)
+        value = _string(written)
         changed = _rewritten_text(value, change)
         return written if changed == value else json.dumps(changed, ensure_ascii=value.isascii())
 
     changed = _SCALAR.sub(of_scalar, text)
     return text if changed == text else changed
+
+
+def _string(written: str) -> str:
+    """The value of a string of JSON."""
+    value: str = _decode(written) if "\\" in written else written[1:-1]
+    return value
 
 
 def _is_json(text: str) -> bool:

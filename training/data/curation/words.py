@@ -6,12 +6,14 @@ a word of its own, as most scripts there have no spaces. Everything else separat
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 Hashes = NDArray[np.uint64]
 Offsets = NDArray[np.int64]
+_Number = TypeVar("_Number", np.uint64, np.int64)
 
 _SEPARATOR, _LETTER, _OWN_WORD = 0, 1, 2
 _MULTIPLIER = 0x9E3779B97F4A7C15
@@ -101,6 +103,18 @@ def mixed(values: Hashes) -> Hashes:
     values *= np.uint64(0x94D049BB133111EB)
     values ^= values >> np.uint64(31)
     return values
+
+
+def distinct(values: NDArray[_Number]) -> NDArray[_Number]:
+    """The values in order, each once: numpy's `unique`, in a fraction of the time.
+
+    Args:
+        values: shape (values,).
+    """
+    ordered = np.sort(values)
+    is_new = np.ones(len(ordered), np.bool_)
+    np.not_equal(ordered[1:], ordered[:-1], out=is_new[1:])
+    return ordered[is_new]
 
 
 def _words(texts: Sequence[str]) -> tuple[Hashes, Offsets]:
