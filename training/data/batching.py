@@ -161,12 +161,13 @@ def apart(batch: Batch) -> Batch:
     Args:
         batch: flat; each of its sequences is a document.
     """
-    assert batch.documents is not None
     batch = batch.to(torch.device("cpu"))
+    documents = batch.documents
+    assert documents is not None
     ids = batch.inputs["input_ids"][0].numpy().astype(np.int32)
-    if (shared := batch.documents.shared) is not None:
-        ids = ids[shared.index.numpy()]
-    lengths = np.array(batch.documents.lengths, np.int32)
+    if documents.shared is not None:
+        ids = ids[documents.shared.index.numpy()]
+    lengths = np.array(documents.lengths, np.int32)
     is_trained = np.zeros(len(ids), np.bool_)
     if len(batch.trained):
         owners = batch.trained.numpy() // batch.targets.shape[1]

@@ -160,8 +160,8 @@ def attention(
     shared = documents.shared
     if shared is None:
         return _by_documents(query, key, value, documents, layer)[None], None
-    parts = (_Repeated.apply(tensor, shared.index) for tensor in (query, key, value))  # type: ignore[no-untyped-call]
-    computed = _by_documents(*parts, documents, layer)
+    query, key, value = (_repeated(tensor, shared.index) for tensor in (query, key, value))
+    computed = _by_documents(query, key, value, documents, layer)
     row: Tensor = _Reordered.apply(computed, shared.back, shared.index, shared.copies)  # type: ignore[no-untyped-call]
     return row[None], None
 
@@ -250,6 +250,11 @@ def _by_groups(
     together = torch.cat(computed)
     back: Tensor = _Reordered.apply(together, groups.inverse, groups.index, groups.padding)  # type: ignore[no-untyped-call]
     return back
+
+
+def _repeated(tensor: Tensor, index: Tensor) -> Tensor:
+    rows: Tensor = _Repeated.apply(tensor, index)  # type: ignore[no-untyped-call]
+    return rows
 
 
 def _split(tensor: Tensor, groups: Groups) -> list[Tensor]:
