@@ -117,8 +117,13 @@ def run_finray(job: Job, logged: str = "loss") -> Measured:
 
     with tempfile.TemporaryDirectory() as folder:
         context = TimedContext()
+        recipe = recipe_of(job)
         task = WorkerTask(
-            recipe=job.recipe, run=folder, prepared=job.prepared, isolation=_ISOLATION
+            recipe=job.recipe,
+            run=folder,
+            prepared=job.prepared,
+            isolation=_ISOLATION,
+            shares_prefixes=not recipe.method.packs,
         )
         outcome = run_worker(task, context)
         if outcome["status"] != "finished":

@@ -244,6 +244,7 @@ def run_prepared(
         run=folder.uri,
         prepared=prepared.folder.uri,
         isolation=outcome.way(prepared.manifest.packing),
+        shares_prefixes=outcome.shares_prefixes,
         left_out=list(outcome.left_out),
         until=until,
         schedule=schedule,

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from .documents import Documents, moved
+from .documents import Documents, Shared, moved
 from .stream import Sequence
 
 IGNORED = -100
@@ -23,7 +23,8 @@ class Batch:
 
     inputs: dict[str, torch.Tensor]
     """Arguments of the model's forward: input_ids and position_ids of shape (sequences, longest),
-    and logits_to_keep, the columns that predict trained tokens. A flat batch is a single row."""
+    and logits_to_keep, the columns that predict trained tokens. A flat batch is a single row; a
+    column that several of its texts share may predict a token of each."""
     targets: torch.Tensor
     """Shape (sequences, columns): the token that follows each kept column, or IGNORED. Of a flat
     batch, the trained tokens of each sequence, the first in the first column."""
@@ -113,11 +114,12 @@ def collate(sequences: Rows, pad: int = 0) -> Batch:
     )
 
 
-def collate_flat(sequences: Rows) -> Batch:
+def collate_flat(sequences: Rows, shares: bool = False) -> Batch:
     """Tensors for one forward pass on a single row that holds all documents, without padding.
 
     Args:
         sequences: at least one row. The first token of no document is trained.
+        shares: True to hold tokens that several rows begin with once; each row is a document.
     """
     lengths = np.concatenate([sequence.lengths for sequence in sequences])
     input_ids = np.concatenate([sequence.input_ids for sequence in sequences]).astype(np.int64)
@@ -131,19 +133,25 @@ def collate_flat(sequences: Rows) -> Batch:
     places = owners * widest + np.arange(len(trained)) - (np.cumsum(counts) - counts)[owners]
     targets = np.full(len(sequences) * widest, IGNORED, np.int64)
     targets[places] = input_ids[trained]
-    columns = trained - 1 if trained.size else np.zeros(1, np.int64)
+    columns = torch.from_numpy(trained - 1 if trained.size else np.zeros(1, np.int64))
+    ids = torch.from_numpy(input_ids)
+    positions = torch.from_numpy(_positions(lengths, len(input_ids)))
+    shared = Shared.of([sequence.input_ids for sequence in sequences]) if shares else None
+    documents = Documents.of(lengths, shared)
+    if shared is not None:
+        ids, positions = ids[shared.back], positions[shared.back]
     return Batch(
         inputs={
-            "input_ids": torch.from_numpy(input_ids)[None],
-            "position_ids": torch.from_numpy(_positions(lengths, len(input_ids)))[None],
-            "logits_to_keep": torch.from_numpy(columns),
+            "input_ids": ids[None],
+            "position_ids": positions[None],
+            "logits_to_keep": documents.places(columns),
         },
         targets=torch.from_numpy(targets).view(len(sequences), widest),
         trained=torch.from_numpy(places),
         tokens=sum(int(s.lengths.sum()) for s in sequences if s.rows.size),
         loss_units=len(trained),
         rows=np.concatenate([sequence.rows for sequence in sequences]),
-        documents=Documents.of(lengths),
+        documents=documents,
     )
 
 
@@ -151,14 +159,20 @@ def apart(batch: Batch) -> Batch:
     """The same batch with a document in each row, padded; it is made on the host.
 
     Args:
-        batch: flat.
+        batch: flat; each of its sequences is a document.
     """
-    assert batch.documents is not None
-    ids = batch.inputs["input_ids"][0].cpu().numpy().astype(np.int32)
+    batch = batch.to(torch.device("cpu"))
+    documents = batch.documents
+    assert documents is not None
+    ids = batch.inputs["input_ids"][0].numpy().astype(np.int32)
+    if documents.shared is not None:
+        ids = ids[documents.shared.index.numpy()]
+    lengths = np.array(documents.lengths, np.int32)
     is_trained = np.zeros(len(ids), np.bool_)
     if len(batch.trained):
-        is_trained[batch.inputs["logits_to_keep"].cpu().numpy() + 1] = True
-    lengths = np.array(batch.documents.lengths, np.int32)
+        owners = batch.trained.numpy() // batch.targets.shape[1]
+        columns = batch.inputs["position_ids"][0, batch.inputs["logits_to_keep"]].numpy()
+        is_trained[(np.cumsum(lengths) - lengths)[owners] + columns + 1] = True
     borders = np.cumsum(lengths)[:-1]
     parts = (np.split(ids, borders), np.split(lengths, len(lengths)), np.split(is_trained, borders))
     padded = collate([Sequence(*part, batch.rows[:0]) for part in zip(*parts, strict=True)])

@@ -1,5 +1,7 @@
-"""The documents of a flat row: their borders, and groups of them that are alike in length."""
+"""The documents of a flat row: their borders, what they begin with together, and groups of them
+that are alike in length."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -12,6 +14,55 @@ _PADDED = 8
 _LONGER = 10 / 9
 """A document joins a group whose longest has at most _PADDED tokens more, or is at most _LONGER
 times as long."""
+
+_WORTH_SHARING = 0.05
+"""Least share of the tokens that need not be computed: copies for attention cost something, too."""
+
+
+@dataclass(frozen=True)
+class Shared:
+    """The places on a row whose documents share what they begin with, which is there once.
+
+    A token's hidden state depends on the tokens before it alone, so it is the same in all of them.
+    """
+
+    index: torch.Tensor
+    """(tokens of all documents,): the place of each on the row."""
+    back: torch.Tensor
+    """(tokens of the row,): the place of each among those of all documents, in one of them."""
+    copies: torch.Tensor
+    """(tokens of all documents,): True where `back` names another document's."""
+
+    @classmethod
+    def of(cls, documents: Sequence[NDArray[np.int32]]) -> "Shared | None":
+        """The places, if documents have enough in common; each keeps a token of its own.
+
+        Args:
+            documents: token ids of each.
+        """
+        # Next to each other in the order of a dictionary are those that have most in common.
+        order = sorted(range(len(documents)), key=lambda n: documents[n].astype(">i4").tobytes())
+        lengths = [len(document) for document in documents]
+        starts = np.cumsum([0, *lengths])
+        index = np.empty(starts[-1], np.int64)
+        back: list[NDArray[np.int64]] = []
+        first, before = 0, order[0]
+        for number in order:
+            common = 0 if number == order[0] else _common(documents[before], documents[number])
+            start, end = starts[number], starts[number + 1]
+            index[start : start + common] = index[starts[before] :][:common]
+            index[start + common : end] = first + np.arange(end - start - common)
+            back.append(np.arange(start + common, end))
+            first, before = first + end - start - common, number
+        if first > (1 - _WORTH_SHARING) * len(index):
+            return None
+        copies = np.ones(len(index), np.bool_)
+        copies[(joined := np.concatenate(back))] = False
+        return cls(*map(torch.from_numpy, (index, joined, copies)))
+
+    def to(self, device: torch.device) -> "Shared":
+        """The same on another device."""
+        return Shared(*(moved(part, device) for part in (self.index, self.back, self.copies)))
 
 
 @dataclass(frozen=True)
@@ -30,7 +81,7 @@ class Groups:
 
 @dataclass(frozen=True)
 class Documents:
-    """The documents of one row without padding, in their order."""
+    """The documents of one row without padding, in their order, each with all of its tokens."""
 
     lengths: tuple[int, ...]
     """Tokens of each; on the host, so that nobody waits for a GPU to read them."""
@@ -38,15 +89,20 @@ class Documents:
     """(documents + 1,), int32: where each begins, and the end."""
     numbers: torch.Tensor
     """(1, tokens), int32: the document of each token."""
+    shared: Shared | None = None
+    """None if every token has its own place, in the documents' order."""
     _masks: dict[Any, torch.Tensor] = field(default_factory=dict, compare=False, repr=False)
 
     @classmethod
-    def of(cls, lengths: NDArray[np.int32]) -> "Documents":
+    def of(cls, lengths: NDArray[np.int32], shared: Shared | None = None) -> "Documents":
         """Documents of these lengths, each at least 1."""
         borders = np.concatenate(([0], np.cumsum(lengths))).astype(np.int32)
         numbers = np.repeat(np.arange(len(lengths), dtype=np.int32), lengths)
         return cls(
-            tuple(lengths.tolist()), torch.from_numpy(borders), torch.from_numpy(numbers)[None]
+            tuple(lengths.tolist()),
+            torch.from_numpy(borders),
+            torch.from_numpy(numbers)[None],
+            shared,
         )
 
     @property
@@ -59,9 +115,21 @@ class Documents:
         """Tokens of all documents."""
         return self.numbers.shape[1]
 
+    @property
+    def on_row(self) -> int:
+        """Tokens of the row."""
+        return self.tokens if self.shared is None else len(self.shared.back)
+
+    def places(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Where tokens, counted over all documents, are on the row."""
+        return tokens if self.shared is None else self.shared.index[tokens]
+
     def to(self, device: torch.device) -> "Documents":
         """The same, its tensors on another device."""
-        return Documents(self.lengths, moved(self.borders, device), moved(self.numbers, device))
+        shared = None if self.shared is None else self.shared.to(device)
+        return Documents(
+            self.lengths, moved(self.borders, device), moved(self.numbers, device), shared
+        )
 
     @cached_property
     def groups(self) -> Groups:
@@ -99,6 +167,13 @@ class Documents:
             mask = torch.zeros(size, size, dtype=dtype, device=device)
             self._masks[key] = mask.masked_fill_(~is_seen, torch.finfo(dtype).min)
         return self._masks[key]
+
+
+def _common(one: NDArray[np.int32], other: NDArray[np.int32]) -> int:
+    """Number of tokens that both begin with, without the last of the other."""
+    size = min(len(one), len(other) - 1)
+    differ = np.flatnonzero(one[:size] != other[:size])
+    return int(differ[0]) if differ.size else size
 
 
 def moved(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:

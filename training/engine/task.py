@@ -20,6 +20,8 @@ class WorkerTask(TypedDict):
     """URI of the prepared data set."""
     isolation: NotRequired[Isolation | None]
     """How the model keeps the documents of a packed row apart; None if no row is packed."""
+    shares_prefixes: NotRequired[bool]
+    """Whether texts of a row that begin with the same tokens share them."""
     left_out: NotRequired[list[str]]
     """Patterns of parameters that get no gradient, and are not trained."""
     until: NotRequired[int | None]

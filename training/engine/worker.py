@@ -196,6 +196,7 @@ class TrainingWorker:
             device=arguments.device,
             strategy=self.strategy,
             isolation=task.get("isolation"),
+            shares_prefixes=task.get("shares_prefixes", False),
             evaluation_parts=task.get("evaluation_parts", 1),
             beat=self.heartbeat.beat,
         )

@@ -2,7 +2,8 @@
 
 transformers knows it by the name `NAME`. A forward pass that hands over `documents` computes each
 document by itself: on CUDA in a kernel that takes borders, on a CPU in a call for each, elsewhere
-in groups of documents of like length. A pass without them (generation, one document a row) computes
+in groups of documents of like length. Documents that share what they begin with get a copy of it
+here, and only here. A pass without them (generation, one document a row) computes
 as sdpa does.
 """
 
@@ -150,18 +151,31 @@ def attention(
             return of_rows
         return _weighed(query, key, value, _added(attention_mask, query, key), layer), None
     strange = [name for name in others if others[name] is not None and name not in _WITHOUT_EFFECT]
-    if strange or is_causal is False or query.shape[0] != 1 or query.shape[2] != documents.tokens:
+    if strange or is_causal is False or query.shape[0] != 1 or query.shape[2] != documents.on_row:
         raise ValueError(f"attention by documents with {strange}, {is_causal=}, {query.shape=}")
     if torch.is_autocast_enabled(query.device.type):
         dtype = torch.get_autocast_dtype(query.device.type)
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     query, key, value = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
+    shared = documents.shared
+    if shared is None:
+        return _by_documents(query, key, value, documents, layer)[None], None
+    query, key, value = (_repeated(tensor, shared.index) for tensor in (query, key, value))
+    computed = _by_documents(query, key, value, documents, layer)
+    row: Tensor = _Reordered.apply(computed, shared.back, shared.index, shared.copies)  # type: ignore[no-untyped-call]
+    return row[None], None
+
+
+def _by_documents(
+    query: Tensor, key: Tensor, value: Tensor, documents: Documents, layer: _Layer
+) -> Tensor:
+    """All documents, one behind the other; tensors are (tokens, heads, width)."""
     if layer.is_plain and layer.dropout == 0:
         if _fits_kernel(query, key, value):
-            return _by_kernel(query, key, value, documents, layer)[None], None
+            return _by_kernel(query, key, value, documents, layer)
         if _fits_cpu(query, value):
-            return _by_parts(query, key, value, documents, layer)[None], None
-    return _by_groups(query, key, value, documents, layer)[None], None
+            return _by_parts(query, key, value, documents, layer)
+    return _by_groups(query, key, value, documents, layer)
 
 
 AttentionInterface.register(NAME, attention)
@@ -238,6 +252,11 @@ def _by_groups(
     return back
 
 
+def _repeated(tensor: Tensor, index: Tensor) -> Tensor:
+    rows: Tensor = _Repeated.apply(tensor, index)  # type: ignore[no-untyped-call]
+    return rows
+
+
 def _split(tensor: Tensor, groups: Groups) -> list[Tensor]:
     """(documents, heads, tokens, width) of each group."""
     ordered = _Reordered.apply(tensor, groups.index, groups.inverse, None)  # type: ignore[no-untyped-call]
@@ -246,6 +265,25 @@ def _split(tensor: Tensor, groups: Groups) -> list[Tensor]:
         part.unflatten(0, shape).transpose(1, 2)
         for part, shape in zip(parts, groups.shapes, strict=True)
     ]
+
+
+class _Repeated(torch.autograd.Function):
+    """Rows of a tensor by an index that names some of them several times."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, index: Tensor) -> Tensor:
+        ctx.save_for_backward(index)
+        ctx.rows = len(tensor)
+        return tensor.index_select(0, index)
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor, None]:
+        (index,) = ctx.saved_tensors
+        given = upstream[0]
+        # Sums of many gradients, which a lower type would round again and again.
+        precise = torch.promote_types(given.dtype, torch.float32)
+        total = given.new_zeros(ctx.rows, *given.shape[1:], dtype=precise)
+        return total.index_add_(0, index, given.to(precise)).to(given.dtype), None
 
 
 class _Reordered(torch.autograd.Function):

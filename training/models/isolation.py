@@ -71,7 +71,8 @@ def outputs_of(
         accepted -= {"position_ids"}
     values: dict[str, Any] = {name: value for name, value in inputs.items() if name in accepted}
     if batch.documents is not None:
-        values.update(_borders(batch.documents))
+        if batch.documents.shared is None:
+            values.update(_borders(batch.documents))
         if isolation == "documents":
             mask = _mask_without_borders(inputs["input_ids"], config)
             values.update(attention_mask=mask, documents=batch.documents)

@@ -38,6 +38,8 @@ class Setup:
     strategy: Strategy = "ddp"
     isolation: Isolation | None = "positions"
     """How the model keeps texts that share a row apart; None for one text a row."""
+    shares_prefixes: bool = False
+    """True if texts of a row that begin with the same tokens may share them."""
     evaluation_parts: int = 1
     """Into how many parts an evaluation's batches are divided; 1 for none."""
     beat: Callable[[], object] = lambda: None
@@ -95,6 +97,7 @@ class Objective:
         self.temperature = 1.0
         """Divides the logits."""
         self._isolation = setup.isolation
+        self._shares = setup.isolation == "documents" and setup.shares_prefixes
         self._traits: dict[tuple[int, bool], _Traits] = {}
         self.division = Division.of(
             setup.recipe,
@@ -116,7 +119,9 @@ class Objective:
 
     def assemble(self, sequences: Rows, pad: int = 0) -> Batch:
         """Sequences as tensors: on a flat row, if the model keeps them apart there; else padded."""
-        return collate_flat(sequences) if self.division.is_flat else collate(sequences, pad)
+        if self.division.is_flat:
+            return collate_flat(sequences, self._shares)
+        return collate(sequences, pad)
 
     def parts(self, rows: Rows) -> list[list[int]]:
         """The places of the rows of each forward pass of a step; every worker has equally many, of

@@ -51,7 +51,10 @@ class RewardObjective(PairObjective):
         texts = [text.input_ids for text in texts_of(rows)]
         first = np.cumsum([0, *map(len, texts[:-1])])
         last = [np.flatnonzero(text != self._pad)[-1:].sum() for text in texts]
-        return batch.having(margin=torch.tensor(margins), ends=torch.from_numpy(first + last))
+        ends = torch.from_numpy(first + last)
+        if batch.documents is not None:
+            ends = batch.documents.places(ends)
+        return batch.having(margin=torch.tensor(margins), ends=ends)
 
     def compare(self, model: torch.nn.Module, batch: Batch) -> Comparison:
         """Losses of the pairs; the reward is the model's score."""

@@ -23,6 +23,8 @@ class Outcome:
     """refused: what would end the run, and the remedy. not rehearsed: why there was no copy."""
     isolation: Isolation | None = None
     """How texts that share a row are kept apart; None if they are not, or it is not known."""
+    shares_prefixes: bool = False
+    """True if texts of a row that begin with the same tokens may share them."""
     unpacked_because: str | None = None
     """Why documents cannot be packed; None if they can, or the method packs none."""
     left_out: tuple[str, ...] = ()
@@ -129,6 +131,8 @@ class Outcome:
         words = ["forward, backward, save and load work on a small copy of the model"]
         if self.isolation is not None:
             words.append(f"texts that share a row are kept apart by {_WAYS[self.isolation]}")
+        if self.shares_prefixes:
+            words.append("what several of them begin with is computed once")
         return "; ".join(words)
 
 

@@ -100,20 +100,46 @@ def find_isolation(
     return None, f"the architecture {kind} would mix documents that share a row"
 
 
-def scores_alike(recipe: Recipe, copy: SmallCopy, isolation: Isolation | None) -> bool:
+def shares_prefixes(copy: SmallCopy, vocabulary: int) -> bool:
+    """True if attention by documents gives the losses and gradients of one document at a time where
+    documents share what they begin with.
+
+    Args:
+        copy: the copy.
+        vocabulary: rows of its embedding.
+    """
+    random = np.random.default_rng(3)
+    prefix = made_up(random, copy.longest // 2, vocabulary)
+    documents = [
+        torch.from_numpy(np.concatenate([prefix[:common], made_up(random, own, vocabulary)]))
+        for common, own in ((len(prefix), 5), (len(prefix) - 3, 7), (len(prefix), 3))
+    ]
+    copy.model.train()
+    alone = _alone(copy.model, documents)
+    try:
+        shared = _shared(copy, documents)
+    except Exception:  # noqa: BLE001 - a model that cannot may raise anything
+        return False
+    return _equal(alone, shared)
+
+
+def scores_alike(
+    recipe: Recipe, copy: SmallCopy, isolation: Isolation | None, shares: bool
+) -> bool:
     """True if a model that scores texts takes them on one row as it takes each in its own.
 
     Args:
         recipe: of the copy.
         copy: the copy.
         isolation: how its language model keeps them apart.
+        shares: whether it lets them share what they begin with.
 
     Raises:
         InputError: no step can be taken either way.
     """
     apart = train_step(recipe, copy, None)
     try:
-        together = train_step(recipe, copy, isolation)
+        together = train_step(recipe, copy, isolation, shares=shares)
     except FinrayError:
         return False
     one, other = (([step.loss], _gradients(step.model)) for step in (apart, together))
@@ -132,18 +158,35 @@ def _packed(copy: SmallCopy, documents: list[Document], isolation: Isolation) ->
     """Two documents in the first row, and the third with padding in the second."""
     model: torch.nn.Module = copy.model
     if isolation == "documents":
-        model = deepcopy(model)  # the other ways are tried with the attention of its own
-        attend_by_documents(model)
+        model = _by_documents(copy)
     model.zero_grad()
     losses = _losses_and_backward(model, [documents[:2], documents[2:]], isolation)
     return losses, _gradients(model)
 
 
+def _shared(copy: SmallCopy, documents: list[Document]) -> Result:
+    """All on one row, on which tokens that several begin with are once."""
+    model = _by_documents(copy)
+    model.zero_grad()
+    losses = _losses_and_backward(model, [[one] for one in documents], "documents", shares=True)
+    return losses, _gradients(model)
+
+
+def _by_documents(copy: SmallCopy) -> torch.nn.Module:
+    """The model with this attention; the other ways are tried with the attention of its own."""
+    model: torch.nn.Module = deepcopy(copy.model)
+    attend_by_documents(model)
+    return model
+
+
 def _losses_and_backward(
-    model: torch.nn.Module, rows: list[list[Document]], isolation: Isolation | None
+    model: torch.nn.Module,
+    rows: list[list[Document]],
+    isolation: Isolation | None,
+    shares: bool = False,
 ) -> list[float]:
     """The mean loss of each document; their sum is differentiated."""
-    batch = _collated(rows, is_flat=isolation in FLAT)
+    batch = _collated(rows, is_flat=isolation in FLAT, shares=shares)
     logits, _ = kept_outputs(model, batch, forward_arguments(model), isolation, model.config)
     losses = [
         cross_entropy(row[first : first + len(document) - 1].float(), document[1:])
@@ -153,8 +196,8 @@ def _losses_and_backward(
     return [float(loss.detach()) for loss in losses]
 
 
-def _collated(rows: list[list[Document]], is_flat: bool) -> Batch:
-    """All tokens, and the logits of all columns."""
+def _collated(rows: list[list[Document]], is_flat: bool, shares: bool) -> Batch:
+    """All tokens, and the logits of the columns of all documents."""
     sequences = [
         Sequence(
             torch.cat(row).numpy().astype(np.int32),
@@ -164,8 +207,10 @@ def _collated(rows: list[list[Document]], is_flat: bool) -> Batch:
         )
         for row in rows
     ]
-    batch = collate_flat(sequences) if is_flat else collate(sequences)
+    batch = collate_flat(sequences, shares) if is_flat else collate(sequences)
     columns = torch.arange(batch.inputs["input_ids"].shape[1])
+    if batch.documents is not None:
+        columns = batch.documents.places(torch.arange(batch.documents.tokens))
     return replace(batch, inputs={**batch.inputs, "logits_to_keep": columns})
 
 

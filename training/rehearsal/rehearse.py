@@ -12,7 +12,7 @@ from ..config.recipe import Recipe
 from ..config.sections import Isolation
 from ..models.loading import build_meta_model
 from .outcome import Outcome
-from .packing import find_isolation, scores_alike, sees_later_tokens
+from .packing import find_isolation, scores_alike, sees_later_tokens, shares_prefixes
 from .small_copy import VOCABULARY, SmallCopy, make_copy, names_layers, small_recipe
 from .step import Step, adapted_modules, save_and_load, train_step
 
@@ -42,23 +42,26 @@ def rehearse_recipe(recipe: Recipe, scratch: Path) -> Outcome:
     if (unfit := _unfit(recipe, copy)) is not None:
         return Outcome("refused", message=unfit)
     isolation, reason = _isolation(recipe, copy)
-    outcome = Outcome("ok", isolation=isolation, unpacked_because=reason)
+    shares = not recipe.method.packs and isolation == "documents"
+    shares = shares and shares_prefixes(copy, VOCABULARY)
+    outcome = Outcome("ok", isolation=isolation, shares_prefixes=shares, unpacked_because=reason)
     packs = recipe.method.packs and recipe.data.packing is not False
     try:
-        if recipe.method.head == "score" and not scores_alike(small, copy, isolation):
-            outcome = replace(outcome, isolation=None)
+        if recipe.method.head == "score" and not scores_alike(small, copy, isolation, shares):
+            outcome = replace(outcome, isolation=None, shares_prefixes=False)
         packed_by = outcome.way(packs)
-        small, step = _first_step(small, copy, packed_by)
+        shares = outcome.shares_prefixes
+        small, step = _first_step(small, copy, packed_by, shares)
         outcome = replace(outcome, checkpointing=small.model.gradient_checkpointing != "auto")
         if not step.is_general and not names_layers(recipe):
             copy = make_copy(recipe, _folder(scratch, "deep"), all_layers=True)
             checkpoints = small.model.checkpoints
             small = small_recipe(recipe, copy, scratch)
             small = small.with_placement(small.microbatch, checkpoints)
-            step = train_step(small, copy, packed_by)
+            step = train_step(small, copy, packed_by, shares=shares)
         if step.left_out:
             outcome = replace(outcome, left_out=tuple(step.left_out))
-            step = train_step(small, copy, packed_by, step.left_out)
+            step = train_step(small, copy, packed_by, step.left_out, shares)
         outcome = replace(outcome, adapted=adapted_modules(step.model))
         notes = save_and_load(small, copy, step.model, scratch)
     except FinrayError as error:
@@ -76,7 +79,9 @@ def _isolation(recipe: Recipe, copy: SmallCopy) -> tuple[Isolation | None, str |
         return None, None
 
 
-def _first_step(small: Recipe, copy: SmallCopy, packed_by: Isolation | None) -> tuple[Recipe, Step]:
+def _first_step(
+    small: Recipe, copy: SmallCopy, packed_by: Isolation | None, shares: bool
+) -> tuple[Recipe, Step]:
     """A step, with checkpointing if the run may come to it; without it if that alone fails.
 
     Returns:
@@ -85,8 +90,8 @@ def _first_step(small: Recipe, copy: SmallCopy, packed_by: Isolation | None) -> 
     if small.model.gradient_checkpointing == "auto":
         checkpointed = small.with_placement(small.microbatch, True)
         with suppress(FinrayError):
-            return checkpointed, train_step(checkpointed, copy, packed_by)
-    return small, train_step(small, copy, packed_by)
+            return checkpointed, train_step(checkpointed, copy, packed_by, shares=shares)
+    return small, train_step(small, copy, packed_by, shares=shares)
 
 
 def _unfit(recipe: Recipe, copy: SmallCopy) -> str | None:

@@ -44,9 +44,13 @@ def _row(
     packed: bool,
 ) -> Sequence:
     """A row; the first tokens of every text are its prompt, which is not trained."""
-    trained = [np.arange(length) >= 2 for length in lengths]
+    size = 2 if packed else min(lengths) // 3
+    trained = [np.arange(length) >= size for length in lengths]
+    texts = [made_up(random, length, vocabulary).astype(np.int32) for length in lengths]
+    if not packed:
+        texts = [np.concatenate([texts[0][:size], text[size:]]) for text in texts]
     return Sequence(
-        made_up(random, sum(lengths), vocabulary).astype(np.int32),
+        np.concatenate(texts),
         np.array(lengths, np.int32),
         np.concatenate(trained),
         np.arange(len(lengths)) if packed else np.array([number], np.int64),

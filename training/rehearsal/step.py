@@ -48,7 +48,11 @@ class Step:
 
 
 def train_step(
-    recipe: Recipe, copy: SmallCopy, isolation: Isolation | None, left_out: Collection[str] = ()
+    recipe: Recipe,
+    copy: SmallCopy,
+    isolation: Isolation | None,
+    left_out: Collection[str] = (),
+    shares: bool = False,
 ) -> Step:
     """One forward and backward pass of the method's loss.
 
@@ -57,6 +61,7 @@ def train_step(
         copy: the copy.
         isolation: how texts that share a row are kept apart; None for one text a row.
         left_out: patterns of parameters that are not trained.
+        shares: whether texts share what they begin with.
 
     Raises:
         InputError: the step fails.
@@ -79,7 +84,7 @@ def train_step(
     if recipe.model.checkpoints:
         _checkpoint(model)
     try:
-        loss = _loss(recipe, copy, model, isolation)
+        loss = _loss(recipe, copy, model, isolation, shares)
     except FinrayError:
         raise
     except Exception as error:
@@ -109,7 +114,9 @@ def _checkpoint(model: Model) -> None:
         ) from error
 
 
-def _loss(recipe: Recipe, copy: SmallCopy, model: Model, isolation: Isolation | None) -> Tensor:
+def _loss(
+    recipe: Recipe, copy: SmallCopy, model: Model, isolation: Isolation | None, shares: bool
+) -> Tensor:
     """The step's loss, differentiated."""
     setup = Setup(
         recipe=recipe,
@@ -120,6 +127,7 @@ def _loss(recipe: Recipe, copy: SmallCopy, model: Model, isolation: Isolation | 
         world_size=1,
         device=torch.device("cpu"),
         isolation=isolation,
+        shares_prefixes=shares,
     )
     objective = objective_of(setup)
     model.train()

@@ -10,7 +10,15 @@ import torch
 from torch.nn.functional import cross_entropy, scaled_dot_product_attention
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from finray.training.data.batching import IGNORED, PADDING_ROW, Batch, Rows, collate_flat
+from finray.training.data.batching import (
+    IGNORED,
+    PADDING_ROW,
+    Batch,
+    Rows,
+    apart,
+    collate,
+    collate_flat,
+)
 from finray.training.data.documents import Documents
 from finray.training.data.stream import Sequence
 from finray.training.models import attention
@@ -102,8 +110,8 @@ def trained_targets(batch: Batch) -> torch.Tensor:
     return batch.targets.flatten()[batch.trained]
 
 
-def together(model: Any, rows: Rows) -> Result:
-    batch = collate_flat(rows)
+def together(model: Any, rows: Rows, shares: bool = False) -> Result:
+    batch = collate_flat(rows, shares)
     logits, _ = kept_outputs(model, batch, forward_arguments(model), "documents")
     return backward(model, cross_entropy(logits[0], trained_targets(batch), reduction="sum"))
 
@@ -141,6 +149,54 @@ def test_every_document_is_computed_as_if_alone(kind: str) -> None:
             rows = rows_of(lengths)
             expected = alone(model, rows)
             assert_equal(together(ours, rows), expected, max(tolerance, ROUNDING.get(kind, 0)))
+
+
+def rows_with_prefixes() -> Rows:
+    """Documents with a prefix, with parts of it, equal ones, and one that begins another."""
+    rows = rows_of([[WINDOW + size] for size in (20, 12, 19, 1, 15, 20, 30)])
+    prefix = rows[0].input_ids.copy()
+    for row, common in zip(rows, (25, 17, 8, 5, 0, 25, 25), strict=True):
+        row.input_ids[:common] = prefix[:common]
+    return rows
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen3", "gemma2", "gpt_oss", "deepseek_v3"])
+def test_what_documents_begin_with_is_computed_once(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In every layer but attention; losses and gradients are those of each document alone."""
+    model = family(kind, torch.float64)
+    ours = deepcopy(model)
+    attention.attend_by_documents(ours)
+    rows = rows_with_prefixes()
+    expected = alone(model, rows)
+    # Norms compute in float32, and here add up the gradients of all documents.
+    assert_equal(together(ours, rows, shares=True), expected, 1e-6)
+    if kind in ("llama", "qwen3"):
+        monkeypatch.setattr(attention, "_fits_kernel", lambda *_: True)
+        monkeypatch.setattr(attention, "varlen_attn", varlen)
+        assert_equal(together(ours, rows, shares=True), expected, 1e-6)
+
+
+def test_rows_hold_each_beginning_once() -> None:
+    rows = rows_with_prefixes()
+    batch, plain = collate_flat(rows, shares=True), collate_flat(rows)
+    texts = [tuple(row.input_ids.tolist()) for row in rows]
+    beginnings = {text[: end + 1] for text in texts for end in range(len(text))}
+    repeated = len(texts) - len(set(texts))  # each keeps a token of its own
+    assert batch.documents is not None and batch.documents.shared is not None
+    assert batch.inputs["input_ids"].shape == (1, len(beginnings) + repeated)
+    index = batch.documents.shared.index
+    for name in ("input_ids", "position_ids"):
+        assert torch.equal(batch.inputs[name][0, index], plain.inputs[name][0])
+    assert torch.equal(batch.inputs["logits_to_keep"], index[plain.inputs["logits_to_keep"]])
+    assert torch.equal(batch.targets, plain.targets) and batch.tokens == plain.tokens
+    back = apart(batch)
+    for name in ("input_ids", "logits_to_keep"):
+        assert torch.equal(back.inputs[name], collate(rows).inputs[name])
+    assert torch.equal(back.targets, collate(rows).targets)
+    few = collate_flat(rows[3:5], shares=True)  # one token of 26
+    assert few.documents is not None and few.documents.shared is None
 
 
 @pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated")

@@ -78,6 +78,16 @@ def make_rows(name: str, kind: str) -> list[Sequence]:
     return rows
 
 
+def with_prefixes(rows: list[Sequence]) -> list[Sequence]:
+    """The same; two texts of a pair, or of neighbouring rows, begin alike."""
+    texts = [text for row in rows for text in np.split(row.input_ids, row.lengths[:1])]
+    texts = [text for text in texts if len(text)]
+    for one, other in zip(texts[::2], texts[1::2], strict=True):
+        size = min(len(one), len(other)) // 2 + 1
+        other[:size] = one[:size]  # a view of the row's tokens
+    return rows
+
+
 def make_recipe(base: Path, method: dict[str, Any], **changes: Any) -> Recipe:
     online = {"rewards": [{"file": "/x.py:f", "source": "def f(**_): ..."}], "generations": 2}
     is_online = method["kind"] in ("grpo", "rloo")
@@ -118,9 +128,10 @@ def sampled(objective: Any) -> Callable[..., Any]:
 
 
 def objective_for(
-    settings: Recipe, model: Any, folder: Path, isolation: Isolation | None
+    settings: Recipe, model: Any, folder: Path, isolation: Isolation | None, shares: bool = False
 ) -> Objective:
-    setup = replace(make_setup(settings, model, folder, 0, 1), isolation=isolation)
+    setup = make_setup(settings, model, folder, 0, 1)
+    setup = replace(setup, isolation=isolation, shares_prefixes=shares)
     made = objective_of(setup)
     if settings.method.samples_online:
         cast(Any, made)._rollouts = sampled(made)
@@ -131,11 +142,16 @@ def objective_for(
 
 
 def step(
-    settings: Recipe, model: Any, rows: list[Sequence], folder: Path, isolation: Isolation | None
+    settings: Recipe,
+    model: Any,
+    rows: list[Sequence],
+    folder: Path,
+    isolation: Isolation | None,
+    shares: bool = False,
 ) -> tuple[float, torch.Tensor, Gradients, list[Batch]]:
     """Loss, measures and gradients of a step, and its batches."""
     model = copy.deepcopy(model)
-    objective = objective_for(settings, model, folder, isolation)
+    objective = objective_for(settings, model, folder, isolation, shares)
     with torch.no_grad():
         batches = objective.batches(0, rows)
     units = sum(batch.loss_units for batch in batches)
@@ -168,7 +184,7 @@ def computed(batches: list[Batch]) -> int:
 def test_flat_is_padded(tiny_model: Path, tmp_path: Path, name: str) -> None:
     """By a number of rows and by a budget of tokens, whose parts hold other rows."""
     settings = make_recipe(tiny_model, METHODS[name])
-    rows, model = make_rows(name, settings.method.kind), make_model(settings)
+    rows, model = with_prefixes(make_rows(name, settings.method.kind)), make_model(settings)
     alone = make_recipe(
         tiny_model, METHODS[name], optim={"batch_size": BATCH, "micro_batch_size": 1}
     )
@@ -185,6 +201,10 @@ def test_flat_is_padded(tiny_model: Path, tmp_path: Path, name: str) -> None:
         own = sum(batch.tokens for batch in flat[3])
         nothing = sum(2 * recipe.method.sequences_per_row for b in flat[3] if not b.rows.size)
         assert computed(flat[3]) == own + nothing < computed(padded[3])
+        shared = step(recipe, model, rows, tmp_path, "documents", shares=True)
+        # Norms compute in float32, and here add up the gradients of both texts.
+        assert_equal(shared, expected, 1e-6)
+        assert computed(shared[3]) < computed(flat[3])
         if recipe is budget:
             assert all(batch.inputs["input_ids"].numel() <= 90 for batch in flat[3] + padded[3])
 
@@ -206,11 +226,11 @@ def test_references(tiny_model: Path, tmp_path: Path, kind: str, start: str) -> 
         method["reference_model"] = str(reference(tiny_model, tmp_path, start))
     adapter = None if start == "copy" else {"rank": 4}
     settings = make_recipe(tiny_model, method, adapter=adapter).with_isolation(False)
-    rows, model = make_rows(kind, kind), make_model(settings)
+    rows, model = with_prefixes(make_rows(kind, kind)), make_model(settings)
     results = []
-    for way in (None, "documents"):
+    for way, shares in ((None, False), ("documents", False), ("documents", True)):
         held = copy.deepcopy(model)
-        objective: Any = objective_for(settings, held, tmp_path, way)  # type: ignore[arg-type]
+        objective: Any = objective_for(settings, held, tmp_path, way, shares)  # type: ignore[arg-type]
         with torch.no_grad():
             for parameter in held.parameters():  # what is trained moves away from its reference
                 if parameter.requires_grad:
@@ -221,6 +241,7 @@ def test_references(tiny_model: Path, tmp_path: Path, kind: str, start: str) -> 
         loss.backward()
         results.append((float(loss.detach()), torch.zeros(1), gradients(held)))
     assert_equal(results[1], results[0])
+    assert_equal(results[2], results[0], 1e-6)
 
 
 def reference(tiny_model: Path, folder: Path, start: str) -> Path:

@@ -47,6 +47,26 @@ def test_every_kind_of_method_takes_a_step(rehearsed: Rehearsed, method: dict[st
     assert outcome.status == "ok" and outcome.notes == () and outcome.left_out == (), outcome
     assert outcome.adapted == dict.fromkeys(LINEAR, 2)
     assert outcome.isolation == "documents"
+    assert outcome.shares_prefixes == (method["kind"] != "pretrain")
+
+
+def test_tokens_that_are_mixed_with_their_neighbours_are_not_shared(
+    rehearsed: Rehearsed, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A shift that stops where positions restart keeps documents apart, but on a row that holds a
+    prefix once the token before is another document's."""
+    from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer
+
+    honest = Qwen3DecoderLayer.forward
+
+    def forward(self: Any, states: Any, *, position_ids: Any, **others: Any) -> Any:
+        before = states.roll(1, 1).masked_fill((position_ids == 0)[..., None], 0.0)
+        return honest(self, states + before, position_ids=position_ids, **others)
+
+    monkeypatch.setattr(Qwen3DecoderLayer, "forward", forward)
+    outcome = rehearsed("qwen3", method={"kind": "dpo"})
+    assert outcome.status == "ok" and outcome.isolation == "documents", outcome
+    assert not outcome.shares_prefixes
 
 
 @pytest.mark.parametrize("fails", [False, True], ids=["mixes texts", "fails"])

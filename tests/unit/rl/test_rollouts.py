@@ -76,7 +76,14 @@ def test_a_completion_depends_on_its_seed_alone(model: Any, tokenizer: Any) -> N
         for n in range(3)
     ]
     method = settings(max_completion=10)
+    sizes: list[int] = []
+    embedding = model.get_input_embeddings()
+    hook = embedding.register_forward_hook(lambda _, args, __: sizes.append(args[0].numel()))
     together = LocalRollouts(model, tokenizer, method).sample(requests)
+    hook.remove()
+    # But for its last token, a prompt is computed once for its three completions.
+    longest = max(len(row.input_ids) for row in rows)
+    assert sizes[:2] == [6 * (longest - 1), 18] and max(sizes[1:]) == 18
     alone = LocalRollouts(model, tokenizer, method.model_copy(update={"rollout_batch_size": 1}))
     assert alone.sample(requests[::-1])[::-1] == together
     assert len({tuple(rollout.ids) for rollout in together}) > 12

@@ -1,15 +1,18 @@
 """Samples rollouts with transformers' `generate`, from the model in training itself."""
 
+import copy
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
-from transformers import GenerationConfig, LogitsProcessorList
+from transformers import DynamicCache, GenerationConfig, LogitsProcessorList
 
 from ...config.methods import OnlineMethod
+from ...models.composite import is_composite
 from ...models.generation import left_padded
-from ...models.loading import Model, evaluation_mode
+from ...models.growing_cache import append_in_place
+from ...models.loading import Model, evaluation_mode, forward_arguments
 from ...models.out_of_memory import in_fitting_parts
 from ...models.stopping import stop_tokens
 from .rollout import Request, Rollout
@@ -17,7 +20,7 @@ from .sampling import Sampler
 
 
 class LocalRollouts:
-    """Generates in batches with a KV cache.
+    """Generates in batches with a KV cache, which is computed once for all completions of a prompt.
 
     Args:
         model: the model in training, not wrapped; it samples in evaluation mode.
@@ -42,6 +45,11 @@ class LocalRollouts:
             pad_token_id=tokenizer.pad_token_id,
             eos_token_id=self._stops,
         )
+        self._prefill = copy.deepcopy(self._generation)
+        self._prefill.update(max_new_tokens=1, return_dict_in_generate=True)
+        # Multimodal models keep positions of a prompt outside of its cache.
+        has_cache = "past_key_values" in forward_arguments(model)
+        self._shares_prompts = has_cache and not is_composite(model.config)
 
     @torch.no_grad()
     def sample(self, requests: Sequence[Request]) -> list[Rollout]:
@@ -68,8 +76,35 @@ class LocalRollouts:
             attention_mask=mask.to(device),
             generation_config=self._generation,
             logits_processor=LogitsProcessorList([sampler]),
+            past_key_values=self._cache(prompts, ids.to(device), mask.to(device)),
         )
         return [self._rollout(tokens) for tokens in generated[:, ids.shape[1] :].tolist()]
+
+    def _cache(self, prompts: list[list[int]], ids: torch.Tensor, mask: torch.Tensor) -> Any:
+        """The cache of all prompts but for their last tokens, each computed once; None if all
+        prompts differ, or one has a single token.
+
+        Args:
+            prompts: token ids of each.
+            ids, mask: as `left_padded` makes them of these.
+        """
+        numbers = {tuple(prompt): number for number, prompt in enumerate(prompts)}
+        if not self._shares_prompts or len(numbers) == len(prompts) or min(map(len, prompts)) < 2:
+            return None
+        first = list(numbers.values())
+        cache = self._model.generate(
+            input_ids=ids[first, :-1],
+            attention_mask=mask[first, :-1],
+            generation_config=self._prefill,
+        ).past_key_values
+        if type(cache) is not DynamicCache:  # an architecture that keeps another state
+            self._shares_prompts = False
+            return None
+        place = {prompt: place for place, prompt in enumerate(numbers)}
+        index = [place[tuple(prompt)] for prompt in prompts]
+        cache.reorder_cache(torch.tensor(index, device=ids.device))
+        append_in_place(cache)
+        return cache
 
     def _rollout(self, tokens: list[int]) -> Rollout:
         """The rollout up to the token that ended it, without padding."""
