@@ -10,8 +10,9 @@ from ...training.common.errors import InputError
 from ...training.config.methods import METHODS
 from ...training.config.yaml_file import read_foreign_file
 from . import adapting, trainer
+from .alpaca import template_of
 from .axolotl import holdout
-from .draft import Draft
+from .draft import NO_MODEL, Draft
 from .places import Places
 from .trainer import Defaults, Devices
 
@@ -30,6 +31,32 @@ _MODEL_PARALLEL = (
     "pipeline_model_parallel_size",
     "context_parallel_size",
 )
+_TEMPLATES = {
+    "alpaca": template_of(
+        (("", ""), ("### Instruction:\\n", "\\n\\n"), "### Response:\\n", "\\n\\n")
+    ),
+    "vicuna": template_of((("", ""), ("USER: ", " "), "ASSISTANT:", "")),
+    "default": (
+        "{% for message in messages %}{% if message.role == 'system' %}{{ 'System: ' + "
+        "message.content + eos_token + '\\n' }}{% elif message.role == 'user' %}{{ 'Human: ' + "
+        "message.content + eos_token + '\\n' }}{% elif message.role == 'assistant' %}{{ "
+        "'Assistant:' + message.content + eos_token + '\\n' }}{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}{{ 'Assistant:' }}{% endif %}"
+    ),
+}
+"""Those of LLaMA-Factory that take the place of a model's own."""
+_SYSTEMS = {
+    "alpaca": (
+        "Below is an instruction that describes a task. Write a response that appropriately "
+        "completes the request.\n\n"
+    ),
+    "chatml_de": "Du bist ein freundlicher und hilfsbereiter KI-Assistent.",
+    "vicuna": (
+        "A chat between a curious user and an artificial intelligence assistant. The assistant "
+        "gives helpful, detailed, and polite answers to the user's questions."
+    ),
+}
+"""The system prompts that come with them."""
 _OTHER_LOSSES = ("use_dft_loss", "use_eaft_loss", "use_asft_loss")
 
 
@@ -47,7 +74,7 @@ def convert(draft: Draft, devices: Devices, places: Places, info: Path | None) -
     """
     settings = draft.settings
     kind = _method(draft)
-    base = settings.text("model_name_or_path") or "MODEL"
+    base = settings.text("model_name_or_path") or NO_MODEL
     draft.put("model.base", places.model(base), "model_name_or_path")
     revision = settings.text("model_revision")
     if revision not in (None, "main"):
@@ -84,7 +111,7 @@ def convert(draft: Draft, devices: Devices, places: Places, info: Path | None) -
     trainer.patience(draft, "early_stopping_steps")
     trainer.saving(draft)
     trainer.trackers(draft)
-    trainer.streaming(draft, "streaming")
+    trainer.streaming(draft, ["streaming"] if settings.flag("streaming") else [])
     own = settings.text("flash_attn")
     if own is not None:
         draft.fulfilled("model.attention: auto, documents one at a time", "flash_attn")
@@ -287,6 +314,7 @@ def _source(
     if file is None:
         folder = draft.settings.text("dataset_dir") or "data"
         if folder.startswith("REMOTE:"):
+            draft.leave("dataset_dir", "where dataset_info.json is on the hub; finray reads a file")
             return {"dataset": name, **more}
         if places.is_local(name):
             return {"path": places.path(name), **more}
@@ -340,17 +368,19 @@ def _loss(draft: Draft) -> None:
 
 
 def template(draft: Draft) -> None:
-    """The chat template, by its name: the model's own."""
+    """The chat template, by its name: mostly the model's own."""
     settings = draft.settings
-    name = settings.text("template")
-    if name is not None and name != "default":
+    name = (settings.text("template") or "").lower()
+    if name in ("chatml", "chatml_de"):
+        adapting.chatml(draft, "template")
+    elif name in _TEMPLATES:
+        draft.put("data.chat_template", _TEMPLATES[name], "template", note="LLaMA-Factory's")
+    elif name:
         draft.change(
             "template",
             f"{name}: the model's own chat template; data.chat_template takes another",
         )
-    elif name is not None:
-        draft.fulfilled("the model's own chat template", "template")
-    if (system := settings.text("default_system")) is not None:
+    if (system := settings.text("default_system") or _SYSTEMS.get(name)) is not None:
         for source in draft.values["data.train"]:
             source["system"] = system
         draft.fulfilled("data.train.0.system", "default_system")

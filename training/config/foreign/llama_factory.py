@@ -1,7 +1,7 @@
 """LLaMA-Factory's settings."""
 
 from .dialect import Dialect
-from .transformers import COMBINED, COPIED, LEFT
+from .transformers import COMBINED, COPIED, LEFT, STREAMING
 
 LLAMA_FACTORY = Dialect(
     "LLaMA-Factory",
@@ -73,6 +73,7 @@ LLAMA_FACTORY = Dialect(
         "ray_num_workers": ("scale.workers", "a worker trains on one GPU"),
         "early_stopping_steps": ("eval.patience", "measurements without a better value"),
         "ray_run_name": ("name", "the run's name"),
+        "streaming": STREAMING,
     },
     {
         **{names: text for names, text in LEFT.items() if "ray_scope" not in names},
@@ -82,7 +83,7 @@ LLAMA_FACTORY = Dialect(
         "audio_sampling_rate freeze_vision_tower freeze_multi_modal_projector "
         "freeze_language_model train_mm_proj_only visual_inputs image_resolution "
         "video_resolution": "images, videos and sounds; finray trains text alone",
-        "overwrite_cache tokenized_path streaming buffer_size cache_dir data_shared_file_system "
+        "overwrite_cache tokenized_path buffer_size cache_dir data_shared_file_system "
         "ignore_pad_token_for_loss reserved_label_len": (
             "where prepared data is kept; finray keeps it in the storage, and prepares it anew "
             "when something of it changes"
