@@ -348,17 +348,20 @@ def _system(draft: Draft) -> None:
 def _special_tokens(draft: Draft) -> None:
     """Tokens with rows of their own; padding needs none, and the tokenizer has the others."""
     settings = draft.settings
-    adapting.tokens(draft, "tokens", "added_tokens_overrides")
-    special = settings.value("special_tokens")
-    if isinstance(special, dict):
+    is_old = isinstance(settings.value("tokens"), dict)  # its first name for special_tokens
+    adapting.tokens(draft, *([] if is_old else ["tokens"]), "added_tokens_overrides")
+    for name in ("special_tokens", "tokens"):
+        special = settings.value(name)
+        if not isinstance(special, dict):
+            continue
         more = special.get("additional_special_tokens")
         if isinstance(more, list) and more and "method.reference_model" not in draft.values:
             own = draft.values.get("model.add_tokens")
             before = own if isinstance(own, list) else []
             draft.put("model.add_tokens", list(dict.fromkeys([*before, *map(str, more)])))
-        listed = ", ".join(f"{name} {value}" for name, value in special.items() if value)
+        listed = ", ".join(f"{token} {value}" for token, value in special.items() if value)
         draft.change(
-            "special_tokens",
+            name,
             f"{listed}: finray pads nothing, and takes the tokenizer's own; an answer ends with "
             "what the chat template writes",
         )

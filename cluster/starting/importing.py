@@ -63,7 +63,7 @@ def import_settings(
     """Make a recipe.
 
     Args:
-        source: a YAML or JSON file, or a command line.
+        source: a YAML or JSON file, a script for a shell, or a command line.
         gpus: GPUs that the configuration is meant for; None: one, or those of the command line.
         target: the folder of the recipe, from which its paths start.
         dataset_info: LLaMA-Factory's dataset_info.json.

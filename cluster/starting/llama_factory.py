@@ -19,6 +19,8 @@ from .trainer import Defaults, Devices
 _DEFAULTS = Defaults("LLaMA-Factory", 5e-5, 3.0, 8, "linear")
 _STAGES = {"pt": "pretrain", "sft": "sft", "rm": "reward", "dpo": "dpo", "kto": "kto"}
 _FILE = "dataset_info.json"
+_ONLINE = "ONLINE"
+"""The dataset_dir under which names are those of data sets of the hub."""
 _OTHER_WORK = {
     "export_dir": "exports a model; finray export does that",
     "infer_backend": "generates answers; nothing is trained",
@@ -295,6 +297,9 @@ def _data(draft: Draft, kind: str, places: Places, info: Path | None) -> bool:
 def _info_file(draft: Draft, places: Places) -> Path | None:
     """dataset_info.json: in dataset_dir, or beside the configuration."""
     folder = draft.settings.text("dataset_dir") or "data"
+    if folder == _ONLINE:
+        draft.fulfilled("data.train: data sets of the hub", "dataset_dir")
+        return None
     candidates = [base / folder / _FILE for base in places.folders]
     candidates += [base / _FILE for base in places.folders]
     found = next((file for file in candidates if file.is_file()), None)
@@ -318,6 +323,8 @@ def _source(
             return {"dataset": name, **more}
         if places.is_local(name):
             return {"path": places.path(name), **more}
+        if folder == _ONLINE:
+            return {"dataset": name, **more}
         return {"dataset": name, "dataset_info": f"{folder.rstrip('/')}/{_FILE}", **more}
     written = os.path.relpath(file, places.target)
     _check_entry(draft, name, file)

@@ -20,7 +20,7 @@ from ...training.data.inspection import inspect_source
 from ...training.data.render_settings import RenderSettings
 from ...training.data.rendering import load_renderer
 from ...training.data.resolve import all_rows, resolve_data
-from ...training.data.row_changes import UNCHANGED, RowChanges
+from ...training.data.row_changes import UNCHANGED
 from ...training.data.rows import BadRow, Row
 from ...training.data.sample import measure_sample
 from ...training.data.shapes import Completion, Example, LabelledExample, PreferencePair
@@ -114,10 +114,10 @@ def method_of(place: dict[str, Any]) -> tuple[KnownFormat, str]:
             raise InputError(f"{where}: {reason}; none of the first rows can be read")
         if columns := _columns_of([row for _, row in good]):
             place["columns"] = columns
-            good = [
-                (where, RowChanges(columns=tuple(columns.items())).apply(r)) for where, r in good
-            ]
-        shape = detect_format(good)
+            has_pairs = any(row.get("chosen") is not None for _, row in good)
+            shape: KnownFormat = "preference" if has_pairs else "alpaca"
+        else:
+            shape = detect_format(good)
     return shape, _METHODS[shape]
 
 

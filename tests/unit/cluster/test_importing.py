@@ -234,6 +234,8 @@ def test_special_tokens(tmp_path: Path) -> None:
     result = imported(AXOLOTL["chatml"], tmp_path)
     assert "<|im_end|>" in result.changed["special_tokens"]
     assert flat(load_yaml(result.text))["model.add_tokens"] in (["<|im_start|>"], "auto")
+    old = imported(f"{_AXOLOTL}datasets: [a/b]\ntokens: {{pad_token: '[PAD]'}}\n", tmp_path)
+    assert "add_tokens" not in old.values["model"] and "pads nothing" in old.changed["tokens"]
     values = values_of(LLAMA_FACTORY["tokens"], tmp_path)
     assert values["model.add_tokens"] == ["<think>", "</think>"]
 
@@ -297,6 +299,9 @@ def test_dataset_info(tmp_path: Path) -> None:
     (tmp_path / "info.json").write_text('{"identity": {"file_name": "a", "columns": null}}')
     [source] = values_of(text, tmp_path, info=tmp_path / "info.json")["data.train"]
     assert source["dataset"] == "identity"
+    online = imported(f"{text}dataset_dir: ONLINE\n", tmp_path)
+    assert online.values["data"]["train"] == [{"dataset": "identity", "limit": 1000}]
+    assert not online.notes
     absent = imported(text.replace("identity", "other"), tmp_path, info=tmp_path / "info.json")
     assert any("other" in note for note in absent.notes)
 

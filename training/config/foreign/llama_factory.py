@@ -98,8 +98,9 @@ LLAMA_FACTORY = Dialect(
         ),
         "efficient_eos replace_jinja_template replace_text split_special_tokens "
         "use_fast_tokenizer": "details of the tokenizer, which finray takes as it is",
-        "init_special_tokens": (
-            "first values of new tokens; finray's start at the mean of the others"
+        "init_special_tokens freeze_original_embeddings": (
+            "first values of new tokens, and the rows of the others; finray's start at the mean of "
+            "these, and the embedding is trained whole"
         ),
         "rope_scaling shift_attn mixture_of_depths": (
             "a changed model; finray trains the architecture as its config.json has it"
