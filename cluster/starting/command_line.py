@@ -3,7 +3,7 @@
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import PurePath
+from pathlib import Path, PurePath
 from typing import Any
 
 from ...training.common.errors import InputError
@@ -115,13 +115,16 @@ def read_command(text: str) -> CommandLine:
             "or command that trains (finray chat, eval and export are there, too)"
         )
     _read_options(words[start + 1 :], command)
-    if command.processes is None and command.launch_file is None:
-        command.processes = visible_gpus(variables)
+    if command.processes is None:
+        command.processes = visible_gpus(variables, command.launch_file)
     return command
 
 
-def visible_gpus(variables: Mapping[str, str]) -> int | None:
-    """The GPUs that variables of the environment name; None if none does."""
+def visible_gpus(variables: Mapping[str, str], launch_file: str | None) -> int | None:
+    """The GPUs that variables of the environment name; None if none does, or if accelerate's file
+    is here and counts the processes."""
+    if launch_file is not None and Path(launch_file).is_file():
+        return None
     each, machines = (variables.get(name, "") for name in ("NPROC_PER_NODE", "NNODES"))
     devices = [text for text in variables.get("CUDA_VISIBLE_DEVICES", "").split(",") if text]
     if not (each.isdecimal() or machines.isdecimal() or devices):

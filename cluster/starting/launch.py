@@ -29,8 +29,7 @@ def with_file(command: CommandLine | None, draft: Draft) -> CommandLine | None:
     own = command or CommandLine()
     processes = own.processes or next(filter(None, counts), None)
     file = own.launch_file or settings.text("accelerate_config")
-    if not (processes or file):
-        processes = visible_gpus(variables)
+    processes = processes or visible_gpus(variables, file)
     draft.fulfilled("scale.workers", *_PROCESSES, "accelerate_config")
     if processes or file:
         return replace(own, processes=processes, launch_file=file)

@@ -466,6 +466,7 @@ def test_paths_start_from_the_recipes_folder(
         ("accelerate_config: fsdp2\n", {"workers": 8, "strategy": "fsdp"}),
         ("accelerate_config: zero3\nnum_processes: 2\n", {"workers": 2, "strategy": "fsdp"}),
         ("env: {CUDA_VISIBLE_DEVICES: '0,1'}\n", {"workers": 2}),
+        ("env: {CUDA_VISIBLE_DEVICES: '0,1'}\naccelerate_config: zero2\n", {"workers": 2}),
     ],
 )
 def test_a_file_of_trl_says_how_it_is_launched(
