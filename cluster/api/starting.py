@@ -27,7 +27,7 @@ def import_recipe(
         finray.check(made.values)
 
     Args:
-        source: a file, or the command line of a training script.
+        source: a file, a script for a shell, or the command line of a training script.
         gpus: GPUs that it is meant for; by default those of the command line, else one.
         to: a new file for the recipe, whose folder its paths start from; None: it is only returned.
         dataset_info: LLaMA-Factory's dataset_info.json; by default that of `dataset_dir`, or the

@@ -141,7 +141,7 @@ def _add_starting(commands: Any) -> None:
     source = parser.add_argument(
         "source",
         metavar="FILE",
-        help="a YAML or JSON file, or the command line of a training script in quotes",
+        help="a YAML or JSON file, a script for a shell, or a command line in quotes",
     )
     complete_as(source, "file")
     parser.add_argument(

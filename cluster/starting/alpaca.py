@@ -6,61 +6,59 @@ from . import adapting
 from .axolotl_rows import Rows
 from .draft import Draft
 
-_SYSTEM = (
-    "Below is an instruction that describes a task. Write a response that appropriately completes "
-    "the request."
-)
-_LIKE = frozenset(
-    "alpaca alpaca_instruct gpteacher oasst alpaca_w_system context_qa summarizetldr jeopardy "
-    "orcamini alpaca_chat creative_acr user_defined".split()
-)
-_STYLES = {
+Texts = tuple[tuple[str, str], tuple[str, str], str, str]
+"""Texts around a system prompt and a question, before an answer, and between an answer and the next
+question, as a template writes them in quotes."""
+_STYLES: dict[str, Texts] = {
     "instruct": (("", "\\n\\n"), ("### Instruction:\\n", "\\n\\n"), "### Response:\\n", "\\n\\n"),
     "chat": (("SYSTEM: ", "\\n"), ("USER: ", "\\n"), "ASSISTANT:", "\\n"),
     "phi": (
         ("<|system|>\\n", "<|end|>\\n"), ("<|user|>\\n", "<|end|>\\n"), "<|assistant|>\\n", "\\n"
     ),
+    "orca": (("### System:\\n", "\\n"), ("### Human:\\n", "\\n"), "### Assistant:\\n", "\\n"),
+    "orcamini": (
+        ("### System:\\n", "\\n\\n"), ("### User:\\n", "\\n\\n"), "### Response:\\n", "\\n\\n"
+    ),
+    "tldr": (
+        ("", "\\n"), ("USER: Summarize the following article as a TL;DR.\\n", "\\n"), "ASSISTANT:",
+        "\\n",
+    ),
+    "creative": (("", "\\n"), ("USER: ", "\\n"), "ASSISTANT:", "\\n"),
+    "context": (("", ""), ("Context: ", "\\n"), "Answer: ", "\\n"),
 }  # fmt: skip
-"""By Axolotl's style, as in alpaca:chat: texts around a system prompt and a question, before an
-answer, and between an answer and the next question."""
-_OWN_STYLES = {"alpaca_chat": "chat", "context_qa": "chat"}
+"""By the style of a strategy."""
 _INPUT = "a row's input follows its instruction after an empty line"
 
 
-def is_like_alpaca(rows: Rows) -> bool:
-    """True if a strategy of Axolotl writes the text of all rows itself."""
-    return bool(rows.strategies) and rows.strategies <= _LIKE
+def writes_texts(rows: Rows) -> bool:
+    """True if strategies of Axolotl write the text of all rows themselves."""
+    return bool(rows.styles) and "" not in rows.styles
 
 
 def write_template(draft: Draft, rows: Rows) -> None:
     """The template, as far as one can be written."""
-    if rows.formats:
+    style = min(rows.styles)
+    if style == "own" and len(rows.styles) == 1:
         _own_format(draft, rows)
-        return
-    styles = {*rows.styles} or {_OWN_STYLES.get(name, "instruct") for name in rows.strategies}
-    style = min(styles)
-    if len(styles) > 1 or style not in {*_STYLES, "chatml"}:
+    elif len(rows.styles) > 1 or style not in {*_STYLES, "chatml"}:
         draft.notes.append(
-            f"styles of prompts {', '.join(sorted(styles))}: the model's own chat template stands "
-            "in their place; data.chat_template takes another"
+            f"styles of prompts {', '.join(sorted(rows.styles))}: the model's own chat template "
+            "stands in their place; data.chat_template takes another"
         )
         return
-    if rows.strategies <= {"alpaca", "gpteacher"}:
-        for source in draft.values["data.train"]:
-            source.setdefault("system", _SYSTEM)
-    if others := rows.strategies - {"alpaca", "alpaca_instruct", "alpaca_chat", "gpteacher"}:
-        draft.notes.append(
-            f"data.chat_template: Alpaca's texts; those of {', '.join(sorted(others))} differ"
-        )
-    if style == "chatml":
+    elif style == "chatml":
         adapting.chatml(draft)
-        return
-    note = f"the text that Axolotl's strategy writes ({style}); {_INPUT}"
-    draft.put("data.chat_template", _of_style(style), note=note)
+    else:
+        note = f"the text that Axolotl's strategy writes ({style}); {_INPUT}"
+        draft.put("data.chat_template", template_of(_STYLES[style]), note=note)
+    for source, system in zip(rows.sources, rows.systems, strict=True):
+        if system:
+            source.setdefault("system", system)
 
 
-def _of_style(style: str) -> str:
-    (before, after), (ask, asked), answer, between = _STYLES[style]
+def template_of(texts: Texts) -> str:
+    """The chat template that writes these texts."""
+    (before, after), (ask, asked), answer, between = texts
     return (
         "{% for message in messages %}{% if message.role == 'system' %}{{ "
         f"'{before}' + message.content + '{after}' }}}}"
@@ -87,10 +85,11 @@ def _own_format(draft: Draft, rows: Rows) -> None:
             f"data.chat_template: that of {json.dumps(rows.formats[0])}; other formats differ, and "
             f"{_INPUT}"
         )
+    opened, _, closed = map(json.dumps, rows.system_format.partition("{system}"))
     template = (
         "{% for message in messages %}{% if message.role == 'user' %}{{ "
         f"{json.dumps(before)} + message.content + {json.dumps(after)} }}}}"
-        "{% elif message.role == 'system' %}{{ message.content + '\\n' }}"
+        f"{{% elif message.role == 'system' %}}{{{{ {opened} + message.content + {closed} }}}}"
         "{% else %}{{ message.content + eos_token }}{% endif %}{% endfor %}"
     )
     draft.put("data.chat_template", template, note="datasets.0.type.format")

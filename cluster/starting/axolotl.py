@@ -5,9 +5,9 @@ import re
 
 from ...training.config.methods import METHODS
 from . import adapting, trainer
-from .alpaca import is_like_alpaca, write_template
+from .alpaca import write_template, writes_texts
 from .axolotl_rows import Rows, read_rows
-from .draft import Draft
+from .draft import NO_MODEL, Draft
 from .places import Places
 from .rewards import online
 from .trainer import Defaults, Devices
@@ -54,7 +54,7 @@ def convert(draft: Draft, devices: Devices, places: Places) -> None:
     """
     settings = draft.settings
     kind = _method(draft)
-    base = settings.text("base_model") or settings.text("base_model_config") or "MODEL"
+    base = settings.text("base_model") or settings.text("base_model_config") or NO_MODEL
     draft.put("model.base", places.model(base), "base_model")
     names = ("wandb_name", "output_dir", "hub_model_id")
     trainer.run_name(draft, names, f"{base.rpartition('/')[2]}-{kind}")
@@ -92,7 +92,10 @@ def convert(draft: Draft, devices: Devices, places: Places) -> None:
         trainer.leave_present(draft, _ADAPTER, why)
     _special_tokens(draft)
     _plugins(draft)
-    trainer.streaming(draft, "streaming")
+    streams = settings.flag("streaming")
+    is_streamed = settings.value("pretraining_dataset") and streams is not False
+    asked = {"streaming": streams, "pretraining_dataset": is_streamed}
+    trainer.streaming(draft, [name for name, is_asked in asked.items() if is_asked])
     trainer.copy_the_rest(draft, frozenset(METHODS[draft.values["method.kind"]].model_fields))
 
 
@@ -225,6 +228,7 @@ def _data(draft: Draft, kind: str, places: Places) -> bool:
     rows = read_rows(draft, "datasets", kind, places)
     texts = read_rows(draft, "pretraining_dataset", kind, places)
     rows.sources += texts.sources
+    rows.systems += texts.systems
     if texts.sources:
         rows.strategies |= texts.strategies or {"pretrain"}
     if not rows.sources:
@@ -253,9 +257,10 @@ def _data(draft: Draft, kind: str, places: Places) -> bool:
         draft.put("method.train_on", "all", "train_on_inputs")
     elif settings.flag("train_on_inputs"):
         draft.fulfilled("every token is trained", "train_on_inputs")
-    elif rows.trains_all:
-        draft.put("method.train_on", "all")
-        draft.change("datasets.0.roles_to_train", "method.train_on: all, every token")
+    elif rows.trains and kind == "sft":
+        draft.put("method.train_on", rows.trains)
+        tokens = "every token" if rows.trains == "all" else "the last turn of the assistant"
+        draft.change("datasets.0.roles_to_train", f"method.train_on: {rows.trains}, {tokens}")
     stages = ["deduplicate"] if settings.flag("dataset_exact_deduplication") else []
     if stages:
         draft.put("data.curate", stages, "dataset_exact_deduplication")
@@ -296,7 +301,11 @@ def _template(draft: Draft, rows: Rows, places: Places) -> None:
     jinja = settings.text("chat_template_jinja")
     names = {*rows.templates, *([named] if named else [])}
     texts = [text for text in (jinja, *rows.templates) if text and "{" in text]
-    if texts:
+    if draft.values["method.kind"] == "sft" and writes_texts(rows):
+        write_template(draft, rows)
+        why = "no matter of strategies that write the text of a row themselves"
+        trainer.leave_present(draft, ("chat_template", "chat_template_jinja"), why)
+    elif texts:
         draft.put("data.chat_template", texts[0], "chat_template_jinja", "chat_template")
     elif "chatml" in names:
         adapting.chatml(draft, "chat_template")
@@ -310,8 +319,6 @@ def _template(draft: Draft, rows: Rows, places: Places) -> None:
         draft.notes.append(
             f"chat template {listed}: the model's own is used; data.chat_template takes another"
         )
-    elif draft.values["method.kind"] == "sft" and is_like_alpaca(rows):
-        write_template(draft, rows)
     elif any(text.strip() not in _PLAIN_FORMATS for text in rows.formats):
         listed = ", ".join(map(json.dumps, dict.fromkeys(rows.formats)))
         draft.notes.append(f"prompt formats {listed}: the chat template, or map of the source")
@@ -340,17 +347,20 @@ def _system(draft: Draft) -> None:
 def _special_tokens(draft: Draft) -> None:
     """Tokens with rows of their own; padding needs none, and the tokenizer has the others."""
     settings = draft.settings
-    adapting.tokens(draft, "tokens", "added_tokens_overrides")
-    special = settings.value("special_tokens")
-    if isinstance(special, dict):
+    is_old = isinstance(settings.value("tokens"), dict)  # its first name for special_tokens
+    adapting.tokens(draft, *([] if is_old else ["tokens"]), "added_tokens_overrides")
+    for name in ("special_tokens", "tokens"):
+        special = settings.value(name)
+        if not isinstance(special, dict):
+            continue
         more = special.get("additional_special_tokens")
         if isinstance(more, list) and more and "method.reference_model" not in draft.values:
             own = draft.values.get("model.add_tokens")
             before = own if isinstance(own, list) else []
             draft.put("model.add_tokens", list(dict.fromkeys([*before, *map(str, more)])))
-        listed = ", ".join(f"{name} {value}" for name, value in special.items() if value)
+        listed = ", ".join(f"{token} {value}" for token, value in special.items() if value)
         draft.change(
-            "special_tokens",
+            name,
             f"{listed}: finray pads nothing, and takes the tokenizer's own; an answer ends with "
             "what the chat template writes",
         )

@@ -5,43 +5,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ...training.config.methods import ONLINE
+from .axolotl_strategies import TEXTS, strategy_of, why_none
 from .draft import Draft, ForeignSettings
 from .places import Places, files_of
 
-_QUESTION = {"instruction": "question", "output": "answer"}
-_IMITATED: dict[str, dict[str, str]] = {
-    "alpaca": {},
-    "alpaca_instruct": {},
-    "alpaca_chat": {},
-    "alpaca_chat.load_qa": _QUESTION,
-    "alpaca_chat.load_camel_ai": {"instruction": "message_1", "output": "message_2"},
-    "alpaca_w_system": {},
-    "alpaca_w_system.load_open_orca": {
-        "instruction": "question",
-        "output": "response",
-        "system": "system_prompt",
-    },
-    "gpteacher": {"output": "response"},
-    "oasst": {"instruction": "INSTRUCTION", "output": "RESPONSE"},
-    "jeopardy": {"instruction": "question", "input": "category", "output": "answer"},
-    "summarizetldr": {"instruction": "article", "output": "summary"},
-    "context_qa": {"instruction": "question", "input": "context", "output": "answer"},
-    "orcamini": {},
-    "metharme": {"completion": "generation"},
-    "creative_acr": {},
-    "pretrain": {},
-    "completion": {},
-    "sharegpt": {},
-    "sharegpt_jokes": {},
-    "sharegpt_simple": {},
-    "chat_template": {},
-    "pygmalion": {},
-    "llama2_chat": {},
-    "llama3": {},
-}
-"""Columns, by finray's names, that an SFT strategy reads under another name."""
-_CHATS = ("sharegpt", "chat_template", "pygmalion", "llama2_chat", "llama3")
-_TEXTS = ("completion", "pretrain")
 _PAIRS: dict[str, dict[str, str]] = {
     "intel": {"instruction": "question"},
     "icr": {"instruction": "input"},
@@ -82,15 +49,20 @@ _FIELDS = {
 }
 """finray's columns by Axolotl's keys."""
 _ROLES = ("system", "user", "assistant", "tool")
+_MESSAGE_KEYS = ("reasoning_content", "tool_calls")
+"""Keys of a message beside role and content that a source may name."""
+_OF_TURNS = (
+    ("field_thinking", "reasoning_content", ("reasoning_content", "reasoning", "thinking")),
+    ("message_field_training", "weight", ("weight", "train", "loss", "loss_weight")),
+)
+"""Axolotl's key, the one of a source's message_keys, and what finray reads by itself."""
 _LEFT = {
     "ds_type": "the kind of the files, which finray reads from their names",
     "preprocess_shards": "how rows are prepared",
     "trust_remote_code": "loading scripts, which finray never runs",
     "train_on_eos": "which ends of turns are trained; finray trains the end of each trained turn",
-    "field_thinking": "finray reads reasoning_content, reasoning and thinking",
     "template_thinking_key": "the template's key for reasoning",
     "split_thinking": "finray splits <think> by itself",
-    "message_field_training": "turns that do not count; finray reads weight, train and loss",
     "message_field_training_detail": "parts of a turn that do not count, which finray trains whole",
     "input_format": "how a strategy joins its fields; the chat template does it",
     "input_transform": "your own function; write it as map of the source",
@@ -99,7 +71,6 @@ _LEFT = {
     "train_on_eot": "which ends of turns are trained; finray trains the end of each trained turn",
     "field_human": "a strategy that Axolotl no longer has",
     "field_model": "a strategy that Axolotl no longer has",
-    "system_format": "the text around a system prompt; the chat template writes it",
     "drop_system_message": "leaving out system messages; map of the source can do it",
     "drop_exact_duplicates": "data.curate: [deduplicate]",
     "skip": "rows at the beginning; split: train[N:] leaves them out",
@@ -119,21 +90,25 @@ class Rows:
     """What the data sets of a configuration say together."""
 
     sources: list[dict[str, Any]] = field(default_factory=list)
+    systems: list[str] = field(default_factory=list)
+    """The system prompts that their strategies write, source by source."""
     templates: set[str] = field(default_factory=set)
     """Names of chat templates, or Jinja texts."""
     strategies: set[str] = field(default_factory=set)
     """Names of prompt strategies."""
     styles: set[str] = field(default_factory=set)
-    """Their styles, as chat in alpaca:chat."""
-    trains_all: bool = False
-    """True if other roles than the assistant's are trained."""
+    """The texts that strategies write around the fields; empty for those that write none."""
+    trains: str = ""
+    """method.train_on, where it is not the assistant's turns alone."""
     formats: list[str] = field(default_factory=list)
     """Formats of prompts, of strategies that the user defines."""
+    system_format: str = "{system}"
+    """The format of a system prompt, of these."""
 
     @property
     def are_texts(self) -> bool:
         """True if all rows are plain text."""
-        return bool(self.strategies) and self.strategies <= set(_TEXTS)
+        return bool(self.strategies) and self.strategies <= set(TEXTS)
 
 
 def read_rows(draft: Draft, key: str, method: str, places: Places) -> Rows:
@@ -160,6 +135,7 @@ class _Entry:
             self.values["split"] = "+".join(map(str, parts))
         self.source: dict[str, Any] = {}
         self.columns: dict[str, str] = {}
+        self.system = ""
 
     def read(self, places: Places) -> None:
         """Add the entry's sources."""
@@ -175,6 +151,7 @@ class _Entry:
         files = files_of(self.settings, split)
         self.values.pop("data_files", None)
         for place in places.source(str(name), files):
+            self.rows.systems.append(self.system)
             self.rows.sources.append({**place, **self.source})
         for key, value in self.values.items():
             if value not in (None, "", [], {}, False):
@@ -196,6 +173,9 @@ class _Entry:
             self.values |= kind
             if prompt := self._take("system_prompt"):
                 self.source["system"] = str(prompt)
+            if (text := self._take("system_format")) is not None:
+                self.rows.system_format = str(text)
+            self.rows.styles.add("own" if self.method == "sft" else "")
             formats = [self._take(name) for name in _FORMATS]
             self.rows.formats += [str(text) for text in formats if text is not None]
             return
@@ -214,25 +194,31 @@ class _Entry:
             )
             return
         if self.method == "sft":
-            found = _IMITATED.get(_plain_loader(name), _IMITATED.get(stem))
-            self.rows.strategies.add(stem)
-            if style and stem not in _CHATS:
-                self.rows.styles.add(style)
+            found = self._imitated(name, stem, style)
         else:
             found = self._of_pairs(stem, loader)
             self.rows.strategies.add("pairs")
             if stem in ("chatml", "llama3"):
                 self.rows.templates.add(stem)
         if found is None:
-            self.draft.leave(
-                f"{self.key}.type",
-                f"{kind}: a strategy that finray import does not know; columns or map of the "
-                "source make its rows one of finray's shapes",
-            )
+            self.draft.leave(f"{self.key}.type", why_none(str(kind)))
             return
         self.columns |= found
         if self.method == "sft" and stem == "alpaca":
             self.source["format"] = "alpaca"
+
+    def _imitated(self, name: str, stem: str, style: str) -> Mapping[str, str] | None:
+        """Columns of a strategy for imitation; None for an unknown one."""
+        self.rows.strategies.add(stem)
+        strategy = strategy_of(name)
+        if strategy is None:
+            self.rows.styles.add("")
+            return None
+        self.rows.styles.add(style if style and strategy.style else strategy.style)
+        self.system = strategy.system
+        if stem in ("pygmalion", "llama2_chat"):
+            self.rows.templates.add(stem)
+        return strategy.columns
 
     def _of_pairs(self, stem: str, loader: str) -> dict[str, str] | None:
         """Columns of pairs, or of labelled answers, by the strategy; None for an unknown one."""
@@ -268,12 +254,14 @@ class _Entry:
         mapped = self._take("message_property_mappings")
         if isinstance(mapped, dict):
             keys |= {name: mapped[name] for name in ("role", "content") if mapped.get(name)}
-            others = {n: v for n, v in mapped.items() if n not in keys and n != v}
+            others = {n: str(v) for n, v in mapped.items() if n not in keys and n != v}
+            keys |= {name: others.pop(name) for name in _MESSAGE_KEYS if name in others}
             if others:
                 self.draft.leave(
                     f"{self.key}.message_property_mappings",
                     f"{', '.join(others)}: keys of a message that map of the source can rename",
                 )
+        keys |= self._of_turns()
         named = {name: str(value) for name, value in keys.items() if value and value != name}
         if named and set(named.values()) != {"from", "value"}:
             self.source["message_keys"] = named
@@ -287,9 +275,29 @@ class _Entry:
             }
             if written:
                 self.source["roles"] = written
+
+        self._trained()
+
+    def _of_turns(self) -> dict[str, str]:
+        """The keys of a turn's reasoning, and of whether it counts, where finray reads others."""
+        keys = {}
+        for name, own, known in _OF_TURNS:
+            value = self._take(name)
+            if value is not None and str(value) in known:
+                self.draft.mapped[f"{self.key}.{name}"] = f"finray reads {value}"
+            elif value is not None:
+                keys[own] = str(value)
+        return keys
+
+    def _trained(self) -> None:
+        """The roles that are trained; none at all is Axolotl's old way to train the last turn."""
+        names = ("roles_to_train", "train_on_eos")
+        is_last = all(name in self.values and not self.values[name] for name in names)
         trained = self._take("roles_to_train")
         if isinstance(trained, list) and {"user", "human", "system"} & set(map(str, trained)):
-            self.rows.trains_all = True
+            self.rows.trains = "all"
+        elif is_last and "weight" not in self.source.get("message_keys", {}):
+            self.rows.trains = self.rows.trains or "last"
 
     def _part(self) -> None:
         """The part of the data set that is used."""
@@ -318,11 +326,3 @@ class _Entry:
             value = self._take(name)
             if value is not None and value != "jinja":
                 self.rows.templates.add(str(value))
-
-
-def _plain_loader(name: str) -> str:
-    """load_open_orca of load_open_orca_chatml; the strategy alone of its plain loader."""
-    stem, _, loader = name.partition(".")
-    if loader in ("", "load", "load_default", "load_v2", "load_concise", "load_404"):
-        return stem
-    return f"{stem}.{loader.removesuffix('_chatml')}"

@@ -1,15 +1,15 @@
 """The command line of a training script as settings: `accelerate launch dpo.py --beta 0.1`."""
 
 import re
-import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import PurePath
+from pathlib import Path, PurePath
 from typing import Any
 
 from ...training.common.errors import InputError
 from ...training.common.yaml_faults import YamlFault
 from ...training.common.yaml_text import parse_setting
+from .shell_words import read_shell, variable_in
 
 _LAUNCHERS = re.compile(r"(accelerate|torch|deepspeed|ray)(\.\w+)*")
 """Modules that start a script."""
@@ -32,12 +32,20 @@ _READ = (*_PROCESSES, *_MACHINES, *_CHOSEN, "num_machines", "config_file", "modu
 _OPTION = re.compile(r"--?[A-Za-z]")
 _ASSIGNMENT = re.compile(r"[A-Za-z_][\w.]*=")
 _METHODS = re.compile(
-    r"(?<![a-z])(online_dpo|nash_md|sft|dpo|kto|orpo|cpo|simpo|grpo|rloo|ppo|gkd|xpo|bco|prm|gold"
+    r"(?<![a-z])(online_dpo|nash_md|sft|cpt|dpo|kto|orpo|cpo|simpo|grpo|rloo|ppo|gkd|xpo|bco|prm|gold"
     r"|minillm|sdft|sdpo|tpo|a2po|gmpo|\w*distillation)(?![a-z])"
 )
 """TRL's methods in the name of a script; those that finray lacks are refused."""
 _LAUNCH_FILES = ("config_file", "accelerate_config")
-_VARIABLE = re.compile(r"([A-Z_][A-Z0-9_]*)=(.*)", re.DOTALL)
+_IDLE = {
+    "llamafactory-cli": frozenset("api chat env eval export help version webchat webui".split()),
+    "axolotl": frozenset(
+        "evaluate fetch inference lm-eval merge-lora merge-sharded-fsdp-weights quantize "
+        "vllm-serve".split()
+    ),
+    "trl": frozenset({"chat", "env", "vllm-serve", "skills"}),
+}
+"""The projects' commands that train nothing."""
 
 
 @dataclass
@@ -78,38 +86,45 @@ def is_command(text: str) -> bool:
 
 
 def read_command(text: str) -> CommandLine:
-    """Read a command line.
+    """Read a command line, or the first one of a script for a shell that trains.
 
     Raises:
-        InputError: a quote is not closed, or there is no script.
+        InputError: a quote is not closed, there is no training script, or an option's value is a
+            variable without one.
     """
-    try:
-        words = shlex.split(text.replace("\\\n", " "), comments=True)
-    except ValueError as error:
-        raise InputError(f"the command line cannot be read: {error}; close the quote") from None
-    command = CommandLine()
-    variables: dict[str, str] = {}
-    rest = list(_plain_words(words, variables))
-    start = _script_at(rest)
-    if start is None:
+    commands, variables = read_shell(text)
+    rest = [list(_plain_words(words)) for words in commands]
+    found = next(((words, at) for words in rest if (at := _script_at(words)) is not None), None)
+    if found is None:
         raise InputError(
-            f"the command line names no training script: {' '.join(rest[:4])}; expected one such "
+            "the command line names no training script: "
+            f"{' '.join(rest[0][:4]) if rest else 'it is empty'}; expected one such "
             "as trl sft --model_name_or_path …, or accelerate launch dpo.py …"
         )
-    _read_launcher(rest[:start], command)
-    command.script = rest[start]
-    command.project = _project(rest[start])
-    if command.project and PurePath(rest[start]).name.rpartition(".")[2] in _COMMANDS:
+    words, start = found
+    command = CommandLine()
+    _read_launcher(words[:start], command)
+    command.script = words[start]
+    command.project = _project(words[start])
+    if command.project and PurePath(words[start]).name.rpartition(".")[2] in _COMMANDS:
         start += 1
-        command.script = rest[start] if start < len(rest) else ""
-    _read_options(rest[start + 1 :], command)
-    if command.processes is None and command.launch_file is None:
-        command.processes = _visible(variables)
+        command.script = words[start] if start < len(words) else ""
+    if command.script in _IDLE.get(command.project, ()):
+        raise InputError(
+            f"the command line: {command.project} {command.script} trains nothing; name the file "
+            "or command that trains (finray chat, eval and export are there, too)"
+        )
+    _read_options(words[start + 1 :], command)
+    if command.processes is None:
+        command.processes = visible_gpus(variables, command.launch_file)
     return command
 
 
-def _visible(variables: Mapping[str, str]) -> int | None:
-    """The GPUs that variables of the environment name; None if none does."""
+def visible_gpus(variables: Mapping[str, str], launch_file: str | None) -> int | None:
+    """The GPUs that variables of the environment name; None if none does, or if accelerate's file
+    is here and counts the processes."""
+    if launch_file is not None and Path(launch_file).is_file():
+        return None
     each, machines = (variables.get(name, "") for name in ("NPROC_PER_NODE", "NNODES"))
     devices = [text for text in variables.get("CUDA_VISIBLE_DEVICES", "").split(",") if text]
     if not (each.isdecimal() or machines.isdecimal() or devices):
@@ -118,17 +133,10 @@ def _visible(variables: Mapping[str, str]) -> int | None:
     return max(1, here) * (max(1, int(machines)) if machines.isdecimal() else 1)
 
 
-def _plain_words(words: Sequence[str], variables: dict[str, str]) -> Iterator[str]:
-    """The words behind VARIABLE=value in front, which goes into variables; -mMODULE as two."""
-    is_front = True
+def _plain_words(words: Sequence[str]) -> Iterator[str]:
+    """The words, -mMODULE as two."""
     before = ""
     for word in words:
-        match = _VARIABLE.fullmatch(word)
-        is_front = is_front and (match is not None or word in ("env", "export"))
-        if is_front:
-            if match is not None:
-                variables[match[1]] = match[2]
-            continue
         is_joined = word.startswith("-m") and PurePath(before).name.startswith("python")
         yield from ("-m", word[2:]) if is_joined and len(word) > 2 else (word,)
         before = word
@@ -178,6 +186,12 @@ def _count(value: Any) -> int | None:
 
 
 def _read_options(words: Sequence[str], command: CommandLine) -> None:
+    for word in words:
+        if " " not in word and (variable := variable_in(word)) is not None:
+            raise InputError(
+                f"the command line: {variable} is a variable of the shell without a value here; "
+                "write its value, or set it in front: NAME=value trl …"
+            )
     for name, value in _options(words):
         if name == "config":
             command.files.append(str(value))
@@ -185,6 +199,8 @@ def _read_options(words: Sequence[str], command: CommandLine) -> None:
             command.launch_file = str(value)
         elif name in _PROCESSES and str(value).isdecimal():
             command.processes = int(value)
+        elif name == "launcher":
+            command.launcher[name] = value
         elif name:
             command.values[name] = value
         else:

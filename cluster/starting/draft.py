@@ -13,6 +13,8 @@ _TRUE, _FALSE = (
     ("false", "no", "off", "0", "none", "null", ""),
 )
 _UNSET: tuple[Any, ...] = (None, "", [], {})
+NO_MODEL = "MODEL"
+"""In the place of a model that no setting names."""
 _LARGEST = 2**53
 """Up to here a float holds each whole number."""
 
@@ -150,6 +152,8 @@ class Draft:
         """By their name: what it means, and why it is left out."""
         self.strangers: list[str] = []
         """Settings inside others that the tables do not have, by dotted name."""
+        self.streams: list[str] = []
+        """Settings of data sets, by dotted name, that read rows while the run trains."""
         self.notes: list[str] = []
         """What is not the matter of one setting."""
 

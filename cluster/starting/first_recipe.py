@@ -41,6 +41,7 @@ _NO_LIMIT = 2**17
 _LORA_RATE, _PREFERENCE_RATE = 2e-4, 1e-5
 _SIZE = re.compile(r"(?<![\w.])(\d+(?:\.\d+)?)([bm])(?![a-z])", re.IGNORECASE)
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+_AS_CHAT = "{instruction: prompt, output: completion}"
 _LEAST_ROWS = 100
 """Of fewer rows, a share might hold out none."""
 _STEPS = 10
@@ -126,6 +127,8 @@ def first_recipe(
         method_settings["max_completion"] = _completion(_positions(folder))
         start["optim"] = {"batch_size": 8}
     look = look_at_rows(load_recipe(start), folder)
+    if look.fault:
+        notes.append(f"the rows do not fit the model: {look.fault}")
     _data(choices, place, look, kind, folder, target)
     _adapter(choices, kind)
     _duration(choices, look, kind, max(1, len(gpus)))
@@ -174,7 +177,7 @@ def _model_here(base: str) -> tuple[str, Path | None, str | None]:
         if not Path(resolved).is_absolute() and not _HUB_ID.fullmatch(base):
             raise InputError(f"{base} is neither a folder nor a hub id (owner/name); correct it")
         model = ModelSettings(base=resolved)
-        folder = model_folder(model, only_cached=True, where="the model")
+        folder = model_folder(model, only_cached=True)
         if folder is None:
             try:
                 folder = model_folder(model)
@@ -239,18 +242,19 @@ def _positions(folder: Path | None) -> int:
 
 
 def _data(
-    choices: Choices, place: dict[str, str], look: RowsLook, kind: str, folder: Path | None,
+    choices: Choices, place: dict[str, Any], look: RowsLook, kind: str, folder: Path | None,
     target: Path,
 ) -> None:  # fmt: skip
     path = place.get("path", "")
     is_file = bool(path) and "://" not in path
-    source = {"path": os.path.relpath(path, target)} if is_file else dict(place)
-    choices.choose("data.train", [source], f"{_rows(look)[0].upper()}{_rows(look)[1:]}.")
+    source = {**place, **({"path": os.path.relpath(path, target)} if is_file else {})}
+    choices.choose("data.train", [source], _of_rows(look, source))
     most = min(_LONGEST, _positions(folder))
     packs = METHODS[kind].packs
     own = min(most, _rounded(look.lengths["0.99"]))
     length = min(most, max(own, 1024)) if packs else own
-    by = "" if look.is_measured else "; by their characters, as there is no tokenizer here"
+    why = "the chat template does not render them" if look.fault else "there is no tokenizer here"
+    by = "" if look.is_measured else f"; by their characters, as {why}"
     lines = (
         f"Half of the rows have up to {count(look.lengths['0.5'])} tokens, 99% up to "
         f"{count(look.lengths['0.99'])}, the longest {count(look.lengths['1'])}{by}."
@@ -269,6 +273,24 @@ def _data(
         why = "The tokenizer has no chat template. Its marks get rows of their own."
         choices.choose("data.chat_template", "chatml", why)
         choices.choose("model.add_tokens", "auto", "The marks of ChatML, where they are missing.")
+
+
+def _of_rows(look: RowsLook, source: dict[str, Any]) -> str:
+    """What the rows are, and what of them needs a look."""
+    lines = f"{_rows(look)[0].upper()}{_rows(look)[1:]}."
+    if "columns" in source:
+        lines += " columns says which of yours hold question and answer."
+    if look.is_verbatim:
+        lines += (
+            " Prompts are read as they are, without the chat template; columns with "
+            f"{'{instruction: prompt}' if look.format == 'preference' else _AS_CHAT} makes them "
+            "conversations."
+        )
+    if look.bad:
+        lines += f" Of the first {look.bad + look.usable}, {look.bad} cannot be used."
+    if look.fault:
+        lines += f" None can be used with this model: {look.fault}."
+    return lines
 
 
 def _completion(most: int) -> int:

@@ -7,6 +7,7 @@ from typing import Any
 
 from ...training.common.errors import InputError
 from ...training.common.formatting import printable, shown
+from ...training.common.secrets import redact
 from ...training.common.yaml_text import load_yaml
 from ...training.config.foreign.llama_factory_v1 import LLAMA_FACTORY_V1
 from ...training.config.foreign.lookup import dialect_of, marks_in
@@ -14,11 +15,11 @@ from ...training.config.methods import ONLINE
 from ...training.config.paths import exists
 from ...training.config.recipe import Recipe, build_recipe
 from ...training.config.short_forms import write_out
-from ...training.config.yaml_file import Document, read_foreign_file
+from ...training.config.yaml_file import Document, read_foreign_file, read_text
 from . import axolotl, llama_factory, llama_factory_v1, trl
 from .command_line import CommandLine, is_command, read_command
-from .draft import Draft, ForeignSettings
-from .launch import devices_of, name_launcher_options
+from .draft import NO_MODEL, Draft, ForeignSettings
+from .launch import devices_of, name_launcher_options, with_file
 from .places import Places, starting_folders
 from .recipe_text import recipe_text
 from .refusals import refuse_other_training
@@ -26,6 +27,8 @@ from .trainer import Devices
 
 _ACCELERATE = frozenset({"compute_environment", "distributed_type", "fsdp_config", "zero_stage"})
 _PROJECTS = {"trl": "TRL", "llamafactory-cli": "LLaMA-Factory", "axolotl": "Axolotl"}
+_SHELL = (".sh", ".bash", ".slurm", ".sbatch")
+"""Ends of the names of scripts for a shell."""
 _NAMES = "Axolotl, LLaMA-Factory and TRL"
 
 
@@ -60,7 +63,7 @@ def import_settings(
     """Make a recipe.
 
     Args:
-        source: a YAML or JSON file, or a command line.
+        source: a YAML or JSON file, a script for a shell, or a command line.
         gpus: GPUs that the configuration is meant for; None: one, or those of the command line.
         target: the folder of the recipe, from which its paths start.
         dataset_info: LLaMA-Factory's dataset_info.json.
@@ -80,13 +83,16 @@ def import_settings(
 def _import(
     source: str, gpus: int | None, target: Path, dataset_info: Path | None, method: str | None
 ) -> Imported:
-    command = read_command(source) if is_command(source) and not exists(source) else None
+    command = _command(source)
     values, where, folder = _read(source, command)
     name = _dialect(values, where, command)
     if method is not None and name in ("Axolotl", "LLaMA-Factory"):
         raise InputError(f"--method: {where} is {name}'s, which says its method; leave it out")
+    renamed: dict[str, str] = {}
+    if name == "TRL":
+        values, renamed = trl.current_names(values)
     draft = Draft(ForeignSettings(values, where), dialect_of(name))
-    devices = devices_of(gpus, command)
+    devices = devices_of(gpus, with_file(command, draft) if name == "TRL" else command)
     refuse_other_training(draft)
     places = Places(starting_folders(folder), target)
     if name == "Axolotl":
@@ -99,10 +105,30 @@ def _import(
     else:
         kind, origin = _method(values, where, command, method)
         trl.convert(draft, devices, places, kind, origin)
+    draft.mapped |= {old: draft.mapped[new] for old, new in renamed.items() if new in draft.mapped}
     if command is not None:
         name_launcher_options(draft, command, devices)
     _settle(draft)
     return _imported(draft, name, where, devices)
+
+
+def _command(source: str) -> CommandLine | None:
+    """The command line that the source is, or that its script for a shell has; None for a file of
+    settings.
+
+    Raises:
+        InputError: it cannot be read, or is a program.
+    """
+    if not exists(source):
+        return read_command(source) if is_command(source) else None
+    kind = Path(source).suffix.lower()
+    if kind in (".py", ".ipynb"):
+        raise InputError(
+            f"{printable(source)}: a program; finray import reads configurations and command "
+            "lines: write its settings as one, such as 'trl sft --model_name_or_path … "
+            "--learning_rate 1e-4'"
+        )
+    return read_command(read_text(Path(source), printable(source))) if kind in _SHELL else None
 
 
 def _read(source: str, command: CommandLine | None) -> tuple[dict[str, Any], str, Path]:
@@ -125,6 +151,7 @@ def _dialect(values: Mapping[str, Any], where: str, command: CommandLine | None)
     if command is not None and command.project in _PROJECTS:
         named = _PROJECTS[command.project]
         marks = {named: [], **{name: keys for name, keys in marks.items() if name == named}}
+    marks = {project: own for project, own in marks.items() if len(own) > 1 or _has_model(values)}
     if len(marks) > 1:
         keys = " and ".join(f"{name}'s {', '.join(own[:3])}" for name, own in marks.items())
         raise InputError(f"{where}: the file has {keys}; keep the settings of one of them")
@@ -134,7 +161,8 @@ def _dialect(values: Mapping[str, Any], where: str, command: CommandLine | None)
         return "TRL"
     if "model_name_or_path" in values:
         return "TRL"
-    if {"model", "data"} & values.keys() and "data" in values:
+    data = values.get("data")
+    if isinstance(data, str) or (isinstance(data, dict) and "train" in data):
         raise InputError(f"{where}: this is a recipe of finray's already; finray check reads it")
     if _ACCELERATE & values.keys():
         raise InputError(
@@ -150,19 +178,27 @@ def _dialect(values: Mapping[str, Any], where: str, command: CommandLine | None)
     raise InputError(f"{where}: no configuration of {_NAMES}; its keys: {keys}")
 
 
+def _has_model(values: Mapping[str, Any]) -> bool:
+    names = ("base_model", "base_model_config", "model_name_or_path", "model_name")
+    return any(name in values for name in names)
+
+
 def _method(
     values: dict[str, Any], where: str, command: CommandLine | None, method: str | None
 ) -> tuple[str, str]:
     if method is not None:
         return method, "--method"
     if command is not None and command.method is not None:
-        return command.method, f"the script {command.script}"
+        kind = trl.PRETRAINING.get(command.method, command.method)
+        return kind, f"the script {command.script}"
     return trl.method_by_keys(values, where)
 
 
 def _settle(draft: Draft) -> None:
     """Leave out what contradicts in finray, and say so."""
     values = draft.values
+    if values.get("model.base") == NO_MODEL:
+        draft.notes.append(f"model.base: no model is named; write it in the place of {NO_MODEL}")
     if values.get("adapter.dora") and values.get("model.quantize") == "int8":
         values["model.quantize"] = "nf4"
         draft.notes.append("model.quantize: nf4 instead of int8, which gives DoRA no weights")
@@ -224,7 +260,7 @@ def _tail(draft: Draft, unknown: list[str]) -> list[str]:
             lines.append(f"  {names}: {reason}")
     if unknown:
         lines.append("Not known to finray import:")
-        lines += [f"  {name}{_value_of(draft, name)}" for name in unknown]
+        lines += [redact(f"  {name}{_value_of(draft, name)}") for name in unknown]
     return lines
 
 

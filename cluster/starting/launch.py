@@ -1,11 +1,12 @@
 """The GPUs that a configuration, or a command line, is meant for."""
 
+from dataclasses import replace
 from pathlib import Path
 
 from ...training.common.errors import InputError
 from ...training.common.formatting import shown
 from ...training.config.yaml_file import read_foreign_file
-from .command_line import CommandLine
+from .command_line import CommandLine, visible_gpus
 from .draft import Draft, ForeignSettings
 from .trainer import Devices, is_stage_3
 
@@ -14,6 +15,25 @@ _TRL_FILES |= {"fsdp1": 8, "fsdp2": 8}
 """Processes in the files for accelerate that TRL brings along."""
 _SHARDING_OPTIONS = ("use_fsdp", "use_deepspeed", "zero_stage", "deepspeed_config_file")
 _SHARDING = ("zero3", "fsdp1", "fsdp2")
+_PROCESSES = ("num_processes", "nproc_per_node")
+
+
+def with_file(command: CommandLine | None, draft: Draft) -> CommandLine | None:
+    """The command line, with what a file of TRL says of the launch in its place."""
+    settings = draft.settings
+    env = settings.value("env")
+    variables = (
+        {str(key): str(value) for key, value in env.items()} if isinstance(env, dict) else {}
+    )
+    counts = [settings.whole(name, 1) for name in _PROCESSES]
+    own = command or CommandLine()
+    processes = own.processes or next(filter(None, counts), None)
+    file = own.launch_file or settings.text("accelerate_config")
+    processes = processes or visible_gpus(variables, file)
+    draft.fulfilled("scale.workers", *_PROCESSES, "accelerate_config")
+    if processes or file:
+        return replace(own, processes=processes, launch_file=file)
+    return command
 
 
 def devices_of(gpus: int | None, command: CommandLine | None) -> Devices:
@@ -21,7 +41,7 @@ def devices_of(gpus: int | None, command: CommandLine | None) -> Devices:
 
     Args:
         gpus: as the user says.
-        command: the command line, if there is one.
+        command: the command line, if there is one, with what a file of TRL says of the launch.
 
     Raises:
         InputError: gpus is below 1, or accelerate's file cannot be read.
@@ -35,7 +55,7 @@ def devices_of(gpus: int | None, command: CommandLine | None) -> Devices:
     if gpus is not None:
         return Devices(gpus, f"--gpus {gpus}", shards)
     if command is not None and command.processes:
-        return Devices(command.processes, "the command line's processes", shards)
+        return Devices(command.processes, "processes that are launched", shards)
     return launched or Devices(1, "1 GPU unless --gpus says more", shards)
 
 
@@ -72,7 +92,8 @@ def _launched(command: CommandLine) -> Devices | None:
         shards = f"TRL's {name}" if name in _SHARDING else ""
         return Devices(_TRL_FILES[name], f"num_processes of TRL's {name}", shards)
     if not Path(name).is_file():
-        return Devices(1, f"1 GPU unless --gpus says more; {name} is not there")
+        shards = name if is_stage_3(name) or "fsdp" in name.lower() else ""
+        return Devices(1, f"1 GPU unless --gpus says more; {name} is not there", shards)
     settings = ForeignSettings(read_foreign_file(Path(name)), name)
     kind = (settings.text("distributed_type") or "").upper()
     deepspeed = settings.inside("deepspeed_config", settings.value("deepspeed_config") or {})

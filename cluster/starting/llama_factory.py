@@ -10,14 +10,17 @@ from ...training.common.errors import InputError
 from ...training.config.methods import METHODS
 from ...training.config.yaml_file import read_foreign_file
 from . import adapting, trainer
+from .alpaca import template_of
 from .axolotl import holdout
-from .draft import Draft
+from .draft import NO_MODEL, Draft
 from .places import Places
 from .trainer import Defaults, Devices
 
 _DEFAULTS = Defaults("LLaMA-Factory", 5e-5, 3.0, 8, "linear")
 _STAGES = {"pt": "pretrain", "sft": "sft", "rm": "reward", "dpo": "dpo", "kto": "kto"}
 _FILE = "dataset_info.json"
+_ONLINE = "ONLINE"
+"""The dataset_dir under which names are those of data sets of the hub."""
 _OTHER_WORK = {
     "export_dir": "exports a model; finray export does that",
     "infer_backend": "generates answers; nothing is trained",
@@ -30,6 +33,32 @@ _MODEL_PARALLEL = (
     "pipeline_model_parallel_size",
     "context_parallel_size",
 )
+_TEMPLATES = {
+    "alpaca": template_of(
+        (("", ""), ("### Instruction:\\n", "\\n\\n"), "### Response:\\n", "\\n\\n")
+    ),
+    "vicuna": template_of((("", ""), ("USER: ", " "), "ASSISTANT:", "")),
+    "default": (
+        "{% for message in messages %}{% if message.role == 'system' %}{{ 'System: ' + "
+        "message.content + eos_token + '\\n' }}{% elif message.role == 'user' %}{{ 'Human: ' + "
+        "message.content + eos_token + '\\n' }}{% elif message.role == 'assistant' %}{{ "
+        "'Assistant:' + message.content + eos_token + '\\n' }}{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}{{ 'Assistant:' }}{% endif %}"
+    ),
+}
+"""Those of LLaMA-Factory that take the place of a model's own."""
+_SYSTEMS = {
+    "alpaca": (
+        "Below is an instruction that describes a task. Write a response that appropriately "
+        "completes the request.\n\n"
+    ),
+    "chatml_de": "Du bist ein freundlicher und hilfsbereiter KI-Assistent.",
+    "vicuna": (
+        "A chat between a curious user and an artificial intelligence assistant. The assistant "
+        "gives helpful, detailed, and polite answers to the user's questions."
+    ),
+}
+"""The system prompts that come with them."""
 _OTHER_LOSSES = ("use_dft_loss", "use_eaft_loss", "use_asft_loss")
 
 
@@ -47,7 +76,7 @@ def convert(draft: Draft, devices: Devices, places: Places, info: Path | None) -
     """
     settings = draft.settings
     kind = _method(draft)
-    base = settings.text("model_name_or_path") or "MODEL"
+    base = settings.text("model_name_or_path") or NO_MODEL
     draft.put("model.base", places.model(base), "model_name_or_path")
     revision = settings.text("model_revision")
     if revision not in (None, "main"):
@@ -84,7 +113,7 @@ def convert(draft: Draft, devices: Devices, places: Places, info: Path | None) -
     trainer.patience(draft, "early_stopping_steps")
     trainer.saving(draft)
     trainer.trackers(draft)
-    trainer.streaming(draft, "streaming")
+    trainer.streaming(draft, ["streaming"] if settings.flag("streaming") else [])
     own = settings.text("flash_attn")
     if own is not None:
         draft.fulfilled("model.attention: auto, documents one at a time", "flash_attn")
@@ -268,6 +297,9 @@ def _data(draft: Draft, kind: str, places: Places, info: Path | None) -> bool:
 def _info_file(draft: Draft, places: Places) -> Path | None:
     """dataset_info.json: in dataset_dir, or beside the configuration."""
     folder = draft.settings.text("dataset_dir") or "data"
+    if folder == _ONLINE:
+        draft.fulfilled("data.train: data sets of the hub", "dataset_dir")
+        return None
     candidates = [base / folder / _FILE for base in places.folders]
     candidates += [base / _FILE for base in places.folders]
     found = next((file for file in candidates if file.is_file()), None)
@@ -287,9 +319,12 @@ def _source(
     if file is None:
         folder = draft.settings.text("dataset_dir") or "data"
         if folder.startswith("REMOTE:"):
+            draft.leave("dataset_dir", "where dataset_info.json is on the hub; finray reads a file")
             return {"dataset": name, **more}
         if places.is_local(name):
             return {"path": places.path(name), **more}
+        if folder == _ONLINE:
+            return {"dataset": name, **more}
         return {"dataset": name, "dataset_info": f"{folder.rstrip('/')}/{_FILE}", **more}
     written = os.path.relpath(file, places.target)
     _check_entry(draft, name, file)
@@ -340,17 +375,19 @@ def _loss(draft: Draft) -> None:
 
 
 def template(draft: Draft) -> None:
-    """The chat template, by its name: the model's own."""
+    """The chat template, by its name: mostly the model's own."""
     settings = draft.settings
-    name = settings.text("template")
-    if name is not None and name != "default":
+    name = (settings.text("template") or "").lower()
+    if name in ("chatml", "chatml_de"):
+        adapting.chatml(draft, "template")
+    elif name in _TEMPLATES:
+        draft.put("data.chat_template", _TEMPLATES[name], "template", note="LLaMA-Factory's")
+    elif name:
         draft.change(
             "template",
             f"{name}: the model's own chat template; data.chat_template takes another",
         )
-    elif name is not None:
-        draft.fulfilled("the model's own chat template", "template")
-    if (system := settings.text("default_system")) is not None:
+    if (system := settings.text("default_system") or _SYSTEMS.get(name)) is not None:
         for source in draft.values["data.train"]:
             source["system"] = system
         draft.fulfilled("data.train.0.system", "default_system")

@@ -61,6 +61,7 @@ def convert(draft: Draft, devices: Devices, places: Places, verb: str | None) ->
     trainer.precision(draft)
     _memory(draft, devices)
     trainer.remote_code(draft)
+    trainer.streaming(draft, draft.streams)
     trainer.saving(draft)
     if settings.value("flash_attn") is not None:
         draft.fulfilled("model.attention: auto, documents one at a time", "flash_attn")
@@ -144,7 +145,7 @@ def _source(draft: Draft, where: str, entry: ForeignSettings, places: Places) ->
             f"{converter}: finray looks at the rows; map of the source does it",
         )
     if entry.flag("streaming"):
-        draft.change(f"{where}.streaming", trainer.PREPARED_AHEAD)
+        draft.streams.append(f"{where}.streaming")
     if entry.text("source") == "ms_hub":
         draft.change(f"{where}.source", "ms_hub: a data set of this name on the hub, or a path")
     draft.name_others(where, entry, _DATASET)

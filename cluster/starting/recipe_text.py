@@ -69,7 +69,7 @@ def _setting(
 def _written(name: str, value: Any, indent: str) -> list[str]:
     """`name: value`, on one line if it fits."""
     line = f"{indent}{name}: {_flow(value)}"
-    if len(line) <= _WIDTH and not (isinstance(value, str) and "\n" in value):
+    if len(line) <= _WIDTH and "\n" not in line and not (isinstance(value, str) and "\n" in value):
         return [line]
     block = yaml.dump({name: value}, Dumper=_Readable, sort_keys=False, allow_unicode=True)
     return [f"{indent}{part}" if part else part for part in block.rstrip("\n").split("\n")]
@@ -88,8 +88,10 @@ class _Readable(Dumper):
 
 
 def _text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
-    is_quoted = len(text) > _WIDTH and "'" in text
+    is_quoted = len(text) > _WIDTH and ("'" in text or text.startswith("{"))
     style = "|" if "\n" in text or is_quoted else None
+    if text.endswith("\n\n") or text == "\n":  # a block would need a mark of its end
+        style = '"'
     return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=style)
 
 

@@ -2,6 +2,7 @@
 
 import math
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -16,10 +17,13 @@ from ...training.data.chat import NO_TEMPLATE
 from ...training.data.expand import expand
 from ...training.data.formats import detect_format
 from ...training.data.inspection import inspect_source
+from ...training.data.render_settings import RenderSettings
+from ...training.data.rendering import load_renderer
 from ...training.data.resolve import all_rows, resolve_data
 from ...training.data.row_changes import UNCHANGED
-from ...training.data.rows import BadRow
+from ...training.data.rows import BadRow, Row
 from ...training.data.sample import measure_sample
+from ...training.data.shapes import Completion, Example, LabelledExample, PreferencePair
 
 _OPTION = "--data"
 _FIRST = 200
@@ -28,6 +32,11 @@ _ROW_BYTES = 16 * 2**20
 _CHARACTERS = 3.5
 """Of a token, about, where there is no tokenizer."""
 _HUB = re.compile(r"[\w.-]+/[\w.-]+")
+_QUESTIONS = ("instruction", "question", "query", "problem", "input")
+_ANSWERS = ("output", "answer", "response", "solution", "completion", "target")
+"""Usual names of columns with a question and its answer."""
+_OWN = frozenset({"prompt", "messages", "conversations", "text", "content", "label", "kto_tag"})
+"""Columns of shapes that need neither."""
 _METHODS: dict[KnownFormat, str] = {
     "preference": "dpo",
     "labelled": "kto",
@@ -57,9 +66,17 @@ class RowsLook:
     """True if the model's tokenizer measured the lengths, with its chat template."""
     lacks_template: bool = False
     """True if the rows are conversations and the tokenizer has no chat template."""
+    fault: str = ""
+    """Why the first rows cannot be used with the model's chat template; empty if some can."""
+    bad: int = 0
+    """Of the first rows, those that cannot be used."""
+    usable: int = 0
+    """Of the first rows, examples."""
+    is_verbatim: bool = False
+    """True if texts are read as they are, without the chat template."""
 
 
-def place_of_data(data: str) -> dict[str, str]:
+def place_of_data(data: str) -> dict[str, Any]:
     """The source of a file, folder, URI, or data set of the hub.
 
     Raises:
@@ -76,8 +93,12 @@ def place_of_data(data: str) -> dict[str, str]:
     raise InputError(f"{_OPTION}: {data}: there is no such file or folder; correct the path")
 
 
-def method_of(place: dict[str, str]) -> tuple[KnownFormat, str]:
+def method_of(place: dict[str, Any]) -> tuple[KnownFormat, str]:
     """The shape of the rows, and the method that learns from it.
+
+    Args:
+        place: the source, which gets the columns of rows that call a question or an answer
+            otherwise.
 
     Raises:
         InputError: the file is empty, none of its rows can be read, or they have no shape that
@@ -91,8 +112,39 @@ def method_of(place: dict[str, str]) -> tuple[KnownFormat, str]:
         if not good:
             where, reason = (bad[0][0], bad[0][1].reason) if bad else (files[0].place, "no rows")
             raise InputError(f"{where}: {reason}; none of the first rows can be read")
-        shape = detect_format(good)
+        if columns := _columns_of([row for _, row in good]):
+            place["columns"] = columns
+            has_pairs = any(row.get("chosen") is not None for _, row in good)
+            shape: KnownFormat = "preference" if has_pairs else "alpaca"
+        else:
+            shape = detect_format(good)
     return shape, _METHODS[shape]
+
+
+def _columns_of(rows: Sequence[Row]) -> dict[str, str]:
+    """finray's names of a question's and an answer's columns; empty where rows have them, or none
+    of the usual ones."""
+
+    def usual(names: Sequence[str]) -> str | None:
+        texts = {name: sum(_is_text(row.get(name)) for row in rows) for name in names}
+        return next((name for name, count in texts.items() if 2 * count > len(rows)), None)
+
+    present = {name for row in rows for name, value in row.items() if value is not None}
+    question, answer = usual(_QUESTIONS), usual(_ANSWERS)
+    if present & _OWN or question is None:
+        return {}
+    if {"chosen", "rejected"} <= present:
+        return {} if question == "instruction" else {"instruction": question}
+    if answer is None or (question, answer) == ("instruction", "output"):
+        return {}
+    columns = {"instruction": question, "output": answer}
+    if "context" in present and "input" not in present:
+        columns["input"] = "context"
+    return {name: own for name, own in columns.items() if name != own}
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str) and bool(value.strip())
 
 
 def look_at_rows(recipe: Recipe, folder: Path | None) -> RowsLook:
@@ -114,15 +166,17 @@ def look_at_rows(recipe: Recipe, folder: Path | None) -> RowsLook:
     inspection = inspected.inspection
     texts = [sum(map(len, example.contents)) for example in inspected.examples]
     lengths = _quantiles([math.ceil(text / _CHARACTERS) for text in texts])
-    measured, lacks_template = None, False
+    measured, lacks_template, fault = None, False, ""
     if folder is not None:
         try:
             measured = measure_sample(recipe).lengths
+            if not any(measured.values()):
+                fault = _fault(recipe, inspected.examples)
         except InputError as error:
             if NO_TEMPLATE not in str(error):
                 raise
             lacks_template = True
-    if measured:
+    if measured and any(measured.values()):
         longest = max((value for value in measured.values() if value), default=8)
         lengths = {share: value or longest for share, value in measured.items()}
     mean = sum(texts) / len(texts) / _CHARACTERS
@@ -133,9 +187,26 @@ def look_at_rows(recipe: Recipe, folder: Path | None) -> RowsLook:
         inspection.is_exact,
         max(1, round(mean * max(scale, 0.2) * inspection.rows)),
         lengths,
-        measured is not None,
+        measured is not None and not fault,
         lacks_template,
+        fault,
+        len(inspected.bad),
+        len(inspected.examples),
+        all(map(_is_verbatim, inspected.examples)),
     )
+
+
+def _fault(recipe: Recipe, examples: Sequence[Example]) -> str:
+    """Why the chat template cannot render the first rows."""
+    rendered = load_renderer(RenderSettings.of(recipe)).render(list(examples[:_FIRST]))
+    return next((str(row.error) for row in rendered if row.error is not None), "")
+
+
+def _is_verbatim(example: Example) -> bool:
+    if isinstance(example, PreferencePair):
+        return isinstance(example.chosen, Completion)
+    answer = example.answer if isinstance(example, LabelledExample) else example
+    return isinstance(answer, Completion)
 
 
 def _quantiles(sizes: list[int]) -> dict[str, int]:

@@ -21,9 +21,13 @@ _SCHEDULES = {
 }
 _SAME = ("constant", "constant_with_warmup", "linear", "cosine")
 _TRACKERS: dict[str, TrackerName] = {name: name for name in get_args(TrackerName)}
+_OFF = ("none", "false")
 _HALF = "model.dtype: auto, bfloat16 where the GPU has it, float16 elsewhere"
-PREPARED_AHEAD = "rows are prepared ahead; data.prepare: streaming reads them while the run trains"
-"""How finray differs where another project streams."""
+_PREPARED_AHEAD = (
+    "rows are prepared ahead; data.prepare: streaming reads them while the run trains, and needs "
+    "optim.max_steps"
+)
+"""How finray differs where another project streams, and the number of steps is open."""
 _HOW_SHARDED = (
     "how weights are shared and where they lie; finray's FSDP2 shares each layer's, on the GPUs"
 )
@@ -67,10 +71,25 @@ def leave_present(draft: Draft, names: Sequence[str], why: str) -> None:
             draft.leave(name, why)
 
 
-def streaming(draft: Draft, name: str) -> None:
-    """Rows that are read while the run trains."""
-    if draft.settings.flag(name):
-        draft.change(name, PREPARED_AHEAD)
+def streaming(draft: Draft, asked: Sequence[str]) -> None:
+    """Rows that are read while the run trains.
+
+    Args:
+        draft: the draft, with its duration.
+        asked: the settings that say so, by dotted name; empty if none does.
+    """
+    needs_all_rows = "data.curate" in draft.values or draft.settings.flag(
+        "precompute_ref_log_probs"
+    )
+    if asked and "optim.max_steps" in draft.values and not needs_all_rows:
+        draft.put("data.prepare", "streaming", note=", ".join(asked))
+        draft.mapped |= {
+            name: ", ".join(filter(None, [draft.mapped.get(name), "data.prepare: streaming"]))
+            for name in asked
+        }
+        return
+    for name in asked:
+        draft.change(name, _PREPARED_AHEAD)
 
 
 def rate(draft: Draft, defaults: Defaults) -> None:
@@ -114,7 +133,8 @@ def batch(
     if draft.values.get("method.kind") == "kto" and rounded < 2:
         rounded = 2
         draft.notes.append("optim.batch_size: 2 instead of 1, as kto compares answers of a batch")
-    names = ("gradient_accumulation_steps", "batch_size", "gradient_accumulation")
+    names = ["gradient_accumulation_steps", "gradient_accumulation"]
+    names += ["batch_size"] if whole is not None else []
     draft.put("optim.batch_size", rounded, *names, note=note)
     micro_note = "" if micro is not None else f"{defaults.project}'s default"
     draft.put("optim.micro_batch_size", min(rows, rounded), name, note=micro_note)
@@ -231,6 +251,14 @@ def precision(draft: Draft, *names: str) -> None:
             draft.change(name, _HALF)
     if settings.value("float32") is not None and settings.flag("float32"):
         draft.put("model.dtype", "float32", "float32")
+    others = ("fp16", "float16", "float32", *names)
+    is_off = str(settings.value("bf16")).lower() == "false"
+    if is_off and all(str(settings.value(name)).lower() in _OFF for name in others):
+        draft.change(
+            "bf16",
+            "false: float32 there; model.dtype: auto takes bfloat16 where the GPU has it, and "
+            "model.dtype: float32 is the same",
+        )
     for name in names:
         kind = (settings.text(name) or "").lower().removeprefix("torch.")
         if kind in ("float16", "half", "fp16"):

@@ -2,6 +2,7 @@
 
 import posixpath
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, get_args
 
@@ -9,7 +10,7 @@ from ...training.common.errors import InputError
 from ...training.config.methods import METHODS, ONLINE, DpoLoss
 from . import adapting, trainer
 from .axolotl import holdout
-from .draft import Draft, ForeignSettings
+from .draft import NO_MODEL, Draft, ForeignSettings
 from .places import Places, files_of
 from .rewards import online
 from .trainer import Defaults, Devices, leave_present
@@ -36,6 +37,20 @@ _SIGNS = {
 _DPO_LOSSES = get_args(DpoLoss)
 _OLD_LOSSES = {"kto_pair": "sigmoid", "apo_zero_unpaired": "apo_zero", "sigmoid_norm": "sigmoid"}
 
+PRETRAINING = {"cpt": "pretrain"}
+"""finray's method by a word of the alignment handbook's."""
+_OLD_NAMES = {
+    "model_name": "model_name_or_path",
+    "batch_size": "per_device_train_batch_size",
+    "seq_length": "max_seq_length",
+    "num_train_epoch": "num_train_epochs",
+    "peft_lora_r": "lora_r",
+    "peft_lora_alpha": "lora_alpha",
+    "r": "lora_r",
+    "target_modules": "lora_target_modules",
+    "modules_to_save": "lora_modules_to_save",
+}
+"""What scripts around TRL and Unsloth, and its own old ones, call its settings."""
 _OPEN_LENGTH = 8192
 """Tokens, where TRL cuts no row."""
 _OF_ONE_DATASET = (
@@ -48,12 +63,18 @@ _OF_A_MIXED = (
 )
 
 
+def current_names(values: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
+    """The settings under the names that TRL has today, and these by the names in the file."""
+    renamed = {old: new for old, new in _OLD_NAMES.items() if old in values and new not in values}
+    return {renamed.get(name, name): value for name, value in values.items()}, renamed
+
+
 def method_by_keys(values: dict[str, Any], path: str) -> tuple[str, str]:
     """The method of a file, and what says so: words of its path, else its keys."""
     words = re.split(r"[/_\-.\s]+", path.lower())
-    for kind in ("sft", "dpo", "kto", "orpo", "cpo", "simpo", "reward", "grpo", "rloo"):
+    for kind in ("sft", "dpo", "kto", "orpo", "cpo", "simpo", "reward", "grpo", "rloo", "cpt"):
         if kind in words:
-            return kind, "the file's path"
+            return PRETRAINING.get(kind, kind), "the file's path"
     for kind, signs in _SIGNS.items():
         if present := [sign for sign in signs if values.get(sign) is not None]:
             return kind, ", ".join(present)
@@ -83,7 +104,7 @@ def convert(draft: Draft, devices: Devices, places: Places, kind: str, origin: s
         kind = "simpo"
     draft.put("method.kind", kind, note=f"by {origin}")
     defaults = Defaults("TRL", _RATES[kind], 3.0, 8, "linear")
-    base = settings.text("model_name_or_path") or settings.text("sft_model_path") or "MODEL"
+    base = settings.text("model_name_or_path") or settings.text("sft_model_path") or NO_MODEL
     draft.put("model.base", places.model(base), "model_name_or_path", "sft_model_path")
     revision = settings.text("model_revision")
     if revision not in (None, "main"):
@@ -111,8 +132,8 @@ def convert(draft: Draft, devices: Devices, places: Places, kind: str, origin: s
     trainer.evaluation(draft, holds_out)
     trainer.saving(draft, int(draft.values.get("method.passes", 1)))
     trainer.trackers(draft)
-    for name in ("streaming", "dataset_streaming"):
-        trainer.streaming(draft, name)
+    flags = [name for name in ("streaming", "dataset_streaming") if settings.flag(name)]
+    trainer.streaming(draft, flags + draft.streams)
     adapting.attention(draft, "attn_implementation")
     if settings.value("use_flash_attention_2") is not None:
         draft.fulfilled("model.attention: auto, documents one at a time", "use_flash_attention_2")
@@ -313,7 +334,7 @@ def _of_mixture(draft: Draft, key: str, settings: ForeignSettings) -> None:
             f"{size:g} rows; finray takes a share of the rows: 0.02 is written",
         )
     if settings.flag("streaming"):
-        draft.change(f"{key}.streaming", trainer.PREPARED_AHEAD)
+        draft.streams.append(f"{key}.streaming")
     if settings.value("seed") is not None:
         draft.leave(f"{key}.seed", "of the order of a mixture; finray's seed is the whole run's")
     draft.name_others(key, settings, ("datasets", "test_split_size", "streaming", "seed"))

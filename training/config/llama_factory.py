@@ -22,8 +22,6 @@ _UNUSABLE = {
     "script_url": "a loading script, whose code is not run",
     "ms_hub_url": "a data set of ModelScope, which is not reached",
     "om_hub_url": "a data set of Modelers, which is not reached",
-    "cloud_file_name": "a file in a cloud; give its URI as the path of the source",
-    "folder": "a part of a repository; name its files by the path of the source",
 }
 
 
@@ -74,8 +72,13 @@ def _place(entry: dict[str, Any], file: Path) -> dict[str, Any]:
     written = {"subset": entry.get("subset"), "limit": entry.get("num_samples")}
     if (name := entry.get("hf_hub_url")) is not None:
         written |= {"dataset": name, "split": entry.get("split")}
+        if (folder := entry.get("folder")) is not None:
+            del written["dataset"], written["subset"]
+            written["path"] = f"hf://datasets/{name}/{folder}"
     elif (name := entry.get("file_name")) is not None:
         written["path"] = str(file.parent / name)
+    elif (name := entry.get("cloud_file_name")) is not None:
+        written["path"] = name
     else:
         unusable = (what for key, what in _UNUSABLE.items() if key in entry)
         kind = next(unusable, "neither hf_hub_url nor file_name")

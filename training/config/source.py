@@ -24,6 +24,8 @@ RowFormat = Literal["auto", KnownFormat]
 
 Role = Literal["system", "user", "assistant", "tool", "function_call"]
 
+MessageKey = Literal["role", "content", "reasoning_content", "tool_calls", "weight"]
+
 
 class RowFunction(UserFunction):
     """The user's function from a row to a row."""
@@ -74,8 +76,9 @@ class Source(Section):
     columns: dict[str, str] = {}
     """Columns under other names, as in {prompt: question, completion: answer}: on the left the
     name that the shape of the rows expects, on the right the source's own."""
-    message_keys: dict[Literal["role", "content"], str] = {}
-    """The keys of a message under other names, as in {role: speaker, content: utterance}."""
+    message_keys: dict[MessageKey, str] = {}
+    """The keys of a message under other names, as in {role: speaker, content: utterance}. weight
+    says whether a turn is trained: 0 or 1, false or true."""
     roles: dict[str, Role] = {}
     """The roles that other role names stand for, as in {customer: user, agent: assistant}."""
     system: str | None = None

@@ -131,7 +131,7 @@ def read_recipe_file(
     """
     file = printable(str(path))
     try:
-        parsed = parse_yaml(_read(path, file))
+        parsed = parse_yaml(read_text(path, file))
     except YamlFault as fault:
         raise InputError(f"{file}:{fault}") from None
     if not isinstance(parsed.values, dict):
@@ -155,7 +155,7 @@ def read_foreign_file(path: Path) -> dict[str, Any]:
         return read_recipe_file(path).values
     file = printable(str(path))
     try:
-        values = json.loads(_read(path, file))
+        values = json.loads(read_text(path, file))
     except (ValueError, RecursionError) as error:
         raise InputError(f"{file}: not valid JSON: {error}; correct it") from None
     if not isinstance(values, dict):
@@ -175,7 +175,16 @@ def apply_changes(document: Document, overrides: Sequence[str | Change]) -> None
         document.write_out(document.values)
 
 
-def _read(path: Path, file: str) -> str:
+def read_text(path: Path, file: str) -> str:
+    """The text of a file.
+
+    Args:
+        path: the file.
+        file: its name in messages.
+
+    Raises:
+        InputError: it cannot be read, is too large, or is not UTF-8.
+    """
     try:
         with path.open("rb") as stream:
             content = stream.read(LARGEST + 1)

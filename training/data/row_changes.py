@@ -168,7 +168,7 @@ def _with_keys(row: Row, keys: Mapping[str, str]) -> Row:
         rest = {key: value for key, value in message.items() if key not in keys.values()}
         return {**rest, **moved}
 
-    return with_messages(with_lists(row, tuple(keys.values())), renamed)
+    return with_messages(with_lists(row, (*keys.values(), "role", "from")), renamed)
 
 
 def _with_system(row: Row, system: str) -> Row:

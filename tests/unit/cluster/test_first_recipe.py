@@ -203,6 +203,46 @@ def test_data_that_cannot_be_used(text: str, message: str, tmp_path: Path) -> No
     assert str(caught.value).startswith("--data: ")
 
 
+@pytest.mark.parametrize(
+    ("row", "columns"),
+    [
+        (
+            {"question": "after 1?", "answer": "two"},
+            {"instruction": "question", "output": "answer"},
+        ),
+        (
+            {"instruction": "after 1?", "context": "", "response": "two"},
+            {"output": "response", "input": "context"},
+        ),
+        (
+            {"question": "after 1?", "chosen": "two", "rejected": "four"},
+            {"instruction": "question"},
+        ),
+    ],
+)
+def test_usual_columns_are_read(
+    row: dict[str, Any], columns: dict[str, str], tmp_path: Path, tiny_model: Path
+) -> None:
+    first = made(rows_of(row, tmp_path), tiny_model)
+    [source] = recipe_of(first, tmp_path).data.train
+    assert source.columns == columns
+    assert first.method == ("dpo" if "chosen" in row else "sft")
+    assert "columns says which of yours" in first.text
+
+
+def test_what_a_newcomer_should_know_of_the_rows(tmp_path: Path, tiny_model: Path) -> None:
+    """Texts that no template touches, rows that cannot be used, and tools without a place."""
+    file = rows_of({"prompt": "after 1?", "completion": "two"}, tmp_path)
+    assert "without the chat template" in made(file, tiny_model).text.replace("\n  #  ", "")
+    file = rows_of(SHAPES["sft"], tmp_path)
+    file.write_text(file.read_text(encoding="utf-8") + "{\n", encoding="utf-8")
+    assert "Of the first 121, 1 cannot be used" in made(file, tiny_model).text
+    tool = {"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}
+    first = made(rows_of({**SHAPES["sft"], "tools": [tool]}, tmp_path), tiny_model)
+    assert "renders no tools" in first.text and "renders no tools" in first.notes[0]
+    assert "by their characters, as the chat template" in first.text.replace("\n  #  ", "")
+
+
 def test_arguments_that_are_wrong(tmp_path: Path, tiny_model: Path) -> None:
     file = rows_of(SHAPES["sft"], tmp_path)
     with pytest.raises(InputError, match=r"--data: .*absent\.jsonl: there is no such file"):

@@ -234,6 +234,8 @@ def test_special_tokens(tmp_path: Path) -> None:
     result = imported(AXOLOTL["chatml"], tmp_path)
     assert "<|im_end|>" in result.changed["special_tokens"]
     assert flat(load_yaml(result.text))["model.add_tokens"] in (["<|im_start|>"], "auto")
+    old = imported(f"{_AXOLOTL}datasets: [a/b]\ntokens: {{pad_token: '[PAD]'}}\n", tmp_path)
+    assert "add_tokens" not in old.values["model"] and "pads nothing" in old.changed["tokens"]
     values = values_of(LLAMA_FACTORY["tokens"], tmp_path)
     assert values["model.add_tokens"] == ["<think>", "</think>"]
 
@@ -297,6 +299,9 @@ def test_dataset_info(tmp_path: Path) -> None:
     (tmp_path / "info.json").write_text('{"identity": {"file_name": "a", "columns": null}}')
     [source] = values_of(text, tmp_path, info=tmp_path / "info.json")["data.train"]
     assert source["dataset"] == "identity"
+    online = imported(f"{text}dataset_dir: ONLINE\n", tmp_path)
+    assert online.values["data"]["train"] == [{"dataset": "identity", "limit": 1000}]
+    assert not online.notes
     absent = imported(text.replace("identity", "other"), tmp_path, info=tmp_path / "info.json")
     assert any("other" in note for note in absent.notes)
 
@@ -320,6 +325,16 @@ def test_entries_of_dataset_info(entry: str, message: str | None, tmp_path: Path
         return
     with pytest.raises(InputError, match=message):
         named_source(source, info)
+
+
+def test_a_folder_of_a_data_set_is_read_alone(tmp_path: Path) -> None:
+    info = tmp_path / "info.json"
+    entry = {"hf_hub_url": "a/b", "folder": "python", "columns": {"prompt": "content"}}
+    info.write_text(json.dumps({"own": entry, "far": {"cloud_file_name": "s3://a/b.jsonl"}}))
+    source = named_source(Source(dataset="own", dataset_info="info.json"), info)
+    assert source == Source(path="hf://datasets/a/b/python", columns={"text": "content"})
+    source = named_source(Source(dataset="far", dataset_info="info.json"), info)
+    assert source == Source(path="s3://a/b.jsonl")
 
 
 def test_sharding_needs_several_gpus(tmp_path: Path) -> None:
@@ -443,7 +458,132 @@ def test_paths_start_from_the_recipes_folder(
         assert [path for path in paths if f"../{path}" not in made] == []
 
 
+@pytest.mark.parametrize(
+    ("more", "scale"),
+    [
+        ("num_processes: 4\n", {"workers": 4}),
+        ("accelerate_config: zero2\n", {"workers": 8}),
+        ("accelerate_config: fsdp2\n", {"workers": 8, "strategy": "fsdp"}),
+        ("accelerate_config: zero3\nnum_processes: 2\n", {"workers": 2, "strategy": "fsdp"}),
+        ("env: {CUDA_VISIBLE_DEVICES: '0,1'}\n", {"workers": 2}),
+        ("env: {CUDA_VISIBLE_DEVICES: '0,1'}\naccelerate_config: zero2\n", {"workers": 2}),
+    ],
+)
+def test_a_file_of_trl_says_how_it_is_launched(
+    more: str, scale: dict[str, Any], tmp_path: Path
+) -> None:
+    result = imported(_TRL + more, tmp_path)
+    assert result.values["scale"] == scale and not result.unknown
+    assert result.values["optim"]["batch_size"] == 8 * scale["workers"]
+    (tmp_path / "config.yaml").write_text(_TRL + more)
+    command = imported(f"trl sft --config {tmp_path / 'config.yaml'} --learning_rate 1", tmp_path)
+    assert command.values["scale"] == scale
+
+
+def test_a_launch_file_that_is_not_here_shards_by_its_name(tmp_path: Path) -> None:
+    start = "accelerate launch --config_file recipes/zero3.yaml --num_processes=4 sft.py"
+    values = values_of(f"{start} --model_name_or_path a/b --dataset_name c/d", tmp_path)
+    assert values["scale.workers"] == 4 and values["scale.strategy"] == "fsdp"
+
+
+def test_a_script_for_a_shell(tmp_path: Path) -> None:
+    """Its variables have their values; redirections, pipes and other commands are none of it."""
+    script = (
+        "#!/bin/bash\nset -e  # it's a script\nexport CUDA_VISIBLE_DEVICES=0,1\n"
+        "MODEL=a/b LR=1\nMORE='--packing --max_length 99'\ncd dir && torchrun sft.py \\\n"
+        '  --model_name_or_path "$MODEL" --dataset_name c/d \\\n'
+        "  --learning_rate ${LR}e-5 --num_train_epochs ${EPOCHS:-7} $MORE \\\n"
+        "  --run_name 'one two' > log.txt 2>&1 | tee out &\necho 'done'\n"
+    )
+    result = imported(script, tmp_path, name="train.sh")
+    values = flat(result.values)
+    assert values["model.base"] == "a/b" and values["optim.learning_rate"] == 1e-5
+    assert values["optim.epochs"] == 7.0 and values["data.max_length"] == 99
+    assert values["scale.workers"] == 2 and values["name"] == "one-two"
+    assert not result.unknown
+    lines = "trl sft\n  --model_name_or_path a/b\n  --dataset_name c/d\ntrl dpo"
+    assert values_of(lines, tmp_path)["method.kind"] == "sft"
+
+
+def test_old_names_of_trl(tmp_path: Path) -> None:
+    text = "model_name: a/b\ndataset_name: c/d\nuse_peft: true\npeft_lora_r: 4\nbatch_size: 3\n"
+    result = imported(f"{text}seq_length: 77\ntarget_modules: [q_proj]\n", tmp_path)
+    values = flat(result.values)
+    assert values["model.base"] == "a/b" and values["adapter.rank"] == 4
+    assert values["optim.batch_size"] == 3 and values["data.max_length"] == 77
+    assert values["adapter.targets"] == ["q_proj"]
+    assert not result.unknown and {"model_name", "batch_size", "peft_lora_r"} <= set(result.mapped)
+
+
+def test_a_model_that_is_missing_is_noted(tmp_path: Path) -> None:
+    result = imported("sequence_len: 64\nmicro_batch_size: 1\ndatasets: [a/b]\n", tmp_path)
+    assert any("no model is named" in note for note in result.notes)
+
+
+def test_unknown_secrets_are_hidden(tmp_path: Path) -> None:
+    key = "0123456789abcdef" * 2
+    assert key not in imported(f"{_AXOLOTL}datasets: [a/b]\nmy_api_key: {key}\n", tmp_path).text
+
+
+def test_streamed_rows(tmp_path: Path) -> None:
+    """They stream in finray, too, where the number of steps is set."""
+    axolotl = f"{_AXOLOTL}pretraining_dataset: [{{path: a/b, type: pretrain}}]\n"
+    trl = f"{_TRL}streaming: true\n"
+    mixed = "model_name_or_path: a/b\ndataset_mixture: {streaming: true, datasets: [c/d]}\n"
+    factory = LLAMA_FACTORY["lora-sft"] + "streaming: true\n"
+    for text in (axolotl, trl, mixed, factory):
+        result = imported(f"{text}max_steps: 5\n", tmp_path)
+        assert result.values["data"]["prepare"] == "streaming" and result.faults is None
+        result = imported(text, tmp_path)
+        assert "prepare" not in result.values["data"]
+        assert any("data.prepare: streaming" in text for text in result.changed.values())
+    ahead = imported(f"{axolotl}streaming: false\nmax_steps: 5\n", tmp_path)
+    assert "prepare" not in ahead.values["data"]
+
+
+def test_templates_of_llama_factory(tmp_path: Path) -> None:
+    """Those that replace a model's own are written, with the system prompts that they bring."""
+    text = LLAMA_FACTORY["lora-sft"]
+    for name, part in (("chatml", "chatml"), ("alpaca", "### Response"), ("default", "Human: ")):
+        replaced = re.sub(r"template: .*", f"template: {name}", text)
+        data = imported(replaced, tmp_path).values["data"]
+        assert part in data["chat_template"]
+        assert ("system" in data["train"][0]) == (name == "alpaca")
+    assert "chat_template" not in imported(text, tmp_path).values["data"]
+
+
+@pytest.mark.parametrize("system", ["a\n\n", "a\n" * 40 + "\n\n", "\n", "it's: {x}\n" * 20])
+def test_texts_of_several_lines_stay_what_they_are(system: str, tmp_path: Path) -> None:
+    text = f"{_AXOLOTL}datasets: [a/b]\ndefault_system_message: {json.dumps(system)}\n"
+    assert imported(text, tmp_path).values["data"]["train"][0]["system"] == system
+
+
+def test_what_is_said_of_turns(tmp_path: Path) -> None:
+    """Which of them count, where their reasoning stands, and the old way to train the last one."""
+    start = f"{_AXOLOTL}datasets:\n- path: a/b\n  type: chat_template\n"
+    result = imported(
+        f"{start}  message_field_training: counts\n  field_thinking: why\n"
+        "  message_property_mappings: {role: who, content: text, tool_calls: calls}\n",
+        tmp_path,
+    )
+    keys = {"role": "who", "content": "text", "tool_calls": "calls"}
+    [source] = result.values["data"]["train"]
+    assert source["message_keys"] == {**keys, "reasoning_content": "why", "weight": "counts"}
+    result = imported(f"{start}  message_field_training: train\n", tmp_path)
+    assert "message_keys" not in result.values["data"]["train"][0]
+    assert result.mapped["datasets.0.message_field_training"] == "finray reads train"
+    result = imported(f"{start}  roles_to_train:\n  train_on_eos:\n", tmp_path)
+    assert result.values["method"]["train_on"] == "last"
+    result = imported(f"{start}  roles_to_train:\n", tmp_path)
+    assert "train_on" not in result.values["method"]
+
+
 # refusals and the command
+
+
+def test_a_program_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"train\.py: a program; finray import reads"):
+        imported("x:int = 1\n", tmp_path, name="train.py")
 
 
 def test_two_dialects_are_refused(tmp_path: Path) -> None:
@@ -482,6 +622,12 @@ def test_two_dialects_are_refused(tmp_path: Path) -> None:
         ),
         ("trl sft --model_name_or_path " + "a" * 300 + " --dataset_name ''", "dataset_name"),
         ("a: 1\n", "no configuration of Axolotl, LLaMA-Factory and TRL"),
+        ("model: {a: 1}\ndataset: {b: 1}\nepochs: 1\n", "its keys: model, dataset, epochs"),
+        ("data: {train_files: a}\ntrainer: {}\n", "its keys: data, trainer"),
+        ("trl sft --learning_rate $LR", "$LR is a variable of the shell without a value"),
+        ("trl sft --model_name_or_path 'a", "a quote is not closed"),
+        ("llamafactory-cli export a.yaml", "llamafactory-cli export trains nothing"),
+        ("axolotl merge-lora a.yaml", "axolotl merge-lora trains nothing"),
         ("- a\n", "expected a mapping"),
         ("bash train.sh --x 1", "names no training script"),
         ("trl ppo --model_name_or_path a/b", "ppo: finray has no such method"),
@@ -659,6 +805,77 @@ def test_the_alpaca_text_is_axolotls(tmp_path: Path, tiny_model: Path) -> None:
         "completes the request.\n\n### Instruction:\nAdd.\n\n### Response:\nDone.<|im_end|>"
     )
     assert "".join(p.text for p in pieces if p.trained) == "Done.<|im_end|>"
+
+
+BELOW = (
+    "Below is an instruction that describes a task. Write a response that appropriately completes "
+    "the request."
+)
+STRATEGIES = [
+    (
+        "oasst",
+        {"INSTRUCTION": "I", "RESPONSE": "O"},
+        f"{BELOW}\n\n### Instruction:\nI\n\n### Response:\n",
+    ),
+    ("alpaca_chat", {"instruction": "I", "output": "O"}, f"SYSTEM: {BELOW}\nUSER: I\nASSISTANT:"),
+    ("alpaca_chat.load_no_prompt", {"instruction": "I", "output": "O"}, "USER: I\nASSISTANT:"),
+    (
+        "alpaca_w_system",
+        {"system": "S", "instruction": "I", "output": "O"},
+        "SYSTEM: S\nUSER: I\nASSISTANT:",
+    ),
+    (
+        "alpaca_w_system.load_open_orca",
+        {"system_prompt": "S", "question": "I", "response": "O"},
+        "### System:\nS\n### Human:\nI\n### Assistant:\n",
+    ),
+    (
+        "orcamini",
+        {"system_prompt": "S", "question": "I", "response": "O"},
+        "### System:\nS\n\n### User:\nI\n\n### Response:\n",
+    ),
+    (
+        "summarizetldr",
+        {"article": "I", "summary": "O"},
+        "USER: Summarize the following article as a TL;DR.\nI\nASSISTANT:",
+    ),
+    (
+        "context_qa",
+        {"article": "A", "question": "I", "answer": "O"},
+        "SYSTEM: Use the following contextual information to concisely answer the question.\n\n"
+        "USER: A\n\nI\nASSISTANT:",
+    ),
+    (
+        "{system_prompt: S, field_instruction: q, field_output: a, format: 'Q {instruction} A', "
+        "system_format: '<{system}>'}",
+        {"q": "I", "a": "O"},
+        "<S>Q I A",
+    ),
+]  # fmt: skip
+
+
+def test_the_texts_of_other_strategies_are_axolotls(tmp_path: Path, tiny_model: Path) -> None:
+    """Prompt and answer as its prompters write them; of an input, which has a place of its own
+    there, only that it is read."""
+    storage = tmp_path / "runs"
+    for number, (strategy, row, prompt) in enumerate(STRATEGIES):
+        rows = tmp_path / f"{number}.jsonl"
+        rows.write_text(json.dumps(row) + "\n", encoding="utf-8")
+        data = f"datasets: [{{path: {rows}, type: {strategy}}}]\n"
+        text = f"base_model: {tiny_model}\nsequence_len: 128\n{data}chat_template: chatml\n"
+        result = imported(text, tmp_path)
+        recipe = load_recipe({**result.values, "storage": str(storage)})
+        [shown] = show_rows(recipe, 1, Folder(str(storage)) / "prepared").rows
+        assert shown.texts, (strategy, shown.problem)
+        pieces = shown.texts[0].pieces
+        assert "".join(p.text for p in pieces if not p.trained) == prompt, strategy
+        assert "".join(p.text for p in pieces if p.trained) == "O<|im_end|>", strategy
+        assert "write the text of a row" in result.left["chat_template"]
+    [source] = values_of(
+        f"{_AXOLOTL}datasets: [{{path: a, type: alpaca}}, {{path: b, type: chat_template}}]\n",
+        tmp_path,
+    )["data.train"][:1]
+    assert "system" not in source
 
 
 def test_the_command(

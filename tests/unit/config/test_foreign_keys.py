@@ -78,6 +78,13 @@ NAMES = {
     "ref_model": "method.reference_model",
     "deepspeed": "scale.strategy: fsdp",
     "fsdp": "scale.strategy: fsdp",
+    "max_length": "data.max_length",
+    "temperature": "method.temperature",
+    "streaming": "data.prepare: streaming",
+    "trainer": "method.kind",
+    "precision": "model.dtype",
+    "devices": "scale.workers",
+    "strategy": "scale.strategy",
 }
 RECIPE = "name: a\nmodel: org/model\ndata: {train: rows.jsonl}\n"
 

@@ -66,6 +66,10 @@ def test_keys_of_single_messages_and_of_text() -> None:
     result = shape(pair, message_keys=keys)
     assert isinstance(result, PreferencePair)
     assert result.chosen == Conversation((user("Hi"), assistant("Hello")), first_trained=1)
+    counts = {"messages": [user("Hi"), {**assistant("Hello"), "counts": False, "why": "So."}] * 2}
+    result = shape(counts, message_keys={"weight": "counts", "reasoning_content": "why"})
+    assert isinstance(result, Conversation) and result.silent == {1, 3}
+    assert result.messages[1]["reasoning_content"] == "So."
     row = {"messages": json.dumps([asked, good])}
     assert shape(row, message_keys=keys) == Conversation((user("Hi"), assistant("Hello")))
 

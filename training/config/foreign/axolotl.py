@@ -1,7 +1,7 @@
 """Axolotl's settings."""
 
 from .dialect import Dialect
-from .transformers import COMBINED, COPIED, LEFT
+from .transformers import COMBINED, COPIED, LEFT, STREAMING
 
 _RATE = ("learning_rate", "weight_decay", "max_grad_norm", "adam_beta1", "adam_beta2", "seed")
 
@@ -27,6 +27,7 @@ AXOLOTL = Dialect(
         "kto_desirable_weight": "method.desirable_weight",
         "kto_undesirable_weight": "method.undesirable_weight",
         "full_determinism": "deterministic",
+        "precompute_ref_log_probs": "method.precompute_reference",
         "lora_rank_pattern": "adapter.rank_pattern",
         "lora_alpha_pattern": "adapter.alpha_pattern",
     },
@@ -103,6 +104,7 @@ AXOLOTL = Dialect(
         "early_stopping_patience": ("eval.patience", "measurements without a better value"),
         "wandb_name": ("name", "the run's name"),
         "reinit_weights": ("method.init: random", "start from random weights"),
+        "streaming": STREAMING,
     },
     {
         **{
@@ -111,7 +113,7 @@ AXOLOTL = Dialect(
             if not {"lr_scheduler_kwargs", "ray_scope"} & set(names.split())
         },
         "lr_scheduler_kwargs cosine_min_lr_ratio cosine_constant_lr_ratio lr_quadratic_warmup "
-        "lr_div_factor log_sweep jagged_restart_steps jagged_restart_warmup_steps "
+        "lr_div_factor eta_min log_sweep jagged_restart_steps jagged_restart_warmup_steps "
         "jagged_restart_anneal_steps": "details of a schedule; finray's end at zero",
         "wandb_entity wandb_watch wandb_run_id wandb_log_model wandb_mode "
         "mlflow_tracking_uri mlflow_experiment_name mlflow_run_name "
@@ -234,7 +236,7 @@ AXOLOTL = Dialect(
         ),
         "dataset_prepared_path dataset_processes dataset_keep_in_memory dataset_shard_num "
         "dataset_shard_idx push_dataset_to_hub hf_use_auth_token "
-        "shuffle_merged_datasets shuffle_before_merging_datasets streaming "
+        "shuffle_merged_datasets shuffle_before_merging_datasets "
         "streaming_multipack_buffer_size preprocess_iterable is_preprocess skip_prepare "
         "num_dataset_shards_to_save save_first_step": (
             "where prepared data is kept; finray keeps it in the storage, and prepares it again "
@@ -291,8 +293,9 @@ AXOLOTL = Dialect(
         "kd_online_timeout kd_temperature_min": (
             "distillation from a teacher, which finray does not have"
         ),
-        "dpo_use_weighting dpo_use_logits_to_keep dpo_norm_loss dpo_padding_free "
-        "precompute_ref_log_probs dpo_ld_alpha": "details of TRL's DPO trainer",
+        "dpo_use_weighting dpo_use_logits_to_keep dpo_norm_loss dpo_padding_free dpo_ld_alpha": (
+            "details of TRL's DPO trainer"
+        ),
         "vllm": "vLLM's server; with method.rollout: vllm finray starts it itself",
         "num_labels": "classes of a classifier; finray trains reward models with one score",
         "strict axolotl_config_path": "how strictly the file is read",

@@ -1,7 +1,7 @@
 """LLaMA-Factory's settings."""
 
 from .dialect import Dialect
-from .transformers import COMBINED, COPIED, LEFT
+from .transformers import COMBINED, COPIED, LEFT, STREAMING
 
 LLAMA_FACTORY = Dialect(
     "LLaMA-Factory",
@@ -73,6 +73,7 @@ LLAMA_FACTORY = Dialect(
         "ray_num_workers": ("scale.workers", "a worker trains on one GPU"),
         "early_stopping_steps": ("eval.patience", "measurements without a better value"),
         "ray_run_name": ("name", "the run's name"),
+        "streaming": STREAMING,
     },
     {
         **{names: text for names, text in LEFT.items() if "ray_scope" not in names},
@@ -82,7 +83,7 @@ LLAMA_FACTORY = Dialect(
         "audio_sampling_rate freeze_vision_tower freeze_multi_modal_projector "
         "freeze_language_model train_mm_proj_only visual_inputs image_resolution "
         "video_resolution": "images, videos and sounds; finray trains text alone",
-        "overwrite_cache tokenized_path streaming buffer_size cache_dir data_shared_file_system "
+        "overwrite_cache tokenized_path buffer_size cache_dir data_shared_file_system "
         "ignore_pad_token_for_loss reserved_label_len": (
             "where prepared data is kept; finray keeps it in the storage, and prepares it again "
             "when something of it changes"
@@ -97,8 +98,9 @@ LLAMA_FACTORY = Dialect(
         ),
         "efficient_eos replace_jinja_template replace_text split_special_tokens "
         "use_fast_tokenizer": "details of the tokenizer, which finray takes as it is",
-        "init_special_tokens": (
-            "first values of new tokens; finray's start at the mean of the others"
+        "init_special_tokens freeze_original_embeddings": (
+            "first values of new tokens, and the rows of the others; finray's start at the mean of "
+            "these, and the embedding is trained whole"
         ),
         "rope_scaling shift_attn mixture_of_depths": (
             "a changed model; finray trains the architecture as its config.json has it"

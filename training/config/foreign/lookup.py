@@ -48,8 +48,12 @@ _OTHERS = {
     "n_gpus": "scale.workers",
     "num_workers": "scale.workers",
     "max_new_tokens": "eval.max_new_tokens",
+    "trainer": "method.kind",
+    "precision": "model.dtype",
+    "devices": "scale.workers",
+    "strategy": "scale.strategy",
 }
-"""Names of PEFT, Unsloth and of scripts around them: finray's keys."""
+"""Names of PEFT, Unsloth, Lightning and of scripts around them: finray's keys."""
 
 _VALUES: dict[tuple[str, str], str] = {
     ("adapter", "qlora"): "write adapter: lora and model.quantize: nf4",
@@ -71,7 +75,9 @@ _OPTIMIZERS = ("adamw", "paged_", "sgd", "adafactor", "lion")
 def _index() -> dict[str, ForeignKey]:
     index = {name: ForeignKey("copied", to) for name, to in _OTHERS.items()}
     for dialect in (LLAMA_FACTORY_V1, *reversed(DIALECTS)):
-        index |= dict(dialect.entries())
+        for name, entry in dialect.entries():
+            if entry.fate != "left" or name not in index or index[name].fate == "left":
+                index[name] = entry  # what one project has no use for may be a setting of another
     return index
 
 

@@ -11,6 +11,8 @@ COPIED = {
     "full_determinism": "deterministic",
 }
 
+STREAMING = ("data.prepare: streaming", "rows are read while the run trains, for max_steps")
+
 COMBINED = {
     "num_train_epochs": ("optim.epochs", "passes over the data, unless max_steps is set"),
     "max_steps": ("optim.max_steps", "optimizer steps, instead of passes"),
@@ -106,7 +108,7 @@ LEFT = {
     "auto_find_batch_size": (
         "a smaller microbatch when memory runs out; finray halves it by itself then"
     ),
-    "torch_compile torch_compile_backend torch_compile_mode tf32 use_liger_kernel "
+    "torch_compile torch_compile_backend torch_compile_mode tf32 use_liger_kernel use_liger "
     "liger_kernel_config use_mps_device no_cuda jit_mode_eval use_ipex half_precision_backend "
     "fp16_opt_level fp16_backend": (
         "how the device computes: speed and memory, not the result; finray has its own kernels"

@@ -1,7 +1,7 @@
 """TRL's settings, and those of the alignment handbook, whose files are TRL's."""
 
 from .dialect import Dialect
-from .transformers import COMBINED, COPIED, LEFT
+from .transformers import COMBINED, COPIED, LEFT, STREAMING
 
 TRL = Dialect(
     "TRL",
@@ -85,15 +85,17 @@ TRL = Dialect(
         "use_vllm": ("method.rollout: vllm", "vLLM samples, beside an adapter"),
         "num_processes": ("scale.workers", "a worker trains on one GPU"),
         "nproc_per_node": ("scale.workers", "a worker trains on one GPU"),
+        "accelerate_config": ("scale.workers", "the processes of accelerate's file"),
         "sft_model_path": ("model.base", "the model to start from"),
         "gradient_accumulation": ("optim.batch_size", "sequences in one step"),
+        **dict.fromkeys(("streaming", "dataset_streaming"), STREAMING),
     },
     {
         **LEFT,
         "teacher_model_name_or_path teacher_model_revision teacher_model_init_kwargs lmbda": (
             "distillation from a teacher, which finray does not have"
         ),
-        "streaming dataset_streaming": "streaming from the hub; finray reads the hub part by part",
+        "env": "variables of the environment; set them where finray runs",
         "dataset_kwargs dataset_revision skip_prepare_dataset max_seq_len pad_to_multiple_of "
         "pad_token pad_to_sequence_len padding_free max_packed_sequence_len "
         "auto_insert_empty_system_msg add_special_tokens append_concat_token num_of_sequences": (
@@ -145,7 +147,7 @@ TRL = Dialect(
         "config_file main_process_port machine_rank num_machines mixed_precision dynamo_backend "
         "main_process_ip rdzv_backend rdzv_endpoint master_port nnodes node_rank "
         "compute_environment distributed_type num_cpu_threads_per_process zero_stage "
-        "deepspeed_config_file standalone accelerate_config launcher gpu_ids "
+        "deepspeed_config_file standalone launcher gpu_ids "
         "same_network main_training_function downcast_bf16 enable_cpu_affinity tpu_env "
         "tpu_use_cluster tpu_use_sudo parallelism_config_cp_size": (
             "accelerate's and torchrun's; finray has scale, and finray job submit for a cluster"
