@@ -26,6 +26,9 @@ from xdist.scheduler import LoadScopeScheduling
 
 from finray.training.rehearsal import child
 
+# No test cuts the power: what a killed process has written stays, and no disk is waited for.
+os.fsync = lambda _: None
+
 CHATML = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
     "{{ message['content'] }}<|im_end|>\n{% endfor %}"

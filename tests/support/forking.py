@@ -271,6 +271,7 @@ def main() -> None:
     sys.path.append(str(Path(__file__).parents[1]))
     importlib.import_module("support.rehearsed").without_child()
     sys.path.pop()
+    os.fsync = lambda _: None  # as in conftest.py
     assert "ray" not in sys.modules, "Ray reads its environment when it is loaded"
     task = serve(channel) or _end()
     if task.module == COMMAND:

@@ -219,7 +219,11 @@ def metrics(run: Path) -> list[dict[str, Any]]:
 
 
 def reached(run: Path, step: int) -> bool:
-    return any(line["step"] >= step for line in metrics(run))
+    """Reads the last line alone, as it is called again and again."""
+    path = run / "metrics.jsonl"
+    lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
+    whole = [line for line in lines[-2:] if line.endswith(b"\n")]
+    return bool(whole) and json.loads(whole[-1])["step"] >= step
 
 
 def losses(run: Path) -> dict[int, float]:

@@ -96,6 +96,7 @@ SIGNATURES = {
         "self save_directory safe_serialization selected_adapters save_embedding_layers "
         "is_main_process path_initial_model_for_weight_conversion kwargs"
     ),
+    "peft.PeftModel.create_or_update_model_card": "self output_dir",
     "peft.tuners.lora.LoraModel.unload": "self",
     # bitsandbytes
     "bitsandbytes.functional.dequantize_4bit": ("A quant_state absmax out blocksize quant_type"),

@@ -43,17 +43,12 @@ def save_weights(model: Model, target: Path, weights: Weights = None) -> None:
 
     Args:
         model: the trained model.
-        target: an existing folder.
+        target: the folder.
         weights: the result of `gather_weights`.
     """
     if isinstance(model, PeftModel):
-        # An embedding that has an adapter stays in the base, as any other weight.
-        model.save_pretrained(
-            target,
-            selected_adapters=[TRAINED],
-            state_dict=weights,
-            save_embedding_layers=False,
-        )
+        config = copy.copy(model.peft_config[TRAINED])
+        _write_adapter(_adapter_state(model, weights=weights), config, target)
     else:
         model.save_pretrained(target, state_dict=weights, save_original_format=False)
 
@@ -78,15 +73,35 @@ def load_weights(model: Model, source: Path) -> None:
         raise RunError(f"the weights in {source} lack {', '.join(names[:5])} ({len(names)} in all)")
 
 
-def _adapter_state(model: PeftModel, adapter: str = TRAINED) -> dict[str, Any]:
-    """An adapter's parameters, by their names in the saved file."""
+def _adapter_state(
+    model: PeftModel, adapter: str = TRAINED, weights: Weights = None
+) -> dict[str, Any]:
+    """An adapter's parameters, by their names in the saved file.
+
+    An embedding that has an adapter stays in the base, as any other weight.
+    """
     state: dict[str, Any] = get_peft_model_state_dict(
         model,
-        state_dict=model.state_dict(keep_vars=True),
+        state_dict=model.state_dict(keep_vars=True) if weights is None else weights,
         adapter_name=adapter,
         save_embedding_layers=False,
     )
     return state
+
+
+def _write_adapter(tensors: dict[str, Any], config: LoraConfig, target: Path) -> None:
+    """Write what PEFT reads, without its model card, which takes longer than small weights."""
+    memory: set[int] = set()
+    whole = {}
+    for name, value in tensors.items():
+        place = value.untyped_storage().data_ptr()
+        # A file holds each tensor by itself; tied ones share their memory.
+        whole[name] = value.detach().clone() if place in memory else value.detach().contiguous()
+        memory.add(place)
+    target.mkdir(parents=True, exist_ok=True)
+    save_file(whole, target / WEIGHTS_FILE, metadata={"format": "pt"})
+    config.inference_mode = True
+    config.save_pretrained(str(target))
 
 
 def save_result(
@@ -116,6 +131,7 @@ def save_result(
         _save_converted(model, target)
     elif isinstance(model, PeftModel):
         save_weights(model, target, weights)
+        model.create_or_update_model_card(str(target))
     else:
         model.save_pretrained(target, state_dict=weights)
         _copy_processor(recipe, target)
@@ -151,10 +167,8 @@ def _save_converted(model: PeftModel, target: Path) -> None:
         elif kind.endswith("B"):
             tensors[name] = torch.cat([value, -initial[name]], dim=1)
         else:
-            tensors[name] = value.detach().clone().contiguous()
-    target.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, target / WEIGHTS_FILE, metadata={"format": "pt"})
-    _twice_the_rank(model.peft_config[TRAINED], model).save_pretrained(target)
+            tensors[name] = value
+    _write_adapter(tensors, _twice_the_rank(model.peft_config[TRAINED], model), target)
 
 
 def _twice_the_rank(config: LoraConfig, model: PeftModel) -> LoraConfig:
@@ -164,6 +178,5 @@ def _twice_the_rank(config: LoraConfig, model: PeftModel) -> LoraConfig:
     config.lora_alpha *= 2**0.5 if config.use_rslora else 2
     config.rank_pattern = {name: 2 * rank for name, rank in config.rank_pattern.items()}
     config.alpha_pattern = {name: 2 * alpha for name, alpha in config.alpha_pattern.items()}
-    config.inference_mode = True
     config.base_model_name_or_path = model.get_base_model().name_or_path
     return config

@@ -27,7 +27,7 @@ with interrupts.graceful_interrupts(stop):
 print("end", flush=True)
 """
 NEVER_RETURNS = "sum(range(10**15))"
-SAVES = "stop.requested.wait(); time.sleep(1); print('saved', flush=True)"
+SAVES = "stop.requested.wait(); time.sleep(0.7); print('saved', flush=True)"
 HANGS_LATER = "\n    try: time.sleep(300)\n    finally: sum(range(10**15))"
 
 Start = Callable[..., "subprocess.Popen[bytes]"]
@@ -60,7 +60,7 @@ def test_the_second_signal_ends_it(work: str, number: signal.Signals, start: Sta
     child = start(work)
     child.send_signal(number)
     with pytest.raises(subprocess.TimeoutExpired):
-        child.wait(1.5)
+        child.wait(0.8)
     child.send_signal(number)
     assert child.wait(LONG) == -signal.SIGKILL
 
@@ -107,7 +107,7 @@ def test_a_terminal_that_closes_does_not_disturb_the_save(start: Start) -> None:
 def test_what_nohup_ignores_stays_ignored(start: Start) -> None:
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
-        child = start("time.sleep(1)")
+        child = start("time.sleep(0.5)")
     finally:
         signal.signal(signal.SIGHUP, before)
     child.send_signal(signal.SIGHUP)
