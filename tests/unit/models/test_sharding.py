@@ -26,8 +26,8 @@ from finray.training.data.stream import share
 from finray.training.engine.methods import objective_of
 from finray.training.engine.trainer import StepMeasures, StreamTrainer
 from finray.training.engine.trainer_arguments import training_arguments
-from finray.training.models.generation import completion_texts, generate_completions
 from finray.training.models import loading
+from finray.training.models.generation import completion_texts, generate_completions
 from finray.training.models.loading import load_model, load_tokenizer
 from finray.training.models.placement import choose_strategy
 from finray.training.models.sharding import shard
