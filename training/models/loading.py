@@ -27,7 +27,7 @@ from .adapter import TRAINED, cast_trainable_parameters, existing_adapter, new_a
 from .adapter_reference import add_reference, check_reference_copy, is_reference_copy
 from .base_cache import BaseCache
 from .composite import freeze_towers, model_from_config, towers
-from .devices import device_kind
+from .devices import device_kind, own_device
 from .dtypes import choose_adapter_dtype, choose_dtype, torch_dtype
 from .freezing import freeze
 from .left_out import freeze_left_out
@@ -107,8 +107,8 @@ def load_model(
 ) -> Model:
     """The model to train, with its adapter if the recipe has one.
 
-    The model is on the CPU; only a quantised base is on this process's GPU, if there is one and the
-    strategy is not fsdp.
+    The model is on the CPU. On this process's GPU, if there is one, is a quantised base, unless the
+    strategy is fsdp, and one that the adapter's first values change.
     Trained weights of the base are float32 (autocast computes in lower types), those of an adapter
     have the type of `choose_adapter_dtype`, and a frozen base has the compute type.
 
@@ -210,6 +210,8 @@ def _with_adapter(
 ) -> PeftModel:
     """The frozen model with the recipe's adapter, in the state before the first step."""
     dtype = torch_dtype(choose_adapter_dtype(recipe))
+    if recipe.adapter is not None and recipe.adapter.changes_base:
+        model.to(own_device())  # a GPU decomposes a matrix in a second, a CPU in a minute
     adapted = _attach(model, recipe, head, added.trained, left_out)
     freeze_left_out(adapted, left_out)
     if recipe.adapter is not None and recipe.adapter.init == "loftq":

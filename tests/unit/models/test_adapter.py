@@ -9,12 +9,17 @@ from typing import Any
 import pytest
 import torch
 from peft import AutoPeftModelForSequenceClassification, PeftModel
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    PreTrainedModel,
+)
 
 from finray.training.common.errors import InputError
 from finray.training.config.adapter_folder import check_adapter, find_adapter
 from finray.training.config.recipe import Recipe
 from finray.training.models.adapter_reference import add_reference, reference_weights
+from finray.training.models.devices import own_device
 from finray.training.models.loading import (
     count_meta_parameters,
     count_parameters,
@@ -106,10 +111,23 @@ def test_patterns_reach_the_modules_they_name(tiny_model: Path) -> None:
 
 
 @pytest.mark.parametrize("init", ["default", "gaussian", "orthogonal", "pissa", "olora"])
-def test_every_start_is_the_base(tiny_model: Path, init: str) -> None:
+def test_every_start_is_the_base(
+    tiny_model: Path, init: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What decomposes the base's matrices does so where the run computes."""
     base = logits(load_model(recipe(tiny_model)))
     settings = recipe(tiny_model, adapter={"rank": 4, "alpha": 8, "init": init})
-    model = load_model(settings)
+    moved: list[torch.device] = []
+    move = PreTrainedModel.to
+
+    def to(model: Any, device: torch.device) -> Any:
+        moved.append(device)
+        return move(model, device)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(PreTrainedModel, "to", to)
+        model = load_model(settings)
+    assert moved == ([own_device()] if init in ("pissa", "olora") else [])
     torch.testing.assert_close(logits(model), base, atol=1e-4, rtol=1e-4)
     assert count_parameters(model) == count_meta_parameters(settings)
 
