@@ -277,7 +277,7 @@ def _template(draft: Draft, template: str, places: Places) -> None:
     elif places.exists(template) and not places.has_folder(template):
         draft.put("data.chat_template", places.path(template), name)
     else:
-        draft.change(name, f"{template}: the model's own; data.chat_template takes a Jinja file")
+        adapting.own_template(draft, name, template)
 
 
 def _sources(draft: Draft, places: Places) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
