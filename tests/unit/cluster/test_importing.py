@@ -685,6 +685,16 @@ def test_the_options_of_a_launcher_count_or_are_named(tmp_path: Path) -> None:
     assert result.values["scale"] == {"workers": 4, "strategy": "fsdp"}
 
 
+def test_what_files_of_open_r1_say(tmp_path: Path) -> None:
+    """Keys that stand twice with the same value, and the column of the prompt."""
+    text = f"{_TRL}num_generations: 2\ndo_eval: false\ndo_eval: false\ndataset_prompt_column: q\n"
+    result = imported(text, tmp_path)
+    assert result.values["data"]["train"] == [{"dataset": "c/d", "columns": {"prompt": "q"}}]
+    assert "dataset_prompt_column" in result.mapped and not result.unknown
+    with pytest.raises(InputError, match=r"do_eval: already set on line 4; keep one of them"):
+        imported(text.replace("false", "true", 1), tmp_path)
+
+
 def test_what_a_program_passes(tmp_path: Path) -> None:
     file = tmp_path / "config.yaml"
     file.write_text("model: a/b\ntrain_dataset: rows.yaml\ncutoff_len: 64\nmodel_class: llm\n")
