@@ -76,6 +76,15 @@ def chatml(draft: Draft, *names: str) -> None:
         draft.put("model.add_tokens", "auto", note="ChatML's marks, where the tokenizer lacks them")
 
 
+def own_template(draft: Draft, key: str, name: str) -> None:
+    """The model's own chat template in the place of one that another project has."""
+    draft.change(
+        key,
+        f"{name}: the model's own chat template; a model without one needs a Jinja text or file in "
+        "data.chat_template, such as that of its chat version",
+    )
+
+
 def attention(draft: Draft, name: str) -> None:
     """The attention kernel."""
     own = draft.settings.text(name)

@@ -329,10 +329,7 @@ def _named_template(draft: Draft, name: str) -> None:
     if _OWN_TEMPLATES.fullmatch(name):
         draft.fulfilled("the model's own chat template", "chat_template")
     else:
-        draft.change(
-            "chat_template",
-            f"{name}: the model's own chat template; data.chat_template takes another",
-        )
+        adapting.own_template(draft, "chat_template", name)
 
 
 def _system(draft: Draft) -> None:

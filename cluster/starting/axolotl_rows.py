@@ -177,7 +177,8 @@ class _Entry:
                 self.rows.system_format = str(text)
             self.rows.styles.add("own" if self.method == "sft" else "")
             formats = [self._take(name) for name in _FORMATS]
-            self.rows.formats += [str(text) for text in formats if text is not None]
+            named = [str(text) for text in formats if text is not None]
+            self.rows.formats += named or (["{instruction} "] if self.method == "sft" else [])
             return
         if kind is None:
             if self.method == "sft":

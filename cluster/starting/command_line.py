@@ -7,6 +7,7 @@ from pathlib import Path, PurePath
 from typing import Any
 
 from ...training.common.errors import InputError
+from ...training.common.formatting import one_line
 from ...training.common.yaml_faults import YamlFault
 from ...training.common.yaml_text import parse_setting
 from .shell_words import read_shell, variable_in
@@ -96,10 +97,10 @@ def read_command(text: str) -> CommandLine:
     rest = [list(_plain_words(words)) for words in commands]
     found = next(((words, at) for words in rest if (at := _script_at(words)) is not None), None)
     if found is None:
+        begin = one_line(" ".join(rest[0][:4])) if rest else "it is empty"
         raise InputError(
-            "the command line names no training script: "
-            f"{' '.join(rest[0][:4]) if rest else 'it is empty'}; expected one such "
-            "as trl sft --model_name_or_path …, or accelerate launch dpo.py …"
+            f"the command line names no training script: {begin}; expected one such as trl sft "
+            "--model_name_or_path …, or accelerate launch dpo.py …"
         )
     words, start = found
     command = CommandLine()

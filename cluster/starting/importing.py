@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ...training.common.errors import InputError
-from ...training.common.formatting import printable, shown
+from ...training.common.formatting import one_line, printable, shown
 from ...training.common.secrets import redact
 from ...training.common.yaml_text import load_yaml
 from ...training.config.foreign.llama_factory_v1 import LLAMA_FACTORY_V1
@@ -224,6 +224,9 @@ def _settle(draft: Draft) -> None:
 
 def _imported(draft: Draft, name: str, where: str, devices: Devices) -> Imported:
     unknown = draft.unknown()
+    for said in (draft.changed, draft.left):
+        said |= {name: one_line(text) for name, text in said.items()}
+    draft.notes = list(map(one_line, draft.notes))
     off = tuple(key for key in draft.settings.values if draft.is_off(key))
     recipe = draft.nested()
     head = [f"Made by finray import from {where} ({name})."]

@@ -383,10 +383,7 @@ def template(draft: Draft) -> None:
     elif name in _TEMPLATES:
         draft.put("data.chat_template", _TEMPLATES[name], "template", note="LLaMA-Factory's")
     elif name:
-        draft.change(
-            "template",
-            f"{name}: the model's own chat template; data.chat_template takes another",
-        )
+        adapting.own_template(draft, "template", name)
     if (system := settings.text("default_system") or _SYSTEMS.get(name)) is not None:
         for source in draft.values["data.train"]:
             source["system"] = system

@@ -6,6 +6,7 @@ from typing import Any
 
 import yaml
 
+from ...training.common.formatting import one_line
 from ...training.common.yaml_text import Dumper
 from ...training.config.recipe import Recipe
 
@@ -36,11 +37,13 @@ def recipe_text(
 
 
 def _comment(lines: Sequence[str], indent: str) -> Iterator[str]:
-    for line in lines:
+    for written in lines:
+        start = " " * (len(written) - len(written.lstrip(" ")))
+        line = start + one_line(written)
         if len(line) + len(indent) + 2 <= _WIDTH:
             yield f"{indent}# {line}".rstrip()
             continue
-        deeper = " " * (len(line) - len(line.lstrip()) + 2)
+        deeper = f"{start}  "
         wrapped = textwrap.wrap(
             line, _WIDTH - len(indent) - 2, subsequent_indent=deeper, break_on_hyphens=False
         )

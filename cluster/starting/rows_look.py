@@ -15,7 +15,7 @@ from ...training.config.recipe import Recipe
 from ...training.config.source import KnownFormat, Source
 from ...training.data.chat import NO_TEMPLATE
 from ...training.data.expand import expand
-from ...training.data.formats import detect_format
+from ...training.data.formats import detect_format, refuse_steps
 from ...training.data.inspection import inspect_source
 from ...training.data.render_settings import RenderSettings
 from ...training.data.rendering import load_renderer
@@ -23,7 +23,13 @@ from ...training.data.resolve import all_rows, resolve_data
 from ...training.data.row_changes import UNCHANGED
 from ...training.data.rows import BadRow, Row
 from ...training.data.sample import measure_sample
-from ...training.data.shapes import Completion, Example, LabelledExample, PreferencePair
+from ...training.data.shapes import (
+    Completion,
+    Example,
+    LabelledExample,
+    PreferencePair,
+    RowError,
+)
 
 _OPTION = "--data"
 _FIRST = 200
@@ -118,6 +124,11 @@ def method_of(place: dict[str, Any]) -> tuple[KnownFormat, str]:
             shape: KnownFormat = "preference" if has_pairs else "alpaca"
         else:
             shape = detect_format(good)
+        if shape == "prompt":
+            try:
+                refuse_steps(good[0][1])
+            except RowError as error:
+                raise InputError(f"{good[0][0]}: {error}") from None
     return shape, _METHODS[shape]
 
 

@@ -236,18 +236,10 @@ def _data(draft: Draft, kind: str, places: Places) -> bool:
             f"{settings.where}: dataset_name is missing: a recipe needs rows to learn from; name "
             "them"
         )
-    column = settings.text("dataset_text_field") or settings.text("text_column")
-    if column and column not in ("text", "messages", "content"):
-        for source in sources:
-            source.setdefault("columns", {"text": column})
-    if (system := settings.text("system_prompt")) is not None:
-        for source in sources:
-            source["system"] = system
-        draft.fulfilled("data.train.0.system", "system_prompt")
+    _columns(draft, kind, sources)
     keys = ("dataset_name", "dataset_mixture", "dataset_mixer", "datasets", "dataset_configs")
     more = ("dataset_config", "dataset_config_name", "dataset_train_split", "dataset_splits")
     draft.put("data.train", sources, *keys, *more)
-    draft.fulfilled("data.train", "dataset_text_field", "text_column")
     strategy = settings.text("eval_strategy") or settings.text("evaluation_strategy")
     measures = str(strategy).lower() not in ("none", "no", "false")
     measures = measures or bool(settings.flag("do_eval")) or "dataset_test_split" in settings.values
@@ -268,6 +260,26 @@ def _data(draft: Draft, kind: str, places: Places) -> bool:
     return holds_out
 
 
+def _columns(draft: Draft, kind: str, sources: list[dict[str, Any]]) -> None:
+    """The columns of texts and prompts, and the system prompt."""
+    settings = draft.settings
+    column = settings.text("dataset_text_field") or settings.text("text_column")
+    if column and column not in ("text", "messages", "content"):
+        for source in sources:
+            source.setdefault("columns", {"text": column})
+    draft.fulfilled("data.train", "dataset_text_field", "text_column")
+    prompt = settings.text("dataset_prompt_column")
+    if prompt is not None and kind in ONLINE:
+        if prompt != "prompt":
+            for source in sources:
+                source["columns"] = {"prompt": prompt}
+        draft.fulfilled(f"data.train.0.columns: {{prompt: {prompt}}}", "dataset_prompt_column")
+    if (system := settings.text("system_prompt")) is not None:
+        for source in sources:
+            source["system"] = system
+        draft.fulfilled("data.train.0.system", "system_prompt")
+
+
 def _template(draft: Draft, template: str, places: Places) -> None:
     name = "chat_template" if draft.settings.text("chat_template") else "chat_template_path"
     if "{" not in template and template.lower() == "chatml":
@@ -277,7 +289,7 @@ def _template(draft: Draft, template: str, places: Places) -> None:
     elif places.exists(template) and not places.has_folder(template):
         draft.put("data.chat_template", places.path(template), name)
     else:
-        draft.change(name, f"{template}: the model's own; data.chat_template takes a Jinja file")
+        adapting.own_template(draft, name, template)
 
 
 def _sources(draft: Draft, places: Places) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:

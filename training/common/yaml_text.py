@@ -104,8 +104,12 @@ class Parsed:
     """From 1; () is the line at which the values begin."""
 
 
-def parse_yaml(text: str) -> Parsed:
+def parse_yaml(text: str, accepts_equal: bool = False) -> Parsed:
     """The values of a YAML document; those of an alias are copies.
+
+    Args:
+        text: the document.
+        accepts_equal: a key may be repeated with the same value.
 
     Raises:
         YamlFault: the document is not valid YAML, holds other than plain values, repeats a key, or
@@ -126,7 +130,7 @@ def parse_yaml(text: str) -> Parsed:
         raise fault_at(loader.get_mark().line + 1, problem, text) from None
     if root is None:
         return Parsed(None, {(): 1})
-    builder = _Builder({(): root.start_mark.line + 1})
+    builder = _Builder({(): root.start_mark.line + 1}, accepts_equal)
     return Parsed(builder.value(root, ()), builder.lines)
 
 
@@ -187,8 +191,9 @@ def _children(node: yaml.Node) -> Iterator[yaml.Node]:
 class _Builder:
     """Turns nodes into values, and notes the line of each key."""
 
-    def __init__(self, lines: dict[Key, int]) -> None:
+    def __init__(self, lines: dict[Key, int], accepts_equal: bool) -> None:
         self.lines = lines
+        self.accepts_equal = accepts_equal
 
     def value(self, node: yaml.Node, key: Key) -> Any:
         """The value of a node."""
@@ -217,10 +222,11 @@ class _Builder:
                 continue
             name, line = _name(name_node, key), name_node.start_mark.line + 1
             inner = (*key, name)
-            if name in seen:
+            value = self.value(value_node, inner)
+            if name in seen and not (self.accepts_equal and values[name] == value):
                 raise YamlFault(line, f"already set on line {seen[name]}; keep one of them", inner)
             seen[name] = self.lines[inner] = line
-            values[name] = self.value(value_node, inner)
+            values[name] = value
         return values
 
     def _merged(self, node: yaml.Node, key: Key) -> dict[str, Any]:

@@ -129,9 +129,24 @@ def read_recipe_file(
         InputError: the file cannot be read, is not a YAML mapping or repeats a key, or an override
             is not `key=value`.
     """
+    document = _read_document(path, write_out)
+    apply_changes(document, overrides)
+    return document
+
+
+def _read_document(
+    path: Path, write_out: Callable[[dict[str, Any]], None], accepts_equal: bool = False
+) -> Document:
+    """A YAML file's values and their places.
+
+    Args:
+        path: the file.
+        write_out: see `Document`.
+        accepts_equal: see `parse_yaml`.
+    """
     file = printable(str(path))
     try:
-        parsed = parse_yaml(read_text(path, file))
+        parsed = parse_yaml(read_text(path, file), accepts_equal)
     except YamlFault as fault:
         raise InputError(f"{file}:{fault}") from None
     if not isinstance(parsed.values, dict):
@@ -141,7 +156,6 @@ def read_recipe_file(
     _check_texts(parsed.values, lambda key: place_of(places, key))
     document = Document(parsed.values, places, write_out)
     write_out(document.values)
-    apply_changes(document, overrides)
     return document
 
 
@@ -152,7 +166,7 @@ def read_foreign_file(path: Path) -> dict[str, Any]:
         InputError: the file cannot be read, or is not a mapping.
     """
     if path.suffix.lower() != ".json":
-        return read_recipe_file(path).values
+        return _read_document(path, keep, accepts_equal=True).values
     file = printable(str(path))
     try:
         values = json.loads(read_text(path, file))

@@ -149,7 +149,7 @@ def read_examples(
     try:
         normalised = normalise(row, own_format(row, row_format, method))
         if isinstance(normalised, Question) and not suits(Question, method):
-            _refuse_steps(row)
+            refuse_steps(row)
         examples = examples_of(normalised, method)
         return normalised, [
             (rules.adapt(example), rules.extra(row, example, columns)) for example in examples
@@ -158,8 +158,12 @@ def read_examples(
         raise RowError("nested too deeply") from None
 
 
-def _refuse_steps(row: Row) -> None:
-    """Say of TRL's stepwise supervision more than that the row has no answer."""
+def refuse_steps(row: Row) -> None:
+    """Say of TRL's stepwise supervision more than that the row has no answer.
+
+    Raises:
+        RowError: the row has steps.
+    """
     if isinstance(row.get("completions"), list):
         raise RowError(
             "completions holds several steps or answers, and no method learns from rows of these; "

@@ -193,6 +193,7 @@ def test_rewards(tmp_path: Path, tiny_model: Path) -> None:
         ("", "the file is empty"),
         ("{\n", "not valid JSON"),
         ('{"foo": 1, "bar": 2}\n', "no row format has these keys: foo, bar"),
+        ('{"prompt": "a", "completions": ["b"], "labels": [true]}\n', "holds several steps"),
     ],
 )
 def test_data_that_cannot_be_used(text: str, message: str, tmp_path: Path) -> None:

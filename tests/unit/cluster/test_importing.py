@@ -555,7 +555,9 @@ def test_templates_of_llama_factory(tmp_path: Path) -> None:
 @pytest.mark.parametrize("system", ["a\n\n", "a\n" * 40 + "\n\n", "\n", "it's: {x}\n" * 20])
 def test_texts_of_several_lines_stay_what_they_are(system: str, tmp_path: Path) -> None:
     text = f"{_AXOLOTL}datasets: [a/b]\ndefault_system_message: {json.dumps(system)}\n"
-    assert imported(text, tmp_path).values["data"]["train"][0]["system"] == system
+    result = imported(f"{text}optimizer: {json.dumps(system)}\n", tmp_path)  # into a comment
+    assert result.values["data"]["train"][0]["system"] == system
+    assert "\n" not in result.changed.get("optimizer", "")
 
 
 def test_what_is_said_of_turns(tmp_path: Path) -> None:
@@ -624,6 +626,7 @@ def test_two_dialects_are_refused(tmp_path: Path) -> None:
         ("a: 1\n", "no configuration of Axolotl, LLaMA-Factory and TRL"),
         ("model: {a: 1}\ndataset: {b: 1}\nepochs: 1\n", "its keys: model, dataset, epochs"),
         ("data: {train_files: a}\ntrainer: {}\n", "its keys: data, trainer"),
+        ("'a\nb' c", "names no training script: a"),
         ("trl sft --learning_rate $LR", "$LR is a variable of the shell without a value"),
         ("trl sft --model_name_or_path 'a", "a quote is not closed"),
         ("llamafactory-cli export a.yaml", "llamafactory-cli export trains nothing"),
@@ -680,6 +683,16 @@ def test_the_options_of_a_launcher_count_or_are_named(tmp_path: Path) -> None:
     )
     result = imported(f"accelerate launch --config_file {file} {script}", tmp_path)
     assert result.values["scale"] == {"workers": 4, "strategy": "fsdp"}
+
+
+def test_what_files_of_open_r1_say(tmp_path: Path) -> None:
+    """Keys that stand twice with the same value, and the column of the prompt."""
+    text = f"{_TRL}num_generations: 2\ndo_eval: false\ndo_eval: false\ndataset_prompt_column: q\n"
+    result = imported(text, tmp_path)
+    assert result.values["data"]["train"] == [{"dataset": "c/d", "columns": {"prompt": "q"}}]
+    assert "dataset_prompt_column" in result.mapped and not result.unknown
+    with pytest.raises(InputError, match=r"do_eval: already set on line 4; keep one of them"):
+        imported(text.replace("false", "true", 1), tmp_path)
 
 
 def test_what_a_program_passes(tmp_path: Path) -> None:
@@ -851,6 +864,7 @@ STRATEGIES = [
         {"q": "I", "a": "O"},
         "<S>Q I A",
     ),
+    ("{field_instruction: q, field_output: a}", {"q": "I", "a": "O"}, "I "),
 ]  # fmt: skip
 
 

@@ -83,6 +83,7 @@ TRL = Dialect(
         "reward_weights": ("method.rewards", "each reward has a weight"),
         "scale_rewards": ("method.scale_rewards", "group, batch or none"),
         "use_vllm": ("method.rollout: vllm", "vLLM samples, beside an adapter"),
+        "dataset_prompt_column": ("data.train.0.columns", "the column of the prompt"),
         "num_processes": ("scale.workers", "a worker trains on one GPU"),
         "nproc_per_node": ("scale.workers", "a worker trains on one GPU"),
         "accelerate_config": ("scale.workers", "the processes of accelerate's file"),
@@ -140,7 +141,7 @@ TRL = Dialect(
         "image_column max_num_images max_image_size": (
             "images; finray trains text alone, and refuses rows that hold any"
         ),
-        "dataset_prompt_column callbacks benchmarks wandb_entity wandb_project "
+        "callbacks benchmarks wandb_entity wandb_project "
         "wandb_run_group wandb_log_unique_prompts overwrite_hub_revision": (
             "settings of a script around TRL; finray has columns in a source, and log.to"
         ),
