@@ -30,14 +30,26 @@ _MOST_TOGETHER = 512
 
 
 @dataclass
+class _Count:
+    """Lines so far. Apart from what holds the rows, which would hold itself: a file whose rows are
+    not all taken would stay open until garbage is collected."""
+
+    lines: int = 0
+
+
+@dataclass(frozen=True)
 class ChunkContent:
     """The rows of a chunk, and its number of lines."""
 
     rows: Iterator[tuple[int, Row | BadRow]]
     """(line, row) pairs. Lines (or Parquet rows) are counted from 1 at the start of the chunk."""
-    lines: int = 0
-    """Lines (or Parquet rows) in the chunk, once all rows are taken; 0 for a kind of file that is
-    always one chunk."""
+    _count: _Count
+
+    @property
+    def lines(self) -> int:
+        """Lines (or Parquet rows) in the chunk, once all rows are taken; 0 for a kind of file that
+        is always one chunk."""
+        return self._count.lines
 
 
 def read_chunk(chunk: Chunk, max_bytes: int) -> ChunkContent:
@@ -53,14 +65,14 @@ def read_chunk(chunk: Chunk, max_bytes: int) -> ChunkContent:
             of single bad rows; after the last row, if the file changed in the meantime.
     """
     file = chunk.file
-    content = ChunkContent(iter(()))
+    count = _Count()
     if chunk.kind == "parquet":
         metadata = parquet_metadata(file)
         groups = range(chunk.start, chunk.stop)
-        content.lines = sum(metadata.row_group(group).num_rows for group in groups)
+        count.lines = sum(metadata.row_group(group).num_rows for group in groups)
         rows = _parquet_rows(chunk, max_bytes)
     elif chunk.kind == "arrow":
-        rows = _arrow_rows(chunk, max_bytes, content)
+        rows = _arrow_rows(chunk, max_bytes, count)
     elif chunk.kind == "array":
         rows = array_rows(file, max_bytes)
     elif chunk.kind in ("csv", "tsv"):
@@ -69,13 +81,12 @@ def read_chunk(chunk: Chunk, max_bytes: int) -> ChunkContent:
         lines = (
             _compressed_lines(file, max_bytes)
             if file.is_compressed
-            else _lines_of(chunk, max_bytes, content)
+            else _lines_of(chunk, max_bytes, count)
         )
         rows = _line_rows(lines, _parse_text if chunk.kind == "text" else _parse_line)
     if chunk.rows is not None:
         rows = islice(rows, *chunk.rows)
-    content.rows = _guard(file, _unchanged(file, rows))
-    return content
+    return ChunkContent(_guard(file, _unchanged(file, rows)), count)
 
 
 def count_rows(file: SourceFile, at_most: int) -> int:
@@ -94,7 +105,7 @@ def count_rows(file: SourceFile, at_most: int) -> int:
     for chunk in chunks:
         rows = read_chunk(chunk, _BLOCK).rows
         if chunk.kind in ("lines", "text") and not file.is_compressed:
-            rows = _line_rows(_lines_of(chunk, _BLOCK, ChunkContent(iter(()))), _unparsed)
+            rows = _line_rows(_lines_of(chunk, _BLOCK, _Count()), _unparsed)
         count += sum(1 for _ in islice(rows, at_most - count))
         if count >= at_most:
             break
@@ -160,8 +171,8 @@ def _changed(file: SourceFile) -> InputError:
     )
 
 
-def _lines_of(chunk: Chunk, max_bytes: int, content: ChunkContent) -> Iterator[bytes | BadRow]:
-    """The lines that begin in [start, stop); counts them in `content`."""
+def _lines_of(chunk: Chunk, max_bytes: int, count: _Count) -> Iterator[bytes | BadRow]:
+    """The lines that begin in [start, stop); counts them in `count`."""
     with chunk.file.open() as stream:
         position = _line_start(stream, chunk.start, chunk.file.size)
         stream.seek(position)
@@ -169,7 +180,7 @@ def _lines_of(chunk: Chunk, max_bytes: int, content: ChunkContent) -> Iterator[b
             if position >= chunk.stop or position >= chunk.file.size:
                 return
             position += size
-            content.lines += 1
+            count.lines += 1
             yield line
 
 
@@ -337,12 +348,12 @@ def _parquet_rows(chunk: Chunk, max_bytes: int) -> Iterator[tuple[int, Row | Bad
 
 
 def _arrow_rows(
-    chunk: Chunk, max_bytes: int, content: ChunkContent
+    chunk: Chunk, max_bytes: int, count: _Count
 ) -> Iterator[tuple[int, Row | BadRow]]:
-    """The rows of record batches [start, stop); counts all of them in `content`."""
+    """The rows of record batches [start, stop); counts all of them in `count`."""
     for batch in islice(arrow_batches(chunk.file), chunk.start, chunk.stop):
-        first = content.lines + 1
-        content.lines += batch.num_rows
+        first = count.lines + 1
+        count.lines += batch.num_rows
         together = max(1, min(_MOST_TOGETHER, _READ_AHEAD * batch.num_rows // max(1, batch.nbytes)))
         for start in range(0, batch.num_rows, together):
             rows = _converted(batch.slice(start, together), max_bytes)

@@ -1,9 +1,11 @@
 """Rows, line numbers and errors of every kind of file."""
 
 import csv
+import gc
 import gzip
 import json
 import tracemalloc
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +74,24 @@ def test_chunks_of_any_size_hold_the_rows_once(
     ]
     assert read(path, size) == expected
     assert read(path) == expected
+
+
+def test_a_file_is_closed_when_its_rows_are_not_all_taken(tmp_path: Path) -> None:
+    """At once, not when garbage is collected, which another thread may do."""
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"a": 1}\n' * 3, encoding="utf-8")
+    (file,) = expand(Source(path=str(path))).files
+    (chunk,) = plan_chunks(file)
+    gc.collect()
+    gc.disable()
+    try:
+        content = read_chunk(chunk, 2**20)
+        assert next(content.rows) == (1, {"a": 1})
+        rows = weakref.ref(content.rows)
+        del content
+        assert rows() is None
+    finally:
+        gc.enable()
 
 
 def test_bad_lines_do_not_stop_the_reading(tmp_path: Path) -> None:
