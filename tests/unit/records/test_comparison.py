@@ -74,11 +74,15 @@ def test_the_text(tmp_path: Path) -> None:
 def test_the_text_fits_a_terminal(tmp_path: Path, width: int) -> None:
     for name in ("first", "second"):
         path = f"/a/folder/that/is/very/long/and/shared/by/all/of/them/rows-{name}.jsonl"
-        stored_run(tmp_path, name, recipe={"data": {"train": [{"path": path}]}})
+        metric = {"file": "score.py:f", "source": f"{'#' * 60}\ndef f(): {name}\n"}
+        recipe = {"data": {"train": [{"path": path}]}, "eval": {"metrics": [metric]}}
+        stored_run(tmp_path, name, recipe=recipe)
     compared = compare_runs([Folder(str(tmp_path / name)) for name in ("first", "second")])
     text = render_comparison(compared, 0, width=width)
     assert max(map(len, text.splitlines())) <= width
-    assert "first.jsonl" in text and "second.jsonl" in text, "what differs is shown"
+    assert "first.jsonl" in text and "econd.jsonl" in text, "what differs is shown"
+    first, second = compared.settings["eval.metrics.0.source"]
+    assert first != second and first.startswith("sha256 ") and len(first) < 20
 
 
 def test_a_run_is_measured_by_the_prompts_that_it_answered(tmp_path: Path) -> None:
