@@ -131,6 +131,20 @@ def test_what_cannot_be_written_is_one_line(
         assert err.count("\n") == 1 and not out
 
 
+def test_a_damaged_note_is_written_again(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    note = stored_run(tmp_path, "first") / "note.json"
+    note.write_text("{")
+    storage = ["--storage", str(tmp_path)]
+    assert main(["runs", *storage]) == main(["runs", "note", "first", "--tag", "x", *storage]) == 2
+    assert "finray runs note RUN TEXT" in capsys.readouterr().err
+    assert main(["runs", "note", "first", "too short", *storage]) == main(["runs", *storage]) == 0
+    assert "too short" in capsys.readouterr().out
+    assert main(["runs", "--storage", f"{tmp_path}/none"]) == 0
+    assert capsys.readouterr().out == f"no runs in {tmp_path}/none yet\n"
+
+
 def test_refused(tmp_path: Path) -> None:
     two_runs(tmp_path)
     folder = Folder(str(tmp_path / "first"))
