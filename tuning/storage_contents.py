@@ -30,6 +30,7 @@ Referrers = dict[str, list[tuple[str, str]]]
 """By name: the names of those that refer to it, each with the place, recipe.yaml: model.adapter."""
 
 
+_WAYS = "continues it, --unfinished deletes it"
 _SAME_SCHEMES = {"gcs": "gs", "abfss": "abfs"}
 
 
@@ -70,11 +71,11 @@ class Entry:
         if self.status == "finished":
             return None
         if self.kind == "sweep":
-            return f"{self.status}; finray tune continues it"
+            return f"{self.status}; finray tune {_WAYS}"
         if not has_checkpoints(self.folder):
             return None
         step, total = self.record.get("step"), self.record.get("total_steps")
-        return f"{self.status} at step {count(step)} of {count(total)}; finray train continues it"
+        return f"{self.status} at step {count(step)} of {count(total)}; finray train {_WAYS}"
 
     @property
     def prepared(self) -> set[str]:

@@ -101,13 +101,19 @@ def is_result(name: str) -> bool:
 
 
 def saved_share(record: Record) -> float | None:
-    """Share of tokens (0 to 1) that pruning saved, compared with whole trials; None without any."""
-    ended = [row for row in record["trials"] if row["state"] in ("finished", "pruned")]
-    whole = len(ended) * record.get("trial_tokens", 0)
-    if not whole:
-        return None
-    share: float = 1 - sum(row["tokens"] for row in ended) / whole
-    return max(0.0, share)
+    """Share of tokens (0 to 1) that pruning saved, compared with whole trials; None without any.
+
+    A whole trial has as many as the finished ones on average, for want of those what is expected.
+    """
+    by_state = {
+        state: [row["tokens"] for row in record["trials"] if row["state"] == state]
+        for state in ("finished", "pruned")
+    }
+    finished, pruned = by_state["finished"], by_state["pruned"]
+    whole = sum(finished) / len(finished) if finished else record.get("trial_tokens", 0)
+    saved: float = sum(max(0.0, whole - tokens) for tokens in pruned)
+    used = sum(finished) + sum(pruned)
+    return saved / (used + saved) if used + saved else None
 
 
 def lineage(record: Record, row: Record) -> list[Record]:

@@ -228,6 +228,8 @@ def evaluate(
     _check_count("--workers", workers)
     located = locate(name_of(model), Path.cwd())
     other = None if against is None else locate(name_of(against), Path.cwd())
+    if other is not None and other.uri == located.uri:
+        raise InputError(f"--against: {other.uri} is the model that is measured; name another")
     chosen = _metrics(metrics)
     _check_tasks(tasks, address, workers)
     rules = None if schema is None else _schema(schema)

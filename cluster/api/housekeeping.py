@@ -81,9 +81,15 @@ def note_run(folder: Folder, text: str | None, tags: Sequence[str], without: Seq
         without: tags to remove.
 
     Raises:
-        InputError: the folder holds no run, or a tag that is to be removed is not in the note.
+        InputError: the folder holds no run, a tag that is to be removed is not in the note, or
+            the note is damaged and no text replaces it.
     """
-    before = read_note(folder)
+    try:
+        before = read_note(folder)
+    except InputError:
+        if text is None:
+            raise
+        before = Note()  # the text replaces a note that is damaged
     foreign = [tag for tag in without if tag not in before.tags]
     if foreign:
         raise InputError(

@@ -25,6 +25,9 @@ def runs(options: argparse.Namespace) -> None:
     """List the runs of a storage."""
     storage = _storage(options)
     listed = noted_runs(storage)
+    if not listed and not options.json:
+        print(f"no runs in {storage} yet")
+        return
     print(
         render_runs(
             listed,

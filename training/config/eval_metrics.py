@@ -50,7 +50,7 @@ ANSWER_METRICS: dict[str, AnswerMetric] = {
     "bleu": AnswerMetric("BLEU", package="sacrebleu", module="sacrebleu", largest=100.0),
     "chrf": AnswerMetric("chrF", package="sacrebleu", module="sacrebleu", largest=100.0),
     "json_valid": AnswerMetric(
-        "valid JSON", needs_reference=False, without="with a schema that is none"
+        "valid JSON", needs_reference=False, without="whose schema is none, or refers elsewhere"
     ),
     "tool_calls": AnswerMetric("tool calls", without="that offer no tools"),
 }

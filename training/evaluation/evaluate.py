@@ -338,7 +338,7 @@ def _remarks(measures: list[Record], rows: int, answered: int, losses: Record) -
     if left_out:
         text = f"{left_out:,} of {rows:,} rows without an answer, or too long"
         without[text] = [LOSS, PERPLEXITY]
-    return [f"{text}: no {', '.join(titles)}" for text, titles in without.items()]
+    return [f"not measured: {', '.join(titles)} of {text}" for text, titles in without.items()]
 
 
 def _answered(rows: list[PromptRow], columns: list[str], file: AnswerFile) -> list[PromptRow]:

@@ -52,13 +52,16 @@ def candidates_of(
     def under() -> Opened:
         return replace(own(), name="base") if elsewhere else base_of(own(), located)
 
-    candidates = {OWN: Candidate(located.name, located.identity, own, Remote(located.uri))}
+    are_alike = other is not None and other.name == located.name
+    name = located.uri if are_alike else located.name
+    candidates = {OWN: Candidate(name, located.identity, own, Remote(located.uri))}
     if base:
         identity = f"base of {located.identity}"
         candidates[BASE] = Candidate("base", identity, under, Remote(located.uri, is_base=True))
     if other is not None:
         candidates[AGAINST] = Candidate(
-            other.name, other.identity, lambda: load(other), Remote(other.uri)
+            other.uri if are_alike else other.name,
+            *(other.identity, lambda: load(other), Remote(other.uri)),
         )
     return candidates
 

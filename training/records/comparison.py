@@ -1,5 +1,6 @@
 """What differs between runs: their settings, what they started from, metrics, curves, answers."""
 
+import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -146,8 +147,18 @@ def _settings(recipes: Sequence[Record]) -> dict[str, list[Any]]:
         for recipe in recipes
     ]
     return _differing(
-        [{key: value for key, value in each.items() if value != []} for each in settings]
+        [
+            {key: _shown_setting(key, value) for key, value in each.items() if value != []}
+            for each in settings
+        ]
     )
+
+
+def _shown_setting(key: str, value: Any) -> Any:
+    """A setting; the text of a file of the user's functions as its hash."""
+    if key.endswith(".source") and isinstance(value, str) and "\n" in value:
+        return f"sha256 {hashlib.sha256(value.encode()).hexdigest()[:12]}"
+    return value
 
 
 def _inputs(record: Record) -> Record:

@@ -35,8 +35,8 @@ def read_note(folder: Folder) -> Note:
     is_list = isinstance(tags, list) and all(isinstance(tag, str) for tag in tags)
     if not isinstance(text, str) or not is_list:
         raise InputError(
-            f"{folder / NOTE_FILE}: expected an object with text and tags; write the note again "
-            "with finray runs note"
+            f"{folder / NOTE_FILE}: expected an object with text and tags; write the note again, "
+            "finray runs note RUN TEXT"
         )
     return Note(text, tuple(tags or ()))
 

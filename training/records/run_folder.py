@@ -70,7 +70,7 @@ def read_run(folder: Folder) -> Record | None:
     if content is None:
         return None
     place = folder / RUN_FILE
-    record = _parse(content, f"{place}")
+    record = _parse(content, f"{place}", "restore it, or move the folder away")
     check_format(record, RUN_FORMAT, place)
     _check_types(record, _RUN_TYPES, f"{place}")
     for key, types in _ITEM_TYPES.items():
@@ -331,11 +331,11 @@ def parse_record(line: bytes) -> Record | None:
     return value if isinstance(value, dict) else None
 
 
-def _parse(content: bytes, where: str) -> Record:
+def _parse(content: bytes, where: str, remedy: str = "restore the file") -> Record:
     record = parse_record(content)
     if record is None:
         excerpt = content[:80].decode("utf-8", "replace").strip()
-        raise InputError(f"{where}: expected a JSON object, found: {excerpt!r}")
+        raise InputError(f"{where}: expected a JSON object, found: {excerpt!r}; {remedy}")
     return record
 
 

@@ -168,7 +168,7 @@ def test_a_judge_scores_and_prefers(
     run: Path, tiny_model: Path, tmp_path: Path, write: Write, read: Read, server: Server
 ) -> None:
     """It takes the longer answer, in both orders; and it is asked once for each row."""
-    other = finished_run(tmp_path, tiny_model, "model", run_name="whole")
+    other = finished_run(tmp_path, tiny_model, "model", run_name=run.name)
     data = write(tmp_path / "rows.jsonl", ROWS)
 
     def verdict(text: str) -> str:
@@ -196,6 +196,7 @@ def test_a_judge_scores_and_prefers(
     assert preference == {"by": "judge", "wins": wins, "losses": losses, "ties": 5 - wins - losses}
     assert result.values["judge"] == 4.0 and not result.problems
     assert len(server.asked) == 5 * (2 + 2)
+    assert result.record["models"] == {"answer": str(run), "against": str(other)}, "of one name"
     assert {body["model"] for body in server.asked} == {"grader"}
     assert set(server.tokens) == {"Bearer t0ken"}
     assert "t0ken" not in (tmp_path / "eval" / "eval.html").read_text()
@@ -501,6 +502,7 @@ def test_the_page_escapes_and_shows_the_worst_first(
         (("--judge", "http://here:80"), "name the judge's model with --judge-model"),
         (("--schema", "{data}"), "--schema: cannot read"),
         (("--against", "nope"), "there is no run nope"),
+        (("--against", "{run}"), "is the model that is measured; name another"),
         (("--to", "{data}"), "rows.jsonl: cannot be written: "),
         (("--to", "file://{data}/eval"), "rows.jsonl/eval: cannot be written: "),
     ],
@@ -514,7 +516,7 @@ def test_what_is_wrong_is_one_line(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     data = write(tmp_path / "rows.jsonl", ROWS)
-    more = [word.format(data=data) for word in words]
+    more = [word.format(data=data, run=run) for word in words]
     assert main(["eval", str(run), "--data", str(data), *more]) == 2
     err = capsys.readouterr().err
     assert err.count("\n") == 1 and message in err
@@ -527,13 +529,13 @@ def test_rows_that_measures_leave_out_are_counted(
     words = ["--max-tokens", "2", "--to", str(tmp_path / "eval"), "--quiet"]
     assert main(["eval", str(run), "--data", str(data), *words]) == 0
     remarks = [
-        "1 of 2 rows without a reference answer: no exact match, token F1",
-        "1 of 2 rows without an answer, or too long: no loss, perplexity",
+        "not measured: exact match, token F1 of 1 of 2 rows without a reference answer",
+        "not measured: loss, perplexity of 1 of 2 rows without an answer, or too long",
     ]
     assert json.loads((tmp_path / "eval" / "eval.json").read_text())["remarks"] == remarks
     page = (tmp_path / "eval" / "eval.html").read_text()
     for text in (capsys.readouterr().out, page):
-        assert all(remark in text for remark in remarks)
+        assert all(remark[1:] in text for remark in remarks)
 
 
 def test_a_record_that_cannot_be_written_is_one_line(

@@ -74,11 +74,15 @@ def test_the_text(tmp_path: Path) -> None:
 def test_the_text_fits_a_terminal(tmp_path: Path, width: int) -> None:
     for name in ("first", "second"):
         path = f"/a/folder/that/is/very/long/and/shared/by/all/of/them/rows-{name}.jsonl"
-        stored_run(tmp_path, name, recipe={"data": {"train": [{"path": path}]}})
+        metric = {"file": "score.py:f", "source": f"{'#' * 60}\ndef f(): {name}\n"}
+        recipe = {"data": {"train": [{"path": path}]}, "eval": {"metrics": [metric]}}
+        stored_run(tmp_path, name, recipe=recipe)
     compared = compare_runs([Folder(str(tmp_path / name)) for name in ("first", "second")])
     text = render_comparison(compared, 0, width=width)
     assert max(map(len, text.splitlines())) <= width
-    assert "first.jsonl" in text and "second.jsonl" in text, "what differs is shown"
+    assert "first.jsonl" in text and "econd.jsonl" in text, "what differs is shown"
+    first, second = compared.settings["eval.metrics.0.source"]
+    assert first != second and first.startswith("sha256 ") and len(first) < 20
 
 
 def test_a_run_is_measured_by_the_prompts_that_it_answered(tmp_path: Path) -> None:
@@ -125,6 +129,20 @@ def test_what_cannot_be_written_is_one_line(
         out, err = capsys.readouterr()
         assert err.startswith(f"finray: {place}: cannot be written: Read-only file system; ")
         assert err.count("\n") == 1 and not out
+
+
+def test_a_damaged_note_is_written_again(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    note = stored_run(tmp_path, "first") / "note.json"
+    note.write_text("{")
+    storage = ["--storage", str(tmp_path)]
+    assert main(["runs", *storage]) == main(["runs", "note", "first", "--tag", "x", *storage]) == 2
+    assert "finray runs note RUN TEXT" in capsys.readouterr().err
+    assert main(["runs", "note", "first", "too short", *storage]) == main(["runs", *storage]) == 0
+    assert "too short" in capsys.readouterr().out
+    assert main(["runs", "--storage", f"{tmp_path}/none"]) == 0
+    assert capsys.readouterr().out == f"no runs in {tmp_path}/none yet\n"
 
 
 def test_refused(tmp_path: Path) -> None:

@@ -86,6 +86,8 @@ def test_the_page_is_self_contained(record: dict[str, Any], study: optuna.Study)
     assert "<script>alert(1)" not in page and "&lt;script&gt;alert(1)" in page
     # 2100 tokens instead of 3000
     assert '<span class="value">30.0%</span>' in page and saved_share(record) == pytest.approx(0.3)
+    finished = [row for row in record["trials"] if row["state"] == "finished"]
+    assert saved_share({**record, "trial_tokens": 1200, "trials": finished}) == 0, "none is pruned"
 
 
 def test_a_page_without_a_result(record: dict[str, Any]) -> None:
