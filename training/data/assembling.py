@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from ..common.storage import Folder
-from .packing import Bins, Indices, pack, unpacked, with_less_waste
+from .packing import Bins, Indices, is_poor, pack, unpacked, with_less_waste
 from .prepared import ROW_GROUP, SEQUENCE_SCHEMA, Split, write_hashed
 from .tokenising import TokenGroup
 
@@ -71,25 +71,37 @@ def assemble_items(
     """
     limit = max(_FILE_TOKENS, _FILE_SEQUENCES * capacity)
     number = 0
-    for group, tokens in _groups(parts, limit * _TOGETHER if packing else limit):
+    groups = _groups(parts, limit * _TOGETHER if packing else limit)
+    for group, tokens in _without_small_end(groups, limit * _TOGETHER) if packing else groups:
         shares = max(1, -(-(tokens - limit // 4) // limit)) if packing else 1
         for share in range(shares):
             yield AssembleItem(split, number, group, share, shares)
             number += 1
 
 
-def _groups(parts: Iterable[Part], limit: int) -> Iterator[tuple[tuple[Part, ...], int]]:
+def _groups(parts: Iterable[Part], limit: int) -> list[tuple[tuple[Part, ...], int]]:
     """Consecutive parts with this number of tokens or a little more, and the number."""
+    groups = []
     group: list[Part] = []
     tokens = 0
     for part in parts:
         group.append(part)
         tokens += part.tokens.tokens
         if tokens >= limit:
-            yield tuple(group), tokens
+            groups.append((tuple(group), tokens))
             group, tokens = [], 0
-    if group:
-        yield tuple(group), tokens
+    return [*groups, (tuple(group), tokens)] if group else groups
+
+
+def _without_small_end(
+    groups: list[tuple[tuple[Part, ...], int]], limit: int
+) -> list[tuple[tuple[Part, ...], int]]:
+    """The groups, of which the last one is joined with the one before it if it has less than half
+    the tokens: the fewer documents are packed together, the more sequences stay unfilled."""
+    if len(groups) < 2 or groups[-1][1] >= limit // 2:
+        return groups
+    (parts, tokens), (rest, of_rest) = groups[-2:]
+    return [*groups[:-2], (parts + rest, tokens + of_rest)]
 
 
 @dataclass(frozen=True)
@@ -133,18 +145,25 @@ class AssembleTask:
         of_parts = [self._lengths(part) for part in item.parts]
         lengths = np.concatenate(of_parts)
         bins = pack(lengths, self.capacity)
-        dealt = np.random.default_rng((self.seed, item.number - item.share)).permutation(len(bins))
-        own = _chosen(bins, np.sort(dealt[item.share :: item.shares]))
+        draw = np.random.default_rng((self.seed, item.number - item.share))
         is_own = np.zeros(len(lengths), np.bool_)
-        is_own[own.documents] = True
-        places = np.cumsum(is_own) - 1
+        if is_poor(bins, lengths, self.capacity):
+            shares = _whole_shares(lengths, self.capacity, item.shares, draw)
+            is_own[shares[item.share]] = True
+            bins = pack(lengths[is_own], self.capacity)
+        else:
+            dealt = draw.permutation(len(bins))
+            own = _chosen(bins, np.sort(dealt[item.share :: item.shares]))
+            is_own[own.documents] = True
+            places = np.cumsum(is_own) - 1
+            bins = Bins(places[own.documents], own.offsets)
         of_part = np.split(is_own, np.cumsum([len(each) for each in of_parts])[:-1])
         tables = [
             self._read(part).filter(pa.array(mask))
             for part, mask in zip(item.parts, of_part, strict=True)
         ]
         table = pa.concat_tables(tables).combine_chunks()
-        return table, lengths[is_own], Bins(places[own.documents], own.offsets)
+        return table, lengths[is_own], bins
 
     def _lengths(self, part: Part) -> NDArray[np.int32]:
         """The tokens of each document."""
@@ -165,6 +184,22 @@ class AssembleTask:
             table = parquet.read_row_group(part.tokens.group)
         rows = pa.array(table["row"].to_numpy() + part.first_row)
         return table.set_column(0, "row", rows)
+
+
+def _whole_shares(
+    lengths: NDArray[np.int32], capacity: int, shares: int, draw: np.random.Generator
+) -> list[Indices]:
+    """Deal documents at random to shares whose tokens nearly fill whole sequences, so that none of
+    them ends in one that is nearly empty; what is left goes to the last share."""
+    order = draw.permutation(len(lengths))
+    ends = np.cumsum(lengths[order], dtype=np.int64)
+    sequences = -(-int(ends[-1]) // capacity)
+    cuts = [0]
+    for share in range(shares - 1):
+        before = int(ends[cuts[-1] - 1]) if cuts[-1] else 0
+        own = sequences * (share + 1) // shares - sequences * share // shares
+        cuts.append(int(np.searchsorted(ends, before + own * capacity, side="right")))
+    return np.split(order, cuts[1:])
 
 
 def split_of(files: list[SequenceFile], capacity: int) -> Split | None:

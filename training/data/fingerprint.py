@@ -13,7 +13,7 @@ from .render_settings import RenderSettings
 from .resolve import ResolvedData, ResolvedSource, resolve_data
 from .window_plan import plan_facts
 
-FORMAT_VERSION = 6
+FORMAT_VERSION = 7
 """Increased when a new version prepares the same inputs differently."""
 
 

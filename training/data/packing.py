@@ -13,6 +13,8 @@ Indices = NDArray[np.int64]
 
 _ENOUGH = 1.001
 """Bins over their lower bound above which another way of packing is tried."""
+_POOR = 1.01
+"""Bins over their lower bound above which none of them are worth keeping."""
 
 
 @dataclass(frozen=True)
@@ -60,10 +62,32 @@ def with_less_waste(bins: Bins, lengths: NDArray[np.int32], capacity: int) -> Bi
         lengths: tokens of each document.
         capacity: tokens that a bin can hold.
     """
-    if len(bins) <= _ENOUGH * -(-int(lengths.sum()) // capacity):
+    if len(bins) <= _ENOUGH * fewest_bins(lengths, capacity):
         return bins
     other = fill_exactly(lengths, capacity)
     return other if len(other) < len(bins) else bins
+
+
+def is_poor(bins: Bins, lengths: NDArray[np.int32], capacity: int) -> bool:
+    """True if exact filling may need many bins fewer, so that these are not worth keeping."""
+    return len(bins) > _POOR * fewest_bins(lengths, capacity)
+
+
+def fewest_bins(lengths: NDArray[np.int32], capacity: int) -> int:
+    """A number of bins below which documents of these lengths have no space (Martello and Toth).
+
+    Of all documents the tokens, or those over half the capacity, each in a bin of its own, with the
+    tokens of the others that have no space beside them: not beside those longer than `capacity -
+    least`, if only documents of `least` tokens and more are counted.
+    """
+    ordered = np.sort(lengths.astype(np.int64))
+    sums = np.concatenate(([0], np.cumsum(ordered)))
+    half = int(np.searchsorted(ordered, capacity // 2, side="right"))
+    first = np.arange(half)  # the first of the documents that are counted
+    alone = np.searchsorted(ordered, capacity - ordered[:half], side="right")
+    free = (alone - half) * capacity - (sums[alone] - sums[half])
+    beside = np.maximum(0, -(-(sums[half] - sums[first] - free) // capacity))
+    return max(-(-int(sums[-1]) // capacity), len(ordered) - half + int(beside.max(initial=0)))
 
 
 def fill_exactly(lengths: NDArray[np.int32], capacity: int) -> Bins:

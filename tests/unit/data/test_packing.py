@@ -9,7 +9,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from finray.training.data.packing import Bins, fill_exactly, pack, unpacked, with_less_waste
+from finray.training.data.packing import (
+    Bins,
+    fewest_bins,
+    fill_exactly,
+    pack,
+    unpacked,
+    with_less_waste,
+)
 
 from .conftest import SHARED
 
@@ -57,7 +64,10 @@ def test_packing_properties(case: tuple[int, list[int]]) -> None:
         loads = [sum(lengths[document] for document in members) for members in bins_of(each)]
         assert all(0 < load <= capacity for load in loads)
     assert len(with_less_waste(bins, array, capacity)) == min(len(bins), len(exact))
-    assert len(bins) >= math.ceil(sum(lengths) / capacity)
+    assert math.ceil(sum(lengths) / capacity) <= fewest_bins(array, capacity)
+    assert fewest_bins(array, capacity) <= min(len(bins), len(exact))
+    over = sum(2 * length > capacity for length in lengths)
+    assert over <= fewest_bins(array, capacity)
     assert len(bins) <= next_fit_decreasing(lengths, capacity)
     assert len(bins) == best_fit_decreasing(lengths, capacity)
 
@@ -79,6 +89,14 @@ def test_documents_of_a_quarter_are_packed_without_waste() -> None:
     plain = pack(lengths, 1024)
     assert len(plain) > 1.03 * bound
     assert len(with_less_waste(plain, lengths, 1024)) <= 1.001 * bound
+
+
+def test_the_bound_counts_what_has_no_space_beside_long_documents() -> None:
+    assert fewest_bins(np.array([6, 6, 5, 5, 5], np.int32), 10) == 4, "no 5 beside a 6"
+    assert fewest_bins(np.zeros(0, np.int32), 10) == 0
+    # Of uniform lengths, best fit needs no bin more.
+    lengths = np.random.default_rng(0).integers(1, 4097, 9704).astype(np.int32)
+    assert len(pack(lengths, 4096)) == fewest_bins(lengths, 4096) > lengths.sum() / 4096 * 1.005
 
 
 def test_nothing_packs_to_nothing() -> None:
