@@ -31,6 +31,8 @@ from .sources import Chunk
 
 TOKENS = "tokens"
 """Folder of the token files, inside an attempt."""
+BY_WEIGHT = "by_weight"
+"""Why a row is not used: its source's weight takes a share of the rows."""
 BAD_ROWS_RETURNED = 1000
 SAMPLES_KEPT = 1000
 
@@ -214,7 +216,10 @@ class TokeniseTask:
                 held_out = held[index]
             split = "eval" if held_out else item.split
             copies = _copies(normalised, item.weight)
-            for example, extra in examples if copies > 0 else ():
+            if copies == 0:
+                result.dropped[BY_WEIGHT] += 1
+                continue
+            for example, extra in examples:
                 yield _Pending(index, line, split, copies, row, example, extra)
 
     def _rows(

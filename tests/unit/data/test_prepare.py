@@ -188,6 +188,7 @@ def test_weights(tmp_path: Path, make_recipe: MakeRecipe) -> None:
     assert set(counts[2]) == {1, 2}
     assert counts.mean(axis=1) == pytest.approx(weights, abs=0.1)
     assert [source.rows for source in prepared.manifest.sources] == [400, 400, 400]
+    assert prepared.manifest.dropped == {"by_weight": (counts == 0).sum()}
 
 
 def test_rows_are_numbered_over_files_and_sources(tmp_path: Path, make_recipe: MakeRecipe) -> None:
@@ -265,7 +266,7 @@ def test_a_weight_that_takes_no_row_is_an_error(tmp_path: Path, make_recipe: Mak
     path = write_jsonl(tmp_path / "a.jsonl", chats(4))
     recipe = make_recipe(train=[{"path": str(path), "weight": 1e-9}])
     with pytest.raises(
-        InputError, match=r"4 rows read, dropped: none; raise the weight of a source"
+        InputError, match=r"4 rows read, dropped: by_weight 4; raise the weight of a source"
     ):
         run(recipe, tmp_path)
 
