@@ -7,10 +7,14 @@ cumulative distribution. This is exact, and independent of the rest of the batch
 from typing import Any, Protocol
 
 import torch
+from torch.nn.functional import pad
 from transformers import LogitsProcessor
 
 _ALMOST_ONE = 1.0 - 1e-12
 """Maximum of the uniform numbers: one that is rounded up to 1 would select no token."""
+
+_BLOCK = 128
+"""Tokens; sums of blocks cost less than a cumulative sum over the vocabulary."""
 
 
 class SamplingSettings(Protocol):
@@ -29,42 +33,54 @@ class SamplingSettings(Protocol):
         """The kept tokens together have this probability."""
 
 
-def probabilities(logits: torch.Tensor, settings: SamplingSettings) -> torch.Tensor:
-    """The distribution that tokens are sampled from: temperature, then top-k, then top-p.
+def weights(logits: torch.Tensor, settings: SamplingSettings) -> torch.Tensor:
+    """What the probabilities of tokens are in proportion to: temperature, then top-k, then top-p.
 
     Args:
-        logits: (sequences, vocabulary).
+        logits: (sequences, vocabulary), in float32 or wider.
         settings: temperature, top_k and top_p.
 
     Returns:
-        (sequences, vocabulary) in float64; rows add up to 1.
+        (sequences, vocabulary) of the logits' type; the largest of a sequence is 1.
     """
-    scaled = logits.double() / settings.temperature
+    scaled = logits if settings.temperature == 1.0 else logits / settings.temperature
     if 0 < settings.top_k < scaled.shape[-1]:
         smallest = scaled.topk(settings.top_k).values[:, -1:]
         scaled = scaled.masked_fill(scaled < smallest, -torch.inf)
     if settings.top_p < 1.0:
         ordered, order = scaled.sort(descending=True)
-        shares = ordered.softmax(-1)
+        shares = ordered.double().softmax(-1)
         # A token is kept if the tokens before it do not reach top_p; the first is always kept.
         outside = shares.cumsum(-1) - shares >= settings.top_p
         scaled = scaled.masked_fill(outside.scatter(1, order, outside), -torch.inf)
-    return scaled.softmax(-1)
+    return (scaled - scaled.amax(-1, keepdim=True)).exp_()
 
 
-def pick(shares: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
-    """Select a token of each sequence by inverting the cumulative distribution.
+def pick(weights: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
+    """Select a token of each sequence by inverting the cumulative distribution, in float64: first a
+    block of the vocabulary, then a token in it.
 
     Args:
-        shares: probabilities, (sequences, vocabulary), in float64.
+        weights: not negative, (sequences, vocabulary).
         uniform: random numbers, (sequences,), in [0, 1).
 
     Returns:
-        (sequences,) token ids, none of probability 0.
+        (sequences,) token ids, none of weight 0.
     """
-    cumulative = shares.cumsum(-1)
+    if rest := -weights.shape[-1] % _BLOCK:
+        weights = pad(weights, (0, rest))
+    blocks = weights.unflatten(-1, (-1, _BLOCK))
+    sums = blocks.sum(-1, dtype=torch.float64)
+    cumulative = sums.cumsum(-1)
     targets = uniform.clamp(max=_ALMOST_ONE)[:, None] * cumulative[:, -1:]
-    return torch.searchsorted(cumulative, targets, right=True).squeeze(1)
+    block = torch.searchsorted(cumulative, targets, right=True)
+    chosen = blocks.gather(1, block[..., None].expand(-1, 1, _BLOCK))[:, 0]
+    inside = chosen.double().cumsum(-1)
+    left = (targets - (cumulative - sums).gather(1, block)).clamp(min=0)
+    # Sums in another order may round to less than what is left.
+    last = (inside < inside[:, -1:]).sum(-1, keepdim=True)
+    place = torch.minimum(torch.searchsorted(inside, left, right=True), last)
+    return (block * _BLOCK + place).squeeze(1)
 
 
 class Sampler(LogitsProcessor):
@@ -84,6 +100,5 @@ class Sampler(LogitsProcessor):
     def __call__(self, input_ids: Any, scores: torch.Tensor) -> torch.Tensor:
         """Scores of 0 for the selected tokens, minus infinity for the others."""
         position = input_ids.shape[1] - self._prompt
-        shares = probabilities(scores, self._settings)
-        tokens = pick(shares, self._uniform[:, position])
+        tokens = pick(weights(scores, self._settings), self._uniform[:, position])
         return torch.full_like(scores, -torch.inf).scatter_(1, tokens[:, None], 0.0)
