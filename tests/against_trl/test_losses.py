@@ -99,7 +99,11 @@ def make_recipe(tiny_model: Path, data: Path, method: dict[str, Any]) -> Recipe:
 
 def finray_losses(recipe: Recipe, prepared: Prepared, run: Path) -> list[float]:
     task = WorkerTask(
-        recipe=recipe.model_dump(mode="json"), run=str(run), prepared=prepared.folder.uri
+        recipe=recipe.model_dump(mode="json"),
+        run=str(run),
+        prepared=prepared.folder.uri,
+        isolation="documents",
+        shares_prefixes=True,
     )
     outcome = InProcessLauncher().attempt(task)
     assert outcome["status"] == "finished", outcome["error"]

@@ -11,26 +11,32 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 _ROOM = 128
-"""Tokens that the memory has room for beyond those that are held."""
+"""Tokens that new memory has room for beyond those that are held."""
 
 
-def append_in_place(cache: DynamicCache) -> None:
-    """Let a cache's layers append in place, but for those with a window or another state."""
-    cache.layers = [
-        _GrowingLayer(layer) if type(layer) is DynamicLayer and layer.is_initialized else layer
-        for layer in cache.layers
-    ]
+def append_in_place(cache: DynamicCache, longest: int) -> None:
+    """Let a cache's layers append in place, but for those with a window or another state.
+
+    Args:
+        cache: the cache of a batch's prompts.
+        longest: tokens that a sequence has at most at the end.
+    """
+    for number, layer in enumerate(cache.layers):
+        if type(layer) is DynamicLayer and layer.is_initialized:
+            cache.layers[number] = _GrowingLayer(layer, longest)
 
 
-class _GrowingLayer(DynamicLayer):  # type: ignore[misc]
+class _GrowingLayer(DynamicLayer):
     """Holds views of memory that has room for more tokens.
 
     Args:
         layer: with what it holds so far.
+        longest: as for `append_in_place`.
     """
 
-    def __init__(self, layer: DynamicLayer) -> None:
+    def __init__(self, layer: DynamicLayer, longest: int) -> None:
         super().__init__()
+        self._longest = longest
         self.dtype, self.device, self.is_initialized = layer.dtype, layer.device, True
         self.keys, self.values = layer.keys, layer.values
         self._memories: list[Tensor] = [self.keys, self.values]
@@ -49,7 +55,8 @@ class _GrowingLayer(DynamicLayer):  # type: ignore[misc]
         # What selects sequences replaces the tensors that this layer holds.
         is_own = memory.data_ptr() == held.data_ptr() and len(memory) == len(held)
         if not is_own or memory.shape[-2] < end:
-            memory = held.new_empty(*held.shape[:2], end + _ROOM, held.shape[-1])
+            room = max(end, min(end + _ROOM, self._longest))
+            memory = held.new_empty(*held.shape[:2], room, held.shape[-1])
             memory[:, :, :size] = held
             self._memories[number] = memory
         memory[:, :, size:end] = new

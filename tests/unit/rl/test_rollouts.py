@@ -12,7 +12,7 @@ from finray.training.config.methods import GrpoMethod
 from finray.training.config.recipe import Recipe
 from finray.training.rl.rollouts.local import LocalRollouts
 from finray.training.rl.rollouts.rollout import Request
-from finray.training.rl.rollouts.sampling import pick, probabilities
+from finray.training.rl.rollouts.sampling import pick, weights
 
 VOCABULARY = 40
 DRAWS = 200_000
@@ -50,11 +50,13 @@ def test_tokens_follow_the_distribution(changes: dict[str, Any]) -> None:
     generator = torch.Generator().manual_seed(1)
     logits = torch.randn(VOCABULARY, generator=generator) * 2
     method = settings(**changes)
-    shares = probabilities(logits[None], method)
+    relative = weights(logits[None], method)
     distribution = expected_shares(logits, method)
-    torch.testing.assert_close(shares[0], distribution)
+    torch.testing.assert_close(
+        (relative / relative.sum())[0].double(), distribution, rtol=1e-5, atol=1e-8
+    )
     uniform = torch.rand(DRAWS, generator=generator, dtype=torch.float64)
-    drawn = pick(shares.expand(DRAWS, -1), uniform)
+    drawn = pick(relative.expand(DRAWS, -1), uniform)
     counts = torch.bincount(drawn, minlength=VOCABULARY).double()
     assert counts[distribution == 0].sum() == 0
     expected = distribution[distribution > 0] * DRAWS
@@ -66,6 +68,25 @@ def test_the_ends_of_the_unit_interval() -> None:
     shares = torch.tensor([[0.0, 0.25, 0.0, 0.75, 0.0]], dtype=torch.float64).expand(4, -1)
     ends = torch.tensor([0.0, 0.2499, 0.25, 1.0 - 2**-53], dtype=torch.float64)
     assert pick(shares, ends).tolist() == [1, 1, 3, 3]
+
+
+@pytest.mark.parametrize("size", [40, 128, 1000])
+def test_any_vocabulary_is_inverted_exactly(size: int) -> None:
+    """As by a cumulative sum over all of it; tokens without weight are never selected."""
+    generator = torch.Generator().manual_seed(2)
+    relative = (4 * torch.randn(500, size, generator=generator)).exp()
+    relative[torch.rand(500, size, generator=generator) < 0.7] = 0.0
+    relative[:, size // 2] = 0.1
+    uniform = torch.rand(500, generator=generator, dtype=torch.float64)
+    uniform[:2], uniform[2:4] = 0.0, 1.0 - 2**-53
+    cumulative = relative.double().cumsum(-1)
+    expected = [
+        int(torch.searchsorted(row, min(u, 1 - 1e-12) * row[-1], right=True))
+        for row, u in zip(cumulative, uniform.tolist(), strict=True)
+    ]
+    drawn = pick(relative, uniform)
+    assert drawn.tolist() == expected
+    assert (relative.gather(1, drawn[:, None]) > 0).all()
 
 
 def test_a_completion_depends_on_its_seed_alone(model: Any, tokenizer: Any) -> None:

@@ -103,7 +103,7 @@ class LocalRollouts:
         place = {prompt: place for place, prompt in enumerate(numbers)}
         index = [place[tuple(prompt)] for prompt in prompts]
         cache.reorder_cache(torch.tensor(index, device=ids.device))
-        append_in_place(cache)
+        append_in_place(cache, ids.shape[1] + self._settings.max_completion)
         return cache
 
     def _rollout(self, tokens: list[int]) -> Rollout:
