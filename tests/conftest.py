@@ -53,6 +53,16 @@ SPREAD = {
 """Files whose tests share no fixture that takes long."""
 
 
+FORKED = {
+    f"tests/unit/{name}.py"
+    for name in (
+        *("export/test_tensor_files", "launch/test_local_workers", "models/test_feature_pairs"),
+        *("rehearsal/test_packing", "tuning/test_trial_actor"),
+    )
+}
+"""Files that use `fork_server`, whose start takes ten seconds of CPU."""
+
+
 LONG = {
     f"tests/unit/{name}.py"
     for name in (
@@ -66,10 +76,15 @@ LONG = {
 
 
 class _Files(LoadScopeScheduling):
-    """A file's tests stay in one process, but for those of `SPREAD`."""
+    """A file's tests stay in one process, but for those of `SPREAD`.
+
+    Without commands, which are forked in every process, one process alone starts a fork server.
+    """
 
     def _split_scope(self, nodeid: str) -> str:
         file = nodeid.partition("::")[0]
+        if file in FORKED and not any(name.startswith("tests/e2e/") for name in self.collection):
+            return "forked"
         return nodeid if file in SPREAD else file
 
 
