@@ -45,6 +45,8 @@ SENTENCES = (
 )
 
 
+MANY = 50_000
+"""Objects that are searched for garbage in a few hundredths of a second."""
 SPREAD = {
     f"tests/{name}.py"
     for name in (
@@ -125,6 +127,14 @@ def _skip_without_gpu(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("gpu"):
             item.add_marker(pytest.mark.skip(reason="needs a GPU"))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def little_to_search() -> None:
+    """What the files before this one have loaded later than `pytest_collection_finish`."""
+    if len(gc.get_objects()) > MANY:
+        gc.collect()
+        gc.freeze()
 
 
 @pytest.fixture(autouse=True)
