@@ -21,10 +21,14 @@ from pathlib import Path
 import pytest
 from support.forking import ForkServer
 from support.rehearsed import NothingWrong
+from xdist import is_xdist_controller
 from xdist.remote import Producer
 from xdist.scheduler import LoadScopeScheduling
 
 from finray.training.rehearsal import child
+
+# Until all is loaded, which is a sixth faster without a search for garbage.
+gc.disable()
 
 # No test cuts the power: what a killed process has written stays, and no disk is waited for.
 os.fsync = lambda _: None
@@ -41,6 +45,8 @@ SENTENCES = (
 )
 
 
+MANY = 50_000
+"""Objects that are searched for garbage in a few hundredths of a second."""
 SPREAD = {
     f"tests/{name}.py"
     for name in (
@@ -51,6 +57,16 @@ SPREAD = {
     )
 }
 """Files whose tests share no fixture that takes long."""
+
+
+FORKED = {
+    f"tests/unit/{name}.py"
+    for name in (
+        *("export/test_tensor_files", "launch/test_local_workers", "models/test_feature_pairs"),
+        *("rehearsal/test_packing", "tuning/test_trial_actor"),
+    )
+}
+"""Files that use `fork_server`, whose start takes ten seconds of CPU."""
 
 
 LONG = {
@@ -66,10 +82,15 @@ LONG = {
 
 
 class _Files(LoadScopeScheduling):
-    """A file's tests stay in one process, but for those of `SPREAD`."""
+    """A file's tests stay in one process, but for those of `SPREAD`.
+
+    Without commands, which are forked in every process, one process alone starts a fork server.
+    """
 
     def _split_scope(self, nodeid: str) -> str:
         file = nodeid.partition("::")[0]
+        if file in FORKED and not any(name.startswith("tests/e2e/") for name in self.collection):
+            return "forked"
         return nodeid if file in SPREAD else file
 
 
@@ -86,10 +107,16 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         _skip_without_gpu(items)
 
 
+def pytest_sessionstart(session: pytest.Session) -> None:
+    if is_xdist_controller(session):  # which collects nothing
+        gc.enable()
+
+
 def pytest_collection_finish() -> None:
     """What is loaded by now stays: each training collects garbage, and need not search it."""
     gc.collect()
     gc.freeze()
+    gc.enable()
 
 
 def _skip_without_gpu(items: list[pytest.Item]) -> None:
@@ -100,6 +127,14 @@ def _skip_without_gpu(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("gpu"):
             item.add_marker(pytest.mark.skip(reason="needs a GPU"))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def little_to_search() -> None:
+    """What the files before this one have loaded later than `pytest_collection_finish`."""
+    if len(gc.get_objects()) > MANY:
+        gc.collect()
+        gc.freeze()
 
 
 @pytest.fixture(autouse=True)

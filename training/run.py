@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from .common.errors import FinrayError, InputError, Interrupted, RunError
+from .common.imports import uncollected
 from .common.lock import hold_run_lock
 from .common.progress import SILENT, Progress
 from .common.secrets import redact
@@ -390,7 +391,8 @@ def _prepare_and_rehearse(
     if not rehearsal.is_done and not prepares_on_ray(guess):
         prepared = prepare_data(guess, progress)
         if recipe.scale.most_workers == 0:  # this process trains, and is idle until then
-            from .engine import worker  # noqa: F401
+            with uncollected():
+                from .engine import worker  # noqa: F401
     outcome = rehearsal.outcome(progress)
     decided = outcome.settle(recipe, packed_before)
     if prepared is None or decided.packs != guess.packs:

@@ -186,6 +186,7 @@ def serve(channel: socket.socket) -> Task | None:
     signal.signal(signal.SIGCHLD, lambda *_: None)
     gc.collect()
     gc.freeze()
+    gc.enable()
     while True:
         ready, _, _ = select.select([channel, reader], [], [])
         if reader in ready:
@@ -265,6 +266,7 @@ def _end() -> NoReturn:
 
 
 def main() -> None:
+    gc.disable()
     sys.argv, channel = [COMMAND], socket.socket(fileno=int(sys.argv[1]))
     for name in LIBRARIES:
         importlib.import_module(name)

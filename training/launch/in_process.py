@@ -1,6 +1,7 @@
 """Trains in this process, without Ray."""
 
 from ..common.background import Stop
+from ..common.imports import uncollected
 from ..common.progress import Progress
 from ..common.storage import Folder
 from ..engine.guard import guarded
@@ -59,7 +60,8 @@ class InProcessLauncher(Launcher):
 
     def attempt(self, task: WorkerTask) -> WorkerResult:
         """Train until the run ends."""
-        from ..engine.worker import run_worker
+        with uncollected():
+            from ..engine.worker import run_worker
         from ..models.devices import on_cpu
         from ..models.dtypes import free_memory
 

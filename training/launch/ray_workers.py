@@ -6,6 +6,7 @@ from typing import Any, Self, cast
 
 from ..common.background import Stop, run_while_watching
 from ..common.errors import in_one_line
+from ..common.imports import uncollected
 from ..common.progress import Progress
 from ..common.secrets import redact
 from ..common.storage import Folder
@@ -169,7 +170,9 @@ def _ray_worker(task: dict[str, Any]) -> WorkerResult:
     import ray.train
 
     from ..engine.guard import guarded
-    from ..engine.worker import run_worker
+
+    with uncollected():
+        from ..engine.worker import run_worker
 
     run, rank = Folder(task["run"]), ray.train.get_context().get_world_rank()
     timeout = task["recipe"]["scale"]["hang_timeout"]

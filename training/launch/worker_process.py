@@ -21,6 +21,7 @@ from types import FrameType
 from typing import IO, Any, Literal, TypedDict
 
 from ..common.errors import in_one_line
+from ..common.imports import uncollected
 from ..engine.heartbeat import Heartbeat, Timeout
 from ..engine.task import WorkerResult, WorkerTask, repeats_as
 from ..models.devices import use
@@ -97,7 +98,8 @@ def _failure(error: Exception) -> Failure:
 
 
 def _train(starts: "SimpleQueue[Start]", stop: threading.Event) -> WorkerResult:
-    from ..engine.worker import run_worker
+    with uncollected():
+        from ..engine.worker import run_worker
 
     start = starts.get()
     place = Place(**start["place"])

@@ -12,6 +12,7 @@ import signal
 import sys
 import warnings
 
+from ..common.imports import uncollected
 from .outcome import Outcome
 
 
@@ -41,13 +42,14 @@ def rehearse(values: dict[str, object]) -> Outcome:
     from .kernels import install
 
     install()
-    import torch
-    import transformers
+    with uncollected():
+        import torch
+        import transformers
 
-    from ..common.scratch import scratch_folder
-    from ..config.recipe import recipe_from_dict
-    from ..models import import_peft  # noqa: F401 - before what loads peft
-    from .rehearse import rehearse_recipe
+        from ..common.scratch import scratch_folder
+        from ..config.recipe import recipe_from_dict
+        from ..models import import_peft  # noqa: F401 - before what loads peft
+        from .rehearse import rehearse_recipe
 
     torch.set_num_threads(1)
     transformers.utils.logging.set_verbosity(logging.ERROR)
