@@ -347,9 +347,7 @@ def _parquet_rows(chunk: Chunk, max_bytes: int) -> Iterator[tuple[int, Row | Bad
                     yield number, row
 
 
-def _arrow_rows(
-    chunk: Chunk, max_bytes: int, count: _Count
-) -> Iterator[tuple[int, Row | BadRow]]:
+def _arrow_rows(chunk: Chunk, max_bytes: int, count: _Count) -> Iterator[tuple[int, Row | BadRow]]:
     """The rows of record batches [start, stop); counts all of them in `count`."""
     for batch in islice(arrow_batches(chunk.file), chunk.start, chunk.stop):
         first = count.lines + 1
