@@ -167,10 +167,10 @@ def stand_in(texts: list[str]) -> dict[str, Any]:
         )
         with np.errstate(over="ignore"):
             sketch = (((hashes[:, None] * a + b) % prime) & np.uint64(2**32 - 1)).min(axis=0)
-        found: set[int] = set()
+        neighbours: set[int] = set()
         for band, table in enumerate(tables):
             bucket = table[sketch[band * rows : (band + 1) * rows].tobytes()]
-            found.update(bucket)
+            neighbours.update(bucket)
             bucket.append(number)
     seconds = time.process_time() - started
     return {"seconds": seconds, "rows": len(texts), "contender": "stand-in for datasketch"}

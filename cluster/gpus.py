@@ -90,11 +90,11 @@ def _listed(command: str, changed_ns: int) -> tuple[Gpu, ...]:
         if not values:  # a warning, or "No devices were found"
             continue
         size, capability, uuid, mig = (*values, "", "", "", "")[:4]
-        known = _number(capability)
-        has_bfloat16 = known is None or known >= _EMULATED_BFLOAT16
+        compute = _number(capability)
+        has_bfloat16 = compute is None or compute >= _EMULATED_BFLOAT16
         gpu = Gpu(name, _mebibytes(size), has_bfloat16=has_bfloat16, uuid=uuid)
         slices = _slices(command, gpu) if mig == "Enabled" else []
-        cards.append((known or 0.0, gpu, slices or [gpu]))
+        cards.append((compute or 0.0, gpu, slices or [gpu]))
     if os.environ.get("CUDA_DEVICE_ORDER") != "PCI_BUS_ID":
         # CUDA counts the fastest first, nvidia-smi by their slots.
         cards.sort(key=lambda card: (-card[0], -(card[1].bytes or 0)))

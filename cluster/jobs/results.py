@@ -38,8 +38,8 @@ def pack(folder: Folder) -> int:
         An exit code: 2 where the folder holds no run.
     """
     is_sweep = folder.exists(SWEEP_FILE)
-    is_wanted = is_sweep_result if is_sweep else _is_run_result
-    names = [name for name in folder.files() if is_wanted(name)]
+    is_result = is_sweep_result if is_sweep else _is_run_result
+    names = [name for name in folder.files() if is_result(name)]
     if not is_sweep and RUN_FILE not in names:
         print(f"finray: {folder} holds no run yet", file=sys.stderr)
         return 2

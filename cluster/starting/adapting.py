@@ -52,20 +52,20 @@ def existing_adapter(draft: Draft, name: str, places: Places) -> bool:
 
 def tokens(draft: Draft, *names: str) -> None:
     """Tokens that get a row of their own."""
-    found: list[str] = []
+    added: list[str] = []
     for name in names:
         value = draft.settings.value(name)
         if isinstance(value, dict):
-            found += [str(token) for token in value.values()]
+            added += [str(token) for token in value.values()]
         elif value is not None:
-            found += draft.settings.texts(name)
-    if not found:
+            added += draft.settings.texts(name)
+    if not added:
         return
     if "method.reference_model" in draft.values:
         for name in names:
             draft.leave(name, "new tokens, for which the reference model has no rows")
         return
-    draft.put("model.add_tokens", list(dict.fromkeys(found)), *names)
+    draft.put("model.add_tokens", list(dict.fromkeys(added)), *names)
 
 
 def chatml(draft: Draft, *names: str) -> None:

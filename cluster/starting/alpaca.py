@@ -73,8 +73,8 @@ def template_of(texts: Texts) -> str:
 
 def _own_format(draft: Draft, rows: Rows) -> None:
     """The template of a format that the user defines."""
-    before, found, after = rows.formats[0].partition("{instruction}")
-    if not found or "{" in before + after:
+    before, placeholder, after = rows.formats[0].partition("{instruction}")
+    if not placeholder or "{" in before + after:
         draft.notes.append(
             f"datasets.0.type.format: {json.dumps(rows.formats[0])}: the model's own chat "
             "template is used; data.chat_template sets another"

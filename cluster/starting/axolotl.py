@@ -118,8 +118,8 @@ def _fresh_weights(draft: Draft) -> None:
 
 def _plugins(draft: Draft) -> None:
     packages = {part for name in draft.settings.texts("plugins") for part in name.split(".")}
-    if found := sorted(packages & _PLUGINS.keys()):
-        draft.change("plugins", "; ".join(f"{name}: {_PLUGINS[name]}" for name in found))
+    if ignored := sorted(packages & _PLUGINS.keys()):
+        draft.change("plugins", "; ".join(f"{name}: {_PLUGINS[name]}" for name in ignored))
 
 
 def _trackers(draft: Draft) -> None:
@@ -395,8 +395,8 @@ def _beta(draft: Draft, kind: str) -> None:
     if inner is not None:
         draft.fulfilled("method.beta", "trl")
     names = ("rl_beta", "dpo_beta", *(["orpo_alpha"] if kind == "orpo" else []))
-    found = [inner, *(settings.number(name) for name in names)]
-    value = next((number for number in found if number), None)
+    candidates = [inner, *(settings.number(name) for name in names)]
+    value = next((number for number in candidates if number), None)
     if value is not None or kind == "simpo":  # finray's own default for simpo is larger
         note = "TRL's default" if value is None else ""
         draft.put("method.beta", value or 0.1, *names, note=note)

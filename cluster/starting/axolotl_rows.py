@@ -195,16 +195,16 @@ class _Entry:
             )
             return
         if self.method == "sft":
-            found = self._imitated(name, stem, style)
+            columns = self._imitated(name, stem, style)
         else:
-            found = self._of_pairs(stem, loader)
+            columns = self._of_pairs(stem, loader)
             self.rows.strategies.add("pairs")
             if stem in ("chatml", "llama3"):
                 self.rows.templates.add(stem)
-        if found is None:
+        if columns is None:
             self.draft.leave(f"{self.key}.type", why_none(str(kind)))
             return
-        self.columns |= found
+        self.columns |= columns
         if self.method == "sft" and stem == "alpaca":
             self.source["format"] = "alpaca"
 
@@ -282,9 +282,9 @@ class _Entry:
     def _of_turns(self) -> dict[str, str]:
         """The keys of a turn's reasoning, and of whether it counts, where finray reads others."""
         keys = {}
-        for name, own, known in _OF_TURNS:
+        for name, own, usual in _OF_TURNS:
             value = self._take(name)
-            if value is not None and str(value) in known:
+            if value is not None and str(value) in usual:
                 self.draft.mapped[f"{self.key}.{name}"] = f"finray reads {value}"
             elif value is not None:
                 keys[own] = str(value)

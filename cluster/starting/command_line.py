@@ -95,14 +95,14 @@ def read_command(text: str) -> CommandLine:
     """
     commands, variables = read_shell(text)
     rest = [list(_plain_words(words)) for words in commands]
-    found = next(((words, at) for words in rest if (at := _script_at(words)) is not None), None)
-    if found is None:
+    script = next(((words, at) for words in rest if (at := _script_at(words)) is not None), None)
+    if script is None:
         begin = one_line(" ".join(rest[0][:4])) if rest else "it is empty"
         raise InputError(
             f"the command line names no training script: {begin}; expected one such as trl sft "
             "--model_name_or_path …, or accelerate launch dpo.py …"
         )
-    words, start = found
+    words, start = script
     command = CommandLine()
     _read_launcher(words[:start], command)
     command.script = words[start]
@@ -219,18 +219,18 @@ def _is_file(word: str) -> bool:
 def _options(words: Sequence[str]) -> Iterator[tuple[str, Any]]:
     """(name, value) of each option; the words without one come first, under an empty name."""
     loose: list[str] = []
-    found: list[tuple[str, list[str]]] = []
+    options: list[tuple[str, list[str]]] = []
     for word in words:
         if _OPTION.match(word):
             name, separator, value = word.lstrip("-").partition("=")
-            found.append((name.replace("-", "_"), [value] if separator else []))
-        elif found:
-            found[-1][1].append(word)
+            options.append((name.replace("-", "_"), [value] if separator else []))
+        elif options:
+            options[-1][1].append(word)
         else:
             loose.append(word)
     if loose:
         yield "", loose
-    for name, texts in found:
+    for name, texts in options:
         if not texts:
             yield (name[3:], False) if name.startswith("no_") else (name, True)
         else:

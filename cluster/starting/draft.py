@@ -222,8 +222,8 @@ class Draft:
         if name in {**self.mapped, **self.changed, **self.left}:
             return False
         value = self.settings.values[name]
-        known = name in dict(self.dialect.entries())
-        return value in _UNSET or (known and (value is False or value == "false"))
+        in_dialect = name in dict(self.dialect.entries())
+        return value in _UNSET or (in_dialect and (value is False or value == "false"))
 
     def nested(self) -> dict[str, Any]:
         """The recipe's values as sections."""

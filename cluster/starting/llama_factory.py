@@ -302,14 +302,14 @@ def _info_file(draft: Draft, places: Places) -> Path | None:
         return None
     candidates = [base / folder / _FILE for base in places.folders]
     candidates += [base / _FILE for base in places.folders]
-    found = next((file for file in candidates if file.is_file()), None)
-    if found is None:
+    registry = next((file for file in candidates if file.is_file()), None)
+    if registry is None:
         where = f"dataset_dir: {folder}" if draft.settings.value("dataset_dir") else f"{folder}/"
         draft.notes.append(
             f"{_FILE} is not there ({where}): it says what the names of dataset mean; give it with "
             "--dataset-info, or write paths into data.train"
         )
-    return found
+    return registry
 
 
 def _source(

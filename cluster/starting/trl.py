@@ -188,11 +188,11 @@ def _of_method(draft: Draft, kind: str) -> None:
     if kind == "dpo":
         _dpo_losses(draft, losses)
     elif kind == "kto" and losses:
-        known = {"kto": "kto", "apo_zero_unpaired": "apo_zero"}
-        draft.put("method.loss", known.get(losses[0], "kto"), "loss_type")
+        losses_here = {"kto": "kto", "apo_zero_unpaired": "apo_zero"}
+        draft.put("method.loss", losses_here.get(losses[0], "kto"), "loss_type")
     elif kind == "cpo" and losses:
-        known = {name: name for name in ("sigmoid", "hinge", "ipo")}
-        draft.put("method.loss", known.get(losses[0], "sigmoid"), "loss_type")
+        losses_here = {name: name for name in ("sigmoid", "hinge", "ipo")}
+        draft.put("method.loss", losses_here.get(losses[0], "sigmoid"), "loss_type")
     elif kind == "simpo":
         draft.fulfilled("method.kind: simpo", "loss_type")
         draft.put("method.gamma", settings.number("simpo_gamma") or 0.5, "simpo_gamma")

@@ -140,7 +140,7 @@ FAULTY = {
         "the paint on {it} peels off",
     ],
 }
-WANTS = {
+REQUESTS = {
     "refund": [
         "I would like my money back",
         "I want a refund",
@@ -189,7 +189,7 @@ WANTS = {
         "take it off my account, I have bought one elsewhere",
     ],
 }
-WANTS_OF = {
+REQUESTS_OF = {
     "damaged": ["refund", "replacement", "repair"],
     "late": ["update", "update", "cancel", "refund"],
     "incomplete": ["refund", "replacement", "replacement", "cancel"],
@@ -353,12 +353,12 @@ class World:
     def case(self) -> Case:
         """Write one message and note its fields."""
         rng = self.rng
-        kind, issue = rng.choice(list(NOUNS)), rng.choice(list(WANTS_OF))
-        wants = rng.choice(WANTS_OF[issue])
+        kind, issue = rng.choice(list(NOUNS)), rng.choice(list(REQUESTS_OF))
+        request = rng.choice(REQUESTS_OF[issue])
         name, order, item = self.name(), self.number(), self.item(kind)
         order_at, name_at = rng.choice(("complaint", "own")), rng.choice(("intro", "end", "under"))
         trouble = self.complaint(kind, issue, item, order if order_at == "complaint" else None)
-        body = self.body(trouble, rng.choice(WANTS[wants]))
+        body = self.body(trouble, rng.choice(REQUESTS[request]))
         opening = []
         if name_at == "intro":
             opening.append(self.fill(rng.choice(INTROS), name=name))
@@ -371,7 +371,7 @@ class World:
         if name_at == "end":
             body.append(rng.choice(SIGN_OFFS).format(name=name))
         message = self.open_with(opening) + " ".join(body)
-        values = (name, order, item, issue, wants)
+        values = (name, order, item, issue, request)
         return Case(message, dict(zip(FIELDS, values, strict=True)))
 
     def body(self, trouble: str, wish: str) -> list[str]:
@@ -527,7 +527,7 @@ def spoil(world: World, fields: dict[str, str]) -> str:
     if kind == "card":
         return card(world, fields)
     others = {"name": world.name, "order": world.number}
-    choices = {"issue": list(WANTS_OF), "wants": list(WANTS)}
+    choices = {"issue": list(REQUESTS_OF), "wants": list(REQUESTS)}
     while (value := others[key]() if key in others else rng.choice(choices[key])) == fields[key]:
         pass
     return json.dumps({**fields, key: value})

@@ -31,13 +31,13 @@ def test_sigkill_in_the_middle_of_a_save(finray: Finray, undisturbed: Path) -> N
     run = finray.folder / "runs" / "run"
     for _ in range(10):
         command = finray.start("train", recipe)
-        known = {path.name for path in (run / "checkpoints").glob("step-*")}
+        earlier = {path.name for path in (run / "checkpoints").glob("step-*")}
         unfinished: list[Path] = []
 
-        def being_written(known: set[str] = known, found: list[Path] = unfinished) -> bool:
-            new = [p for p in (run / "checkpoints").glob("step-*") if p.name not in known]
-            found[:] = [path for path in new if not (path / "rank-0.json").exists()]
-            return bool(found)
+        def being_written(earlier: set[str] = earlier, partial: list[Path] = unfinished) -> bool:
+            new = [p for p in (run / "checkpoints").glob("step-*") if p.name not in earlier]
+            partial[:] = [path for path in new if not (path / "rank-0.json").exists()]
+            return bool(partial)
 
         wait_until(being_written, "an unfinished checkpoint", brief=True)
         command.kill()

@@ -85,9 +85,9 @@ def begin(kind: str, aspect: str) -> None:
     _write(kind, aspect, passed=False)
 
 
-def note(kind: str, aspect: str, **found: Any) -> None:
+def note(kind: str, aspect: str, **measured: Any) -> None:
     """Keep what a test found of an architecture, until `main` writes it down."""
-    _write(kind, aspect, passed=True, **found)
+    _write(kind, aspect, passed=True, **measured)
 
 
 def _write(kind: str, aspect: str, **values: Any) -> None:
@@ -100,11 +100,11 @@ def collect() -> dict[str, Result]:
     """All that is kept, with what the tests found since; what was not tried stays."""
     results = read()
     for file in sorted(FOLDER.glob("*.json")):
-        found = json.loads(file.read_text(encoding="utf-8"))
-        kind, aspect, passed = found.pop("kind"), found.pop("aspect"), found.pop("passed")
+        entry = json.loads(file.read_text(encoding="utf-8"))
+        kind, aspect, passed = entry.pop("kind"), entry.pop("aspect"), entry.pop("passed")
         before = results.get(kind, Result())
         tried = {*before.tried, aspect} if passed else {*before.tried} - {aspect}
-        results[kind] = replace(before, **found, tried=tuple(sorted(tried)))
+        results[kind] = replace(before, **entry, tried=tuple(sorted(tried)))
     current = set(architectures())
     return {kind: each for kind, each in results.items() if each.tried and kind in current}
 

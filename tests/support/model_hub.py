@@ -50,9 +50,9 @@ class _Handler(BaseHTTPRequestHandler):
         if self.server.refuses or self.headers.get("Authorization") != f"Bearer {TOKEN}":
             self._answer(self.server.refuses or 401, {"error": "You may not write here"})
         elif self.path == "/api/repos/create":
-            wanted = json.loads(body)
-            name = "/".join(filter(None, (wanted.get("organization"), wanted["name"])))
-            private = wanted.get("private", wanted.get("visibility") == "private")
+            request = json.loads(body)
+            name = "/".join(filter(None, (request.get("organization"), request["name"])))
+            private = request.get("private", request.get("visibility") == "private")
             self.server.private.setdefault(name, private)
             self._answer(200, {"url": f"{self.server.url}/{name}"})
         elif self.path == "/api/validate-yaml":  # the card's header

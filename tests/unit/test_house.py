@@ -228,3 +228,33 @@ def test_help_needs_only_the_standard_library() -> None:
         [sys.executable, "-c", script], capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
+
+
+UNCLEAR = {"told", "found", "wanted", "wants", "known", "heard", "bears"}
+"""They say what happened to a thing, not what it is."""
+OF_TORCH = {"found_inf"}
+
+
+def names_given(tree: ast.Module) -> Iterator[str]:
+    """The names that a file gives: to values, arguments, attributes, functions and classes."""
+    for node in ast.walk(tree):
+        match node:
+            case ast.Name(id=name, ctx=ast.Store()) | ast.Attribute(attr=name, ctx=ast.Store()):
+                yield name
+            case ast.arg(arg=name) | ast.FunctionDef(name=name) | ast.ClassDef(name=name):
+                yield name
+
+
+def unclear_names(tree: ast.Module) -> list[str]:
+    names = set(names_given(tree)) - OF_TORCH
+    return sorted(name for name in names if UNCLEAR & set(name.lower().split("_")))
+
+
+def test_names_say_what_a_thing_is() -> None:
+    for name, path in modules().items():
+        assert not unclear_names(parse(path)), name
+    assert unclear_names(ast.parse("found = 1\ndef f(known_ids): self.is_wanted = 2")) == [
+        "found",
+        "is_wanted",
+        "known_ids",
+    ]

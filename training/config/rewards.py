@@ -100,7 +100,7 @@ class TrlReward(_Reward):
     """Arguments of a get_… function, such as {max_completion_len: 512, soft_punish_cache: 128}."""
 
     @model_validator(mode="after")
-    def _options_are_known(self) -> Self:
+    def _check_options(self) -> Self:
         needed, possible = _OPTIONS.get(self.trl, (frozenset(), frozenset()))
         if missing := sorted(needed - self.options.keys()):
             raise ValueError(f"trl {self.trl} needs options: {', '.join(missing)}")

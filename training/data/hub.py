@@ -97,14 +97,14 @@ def hub_splits(name: str, subset: str | None, revision: str | None) -> tuple[str
         return _cached(name, subset, revision)
     folder = Folder(f"hf://datasets/{name}@{commit}")
     try:
-        return commit, _found(folder, name, subset)
+        return commit, _checked_splits(folder, name, subset)
     except OSError as error:
         raise InputError(
             f"dataset: cannot list {name} on the hub: {one_line(str(error))}; try again"
         ) from None
 
 
-def _found(folder: Folder, name: str, subset: str | None) -> Splits:
+def _checked_splits(folder: Folder, name: str, subset: str | None) -> Splits:
     splits = splits_of(folder, subset)
     if not any(splits.values()):
         script = f"{name.rpartition('/')[2]}.py"

@@ -138,7 +138,7 @@ class StreamedWindows:
 
     def epoch_at(self, position: int) -> float:
         """Passes over the data after a position that was reached."""
-        ends = self._known_ends(position)
+        ends = self._ends_up_to(position)
         number = bisect_right(ends, position - 1) if position else 0
         start = ends[number - 1] if number else 0
         size = ends[number] - start if number < len(ends) else 1
@@ -149,7 +149,7 @@ class StreamedWindows:
         """Source rows of the sequences at positions [start, stop), by file; without those of
         windows that are deleted."""
         places: dict[str, set[int]] = {}
-        ends = self._known_ends(stop)
+        ends = self._ends_up_to(stop)
         for number in range(bisect_right(ends, start), len(ends)):
             begins = ends[number - 1] if number else 0
             opened = self._open(number, ends) if begins < stop else None
@@ -202,7 +202,7 @@ class StreamedWindows:
         """
         quiet, since = 0.0, time.monotonic()
         while True:
-            ends = self._known_ends(position + 1)
+            ends = self._ends_up_to(position + 1)
             number = bisect_right(ends, position)
             opened = self._open(number, ends) if number < len(ends) else None
             if opened is not None:
@@ -230,7 +230,7 @@ class StreamedWindows:
             kind = InputError if failed["exit_code"] == InputError.exit_code else RunError
             raise kind(failed["error"])
 
-    def _known_ends(self, position: int) -> list[int]:
+    def _ends_up_to(self, position: int) -> list[int]:
         """The end of each window that was made; looked up again if none reaches the position."""
         if not self._ends or self._ends[-1] < position:
             counts = read_counts(self._folder)

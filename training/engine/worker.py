@@ -41,7 +41,7 @@ from ..data.window_reader import StreamedWindows
 from ..models import import_peft  # noqa: F401 - before what loads peft
 from ..models.base_cache import BaseCache
 from ..models.composite import name_of_class
-from ..models.devices import check_device, device_kind, found_kind, own_device
+from ..models.devices import accelerator_kind, check_device, device_kind, own_device
 from ..models.dtypes import choose_dtype
 from ..models.loading import count_parameters, grown_embedding, load_model, load_tokenizer
 from ..models.out_of_memory import is_out_of_memory
@@ -171,7 +171,7 @@ class TrainingWorker:
         checkpoints = self.run_folder / CHECKPOINTS_FOLDER
         choice = self._agree_on_checkpoint(checkpoints, task.get("unusable", {}))
         self.windows = self._open_windows(choice.step)
-        check_device(self.recipe, device_kind(), found_kind())
+        check_device(self.recipe, device_kind(), accelerator_kind())
         transformers.set_seed(self.recipe.seed)
         self.tokenizer = load_tokenizer(self.recipe)
         notices: list[str] = []

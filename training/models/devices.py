@@ -37,7 +37,7 @@ class Room:
         return "bfloat16" if self.has_bfloat16 else "float16"
 
 
-def found_kind() -> str:
+def accelerator_kind() -> str:
     """The kind of this machine's accelerator, as torch names it; cpu if torch has none here."""
     import torch
 
@@ -53,7 +53,7 @@ def accelerators() -> list[tuple[str, str, int]]:
     """(kind, name, bytes of memory) of each accelerator that torch has on this machine."""
     import torch
 
-    kind = found_kind()
+    kind = accelerator_kind()
     if kind == "mps":  # it shares the machine's memory
         return [(kind, "Apple GPU", torch.mps.recommended_max_memory())]
     if kind not in KINDS:
@@ -66,14 +66,14 @@ def accelerators() -> list[tuple[str, str, int]]:
 def device_kind() -> str:
     """cpu, cuda, xpu or mps: what this process trains on, by choice or as torch has it."""
     chosen = os.environ.get(VARIABLE)
-    return found_kind() if chosen is None else chosen.partition(":")[0]
+    return accelerator_kind() if chosen is None else chosen.partition(":")[0]
 
 
 def own_device() -> "torch.device":
     """What this process trains on; with its number, where one was chosen."""
     import torch
 
-    return torch.device(os.environ.get(VARIABLE) or found_kind())
+    return torch.device(os.environ.get(VARIABLE) or accelerator_kind())
 
 
 def has_bfloat16(kind: str) -> bool:
@@ -123,7 +123,7 @@ def check_torch(kind: str) -> None:
     """
     import torch
 
-    if kind != "cpu" and found_kind() == "cpu":
+    if kind != "cpu" and accelerator_kind() == "cpu":
         raise InputError(
             f"scale.gpus_per_worker: the driver lists a GPU of kind {kind}, and torch "
             f"{torch.__version__} finds none; install a torch built for it (nvidia-smi shows the "
@@ -133,7 +133,7 @@ def check_torch(kind: str) -> None:
 
 def empty_cache() -> None:
     """Give back the device's memory that torch holds and does not use."""
-    if (kind := found_kind()) in KINDS:
+    if (kind := accelerator_kind()) in KINDS:
         _module(kind).empty_cache()
 
 
@@ -155,22 +155,22 @@ def _module(kind: str) -> Any:
     return {"cuda": torch.cuda, "xpu": torch.xpu, "mps": torch.mps}[kind]
 
 
-def check_device(recipe: "Recipe", kind: str, found: str) -> None:
+def check_device(recipe: "Recipe", kind: str, present: str) -> None:
     """Check that the run can train on the device that was chosen, and that none lies idle.
 
     Args:
         recipe: what to run.
         kind: the kind of device that the run trains on.
-        found: the kind of this machine's accelerator; cpu if there is none.
+        present: the kind of this machine's accelerator; cpu if there is none.
 
     Raises:
         InputError: the recipe or finray does not allow it.
     """
     _check_kernel(recipe, kind)
     if kind == "cpu":
-        if found != "cpu" and recipe.scale.gpus_per_worker != 0:
+        if present != "cpu" and recipe.scale.gpus_per_worker != 0:
             raise InputError(
-                f"scale.gpus_per_worker: torch has a device of kind {found} here, which this "
+                f"scale.gpus_per_worker: torch has a device of kind {present} here, which this "
                 "worker does not get; set 0 to train on the CPU, or run without a cluster"
             )
         return

@@ -44,7 +44,7 @@ class ComparedAnswers:
         return [is_match(answer, self.reference) for answer in self.answers]
 
     @property
-    def tells_apart(self) -> bool:
+    def answers_differ(self) -> bool:
         """True if some answers are right and some wrong, or, without a reference, differ."""
         given = [answer for answer in self.answers if answer is not None]
         if self.reference is None:
@@ -208,4 +208,4 @@ def _answers(samples: Sequence[Sequence[Record]]) -> list[ComparedAnswers]:
         if sum(answer is not None for answer in answers) > 1:
             reference = str(references[0]) if references else None
             compared.append(ComparedAnswers(prompt, reference, answers))
-    return sorted(compared, key=lambda item: not item.tells_apart)
+    return sorted(compared, key=lambda item: not item.answers_differ)

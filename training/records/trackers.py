@@ -45,7 +45,7 @@ class TrackedRun:
 class Tracker(Protocol):
     """A client, for one run."""
 
-    def open(self, run: TrackedRun, known_id: str | None) -> str:
+    def open(self, run: TrackedRun, earlier_id: str | None) -> str:
         """Start a run, or resume it under its id; returns the id, which is noted at once.
 
         Another id than the known one means that the tracker has nothing of the run.
@@ -83,11 +83,11 @@ class MlflowTracker:
         self._client = MlflowClient()
         self._id = ""
 
-    def open(self, run: TrackedRun, known_id: str | None) -> str:
+    def open(self, run: TrackedRun, earlier_id: str | None) -> str:
         """See `Tracker`."""
-        if known_id is not None and self._goes_on(known_id):
-            self._id = known_id
-            return known_id
+        if earlier_id is not None and self._goes_on(earlier_id):
+            self._id = earlier_id
+            return earlier_id
         name = os.environ.get("MLFLOW_EXPERIMENT_NAME") or PROJECT
         existing = self._client.get_experiment_by_name(name)
         experiment = (
@@ -99,12 +99,12 @@ class MlflowTracker:
         self._id = self._client.create_run(experiment, tags=tags, run_name=run.name).info.run_id
         return self._id
 
-    def _goes_on(self, known_id: str) -> bool:
+    def _goes_on(self, earlier_id: str) -> bool:
         """Resume a run; False if this server has none of this id, as another one may."""
         from mlflow.exceptions import MlflowException
 
         try:
-            self._client.update_run(known_id, status="RUNNING")
+            self._client.update_run(earlier_id, status="RUNNING")
         except MlflowException as error:
             if error.error_code != "RESOURCE_DOES_NOT_EXIST":
                 raise
@@ -175,11 +175,11 @@ class WandbTracker:
         self._wandb = wandb
         self._run: Any = None
 
-    def open(self, run: TrackedRun, known_id: str | None) -> str:
+    def open(self, run: TrackedRun, earlier_id: str | None) -> str:
         """See `Tracker`."""
         self._run = self._wandb.init(
             project=os.environ.get("WANDB_PROJECT") or PROJECT,
-            id=known_id or uuid.uuid4().hex[:8],
+            id=earlier_id or uuid.uuid4().hex[:8],
             resume="allow",
             name=run.name,
             group=run.sweep,
@@ -223,15 +223,15 @@ class TrackioTracker:
         self._trackio = trackio
         self._run: Any = None
 
-    def open(self, run: TrackedRun, known_id: str | None) -> str:
+    def open(self, run: TrackedRun, earlier_id: str | None) -> str:
         """See `Tracker`."""
         name = f"{run.sweep}/{run.name}" if run.kind == "trial" else run.name
         self._run = self._trackio.init(
             project=os.environ.get("TRACKIO_PROJECT") or PROJECT,
-            name=known_id or name,
+            name=earlier_id or name,
             group=run.sweep,
             config={**run.config, "kind": run.kind, "tags": ",".join(run.tags)},
-            resume="never" if known_id is None else "allow",
+            resume="never" if earlier_id is None else "allow",
             embed=False,
             auto_log_cpu=False,
             auto_log_gpu=False,

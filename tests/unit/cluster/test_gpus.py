@@ -165,10 +165,10 @@ def answers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., tu
 
 
 def test_the_output_of_nvidia_smi(answers: Callable[..., tuple[Gpu, ...]]) -> None:
-    found = answers(
+    listed = answers(
         "NVIDIA H100 80GB HBM3, 81559, 9.0, GPU-1a, Disabled\nTesla T4, 15360, 7.5, GPU-2b, [N/A]"
     )
-    assert found == (
+    assert listed == (
         Gpu("NVIDIA H100 80GB HBM3", 81559 * 2**20, uuid="GPU-1a"),
         Gpu("Tesla T4", 15 * 2**30, has_bfloat16=False, uuid="GPU-2b"),
     )
@@ -181,20 +181,20 @@ def test_the_output_of_nvidia_smi(answers: Callable[..., tuple[Gpu, ...]]) -> No
 
 
 @pytest.mark.parametrize(
-    ("size", "found"),
+    ("size", "expected"),
     [(size, None) for size in ("[N/A]", "[Not Supported]", "[GPU is lost]", "Unknown", "0", "")]
     + [("24564", 24564 * 2**20)],
 )
 def test_a_size_that_is_not_known_ends_nothing(
-    size: str, found: int | None, answers: Callable[..., tuple[Gpu, ...]], tiny_model: Path
+    size: str, expected: int | None, answers: Callable[..., tuple[Gpu, ...]], tiny_model: Path
 ) -> None:
     """A GPU with shared memory, or one that is lost."""
     (gpu,) = answers(f"NVIDIA GB10, {size}, [N/A], GPU-1, [N/A]")
-    assert gpu == Gpu("NVIDIA GB10", found, uuid="GPU-1")
+    assert gpu == Gpu("NVIDIA GB10", expected, uuid="GPU-1")
     assert "NVIDIA GB10" in str(gpu)
     values = recipe().model_dump(mode="json")
     values["model"]["base"] = str(tiny_model)
-    assert len(memory_lines(recipe_from_dict(values), [gpu])) == (found is not None)
+    assert len(memory_lines(recipe_from_dict(values), [gpu])) == (expected is not None)
 
 
 @pytest.mark.parametrize(
@@ -218,16 +218,16 @@ def test_slices_of_a_gpu_are_the_gpus(
     answers: Callable[..., tuple[Gpu, ...]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A worker has the memory of its slice, and a process sees one of them."""
-    found = answers(
+    listed = answers(
         "NVIDIA H100 80GB HBM3, 81559, 9.0, GPU-1a, Enabled\n"
         "NVIDIA H100 80GB HBM3, 81559, 9.0, GPU-2b, Disabled",
         listing=MIG,
     )
-    sizes = [gpu.bytes and round(gpu.bytes / 2**30, 1) for gpu in found]
+    sizes = [gpu.bytes and round(gpu.bytes / 2**30, 1) for gpu in listed]
     assert sizes == [38.0, 9.5, 79.6]
-    assert [gpu.is_slice for gpu in found] == [True, True, False]
-    assert visible_gpus() == found[:1]
-    for chosen, seen in {"MIG-d8": found[1:2], "GPU-2b": found[2:], "7": (), "": ()}.items():
+    assert [gpu.is_slice for gpu in listed] == [True, True, False]
+    assert visible_gpus() == listed[:1]
+    for chosen, seen in {"MIG-d8": listed[1:2], "GPU-2b": listed[2:], "7": (), "": ()}.items():
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", chosen)
         assert visible_gpus() == seen
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "MIG-c7")
@@ -243,7 +243,7 @@ def test_a_torch_that_finds_no_gpu_is_refused(
 ) -> None:
     """It is built for CPUs, or the driver is too old; a run would take its CPU in silence."""
     monkeypatch.setattr("finray.cluster.gpus.gpus_here", lambda: (H100,))
-    monkeypatch.setattr("finray.training.models.devices.found_kind", lambda: "cpu")
+    monkeypatch.setattr("finray.training.models.devices.accelerator_kind", lambda: "cpu")
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     values = recipe(scale={"workers": workers}).model_dump(mode="json")
     values["model"]["base"] = str(tiny_model)
@@ -267,7 +267,7 @@ def test_the_smallest_of_those_that_are_used_counts(
     """Not a card for a screen that lies idle."""
     screen = Gpu("NVIDIA GeForce GT 1030", 2**20, has_bfloat16=False)
     monkeypatch.setattr("finray.cluster.gpus.gpus_here", lambda: (H100, screen))
-    monkeypatch.setattr("finray.training.models.devices.found_kind", lambda: "cuda")
+    monkeypatch.setattr("finray.training.models.devices.accelerator_kind", lambda: "cuda")
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     values = recipe(scale={"workers": 0}).model_dump(mode="json")
     values["model"]["base"] = str(tiny_model)

@@ -284,14 +284,14 @@ def test_dataset_info(tmp_path: Path) -> None:
     info = tmp_path / "data" / "dataset_info.json"
     info.write_text(json.dumps({"identity": {"file_name": "rows.jsonl"}}), encoding="utf-8")
     text = LLAMA_FACTORY["lora-sft"].replace("identity,alpaca_en_demo", "identity")
-    found = imported(text, tmp_path)
-    [source] = load_yaml(found.text)["data"]["train"]
+    written = imported(text, tmp_path)
+    [source] = load_yaml(written.text)["data"]["train"]
     assert source == {
         "dataset": "identity",
         "dataset_info": "data/dataset_info.json",
         "limit": 1000,
     }
-    assert not any("dataset_info.json" in note for note in found.notes)
+    assert not any("dataset_info.json" in note for note in written.notes)
     info.rename(tmp_path / "info.json")
     assert any("--dataset-info" in note for note in imported(text, tmp_path).notes)
     [source] = values_of(text, tmp_path, info=tmp_path / "info.json")["data.train"]
@@ -753,11 +753,11 @@ def test_what_version_1_of_llama_factory_nests_is_named(tmp_path: Path) -> None:
 def keys_of(values: Any, key: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
     """The keys of all values inside a value."""
     items = values.items() if isinstance(values, dict) else enumerate(values)
-    found: list[tuple[Any, ...]] = []
+    keys: list[tuple[Any, ...]] = []
     for name, value in items:
-        found.append((*key, name))
-        found += keys_of(value, (*key, name)) if isinstance(value, dict | list) else []
-    return found
+        keys.append((*key, name))
+        keys += keys_of(value, (*key, name)) if isinstance(value, dict | list) else []
+    return keys
 
 
 def test_any_value_becomes_a_recipe_or_a_message(tmp_path: Path) -> None:

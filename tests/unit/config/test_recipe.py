@@ -176,7 +176,7 @@ def test_what_cannot_be_sharded(tmp_path: Path, addition: str, message: str) -> 
 def test_an_adapter_is_searched_in_the_recipes_folder_here_and_in_the_storage(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def found() -> str | None:
+    def revision() -> str | None:
         text = GOOD.replace("some/model}", "some/model, adapter: sft}") + "storage: runs\n"
         recipe = load_recipe(write(tmp_path / "recipes", text))
         assert recipe.trains_adapter and recipe.adapter is None
@@ -188,7 +188,7 @@ def test_an_adapter_is_searched_in_the_recipes_folder_here_and_in_the_storage(
         folder = tmp_path / place / "sft" / "adapter"
         folder.mkdir(parents=True)
         (folder / "adapter_config.json").write_text("{}", encoding="utf-8")
-        assert found() == str(folder)
+        assert revision() == str(folder)
 
 
 def test_all_errors_are_reported_at_once(tmp_path: Path) -> None:

@@ -289,8 +289,8 @@ def comments_of(name: str) -> str:
 def rows_of_the_readme() -> Iterator[tuple[str, str]]:
     """(recipe, row) of each table in the README."""
     for line in (FOLDER / "README.md").read_text(encoding="utf-8").splitlines():
-        if line.startswith("| [") and (found := re.search(r"recipes/(\S+\.yaml)", line)):
-            yield found[1], line
+        if line.startswith("| [") and (match := re.search(r"recipes/(\S+\.yaml)", line)):
+            yield match[1], line
 
 
 @cache

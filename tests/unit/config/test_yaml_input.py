@@ -143,8 +143,8 @@ def test_found_values_are_short_and_without_escapes_and_secrets(tmp_path: Path) 
         path.write_text(GOOD + f"seed: {value}\n", encoding="utf-8")
         with pytest.raises(InputError) as caught:
             load_recipe(path)
-        found = str(caught.value).partition(", found ")[2]
-        assert 0 < len(found) <= 60 and found.isprintable()
+        shown = str(caught.value).partition(", found ")[2]
+        assert 0 < len(shown) <= 60 and shown.isprintable()
 
 
 def test_an_alias_is_a_copy(tmp_path: Path) -> None:

@@ -159,9 +159,9 @@ def test_links_are_the_pairs_at_or_above_the_threshold(
         for a in range(b)
         if len(sets[a] & sets[b]) >= 0.7 * len(sets[a] | sets[b])
     }
-    found = links_of(make_recipe, tmp_path, texts, near)
-    assert {tuple(pair) for pair in found.near.tolist()} <= similar and len(similar) > 100
-    together = [found.roots[a] == found.roots[b] for a, b in similar]
+    linked = links_of(make_recipe, tmp_path, texts, near)
+    assert {tuple(pair) for pair in linked.near.tolist()} <= similar and len(similar) > 100
+    together = [linked.roots[a] == linked.roots[b] for a, b in similar]
     assert np.mean(together) >= 0.99
 
 
@@ -169,9 +169,9 @@ def test_a_large_bucket_has_few_pairs(make_recipe: MakeRecipe, tmp_path: Path) -
     """3,000 texts that are all nearly equal: one component, without a pair of any two."""
     base = [f"w{n}" for n in range(60)]
     texts = [" ".join([*base, f"x{n}"]) for n in range(3000)]
-    found = links_of(make_recipe, tmp_path, texts, NearDuplicates(jaccard=0.8))
-    assert len(found.near) < 3 * len(texts)
-    assert set(found.roots.tolist()) == {0}
+    linked = links_of(make_recipe, tmp_path, texts, NearDuplicates(jaccard=0.8))
+    assert len(linked.near) < 3 * len(texts)
+    assert set(linked.roots.tolist()) == {0}
 
 
 def test_equal_rows_leave_one_entry_for_each_part(
@@ -187,6 +187,6 @@ def test_equal_rows_leave_one_entry_for_each_part(
         return equal_rows(entries)
 
     monkeypatch.setattr(links, "equal_rows", counted)
-    found = links_of(make_recipe, tmp_path, ["the same"] * 1000, NearDuplicates())
+    linked = links_of(make_recipe, tmp_path, ["the same"] * 1000, NearDuplicates())
     assert compared == [100] * 10 + [10]
-    assert set(found.roots.tolist()) == {0} and found.repeats.tolist() == [False] + [True] * 999
+    assert set(linked.roots.tolist()) == {0} and linked.repeats.tolist() == [False] + [True] * 999

@@ -617,14 +617,14 @@ def test_rows_that_are_too_long(
     recipe = make_recipe(train=path, max_length=64, overlong=overlong, packing=False)
     prepared = run(recipe, tmp_path)
     stored = sequences(prepared, prepared.manifest.train)
-    found = [part["input_ids"] for part in stored if part["rows"][0] == 0]
+    ids_of_row = [part["input_ids"] for part in stored if part["rows"][0] == 0]
     expected = {
         "drop": [],
         "truncate": [ids[:64]],
         "truncate_left": [ids[-64:]],
         "split": [ids[start : start + 64] for start in range(0, len(ids), 64)],
     }[overlong]
-    assert sorted(found) == sorted(expected) and len(ids) > 64
+    assert sorted(ids_of_row) == sorted(expected) and len(ids) > 64
     assert prepared.manifest.notes.get("cut", 0) == overlong.startswith("truncate")
     assert prepared.manifest.dropped == ({"overlong": 1} if overlong == "drop" else {})
 

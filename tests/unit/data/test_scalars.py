@@ -36,8 +36,8 @@ def table(path: Path, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
         writer = csv.DictWriter(stream, list(rows[0]))
         writer.writeheader()
         writer.writerows(rows)
-    found = all_rows(expand(Source(path=str(path))).files, UNCHANGED, 2**20)
-    return [row for _, row in found if isinstance(row, dict)]
+    rows_read = all_rows(expand(Source(path=str(path))).files, UNCHANGED, 2**20)
+    return [row for _, row in rows_read if isinstance(row, dict)]
 
 
 def test_labels_and_margins_of_csv(tmp_path: Path) -> None:

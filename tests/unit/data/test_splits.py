@@ -85,8 +85,8 @@ def test_a_slice_keeps_the_line_numbers_of_the_file(tmp_path: Path, kind: str) -
         if isinstance(row, dict)
     }
     sliced = expand(Source(path=str(tmp_path), split="train[60:63]")).files
-    for found, row in all_rows(sliced, UNCHANGED, 2**20):
-        assert isinstance(row, dict) and place[row["prompt"]] == found
+    for at, row in all_rows(sliced, UNCHANGED, 2**20):
+        assert isinstance(row, dict) and place[row["prompt"]] == at
     (file,) = sliced
     (chunk,) = plan_chunks(file)
     line, row = next(read_chunk(chunk, 2**20).rows)

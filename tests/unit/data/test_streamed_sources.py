@@ -74,11 +74,11 @@ def assert_as_ahead(model: Path, storage: Path, *sources: dict[str, Any], **data
     windows = Windows(streamed, resolve_data(streamed))
     assert windows.plan.windows > 1 and expected
     for epoch in (0, 1):
-        found: Counter[tuple[int, ...]] = Counter()
+        counted: Counter[tuple[int, ...]] = Counter()
         for number in range(epoch * windows.plan.windows, (epoch + 1) * windows.plan.windows):
             home = Folder(str(storage / "windows" / str(number)))
-            found += rows_of(windows.prepare(windows.part(number), home, run_in_process, SILENT))
-        assert found == expected
+            counted += rows_of(windows.prepare(windows.part(number), home, run_in_process, SILENT))
+        assert counted == expected
 
 
 @pytest.mark.parametrize(

@@ -32,10 +32,10 @@ def has(monkeypatch: pytest.MonkeyPatch) -> Any:
 
     def install(kind: str) -> None:
         properties = SimpleNamespace(name=f"A {kind}", total_memory=SIZE)
-        found = SimpleNamespace(type=kind)
+        accelerator = SimpleNamespace(type=kind)
         monkeypatch.setattr(torch.cuda, "is_available", lambda: kind == "cuda")
         monkeypatch.setattr(torch.accelerator, "is_available", lambda: kind != "cpu")
-        monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: found)
+        monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: accelerator)
         for module in (torch.cuda, torch.xpu):
             monkeypatch.setattr(module, "device_count", lambda: 2)
             monkeypatch.setattr(module, "get_device_properties", lambda _: properties)
@@ -62,7 +62,7 @@ def recipe(**changes: Any) -> Recipe:
 
 
 @pytest.mark.parametrize(
-    ("kind", "found"),
+    ("kind", "listed"),
     [
         ("cuda", (Gpu("A cuda", SIZE),) * 2),  # AMD's, or NVIDIA's without nvidia-smi
         ("xpu", (Gpu("A xpu", SIZE, "xpu"),) * 2),
@@ -71,9 +71,9 @@ def recipe(**changes: Any) -> Recipe:
         ("cpu", ()),
     ],
 )
-def test_what_torch_has_is_found(kind: str, found: tuple[Gpu, ...], has: Any) -> None:
+def test_what_torch_has_is_found(kind: str, listed: tuple[Gpu, ...], has: Any) -> None:
     has(kind)
-    assert gpus_here() == found and kind_here() == devices.device_kind() == kind
+    assert gpus_here() == listed and kind_here() == devices.device_kind() == kind
 
 
 def test_torch_is_not_asked_where_no_driver_is(has: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -396,7 +396,7 @@ def test_packed_weights_are_not_sharded(tmp_path: Path) -> None:
 @pytest.mark.parametrize("quantize", ["none", "nf4"])
 def test_recomputed_experts_have_the_same_gradients(quantize: str, tmp_path: Path) -> None:
     settings = recipe(saved_mixture("qwen3_moe", tmp_path), quantize)
-    found = []
+    of_both = []
     for recomputes in (False, True):
         torch.manual_seed(0)
         model = load_model(settings)
@@ -405,9 +405,9 @@ def test_recomputed_experts_have_the_same_gradients(quantize: str, tmp_path: Pat
             model.gradient_checkpointing_enable({"use_reentrant": False})
         model.train()
         model(input_ids=TOKENS, labels=TOKENS).loss.backward()
-        found.append({n: w.grad for n, w in model.named_parameters() if w.requires_grad})
-    for name, gradient in found[0].items():
-        assert torch.allclose(gradient, found[1][name], atol=1e-6), name
+        of_both.append({n: w.grad for n, w in model.named_parameters() if w.requires_grad})
+    for name, gradient in of_both[0].items():
+        assert torch.allclose(gradient, of_both[1][name], atol=1e-6), name
 
 
 # what the parts do by themselves

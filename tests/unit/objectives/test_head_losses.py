@@ -250,10 +250,10 @@ def test_float16_keeps_small_probabilities() -> None:
     torch.manual_seed(0)
     size = 50_000
     head = torch.nn.Linear(8, size, bias=False).half().requires_grad_(False)
-    found = OutputHead(head, _whole(head))
+    output = OutputHead(head, _whole(head))
     states = (0.01 * torch.randn(4, 8)).half().requires_grad_()
     tokens = torch.randint(0, size, (4,))
-    loss, _ = logprobs.cross_entropies(states, tokens, found, summed=True)
+    loss, _ = logprobs.cross_entropies(states, tokens, output, summed=True)
     loss.backward()
     wide = states.detach().double().requires_grad_()
     exact = torch.nn.functional.cross_entropy(

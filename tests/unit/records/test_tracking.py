@@ -384,8 +384,11 @@ def test_mlflow_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         assert number is not None
         history = client.get_metric_history(number, "loss")
         assert [(item.step, item.value) for item in history] == [(1, 0.5), (2, 1 / 3), (3, 0.25)]
-        found = client.get_run(number)
-        assert found.info.status == "FINISHED" and found.data.params["model.base"] == "owner/base"
+        on_server = client.get_run(number)
+        assert (
+            on_server.info.status == "FINISHED"
+            and on_server.data.params["model.base"] == "owner/base"
+        )
         assert {item.path for item in client.list_artifacts(number)} == {
             "report.html",
             "recipe.yaml",

@@ -134,7 +134,7 @@ def isolations(
     """What each of the ways gives."""
     printed = server.run(SCRIPT, str(home), json.dumps(kinds), json.dumps(ways))
     lines = [json.loads(line) for line in printed.splitlines() if line.startswith('["')]
-    return {kind: found for kind, *found in lines}
+    return {kind: result for kind, *result in lines}
 
 
 def test_kernels_take_the_borders(fork_server: ForkServer, tmp_path: Path) -> None:

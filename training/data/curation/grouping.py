@@ -81,7 +81,7 @@ def drop_duplicates(
     run_tasks: RunTasks,
 ) -> list[Counts]:
     """Of rows that are linked with one another, keep the first; writes the stage's files."""
-    links = find_links(settings.near, chunks, work, run_tasks, wants="sizes")
+    links = find_links(settings.near, chunks, work, run_tasks, noted="sizes")
     items = []
     sampled = 0
     for chunk, first in with_first(chunks):
@@ -147,7 +147,7 @@ def hold_out(
 ) -> list[Counts]:
     """Hold out a share of the rows, rows that are linked with one another together."""
     by_group = settings.group_by is not None
-    links = find_links(settings.near, chunks, work, run_tasks, wants="contents", by_group=by_group)
+    links = find_links(settings.near, chunks, work, run_tasks, noted="contents", by_group=by_group)
     draws = mixed(links.facts[links.roots] ^ _DRAW) >> np.uint64(11)
     held = draws.astype(np.float64) / 2**53 < settings.share
     items = [
@@ -190,7 +190,7 @@ def find_links(
     work: Folder,
     run_tasks: RunTasks,
     *,
-    wants: Literal["contents", "sizes"],
+    noted: Literal["contents", "sizes"],
     by_group: bool = False,
 ) -> Links:
     """Find equal and nearly equal rows among all chunks.
@@ -200,13 +200,13 @@ def find_links(
         chunks: the rows.
         work: an empty folder.
         run_tasks: runs the tasks.
-        wants: what is said of each row.
+        noted: what is said of each row.
         by_group: link rows of one group, too.
     """
     rows = sum(chunk.left for chunk in chunks)
     bands = Bands.of(near).count if near is not None else 0
     partitions = max(1, -(-rows * max(bands, 1 + by_group) * _ENTRY_BYTES // _PARTITION_BYTES))
-    sketch = SketchTask(work, near, by_group, wants, partitions)
+    sketch = SketchTask(work, near, by_group, noted, partitions)
     sketches = [SketchItem(chunk.rows, chunk.reading, first) for chunk, first in with_first(chunks)]
     of_same: list[Entries] = []
     of_bands: list[Entries] = []

@@ -90,7 +90,7 @@ class SketchTask:
     near: NearDuplicates | None
     by_group: bool
     """Link rows of the same group, too."""
-    wants: Literal["contents", "sizes"]
+    noted: Literal["contents", "sizes"]
     """What is said of each row."""
     partitions: int
 
@@ -115,7 +115,7 @@ class SketchTask:
             repeats.append(np.isin(numbers, pairs[:, 1]))
             if self.near is not None:
                 bands.append(self._write(f"bands-{name}", self._bands(items, digests, first)))
-            if self.wants == "contents":
+            if self.noted == "contents":
                 facts.append(digests[:, 0])
             else:
                 facts.append(np.array([each.size for each in items], np.uint64))

@@ -71,7 +71,7 @@ def pick(weights: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
     """
     if rest := -weights.shape[-1] % _BLOCK:
         weights = pad(weights, (0, rest))
-    blocks = weights.view(len(weights), -1, _BLOCK)
+    blocks = weights.reshape(len(weights), -1, _BLOCK)
     sums = _whole(blocks.sum(-1, dtype=torch.float64))
     cumulative = sums.cumsum(-1)
     targets = _share_of(uniform[:, None], cumulative[:, -1:])
