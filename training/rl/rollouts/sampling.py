@@ -69,7 +69,7 @@ def pick(weights: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
     """
     if rest := -weights.shape[-1] % _BLOCK:
         weights = pad(weights, (0, rest))
-    blocks = weights.unflatten(-1, (-1, _BLOCK))
+    blocks = weights.reshape(len(weights), -1, _BLOCK)
     sums = blocks.sum(-1, dtype=torch.float64)
     cumulative = sums.cumsum(-1)
     targets = uniform.clamp(max=_ALMOST_ONE)[:, None] * cumulative[:, -1:]
