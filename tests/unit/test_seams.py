@@ -49,9 +49,8 @@ SIGNATURES = {
     "transformers.core_model_loading.WeightConverter.add_tensor": (
         "self target_key source_key source_pattern future"
     ),
-    # transformers' cache, as models/growing_cache.py extends it, and rollouts copy it
-    "transformers.cache_utils.DynamicLayer.update": "self key_states value_states args kwargs",
-    "transformers.cache_utils.DynamicLayer.reorder_cache": "self beam_idx",
+    # transformers' cache, as rollouts copy a prompt's for all of its completions
+    "transformers.cache_utils.Cache.reorder_cache": "self beam_idx",
     # transformers' quantisers, which models/quantiser.py extends
     "transformers.quantizers.auto.register_quantizer": "name",
     "transformers.quantizers.auto.register_quantization_config": "method",

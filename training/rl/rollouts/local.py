@@ -11,7 +11,6 @@ from transformers import DynamicCache, GenerationConfig, LogitsProcessorList
 from ...config.methods import OnlineMethod
 from ...models.composite import is_composite
 from ...models.generation import left_padded
-from ...models.growing_cache import append_in_place
 from ...models.loading import Model, evaluation_mode, forward_arguments
 from ...models.out_of_memory import in_fitting_parts
 from ...models.stopping import stop_tokens
@@ -103,7 +102,6 @@ class LocalRollouts:
         place = {prompt: place for place, prompt in enumerate(numbers)}
         index = [place[tuple(prompt)] for prompt in prompts]
         cache.reorder_cache(torch.tensor(index, device=ids.device))
-        append_in_place(cache, ids.shape[1] + self._settings.max_completion)
         return cache
 
     def _rollout(self, tokens: list[int]) -> Rollout:
