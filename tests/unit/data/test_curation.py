@@ -371,7 +371,7 @@ def test_a_group_is_the_same_in_any_spelling(alike: list[Any]) -> None:
 @pytest.mark.parametrize("value", [None, math.nan, ""])
 def test_a_missing_value_is_no_group(value: Any) -> None:
     assert group_of("user", {"user": value}, {"user": 7}) == '"7"', "that of the source's map"
-    with pytest.raises(RowError, match="there is no column user"):
+    with pytest.raises(RowError, match="there is no value in the column user"):
         group_of("user", {"user": value}, {"user": value})
 
 

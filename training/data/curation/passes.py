@@ -140,7 +140,9 @@ def group_of(name: str | None, original: Row | BadRow, row: Row) -> str | None:
     values = (source.get(name) for source in (original, row) if isinstance(source, Mapping))
     value = next((value for value in values if not _is_missing(value)), None)
     if value is None:
-        raise RowError(f"there is no column {name}, which data.holdout.group_by names")
+        held = any(isinstance(of, Mapping) and name in of for of in (original, row))
+        problem = f"no value in the column {name}" if held else f"no column {name}"
+        raise RowError(f"there is {problem}, which data.holdout.group_by names")
     if isinstance(value, float) and value.is_integer():
         value = int(value)
     if isinstance(value, int | float):
