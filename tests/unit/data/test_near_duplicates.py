@@ -128,7 +128,7 @@ def links_of(make: MakeRecipe, folder: Path, texts: list[str], near: NearDuplica
     task(PassItem(0, chunk.chunk, chunk.reading, chunk.changes, None, None))
     rows = StageRows(stages, 0, "key", "key")
     chunks = [StageChunk(rows, chunk.reading, len(texts), 0)]
-    return find_links(near, chunks, work, run_in_process, wants="sizes")
+    return find_links(near, chunks, work, run_in_process, noted="sizes")
 
 
 @pytest.mark.parametrize("small", [False, True])
