@@ -82,7 +82,7 @@ def test_the_last_save_and_failed_saves_are_shown(folder: Folder) -> None:
         until(lambda: "step 12" in out.getvalue())
         error = "step 20: no\nspace"
         write_run(folder, {"last_saved_step": 10, "save_error": error, "save_wait_seconds": 9.2})
-        until(lambda: "waiting" in out.getvalue())
+        until(lambda: "has waited" in out.getvalue())
     lines = out.getvalue().splitlines()
     assert "step 12  loss 1.000  saved 10" in lines
     assert lines.count(
