@@ -278,8 +278,9 @@ def same(session: Session) -> dict[str, Any]:
     fixed = {**recipe, "model": {"base": str(QUICK / "base")}, "deterministic": True}
     first, second = session.train("same-a", fixed), session.train("same-b", fixed)
     pairs = zip(gpu.get("losses", ()), cpu.get("losses", ()), strict=False)
+    losses = first.get("losses")
     return {
-        "twice_equal": first.get("losses") == second.get("losses"),
+        "twice_equal": bool(losses) and losses == second.get("losses"),
         "largest_difference_from_cpu": max((abs(a - b) for a, b in pairs), default=None),
         "rc": [run["rc"] for run in (gpu, cpu, first, second)],
         "tails": [run["tail"] for run in (gpu, cpu, first, second) if "tail" in run],

@@ -76,6 +76,17 @@ def own_device() -> "torch.device":
     return torch.device(os.environ.get(VARIABLE) or accelerator_kind())
 
 
+def decomposing_device() -> "torch.device":
+    """Where matrices are decomposed: a GPU takes a second for one, a CPU a minute.
+
+    On Apple's GPUs torch has no QR, or one that takes the square of a matrix's height in memory.
+    """
+    import torch
+
+    own = own_device()
+    return torch.device("cpu") if own.type == "mps" else own
+
+
 def has_bfloat16(kind: str) -> bool:
     """True if an accelerator of this kind computes in bfloat16 here, rather than emulates it.
 

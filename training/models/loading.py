@@ -27,7 +27,7 @@ from .adapter import TRAINED, cast_trainable_parameters, existing_adapter, new_a
 from .adapter_reference import add_reference, check_reference_copy, is_reference_copy
 from .base_cache import BaseCache
 from .composite import freeze_towers, model_from_config, towers
-from .devices import device_kind, own_device
+from .devices import decomposing_device, device_kind
 from .dtypes import choose_adapter_dtype, choose_dtype, torch_dtype
 from .freezing import freeze
 from .left_out import freeze_left_out
@@ -211,7 +211,7 @@ def _with_adapter(
     """The frozen model with the recipe's adapter, in the state before the first step."""
     dtype = torch_dtype(choose_adapter_dtype(recipe))
     if recipe.adapter is not None and recipe.adapter.changes_base:
-        model.to(own_device())  # a GPU decomposes a matrix in a second, a CPU in a minute
+        model.to(decomposing_device())
     adapted = _attach(model, recipe, head, added.trained, left_out)
     freeze_left_out(adapted, left_out)
     if recipe.adapter is not None and recipe.adapter.init == "loftq":

@@ -35,7 +35,8 @@ _VLLM_WORKSPACE = 2**30
 _VLLM_SEQUENCES = 256
 """Sequences that vLLM computes at a time by default."""
 _SAMPLED_LOGIT = 40
-"""Bytes of a logit while a token is sampled: in the compute type, and four times in float64."""
+"""Bytes of a logit while a token is sampled: in the compute type, in float32, and for top-p
+in order with its place, in float64 and as a whole number."""
 _BACKWARD = 4
 """Gradients of a layer's widest tensors that exist at a time."""
 _OF_NORM = 3
@@ -569,7 +570,7 @@ def completions_at_once(recipe: Recipe) -> int:
 
 
 def _generated(recipe: Recipe, sizes: Sizes, compute: DtypeName, answers: int) -> int:
-    """Bytes of the cache, and of the last tokens' logits and probabilities in float64."""
+    """Bytes of the cache, and of the last tokens' logits and what is sampled from."""
     of_one = _generating(sizes, compute, recipe.data.max_length)
     copies = _copies(recipe, sizes, compute) if answers else 0
     return copies + answers * (of_one + sizes.vocabulary * _SAMPLED_LOGIT)

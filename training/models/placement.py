@@ -75,18 +75,20 @@ def choose_strategy(recipe: Recipe, world_size: int, device: torch.device) -> St
     if world_size == 1 or requested == "ddp":
         return "ddp"
     compute = choose_dtype(recipe.model)
-    reason = _computing_in(compute, recipe).why_not_shardable
     if requested == "fsdp":
+        reason = _computing_in(compute, recipe).why_not_shardable
         if reason is not None:
             raise InputError(f"scale.strategy fsdp: {reason}")
         return "fsdp"
-    if reason is not None or device.type == "cpu":
+    if recipe.why_not_shardable is not None or device.type == "cpu":
         return "ddp"
-    memory: list[int] = [0] * world_size
-    dist.all_gather_object(memory, memory_of(device))
+    of_all: list[tuple[int, DtypeName]] = [(0, compute)] * world_size
+    dist.all_gather_object(of_all, (memory_of(device), compute))
+    if any(of_rank == "float16" for _, of_rank in of_all):  # GPUs of several kinds
+        compute = "float16"
     scale = recipe.scale.model_copy(update={"workers": world_size})
     own = recipe.model_copy(update={"scale": scale})
-    chosen = with_strategy(own, sizes_of(recipe), min(memory), compute)
+    chosen = with_strategy(own, sizes_of(recipe), min(memory for memory, _ in of_all), compute)
     return "fsdp" if chosen.scale.strategy == "fsdp" else "ddp"
 
 

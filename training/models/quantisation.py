@@ -16,7 +16,7 @@ from transformers.pytorch_utils import Conv1D
 from ..common.logs import limit
 from ..config.models import ModelSettings
 from .adapter import TRAINED
-from .devices import own_device
+from .devices import decomposing_device
 from .dtypes import choose_dtype, torch_dtype
 from .packed import PackedWeight
 from .quantiser import Int8Config, Nf4Config
@@ -68,7 +68,7 @@ def initialise_loftq(model: PeftModel, full: PreTrainedModel) -> None:
         model: a 4-bit base with a new adapter.
         full: the same base, not quantised.
     """
-    device = own_device()  # whose decompositions are many times faster
+    device = decomposing_device()
     for name, module in model.get_base_model().named_modules():
         if not isinstance(module, LoraLinear4bit):
             continue

@@ -95,8 +95,9 @@ def _write_adapter(tensors: dict[str, Any], config: LoraConfig, target: Path) ->
     whole = {}
     for name, value in tensors.items():
         place = value.untyped_storage().data_ptr()
-        # A file holds each tensor by itself; tied ones share their memory.
-        whole[name] = value.detach().clone() if place in memory else value.detach().contiguous()
+        # A file holds each tensor by itself; tied ones share their memory, also transposed.
+        own = value.detach().contiguous()
+        whole[name] = own.clone() if place in memory else own
         memory.add(place)
     target.mkdir(parents=True, exist_ok=True)
     save_file(whole, target / WEIGHTS_FILE, metadata={"format": "pt"})

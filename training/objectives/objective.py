@@ -34,7 +34,7 @@ class Setup:
     rank: int
     world_size: int
     device: torch.device
-    """The device to train on; the model is not on it yet."""
+    """The device to train on; `place` moves the model there."""
     strategy: Strategy = "ddp"
     isolation: Isolation | None = "positions"
     """How the model keeps texts that share a row apart; None for one text a row."""

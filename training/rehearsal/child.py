@@ -20,6 +20,7 @@ from ..common.progress import SILENT, Progress
 from ..common.storage import Folder
 from ..config.model_folder import model_folder
 from ..config.recipe import Recipe
+from ..models.devices import VARIABLE
 from ..models.dtypes import SAFE_ISA
 from ..records.run_folder import PREPARED_FOLDER
 from .key import key_of
@@ -215,8 +216,8 @@ def start_child(errors: IO[bytes]) -> "subprocess.Popen[bytes]":
         errors: the file that gets its stderr.
     """
     # Matrices are small: more threads would only take cores from the work beside it.
-    env = {**os.environ, **SAFE_ISA, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-    pipe = subprocess.PIPE
+    on_cpu = {**SAFE_ISA, VARIABLE: "cpu", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    env, pipe = {**os.environ, **on_cpu}, subprocess.PIPE
     return subprocess.Popen(
         [sys.executable, "-P", "-m", _PROGRAM], stdin=pipe, stdout=pipe, stderr=errors, env=env
     )

@@ -26,7 +26,7 @@ from finray.training.models.loading import (
     load_model,
     load_tokenizer,
 )
-from finray.training.models.weights import save_result, save_weights
+from finray.training.models.weights import load_weights, save_result, save_weights
 
 # peft calls a name that transformers has renamed.
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
@@ -130,6 +130,16 @@ def test_every_start_is_the_base(
     assert moved == ([own_device()] if init in ("pissa", "olora") else [])
     torch.testing.assert_close(logits(model), base, atol=1e-4, rtol=1e-4)
     assert count_parameters(model) == count_meta_parameters(settings)
+
+
+def test_a_tied_embedding_is_saved_with_its_head(tiny_model: Path, tmp_path: Path) -> None:
+    """The matrices of the head's adapter are those of the embedding's, transposed."""
+    settings = recipe(tiny_model, adapter={"rank": 4, "targets": ["embed_tokens", "q_proj"]})
+    model, other = load_model(settings), load_model(settings)
+    train_a_little(model)
+    save_weights(model, tmp_path)
+    load_weights(other, tmp_path)
+    assert torch.equal(logits(other), logits(model))
 
 
 def test_dtypes_of_adapters(tiny_model: Path) -> None:

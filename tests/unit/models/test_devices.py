@@ -76,6 +76,14 @@ def test_what_torch_has_is_found(kind: str, listed: tuple[Gpu, ...], has: Any) -
     assert gpus_here() == listed and kind_here() == devices.device_kind() == kind
 
 
+@pytest.mark.parametrize(("kind", "where"), [("cuda", "cuda"), ("mps", "cpu"), ("cpu", "cpu")])
+def test_where_matrices_are_decomposed(kind: str, where: str, has: Any) -> None:
+    has(kind)
+    assert devices.decomposing_device().type == where
+    with devices.on_cpu(True):
+        assert devices.decomposing_device().type == "cpu"
+
+
 def test_torch_is_not_asked_where_no_driver_is(has: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     has("xpu")
     monkeypatch.setattr(gpus, "_DEVICE_FILES", ("/none",))

@@ -26,7 +26,7 @@ from finray.training.data.stream import share
 from finray.training.engine.methods import objective_of
 from finray.training.engine.trainer import StepMeasures, StreamTrainer
 from finray.training.engine.trainer_arguments import training_arguments
-from finray.training.models import loading
+from finray.training.models import loading, placement
 from finray.training.models.generation import completion_texts, generate_completions
 from finray.training.models.loading import load_model, load_tokenizer
 from finray.training.models.placement import choose_strategy
@@ -363,11 +363,15 @@ def test_answers(tiny_model: Path, tmp_path: Path, prompts: int) -> None:
         assert saved["answers"] == expected
 
 
-@pytest.mark.parametrize(("spare", "chosen"), [(0, "ddp"), (-1, "fsdp")])
+@pytest.mark.parametrize(
+    ("spare", "older", "chosen"),
+    [(0, "float32", "ddp"), (-1, "float32", "fsdp"), (-1, "float16", "ddp")],
+)
 def test_auto_shards_what_the_smallest_device_cannot_hold(
-    tiny_model: Path, tmp_path: Path, spare: int, chosen: str
+    tiny_model: Path, tmp_path: Path, spare: int, older: str, chosen: str
 ) -> None:
-    """A weight trained in float32 takes 20 bytes; four fifths of the memory are usable."""
+    """A weight trained in float32 takes 20 bytes; four fifths of the memory are usable. Nothing is
+    sharded where one rank's device is too old for the type of the others."""
     settings = make_recipe(tiny_model, "full", 0)
     needed = 20 * sum(weight.numel() for weight in load_model(settings).parameters())
     cuda = torch.device("cuda", 0)
@@ -375,7 +379,11 @@ def test_auto_shards_what_the_smallest_device_cannot_hold(
     def work(rank: int, world_size: int) -> dict[str, Any]:
         memory = 2 * needed if rank == 0 else math.ceil(needed / 0.8) + spare
         properties = SimpleNamespace(total_memory=memory)
-        with patch.object(torch.cuda, "get_device_properties", return_value=properties):
+        dtype = "float32" if rank == 0 else older
+        with (
+            patch.object(torch.cuda, "get_device_properties", return_value=properties),
+            patch.object(placement, "choose_dtype", return_value=dtype),
+        ):
             return {"strategy": choose_strategy(settings, world_size, cuda)}
 
     assert choose_strategy(settings, 1, cuda) == "ddp"

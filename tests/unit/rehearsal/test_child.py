@@ -10,6 +10,7 @@ from typing import IO, Any
 import pytest
 
 from finray.training.config.recipe import Recipe
+from finray.training.models.devices import VARIABLE
 from finray.training.rehearsal import child
 from finray.training.rehearsal.child import Rehearsal, rehearse, rehearse_all
 from finray.training.rehearsal.key import key_of
@@ -150,8 +151,14 @@ def test_several_share_a_process(make_recipe: MakeRecipe, start: Callable[[str],
     assert {name: one.adapted for name, one in outcomes.items()} == {n: {n: 2} for n in outcomes}
 
 
-def test_the_program(make_recipe: MakeRecipe, tiny_model: Path) -> None:
-    recipe: Any = make_recipe("llama", model={"base": str(tiny_model)})
+def test_the_program(
+    make_recipe: MakeRecipe, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On the CPU, also where this process trains on an accelerator, which decomposes matrices."""
+    monkeypatch.setenv(VARIABLE, "meta")
+    recipe: Any = make_recipe(
+        "llama", model={"base": str(tiny_model)}, adapter={"rank": 4, "init": "olora"}
+    )
     outcome = rehearse(recipe)
     names = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
     assert outcome == Outcome("ok", isolation="documents", adapted=dict.fromkeys(names, 2))

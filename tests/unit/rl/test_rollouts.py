@@ -1,5 +1,6 @@
 """Sampling: the correct distribution, and completions that do not depend on the batches."""
 
+import copy
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -8,6 +9,7 @@ import pytest
 import torch
 from support.online_runs import objective_of, prompts, rows_of, setup_of
 
+from finray.training.common.errors import RunError
 from finray.training.config.methods import GrpoMethod
 from finray.training.config.recipe import Recipe
 from finray.training.rl.rollouts.local import LocalRollouts
@@ -87,6 +89,31 @@ def test_any_vocabulary_is_inverted_exactly(size: int) -> None:
     drawn = pick(relative, uniform)
     assert drawn.tolist() == expected
     assert (relative.gather(1, drawn[:, None]) > 0).all()
+
+
+def test_top_p_is_compared_as_exactly_as_it_is_added_up() -> None:
+    """float32 has no number between a half and this."""
+    halves = torch.zeros(1, 2)
+    assert weights(halves, settings(top_p=0.5)).tolist() == [[1.0, 0.0]]
+    assert weights(halves, settings(top_p=0.5 + 1e-9)).tolist() == [[1.0, 1.0]]
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_logits_that_are_not_finite_are_named(value: float) -> None:
+    logits = torch.zeros(3, 1000)
+    logits[1, 500] = value
+    with pytest.raises(RunError, match=r"logits are not finite.*model\.dtype"):
+        pick(weights(logits, settings()), torch.full((3,), 0.5))
+
+
+def test_a_model_that_asks_for_a_kind_of_cache_samples(model: Any, tokenizer: Any) -> None:
+    row = rows_of(prompts(1), tokenizer)[0]
+    requests = [Request(row.input_ids.tolist(), (0, n)) for n in (1, 2)]
+    method = settings(max_completion=4)
+    expected = LocalRollouts(model, tokenizer, method).sample(requests)
+    asking = copy.deepcopy(model)
+    asking.generation_config.cache_implementation = "dynamic"
+    assert LocalRollouts(asking, tokenizer, method).sample(requests) == expected
 
 
 def test_a_completion_depends_on_its_seed_alone(model: Any, tokenizer: Any) -> None:

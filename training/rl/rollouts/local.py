@@ -48,7 +48,10 @@ class LocalRollouts:
         self._prefill.update(max_new_tokens=1, return_dict_in_generate=True)
         # Multimodal models keep positions of a prompt outside of its cache.
         has_cache = "past_key_values" in forward_arguments(model)
-        self._shares_prompts = has_cache and not is_composite(model.config)
+        # transformers takes no cache beside a kind of it that the model's folder asks for; hybrid
+        # stands for none.
+        takes_cache = model.generation_config.cache_implementation in (None, "hybrid")
+        self._shares_prompts = has_cache and takes_cache and not is_composite(model.config)
 
     @torch.no_grad()
     def sample(self, requests: Sequence[Request]) -> list[Rollout]:

@@ -1,7 +1,8 @@
 """Samples tokens with random numbers that are drawn in advance.
 
 Every (sequence, position) has its own uniform number, which selects the token by inverting the
-cumulative distribution. This is exact to 2^-50, and independent of the rest of the batch.
+cumulative distribution of the weights. This is exact to 2^-50, and independent of the rest of the
+batch.
 """
 
 from typing import Any, Protocol
@@ -9,6 +10,8 @@ from typing import Any, Protocol
 import torch
 from torch.nn.functional import pad
 from transformers import LogitsProcessor
+
+from ...common.errors import RunError
 
 _ALMOST_ONE = 1.0 - 1e-12
 """Maximum of the uniform numbers: one that is rounded up to 1 would select no token."""
@@ -53,7 +56,7 @@ def weights(logits: torch.Tensor, settings: SamplingSettings) -> torch.Tensor:
         ordered, order = scaled.sort(descending=True)
         shares = _whole(ordered.double().softmax(-1))
         # A token is kept if the tokens before it do not reach top_p; the first is always kept.
-        outside = shares.cumsum(-1) - shares >= settings.top_p * _UNIT
+        outside = shares.cumsum(-1) - shares >= round(settings.top_p * _UNIT)
         scaled = scaled.masked_fill(outside.scatter(1, order, outside), -torch.inf)
     return (scaled - scaled.amax(-1, keepdim=True)).exp_()
 
@@ -68,12 +71,20 @@ def pick(weights: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
 
     Returns:
         (sequences,) token ids, none of weight 0, or of a probability below 2^-50.
+
+    Raises:
+        RunError: weights are not finite.
     """
     if rest := -weights.shape[-1] % _BLOCK:
         weights = pad(weights, (0, rest))
     blocks = weights.reshape(len(weights), -1, _BLOCK)
     sums = _whole(blocks.sum(-1, dtype=torch.float64))
     cumulative = sums.cumsum(-1)
+    if not bool((cumulative[:, -1] > 0).all()):  # on a GPU the next index would end the process
+        raise RunError(
+            "the model's logits are not finite, so that no token can be sampled; lower "
+            "optim.learning_rate, or set model.dtype: float32 if it computes in float16"
+        )
     targets = _share_of(uniform[:, None], cumulative[:, -1:])
     block = torch.searchsorted(cumulative, targets, right=True)
     own = sums.gather(1, block)
