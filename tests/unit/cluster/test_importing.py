@@ -501,6 +501,9 @@ def test_a_script_for_a_shell(tmp_path: Path) -> None:
     assert values["optim.epochs"] == 7.0 and values["data.max_length"] == 99
     assert values["scale.workers"] == 2 and values["name"] == "one-two"
     assert not result.unknown
+    quoted = f"{script.split(' > ')[0]} --system_prompt 'a `b` $c $(d)' --chat_template \"\\$e\"\n"
+    (source,) = imported(quoted, tmp_path, name="train.sh").values["data"]["train"]
+    assert source["system"] == "a `b` $c $(d)"
     lines = "trl sft\n  --model_name_or_path a/b\n  --dataset_name c/d\ntrl dpo"
     assert values_of(lines, tmp_path)["method.kind"] == "sft"
 
@@ -628,6 +631,11 @@ def test_two_dialects_are_refused(tmp_path: Path) -> None:
         ("data: {train_files: a}\ntrainer: {}\n", "its keys: data, trainer"),
         ("'a\nb' c", "names no training script: a"),
         ("trl sft --learning_rate $LR", "$LR is a variable of the shell without a value"),
+        ("trl sft --run_name x-$(date | md5sum) --seed 1", "$(date | md5sum) is computed by a"),
+        ("trl sft --run_name `date +%s` --seed 1", "`date +%s` is computed by a shell"),
+        ("N=$(nproc | wc -l)\ntrl sft --seed $N", "$(nproc is computed by a shell"),
+        ('trl sft "${ARGS[@]}"', "${ARGS[@]} is a variable of the shell without a value"),
+        ('trl sft --config a.yaml "$@"', "$@ is a variable of the shell without a value"),
         ("trl sft --model_name_or_path 'a", "a quote is not closed"),
         ("llamafactory-cli export a.yaml", "llamafactory-cli export trains nothing"),
         ("axolotl merge-lora a.yaml", "axolotl merge-lora trains nothing"),
