@@ -540,8 +540,18 @@ def test_streamed_rows(tmp_path: Path) -> None:
         result = imported(text, tmp_path)
         assert "prepare" not in result.values["data"]
         assert any("data.prepare: streaming" in text for text in result.changed.values())
+    whole = imported(f"{trl}max_steps: 5\nprecompute_ref_log_probs: true\n", tmp_path)
+    assert "prepare" not in whole.values["data"] and "need all" in whole.changed["streaming"]
     ahead = imported(f"{axolotl}streaming: false\nmax_steps: 5\n", tmp_path)
     assert "prepare" not in ahead.values["data"]
+
+
+def test_texts_of_some_data_sets_alone_are_named(tmp_path: Path) -> None:
+    text = f"{_AXOLOTL}datasets:\n- {{path: a/b, type: alpaca}}\n- {{path: c/d, type: %s}}\n"
+    mixed = imported(text % "chat_template", tmp_path)
+    assert "chat_template" not in mixed.values["data"]
+    assert any("instruct: other data sets have none" in note for note in mixed.notes)
+    assert not any("styles of" in note for note in imported(text % "alpaca", tmp_path).notes)
 
 
 def test_templates_of_llama_factory(tmp_path: Path) -> None:
