@@ -501,7 +501,9 @@ def test_a_script_for_a_shell(tmp_path: Path) -> None:
     assert values["optim.epochs"] == 7.0 and values["data.max_length"] == 99
     assert values["scale.workers"] == 2 and values["name"] == "one-two"
     assert not result.unknown
-    quoted = script.partition(" > ")[0] + " --system_prompt 'a `b` $c $(d)' --chat_template \"\\$e\""
+    quoted = (
+        script.partition(" > ")[0] + " --system_prompt 'a `b` $c $(d)' --chat_template \"\\$e\""
+    )
     (source,) = imported(quoted, tmp_path, name="train.sh").values["data"]["train"]
     assert source["system"] == "a `b` $c $(d)"
     lines = "trl sft\n  --model_name_or_path a/b\n  --dataset_name c/d\ntrl dpo"
