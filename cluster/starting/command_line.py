@@ -95,14 +95,14 @@ def read_command(text: str) -> CommandLine:
     """
     commands, variables = read_shell(text)
     rest = [list(_plain_words(words)) for words in commands]
-    script = next(((words, at) for words in rest if (at := _script_at(words)) is not None), None)
-    if script is None:
+    scripts = [(words, at) for words in rest if (at := _script_at(words)) is not None]
+    if not scripts:
         begin = one_line(without_marks(" ".join(rest[0][:4]))) if rest else "it is empty"
         raise InputError(
             f"the command line names no training script: {begin}; expected one such as trl sft "
             "--model_name_or_path …, or accelerate launch dpo.py …"
         )
-    words, start = script
+    words, start = next((each for each in scripts if _trains(*each)), scripts[0])
     words = [*map(without_marks, words[: start + 1]), *words[start + 1 :]]
     command = CommandLine()
     _read_launcher(words[:start], command)
@@ -162,6 +162,14 @@ def _project(word: str) -> str:
         return _PROJECTS[name]
     is_module = _MODULE.fullmatch(word) and not word.endswith((".py", ".yaml", ".yml", ".json"))
     return _PROJECTS.get(word.partition(".")[0], "") if is_module else ""
+
+
+def _trains(words: Sequence[str], at: int) -> bool:
+    """True if a script is named after a method, or a project's command trains; another may do."""
+    project, verb = _project(words[at]), next(iter(words[at + 1 :]), "")
+    if project:
+        return verb not in _IDLE.get(project, ())
+    return CommandLine(script=words[at]).method is not None
 
 
 def _read_launcher(words: Sequence[str], command: CommandLine) -> None:

@@ -506,6 +506,7 @@ def test_a_script_for_a_shell(tmp_path: Path) -> None:
     )
     (source,) = imported(quoted, tmp_path, name="train.sh").values["data"]["train"]
     assert source["system"] == "a `b` $c $(d)"
+    assert values_of(f"python get.py --x 1\ntrl env\n{script}", tmp_path) == values
     lines = "trl sft\n  --model_name_or_path a/b\n  --dataset_name c/d\ntrl dpo"
     assert values_of(lines, tmp_path)["method.kind"] == "sft"
 
