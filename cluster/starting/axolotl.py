@@ -322,7 +322,18 @@ def _template(draft: Draft, rows: Rows, places: Places) -> None:
     elif any(text.strip() not in _PLAIN_FORMATS for text in rows.formats):
         listed = ", ".join(map(json.dumps, dict.fromkeys(rows.formats)))
         draft.notes.append(f"prompt formats {listed}: the chat template, or map of the source")
+    _name_unwritten(draft, rows)
     _system(draft)
+
+
+def _name_unwritten(draft: Draft, rows: Rows) -> None:
+    """Say of texts that strategies of some data sets write that one chat template renders all."""
+    written = ", ".join(sorted(rows.styles - {""}))
+    if draft.values["method.kind"] == "sft" and written and not writes_texts(rows):
+        draft.notes.append(
+            f"styles of prompts {written}: other data sets have none, and one chat template "
+            "renders all rows; data.chat_template takes another"
+        )
 
 
 def _named_template(draft: Draft, name: str) -> None:

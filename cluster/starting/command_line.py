@@ -10,7 +10,7 @@ from ...training.common.errors import InputError
 from ...training.common.formatting import one_line
 from ...training.common.yaml_faults import YamlFault
 from ...training.common.yaml_text import parse_setting
-from .shell_words import read_shell, variable_in
+from .shell_words import open_piece, read_shell, without_marks
 
 _LAUNCHERS = re.compile(r"(accelerate|torch|deepspeed|ray)(\.\w+)*")
 """Modules that start a script."""
@@ -95,21 +95,22 @@ def read_command(text: str) -> CommandLine:
     """
     commands, variables = read_shell(text)
     rest = [list(_plain_words(words)) for words in commands]
-    script = next(((words, at) for words in rest if (at := _script_at(words)) is not None), None)
-    if script is None:
-        begin = one_line(" ".join(rest[0][:4])) if rest else "it is empty"
+    scripts = [(words, at) for words in rest if (at := _script_at(words)) is not None]
+    if not scripts:
+        begin = one_line(without_marks(" ".join(rest[0][:4]))) if rest else "it is empty"
         raise InputError(
             f"the command line names no training script: {begin}; expected one such as trl sft "
             "--model_name_or_path …, or accelerate launch dpo.py …"
         )
-    words, start = script
+    words, start = next((each for each in scripts if _trains(*each)), scripts[0])
+    words = [*map(without_marks, words[: start + 1]), *words[start + 1 :]]
     command = CommandLine()
     _read_launcher(words[:start], command)
     command.script = words[start]
     command.project = _project(words[start])
     if command.project and PurePath(words[start]).name.rpartition(".")[2] in _COMMANDS:
         start += 1
-        command.script = words[start] if start < len(words) else ""
+        command.script = without_marks(words[start]) if start < len(words) else ""
     if command.script in _IDLE.get(command.project, ()):
         raise InputError(
             f"the command line: {command.project} {command.script} trains nothing; name the file "
@@ -163,6 +164,14 @@ def _project(word: str) -> str:
     return _PROJECTS.get(word.partition(".")[0], "") if is_module else ""
 
 
+def _trains(words: Sequence[str], at: int) -> bool:
+    """True if a script is named after a method, or a project's command trains; another may do."""
+    project, verb = _project(words[at]), next(iter(words[at + 1 :]), "")
+    if project:
+        return verb not in _IDLE.get(project, ())
+    return CommandLine(script=words[at]).method is not None
+
+
 def _read_launcher(words: Sequence[str], command: CommandLine) -> None:
     """Processes of accelerate, torchrun or deepspeed: of all machines, or of each."""
     counts = {name: int(value) for name, value in _options(words) if str(value).isdecimal()}
@@ -188,11 +197,17 @@ def _count(value: Any) -> int | None:
 
 def _read_options(words: Sequence[str], command: CommandLine) -> None:
     for word in words:
-        if " " not in word and (variable := variable_in(word)) is not None:
+        if (piece := open_piece(word)) is None:
+            continue
+        if piece.startswith(("$(", "`")):
             raise InputError(
-                f"the command line: {variable} is a variable of the shell without a value here; "
-                "write its value, or set it in front: NAME=value trl …"
+                f"the command line: {one_line(piece)} is computed by a shell, and finray import "
+                "runs nothing; write its value"
             )
+        raise InputError(
+            f"the command line: {piece} is a variable of the shell without a value here; "
+            "write its value, or set it in front: NAME=value trl …"
+        )
     for name, value in _options(words):
         if name == "config":
             command.files.append(str(value))

@@ -248,7 +248,7 @@ def _data(
     path = place.get("path", "")
     is_file = bool(path) and "://" not in path
     source = {**place, **({"path": os.path.relpath(path, target)} if is_file else {})}
-    choices.choose("data.train", [source], _of_rows(look, source))
+    choices.choose("data.train", [source], _of_rows(look, source, kind))
     most = min(_LONGEST, _positions(folder))
     packs = METHODS[kind].packs
     own = min(most, _rounded(look.lengths["0.99"]))
@@ -275,11 +275,13 @@ def _data(
         choices.choose("model.add_tokens", "auto", "The marks of ChatML, where they are missing.")
 
 
-def _of_rows(look: RowsLook, source: dict[str, Any]) -> str:
+def _of_rows(look: RowsLook, source: dict[str, Any], kind: str) -> str:
     """What the rows are, and what of them needs a look."""
     lines = f"{_rows(look)[0].upper()}{_rows(look)[1:]}."
     if "columns" in source:
         lines += " columns says which of yours hold question and answer."
+        if METHODS[kind].samples_online:
+            lines += f" Reward functions get them as {' and '.join(source['columns'])}."
     if look.is_verbatim:
         lines += (
             " Prompts are read as they are, without the chat template; columns with "

@@ -77,7 +77,7 @@ class RowsLook:
     bad: int = 0
     """Of the first rows, those that cannot be used."""
     usable: int = 0
-    """Of the first rows, examples."""
+    """Of the first rows, those that can be used."""
     is_verbatim: bool = False
     """True if texts are read as they are, without the chat template."""
 
@@ -202,7 +202,7 @@ def look_at_rows(recipe: Recipe, folder: Path | None) -> RowsLook:
         lacks_template,
         fault,
         len(inspected.bad),
-        len(inspected.examples),
+        round(len(inspected.examples) / inspected.per_row),
         all(map(_is_verbatim, inspected.examples)),
     )
 

@@ -10,13 +10,22 @@ _TOKEN = re.compile(
     |(?P<comment>\#[^\n]*)
     |(?P<end>&&|\|\||[;|&\n])
     |(?P<redirect>\d*[<>]+(?P<stream>&\d+)?)
-    |(?P<word>(?:'[^']*'|"(?:\\.|[^"\\])*"|\\.|[^\s;|&<>'"\\])+)""",
+    |(?P<word>(?:'[^']*'|"(?:\\.|[^"\\])*"|\\.|\$\([^()]*(?:\([^()]*\)[^()]*)*\)|`[^`]*`
+        |[^\s;|&<>'"\\])+)""",
     re.VERBOSE | re.DOTALL,
 )
 _PIECE = re.compile(r"""'([^']*)'|"((?:\\.|[^"\\])*)"|\\(.)|([^'"\\]+)""", re.DOTALL)
 _ESCAPED = re.compile(r"\\([\\\"$`])")
-_NAMED = re.compile(r"\$(?:\{(\w+)(?::?-([^}]*))?\}|([A-Za-z_]\w*))")
+_NAMED = re.compile(r"(?<!\\)\$(?:\{(\w+)(?::?-([^}$]*))?\}|([A-Za-z_]\w*))")
 """$NAME, ${NAME} and ${NAME:-default}."""
+_OPEN = re.compile(
+    r"(?<!\\)(?:\$(?:\{[^{}]*\}|\([^()]*(?:\([^()]*\)[^()]*)*\)|[A-Za-z_]\w*)|`[^`]*`)"
+    r"|^\$(?:[@*]|\d+)\Z"
+)
+"""What only a shell has a value for: $NAME, ${NAMES[@]}, $(command), `command`, $@, $1."""
+_MARK = "\ufdd0"
+"""Stands before such a piece: what is like it in single quotes is text."""
+_CONTINUED = re.compile(r"\s*+-")
 _ASSIGNMENT = re.compile(r"([A-Za-z_]\w*)=(.*)", re.DOTALL)
 
 
@@ -29,7 +38,8 @@ def read_shell(text: str) -> tuple[list[list[str]], dict[str, str]]:
 
     Returns:
         The words of each command, without assignments in front, redirections and comments; and the
-        variables that are set.
+        variables that are set. A piece that only a shell has a value for is marked, see
+        `open_piece`.
 
     Raises:
         InputError: a quote is not closed.
@@ -49,10 +59,18 @@ def read_shell(text: str) -> tuple[list[list[str]], dict[str, str]]:
     return commands, variables
 
 
-def variable_in(text: str) -> str | None:
-    """The first variable of a shell in a text, as it is written; None without one."""
-    match = _NAMED.search(text)
-    return None if match is None else match[0]
+def open_piece(word: str) -> str | None:
+    """The first piece of a word that only a shell has a value for; None without one."""
+    _, mark, rest = word.partition(_MARK)
+    if not mark:
+        return None
+    match = _OPEN.match(rest)
+    return rest if match is None else match[0]
+
+
+def without_marks(word: str) -> str:
+    """A word as it is written."""
+    return word.replace(_MARK, "")
 
 
 def _commands(text: str) -> Iterator[list[str]]:
@@ -67,7 +85,7 @@ def _commands(text: str) -> Iterator[list[str]]:
         kind = match.lastgroup if match.lastgroup != "stream" else "redirect"
         if kind == "word" and not is_target:
             words.append(match[0])
-        elif kind == "end" and not (match[0] == "\n" and text[place:].lstrip().startswith("-")):
+        elif kind == "end" and words and not (match[0] == "\n" and _CONTINUED.match(text, place)):
             yield words
             words = []
         if kind != "blank":
@@ -83,9 +101,13 @@ def _expanded(word: str, variables: dict[str, str]) -> list[str]:
         default = match[0] if match[2] is None else match[2]
         return variables.get(match[1] or match[3], default)
 
+    def valued(text: str) -> str:
+        text = without_marks(_NAMED.sub(value, text))
+        return _OPEN.sub(lambda match: _MARK + match[0], text)
+
     if _NAMED.fullmatch(word) is not None:
-        return _NAMED.sub(value, word).split()
+        return valued(word).split()
     parts: list[str] = []
     for single, double, escaped, bare in _PIECE.findall(word):
-        parts.append(single or escaped or _NAMED.sub(value, bare or _ESCAPED.sub(r"\1", double)))
+        parts.append(single or escaped or valued(bare) or _ESCAPED.sub(r"\1", valued(double)))
     return ["".join(parts)]

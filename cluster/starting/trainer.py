@@ -28,6 +28,7 @@ _PREPARED_AHEAD = (
     "optim.max_steps"
 )
 """How finray differs where another project streams, and the number of steps is open."""
+_ALL_ROWS = "rows are prepared ahead: data.curate and method.precompute_reference need all of them"
 _HOW_SHARDED = (
     "how weights are shared and where they lie; finray's FSDP2 shares each layer's, on the GPUs"
 )
@@ -89,7 +90,7 @@ def streaming(draft: Draft, asked: Sequence[str]) -> None:
         }
         return
     for name in asked:
-        draft.change(name, _PREPARED_AHEAD)
+        draft.change(name, _ALL_ROWS if needs_all_rows else _PREPARED_AHEAD)
 
 
 def rate(draft: Draft, defaults: Defaults) -> None:

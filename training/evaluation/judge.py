@@ -25,7 +25,7 @@ _AT_ONCE = 8
 _TRIES = 4
 _FIRST_PAUSE = 0.5
 _LONGEST_PAUSE = 60.0
-"""Of the pauses that a judge asks for."""
+"""Seconds of a pause at most, also where a judge asks for more."""
 _TIMEOUT = 120.0
 _AGAIN = (408, 409, 425, 429, 500, 502, 503, 504, 529)
 _NUMBER = re.compile(r"(?<![\w.])-?\d+(?:\.\d+)?(?!\w|\.\d)")
@@ -147,7 +147,7 @@ class Judge:
             if not may_pass or attempt == _TRIES:
                 break
             time.sleep(pause)
-            pause *= 2
+            pause = min(2 * pause, _LONGEST_PAUSE)
         tries = f" after {attempt} tries" if attempt > 1 else ""
         raise SilentJudgeError(
             redact(f"the judge at {self.address} does not answer{tries}: {problem}")

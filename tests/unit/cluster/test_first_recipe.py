@@ -183,6 +183,9 @@ def test_rewards(tmp_path: Path, tiny_model: Path) -> None:
         encoding="utf-8",
     )
     rewards = (f"{tmp_path / 'rewards.py'}:score",)
+    own = rows_of({"question": "after 1?", "answer": "two"}, tmp_path)
+    text = made(own, tiny_model, method="grpo", rewards=rewards).text.replace("\n  #  ", "")
+    assert "Reward functions get them as instruction and output." in text
     recipe = recipe_of(made(file, tiny_model, method="grpo", rewards=rewards), tmp_path)
     assert recipe.method.kind == "grpo" and recipe.optim.batch_size % 8 == 0
 

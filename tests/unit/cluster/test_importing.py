@@ -501,6 +501,12 @@ def test_a_script_for_a_shell(tmp_path: Path) -> None:
     assert values["optim.epochs"] == 7.0 and values["data.max_length"] == 99
     assert values["scale.workers"] == 2 and values["name"] == "one-two"
     assert not result.unknown
+    quoted = (
+        script.partition(" > ")[0] + " --system_prompt 'a `b` $c $(d)' --chat_template \"\\$e\""
+    )
+    (source,) = imported(quoted, tmp_path, name="train.sh").values["data"]["train"]
+    assert source["system"] == "a `b` $c $(d)"
+    assert values_of(f"python get.py --x 1\ntrl env\n{script}", tmp_path) == values
     lines = "trl sft\n  --model_name_or_path a/b\n  --dataset_name c/d\ntrl dpo"
     assert values_of(lines, tmp_path)["method.kind"] == "sft"
 
@@ -537,8 +543,18 @@ def test_streamed_rows(tmp_path: Path) -> None:
         result = imported(text, tmp_path)
         assert "prepare" not in result.values["data"]
         assert any("data.prepare: streaming" in text for text in result.changed.values())
+    whole = imported(f"{trl}max_steps: 5\nprecompute_ref_log_probs: true\n", tmp_path)
+    assert "prepare" not in whole.values["data"] and "need all" in whole.changed["streaming"]
     ahead = imported(f"{axolotl}streaming: false\nmax_steps: 5\n", tmp_path)
     assert "prepare" not in ahead.values["data"]
+
+
+def test_texts_of_some_data_sets_alone_are_named(tmp_path: Path) -> None:
+    text = f"{_AXOLOTL}datasets:\n- {{path: a/b, type: alpaca}}\n- {{path: c/d, type: %s}}\n"
+    mixed = imported(text % "chat_template", tmp_path)
+    assert "chat_template" not in mixed.values["data"]
+    assert any("instruct: other data sets have none" in note for note in mixed.notes)
+    assert not any("styles of" in note for note in imported(text % "alpaca", tmp_path).notes)
 
 
 def test_templates_of_llama_factory(tmp_path: Path) -> None:
@@ -628,6 +644,11 @@ def test_two_dialects_are_refused(tmp_path: Path) -> None:
         ("data: {train_files: a}\ntrainer: {}\n", "its keys: data, trainer"),
         ("'a\nb' c", "names no training script: a"),
         ("trl sft --learning_rate $LR", "$LR is a variable of the shell without a value"),
+        ("trl sft --run_name x-$(date | md5sum) --seed 1", "$(date | md5sum) is computed by a"),
+        ("trl sft --run_name `date +%s` --seed 1", "`date +%s` is computed by a shell"),
+        ("N=$(nproc | wc -l)\ntrl sft --seed $N", "$(nproc is computed by a shell"),
+        ('trl sft "${ARGS[@]}"', "${ARGS[@]} is a variable of the shell without a value"),
+        ('trl sft --config a.yaml "$@"', "$@ is a variable of the shell without a value"),
         ("trl sft --model_name_or_path 'a", "a quote is not closed"),
         ("llamafactory-cli export a.yaml", "llamafactory-cli export trains nothing"),
         ("axolotl merge-lora a.yaml", "axolotl merge-lora trains nothing"),

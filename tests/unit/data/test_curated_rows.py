@@ -70,7 +70,11 @@ def test_values_beside_the_texts_may_be_of_any_type(
     [
         ({"from": MAIL, "id": [MAIL], "n": 1}, {"from": "[email]", "id": ["[email]"], "n": 1}),
         ({"card": 4111111111111111}, {"card": "[card]"}),
-        ({MAIL: 1, f"b{MAIL}": 2, "n": 3}, {"[email]": 1, "[email]_": 2, "n": 3}),
+        ({MAIL: 1, f"b{MAIL}": 2, "n": 3}, {"[email]": 1, "[email]_1": 2, "n": 3}),
+        (
+            {f"{n}{MAIL}": n for n in range(5000)},
+            {"[email]" + f"_{n}" * (n > 0): n for n in range(5000)},
+        ),
         (json.dumps({"text": f"Hi\n{MAIL}"}), '{"text": "Hi\\n[email]"}'),
         ('{ "card":4111111111111111, "n":1 }', '{ "card":"[card]", "n":1 }'),
         (

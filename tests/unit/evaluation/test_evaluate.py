@@ -229,6 +229,10 @@ def test_a_refusal_says_why_and_how_long(server: Server, monkeypatch: pytest.Mon
     with pytest.raises(RunError, match=r"after 4 tries: 429 Too Many Requests \(3 a minute\)$"):
         judge(server).score("ask", "one", None)
     assert pauses == [3, 6, 12]
+    server.statuses = [429] * 4
+    with pytest.raises(RunError, match="after 4 tries"):
+        Judge(server.address, "m", pause=40).score("ask", "one", None)
+    assert pauses[3:] == [40, 60, 60], "at most a minute"
     server.refusal, server.statuses = "no model m", [404]
     with pytest.raises(RunError, match=r"404 .* \(no model m\); .* /v1, and is m a model there"):
         judge(server).score("ask", "one", None)

@@ -117,8 +117,9 @@ def _rewritten(value: Any, change: Callable[[str], str], in_arguments: bool) -> 
 def _key(key: Any, change: Callable[[str], str], taken: Mapping[Any, Any]) -> Any:
     """A changed key of a call's arguments; none takes the place of another."""
     key = change(key) if isinstance(key, str) else key
+    start = key
     while key in taken:
-        key += "_"
+        key = f"{start}_{len(taken)}" if key == start else f"{key}_"
     return key
 
 
