@@ -109,7 +109,7 @@ def test_the_others_on_two_workers(command: Finray, kind: str) -> None:
         assert run["world_sizes"] == [max(1, count)]
         assert run["metrics"]["eval_loss"] < run["before"]["eval_loss"]
     assert sorted(curves[0]) == sorted(curves[1]) == list(range(1, STEPS + 1))
-    assert curves[1] == pytest.approx(curves[0], abs=3e-5)
+    assert curves[1] == pytest.approx(curves[0], abs=1e-4)
 
 
 def test_data_of_another_method_is_refused(command: Finray) -> None:
