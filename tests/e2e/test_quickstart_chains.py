@@ -93,7 +93,7 @@ def test_grpo_gains_what_the_rewards_ask_for(
     before, after = run["before"], run["metrics"]
     assert after["eval_reward"] > before["eval_reward"] + 0.4
     for reward in ("json_valid", "fields_right"):
-        assert after[f"eval_reward/{reward}"] > before[f"eval_reward/{reward}"] + 0.25
+        assert after[f"eval_reward/{reward}"] > before[f"eval_reward/{reward}"] + 0.2
     assert 0.0 == before["eval_kl"] < after["eval_kl"] < 0.2
     steps = [line for line in metrics(chain.storage / name) if "loss" in line]
     assert "reward/quickstart-reward" in steps[-1]
