@@ -6,12 +6,13 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from threading import Thread
 from typing import Any
 from urllib.parse import unquote, urlparse
 
 import pytest
 from huggingface_hub import HfFileSystem, constants
+
+from .model_hub import listening
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
@@ -180,11 +181,5 @@ def _tree(files: dict[str, bytes], below: str, recursive: bool) -> list[dict[str
 def serving() -> Iterator[Hub]:
     """A hub that listens on this machine."""
     hub = Hub()
-    thread = Thread(target=hub.serve_forever, daemon=True)
-    thread.start()
-    try:
+    with listening(hub):
         yield hub
-    finally:
-        hub.shutdown()
-        hub.server_close()
-        thread.join()

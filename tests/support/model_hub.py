@@ -5,6 +5,7 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from socketserver import BaseServer
 from threading import Thread
 from typing import Any
 
@@ -87,13 +88,23 @@ class _Handler(BaseHTTPRequestHandler):
 
 
 @contextmanager
+def listening(server: BaseServer) -> Iterator[str]:
+    """The address of a server that answers for as long as the context lasts."""
+    # It looks every half second whether it shall end, if nobody says how often.
+    thread = Thread(target=server.serve_forever, args=(0.01,), daemon=True)
+    thread.start()
+    try:
+        host, port = server.server_address[:2]
+        yield f"http://{host}:{port}"
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()
+
+
+@contextmanager
 def model_hub() -> Iterator[ModelHub]:
     """A hub that answers for as long as the context lasts."""
-    with ModelHub() as hub:
-        thread = Thread(target=hub.serve_forever, daemon=True)
-        thread.start()
-        try:
-            yield hub
-        finally:
-            hub.shutdown()
-            thread.join()
+    hub = ModelHub()
+    with listening(hub):
+        yield hub

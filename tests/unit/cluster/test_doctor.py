@@ -1,10 +1,10 @@
 """What the doctor says of ports that answer without a token."""
 
-import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import pytest
+from support.model_hub import listening
 
 from finray.cluster.nodes import doctor
 
@@ -22,12 +22,9 @@ class Metrics(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def port() -> Iterator[int]:
-    with HTTPServer(("127.0.0.1", 0), Metrics) as server:
-        thread = threading.Thread(target=server.serve_forever)
-        thread.start()
-        yield server.server_address[1]
-        server.shutdown()
-        thread.join()
+    server = HTTPServer(("127.0.0.1", 0), Metrics)
+    with listening(server):
+        yield server.server_port
 
 
 def test_open_ports_of_metrics_are_named(port: int, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,11 +1,11 @@
 """Ray's token: its file is private, it is required, and a dashboard without one is refused."""
 
-import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import pytest
+from support.model_hub import listening
 
 from finray.cluster.nodes import token
 from finray.training.common.errors import InputError
@@ -31,13 +31,8 @@ def dashboard(request: pytest.FixtureRequest) -> Iterator[tuple[str, int]]:
         def log_message(self, *_: object) -> None:
             """Stay silent."""
 
-    server = HTTPServer(("127.0.0.1", 0), Answer)
-    thread = threading.Thread(target=server.serve_forever)
-    thread.start()
-    yield f"http://127.0.0.1:{server.server_port}", request.param
-    server.shutdown()
-    thread.join()
-    server.server_close()
+    with listening(HTTPServer(("127.0.0.1", 0), Answer)) as address:
+        yield address, request.param
 
 
 def test_a_token_is_made_once_and_is_private(home: Path) -> None:

@@ -15,6 +15,7 @@ import torch
 from peft import PeftModel
 from pyarrow import fs as pafs
 from support.finished_run import finished_run
+from support.model_hub import listening
 from support.stored_runs import checkpoint, stored_run
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -51,6 +52,8 @@ class Server:
     """Replies to the first requests, before it answers."""
     refusal: str = ""
     """What it says with a status that is not 200."""
+    pause: int = 0
+    """Seconds that it then asks to wait."""
     asked: list[dict[str, Any]] = field(default_factory=list)
     tokens: list[str | None] = field(default_factory=list)
     address: str = ""
@@ -72,7 +75,7 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
             self.send_response(status)
             if status != 200:
                 reply = json.dumps({"error": {"message": state.refusal}}).encode()
-                self.send_header("Retry-After", "3")
+                self.send_header("Retry-After", str(state.pause))
             self.send_header("Content-Length", str(len(reply)))
             self.end_headers()
             self.wfile.write(reply)
@@ -80,16 +83,11 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
         def log_message(self, *_: Any) -> None:
             pass
 
-    http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    thread = threading.Thread(target=http.serve_forever, daemon=True)
-    thread.start()
-    state.address = f"http://127.0.0.1:{http.server_port}/v1"
     monkeypatch.setenv("FINRAY_JUDGE_TOKEN", "t0ken")
     monkeypatch.setattr(judging, "_FIRST_PAUSE", 0.0)
-    yield state
-    http.shutdown()
-    http.server_close()
-    thread.join()
+    with listening(ThreadingHTTPServer(("127.0.0.1", 0), Handler)) as address:
+        state.address = f"{address}/v1"
+        yield state
 
 
 def judge(server: Server) -> Judge:
@@ -225,7 +223,7 @@ def test_what_may_pass_is_tried_again(server: Server) -> None:
 def test_a_refusal_says_why_and_how_long(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     pauses: list[float] = []
     monkeypatch.setattr(judging, "time", SimpleNamespace(sleep=pauses.append))
-    server.refusal, server.statuses = "3 a minute", [429] * 4
+    server.pause, server.refusal, server.statuses = 3, "3 a minute", [429] * 4
     with pytest.raises(RunError, match=r"after 4 tries: 429 Too Many Requests \(3 a minute\)$"):
         judge(server).score("ask", "one", None)
     assert pauses == [3, 6, 12]
