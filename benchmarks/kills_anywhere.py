@@ -21,7 +21,15 @@ from typing import Any
 
 import pyarrow.parquet as pq
 import yaml
-from measure import Figure, NotComparable, Target, conclude, finray_command, parse_options, scratch
+from measure import (
+    Figure,
+    NotComparable,
+    Target,
+    conclude_stage,
+    finray_command,
+    parse_options,
+    scratch,
+)
 from start import QUICK, has_exited, make_inputs, start
 
 STEPS, EVERY = 30, 5
@@ -256,33 +264,36 @@ def kill_once(
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of this benchmark alone."""
-    parser.add_argument("--only", help="one of the works, by its name")
+    names = tuple(works(Path(), quick=True))
+    parser.add_argument("--stage", action="append", choices=names, help="default: all")
 
 
 def main() -> None:
-    """Kill, compare, write."""
+    """Kill, compare, write the result of each work."""
     options, given = parse_options(__doc__, repetitions=1, add=add_arguments)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    figures = []
     with scratch() as folder:
         make_inputs(folder, QUICK)
         make_sweep(folder)
         all_works = works(folder, options.quick)
+        stages = given.stage or list(all_works)
+        needed = {all_works[stage].needs for stage in stages}
         for name, work in all_works.items():
-            if given.only and name not in (given.only, all_works[given.only].needs):
+            if name not in stages and name not in needed:
                 continue
             seconds = Command(folder, work.arguments).finish()
+            if name not in stages:
+                continue
             expected = work.result(folder)
-            kills = work.kills if given.only in (None, name) else 0
             done, number = 0, 0
-            while done < kills:
+            while done < work.kills:
                 killed = kill_once(folder, work, number, seconds, expected)
                 done, number = done + (killed is not None), number + 1
-                print(f"  {name} {done}/{kills}: {killed}", file=sys.stderr, flush=True)
-            if kills:
-                figure = f"kills during {name} whose result is equal bit for bit"
-                figures.append(Figure(figure, (float(done),), Target("at least", kills)))
-    conclude("kills_anywhere", options, figures, {}, {"steps": STEPS, "every_steps": EVERY})
+                print(f"  {name} {done}/{work.kills}: {killed}", file=sys.stderr, flush=True)
+            figure = f"kills during {name} whose result is equal bit for bit"
+            figures = [Figure(figure, (float(done),), Target("at least", work.kills))]
+            settings = {"steps": STEPS, "every_steps": EVERY}
+            conclude_stage("kills_anywhere", name, options, figures, {}, settings)
 
 
 if __name__ == "__main__":
