@@ -146,9 +146,12 @@ def no_rehearsal(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
 
 @pytest.fixture(scope="session")
 def fork_server() -> Iterator[ForkServer]:
-    """Forks commands and workers that have their libraries loaded."""
+    """Forks commands and workers, Ray's too, that have their libraries loaded."""
     server = ForkServer.launch()
-    yield server
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in server.environment().items():
+            patch.setenv(name, value)
+        yield server
     server.close()
 
 

@@ -13,6 +13,7 @@ from statistics import mean
 
 import pytest
 import yaml
+from support.forking import ForkServer
 from support.harness import Finray, losses, metrics, reached, record, wait_until
 from support.hosts import Host, Network, why_not
 from support.spoiled import spoil_loss
@@ -119,7 +120,10 @@ class Cluster:
 
 @pytest.fixture(scope="module")
 def cluster(
-    tmp_path_factory: pytest.TempPathFactory, tiny_model: Path, chat_file: Path
+    tmp_path_factory: pytest.TempPathFactory,
+    tiny_model: Path,
+    chat_file: Path,
+    fork_server: ForkServer,
 ) -> Iterator[Cluster]:
     network = Network(tmp_path_factory.mktemp("hosts"))
     token = network.folder / "token" / "auth_token"

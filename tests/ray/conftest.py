@@ -5,12 +5,13 @@ import warnings
 from collections.abc import Iterator
 
 import pytest
+from support.forking import ForkServer
 
 from finray.cluster.nodes.ray_start import START_VARIABLES, start_ray
 
 
 @pytest.fixture(scope="module")
-def local_ray() -> Iterator[None]:
+def local_ray(fork_server: ForkServer) -> Iterator[None]:
     for name, value in START_VARIABLES.items():
         os.environ.setdefault(name, value)
     with warnings.catch_warnings():

@@ -4,7 +4,10 @@ server (loads the libraries) → command → spawner, forked while the command i
 worker processes. Each has its own session or group, streams, environment and folder, and real
 signals; exit codes come back over a pipe.
 
-    python forking.py FD      # serves requests from the socket FD
+Ray's workers are forked by the server, too: each that Ray starts hands itself over
+(`handing_over/sitecustomize.py`), and waits for the forked one's end.
+
+    python forking.py FD LISTENING      # serves requests from these sockets
 """
 
 import ctypes
@@ -12,7 +15,9 @@ import gc
 import importlib
 import json
 import os
+import runpy
 import select
+import shutil
 import signal
 import socket
 import subprocess
@@ -20,7 +25,8 @@ import sys
 import tempfile
 import threading
 import time
-from dataclasses import asdict, dataclass
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import IO, Any, NoReturn
 
@@ -28,6 +34,13 @@ COMMAND = "finray.cluster.cli.main"
 WORKER = "finray.training.launch.worker_process"
 WORKER_TITLE = "finray-worker"
 """Name of a forked worker process; its command line is the server's."""
+HANDING_OVER = Path(__file__).parent / "handing_over"
+SERVER = "FINRAY_TEST_FORK_SERVER"
+FORKED = "forked-"
+"""The name of a process that waits for a worker of Ray's ends with the worker's id.
+
+As in the program of `HANDING_OVER`.
+"""
 LIBRARIES = (
     # First what each worker loads: it does without torch's compiler.
     *("finray.training.models.base_cache", "finray.training.engine.worker"),
@@ -40,6 +53,8 @@ LIBRARIES = (
     *("finray.cluster.screens.progress", "finray.cluster.screens.summary"),
     *("finray.training.run", "finray.training.export.export"),
     WORKER,
+    # What Ray loads of others.
+    *("click", "google.protobuf.message", "pandas", "pydantic", "rich.console", "yaml"),
 )
 _SET_NAME = 15
 _PACKET = 1 << 20
@@ -58,6 +73,8 @@ class Task:
     """Else only a process group of its own."""
     program: str = ""
     """Python source."""
+    path: list[str] = field(default_factory=list)
+    """Where modules are searched, if a file of Python is to run: the first argument."""
 
 
 class Forked:
@@ -109,25 +126,37 @@ class ForkServer:
     def launch(cls) -> "ForkServer":
         """A new server, which ends with this process; it loads the libraries meanwhile."""
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        with theirs:
+        address = f"{tempfile.mkdtemp(prefix='finray-fork-')}/socket"
+        listening = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        with theirs, listening:
+            listening.bind(address)
+            listening.listen(100)
+            files = [theirs.fileno(), listening.fileno()]
             server = subprocess.Popen(
-                [sys.executable, "-P", __file__, str(theirs.fileno())],
-                pass_fds=[theirs.fileno()],
+                [sys.executable, "-P", __file__, *map(str, files)],
+                pass_fds=files,
                 stdin=subprocess.DEVNULL,
                 start_new_session=True,
                 # Arrow's allocator would start a thread.
                 env={**os.environ, "JE_ARROW_MALLOC_CONF": "background_thread:false"},
             )
         made = cls(ours)
-        made.process = server
+        made.process, made.address = server, address
         return made
 
     process: subprocess.Popen[bytes] | None = None
+    address: str = ""
+
+    def environment(self) -> dict[str, str]:
+        """Where Ray is started with it, its workers are forked."""
+        path = [str(HANDING_OVER), os.environ.get("PYTHONPATH", "")]
+        return {"PYTHONPATH": os.pathsep.join(path), SERVER: self.address}
 
     def close(self) -> None:
         self._channel.close()
         if self.process is not None:
             self.process.wait(60)
+            shutil.rmtree(Path(self.address).parent)
 
     def start(self, task: Task, stdin: int, stdout: int, stderr: int) -> Forked:
         """Fork a process with these streams; it has its session or group when this returns."""
@@ -178,7 +207,7 @@ def fork_workers(server: ForkServer) -> type[subprocess.Popen[bytes]]:
     return Popen
 
 
-def serve(channel: socket.socket) -> Task | None:
+def serve(channel: socket.socket, listening: socket.socket | None = None) -> Task | None:
     """Fork for each request: returns its task in the child, and None at the end in the server."""
     children: dict[int, int] = {}
     reader, writer = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
@@ -187,31 +216,48 @@ def serve(channel: socket.socket) -> Task | None:
     gc.collect()
     gc.freeze()
     gc.enable()
+    sources: list[Any] = [channel, reader, *([listening] if listening else [])]
     while True:
-        ready, _, _ = select.select([channel, reader], [], [])
+        ready, _, _ = select.select(sources, [], [])
         if reader in ready:
             os.read(reader, 1000)
             _reap(children)
-        if channel not in ready:
+        if channel in ready:
+            answer = channel
+            message, streams, _, _ = socket.recv_fds(channel, _PACKET, 4)
+            if not message:
+                return None
+        elif listening in ready and listening is not None:
+            answer, _ = listening.accept()
+            message, streams = _received(answer)
+        else:
             continue
-        message, streams, _, _ = socket.recv_fds(channel, _PACKET, 4)
-        if not message:
-            return None
         *streams, status = streams
         pid = os.fork()
         if pid == 0:
             signal.set_wakeup_fd(-1)
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-            task = Task(**json.loads(message))
-            _become(task, streams)
-            for other in (reader, writer, status, *children.values()):
+            for other in (reader, writer, *children.values()):
                 os.close(other)
-            channel.send(str(os.getpid()).encode())
+            task = Task(**json.loads(message))
+            answer.send(str(os.getpid()).encode())
+            _become(task, streams, status)
             channel.close()
+            answer.close()
             return task
         children[pid] = status
+        if answer is not channel:
+            answer.close()
         for stream in streams:
             os.close(stream)
+
+
+def _received(channel: socket.socket) -> tuple[bytes, list[int]]:
+    """A request that is as long as its environment, and its files."""
+    message, files, _, _ = socket.recv_fds(channel, _PACKET, 8)
+    while part := channel.recv(_PACKET):
+        message += part
+    return message, files
 
 
 def _reap(children: dict[int, int]) -> None:
@@ -220,11 +266,15 @@ def _reap(children: dict[int, int]) -> None:
         if pid == 0:
             return
         pipe = children.pop(pid)
-        os.write(pipe, str(os.waitstatus_to_exitcode(status)).encode())
+        with suppress(BrokenPipeError):  # who waits for it was killed
+            os.write(pipe, str(os.waitstatus_to_exitcode(status)).encode())
         os.close(pipe)
 
 
-def _become(task: Task, streams: list[int]) -> None:
+def _become(task: Task, files: list[int], status: int) -> None:
+    streams, spaces = files[:3], files[3:]
+    _enter(spaces)
+    os.close(status)
     if task.new_session:
         os.setsid()
     else:
@@ -235,9 +285,30 @@ def _become(task: Task, streams: list[int]) -> None:
     os.chdir(task.folder)
     os.environ.clear()
     os.environ.update(task.environment)
+    if task.path:
+        sys.path[:] = task.path
     if task.module == WORKER:
         ctypes.CDLL(None).prctl(_SET_NAME, WORKER_TITLE.encode(), 0, 0, 0)
+    if task.module == WORKER or task.path:
         _customise()
+
+
+def _enter(spaces: list[int]) -> None:
+    """Go to the namespaces of another host; a process of its own number waits here meanwhile."""
+    others = [space for space in spaces if not _is_own(space)]
+    for space in others:
+        if ctypes.CDLL(None, use_errno=True).setns(space, 0):
+            raise OSError(ctypes.get_errno(), "the namespace of a host cannot be entered")
+    if others and (child := os.fork()):
+        _, status = os.waitpid(child, 0)
+        os._exit(max(0, os.waitstatus_to_exitcode(status)))
+    for space in spaces:
+        os.close(space)
+
+
+def _is_own(space: int) -> bool:
+    name = str(Path(f"/proc/self/fd/{space}").readlink())
+    return str(Path(f"/proc/self/ns/{name.partition(':')[0]}").readlink()) == name
 
 
 def _customise() -> None:
@@ -267,7 +338,8 @@ def _end() -> NoReturn:
 
 def main() -> None:
     gc.disable()
-    sys.argv, channel = [COMMAND], socket.socket(fileno=int(sys.argv[1]))
+    channel, listening = (socket.socket(fileno=int(number)) for number in sys.argv[1:])
+    sys.argv = [COMMAND]
     for name in LIBRARIES:
         importlib.import_module(name)
     sys.path.append(str(Path(__file__).parents[1]))
@@ -275,9 +347,14 @@ def main() -> None:
     sys.path.pop()
     os.fsync = lambda _: None  # as in conftest.py
     assert "ray" not in sys.modules, "Ray reads its environment when it is loaded"
-    task = serve(channel) or _end()
+    task = serve(channel, listening) or _end()
+    listening.close()
     if task.module == COMMAND:
         task = _fork_spawner() or task
+    if task.path:
+        sys.argv = task.arguments
+        runpy.run_path(sys.argv[0], run_name="__main__")
+        return
     sys.argv = [task.module, *task.arguments]
     if task.program:
         exec(task.program, {"__name__": "__main__"})

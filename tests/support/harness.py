@@ -22,7 +22,7 @@ from finray.training.records.run_folder import PREPARED_FOLDER
 from finray.training.rehearsal.child import REHEARSALS
 from finray.training.rehearsal.key import key_of
 
-from .forking import COMMAND, WORKER, WORKER_TITLE, Forked, ForkServer, Task
+from .forking import COMMAND, FORKED, WORKER, WORKER_TITLE, Forked, ForkServer, Task
 from .rehearsed import OK
 
 PATIENCE = 600
@@ -45,6 +45,10 @@ class Command:
         """All descendants seen so far."""
         with suppress(psutil.NoSuchProcess):
             self.family |= set(psutil.Process(self.process.pid).children(recursive=True))
+        for process in list(self.family):
+            with suppress(psutil.NoSuchProcess):
+                if process.name().startswith(FORKED):  # it waits for a worker of Ray's
+                    self.family.add(psutil.Process(int(process.name().removeprefix(FORKED))))
         return self.family
 
     def wait(self, seconds: float = PATIENCE) -> int:

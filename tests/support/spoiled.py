@@ -5,6 +5,8 @@ from pathlib import Path
 from string import Template
 from textwrap import indent
 
+from .forking import HANDING_OVER
+
 _PROGRAM = Template('''
 import importlib.util
 import sys
@@ -62,6 +64,7 @@ def spoil_loss(folder: Path, before: str) -> dict[str, str]:
         before: statements ahead of each loss. They see `rank`, `batch`, `model` and `calls`: for
             each loss so far, whether it was one of training.
     """
+    hand_over = (HANDING_OVER / "sitecustomize.py").read_text(encoding="utf-8")
     program = _PROGRAM.substitute(before=indent(before, " " * 8).strip())
-    (folder / "sitecustomize.py").write_text(program, encoding="utf-8")
+    (folder / "sitecustomize.py").write_text(hand_over + program, encoding="utf-8")
     return {"PYTHONPATH": os.pathsep.join([str(folder), os.environ.get("PYTHONPATH", "")])}
