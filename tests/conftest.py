@@ -20,12 +20,15 @@ from pathlib import Path
 
 import pytest
 from support.forking import ForkServer
-from support.rehearsed import NothingWrong
+from support.rehearsed import CHILD, without_child
 from xdist import is_xdist_controller
 from xdist.remote import Producer
 from xdist.scheduler import LoadScopeScheduling
 
 from finray.training.rehearsal import child
+
+# Fixtures that files share train as well, before a test's own can say how.
+without_child()
 
 # Until all is loaded, which is a sixth faster without a search for garbage.
 gc.disable()
@@ -138,10 +141,10 @@ def little_to_search() -> None:
 
 
 @pytest.fixture(autouse=True)
-def no_rehearsal(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+def rehearsal(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Only tests with the marker `rehearses` start the child process of a rehearsal."""
-    if request.node.get_closest_marker("rehearses") is None:
-        monkeypatch.setattr(child, "_Child", NothingWrong)
+    if request.node.get_closest_marker("rehearses"):
+        monkeypatch.setattr(child, "_Child", CHILD)
 
 
 @pytest.fixture(scope="session")

@@ -11,7 +11,7 @@ from urllib.request import Request, urlopen
 
 import pytest
 import yaml
-from support.forking import ForkServer
+from support.forking import SERVER, ForkServer
 from support.harness import Finray, losses, reached, record, wait_until
 
 pytestmark = pytest.mark.ray
@@ -21,6 +21,7 @@ SECRETS = {
     "AWS_SECRET_ACCESS_KEY": "wJ/alrXU+tnFEMI" * 2,
 }
 CPUS = 4
+STEPS = 120
 
 
 class Cluster:
@@ -63,7 +64,9 @@ def cluster(
         patch.setenv("HOME", str(home))
         for name, value in SECRETS.items():
             patch.setenv(name, value)
-        for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH", "RAY_ADDRESS"):
+        # Without `SERVER` Ray starts its workers as users' do: with the finray that was uploaded.
+        names = ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH", "RAY_ADDRESS", SERVER)
+        for name in names:
             patch.delenv(name, raising=False)
         options = {
             "num-cpus": CPUS,
@@ -94,68 +97,58 @@ def _free_ports(count: int) -> list[int]:
         return [int(free.getsockname()[1]) for free in sockets]
 
 
-def test_a_run_is_submitted_once_and_fetched(cluster: Cluster) -> None:
+def test_a_run_is_stopped_goes_on_and_is_fetched(cluster: Cluster) -> None:
+    """And is submitted once, however often its recipe is given."""
     finray = cluster.finray
-    recipe = finray.recipe(name="once", scale__workers=2, optim__max_steps=6)
+    settings = {"name": "once", "scale__workers": 2, "checkpoint__every_steps": 300}
+    recipe = finray.recipe(**settings, optim__max_steps=STEPS, optim__micro_batch_size=1)
+    run = finray.folder / "runs" / "once"
     assert "submitted once" in cluster.job("submit", recipe)
     assert "is already " in cluster.job("submit", recipe)
-    other = finray.recipe(name="once", scale__workers=2, optim__max_steps=7)
-    assert "other settings" in cluster.job("submit", other, code=2)
-    recipe = finray.recipe(name="once", scale__workers=2, optim__max_steps=6)
+    wait_until(lambda: reached(run, 5), "step 5")
+    cluster.job("stop", "once")
+    saved = record(run)["step"]
+    assert record(run)["status"] == "stopped" and 5 <= saved < STEPS
+    assert cluster.status("once")["status"] == "STOPPED"
+
+    assert "submitted once again, as once~2" in cluster.job("submit", recipe)
     log = cluster.job("logs", "once", "--follow")
-    assert "6/6" in log and "once finished" in log
+    assert f"{STEPS}/{STEPS}" in log and "once finished" in log
     assert cluster.status("once")["status"] == "SUCCEEDED"
+    assert record(run)["restarts"][0]["step"] == saved
+    assert sorted(losses(run)) == list(range(1, STEPS + 1))
 
     assert "gets its results" in cluster.job("submit", recipe)
+    other = finray.recipe(**settings, optim__max_steps=7)
+    assert "other settings" in cluster.job("submit", other, code=2)
     listed = cluster.job("list", "--json")
-    assert [job["id"] for job in json.loads(listed)] == ["once"]
-
+    assert [job["id"] for job in json.loads(listed)] == ["once", "once~2"]
     target = finray.folder / "fetched"
     cluster.job("fetch", "once", "--to", target)
-    assert record(target)["status"] == "finished" and record(target)["step"] == 6
-    run = finray.folder / "runs" / "once"
+    assert record(target)["status"] == "finished" and record(target)["step"] == STEPS
     for name in ("adapter/adapter_model.safetensors", "report.html", "metrics.jsonl"):
         assert (target / name).read_bytes() == (run / name).read_bytes()
     assert str(finray.data) not in (run / "recipe.yaml").read_text(encoding="utf-8")
+    assert_no_secrets(cluster, run, target, listed + log)
 
+
+def assert_no_secrets(cluster: Cluster, run: Path, target: Path, texts: str) -> None:
+    """Neither in a file of the run or of Ray's logs, nor in what anybody can read of the jobs."""
     token = (Path.home() / ".ray" / "auth_token").read_text(encoding="utf-8").strip()
     secrets = {**SECRETS, "Ray's token": token}
     for folder in (run, target, cluster.folder / "session_latest" / "logs"):
         for file in (file for file in folder.rglob("*") if file.is_file()):
             content = file.read_bytes()
             assert not [name for name, value in secrets.items() if value.encode() in content], file
-    texts = listed + log + cluster.rays_own_notes(token)
+    texts += cluster.rays_own_notes(token)
     assert '"submission_id"' in texts
     assert not [name for name, value in secrets.items() if value in texts]
-
-
-def test_stop_saves_and_the_same_submission_resumes(cluster: Cluster) -> None:
-    recipe = cluster.finray.recipe(
-        name="stopped",
-        scale__workers=1,
-        optim__max_steps=120,
-        optim__micro_batch_size=1,
-        checkpoint__every_steps=300,
-    )
-    run = cluster.finray.folder / "runs" / "stopped"
-    cluster.job("submit", recipe)
-    wait_until(lambda: reached(run, 5), "step 5")
-    cluster.job("stop", "stopped")
-    assert record(run)["status"] == "stopped"
-    assert cluster.status("stopped")["status"] == "STOPPED"
-    saved = record(run)["step"]
-    assert 5 <= saved < 120
-    output = cluster.job("submit", recipe, "--wait")
-    assert "submitted stopped again, as stopped~2" in output
-    assert record(run)["status"] == "finished"
-    assert record(run)["restarts"][0]["step"] == saved
-    assert sorted(losses(run)) == list(range(1, 121))
 
 
 @pytest.mark.slow
 def test_a_sweep_stops_and_the_same_submission_goes_on(cluster: Cluster) -> None:
     finray = cluster.finray
-    base = finray.recipe(name="base", data__holdout=0.1, optim__max_steps=120)
+    base = finray.recipe(name="base", data__holdout=0.1, optim__max_steps=STEPS)
     sweep = finray.folder / "sweep.yaml"
     search = {"optim.learning_rate": {"log_uniform": [1e-4, 1e-2]}}
     values = {"name": "swept", "recipe": base.name, "search": search, "trials": 2, "concurrency": 1}
@@ -172,7 +165,7 @@ def test_a_sweep_stops_and_the_same_submission_goes_on(cluster: Cluster) -> None
     output = cluster.job("submit", sweep, "--wait")
     assert "submitted swept again, as swept~2" in output and "sweep swept finished" in output
     assert record(trial)["restarts"][0]["step"] >= 5
-    assert sorted(losses(trial)) == list(range(1, 121))
+    assert sorted(losses(trial)) == list(range(1, STEPS + 1))
     assert "finished already" in cluster.job("submit", sweep)
     assert "trial 0" in cluster.job("logs", "swept")
 

@@ -40,7 +40,7 @@ class InThisProcess:
 
 
 @pytest.fixture(autouse=True)
-def no_rehearsal(monkeypatch: pytest.MonkeyPatch) -> None:
+def rehearsal(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every architecture is rehearsed, which decides whether it is packed."""
     monkeypatch.setattr(child, "_Child", InThisProcess)
 

@@ -5,6 +5,8 @@ from finray.training.rehearsal import child
 from finray.training.rehearsal.outcome import Outcome
 
 OK = Outcome("ok", isolation="documents")
+CHILD = child._Child
+"""The process of a real rehearsal."""
 
 
 class NothingWrong:

@@ -2,6 +2,7 @@
 
 import os
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import yaml
 
 from finray.cluster.jobs.staging import (
     INPUTS_FOLDER,
+    LAUNCHER,
     RECIPE_FILE,
     SWEEP_FILE,
     receive,
@@ -100,6 +102,21 @@ def test_what_is_on_the_cluster_or_a_uri_stays(tmp_path: Path, rows: Path) -> No
     stage(recipe, target, ("/mnt/share",))
     assert [source["path"] for source in staged_recipe(target)["data"]["train"]] == paths
     assert not (target / INPUTS_FOLDER).exists()
+
+
+def test_a_job_runs_in_the_interpreter_of_rays_workers(tmp_path: Path, rows: Path) -> None:
+    """The raylet among its ancestors names it, whatever `python` is on the head."""
+    python = tmp_path / "python"
+    python.write_text('#!/bin/sh\necho "$0" "$@"\n', encoding="utf-8")
+    python.chmod(0o755)
+    target = parcel(tmp_path)
+    stage(make(rows), target, ())
+    job = "import subprocess, sys; subprocess.run(sys.argv[1:4], check=True)"
+    words = ["sh", str(target / LAUNCHER), "train", f"--python_worker_command={python} worker.py"]
+    done = subprocess.run(
+        [sys.executable, "-c", job, *words], check=True, capture_output=True, text=True
+    )
+    assert done.stdout == f"{python} -m finray.cluster.cli.job_entry train\n"
 
 
 def test_a_missing_file_names_the_remedy(tmp_path: Path, rows: Path) -> None:
