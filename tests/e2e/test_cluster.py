@@ -100,11 +100,15 @@ def _free_ports(count: int) -> list[int]:
 def test_a_run_is_stopped_goes_on_and_is_fetched(cluster: Cluster) -> None:
     """And is submitted once, however often its recipe is given."""
     finray = cluster.finray
-    settings = {"name": "once", "scale__workers": 2, "checkpoint__every_steps": 300}
-    recipe = finray.recipe(**settings, optim__max_steps=STEPS, optim__micro_batch_size=1)
+    settings: dict[str, object] = {"name": "once", "scale__workers": 2}
     run = finray.folder / "runs" / "once"
+    settings |= {"optim__micro_batch_size": 1, "checkpoint__every_steps": 300}
+    recipe = finray.recipe(**settings, optim__max_steps=STEPS)
     assert "submitted once" in cluster.job("submit", recipe)
     assert "is already " in cluster.job("submit", recipe)
+    other = finray.recipe(**settings, optim__max_steps=STEPS + 1)
+    assert "other settings" in cluster.job("submit", other, code=2)
+    recipe = finray.recipe(**settings, optim__max_steps=STEPS)
     wait_until(lambda: reached(run, 5), "step 5")
     cluster.job("stop", "once")
     saved = record(run)["step"]
@@ -119,8 +123,6 @@ def test_a_run_is_stopped_goes_on_and_is_fetched(cluster: Cluster) -> None:
     assert sorted(losses(run)) == list(range(1, STEPS + 1))
 
     assert "gets its results" in cluster.job("submit", recipe)
-    other = finray.recipe(**settings, optim__max_steps=7)
-    assert "other settings" in cluster.job("submit", other, code=2)
     listed = cluster.job("list", "--json")
     assert [job["id"] for job in json.loads(listed)] == ["once", "once~2"]
     target = finray.folder / "fetched"
