@@ -17,6 +17,7 @@ import json
 import os
 import runpy
 import select
+import shlex
 import shutil
 import signal
 import socket
@@ -25,6 +26,7 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -332,6 +334,29 @@ def _fork_spawner() -> Task | None:
     return serve(theirs) or _end()
 
 
+def _go_on(execute: Callable[..., NoReturn]) -> Callable[..., None]:
+    """Runs the program of a Ray worker in this process, which would load Ray again.
+
+    Another interpreter, folder or setting of Ray's needs a process of its own.
+    """
+    before = {name: value for name, value in os.environ.items() if name.startswith("RAY_")}
+
+    def execvp(file: str, args: list[str]) -> None:
+        after = {name: value for name, value in os.environ.items() if name.startswith("RAY_")}
+        words = shlex.split(args[-1])
+        if words[:2] != ["exec", sys.executable] or words[2].startswith("-") or before != after:
+            execute(file, args)
+        _run_file(words[2:])
+        sys.exit()
+
+    return execvp
+
+
+def _run_file(arguments: list[str]) -> None:
+    sys.argv = arguments
+    runpy.run_path(arguments[0], run_name="__main__")
+
+
 def _end() -> NoReturn:
     os._exit(0)
 
@@ -352,8 +377,8 @@ def main() -> None:
     if task.module == COMMAND:
         task = _fork_spawner() or task
     if task.path:
-        sys.argv = task.arguments
-        runpy.run_path(sys.argv[0], run_name="__main__")
+        os.execvp = _go_on(os.execvp)  # type: ignore[assignment]
+        _run_file(task.arguments)
         return
     sys.argv = [task.module, *task.arguments]
     if task.program:

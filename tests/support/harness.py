@@ -45,10 +45,12 @@ class Command:
         """All descendants seen so far."""
         with suppress(psutil.NoSuchProcess):
             self.family |= set(psutil.Process(self.process.pid).children(recursive=True))
-        for process in list(self.family):
+        waiting = list(self.family)
+        while waiting:
             with suppress(psutil.NoSuchProcess):
-                if process.name().startswith(FORKED):  # it waits for a worker of Ray's
-                    self.family.add(psutil.Process(int(process.name().removeprefix(FORKED))))
+                if (name := waiting.pop().name()).startswith(FORKED):  # for a worker of Ray's
+                    waiting.append(psutil.Process(int(name.removeprefix(FORKED))))
+                    self.family.add(waiting[-1])
         return self.family
 
     def wait(self, seconds: float = PATIENCE) -> int:

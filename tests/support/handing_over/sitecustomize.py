@@ -9,6 +9,8 @@ import sys
 
 SERVER = "FINRAY_TEST_FORK_SERVER"
 """The environment variable with the path of the server's socket."""
+PROGRAMS = ("/workers/setup_worker.py", "/workers/default_worker.py")
+"""The first one becomes the second one."""
 NAMESPACES = ("net", "uts", "mnt", "pid")
 
 
@@ -34,5 +36,5 @@ def hand_over(address: str, arguments: list[str]) -> int:
     return int(os.read(reader, 20) or 1)
 
 
-if os.environ.get(SERVER) and "".join(sys.orig_argv[1:2]).endswith("/default_worker.py"):
+if os.environ.get(SERVER) and "".join(sys.orig_argv[1:2]).endswith(PROGRAMS):
     os._exit(hand_over(os.environ[SERVER], sys.orig_argv[1:]))
