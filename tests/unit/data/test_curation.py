@@ -408,8 +408,7 @@ def test_a_row_without_the_groups_column_is_named(tmp_path: Path, make: MakeReci
     data = write_jsonl(tmp_path / "a.jsonl", texts(1, 2))
     recipe = make(train=data, holdout={"share": 0.5, "group_by": "user"})
     reason = (
-        "there is no column user, which data.holdout.group_by names; "
-        "map of the source may make it"
+        "there is no column user, which data.holdout.group_by names; map of the source may make it"
     )
     with pytest.raises(InputError, match=re.escape(f"a.jsonl:1: {reason}")):
         run(recipe, tmp_path)
