@@ -20,7 +20,7 @@ from finray.training.data.curation.texts import compared_texts, rewritten
 from finray.training.data.shown_rows import show_rows
 from finray.training.run import curate_data
 
-from .conftest import MakeRecipe, write_jsonl
+from .conftest import MakeRecipe, chat_row, write_jsonl
 from .test_curation import funnel, left, run, text_of
 
 Row = dict[str, Any]
@@ -308,3 +308,10 @@ def test_a_report_names_unusable_rows_and_fits_a_narrow_terminal(
     assert max(map(len, screen.splitlines())) <= 80
     words = " ".join(screen.split())
     assert f"{data}:1: {reason}" in words and '{"text": "\u6570\u5b66"}' in words
+
+
+def test_a_report_of_fewer_rows_than_a_batch(tmp_path: Path, make_recipe: MakeRecipe) -> None:
+    data = write_jsonl(tmp_path / "a.jsonl", [chat_row("one", "two"), chat_row("one", "three")])
+    recipe = make_recipe(train=data, curate=["deduplicate"], optim={"batch_size": 64})
+    report = curate_data(recipe.model_copy(update={"storage": str(tmp_path / "runs")}))
+    assert report["sources"][0]["left"] == 2
