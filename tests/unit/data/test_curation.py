@@ -21,6 +21,7 @@ from finray.training.common.storage import Folder
 from finray.training.config.recipe import Recipe
 from finray.training.data import sources
 from finray.training.data.curation import plan
+from finray.training.data.curation.funnel import funnel_facts, mean_lengths
 from finray.training.data.curation.passes import group_of
 from finray.training.data.curation.report import report_of
 from finray.training.data.fingerprint import fingerprint
@@ -129,6 +130,10 @@ def test_each_stage_counts_what_it_takes(tmp_path: Path, make: MakeRecipe) -> No
     }
     places = [sample["place"].rpartition(":")[2] for sample in manifest.funnel[3]["samples"]]
     assert places == ["4", "5"]
+    facts = dict(funnel_facts(manifest.funnel))
+    before, after = mean_lengths(manifest.funnel[1])
+    assert facts["2 filter, characters a row"] == f"{before:.0f} → {after:.0f}"
+    assert facts["2 filter, for example"].startswith(f"{tmp_path}/a.jsonl:6: too short: ")
     assert Manifest.from_json(manifest.to_json()) == manifest
 
 
