@@ -27,17 +27,18 @@ _CARD = (
 _CARDS = (re.compile(_CARD % r"\1\d{3}"), re.compile(_CARD % ""))
 """With 19 digits in groups, and with fewer: three digits that follow may be its security code."""
 _IP = re.compile(
-    r"(?<![0-9A-Za-z.])(?<!==)(?<!(?i:version) )(?<!(?i:release|section) )(?:\d{1,3}\.){3}\d{1,3}"
+    r"(?<![0-9A-Za-z.])(?=\d)(?<!==)(?<!(?i:version) )(?<!(?i:release|section) )"
+    r"(?:\d{1,3}\.){3}\d{1,3}"
     r"(?![0-9A-Za-z]|\.\d)"
     r"|(?<![0-9A-Za-z.:])[0-9A-Fa-f]{0,4}(?::[0-9A-Fa-f]{0,4}){2,7}(?![0-9A-Za-z:]|\.\d)"
 )
 _PHONE = re.compile(
-    r"(?<![\dA-Za-z.+-])(?:"
+    r"(?=[\d(+\uff0b])(?<![\dA-Za-z.+-])(?:"
     # +49 (30) 123 456, (+49) 30/123456, +33 6 12 34 56 78; also with a wide plus sign
     r"(?:\([+\uff0b](?!0)\d{1,3}\)|[+\uff0b](?!0)\d{1,3})(?:J?\(\d{1,4}\))?(?:[/J]?\d{1,5}+){2,5}+"
     r"|(?:1J)?\((?!(?:19|20)\d\d\))\d{2,5}\)J?\d{3,4}(?:J?\d{2,5}+){1,2}+"  # (555) 123-4567
-    r"|(?!.{3,5}S)(?:1J)?\d{3}(J)\d{3}\1\d{4}"  # 555-123-4567
-    r"|(?<!\dS)(?:1S)?[2-9]\d\dS\d{3}S\d{4}(?!S\d)"  # 555 123 4567, no columns of a table
+    r"|(?:1J)?\d{3}(?!S)(J)\d{3}\1\d{4}"  # 555-123-4567
+    r"|(?=\d)(?<!\dS)(?:1S)?[2-9]\d\dS\d{3}S\d{4}(?!S\d)"  # 555 123 4567, no columns of a table
     r")(?!\d|[.-]\d)".replace("[/J]", f"[/.{_JOINTS}]")
     .replace("J", f"[.{_JOINTS}]")
     .replace("S", f"[{_SPACES}]")
