@@ -58,12 +58,13 @@ class Inspection:
 
 
 @locates
-def inspect_recipe(recipe: Recipe, *, trains_here: bool = True) -> Inspection:
+def inspect_recipe(recipe: Recipe, *, trains_here: bool = True, trains: bool = True) -> Inspection:
     """Check a recipe's sources, model folder, adapter, reference and rewards within seconds.
 
     Args:
         recipe: the recipe.
         trains_here: False for a run that is only planned: weights and vLLM may be elsewhere.
+        trains: False where only rows are looked at, which may be fewer than a batch.
 
     Raises:
         InputError: a source is missing, empty, unreadable, in an unknown format, or all its first
@@ -99,8 +100,9 @@ def inspect_recipe(recipe: Recipe, *, trains_here: bool = True) -> Inspection:
                 )
             inspected[split].append(rows)
     _check_template(recipe, folder, tokenizer, [*inspected["train"], *inspected["eval"]])
-    _check_enough(recipe, data.train, inspected["train"])
-    if trains_here:
+    if trains:
+        _check_enough(recipe, data.train, inspected["train"])
+    if trains and trains_here:
         _check_weights(recipe)
     return Inspection(
         tuple(rows.inspection for rows in inspected["train"]),

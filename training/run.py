@@ -314,7 +314,7 @@ def prepares_on_ray(recipe: Recipe) -> bool:
     Raises:
         InputError: see `inspect_recipe`.
     """
-    if not curates_on_ray(recipe):
+    if not curates_on_ray(recipe, trains=True):
         return False
     return find_prepared(recipe, Folder(recipe.storage) / PREPARED_FOLDER) is None
 
@@ -331,15 +331,20 @@ def prepare_data(recipe: Recipe, progress: Progress = SILENT) -> Prepared:
     return _prepare(recipe, _tasks(recipe, prepares_on_ray(recipe)), progress)
 
 
-def curates_on_ray(recipe: Recipe) -> bool:
+def curates_on_ray(recipe: Recipe, *, trains: bool = False) -> bool:
     """True if the data is not small and does not stream, and the run has workers.
+
+    Args:
+        recipe: the recipe.
+        trains: whether it is to be trained, so that its rows have to be as many as a batch.
 
     Raises:
         InputError: see `inspect_recipe`.
     """
     if recipe.data.streams:  # only its first window is made before the workers start
         return False
-    return not inspect_recipe(recipe).is_small and recipe.scale.most_workers > 0
+    is_small = inspect_recipe(recipe, trains=trains).is_small
+    return not is_small and recipe.scale.most_workers > 0
 
 
 @locates

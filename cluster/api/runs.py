@@ -147,6 +147,7 @@ def report_data(
 
     Returns:
         `funnel`: of each stage its rows before and after, why rows were dropped, and samples.
+        `bad_rows`: place and reason of the first rows that cannot be used.
         `sources`: of each its rows, those left, its weight and its share. `windows`: of an epoch,
         None for data that does not stream.
 

@@ -3,6 +3,7 @@
 import argparse
 import json
 import sys
+from contextlib import redirect_stdout
 
 from ...training.common.errors import InputError, writing
 from ...training.common.storage import Folder
@@ -13,19 +14,25 @@ from ..api.recipes import load_recipe
 from ..api.runs import report_data
 from ..screens.curation import render_curation
 from ..screens.data import render_rows
+from ..screens.runs import terminal_width
 
 
 def report(options: argparse.Namespace) -> None:
     """Print what each stage drops of the rows."""
-    outcome = report_data(
-        options.recipe,
-        options.overrides,
-        local=options.local,
-        address=options.address,
-        verbose=options.verbose,
-        quiet=options.quiet,
+    with redirect_stdout(sys.stderr):  # what the user's code writes in any way
+        outcome = report_data(
+            options.recipe,
+            options.overrides,
+            local=options.local,
+            address=options.address,
+            verbose=options.verbose,
+            quiet=options.quiet,
+        )
+    print(
+        json.dumps(outcome, indent=2)
+        if options.json
+        else render_curation(outcome, terminal_width())
     )
-    print(json.dumps(outcome, indent=2) if options.json else render_curation(outcome))
 
 
 def show(options: argparse.Namespace) -> None:
@@ -33,7 +40,7 @@ def show(options: argparse.Namespace) -> None:
     if options.rows < 1:
         raise InputError(f"--rows: expected at least 1, found {options.rows}")
     recipe = load_recipe(options.recipe, options.overrides)
-    with recipe.locating():
+    with recipe.locating(), redirect_stdout(sys.stderr):
         rows = show_rows(recipe, options.rows, Folder(recipe.storage) / PREPARED_FOLDER)
     if options.page is None:
         print(render_rows(rows, colour=sys.stdout.isatty()))

@@ -2,6 +2,8 @@
 
 import argparse
 import json
+import sys
+from contextlib import redirect_stdout
 from typing import Any
 
 from ...training.common import formatting
@@ -13,14 +15,15 @@ from ..api.runs import prepare as prepare_data
 
 def prepare(options: argparse.Namespace) -> None:
     """Prepare a recipe's data."""
-    prepared = prepare_data(
-        options.recipe,
-        options.overrides,
-        local=options.local,
-        address=options.address,
-        verbose=options.verbose,
-        quiet=options.quiet,
-    )
+    with redirect_stdout(sys.stderr):  # what the user's code writes in any way
+        prepared = prepare_data(
+            options.recipe,
+            options.overrides,
+            local=options.local,
+            address=options.address,
+            verbose=options.verbose,
+            quiet=options.quiet,
+        )
     if options.json:
         print(json.dumps({"folder": prepared.folder, **prepared.summary}, indent=2))
     else:

@@ -1,5 +1,6 @@
 """What stages dropped of the data, as text."""
 
+import textwrap
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,12 +12,17 @@ from ...training.data.curation.funnel import (
     mean_lengths,
 )
 
+_INDENT = 2
+"""Of what goes on from a line, beside the line's own."""
+_NARROWEST = 40
 
-def render_curation(report: dict[str, Any]) -> str:
+
+def render_curation(report: dict[str, Any], width: int | None = None) -> str:
     """What `finray data report` prints.
 
     Args:
-        report: name, funnel and sources, as `report_data` returns them.
+        report: as `report_data` returns it.
+        width: columns of the terminal, at which lines are broken; None: nowhere.
     """
     lines = [printable(report["name"])]
     if (windows := report["windows"]) is not None:
@@ -26,10 +32,21 @@ def render_curation(report: dict[str, Any]) -> str:
         lines.append(f"      {_lengths(stage)}")
         lines += [f"      {of}: {text}" for of, text in describe_kinds(stage)]
         lines += [f"      {printable(text)}" for text in describe_samples(stage)]
+    lines += [
+        f"  {'unusable':10}  {bad['place']}: {one_line(bad['reason'])}"
+        for bad in report["bad_rows"]
+    ]
     lines += [f"  {'source':10}  {line}" for line in _sources(report["sources"])]
     if report["held_out"] is not None:
         lines.append(f"  {'held out':10}  {count(report['held_out'])} rows")
-    return "\n".join(lines)
+    return "\n".join(lines if width is None else [_broken(line, width) for line in lines])
+
+
+def _broken(line: str, width: int) -> str:
+    """The line in lines of a width, indented under its first word."""
+    indent = " " * (len(line) - len(line.lstrip()) + _INDENT)
+    width = max(width, _NARROWEST)
+    return textwrap.fill(line, width, subsequent_indent=indent, break_on_hyphens=False)
 
 
 def _lengths(stage: dict[str, Any]) -> str:

@@ -87,6 +87,12 @@ def _variants(schema: Schema, values: Any) -> Iterator[Schema]:
             yield from _variants(option, values)
 
 
+def keys_of(schema: Schema, values: Any) -> list[str]:
+    """The keys of a section, of its variant that the values are of."""
+    variants = _variants(schema, values)
+    return list(dict.fromkeys(key for each in variants for key in each.get("properties", {})))
+
+
 def _inner(schema: Schema, part: str | int) -> Iterator[Schema]:
     """The schemas of a part's value: at most one."""
     if isinstance(part, int):

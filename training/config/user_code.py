@@ -154,8 +154,24 @@ class UserFunction(Section):
             function: Callable[..., Any] = module.__dict__[self.name]
         except (Exception, SystemExit) as error:  # noqa: BLE001 - the user's code may raise anything
             trace = traceback_of(error, self.path)
-            raise RunError(f"{self.path} cannot be imported:\n{trace}") from None
+            raise RunError(
+                f"{self.path} cannot be imported:\n{trace}{self._remedy(error)}"
+            ) from None
         return _without_exit(function)
+
+    def _remedy(self, error: BaseException) -> str:
+        """What to do about the import of a file beside this one, which does not travel with it."""
+        if not isinstance(error, ImportError):
+            return ""
+        name = (error.name or "").partition(".")[0]
+        beside = Path(self.path).parent
+        is_beside = bool(name) and any((beside / each).exists() for each in (name, f"{name}.py"))
+        if not is_beside and "relative import" not in str(error):
+            return ""
+        return (
+            "The file travels alone, without those beside it: put what it needs from them into it, "
+            "or install them as a package"
+        )
 
 
 def _print_aside(*values: object, file: Any = None, **options: Any) -> None:
@@ -164,14 +180,19 @@ def _print_aside(*values: object, file: Any = None, **options: Any) -> None:
 
 
 def _without_exit(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The function; `sys.exit` in it is an error like others, and does not end the run."""
+    """The function; `sys.exit` and the like are errors as others are, and do not end the run."""
 
     @functools.wraps(function)
     def call(*arguments: Any, **options: Any) -> Any:
         try:
             return function(*arguments, **options)
-        except SystemExit as end:
-            problem = RuntimeError(f"the function called sys.exit({end.code!r})")
+        except (Exception, KeyboardInterrupt):
+            raise
+        except BaseException as end:  # noqa: BLE001 - the user's code may raise anything
+            said = f"raised {end!r}"
+            if isinstance(end, SystemExit):
+                said = f"called sys.exit({end.code!r})"
+            problem = RuntimeError(f"the function {said}")
             raise problem.with_traceback(end.__traceback__) from None
 
     return call

@@ -5,7 +5,7 @@ of pydantic's checks failed.
 """
 
 import difflib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, TypeVar, get_args
 
 from pydantic import BaseModel, ValidationError
@@ -14,7 +14,7 @@ from ..common.errors import InputError
 from ..common.formatting import dotted, shown
 from ..common.secrets import leaves
 from ..common.yaml_text import Key
-from .expected import allows, describe, hint, schema_at, schema_of
+from .expected import allows, describe, hint, keys_of, schema_at, schema_of
 from .foreign.lookup import foreign_key, value_remedy, whole_file
 from .yaml_file import Document, split_key
 
@@ -136,7 +136,9 @@ def _message(settings: type[BaseModel], document: Document, group: list[Fault]) 
             names = section.get("propertyNames", {})
             return f"{start}: unknown key; expected {describe(names)}"
         if kind == "extra_forbidden":
-            return f"{start}: unknown key{suggestion(settings, key)}"
+            section = schema_at(schema_of(settings), document.values, key[:-1])
+            own_keys = keys_of(section, _value(document, key[:-1]))
+            return f"{start}: unknown key{suggestion(settings, key, own_keys)}"
         if kind == "missing" and isinstance(fault["loc"][-1], str):
             return f"{start}: missing, and it has no default; add it"
         if kind == "union_tag_invalid":
@@ -185,19 +187,27 @@ def _pattern(key: Key) -> tuple[str, ...]:
     return tuple("*" if isinstance(part, int) else part for part in key)
 
 
-def suggestion(settings: type[BaseModel], key: Key) -> str:
+def suggestion(settings: type[BaseModel], key: Key, own_keys: Iterable[str] | None = None) -> str:
     """The end of a message about an unknown key: finray's name for another project's, the most
-    similar existing key, or all siblings."""
-    if (own := _own_name(settings, str(key[-1]))) is not None:
+    similar existing key, or all siblings.
+
+    Args:
+        settings: the document's class.
+        key: the key.
+        own_keys: those of its section, whose kind is clear; None: those of any kind.
+    """
+    if (own := _own_name(settings, key)) is not None:
         return own
     existing = list(_keys(settings))
     pattern = _pattern(key)
-    siblings = list(dict.fromkeys(name[-1] for name in existing if name[:-1] == pattern[:-1]))
+    of_any = dict.fromkeys(name[-1] for name in existing if name[:-1] == pattern[:-1])
+    siblings = list(of_any if own_keys is None else own_keys)
     unknown = str(key[-1])[:_COMPARED]
     near = difflib.get_close_matches(unknown, siblings, n=1, cutoff=0.6)
     if near:
         return f"; did you mean {near[0]!r}?"
-    anywhere = {name[-1]: ".".join(name) for name in existing}
+    # A section of another kind has it: what other sections call so is something else.
+    anywhere = {} if pattern in existing else {name[-1]: ".".join(name) for name in existing}
     cutoff = 0.75 if len(unknown) > _SHORT else 1.0
     near = difflib.get_close_matches(unknown, anywhere, n=1, cutoff=cutoff)
     if near:
@@ -205,14 +215,16 @@ def suggestion(settings: type[BaseModel], key: Key) -> str:
     return f"; possible keys: {', '.join(siblings)}" if siblings else "; remove it"
 
 
-def _own_name(settings: type[BaseModel], name: str) -> str | None:
+def _own_name(settings: type[BaseModel], key: Key) -> str | None:
     """The end of a message about a key of another project; None if it is none."""
-    foreign = foreign_key(name)
+    foreign = foreign_key(str(key[-1]))
     if foreign is None:
         return None
     if foreign.fate == "left":
         return f"; remove it: {foreign.text}"
     own = foreign.to
+    if split_key(own.partition(":")[0]) == key:  # that of a section of another kind
+        return None
     if not has_key(settings, split_key(own.partition(":")[0])):
         if not has_key(settings, ("recipe",)):
             return None

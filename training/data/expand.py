@@ -34,6 +34,10 @@ def expand(source: Source) -> Expanded:
         if source.limit is None:
             return expanded
         files = take_rows(expanded.files, 0, source.limit)
+        if not files:
+            raise InputError(
+                f"{expanded.files[0].place}: the file has no rows; expected at least one"
+            )
     except OSError as error:
         raise InputError(
             f"{one_line(source.place)}: cannot read it: {reason(error)}; check that it is there, "

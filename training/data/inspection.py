@@ -9,7 +9,7 @@ from ..common.errors import InputError
 from ..config.method_facts import MethodSettings
 from ..config.source import KnownFormat
 from .formats import detect_format, read_examples
-from .resolve import ResolvedSource, all_rows
+from .resolve import ResolvedSource, all_rows, without_rows
 from .rows import BadRow, Row
 from .shapes import Example, RowError
 from .sources import file_kind, parquet_metadata
@@ -70,10 +70,12 @@ def inspect_source(
         tokenizer: a `tokenizers.Tokenizer` to estimate the number of tokens, or None.
 
     Raises:
-        InputError: none of the first rows is usable.
+        InputError: there are no rows, or none of the first ones is usable.
     """
     rows = all_rows(source.files, source.changes, max_row_bytes)
     first, mean = _first(rows)
+    if not first:
+        raise without_rows(source.files, source.changes)
     usable, bad = _usable(source, method, first)
     is_parquet = [file_kind(file) == "parquet" for file in source.files]
     if all(is_parquet):
@@ -103,7 +105,7 @@ def inspect_source(
 def _first(
     rows: Iterator[tuple[str, Row | BadRow]],
 ) -> tuple[list[tuple[str, Row | BadRow]], float]:
-    """The first rows, and the mean length of their text."""
+    """The first rows, perhaps none, and the mean length of their text."""
     first: list[tuple[str, Row | BadRow]] = []
     size = 0
     for place, row in rows:
@@ -111,7 +113,7 @@ def _first(
         size += _text_length(row)
         if len(first) == _ROWS_CHECKED or size > _TEXT_CHECKED:
             break
-    return first, (size + 1) / len(first)
+    return first, (size + 1) / max(1, len(first))
 
 
 def _text_length(row: Row | BadRow) -> int:

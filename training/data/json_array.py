@@ -30,21 +30,34 @@ def array_rows(file: SourceFile, max_bytes: int) -> Iterator[tuple[int, Row | Ba
         yield from _elements(_Window(file, stream, max_bytes))
 
 
+def fault_of_json(error: Exception) -> str:
+    """Why a text of JSON is no row."""
+    if isinstance(error, RecursionError):
+        return "not usable JSON: nested too deeply"
+    if isinstance(error, json.JSONDecodeError):
+        return f"not valid JSON: {error}"
+    return "not usable JSON: an integer has thousands of digits"
+
+
 def _elements(window: "_Window") -> Iterator[tuple[int, Row | BadRow]]:
     window.skip_space()
-    if window.peek() == "{":
+    in_object = window.peek() == "{"
+    if in_object:
         window.enter("data")
     window.expect("[")
     window.skip_space()
-    if window.peek() == "]":
-        return
-    while True:
+    while window.peek() != "]":
         window.skip_space()
         yield window.line, window.element()
         window.skip_space()
-        if window.peek() == "]":
-            return
-        window.expect(",")
+        if window.peek() != "]":
+            window.expect(",")
+            window.skip_space()
+            window.refuse("]")
+    window.expect("]")
+    if in_object:
+        window.leave()
+    window.end()
 
 
 class _Window:
@@ -96,6 +109,31 @@ class _Window:
             self.skip_space()
             self.expect(",")
 
+    def leave(self) -> None:
+        """Go to the end of the object, past its other keys."""
+        self.skip_space()
+        while self.peek() == ",":
+            self.expect(",")
+            self.skip_space()
+            self.element()
+            self.skip_space()
+            self.expect(":")
+            self.skip_space()
+            self.element()
+            self.skip_space()
+        self.expect("}")
+
+    def refuse(self, character: str) -> None:
+        """Fail if this is the next character."""
+        if self.peek() == character:
+            self._fail(f"there is nothing between ',' and '{character}'", self.line)
+
+    def end(self) -> None:
+        """Fail unless nothing follows: a second array would be rows that nobody reads."""
+        self.skip_space()
+        if self.peek():
+            self._fail("the array ends, and the file goes on", self.line)
+
     def _starts(self, text: str) -> bool:
         while len(self._text) - self._position < len(text) and not self._ended:
             self._read_more()
@@ -109,6 +147,8 @@ class _Window:
             except RecursionError as error:
                 return self._skip(error)
             except ValueError as error:
+                if not isinstance(error, json.JSONDecodeError):
+                    return self._skip(error)
                 if self._ended:
                     self._fail(str(error), self.line)
                 if len(self._text) - self._position > self._max_bytes:
@@ -142,8 +182,8 @@ class _Window:
         size = self._pass_over()
         if size > self._max_bytes:
             return too_large(size, self._max_bytes, start)
-        if size and isinstance(error, RecursionError):
-            return BadRow("not usable JSON: nested too deeply", shorten(start))
+        if size and not isinstance(error, json.JSONDecodeError):
+            return BadRow(fault_of_json(error), shorten(start))
         return self._fail(str(error), line)
 
     def _pass_over(self) -> int:

@@ -194,7 +194,7 @@ def _read_content(message: Message, item: Row, content_key: str, name: str) -> N
     if is_answer and item.get("function_call") is not None:
         calls += calls_of(item["function_call"], f"{name}.function_call")
     value = item.get(content_key)
-    if message["role"] == "tool" and _is_data(value):
+    if message["role"] == "tool" and is_data(value):
         value = json.dumps(value, ensure_ascii=False, default=str)
     content, thought = _content_of(value, f"{name}.{content_key}")
     if is_answer:
@@ -208,8 +208,10 @@ def _read_content(message: Message, item: Row, content_key: str, name: str) -> N
         message["tool_calls"] = calls
 
 
-def _is_data(value: Any) -> bool:
-    """True if a tool's result is a value, and neither text nor a list of parts."""
+def is_data(value: Any) -> bool:
+    """True if a content is a value that becomes JSON, and neither text nor parts of it."""
+    if isinstance(value, dict):
+        return value.get("type") not in (*_TEXT_PARTS, *_REASONING_PARTS)
     if isinstance(value, list):
         are_parts = (isinstance(part, str) or _is_part(part) for part in value)
         return not all(are_parts)
@@ -247,7 +249,7 @@ def _content_of(value: Any, name: str) -> tuple[str | None, str]:
     if isinstance(value, list):
         return _parts_of(value, name)
     if isinstance(value, dict):
-        if value.get("type") in (*_TEXT_PARTS, *_REASONING_PARTS):
+        if not is_data(value):
             return _parts_of([value], name)
         return json.dumps(value, ensure_ascii=False, default=str), ""
     return (value if isinstance(value, str) and not value.strip() else text_of(value, name)), ""

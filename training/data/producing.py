@@ -8,6 +8,7 @@ from contextlib import suppress
 from typing import Self
 
 from ..common.errors import FinrayError, InputError, RunError, in_one_line
+from ..common.formatting import count
 from ..common.progress import Progress
 from ..common.storage import Folder
 from ..config.recipe import Recipe
@@ -178,8 +179,13 @@ class Producer:
     def _refuse_empty(self, windows: Windows) -> None:
         """End when a whole epoch holds nothing to train on."""
         last = self._counts.sequences[-windows.plan.windows :]
-        if len(last) == windows.plan.windows and not any(last):
-            raise InputError("data.train: no sequence is left to train on; add data")
+        if len(last) < windows.plan.windows or any(last):
+            return
+        dropped = [f"{reason} {count(n)}" for reason, n in self._counts.dropped.items()]
+        raise InputError(
+            f"data.train: no sequence is left to train on: {count(self._counts.rows_read)} rows "
+            f"read, dropped: {', '.join(dropped) or 'none'}; change what drops them, or add data"
+        )
 
 
 class _StoppedError(Exception):

@@ -4,6 +4,7 @@ import codecs
 import csv
 import io
 import json
+import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -17,12 +18,33 @@ import pyarrow.parquet as pq
 from ..common.errors import InputError, reason
 from ..common.formatting import one_line
 from .contents import is_unchanged
-from .json_array import array_rows
+from .json_array import array_rows, fault_of_json
 from .json_features import decode_json
-from .rows import SHOWN, BadRow, Row, Unreadable, row_or_bad, shorten, size_in_bytes, too_large
+from .rows import (
+    SHOWN,
+    BadRow,
+    Row,
+    Unreadable,
+    row_or_bad,
+    shorten,
+    shown,
+    size_in_bytes,
+    too_large,
+)
 from .sources import Chunk, SourceFile, arrow_batches, parquet_metadata, plan_chunks
 from .struct_nulls import chat_columns, without_nulls
 
+_BINARY = ("parquet", "arrow")
+_NO_TEXT = (
+    (b"\x1f\x8b", "data compressed by gzip (.gz)"),
+    (b"\x28\xb5\x2f\xfd", "data compressed by zstd (.zst)"),
+    (b"PK\x03\x04", "a zip archive or a workbook"),
+    (b"PAR1", "Parquet (.parquet)"),
+    (b"ARRO", "Arrow (.arrow)"),
+)
+"""How files of other kinds begin."""
+_WIDE = re.compile(rb"[\t-~]\0[\t-~]\0|[\t-~]\0\0\0|\0[\t-~]\0[\t-~]|\0\0\0[\t-~]|\0\0\xfe\xff")
+"""How a text of UTF-16 or UTF-32 begins that is mostly ASCII, with or without a mark."""
 _BLOCK = 2**20
 _READ_AHEAD = 8 * 2**20
 """Bytes of Parquet rows that are converted together."""
@@ -86,6 +108,8 @@ def read_chunk(chunk: Chunk, max_bytes: int) -> ChunkContent:
         rows = _line_rows(lines, _parse_text if chunk.kind == "text" else _parse_line)
     if chunk.rows is not None:
         rows = islice(rows, *chunk.rows)
+    if chunk.start == 0 and chunk.kind not in _BINARY:
+        rows = _in_utf8(file, rows)
     return ChunkContent(_guard(file, _unchanged(file, rows)), count)
 
 
@@ -147,6 +171,25 @@ def _guarded(file: SourceFile) -> Iterator[None]:
         raise InputError(
             f"{file.place}: the file is damaged or cannot be read: {reason(error)}; write it again"
         ) from None
+
+
+def _in_utf8(
+    file: SourceFile, rows: Iterator[tuple[int, Row | BadRow]]
+) -> Iterator[tuple[int, Row | BadRow]]:
+    """Refuse what is no text, or one of two or four bytes a letter: no row of it could be read."""
+    with file.open_text() as stream:
+        start = bytes(stream.read(4))
+    if (what := next((name for magic, name in _NO_TEXT if start.startswith(magic)), "")) != "":
+        raise InputError(
+            f"{file.place}: the file holds {what}, not the text that its name says; rename or "
+            "convert it"
+        )
+    if start[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) or _WIDE.fullmatch(start):
+        raise InputError(
+            f"{file.place}: the text is not UTF-8, but UTF-16 or UTF-32; convert it: "
+            "iconv -f UTF-16 -t UTF-8"
+        )
+    yield from rows
 
 
 def _guard(
@@ -277,10 +320,8 @@ def _parse_line(line: bytes) -> Row | BadRow:
         return text
     try:
         row = json.loads(text)
-    except RecursionError:
-        return BadRow("not usable JSON: nested too deeply", shorten(text))
-    except ValueError as error:
-        return BadRow(f"not valid JSON: {error}", shorten(text))
+    except (RecursionError, ValueError) as error:
+        return BadRow(fault_of_json(error), shorten(text))
     return row_or_bad(row, text)
 
 
@@ -303,9 +344,30 @@ def _csv_rows(
                     f"{file.place}:{line}: not valid CSV: {reason(error)}; correct it"
                 ) from None
             if header is None:
-                header = cells
+                header = _checked_header(file, cells, delimiter) if cells else None
             elif cells:
                 yield line, _csv_row(header, cells, max_bytes)
+
+
+def _checked_header(file: SourceFile, names: list[str], delimiter: str) -> list[str]:
+    """The columns' names.
+
+    Raises:
+        InputError: one stands twice, or another character separates the columns.
+    """
+    twice = next((name for number, name in enumerate(names) if name and name in names[:number]), "")
+    if twice:
+        raise InputError(
+            f"{file.place}:1: the header has two columns {shown(twice)}, of which one would be "
+            "lost; rename one"
+        )
+    other = next((mark for mark in ",;\t|" if mark != delimiter and mark in names[0]), "")
+    if len(names) == 1 and other:
+        raise InputError(
+            f"{file.place}:1: the header is the single column {shown(names[0])}; columns are "
+            "separated by commas in .csv and by tabs in .tsv: write it so"
+        )
+    return names
 
 
 def _csv_row(header: list[str], cells: list[str], max_bytes: int) -> Row | BadRow:

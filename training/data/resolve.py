@@ -199,8 +199,13 @@ def _format(
                 f"{place}: {row.reason}; none of the first rows can be read"
                 + (_JSON_HOLDS if is_json else "")
             )
+    raise without_rows(files, changes)
+
+
+def without_rows(files: Sequence[SourceFile], changes: RowChanges) -> InputError:
+    """The error of a source without a row."""
     if changes.function is not None:
-        raise InputError(
+        return InputError(
             f"map: {changes.function.name} leaves out every row; let it return those to learn from"
         )
-    raise InputError(f"{files[0].place}: the file has no rows; expected at least one")
+    return InputError(f"{files[0].place}: the file has no rows; expected at least one")

@@ -64,8 +64,10 @@ def shown(value: Any) -> str:
 
 
 def excerpt(row: Row) -> str:
-    """A row as text, shortened; of one that is nested too deeply, only its keys."""
+    """A row as text for people, shortened; of one that is nested too deeply, only its keys."""
     try:
-        return shorten(json.dumps(row, ensure_ascii=True, default=str))
+        text = json.dumps(row, ensure_ascii=False, default=str)
+        # UTF-8 has no lone surrogates.
+        return shorten(text.encode("utf-8", "backslashreplace").decode("utf-8"))
     except (RecursionError, ValueError, TypeError):
         return ", ".join(map(ascii, row))

@@ -324,9 +324,14 @@ def _is_pattern(text: str) -> bool:
 
 
 def _split_pattern(path: str) -> tuple[str, list[str]]:
-    """The folder before the first part with a wildcard, and the parts from there on."""
+    """The folder before the first part with a wildcard, and the parts from there on. A folder that
+    exists is none, whatever its name."""
     parts = path.split("/")
-    first = next(index for index, part in enumerate(parts) if _is_pattern(part))
+    first = next(
+        index
+        for index, part in enumerate(parts)
+        if _is_pattern(part) and not Path("/".join(parts[: index + 1])).is_dir()
+    )
     return "/".join(parts[:first]) or "/", parts[first:]
 
 

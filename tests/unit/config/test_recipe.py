@@ -63,6 +63,16 @@ def test_uris_stay(tmp_path: Path) -> None:
         ("adaptr: {rank: 4}\n", 5, "did you mean 'adapter'?"),
         ("learning_rate: 1e-4\n", 5, "did you mean 'optim.learning_rate'?"),
         ("eval: {type: x}\n", 5, "eval.type: unknown key; possible keys: every_steps, "),
+        (
+            "method: {kind: sft, beta: 0.1}\n",
+            5,
+            "method.beta: unknown key; possible keys: kind, train_on, train_on_reasoning",
+        ),
+        (
+            "method: {kind: kto, train_on: last}\n",
+            5,
+            "method.train_on: unknown key; possible keys: kind, ",
+        ),
         ("optim:\n  batch_size: many\n", 6, "optim.batch_size: "),
         ("optim: {epochs: 1, max_steps: 3}\n", 5, "epochs and max_steps contradict"),
         ("method: {kind: sftt}\n", 5, "expected one of 'sft', 'pretrain'"),

@@ -61,6 +61,8 @@ def test_the_text_is_part_of_the_recipe(tmp_path: Path) -> None:
     ("code", "message"),
     [
         ("import no_such_package_of_mine\n" + GOOD, r"rewards\.py cannot be imported(.|\n)*line 1"),
+        ("import beside\n" + GOOD, r"No module named 'beside'\nThe file travels alone, without"),
+        ("from . import beside\n" + GOOD, r"relative import(.|\n)*\nThe file travels alone"),
         ("raise SystemExit(0)\n" + GOOD, r"cannot be imported(.|\n)*SystemExit: 0"),
         ("import os\nos._exit(0)\n" + GOOD, r"file: its process ended with exit code 0$"),
         (
@@ -74,6 +76,7 @@ def test_the_text_is_part_of_the_recipe(tmp_path: Path) -> None:
     ],
 )
 def test_it_is_tried_before_anything_heavy(code: str, message: str, tmp_path: Path) -> None:
+    (tmp_path / "beside.py").touch()
     recipe = load_recipe(grpo(tmp_path, code))
     with pytest.raises(InputError, match=message) as error:
         try_import(recipe)

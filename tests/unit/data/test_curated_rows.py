@@ -9,6 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from finray.cluster.screens.curation import render_curation
 from finray.training.common.errors import InputError, RunError
 from finray.training.common.storage import Folder
 from finray.training.config.curation import RedactStage
@@ -19,7 +20,7 @@ from finray.training.data.curation.texts import compared_texts, rewritten
 from finray.training.data.shown_rows import show_rows
 from finray.training.run import curate_data
 
-from .conftest import MakeRecipe, write_jsonl
+from .conftest import MakeRecipe, chat_row, write_jsonl
 from .test_curation import funnel, left, run, text_of
 
 Row = dict[str, Any]
@@ -88,6 +89,24 @@ def test_the_arguments_of_a_call_are_masked_and_stay_readable(arguments: Any, ma
     (outcome,) = redact(RedactStage(), NO_CONTEXT)([item])
     assert outcome.row == call(masked)
     item.with_row(call(masked), CALLS)
+
+
+@pytest.mark.parametrize(
+    ("result", "masked"),
+    [
+        ({"from": MAIL, "id": [MAIL]}, {"from": "[email]", "id": ["[email]"]}),
+        ([{"name": MAIL, "card": 4111111111111111}], [{"name": "[email]", "card": "[card]"}]),
+        ([{"type": "text", "text": MAIL}], [{"type": "text", "text": "[email]"}]),
+    ],
+)
+def test_data_that_a_tool_returns_is_masked(result: Any, masked: Any) -> None:
+    def answered(content: Any) -> Row:
+        turns = [{"role": "tool", "content": content}, {"role": "assistant", "content": "Done."}]
+        return {"messages": [*call({})["messages"], *turns]}
+
+    item = Item.read(0, 1, answered(result), CALLS, None)
+    (outcome,) = redact(RedactStage(), NO_CONTEXT)([item])
+    assert outcome.row == answered(masked)
 
 
 def test_normal_forms_keep_json_readable() -> None:
@@ -270,3 +289,29 @@ def test_conversations_that_are_text_are_masked_message_by_message(written: Any)
     ]
     row = {"messages": written(messages)}
     assert rewritten(row, str) is row
+
+
+def test_a_report_names_unusable_rows_and_fits_a_narrow_terminal(
+    tmp_path: Path, make_recipe: MakeRecipe
+) -> None:
+    rows = [{"text": "\u6570\u5b66 \ud83d"}, {"text": "\u6570\u5b66"}, {"text": text_of(1)}]
+    curate = [{"kind": "filter", "min_tokens": 20}]
+    data = write_jsonl(tmp_path / "a.jsonl", rows)
+    report = curate_data(
+        make_recipe(
+            train=data, curate=curate, method={"kind": "pretrain"}, max_length=512, max_bad_rows=0.5
+        ).model_copy(update={"storage": str(tmp_path / "runs")})
+    )
+    reason = "text contains an unpaired surrogate, which is not a valid character"
+    assert report["bad_rows"] == [{"place": f"{data}:1", "reason": reason}]
+    screen = render_curation(report, 80)
+    assert max(map(len, screen.splitlines())) <= 80
+    words = " ".join(screen.split())
+    assert f"{data}:1: {reason}" in words and '{"text": "\u6570\u5b66"}' in words
+
+
+def test_a_report_of_fewer_rows_than_a_batch(tmp_path: Path, make_recipe: MakeRecipe) -> None:
+    data = write_jsonl(tmp_path / "a.jsonl", [chat_row("one", "two"), chat_row("one", "three")])
+    recipe = make_recipe(train=data, curate=["deduplicate"], optim={"batch_size": 64})
+    report = curate_data(recipe.model_copy(update={"storage": str(tmp_path / "runs")}))
+    assert report["sources"][0]["left"] == 2

@@ -21,6 +21,7 @@ from finray.training.common.storage import Folder
 from finray.training.config.recipe import Recipe
 from finray.training.data import sources
 from finray.training.data.curation import plan
+from finray.training.data.curation.funnel import funnel_facts, mean_lengths
 from finray.training.data.curation.passes import group_of
 from finray.training.data.curation.report import report_of
 from finray.training.data.fingerprint import fingerprint
@@ -129,6 +130,10 @@ def test_each_stage_counts_what_it_takes(tmp_path: Path, make: MakeRecipe) -> No
     }
     places = [sample["place"].rpartition(":")[2] for sample in manifest.funnel[3]["samples"]]
     assert places == ["4", "5"]
+    facts = dict(funnel_facts(manifest.funnel))
+    before, after = mean_lengths(manifest.funnel[1])
+    assert facts["2 filter, characters a row"] == f"{before:.0f} → {after:.0f}"
+    assert facts["2 filter, for example"].startswith(f"{tmp_path}/a.jsonl:6: too short: ")
     assert Manifest.from_json(manifest.to_json()) == manifest
 
 
@@ -375,6 +380,14 @@ def test_a_missing_value_is_no_group(value: Any) -> None:
         group_of("user", {"user": value}, {"user": value})
 
 
+def test_a_group_of_any_value_that_functions_make() -> None:
+    rows = ({"user": {1: "a", "b": None, None: [2]}}, {"user": {"b": None, None: [2], 1: "a"}})
+    assert len({group_of("user", {}, row) for row in rows}) == 1
+    for value in ({(1, 2): 3}, 10**5000):
+        with pytest.raises(RowError, match=r"the column user, .* holds no value of JSON: "):
+            group_of("user", {}, {"user": value})
+
+
 def test_other_groups_of_the_same_rows_leave_ungrouped_rows_as_they_are(
     tmp_path: Path, make: MakeRecipe, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -399,7 +412,9 @@ def test_a_single_group_is_on_one_side(tmp_path: Path, make: MakeRecipe) -> None
 def test_a_row_without_the_groups_column_is_named(tmp_path: Path, make: MakeRecipe) -> None:
     data = write_jsonl(tmp_path / "a.jsonl", texts(1, 2))
     recipe = make(train=data, holdout={"share": 0.5, "group_by": "user"})
-    reason = "there is no column user, which data.holdout.group_by names"
+    reason = (
+        "there is no column user, which data.holdout.group_by names; map of the source may make it"
+    )
     with pytest.raises(InputError, match=re.escape(f"a.jsonl:1: {reason}")):
         run(recipe, tmp_path)
     (first, _) = show_rows(recipe, 9, Folder(str(tmp_path / "prepared"))).rows
@@ -589,7 +604,8 @@ def test_what_redact_drops_is_shown_nowhere(tmp_path: Path, make: MakeRecipe) ->
 def test_what_is_shown_of_a_stage_before_redact_is_masked(
     tmp_path: Path, make: MakeRecipe, first: dict[str, Any]
 ) -> None:
-    data = write_jsonl(tmp_path / "a.jsonl", [{"text": f"to\n{PHONE}"}, *texts(1)])
+    row = {"text": f"to\n{PHONE}", "from": PHONE}
+    data = write_jsonl(tmp_path / "a.jsonl", [row, *texts(1)])
     plain = run(make(train=data, curate=[first]), tmp_path)
     assert PHONE in plain.manifest.funnel[-1]["samples"][0]["text"]
     # The same files of the same stage.

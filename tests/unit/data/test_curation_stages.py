@@ -51,6 +51,22 @@ KINDS: tuple[PersonalData, ...] = get_args(PersonalData)
         ),
         ("J. Chem. (1999) 123-145, +0100 123 4567, 555-123-4567-89", None),
         ("fe80::1, 2001:db8::/32 and a::b, face::b", "[ip], [ip]/32 and a::b, face::b"),
+        ("(+49) 30/123456, 650\u2013253\u20130000, 1 555 123 4567", "[phone], [phone], [phone]"),
+        (
+            "\uff0b81-3-3224-9999, +\u0669\u0666\u0666 \u0665\u0660 \u0661\u0662\u0663\u0664",
+            "[phone], [phone]",
+        ),
+        ("100 200 3000, 640 480 1024 5, 3 +1234567", None),
+        ("version 1.2.3.4, Release 1.2.3.4, pkg==1.2.3.4, section 1.1.1.1, mask 255.255.0.0", None),
+        (
+            "git@host.example:owner/name.git, but git@lists.example",
+            "git@host.example:owner/name.git, but [email]",
+        ),
+        ("mu\u0308ller@bu\u0308cher.example", "[email]"),
+        (
+            "orders 9012345678901238 and 901234567890123453, 6011000000000004",
+            "orders 9012345678901238 and 901234567890123453, [card]",
+        ),
     ],
 )
 def test_redact(text: str, masked: str | None) -> None:
@@ -76,6 +92,8 @@ def test_masking_long_texts_takes_little_time() -> None:
         "+1 (2" * 20_000,
         "+1 2" * 20_000,
         "+1234567890" * 9_000,
+        "\u0660" * 100_000,
+        "git@a:" * 20_000,
     ):
         for kind in KINDS:
             mask(text, kind)

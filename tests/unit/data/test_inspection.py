@@ -63,6 +63,26 @@ def test_bad_first_rows_are_tolerated_unless_all_are_bad(
         inspect_recipe(make_recipe(train=strange))
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"format": "text"}, r"a\.jsonl: the file has no rows; expected at least one"),
+        ({"limit": 3}, r"a\.jsonl: the file has no rows; expected at least one"),
+        (
+            {"format": "text", "map": {"file": "/m.py:m", "source": "def m(row): return None"}},
+            "map: m leaves out every row; let it return those to learn from",
+        ),
+    ],
+)
+def test_a_source_without_rows(
+    tmp_path: Path, make_recipe: MakeRecipe, changes: dict[str, Any], message: str
+) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": "one"}\n' if "map" in changes else "\n\n", encoding="utf-8")
+    with pytest.raises(InputError, match=message):
+        inspect_recipe(make_recipe(train=[{"path": str(path), **changes}]))
+
+
 def test_large_data_is_estimated(tmp_path: Path, make_recipe: MakeRecipe) -> None:
     path = tmp_path / "a.jsonl"
     row = json.dumps(chat_row("one " * 500, "two")) + "\n"

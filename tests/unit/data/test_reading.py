@@ -164,6 +164,10 @@ def test_bad_utf8_in_an_array_affects_its_element_only(tmp_path: Path) -> None:
         ('[{"a": 1},\n{"a": 2}\n{"a": 3}]', 3, "expected ','"),
         ('[{"a": 1},\n{"a": 2},\n', 3, "Expecting value"),
         ('[{"a": 1}\n', 2, "the file ends"),
+        ('[{"a": 1},\n]', 2, "there is nothing between ',' and ']'"),
+        ('[{"a": 1}]\n[{"a": 2}]', 2, "the array ends, and the file goes on"),
+        ('{"data": [{"a": 1}],\n"b": 2}\nx', 3, "the array ends, and the file goes on"),
+        ('{"data": [{"a": 1}]\n', 2, "the file ends"),
         ('[\n\n{"a": x}]', 3, "Expecting value"),
     ],
 )
@@ -177,6 +181,35 @@ def test_a_broken_array_is_an_error(tmp_path: Path, text: str, line: int, messag
 def test_empty_array_has_no_rows(tmp_path: Path) -> None:
     (tmp_path / "a.json").write_text("[ \n]")
     assert read(tmp_path / "a.json") == []
+
+
+ROW = '{"text": "one"}\n'
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.jsonl", ROW.encode("utf-16"), "the text is not UTF-8, but UTF-16 or UTF-32"),
+        ("a.json", ROW.encode("utf-16-be"), "the text is not UTF-8"),
+        ("a.jsonl.gz", gzip.compress(ROW.encode("utf-16-le")), "the text is not UTF-8"),
+        ("a.txt", "one\n".encode("utf-32"), "the text is not UTF-8"),
+        ("a.csv", "text\none\n".encode("utf-16"), "the text is not UTF-8"),
+        (
+            "a.jsonl",
+            gzip.compress(ROW.encode()),
+            r"holds data compressed by gzip \(\.gz\), not the",
+        ),
+        ("a.csv", b"PK\x03\x04\x00", "holds a zip archive or a workbook"),
+        ("b.csv", b"text,n,text\na,1,b\n", r"b\.csv:1: the header has two columns 'text'"),
+        ("b.csv", b"id;text\n1;one\n", r"b\.csv:1: .* 'id;text'; columns are separated by commas"),
+    ],
+)
+def test_a_file_that_is_not_what_its_name_says(
+    tmp_path: Path, name: str, content: bytes, message: str
+) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(InputError, match=message):
+        read(tmp_path / name)
 
 
 def test_csv_rows_have_their_lines(tmp_path: Path) -> None:
@@ -264,13 +297,19 @@ def test_elements_that_cannot_be_decoded(tmp_path: Path) -> None:
     """A huge one and a deep one are bad rows; a huge one without an end is an error."""
     path = tmp_path / "a.json"
     deep = '{"a": ' + "[" * 100_000 + "]" * 100_000 + "}"
-    path.write_text(f'[{{"n": 1}},\n{deep},\n{"1" * 5_000_000},\n{{"n": 4}}]', encoding="utf-8")
+    long = '{"a": ' + "9" * 5000 + "}"
+    path.write_text(
+        f'[{{"n": 1}},\n{deep},\n{"1" * 5_000_000},\n{{"n": 4}},\n{long}]', encoding="utf-8"
+    )
     rows = read(path, max_bytes=2**20)
     assert [row for _, row in rows if isinstance(row, dict)] == [{"n": 1}, {"n": 4}]
     assert reasons(rows) == [
         (2, "not usable JSON: nested too deeply"),
         (3, "the row has 5,000,000 bytes; data.max_row_bytes allows 1,048,576"),
+        (5, "not usable JSON: an integer has thousands of digits"),
     ]
+    (tmp_path / "a.jsonl").write_text(long, encoding="utf-8")
+    assert reasons(read(tmp_path / "a.jsonl")) == [(1, reasons(rows)[-1][1])]
     path.write_text('[{"n": 1},\n{"text": "' + "x" * 5_000_000, encoding="utf-8")
     with pytest.raises(InputError, match=r"a\.json:2: the JSON array is invalid from here on"):
         read(path, max_bytes=2**20)

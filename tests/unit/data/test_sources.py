@@ -42,6 +42,9 @@ def test_file_folder_and_globs(folder: Path) -> None:
 def test_a_name_with_brackets_is_a_file_where_it_exists(folder: Path) -> None:
     (folder / "x[1].jsonl").write_text("{}")
     assert names(folder / "x[1].jsonl") == ["x[1].jsonl"]
+    (folder / "y[1]").mkdir()
+    (folder / "y[1]" / "a.jsonl").write_text("{}")
+    assert names(folder / "y[1]" / "*.jsonl") == ["a.jsonl"]
 
 
 def test_uri_of_a_local_file(folder: Path) -> None:

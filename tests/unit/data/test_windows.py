@@ -324,6 +324,19 @@ def test_what_the_driver_refuses_ends_the_workers(tiny_model: Path, tmp_path: Pa
             list(rows)
 
 
+def test_an_epoch_of_which_stages_leave_nothing(tiny_model: Path, tmp_path: Path) -> None:
+    data = write_rows(tmp_path / "rows.jsonl", "row", 300)
+    stages = [{"kind": "filter", "min_tokens": 1000}]
+    streaming = Streaming(recipe(tiny_model, tmp_path, {"path": str(data)}, curate=stages))
+    with streaming.producer():
+        windows = streaming.windows()
+        windows.need(0)
+        with pytest.raises(
+            InputError, match=r"300 rows read, dropped: filter: too short 300; chan"
+        ):
+            list(windows.rows(BATCH, 0, 1, (0, 9), lambda: None))
+
+
 def spoilt(path: Path, first: int, last: int) -> Path:
     """Lines [first, last) of a file become rows that cannot be used."""
     lines = path.read_text().splitlines(keepends=True)

@@ -92,11 +92,14 @@ def describe_funnel(funnel: Iterable[Mapping[str, Any]]) -> list[str]:
 
 
 def funnel_facts(funnel: Iterable[Mapping[str, Any]]) -> list[tuple[str, str]]:
-    """(label, text) pairs: each stage, and a row that it dropped."""
+    """(label, text) pairs: each stage, its change of the lengths, and a row that it dropped."""
     facts = []
     for stage in funnel:
         name, _, text = _line(stage).partition(": ")
         facts.append((name, text))
+        before, after = map(formatting.count, mean_lengths(stage))
+        if before != after:
+            facts.append((f"{name}, characters a row", f"{before} → {after}"))
         facts += [(f"{name}, {of}", text) for of, text in describe_kinds(stage)]
         facts += [(f"{name}, for example", text) for text in describe_samples(stage)[:1]]
     return facts

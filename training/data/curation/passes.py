@@ -133,7 +133,8 @@ def group_of(name: str | None, original: Row | BadRow, row: Row) -> str | None:
         row: the row as its source's changes make it.
 
     Raises:
-        RowError: it has no such column, or no value in it: null, NaN or an empty text.
+        RowError: it has no such column, or no value in it: null, NaN or an empty text; or one that
+            JSON lacks.
     """
     if name is None:
         return None
@@ -142,11 +143,24 @@ def group_of(name: str | None, original: Row | BadRow, row: Row) -> str | None:
     if value is None:
         held = any(isinstance(of, Mapping) and name in of for of in (original, row))
         problem = f"no value in the column {name}" if held else f"no column {name}"
-        raise RowError(f"there is {problem}, which data.holdout.group_by names")
+        raise RowError(
+            f"there is {problem}, which data.holdout.group_by names; map of the source may make it"
+        )
+    try:
+        return _group(value)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise RowError(
+            f"the column {name}, which data.holdout.group_by names, holds no value of JSON: {error}"
+        ) from None
+
+
+def _group(value: object) -> str:
     if isinstance(value, float) and value.is_integer():
         value = int(value)
     if isinstance(value, int | float):
         value = str(value)
+    if isinstance(value, Mapping | list):  # keys that are no texts have no order
+        value = json.loads(json.dumps(value, default=str))
     return json.dumps(_spelled(value), sort_keys=True, default=str)
 
 

@@ -9,38 +9,52 @@ from ..shapes import RowError
 from .stage import KEPT, Apply, Item, Outcome, StageContext
 from .texts import rewritten
 
-_JOINTS = " \u00a0\u202f\u2010\u2011-"
-"""Stand between groups of digits: spaces and hyphens, and those at which no line breaks."""
-_LOCAL = r"0-9A-Z_a-z.+%\u00c0-\u024f\u0370-\u0587\u05d0-\u05ea\u0620-\u064a-"
+_SPACES = " \u00a0\u2007\u2009\u202f"
+_JOINTS = f"{_SPACES}\u2010-\u2013\u2212-"
+"""Stand between groups of digits: spaces, hyphens and what text programs write in their place."""
+_ACCENTS = r"\u0300-\u036f"
+"""Of letters that are written as two characters."""
+_LOCAL = rf"0-9A-Z_a-z.+%\u00c0-\u024f{_ACCENTS}\u0370-\u0587\u05d0-\u05ea\u0620-\u064a-"
 """Of a mail's name: no letters of scripts without spaces, as those before it are another word."""
 _EMAIL = re.compile(
-    rf"(?<![{_LOCAL}])[{_LOCAL}]{{1,64}}@(?:[\w-]{{1,63}}\.){{1,8}}"
+    rf"(?<![{_LOCAL}])(?!git@[\w.-]+:\w)[{_LOCAL}]{{1,64}}@(?:[\w{_ACCENTS}-]{{1,63}}\.){{1,8}}"
     r"(?:xn--[0-9A-Za-z-]{2,59}|[A-Za-z]{2,24}|[^\W\d_]{2,24})(?![0-9A-Za-z])"
 )
 _CARD = (
-    rf"(?<![0-9A-Za-z.+-])(?:\d{{13,19}}|\d{{4}}([{_JOINTS}])\d{{4}}\1\d{{4}}\1\d{{4}}%s"
-    rf"|\d{{4}}([{_JOINTS}])\d{{6}}\2\d{{4,5}})(?![0-9A-Za-z]|[.-]\d)"
+    rf"(?<![\dA-Za-z.+-])(?:\d{{13,19}}|\d{{4}}([{_JOINTS}])\d{{4}}\1\d{{4}}\1\d{{4}}%s"
+    rf"|\d{{4}}([{_JOINTS}])\d{{6}}\2\d{{4,5}})(?![\dA-Za-z]|[.-]\d)"
 )
 _CARDS = (re.compile(_CARD % r"\1\d{3}"), re.compile(_CARD % ""))
 """With 19 digits in groups, and with fewer: three digits that follow may be its security code."""
 _IP = re.compile(
-    r"(?<![0-9A-Za-z.])(?:\d{1,3}\.){3}\d{1,3}(?![0-9A-Za-z]|\.\d)"
+    r"(?<![0-9A-Za-z.])(?=\d)(?<!==)(?<!(?i:version) )(?<!(?i:release|section) )"
+    r"(?:\d{1,3}\.){3}\d{1,3}"
+    r"(?![0-9A-Za-z]|\.\d)"
     r"|(?<![0-9A-Za-z.:])[0-9A-Fa-f]{0,4}(?::[0-9A-Fa-f]{0,4}){2,7}(?![0-9A-Za-z:]|\.\d)"
 )
 _PHONE = re.compile(
-    r"(?<![0-9A-Za-z.+-])(?:"
-    r"\+[1-9]\d{0,2}(?:J?\(\d{1,4}\))?(?:J?\d{1,5}+){2,5}+"  # +49 (30) 123 456, +33 6 12 34 56 78
+    r"(?=[\d(+\uff0b])(?<![\dA-Za-z.+-])(?:"
+    # +49 (30) 123 456, (+49) 30/123456, +33 6 12 34 56 78; also with a wide plus sign
+    r"(?:\([+\uff0b](?!0)\d{1,3}\)|[+\uff0b](?!0)\d{1,3})(?:J?\(\d{1,4}\))?(?:[/J]?\d{1,5}+){2,5}+"
     r"|(?:1J)?\((?!(?:19|20)\d\d\))\d{2,5}\)J?\d{3,4}(?:J?\d{2,5}+){1,2}+"  # (555) 123-4567
-    r"|(?:1J)?\d{3}(J)\d{3}\1\d{4}"  # 555-123-4567
-    r")(?!\d|[.-]\d)".replace("J", f"[.{_JOINTS}]")
+    r"|(?:1J)?\d{3}(?!S)(J)\d{3}\1\d{4}"  # 555-123-4567
+    r"|(?=\d)(?<!\dS)(?:1S)?[2-9]\d\dS\d{3}S\d{4}(?!S\d)"  # 555 123 4567, no columns of a table
+    r")(?!\d|[.-]\d)".replace("[/J]", f"[/.{_JOINTS}]")
+    .replace("J", f"[.{_JOINTS}]")
+    .replace("S", f"[{_SPACES}]")
 )
 _LEAST_GROUPS = 3
 """Of an address of version 6; fewer are rather code, unless they begin as fe80 and 2001 do."""
 _NETWORK = re.compile(r"(?=.{0,3}\d)[0-9A-Fa-f]{4}:")
-_NO_CARDS = frozenset({0, 1, 7})
-"""First digits that no cards have."""
-_SHORT_CARD, _OF_SHORT = 13, 4
-"""Digits of the shortest cards, and what they begin with."""
+_V4 = 4
+_LEAST_TOGETHER = 8
+"""Digits of a telephone number after a plus sign, without a gap: fewer are rather a sum."""
+_CARD_NUMBER = re.compile(
+    r"4\d{12}(?:\d{3}){0,2}|5[1-5]\d{14}|2(?:20[0-4]|22[1-9]|2[3-9]\d|[3-6]\d\d|7[01]\d|720)\d{12}"
+    r"|3[47]\d{13}|3(?:0[0-5]|[689]\d)\d{11}|35\d{14}|(?:5[06-8]|6\d)\d{11,17}|8[12]\d{14}|9792\d{12}"
+)
+"""Beginnings and lengths of cards' numbers, by their brands: times in milliseconds, ISBNs and most
+numbers of orders have others."""
 _MARKS: dict[PersonalData, re.Pattern[str]] = {
     "email": re.compile("@"),
     "phone": re.compile(r"\d\d"),
@@ -102,10 +116,10 @@ def _masked(text: str, pattern: re.Pattern[str], is_real: Callable[[str], bool],
 
 
 def _is_card(text: str) -> bool:
-    """True if the digits have the check digit of a card (Luhn), and begin as cards do."""
+    """True if the digits begin as a brand's cards do, and have their check digit (Luhn)."""
     digits = [int(letter) for letter in text if letter.isdecimal()]
-    if digits[0] in _NO_CARDS or (len(digits) == _SHORT_CARD and digits[0] != _OF_SHORT):
-        return False  # times in milliseconds, ISBNs
+    if not _CARD_NUMBER.fullmatch("".join(map(str, digits))):
+        return False
     doubled = [sum(divmod(2 * digit, 10)) for digit in digits[-2::-2]]
     return len(set(digits)) > 1 and (sum(digits[::-2]) + sum(doubled)) % 10 == 0
 
@@ -118,11 +132,13 @@ def _is_address(text: str) -> bool:
         address = ipaddress.ip_address(text)
     except ValueError:
         return False
-    return not (address.is_unspecified or address.is_loopback)
+    is_mask = address.version == _V4 and (address.is_reserved or address.is_multicast)
+    return not (address.is_unspecified or address.is_loopback or is_mask)
 
 
 def _is_phone(text: str) -> bool:
-    return 7 <= sum(letter.isdecimal() for letter in text) <= 15
+    digits = sum(letter.isdecimal() for letter in text)
+    return (7 if len(text) > digits + 1 else _LEAST_TOGETHER) <= digits <= 15
 
 
 _KINDS: dict[PersonalData, tuple[tuple[re.Pattern[str], ...], Callable[[str], bool]]] = {

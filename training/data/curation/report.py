@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from ...common.errors import InputError
+from ...common.formatting import one_line
 from ...common.progress import Progress
 from ...common.storage import Folder
 from ...config.recipe import Recipe
@@ -13,6 +14,7 @@ from ..resolve import ResolvedData, identified_data
 from ..tasks import RunTasks
 from .curate import Curated, curate
 from .files import held_in
+from .funnel import SAMPLES
 from .mixing import weights_of
 from .scoring import OpenScorer
 
@@ -36,8 +38,9 @@ def report_of(
         open_scorer: opens the reward model of a stage that has one.
 
     Returns:
-        name, funnel, sources (path, rows, left, weight, share), held_out: the number of rows, or
-        None without groups of held-out rows, and windows: their number if the data streams.
+        name, funnel, bad_rows (place and reason of the first that cannot be used), sources (path,
+        rows, left, weight, share), held_out: the number of rows, or None without groups of held-out
+        rows, and windows: their number if the data streams.
 
     Raises:
         InputError: the recipe has no stages; see `curate`.
@@ -65,6 +68,10 @@ def report_of(
         return {
             "name": recipe.name,
             "funnel": list(curated.funnel),
+            "bad_rows": [
+                {"place": f"{one_line(each['file'])}:{each['line']}", "reason": each["reason"]}
+                for each in curated.bad[:SAMPLES]
+            ],
             "sources": _sources(recipe, data, curated),
             "held_out": _held_out(curated),
             "windows": None if part is None else part.windows,

@@ -5,7 +5,7 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from ..messages import with_lists
+from ..messages import is_data, with_lists
 from ..rows import Row
 from ..shapes import Completion, Conversation, Example, Message, Question, RowError, parts_of
 
@@ -13,6 +13,8 @@ _NAMES = frozenset({"role", "from", "id", "tool_call_id", "name", "type", "call_
 """Keys whose values are names, not texts."""
 _ARGUMENTS = frozenset({"arguments", "parameters", "args", "input"})
 """Keys of a call's arguments, in which any key's value is a text."""
+_CONTENTS = frozenset({"content", "value"})
+"""Keys of a message's content, which becomes JSON with all that it holds where it is data."""
 _CONTAINER = re.compile(r"\s*[\[{]")
 _SCALAR = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*"|-?\d[\d.eE+-]*')
 """A string or a number of JSON."""
@@ -70,18 +72,24 @@ def strings_of(value: Any, in_arguments: bool = False) -> list[str]:
     return []
 
 
-def rewritten(row: Row, change: Callable[[str], str]) -> Row:
+def rewritten(row: Row, change: Callable[[str], str], *, whole: bool = False) -> Row:
     """The row with each of its texts changed; the same object if none is.
 
-    In the arguments of calls keys and every value count, numbers too. A text that is JSON of an
-    object or a list stays so: each string and number in it is changed on its own.
+    In the arguments of calls, and in contents that are no text, keys and every value count, numbers
+    too. A text that is JSON of an object or a list stays so: each string and number in it is
+    changed on its own.
+
+    Args:
+        row: the row.
+        change: what is done with a text.
+        whole: change names, keys and numbers everywhere, too.
 
     Raises:
         RowError: it is nested too deeply.
     """
     lists = with_lists(row)  # conversations that are text, in Python's notation perhaps
     try:
-        changed = _rewritten(lists, change, False)
+        changed = _rewritten(lists, change, whole)
     except RecursionError:
         raise RowError("nested too deeply") from None
     assert isinstance(changed, dict)
@@ -95,8 +103,9 @@ def _rewritten(value: Any, change: Callable[[str], str], in_arguments: bool) -> 
         items: dict[Any, Any] = {}
         for key, item in value.items():
             is_name = key in _NAMES and not in_arguments
+            all_count = in_arguments or key in _ARGUMENTS or (key in _CONTENTS and is_data(item))
             items[_key(key, change, items) if in_arguments else key] = (
-                item if is_name else _rewritten(item, change, in_arguments or key in _ARGUMENTS)
+                item if is_name else _rewritten(item, change, all_count)
             )
         is_same = all(
             new is old and own == key
