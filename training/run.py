@@ -164,8 +164,8 @@ def send_rest(recipe: Recipe, progress: Progress = SILENT) -> None:
             pass
 
 
-def begin_anew(recipe: Recipe, progress: Progress = SILENT) -> Folder | None:
-    """Move a run's folder aside, so that the run begins anew.
+def start_over(recipe: Recipe, progress: Progress = SILENT) -> Folder | None:
+    """Move a run's folder aside, so that the run starts over.
 
     Returns:
         The old run's new folder; None if there was no run.

@@ -159,7 +159,7 @@ def test_a_result_without_its_recipe(storage: Path) -> None:
 
 
 def resigned(folder: Path) -> None:
-    """Write the manifest anew, so that all hashes are right."""
+    """Write the manifest again, so that all hashes are right."""
     (folder / "rank-0.json").unlink()
     (folder / "rank-0.json").write_bytes(checkpoint.make_manifest(folder, 0, 1, {}))
 
