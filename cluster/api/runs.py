@@ -241,13 +241,11 @@ def train(
 
 
 def runs(storage: str | os.PathLike[str] | None = None) -> list[RunResult]:
-    """The runs of a storage, oldest first.
+    """The runs of a storage, oldest first; one whose run.json cannot be read is
+    there, too, with the status unreadable.
 
     Args:
         storage: a folder or URI; by default $FINRAY_STORAGE, else `runs`.
-
-    Raises:
-        InputError: a run.json is damaged, or a newer finray wrote it.
     """
     prepare_process()
     folder = _folder(storage or default_storage())
