@@ -101,7 +101,7 @@ def make_plan(loaded: LoadedSweep) -> Plan:
     combinations.data_settings()
     if sweep.sampler == "grid":
         _check_grid(loaded, space, combinations)
-    # A sweep that has begun has their results in its own study.
+    # A sweep that was started before has their results in its own study.
     if sweep.warm_start and not folder.exists(STUDY_FILE):
         _check_warm_start(loaded, metrics)
     points = _points(loaded, space)

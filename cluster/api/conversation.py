@@ -77,9 +77,9 @@ def _tools(place: str | os.PathLike[str]) -> "tuple[Row, ...]":
     file = Path(resolve_path(os.fspath(place), Path.cwd()))
     try:
         return tools_of({"tools": json.loads(file.read_text(encoding="utf-8"))})
+    except RowError as error:
+        raise InputError(f"--tools: {file}: {error}; correct the file") from None
     except (OSError, UnicodeDecodeError, ValueError) as error:
-        if isinstance(error, RowError):
-            raise InputError(f"--tools: {file}: {error}") from None
         raise InputError(
             f"--tools: cannot read {file}: {reason(error)}; give a JSON list of tools"
         ) from None

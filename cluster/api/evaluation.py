@@ -225,6 +225,6 @@ def _schema(place: str | os.PathLike[str]) -> Any:
         ) from None
     except SchemaError as error:
         raise InputError(
-            f"--schema: {file} is no JSON schema: {error.message}; correct it"
+            f"--schema: {file} is not a JSON schema: {error.message}; correct it"
         ) from None
     return rules

@@ -59,7 +59,7 @@ def generate(
         The file, its rows, and the rows that are no prompts.
 
     Raises:
-        InputError: there is no such model, the prompts cannot be read, or the file was begun with
+        InputError: there is no such model, the prompts cannot be read, or the file was started with
             other settings.
         RunError: an answer does not fit into memory.
     """

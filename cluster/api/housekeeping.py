@@ -32,7 +32,7 @@ def find_run(run: str, storage: Folder) -> Folder:
     folder = _find(run, storage)
     if not folder.exists(RUN_FILE):
         raise InputError(
-            f"{folder}: a sweep, and no run; name one of its trials, such as "
+            f"{folder} is a sweep, not a run; name one of its trials, such as "
             f"{folder / TRIALS_FOLDER}/trial-0000"
         )
     return folder

@@ -87,7 +87,7 @@ class _Result:
             InputError: it lies in an object store; `uri` names it.
         """
         if self._folder.local is None:
-            raise InputError(f"{self._folder} is no folder of this machine; use .uri")
+            raise InputError(f"{self._folder} is not a folder on this machine; use .uri")
         return self._folder.local
 
     def __eq__(self, other: object) -> bool:

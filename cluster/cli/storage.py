@@ -102,7 +102,7 @@ def rm(options: argparse.Namespace) -> None:
     removal = plan_rm(options.runs, _storage(options), options.unfinished)
     if removal.kept:
         kept = "\n".join(f"  {name}: {why}" for name, why in removal.kept)
-        raise InputError(f"nothing is deleted, as something needs these runs:\n{kept}")
+        raise InputError(f"nothing is deleted, because these runs are kept:\n{kept}")
     _carry_out(removal, options)
 
 

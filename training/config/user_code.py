@@ -154,7 +154,7 @@ class UserFunction(Section):
             function: Callable[..., Any] = module.__dict__[self.name]
         except (Exception, SystemExit) as error:  # noqa: BLE001 - the user's code may raise anything
             trace = traceback_of(error, self.path)
-            raise RunError(f"{self.path} cannot be imported:\n{trace}") from None
+            raise RunError(f"{self.path} cannot be imported; correct the file:\n{trace}") from None
         return _without_exit(function)
 
 

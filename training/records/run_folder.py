@@ -184,7 +184,7 @@ def finished_run(folder: Folder) -> FinishedRun:
     model = recipe.get("model")
     if not isinstance(model, dict) or not isinstance(model.get("base"), str):
         raise InputError(
-            f"{folder / RECIPE_FILE}: no recipe of a run: model.base is missing; restore the file"
+            f"{folder / RECIPE_FILE}: not a run's recipe: model.base is missing; restore the file"
         )
     return FinishedRun(folder, record, recipe, name)
 

@@ -179,7 +179,7 @@ def test_a_part_of_other_settings_is_not_continued(
             identity="x",
             answering=dying,
         )
-    with pytest.raises(InputError, match=r"begun with other settings \(max_tokens\)"):
+    with pytest.raises(InputError, match=r"started with other settings \(max_tokens\)"):
         generate([opened], source, target, AnswerSettings(max_tokens=3), identity="x")
 
 

@@ -440,7 +440,7 @@ def test_no_such_run(tmp_path: Path) -> None:
         find_run("my-rnu", Folder(str(tmp_path)))
     (tmp_path / "sweep").mkdir()
     (tmp_path / "sweep" / "sweep.json").write_text("{}")
-    with pytest.raises(InputError, match=r"sweep: a sweep, and no run; name one of its trials"):
+    with pytest.raises(InputError, match=r"sweep is a sweep, not a run; name one of its trials"):
         find_run("sweep", Folder(str(tmp_path)))
     (tmp_path / "prepared").mkdir()
     with pytest.raises(InputError, match="finray runs lists them"):
