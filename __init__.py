@@ -14,7 +14,8 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .cluster.api.answers import EvaluationResult, evaluate, generate
+    from .cluster.api.evaluation import EvaluationResult, evaluate
+    from .cluster.api.generation import generate
     from .cluster.api.housekeeping import compare
     from .cluster.api.planning import plan
     from .cluster.api.recipes import load_recipe
@@ -57,7 +58,8 @@ __all__ = [
 ]
 
 _MODULES = {
-    "cluster.api.answers": ("EvaluationResult", "evaluate", "generate"),
+    "cluster.api.evaluation": ("EvaluationResult", "evaluate"),
+    "cluster.api.generation": ("generate",),
     "cluster.api.housekeeping": ("compare",),
     "cluster.api.planning": ("plan",),
     "cluster.api.recipes": ("load_recipe",),

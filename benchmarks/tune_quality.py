@@ -33,10 +33,10 @@ from tune_table import (
 from finray.training.config.recipe import load_recipe
 from finray.tuning.conductor import Conductor
 from finray.tuning.default_search import default_space
-from finray.tuning.distribution import Distribution
+from finray.tuning.distribution import Distribution, Settings
 from finray.tuning.metrics import Metric
 from finray.tuning.samplers import make_pruner, make_sampler
-from finray.tuning.space import Settings, Space
+from finray.tuning.space import Space
 from finray.tuning.study import SweepStudy
 from finray.tuning.sweep import Pruning, Sweep
 

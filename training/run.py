@@ -45,8 +45,8 @@ from .records.resume import (
     RunState,
     check_same_data,
     has_checkpoints,
+    move_aside,
     schedule_of,
-    set_aside,
     state_of,
 )
 from .records.run_folder import (
@@ -164,8 +164,8 @@ def send_rest(recipe: Recipe, progress: Progress = SILENT) -> None:
             pass
 
 
-def begin_anew(recipe: Recipe, progress: Progress = SILENT) -> Folder | None:
-    """Move a run's folder aside, so that the run begins anew.
+def start_over(recipe: Recipe, progress: Progress = SILENT) -> Folder | None:
+    """Move a run's folder aside, so that the run starts over.
 
     Returns:
         The old run's new folder; None if there was no run.
@@ -178,7 +178,7 @@ def begin_anew(recipe: Recipe, progress: Progress = SILENT) -> Folder | None:
         return None
     with hold_run_lock(folder, threading.Event(), progress):
         pass
-    return set_aside(Folder(recipe.storage), recipe.name)
+    return move_aside(Folder(recipe.storage), recipe.name)
 
 
 def at_earlier_commits(recipe: Recipe) -> Recipe:

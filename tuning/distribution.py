@@ -10,6 +10,8 @@ from pydantic import Field, model_validator
 from ..training.config.section import Section
 
 Scalar = None | bool | int | float | str
+Settings = dict[str, Any]
+"""Values by dotted key of the recipe."""
 Bounds = tuple[float, float]
 IntBounds = tuple[int, int]
 

@@ -18,8 +18,8 @@ from optuna.trial import FrozenTrial, TrialState
 
 from ..training.common.errors import InputError
 from ..training.records.run_folder import Record
-from .distribution import Distribution
-from .space import Settings, Space
+from .distribution import Distribution, Settings
+from .space import Space
 from .study import Assignment, SweepStudy
 from .sweep import Sweep
 

@@ -8,9 +8,11 @@ from ..training.common.errors import InputError
 from ..training.common.storage import Folder
 from ..training.config.metric import Metric
 from ..training.config.recipe import Recipe
+from .combinations import Combinations, Excluded
 from .default_search import default_space
+from .distribution import Settings
 from .metrics import check_reported, is_measured_during_training, objectives
-from .space import Excluded, Settings, Space
+from .space import Space
 from .sweep import LoadedSweep, Sweep
 from .sweep_folder import STUDY_FILE, read_earlier, trial_name
 
@@ -34,6 +36,8 @@ class Plan:
     folder: Folder
     metrics: Sequence[Metric]
     space: Space
+    combinations: Combinations
+    """Those of the space."""
     points: Sequence[Settings]
     """Settings of the first trials: the rule of thumb, then the user's own."""
     excluded_count: int
@@ -58,10 +62,10 @@ class Plan:
         return self.space.recipe(settings, name=trial_name(0), storage=self.sweep.storage)
 
     def data_recipes(self) -> dict[str, Recipe]:
-        """A recipe for each prepared data set that trials share, by `Space.data_key`."""
+        """A recipe for each prepared data set that trials share, by `Combinations.data_key`."""
         return {
-            self.space.data_key(settings): self.trial_recipe(settings)
-            for settings in self.space.data_settings()
+            self.combinations.data_key(settings): self.trial_recipe(settings)
+            for settings in self.combinations.data_settings()
         }
 
 
@@ -92,16 +96,17 @@ def make_plan(loaded: LoadedSweep) -> Plan:
         )
     if sweep.pruning.kind == "pbt":
         _check_changeable(loaded, space)
-    count, excluded = space.excluded()
-    space.data_settings()
+    combinations = Combinations(space)
+    count, excluded = combinations.excluded()
+    combinations.data_settings()
     if sweep.sampler == "grid":
-        _check_grid(loaded, space)
-    # A sweep that has begun has their results in its own study.
+        _check_grid(loaded, space, combinations)
+    # A sweep that was started before has their results in its own study.
     if sweep.warm_start and not folder.exists(STUDY_FILE):
         _check_warm_start(loaded, metrics)
     points = _points(loaded, space)
     return Plan(
-        *(sweep, recipe, folder, metrics, space, points),
+        *(sweep, recipe, folder, metrics, space, combinations, points),
         *(count, excluded, _prunes(loaded, metrics), loaded.place),
     )
 
@@ -126,8 +131,8 @@ def _check_sampler(loaded: LoadedSweep) -> None:
         )
 
 
-def _check_grid(loaded: LoadedSweep, space: Space) -> None:
-    if space.every_setting() is not None:
+def _check_grid(loaded: LoadedSweep, space: Space, combinations: Combinations) -> None:
+    if combinations.every_setting() is not None:
         return
     place = f"{loaded.place('sampler')}: sampler grid needs"
     uncountable = [key for key in space.searched if space[key].every_value() is None]

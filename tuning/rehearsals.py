@@ -17,7 +17,8 @@ from ..training.rehearsal.child import rehearse_all
 from ..training.rehearsal.key import key_of
 from ..training.rehearsal.outcome import Outcome
 from ..training.run import prepare_data
-from .space import Settings, Space
+from .combinations import Combinations
+from .distribution import Settings
 
 _SECTIONS = ("model", "adapter", "freeze", "method", "data")
 """Sections of a recipe on which its rehearsal depends."""
@@ -43,15 +44,18 @@ class Rehearsals:
     """Rehearses each kind of trial once, and prepares the data of each.
 
     Args:
-        space: what is searched.
+        combinations: those of what is searched.
         recipe_of: the recipe of a trial with these settings, at the sweep's commits.
         progress: receives what is done, and once each line that an outcome has.
     """
 
     def __init__(
-        self, space: Space, recipe_of: Callable[[Settings], Recipe], progress: Progress
+        self,
+        combinations: Combinations,
+        recipe_of: Callable[[Settings], Recipe],
+        progress: Progress,
     ) -> None:
-        self._space = space
+        self._combinations = combinations
         self._recipe_of = recipe_of
         self._progress = progress
         self._outcomes: dict[str, Outcome] = {}
@@ -132,10 +136,10 @@ class Rehearsals:
     ) -> dict[tuple[str, str], tuple[Settings, Recipe]]:
         """Settings and recipe of each kind of trial; of all data settings, and some others."""
         kinds: dict[tuple[str, str], tuple[Settings, Recipe]] = {}
-        for settings in (*self._space.data_settings(), *points):
+        for settings in (*self._combinations.data_settings(), *points):
             recipe = self._recipe_of(settings)
             kinds.setdefault(self._kind(settings, recipe), (settings, recipe))
-        for settings in islice(self._space.varied(_SECTIONS), _LOOKED_AT):
+        for settings in islice(self._combinations.varied(_SECTIONS), _LOOKED_AT):
             try:
                 recipe = self._recipe_of(settings)
             except InputError:  # no valid recipe
@@ -149,4 +153,4 @@ class Rehearsals:
         """What trials have in common that share prepared data and a rehearsal."""
         folder = model_folder(recipe.model)
         assert folder is not None, "None stands for a model that only the hub has"
-        return self._space.data_key(settings), key_of(recipe, folder)
+        return self._combinations.data_key(settings), key_of(recipe, folder)

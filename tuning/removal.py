@@ -111,7 +111,7 @@ def remove(removal: Removal, progress: Progress) -> tuple[list[str], list[str]]:
     """Delete what a plan says.
 
     Returns:
-        The names of what was deleted, and a line for each of the others: it has come into use since
+        The names of what was deleted, and a line for each of the others: it is in use now since
         the plan was made, or cannot be deleted.
     """
     done, left = [], []
@@ -122,7 +122,7 @@ def remove(removal: Removal, progress: Progress) -> tuple[list[str], list[str]]:
             if item.entry is not None:
                 remove_entry(removal.storage, item.entry, progress)
             elif not _remove_leftover(removal.storage, item):
-                left.append(f"{item.name} is kept: it has come into use")
+                left.append(f"{item.name} is kept: it is in use now")
                 continue
         except InputError as error:
             left.append(f"{item.name} is kept: {error}")
@@ -145,7 +145,7 @@ def remove_entry(storage: Folder, entry: Entry, progress: Progress) -> None:
     with hold_run_lock(folder, threading.Event(), progress):
         now = entry_of(folder)
         if now is not None and now.record != entry.record:
-            raise InputError(f"{folder} has changed meanwhile; look at it again")
+            raise InputError(f"{folder} has changed in the meantime; run the command again")
         if folder.local is None:
             for name in (RUN_FILE, SWEEP_FILE):
                 folder.delete(name)

@@ -5,7 +5,7 @@ from ..training.config.places import about
 from ..training.records.resume import differences
 from ..training.records.run_folder import Record
 from .plan import Plan
-from .sweep_folder import read_sweep
+from .sweep_folder import check_complete, read_sweep
 
 # A resumed sweep may change these; a change of anything else would make it another search.
 _FREE_ON_RESUME = (
@@ -31,8 +31,10 @@ def check_folder(plan: Plan) -> Record | None:
     """
     with plan.sweep.locating(), about("name"):
         earlier = read_sweep(plan.folder)
-    if earlier is None:
-        return None
+        if earlier is None:
+            return None
+        if "settings" not in earlier:
+            check_complete(earlier, plan.folder)
     # The size of a population is fixed from its first generation on.
     free = tuple(key for key in _FREE_ON_RESUME if key != "trials" or not plan.is_population)
     changes = differences(earlier["settings"], describe(plan), free)
@@ -40,6 +42,8 @@ def check_folder(plan: Plan) -> Record | None:
         message = f"name: {plan.folder} holds a sweep with other settings:"
         remedy = "Give this one another name, or delete that folder."
         raise InputError(plan.sweep.located("\n".join([message, *changes, remedy])))
+    with plan.sweep.locating(), about("name"):
+        check_complete(earlier, plan.folder)
     return earlier
 
 

@@ -27,6 +27,7 @@ from ..training.records.run_folder import CHECKPOINTS_FOLDER, METRICS_FILE, Reco
 from ..training.records.tracking import tracked
 from .concurrency import decide_concurrency
 from .conductor import Conductor
+from .distribution import Settings
 from .pbt import Population
 from .plan import Plan
 from .progress import Ending, SweepProgress
@@ -36,7 +37,6 @@ from .report import write_report
 from .results import copy, export_best, retrain
 from .resume import check_folder, describe
 from .samplers import first_rung, interval, make_pruner, make_sampler, parts
-from .space import Settings
 from .study import Assignment, StudyFile, SweepStudy
 from .sweep_folder import TRIALS_FOLDER, drop_weights, trial_folder, trial_name, write_sweep
 from .tracking_program import PROGRAM
@@ -85,7 +85,9 @@ def tune(
         for recipe in plan.data_recipes().values():
             commits = hub_commits(recipe, commits)
         rehearsals = Rehearsals(
-            plan.space, lambda settings: at_commits(plan.trial_recipe(settings), commits), progress
+            plan.combinations,
+            lambda settings: at_commits(plan.trial_recipe(settings), commits),
+            progress,
         )
         with plan.sweep.locating():
             rehearsals.start(plan.points)

@@ -8,8 +8,9 @@ import optuna
 from optuna.distributions import BaseDistribution, CategoricalDistribution
 from optuna.trial import FrozenTrial, TrialState
 
+from .distribution import Settings
 from .draft import Choose, Draft
-from .space import Settings, Space
+from .space import Space
 from .sweep import Sweep
 
 _STARTUP_TRIALS = 4

@@ -1,21 +1,12 @@
-"""The search space of a sweep: turns values that a sampler suggests into valid recipes."""
+"""The search space of a sweep: settings that a sampler or a person chooses, and their recipes."""
 
-import copy
-import itertools
 import json
-import random
-from collections.abc import Callable, Collection, Iterator
-from dataclasses import dataclass
-from functools import cached_property
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 
 from ..training.common.errors import InputError
-from ..training.config.recipe import Recipe, build_recipe, resolve_recipe
-from ..training.config.short_forms import write_out
-from ..training.config.user_code import functions_in, with_texts
-from ..training.config.validation import has_key, suggestion
-from ..training.config.yaml_file import Change, Document, apply_changes, split_key
+from ..training.config.recipe import Recipe
 from .default_search import (
     ALPHA,
     LEARNING_RATE,
@@ -28,18 +19,9 @@ from .default_search import (
     rate_factor,
     suggested_learning_rate,
 )
-from .distribution import Distribution, Scalar, as_label, is_number
-
-Settings = dict[str, Any]
-"""Values by dotted key of the recipe."""
-
-_SHARED = ("name", "storage", "scale", "checkpoint", "log")
-_CHECKED = 4096
-"""Maximum number of combinations that are validated before a sweep starts; else a sample is."""
-_LISTED = 10_000
-"""Maximum number of settings of a space that are listed."""
-_SHOWN = 20
-"""Number of excluded combinations that are kept for sweep.json."""
+from .distribution import Distribution, Scalar, Settings, is_number
+from .search_keys import SearchKeys, value_at
+from .trial_recipes import TrialRecipes
 
 
 class Suggests(Protocol):
@@ -50,14 +32,6 @@ class Suggests(Protocol):
         self, name: str, low: float, high: float, *, step: float | None, log: bool
     ) -> float: ...
     def suggest_int(self, name: str, low: int, high: int, *, step: int, log: bool) -> int: ...
-
-
-@dataclass(frozen=True)
-class Excluded:
-    """A combination of values that is not a valid recipe."""
-
-    settings: Settings
-    reason: str
 
 
 class Space:
@@ -84,34 +58,28 @@ class Space:
         check: Callable[[Recipe], None] = lambda recipe: None,
     ) -> None:
         self.base = base
-        self._folder = folder
-        self._place = place
-        self._check = check
-        self._search = search
-        self._values = base.model_dump(mode="json", exclude_unset=True)
-        # `kind` selects the section's class, so it must be present also if it is the default.
-        self._values["method"] = {"kind": base.method.kind, **self._values.get("method", {})}
-        self._base_values = base.model_dump(mode="json")
+        self.search = SearchKeys(search, base, place)
+        self._recipes = TrialRecipes(base, folder, place, check)
         self._alikes: Settings = {}
-        self._texts: dict[str, str] = {}
-        self._templates: dict[str | None, str | None] = {}
-        self._note_texts(base)
-        self._check_keys()
-        self.keys = self._in_order()
 
     def __getitem__(self, key: str) -> Distribution:
-        return self._search[key]
+        return self.search[key]
+
+    @property
+    def keys(self) -> list[str]:
+        """The keys, each after the keys that it depends on."""
+        return self.search.in_order
 
     @property
     def searched(self) -> list[str]:
-        """The keys that a sampler chooses, each after the keys that it depends on."""
-        return [key for key in self.keys if not self._search[key].is_computed]
+        """Those of the keys that a sampler chooses."""
+        return self.search.searched
 
     def suggest(self, trial: Suggests) -> Settings:
         """The sampler's value for each active key."""
         settings: Settings = {}
         for key in self.keys:
-            if self.is_active(key, settings):
+            if self.search.is_active(key, settings):
                 settings[key] = self._value(
                     key,
                     settings,
@@ -131,7 +99,7 @@ class Space:
         """
         settings: Settings = {}
         for key in self.keys:
-            if self.is_active(key, settings):
+            if self.search.is_active(key, settings):
                 settings[key] = self._value(
                     key,
                     settings,
@@ -210,144 +178,12 @@ class Space:
         return json.dumps(self.labels(settings), sort_keys=True)
 
     def recipe(self, settings: Settings, **fixed: Any) -> Recipe:
-        """The recipe with these settings; a file of code, and a chat template's, has the text that
-        was first read of it.
+        """The recipe with these settings; for arguments and errors see `TrialRecipes.recipe`."""
+        return self._recipes.recipe(settings, **fixed)
 
-        Args:
-            settings: values by dotted key.
-            fixed: further top-level values, such as the name.
-
-        Raises:
-            InputError: the settings are not a valid recipe.
-        """
-        valid = with_texts(self._validated(settings, fixed), self._texts, self._folder)
-        template = valid.data.chat_template
-        data = valid.data.model_copy(
-            update={"chat_template": self._templates.get(template, template)}
-        )
-        recipe = resolve_recipe(valid.model_copy(update={"data": data}), self._folder)
-        self._templates.setdefault(template, recipe.data.chat_template)
-        self._note_texts(recipe)
-        return recipe
-
-    def every_setting(self) -> list[Settings] | None:
-        """All possible settings in order; None if there are too many to list."""
-        return self._combinations(lambda key: self[key].every_value(), _LISTED)
-
-    def excluded(self) -> tuple[int, list[Excluded]]:
-        """Number of tried combinations that are not valid recipes, and the first of them.
-
-        Raises:
-            InputError: a value is not part of any valid recipe.
-        """
-        valid: set[tuple[str, Scalar]] = set()
-        refused: list[Excluded] = []
-        for settings, reason in self._tried:
-            if reason is not None:
-                refused.append(Excluded(settings, reason))
-            else:
-                valid.update(self._as_labels(settings).items())
-        for item in refused:
-            for key, label in self._as_labels(item.settings).items():
-                if (key, label) not in valid:
-                    raise InputError(
-                        f"{self._place(key)}: search.{key}: {label!r} never makes a valid "
-                        f"recipe: {item.reason}"
-                    )
-        return len(refused), refused[:_SHOWN]
-
-    def data_settings(self) -> list[Settings]:
-        """Settings for each prepared data set that trials need; of valid recipes.
-
-        Other keys have the base recipe's values, or else the first ones that make a valid recipe.
-
-        Raises:
-            InputError: a key that changes the data, or a key that it depends on, has too many
-                values to list.
-        """
-        keys = self._data_keys()
-        for key in self.keys:
-            if key.startswith("data.") and key not in keys:
-                raise self._uncountable(key, key)
-        varied = self._with_dependencies(keys)
-        values = [self[key].every_value() or [] for key in varied]
-        settings = [
-            self.complete(dict(zip(varied, combination, strict=True)))
-            for combination in itertools.product(*values)
-        ]
-        valid = {self.data_key(each): each for each in settings if self._refusal(each) is None}
-        keys_of_data = list(dict.fromkeys(self.data_key(each) for each in settings))
-        if len(valid) < len(keys_of_data):
-            for each, reason in self._tried:
-                if reason is None:
-                    valid.setdefault(self.data_key(each), each)
-        return [valid[key] for key in keys_of_data if key in valid]
-
-    @cached_property
-    def _tried(self) -> list[tuple[Settings, str | None]]:
-        """Combinations of typical values, and why each is not a valid recipe; None if it is."""
-        return [(settings, self._refusal(settings)) for settings in self._samples()]
-
-    def _refusal(self, settings: Settings) -> str | None:
-        try:
-            self._validated(settings, {})
-        except InputError as error:
-            return str(error)
-        return None
-
-    def _data_keys(self) -> list[str]:
-        """Searched keys that change the prepared data.
-
-        Keys of method and model count only if their values can be listed: a range of a number such
-        as beta does not change the data.
-        """
-        sections = ("data", "model", "method")
-        return [
-            key
-            for key in self.keys
-            if key.partition(".")[0] in sections and self._is_countable(key)
-        ]
-
-    def _is_countable(self, key: str) -> bool:
-        of = self[key].of
-        if of is not None:
-            return of not in self._search or self._is_countable(of)
-        return self[key].every_value() is not None
-
-    def _with_dependencies(self, keys: list[str]) -> list[str]:
-        """The searched keys among `keys`, and the searched keys that these depend on."""
-        needed: set[str] = set()
-        waiting = [(key, key) for key in keys]
-        while waiting:
-            key, data_key = waiting.pop()
-            if not self._is_countable(key):
-                raise self._uncountable(data_key, key)
-            needed.add(key)
-            waiting += [(other, data_key) for other in self._needs(key)]
-        return [key for key in self.searched if key in needed]
-
-    def _uncountable(self, data_key: str, key: str) -> InputError:
-        why = "" if key == data_key else f", also of {key}, on which it depends"
-        return InputError(
-            f"{self._place(data_key)}: search.{data_key}: data is prepared before the first trial, "
-            f"so the number of values must be finite{why}; use choice, int_uniform or step"
-        )
-
-    def data_key(self, settings: Settings) -> str:
-        """A text that is equal for settings that use the same prepared data."""
-        return repr([(key, settings[key]) for key in self._data_keys() if key in settings])
-
-    def is_active(self, key: str, settings: Settings) -> bool:
-        """True if the key's `when` holds, given the values of the keys before it."""
-        condition = self._search[key].when or {}
-        return all(
-            other in settings and settings[other] in (value if isinstance(value, list) else [value])
-            for other, value in condition.items()
-        )
-
-    def base_value(self, key: str) -> Any:
-        """The base recipe's value of a key."""
-        return value_at(self._base_values, key)
+    def refusal(self, settings: Settings) -> str | None:
+        """Why the settings are not a valid recipe; None if they are."""
+        return self._recipes.refusal(settings)
 
     def in_recipe(self, key: str, searched: Any, settings: Settings) -> Any:
         """Convert a searched value to the recipe's, given the values of the keys before it."""
@@ -361,27 +197,22 @@ class Space:
             return value
         return value / self._factor(at_alpha, settings)
 
-    # in detail
-
-    def _note_texts(self, recipe: Recipe) -> None:
-        for _, function in functions_in(recipe):
-            if function.source is not None:
-                self._texts.setdefault(function.path, function.source)
-
-    def _value(self, key: str, settings: Settings, choose: Callable[[str], Any]) -> Any:
-        return self._computed(key, settings) if self[key].is_computed else choose(key)
-
-    def _computed(self, key: str, settings: Settings) -> Any:
+    def computed(self, key: str, settings: Settings) -> Any:
         """The value of a key with `times`, given the values of the keys before it."""
-        distribution = self._search[key]
+        distribution = self[key]
         assert distribution.times is not None and distribution.of is not None
-        factor = settings.get(distribution.of, self.base_value(distribution.of))
+        factor = settings.get(distribution.of, self.search.base_value(distribution.of))
         value = distribution.times * factor
         return int(value) if value == int(value) else value
 
+    # in detail
+
+    def _value(self, key: str, settings: Settings, choose: Callable[[str], Any]) -> Any:
+        return self.computed(key, settings) if self[key].is_computed else choose(key)
+
     def _own(self, key: str, settings: Settings) -> Any:
         """The base recipe's value if it is in the space, else the nearest one, else the middle."""
-        own = self.base_value(key)
+        own = self.search.base_value(key)
         if self._contains(key, own, settings):
             return self[key].spelled(own)
         return self._nearest(key, own, settings) if is_number(own) else self._alike(key)
@@ -398,7 +229,7 @@ class Space:
             made = self.recipe({key: value}).model_dump(mode="json")
         except InputError:
             return False
-        return bool(value_at(made, key) == self.base_value(key))
+        return bool(value_at(made, key) == self.search.base_value(key))
 
     def _check_in_space(self, key: str, value: Any, settings: Settings, place: str) -> None:
         if not self._contains(key, value, settings):
@@ -416,147 +247,10 @@ class Space:
 
     def _factor(self, at_alpha: float, settings: Settings) -> float:
         """Factor from a learning rate at alpha `at_alpha` to one for the settings' adapter."""
-        rank, alpha, rslora = (settings.get(k, self.base_value(k)) for k in (RANK, ALPHA, RSLORA))
+        rank, alpha, rslora = (
+            settings.get(k, self.search.base_value(k)) for k in (RANK, ALPHA, RSLORA)
+        )
         return rate_factor(at_alpha, rank, alpha, rslora)
-
-    def _as_labels(self, settings: Settings) -> dict[str, Scalar]:
-        return {key: as_label(settings[key]) for key in self.searched if key in settings}
-
-    def _validated(self, settings: Settings, fixed: dict[str, Any]) -> Recipe:
-        values = {**copy.deepcopy(self._values), **fixed}
-        places = dict(self.base.places) or {(): "the base recipe"}
-        document = Document(values, places, write_out)
-        changes = [Change(key, value, self._place(key)) for key, value in settings.items()]
-        apply_changes(document, changes)
-        recipe = build_recipe(document)
-        self._check(recipe)
-        return recipe
-
-    def _check_keys(self) -> None:
-        for key, distribution in self._search.items():
-            parts = split_key(key)
-            where = f"{self._place(key)}: search.{key}"
-            if not has_key(Recipe, parts):
-                raise InputError(f"{where}: unknown key{suggestion(Recipe, parts)}")
-            if parts[0] in _SHARED:
-                raise InputError(
-                    f"{where}: {parts[0]} must be the same for all trials; remove it from search"
-                )
-            required = [*(distribution.when or {})]
-            if distribution.of is not None and self.base_value(distribution.of) is None:
-                required.append(distribution.of)
-            for other in required:
-                if other not in self._search:
-                    raise InputError(
-                        f"{where}: it depends on {other}, which is not searched; search that, too"
-                    )
-            if distribution.at_alpha is not None:
-                self._check_at_alpha(key, where)
-
-    def _check_at_alpha(self, key: str, where: str) -> None:
-        if key != LEARNING_RATE:
-            raise InputError(f"{where}: at_alpha belongs to {LEARNING_RATE}; remove it here")
-        if self.base.adapter is None or "adapter" in self._search:
-            raise InputError(
-                f"{where}: at_alpha needs a base recipe with a section adapter, which is not "
-                "searched; add that, or remove at_alpha"
-            )
-        for other in {RANK, ALPHA, RSLORA} & self._search.keys():
-            is_valid = _is_bool if other == RSLORA else is_number
-            for value in self._search[other].choice or []:
-                if not is_valid(value):
-                    expected = "true or false" if other == RSLORA else "a number"
-                    raise InputError(
-                        f"{self._place(other)}: search.{other}: expected {expected}, because "
-                        f"at_alpha is computed from it; found {value!r}"
-                    )
-
-    def _in_order(self) -> list[str]:
-        """The keys, each after the keys that it depends on."""
-        ordered: list[str] = []
-        waiting = list(self._search)
-        while waiting:
-            ready = [key for key in waiting if self._needs(key) <= set(ordered)]
-            if not ready:
-                raise InputError(
-                    f"{self._place(waiting[0])}: search: {' and '.join(waiting)} depend on each "
-                    "other in a circle; remove one `when` or `of`"
-                )
-            ordered += ready
-            waiting = [key for key in waiting if key not in ready]
-        return ordered
-
-    def _needs(self, key: str) -> set[str]:
-        distribution = self._search[key]
-        others = {distribution.of} if distribution.of is not None else set()
-        if distribution.at_alpha is not None:
-            others |= {RANK, ALPHA, RSLORA}
-        return {*(distribution.when or {}), *others & self._search.keys()}
-
-    def varied(self, sections: Collection[str]) -> Iterator[Settings]:
-        """Typical settings with all combinations of values of the keys in these sections."""
-        shown: set[str] = set()
-        for settings in self._samples():
-            kind = repr([p for p in settings.items() if p[0].partition(".")[0] in sections])
-            if kind not in shown:
-                shown.add(kind)
-                yield settings
-
-    def _samples(self) -> Iterator[Settings]:
-        """Combinations of typical values: all of them, or a random sample of `_CHECKED`."""
-        every = self._combinations(lambda key: self[key].typical_values(), _CHECKED)
-        if every is not None:
-            yield from every
-            return
-        values = {key: self[key].typical_values() for key in self.searched}
-        generator = random.Random(0)
-        for _ in range(_CHECKED):
-            chosen = {key: generator.choice(each) for key, each in values.items()}
-            yield self.complete(chosen)
-
-    def _combinations(
-        self, values_of: Callable[[str], list[Any] | None], most: int
-    ) -> list[Settings] | None:
-        """Settings for all combinations of the active keys' values, in order.
-
-        Returns:
-            None if there are more than `most`, or if the values of an active key are not listed.
-        """
-        settings: list[Settings] = [{}]
-        for key in self.keys:
-            longer: list[Settings] = []
-            for given in settings:
-                values = self._branches(key, given, values_of)
-                if values is None or len(longer) + len(values) > most:
-                    return None
-                longer += values
-            settings = longer
-        return settings
-
-    def _branches(
-        self, key: str, given: Settings, values_of: Callable[[str], list[Any] | None]
-    ) -> list[Settings] | None:
-        """`given` with each value of a key; as it is where the key is not active."""
-        if not self.is_active(key, given):
-            return [given]
-        if self[key].is_computed:
-            return [{**given, key: self._computed(key, given)}]
-        values = values_of(key)
-        return None if values is None else [{**given, key: value} for value in values]
-
-
-def value_at(values: Any, key: str) -> Any:
-    """The value at a dotted key of nested dicts and lists; None if there is none."""
-    for part in split_key(key):
-        if isinstance(values, list):
-            values = values[part] if isinstance(part, int) and part < len(values) else None
-        else:
-            values = values.get(str(part)) if isinstance(values, dict) else None
-    return values
-
-
-def _is_bool(value: Any) -> bool:
-    return isinstance(value, bool)
 
 
 def _suggest(trial: Suggests, key: str, distribution: Distribution) -> Any:

@@ -21,7 +21,9 @@ from ..training.records.resume import has_checkpoints
 from ..training.records.run_folder import (
     PREPARED_FOLDER,
     RECIPE_FILE,
+    UNREADABLE,
     Record,
+    read_listed,
     read_run,
 )
 from .sweep_folder import BEST_FILE, RETRAINED_FOLDER, SWEEP_FILE, TRIALS_FOLDER, read_sweep
@@ -41,7 +43,7 @@ class Entry:
     folder: Folder
     kind: Literal["run", "sweep"]
     record: Record
-    """Content of run.json or sweep.json."""
+    """Content of run.json or sweep.json; for an unreadable one as `read_listed` gives it."""
 
     @property
     def name(self) -> str:
@@ -50,8 +52,13 @@ class Entry:
 
     @property
     def status(self) -> str:
-        """running, finished, stopped, failed or unknown."""
+        """running, finished, stopped, failed, unreadable or unknown."""
         return str(self.record.get("status") or "unknown")
+
+    @property
+    def problem(self) -> str | None:
+        """What is wrong with an unreadable record, and what to do; None for one that is read."""
+        return str(self.record["problem"]) if self.status == UNREADABLE else None
 
     @property
     def ended_at(self) -> str:
@@ -67,7 +74,10 @@ class Entry:
 
     @property
     def why_unfinished(self) -> str | None:
-        """How far it is, if the same command would continue it; None if there is nothing left."""
+        """How far it is, if the same command would continue it; None if there is nothing left.
+        Of an unreadable one that is not known."""
+        if self.problem is not None:
+            return f"{self.problem}; --unfinished deletes it"
         if self.status == "finished":
             return None
         if self.kind == "sweep":
@@ -79,7 +89,13 @@ class Entry:
 
     @property
     def prepared(self) -> set[str]:
-        """The names of the prepared data sets that it was trained on."""
+        """The names of the prepared data sets that it was trained on.
+
+        Raises:
+            InputError: its record, or that of one of its trials, cannot be read.
+        """
+        if self.problem is not None:
+            raise InputError(self.problem)
         own = self.record.get("prepared")
         names = set(own) if isinstance(own, list) else {own} if own else set()
         for run in self._runs_inside():
@@ -102,25 +118,25 @@ class Entry:
 
 
 def entry_of(folder: Folder) -> Entry | None:
-    """The run or sweep in a folder; None if it holds none.
-
-    Raises:
-        InputError: its run.json or sweep.json is damaged.
-    """
-    record = read_run(folder)
+    """The run or sweep in a folder; None if it holds none."""
+    record = read_listed(folder)
     if record is not None:
         return Entry(folder, "run", record)
     if folder.exists(SWEEP_FILE):
-        return Entry(folder, "sweep", read_sweep(folder) or {})
+        return Entry(folder, "sweep", _sweep_record(folder))
     return None
 
 
-def contents_of(storage: Folder) -> list[Entry]:
-    """The runs and sweeps of a storage, by name.
+def _sweep_record(folder: Folder) -> Record:
+    """As `read_listed`, of a sweep."""
+    try:
+        return read_sweep(folder) or {}
+    except InputError as error:
+        return {"status": UNREADABLE, "problem": str(error)}
 
-    Raises:
-        InputError: a run.json or sweep.json is damaged: what it refers to is not known.
-    """
+
+def contents_of(storage: Folder) -> list[Entry]:
+    """The runs and sweeps of a storage, by name."""
     names = [name for name in storage.names() if name != PREPARED_FOLDER]
     entries = (entry_of(storage / name) for name in names if not name.startswith("."))
     return [entry for entry in entries if entry is not None]
@@ -140,6 +156,10 @@ def referrers(entries: Sequence[Entry], targets: Sequence[Entry]) -> Referrers:
     for entry in entries:
         for file, text in entry.recipes():
             mentioned = [other for other in targets if other.name in text and other != entry]
+            if file == SWEEP_FILE and entry.problem is not None:
+                for target in mentioned:  # in which setting is not known
+                    mentions[target.name].append((entry.name, f"{file}, which cannot be read"))
+                continue
             if not mentioned:
                 continue
             values = _parsed(entry, file, text)

@@ -19,8 +19,9 @@ from ..training.common.scratch import ScratchFolder
 from ..training.common.storage import Folder
 from ..training.config.metric import Metric
 from ..training.records.run_folder import Record
+from .distribution import Settings
 from .samplers import DistinctSampler
-from .space import Settings, Space
+from .space import Space
 from .sweep_folder import STUDY_FILE
 from .untried import Untried
 

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any
 
-from ..training.common.errors import InputError
+from ..training.common.errors import InputError, reason
 from ..training.common.storage import Folder
 from ..training.common.versions import check_format
 from ..training.config.metric import Metric
@@ -16,6 +16,7 @@ from ..training.records.run_folder import (
     RECIPE_FILE,
     RUN_FILE,
     Record,
+    check_types,
     parse_record,
 )
 
@@ -32,36 +33,102 @@ RETRAINED_FOLDER = "retrained"
 _OF_THE_SWEEP = (SWEEP_FILE, BEST_FILE, REPORT_FILE, STUDY_FILE)
 _OF_A_RUN = (RUN_FILE, RECIPE_FILE, METRICS_FILE)
 _WEIGHTS = ("adapter", "model")
+_REMEDY = "restore it, or move the folder away"
+_TYPES: dict[str, type] = {
+    **dict.fromkeys(("name", "status", "error", "over", "result"), str),
+    **dict.fromkeys(("settings", "excluded", "retrained"), dict),
+    **dict.fromkeys(("objectives", "trials", "best", "prepared"), list),
+    **dict.fromkeys(("wall_seconds", "trial_tokens"), float),
+}
+"""The types of the values in sweep.json; each may be null or absent."""
+_ITEM_TYPES: dict[str, dict[str, type]] = {
+    "objectives": {"metric": str, "mode": str},
+    "trials": {
+        "number": int,
+        "state": str,
+        "settings": dict,
+        "values": list,
+        "latest": float,
+        "tokens": float,
+        "error": str,
+        "reason": str,
+        "parent": dict,
+    },
+}
+"""The types in the objects of a list."""
+_NEEDED = ("name", "status", "settings", "objectives", "trials", "best", "excluded", "prunes")
+_NEEDED_OF_A_TRIAL = ("number", "state", "settings", "tokens")
+_OF_A_TRIAL = ("values", "latest", "error", "reason")
+"""What every trial has, and may be null."""
 
 
 def read_sweep(folder: Folder) -> Record | None:
     """The content of sweep.json; None if the folder holds no sweep.
 
     Raises:
-        InputError: the folder holds a run, sweep.json is not a JSON object, or a newer finray
-            wrote it.
+        InputError: the folder holds a run, sweep.json is not a JSON object or holds another type
+            than it should, or a newer finray wrote it.
     """
     if folder.exists(RUN_FILE):
         raise InputError(f"{folder} holds a run, not a sweep; give the sweep another name")
     if not folder.exists(SWEEP_FILE):
         return None
-    record = parse_record(folder.read(SWEEP_FILE))
+    place = f"{folder / SWEEP_FILE}"
+    record = parse_record(_content(folder))
     if record is None:
-        raise InputError(f"{folder / SWEEP_FILE}: expected a JSON object")
+        raise InputError(f"{place}: expected a JSON object; {_REMEDY}")
     check_format(record, SWEEP_FORMAT, folder / SWEEP_FILE)
+    check_types(record, _TYPES, place, remedy=_REMEDY)
+    for key, types in _ITEM_TYPES.items():
+        for item in record.get(key) or ():
+            check_types({key: item}, {key: dict}, place, needed=(key,), remedy=_REMEDY)
+            check_types(item, types, f"{place}: {key}", remedy=_REMEDY)
     return record
 
 
+def _content(folder: Folder) -> bytes:
+    """sweep.json; an error of a store is passed on, as it may pass."""
+    try:
+        return folder.read(SWEEP_FILE)
+    except OSError as error:
+        if folder.local is None:
+            raise
+        raise InputError(
+            f"{folder / SWEEP_FILE}: cannot be read: {reason(error)}; restore the file, or make it "
+            "readable"
+        ) from None
+
+
 def existing_sweep(folder: Folder) -> Record:
-    """The content of sweep.json of a sweep that must exist.
+    """The content of sweep.json of a sweep that must exist, with all that every one has.
 
     Raises:
-        InputError: as `read_sweep`, and if the folder holds no sweep.
+        InputError: as `read_sweep`, and if the folder holds no sweep, or a key is missing.
     """
     record = read_sweep(folder)
     if record is None:
         raise InputError(f"{folder} holds no sweep; name a sweep's folder")
+    check_complete(record, folder)
     return record
+
+
+def check_complete(record: Record, folder: Folder) -> None:
+    """Check that sweep.json has all that is read of every sweep.
+
+    Raises:
+        InputError: a key is missing.
+    """
+    missing = [key for key in _NEEDED if record.get(key) is None]
+    missing += [
+        f"excluded: {key}"
+        for key in ("count", "first")
+        if key not in (record.get("excluded") or ())
+    ]
+    for row in record.get("trials") or ():
+        missing += [f"trials: {key}" for key in _NEEDED_OF_A_TRIAL if row.get(key) is None]
+        missing += [f"trials: {key}" for key in _OF_A_TRIAL if key not in row]
+    if missing:
+        raise InputError(f"{folder / SWEEP_FILE}: {missing[0]} is missing; {_REMEDY}")
 
 
 def read_earlier(folder: Folder, metrics: Sequence[Metric]) -> Record:

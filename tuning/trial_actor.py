@@ -176,7 +176,10 @@ class RunningTrial:
 
         prepared = open_prepared(Folder(self._config["prepared"]))
         if prepared is None:
-            raise RunError(f"the prepared data set {self._config['prepared']} no longer exists")
+            raise RunError(
+                f"the prepared data set {self._config['prepared']} no longer exists; run the same "
+                "command again"
+            )
         try:
             self._report_again()
         except Pruned:

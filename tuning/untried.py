@@ -6,8 +6,9 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from ..training.common.errors import InputError
-from .distribution import Scalar
-from .space import Settings, Space
+from .combinations import Combinations
+from .distribution import Scalar, Settings
+from .space import Space
 
 _DRAWN = 10_000
 """Number of random settings that are looked at where a space is too large to list."""
@@ -26,7 +27,7 @@ class Untried:
     ) -> None:
         self._space = space
         self._refused = refused
-        every = space.every_setting()
+        every = Combinations(space).every_setting()
         self._every = None if every is None else {space.identity(each): each for each in every}
         """All settings by their identity; None if they are too many to list."""
         self._tried: set[str] = set()
@@ -45,7 +46,7 @@ class Untried:
         return self._fault(identity, settings) or self._refused(settings)
 
     def first(self) -> Settings | None:
-        """The first settings, in the order of `Space.every_setting`; None if none are left."""
+        """The first in the order of `Combinations.every_setting`; None if none are left."""
         return next((each for each in self._left() if self.refusal(each) is None), None)
 
     def draw(self, seed: str) -> Settings | None:

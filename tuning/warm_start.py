@@ -18,9 +18,10 @@ from ..training.config.short_forms import write_out
 from ..training.config.yaml_file import Change, Document, apply_changes
 from ..training.records.run_folder import Record
 from .default_search import ALPHA, RANK, RSLORA
-from .distribution import is_number, is_same
+from .distribution import Settings, is_number, is_same
 from .draft import Draft
-from .space import Settings, Space, value_at
+from .search_keys import value_at
+from .space import Space
 from .study import StudyFile
 from .sweep_folder import read_earlier
 
@@ -79,7 +80,7 @@ def _position(
         None if the trial lies outside the space.
     """
     fixed = [key for key in settings if key not in space.keys]
-    if not all(is_same(space.base_value(key), settings[key]) for key in fixed):
+    if not all(is_same(space.search.base_value(key), settings[key]) for key in fixed):
         return None
     values = {key: value_at(recipe, key) for key in (*space.keys, *_ADAPTER)}
     params = _parameters(values, space)

@@ -32,7 +32,7 @@ def find_run(run: str, storage: Folder) -> Folder:
     folder = _find(run, storage)
     if not folder.exists(RUN_FILE):
         raise InputError(
-            f"{folder}: a sweep, and no run; name one of its trials, such as "
+            f"{folder} is a sweep, not a run; name one of its trials, such as "
             f"{folder / TRIALS_FOLDER}/trial-0000"
         )
     return folder
@@ -148,17 +148,18 @@ def plan_prune(
 
     Raises:
         InputError: neither rule is given, no run has the metric, it is not known which direction of
-            it is better, or a record is damaged.
+            it is better, or a recipe that decides is damaged.
     """
     if keep_best is None and older_than is None:
         raise InputError("runs prune: no rule says which runs; give --keep-best or --older-than")
     if keep_best is not None and keep_best < 0:
         raise InputError(f"--keep-best: {keep_best} is below 0; give the number of runs to keep")
     entries = contents_of(storage)
-    runs = [entry for entry in entries if entry.kind == "run"]
+    every = [entry for entry in entries if entry.kind == "run"]
+    runs = [run for run in every if run.problem is None]
     best = set() if keep_best is None or not runs else _best(runs, by, keep_best)
     now = datetime.now(UTC)
-    chosen, kept = [], []
+    chosen, kept = [], [(run.name, run.problem) for run in every if run.problem is not None]
     for run in runs:
         age = age_of(run, now)
         if run.name in best:

@@ -17,9 +17,11 @@ from ...training.records.report import write_report
 from ...training.records.resume import written_recipe
 from ...training.records.run_folder import (
     REPORT_FILE,
+    UNREADABLE,
     FinishedRun,
     existing_run,
     finished_run,
+    read_listed,
     read_metrics,
 )
 from ...tuning.sweep_folder import BEST_FILE, existing_sweep
@@ -85,7 +87,7 @@ class _Result:
             InputError: it lies in an object store; `uri` names it.
         """
         if self._folder.local is None:
-            raise InputError(f"{self._folder} is no folder of this machine; use .uri")
+            raise InputError(f"{self._folder} is not a folder on this machine; use .uri")
         return self._folder.local
 
     def __eq__(self, other: object) -> bool:
@@ -103,8 +105,8 @@ class RunResult(_Result):
 
     @property
     def status(self) -> str:
-        """running, finished, stopped or failed."""
-        return str(self.record.get("status"))
+        """running, finished, stopped or failed; unreadable if run.json cannot be read."""
+        return str(self._listed.get("status"))
 
     @property
     def record(self) -> dict[str, Any]:
@@ -164,6 +166,10 @@ class RunResult(_Result):
         """How the run ended, what it improved, and where its results are."""
         return render_summary(self._folder, colour=colour)
 
+    @property
+    def _listed(self) -> dict[str, Any]:
+        return read_listed(self._folder) or existing_run(self._folder)
+
     def _finished(self) -> FinishedRun:
         return finished_run(self._folder)
 
@@ -178,7 +184,9 @@ class RunResult(_Result):
         return open_result(run, head, compute, str(self._folder))
 
     def __repr__(self) -> str:
-        record = self.record
+        record = self._listed
+        if record.get("status") == UNREADABLE:
+            return f"RunResult({self.uri}: {UNREADABLE})"
         return (
             f"RunResult({self.uri}: {record.get('status')}, step {record.get('step')} of "
             f"{record.get('total_steps')})"

@@ -23,7 +23,6 @@ from ...training.records.run_folder import finished_run, list_runs
 from ...training.rehearsal.child import Rehearsal
 from ...training.run import (
     at_earlier_commits,
-    begin_anew,
     curate_data,
     curates_on_ray,
     packed_before,
@@ -31,6 +30,7 @@ from ...training.run import (
     prepares_on_ray,
     run_folder,
     send_rest,
+    start_over,
     state_of_run,
 )
 from ...training.run import train as run_to_the_end
@@ -235,20 +235,18 @@ def train(
             )
             with place as launcher:
                 # Only now: a run that is refused leaves the earlier one in its place.
-                if fresh and (old := begin_anew(settings, progress)) is not None:
+                if fresh and (old := start_over(settings, progress)) is not None:
                     progress.status(f"the earlier run is in {old}")
                 run_to_the_end(settings, launcher, progress, longer=longer, rehearsal=rehearsal)
     return RunResult(run_folder(settings))
 
 
 def runs(storage: str | os.PathLike[str] | None = None) -> list[RunResult]:
-    """The runs of a storage, oldest first.
+    """The runs of a storage, oldest first; one whose run.json cannot be read is
+    there, too, with the status unreadable.
 
     Args:
         storage: a folder or URI; by default $FINRAY_STORAGE, else `runs`.
-
-    Raises:
-        InputError: a run.json is damaged, or a newer finray wrote it.
     """
     prepare_process()
     folder = _folder(storage or default_storage())

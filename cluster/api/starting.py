@@ -121,4 +121,6 @@ def write_new(file: Path, text: str, option: str) -> None:
         check_new(file, option)
         raise InputError(f"{option}: {file} exists already; name another file") from None
     except OSError as error:
-        raise InputError(f"{option}: cannot write {file}: {reason(error)}") from None
+        raise InputError(
+            f"{option}: cannot write {file}: {reason(error)}; name another file"
+        ) from None

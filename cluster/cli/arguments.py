@@ -84,7 +84,8 @@ def build_parser() -> Parser:
     add_general(parser, is_shown=False)
     parser.set_defaults(quiet=False, log_level=None)
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    _add_starting(commands)
+    _add_init(commands)
+    _add_import(commands)
     _add_runs_of_recipes(commands)
     _add_data(commands)
     add_job(commands)
@@ -98,7 +99,7 @@ def build_parser() -> Parser:
     return parser
 
 
-def _add_starting(commands: Any) -> None:
+def _add_init(commands: Any) -> None:
     init = add_command(
         commands,
         "init",
@@ -130,6 +131,9 @@ def _add_starting(commands: Any) -> None:
         help="a reward function, for grpo and rloo (may be repeated)",
     )
     add_to(init, "the recipe (default: recipe.yaml)", Path("recipe.yaml"))
+
+
+def _add_import(commands: Any) -> None:
     parser = add_command(
         commands,
         "import",

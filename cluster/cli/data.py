@@ -38,7 +38,7 @@ def report(options: argparse.Namespace) -> None:
 def show(options: argparse.Namespace) -> None:
     """Print the first rows of each source, or write them as a page."""
     if options.rows < 1:
-        raise InputError(f"--rows: expected at least 1, found {options.rows}")
+        raise InputError(f"--rows: expected at least 1, found {options.rows}; give a larger number")
     recipe = load_recipe(options.recipe, options.overrides)
     with recipe.locating(), redirect_stdout(sys.stderr):
         rows = show_rows(recipe, options.rows, Folder(recipe.storage) / PREPARED_FOLDER)

@@ -4,9 +4,9 @@ import argparse
 import sys
 
 from ...training.common.errors import RunError
-from ..api.answers import chat as open_chat
-from ..api.answers import evaluate as measure
-from ..api.answers import generate as write_answers
+from ..api.conversation import chat as open_chat
+from ..api.evaluation import evaluate as measure
+from ..api.generation import generate as write_answers
 
 
 def generate(options: argparse.Namespace) -> None:

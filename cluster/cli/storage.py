@@ -3,6 +3,7 @@
 import argparse
 import json
 import sys
+from collections.abc import Iterable, Iterator
 from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,7 +15,7 @@ from ...training.common.storage import Folder
 from ...training.config.default_storage import default_storage
 from ...training.config.paths import resolve_path
 from ...training.records.notes import noted_runs
-from ...training.records.run_folder import read_recipe
+from ...training.records.run_folder import Record, read_recipe
 from ..screens.runs import render_runs, terminal_width
 
 if TYPE_CHECKING:
@@ -34,14 +35,26 @@ def runs(options: argparse.Namespace) -> None:
             as_json=options.json,
             sort=options.sort,
             tag=options.tag,
-            recipes=(
-                read_recipe(storage / name)[1]
+            recipes=_recipes(
+                storage / name
                 for name, record in listed
                 if options.sort in (record.get("metrics") or {})
             ),
             width=terminal_width(),
         )
     )
+    for _, record in listed:
+        if record.get("problem"):
+            print(one_line(record["problem"]), file=sys.stderr)
+
+
+def _recipes(runs: Iterable[Folder]) -> Iterator[Record]:
+    """The recipes of runs; one that cannot be read is named on stderr."""
+    for run in runs:
+        try:
+            yield read_recipe(run)[1]
+        except InputError as error:
+            print(one_line(str(error)), file=sys.stderr)
 
 
 def compare(options: argparse.Namespace) -> None:
@@ -89,7 +102,7 @@ def rm(options: argparse.Namespace) -> None:
     removal = plan_rm(options.runs, _storage(options), options.unfinished)
     if removal.kept:
         kept = "\n".join(f"  {name}: {why}" for name, why in removal.kept)
-        raise InputError(f"nothing is deleted, as something needs these runs:\n{kept}")
+        raise InputError(f"nothing is deleted, because these runs are kept:\n{kept}")
     _carry_out(removal, options)
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ...training.common.errors import InputError, RunError
+from ...training.common.formatting import one_line
 from ...training.common.logs import limit
 from ...training.common.scratch import scratch_folder
 from ...training.config.recipe import Recipe
@@ -207,7 +208,10 @@ class Cluster:
         code, log = self.run(f"{job.run}~fetch", f"pack {shlex.quote(job.storage)} {job.run}")
         names = unpack(log, target)
         if names is None:
-            raise RunError(f"cannot fetch {job.run} (exit code {code}): {_last_lines(log)}")
+            raise RunError(
+                f"cannot fetch {job.run} (exit code {code}): {_last_lines(log)}; check that the "
+                f"cluster reads {job.storage}"
+            )
         return names
 
     def run(self, name: str, what: str) -> tuple[int, str]:
@@ -256,10 +260,14 @@ class Cluster:
         except AuthenticationError:
             raise InputError(wrong_token(self.address)) from None
         except ConnectionError as error:
-            raise RunError(f"{self.address} no longer answers: {error}") from None
+            raise RunError(
+                f"{self.address} no longer answers: {one_line(str(error))}; check that the cluster "
+                "runs, and run the same command"
+            ) from None
         except RuntimeError as error:
             raise RunError(
-                f"{self.address} refused the request: {_last_lines(str(error))}"
+                f"{self.address} refused the request: {_last_lines(str(error))}; finray cluster "
+                f"doctor --address {self.address} shows its state"
             ) from None
 
 

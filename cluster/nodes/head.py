@@ -152,7 +152,9 @@ def _wait_for(process: subprocess.Popen[bytes], dashboard: str, log: Path) -> No
                 process.terminate()
                 lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
                 last = " / ".join(lines[-3:])
-                raise RunError(f"Ray did not start: {last} (full log: {log})") from None
+                raise RunError(
+                    f"Ray did not start: {last}; see {log}, or give another --port"
+                ) from None
             time.sleep(0.2)
     if access == "open":
         process.terminate()

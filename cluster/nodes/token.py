@@ -123,7 +123,10 @@ def probe(address: str) -> Access:
     except urllib.error.HTTPError as error:
         if error.code in _REFUSED:
             return "token"
-        raise InputError(f"{address} is no Ray dashboard: it answered {error.code}") from None
+        raise InputError(
+            f"{address} is not a Ray dashboard: it answered {error.code}; give the dashboard's "
+            "URL, such as http://head:8265"
+        ) from None
     except (OSError, ValueError) as error:
         reason = getattr(error, "reason", error)
         raise InputError(

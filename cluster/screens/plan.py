@@ -9,7 +9,7 @@ def render(planned: dict[str, Any]) -> str:
     """What `plan` returned, as text."""
     gpus = f"{planned['gpus']} x {planned['gpu']}"
     share = formatting.percent(planned["utilisation"])
-    steps = "steps unknown, as the data is not at hand"
+    steps = "steps unknown, as the data is not on this machine"
     if planned["steps"] is not None:
         steps = f"{formatting.count(planned['steps'])} steps"
     header = f"{planned['name']} on {gpus}, at {share} of their 16-bit speed; {steps}"

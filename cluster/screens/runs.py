@@ -39,8 +39,9 @@ LEFT_ALIGNED = 3
 """Number of columns with words; the others hold numbers, but for tags and notes at the end."""
 _NOTE = 60
 _GAP = "  "
-_NARROWEST = 8
-"""Signs of a column of words that is cut."""
+_NARROWEST, _NARROWEST_AT_END, _NARROWEST_NAME = 8, 4, 24
+"""Signs of a column of words that is cut: of one at the start, of tags and notes, of names."""
+_CUT = "…"
 _NAMED = 20
 
 
@@ -100,7 +101,19 @@ def _table(entries: Sequence[Record], sort: str | None, width: int | None) -> st
             for row, entry in zip(rows[1:], entries, strict=True):
                 text = " ".join(entry[key]) if key == "tags" else entry[key]
                 row.append(_cut(formatting.one_line(text)))
-    return columns(rows, LEFT_ALIGNED, words_from, width)
+    return _fitted(rows, words_from, width)
+
+
+def _fitted(rows: list[list[str]], words_from: int, width: int | None) -> str:
+    """The table with words cut to a terminal's width; where that is not enough, without its last
+    columns, for which … stands: a number is never cut."""
+    text = columns(rows, LEFT_ALIGNED, words_from, width, _NARROWEST_NAME)
+    for kept in range(len(rows[0]) - 1, 0, -1):
+        if width is None or max(map(len, text.splitlines())) <= width:
+            break
+        part = [[*row[:kept], _CUT] for row in rows]
+        text = columns(part, LEFT_ALIGNED, min(words_from, kept), width, _NARROWEST_NAME)
+    return text
 
 
 def terminal_width() -> int | None:
@@ -119,7 +132,7 @@ def _without_empty(rows: list[list[str]]) -> list[list[str]]:
 
 
 def _cut(text: str) -> str:
-    return text if len(text) <= _NOTE else f"{text[: _NOTE - 1]}…"
+    return text if len(text) <= _NOTE else f"{text[: _NOTE - 1]}{_CUT}"
 
 
 def _tags(runs: Sequence[tuple[str, Record]]) -> set[str]:
@@ -187,6 +200,7 @@ def _entry(name: str, record: Record, now: datetime) -> Record:
         "silent_seconds": silent,
         "tags": record.get("tags") or [],
         "note": record.get("note") or "",
+        "problem": record.get("problem"),
         "metrics": {key: _number(value) for key, value in metrics.items()},
     }
 
@@ -225,6 +239,7 @@ def columns(
     left_aligned: int,
     words_from: int | None = None,
     width: int | None = None,
+    narrowest_name: int | None = None,
 ) -> str:
     """A table: its columns of words are aligned left, the others right.
 
@@ -234,12 +249,17 @@ def columns(
         words_from: the first of those at the end; None for none there.
         width: columns of a terminal; words but the first of a row, which names it, are cut where
             lines would be longer. None cuts nothing.
+        narrowest_name: signs to which that first word may be cut, too, after all others.
     """
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     last = len(widths) if words_from is None else words_from
     words = [index for index in range(len(widths)) if index < left_aligned or index >= last]
     if width is not None:
-        _shrink(widths, words[1:], width - len(_GAP) * (len(widths) - 1))
+        least = {
+            index: _NARROWEST if index < left_aligned else _NARROWEST_AT_END for index in words[1:]
+        }
+        name = {} if narrowest_name is None else {0: narrowest_name}
+        _shrink(widths, (least, name), width - len(_GAP) * (len(widths) - 1))
     lines = []
     for row in rows:
         cells = [
@@ -250,13 +270,22 @@ def columns(
     return "\n".join(lines)
 
 
-def _shrink(widths: list[int], words: Sequence[int], room: int) -> None:
-    """Make the widest columns of words narrower, until all have room; none if they cannot have."""
-    least = {index: min(widths[index], _NARROWEST) for index in words}
-    if sum(widths) - sum(widths[index] - least[index] for index in words) > room:
+def _shrink(widths: list[int], groups: Iterable[dict[int, int]], room: int) -> None:
+    """Make the widest columns of words narrower, until all have room; none if they cannot have.
+
+    Args:
+        widths: of all columns; changed.
+        groups: columns that may be narrower, each with its least width; the first ones first.
+        room: the signs that there are for all columns.
+    """
+    slack = [{index: max(0, widths[index] - least[index]) for index in least} for least in groups]
+    if sum(widths) - sum(sum(each.values()) for each in slack) > room:
         return
-    while sum(widths) > room:
-        widths[max(words, key=lambda index: widths[index] - least[index])] -= 1
+    for each in slack:
+        while sum(widths) > room and any(each.values()):
+            widest = max(each, key=lambda index: each[index])
+            widths[widest] -= 1
+            each[widest] -= 1
 
 
 def shortened(text: str, size: int) -> str:

@@ -37,7 +37,7 @@ _PLUGINS = {
     "densemixer": "the router learns nothing; finray leaves it as it is",
     "llm_compressor": "weights are neither sparse nor compressed",
     "lm_eval": "finray eval measures the result",
-    "swanlab": "SwanLab is not there; log.to says where metrics go",
+    "swanlab": "finray does not send to SwanLab; log.to says where metrics go",
 }
 """What finray does instead of a plugin, by its package."""
 _PLAIN_FORMATS = ("{prompt}", "{chosen}", "{rejected}", "{completion}")

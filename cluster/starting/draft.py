@@ -214,7 +214,7 @@ class Draft:
                 self.left[name] = table[name].text
             else:
                 meaning = f" ({table[name].text})" if table[name].text else ""
-                self.left[name] = f"{table[name].to}{meaning}: no matter of this method"
+                self.left[name] = f"{table[name].to}{meaning}: this method does not use it"
         return unknown
 
     def is_off(self, name: str) -> bool:

@@ -151,7 +151,7 @@ def _method(draft: Draft) -> str:
             raise InputError(f"{settings.where}: do_train is not set: this file trains nothing")
     stage = (settings.text("stage") or "sft").lower()
     if stage not in _STAGES:
-        hint = "PPO is not there; grpo and rloo learn from rewards" if stage == "ppo" else (
+        hint = "finray has no PPO; grpo and rloo learn from rewards" if stage == "ppo" else (
             f"finray has no such stage; those it imports are {', '.join(_STAGES)}"
         )  # fmt: skip
         raise draft.refusal("stage", hint)

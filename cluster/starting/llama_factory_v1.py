@@ -174,7 +174,7 @@ def _steps(draft: Draft, devices: Devices) -> None:
     trainer.schedule(draft, _DEFAULTS, "")
     for name, text in (
         ("optim_config", "AdamW instead, which may need another learning rate"),
-        ("lr_scheduler_config", "optim.schedule: constant; cosine and linear are there, too"),
+        ("lr_scheduler_config", "optim.schedule: constant; finray also has cosine and linear"),
     ):
         if (kind := _plugin(draft, name).text("name")) is not None:
             draft.change(name, f"{kind}: {text}")

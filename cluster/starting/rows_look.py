@@ -32,6 +32,7 @@ from ...training.data.shapes import (
 )
 
 _OPTION = "--data"
+_RENAME = "rename yours in the file, or write a recipe whose data.train renames them with columns"
 _FIRST = 200
 _COUNTED_BYTES = 64 * 2**20
 _ROW_BYTES = 16 * 2**20
@@ -123,7 +124,7 @@ def method_of(place: dict[str, Any]) -> tuple[KnownFormat, str]:
             has_pairs = any(row.get("chosen") is not None for _, row in good)
             shape: KnownFormat = "preference" if has_pairs else "alpaca"
         else:
-            shape = detect_format(good)
+            shape = detect_format(good, remedy=_RENAME)
         if shape == "prompt":
             try:
                 refuse_steps(good[0][1])

@@ -184,7 +184,7 @@ def schedule(draft: Draft, defaults: Defaults, name: str) -> None:
     value = _SCHEDULES.get(kind, "cosine")
     draft.put("optim.schedule", value, name, note="" if own else f"{defaults.project}'s default")
     if own is not None and kind not in _SAME:
-        draft.change(name, f"{own} is not there; {value} is the nearest")
+        draft.change(name, f"finray has no {own}; {value} is the nearest")
     _warmup(draft, defaults, kind == "constant")
 
 

@@ -27,6 +27,7 @@ from finray.training.config.yaml_file import (
     apply_changes,
     read_recipe_file,
 )
+from finray.tuning.combinations import Combinations
 from finray.tuning.space import Space
 from finray.tuning.sweep import Sweep, split_overrides
 
@@ -144,7 +145,8 @@ def _check_sweep(settings: Settings) -> None:
     base = Settings(copy.deepcopy(_merged({"name": "example"}, values)), {(): "recipe"})
     apply_changes(base, [f"{key}={json.dumps(value)}" for key, value in sweep.set.items()])
     if isinstance(sweep.search, dict):
-        Space(sweep.search, validate(Recipe, base), Path(), lambda key: "the block").excluded()
+        space = Space(sweep.search, validate(Recipe, base), Path(), lambda key: "the block")
+        Combinations(space).excluded()
 
 
 def _bad_commands(document: Document, files: Files) -> Faults:

@@ -258,3 +258,40 @@ def test_names_say_what_a_thing_is() -> None:
         "is_wanted",
         "known_ids",
     ]
+
+
+OWN_ERRORS = {"InputError", "RunError", "RowError", "FinrayError", "YamlFault", "AttemptEndedError"}
+"""Errors whose text says what to do, or, of a row, is followed by it."""
+
+
+def without_remedy(tree: ast.Module) -> Iterator[int]:
+    """Lines where an error ends with the text of another library's, so no remedy follows it."""
+    for handler in ast.walk(tree):
+        if not isinstance(handler, ast.ExceptHandler) or handler.name is None:
+            continue
+        types = {
+            node.id for node in ast.walk(handler.type or handler) if isinstance(node, ast.Name)
+        }
+        if types <= OWN_ERRORS:
+            continue
+        for call in ast.walk(handler):
+            match call:
+                case ast.Call(
+                    func=ast.Name(id="InputError" | "RunError"),
+                    args=[ast.JoinedStr(values=[*_, ast.FormattedValue() as last])],
+                ) if any(
+                    isinstance(node, ast.Name) and node.id == handler.name
+                    for node in ast.walk(last)
+                ):
+                    yield call.lineno
+
+
+def test_no_error_ends_with_the_text_of_a_library() -> None:
+    lines = [
+        f"{path.relative_to(ROOT)}:{line}"
+        for path in modules().values()
+        for line in without_remedy(parse(path))
+    ]
+    assert not lines, "\n".join(lines)
+    planted = "try: f()\nexcept OSError as error:\n    raise InputError(f'{p}: no: {error}')"
+    assert list(without_remedy(ast.parse(planted))) == [3]

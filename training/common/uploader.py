@@ -77,7 +77,10 @@ class Uploader:
         self.start(work)
         self.wait()
         if self.error is not None:
-            raise RunError(f"cannot write into {place}: {self.error}")
+            raise RunError(
+                f"cannot write into {place}: {self.error}; make room there, or check the network "
+                "and the rights, and run the same command"
+            )
 
     def wait(self) -> None:
         """Wait for the running upload. Raises its exception, except an OSError."""

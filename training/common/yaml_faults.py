@@ -10,7 +10,7 @@ Key = tuple[str | int, ...]
 
 _QUOTE = "put it into quotes"
 _RULES = (
-    (r"found character '\\t'", "a tab where YAML takes only spaces; replace it by spaces"),
+    (r"found character '\\t'", "a tab where YAML takes only spaces; replace it with spaces"),
     (
         r"found character '(?P<sign>.)'",
         "a text that starts with {sign} needs quotes; put it into single quotes",
@@ -22,7 +22,7 @@ _RULES = (
     ),
     (
         r"could not find expected ':'",
-        "this line is no 'key: value'; add the colon, or indent it to continue the text above",
+        "this line is not 'key: value'; add the colon, or indent it to continue the text above",
     ),
     (
         r"double-quoted scalar: (found unknown escape|expected escape)",
@@ -56,7 +56,7 @@ _RULES = (
     (r"(scanning|parsing) a tag|undefined tag", f"a text that starts with ! is a tag; {_QUOTE}"),
     (
         r"scanning a directive|YAML directive|YAML document|tag handle|<document start>",
-        "this line is no setting; write 'key: value', or remove it",
+        "this line is not a setting; write 'key: value', or remove it",
     ),
     (
         r"sequence entries are not allowed",

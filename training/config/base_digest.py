@@ -18,7 +18,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from ..common.errors import InputError
+from ..common.errors import InputError, reason
 from ..common.storage import Folder
 from .model_folder import model_folder
 from .models import ModelSettings
@@ -66,7 +66,10 @@ def _digest(folder: Folder, name: str) -> str:
             return _compute(folder, name)
         return _digest_of_version(folder, name, version)
     except OSError as error:
-        raise InputError(f"{folder / name}: cannot be read: {error.strerror or error}") from None
+        raise InputError(
+            f"{folder / name}: cannot be read: {reason(error)}; restore the file, or make it "
+            "readable"
+        ) from None
 
 
 def _version(folder: Folder, name: str) -> tuple[tuple[int, ...], bool]:

@@ -33,6 +33,6 @@ def check_storage_kind(document: Document) -> None:
     scheme, separator, _ = str(document.values.get("storage")).partition("://")
     if separator and scheme not in _SCHEMES:
         raise InputError(
-            f"{document.place(('storage',))}: storage: {scheme}:// is no kind of storage that "
+            f"{document.place(('storage',))}: storage: {scheme}:// is not a kind of storage that "
             "finray opens; give a folder, s3://… or gs://…"
         )

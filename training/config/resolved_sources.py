@@ -97,8 +97,8 @@ def _splits_of(train: Sequence[Source], source: Source, index: int) -> list[Sour
         splits.append(other.model_copy(update=changes))
     if not splits:
         raise InputError(
-            f"data.eval.{index}: {train[0].place} has no splits, as it is no folder or data set; "
-            "name the evaluation data, or set data.holdout"
+            f"data.eval.{index}: {train[0].place} has no splits, as it is not a folder or data "
+            "set; name the evaluation data, or set data.holdout"
         )
     return splits
 

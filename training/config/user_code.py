@@ -155,7 +155,7 @@ class UserFunction(Section):
         except (Exception, SystemExit) as error:  # noqa: BLE001 - the user's code may raise anything
             trace = traceback_of(error, self.path)
             raise RunError(
-                f"{self.path} cannot be imported:\n{trace}{self._remedy(error)}"
+                f"{self.path} cannot be imported; correct the file:\n{trace}{self._remedy(error)}"
             ) from None
         return _without_exit(function)
 

@@ -9,7 +9,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from ..common.errors import InputError
+from ..common.errors import InputError, reason
 from ..common.storage import Folder
 
 SINGLE_FILE = "model.safetensors"
@@ -93,7 +93,10 @@ def read_header(folder: Folder, name: str) -> dict[str, StoredTensor]:
             has_header = len(start) == 8 and length <= min(size - 8, _LARGEST_HEADER)
             content = bytes(stream.read(length if has_header else 64))
     except OSError as error:
-        raise InputError(f"{place}: cannot read the weights: {error.strerror or error}") from None
+        raise InputError(
+            f"{place}: cannot read the weights: {reason(error)}; restore the file, or make it "
+            "readable"
+        ) from None
     if not has_header:
         raise InputError(f"{place}: {_why_no_header(start + content, size)}")
     return _entries(content, 8 + length, size, place)

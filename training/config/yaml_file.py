@@ -207,7 +207,7 @@ def read_text(path: Path, file: str) -> str:
         raise InputError(f"{file}: cannot read the file: {reason}; name a YAML file") from None
     if len(content) > LARGEST:
         raise InputError(
-            f"{file}: larger than {LARGEST / 2**20:g} MiB, so it is no recipe; name a YAML file"
+            f"{file}: larger than {LARGEST / 2**20:g} MiB, so it is not a recipe; name a YAML file"
         )
     if content.startswith(_UTF16):
         raise InputError(f"{file}:1: cannot read the file: it is UTF-16; save it as UTF-8")

@@ -102,8 +102,8 @@ def chat_texts(
     if not texts:
         if rules.as_one:
             raise UnstableTemplate(
-                "the chat template rewrites earlier turns, so the answers after the prompt are no "
-                "single text; set data.template: training, or data.chat_template to another"
+                "the chat template rewrites earlier turns, so the answers after the prompt are "
+                "not one text; set data.template: training, or data.chat_template to another"
             )
         texts = [answer.alone for answer in answers]
     _check_nothing_vanished(conversation.messages[: turns[-1]], texts[-1].text)

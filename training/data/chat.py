@@ -9,6 +9,7 @@ from functools import cached_property
 from typing import Any
 
 from ..common.errors import InputError
+from ..common.formatting import one_line
 from ..config.sections import TEMPLATE_DATE
 from .rows import Row
 from .shapes import NO_CONTEXT, ChatContext, Message, RowError
@@ -186,7 +187,10 @@ def _refusing() -> Iterator[None]:
     except TemplateSyntaxError as error:
         raise _not_jinja(error.lineno, error.message) from None
     except (TemplateError, TypeError, ValueError, LookupError, AttributeError) as error:
-        raise RowError(f"the chat template does not accept this conversation: {error}") from None
+        raise RowError(
+            f"the chat template does not accept this conversation: {one_line(str(error))}; change "
+            "the messages, or the template"
+        ) from None
 
 
 def chat_template_of(

@@ -59,7 +59,8 @@ def _of_path(source: Source) -> Expanded:
         if source.split is not None or source.subset is not None:
             key = "split" if source.split is not None else "subset"
             raise InputError(
-                f"{key}: {path} is no folder, so it has no {key}s; remove {key}, or name the folder"
+                f"{key}: {path} is not a folder, so it has no {key}s; remove {key}, or name the "
+                "folder"
             )
         return Expanded(tuple(find_files(path)), commit)
     splits = splits_of(Folder(path.rstrip("/")), source.subset)

@@ -70,9 +70,12 @@ _SHAPES: dict[KnownFormat, type[Example]] = {
     "text": Text,
 }
 _SHOWN = 500
+_REMEDY = "rename yours with columns of the source, or convert the rows with its map"
 
 
-def detect_format(rows: Sequence[tuple[str, Row]], method: str | None = None) -> KnownFormat:
+def detect_format(
+    rows: Sequence[tuple[str, Row]], method: str | None = None, remedy: str = _REMEDY
+) -> KnownFormat:
     """The first format that at least half of the rows fit, else the format that most rows fit.
 
     Formats that the method learns from come first: a conversation with a topic as its label is a
@@ -81,6 +84,7 @@ def detect_format(rows: Sequence[tuple[str, Row]], method: str | None = None) ->
     Args:
         rows: (file:line, row) pairs, at least one.
         method: the method's kind; None if no format comes first.
+        remedy: what to do about rows that fit none; by default for a recipe's source.
 
     Raises:
         InputError: no row fits any format.
@@ -108,8 +112,7 @@ def detect_format(rows: Sequence[tuple[str, Row]], method: str | None = None) ->
     keys = one_line(keys if len(keys) <= _SHOWN else f"{keys[:_SHOWN]}…")
     formats = "\n".join(f"  {name}: {fields}" for name, fields in EXPECTED_FIELDS.items())
     raise InputError(
-        f"{place}: no row format has these keys: {keys}; the formats are:\n{formats}\n"
-        "rename yours with columns of the source, or convert the rows with its map"
+        f"{place}: no row format has these keys: {keys}; the formats are:\n{formats}\n{remedy}"
     )
 
 

@@ -159,7 +159,7 @@ def turn_of(item: Any, name: str) -> Message:
     if role is None:
         raise RowError(
             f"{name}.{role_key} is {shown(written)}; expected system, user, assistant or tool; "
-            "roles of the source may say which it stands for"
+            "rename it, or in a recipe let roles of the source say which it stands for"
         )
     message: Message = {"role": role}
     if str(written).lower() in _CALLS and not item.get("tool_calls"):
@@ -236,7 +236,10 @@ def _empty(role: str, says_more: bool, item: Row, key: str, name: str) -> str | 
     if role == "assistant" and says_more:
         return None
     if key not in item:
-        raise RowError(f"{name}.{key} is missing; message_keys of the source may give its key")
+        raise RowError(
+            f"{name}.{key} is missing; add it, or in a recipe name its key in message_keys of the "
+            "source"
+        )
     if role in ("tool", "system") and item.get(key) is not None:
         return ""  # a tool may return nothing; an empty system prompt replaces a template's own
     return text_of(item.get(key) if not isinstance(item.get(key), list) else "", f"{name}.{key}")

@@ -337,11 +337,11 @@ def _check_once(folder: Folder, name: str, expected: str) -> None:
         return
     raise DamagedDataError(
         f"{folder}/{name}: damaged: this file of the prepared data is not as it was written"
-        f"{_set_aside(folder, name)}"
+        f"{_move_aside(folder, name)}"
     )
 
 
-def _set_aside(folder: Folder, name: str) -> str:
+def _move_aside(folder: Folder, name: str) -> str:
     """Rename a damaged file; returns how to go on if that is not possible."""
     path = folder.file(name)
     try:

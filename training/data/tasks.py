@@ -120,7 +120,10 @@ class RunOnRayData:
                         raise outcome
                     yield outcome
             except ray.exceptions.RayError as error:
-                raise RunError(f"a data task failed: {in_one_line(error)}") from error
+                raise RunError(
+                    f"a data task failed: {in_one_line(error)}; run the same command again, with "
+                    "--verbose to see what the workers print"
+                ) from error
 
     def _results(self, rows: Any, task: Callable[[T], R], on_gpus: bool, count: int) -> Any:
         import ray

@@ -43,7 +43,13 @@ from ..models.base_cache import BaseCache
 from ..models.composite import name_of_class
 from ..models.devices import accelerator_kind, check_device, device_kind, own_device
 from ..models.dtypes import choose_dtype
-from ..models.loading import count_parameters, grown_embedding, load_model, load_tokenizer
+from ..models.loading import (
+    Model,
+    count_parameters,
+    grown_embedding,
+    load_model,
+    load_tokenizer,
+)
 from ..models.out_of_memory import is_out_of_memory
 from ..models.placement import choose_strategy
 from ..models.stopping import turn_end
@@ -176,30 +182,13 @@ class TrainingWorker:
         self.tokenizer = load_tokenizer(self.recipe)
         notices: list[str] = []
         self.strategy = choose_strategy(self.recipe, context.world_size, own_device())
-        placed = self.recipe.with_strategy(self.strategy)
-        self.model = load_model(
-            *(placed, self.recipe.method.head, bases, notices.append),
-            left_out=task.get("left_out", ()),
-        )
+        self.model = self._load_model(task, notices)
         self.checkpoint = _fetch(checkpoints, choice, scratch)
         self.progress = _progress_of(self.checkpoint)
         self.progress.watch(self.recipe.watched)
         self.checkpointer = self._make_checkpointer(checkpoints, choice)
         arguments = training_arguments(self.recipe, self.total_steps, scratch)
-        setup = Setup(
-            recipe=self.recipe,
-            model=self.model,
-            tokenizer=self.tokenizer,
-            prepared=self.prepared,
-            rank=context.rank,
-            world_size=context.world_size,
-            device=arguments.device,
-            strategy=self.strategy,
-            isolation=task.get("isolation"),
-            shares_prefixes=task.get("shares_prefixes", False),
-            evaluation_parts=task.get("evaluation_parts", 1),
-            beat=self.heartbeat.beat,
-        )
+        setup = self._setup(task, arguments.device)
         self.objective = objective_of(setup)
         self.parameters = count_parameters(self.model)
         self.adapted = coverage_of(self.model)
@@ -260,6 +249,31 @@ class TrainingWorker:
             raise choices[0]
         assert choices[0] is not None
         return choices[0]
+
+    def _load_model(self, task: WorkerTask, notices: list[str]) -> Model:
+        """The model to train, on the CPU; `notices` receives what is worth a line of the record."""
+        placed = self.recipe.with_strategy(self.strategy)
+        return load_model(
+            *(placed, self.recipe.method.head, self.bases, notices.append),
+            left_out=task.get("left_out", ()),
+        )
+
+    def _setup(self, task: WorkerTask, device: torch.device) -> Setup:
+        """The parts of the run that its objective needs."""
+        return Setup(
+            recipe=self.recipe,
+            model=self.model,
+            tokenizer=self.tokenizer,
+            prepared=self.prepared,
+            rank=self.context.rank,
+            world_size=self.context.world_size,
+            device=device,
+            strategy=self.strategy,
+            isolation=task.get("isolation"),
+            shares_prefixes=task.get("shares_prefixes", False),
+            evaluation_parts=task.get("evaluation_parts", 1),
+            beat=self.heartbeat.beat,
+        )
 
     def _make_checkpointer(self, checkpoints: Folder, choice: checkpoint.Choice) -> Checkpointer:
         return Checkpointer(

@@ -33,7 +33,7 @@ class AnswerFile:
         place: where the part lies for whoever reads a message; by default where it does.
 
     Raises:
-        InputError: the file cannot be written, or was begun with other settings.
+        InputError: the file cannot be written, or was started with other settings.
         RunError: a later write fails, as on a full disk.
     """
 
@@ -136,7 +136,7 @@ class AnswerFile:
                 key for key in {*first, *self._decides} if first.get(key) != self._decides.get(key)
             )
             raise InputError(
-                f"{self._place} was begun with other settings ({', '.join(changed)}); give those "
+                f"{self._place} was started with other settings ({', '.join(changed)}); give those "
                 "to go on with it, or delete it"
             )
         for line in lines:

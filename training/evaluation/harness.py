@@ -68,7 +68,10 @@ class Harness:
                     log_samples=False,
                 )
             except Exception as error:
-                raise RunError(f"tasks: {in_one_line(error)}") from error
+                raise RunError(
+                    f"--tasks: lm-evaluation-harness fails: {in_one_line(error)}; correct the "
+                    "task, or leave it out"
+                ) from error
         return list(measures_of(results))
 
 

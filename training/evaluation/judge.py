@@ -191,7 +191,7 @@ def judge_at(address: str | None, model: str) -> Judge | None:
         return None
     if not address.startswith(("http://", "https://")):
         raise InputError(
-            f"--judge: {address} is no address; give that of an OpenAI-compatible API, such as "
+            f"--judge: {address} is not an address; give that of an OpenAI-compatible API, such as "
             "http://127.0.0.1:8000/v1"
         )
     if not model:

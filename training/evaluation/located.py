@@ -121,7 +121,7 @@ def _of_checkpoint(checkpoint: Folder) -> Located:
     folder = checkpoint.parent.parent
     if read_run(folder) is None:
         raise InputError(
-            f"{checkpoint} is no checkpoint of a run: {folder} holds none; correct the path"
+            f"{checkpoint} is not a checkpoint of a run: {folder} holds none; correct the path"
         )
     recipe = written_recipe(folder)
     _check_speaks(folder, recipe)

@@ -31,6 +31,7 @@ from ..models.open_result import (
     tokenizer_of,
 )
 from ..models.output_head import OutputHead, find_head
+from ..models.pretrained import not_loaded
 from ..models.stopping import stop_tokens
 from .located import Located
 
@@ -163,7 +164,7 @@ def _without_weights(
     try:
         config = AutoConfig.from_pretrained(source, **how)
     except (OSError, ValueError) as error:
-        raise InputError(f"{located.name}: cannot load {source}: {error}") from error
+        raise not_loaded(located.name, source, error) from error
     with torch.device("meta"):
         model = model_from_config(config, "causal", located.name)
     with suppress(OSError):  # a model without one has that of its configuration

@@ -31,6 +31,10 @@ from ..data.shapes import (
 _METHOD = "grpo"
 """A method that learns from prompts: it reads rows as questions."""
 _ROWS_CHECKED = 20
+_RENAME = (
+    "rename the keys of your rows in the file: prompt is what is asked, and response, where there "
+    "is one, the right answer"
+)
 _MOST_BYTES = 16 * 2**20
 """Of a row, as `data.max_row_bytes` allows."""
 _CONVERSATIONS = ("messages", "conversations")
@@ -121,7 +125,9 @@ def _rows(source: Source) -> Iterator[tuple[str, tuple[Row | BadRow, KnownFormat
             if faults
             else f"{source.label}: there are no rows; expected at least one"
         )
-    row_format = source.format if source.format != "auto" else detect_format(good, _METHOD)
+    row_format = source.format
+    if row_format == "auto":
+        row_format = detect_format(good, _METHOD, _RENAME)
     for place, row in prompts():
         yield place, (row, row_format)
 
@@ -184,5 +190,5 @@ def _answered(row: Example) -> Example:
     if isinstance(row, LabelledExample):
         return row.answer
     if isinstance(row, Text):
-        raise RowError("a plain text has no prompt; name its column prompt")
+        raise RowError("a plain text has no prompt; rename its key to prompt in the file")
     return row

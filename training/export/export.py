@@ -154,7 +154,10 @@ def _staged(target: Path) -> Iterator[Path]:
         yield staged
         staged.replace(target)
     except OSError as error:
-        raise RunError(f"{target}: the export failed: {error}") from error
+        raise RunError(
+            f"{target}: the export failed: {reason(error)}; make room there or give another "
+            "folder, and run the same command"
+        ) from error
     finally:
         shutil.rmtree(staged, ignore_errors=True)
 

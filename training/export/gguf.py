@@ -53,7 +53,7 @@ def convert(script: Path, model: Path, file: Path) -> None:
         lines = [one_line(line) for line in output.splitlines() if line]
         said = "\n".join(f"  {line}" for line in lines[-_ERROR_LINES:])
         missing = _MISSING.search(output)
-        remedy = "What it does not know, a newer llama.cpp may"
+        remedy = "A newer llama.cpp may know this architecture"
         if missing is not None:
             remedy = f"It needs a package that is not installed: pip install {missing[1]}"
         raise RunError(

@@ -151,7 +151,8 @@ class Adapter:
             if len(adapted) != len(nested):
                 raise InputError(
                     f"the adapter belongs to another base model: it changes {len(nested)} "
-                    f"parameters of {module}, but the base's are {', '.join(shapes) or 'missing'}"
+                    f"parameters of {module}, but the base's are {', '.join(shapes) or 'missing'}; "
+                    "restore the base that it was trained on"
                 )
             # The first parameter is wrapped first, and is the innermost.
             for name, factors in zip(reversed(adapted), nested, strict=True):

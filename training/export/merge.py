@@ -159,8 +159,8 @@ class _MergePlan:
         for name in sorted(needed - stored.keys() - joined):
             if name not in self.adapter.replacements or not self.skeleton.has(name):
                 raise InputError(
-                    f"the adapter changes {name}, which is no separate tensor in the base's files: "
-                    "the adapter belongs to another base model; restore its own base"
+                    f"the adapter changes {name}, which is not a tensor of its own in the base's "
+                    "files: the adapter belongs to another base model; restore its own base"
                 )
             added.add(name)
         return added

@@ -29,7 +29,9 @@ def reserve(name: str, private: bool) -> None:
     try:
         validate_repo_id(name)
     except HFValidationError as error:
-        raise InputError(f"--push {name}: {one_line(str(error))}") from None
+        raise InputError(
+            f"--push {name}: {one_line(str(error))}; write OWNER/NAME, as in my-name/my-model"
+        ) from None
     api = HfApi()
     try:
         is_public = not api.model_info(name).private
@@ -86,7 +88,10 @@ def _explained(name: str, error: Exception) -> FinrayError:
             "write there"
         )
     if isinstance(error, HfHubHTTPError) and status is not None and status < 500:
-        return InputError(f"--push {name}: the hub refuses ({status}): {text}")
+        return InputError(
+            f"--push {name}: the hub refuses ({status}): {text}; give another repository, or "
+            "upload the folder that --to writes"
+        )
     return RunError(
         f"--push {name}: the hub cannot be reached: {text}; the run is as it was, try again later"
     )

@@ -52,7 +52,7 @@ class Skeleton:
                 f"{folder}: cannot merge into a base that is stored quantised; leave out --merge"
             )
         if task not in _HEADS:
-            raise InputError(f"an adapter for the task {task} cannot be merged")
+            raise InputError(f"an adapter for the task {task} cannot be merged; leave out --merge")
         if task == "SEQ_CLS":
             config.num_labels = labels
         with torch.device("meta"):

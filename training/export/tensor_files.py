@@ -12,6 +12,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from ..common.errors import InputError
+from ..common.formatting import one_line
 from ..common.progress import Progress
 
 INDEX_FILE = "model.safetensors.index.json"
@@ -62,7 +63,9 @@ class TensorFiles:
             try:
                 self._read_header(path)
             except (SafetensorError, OSError) as error:
-                raise InputError(f"{path}: cannot read the weights: {error}") from None
+                raise InputError(
+                    f"{path}: cannot read the weights: {one_line(str(error))}; restore the file"
+                ) from None
 
     def _read_header(self, path: Path) -> None:
         with safe_open(path, framework="pt") as file:

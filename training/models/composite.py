@@ -88,7 +88,7 @@ def model_from_config(config: Any, head: Head, where: str, **arguments: Any) -> 
     try:
         model: PreTrainedModel = auto_class(config, head, where).from_config(config, **arguments)
     except ImportError as error:
-        raise InputError(f"{where}: {one_line(str(error))}") from error
+        raise InputError(f"{where}: {one_line(str(error))}; install that package") from error
     return model
 
 

@@ -28,7 +28,7 @@ from ..records.run_folder import FinishedRun
 from .adapter import check_fits
 from .loading import Model, head_arguments, load_tokenizer
 from .out_of_memory import is_out_of_memory
-from .pretrained import load_pretrained
+from .pretrained import load_pretrained, not_loaded
 from .tokens import room_for_adapter
 
 
@@ -135,8 +135,8 @@ def open_checkpoint(
     """
     if recipe.adapter is not None and recipe.adapter.changes_base:
         raise InputError(
-            f"{where}: with adapter.init {recipe.adapter.init} a checkpoint is no adapter on the "
-            "base; finish the run"
+            f"{where}: with adapter.init {recipe.adapter.init} a checkpoint is not an adapter on "
+            "the base; finish the run"
         )
     with local_copy(checkpoint) as folder, _load_errors(where, checkpoint):
         tokenizer = load_tokenizer(recipe)
@@ -177,7 +177,10 @@ def _under_adapter(
         if is_out_of_memory(error):
             raise
         reason = " ".join(str(error).split())
-        raise InputError(f"{where}: {adapter} does not fit {base}: {reason}") from error
+        raise InputError(
+            f"{where}: {adapter} does not fit {base}: {reason}; name the base that it was trained "
+            "on"
+        ) from error
     check_fits(adapted, adapter, where)
     return adapted
 
@@ -215,4 +218,4 @@ def _load_errors(where: str, name: object) -> Iterator[None]:
     except InputError:
         raise
     except (OSError, ValueError) as error:
-        raise InputError(f"{where}: cannot load {name}: {error}") from error
+        raise not_loaded(where, name, error) from error

@@ -28,6 +28,20 @@ _OBSOLETE = ("masked_bias", "inv_freq", "k_scale", "v_scale")
 _SHOWN = 5
 
 
+def not_loaded(where: str, name: object, error: Exception) -> InputError:
+    """The error for a configuration, tokenizer or model that transformers cannot load.
+
+    Args:
+        where: the key in the recipe, or the option.
+        name: a folder or a hub id.
+        error: what transformers says.
+    """
+    return InputError(
+        f"{where}: cannot load {name}: {one_line(str(error))}; check that the name is right and "
+        "all of its files are there, or upgrade transformers"
+    )
+
+
 def load_pretrained(
     name: str | Path,
     head: Head,
@@ -66,9 +80,11 @@ def load_pretrained(
             **arguments,
         )
     except (OSError, ValueError, SafetensorError) as error:
-        raise InputError(f"{where}: cannot load {name}: {error}") from error
+        raise not_loaded(where, name, error) from error
     except ImportError as error:  # a part of the model is in another library
-        raise InputError(f"{where}: cannot load {name}: {one_line(str(error))}") from error
+        raise InputError(
+            f"{where}: cannot load {name}: {one_line(str(error))}; install that package"
+        ) from error
     missing, unexpected = set(info["missing_keys"]), set(info["unexpected_keys"])
     if new_head:
         missing = {key for key in missing if _is_in_base(model, key)}

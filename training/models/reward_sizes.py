@@ -6,13 +6,12 @@ A reward model that finray trained is counted by its run, a classifier by its co
 import torch
 from transformers import AutoConfig
 
-from ..common.errors import InputError
-from ..common.formatting import one_line
 from ..common.storage import Folder
 from ..config.model_folder import model_folder, named_model
 from ..config.recipe import Recipe
 from ..records.run_folder import read_run
 from .composite import model_from_config
+from .pretrained import not_loaded
 
 
 def values_of_rewards(recipe: Recipe) -> int:
@@ -37,7 +36,7 @@ def _of_classifier(key: str, name: str) -> int:
     try:
         config = AutoConfig.from_pretrained(folder)
     except (OSError, ValueError) as error:
-        raise InputError(f"{key}: cannot load {name}: {one_line(str(error))}") from error
+        raise not_loaded(key, name, error) from error
     with torch.device("meta"):
         model = model_from_config(config, "score", key)
     return int(model.num_parameters())

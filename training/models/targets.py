@@ -347,7 +347,8 @@ def check_adapted(model: PeftModel, targets: Targets) -> None:
     if lacking or more:
         raise RunError(
             "adapter.targets: PEFT adapted other layers than those that were asked for: it left "
-            f"out {shorten(lacking) or 'none'}, and added {shorten(more) or 'none'}"
+            f"out {shorten(lacking) or 'none'}, and added {shorten(more) or 'none'}; name the "
+            "layers in adapter.targets"
         )
 
 

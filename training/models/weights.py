@@ -70,7 +70,10 @@ def load_weights(model: Model, source: Path) -> None:
                 missing.discard(id(own[name]))  # a tied weight is saved under one name
     if missing:
         names = sorted(name for name, value in own.items() if id(value) in missing)
-        raise RunError(f"the weights in {source} lack {', '.join(names[:5])} ({len(names)} in all)")
+        raise RunError(
+            f"the weights in {source} lack {', '.join(names[:5])} ({len(names)} in all); restore "
+            "them, or start over with --fresh"
+        )
 
 
 def _adapter_state(

@@ -58,12 +58,16 @@ def write_note(folder: Folder, note: Note) -> None:
 def noted_runs(storage: Folder) -> list[tuple[str, Record]]:
     """As `list_runs`, with a person's text under `note` and all tags under `tags`.
 
-    Raises:
-        InputError: a run.json or note.json is damaged.
+    A damaged note is none; what to do about it is under `problem`.
     """
     runs = []
     for name, record in list_runs(storage):
-        note = read_note(storage / name)
+        note, problem = Note(), record.get("problem")
+        try:
+            note = read_note(storage / name)
+        except InputError as error:
+            problem = problem or str(error)
         tags = list(dict.fromkeys([*(record.get("tags") or ()), *note.tags]))
-        runs.append((name, {**record, "note": note.text, "tags": tags}))
+        own = {"note": note.text, "tags": tags, **({"problem": problem} if problem else {})}
+        runs.append((name, record | own))
     return runs

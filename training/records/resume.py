@@ -145,7 +145,7 @@ def differences(before: Any, after: Any, free: tuple[str, ...] = ()) -> list[str
     ]
 
 
-def set_aside(storage: Folder, name: str) -> Folder:
+def move_aside(storage: Folder, name: str) -> Folder:
     """Rename a run's folder to the first free of <name>.1, <name>.2, ...; returns the new one."""
     taken = set(storage.names())
     free = next(f"{name}.{n}" for n in range(1, len(taken) + 2) if f"{name}.{n}" not in taken)

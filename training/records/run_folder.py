@@ -10,7 +10,8 @@ from typing import Any, Literal
 
 import yaml
 
-from ..common.errors import InputError
+from ..common.errors import InputError, reason
+from ..common.formatting import one_line
 from ..common.scratch import scratch_folder
 from ..common.storage import Folder
 from ..common.versions import check_format
@@ -30,6 +31,9 @@ STACKS_FOLDER = "stacks"
 """Stack traces of each rank that ended because a step hung."""
 PREPARED_FOLDER = "prepared"
 """Prepared data, which runs share; a folder of the storage, beside the runs."""
+UNREADABLE = "unreadable"
+"""The status of a run whose run.json cannot be used; no run.json holds it."""
+_REMEDY = "restore it, or move the folder away"
 
 Record = dict[str, Any]
 """A JSON object."""
@@ -50,6 +54,8 @@ _ITEM_TYPES: dict[str, dict[str, type]] = {
     "skipped": {"step": int},
 }
 """The types in the objects of a list."""
+_TEXT_LISTS = ("nodes", "notices", "tags")
+"""Lists of texts."""
 _TYPE_NAMES = {
     str: "text",
     int: "a whole number",
@@ -70,14 +76,30 @@ def read_run(folder: Folder) -> Record | None:
     if content is None:
         return None
     place = folder / RUN_FILE
-    record = _parse(content, f"{place}", "restore it, or move the folder away")
+    record = _parse(content, f"{place}", _REMEDY)
     check_format(record, RUN_FORMAT, place)
-    _check_types(record, _RUN_TYPES, f"{place}")
+    check_types(record, _RUN_TYPES, f"{place}", remedy=_REMEDY)
     for key, types in _ITEM_TYPES.items():
         for item in record.get(key) or ():
-            _check_types({key: item}, {key: dict}, f"{place}")
-            _check_types(item, types, f"{place}: {key}", needed=("step",))
+            check_types({key: item}, {key: dict}, f"{place}", needed=(key,), remedy=_REMEDY)
+            check_types(item, types, f"{place}: {key}", needed=("step",), remedy=_REMEDY)
+    for key in _TEXT_LISTS:
+        for item in record.get(key) or ():
+            check_types({key: item}, {key: str}, f"{place}", needed=(key,), remedy=_REMEDY)
     return record
+
+
+def read_listed(folder: Folder) -> Record | None:
+    """As `read_run`, for lists of runs, in which one damaged file hides no other run.
+
+    Returns:
+        For a run.json that `read_run` refuses, the status UNREADABLE, and under `problem` what is
+        wrong and what to do.
+    """
+    try:
+        return read_run(folder)
+    except InputError as error:
+        return {"status": UNREADABLE, "problem": str(error)}
 
 
 def check_run_folder(folder: Folder) -> None:
@@ -162,7 +184,7 @@ def finished_run(folder: Folder) -> FinishedRun:
     model = recipe.get("model")
     if not isinstance(model, dict) or not isinstance(model.get("base"), str):
         raise InputError(
-            f"{folder / RECIPE_FILE}: no recipe of a run: model.base is missing; restore the file"
+            f"{folder / RECIPE_FILE}: not a run's recipe: model.base is missing; restore the file"
         )
     return FinishedRun(folder, record, recipe, name)
 
@@ -187,7 +209,9 @@ def read_recipe(folder: Folder) -> tuple[str, Record]:
         text = content.decode("utf-8")
         recipe = load_yaml(text)
     except (UnicodeDecodeError, yaml.YAMLError) as error:
-        raise InputError(f"{folder / RECIPE_FILE}: not a YAML file: {error}") from None
+        raise InputError(
+            f"{folder / RECIPE_FILE}: not a YAML file: {one_line(str(error))}; restore the file"
+        ) from None
     return text, recipe if isinstance(recipe, dict) else {}
 
 
@@ -221,7 +245,7 @@ def read_metric_lines(folder: Folder) -> list[tuple[str, Record]]:
     lines = _read_lines(folder, METRICS_FILE)
     for number, (_, line) in enumerate(lines, start=1):
         place = f"{folder / METRICS_FILE}: line {number}"
-        _check_types(line, dict.fromkeys(line, float) | {"step": int}, place, needed=("step",))
+        check_types(line, dict.fromkeys(line, float) | {"step": int}, place, needed=("step",))
     return lines
 
 
@@ -254,13 +278,9 @@ def _write_lines(folder: Folder, name: str, records: Iterable[Record]) -> None:
 
 
 def list_runs(storage: Folder) -> list[tuple[str, Record]]:
-    """(name, content of run.json) of every run in a storage, sorted by name.
-
-    Raises:
-        InputError: a run.json is not a JSON object.
-    """
+    """(name, content of run.json as `read_listed` gives it) of every run in a storage, by name."""
     names = [name for name in storage.names() if name != PREPARED_FOLDER]
-    records = ((name, read_run(storage / name)) for name in names)
+    records = ((name, read_listed(storage / name)) for name in names)
     return [(name, record) for name, record in records if record is not None]
 
 
@@ -282,7 +302,10 @@ def _read(folder: Folder, name: str) -> bytes | None:
     except OSError as error:
         if folder.local is None:
             raise
-        raise InputError(f"{folder / name}: cannot be read: {error.strerror or error}") from None
+        raise InputError(
+            f"{folder / name}: cannot be read: {reason(error)}; restore the file, or make it "
+            "readable"
+        ) from None
 
 
 def _read_lines(folder: Folder, name: str) -> list[tuple[str, Record]]:
@@ -301,14 +324,25 @@ def _read_records(folder: Folder, name: str, key: str) -> list[Record]:
     """The lines of a file, each with a number under a key."""
     records = [record for _, record in _read_lines(folder, name)]
     for number, record in enumerate(records, start=1):
-        _check_types(record, {key: int}, f"{folder / name}: line {number}", needed=(key,))
+        check_types(record, {key: int}, f"{folder / name}: line {number}", needed=(key,))
     return records
 
 
-def _check_types(
-    record: Record, types: Mapping[str, type], place: str, needed: Sequence[str] = ()
+def check_types(
+    record: Record,
+    types: Mapping[str, type],
+    place: str,
+    needed: Sequence[str] = (),
+    remedy: str = "restore the file",
 ) -> None:
     """Check the types of a record's values; null is allowed, and an int is a float too.
+
+    Args:
+        record: a JSON object.
+        types: the types by key.
+        place: the file, and where in it, for messages.
+        needed: keys that must not be absent or null.
+        remedy: what to do about a value of another type.
 
     Raises:
         InputError: naming the place and the key.
@@ -318,8 +352,8 @@ def _check_types(
         allowed = (int, float) if expected is float else expected
         is_right = isinstance(value, allowed) and not isinstance(value, bool)
         if not is_right and (value is not None or key in needed):
-            shown = repr(value)[:80]
-            raise InputError(f"{place}: {key}: expected {_TYPE_NAMES[expected]}, not {shown}")
+            shown = f"{_TYPE_NAMES[expected]}, not {repr(value)[:80]}"
+            raise InputError(f"{place}: {key}: expected {shown}; {remedy}")
 
 
 def parse_record(line: bytes) -> Record | None:
@@ -335,7 +369,8 @@ def _parse(content: bytes, where: str, remedy: str = "restore the file") -> Reco
     record = parse_record(content)
     if record is None:
         excerpt = content[:80].decode("utf-8", "replace").strip()
-        raise InputError(f"{where}: expected a JSON object, found: {excerpt!r}; {remedy}")
+        actual = f"found: {excerpt!r}" if excerpt else "and the file is empty"
+        raise InputError(f"{where}: expected a JSON object, {actual}; {remedy}")
     return record
 
 

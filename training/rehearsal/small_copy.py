@@ -47,8 +47,8 @@ class SmallCopy:
     """Tokens of `model.add_tokens`; the tokenizer lacks them, and the embedding does if the base's
     does."""
 
-    def anew(self) -> PreTrainedModel:
-        """Another random model of this kind and size."""
+    def another(self) -> PreTrainedModel:
+        """Another random model of the same kind and size; not that of the folder."""
         trust = self.trust_remote_code
         return random_copy(self.model.config, seed=0, trust_remote_code=trust)
 
@@ -165,7 +165,7 @@ def _write_adapter(source: Path, copy: SmallCopy, target: Path) -> None:
     config.init_lora_weights = True
     config.base_model_name_or_path = str(copy.folder)
     config.trainable_token_indices = _small_rows(config.trainable_token_indices)
-    get_peft_model(copy.anew(), config, autocast_adapter_dtype=False).save_pretrained(
+    get_peft_model(copy.another(), config, autocast_adapter_dtype=False).save_pretrained(
         target, save_embedding_layers=False
     )
 

@@ -269,7 +269,7 @@ def _close(one: Tensor, other: Tensor) -> bool:
 def _explain(recipe: Recipe, copy: SmallCopy, model: Model, error: Exception) -> str:
     """What a failed step means for the recipe, in one line."""
     kind = _kind(model)
-    if isinstance(model, PeftModel) and not _breaks(copy.anew()):
+    if isinstance(model, PeftModel) and not _breaks(copy.another()):
         names = sorted(adapted_modules(model) or {})
         modules = model.targeted_module_names
         of_kind = {kind: [m for m in modules if m.rpartition(".")[2] == kind] for kind in names}
@@ -312,7 +312,7 @@ def _unsuitable(copy: SmallCopy) -> str:
 def _adapted(copy: SmallCopy, targets: list[str]) -> torch.nn.Module:
     """The copy with an adapter on these modules alone."""
     config = LoraConfig(r=2, target_modules=targets)
-    adapted: torch.nn.Module = get_peft_model(copy.anew(), config)
+    adapted: torch.nn.Module = get_peft_model(copy.another(), config)
     return adapted
 
 

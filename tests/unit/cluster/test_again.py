@@ -1,4 +1,4 @@
-"""A run that is started again: finished, changed, longer, anew; and check, which foresees it."""
+"""A run that is started again: finished, changed, longer or over; and check, which foresees it."""
 
 import copy
 import json
@@ -122,7 +122,7 @@ def test_a_finished_run_says_so(settings: Settings, capsys: pytest.CaptureFixtur
     assert files == {path: path.read_bytes() for path in run.folder.rglob("*") if path.is_file()}
 
 
-def test_begun_anew(settings: Settings) -> None:
+def test_started_over(settings: Settings) -> None:
     settings["optim"]["max_steps"] = 2
     first = train(settings)
     before = weights(first)
@@ -135,7 +135,7 @@ def test_begun_anew(settings: Settings) -> None:
     assert old.recipe.seed == 0 and all(torch.equal(weights(old)[n], before[n]) for n in before)
 
 
-def test_a_refused_new_beginning_moves_nothing(settings: Settings) -> None:
+def test_a_refused_start_over_moves_nothing(settings: Settings) -> None:
     run = train(settings)
     gpu = ["scale.workers=1", "scale.gpus_per_worker=1"]
     with pytest.raises(finray.InputError, match="lacks 1 GPUs"):

@@ -613,7 +613,7 @@ def test_two_dialects_are_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("stage: ppo\nmodel_name_or_path: a/b\ndataset: c\n", "stage: 'ppo': PPO is not there"),
+        ("stage: ppo\nmodel_name_or_path: a/b\ndataset: c\n", "stage: 'ppo': finray has no PPO"),
         ("model_name_or_path: a\nexport_dir: b\ntemplate: c\n", "exports a model"),
         ("model_name_or_path: a\ninfer_backend: vllm\ntemplate: c\n", "nothing is trained"),
         ("base_model: a\nrl: ebft\ndatasets: [{path: a/b}]\n", "rl: 'ebft': finray has no such"),

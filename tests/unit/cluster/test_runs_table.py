@@ -1,9 +1,15 @@
-"""finray runs: one line per run, silent runs marked, and the same as JSON."""
+"""finray runs: one line per run, silent and unreadable runs marked, and the same as JSON."""
 
 import json
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 from typing import Any
 
+import pytest
+from support.stored_runs import stored_run
+
+import finray
+from finray.cluster.cli.main import main
 from finray.cluster.screens.runs import render_runs
 
 NOW = datetime(2026, 5, 2, 12, 0, tzinfo=UTC)
@@ -67,7 +73,26 @@ def test_words_are_cut_to_a_terminal_and_numbers_never() -> None:
     table = render_runs([(name, long)], as_json=False, now=NOW, width=140)
     assert max(map(len, table.splitlines())) <= 140
     assert all(part in table for part in ("400/400", "0.552", name, "warm-up", "…"))
-    assert render_runs([(name, long)], as_json=False, now=NOW, width=100) == whole, "it cannot fit"
+
+
+@pytest.mark.parametrize("width", [110, 100, 80, 60, 40])
+@pytest.mark.parametrize("name", ["short", "support-" + "qwen3-" * 6 + "lr-3e-4"])
+def test_a_narrow_terminal_has_no_line_that_wraps(name: str, width: int) -> None:
+    record = run(metrics={"loss": 0.47, "eval_loss": 0.552}, tokens=1_536_000)
+    tagged = record | {"tags": ["baseline", "lora-r16"], "note": "warm-up too short"}
+    table = render_runs([(name, tagged), ("b", record)], as_json=False, now=NOW, width=width)
+    header, *rows = table.splitlines()
+    assert max(map(len, table.splitlines())) <= width
+    headings = set(header.replace("eval loss", "eval_loss").split())
+    every = "name status method step loss eval_loss tokens started tags note …".split()
+    assert headings <= set(every), "a heading is whole, or not there"
+    if "step" in headings:
+        assert all(row.split()[3] == "400/400" for row in rows), "numbers are whole"
+    if width >= 80:
+        assert all("0.552" in row for row in rows)
+        assert "…" in table or (name, width) == ("short", 110)
+    if name == "short":
+        assert ("bas" in table) == (width >= 80), "tags are cut, to four signs at least"
 
 
 def test_a_silent_run_is_marked() -> None:
@@ -110,3 +135,62 @@ def test_nothing_and_the_barest_record() -> None:
 def test_a_time_without_zone_is_utc() -> None:
     text = render_runs([("r", run(started_at="2026-05-02T11:59:15"))], as_json=False, now=NOW)
     assert text.endswith("45s ago")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "expected a JSON object, and the file is empty"),
+        (b"\xff\xfe", "expected a JSON object, found"),
+        (b"[1]", "expected a JSON object, found: '[1]'"),
+        (b'{"status": 3}', "status: expected text, not 3"),
+        (b'{"tags": [1]}', "tags: expected text, not 1"),
+        (b'{"restarts": [null]}', "restarts: expected an object, not None"),
+        (b'{"format": 99}', "a newer finray wrote this file"),
+    ],
+)
+def test_an_unreadable_run_hides_no_other(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], content: bytes, message: str
+) -> None:
+    for name, loss in (("a", 0.5), ("b", 0.4), ("c", 0.3)):
+        stored_run(tmp_path, name, metrics={"eval_loss": loss})
+    (tmp_path / "c" / "run.json").write_bytes(content)
+    at = ["--storage", str(tmp_path)]
+    for more in ([], ["--sort", "eval_loss"]):
+        assert main(["runs", *more, *at]) == 0
+        out, err = capsys.readouterr()
+        rows = {line.split()[0]: line.split()[1] for line in out.splitlines()[1:]}
+        assert rows == {"a": "finished", "b": "finished", "c": "unreadable"}
+        (line,) = err.splitlines()
+        assert line.startswith(f"{tmp_path}/c/run.json: {message}") and "; " in line
+    assert main(["runs", "--json", *at]) == 0
+    entries = {entry["name"]: entry for entry in json.loads(capsys.readouterr().out)}
+    assert entries["c"]["status"] == "unreadable" and message in entries["c"]["problem"]
+    assert entries["a"]["problem"] is None
+    assert main(["runs", "compare", "a", "b", *at]) == 0
+    assert main(["runs", "compare", "a", "c", *at]) == 2
+    assert message in capsys.readouterr().err
+    runs = {run.name: run for run in finray.runs(tmp_path)}
+    assert [runs[name].status for name in "abc"] == ["finished", "finished", "unreadable"]
+    assert "unreadable" in repr(runs["c"])
+    with pytest.raises(finray.InputError, match=r"run\.json"):
+        _ = runs["c"].record
+
+
+def test_an_unreadable_note_or_recipe_hides_no_run(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("a", "b"):
+        stored_run(tmp_path, name, metrics={"eval_mine": 0.5}, tags=["x"])
+    (tmp_path / "a" / "note.json").write_bytes(b"[]")
+    (tmp_path / "b" / "recipe.yaml").write_bytes(b"a: [")
+    assert main(["runs", "--sort", "eval_mine", "--storage", str(tmp_path)]) == 0
+    out, err = capsys.readouterr()
+    assert [line.split()[:2] for line in out.splitlines()[1:]] == [
+        ["a", "finished"],
+        ["b", "finished"],
+    ]
+    recipe, note = err.splitlines()
+    assert recipe.startswith(f"{tmp_path}/b/recipe.yaml: not a YAML file: ")
+    assert recipe.endswith("; restore the file")
+    assert note.startswith(f"{tmp_path}/a/note.json: ") and "finray runs note" in note

@@ -70,7 +70,7 @@ def test_what_finray_wrote_is_not_redirected(here: Path) -> None:
     ("value", "reason"),
     [
         ("s3://user:password@bucket/runs", "storage: holds a secret"),
-        ("s4://bucket/runs", "storage: s4:// is no kind of storage"),
+        ("s4://bucket/runs", "storage: s4:// is not a kind of storage"),
     ],
 )
 def test_a_bad_value_names_its_place(

@@ -453,7 +453,7 @@ def kinds_of_sweep(plan: Plan) -> set[str]:
 def test_a_sweep_is_accepted(name: str, tried: Tried) -> None:
     plan = plan_of(name, tried)
     assert plan.space.searched and not plan.excluded_count
-    every = plan.space.every_setting()
+    every = plan.combinations.every_setting()
     if plan.sweep.sampler == "grid":
         assert every is not None and plan.sweep.trials == len(every)
     examine(plan.recipe.model_copy(update={"optim": _FEW}), fresh=True)

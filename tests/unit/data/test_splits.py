@@ -156,7 +156,7 @@ def test_without_a_train_split_there_is_no_guess(tmp_path: Path) -> None:
         InputError, match="has no split train; name one of its splits: validation, test"
     ):
         expand(Source(path=str(tmp_path)))
-    with pytest.raises(InputError, match=r"^split: .*test.jsonl is no folder"):
+    with pytest.raises(InputError, match=r"^split: .*test.jsonl is not a folder"):
         expand(Source(path=str(tmp_path / "test.jsonl"), split="test"))
 
 

@@ -20,7 +20,7 @@ from finray.training.run import prepare_data, run_folder, run_prepared
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 
 
-def test_another_metric_is_measured_anew() -> None:
+def test_another_metric_counts_from_its_first_measurement() -> None:
     progress = TrainingProgress()
     for step, value in ((2, 1.2), (4, 1.3)):
         progress.step = step

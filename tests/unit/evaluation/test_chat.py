@@ -13,7 +13,7 @@ from peft import PeftModel
 from support.finished_run import finished_run
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from finray.cluster.api.answers import chat
+from finray.cluster.api.conversation import chat
 from finray.cluster.cli.main import main
 from finray.cluster.screens.chat import ChatScreen
 from finray.training.common.errors import InputError

@@ -369,7 +369,9 @@ def test_an_object_store_keeps_the_answers_of_a_silent_judge(
     assert "does not answer" in evaluate().problems[0]
     kept = (folder / "eval.jsonl.part").read_text()
     assert kept.count('"judge_answer": 7.0') == 1
-    with pytest.raises(InputError, match=r"^s3://bucket/eval/eval.jsonl.part\?x=1 was begun with"):
+    with pytest.raises(
+        InputError, match=r"^s3://bucket/eval/eval.jsonl.part\?x=1 was started with"
+    ):
         evaluate("another")
     assert (folder / "eval.jsonl.part").read_text() == kept
     server.statuses, server.asked[:] = [], []
@@ -500,7 +502,7 @@ def test_the_page_escapes_and_shows_the_worst_first(
     ("words", "message"),
     [
         (("--metric", "rogue"), "--metric: there is no metric rogue"),
-        (("--judge", "here:80", "--judge-model", "m"), "--judge: here:80 is no address"),
+        (("--judge", "here:80", "--judge-model", "m"), "--judge: here:80 is not an address"),
         (("--judge", "http://here:80"), "name the judge's model with --judge-model"),
         (("--schema", "{data}"), "--schema: cannot read"),
         (("--against", "nope"), "there is no run nope"),

@@ -72,6 +72,21 @@ def greedy(plain: tuple[Any, Any], prompt: str | list[Any], tokens: int) -> str:
     return answer
 
 
+def test_rows_with_other_keys_are_renamed_in_the_file(
+    tmp_path: Path, write: Write, tiny_model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Neither generate nor eval has a recipe whose source renames them."""
+    rows = str(write(tmp_path / "rows.jsonl", [{"q": "quick", "a": "fox"}]))
+    for command in (
+        ["generate", str(tiny_model), "--prompts", rows, "--to", str(tmp_path / "answers.jsonl")],
+        ["eval", str(tiny_model), "--data", rows],
+    ):
+        assert main(command) == 2
+        err = capsys.readouterr().err
+        assert f"{rows}:1: no row format has these keys: q, a" in err
+        assert "rename the keys of your rows in the file" in err and "columns" not in err
+
+
 def test_the_answers_are_those_of_plain_transformers(
     run: Path, plain: tuple[Any, Any], tmp_path: Path, write: Write, read: Read
 ) -> None:
@@ -164,7 +179,7 @@ def test_a_part_of_other_settings_is_not_continued(
             identity="x",
             answering=dying,
         )
-    with pytest.raises(InputError, match=r"begun with other settings \(max_tokens\)"):
+    with pytest.raises(InputError, match=r"started with other settings \(max_tokens\)"):
         generate([opened], source, target, AnswerSettings(max_tokens=3), identity="x")
 
 

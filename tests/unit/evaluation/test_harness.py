@@ -32,12 +32,12 @@ metric_list: [{{metric: acc, aggregation: mean, higher_is_better: true}}]
 
 
 def test_an_absent_package_is_named(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("finray.cluster.api.answers.find_spec", lambda name: None)
+    monkeypatch.setattr("finray.cluster.api.evaluation.find_spec", lambda name: None)
     with pytest.raises(InputError, match=r"--tasks: .*; install it: pip install 'finray\[harness"):
         finray.evaluate(run, tasks=["arc_easy"])
     with pytest.raises(InputError, match="in this process; leave out --workers"):
         finray.evaluate(run, tasks=["arc_easy"], workers=2)
-    monkeypatch.setattr("finray.cluster.api.answers.find_spec", lambda name: object())
+    monkeypatch.setattr("finray.cluster.api.evaluation.find_spec", lambda name: object())
     with pytest.raises(InputError, match=r"has no data\.eval of its own"):
         finray.evaluate(run, metrics=["exact_match"], tasks=["arc_easy"])
 
@@ -49,7 +49,7 @@ def test_tasks_are_measured_here_though_a_variable_names_a_cluster(
         assert not next(candidates["answer"].open().model.parameters()).is_meta
         return Evaluation({"measures": []}, [])
 
-    monkeypatch.setattr("finray.cluster.api.answers.find_spec", lambda name: object())
+    monkeypatch.setattr("finray.cluster.api.evaluation.find_spec", lambda name: object())
     monkeypatch.setattr("finray.training.evaluation.results.write_evaluation", measured)
     monkeypatch.setenv("FINRAY_ADDRESS", "127.0.0.1:1")
     finray.evaluate(run, tasks=["arc_easy"], to=tmp_path / "eval", quiet=True)

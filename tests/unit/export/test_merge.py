@@ -409,7 +409,7 @@ def test_another_base_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"another base model.*of shape \(32, 48\), .*\(64, 48\)"):
         merge(other, adapter, tmp_path, SILENT)
     with pytest.raises(
-        InputError, match=r"changes .*down_proj.weight, which is no separate tensor"
+        InputError, match=r"changes .*down_proj.weight, which is not a tensor of its own"
     ):
         merge(save(gpt2(), tmp_path / "gpt2"), adapter, tmp_path, SILENT)
 

@@ -154,12 +154,12 @@ def test_a_result_without_its_recipe(storage: Path) -> None:
     assert finished_run(Folder(str(run))).kind == "adapter"
     for content in (b"", b"model: 3", b"model: {base: [1]}"):
         (run / "recipe.yaml").write_bytes(content)
-        with pytest.raises(InputError, match=r"recipe\.yaml: no recipe of a run: model\.base"):
+        with pytest.raises(InputError, match=r"recipe\.yaml: not a run's recipe: model\.base"):
             finished_run(Folder(str(run)))
 
 
 def resigned(folder: Path) -> None:
-    """Write the manifest anew, so that all hashes are right."""
+    """Write the manifest again, so that all hashes are right."""
     (folder / "rank-0.json").unlink()
     (folder / "rank-0.json").write_bytes(checkpoint.make_manifest(folder, 0, 1, {}))
 

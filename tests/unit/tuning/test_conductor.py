@@ -12,6 +12,7 @@ from finray.training.common.errors import InputError, RunError
 from finray.training.common.storage import Folder
 from finray.training.config.metric import Metric
 from finray.training.config.recipe import Recipe
+from finray.tuning.combinations import Combinations
 from finray.tuning.conductor import Conductor
 from finray.tuning.distribution import Distribution
 from finray.tuning.progress import Ending
@@ -264,7 +265,7 @@ def test_a_grid_ends_with_its_last_setting(tiny_model: Path, space: Space) -> No
         {"adapter.rank": Distribution(choice=[2, 4, 8])}, space.base, Path("/"), lambda key: key
     )
     sweep = SimulatedSweep(finite, sampler="grid")
-    sweep.study.set_up(finite.every_setting() or [], [])
+    sweep.study.set_up(Combinations(finite).every_setting() or [], [])
     for rank in (2, 4, 8):
         assignment = sweep.conductor.next_trial()
         assert assignment is not None and assignment.settings == {"adapter.rank": rank}

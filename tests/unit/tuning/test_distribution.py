@@ -6,6 +6,7 @@ import optuna
 import pytest
 
 from finray.training.config.recipe import Recipe
+from finray.tuning.combinations import Combinations
 from finray.tuning.distribution import Distribution
 from finray.tuning.space import Space
 
@@ -39,9 +40,10 @@ def test_every_suggested_value_has_prepared_data(kind: str) -> None:
     if kind == "choice":
         holdout = Distribution(choice=[0, 0.1])
     space = Space({"data.holdout": holdout}, recipe, Path("/"), lambda key: key)
-    prepared = {space.data_key(settings) for settings in space.data_settings()}
+    combinations = Combinations(space)
+    prepared = {combinations.data_key(settings) for settings in combinations.data_settings()}
     assert len(prepared) == len(holdout.every_value() or [])
-    assert space.data_key(space.rule_of_thumb()) in prepared
+    assert combinations.data_key(space.rule_of_thumb()) in prepared
     study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
-    suggested = {space.data_key(space.suggest(study.ask())) for _ in range(40)}
+    suggested = {combinations.data_key(space.suggest(study.ask())) for _ in range(40)}
     assert suggested == prepared

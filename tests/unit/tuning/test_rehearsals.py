@@ -61,7 +61,7 @@ def rehearsals(
         keys = {key.replace("__", "."): {"choice": values} for key, values in search.items()}
         values = {"name": "s", "recipe": recipe, "search": keys, "storage": str(tmp_path / "runs")}
         plan = make_plan(load_sweep({**values, "trials": 12, "objective": "loss"}))
-        return plan, Rehearsals(plan.space, plan.trial_recipe, SILENT)
+        return plan, Rehearsals(plan.combinations, plan.trial_recipe, SILENT)
 
     return make
 

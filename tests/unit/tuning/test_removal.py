@@ -174,6 +174,34 @@ def test_what_a_sweep_refers_to_and_its_trials_are_kept(tmp_path: Path) -> None:
     assert entry.prepared == {"a" * 16, "b" * 16}
 
 
+def test_unreadable_records_keep_what_they_may_refer_to_and_stay(tmp_path: Path) -> None:
+    first, second = stored_run(tmp_path, "first"), stored_run(tmp_path, "second")
+    stored_run(tmp_path, "goes", metrics={"eval_loss": 1.0})
+    recipe = {"model": {"base": "x", "adapter": f"{first}/adapter"}}
+    damaged = stored_run(tmp_path, "damaged", recipe=recipe)
+    (damaged / "run.json").write_bytes(b"")
+    (tmp_path / "sweep").mkdir()
+    (tmp_path / "sweep" / "sweep.json").write_text(f'{{"adapter": "{second}/ad', encoding="utf-8")
+    pruned = plan_prune(
+        *(Folder(str(tmp_path)),),
+        keep_best=None,
+        by="eval_loss",
+        older_than=DAY,
+        unfinished=True,
+    )
+    assert names(pruned) == ["goes"]
+    assert "damaged refers to it (recipe.yaml: model.adapter)" in kept(pruned)["first"]
+    assert "sweep refers to it (sweep.json, which cannot be read)" in kept(pruned)["second"]
+    assert "run.json: expected a JSON object" in kept(pruned)["damaged"]
+    assert names(rm(tmp_path, "goes")) == ["goes"]
+    for name in ("damaged", "sweep"):
+        assert kept(rm(tmp_path, name))[name].endswith("; --unfinished deletes it")
+        assert names(rm(tmp_path, name, unfinished=True)) == [name]
+    with pytest.raises(InputError, match=r"run\.json: expected a JSON object"):
+        plan_clean(Folder(str(tmp_path)), DAY)
+    assert remove(rm(tmp_path, "damaged", unfinished=True), SILENT) == (["damaged"], [])
+
+
 def test_a_run_in_use_is_kept(tmp_path: Path) -> None:
     run = stored_run(tmp_path, "busy")
     with hold_run_lock(Folder(str(run)), threading.Event(), SILENT):
@@ -412,7 +440,7 @@ def test_no_such_run(tmp_path: Path) -> None:
         find_run("my-rnu", Folder(str(tmp_path)))
     (tmp_path / "sweep").mkdir()
     (tmp_path / "sweep" / "sweep.json").write_text("{}")
-    with pytest.raises(InputError, match=r"sweep: a sweep, and no run; name one of its trials"):
+    with pytest.raises(InputError, match=r"sweep is a sweep, not a run; name one of its trials"):
         find_run("sweep", Folder(str(tmp_path)))
     (tmp_path / "prepared").mkdir()
     with pytest.raises(InputError, match="finray runs lists them"):

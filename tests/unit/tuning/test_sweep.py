@@ -141,7 +141,7 @@ def test_conditional_keys_and_computed_ones(plan: MakePlan) -> None:
             "adapter.rank": {"choice": [2, 8]},
         }
     )
-    every = made.space.every_setting()
+    every = made.combinations.every_setting()
     assert every is not None and len(every) == 2 * (1 + 2)
     for settings in every:
         assert ("optim.beta2" in settings) == (settings["optim.schedule"] == "linear")
@@ -152,7 +152,7 @@ def test_conditional_keys_and_computed_ones(plan: MakePlan) -> None:
 
 def test_whole_sections_are_choices(plan: MakePlan) -> None:
     made = plan(search={"adapter": {"choice": [None, {"rank": 2}]}})
-    recipes = [made.space.recipe(settings) for settings in made.space.every_setting() or []]
+    recipes = [made.space.recipe(settings) for settings in made.combinations.every_setting() or []]
     assert [recipe.adapter and recipe.adapter.rank for recipe in recipes] == [None, 2]
 
 
@@ -353,9 +353,9 @@ def test_points_come_after_the_rule_and_keep_the_recipe_elsewhere(plan: MakePlan
 
 def test_recipes_share_data_unless_its_settings_differ(plan: MakePlan) -> None:
     made = plan(search={**RATE, "data.max_length": {"choice": [64, 128]}})
-    keys = {made.space.data_key(settings) for settings in made.space.data_settings()}
+    keys = {made.combinations.data_key(settings) for settings in made.combinations.data_settings()}
     assert len(keys) == 2
-    assert len(plan().space.data_settings()) == 1
+    assert len(plan().combinations.data_settings()) == 1
 
 
 def test_no_data_is_prepared_for_impossible_combinations(plan: MakePlan) -> None:
@@ -392,8 +392,8 @@ def test_data_that_depends_on_other_keys_is_prepared_for_all_their_values(plan: 
         made = plan(search={**ranks, "data.max_length": length})
         recipes = made.data_recipes()
         assert len({recipe.data.max_length for recipe in recipes.values()}) == lengths
-        for settings in made.space.every_setting() or []:
-            recipe = recipes[made.space.data_key(settings)]
+        for settings in made.combinations.every_setting() or []:
+            recipe = recipes[made.combinations.data_key(settings)]
             assert recipe.data.max_length == made.space.recipe(settings).data.max_length
     rate = {**RATE, "data.max_length": {"choice": [64], "when": {"optim.learning_rate": 1e-4}}}
     with pytest.raises(InputError, match=r"max_length: .*finite, also of optim"):

@@ -16,11 +16,12 @@ from finray.training.common.errors import InputError
 from finray.training.common.storage import Folder
 from finray.training.config.metric import Metric
 from finray.training.config.recipe import Recipe
+from finray.tuning.combinations import Combinations
 from finray.tuning.conductor import Conductor
 from finray.tuning.default_search import default_space
-from finray.tuning.distribution import Distribution
+from finray.tuning.distribution import Distribution, Settings
 from finray.tuning.samplers import make_pruner, make_sampler
-from finray.tuning.space import Settings, Space
+from finray.tuning.space import Space
 from finray.tuning.study import StudyFile, SweepStudy
 from finray.tuning.sweep import Sweep
 
@@ -255,7 +256,7 @@ def test_a_space_too_large_to_list() -> None:
         BATCH: Distribution(int_uniform=(1, 1000)),
     }
     space = make_space(huge)
-    assert space.every_setting() is None
+    assert Combinations(space).every_setting() is None
     sweep = Simulated(space, trials=12, sampler="random")
     sweep.play()
     assert sweep.distinct == sweep.stored == 12
@@ -271,7 +272,7 @@ def test_conditions_keep_a_space_small() -> None:
         key: Distribution(uniform=(0.0, 0.9), step=0.1, when={"seed": number})
         for number, key in enumerate(keys)
     }
-    every = make_space(search).every_setting()
+    every = Combinations(make_space(search)).every_setting()
     assert every == [
         {"seed": number, key: tenth / 10} for number, key in enumerate(keys) for tenth in range(10)
     ]

@@ -12,9 +12,9 @@ from finray.training.common.errors import InputError
 from finray.training.common.storage import Folder
 from finray.training.config.metric import Metric
 from finray.training.config.recipe import Recipe
-from finray.tuning.distribution import Distribution
+from finray.tuning.distribution import Distribution, Settings
 from finray.tuning.plan import make_plan
-from finray.tuning.space import Settings, Space
+from finray.tuning.space import Space
 from finray.tuning.study import StudyFile, SweepStudy
 from finray.tuning.sweep import load_sweep
 from finray.tuning.sweep_folder import write_sweep

@@ -131,7 +131,7 @@ LLAMA_FACTORY = Dialect(
         "export_quantization_nsamples export_quantization_maxlen export_legacy_format "
         "export_hub_model_id": "exporting a model: finray export",
         "hf_hub_token ms_hub_token om_hub_token": (
-            "a secret, which belongs into the environment: HF_TOKEN"
+            "a secret, which belongs in the environment: HF_TOKEN"
         ),
         "adapter_folder create_new_adapter": (
             "merging adapters before the training; finray export --merge makes a base of one"

@@ -66,7 +66,7 @@ _VALUES: dict[tuple[str, str], str] = {
     ("method.kind", "rm"): "write reward",
     ("method.kind", "pt"): "write pretrain",
     ("method.kind", "ipo"): "write {kind: dpo, losses: {ipo: 1.0}}",
-    ("method.kind", "ppo"): "there is no PPO; grpo and rloo learn from rewards",
+    ("method.kind", "ppo"): "finray has no PPO; grpo and rloo learn from rewards",
 }
 _OPTIMIZERS = ("adamw", "paged_", "sgd", "adafactor", "lion")
 

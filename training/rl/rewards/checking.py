@@ -132,7 +132,7 @@ def _check_model(reward: ModelReward, where: str) -> None:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise InputError(
-            f"{where}: {folder} is no model folder: {reason(error)}; give a hub "
+            f"{where}: {folder} is not a model's folder: {reason(error)}; give a hub "
             "id, or a folder that transformers wrote"
         ) from None
     labels = list(config.get("id2label", {"0": "LABEL_0", "1": "LABEL_1"}).values())

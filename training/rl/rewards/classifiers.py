@@ -18,6 +18,7 @@ from ...data.fields import context_of
 from ...data.shapes import NO_CONTEXT, ChatContext
 from ...models.open_result import open_model, open_result
 from ...models.out_of_memory import in_fitting_parts
+from ...models.pretrained import not_loaded
 from ...records.run_folder import finished_run
 from .reward import Completions, RewardValues, Turns
 
@@ -168,7 +169,7 @@ def load_classifier(reward: ModelReward, dtype: torch.dtype, device: Any) -> Cla
             named.base, revision=named.revision, trust_remote_code=False
         )
     except (OSError, ValueError) as error:
-        raise InputError(f"{where}: cannot load {reward.model}: {error}") from None
+        raise not_loaded(where, reward.model, error) from None
     labels = [model.config.id2label[index] for index in range(model.config.num_labels)]
     column = label_index(reward, labels)
     classifier = classifier_of(model.to(device), tokenizer, where, _REMEDY, column)
