@@ -43,6 +43,7 @@ from ..models.base_cache import BaseCache
 from ..models.composite import name_of_class
 from ..models.devices import accelerator_kind, check_device, device_kind, own_device
 from ..models.dtypes import choose_dtype
+from ..models.first_worker import made_once
 from ..models.loading import count_parameters, grown_embedding, load_model, load_tokenizer
 from ..models.out_of_memory import is_out_of_memory
 from ..models.placement import choose_strategy
@@ -177,10 +178,9 @@ class TrainingWorker:
         notices: list[str] = []
         self.strategy = choose_strategy(self.recipe, context.world_size, own_device())
         placed = self.recipe.with_strategy(self.strategy)
-        self.model = load_model(
-            *(placed, self.recipe.method.head, bases, notices.append),
-            left_out=task.get("left_out", ()),
-        )
+        head, left_out = self.recipe.method.head, task.get("left_out", ())
+        load = partial(load_model, placed, head, bases, notices.append, left_out)
+        self.model = made_once(self.recipe, self.strategy, load)
         self.checkpoint = _fetch(checkpoints, choice, scratch)
         self.progress = _progress_of(self.checkpoint)
         self.progress.watch(self.recipe.watched)
