@@ -9,6 +9,7 @@ import copyreg
 import io
 import pickle
 from collections.abc import Callable, Iterable
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
@@ -23,6 +24,8 @@ from .out_of_memory import first_line
 
 _Made = TypeVar("_Made", bound=torch.nn.Module)
 _Shape = tuple[torch.Size, torch.dtype]
+_LONGEST = timedelta(days=1)
+"""Time for which the others wait; a first worker that ends or hangs ends them, too."""
 
 
 def made_once(recipe: Recipe, strategy: Strategy, make: Callable[[], _Made]) -> _Made:
@@ -43,21 +46,34 @@ def made_once(recipe: Recipe, strategy: Strategy, make: Callable[[], _Made]) -> 
     """
     if strategy != "fsdp" or recipe.model.trust_remote_code:
         return make()
-    if dist.get_rank() > 0:
-        received: list[Any] = [None]
-        dist.broadcast_object_list(received, src=0)
-        (sent,) = received
-        if isinstance(sent, Exception):
-            raise sent
-        return make() if sent is None else _unpacked(sent)
+    # Between CPUs: a GPU's collectives end while a slow storage is still read.
+    group = dist.new_group(backend="gloo", timeout=_LONGEST)
+    try:
+        return _received(make, group) if dist.get_rank() > 0 else _sent(make, group)
+    finally:
+        dist.destroy_process_group(group)
+
+
+def _sent(make: Callable[[], _Made], group: Any) -> _Made:
+    """What `make` returns, after it or its error has been sent."""
     try:
         model = make()
     except Exception as error:
         of_others = error if isinstance(error, FinrayError) else RuntimeError(first_line(error))
-        dist.broadcast_object_list([of_others], src=0)
+        dist.broadcast_object_list([of_others], src=0, group=group)
         raise
-    dist.broadcast_object_list([_packed(model)], src=0)
+    dist.broadcast_object_list([_packed(model)], src=0, group=group)
     return model
+
+
+def _received(make: Callable[[], _Made], group: Any) -> _Made:
+    received: list[Any] = [None]
+    dist.broadcast_object_list(received, src=0, group=group)
+    (sent,) = received
+    if isinstance(sent, Exception):
+        raise sent
+    made: _Made = make() if sent is None else _Unpacker(io.BytesIO(sent)).load()
+    return made
 
 
 @torch.no_grad()
@@ -86,10 +102,6 @@ def _packed(model: torch.nn.Module) -> bytes | None:
     except (pickle.PicklingError, AttributeError, TypeError):  # a function without a name
         return None
     return file.getvalue()
-
-
-def _unpacked(packed: bytes) -> Any:
-    return _Unpacker(io.BytesIO(packed)).load()
 
 
 class _Packer(pickle.Pickler):
