@@ -36,7 +36,7 @@ from finray.training.models.loading import Model, load_model
 from finray.training.models.memory_estimate import estimate, sizes_of
 from finray.training.objectives.objective import Setup
 from finray.training.rehearsal.outcome import Outcome
-from finray.training.rehearsal.packing import find_isolation, scores_alike
+from finray.training.rehearsal.packing import find_isolation, scores_alike, shares_prefixes
 from finray.training.rehearsal.rehearse import ways_of
 from finray.training.rehearsal.small_copy import VOCABULARY, make_copy, small_recipe
 from finray.training.rl.online import OnlineObjective
@@ -241,7 +241,8 @@ def rehearsed(recipe: Recipe, folder: Path) -> Outcome:
     copy = make_copy(recipe, scratch)
     way, _ = find_isolation(copy, VOCABULARY, ways_of(recipe))
     scores = recipe.method.head == "score"
-    if scores and not scores_alike(small_recipe(recipe, copy, scratch), copy, way):
+    shares = way == "documents" and not recipe.method.packs and shares_prefixes(copy, VOCABULARY)
+    if scores and not scores_alike(small_recipe(recipe, copy, scratch), copy, way, shares):
         way = None
     return Outcome("ok", isolation=way)
 

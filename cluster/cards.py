@@ -46,6 +46,7 @@ CARDS = {
         Card("a100-40", "A100 40 GB", 39.4, 312, 1.56, 300),
         Card("a100", "A100 80 GB", 79.2, 312, 2.04, 300),
         Card("h100", "H100 80 GB", 79.2, 989, 3.35, 450),
+        Card("h100-nvl", "H100 NVL 94 GB", 93.1, 835, 3.9, 300),
         Card("h200", "H200 141 GB", 139.8, 989, 4.8, 450),
         Card("b200", "B200 180 GB", 178.3, 2250, 7.7, 900),
         Card("l4", "L4 24 GB", 22.0, 121, 0.30, 16),
@@ -66,9 +67,13 @@ CARDS = {
 }
 _BESIDE = re.compile(
     r"nvidia|tesla|geforce|quadro|sxm\d?|pcie|nvl|hbm\d?e?|blackwell|generation|edition|server|"
-    r"workstation"
+    r"workstation|max|q"
 )
 """Words that drivers write beside a card's name."""
+_KINDS = ("nvl",)
+"""Those that make another card of some: an H100 NVL has more memory than an H100."""
+_SLICE = re.compile(r"\bmig\b|\b\d+g\.\d+gb\b")
+"""A part of a card has such a name: MIG 1g.10gb."""
 _SIZE = r"(\d+)(?:g|gb|gib)?"
 _LIKE = 0.1
 """Two sizes of memory that differ by this share are one: of 80 GB a driver may call 81."""
@@ -83,9 +88,13 @@ def parse_gpus(text: str) -> tuple[Card, int]:
     if not isinstance(text, str):  # a program's
         raise InputError(f"gpu: expected a card and how many, such as 'h100:8'; found {text!r}")
     name, separator, number = text.partition(":")
+    if _SLICE.search(name.lower()):
+        raise InputError(f"--gpu {text}: a plan takes whole cards, and no MIG slices of one")
     words = re.findall(r"[a-z0-9]+", name.lower())
-    plain = "".join(word for word in words if not _BESIDE.fullmatch(word))
-    card = _card(plain)
+    own = [word for word in words if not _BESIDE.fullmatch(word)]
+    kind = [word for word in words if word in _KINDS]
+    plain = "".join(own)
+    card = _card("".join([*own[:1], *kind, *own[1:]])) or _card(plain)
     if card is None:
         near = _nearest(plain)
         hint = f"; did you mean {near}?" if near else ""
@@ -103,7 +112,7 @@ def _names() -> dict[str, list[Card]]:
     for card in CARDS.values():
         own = card.name.partition("-")[0]
         digits = own.removeprefix("rtx")
-        for name in {own, digits, f"rtx{digits}"}:
+        for name in {own, digits, f"rtx{digits}", card.name.replace("-", "")}:
             names.setdefault(name, []).append(card)
     return dict(sorted(names.items(), key=lambda item: -len(item[0])))
 
@@ -128,7 +137,10 @@ def _nearest(plain: str) -> str | None:
     size = re.search(r"(\d+)(?:gb|gib)$", plain)
     alike = _like(CARDS.values(), int(size[1])) if size else []
     start = max((name for name in _names() if plain.startswith(name)), key=len, default="")
-    chosen = [card for card in alike or CARDS.values() if card.name.startswith(start)]
+    of_start = _names().get(start, ())
+    chosen = [
+        card for card in alike or CARDS.values() if card.name.startswith(start) or card in of_start
+    ]
     if size and start and not alike:
         chosen = [min(chosen, key=lambda card: abs(card.gigabytes - int(size[1])))]
     names = [card.name for card in chosen]

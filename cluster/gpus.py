@@ -159,7 +159,10 @@ def visible_gpus() -> tuple[Gpu, ...]:
 
 
 def _chosen(gpus: tuple[Gpu, ...], names: list[str]) -> tuple[Gpu, ...]:
-    """The GPUs of these names; like CUDA, none after the first name that there is not."""
+    """The GPUs of these names; like CUDA, none after the first name that there is not, and none at
+    all where a name stands twice."""
+    if len({*names}) < len(names):
+        return ()
     chosen: list[Gpu] = []
     for name in names:
         if name.startswith(("GPU-", "MIG")):

@@ -76,13 +76,24 @@ def judge(
     return Verdict(False, True, f"{text}; {end}")
 
 
-def host_bytes(recipe: Recipe, sizes: "Sizes", compute: "DtypeName") -> int:
+def host_bytes(
+    recipe: Recipe, sizes: "Sizes", compute: "DtypeName", *, is_first: bool = True
+) -> int:
     """Bytes that a worker on a GPU takes of its machine's memory.
 
-    The whole weights pass through it when they are loaded, and what is trained when it is saved,
-    even if a worker's GPU holds a shard of them.
+    The whole weights pass through it when they are loaded, and what is trained when it is saved.
+    Of shards that is so on the first worker alone.
+
+    Args:
+        recipe: the run's recipe, with its strategy.
+        sizes: sizes of its model.
+        compute: type that the model computes in.
+        is_first: False for a worker other than the first.
     """
     from ..training.models.memory_estimate import estimate
+
+    if recipe.scale.strategy == "fsdp" and not is_first and not recipe.model.trust_remote_code:
+        return _PROCESS_BYTES
 
     whole = with_settings(recipe, "scale", workers=1, strategy="ddp")
     memory = estimate(whole, sizes, compute)

@@ -52,9 +52,10 @@ def plan(
 
     Returns:
         Plain values: `placements`, each with its peaks by phase, whether it fits and how tightly,
-        the bytes that a worker takes of its machine's memory (`host`), tokens a second, hours and
-        GPU hours; `best`, the settings of the fastest that fits, those that fill the card last,
-        None if none does; and `nearest`, what would fit then.
+        the bytes that the first worker takes of its machine's memory (`host`) and that each other
+        does (`host_of_others`), tokens a second, hours and GPU hours; `best`, the settings of the
+        fastest that fits, those that fill the card last, None if none does; and `nearest`, what
+        would fit then.
 
     Raises:
         InputError: there is no such card, or the recipe is wrong.
@@ -203,6 +204,7 @@ def _figures(
         "fits": fits(recipe, sizes, _room(card)),
         "is_tight": memory.peak > SHARE * card.bytes,
         "host": host_bytes(recipe, sizes, _room(card).compute),
+        "host_of_others": host_bytes(recipe, sizes, _room(card).compute, is_first=False),
         "seconds_per_step": seconds,
         "tokens_per_second": tokens / seconds,
         "hours": hours,

@@ -18,14 +18,20 @@ def render(planned: dict[str, Any]) -> str:
     table = _aligned([columns, *(_row(row) for row in planned["placements"])])
     if planned["best"] is not None:
         chosen = " ".join(f"--set {setting}" for setting in planned["best"])
-        host = planned["placements"][0]["host"] / 2**30
-        end = f"with the best, a worker takes up to {host:.1f} GiB of host memory\nbest: {chosen}"
+        end = f"with the best, {_host(planned['placements'][0])} of host memory\nbest: {chosen}"
     elif planned["nearest"] is not None:
         end = f"none fits; the nearest that would: {planned['nearest']}"
     else:
         end = "none fits, nor would a shorter data.max_length, or up to 64 GPUs of another card"
     notes = [] if planned["note"] is None else [f"note: {planned['note']}"]
     return "\n".join([header, *notes, "", *table, "", end])
+
+
+def _host(row: dict[str, Any]) -> str:
+    first, others = (row[name] / 2**30 for name in ("host", "host_of_others"))
+    if first == others:
+        return f"a worker takes up to {first:.1f} GiB"
+    return f"the first worker takes up to {first:.1f} GiB, and each other {others:.1f} GiB,"
 
 
 def _row(row: dict[str, Any]) -> list[str]:

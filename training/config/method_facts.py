@@ -114,6 +114,11 @@ class MethodSettings(Section):
         return 0
 
     @property
+    def samples_top_p(self) -> bool:
+        """True if tokens are sampled from the likeliest that together have a probability."""
+        return False
+
+    @property
     def averages_by_pass(self) -> bool:
         """True if the loss depends on which rows share a forward pass."""
         return False

@@ -383,6 +383,11 @@ class OnlineMethod(MethodSettings):
         return self.rollout_batch_size if self.rollout == "transformers" else 0
 
     @property
+    def samples_top_p(self) -> bool:
+        """True if top_p leaves tokens out."""
+        return self.top_p < 1.0
+
+    @property
     def clip_high(self) -> float:
         """epsilon_high, or epsilon if that is left out: the upper bound of the ratio, minus 1."""
         return self.epsilon if self.epsilon_high is None else self.epsilon_high

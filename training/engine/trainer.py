@@ -363,7 +363,8 @@ class StreamTrainer(Trainer):
         """Load the checkpoint's state, but keep the recipe's settings (rates, decay, betas).
 
         Population-based training continues from another trial's checkpoint with other settings.
-        The state is loaded on the CPU: the Trainer would load all of it on every GPU.
+        The state is loaded on the CPU: the Trainer would load all of it on every GPU. A worker of a
+        sharded model reads no more than its shard of it.
         """
         if checkpoint is None:
             return
@@ -376,7 +377,8 @@ class StreamTrainer(Trainer):
         for name, part in ((OPTIMIZER_NAME, self.optimizer), (SCHEDULER_NAME, scheduler)):
             file = Path(checkpoint) / name
             with reading(Path(checkpoint), name):
-                part.load_state_dict(torch.load(file, map_location="cpu", weights_only=True))
+                state = torch.load(file, "cpu", weights_only=True, mmap=is_sharded(self.model))
+                part.load_state_dict(state)
         scheduler.base_lrs = [group["initial_lr"] for group in own]
         for group, settings, factor in zip(
             self.optimizer.param_groups, own, scheduler.lr_lambdas, strict=True

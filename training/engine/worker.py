@@ -43,6 +43,7 @@ from ..models.base_cache import BaseCache
 from ..models.composite import name_of_class
 from ..models.devices import accelerator_kind, check_device, device_kind, own_device
 from ..models.dtypes import choose_dtype
+from ..models.first_worker import made_once
 from ..models.loading import (
     Model,
     count_parameters,
@@ -253,10 +254,9 @@ class TrainingWorker:
     def _load_model(self, task: WorkerTask, notices: list[str]) -> Model:
         """The model to train, on the CPU; `notices` receives what is worth a line of the record."""
         placed = self.recipe.with_strategy(self.strategy)
-        return load_model(
-            *(placed, self.recipe.method.head, self.bases, notices.append),
-            left_out=task.get("left_out", ()),
-        )
+        head, left_out = self.recipe.method.head, task.get("left_out", ())
+        load = partial(load_model, placed, head, self.bases, notices.append, left_out)
+        return made_once(self.recipe, self.strategy, load)
 
     def _setup(self, task: WorkerTask, device: torch.device) -> Setup:
         """The parts of the run that its objective needs."""

@@ -33,6 +33,8 @@ _WITHOUT_EFFECT = frozenset(
     }
 )
 """Keyword arguments that attention functions receive and that change no result."""
+_BLOCK = 256
+"""Tokens whose scores are computed at a time where no fused kernel does."""
 _WIDEST = 256
 """Largest width of a head that the kernel takes."""
 
@@ -149,7 +151,11 @@ def attention(
                 module, query, key, value, attention_mask, **arguments, **others
             )
             return of_rows
-        return _weighed(query, key, value, _added(attention_mask, query, key), layer), None
+        added = _added(attention_mask, query, key)
+        if attention_mask is None and query.shape[2] == key.shape[2] and added is not None:
+            window = layer.window_of(query.shape[2])
+            return _weighed_in_blocks(query, key, value, added, layer, window), None
+        return _weighed(query, key, value, added, layer), None
     strange = [name for name in others if others[name] is not None and name not in _WITHOUT_EFFECT]
     if strange or is_causal is False or query.shape[0] != 1 or query.shape[2] != documents.on_row:
         raise ValueError(f"attention by documents with {strange}, {is_causal=}, {query.shape=}")
@@ -245,7 +251,8 @@ def _by_groups(
             mask = None if window is None else documents.mask(size, window, query.dtype)
             of_group = _fused(q, k, v, mask, layer)
         else:
-            of_group = _weighed(q, k, v, documents.mask(size, window, query.dtype), layer)
+            mask = documents.mask(size, window, query.dtype)
+            of_group = _weighed_in_blocks(q, k, v, mask, layer, window)
         computed.append(of_group.reshape(count * size, *of_group.shape[2:]))
     together = torch.cat(computed)
     back: Tensor = _Reordered.apply(together, groups.inverse, groups.index, groups.padding)  # type: ignore[no-untyped-call]
@@ -327,11 +334,30 @@ def _fused(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, layer
     return computed[..., :width].transpose(1, 2)
 
 
+def _weighed_in_blocks(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor, layer: _Layer, window: int | None
+) -> Tensor:
+    """As `_weighed` with a causal mask, without the scores of keys that a block of tokens does not
+    see: of a long document almost half."""
+    size = query.shape[2]
+    if size <= _BLOCK:
+        return _weighed(query, key, value, mask, layer)
+    key, value = (for_all_heads(tensor, query) for tensor in (key, value))
+    blocks = []
+    for first in range(0, size, _BLOCK):
+        last = min(first + _BLOCK, size)
+        start = 0 if window is None else max(0, first - window + 1)
+        of_block = query[:, :, first:last], key[:, :, start:last], value[:, :, start:last]
+        blocks.append(_weighed(*of_block, mask[first:last, start:last], layer))
+    return torch.cat(blocks, dim=1)
+
+
 def _weighed(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, layer: _Layer
 ) -> Tensor:
     """Attention with capped scores and sinks; (documents, tokens, heads, width of values)."""
-    key, value = (for_all_heads(tensor, query) for tensor in (key, value))
+    if key.shape[1] != query.shape[1]:
+        key, value = (for_all_heads(tensor, query) for tensor in (key, value))
     scale = query.shape[-1] ** -0.5 if layer.scaling is None else layer.scaling
     scores = query @ key.transpose(-2, -1) * scale
     if layer.softcap is not None:

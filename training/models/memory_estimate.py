@@ -34,9 +34,10 @@ _VLLM_WORKSPACE = 2**30
 """Approximate bytes of vLLM's own activations and captured graphs."""
 _VLLM_SEQUENCES = 256
 """Sequences that vLLM computes at a time by default."""
-_SAMPLED_LOGIT = 40
-"""Bytes of a logit while a token is sampled: in the compute type, in float32, and for top-p
-in order with its place, in float64 and as a whole number."""
+_SAMPLED_LOGIT = 16
+"""Bytes of a logit while a token is sampled, beside the model's own: it in float32 four times."""
+_OF_TOP_P = 44
+"""The same for top-p: in order with its place, in float64 and as a whole number."""
 _BACKWARD = 4
 """Gradients of a layer's widest tensors that exist at a time."""
 _OF_NORM = 3
@@ -117,6 +118,8 @@ class Sizes:
     """Values of the largest frozen matrix."""
     rewards: int = 0
     """Values of the reward models that score completions."""
+    weighs: bool = False
+    """Attention computes its scores itself, as it caps them or has sinks, and adds a mask."""
     head: HeadFacts = field(default_factory=HeadFacts)
     can_be_followed: bool = field(default=False, compare=False)
     """The model's configuration is at hand: its own forward pass decides on the activations.
@@ -220,6 +223,7 @@ def sizes_of(recipe: Recipe, model: Model | None = None) -> Sizes:
         added=_added(model, own),
         largest=max((matrix.values for matrix in own if matrix.weight in packs), default=0),
         rewards=values_of_rewards(recipe) if recipe.method.samples_online else 0,
+        weighs=_weighs(model),
         head=head_facts(model),
         can_be_followed=True,
     )
@@ -236,6 +240,12 @@ def _embeddings(model: Model) -> int:
 def _packs_parameters(model: Model) -> bool:
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     return bool(plan_quantisation(base).packed)
+
+
+def _weighs(model: Model) -> bool:
+    """True if a layer caps its scores, or has sinks."""
+    caps = model.config.get_text_config().to_dict().get("attn_logit_softcapping")
+    return bool(caps) or any(name.endswith(".sinks") for name, _ in model.named_parameters())
 
 
 def _added(model: Model, own: list[Matrix]) -> int:
@@ -446,7 +456,8 @@ def _step_activations(recipe: Recipe, sizes: Sizes, compute: DtypeName, device: 
         kind = "autocast"
     held = None
     if sizes.can_be_followed:
-        held = _followed(recipe, rows, compute, compute if gathers_low else trained, device)
+        own_type = compute if gathers_low else trained
+        held = _followed(recipe, sizes, rows, compute, own_type, device)
     if held is None:
         held = _of_a_llama(recipe, sizes, tokens, compute, kind, device)
         held = held._replace(always=held.always + _copies(recipe, sizes, compute))
@@ -470,7 +481,7 @@ def _gathers_low(recipe: Recipe) -> bool:
 
 
 def _followed(
-    recipe: Recipe, rows: float, compute: DtypeName, trained: DtypeName, device: str
+    recipe: Recipe, sizes: Sizes, rows: float, compute: DtypeName, trained: DtypeName, device: str
 ) -> _Held | None:
     """Bytes by the model's own forward pass; None where it cannot be followed.
 
@@ -491,7 +502,20 @@ def _followed(
         return None
     one, two = map(held, kept)
     beyond = rows * tokens / size - 1
-    return _Held(*(round(a + beyond * (b - a)) for a, b in zip(one, two, strict=True)))
+    of_rows = _Held(*(round(a + beyond * (b - a)) for a, b in zip(one, two, strict=True)))
+    masks = _masks(sizes, attention, size, device) * size**2 * _width(compute)
+    return of_rows._replace(always=of_rows.always + masks)
+
+
+def _masks(sizes: Sizes, attention: Attention, size: int, device: str) -> int:
+    """Number of masks, made once for all layers, that attention by documents of this size adds."""
+    windows = {None if window is None or window >= size else window for window in sizes.cached}
+    if attention not in ("borders", "groups"):
+        return 0
+    if sizes.weighs:
+        return len(windows)
+    takes_windows = attention == "borders" and device != "cpu"
+    return 0 if takes_windows else len(windows - {None})
 
 
 def _of_a_llama(
@@ -571,9 +595,12 @@ def completions_at_once(recipe: Recipe) -> int:
 
 def _generated(recipe: Recipe, sizes: Sizes, compute: DtypeName, answers: int) -> int:
     """Bytes of the cache, and of the last tokens' logits and what is sampled from."""
+    if not answers:
+        return 0
     of_one = _generating(sizes, compute, recipe.data.max_length)
-    copies = _copies(recipe, sizes, compute) if answers else 0
-    return copies + answers * (of_one + sizes.vocabulary * _SAMPLED_LOGIT)
+    sampled = _OF_TOP_P if recipe.method.samples_top_p else _SAMPLED_LOGIT
+    logits = sizes.vocabulary * (sampled + _width(compute))
+    return _copies(recipe, sizes, compute) + answers * (of_one + logits)
 
 
 def _evaluation(recipe: Recipe, sizes: Sizes, compute: DtypeName, kind: str) -> int:

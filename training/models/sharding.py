@@ -1,9 +1,8 @@
 """Places a model on the workers: a full copy on each (DDP), or a shard on each (FSDP2).
 
 transformers treats a sharded model like one that it sharded while loading: the Trainer neither
-moves nor wraps it, and generation keeps the ranks in step. Every rank loads the full base on the
-CPU, in 4 bits if it is quantised, and keeps its shard, so a node needs memory for one copy per
-worker.
+moves nor wraps it, and generation keeps the ranks in step. The first rank loads the full base on
+its CPU, in 4 bits if it is quantised, and hands it out a layer at a time (`first_worker`).
 
 FSDP2 stores a weight as a DTensor, split along its first dimension. Files always hold full tensors:
 a checkpoint depends neither on the number of workers nor on the strategy.
@@ -24,12 +23,15 @@ from transformers import PreTrainedModel
 from ..config.recipe import Recipe
 from .composite import towers
 from .dtypes import choose_dtype, torch_dtype
+from .first_worker import hand_out
 from .freezing import decoder_layers
 from .loading import Model
 
 
 def shard(model: Model, recipe: Recipe, device: torch.device) -> None:
-    """Keep only this rank's shard of every weight, on its device; all ranks call this together.
+    """Keep this rank's shard of every weight of rank 0's, on its device.
+
+    All ranks call this together.
 
     A decoder layer's weights are gathered for its forward and its backward pass, and freed after
     each. Float32 weights that train under autocast are gathered in the compute type: autocast's own
@@ -52,12 +54,19 @@ def shard(model: Model, recipe: Recipe, device: torch.device) -> None:
     outside = towers(base)
     for name, module in base.named_modules():
         if name in outside:
+            hand_out(_whole(module), device)
             fully_shard(module, mesh=mesh)
     # The root comes last: it holds the weights outside the layers, and reshards them after forward.
     for module in (*decoder_layers(base)[1], base):
+        hand_out(_whole(module), device)
         fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
     base._is_distributed_loading_by_transformers = True
     base._is_fsdp_managed_module = True
+
+
+def _whole(module: torch.nn.Module) -> list[torch.nn.Parameter]:
+    """The weights of a module that are no shards yet."""
+    return [weight for weight in module.parameters() if not isinstance(weight, DTensor)]
 
 
 def is_sharded(model: torch.nn.Module) -> bool:

@@ -11,6 +11,7 @@ from ..data.batching import Batch, apart
 from ..models.adapter_reference import add_reference, reference_weights
 from ..models.attention import attend_by_documents
 from ..models.dtypes import choose_dtype, torch_dtype
+from ..models.first_worker import made_once
 from ..models.loading import Model, evaluation_mode
 from ..models.open_result import open_model
 from .objective import Setup
@@ -34,18 +35,16 @@ class Reference:
         self._device = setup.device
         self._adapted: PeftModel | None = None
         self._takes_flat = True
+        if isinstance(setup.model, PeftModel) and named is None:
+            add_reference(setup.model, setup.recipe)
+            self._adapted = setup.model
+            return
+        model = made_once(setup.recipe, setup.strategy, lambda: _frozen(setup, named))
         if named is not None:
-            dtype = torch_dtype(choose_dtype(setup.recipe.model))
-            model = open_model(named, "causal", dtype, "method.reference_model")
             self._takes_flat = _kind_of(model) == _kind_of(setup.model)
             if setup.isolation == "documents" and self._takes_flat:
                 attend_by_documents(model)
-            self._model = _frozen(model, setup)
-        elif isinstance(setup.model, PeftModel):
-            add_reference(setup.model, setup.recipe)
-            self._adapted = setup.model
-        else:
-            self._model = _frozen(copy.deepcopy(setup.model), setup)
+        self._model = setup.place(model)
 
     def __call__(self, compute: Compute, batch: Batch) -> torch.Tensor:
         """The result of `compute` for the reference and a batch, without a graph, on its device."""
@@ -70,7 +69,17 @@ def _kind_of(model: Model) -> str:
     return kind
 
 
-def _frozen(model: Model, setup: Setup) -> Model:
-    model.config.use_cache = False
+def _frozen(setup: Setup, named: str | None) -> Model:
+    """The named model, or a copy of the run's in the type that it computes in, on the CPU."""
     dtype = torch_dtype(choose_dtype(setup.recipe.model))
-    return setup.place(model.requires_grad_(False).eval().to(dtype))
+    model = setup.model
+    if named is not None:
+        model = open_model(named, "causal", dtype, "method.reference_model")
+    # Buffers keep their type: rounded frequencies of positions make another model.
+    weights = {
+        id(weight): torch.nn.Parameter(weight.detach().to(dtype, copy=named is None))
+        for weight in model.parameters()
+    }
+    model = copy.deepcopy(model, weights)
+    model.config.use_cache = False
+    return model.requires_grad_(False).eval()

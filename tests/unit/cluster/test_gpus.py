@@ -227,7 +227,14 @@ def test_slices_of_a_gpu_are_the_gpus(
     assert sizes == [38.0, 9.5, 79.6]
     assert [gpu.is_slice for gpu in listed] == [True, True, False]
     assert visible_gpus() == listed[:1]
-    for chosen, seen in {"MIG-d8": listed[1:2], "GPU-2b": listed[2:], "7": (), "": ()}.items():
+    for chosen, seen in {
+        "MIG-d8": listed[1:2],
+        "GPU-2b": listed[2:],
+        "7": (),
+        "": (),
+        "-1": (),
+        "GPU-2b,GPU-2b": (),  # as CUDA has it
+    }.items():
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", chosen)
         assert visible_gpus() == seen
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "MIG-c7")

@@ -69,11 +69,15 @@ def values(base: Path, data: Path, **changes: Any) -> dict[str, Any]:
         ("NVIDIA A100 80GB PCIe", ("a100", 1)),
         ("NVIDIA H100 80GB HBM3", ("h100", 1)),
         ("NVIDIA H100 PCIe", ("h100", 1)),
+        ("NVIDIA H100 NVL:2", ("h100-nvl", 2)),
+        ("h100-94", ("h100-nvl", 1)),
+        ("NVIDIA H200 NVL", ("h200", 1)),
         ("NVIDIA H200", ("h200", 1)),
         ("NVIDIA L4", ("l4", 1)),
         ("NVIDIA L40S", ("l40s", 1)),
         ("NVIDIA GeForce RTX 4090", ("rtx4090", 1)),
         ("NVIDIA RTX PRO 6000 Blackwell Server Edition", ("pro6000", 1)),
+        ("NVIDIA RTX PRO 6000 Blackwell Max-Q Workstation Edition", ("pro6000", 1)),
     ],
 )
 def test_names_of_cards(text: str, expected: tuple[str, int]) -> None:
@@ -88,8 +92,11 @@ def test_names_of_cards(text: str, expected: tuple[str, int]) -> None:
         ("rtx5080", r"did you mean rtx5090\?"),
         ("Tesla P100-PCIE-16GB", r"did you mean v100-16\?"),
         ("NVIDIA A10", r"did you mean a10g\?"),
+        ("NVIDIA A100-SXM4-40GB MIG 1g.5gb:2", "takes whole cards, and no MIG slices of one"),
+        ("1g.10gb", "takes whole cards"),
         ("A100-SXM-64GB", r"did you mean a100\?"),
         ("a100-800", r"did you mean a100\?"),
+        ("RTX PRO 6000 Mobile", r"did you mean pro6000\?"),
         ("abacus", r"--gpu abacus: there is no such card \("),
         (
             "h100:0",
@@ -110,11 +117,11 @@ def test_what_is_no_card_is_refused(text: str, message: str) -> None:
 
 def test_every_card_is_complete() -> None:
     """The larger of a pair has more of everything that decides."""
-    assert len(CARDS) == 19
+    assert len(CARDS) == 20
     for card in CARDS.values():
         assert 14 < card.gib < 180 and 60 < card.tflops < 2500 and 0.2 < card.bandwidth < 8
     assert CARDS["h200"].bytes > CARDS["h100"].bytes > CARDS["a100-40"].bytes
-    assert [card.gigabytes for card in CARDS.values()][:4] == [40, 80, 80, 141]
+    assert [card.gigabytes for card in CARDS.values()][:5] == [40, 80, 80, 94, 141]
     assert not CARDS["t4"].has_bfloat16 and CARDS["a100"].has_bfloat16
 
 
@@ -288,8 +295,8 @@ def test_what_fills_a_card_comes_last(
     assert planned["best"] == saving["settings"] and "  tight  " in render(planned)
 
 
-def test_a_worker_loads_the_whole_model() -> None:
-    """Shards are cut on the host; what is trained is gathered there when it is saved."""
+def test_the_first_worker_loads_the_whole_model() -> None:
+    """It hands out shards; what is trained is gathered there when it is saved."""
     text = {"name": "r", "model": "/m", "data": {"train": [{"path": "/x"}]}}
     scale = {"workers": 8, "strategy": "fsdp"}
     adapter = recipe_from_dict({**text, "adapter": {"rank": 16}, "scale": scale})
@@ -299,6 +306,9 @@ def test_a_worker_loads_the_whole_model() -> None:
     full = replace(LLAMA_8B, linear=0, frozen=0, trained=8 * 10**9)
     whole = host_bytes(recipe_from_dict({**text, "scale": scale}), full, "bfloat16")
     assert whole == 12 * full.trained + beside
+    assert host_bytes(adapter, LLAMA_8B, "bfloat16", is_first=False) == beside
+    copied = adapter.with_strategy("ddp")
+    assert host_bytes(copied, LLAMA_8B, "bfloat16", is_first=False) == base + beside
 
 
 def test_placements_of_a_small_model(tiny_model: Path, chat_file: Path) -> None:
@@ -321,6 +331,12 @@ def test_placements_of_a_small_model(tiny_model: Path, chat_file: Path) -> None:
     assert plan(values(tiny_model, chat_file), planned["best"], gpu="l4:2")["best"]
     text = render(planned)
     assert text.startswith("run on 2 x L4 24 GB, at 40.0% of their 16-bit speed; ")
+    assert "with the best, a worker takes up to 8.0 GiB of host memory" in text
+    sharded = next(row for row in rows if row["strategy"] == "fsdp")
+    sharded = {**sharded, "host": 2**35}
+    assert "the first worker takes up to 32.0 GiB, and each other 8.0 GiB, of host memory" in (
+        render({**planned, "placements": [sharded]})
+    )
     assert text.endswith("best: " + " ".join(f"--set {one}" for one in planned["best"]))
 
 

@@ -340,3 +340,37 @@ def test_groups_hold_every_token_once(seed: int) -> None:
     assert groups.index[groups.inverse].tolist() == list(range(lengths.sum()))
     assert int((~groups.padding).sum()) == lengths.sum()
     assert len(groups.index) < 1.25 * lengths.sum() + 8 * len(lengths)
+
+
+@pytest.mark.parametrize("window", [None, 5])
+@pytest.mark.parametrize("way", ["cap", "sinks"])
+def test_scores_of_a_long_document_are_computed_in_blocks(
+    way: str, window: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The result and the gradients are those of all scores at once; what no token of a block sees
+    is not computed."""
+    torch.manual_seed(0)
+    documents, heads = Documents.of(np.array([21, 3], np.int32)), 4
+    sinks = torch.randn(heads, dtype=torch.float64, requires_grad=True)
+    layer = attention._Layer(0.0, None, window, *((2.0, None) if way == "cap" else (None, sinks)))
+    tensors = [
+        torch.randn(24, count, 8, dtype=torch.float64, requires_grad=True) for count in (4, 2, 2)
+    ]
+
+    def computed(block: int) -> tuple[list[torch.Tensor], int]:
+        monkeypatch.setattr(attention, "_BLOCK", block)
+        scores = []
+
+        def keep(tensor: torch.Tensor) -> torch.Tensor:
+            scores.append(tensor.numel() if tensor.dim() == 4 else 0)
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            result = attention._by_documents(*tensors, documents, layer)
+        leaves = [*tensors, *([sinks] if way == "sinks" else [])]
+        return [result, *torch.autograd.grad(result.sin().sum(), leaves)], max(scores)
+
+    (whole, most), (blocks, of_block) = computed(99), computed(4)
+    torch.testing.assert_close(blocks, whole, atol=1e-12, rtol=1e-12)
+    assert most >= heads * 21 * 21
+    assert of_block <= heads * max(4 * (21 + 1), 21 * 8)

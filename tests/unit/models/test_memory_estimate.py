@@ -11,15 +11,18 @@ import pytest
 import torch
 from pydantic import ValidationError
 from support.real_models import LLAMA_8B, LLAMA_8B_CONFIG, write_config
+from torch.profiler import ProfilerActivity, profile
 from transformers import AutoModelForSequenceClassification
 
 from finray.training.common.errors import InputError
+from finray.training.config.methods import GrpoMethod
 from finray.training.config.recipe import Recipe, recipe_from_dict
 from finray.training.data.documents import Documents
 from finray.training.models import memory_estimate as memory
 from finray.training.models.activations import kept_by
 from finray.training.models.attention import attend_by_documents, no_mask
 from finray.training.models.devices import Room
+from finray.training.models.dtypes import DtypeName
 from finray.training.models.loading import load_model
 from finray.training.models.memory_estimate import (
     MemoryEstimate,
@@ -32,6 +35,7 @@ from finray.training.models.memory_estimate import (
 )
 from finray.training.models.placement import decide, with_strategy
 from finray.training.records.run_folder import RUN_FORMAT
+from finray.training.rl.rollouts.sampling import Sampler
 
 # peft calls a name that transformers has renamed.
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
@@ -394,7 +398,7 @@ def test_every_phase_has_a_peak(bases: dict[int, Path]) -> None:
     sizes = sizes_of(settings)
     memory = estimate(settings, sizes)
     of_one = TOKENS * 3 * 2 * 32 * 2
-    assert memory.generation == 64 * (of_one + 64 * 40)
+    assert memory.generation == 64 * (of_one + 64 * (2 + 16))
     assert set(memory.phases) == {"loading", "step", "generation"}
     assert memory.phases["generation"] - memory.phases["step"] == (
         memory.generation - memory.activations
@@ -448,6 +452,56 @@ def test_what_auto_comes_to(bases: dict[int, Path]) -> None:
     assert decided(peak(8, False), with_rows) == (8, False)
     assert decided(peak(4, True), with_rows) == (8, True), "halved at the first lack of memory"
     assert decided(1, fixed) == (8, False)
+
+
+@pytest.mark.parametrize("kind", ["llama", "gemma2", "gpt_oss", "gemma3_text"])
+def test_masks_of_documents_are_counted_once(kind: str, tmp_path: Path) -> None:
+    """Of windows where no kernel takes them, and of all documents where scores are capped or have
+    sinks."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    special = {"gpt_oss": {"num_local_experts": 2, "num_experts_per_tok": 1}}.get(kind, {})
+    special |= {} if kind == "llama" else {"sliding_window": 16}
+    shape = {**SMALL, "head_dim": 16, "num_hidden_layers": 8, **special}
+    config = AutoConfig.for_model(kind, **shape)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    settings = recipe(tmp_path, **LORA, packing=True)
+    sizes = sizes_of(settings)
+
+    def counted(dtype: DtypeName, device: str) -> int:
+        without = replace(sizes, cached=(), weighs=False)
+        both = (estimate(settings, one, dtype, device).activations for one in (sizes, without))
+        return next(both) - next(both)
+
+    model, documents = load_model(settings), Documents.of(np.array([TOKENS], np.int32))
+    attend_by_documents(model)
+    ids = torch.zeros(1, TOKENS, dtype=torch.long)
+    model(input_ids=ids, attention_mask=no_mask(ids.device), documents=documents, use_cache=False)
+    assert counted("float32", "cpu") == sum(mask.nbytes for mask in documents._masks.values())
+    assert counted("float32", "cuda") == counted("float32", "cpu")
+    of_kernel = counted("float32", "cpu") // 2 if sizes.weighs else 0
+    assert counted("bfloat16", "cuda") == of_kernel
+
+
+@pytest.mark.parametrize("how", [{}, {"top_k": 5}, {"top_p": 0.9}, {"top_p": 0.9, "top_k": 5}])
+def test_what_sampling_a_token_takes(how: dict[str, Any]) -> None:
+    method = GrpoMethod.model_validate(
+        {"rewards": [{"file": "/x.py:f"}], "max_completion": 8, "temperature": 0.7, **how}
+    )
+    logits = torch.randn(4, 2**15)
+
+    def sample() -> None:
+        sampler = Sampler(method, torch.rand(4, 8), 3)
+        sampler(torch.zeros(4, 3, dtype=torch.long), logits.clone())
+
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
+        sample()
+    held = most = 0
+    for event in seen.profiler.kineto_results.events():  # type: ignore[union-attr]
+        held += event.nbytes() if event.name() == "[memory]" else 0
+        most = max(most, held)
+    of_one = memory._OF_TOP_P if method.samples_top_p else memory._SAMPLED_LOGIT
+    assert of_one == pytest.approx(most / logits.numel(), rel=0.1)
 
 
 @pytest.mark.parametrize("kind", ["llama", "gemma2", "gpt_oss"])
@@ -542,7 +596,7 @@ def test_a_worker_samples_its_own_prompts(bases: dict[int, Path]) -> None:
         optim={"batch_size": 24}, scale={"workers": 4},
     )  # fmt: skip
     sizes = sizes_of(settings)
-    of_one = cache_bytes(sizes, "bfloat16", TOKENS) + 64 * 40
+    of_one = cache_bytes(sizes, "bfloat16", TOKENS) + 64 * (2 + 16)
     assert estimate(settings, sizes).generation == 2 * 4 * of_one
 
 

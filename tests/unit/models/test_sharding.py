@@ -20,6 +20,7 @@ from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
 from transformers.integrations.bitsandbytes import Bnb4bitQuantize
 
+from finray.training.common.errors import InputError
 from finray.training.config.recipe import Recipe
 from finray.training.data.batching import Rows, collate
 from finray.training.data.stream import share
@@ -27,8 +28,10 @@ from finray.training.engine.methods import objective_of
 from finray.training.engine.trainer import StepMeasures, StreamTrainer
 from finray.training.engine.trainer_arguments import training_arguments
 from finray.training.models import loading, placement
+from finray.training.models.first_worker import made_once
 from finray.training.models.generation import completion_texts, generate_completions
 from finray.training.models.loading import load_model, load_tokenizer
+from finray.training.models.out_of_memory import is_out_of_memory
 from finray.training.models.placement import choose_strategy
 from finray.training.models.sharding import shard
 from finray.training.models.weights import gather_weights, save_result
@@ -92,7 +95,7 @@ def assert_close(actual: dict[str, Any], expected: dict[str, Any], **tolerance: 
 def test_the_step_is_that_of_one_process(
     tiny_model: Path, tmp_path: Path, kind: str, workers: int
 ) -> None:
-    """Gradients clipped to a tenth of their norm, over several microbatches."""
+    """Gradients clipped to a tenth of their norm, over several microbatches; rank 0 alone loads."""
     whole = make_recipe(tiny_model, kind, 0, max_grad_norm=0.1)
     rows = make_sequences(BATCH)
     expected, logged, _ = one_step(make_model(whole), whole, rows, tmp_path, 0, 1)
@@ -101,7 +104,14 @@ def test_the_step_is_that_of_one_process(
     settings = make_recipe(tiny_model, kind, workers, max_grad_norm=0.1)
 
     def work(rank: int, world_size: int) -> dict[str, Any]:
-        model = make_model(settings)
+        def make() -> Any:
+            assert rank == 0
+            return make_model(settings)
+
+        model = made_once(settings, "fsdp", make)
+        if rank > 0:  # of each weight one value
+            sizes = {w.untyped_storage().nbytes() - w.element_size() for w in model.parameters()}
+            assert sizes == {0}
         measured, values, _ = one_step(model, settings, rows, tmp_path, rank, world_size)
         assert all(isinstance(weight, DTensor) for weight in model.parameters())
         return {"gradients": measured, "logged": values}
@@ -109,6 +119,34 @@ def test_the_step_is_that_of_one_process(
     for saved in by_workers(workers, tmp_path, work):
         assert saved["logged"] == pytest.approx(logged, abs=1e-5)
         assert_close(saved["gradients"], expected, atol=1e-5, rtol=1e-4)
+
+
+def test_a_model_that_the_first_worker_cannot_hand_out(tiny_model: Path, tmp_path: Path) -> None:
+    """All raise its error, also that it has no memory; a part without a name is made by each."""
+    settings = make_recipe(tiny_model, "full", 2)
+
+    def wrong() -> Any:
+        raise InputError("model.base: no such folder")
+
+    def large() -> Any:
+        raise RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    def strange() -> Any:
+        model = torch.nn.Linear(2, 2)
+        model.register_forward_pre_hook(lambda *_: None)
+        return model
+
+    def work(rank: int, world_size: int) -> dict[str, Any]:
+        del rank, world_size
+        with pytest.raises(InputError, match="no such folder"):
+            made_once(settings, "fsdp", wrong)
+        with pytest.raises(RuntimeError) as raised:
+            made_once(settings, "fsdp", large)
+        assert is_out_of_memory(raised.value)
+        return {"weight": made_once(settings, "fsdp", strange).weight.detach()}
+
+    for made in by_workers(2, tmp_path, work):
+        assert made["weight"].shape == (2, 2)
 
 
 @pytest.mark.slow

@@ -15,7 +15,9 @@ from finray.training.config.recipe import Recipe
 from finray.training.data.batching import PADDING_ROW, in_batches
 from finray.training.data.stream import Sequence
 from finray.training.engine.methods import objective_of
+from finray.training.models.first_worker import made_once
 from finray.training.models.loading import load_model
+from finray.training.objectives.references import Reference
 
 # peft calls a name that transformers has renamed.
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
@@ -153,7 +155,7 @@ def test_held_out_rows_of_a_sharded_model(
 
 
 def test_sharded_full_fine_tuning_with_a_reference(tiny_model: Path, tmp_path: Path) -> None:
-    """The reference is a copy of the model, and is sharded too."""
+    """The reference is a copy of the model, and is sharded too; rank 0 alone loads and copies."""
     rows = make_rows("dpo")
 
     def full(micro: int, strategy: str) -> Recipe:
@@ -165,13 +167,28 @@ def test_sharded_full_fine_tuning_with_a_reference(tiny_model: Path, tmp_path: P
     settings = full(1, "fsdp")
 
     def work(rank: int, world_size: int) -> dict[str, Any]:
-        model = load_model(settings)
+        def make() -> Any:
+            assert rank == 0
+            return load_model(settings)
+
+        model = made_once(settings, "fsdp", make)
         measured = one_step(model, settings, rows, tmp_path, rank, world_size)
         return {"gradients": measured[0], "logged": measured[1]}
 
     for saved in by_workers(2, tmp_path, work):
         assert saved["logged"] == pytest.approx(logged, abs=1e-5)
         torch.testing.assert_close(saved["gradients"], expected, atol=1e-5, rtol=1e-4)
+
+
+def test_a_reference_in_16_bits_keeps_its_buffers(tiny_model: Path, tmp_path: Path) -> None:
+    """Frequencies of positions, which transformers keeps in float32 in a model of 16 bits."""
+    settings = make_recipe(tiny_model, {"kind": "dpo"}, 2)
+    low = settings.model.model_copy(update={"dtype": "bfloat16"})
+    full = settings.model_copy(update={"adapter": None, "model": low})
+    model = load_model(full)
+    reference = Reference(make_setup(full, model, tmp_path, 0, 1), None)._model
+    assert {weight.dtype for weight in reference.parameters()} == {torch.bfloat16}
+    torch.testing.assert_close(dict(reference.named_buffers()), dict(model.named_buffers()))
 
 
 def test_a_reference_is_left_as_it_was(tiny_model: Path, tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 
-from finray.training.common.errors import InputError
+from finray.training.common.errors import InputError, RunError
 from finray.training.config.recipe import Recipe
 from finray.training.rl.rewards.checking import check_rewards
 from finray.training.rl.rollouts.rollout import Request, Rollout
@@ -92,6 +92,29 @@ def test_the_adapter_is_handed_over_at_every_call(
         12,
     )
     assert tokenizer.eos_token_id in parameters[0].stop_token_ids
+
+
+def test_an_engine_that_does_not_start_is_one_line(
+    stand_in: None,
+    online_recipe: Callable[..., Recipe],
+    model: Any,
+    tokenizer: Any,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Another process may fill the GPU; a lack of memory stays one, which has its own remedies."""
+    adapted = get_peft_model(copy.deepcopy(model), LoraConfig(r=4, target_modules=["q_proj"]))
+
+    def fails(error: Exception) -> None:
+        def start(**_: Any) -> None:
+            raise error
+
+        monkeypatch.setattr(sys.modules["vllm"], "LLM", start)
+        VllmRollouts(online_recipe({"kind": "grpo"}), adapted, tokenizer)
+
+    with pytest.raises(RunError, match=r"does not start .* \(Free memory .*\); free the GPU"):
+        fails(ValueError("Free memory on device (1.2/79.1 GiB) on startup is less than desired"))
+    with pytest.raises(torch.OutOfMemoryError):
+        fails(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"))
 
 
 def test_its_process_sees_one_gpu_and_no_group(

@@ -13,7 +13,7 @@ from typing import Any, cast
 import torch
 from peft import PeftModel
 
-from ...common.errors import InputError
+from ...common.errors import FinrayError, InputError, RunError, in_one_line
 from ...common.scratch import scratch_folder
 from ...config.methods import OnlineMethod
 from ...config.recipe import Recipe
@@ -21,6 +21,7 @@ from ...data.rows import Row
 from ...models.devices import device_kind, memory_of
 from ...models.dtypes import choose_dtype
 from ...models.memory_estimate import sizes_of, vllm_share
+from ...models.out_of_memory import is_out_of_memory
 from ...models.stopping import stop_tokens
 from .rollout import Request, Rollout
 
@@ -127,7 +128,7 @@ class VllmRollouts:
         self._model = model
         self._settings = cast(OnlineMethod, recipe.method)
         self._stops = stop_tokens(model, tokenizer)
-        self._engine = Engine(
+        self._engine = _started(
             EngineSettings(
                 base=recipe.model.base,
                 revision=recipe.model.revision,
@@ -160,6 +161,23 @@ class VllmRollouts:
             "stop_token_ids": self._stops,
             "seed": int(request.random().integers(2**31)),
         }
+
+
+def _started(settings: EngineSettings) -> Engine:
+    """The engine beside the training.
+
+    Raises:
+        RunError: vLLM refuses to start, as another process fills the GPU or it lacks the model.
+    """
+    try:
+        return Engine(settings)
+    except (RuntimeError, ValueError) as error:
+        if isinstance(error, FinrayError) or is_out_of_memory(error):
+            raise
+        raise RunError(
+            f"method.rollout: vLLM does not start beside the training ({in_one_line(error)}); free "
+            "the GPU of other processes, or set rollout: transformers"
+        ) from error
 
 
 def _share(recipe: Recipe) -> float:
