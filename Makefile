@@ -29,7 +29,7 @@ rlhf: install
 	$(BIN)/finray train recipes/quickstart/reward.yaml
 	$(BIN)/finray train recipes/quickstart/grpo.yaml
 
-# While one works: no real command, no Ray, no file of many seconds.
+# While one works: no real command, no Ray, no test of seconds.
 test-unit: install
 	$(PYTEST) -m "not slow and not ray and not long" tests/unit
 

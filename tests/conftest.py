@@ -72,18 +72,6 @@ FORKED = {
 """Files that use `fork_server`, whose start takes ten seconds of CPU."""
 
 
-LONG = {
-    f"tests/unit/{name}.py"
-    for name in (
-        *("cluster/test_importing", "cluster/test_kubernetes", "config/test_fuzz"),
-        *("config/test_messages", "config/test_recipes_that_ship", "data/test_chat_templates"),
-        *("data/test_windows", "engine/test_nonfinite", "launch/test_out_of_memory"),
-        *("objectives/test_preference_runs", "records/test_damaged_runs"),
-    )
-}
-"""Files of many seconds, which `make test-unit` leaves to `make test`."""
-
-
 class _Files(LoadScopeScheduling):
     """A file's tests stay in one process, but for those of `SPREAD`.
 
@@ -103,9 +91,6 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> LoadSco
 
 @pytest.hookimpl(tryfirst=True)  # before items are chosen by their markers
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    for item in items:
-        if item.nodeid.partition("::")[0] in LONG:
-            item.add_marker(pytest.mark.long)
     if any(item.get_closest_marker("gpu") for item in items):
         _skip_without_gpu(items)
 

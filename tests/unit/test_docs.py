@@ -222,6 +222,7 @@ def is_message(quoted: str) -> bool:
     return re.search("[^\n]*".join(parts), messages()) is not None
 
 
+@pytest.mark.long
 def test_messages_are_those_of_the_code() -> None:
     titles = sections("troubleshooting.md", "###")
     assert len(titles) > 40

@@ -113,6 +113,7 @@ def used_from(folder: Path) -> list[object]:
     return printed
 
 
+@pytest.mark.long
 def test_a_wheel_holds_it(tmp_path: Path) -> None:
     source, target = tmp_path / "source", tmp_path / "installed"
     source.mkdir()

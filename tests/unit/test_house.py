@@ -33,6 +33,7 @@ from support.house import (
 )
 
 
+@pytest.mark.long
 def test_no_circle_of_files() -> None:
     try:
         TopologicalSorter(graph()).prepare()
@@ -169,6 +170,7 @@ def test_where_torch_is_loaded() -> None:
         assert may or not heavy, f"{name} imports {heavy} when it is loaded"
 
 
+@pytest.mark.long
 def test_where_ray_is_imported() -> None:
     for name, path in modules().items():
         may = name in RAY_FILES or name.startswith(RAY_ROOMS)
@@ -210,6 +212,7 @@ def test_no_folder_is_called_finray() -> None:
     assert not (ROOT / "finray").exists()
 
 
+@pytest.mark.long
 def test_product_code_imports_finray_relatively() -> None:
     for name, path in modules().items():
         names = set(imported(parse(path), path))

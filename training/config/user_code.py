@@ -153,10 +153,8 @@ class UserFunction(Section):
             exec(compile(self.text, self.path, "exec"), module.__dict__)
             function: Callable[..., Any] = module.__dict__[self.name]
         except (Exception, SystemExit) as error:  # noqa: BLE001 - the user's code may raise anything
-            trace = traceback_of(error, self.path)
-            raise RunError(
-                f"{self.path} cannot be imported; correct the file:\n{trace}{self._remedy(error)}"
-            ) from None
+            trace = traceback_of(error, self.path) + self._remedy(error)
+            raise RunError(f"{self.path} cannot be imported; correct the file:\n{trace}") from None
         return _without_exit(function)
 
     def _remedy(self, error: BaseException) -> str:

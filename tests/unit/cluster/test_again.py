@@ -57,6 +57,7 @@ def train(settings: Settings, *changes: str, **options: Any) -> finray.RunResult
     return finray.train(settings, changes, quiet=True, **options)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("before", "after"),
     [
@@ -80,6 +81,7 @@ def test_a_longer_run_equals_the_undisturbed_one(
     assert equal(longer, undisturbed)
 
 
+@pytest.mark.long
 def test_another_schedule_needs_a_word(settings: Settings) -> None:
     cosine = ["optim.schedule=cosine", "optim.warmup_ratio=0.5"]
     train(settings, *cosine)
@@ -113,6 +115,7 @@ def test_one_schedule_is_transformers_own(settings: Settings) -> None:
     assert factor is not None and [factor(step) for step in range(10)] == [1.0] * 10
 
 
+@pytest.mark.long
 def test_a_finished_run_says_so(settings: Settings, capsys: pytest.CaptureFixture[str]) -> None:
     run = train(settings)
     files = {path: path.read_bytes() for path in run.folder.rglob("*") if path.is_file()}
@@ -122,6 +125,7 @@ def test_a_finished_run_says_so(settings: Settings, capsys: pytest.CaptureFixtur
     assert files == {path: path.read_bytes() for path in run.folder.rglob("*") if path.is_file()}
 
 
+@pytest.mark.long
 def test_started_over(settings: Settings) -> None:
     settings["optim"]["max_steps"] = 2
     first = train(settings)
@@ -135,6 +139,7 @@ def test_started_over(settings: Settings) -> None:
     assert old.recipe.seed == 0 and all(torch.equal(weights(old)[n], before[n]) for n in before)
 
 
+@pytest.mark.long
 def test_a_refused_start_over_moves_nothing(settings: Settings) -> None:
     run = train(settings)
     gpu = ["scale.workers=1", "scale.gpus_per_worker=1"]
@@ -201,6 +206,7 @@ def refusals(settings: Settings, folder: Path, capsys: pytest.CaptureFixture[str
     return printed
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("case", NEW)
 def test_check_refuses_what_train_refuses(
     settings: Settings, tmp_path: Path, capsys: pytest.CaptureFixture[str], case: str
@@ -210,6 +216,7 @@ def test_check_refuses_what_train_refuses(
     assert at_check == at_train
 
 
+@pytest.mark.long
 def test_check_refuses_a_changed_run(
     settings: Settings, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

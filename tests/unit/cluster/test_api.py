@@ -46,6 +46,7 @@ def equal(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> bo
     )
 
 
+@pytest.mark.long
 def test_a_run_from_a_mapping(settings: dict[str, Any], tmp_path: Path) -> None:
     run = finray.train(settings, {"optim.learning_rate": 2e-3}, quiet=True)
     assert (run.name, run.status, run.folder) == ("run", "finished", tmp_path / "runs" / "run")
@@ -77,6 +78,7 @@ def test_a_run_from_a_mapping(settings: dict[str, Any], tmp_path: Path) -> None:
         torch.testing.assert_close(whole(**inputs).logits, alone(**inputs).logits)
 
 
+@pytest.mark.long
 def test_training_twice_in_a_process_changes_nothing(settings: dict[str, Any]) -> None:
     first = finray.train(settings, quiet=True)
     torch.manual_seed(1234)
@@ -85,6 +87,7 @@ def test_training_twice_in_a_process_changes_nothing(settings: dict[str, Any]) -
     assert [run.name for run in finray.runs(Path(first.uri).parent)] == ["run", "again"]
 
 
+@pytest.mark.long
 def test_a_recipe_that_is_loaded_already(settings: dict[str, Any], tmp_path: Path) -> None:
     recipe = finray.load_recipe(settings)
     assert finray.load_recipe(recipe) is recipe
@@ -154,6 +157,7 @@ def interrupt_at_step(settings: dict[str, Any]) -> Iterator[threading.Thread]:
     thread.join(60)
 
 
+@pytest.mark.long
 def test_an_interrupt_saves_and_the_next_call_goes_on(
     settings: dict[str, Any], interrupt_at_step: threading.Thread
 ) -> None:
@@ -195,6 +199,7 @@ class Handle:
         self.drawn.append(content["text/html"])
 
 
+@pytest.mark.long
 def test_a_notebook_shows_one_line_that_moves(
     settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:

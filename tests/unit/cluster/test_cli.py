@@ -257,6 +257,7 @@ def test_a_sweep_whose_storage_is_a_file_starts_nothing(
     assert "--set storage=full: storage: " in output and "a folder" in output
 
 
+@pytest.mark.long
 def test_check_takes_a_sweep(finray: Runner) -> None:
     search = {
         "adapter.rank": {"choice": [2, 4]},

@@ -91,6 +91,7 @@ def test_paths_start_from_the_recipes_folder(
         assert Path(str(recipe.data.train[0].path)).resolve() == tmp_path / "rows.jsonl"
 
 
+@pytest.mark.long
 def test_each_setting_is_explained(tmp_path: Path, tiny_model: Path) -> None:
     """A comment stands beside or above each value."""
     text = made(rows_of(SHAPES["sft"], tmp_path, 500), tiny_model, gpu(80)).text
@@ -141,6 +142,7 @@ def test_a_gpu_that_is_too_small(tmp_path: Path, tiny_model: Path) -> None:
     assert "may not fit" in text
 
 
+@pytest.mark.long
 def test_each_gpu_gets_a_worker(tmp_path: Path, tiny_model: Path) -> None:
     file = rows_of(SHAPES["dpo"], tmp_path, 500)
     recipe = recipe_of(made(file, tiny_model, gpu(80), gpu(80)), tmp_path)
@@ -259,6 +261,7 @@ def test_arguments_that_are_wrong(tmp_path: Path, tiny_model: Path) -> None:
         made(file, "nowhere")
 
 
+@pytest.mark.long
 def test_the_command(
     tmp_path: Path,
     tiny_model: Path,

@@ -106,6 +106,7 @@ def test_autocast_keeps_no_copies_of_shards() -> None:
     assert re.match(r"about 2\d\.\d GiB of a GPU", verdict.text), verdict.text
 
 
+@pytest.mark.long
 def test_the_smallest_gpu_counts(tiny_model: Path) -> None:
     values = recipe().model_dump(mode="json")
     values["model"]["base"] = str(tiny_model)
@@ -268,6 +269,7 @@ def test_a_torch_that_finds_no_gpu_is_refused(
     check_machine(recipe_from_dict(values), SILENT)
 
 
+@pytest.mark.long
 def test_the_smallest_of_those_that_are_used_counts(
     tiny_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

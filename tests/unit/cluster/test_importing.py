@@ -115,6 +115,7 @@ def swapped(text: str, model: Path, folder: Path) -> dict[str, Any]:
     return values
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", CONFIGS)
 def test_it_becomes_a_recipe(name: str, tmp_path: Path, long_model: Path) -> None:
     """`finray check` takes it with the tiny model and rows of its method."""
@@ -781,6 +782,7 @@ def keys_of(values: Any, key: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
     return keys
 
 
+@pytest.mark.long
 def test_any_value_becomes_a_recipe_or_a_message(tmp_path: Path) -> None:
     """Of a setting in a file, or of one that its project has beside them; each equally often."""
     files = {name: load_yaml(text) for name, text in FILES.items()}
@@ -889,6 +891,7 @@ STRATEGIES = [
 ]  # fmt: skip
 
 
+@pytest.mark.long
 def test_the_texts_of_other_strategies_are_axolotls(tmp_path: Path, tiny_model: Path) -> None:
     """Prompt and answer as its prompters write them; of an input, which has a place of its own
     there, only that it is read."""

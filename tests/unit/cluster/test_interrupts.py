@@ -53,6 +53,7 @@ def start() -> Iterator[Start]:
         child.communicate()
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("work", [NEVER_RETURNS, HANGS_LATER])
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_the_second_signal_ends_it(work: str, number: signal.Signals, start: Start) -> None:

@@ -62,6 +62,7 @@ def limits(group: dict[str, Any]) -> dict[str, str]:
     return dict(group["template"]["spec"]["containers"][0]["resources"]["limits"])
 
 
+@pytest.mark.long
 @needs_kuberay_schemas
 @settings(max_examples=25, deadline=None)
 @given(
@@ -112,6 +113,7 @@ def test_every_recipe_makes_valid_manifests(
         assert volumes["shared-memory"]["emptyDir"] == {"medium": "Memory"}
 
 
+@pytest.mark.long
 @settings(max_examples=30, deadline=None)
 @example("\x85")
 @given(st.text(st.characters(codec="utf-8")))

@@ -527,6 +527,7 @@ def test_a_recipe_is_placed(tiny_model: Path, chat_file: Path) -> None:
         place(recipe, {"scale.workers": 4}, gpu="l4:2")
 
 
+@pytest.mark.long
 def test_kubernetes_gets_pods_for_the_best_placement(
     tmp_path: Path, tiny_model: Path, chat_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -88,6 +88,7 @@ def finray(
     return Runner(tmp_path, tiny_model, chat_file, capsys)
 
 
+@pytest.mark.long
 def test_from_the_environment(finray: Runner, monkeypatch: pytest.MonkeyPatch) -> None:
     """Runs that finish, runs that fail with secrets in the error, and all commands that print."""
     recipe = finray.recipe("good")

@@ -278,6 +278,7 @@ def test_errors_hold_no_secret() -> None:
         assert str(error) == f"cannot open postgres://{HIDDEN}@host:5432/db\\x1b[31m"
 
 
+@pytest.mark.long
 def test_long_texts_take_little_time() -> None:
     """Else this test would not end."""
     for text in (

@@ -174,6 +174,7 @@ def check(folder: Path, *overrides: str) -> int:
     return code
 
 
+@pytest.mark.long
 @examples
 def test_damaged_recipes(in_folder: Path, examples: int) -> None:
     @limit(examples)
@@ -185,6 +186,7 @@ def test_damaged_recipes(in_folder: Path, examples: int) -> None:
     is_handled()
 
 
+@pytest.mark.long
 @examples
 def test_any_bytes(in_folder: Path, examples: int) -> None:
     @limit(examples)
@@ -196,6 +198,7 @@ def test_any_bytes(in_folder: Path, examples: int) -> None:
     is_refused()
 
 
+@pytest.mark.long
 @examples
 def test_any_value_of_any_setting(in_folder: Path, examples: int) -> None:
     @limit(examples)
@@ -206,6 +209,7 @@ def test_any_value_of_any_setting(in_folder: Path, examples: int) -> None:
     is_handled()
 
 
+@pytest.mark.long
 @examples
 def test_damaged_sweeps(in_folder: Path, examples: int) -> None:
     @limit(examples)
@@ -221,6 +225,7 @@ def test_damaged_sweeps(in_folder: Path, examples: int) -> None:
     is_handled()
 
 
+@pytest.mark.long
 @examples
 def test_any_value_of_any_setting_of_a_sweep(in_folder: Path, examples: int) -> None:
     @limit(examples)

@@ -86,6 +86,7 @@ def check(lines: Iterator[str]) -> int:
     return count
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("kind", METHODS)
 def test_every_method(kind: str) -> None:
     rewards = {"rewards": [{"run": "r"}]} if kind in ("grpo", "rloo") else {}
@@ -93,6 +94,7 @@ def test_every_method(kind: str) -> None:
     assert check(refusals(Recipe, base, "method")) > 5
 
 
+@pytest.mark.long
 def test_every_setting_of_a_recipe() -> None:
     base = {**RECIPE, "adapter": {"rank": 4}}
     assert check(refusals(Recipe, base)) > 400

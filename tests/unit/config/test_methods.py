@@ -156,6 +156,7 @@ def _is_kind_attribute(node: ast.AST) -> bool:
     return isinstance(node, ast.Attribute) and node.attr == "kind"
 
 
+@pytest.mark.long
 def test_no_other_file_depends_on_kinds() -> None:
     for floor in ("training", "tuning", "cluster"):
         for path in (ROOT / floor).rglob("*.py"):

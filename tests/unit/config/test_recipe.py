@@ -235,6 +235,7 @@ def test_chat_template_file_travels_with_the_recipe(tmp_path: Path) -> None:
     assert "cannot read" in refusal(tmp_path, text.replace("t.jinja", "u.jinja"))
 
 
+@pytest.mark.long
 @settings(deadline=None)
 @given(
     st.fixed_dictionaries(
@@ -277,6 +278,7 @@ def test_every_sequence_is_seen_epochs_times(sequences: int, batch: int, epochs:
     assert (steps - 1) * batch < epochs * sequences
 
 
+@pytest.mark.long
 def test_refusing_a_recipe_imports_nothing_heavy(tmp_path: Path) -> None:
     write(tmp_path, GOOD + "adaptr: {}\n")
     script = (

@@ -172,6 +172,7 @@ def load(name: str, tried: Tried, *changes: str) -> Recipe:
 _FEW = OptimSettings(batch_size=1, micro_batch_size=1)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", TRAINED)
 def test_check_calls_it_good(name: str, tried: Tried) -> None:
     recipe = load(name, tried)
@@ -217,6 +218,7 @@ def check_steps(run: Path) -> dict[str, float]:
     return dict(last)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "name",
     mostly_slow(
@@ -379,6 +381,7 @@ def real(tried: Tried, tmp_path_factory: pytest.TempPathFactory) -> Callable[[st
     return cache(lambda name: Real(name, tried, folder))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", REAL)
 def test_every_figure_in_a_comment_is_computed(name: str, real: Callable[[str], Real]) -> None:
     text, recipe = comments_of(name), real(name)

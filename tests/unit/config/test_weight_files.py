@@ -202,6 +202,7 @@ def test_check_names_the_file_and_its_fault(
     assert error.count("\n") == 1
 
 
+@pytest.mark.long
 def test_whole_weights_are_accepted(tiny_model: Path, chat_file: Path, tmp_path: Path) -> None:
     base = shutil.copytree(tiny_model, tmp_path / "base")
     before = read_weights(Folder(str(base)))

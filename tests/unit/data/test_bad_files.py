@@ -130,6 +130,7 @@ def seen() -> Iterator[dict[str, int]]:
     assert min(counts.values()) > 5, counts
 
 
+@pytest.mark.long
 @settings(
     deadline=None,
     max_examples=200,

@@ -84,6 +84,7 @@ def runs(trainable: Any) -> list[tuple[int, int]]:
     return list(zip(edges[::2].tolist(), edges[1::2].tolist(), strict=True))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", NAMES)
 def test_what_is_learnt_is_what_the_model_will_have_to_write(name: str) -> None:
     tokenizer = tokenizer_with(template(name))
@@ -268,6 +269,7 @@ TRICKY = [
 ]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", ["qwen2_5", "qwen3", "qwen3_8", "glm4moe", "gptoss", "lfm2_v2"])
 def test_conversations_of_one_form_are_read_as_each_is_alone(name: str) -> None:
     """A form that is known already spares renderings and changes no token."""

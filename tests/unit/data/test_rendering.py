@@ -205,6 +205,7 @@ def test_a_prompt_to_continue_does_not_end_in_half_a_token(
         assert rendered.cut == ""
 
 
+@pytest.mark.long
 def test_special_tokens_in_a_text_are_not_doubled(make_renderer: Any, tokenizer: Any) -> None:
     """A text that holds them renders as one that lacks them."""
     for with_them, without in (
@@ -359,6 +360,7 @@ def test_long_text_is_split(make_renderer: Any, tokenizer: Any) -> None:
         assert document.trainable[1:].all()
 
 
+@pytest.mark.long
 def test_a_long_row_takes_the_memory_of_its_tokens_once(
     make_renderer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -148,6 +148,7 @@ def test_every_row_comes_as_often_as_its_weight_says(
     assert np.std(shares) < 0.1 and np.mean(shares) == pytest.approx(1 / 6, abs=0.02)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("kind", METHODS)
 def test_every_method_gets_its_rows(tiny_model: Path, tmp_path: Path, kind: str) -> None:
     """An epoch holds each row once, as if it were prepared ahead; two workers that begin in the
@@ -215,6 +216,7 @@ def tokens_of(prepared: Prepared) -> list[list[int]]:
     ]
 
 
+@pytest.mark.long
 def test_few_windows_exist_at_a_time(tiny_model: Path, tmp_path: Path) -> None:
     """A source of twenty windows, read slowly and as fast as possible."""
     data = write_rows(tmp_path / "rows.jsonl", "row", 1800)
@@ -235,6 +237,7 @@ def test_few_windows_exist_at_a_time(tiny_model: Path, tmp_path: Path) -> None:
     assert [name for name in streaming.folder.names() if name.isdigit()] == []
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("kind", "batch"), [("jsonl", 256), ("csv", 8)])
 def test_a_step_may_take_more_windows_than_are_made_ahead(
     tiny_model: Path, tmp_path: Path, kind: str, batch: int
@@ -284,6 +287,7 @@ def test_stages_look_at_each_window(tiny_model: Path, tmp_path: Path) -> None:
     assert len(texts) == steps * BATCH and not Counter(texts) - expected
 
 
+@pytest.mark.long
 def test_packed_rows_are_near_the_bound(
     tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -75,6 +75,7 @@ def evaluations(recipe: Recipe) -> dict[int, dict[str, Any]]:
     return {line["step"]: {k: v for k, v in line.items() if k[:5] == "eval_"} for line in lines}
 
 
+@pytest.mark.long
 def test_answers_are_measured_while_it_trains(
     tiny_model: Path, chat_rows: list[Any], tmp_path: Path
 ) -> None:

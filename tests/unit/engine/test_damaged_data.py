@@ -31,6 +31,7 @@ def go(settings: Recipe, prepared: Prepared, progress: RecordedProgress, until: 
     return existing_run(run_folder(settings))
 
 
+@pytest.mark.long
 def test_a_run_goes_on_with_rebuilt_data(tiny_model: Path, chat_file: Path, tmp_path: Path) -> None:
     """Damaged before its first read, and again after a stop."""
     whole, run = (recipe(tiny_model, chat_file, tmp_path, name) for name in ("whole", "run"))

@@ -33,6 +33,7 @@ def base_and_rows(
     return QUICKSTART / "base", QUICKSTART / "train.jsonl"
 
 
+@pytest.mark.long
 def test_its_losses_are_those_of_finray(
     base_and_rows: tuple[Path, Path],
     tmp_path: Path,

@@ -213,6 +213,7 @@ with guarded(Folder(sys.argv[1]), 0, 1.0, in_process=True) as heartbeat:
 """
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("call", "code"), [(BACKTRACKS, -signal.SIGKILL), (WAITS, 1)])
 def test_a_run_in_the_commands_own_process_ends_as_failed(
     call: str, code: int, tmp_path: Path

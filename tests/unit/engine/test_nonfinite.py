@@ -124,6 +124,7 @@ def ranks(base: Path, folder: Path, workers: int, poison: str, dtype: str) -> li
     return [work(0, 1)] if workers == 1 else steps.by_workers(workers, folder, work)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("poison", ["loss", "gradient"])
 @pytest.mark.parametrize(("workers", "dtype"), [(1, "float32"), (1, "bfloat16"), (2, "float32")])
 def test_the_step_changes_nothing(
@@ -224,6 +225,7 @@ def record_of(run: Path) -> dict[str, Any]:
     return values
 
 
+@pytest.mark.long
 def test_a_poisoned_row(
     tiny_model: Path,
     chat_file: Path,
@@ -278,6 +280,7 @@ def test_resumed_behind_a_skipped_step(
     assert_same(again, run)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("log_every", "faults"), mostly_slow([(1, 3), (100, 2)], quick={(100, 2)}))
 def test_a_transient_fault_is_cured(
     tiny_model: Path,

@@ -57,6 +57,7 @@ def go(recipe: Recipe, until: int | None = None) -> dict[str, Any]:
     return existing_run(run_folder(recipe))
 
 
+@pytest.mark.long
 def test_a_run_ends_early_and_says_why(tiny_model: Path, chat_file: Path, tmp_path: Path) -> None:
     """Measured at 2 (the best), 4 and 6; interrupted at 4 it ends at the same step."""
     whole, parts = (

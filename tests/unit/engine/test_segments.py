@@ -46,6 +46,7 @@ def go(recipe: Recipe, until: int | None = None) -> dict[str, Any]:
     return existing_run(run_folder(recipe))
 
 
+@pytest.mark.long
 def test_segments_make_the_same_run(tiny_model: Path, chat_file: Path, tmp_path: Path) -> None:
     single, parts = (make(tiny_model, chat_file, tmp_path, name) for name in ("whole", "parts"))
     assert go(single)["status"] == "finished"
@@ -60,6 +61,7 @@ class _GoneError(BaseException):
     """Passes all handlers of errors, as the end of a process does."""
 
 
+@pytest.mark.long
 def test_a_lost_run_under_a_budget_of_tokens_is_continued_bit_for_bit(
     tiny_model: Path, chat_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -52,6 +52,7 @@ def go(recipe: Recipe, until: int | None = None) -> dict[str, Any]:
     return existing_run(run_folder(recipe))
 
 
+@pytest.mark.long
 def test_segments_make_the_same_run(tiny_model: Path, chat_file: Path, tmp_path: Path) -> None:
     single, parts = (make(tiny_model, chat_file, tmp_path, name) for name in ("whole", "parts"))
     record = go(single)
@@ -70,6 +71,7 @@ def test_segments_make_the_same_run(tiny_model: Path, chat_file: Path, tmp_path:
     assert sorted(path.name for path in (tmp_path / "whole/windows").iterdir()) == ["counts.json"]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("kind", mostly_slow(sorted(METHODS.keys() - {"sft"}), ["dpo", "grpo"]))
 def test_each_method_goes_on(
     tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str

@@ -164,6 +164,7 @@ def recipe_of(base: Path, settings: dict[str, Any]) -> Recipe:
     )
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", METHODS)
 def test_a_step_waits_for_the_flag_of_an_earlier_one(
     name: str, tiny_model: Path, tmp_path: Path

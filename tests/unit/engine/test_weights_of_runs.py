@@ -178,6 +178,7 @@ def loaded_alone(recipe: Recipe, run: Path) -> Any:
     return PeftModel.from_pretrained(base, run / "adapter", autocast_adapter_dtype=False).eval()
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("variant", mostly_slow(VARIANTS, QUICK))
 def test_it_learns_and_loads_alone(runs: Runs, variant: str) -> None:
     recipe, run = runs.recipe(variant), runs.run(variant)

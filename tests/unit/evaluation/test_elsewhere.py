@@ -89,6 +89,7 @@ def test_workers_write_what_one_process_writes_and_go_on_after_a_kill(
     assert sorted(asked) == [1, 2, 3, 4, 5, 6, 7, 8, 10]
 
 
+@pytest.mark.long
 def test_workers_measure_what_one_process_measures(
     run: Path, tiny_model: Path, tmp_path: Path, write: Write, monkeypatch: pytest.MonkeyPatch
 ) -> None:

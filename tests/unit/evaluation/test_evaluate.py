@@ -294,6 +294,7 @@ def test_the_choice_is_the_last_word(monkeypatch: pytest.MonkeyPatch) -> None:
     assert Judge("http://x", "m").prefer("ask", "one", "two", None) == "first"
 
 
+@pytest.mark.long
 def test_words_of_the_judge_do_not_make_it_silent(server: Server) -> None:
     """A reply that says "does not answer" is no silence: the other rows are asked."""
     server.answer = lambda text: "the text does not answer" if "one" in text else '{"score": 5}'
@@ -395,6 +396,7 @@ def test_an_object_store_keeps_the_answers_of_a_silent_judge(
     ]
 
 
+@pytest.mark.long
 def test_a_function_that_raises_costs_no_answer(
     run: Path, tmp_path: Path, write: Write, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -82,6 +82,7 @@ def logs_of(message: str) -> str:
     return "".join(path.read_text(encoding="utf-8") for path in sorted(folder.iterdir()))
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("forked")
 def test_a_fault_that_a_restart_would_repeat_is_handed_on(task: WorkerTask) -> None:
     progress = RecordedProgress()
@@ -92,6 +93,7 @@ def test_a_fault_that_a_restart_would_repeat_is_handed_on(task: WorkerTask) -> N
     assert progress.statuses == []
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("forked")
 def test_a_worker_that_ends_without_a_word(task: WorkerTask) -> None:
     """A second attempt starts both workers again."""
@@ -139,6 +141,7 @@ def test_workers_end_when_their_driver_does(tmp_path: Path) -> None:
     child.stdout.close()
 
 
+@pytest.mark.long
 def test_what_a_worker_started_ends_with_it(task: WorkerTask, tmp_path: Path) -> None:
     """That holds too for a child that keeps the worker's pipes open after the worker has ended."""
     (tmp_path / "sitecustomize.py").write_text(
@@ -198,6 +201,7 @@ def test_a_reward_may_fork(tmp_path: Path) -> None:
     assert printed == b"for the log\n"
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("forked")
 def test_a_worker_that_is_stopped_before_it_meets_the_others(
     task: WorkerTask, tmp_path: Path

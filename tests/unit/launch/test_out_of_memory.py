@@ -49,6 +49,7 @@ def record_of(run: Path) -> dict[str, Any]:
     return values
 
 
+@pytest.mark.long
 def test_the_microbatch_is_halved(
     tiny_model: Path, chat_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -220,6 +221,7 @@ def test_parts_are_halved_until_they_fit() -> None:
         in_fitting_parts(range(4), 4, nothing_fits, "answers", "less helps")
 
 
+@pytest.mark.long
 def test_an_evaluation_gets_smaller_batches_and_the_step_stays(
     tiny_model: Path, chat_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

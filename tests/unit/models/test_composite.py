@@ -82,6 +82,7 @@ def plain_loss(model: Any, settings: Recipe) -> float:
     return total / count
 
 
+@pytest.mark.long
 @pytest.mark.rehearses  # which tells the models whose rows must be padded
 @pytest.mark.parametrize(
     ("kind", "trained"),

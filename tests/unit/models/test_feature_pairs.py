@@ -236,6 +236,7 @@ def forked(fork_server: ForkServer, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(subprocess, "Popen", fork_workers(fork_server))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "index",
     [

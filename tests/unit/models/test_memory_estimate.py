@@ -164,6 +164,7 @@ def estimated_bytes(settings: Recipe) -> int:
     return estimate(settings, sizes_of(settings), kind="cpu").activations
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("case", CASES)
 def test_two_layers_keep_the_estimated_bytes(bases: dict[int, Path], case: str) -> None:
     """The values are equal; embedding, head and logits are the same in both models."""
@@ -234,6 +235,7 @@ def test_weights_and_states_have_the_estimated_size(bases: dict[int, Path], case
     assert memory.peak > memory.weights + memory.training + memory.activations
 
 
+@pytest.mark.long
 def test_what_multiplies_it(bases: dict[int, Path]) -> None:
     plain = recipe(bases[3], **LORA)
     assert estimated_bytes(
@@ -302,6 +304,7 @@ def test_sizes_that_a_kind_lacks_or_has_for_each_layer(
     assert {name: getattr(sizes, name) for name in expected} == expected
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("kind", ["llama", "gemma3_text", "mixtral", "lfm2"])
 @pytest.mark.parametrize("packed", [True, False])
 def test_a_models_own_pass_is_followed_byte_for_byte(
@@ -388,6 +391,7 @@ def test_a_packed_row_costs_a_mask_with_sdpa_alone(bases: dict[int, Path]) -> No
     assert by_table[0] - by_table[1] == difference
 
 
+@pytest.mark.long
 def test_every_phase_has_a_peak(bases: dict[int, Path]) -> None:
     """Cache and logits of answers, of an evaluation and of vLLM, on top of what is trained."""
     rewards = [{"file": "/x.py:f"}]
@@ -504,6 +508,7 @@ def test_what_sampling_a_token_takes(how: dict[str, Any]) -> None:
     assert of_one == pytest.approx(most / logits.numel(), rel=0.1)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("kind", ["llama", "gemma2", "gpt_oss"])
 def test_scores_of_packed_rows_are_those_of_their_documents(kind: str, tmp_path: Path) -> None:
     """A row of four documents keeps what four rows of one document keep; weights do not count."""
@@ -616,6 +621,7 @@ def test_a_microbatch_holds_the_rows_of_a_worker(bases: dict[int, Path]) -> None
     assert counted == [[8, 8, 4, 3, 1], [8, 8, 4, 4, 4]]
 
 
+@pytest.mark.long
 def test_what_dora_holds_for_a_moment(tmp_path: Path) -> None:
     """The allocator's own record of a forward pass; norms have no gradient, so nothing of them is
     kept."""

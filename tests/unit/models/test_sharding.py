@@ -85,6 +85,7 @@ def assert_close(actual: dict[str, Any], expected: dict[str, Any], **tolerance: 
         )
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("kind", "workers"),
     mostly_slow(
@@ -258,6 +259,7 @@ SHORT = ((1, "auto"), (2, "fsdp"), (2, "ddp"), (1, "auto"))
 CHAIN = ((1, "auto"), (2, "fsdp"), (4, "fsdp"), (2, "ddp"), (2, "fsdp"), (1, "auto"))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("kind", "groups"),
     mostly_slow([("full", SHORT), ("full", CHAIN), ("bfloat16", CHAIN)], quick={("full", SHORT)}),

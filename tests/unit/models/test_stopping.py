@@ -110,6 +110,7 @@ def check_stops(folder: Path, model: Any, tokenizer: Any) -> None:
     assert tokenizer.decode(answer, skip_special_tokens=True) == text
 
 
+@pytest.mark.long
 def test_an_adapter_stops(taught: Path, adapted: Path, tmp_path: Path) -> None:
     for folder in (adapted / "adapter", tmp_path / "out"):
         if not folder.exists():

@@ -180,6 +180,7 @@ def computed(batches: list[Batch]) -> int:
     return sum(batch.inputs["input_ids"].numel() for batch in batches)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", METHODS)
 def test_flat_is_padded(tiny_model: Path, tmp_path: Path, name: str) -> None:
     """By a number of rows and by a budget of tokens, whose parts hold other rows."""

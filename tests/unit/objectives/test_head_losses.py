@@ -177,6 +177,7 @@ def assert_equal(actual: Gradients, expected: Gradients, tolerance: float) -> No
         assert difference <= tolerance * max(largest, 1e-30), name
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=lambda dtype: str(dtype).removeprefix("torch."))
 @pytest.mark.parametrize("kind", KINDS)
 def test_equal_to_all_logits_at_once(

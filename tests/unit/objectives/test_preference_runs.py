@@ -122,6 +122,7 @@ RESUMED: list[tuple[dict[str, Any], bool]] = [
 """Recipes, and whether the file of the precomputed reference is still intact."""
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("changes", "keeps_reference"),
     mostly_slow(RESUMED, quick=[RESUMED[2], *RESUMED[-2:]]),
@@ -153,6 +154,7 @@ def test_a_resumed_run_ends_the_same(
     assert len(json.loads((folder / "run.json").read_text(encoding="utf-8"))["restarts"]) == 1
 
 
+@pytest.mark.long
 def test_a_precomputed_reference(
     tiny_model: Path, pairs: Path, direct: Path, tmp_path: Path
 ) -> None:
@@ -181,6 +183,7 @@ def first_loss(folder: Path) -> float:
     return float(next(line["loss"] for line in lines(folder) if "loss" in line))
 
 
+@pytest.mark.long
 def test_each_start_of_an_adapter_has_its_own_reference(
     tiny_model: Path, pairs: Path, tmp_path: Path
 ) -> None:
@@ -239,6 +242,7 @@ def test_the_key_of_a_reference_covers_what_it_depends_on(tiny_model: Path, tmp_
         assert keys(tiny_model, [{}], model={"base": str(tiny_model), **model}) != [plain]
 
 
+@pytest.mark.long
 def test_a_named_reference(tiny_model: Path, pairs: Path, direct: Path, tmp_path: Path) -> None:
     """A reference named as the base equals the adapter's base; an earlier run's result differs."""
     by_name = {"kind": "dpo", "reference_model": str(tiny_model)}

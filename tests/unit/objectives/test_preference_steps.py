@@ -80,6 +80,7 @@ def make_model(settings: Recipe) -> Any:
     return model
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("method", METHODS, ids=lambda method: method["kind"])
 @pytest.mark.parametrize(
     ("world_size", "strategy"),
@@ -125,6 +126,7 @@ def test_held_out_rows(tiny_model: Path, tmp_path: Path, method: dict[str, Any])
     assert torch.isfinite(actual).all()
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("method", METHODS, ids=lambda method: method["kind"])
 def test_held_out_rows_of_a_sharded_model(
     tiny_model: Path, tmp_path: Path, method: dict[str, Any]

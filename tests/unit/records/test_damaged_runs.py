@@ -184,6 +184,7 @@ UNUSABLE: dict[str, tuple[Callable[[Path], object], str]] = {
 """By what is wrong with a checkpoint: how it is made so, and the file that is named."""
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("what", UNUSABLE)
 def test_an_unusable_checkpoint_is_passed_over(storage: Path, what: str) -> None:
     damage, file = UNUSABLE[what]

@@ -174,6 +174,7 @@ def test_a_hub_model_stays_at_its_commit(
     assert yaml.safe_load((run / "recipe.yaml").read_text())["model"]["revision"] == COMMITS[0]
 
 
+@pytest.mark.long
 def test_a_hub_data_set_stays_at_its_commit(
     tiny_model: Path, chat_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -151,6 +151,7 @@ def test_several_share_a_process(make_recipe: MakeRecipe, start: Callable[[str],
     assert {name: one.adapted for name, one in outcomes.items()} == {n: {n: 2} for n in outcomes}
 
 
+@pytest.mark.long
 def test_the_program(
     make_recipe: MakeRecipe, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

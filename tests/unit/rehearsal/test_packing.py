@@ -137,6 +137,7 @@ def isolations(
     return {kind: result for kind, *result in lines}
 
 
+@pytest.mark.long
 def test_kernels_take_the_borders(fork_server: ForkServer, tmp_path: Path) -> None:
     """Beside attention to one document at a time, or to a whole row of them."""
     install(tmp_path, PACKAGES)
@@ -149,6 +150,7 @@ def test_kernels_take_the_borders(fork_server: ForkServer, tmp_path: Path) -> No
     assert isolations(fork_server, tmp_path, kinds, *ways) == expected
 
 
+@pytest.mark.long
 def test_a_kernel_without_borders_drops_them(fork_server: ForkServer, tmp_path: Path) -> None:
     older = {path: source.replace("seq_idx=None", "") for path, source in PACKAGES.items()}
     install(tmp_path, older | {"fla/ops/gated_delta_rule": PACKAGES["fla/ops/gated_delta_rule"]})

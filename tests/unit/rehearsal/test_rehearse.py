@@ -97,6 +97,7 @@ def test_texts_share_a_row_without_packing_only_to_save_padding() -> None:
     assert Outcome("ok", isolation="mask").way(packs=True) == "mask"
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "sections",
     [
@@ -201,6 +202,7 @@ def test_adapters_that_peft_would_put_elsewhere(rehearsed: Rehearsed) -> None:
     )
 
 
+@pytest.mark.long
 def test_what_gets_no_gradient_is_left_out(rehearsed: Rehearsed, make_recipe: MakeRecipe) -> None:
     small = {"num_hidden_layers": 10, "num_kv_shared_layers": 2, "vocab_size": 512}
     outcome = rehearsed("gemma3n_text", small)

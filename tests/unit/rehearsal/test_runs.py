@@ -68,6 +68,7 @@ def test_check_and_train_refuse_alike(
     assert run.status == "finished" and not (tmp_path / "runs" / "run.1").exists()
 
 
+@pytest.mark.long
 def test_documents_that_would_mix_are_not_packed(
     settings: Settings, rehearses: Callable[[Outcome], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:

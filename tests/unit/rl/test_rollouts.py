@@ -43,6 +43,7 @@ def expected_shares(logits: torch.Tensor, method: GrpoMethod) -> torch.Tensor:
     return expected
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "changes",
     [{}, {"temperature": 0.5}, {"top_k": 7}, {"top_p": 0.8}, {"top_k": 20, "top_p": 0.6}],

@@ -166,6 +166,7 @@ def test_failures_after_a_success_do_not_end_a_sweep(space: Space) -> None:
     assert sweep.conductor.error is None and not sweep.conductor.is_finished
 
 
+@pytest.mark.long
 def test_a_killed_sweep_resumes_its_running_trials(space: Space, tmp_path: Path) -> None:
     before = SimulatedSweep(space, tmp_path, trials=3)
     done, running = before.start(), before.start()

@@ -247,7 +247,10 @@ def test_a_population_keeps_its_size(tmp_path: Path, recipe: Recipe) -> None:
     )
     path.write_text(f"name: s\nrecipe: {base}\npruning: {{kind: pbt}}\nstorage: {tmp_path}\n")
     plan = make_plan(load_sweep(path))
-    write_sweep(plan.folder.create(), {"settings": describe(plan)})
+    record: dict[str, object] = {"name": "s", "status": "stopped", "settings": describe(plan)}
+    record |= {"objectives": [], "trials": [], "best": [], "prunes": True}
+    record |= {"excluded": {"count": 0, "first": None}}
+    write_sweep(plan.folder.create(), record)
     assert check_folder(plan) is not None
     with pytest.raises(InputError, match="trials: 30 before, 20 now"):
         check_folder(make_plan(load_sweep(path, ("trials=20",))))

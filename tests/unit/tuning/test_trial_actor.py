@@ -23,6 +23,7 @@ from finray.tuning.trial_actor import _objective, final_measures
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 
 
+@pytest.mark.long
 def test_metrics_without_a_record_are_reported_after_a_restart(
     tiny_model: Path, chat_file: Path, tmp_path: Path
 ) -> None:
@@ -55,6 +56,7 @@ def test_a_late_report_can_still_prune(
     assert (read_run(run) or {})["status"] == becomes
 
 
+@pytest.mark.long
 def test_the_base_is_measured_once_for_all_trials_of_a_slot(
     tiny_model: Path, chat_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -79,6 +81,7 @@ def test_the_base_is_measured_once_for_all_trials_of_a_slot(
     assert len(measured) == 2
 
 
+@pytest.mark.long
 def test_a_slot_does_not_load_torchs_compiler(fork_server: ForkServer) -> None:
     """The server has what else a slot loads, and more."""
     program = (

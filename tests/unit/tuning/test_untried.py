@@ -195,6 +195,7 @@ def test_a_killed_sweep_tries_the_rest(sampler: str) -> None:
     assert longer.stored == 30
 
 
+@pytest.mark.long
 def test_settings_are_recognised_in_the_file_of_a_study(tmp_path: Path) -> None:
     file = StudyFile(Folder(str(tmp_path)))
     adapter = Distribution(choice=[None, {"rank": 2}])
@@ -326,6 +327,7 @@ def is_valid(each: dict[str, Any]) -> bool:
     return bool(each.get(MICRO, 4) <= each.get(BATCH, 32) and each.get(DROPOUT, 0.0) < 1.0)
 
 
+@pytest.mark.long
 @settings(max_examples=60, deadline=None)
 @given(
     spaces(),
