@@ -60,7 +60,7 @@ check: lint test
 docs: install
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
-# Measures ratios side by side; takes two to three hours on a quiet machine.
+# Measures ratios side by side; takes six to seven hours on a quiet machine.
 bench: install
 	$(BIN)/python benchmarks/run_all.py
 

@@ -111,8 +111,8 @@ def remove(removal: Removal, progress: Progress) -> tuple[list[str], list[str]]:
     """Delete what a plan says.
 
     Returns:
-        The names of what was deleted, and a line for each of the others: it is in use now since
-        the plan was made, or cannot be deleted.
+        The names of what was deleted, and a line for each of the others: it came into use
+        after the plan was made, or cannot be deleted.
     """
     done, left = [], []
     for number, item in enumerate(removal.doomed):

@@ -23,6 +23,7 @@ from ..training.records.run_folder import (
     RECIPE_FILE,
     UNREADABLE,
     Record,
+    read_if_there,
     read_listed,
     read_run,
 )
@@ -106,9 +107,23 @@ class Entry:
         """(name, text) of its files that name other folders: recipes, and a sweep's own record."""
         inside = (SWEEP_FILE, BEST_FILE) if self.kind == "sweep" else (RECIPE_FILE,)
         for name in inside:
-            yield name, _text(self.folder, name)
+            yield name, self._text(self.folder, name)
         for run in self._runs_inside():
-            yield f"{run.name}/{RECIPE_FILE}", _text(run, RECIPE_FILE)
+            yield f"{run.name}/{RECIPE_FILE}", self._text(run, RECIPE_FILE)
+
+    def _text(self, folder: Folder, name: str) -> str:
+        """A file's text; empty where there is none, or none of an unreadable run can be read.
+
+        Raises:
+            InputError: a file of a readable one cannot be read.
+        """
+        try:
+            content = read_if_there(folder, name)
+        except InputError:
+            if self.problem is None:
+                raise
+            content = None
+        return (content or b"").decode("utf-8", "replace")
 
     def _runs_inside(self) -> Iterator[Folder]:
         if self.kind == "sweep":
@@ -150,7 +165,7 @@ def referrers(entries: Sequence[Entry], targets: Sequence[Entry]) -> Referrers:
         targets: those that are asked about.
 
     Raises:
-        InputError: a recipe is not YAML: what it refers to is not known.
+        InputError: a recipe is not YAML, or cannot be read: what it refers to is not known.
     """
     mentions: Referrers = {target.name: [] for target in targets}
     for entry in entries:
@@ -217,10 +232,3 @@ def _place(text: str) -> str:
 
 def _below(place: str, folder: str) -> bool:
     return place == folder or place.startswith(f"{folder.rstrip('/')}/")
-
-
-def _text(folder: Folder, name: str) -> str:
-    try:
-        return folder.read(name).decode("utf-8", "replace")
-    except (FileNotFoundError, NotADirectoryError):
-        return ""

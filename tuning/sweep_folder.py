@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any
 
-from ..training.common.errors import InputError, reason
+from ..training.common.errors import InputError
 from ..training.common.storage import Folder
 from ..training.common.versions import check_format
 from ..training.config.metric import Metric
@@ -17,7 +17,8 @@ from ..training.records.run_folder import (
     RUN_FILE,
     Record,
     check_types,
-    parse_record,
+    read_if_there,
+    require_record,
 )
 
 SWEEP_FORMAT = 1
@@ -71,12 +72,11 @@ def read_sweep(folder: Folder) -> Record | None:
     """
     if folder.exists(RUN_FILE):
         raise InputError(f"{folder} holds a run, not a sweep; give the sweep another name")
-    if not folder.exists(SWEEP_FILE):
+    content = read_if_there(folder, SWEEP_FILE)
+    if content is None:
         return None
     place = f"{folder / SWEEP_FILE}"
-    record = parse_record(_content(folder))
-    if record is None:
-        raise InputError(f"{place}: expected a JSON object; {_REMEDY}")
+    record = require_record(content, place, _REMEDY)
     check_format(record, SWEEP_FORMAT, folder / SWEEP_FILE)
     check_types(record, _TYPES, place, remedy=_REMEDY)
     for key, types in _ITEM_TYPES.items():
@@ -84,19 +84,6 @@ def read_sweep(folder: Folder) -> Record | None:
             check_types({key: item}, {key: dict}, place, needed=(key,), remedy=_REMEDY)
             check_types(item, types, f"{place}: {key}", remedy=_REMEDY)
     return record
-
-
-def _content(folder: Folder) -> bytes:
-    """sweep.json; an error of a store is passed on, as it may pass."""
-    try:
-        return folder.read(SWEEP_FILE)
-    except OSError as error:
-        if folder.local is None:
-            raise
-        raise InputError(
-            f"{folder / SWEEP_FILE}: cannot be read: {reason(error)}; restore the file, or make it "
-            "readable"
-        ) from None
 
 
 def existing_sweep(folder: Folder) -> Record:

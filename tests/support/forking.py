@@ -62,6 +62,11 @@ _SET_NAME = 15
 _PACKET = 1 << 20
 
 
+def before_all_else(folder: Path) -> str:
+    """A PYTHONPATH with this folder first."""
+    return os.pathsep.join(filter(None, [str(folder), os.environ.get("PYTHONPATH")]))
+
+
 @dataclass(frozen=True)
 class Task:
     """What a forked process runs."""
@@ -151,8 +156,7 @@ class ForkServer:
 
     def environment(self) -> dict[str, str]:
         """Where Ray is started with it, its workers are forked."""
-        path = [str(HANDING_OVER), os.environ.get("PYTHONPATH", "")]
-        return {"PYTHONPATH": os.pathsep.join(path), SERVER: self.address}
+        return {"PYTHONPATH": before_all_else(HANDING_OVER), SERVER: self.address}
 
     def close(self) -> None:
         self._channel.close()
@@ -232,6 +236,9 @@ def serve(channel: socket.socket, listening: socket.socket | None = None) -> Tas
         elif listening in ready and listening is not None:
             answer, _ = listening.accept()
             message, streams = _received(answer)
+            if not message:  # it was killed before it could ask
+                answer.close()
+                continue
         else:
             continue
         *streams, status = streams
@@ -242,6 +249,7 @@ def serve(channel: socket.socket, listening: socket.socket | None = None) -> Tas
             for other in (reader, writer, *children.values()):
                 os.close(other)
             task = Task(**json.loads(message))
+            os.setsid() if task.new_session else os.setpgid(0, 0)
             answer.send(str(os.getpid()).encode())
             _become(task, streams, status)
             channel.close()
@@ -255,11 +263,18 @@ def serve(channel: socket.socket, listening: socket.socket | None = None) -> Tas
 
 
 def _received(channel: socket.socket) -> tuple[bytes, list[int]]:
-    """A request that is as long as its environment, and its files."""
-    message, files, _, _ = socket.recv_fds(channel, _PACKET, 8)
-    while part := channel.recv(_PACKET):
-        message += part
-    return message, files
+    """A request that is as long as its environment, and its files; none of one that stops."""
+    channel.settimeout(10)
+    message: bytes = b""
+    files: list[int] = []
+    with suppress(OSError):
+        message, files, _, _ = socket.recv_fds(channel, _PACKET, 8)
+        while part := channel.recv(_PACKET):
+            message += part
+        return message, files
+    for file in files:
+        os.close(file)
+    return b"", []
 
 
 def _reap(children: dict[int, int]) -> None:
@@ -277,10 +292,6 @@ def _become(task: Task, files: list[int], status: int) -> None:
     streams, spaces = files[:3], files[3:]
     _enter(spaces)
     os.close(status)
-    if task.new_session:
-        os.setsid()
-    else:
-        os.setpgid(0, 0)
     for number, stream in enumerate(streams):
         os.dup2(stream, number)
         os.close(stream)
@@ -303,7 +314,10 @@ def _enter(spaces: list[int]) -> None:
             raise OSError(ctypes.get_errno(), "the namespace of a host cannot be entered")
     if others and (child := os.fork()):
         _, status = os.waitpid(child, 0)
-        os._exit(max(0, os.waitstatus_to_exitcode(status)))
+        code = os.waitstatus_to_exitcode(status)
+        os._exit(code if code >= 0 else 128 - code)  # as a shell says it
+    if others:
+        os.setpgid(0, 0)
     for space in spaces:
         os.close(space)
 

@@ -1,11 +1,10 @@
 """Workers whose loss fails or dawdles: a sitecustomize.py, which new and forked processes run."""
 
-import os
 from pathlib import Path
 from string import Template
 from textwrap import indent
 
-from .forking import HANDING_OVER
+from .forking import HANDING_OVER, before_all_else
 
 _PROGRAM = Template('''
 import importlib.util
@@ -67,4 +66,4 @@ def spoil_loss(folder: Path, before: str) -> dict[str, str]:
     hand_over = (HANDING_OVER / "sitecustomize.py").read_text(encoding="utf-8")
     program = _PROGRAM.substitute(before=indent(before, " " * 8).strip())
     (folder / "sitecustomize.py").write_text(hand_over + program, encoding="utf-8")
-    return {"PYTHONPATH": os.pathsep.join([str(folder), os.environ.get("PYTHONPATH", "")])}
+    return {"PYTHONPATH": before_all_else(folder)}

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 
 from ..common.errors import InputError, writing
 from ..common.storage import Folder
-from .run_folder import RUN_FILE, Record, list_runs, parse_record
+from .run_folder import RUN_FILE, Record, list_runs, parse_record, read_if_there
 
 NOTE_FILE = "note.json"
 
@@ -25,12 +25,12 @@ def read_note(folder: Folder) -> Note:
     """The note in a run's folder; an empty one where there is none.
 
     Raises:
-        InputError: note.json is not as `write_note` writes it.
+        InputError: note.json is not as `write_note` writes it, or cannot be read.
     """
-    try:
-        record = parse_record(folder.read(NOTE_FILE))
-    except (FileNotFoundError, NotADirectoryError):
+    content = read_if_there(folder, NOTE_FILE)
+    if content is None:
         return Note()
+    record = parse_record(content)
     text, tags = (record or {}).get("text"), (record or {}).get("tags")
     is_list = isinstance(tags, list) and all(isinstance(tag, str) for tag in tags)
     if not isinstance(text, str) or not is_list:

@@ -72,11 +72,11 @@ def read_run(folder: Folder) -> Record | None:
         InputError: run.json is not a JSON object, holds another type than it should, or a newer
             finray wrote it.
     """
-    content = _read(folder, RUN_FILE)
+    content = read_if_there(folder, RUN_FILE)
     if content is None:
         return None
     place = folder / RUN_FILE
-    record = _parse(content, f"{place}", _REMEDY)
+    record = require_record(content, f"{place}", _REMEDY)
     check_format(record, RUN_FORMAT, place)
     check_types(record, _RUN_TYPES, f"{place}", remedy=_REMEDY)
     for key, types in _ITEM_TYPES.items():
@@ -202,7 +202,7 @@ def read_recipe(folder: Folder) -> tuple[str, Record]:
     Raises:
         InputError: recipe.yaml is not YAML.
     """
-    content = _read(folder, RECIPE_FILE)
+    content = read_if_there(folder, RECIPE_FILE)
     if content is None:
         return "", {}
     try:
@@ -289,7 +289,7 @@ def is_match(answer: str | None, reference: str | None) -> bool:
     return answer is not None and reference is not None and answer.strip() == reference.strip()
 
 
-def _read(folder: Folder, name: str) -> bytes | None:
+def read_if_there(folder: Folder, name: str) -> bytes | None:
     """The content of a file; None if there is none.
 
     Raises:
@@ -310,9 +310,9 @@ def _read(folder: Folder, name: str) -> bytes | None:
 
 def _read_lines(folder: Folder, name: str) -> list[tuple[str, Record]]:
     """(text, content) of each line; the place of a line is its number in the file."""
-    *complete, last = (_read(folder, name) or b"").split(b"\n")
+    *complete, last = (read_if_there(folder, name) or b"").split(b"\n")
     records = [
-        (f"{line.decode('utf-8', 'replace')}\n", _parse(line, f"{folder / name}:{number}"))
+        (f"{line.decode('utf-8', 'replace')}\n", require_record(line, f"{folder / name}:{number}"))
         for number, line in enumerate(complete, start=1)
         if line.strip()
     ]
@@ -365,7 +365,12 @@ def parse_record(line: bytes) -> Record | None:
     return value if isinstance(value, dict) else None
 
 
-def _parse(content: bytes, where: str, remedy: str = "restore the file") -> Record:
+def require_record(content: bytes, where: str, remedy: str = "restore the file") -> Record:
+    """A JSON object.
+
+    Raises:
+        InputError: the content is another one; `where` and `remedy` stand in the message.
+    """
     record = parse_record(content)
     if record is None:
         excerpt = content[:80].decode("utf-8", "replace").strip()

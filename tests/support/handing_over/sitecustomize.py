@@ -26,12 +26,15 @@ def hand_over(address: str, arguments: list[str]) -> int:
     environment = {**os.environ, "python": sys.executable}
     task = {"module": "", "arguments": arguments, "environment": environment}
     task |= {"folder": os.getcwd(), "path": sys.path}  # noqa: PTH109
+    message = json.dumps(task).encode()
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as channel:
         channel.connect(address)
-        socket.send_fds(channel, [json.dumps(task).encode()], [0, 1, 2, *spaces, writer])
+        socket.send_fds(channel, [message], [0, 1, 2, *spaces, writer])
         channel.shutdown(socket.SHUT_WR)
         os.close(writer)
         pid = channel.recv(20)
+    if not pid:
+        return 1
     ctypes.CDLL(None).prctl(15, b"forked-" + pid, 0, 0, 0)
     return int(os.read(reader, 20) or 1)
 

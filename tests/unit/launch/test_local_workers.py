@@ -13,7 +13,7 @@ from typing import Any
 
 import psutil
 import pytest
-from support.forking import WORKER, WORKER_TITLE, ForkServer, fork_workers
+from support.forking import WORKER, WORKER_TITLE, ForkServer, before_all_else, fork_workers
 from support.harness import wait_until
 from support.recorded import RecordedProgress
 
@@ -156,11 +156,6 @@ def test_what_a_worker_started_ends_with_it(task: WorkerTask, tmp_path: Path) ->
         with pytest.raises(RunError, match="worker 1 was ended by SIGKILL"):
             run_with_retries(task, workers, SILENT, prepare_again)
     assert [child.cmdline() for child in left if is_alive(child)] == []
-
-
-def before_all_else(folder: Path) -> str:
-    """A PYTHONPATH."""
-    return os.pathsep.join([str(folder), os.environ.get("PYTHONPATH", "")])
 
 
 def is_alive(process: psutil.Process) -> bool:
