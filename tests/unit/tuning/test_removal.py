@@ -21,6 +21,7 @@ from finray.training.common.lock import hold_run_lock
 from finray.training.common.progress import SILENT
 from finray.training.common.storage import Folder
 from finray.training.config.recipe import recipe_from_dict
+from finray.training.records.notes import noted_runs
 from finray.training.records.run_folder import list_runs
 from finray.training.rehearsal.key import key_of
 from finray.tuning.removal import DELETED_FOLDER, Removal, remove
@@ -200,6 +201,20 @@ def test_unreadable_records_keep_what_they_may_refer_to_and_stay(tmp_path: Path)
     with pytest.raises(InputError, match=r"run\.json: expected a JSON object"):
         plan_clean(Folder(str(tmp_path)), DAY)
     assert remove(rm(tmp_path, "damaged", unfinished=True), SILENT) == (["damaged"], [])
+
+
+def test_what_may_not_be_read_stops_no_other_removal(tmp_path: Path) -> None:
+    """Folders in the place of files: nobody can read them, root neither."""
+    stored_run(tmp_path, "goes")
+    (closed := tmp_path / "closed").mkdir()
+    for name in ("run.json", "note.json", "recipe.yaml"):
+        (closed / name).mkdir()
+    (tmp_path / "swept" / "sweep.json").mkdir(parents=True)
+    listed = dict(noted_runs(Folder(str(tmp_path))))
+    assert "run.json: cannot be read" in listed["closed"]["problem"] and "goes" in listed
+    assert names(rm(tmp_path, "goes")) == ["goes"]
+    assert "cannot be read" in kept(rm(tmp_path, "closed"))["closed"]
+    assert "sweep.json: cannot be read" in kept(rm(tmp_path, "swept"))["swept"]
 
 
 def test_a_run_in_use_is_kept(tmp_path: Path) -> None:
