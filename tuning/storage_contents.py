@@ -26,6 +26,7 @@ from ..training.records.run_folder import (
     read_if_there,
     read_listed,
     read_run,
+    unreadable,
 )
 from .sweep_folder import BEST_FILE, RETRAINED_FOLDER, SWEEP_FILE, TRIALS_FOLDER, read_sweep
 
@@ -69,7 +70,9 @@ class Entry:
 
     @property
     def why_in_use(self) -> str | None:
-        """The process that holds it; None if none of this machine does."""
+        """The process that holds it, or that a newer finray wrote it; None if neither does."""
+        if self.record.get("is_whole"):
+            return self.problem
         holder = holder_of(self.folder)
         return f"in use by {holder}" if holder else None
 
@@ -147,7 +150,7 @@ def _sweep_record(folder: Folder) -> Record:
     try:
         return read_sweep(folder) or {}
     except InputError as error:
-        return {"status": UNREADABLE, "problem": str(error)}
+        return unreadable(error)
 
 
 def contents_of(storage: Folder) -> list[Entry]:

@@ -14,6 +14,10 @@ def installed_versions() -> dict[str, str]:
     return {"python": platform.python_version(), **{name: version(name) for name in _NAMES}}
 
 
+class NewerFormatError(InputError):
+    """A newer finray wrote a file, which is whole."""
+
+
 def check_format(content: dict[str, Any], latest: int, place: object) -> None:
     """Refuse a file that a newer finray wrote. A file without a format number has format 1.
 
@@ -23,13 +27,14 @@ def check_format(content: dict[str, Any], latest: int, place: object) -> None:
         place: the file, for the message.
 
     Raises:
-        InputError: the format is newer than `latest`, or no number.
+        NewerFormatError: the format is newer than `latest`.
+        InputError: it is not a number.
     """
     number = content.get("format", 1)
     if type(number) is not int:
         raise InputError(f"{place}: format: expected a number, not {number!r}")
     if number > latest:
-        raise InputError(
+        raise NewerFormatError(
             f"{place}: a newer finray wrote this file (format {number}; finray {version('finray')} "
             f"reads up to {latest}); upgrade finray"
         )

@@ -56,7 +56,7 @@ def _elements(window: "_Window") -> Iterator[tuple[int, Row | BadRow]]:
             window.refuse("]")
     window.expect("]")
     if in_object:
-        window.leave()
+        window.leave("data")
     window.end()
 
 
@@ -109,12 +109,14 @@ class _Window:
             self.skip_space()
             self.expect(",")
 
-    def leave(self) -> None:
-        """Go to the end of the object, past its other keys."""
+    def leave(self, key: str) -> None:
+        """Go to the end of the object, past its other keys; fail if the key comes again."""
         self.skip_space()
         while self.peek() == ",":
             self.expect(",")
             self.skip_space()
+            if self.peek() == '"' and self._starts(f'"{key}"'):
+                self._fail(f"the key {key!r} comes twice, and one value would be lost", self.line)
             self.element()
             self.skip_space()
             self.expect(":")

@@ -39,12 +39,19 @@ _NO_TEXT = (
     (b"\x1f\x8b", "data compressed by gzip (.gz)"),
     (b"\x28\xb5\x2f\xfd", "data compressed by zstd (.zst)"),
     (b"PK\x03\x04", "a zip archive or a workbook"),
-    (b"PAR1", "Parquet (.parquet)"),
-    (b"ARRO", "Arrow (.arrow)"),
+    (b"PAR1\x15", "Parquet (.parquet)"),
+    (b"ARROW1\0\0", "Arrow (.arrow)"),
 )
 """How files of other kinds begin."""
-_WIDE = re.compile(rb"[\t-~]\0[\t-~]\0|[\t-~]\0\0\0|\0[\t-~]\0[\t-~]|\0\0\0[\t-~]|\0\0\xfe\xff")
-"""How a text of UTF-16 or UTF-32 begins that is mostly ASCII, with or without a mark."""
+_WIDE = (
+    (re.compile(rb"\xff\xfe\0\0|\0\0\xfe\xff"), "UTF-32"),
+    (re.compile(rb"(?:\xff\xfe|\xfe\xff).*", re.DOTALL), "UTF-16"),
+    (re.compile(rb"[\t-~]\0\0\0"), "UTF-32LE"),
+    (re.compile(rb"\0\0\0[\t-~]"), "UTF-32BE"),
+    (re.compile(rb"[\t-~]\0[\t-~]\0"), "UTF-16LE"),
+    (re.compile(rb"\0[\t-~]\0[\t-~]"), "UTF-16BE"),
+)
+"""How texts of two or four bytes a letter begin: with a mark, or with letters of ASCII."""
 _BLOCK = 2**20
 _READ_AHEAD = 8 * 2**20
 """Bytes of Parquet rows that are converted together."""
@@ -178,16 +185,16 @@ def _in_utf8(
 ) -> Iterator[tuple[int, Row | BadRow]]:
     """Refuse what is no text, or one of two or four bytes a letter: no row of it could be read."""
     with file.open_text() as stream:
-        start = bytes(stream.read(4))
+        start = bytes(stream.read(8))
     if (what := next((name for magic, name in _NO_TEXT if start.startswith(magic)), "")) != "":
         raise InputError(
             f"{file.place}: the file holds {what}, not the text that its name says; rename or "
             "convert it"
         )
-    if start[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) or _WIDE.fullmatch(start):
+    wide = next((name for pattern, name in _WIDE if pattern.fullmatch(start[:4])), None)
+    if wide is not None:
         raise InputError(
-            f"{file.place}: the text is not UTF-8, but UTF-16 or UTF-32; convert it: "
-            "iconv -f UTF-16 -t UTF-8"
+            f"{file.place}: the text is not UTF-8, but {wide}; convert it: iconv -f {wide} -t UTF-8"
         )
     yield from rows
 

@@ -327,11 +327,12 @@ def _split_pattern(path: str) -> tuple[str, list[str]]:
     """The folder before the first part with a wildcard, and the parts from there on. A folder that
     exists is none, whatever its name."""
     parts = path.split("/")
-    first = next(
+    wild = (
         index
         for index, part in enumerate(parts)
         if _is_pattern(part) and not Path("/".join(parts[: index + 1])).is_dir()
     )
+    first = next(wild, len(parts) - 1)  # only folders that exist have brackets
     return "/".join(parts[:first]) or "/", parts[first:]
 
 

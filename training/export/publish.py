@@ -8,6 +8,8 @@ from ..common.formatting import one_line
 from ..common.secrets import redact
 
 _MESSAGE = "Upload a model trained with finray"
+_PASSING = (408, 429)
+"""Statuses of a hub that another time would take the upload."""
 
 
 def reserve(name: str, private: bool) -> None:
@@ -87,7 +89,7 @@ def _explained(name: str, error: Exception) -> FinrayError:
             f"--push {name}: the hub refuses ({status}): {text}; set HF_TOKEN to a token that may "
             "write there"
         )
-    if isinstance(error, HfHubHTTPError) and status is not None and status < 500:
+    if isinstance(error, HfHubHTTPError) and status in range(400, 500) and status not in _PASSING:
         return InputError(
             f"--push {name}: the hub refuses ({status}): {text}; give another repository, or "
             "upload the folder that --to writes"

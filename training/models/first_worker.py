@@ -72,7 +72,12 @@ def _received(make: Callable[[], _Made], group: Any) -> _Made:
     (sent,) = received
     if isinstance(sent, Exception):
         raise sent
-    made: _Made = make() if sent is None else _Unpacker(io.BytesIO(sent)).load()
+    if sent is None:
+        return make()
+    try:
+        made: _Made = _Unpacker(io.BytesIO(sent)).load()
+    except ImportError:  # a module that transformers fetched for the first worker
+        return make()
     return made
 
 
@@ -99,7 +104,7 @@ def _packed(model: torch.nn.Module) -> bytes | None:
     file = io.BytesIO()
     try:
         _Packer(file, {weight.data_ptr() for weight in model.parameters()}).dump(model)
-    except (pickle.PicklingError, AttributeError, TypeError):  # a function without a name
+    except Exception:  # noqa: BLE001 - whatever a module holds, each rank can load it
         return None
     return file.getvalue()
 

@@ -79,6 +79,7 @@ def _frozen(setup: Setup, named: str | None) -> Model:
     weights = {
         id(weight): torch.nn.Parameter(weight.detach().to(dtype, copy=named is None))
         for weight in model.parameters()
+        if weight.is_floating_point()  # not those of a quantised one
     }
     model = copy.deepcopy(model, weights)
     model.config.use_cache = False

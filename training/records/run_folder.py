@@ -14,7 +14,7 @@ from ..common.errors import InputError, reason
 from ..common.formatting import one_line
 from ..common.scratch import scratch_folder
 from ..common.storage import Folder
-from ..common.versions import check_format
+from ..common.versions import NewerFormatError, check_format
 from ..common.yaml_text import load_yaml
 
 RUN_FORMAT = 1
@@ -93,13 +93,22 @@ def read_listed(folder: Folder) -> Record | None:
     """As `read_run`, for lists of runs, in which one damaged file hides no other run.
 
     Returns:
-        For a run.json that `read_run` refuses, the status UNREADABLE, and under `problem` what is
-        wrong and what to do.
+        For a run.json that `read_run` refuses, what `unreadable` returns.
     """
     try:
         return read_run(folder)
     except InputError as error:
-        return {"status": UNREADABLE, "problem": str(error)}
+        return unreadable(error)
+
+
+def unreadable(error: InputError) -> Record:
+    """What lists hold in place of a record that cannot be read.
+
+    Its status is UNREADABLE, what is wrong and what to do stands under `problem`, and `is_whole`
+    is true if a newer finray can read it.
+    """
+    is_whole = isinstance(error, NewerFormatError)
+    return {"status": UNREADABLE, "problem": str(error), "is_whole": is_whole}
 
 
 def check_run_folder(folder: Folder) -> None:

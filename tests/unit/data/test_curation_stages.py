@@ -57,6 +57,13 @@ KINDS: tuple[PersonalData, ...] = get_args(PersonalData)
             "[phone], [phone]",
         ),
         ("100 200 3000, 640 480 1024 5, 3 +1234567", None),
+        ("Call 415 555 2671 24/7, ring 020 794 6095", "Call [phone] 24/7, ring [phone]"),
+        ("room 7 415 555 2671 at 2 pm", "room 7 [phone] at 2 pm"),
+        (
+            "client version 203.0.113.9, Subversion 198.51.100.2",
+            "client version [ip], Subversion [ip]",
+        ),
+        ("8600140412345671, 3841000412345677", "[card], [card]"),
         ("version 1.2.3.4, Release 1.2.3.4, pkg==1.2.3.4, section 1.1.1.1, mask 255.255.0.0", None),
         (
             "git@host.example:owner/name.git, but git@lists.example",

@@ -168,6 +168,7 @@ def test_bad_utf8_in_an_array_affects_its_element_only(tmp_path: Path) -> None:
         ('[{"a": 1}]\n[{"a": 2}]', 2, "the array ends, and the file goes on"),
         ('{"data": [{"a": 1}],\n"b": 2}\nx', 3, "the array ends, and the file goes on"),
         ('{"data": [{"a": 1}]\n', 2, "the file ends"),
+        ('{"data": [{"a": 1}],\n"data": []}', 2, "the key 'data' comes twice"),
         ('[\n\n{"a": x}]', 3, "Expecting value"),
     ],
 )
@@ -189,10 +190,11 @@ ROW = '{"text": "one"}\n'
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("a.jsonl", ROW.encode("utf-16"), "the text is not UTF-8, but UTF-16 or UTF-32"),
-        ("a.json", ROW.encode("utf-16-be"), "the text is not UTF-8"),
-        ("a.jsonl.gz", gzip.compress(ROW.encode("utf-16-le")), "the text is not UTF-8"),
-        ("a.txt", "one\n".encode("utf-32"), "the text is not UTF-8"),
+        ("a.jsonl", ROW.encode("utf-16"), "the text is not UTF-8, but UTF-16; convert"),
+        ("a.json", ROW.encode("utf-16-be"), "iconv -f UTF-16BE -t UTF-8"),
+        ("a.jsonl.gz", gzip.compress(ROW.encode("utf-16-le")), "iconv -f UTF-16LE"),
+        ("a.txt", "one\n".encode("utf-32"), "iconv -f UTF-32 -t"),
+        ("a.txt", "one\n".encode("utf-32-be"), "iconv -f UTF-32BE -t"),
         ("a.csv", "text\none\n".encode("utf-16"), "the text is not UTF-8"),
         (
             "a.jsonl",
@@ -210,6 +212,11 @@ def test_a_file_that_is_not_what_its_name_says(
     (tmp_path / name).write_bytes(content)
     with pytest.raises(InputError, match=message):
         read(tmp_path / name)
+
+
+def test_a_word_may_begin_as_files_of_other_kinds_do(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("ARROW,PAR1\n1,2\n", encoding="utf-8")
+    assert [row for _, row in read(tmp_path / "a.csv")] == [{"ARROW": "1", "PAR1": "2"}]
 
 
 def test_csv_rows_have_their_lines(tmp_path: Path) -> None:

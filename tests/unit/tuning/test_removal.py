@@ -213,6 +213,9 @@ def test_what_may_not_be_read_stops_no_other_removal(tmp_path: Path) -> None:
     listed = dict(noted_runs(Folder(str(tmp_path))))
     assert "run.json: cannot be read" in listed["closed"]["problem"] and "goes" in listed
     assert names(rm(tmp_path, "goes")) == ["goes"]
+    newer = stored_run(tmp_path, "newer")
+    (newer / "run.json").write_text('{"format": 99}', encoding="utf-8")
+    assert "upgrade finray" in kept(rm(tmp_path, "newer", unfinished=True))["newer"]
     assert "cannot be read" in kept(rm(tmp_path, "closed"))["closed"]
     assert "sweep.json: cannot be read" in kept(rm(tmp_path, "swept"))["swept"]
 

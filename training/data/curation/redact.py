@@ -27,7 +27,9 @@ _CARD = (
 _CARDS = (re.compile(_CARD % r"\1\d{3}"), re.compile(_CARD % ""))
 """With 19 digits in groups, and with fewer: three digits that follow may be its security code."""
 _IP = re.compile(
-    r"(?<![0-9A-Za-z.])(?=\d)(?<!==)(?<!(?i:version) )(?<!(?i:release|section) )"
+    # Numbers of versions are small.
+    r"(?<![0-9A-Za-z.])(?=\d)(?:(?<!==)(?<!\b(?i:version|release|section) )"
+    r"|(?!(?:[12]?\d\.){3}[12]?\d(?!\d)))"
     r"(?:\d{1,3}\.){3}\d{1,3}"
     r"(?![0-9A-Za-z]|\.\d)"
     r"|(?<![0-9A-Za-z.:])[0-9A-Fa-f]{0,4}(?::[0-9A-Fa-f]{0,4}){2,7}(?![0-9A-Za-z:]|\.\d)"
@@ -38,7 +40,8 @@ _PHONE = re.compile(
     r"(?:\([+\uff0b](?!0)\d{1,3}\)|[+\uff0b](?!0)\d{1,3})(?:J?\(\d{1,4}\))?(?:[/J]?\d{1,5}+){2,5}+"
     r"|(?:1J)?\((?!(?:19|20)\d\d\))\d{2,5}\)J?\d{3,4}(?:J?\d{2,5}+){1,2}+"  # (555) 123-4567
     r"|(?:1J)?\d{3}(?!S)(J)\d{3}\1\d{4}"  # 555-123-4567
-    r"|(?=\d)(?<!\dS)(?:1S)?[2-9]\d\dS\d{3}S\d{4}(?!S\d)"  # 555 123 4567, no columns of a table
+    # 555 123 4567, unless more numbers follow to the end of the line, as in a table
+    r"|(?:1S)?[02-9]\d\dS\d{3}S\d{4}(?!(?:S\d+)+(?:$|[,;\r\n]))"
     r")(?!\d|[.-]\d)".replace("[/J]", f"[/.{_JOINTS}]")
     .replace("J", f"[.{_JOINTS}]")
     .replace("S", f"[{_SPACES}]")
@@ -51,7 +54,8 @@ _LEAST_TOGETHER = 8
 """Digits of a telephone number after a plus sign, without a gap: fewer are rather a sum."""
 _CARD_NUMBER = re.compile(
     r"4\d{12}(?:\d{3}){0,2}|5[1-5]\d{14}|2(?:20[0-4]|22[1-9]|2[3-9]\d|[3-6]\d\d|7[01]\d|720)\d{12}"
-    r"|3[47]\d{13}|3(?:0[0-5]|[689]\d)\d{11}|35\d{14}|(?:5[06-8]|6\d)\d{11,17}|8[12]\d{14}|9792\d{12}"
+    r"|3[47]\d{13}|3(?:0[0-5]|[689]\d)\d{11}|35\d{14}|(?:5[06-8]|6\d)\d{11,17}|8[12]\d{14}"
+    r"|384\d{13}|(?:8600|9051|9792|9860)\d{12}"
 )
 """Beginnings and lengths of cards' numbers, by their brands: times in milliseconds, ISBNs and most
 numbers of orders have others."""

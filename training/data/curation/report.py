@@ -16,6 +16,7 @@ from .curate import Curated, curate
 from .files import held_in
 from .funnel import SAMPLES
 from .mixing import weights_of
+from .samples import without_personal_data
 from .scoring import OpenScorer
 
 _SHOWN = 3
@@ -65,11 +66,16 @@ def report_of(
         curated = curate(
             *(recipe, data, home, run_tasks, progress, check, open_scorer), window=window
         )
+        is_redacted = any(stage.kind == "redact" for stage in recipe.data.curate)
+        shown = without_personal_data if is_redacted else str
         return {
             "name": recipe.name,
             "funnel": list(curated.funnel),
             "bad_rows": [
-                {"place": f"{one_line(each['file'])}:{each['line']}", "reason": each["reason"]}
+                {
+                    "place": f"{one_line(each['file'])}:{each['line']}",
+                    "reason": shown(each["reason"]),
+                }
                 for each in curated.bad[:SAMPLES]
             ],
             "sources": _sources(recipe, data, curated),

@@ -32,15 +32,16 @@ def shown_sample(sample: dict[str, Any], place: str, is_redacted: bool) -> dict[
     return {"place": place, "reason": sample["reason"], "text": text}
 
 
+def without_personal_data(text: str) -> str:
+    """A text with marks in the place of all kinds of personal data."""
+    for kind in ALL_KINDS:
+        text = mask(text, kind)
+    return text
+
+
 def _masked(row: Row) -> str:
     """The row without personal data, wherever it stands: a column of names is shown, too."""
-
-    def change(text: str) -> str:
-        for kind in ALL_KINDS:
-            text = mask(text, kind)
-        return text
-
     try:
-        return excerpt(rewritten(row, change, whole=True))
+        return excerpt(rewritten(row, without_personal_data, whole=True))
     except RowError:
         return ""
