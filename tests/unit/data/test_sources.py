@@ -45,7 +45,7 @@ def test_a_name_with_brackets_is_a_file_where_it_exists(folder: Path) -> None:
     (folder / "y[1]").mkdir()
     (folder / "y[1]" / "a.jsonl").write_text("{}")
     assert names(folder / "y[1]" / "*.jsonl") == ["a.jsonl"]
-    with pytest.raises(InputError, match="no such file|matches no data file"):
+    with pytest.raises(InputError, match=r"no such file|matches no data file"):
         names(folder / "y[1]" / "b.jsonl")
 
 

@@ -66,18 +66,10 @@ def report_of(
         curated = curate(
             *(recipe, data, home, run_tasks, progress, check, open_scorer), window=window
         )
-        is_redacted = any(stage.kind == "redact" for stage in recipe.data.curate)
-        shown = without_personal_data if is_redacted else str
         return {
             "name": recipe.name,
             "funnel": list(curated.funnel),
-            "bad_rows": [
-                {
-                    "place": f"{one_line(each['file'])}:{each['line']}",
-                    "reason": shown(each["reason"]),
-                }
-                for each in curated.bad[:SAMPLES]
-            ],
+            "bad_rows": _bad_rows(recipe, curated),
             "sources": _sources(recipe, data, curated),
             "held_out": _held_out(curated),
             "windows": None if part is None else part.windows,
@@ -85,6 +77,16 @@ def report_of(
     finally:
         if part is not None:
             home.delete()
+
+
+def _bad_rows(recipe: Recipe, curated: Curated) -> list[dict[str, Any]]:
+    """Places of the first rows that cannot be used, and why; a reason may quote the row."""
+    is_redacted = any(stage.kind == "redact" for stage in recipe.data.curate)
+    shown = without_personal_data if is_redacted else str
+    return [
+        {"place": f"{one_line(bad['file'])}:{bad['line']}", "reason": shown(bad["reason"])}
+        for bad in curated.bad[:SAMPLES]
+    ]
 
 
 def _sources(recipe: Recipe, data: ResolvedData, curated: Curated) -> list[dict[str, Any]]:
