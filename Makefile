@@ -38,8 +38,9 @@ test: install
 	$(PYTEST) -m "not slow and not hosts and not families"
 
 # The rest: long tests, several hosts on this machine, and a sample of the architectures.
+# Three processes on two cores, as hosts that are killed or cut off are waited for.
 test-rest: install
-	$(PYTEST) -m "slow or hosts"
+	$(PYTEST) -n 3 -m "slow or hosts"
 
 # Every architecture that transformers has, against plain transformers; writes docs/models.md.
 test-families: install
