@@ -15,6 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import yaml
+from support.harness import wait_until
 from support.streamed import make_windows_small, method_of, method_rows, write_lines
 from tokenizers import Tokenizer
 
@@ -27,12 +28,12 @@ from finray.training.config.methods import METHODS
 from finray.training.config.recipe import Recipe, load_recipe
 from finray.training.data import window_plan, window_reader
 from finray.training.data.prepare import Windows, prepare
-from finray.training.data.prepared import Prepared
+from finray.training.data.prepared import MANIFEST, Prepared
 from finray.training.data.producing import MOST_AHEAD, Producer
 from finray.training.data.resolve import resolve_data
 from finray.training.data.stream import Sequence, every_sequence, share
 from finray.training.data.tasks import run_in_process
-from finray.training.data.window_files import WindowCounts, read_counts, write_json
+from finray.training.data.window_files import WindowCounts, read_counts, window_name, write_json
 from finray.training.data.window_reader import StreamedWindows
 from finray.training.run import curate_data
 
@@ -323,6 +324,9 @@ def test_what_the_driver_refuses_ends_the_workers(tiny_model: Path, tmp_path: Pa
         windows.need(0)
         rows = windows.rows(BATCH, 0, 1, (0, 200), lambda: None)
         next(rows)
+        # The driver compares the files with the first window once, before it makes another one.
+        second = f"{window_name(1)}/{MANIFEST}"
+        wait_until(lambda: streaming.folder.exists(second), "the second window")
         data.write_bytes(text + text)
         with pytest.raises(InputError, match=f"{data}: changed while it was read; restore it"):
             list(rows)
