@@ -37,7 +37,7 @@ def chat(
         system: the system prompt.
         tools: a JSON file with the tools that the model may call.
         max_tokens, temperature, top_p, seed: as in `generate`.
-        confirm: asked whether the best checkpoint of an unfinished run is wanted.
+        confirm: asked whether to take the best checkpoint of an unfinished run.
 
     Raises:
         InputError: there is no such model, it has no chat template, or the tools are none.

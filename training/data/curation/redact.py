@@ -40,8 +40,8 @@ _PHONE = re.compile(
     r"(?:\([+\uff0b](?!0)\d{1,3}\)|[+\uff0b](?!0)\d{1,3})(?:J?\(\d{1,4}\))?(?:[/J]?\d{1,5}+){2,5}+"
     r"|(?:1J)?\((?!(?:19|20)\d\d\))\d{2,5}\)J?\d{3,4}(?:J?\d{2,5}+){1,2}+"  # (555) 123-4567
     r"|(?:1J)?\d{3}(?!S)(J)\d{3}\1\d{4}"  # 555-123-4567
-    # 555 123 4567, unless more numbers follow to the end of the line, as in a table
-    r"|(?:1S)?[02-9]\d\dS\d{3}S\d{4}(?!(?:S\d+)+(?:$|[,;\r\n]))"
+    # 555 123 4567, unless numbers follow to the end of the line, as in a table, or 30 of them
+    r"|(?:1S)?[02-9]\d\dS\d{3}S\d{4}(?!(?:S\d+){1,30}+(?:$|[,;\r\n]|S\d))"
     r")(?!\d|[.-]\d)".replace("[/J]", f"[/.{_JOINTS}]")
     .replace("J", f"[.{_JOINTS}]")
     .replace("S", f"[{_SPACES}]")
