@@ -2,6 +2,7 @@
 
 import argparse
 import sys
+from contextlib import redirect_stdout
 
 from ...training.common.errors import RunError
 from ..api.conversation import chat as open_chat
@@ -31,24 +32,25 @@ def generate(options: argparse.Namespace) -> None:
 
 def evaluate(options: argparse.Namespace) -> None:
     """Measure a trained model on rows with answers."""
-    result = measure(
-        *(options.model, options.data),
-        metrics=options.metrics,
-        tasks=options.tasks,
-        loss=not options.no_loss,
-        schema=options.schema,
-        judge=options.judge,
-        judge_model=options.judge_model,
-        against=options.against,
-        base=options.base,
-        rows=options.rows,
-        max_tokens=options.max_tokens,
-        batch=options.batch,
-        to=options.to,
-        address=options.address,
-        workers=options.workers,
-        quiet=options.quiet,
-    )
+    with redirect_stdout(sys.stderr):  # what the user's code writes in any way
+        result = measure(
+            *(options.model, options.data),
+            metrics=options.metrics,
+            tasks=options.tasks,
+            loss=not options.no_loss,
+            schema=options.schema,
+            judge=options.judge,
+            judge_model=options.judge_model,
+            against=options.against,
+            base=options.base,
+            rows=options.rows,
+            max_tokens=options.max_tokens,
+            batch=options.batch,
+            to=options.to,
+            address=options.address,
+            workers=options.workers,
+            quiet=options.quiet,
+        )
     from ..screens.answers import render_evaluation
 
     print(render_evaluation(result.record, result.folder, as_json=options.json))

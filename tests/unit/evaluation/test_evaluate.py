@@ -421,6 +421,21 @@ def test_a_function_that_raises_costs_no_answer(
     assert not (tmp_path / "eval" / "eval.jsonl.part").exists()
 
 
+def test_what_a_metric_writes_is_no_part_of_the_json(
+    run: Path, tmp_path: Path, write: Write, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data, score = write(tmp_path / "rows.jsonl", ROWS[:1]), tmp_path / "score.py"
+    score.write_text(
+        "import sys\n\ndef f(completions, **columns):\n"
+        "    sys.stdout.write('noise')\n    return [1.0] * len(completions)\n"
+    )
+    words = ["eval", str(run), "--data", str(data), "--to", str(tmp_path / "eval"), "--no-loss"]
+    words += ["--metric", f"{score}:f", "--max-tokens", "1", "--quiet", "--json"]
+    assert main(words) == 0
+    out, err = capsys.readouterr()
+    assert json.loads(out) and "noise" in err
+
+
 @pytest.mark.parametrize(
     "words",
     [
