@@ -12,32 +12,20 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from functools import partial
-from itertools import islice
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 import transformers
 
-from ..common.errors import FinrayError, RunError
+from ..common.errors import FinrayError
 from ..common.logs import chosen_level, start_logging
 from ..common.scratch import scratch_folder
 from ..common.storage import Folder
 from ..common.uploader import Uploader
 from ..config.adapter_folder import RESULT_FOLDER
 from ..config.recipe import recipe_from_dict
-from ..data.batching import PADDING_ROW, Rows, in_batches
-from ..data.origin import Origins, rows_of_step
-from ..data.prepared import (
-    ROW_GROUP,
-    DamagedDataError,
-    Prepared,
-    forget_checks,
-    open_prepared,
-)
-from ..data.stream import Sequence, Slice, every_sequence, share, stream
-from ..data.window_files import WINDOWS_FOLDER
-from ..data.window_reader import StreamedWindows
+from ..data.prepared import DamagedDataError
 from ..models import import_peft  # noqa: F401 - before what loads peft
 from ..models.base_cache import BaseCache
 from ..models.composite import name_of_class
@@ -71,6 +59,7 @@ from .progress import PROGRESS_FILE, StepTimer, TrainingProgress
 from .task import Report, RetryError, RetryRequest, WorkerResult, WorkerTask
 from .trainer import StepMeasures, StreamTrainer, check_state
 from .trainer_arguments import rate_factor, training_arguments
+from .worker_rows import WorkerRows, open_data
 
 
 def run_worker(
@@ -169,7 +158,8 @@ class TrainingWorker:
         self.report = report
         self.bases = bases
         self.until = task.get("until")
-        self.prepared = _open_prepared(task["prepared"])
+        self.prepared = open_data(task["prepared"])
+        self.rows = WorkerRows(self.recipe, self.prepared, context, self.run_folder)
         self.total_steps = self.recipe.total_steps(self.prepared.manifest.train.sequences)
         self.schedule = task.get("schedule") or [self.total_steps]
         self.eval_metrics: dict[str, float] = {}
@@ -177,7 +167,7 @@ class TrainingWorker:
 
         checkpoints = self.run_folder / CHECKPOINTS_FOLDER
         choice = self._agree_on_checkpoint(checkpoints, task.get("unusable", {}))
-        self.windows = self._open_windows(choice.step)
+        self.rows.need(choice.step)
         check_device(self.recipe, device_kind(), accelerator_kind())
         transformers.set_seed(self.recipe.seed)
         self.tokenizer = load_tokenizer(self.recipe)
@@ -211,7 +201,7 @@ class TrainingWorker:
             FinrayError: the run cannot continue.
         """
         retries = retry_requests(
-            *(self._origins, self.progress, self._record_last_skipped),
+            *(self.rows.origins, self.progress, self._record_last_skipped),
             phase=lambda: self.phase,
         )
         # The recorder closes last: it records what ends the attempt.
@@ -302,7 +292,7 @@ class TrainingWorker:
             arguments,
             objective=self.objective,
             passes=self.recipe.method.repeats,
-            rows=self._training_rows,
+            rows=lambda: self.rows.training(self.progress.step, self.total_steps),
             after_step=self._after_step,
             is_logged=self._is_logged,
             on_phase=self._enter,
@@ -339,61 +329,12 @@ class TrainingWorker:
         recorder.start(choice, self.context.world_size, facts, cause)
         return recorder
 
-    # the data
-
-    def _open_windows(self, step: int) -> StreamedWindows | None:
-        """The windows of streamed data, of which that of the next step is asked for; None for data
-        that was prepared ahead."""
-        if not self.recipe.data.streams:
-            return None
-        folder = self.run_folder / WINDOWS_FOLDER
-        windows = StreamedWindows(folder, self.prepared, self.recipe.seed)
-        if self.context.rank == 0:
-            windows.need(step // self.recipe.method.repeats * self.recipe.rows_per_step)
-        return windows
-
-    def _training_rows(self) -> Iterator[Rows]:
-        recipe, context = self.recipe, self.context
-        own = share(recipe.rows_per_step, context.rank, context.world_size)
-        return in_batches(self._training_sequences(), own)
-
-    def _training_sequences(self) -> Iterator[Sequence]:
-        recipe, context, passes = self.recipe, self.context, self.recipe.method.repeats
-        steps = self.progress.step // passes, -(-self.total_steps // passes)
-        worker = context.rank, context.world_size
-        if self.windows is not None:
-            beat = self.heartbeat.beat
-            return self.windows.rows(recipe.rows_per_step, *worker, steps, beat)
-        files, split = self.prepared.files, self.prepared.manifest.train
-        part = Slice(files, split, recipe.seed, recipe.rows_per_step, *worker, *steps)
-        return stream(part, on_ray=context.on_ray)
-
-    def _origins(self, step: int) -> Origins:
-        """The source rows of a step (counted from 1)."""
-        if self.windows is None:
-            return rows_of_step(self.recipe, self.prepared, step)
-        size = self.recipe.rows_per_step
-        start = (step - 1) // self.recipe.method.repeats * size
-        return self.windows.rows_at(start, start + size)
-
-    def _held_out_rows(self) -> Iterator[Rows]:
-        split = self.prepared.manifest.eval
-        assert split is not None
-        context = self.context
-        sequences = every_sequence(self.prepared.files, split, context.rank, context.world_size)
-        batches = self.objective.evaluated.in_order(sequences)
-        if self.strategy == "fsdp":
-            batches = equally_many(batches, self.trainer.cpu_group)
-        for rows in batches:
-            self.heartbeat.beat()
-            yield rows
+    # while it trains
 
     def _stop_requested(self) -> bool:
         """True if the run should save and stop after the next step."""
         is_due = self.until is not None and self.progress.step + 1 >= self.until
         return is_due or self.context.stop_requested()
-
-    # after every step
 
     def _is_saved(self, step: int) -> bool:
         return step % self.recipe.checkpoint.every_steps == 0 or step == self.total_steps
@@ -405,7 +346,7 @@ class TrainingWorker:
     def _is_evaluated(self, step: int) -> bool:
         every = self.recipe.eval.every_steps
         due = step == self.total_steps or (every is not None and step % every == 0)
-        return due and self.prepared.manifest.eval is not None
+        return due and self.rows.are_held_out
 
     def _after_step(self, measures: StepMeasures) -> bool:
         """Log, evaluate and save if that is due; True if the training ends after this step."""
@@ -446,12 +387,6 @@ class TrainingWorker:
         self.phase = phase
         self.heartbeat.enter(phase, step)
 
-    def _epoch(self) -> float:
-        if self.windows is not None:
-            steps = self.progress.step // self.recipe.method.repeats
-            return self.windows.epoch_at(steps * self.recipe.rows_per_step)
-        return self.recipe.epoch_at(self.progress.step, self.prepared.manifest.train.sequences)
-
     def _log(self, measures: StepMeasures) -> None:
         steps = measures.step - self.timer.step
         loss, skipped = self.trainer.take_loss(steps)
@@ -459,7 +394,7 @@ class TrainingWorker:
         speed = self.timer.tick(self.progress)
         line = {
             "step": measures.step,
-            "epoch": self._epoch(),
+            "epoch": self.rows.epoch_at(self.progress.step),
             "loss": loss,
             "learning_rate": measures.learning_rate,
             "grad_norm": as_number(measures.grad_norm),
@@ -480,7 +415,7 @@ class TrainingWorker:
 
     def _record_skipped(self, steps: list[int], reason: str) -> None:
         if self.recorder is not None and steps:
-            rows = [(step, self._origins(step)) for step in steps]
+            rows = [(step, self.rows.origins(step)) for step in steps]
             self.recorder.add_skipped(rows, reason)
 
     def _record_last_skipped(self) -> None:
@@ -491,11 +426,13 @@ class TrainingWorker:
         self.eval_metrics = {"step": self.progress.step, **measured}
         watched = self.recipe.watched
         self.progress.measured(measured.get(watched.name), watched)
-        self._record_line({"epoch": self._epoch(), **self.eval_metrics})
+        self._record_line({"epoch": self.rows.epoch_at(self.progress.step), **self.eval_metrics})
 
     def _measure(self) -> dict[str, float]:
         self._begin("evaluation", self.progress.step)
-        return self.trainer.evaluate_held_out(self._held_out_rows())
+        together = self.strategy == "fsdp"
+        rows = self.rows.held_out(self.objective.evaluated, together, self.trainer.cpu_group)
+        return self.trainer.evaluate_held_out(rows)
 
     def _record_line(self, line: dict[str, float]) -> None:
         """Write a line of metrics, and report it."""
@@ -533,9 +470,8 @@ class TrainingWorker:
 
     def _evaluate_base(self) -> None:
         """Record held-out measures and answers of the model before the first step."""
-        if self.prepared.manifest.eval is None:
+        if not self.rows.are_held_out:
             return
-
         fingerprint = self.prepared.manifest.fingerprint
         if self.bases is None:
             measured = self._measure()
@@ -560,12 +496,12 @@ class TrainingWorker:
         if self._ends_early and step < self.total_steps:
             self.recorder.set_over(self._why_early())
         if matches:
-            self.recorder.log({"step": step, "epoch": self._epoch(), **matches})
+            self.recorder.log({"step": step, "epoch": self.rows.epoch_at(step), **matches})
         name = RESULT_FOLDER if self.recipe.trains_adapter else "model"
         target = self.scratch / name
-        save_result(
-            self.recipe, self.model, self.tokenizer, target, weights, is_chat=self._has_turns()
-        )
+        end = turn_end(self.tokenizer)
+        is_chat = end is not None and self.rows.hold(end)
+        save_result(self.recipe, self.model, self.tokenizer, target, weights, is_chat=is_chat)
         self.uploads.do(lambda: self._publish_result(name), self.run_folder)
         self.recorder.set_result(name)
 
@@ -576,42 +512,11 @@ class TrainingWorker:
             best = f"the best was {progress.best:.6g} at step {progress.best_step}"
         return f"{name} has not improved for {progress.waited} measurements (eval.patience); {best}"
 
-    def _has_turns(self) -> bool:
-        """True if the first rows hold turns of the chat template."""
-        end, split = turn_end(self.tokenizer), self.prepared.manifest.train
-        rows = islice(every_sequence(self.prepared.files, split, 0, 1), ROW_GROUP)
-        return end is not None and any(end in row.input_ids for row in rows)
-
     def _publish_result(self, name: str) -> None:
         if self.recorder is not None:
             self.recorder.check_folder()
         self.run_folder.delete(name)
         (self.run_folder / name).upload(self.scratch / name)
-
-
-def equally_many(batches: Iterator[Rows], group: dist.ProcessGroup | None) -> Iterator[Rows]:
-    """A rank's batches, and padding while others have some: sharded, all of them compute together.
-
-    Args:
-        batches: this rank's.
-        group: exchanges, between CPUs, who has one more; None for a single rank.
-    """
-    while True:
-        rows = next(batches, None)
-        have_more = torch.tensor(rows is not None, dtype=torch.int)
-        if group is not None:
-            dist.all_reduce(have_more, dist.ReduceOp.MAX, group=group)
-        if not have_more:
-            return
-        yield rows or [PADDING_ROW]
-
-
-def _open_prepared(uri: str) -> Prepared:
-    forget_checks()  # of an earlier run of this process
-    prepared = open_prepared(Folder(uri))
-    if prepared is None:
-        raise RunError(f"the prepared data set {uri} no longer exists; start the run again")
-    return prepared
 
 
 def _fetch(checkpoints: Folder, choice: checkpoint.Choice, scratch: Path) -> str | None:

@@ -17,7 +17,7 @@ from finray.training.data.batching import Rows, collate, collate_flat, collate_p
 from finray.training.data.microbatches import Division
 from finray.training.data.stream import Sequence, share
 from finray.training.engine.methods import objective_of
-from finray.training.engine.worker import equally_many
+from finray.training.engine.worker_rows import equally_many
 
 
 def rows_of(lengths: list[tuple[int, ...]]) -> Rows:
