@@ -307,12 +307,14 @@ def one_document(session: Session) -> dict[str, Any]:
     recipe = session.sft("qwen3-0.6b", 8192, 1)
     length = session.tokens(8192)
     data = {"train": [{"path": session.texts(length)}], "max_length": length, "packing": False}
-    return session.train("one-document", {**recipe, "data": data, "method": "pretrain"})
+    seen = session.train("one-document", {**recipe, "data": data, "method": "pretrain"})
+    return _with_utilisation(session, "one-document", seen)
 
 
 def speed2k(session: Session) -> dict[str, Any]:
     """Four packed rows of 2,048 tokens."""
-    return session.train("speed2k", session.sft("qwen3-0.6b", 2048, 4))
+    seen = session.train("speed2k", session.sft("qwen3-0.6b", 2048, 4))
+    return _with_utilisation(session, "speed2k", seen)
 
 
 def same(session: Session) -> dict[str, Any]:
@@ -504,6 +506,8 @@ def _attended(recipe: Any) -> int:
     """Mean over the tokens of the length of the document that each is in."""
     from transformers import AutoTokenizer
 
+    if recipe.method.kind == "pretrain":
+        return int(recipe.data.max_length)
     tokenizer = AutoTokenizer.from_pretrained(recipe.model.base)
     rows = Path(recipe.data.train[0].path).read_text("utf-8").splitlines()
     texts = [

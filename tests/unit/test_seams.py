@@ -161,6 +161,9 @@ NAMES = (
 
 WORDS = {
     "transformers.trainer": ("loss_is_scaled_for_ga",),
+    "accelerate.accelerator": (
+        'os.environ.get("ACCELERATE_BYPASS_DEVICE_MAP", "false") != "true"',
+    ),
     "transformers.distributed.fsdp": ("_is_fsdp_managed_module",),
     "transformers.distributed.mixin": ("_is_distributed_loading_by_transformers",),
     "bitsandbytes.nn.modules": ("support_avx512bf16_for_cpu",),

@@ -59,6 +59,9 @@ def join_group(place: Place, own_address: str) -> None:
         "MASTER_ADDR": place.address,
         "MASTER_PORT": place.port,
         VARIABLE: place.device,
+        # accelerate would tell DDP that the GPU's number is the local rank; on a node with more
+        # than ten GPUs, which Ray orders by the text of their numbers, it is another.
+        "ACCELERATE_BYPASS_DEVICE_MAP": "true",
     }
     os.environ.update({name: str(value) for name, value in places.items()})
     store = dist.TCPStore(  # type: ignore[attr-defined]  # public, but not in its __all__
