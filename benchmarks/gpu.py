@@ -117,7 +117,7 @@ class Session:
 
     def chats(self, words: int, rows: int = 400) -> str:
         """Conversations of about so many words, the same for the same numbers."""
-        file = self.folder / f"chat-{words}.jsonl"
+        file = self.folder / f"chat-{words}-{rows}.jsonl"
         if not file.is_file():
             source = random.Random(0)
 
@@ -145,13 +145,15 @@ class Session:
         """A length; on the CPU a small one."""
         return 64 if self.dry else count
 
-    def sft(self, base: str, length: int, rows: int, words: int = 300) -> dict[str, Any]:
-        """LoRA on packed conversations."""
+    def sft(
+        self, base: str, length: int, rows: int, words: int = 300, chats: int = 400
+    ) -> dict[str, Any]:
+        """LoRA on packed conversations: by default 160,000 tokens of them."""
         return {
             "model": {"base": self.model(base)},
             "adapter": {"rank": 16},
             "data": {
-                "train": [{"path": self.chats(30 if self.dry else words)}],
+                "train": [{"path": self.chats(30 if self.dry else words, chats)}],
                 "max_length": self.tokens(length),
                 "max_bad_rows": 0.9,
             },
@@ -409,7 +411,7 @@ def out_of_memory(session: Session) -> dict[str, Any]:
     """A microbatch that cannot fit: halved until the run goes on."""
     if session.dry:
         return {"note": "a CPU has no such limit"}
-    recipe = session.sft("qwen3-0.6b", 4096, 128)
+    recipe = session.sft("qwen3-0.6b", 4096, 128, chats=1600)
     recipe["optim"] |= {"max_steps": 2}
     recipe["model"] |= {"gradient_checkpointing": False}
     return session.train("out-of-memory", recipe, 150)
