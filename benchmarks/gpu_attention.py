@@ -14,7 +14,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from gpu_probe import fit_torch
 
 ARGUMENTS: dict[str, Any] = {"scaling": None, "is_causal": None}
 
@@ -142,7 +141,6 @@ def measured(case: Case, device: torch.device) -> dict[str, Any]:
 
 def main() -> int:
     """Compute all cases; one that fails ends no other."""
-    fit_torch()
     dry = "--dry" in sys.argv
     device = torch.device("cpu" if dry else "cuda")
     results: dict[str, Any] = {}

@@ -25,6 +25,7 @@ fetch $to "$(pinned bitsandbytes)"
 (cd $to/site && unzip -q ../bitsandbytes-*.whl)
 find $to/site -name '*.so' ! -name "*_cuda${CUDA:-130}.so" ! -name '*_cpu.so' -delete
 rm $to/bitsandbytes-*.whl
+cp benchmarks/gpu_older_torch.py $to/site/sitecustomize.py
 cat >$to/go.sh <<'G'
 set -e
 site=$(mktemp -d)

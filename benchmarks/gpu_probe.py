@@ -7,7 +7,6 @@ a step, and how long the GPU's kernels took.
 """
 
 import atexit
-import inspect
 import json
 import sys
 import warnings
@@ -21,21 +20,6 @@ KERNELS = (16, 18)
 """The same for the time of kernels; `log.every_steps` divides all of these."""
 STEPS = KERNELS[1] + 2
 _SHOWN = 10
-
-
-def fit_torch() -> None:
-    """Let the attention of finray call torch before 2.12, whose kernel takes grouped heads without
-    being told."""
-    from finray.training.models import attention
-
-    kernel: Any = attention.varlen_attn
-    if "enable_gqa" in inspect.signature(kernel).parameters:
-        return
-
-    def varlen_attn(*args: Any, enable_gqa: bool = False, **more: Any) -> Any:
-        return kernel(*args, **more)
-
-    attention.varlen_attn = varlen_attn
 
 
 class Watch:
@@ -130,7 +114,6 @@ def main() -> int:
     import torch
 
     facts, arguments = Path(sys.argv[1]), sys.argv[2:]
-    fit_torch()
     watch = Watch()
     if arguments[0] == "--watch":
         arguments = arguments[1:]
