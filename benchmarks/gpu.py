@@ -1,14 +1,15 @@
-"""Accepts finray on one GPU, in stages of falling worth; at most 12 minutes.
+"""Accepts finray on one GPU, in stages of falling worth; at most 10 minutes.
 
-    gpu.py [--only machine,speed8k] [--seconds 630] [--name h100] [--dry]
+    gpu.py [--only machine,speed8k] [--seconds 540] [--name h100] [--results FOLDER] [--dry]
 
 Each stage trains in processes of its own and ends no other. After --seconds, no stage starts and no
-process goes on. All results go to results/gpu-NAME.json after every stage; those of stages that are
-not chosen stay. --dry runs the stages with tiny models on the CPU, and writes into --folder.
+process goes on. All results go to gpu-NAME.json after every stage; those of stages that are not
+chosen stay. --dry runs the stages with tiny models on the CPU, and writes into --folder.
+
+`gpu_carry.sh` gathers what it takes on a machine with torch and without a network.
 """
 
 import argparse
-import atexit
 import json
 import os
 import random
@@ -20,10 +21,14 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from functools import partial
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from gpu_probe import STEPS, WAITS
 from measure import HERE, RESULTS, commit
 
 QUICK = HERE.parent / "recipes/quickstart"
@@ -64,6 +69,11 @@ TINY = {
     "max_position_embeddings": 4096,
 }
 
+AT_ONCE = 4
+"""Runs beside each other where no speed is measured."""
+RESERVED = 40.0
+"""Seconds that are left for comparing estimates with what was seen."""
+
 
 class Session:
     """Makes models and data in a folder, and trains on them.
@@ -77,13 +87,15 @@ class Session:
     def __init__(self, folder: Path, dry: bool, seconds: float) -> None:
         self.folder = folder
         self.dry = dry
+        self.tflops: float | None = None
+        """What a large product reaches; None before the stage `machine`."""
         self._end = time.monotonic() + seconds
         folder.mkdir(parents=True, exist_ok=True)
 
     @property
     def seconds_left(self) -> float:
-        """Seconds until the end of all stages."""
-        return self._end - time.monotonic()
+        """Seconds until no process that trains goes on."""
+        return self._end - RESERVED - time.monotonic()
 
     def model(self, name: str) -> str:
         """A folder with random weights of a real shape, and the quickstart's tokenizer."""
@@ -105,7 +117,7 @@ class Session:
 
     def chats(self, words: int, rows: int = 400) -> str:
         """Conversations of about so many words, the same for the same numbers."""
-        file = self.folder / f"chat-{words}.jsonl"
+        file = self.folder / f"chat-{words}-{rows}.jsonl"
         if not file.is_file():
             source = random.Random(0)
 
@@ -133,13 +145,15 @@ class Session:
         """A length; on the CPU a small one."""
         return 64 if self.dry else count
 
-    def sft(self, base: str, length: int, rows: int, words: int = 300) -> dict[str, Any]:
-        """LoRA on packed conversations."""
+    def sft(
+        self, base: str, length: int, rows: int, words: int = 300, chats: int = 400
+    ) -> dict[str, Any]:
+        """LoRA on packed conversations: by default 160,000 tokens of them."""
         return {
             "model": {"base": self.model(base)},
             "adapter": {"rank": 16},
             "data": {
-                "train": [{"path": self.chats(30 if self.dry else words)}],
+                "train": [{"path": self.chats(30 if self.dry else words, chats)}],
                 "max_length": self.tokens(length),
                 "max_bad_rows": 0.9,
             },
@@ -150,21 +164,31 @@ class Session:
         }  # fmt: skip
 
     def train(
-        self, name: str, recipe: dict[str, Any], limit: float = 120.0, hidden: bool = False
+        self,
+        name: str,
+        recipe: dict[str, Any],
+        limit: float = 120.0,
+        *options: str,
+        hidden: bool = False,
+        goes_on: bool = False,
     ) -> dict[str, Any]:
         """A run in a process of its own: its figures, or how it failed.
 
         Args:
             name: of the run.
-            recipe: without name and storage.
+            recipe: without name and storage; with `scale` it trains in a process of the command.
             limit: seconds that it may take.
+            options: of the probe.
             hidden: True to hide the GPU from it.
+            goes_on: True to resume the run of this name.
         """
         file, facts = self.folder / f"{name}.yaml", self.folder / f"{name}.json"
         storage = self.folder / "runs"
         file.write_text(json.dumps({"name": name, "storage": str(storage), **recipe}), "utf-8")
         facts.unlink(missing_ok=True)
-        command = [sys.executable, __file__, "--probe", str(facts), "train", str(file), "--fresh"]
+        command = [sys.executable, str(HERE / "gpu_probe.py"), str(facts), *options]
+        command += ["train", str(file), *([] if goes_on else ["--fresh"])]
+        command += [] if "scale" in recipe else ["--local"]
         env = {**os.environ, **({"CUDA_VISIBLE_DEVICES": ""} if hidden else {})}
         begun = time.monotonic()
         limit = min(4 * limit if self.dry else limit, self.seconds_left)  # 4: a busy machine's
@@ -172,12 +196,7 @@ class Session:
             return {"rc": None, "left out": "no time"}
         try:
             done = subprocess.run(
-                [*command, "--local"],
-                check=False,
-                capture_output=True,
-                text=True,
-                timeout=limit,
-                env=env,
+                command, check=False, capture_output=True, text=True, timeout=limit, env=env
             )
             code, tail = done.returncode, (done.stderr or done.stdout)[-400:]
         except subprocess.TimeoutExpired:
@@ -187,9 +206,17 @@ class Session:
         failed = {"tail": tail} if code else {}
         return {"rc": code, "seconds": seconds, **_figures(storage / name), **seen, **failed}
 
+    def train_all(
+        self, recipes: dict[str, dict[str, Any]], limit: float = 150.0
+    ) -> dict[str, dict[str, Any]]:
+        """Runs beside each other, by their names; arguments as for `train`."""
+        with ThreadPoolExecutor(1 if self.dry else AT_ONCE) as pool:
+            waiting = {n: pool.submit(self.train, n, r, limit) for n, r in recipes.items()}
+            return {name: one.result() for name, one in waiting.items()}
+
 
 def _figures(run: Path) -> dict[str, Any]:
-    """What a run's own files say."""
+    """What a run's own files say; its speed is that of steps that nobody looks into."""
     metrics, record = run / "metrics.jsonl", run / "run.json"
     if not metrics.is_file() or not record.is_file():
         return {}
@@ -197,63 +224,84 @@ def _figures(run: Path) -> dict[str, Any]:
     lines = [json.loads(line) for line in whole.splitlines()]
     steps = [line for line in lines if "loss" in line]
     values = json.loads(record.read_text("utf-8"))
-    speeds = [line["tokens_per_second"] for line in steps[2:]]
+    timed = [line for line in steps[1:] if line["step"] <= WAITS[0]]
+    speeds = [line["tokens_per_second"] for line in timed[1:]]
     kept = ("device", "dtype", "decided", "restarts", "micro_batch_size", "evaluation_parts")
-    return {
+    figures = {
         "losses": [round(line["loss"], 4) for line in steps][:12],
         "tokens_per_second": statistics.median(speeds) if speeds else None,
         **{name: values[name] for name in kept if name in values},
     }
-
-
-def probe(facts: Path, arguments: list[str]) -> int:
-    """The command finray in this process, with what only it can see: the peak of its memory."""
-    import torch
-
-    def write() -> None:
-        seen = {}
-        if torch.cuda.is_available():
-            seen = {
-                "peak_gib": round(torch.cuda.max_memory_allocated() / 2**30, 3),
-                "reserved_gib": round(torch.cuda.max_memory_reserved() / 2**30, 3),
-            }
-        facts.write_text(json.dumps(seen), encoding="utf-8")
-
-    atexit.register(write)
-    from finray.cluster.cli.main import main
-
-    return main(arguments)
+    if len(timed) > 1:
+        count = timed[-1]["step"] - timed[0]["step"]
+        seconds = timed[-1]["seconds"] - timed[0]["seconds"]
+        figures["step_seconds"] = round(seconds / count, 5)
+    return figures
 
 
 # the stages
 
 
 def machine(session: Session) -> dict[str, Any]:
-    """The versions, and what a large product reaches."""
+    """The versions, what a large product reaches, and how fast memory is copied."""
     import torch
 
     seen: dict[str, Any] = {"torch": torch.__version__, "python": sys.version.split()[0]}
-    if torch.cuda.is_available():
-        has_bfloat16 = torch.cuda.is_bf16_supported(including_emulation=False)
-        dtype = torch.bfloat16 if has_bfloat16 else torch.float16
-        left, right = (torch.randn(8192, 8192, device="cuda", dtype=dtype) for _ in range(2))
-        torch.mm(left, right)
-        torch.cuda.synchronize()
-        begun = time.monotonic()
-        for _ in range(10):
-            torch.mm(left, right)
-        torch.cuda.synchronize()
-        tflops = 10 * 2 * 8192**3 / (time.monotonic() - begun) / 1e12
-        del left, right
-        torch.cuda.empty_cache()
-        seen |= {"gpu": torch.cuda.get_device_name(), "tflops_of_16_bits": round(tflops)}
-    return seen
+    for name in ("transformers", "peft", "accelerate", "bitsandbytes"):
+        seen[name] = metadata.version(name)
+    seen["grad_dtype"] = hasattr(torch.Tensor, "grad_dtype")
+    if not torch.cuda.is_available():
+        return seen
+    seen |= {"gpu": torch.cuda.get_device_name(), "cuda": torch.version.cuda}
+    seen |= {"capability": torch.cuda.get_device_capability(), "nccl": torch.cuda.nccl.version()}
+    has_bfloat16 = torch.cuda.is_bf16_supported(including_emulation=False)
+    dtype = torch.bfloat16 if has_bfloat16 else torch.float16
+    pair = [torch.randn(8192, 8192, device="cuda", dtype=dtype) for _ in range(2)]
+    session.tflops = 2 * 8192**3 / _seconds(partial(torch.mm, *pair)) / 1e12
+    halves = torch.empty(2**32, device="cuda", dtype=torch.uint8).chunk(2)
+    moved = 2 * len(halves[0]) / _seconds(partial(halves[0].copy_, halves[1]))
+    del pair, halves
+    torch.cuda.empty_cache()
+    return {**seen, "tflops_of_16_bits": round(session.tflops), "copied_gb_s": round(moved / 1e9)}
+
+
+def _seconds(compute: Callable[[], object]) -> float:
+    import torch
+
+    for _ in range(3):
+        compute()
+    torch.cuda.synchronize()
+    begun = time.monotonic()
+    for _ in range(10):
+        compute()
+    torch.cuda.synchronize()
+    return (time.monotonic() - begun) / 10
+
+
+def attention(session: Session) -> dict[str, Any]:
+    """Attention by documents against plain attention: its kernel, and what takes its place."""
+    command = [sys.executable, str(HERE / "gpu_attention.py"), *(["--dry"] * session.dry)]
+    limit = max(1.0, min(90.0, session.seconds_left))
+    done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=limit)
+    if done.returncode:
+        return {"rc": done.returncode, "tail": done.stderr[-400:]}
+    result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return result
 
 
 def speed8k(session: Session) -> dict[str, Any]:
-    """Packed rows of 8,192 tokens; with the share of the GPU's operations that they reach."""
+    """Packed rows of 8,192 tokens; with the share of the GPU's operations that they reach, the
+    share of a step in which its kernels run, and how often the host waits."""
     recipe = session.sft("qwen3-0.6b", 8192, 1)
-    return _with_utilisation(session, "speed8k", session.train("speed8k", recipe))
+    recipe["optim"] |= {"max_steps": STEPS}
+    return _with_utilisation(session, "speed8k", session.train("speed8k", recipe, 120, "--watch"))
+
+
+def large(session: Session) -> dict[str, Any]:
+    """The shape of Llama-3.1-8B, 8,192 packed tokens, as the estimate places it."""
+    recipe = session.sft("llama-3.1-8b", 8192, 2)
+    recipe["optim"] |= {"micro_batch_size": "auto", "max_steps": STEPS}
+    return _with_utilisation(session, "large", session.train("large", recipe, 240, "--watch"))
 
 
 def one_document(session: Session) -> dict[str, Any]:
@@ -261,12 +309,14 @@ def one_document(session: Session) -> dict[str, Any]:
     recipe = session.sft("qwen3-0.6b", 8192, 1)
     length = session.tokens(8192)
     data = {"train": [{"path": session.texts(length)}], "max_length": length, "packing": False}
-    return session.train("one-document", {**recipe, "data": data, "method": "pretrain"})
+    seen = session.train("one-document", {**recipe, "data": data, "method": "pretrain"})
+    return _with_utilisation(session, "one-document", seen)
 
 
 def speed2k(session: Session) -> dict[str, Any]:
     """Four packed rows of 2,048 tokens."""
-    return session.train("speed2k", session.sft("qwen3-0.6b", 2048, 4))
+    seen = session.train("speed2k", session.sft("qwen3-0.6b", 2048, 4))
+    return _with_utilisation(session, "speed2k", seen)
 
 
 def same(session: Session) -> dict[str, Any]:
@@ -274,45 +324,64 @@ def same(session: Session) -> dict[str, Any]:
     in the GPU's own type: they must be equal."""
     recipe = session.sft("qwen3-0.6b", 256, 2, 60)
     wide = {**recipe, "model": {"base": str(QUICK / "base"), "dtype": "float32"}}
-    gpu, cpu = session.train("same-gpu", wide), session.train("same-cpu", wide, hidden=True)
     fixed = {**recipe, "model": {"base": str(QUICK / "base")}, "deterministic": True}
-    first, second = session.train("same-a", fixed), session.train("same-b", fixed)
-    pairs = zip(gpu.get("losses", ()), cpu.get("losses", ()), strict=False)
-    losses = first.get("losses")
+    runs = session.train_all({"same-gpu": wide, "same-a": fixed, "same-b": fixed})
+    cpu = session.train("same-cpu", wide, hidden=True)
+    pairs = zip(runs["same-gpu"].get("losses", ()), cpu.get("losses", ()), strict=False)
+    losses = runs["same-a"].get("losses")
+    every = (*runs.values(), cpu)
     return {
-        "twice_equal": bool(losses) and losses == second.get("losses"),
+        "twice_equal": bool(losses) and losses == runs["same-b"].get("losses"),
         "largest_difference_from_cpu": max((abs(a - b) for a, b in pairs), default=None),
-        "rc": [run["rc"] for run in (gpu, cpu, first, second)],
-        "tails": [run["tail"] for run in (gpu, cpu, first, second) if "tail" in run],
+        "rc": [run["rc"] for run in every],
+        "tails": [run["tail"] for run in every if "tail" in run],
     }
 
 
-def large(session: Session) -> dict[str, Any]:
-    """The shape of Llama-3.1-8B, 8,192 packed tokens, as the estimate places it."""
-    recipe = session.sft("llama-3.1-8b", 8192, 2)
-    recipe["optim"] |= {"micro_batch_size": "auto", "max_steps": 6 if session.dry else 8}
-    return _with_utilisation(session, "large", session.train("large", recipe, 220))
+def resumed(session: Session) -> dict[str, Any]:
+    """A run in a process with NCCL that goes on from its middle in another one without: with
+    dropout, the losses after it must be those of the first."""
+    recipe = session.sft("qwen3-0.6b", 256, 2, 60)
+    recipe |= {"model": {"base": str(QUICK / "base")}, "deterministic": True}
+    recipe["adapter"] = {"rank": 16, "dropout": 0.2}
+    recipe["optim"] |= {"max_steps": 8}
+    recipe["checkpoint"] = {"every_steps": 4, "keep": 4}
+    recipe["log"] = {"every_steps": 1, "to": []}
+    first = session.train("resumed", {**recipe, "scale": {"workers": 1}})
+    run = session.folder / "runs" / "resumed"
+    if first["rc"] != 0:
+        return first
+    later = [path for path in (run / "checkpoints").iterdir() if path.name.endswith("8")]
+    for path in (*later, run / "adapter"):
+        shutil.rmtree(path)
+    record = json.loads((run / "run.json").read_text("utf-8"))
+    (run / "run.json").write_text(json.dumps({**record, "status": "stopped"}), "utf-8")
+    second = session.train("resumed", recipe, goes_on=True)
+    return {**second, "equal": second.get("losses") == first["losses"], "first": first}
 
 
 def types(session: Session) -> dict[str, Any]:
     """float16, 4 and 8 bits, checkpointing, and all weights."""
     changes: dict[str, dict[str, Any]] = {
+        "bf16": {},
         "fp16": {"dtype": "float16"},
         "nf4": {"quantize": "nf4"},
         "int8": {"quantize": "int8"},
         "checkpointing": {"gradient_checkpointing": True},
+        "int8-checkpointing": {"quantize": "int8", "gradient_checkpointing": True},
         "whole": {},
+        "whole-fp16": {"dtype": "float16"},
     }
-    results = {}
+    recipes = {}
     for name, model in changes.items():
-        if session.dry and name == "fp16":  # needs a GPU
+        if session.dry and "fp16" in name:  # needs a GPU
             continue
-        recipe = session.sft("qwen3-0.6b", 512, 2, 60)
-        recipe["model"] |= model
-        if name == "whole":
+        recipe = session.sft("qwen3-0.6b", 2048, 2, 60)
+        recipe["model"] |= {"gradient_checkpointing": False, **model}
+        if "whole" in name:
             del recipe["adapter"]
-        results[name] = session.train(f"types-{name}", recipe, 100)
-    return results
+        recipes[f"types-{name}"] = recipe
+    return session.train_all(recipes)
 
 
 def methods(session: Session) -> dict[str, Any]:
@@ -325,24 +394,24 @@ def methods(session: Session) -> dict[str, Any]:
         "max_completion": 32,
         "rewards": [{"file": f"{QUICK}/rewards.py:{names[0]}"}],
     }
-    results = {}
+    recipes = {}
     for method in ({"kind": "dpo"}, {"kind": "kto"}, {"kind": "reward"}, online):
         kind = str(method["kind"])
         recipe = session.sft("qwen3-0.6b", 512, 8, 60)
         recipe["model"] = {"base": str(QUICK / "base")}
-        recipe["optim"] |= {"max_steps": 4, "micro_batch_size": 4}
+        recipe["optim"] |= {"max_steps": 8, "micro_batch_size": 4}
         recipe["data"] |= {"max_length": 512}
         if kind != "grpo":
             recipe["data"]["train"] = [{"path": str(QUICK / "pairs.jsonl")}]
-        results[kind] = session.train(f"method-{kind}", {**recipe, "method": method}, 100)
-    return results
+        recipes[f"method-{kind}"] = {**recipe, "method": method}
+    return session.train_all(recipes)
 
 
 def out_of_memory(session: Session) -> dict[str, Any]:
     """A microbatch that cannot fit: halved until the run goes on."""
     if session.dry:
         return {"note": "a CPU has no such limit"}
-    recipe = session.sft("qwen3-0.6b", 4096, 256)
+    recipe = session.sft("qwen3-0.6b", 4096, 128, chats=1600)
     recipe["optim"] |= {"max_steps": 2}
     recipe["model"] |= {"gradient_checkpointing": False}
     return session.train("out-of-memory", recipe, 150)
@@ -409,30 +478,59 @@ def _card(dry: bool) -> Any:
 
 
 def _with_utilisation(session: Session, name: str, seen: dict[str, Any]) -> dict[str, Any]:
-    """The figures with `mfu`: needed operations over those that the GPU's large product reached."""
+    """The figures with `mfu`: needed operations over those that the card's vendor names, and over
+    those that its large product reached; attention is to the documents that there are.
+
+    `kernels_share` is the part of a step in which kernels run; the rest the GPU waits for the host.
+    """
     from finray.training.models.memory_estimate import sizes_of
     from finray.training.models.speed import training_flops
 
     run = session.folder / "runs" / name
     if seen["rc"] != 0 or not seen.get("tokens_per_second"):
         return seen
-    recipe = _recipe_of(run)
-    flops = training_flops(recipe, sizes_of(recipe)) * seen["tokens_per_second"]
-    reached = machine(session).get("tflops_of_16_bits")
-    share = None if reached is None else round(flops / reached / 1e12, 3)
-    return {**seen, "tflops": round(flops / 1e12, 3), "mfu_of_measured": share}
+    recipe, card = _recipe_of(run), _card(session.dry)
+    attended = _attended(recipe)
+    data = recipe.data.model_copy(update={"max_length": attended})
+    needed = training_flops(recipe.model_copy(update={"data": data}), sizes_of(recipe))
+    tflops = needed * seen["tokens_per_second"] / 1e12
+    figures = {"tflops": round(tflops, 3), "tokens_attended": attended}
+    if card is not None:
+        figures["mfu"] = round(tflops / card.tflops, 3)
+    if session.tflops:
+        figures["mfu_of_measured"] = round(tflops / session.tflops, 3)
+    if kernels := seen.get("kernel_seconds_per_step"):
+        figures["kernels_share"] = round(kernels / seen["step_seconds"], 3)
+    return {**seen, **figures}
+
+
+def _attended(recipe: Any) -> int:
+    """Mean over the tokens of the length of the document that each is in."""
+    from transformers import AutoTokenizer
+
+    if recipe.method.kind == "pretrain":
+        return int(recipe.data.max_length)
+    tokenizer = AutoTokenizer.from_pretrained(recipe.model.base)
+    rows = Path(recipe.data.train[0].path).read_text("utf-8").splitlines()
+    texts = [
+        tokenizer.apply_chat_template(json.loads(row)["messages"], tokenize=False) for row in rows
+    ]
+    sizes = [min(len(ids), recipe.data.max_length) for ids in tokenizer(texts)["input_ids"]]
+    return round(sum(size**2 for size in sizes) / sum(sizes))
 
 
 STAGES: dict[str, Callable[[Session], dict[str, Any]]] = {
     "machine": machine,
+    "attention": attention,
     "speed8k": speed8k,
-    "one_document": one_document,
-    "same": same,
     "large": large,
-    "speed2k": speed2k,
     "types": types,
     "methods": methods,
+    "one_document": one_document,
+    "same": same,
+    "resumed": resumed,
     "out_of_memory": out_of_memory,
+    "speed2k": speed2k,
     "estimated": estimated,
 }
 
@@ -446,7 +544,7 @@ def run_stages(names: list[str], session: Session, target: Path) -> None:
     results, code = json.loads(kept), _commit()
     for name in names:
         start = time.monotonic()
-        if session.seconds_left <= 0:
+        if session.seconds_left <= 0 and name != "estimated":
             result: dict[str, Any] = {"left out": "no time"}
         else:
             try:
@@ -468,13 +566,12 @@ def _commit() -> str | None:
 
 def main() -> int:
     """Choose stages and run them."""
-    if sys.argv[1:2] == ["--probe"]:
-        return probe(Path(sys.argv[2]), sys.argv[3:])
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--only", help=f"stages, with commas: {','.join(STAGES)}")
-    parser.add_argument("--seconds", type=float, default=630.0, help="of all stages together")
+    parser.add_argument("--seconds", type=float, default=540.0, help="of all stages together")
     parser.add_argument("--name", help="of the results (default: the GPU's, or dry)")
     parser.add_argument("--dry", action="store_true", help="tiny models on the CPU")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the results")
     parser.add_argument("--folder", type=Path, help="for models and runs (default: a new one)")
     options = parser.parse_args()
     names = (options.only or ",".join(STAGES)).split(",")
@@ -483,7 +580,7 @@ def main() -> int:
     folder = options.folder or Path(tempfile.mkdtemp(prefix="finray-gpu-"))
     session = Session(folder, options.dry, options.seconds)
     name = options.name or ("dry" if options.dry else _name_of_gpu())
-    results = RESULTS if not options.dry else folder
+    results = options.results if not options.dry else folder
     run_stages(names, session, results / f"gpu-{name}.json")
     return 0
 

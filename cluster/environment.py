@@ -7,6 +7,7 @@ import warnings
 from typing import TYPE_CHECKING
 
 from ..training.common.logs import limit, log_environment
+from ..training.models.devices import DETERMINISTIC
 from ..training.models.dtypes import SAFE_ISA, probe_bfloat16
 
 if TYPE_CHECKING:  # pydantic takes longer to load than `finray runs` takes
@@ -46,11 +47,13 @@ def worker_environment(recipe: "Recipe") -> dict[str, str]:
     """Set the variables that this recipe needs here, and return all of them for the workers.
 
     bfloat16 is probed only if the recipe requests it, because `auto` uses it on GPUs only.
+    `deterministic` counts from a process's first product on, which the data's stages may compute.
     """
     env = {name: os.environ.get(name, value) for name, value in _ALWAYS.items()}
     own = {name: os.environ[name] for name in _ALLOCATOR_NAMES if name in os.environ}
     env.update(own or _ALLOCATOR)
     env.update(log_environment())
+    env.update(DETERMINISTIC if recipe.deterministic else {})
     dtypes = {recipe.model.dtype, "auto" if recipe.adapter is None else recipe.adapter.dtype}
     if "bfloat16" in dtypes and not SAFE_ISA.keys() <= os.environ.keys():
         env.update(probe_bfloat16())

@@ -29,8 +29,8 @@ SIGNATURES = {
     "transformers.Trainer._load_optimizer_and_scheduler": "self checkpoint",
     "transformers.Trainer._load_rng_state": "self checkpoint",
     "transformers.Trainer._save_scaler": "self output_dir",
-    "transformers.Trainer._save_rng_state": "self output_dir",
     "transformers.Trainer.get_decay_parameter_names": "self model",
+    "transformers.trainer_pt_utils.safe_globals": "",
     "transformers.Trainer.train": "self resume_from_checkpoint trial ignore_keys_for_eval",
     # transformers' loading, as export/skeleton.py repeats it without weights
     "transformers.conversion_mapping.get_model_conversion_mapping": (
@@ -154,14 +154,20 @@ NAMES = (
     "transformers.trainer.SCHEDULER_NAME",
     "bitsandbytes.nn.Params4bit",
     "bitsandbytes.nn.Linear8bitLt",
+    "bitsandbytes.autograd._functions.MatMul8bitFp._backward_cls",
+    "bitsandbytes.autograd._functions.MatMul8bitLt._backward_cls",
     "peft.tuners.lora.Linear4bit",
 )
 
 WORDS = {
     "transformers.trainer": ("loss_is_scaled_for_ga",),
+    "accelerate.accelerator": (
+        'os.environ.get("ACCELERATE_BYPASS_DEVICE_MAP", "false") != "true"',
+    ),
     "transformers.distributed.fsdp": ("_is_fsdp_managed_module",),
     "transformers.distributed.mixin": ("_is_distributed_loading_by_transformers",),
     "bitsandbytes.nn.modules": ("support_avx512bf16_for_cpu",),
+    "bitsandbytes.autograd._functions": ("CAt, subA, _A = ctx.tensors", "A = ctx.A"),
     "peft.tuners.tuners_utils": ("targeted_module_names",),
     "ray.dashboard.modules.job.job_supervisor": ("RAY_JOB_STOP_WAIT_TIME_S",),
 }

@@ -6,11 +6,7 @@ from contextlib import contextmanager
 
 import torch
 
-VARIABLES = {
-    # Read by cuBLAS at its first product, and by transformers for flash attention's kernels.
-    "CUBLAS_WORKSPACE_CONFIG": ":4096:8",
-    "FLASH_ATTENTION_DETERMINISTIC": "1",
-}
+from ..models.devices import DETERMINISTIC
 
 
 @contextmanager
@@ -23,8 +19,8 @@ def deterministic(active: bool) -> Iterator[None]:
         yield
         return
     before = torch.are_deterministic_algorithms_enabled()
-    variables = {name: os.environ.get(name) for name in VARIABLES}
-    os.environ.update(VARIABLES)
+    variables = {name: os.environ.get(name) for name in DETERMINISTIC}
+    os.environ.update(DETERMINISTIC)
     torch.use_deterministic_algorithms(True)
     try:
         yield

@@ -22,6 +22,7 @@ from transformers import Trainer, TrainerState, TrainingArguments
 from transformers.trainer import OPTIMIZER_NAME, SCALER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
 
 from ..data.batching import Batch, Rows
+from ..models.cpu_group import cpu_group
 from ..models.loading import Model
 from ..models.sharding import defer_gradient_reduction, full_tensors, is_sharded
 from ..models.weights import gather_weights, load_weights, save_weights
@@ -32,6 +33,7 @@ from .gradient_sums import GradientSums
 from .heartbeat import Phase
 from .nonfinite import NonFiniteSteps, nonfinite_flag, propagate_nan
 from .optimizer import SkippingAdamW, make_optimizer
+from .random_states import load_random_state, random_state_file, save_random_state
 
 _MICRO = 10**6
 
@@ -128,7 +130,7 @@ class StreamTrainer(Trainer):
         self._is_sharded = is_sharded(model)
         self._data_wait = 0.0
         # The CPUs exchange the counts, so that a GPU never waits for them.
-        self.cpu_group = dist.new_group(backend="gloo") if args.world_size > 1 else None
+        self.cpu_group = cpu_group() if args.world_size > 1 else None
         self.counts = Counts(0, 0, False)
         with self.in_compute_type():
             objective.prepare()
@@ -351,7 +353,9 @@ class StreamTrainer(Trainer):
             torch.save(self.lr_scheduler.state_dict(), folder / SCHEDULER_NAME)
             self._save_scaler(str(folder))
             self.state.save_to_json(str(folder / TRAINER_STATE_NAME))
-        self._save_rng_state(str(folder))
+        args = self.args
+        own = random_state_file(folder, args.process_index, args.world_size)
+        save_random_state(own, args.device)
 
     def _load_from_checkpoint(
         self, resume_from_checkpoint: str, model: torch.nn.Module | None = None
@@ -394,7 +398,8 @@ class StreamTrainer(Trainer):
         saved = len(list(Path(checkpoint).glob("rng_state*.pth")))
         if saved == args.world_size:
             with reading(Path(checkpoint), "rng_state"):
-                super()._load_rng_state(checkpoint)
+                own = random_state_file(Path(checkpoint), args.process_index, args.world_size)
+                load_random_state(own, args.device)
             return
         words = (args.seed, self.state.global_step, args.process_index)
         transformers.set_seed(int(np.random.SeedSequence(words).generate_state(1)[0]))

@@ -18,8 +18,9 @@ _VARIABLES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
 _BACKENDS = {"cuda": "nccl", "xpu": "xccl"}
 _MEETING_SECONDS = 600
 """Time in which all workers must come."""
-_TIMEOUT_SECONDS = 1800
-"""Time after which a collective of the process group fails."""
+_LONGEST = timedelta(days=1)
+"""Time after which a collective fails: workers wait for one whose storage is slow; one that ends or
+hangs (scale.hang_timeout) ends the others long before."""
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,9 @@ def join_group(place: Place, own_address: str) -> None:
         "MASTER_ADDR": place.address,
         "MASTER_PORT": place.port,
         VARIABLE: place.device,
+        # accelerate would tell DDP that the GPU's number is the local rank; on a node with more
+        # than ten GPUs, which Ray orders by the text of their numbers, it is another.
+        "ACCELERATE_BYPASS_DEVICE_MAP": "true",
     }
     os.environ.update({name: str(value) for name, value in places.items()})
     store = dist.TCPStore(  # type: ignore[attr-defined]  # public, but not in its __all__
@@ -72,8 +76,10 @@ def join_group(place: Place, own_address: str) -> None:
         store=store,
         rank=place.rank,
         world_size=place.world_size,
-        timeout=timedelta(seconds=_TIMEOUT_SECONDS),
+        timeout=_LONGEST,
     )
+    # NCCL's workers meet here once more, at their first collective.
+    store.set_timeout(_LONGEST)
 
 
 def interface_of(address: str) -> str | None:

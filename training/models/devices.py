@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from ..common.errors import InputError
 
@@ -21,6 +21,12 @@ KINDS = ("cuda", "xpu", "mps")
 """Kinds of accelerators that finray trains on."""
 VARIABLE = "ACCELERATE_TORCH_DEVICE"
 """The device that was chosen for this process, for accelerate too."""
+DETERMINISTIC = {
+    "CUBLAS_WORKSPACE_CONFIG": ":4096:8",
+    "FLASH_ATTENTION_DETERMINISTIC": "1",
+}
+"""Variables with which a GPU computes the same every time. torch reads the first one only once, at
+a process's first matrix product on a GPU; transformers reads the second one for its kernels."""
 
 
 @dataclass(frozen=True)
@@ -231,27 +237,41 @@ def _unfit(recipe: "Recipe", kind: str) -> str | None:
     return next((reason for reason, holds in reasons.items() if holds), None)
 
 
+RandomState: TypeAlias = tuple["torch.Tensor", "torch.Tensor | None"]
+"""States of torch's generators for the CPU, and for this process's GPU."""
+
+
+def get_random_state(device: "torch.device") -> RandomState:
+    """The states of torch's generators for the CPU and a device, the current one of its kind."""
+    import torch
+
+    own = None if device.type == "cpu" else _module(device.type).get_rng_state()
+    return torch.get_rng_state(), own
+
+
+def set_random_state(device: "torch.device", state: RandomState) -> None:
+    """Set the generators to a state of `get_random_state`; one of another kind of device sets the
+    CPU's alone."""
+    import torch
+
+    of_cpu, own = state
+    torch.set_rng_state(of_cpu)
+    if own is not None and device.type != "cpu":
+        _module(device.type).set_rng_state(own)
+
+
 @contextmanager
-def random_state(device: "torch.device", start: Any = None) -> Iterator[Any]:
+def random_state(device: "torch.device", start: RandomState | None = None) -> Iterator[RandomState]:
     """Afterwards, torch's generators for a device and the CPU are in the state of before.
 
     Args:
         device: the device.
         start: a state that this yielded before, to start from; None changes nothing.
     """
-    import torch
-
-    own: Any = None if device.type == "cpu" else _module(device.type)
-
-    def set_state(state: Any) -> None:
-        torch.set_rng_state(state[0])
-        if own is not None:
-            own.set_rng_state(state[1])
-
-    before = torch.get_rng_state(), None if own is None else own.get_rng_state()
+    before = get_random_state(device)
     if start is not None:
-        set_state(start)
+        set_random_state(device, start)
     try:
         yield before
     finally:
-        set_state(before)
+        set_random_state(device, before)

@@ -9,7 +9,6 @@ import copyreg
 import io
 import pickle
 from collections.abc import Callable, Iterable
-from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
@@ -20,12 +19,11 @@ from torch import Tensor
 from ..common.errors import FinrayError
 from ..config.recipe import Recipe
 from ..config.sections import Strategy
+from .cpu_group import cpu_group
 from .out_of_memory import first_line
 
 _Made = TypeVar("_Made", bound=torch.nn.Module)
 _Shape = tuple[torch.Size, torch.dtype]
-_LONGEST = timedelta(days=1)
-"""Time for which the others wait; a first worker that ends or hangs ends them, too."""
 
 
 def made_once(recipe: Recipe, strategy: Strategy, make: Callable[[], _Made]) -> _Made:
@@ -47,7 +45,7 @@ def made_once(recipe: Recipe, strategy: Strategy, make: Callable[[], _Made]) -> 
     if strategy != "fsdp" or recipe.model.trust_remote_code:
         return make()
     # Between CPUs: a GPU's collectives end while a slow storage is still read.
-    group = dist.new_group(backend="gloo", timeout=_LONGEST)
+    group = cpu_group()
     try:
         return _received(make, group) if dist.get_rank() > 0 else _sent(make, group)
     finally:

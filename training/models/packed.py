@@ -62,6 +62,8 @@ class Packed8:
     def of(cls, weight: torch.Tensor) -> Self:
         """Quantise a weight of any shape."""
         rows = weight.reshape(-1, weight.shape[-1]).half()
+        # A GPU's kernel reads the memory in its order, whatever the strides say.
+        rows = rows.contiguous()
         codes, scales, _ = functional.int8_vectorwise_quant(rows)
         return cls(codes, scales, weight.shape)
 

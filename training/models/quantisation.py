@@ -5,8 +5,9 @@ import math
 from typing import Any
 
 import torch
+from bitsandbytes.autograd._functions import MatMul8bitFp, MatMul8bitLt
 from bitsandbytes.functional import dequantize_4bit
-from bitsandbytes.nn import Linear4bit, Params4bit
+from bitsandbytes.nn import Linear4bit, Linear8bitLt, Params4bit
 from peft import PeftModel
 from peft.tuners.lora import Linear4bit as LoraLinear4bit
 from torch.nn.parallel import DistributedDataParallel
@@ -32,7 +33,8 @@ def quantisation_config(settings: ModelSettings) -> BitsAndBytesConfig | None:
 
 
 def prepare_for_training(model: torch.nn.Module) -> None:
-    """Make sure that a quantised base does not change while an adapter is trained on it."""
+    """Make sure that a quantised base does not change while an adapter is trained on it, and keeps
+    nothing that the backward pass does not read."""
     # bitsandbytes warns of every cast to float16 in a matrix product.
     limit("bitsandbytes", logging.ERROR)
     for module in model.modules():
@@ -40,6 +42,20 @@ def prepare_for_training(model: torch.nn.Module) -> None:
             # On CPUs with AVX512-BF16 an evaluation would repack the weights for inference, with
             # losses and in a layout without a backward pass.
             module.support_avx512bf16_for_cpu = False
+        if isinstance(module, Linear8bitLt):
+            module.register_forward_hook(forget_input)
+
+
+def forget_input(module: torch.nn.Module, inputs: Any, output: torch.Tensor) -> None:
+    """Let go of what LLM.int8() keeps of a product's input for the gradient of its weight, which is
+    frozen. It keeps that beside autograd, so that checkpointing would not free it."""
+    node: Any = output.grad_fn
+    if not output.numel():  # the backward pass of nothing reads it
+        return
+    if isinstance(node, MatMul8bitLt._backward_cls):
+        node.tensors = (None, None, None)
+    elif isinstance(node, MatMul8bitFp._backward_cls):
+        node.A = None
 
 
 def keep_from_broadcast(model: PeftModel) -> None:

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from ..config.methods import KtoMethod
 from ..data.batching import PADDING_ROW, Batch, Rows
 from ..data.stream import Sequence
+from ..models.cpu_group import cpu_group
 from ..models.loading import evaluation_mode
 from .objective import Loss, Objective, Setup
 from .references import Reference
@@ -31,7 +32,7 @@ class KtoObjective(Objective):
         self._max_length = setup.recipe.data.max_length
         self._reference = Reference(setup, self._settings.reference_model)
         # The CPUs exchange the rows, so that a GPU never waits for them.
-        self._hosts = dist.new_group(backend="gloo") if setup.world_size > 1 else None
+        self._hosts = cpu_group() if setup.world_size > 1 else None
 
     def collate(self, rows: Rows) -> Batch:
         """Add the labels as `extra["desirable"]`, (answers,), without padding rows."""

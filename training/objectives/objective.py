@@ -14,6 +14,7 @@ from ..data.batching import PADDING_ROW, Batch, Rows, collate, collate_flat
 from ..data.microbatches import Division, number_of_parts
 from ..data.prepared import Prepared
 from ..models.attention import attend_by_documents
+from ..models.cpu_group import cpu_group
 from ..models.devices import sum_type
 from ..models.isolation import kept_columns, outputs_of
 from ..models.loading import Model, forward_arguments
@@ -109,7 +110,7 @@ class Objective:
         """How held-out rows are."""
         # The CPUs exchange the numbers of parts, so that a GPU never waits for them.
         needs_group = self.division.tokens is not None and setup.world_size > 1
-        self._cpus = dist.new_group(backend="gloo") if needs_group else None
+        self._cpus = cpu_group() if needs_group else None
         if setup.isolation == "documents":
             attend_by_documents(setup.model)
 

@@ -29,9 +29,8 @@ class GrpoObjective(OnlineObjective):
         """Advantages relative to the prompt's group, (prompts, generations)."""
         return group_relative(rewards, self._own.scale_rewards, self.world_size)
 
-    def weigh(self, mask: torch.Tensor, sequences: int) -> tuple[torch.Tensor, int]:
+    def weigh(self, mask: torch.Tensor, tokens: int, sequences: int) -> tuple[torch.Tensor, int]:
         """Token weights and loss units of the recipe's `method.loss`."""
-        tokens = int(mask.sum())
         match self._own.loss:
             case "dapo":
                 return mask, tokens

@@ -72,11 +72,12 @@ class OnlineObjective(Objective):
         """
         raise NotImplementedError
 
-    def weigh(self, mask: torch.Tensor, sequences: int) -> tuple[torch.Tensor, int]:
+    def weigh(self, mask: torch.Tensor, tokens: int, sequences: int) -> tuple[torch.Tensor, int]:
         """Weight of each token's loss, and the number of loss units of a forward pass.
 
         Args:
             mask: (sequences, columns), 1.0 where a token is trained.
+            tokens: number of tokens that are trained.
             sequences: number of sequences that are completions, not padding.
         """
         raise NotImplementedError
@@ -185,7 +186,7 @@ class OnlineObjective(Objective):
     ) -> Batch:
         count = len(part.targets)
         mask = (part.targets != IGNORED).float()
-        weights, units = self.weigh(mask, len(advantages))
+        weights, units = self.weigh(mask, len(part.trained), len(advantages))
         padded = torch.cat([advantages, advantages.new_zeros(count - len(advantages))])
         extra = {"advantages": padded, "weights": weights, "sampled": sampled}
         return replace(part, loss_units=units, extra=part.extra | extra)

@@ -29,7 +29,7 @@ class RlooObjective(OnlineObjective):
             rewards = rewards - self._own.beta * divergences.view(rewards.shape)
         return leave_one_out(rewards, self._own.normalize_advantages, self.world_size)
 
-    def weigh(self, mask: torch.Tensor, sequences: int) -> tuple[torch.Tensor, int]:
+    def weigh(self, mask: torch.Tensor, tokens: int, sequences: int) -> tuple[torch.Tensor, int]:
         """Equal weights, so that a completion's tokens are summed."""
         return mask, sequences
 

@@ -327,3 +327,15 @@ def test_the_allocator_is_left_as_the_user_set_it(
         os.environ[name] = value
     env = worker_environment(recipe())
     assert {key: env[key] for key in own if key in env} == {name or own[0]: value}
+
+
+@pytest.mark.parametrize("deterministic", [True, False])
+def test_a_deterministic_run_is_so_from_the_first_product_of_its_processes(
+    deterministic: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Which may be one of a stage of the data, before a worker starts."""
+    monkeypatch.setattr(os, "environ", {"PATH": os.environ["PATH"]})
+    values = {**recipe().model_dump(mode="json"), "deterministic": deterministic}
+    env = worker_environment(recipe_from_dict(values))
+    for variables in (env, os.environ):
+        assert variables.get("CUBLAS_WORKSPACE_CONFIG") == (":4096:8" if deterministic else None)

@@ -10,17 +10,18 @@ from support.steps import make_sequences, one_step
 from transformers import AutoModelForCausalLM
 
 from finray.training.config.recipe import recipe_from_dict
-from finray.training.engine.determinism import VARIABLES, deterministic
+from finray.training.engine.determinism import deterministic
+from finray.training.models.devices import DETERMINISTIC
 
 
 def test_the_switches_hold_inside_and_return() -> None:
-    before = {name: os.environ.get(name) for name in VARIABLES}
+    before = {name: os.environ.get(name) for name in DETERMINISTIC}
     with deterministic(True):
         assert torch.are_deterministic_algorithms_enabled()
         assert not torch.is_deterministic_algorithms_warn_only_enabled()
-        assert {name: os.environ.get(name) for name in VARIABLES} == VARIABLES
+        assert {name: os.environ.get(name) for name in DETERMINISTIC} == DETERMINISTIC
     assert not torch.are_deterministic_algorithms_enabled()
-    assert {name: os.environ.get(name) for name in VARIABLES} == before
+    assert {name: os.environ.get(name) for name in DETERMINISTIC} == before
     with deterministic(False):
         assert not torch.are_deterministic_algorithms_enabled()
 

@@ -3,8 +3,10 @@ operations on the CPU stand for those on a GPU."""
 
 import json
 import traceback
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -16,12 +18,20 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from finray.training.config.recipe import Recipe, recipe_from_dict
+from finray.training.data import batching, documents
 from finray.training.data.batching import collate, in_batches
 from finray.training.data.stream import Sequence
 from finray.training.engine.methods import objective_of
 from finray.training.engine.trainer import StepMeasures, StreamTrainer
 from finray.training.engine.trainer_arguments import training_arguments
-from finray.training.models.loading import load_model, load_tokenizer
+from finray.training.models import attention, devices
+from finray.training.models.loading import forward_arguments, load_model, load_tokenizer
+from finray.training.models.output_head import Finish, OutputHead
+from finray.training.objectives import preference
+from finray.training.rl import online
+from finray.training.rl.online import OnlineObjective
+from finray.training.rl.rollouts.rollout import Rollout
+from finray.training.rl.scoring import Scores
 
 # peft calls a name that transformers has renamed.
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
@@ -148,14 +158,14 @@ def rows_for(recipe: Recipe, tokenizer: Any) -> list[Sequence]:
     return rows
 
 
-def recipe_of(base: Path, settings: dict[str, Any]) -> Recipe:
+def recipe_of(base: Path, settings: dict[str, Any], dtype: str = "float32") -> Recipe:
     method = settings.get("method", {})
     if method.get("kind") in ("grpo", "rloo"):
         method = {**ONLINE, **method}
     return recipe_from_dict(
         {
             "name": "x",
-            "model": {"base": str(base), "dtype": "float32"},
+            "model": {"base": str(base), "dtype": dtype},
             "adapter": {"rank": 4},
             "data": {"train": [{"path": "/x"}], "max_length": 64, **settings.get("data", {})},
             "optim": {"batch_size": BATCH, "micro_batch_size": MICRO},
@@ -215,3 +225,66 @@ def test_a_batch_knows_its_trained_tokens() -> None:
     """From the host, so that no device has to look for them."""
     batch = collate(make_sequences(3))
     assert batch.trained.tolist() == (batch.targets.flatten() >= 0).nonzero().flatten().tolist()
+
+
+META = torch.device("meta")
+"""Stands for a GPU: an operation on it and the CPU together raises, and so does reading a value."""
+
+
+def as_a_gpu(monkeypatch: pytest.MonkeyPatch, by_kernel: bool) -> None:
+    """Let finray take the meta device for a GPU."""
+    for module in (batching, documents, preference, online):
+        monkeypatch.setattr(module, "moved", lambda tensor, device: tensor.to(device))
+    states = SimpleNamespace(get_rng_state=torch.get_rng_state, set_rng_state=lambda _: None)
+    monkeypatch.setattr(devices, "_module", lambda _: states)
+    monkeypatch.setattr(attention, "_fits_kernel", lambda *_: by_kernel)
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda _: False)
+    monkeypatch.setattr(torch, "get_autocast_dtype", lambda _: torch.bfloat16)
+    monkeypatch.setattr(torch, "autocast", lambda *_, **__: nullcontext())
+    host = torch.Tensor.cpu  # rewards and their measures are on the host
+    monkeypatch.setattr(
+        torch.Tensor, "cpu", lambda t: torch.zeros(t.shape, dtype=t.dtype) if t.is_meta else host(t)
+    )
+    monkeypatch.setattr(preference, "_imitated", lambda _: 1)
+
+
+def sampled(requests: list[Any], prompts: list[Sequence]) -> tuple[list[Rollout], Scores]:
+    """Rollouts that nobody had to sample."""
+    values = torch.arange(len(requests), dtype=torch.float64)
+    texts = [""] * len(requests)
+    return [Rollout([5, 6, 7], True)] * len(requests), Scores(values, values[None], 0, texts)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(
+    ("name", "by_kernel"),
+    [("sft", False), *((name, True) for name in METHODS if name != "rows of one document")],
+)
+def test_a_step_stays_on_its_device(
+    name: str, by_kernel: bool, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Attention by the kernel, and by groups of documents; no value is read on the way."""
+    recipe = recipe_of(tiny_model, METHODS[name], "bfloat16" if by_kernel else "float32")
+    model, tokenizer = load_model(recipe, recipe.method.head), load_tokenizer(recipe)
+    model.to(META)
+    as_a_gpu(monkeypatch, by_kernel)
+    setup = replace(make_setup(recipe, model, tmp_path, 0, 1), tokenizer=tokenizer, device=META)
+    objective = objective_of(setup)
+    layer = model.get_base_model().get_output_embeddings()
+    head = None if layer is None else OutputHead(layer, Finish(layer.out_features))
+    for mode in (True, False):  # a look for the head would read values
+        objective._traits[(id(model), mode)] = forward_arguments(model), head
+    if isinstance(objective, OnlineObjective):
+        monkeypatch.setattr(objective, "_rollouts", sampled)
+        monkeypatch.setattr(objective, "_any_reward", lambda _: True)
+        monkeypatch.setattr(objective, "_keep_examples", lambda *_: None)
+    with torch.no_grad():
+        batches = objective.batches(0, rows_for(recipe, tokenizer)[: recipe.rows_per_step])
+    for batch in batches:
+        loss = objective.loss(model, batch.to(META), True)
+        loss.total.backward()
+        assert loss.measures is not None and loss.measures.device == META
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    assert len(batches) == 3 and norm.device == META
+    trained = [weight for weight in model.parameters() if weight.requires_grad]
+    assert trained and all(weight.grad is not None for weight in trained)

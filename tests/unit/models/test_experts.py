@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from bitsandbytes import functional
 from bitsandbytes.functional import dequantize_4bit
 from bitsandbytes.nn import Linear4bit
 from peft import PeftModel
@@ -35,7 +36,7 @@ from finray.training.models.left_out import patterns_of, plain_names
 from finray.training.models.loading import build_meta_model, load_model
 from finray.training.models.matrices import matrices
 from finray.training.models.memory_estimate import sizes_of
-from finray.training.models.packed import PackedWeight, Scheme
+from finray.training.models.packed import Packed8, PackedWeight, Scheme
 from finray.training.models.quantiser import check_quantisable
 from finray.training.models.targets import adapted_layers, coverage
 from finray.training.models.weights import load_weights, save_weights
@@ -563,3 +564,21 @@ def test_what_is_left_out_of_experts_is_one_of_their_matrices(tmp_path: Path) ->
     assert isinstance(without, PeftModel)
     assert adapted_layers(model).keys() - adapted_layers(without).keys() == missing
     assert set(plain_names(without).values()) == set(names.values()) - missing
+
+
+def test_a_gpu_packs_values_in_the_order_in_which_they_are_read(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Its kernel reads the memory, whatever the strides say."""
+    given: list[torch.Tensor] = []
+    pack = functional.int8_vectorwise_quant
+
+    def noted(rows: torch.Tensor) -> Any:
+        given.append(rows)
+        return pack(rows)
+
+    monkeypatch.setattr(functional, "int8_vectorwise_quant", noted)
+    weight = torch.arange(128.0).view(16, 8).T
+    values = Packed8.of(weight).values(torch.float32)
+    assert given[0].is_contiguous() and not weight.is_contiguous()
+    torch.testing.assert_close(values, weight, atol=0.6, rtol=0)

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from bitsandbytes.functional import dequantize_4bit
+from bitsandbytes.autograd._functions import MatMul8bitLt, MatmulLtState
+from bitsandbytes.functional import dequantize_4bit, int8_vectorwise_quant
 from bitsandbytes.nn import Linear4bit, Linear8bitLt
 from torch import multiprocessing
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -20,6 +21,7 @@ from finray.training.config.recipe import Recipe
 from finray.training.models import quantiser
 from finray.training.models.loading import count_meta_parameters, count_parameters, load_model
 from finray.training.models.matrices import matrices
+from finray.training.models.quantisation import forget_input
 from finray.training.models.quantiser import plan_quantisation
 from finray.training.models.shrunk import shrink
 from finray.training.models.targets import choose_targets
@@ -136,6 +138,60 @@ def _rank(rank: int, base: str, quantize: str, folder: str) -> None:
     torch.save({"gradients": own, "same": same}, f"{folder}/rank-{rank}.pt")
     del wrapped, model  # after the group their end can hang
     dist.destroy_process_group()
+
+
+def kept_beside_autograd(node: Any) -> list[torch.Tensor]:
+    """What the nodes of a graph hold as attributes, rather than as saved tensors."""
+    held, pending, seen = [], [node], set()
+    while pending:
+        one = pending.pop()
+        if one is None or one in seen:
+            continue
+        seen.add(one)
+        pending += [after for after, _ in one.next_functions]
+        if "8bit" in one.name():
+            values = [*getattr(one, "tensors", ()), getattr(one, "A", None)]
+            held += [value for value in values if value is not None]
+    return held
+
+
+@pytest.mark.parametrize("checkpoints", [False, True])
+def test_int8_keeps_no_inputs(checkpoints: bool, tiny_model: Path) -> None:
+    """Checkpointing would not free them; the gradients are the same."""
+    gradients = []
+    for forgets in (True, False):
+        torch.manual_seed(0)
+        model = load_model(recipe(tiny_model, "int8")).train()
+        for layer in layers(model, Linear8bitLt):
+            if not forgets:
+                layer._forward_hooks.clear()
+        if checkpoints:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+            model.enable_input_require_grads()
+        torch.manual_seed(1)
+        loss = model(input_ids=TOKENS, labels=TOKENS, use_cache=False).loss
+        assert bool(kept_beside_autograd(loss.grad_fn)) != forgets
+        loss.backward()
+        gradients.append({n: w.grad for n, w in model.named_parameters() if w.requires_grad})
+    assert any(gradient.abs().sum() > 0 for gradient in gradients[0].values())
+    assert all(gradient.equal(gradients[1][name]) for name, gradient in gradients[0].items())
+
+
+def test_int8_keeps_no_inputs_on_a_gpu_either() -> None:
+    """Whose products take another way; the CPU computes it, too."""
+    inputs = torch.randn(5, 16, dtype=torch.float16, requires_grad=True)
+    weight = torch.randn(8, 16, dtype=torch.float16)
+    gradients = []
+    for forgets in (True, False):
+        state = MatmulLtState()
+        state.threshold = 6.0
+        state.CB, state.SCB, _ = int8_vectorwise_quant(weight)
+        output = MatMul8bitLt.apply(inputs, weight, None, None, state)
+        if forgets:
+            forget_input(torch.nn.Identity(), (), output)
+            assert kept_beside_autograd(output.grad_fn) == []
+        gradients += torch.autograd.grad(output.sum(), inputs)
+    assert gradients[0].equal(gradients[1]) and gradients[0].abs().sum() > 0
 
 
 @pytest.mark.parametrize("quantize", ["nf4", "int8"])
