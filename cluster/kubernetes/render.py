@@ -181,7 +181,7 @@ def _bytes(quantity: str) -> int:
     number = quantity.rstrip("kKMGTi")
     unit = quantity.removeprefix(number)
     step = 1024 if unit.endswith("i") else 1000
-    return int(number) * step ** " kMGT".index(unit[:1].replace("K", "k") or " ")
+    return int(number) * int(step ** " kMGT".index(unit[:1].replace("K", "k") or " "))
 
 
 def _name_pods(cluster: Manifest, name: str) -> None:

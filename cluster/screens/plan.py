@@ -54,6 +54,8 @@ def _row(row: dict[str, Any]) -> list[str]:
 def _hours(hours: float | None) -> str:
     if hours is None:
         return ""
+    if hours < 1e-4:
+        return "<0.0001"
     return f"{hours:,.2f}" if hours >= 0.1 else f"{hours:.4f}"
 
 
