@@ -46,6 +46,7 @@ CARDS = {
         Card("a100-40", "A100 40 GB", 39.4, 312, 1.56, 300),
         Card("a100", "A100 80 GB", 79.2, 312, 2.04, 300),
         Card("h100", "H100 80 GB", 79.2, 989, 3.35, 450),
+        Card("h100-pcie", "H100 PCIe 80 GB", 79.2, 756, 2.0, 64),
         Card("h100-nvl", "H100 NVL 94 GB", 93.1, 835, 3.9, 300),
         Card("h200", "H200 141 GB", 139.8, 989, 4.8, 450),
         Card("b200", "B200 180 GB", 178.3, 2250, 7.7, 900),
@@ -70,8 +71,10 @@ _BESIDE = re.compile(
     r"workstation|max|q"
 )
 """Words that drivers write beside a card's name."""
-_KINDS = ("nvl",)
+_KINDS = ("nvl", "pcie")
 """Those that make another card of some: an H100 NVL has more memory than an H100."""
+_COUNTED = re.compile(r"\s*(\d+)\s*[x*:]\s*(\S.*)|\s*(.*\S)\s*[x*]\s*(\d+)\s*", re.IGNORECASE)
+"""8xh100 and h100x8, which are written h100:8."""
 _SLICE = re.compile(r"\bmig\b|\b\d+g\.\d+gb\b")
 """A part of a card has such a name: MIG 1g.10gb."""
 _SIZE = r"(\d+)(?:g|gb|gib)?"
@@ -87,16 +90,12 @@ def parse_gpus(text: str) -> tuple[Card, int]:
     """
     if not isinstance(text, str):  # a program's
         raise InputError(f"gpu: expected a card and how many, such as 'h100:8'; found {text!r}")
-    name, separator, number = text.partition(":")
+    name, separator, number = map(str.strip, text.partition(":"))
     if _SLICE.search(name.lower()):
         raise InputError(f"--gpu {text}: a plan takes whole cards, and no MIG slices of one")
-    words = re.findall(r"[a-z0-9]+", name.lower())
-    own = [word for word in words if not _BESIDE.fullmatch(word)]
-    kind = [word for word in words if word in _KINDS]
-    plain = "".join(own)
-    card = _card("".join([*own[:1], *kind, *own[1:]])) or _card(plain)
+    card = _named(name)
     if card is None:
-        near = _nearest(plain)
+        near = _rewritten(text) or _nearest("".join(_own_words(name)))
         hint = f"; did you mean {near}?" if near else ""
         raise InputError(f"--gpu {text}: there is no such card{hint} ({', '.join(CARDS)})")
     if separator and not (number.isdecimal() and 1 <= int(number) <= _MOST):
@@ -104,6 +103,26 @@ def parse_gpus(text: str) -> tuple[Card, int]:
             f"--gpu {text}: expected the number of GPUs, 1 to {_MOST}, behind the colon: {name}:8"
         )
     return card, int(number) if separator else 1
+
+
+def _own_words(name: str) -> list[str]:
+    """The words of a name without those that drivers write beside it."""
+    words = re.findall(r"[a-z0-9]+", name.lower())
+    return [word for word in words if not _BESIDE.fullmatch(word)]
+
+
+def _named(name: str) -> Card | None:
+    own = _own_words(name)
+    kind = [word for word in re.findall(r"[a-z0-9]+", name.lower()) if word in _KINDS]
+    return _card("".join([*own[:1], *kind, *own[1:]])) or _card("".join(own))
+
+
+def _rewritten(text: str) -> str | None:
+    """`h100:8` for 8xh100 and h100x8."""
+    if (match := _COUNTED.fullmatch(text)) is None:
+        return None
+    card, number = _named(match[2] or match[3]), match[1] or match[4]
+    return f"{card.name}:{number}" if card else None
 
 
 def _names() -> dict[str, list[Card]]:
@@ -144,7 +163,7 @@ def _nearest(plain: str) -> str | None:
     if size and start and not alike:
         chosen = [min(chosen, key=lambda card: abs(card.gigabytes - int(size[1])))]
     names = [card.name for card in chosen]
-    near = difflib.get_close_matches(plain, names, 1, 0.0 if alike or start else 0.5)
+    near = difflib.get_close_matches(plain, names, 1, 0.0 if alike or start else 0.6)
     return near[0] if near else None
 
 

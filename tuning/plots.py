@@ -15,6 +15,8 @@ from .sweep_folder import lineage
 
 _STYLES = {"finished": "trial", "pruned": "trial-pruned", "failed": "trial-pruned"}
 _ENOUGH = 2
+_ENOUGH_TO_EXPLAIN = 10
+"""Trials; of fewer, the share of a setting is mostly chance."""
 """Number of finished trials that a comparison needs."""
 
 
@@ -54,10 +56,12 @@ def comparison_charts(record: Record) -> Iterator[Chart]:
 def importances(study: optuna.Study) -> list[tuple[str, list[tuple[str, float]]]]:
     """Of each objective the share of its spread that each setting explains, the largest first.
 
-    A list is empty where fewer than two trials finished, or nothing differs between them.
+    Empty where fewer than ten trials finished, or nothing differs between them.
     """
     finished = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
-    if len(finished) < _ENOUGH or not set.intersection(*(set(t.params) for t in finished)):
+    if len(finished) < _ENOUGH_TO_EXPLAIN or not set.intersection(
+        *(set(t.params) for t in finished)
+    ):
         return []
     shares = []
     evaluator = optuna.importance.PedAnovaImportanceEvaluator()

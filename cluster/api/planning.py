@@ -118,7 +118,7 @@ def _planned(recipe: Recipe, card: Card, count: int, utilisation: float) -> dict
             f"model.base: the configuration of {recipe.model.base} is not on this machine; "
             "download it, or give a folder with its config.json"
         )
-    work, sizes = _work(recipe), sizes_by_quantisation(recipe)
+    work, sizes = _work(recipe, card), sizes_by_quantisation(recipe)
     rows = [
         _figures(placement, of_model, card, utilisation, work)
         for quantize, of_model in sizes.items()
@@ -144,7 +144,7 @@ def _planned(recipe: Recipe, card: Card, count: int, utilisation: float) -> dict
     }
 
 
-def _work(recipe: Recipe) -> dict[str, Any]:
+def _work(recipe: Recipe, card: Card) -> dict[str, Any]:
     """Steps of the run, tokens of its data, and the share of a full step that holds tokens; None
     where the data is not at hand. Completions count as long as they may be."""
     sampled = recipe.data.max_length - recipe.row_length if recipe.method.samples_online else 0
@@ -155,6 +155,9 @@ def _work(recipe: Recipe) -> dict[str, Any]:
     except InputError as error:  # the memory can be planned all the same
         data = {"sequences": None, "tokens": None}
         work["note"] = str(error)
+    if recipe.model.dtype == "bfloat16" and not card.has_bfloat16:
+        slow = f"model.dtype: {card.title} emulates bfloat16, many times slower; auto takes float16"
+        work["note"] = slow if work["note"] is None else f"{work['note']}; {slow}"
     if data["sequences"]:
         work |= {
             "steps": recipe.total_steps(data["sequences"]),

@@ -2,6 +2,7 @@
 
 import argparse
 import hashlib
+import sys
 from dataclasses import replace
 
 from ...training.common.errors import InputError, writing
@@ -10,7 +11,7 @@ from ...training.config.recipe import load_recipe
 from ...tuning.sweep import is_sweep
 from ..api.planning import place
 from ..kubernetes.refusals import Refusal
-from ..kubernetes.render import RETRIES, Target
+from ..kubernetes.render import RETRIES, Target, memory_note
 from ..kubernetes.render import render as render_manifests
 
 
@@ -30,6 +31,8 @@ def render(options: argparse.Namespace) -> None:
         recipe, memory = place(options.recipe, options.overrides, gpu=options.gpu)
         target = replace(target, least_memory=memory)
     text = render_manifests(recipe, target)
+    if (note := memory_note(target)) and not options.quiet:
+        print(f"note: {note}", file=sys.stderr)
     if options.to is None:
         print(text, end="")
         return

@@ -31,6 +31,11 @@ def init(options: argparse.Namespace) -> None:
     if not options.quiet:
         for note in made.notes:
             print(f"note: {note}", file=sys.stderr)
+    if made.fault is not None:
+        raise InputError(
+            f"{made.fault}; {options.to} is written: correct that in it, or name another --model, "
+            f"then run: finray check {options.to}"
+        )
     try:
         if made.has_model:
             checked = render_check(examine(options.to, quiet=options.quiet))

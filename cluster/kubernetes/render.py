@@ -37,7 +37,7 @@ class Target:
     memory: str | None = None
     """Of a worker's pod, as a Kubernetes quantity; None: the overlay's own."""
     least_memory: int = 0
-    """Bytes that a worker's pod gets at least, where `memory` is not given."""
+    """Bytes that a worker's pod gets at least; 0 unless GPUs are chosen with --gpu."""
     disk: str | None = None
     """Ephemeral storage of every pod, likewise."""
 
@@ -58,7 +58,7 @@ def render(recipe: Recipe, target: Target) -> str:
     _check(target)
     cluster = ray_cluster(target.overlay)
     shared = check_reachable(recipe, _mount(cluster))
-    recipe = _with_overlay_gpus(recipe, cluster)
+    recipe = _with_overlay_gpus(recipe, cluster, target)
     name = object_name(recipe.name)
     _fit_cluster(cluster, recipe.scale, target)
     _name_pods(cluster, name)
@@ -104,10 +104,15 @@ def _check(target: Target) -> None:
             raise InputError(f"{option} {amount}: expected a quantity such as 64Gi")
 
 
-def _with_overlay_gpus(recipe: Recipe, cluster: Manifest) -> Recipe:
+def _with_overlay_gpus(recipe: Recipe, cluster: Manifest, target: Target) -> Recipe:
     """The recipe with `gpus_per_worker` as a number, which `auto` means on this overlay."""
     scale = recipe.scale
     overlay_gpus = _GPU in _container(_worker_group(cluster))["resources"]["limits"]
+    if target.least_memory and not overlay_gpus:
+        raise InputError(
+            f"--gpu: the overlay {target.overlay} has no GPUs; choose --overlay gpu, or leave out "
+            "--gpu"
+        )
     if scale.most_workers == 0:
         raise InputError(
             "scale.workers: 0 trains in the driver's own process, and a RayJob has workers; add "
@@ -146,7 +151,7 @@ def _fit_cluster(cluster: Manifest, scale: ScaleSettings, target: Target) -> Non
         amounts["memory"] = target.memory
     resources = _container(group)["resources"]
     if not target.memory and target.least_memory > _bytes(resources["limits"]["memory"]):
-        amounts["memory"] = f"{-(-target.least_memory // 2**30)}Gi"
+        amounts["memory"] = _gib(target.least_memory)
     for kind in ("requests", "limits"):
         resources[kind].update(amounts)
     for each in _groups(cluster):
@@ -157,9 +162,26 @@ def _fit_cluster(cluster: Manifest, scale: ScaleSettings, target: Target) -> Non
                 _container(each)["resources"][kind]["ephemeral-storage"] = target.disk
 
 
+def memory_note(target: Target) -> str | None:
+    """What to know of a memory that is less than a worker needs; None without that."""
+    if not target.memory or _bytes(target.memory) >= target.least_memory:
+        return None
+    return (
+        f"--memory {target.memory} is less than {_gib(target.least_memory)}, which a worker may "
+        "take of its machine's memory"
+    )
+
+
+def _gib(size: int) -> str:
+    return f"{-(-size // 2**30)}Gi"
+
+
 def _bytes(quantity: str) -> int:
-    """Bytes of an overlay's quantity such as 64Gi."""
-    return int(quantity.removesuffix("Gi")) * 2**30
+    """Bytes of a quantity such as 64Gi."""
+    number = quantity.rstrip("kKMGTi")
+    unit = quantity.removeprefix(number)
+    step = 1024 if unit.endswith("i") else 1000
+    return int(number) * int(step ** " kMGT".index(unit[:1].replace("K", "k") or " "))
 
 
 def _name_pods(cluster: Manifest, name: str) -> None:

@@ -84,9 +84,10 @@ def _plot(chart: Chart, names: Sequence[str], marks: Sequence[str], across: int)
     width = max(map(len, labels))
     lines = [f"{label:>{width}} |{''.join(row)}" for label, row in zip(labels, grid, strict=True)]
     scale = ", log scale" if chart.is_log else ""
+    meet = " (* where they meet)" if any("*" in row for row in grid) else ""
     last = chart.x_ticks[-1].label if chart.x_ticks else ""
     axis = f"{'':>{width}} +{'-' * across} {chart.unit} {last}"
-    return "\n".join([f"{chart.title}{scale}", *(line.rstrip() for line in lines), axis])
+    return "\n".join([f"{chart.title}{scale}{meet}", *(line.rstrip() for line in lines), axis])
 
 
 def _answers(item: ComparedAnswers, marks: Sequence[str]) -> str:

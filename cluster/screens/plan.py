@@ -8,7 +8,7 @@ from ...training.common import formatting
 def render(planned: dict[str, Any]) -> str:
     """What `plan` returned, as text."""
     gpus = f"{planned['gpus']} x {planned['gpu']}"
-    share = formatting.percent(planned["utilisation"])
+    share = f"{100 * planned['utilisation']:g}%"
     steps = "steps unknown, as the data is not on this machine"
     if planned["steps"] is not None:
         steps = f"{formatting.count(planned['steps'])} steps"
@@ -46,9 +46,17 @@ def _row(row: dict[str, Any]) -> list[str]:
         phase,
         "no" if not row["fits"] else "tight" if row["is_tight"] else "yes",
         formatting.count(round(row["tokens_per_second"])),
-        "" if row["hours"] is None else f"{row['hours']:.2f}",
-        "" if row["gpu_hours"] is None else f"{row['gpu_hours']:.2f}",
+        _hours(row["hours"]),
+        _hours(row["gpu_hours"]),
     ]
+
+
+def _hours(hours: float | None) -> str:
+    if hours is None:
+        return ""
+    if hours < 1e-4:
+        return "<0.0001"
+    return f"{hours:,.2f}" if hours >= 0.1 else f"{hours:.4f}"
 
 
 def _aligned(rows: list[list[str]]) -> list[str]:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ...training.common.errors import InputError
-from ...training.common.formatting import count
+from ...training.common.formatting import count, percent
 from ...training.common.yaml_text import load_yaml
 from ...training.config.methods import METHODS
 from ...training.config.model_folder import model_folder
@@ -42,6 +42,8 @@ _LORA_RATE, _PREFERENCE_RATE = 2e-4, 1e-5
 _SIZE = re.compile(r"(?<![\w.])(\d+(?:\.\d+)?)([bm])(?![a-z])", re.IGNORECASE)
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _AS_CHAT = "{instruction: prompt, output: completion}"
+_FEW = 0.05
+"""A larger share of rows that are left out is worth a note."""
 _LEAST_ROWS = 100
 """Of fewer rows, a share might hold out none."""
 _STEPS = 10
@@ -78,6 +80,8 @@ class FirstRecipe:
     """What the user should know beside the comments."""
     values: dict[str, Any]
     """The recipe's settings, as `finray.check` and `finray.train` take them; paths are absolute."""
+    fault: str | None = None
+    """Why the recipe cannot be used yet: the model's chat template does not take the rows."""
 
 
 def first_recipe(
@@ -127,8 +131,11 @@ def first_recipe(
         method_settings["max_completion"] = _completion(_positions(folder))
         start["optim"] = {"batch_size": 8}
     look = look_at_rows(load_recipe(start), folder)
-    if look.fault:
-        notes.append(f"the rows do not fit the model: {look.fault}")
+    if look.longer > _FEW:
+        notes.append(
+            f"{percent(look.longer)} of the first rows are longer than the model takes, and left "
+            "out; data.overlong: truncate cuts them instead"
+        )
     _data(choices, place, look, kind, folder, target)
     _adapter(choices, kind)
     _duration(choices, look, kind, max(1, len(gpus)))
@@ -146,7 +153,10 @@ def first_recipe(
     if rewards:
         files = [{"file": resolve_path(name, Path.cwd())} for name in rewards]
         absolute["method"]["rewards"] = files
-    return FirstRecipe(text, base, kind, folder is not None, tuple(notes), absolute)
+    fault = None
+    if look.unrendered > recipe.data.max_bad_rows:
+        fault = f"{_unrendered(look)} of the rows cannot be used with {base}: {look.fault}"
+    return FirstRecipe(text, base, kind, folder is not None, tuple(notes), absolute, fault)
 
 
 def _kind(method: str | None, likely: str, shape: str, rewards: Sequence[str]) -> str:
@@ -251,14 +261,9 @@ def _data(
     choices.choose("data.train", [source], _of_rows(look, source, kind))
     most = min(_LONGEST, _positions(folder))
     packs = METHODS[kind].packs
-    own = min(most, _rounded(look.lengths["0.99"]))
+    own = min(most, _rounded(look.lengths["0.99"] or most))
     length = min(most, max(own, 1024)) if packs else own
-    why = "the chat template does not render them" if look.fault else "there is no tokenizer here"
-    by = "" if look.is_measured else f"; by their characters, as {why}"
-    lines = (
-        f"Half of the rows have up to {count(look.lengths['0.5'])} tokens, 99% up to "
-        f"{count(look.lengths['0.99'])}, the longest {count(look.lengths['1'])}{by}."
-    )
+    lines = _lengths(look)
     if packs:
         lines += " Short ones share a sequence, isolated from each other."
     if METHODS[kind].samples_online:
@@ -266,13 +271,32 @@ def _data(
         length = min(most, own + completion)
         choices.choose("method.max_completion", completion, "Longest answer, in tokens.")
         lines += " Prompt and answer share it."
-    if look.lengths["1"] > length:
-        lines += " Longer ones are left out, and counted."
+    longest = look.lengths["1"]
+    if longest is None or longest > length:
+        cut = "left out, and counted; data.overlong: truncate cuts them instead"
+        lines += f" Longer ones are {'split' if look.format == 'text' else cut}."
     choices.choose("data.max_length", length, lines)
     if look.lacks_template:
         why = "The tokenizer has no chat template. Its marks get rows of their own."
         choices.choose("data.chat_template", "chatml", why)
         choices.choose("model.add_tokens", "auto", "The marks of ChatML, where they are missing.")
+
+
+def _lengths(look: RowsLook) -> str:
+    """How long the rows are, as far as the model takes them."""
+    texts = {"0.5": "Half of the rows have up to {} tokens", "0.99": "99% up to {}"}
+    texts["1"] = "the longest {}"
+    parts = [
+        text.format(count(tokens))
+        for share, text in texts.items()
+        if (tokens := look.lengths[share]) is not None
+    ]
+    more = ""
+    if look.longer:
+        more = f" {percent(look.longer)} of the first rows are longer than the model takes."
+    why = "the chat template does not render them" if look.fault else "there is no tokenizer here"
+    by = "" if look.is_measured else f"; by their characters, as {why}"
+    return f"{', '.join(parts)}{by}.{more}" if parts else more.lstrip()
 
 
 def _of_rows(look: RowsLook, source: dict[str, Any], kind: str) -> str:
@@ -291,8 +315,12 @@ def _of_rows(look: RowsLook, source: dict[str, Any], kind: str) -> str:
     if look.bad:
         lines += f" Of the first {look.bad + look.usable}, {look.bad} cannot be used."
     if look.fault:
-        lines += f" None can be used with this model: {look.fault}."
+        lines += f" {_unrendered(look)} cannot be used with this model: {look.fault}."
     return lines
+
+
+def _unrendered(look: RowsLook) -> str:
+    return "All" if look.unrendered == 1 else percent(look.unrendered)
 
 
 def _completion(most: int) -> int:
@@ -317,9 +345,7 @@ def _adapter(choices: Choices, kind: str) -> None:
 
 def _duration(choices: Choices, look: RowsLook, kind: str, workers: int) -> None:
     """Passes over the data, and sequences in a step."""
-    length = choices.values["data"]["max_length"]
-    packs = METHODS[kind].packs
-    sequences = max(1, min(look.rows, math.ceil(look.tokens / length))) if packs else look.rows
+    sequences = _sequences(choices, look, kind)
     if METHODS[kind].samples_online:
         generations = 8
         batch = generations * max(workers, min(4, max(1, look.rows // 20)))
@@ -339,7 +365,7 @@ def _duration(choices: Choices, look: RowsLook, kind: str, workers: int) -> None
     least = 2 if kind == "kto" else 1
     wished = max(least, min(16, 2 ** int(math.log2(max(1, sequences / _STEPS)))))
     batch = min(max(wished, workers), max(least, sequences))
-    unit = "packed sequences" if packs else "rows"
+    unit = "packed sequences" if METHODS[kind].packs else "rows"
     steps = max(1, math.ceil(epochs * sequences / batch))
     choices.choose(
         "optim.batch_size", batch,
@@ -455,20 +481,32 @@ def _workers(choices: Choices, gpus: Sequence[Gpu], kind: str) -> None:
         choices.choose("scale.workers", len(gpus), "One on each GPU of this machine.")
 
 
-def _held_out(choices: Choices, look: RowsLook, kind: str) -> None:
+def _held_out_share(look: RowsLook) -> float:
     if look.rows < _LEAST_ROWS:
+        return 0.0
+    return 0.05 if look.rows >= 400 else 0.1
+
+
+def _sequences(choices: Choices, look: RowsLook, kind: str) -> int:
+    """Sequences of an epoch, about."""
+    share = 1 - _held_out_share(look)
+    rows = round(look.rows * (1 - look.longer) * share)
+    if METHODS[kind].packs:
+        packed = math.ceil(look.tokens * share / choices.values["data"]["max_length"])
+        rows = packed if look.format == "text" else min(rows, packed)
+    return max(1, rows)
+
+
+def _held_out(choices: Choices, look: RowsLook, kind: str) -> None:
+    share = _held_out_share(look)
+    if not share:
         return
-    share = 0.05 if look.rows >= 400 else 0.1
     rows = max(1, round(look.rows * share))
     why = f"About {count(rows)} rows measure whether the model still learns, or only memorises."
     choices.choose("data.holdout", share, why)
     optim = choices.values["optim"]
-    length = choices.values["data"]["max_length"]
-    sequences = look.rows
-    if METHODS[kind].packs:
-        sequences = max(1, math.ceil(look.tokens / length))
     per_step = optim["batch_size"] // choices.values["method"].get("generations", 1)
-    steps = math.ceil(optim["epochs"] * sequences / max(1, per_step))
+    steps = math.ceil(optim["epochs"] * _sequences(choices, look, kind) / max(1, per_step))
     if steps >= 20:
         every = max(5, steps // 10)
         choices.choose("eval.every_steps", every, "About ten measurements of held-out rows.")

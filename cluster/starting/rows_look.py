@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -17,8 +17,6 @@ from ...training.data.chat import NO_TEMPLATE
 from ...training.data.expand import expand
 from ...training.data.formats import detect_format, refuse_steps
 from ...training.data.inspection import inspect_source
-from ...training.data.render_settings import RenderSettings
-from ...training.data.rendering import load_renderer
 from ...training.data.resolve import all_rows, resolve_data
 from ...training.data.row_changes import UNCHANGED
 from ...training.data.rows import BadRow, Row
@@ -44,6 +42,7 @@ _ANSWERS = ("output", "answer", "response", "solution", "completion", "target")
 """Usual names of columns with a question and its answer."""
 _OWN = frozenset({"prompt", "messages", "conversations", "text", "content", "label", "kto_tag"})
 """Columns of shapes that need neither."""
+Lengths = Mapping[str, int | None]
 _METHODS: dict[KnownFormat, str] = {
     "preference": "dpo",
     "labelled": "kto",
@@ -67,14 +66,19 @@ class RowsLook:
     """True if the rows are counted."""
     tokens: int
     """Tokens of all rows together, about."""
-    lengths: dict[str, int]
-    """Tokens up to which a share of the texts goes, by the share: 0.5, 0.99, 1."""
+    lengths: Lengths
+    """Tokens up to which a share of the texts goes, by the share: 0.5, 0.99, 1; None: more than the
+    model takes."""
     is_measured: bool
     """True if the model's tokenizer measured the lengths, with its chat template."""
     lacks_template: bool = False
     """True if the rows are conversations and the tokenizer has no chat template."""
     fault: str = ""
-    """Why the first rows cannot be used with the model's chat template; empty if some can."""
+    """Why the model's chat template cannot render a row, of the first such row; empty if it can."""
+    unrendered: float = 0.0
+    """Share of the first rows that it cannot render."""
+    longer: float = 0.0
+    """Share of the first rows that are left out, as they are longer than the model takes."""
     bad: int = 0
     """Of the first rows, those that cannot be used."""
     usable: int = 0
@@ -177,41 +181,36 @@ def look_at_rows(recipe: Recipe, folder: Path | None) -> RowsLook:
         )
     inspection = inspected.inspection
     texts = [sum(map(len, example.contents)) for example in inspected.examples]
-    lengths = _quantiles([math.ceil(text / _CHARACTERS) for text in texts])
-    measured, lacks_template, fault = None, False, ""
+    figures, lacks_template = None, False
     if folder is not None:
         try:
-            measured = measure_sample(recipe).lengths
-            if not any(measured.values()):
-                fault = _fault(recipe, inspected.examples)
+            figures = measure_sample(recipe)
         except InputError as error:
             if NO_TEMPLATE not in str(error):
                 raise
             lacks_template = True
-    if measured and any(measured.values()):
-        longest = max((value for value in measured.values() if value), default=8)
-        lengths = {share: value or longest for share, value in measured.items()}
-    mean = sum(texts) / len(texts) / _CHARACTERS
-    scale = lengths["0.5"] / max(1, _quantiles([math.ceil(t / _CHARACTERS) for t in texts])["0.5"])
+    lengths: Lengths = _quantiles([math.ceil(text / _CHARACTERS) for text in texts])
+    of_row = sum(texts) / len(texts) / _CHARACTERS
+    longer, unrendered, is_measured = 0.0, 0.0, False
+    if figures is not None and figures.rows:
+        longer, unrendered = figures.overlong / figures.rows, figures.unrendered / figures.rows
+        if is_measured := bool(figures.lengths):
+            lengths, of_row = figures.lengths, figures.tokens / figures.rows
     return RowsLook(
         inspection.format,
         inspection.rows,
         inspection.is_exact,
-        max(1, round(mean * max(scale, 0.2) * inspection.rows)),
+        max(1, round(of_row * inspection.rows)),
         lengths,
-        measured is not None and not fault,
+        is_measured,
         lacks_template,
-        fault,
+        "" if figures is None else figures.fault,
+        unrendered,
+        longer,
         len(inspected.bad),
         round(len(inspected.examples) / inspected.per_row),
         all(map(_is_verbatim, inspected.examples)),
     )
-
-
-def _fault(recipe: Recipe, examples: Sequence[Example]) -> str:
-    """Why the chat template cannot render the first rows."""
-    rendered = load_renderer(RenderSettings.of(recipe)).render(list(examples[:_FIRST]))
-    return next((str(row.error) for row in rendered if row.error is not None), "")
 
 
 def _is_verbatim(example: Example) -> bool:

@@ -144,8 +144,9 @@ class RedactStage(Section):
     kind: Literal["redact"] = "redact"
     """Personal data is masked."""
     of: Annotated[list[PersonalData], Field(min_length=1)] = ["email", "phone", "card", "ip"]
-    """What is masked: addresses of mail; telephone numbers with + and a country, in brackets or in
-    three groups; numbers of cards (their check digit is computed); addresses of version 4 and 6."""
+    """What is masked: addresses of mail; telephone numbers with + and a country, in brackets, in
+    three groups, or with a leading 0 in usual groups; numbers of cards (their check digit is
+    computed); addresses of version 4 and 6."""
     drop: bool = False
     """Drop the rows that hold any, instead."""
 

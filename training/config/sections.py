@@ -322,14 +322,17 @@ class OptimSettings(Section):
     def _one_microbatch(self) -> Self:
         if self.micro_batch_tokens is not None and self.micro_batch_size is not None:
             raise ValueError(
-                "micro_batch_tokens and micro_batch_size contradict each other; keep one of them"
+                "micro_batch_tokens and micro_batch_size contradict each other; keep one, and set "
+                "the other to null"
             )
         return self
 
     @model_validator(mode="after")
     def _one_duration(self) -> Self:
         if self.epochs is not None and self.max_steps is not None:
-            raise ValueError("epochs and max_steps contradict each other; keep one of them")
+            raise ValueError(
+                "epochs and max_steps contradict each other; keep one, and set the other to null"
+            )
         return self
 
 

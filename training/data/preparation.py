@@ -352,7 +352,10 @@ class Preparation:
                 else None
             ),
             length_histogram=Histogram(tuple(map(int, edges)), tuple(map(int, self._histogram))),
-            length_quantiles=quantiles(self._lengths, self._dropped[OVERLONG]),
+            length_quantiles=quantiles(
+                self._lengths,
+                self._dropped[OVERLONG] * self._recipe.method.sequences_per_row,
+            ),
             sources=tuple(
                 SourceSummary(
                     source.path,

@@ -156,10 +156,11 @@ def describe_lengths(lengths: Mapping[str, int | None], max_length: int) -> str:
     words = {"0.5": "half up to", "0.9": "90% up to", "0.99": "99% up to", "1": "the longest"}
     parts = [
         f"{words.get(share, share)} {formatting.count(length)}"
-        if length is not None
-        else f"{words.get(share, share)} more than {formatting.count(max_length)}"
         for share, length in lengths.items()
+        if length is not None
     ]
+    if len(parts) < len(lengths):
+        parts.append(f"{'others' if parts else 'most'} more than {formatting.count(max_length)}")
     return f"{', '.join(parts)} tokens" if parts else ""
 
 

@@ -27,6 +27,8 @@ class SampleFigures:
 
     rows: int
     """Usable rows in the sample."""
+    tokens: int
+    """Tokens of those that fit."""
     overlong: int
     """Rows that are longer than data.max_length."""
     trained_share: float | None
@@ -37,6 +39,10 @@ class SampleFigures:
     """As `Manifest.unused`."""
     in_train_too: int | None
     """Sampled rows of data.eval that are among the sampled rows of data.train."""
+    unrendered: int
+    """Usable rows whose texts the chat template cannot render."""
+    fault: str
+    """Why, of the first one; empty without any."""
 
 
 def measure_sample(recipe: Recipe) -> SampleFigures:
@@ -50,6 +56,7 @@ def measure_sample(recipe: Recipe) -> SampleFigures:
     lengths: Counter[int] = Counter()
     unused: Counter[str] = Counter()
     rows = overlong = tokens = trained = 0
+    faults: list[str] = []
     digests: dict[str, list[int]] = {"train": [], "eval": []}
     for split, sources in (("train", data.train), ("eval", data.eval)):
         for source in sources:
@@ -65,18 +72,23 @@ def measure_sample(recipe: Recipe) -> SampleFigures:
                 )
             for rendered in renderer.render(examples):
                 overlong += rendered.dropped == OVERLONG or CUT in rendered.notes
+                faults += [] if rendered.error is None else [str(rendered.error)]
                 for document in rendered.documents:
                     lengths.update(document.lengths)
                     tokens += len(document.input_ids)
                     trained += int(np.count_nonzero(document.trainable))
     train, held_out = (np.array(digests[split], np.uint64) for split in ("train", "eval"))
+    longer = overlong * recipe.method.sequences_per_row if recipe.data.overlong == "drop" else 0
     return SampleFigures(
         rows=rows,
+        tokens=tokens,
         overlong=overlong,
         trained_share=trained / tokens if tokens else None,
-        lengths=quantiles(lengths, overlong if recipe.data.overlong == "drop" else 0),
+        lengths=quantiles(lengths, longer),
         unused=dict(unused.most_common()),
         in_train_too=count_common([train], [held_out]) if data.eval else None,
+        unrendered=len(faults),
+        fault=faults[0] if faults else "",
     )
 
 

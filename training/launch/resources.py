@@ -86,7 +86,7 @@ def check_fits(request: WorkerRequest, nodes: Sequence[Resources]) -> int:
     if gpus < request.min * request.gpus:
         missing.append(f"{request.min * request.gpus - gpus:g} GPUs")
     lacks = " and ".join(missing) or "nodes large enough for a worker"
-    remedy = f"scale.workers={fits} would fit" if fits else "not one worker would fit"
+    remedy = f"scale.workers={fits} would fit" if fits else "ask for less, as not one worker fits"
     raise InputError(
         f"scale: {request} do not fit a cluster of {len(nodes)} nodes with {cpus:g} CPUs and "
         f"{gpus:g} GPUs: it lacks {lacks}; {remedy}, or add nodes"

@@ -277,7 +277,7 @@ def _forward(model: Model, rows: int, tokens: int, compute: DtypeName, trained: 
     with (
         layers.watched(model),
         torch.autograd.graph.saved_tensors_hooks(keep, lambda saved: saved.tensor),
-        torch.autocast("cpu", torch.bfloat16, enabled=casts),
+        torch.autocast("cpu", torch_dtype(compute), enabled=casts),
     ):
         outputs = model(**values)  # whose graph holds what is kept
         outside = total() - layers.followed

@@ -149,13 +149,17 @@ class MemoryEstimate:
     """The least that vLLM takes beside the training, if it samples."""
 
     @property
+    def beside(self) -> int:
+        """CUDA's context, and what is held for a moment, in any phase."""
+        return CONTEXT_BYTES + self.transient
+
+    @property
     def phases(self) -> dict[str, int]:
         """The peak of each phase with CUDA's context, in bytes; only phases that the run has."""
-        beside = CONTEXT_BYTES + self.transient
-        trained = self.weights + self.training + self.vllm + beside
+        trained = self.weights + self.training + self.vllm + self.beside
         optional = {"generation": self.generation, "evaluation": self.evaluation}
         return {
-            "loading": self.weights + beside,
+            "loading": self.weights + self.beside,
             "step": trained + self.activations,
             **{phase: trained + size for phase, size in optional.items() if size},
         }

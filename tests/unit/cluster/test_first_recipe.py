@@ -119,6 +119,22 @@ def test_the_model_limits_the_length(tmp_path: Path, tiny_model: Path) -> None:
     assert recipe.data.max_length == 128
 
 
+def test_rows_that_are_longer_than_the_model_takes(tmp_path: Path, tiny_model: Path) -> None:
+    """The model takes 128 tokens: two thirds of the pairs are left out; text would be split."""
+    file = rows_of(SHAPES["dpo"], tmp_path)
+    lines = file.read_text(encoding="utf-8").splitlines()
+    long = [line.replace("Three.", "after " * 99) for line in lines[:80]]
+    file.write_text("\n".join([*long, *lines[80:]]), encoding="utf-8")
+    first = made(file, tiny_model)
+    text = first.text.replace("\n  #   ", " ")
+    assert "66.7% of the first rows are longer than the model takes" in text
+    assert "the longest" not in text and "data.overlong: truncate" in first.notes[0]
+    assert recipe_of(first, tmp_path).data.max_length == 128
+    assert "About 36 rows make" in text, "of 40, as a tenth is held out"
+    file = rows_of({"text": "One comes before two. " * 2000}, tmp_path, 3)
+    assert "Longer ones are split." in made(file, OFFLINE).text.replace("\n  #   ", " ")
+
+
 def test_a_large_gpu_needs_no_savings(tmp_path: Path, tiny_model: Path) -> None:
     first = made(rows_of(SHAPES["sft"], tmp_path, 2000), tiny_model, gpu(80))
     recipe = recipe_of(first, tmp_path)
@@ -245,7 +261,10 @@ def test_what_a_newcomer_should_know_of_the_rows(tmp_path: Path, tiny_model: Pat
     assert "Of the first 121, 1 cannot be used" in made(file, tiny_model).text
     tool = {"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}
     first = made(rows_of({**SHAPES["sft"], "tools": [tool]}, tmp_path), tiny_model)
-    assert "renders no tools" in first.text and "renders no tools" in first.notes[0]
+    assert "All cannot be used with this model: the chat template renders no tools" in (
+        first.text.replace("\n  #  ", "")
+    )
+    assert first.fault is not None and "renders no tools" in first.fault
     assert "by their characters, as the chat template" in first.text.replace("\n  #  ", "")
 
 
@@ -259,6 +278,23 @@ def test_arguments_that_are_wrong(tmp_path: Path, tiny_model: Path) -> None:
         made(file, tiny_model, method="ppo")
     with pytest.raises(InputError, match="--model: nowhere is neither a folder nor a hub id"):
         made(file, "nowhere")
+
+
+def test_rows_that_the_template_cannot_render_are_one_message(
+    tmp_path: Path, tiny_model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A third has tools: more than data.max_bad_rows allows."""
+    tool = {"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}
+    lines = [
+        json.dumps({**SHAPES["sft"], **({"tools": [tool]} if n < 3 else {})}) for n in range(9)
+    ]
+    rows, recipe = tmp_path / "rows.jsonl", tmp_path / "recipe.yaml"
+    rows.write_text("\n".join(lines), encoding="utf-8")
+    words = ["init", "--data", str(rows), "--model", str(tiny_model), "-o", str(recipe)]
+    assert main(words) == 2 and recipe.exists()
+    error = capsys.readouterr().err
+    assert error.startswith(f"finray: 33.3% of the rows cannot be used with {tiny_model}: the chat")
+    assert error.endswith(f"finray check {recipe}\n") and error.count("\n") == 1
 
 
 @pytest.mark.long

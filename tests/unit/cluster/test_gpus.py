@@ -16,14 +16,14 @@ from finray.cluster import gpus
 from finray.cluster.environment import worker_environment
 from finray.cluster.gpus import Gpu, gpus_here, visible_gpus
 from finray.cluster.launcher import check_machine
-from finray.cluster.memory_fit import judge
+from finray.cluster.memory_fit import judge, memory_text
 from finray.cluster.preflight import memory_lines
 from finray.training.common.errors import InputError
 from finray.training.common.progress import SILENT, Progress
 from finray.training.config.recipe import Recipe, recipe_from_dict
 from finray.training.models import devices
 from finray.training.models.logit_memory import HeadFacts
-from finray.training.models.memory_estimate import estimate, sizes_of
+from finray.training.models.memory_estimate import MemoryEstimate, estimate, sizes_of
 
 # peft calls a name that transformers has renamed.
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
@@ -53,6 +53,21 @@ def recipe(**settings: Any) -> Recipe:
             **settings,
         }
     )
+
+
+@pytest.mark.parametrize(
+    ("evaluation", "text"),
+    [
+        (0, "about 3.1 GiB of a GPU: "),
+        (2**31, "about 4.0 GiB of a GPU (most in the evaluation): "),
+    ],
+)
+def test_the_parts_of_the_memory_are_its_sum(evaluation: int, text: str) -> None:
+    """In the phase that takes most; what a step keeps is named in any case."""
+    memory = MemoryEstimate(2**30, 2**29, 2**30 + 2**27, evaluation=evaluation)
+    line = memory_text(memory, recipe())
+    assert line.startswith(f"{text}weights 1.0 GiB, gradients and optimizer 512 MiB, activations")
+    assert line.endswith(f"{', evaluation 2.0 GiB' if evaluation else ''}, CUDA itself 512 MiB")
 
 
 def test_it_fits() -> None:

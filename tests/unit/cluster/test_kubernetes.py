@@ -18,6 +18,7 @@ from finray.cluster.kubernetes.render import (
     LARGEST_RECIPE,
     RETRIES,
     Target,
+    memory_note,
     object_name,
     render,
 )
@@ -226,6 +227,20 @@ def test_memory_disk_and_namespace_are_taken() -> None:
         resources = pod["spec"]["containers"][0]["resources"]
         assert {resources[kind]["ephemeral-storage"] for kind in resources} == {"1Ti"}
     assert job["metadata"]["namespace"] == "team-a"
+
+
+def test_less_memory_than_a_worker_needs_is_noted() -> None:
+    """With --gpu alone, which needs an overlay with GPUs."""
+
+    def note(memory: str | None) -> str | None:
+        return memory_note(Target("gpu", "finray", memory=memory, least_memory=30 * 2**30))
+
+    for memory in ("29Gi", "32G", "32000000k", "30000Mi", "64"):
+        assert f"--memory {memory} is less than 30Gi" in (note(memory) or "")
+    for memory in ("30Gi", "33G", "33000000K", "31000Mi", "1T", "1Ti", str(30 * 2**30), None):
+        assert note(memory) is None
+    with pytest.raises(InputError, match="--gpu: the overlay cpu has no GPUs"):
+        rendered(recipe(), "cpu", least_memory=1)
 
 
 def test_a_repeated_attempt_of_a_refused_run_ends_by_its_mark(

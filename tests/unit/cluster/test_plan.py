@@ -68,7 +68,8 @@ def values(base: Path, data: Path, **changes: Any) -> dict[str, Any]:
         ("NVIDIA A100-SXM4-80GB", ("a100", 1)),
         ("NVIDIA A100 80GB PCIe", ("a100", 1)),
         ("NVIDIA H100 80GB HBM3", ("h100", 1)),
-        ("NVIDIA H100 PCIe", ("h100", 1)),
+        ("NVIDIA H100 PCIe", ("h100-pcie", 1)),
+        ("h100 : 8", ("h100", 8)),
         ("NVIDIA H100 NVL:2", ("h100-nvl", 2)),
         ("h100-94", ("h100-nvl", 1)),
         ("NVIDIA H200 NVL", ("h200", 1)),
@@ -98,6 +99,11 @@ def test_names_of_cards(text: str, expected: tuple[str, int]) -> None:
         ("a100-800", r"did you mean a100\?"),
         ("RTX PRO 6000 Mobile", r"did you mean pro6000\?"),
         ("abacus", r"--gpu abacus: there is no such card \("),
+        ("gtx1080", r"--gpu gtx1080: there is no such card \("),
+        ("h100x8", r"did you mean h100:8\?"),
+        ("8 x RTX 4090", r"did you mean rtx4090:8\?"),
+        ("4:a100-40", r"did you mean a100-40:4\?"),
+        ("8xabacus", r"there is no such card \("),
         (
             "h100:0",
             "--gpu h100:0: expected the number of GPUs, 1 to 4096, behind the colon: h100:8",
@@ -117,11 +123,11 @@ def test_what_is_no_card_is_refused(text: str, message: str) -> None:
 
 def test_every_card_is_complete() -> None:
     """The larger of a pair has more of everything that decides."""
-    assert len(CARDS) == 20
+    assert len(CARDS) == 21
     for card in CARDS.values():
         assert 14 < card.gib < 180 and 60 < card.tflops < 2500 and 0.2 < card.bandwidth < 8
     assert CARDS["h200"].bytes > CARDS["h100"].bytes > CARDS["a100-40"].bytes
-    assert [card.gigabytes for card in CARDS.values()][:5] == [40, 80, 80, 94, 141]
+    assert [card.gigabytes for card in CARDS.values()][:6] == [40, 80, 80, 80, 94, 141]
     assert not CARDS["t4"].has_bfloat16 and CARDS["a100"].has_bfloat16
 
 
@@ -268,6 +274,13 @@ def test_completions_are_trained_on(tiny_model: Path, tmp_path: Path) -> None:
     assert row["tokens_per_second"] * row["seconds_per_step"] == pytest.approx(8 * (prompt + 80))
 
 
+def test_bfloat16_on_a_card_that_emulates_it_is_noted(tiny_model: Path, chat_file: Path) -> None:
+    recipe = values(tiny_model, chat_file)
+    recipe["model"]["dtype"] = "bfloat16"
+    assert "emulates bfloat16" in plan(recipe, gpu="t4")["note"]
+    assert plan(recipe, gpu="l4")["note"] is None
+
+
 def test_only_the_configuration_is_needed(
     tiny_model: Path, chat_file: Path, tmp_path: Path
 ) -> None:
@@ -329,8 +342,10 @@ def test_placements_of_a_small_model(tiny_model: Path, chat_file: Path) -> None:
     assert best["gpu_hours"] == pytest.approx(best["hours"] * best["workers"])
     # The settings are those of a recipe that is valid.
     assert plan(values(tiny_model, chat_file), planned["best"], gpu="l4:2")["best"]
+    text = render({**planned, "placements": [{**best, "hours": 0.0008, "gpu_hours": 1234.5}]})
+    assert text.split("\n\n")[1].endswith("  0.0008  1,234.50")
     text = render(planned)
-    assert text.startswith("run on 2 x L4 24 GB, at 40.0% of their 16-bit speed; ")
+    assert text.startswith("run on 2 x L4 24 GB, at 40% of their 16-bit speed; ")
     assert "with the best, a worker takes up to 8.0 GiB of host memory" in text
     sharded = next(row for row in rows if row["strategy"] == "fsdp")
     sharded = {**sharded, "host": 2**35}

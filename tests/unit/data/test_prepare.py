@@ -32,6 +32,7 @@ from finray.training.data.prepared import (
     open_prepared,
     remarks,
 )
+from finray.training.data.row_facts import describe_lengths
 from finray.training.data.sample import measure_sample
 from finray.training.data.stream import every_sequence
 from finray.training.data.tasks import run_in_process
@@ -602,9 +603,38 @@ def test_what_is_said_of_rows(tmp_path: Path, make_recipe: MakeRecipe, tokenizer
     assert remarks(manifest.summary())[0] == text
     sample = measure_sample(recipe)
     assert (sample.rows, sample.overlong) == (46, manifest.dropped["overlong"])
+    assert (sample.tokens, sample.unrendered, sample.fault) == (sum(kept), 0, "")
     assert sample.lengths == manifest.length_quantiles and sample.unused == manifest.unused
     assert sample.in_train_too == 5
     assert ("Note", text) in dict(data_statistics({"data": manifest.summary()}))["Rows"]
+
+
+def test_a_longer_pair_counts_as_the_two_texts_that_it_has(
+    tmp_path: Path, make_recipe: MakeRecipe
+) -> None:
+    """2 of 5 pairs fit: half of the texts are longer."""
+    ask = {"role": "user", "content": "q"}
+    pair = {"prompt": [ask], "chosen": [], "rejected": []}
+    for name, text in (("chosen", "a"), ("rejected", "b")):
+        pair[name] = [{"role": "assistant", "content": text}]
+    long = {**pair, "prompt": [{**ask, "content": "word " * 60}]}
+    train = write_jsonl(tmp_path / "train.jsonl", [pair] * 2 + [long] * 3)
+    recipe = make_recipe(train=train, max_length=48, method={"kind": "dpo"})
+    lengths = run(recipe, tmp_path).manifest.length_quantiles
+    assert lengths["0.5"] is None and measure_sample(recipe).lengths == lengths
+
+
+@pytest.mark.parametrize(
+    ("lengths", "text"),
+    [
+        ({"0.5": 10, "1": 20}, "half up to 10, the longest 20 tokens"),
+        ({"0.5": 10, "0.9": None, "1": None}, "half up to 10, others more than 48 tokens"),
+        ({"0.5": None, "1": None}, "most more than 48 tokens"),
+        ({}, ""),
+    ],
+)
+def test_lengths_are_described(lengths: dict[str, int | None], text: str) -> None:
+    assert describe_lengths(lengths, 48) == text
 
 
 @pytest.mark.parametrize("overlong", ["drop", "truncate", "truncate_left", "split"])

@@ -37,7 +37,9 @@ def test_what_is_missing_and_what_would_fit() -> None:
         check_fits(WorkerRequest(8, 8, 1, 0), [{"CPU": 4.0}])
     with pytest.raises(InputError, match=r"lacks 4 GPUs; scale\.workers=4 would fit"):
         check_fits(WorkerRequest(8, 8, 1, 1), [GPU_NODE, CPU_NODE])
-    with pytest.raises(InputError, match="large enough for a worker; not one worker would fit"):
+    with pytest.raises(
+        InputError, match="for a worker; ask for less, as not one worker fits, or add"
+    ):
         check_fits(WorkerRequest(1, 1, 6, 0), [{"CPU": 4.0}, {"CPU": 4.0}])
 
 

@@ -368,6 +368,16 @@ def test_documents_without_a_kernel_keep_copies(
     assert every[0].whole - own[0].whole == copies
 
 
+def test_a_frozen_base_in_float16_is_not_copied(bases: dict[int, Path]) -> None:
+    settings = recipe(bases[3], **LORA)
+    low, high = (
+        kept_by(settings, TOKENS, compute, "float32", "plain")
+        for compute in ("float16", "bfloat16")
+    )
+    assert low is not None
+    assert low == high
+
+
 def test_documents_that_the_rehearsal_masks_cost_a_mask(bases: dict[int, Path]) -> None:
     """Attention by documents is what packed rows get unless another way is settled."""
     ways: dict[Any, str] = {None: "borders", "documents": "borders", "borders": "borders"}

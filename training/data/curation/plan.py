@@ -29,7 +29,7 @@ from .passes import READ
 from .stages import REWRITING, ROW_STAGES
 
 _RESULT_FILES = (".safetensors", ".json", ".jinja")
-VERSION = 4
+VERSION = 5
 """Increased when a new version of a stage makes other rows of the same ones."""
 _GROUP_VERSION = 2
 """Increased when rows get other groups from the same column."""

@@ -46,6 +46,24 @@ _PHONE = re.compile(
     .replace("J", f"[.{_JOINTS}]")
     .replace("S", f"[{_SPACES}]")
 )
+_HYPHENS = r"\u2010-\u2013\u2212-"
+_NATIONAL = re.compile(
+    # 030 12345678, 030/1234567, 01 42 68 53 00, 08-123 456 78; no numbers stand beside it
+    rf"(?<![0-9A-Za-z.+#_-])(?<!\d[,:/{_SPACES}])0[1-9]\d{{0,3}}+"
+    rf"(?:[{_SPACES}]?[/{_HYPHENS}][{_SPACES}]?|[.{_SPACES}])\d{{2,8}}+"
+    rf"(?:([.{_JOINTS}])\d{{2,4}}+(?:\1\d{{2,4}}+){{0,3}}+)?+"
+    rf"(?![0-9A-Za-z_]|[,.:/{_JOINTS}]\d)"
+)
+"""A number that begins with the 0 of a country's own area codes."""
+_SHAPES = {
+    *((2, 8), (3, 7), (3, 8), (4, 6), (4, 7), (4, 8), (5, 6), (5, 7)),
+    *((2, 3, 4), (2, 4, 4), (3, 3, 4), (3, 4, 4), (4, 3, 3), (4, 3, 4), (5, 3, 3)),
+    *((2, 3, 2, 2), (2, 3, 3, 2), (3, 3, 2, 2), (4, 2, 2, 2), (4, 3, 2, 2)),
+    *((2, 2, 2, 2, 2), (3, 2, 2, 2, 2)),
+}
+"""Digits of the groups of such numbers, as the countries of Europe and Asia write them."""
+_DATE = re.compile(r"(?:19|20)\d\d(?:(?:0[1-9]|1[0-2])(?:0[1-9]|[12]\d|3[01]))?")
+"""20240131, or the year alone."""
 _LEAST_GROUPS = 3
 """Of an address of version 6; fewer are rather code, unless they begin as fe80 and 2001 do."""
 _NETWORK = re.compile(r"(?=.{0,3}\d)[0-9A-Fa-f]{4}:")
@@ -102,8 +120,7 @@ def redact(settings: RedactStage, context: StageContext) -> Apply:
 def mask(text: str, kind: PersonalData) -> str:
     """The text with a mark in the place of each piece of data; the same object without any."""
     if _MARKS[kind].search(text):
-        patterns, is_real = _KINDS[kind]
-        for pattern in patterns:
+        for pattern, is_real in _KINDS[kind]:
             text = _masked(text, pattern, is_real, f"[{kind}]")
     return text
 
@@ -145,11 +162,24 @@ def _is_phone(text: str) -> bool:
     return (7 if len(text) > digits + 1 else _LEAST_TOGETHER) <= digits <= 15
 
 
-_KINDS: dict[PersonalData, tuple[tuple[re.Pattern[str], ...], Callable[[str], bool]]] = {
-    "email": ((_EMAIL,), lambda _: True),
-    "card": (_CARDS, _is_card),
-    "ip": ((_IP,), _is_address),
-    "phone": ((_PHONE,), _is_phone),
+def _is_national(text: str) -> bool:
+    """True if the groups are those of a telephone number, and not of dates or a list of numbers."""
+    groups = re.findall(r"\d+", text)
+    shape = tuple(map(len, groups))
+    if shape not in _SHAPES or any(map(_DATE.fullmatch, groups)):
+        return False
+    if "." in text or set(shape) == {2}:
+        is_list = sorted(set(groups)) == groups or sum(group[0] == "0" for group in groups) > 3
+        return set(shape) == {2} and not is_list
+    return shape != (4, 2, 2, 2) or text.startswith("04")  # Belgium's; others are a time and a date
+
+
+_Kinds = dict[PersonalData, tuple[tuple[re.Pattern[str], Callable[[str], bool]], ...]]
+_KINDS: _Kinds = {
+    "email": ((_EMAIL, lambda _: True),),
+    "card": tuple((pattern, _is_card) for pattern in _CARDS),
+    "ip": ((_IP, _is_address),),
+    "phone": ((_PHONE, _is_phone), (_NATIONAL, _is_national)),
 }
 ALL_KINDS = list(_KINDS)
 """As texts are masked: a card's number comes before a telephone's, as it is longer."""
