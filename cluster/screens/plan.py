@@ -4,6 +4,14 @@ from typing import Any
 
 from ...training.common import formatting
 
+# On two lines, so that a table fits a terminal of 80 columns.
+_HEADINGS = [
+    ["", "", "micro-", "check-", "peak,", "most", "", "", "", "GPU"],
+    ["placement", "base", "batch", "points", "GiB", "in", "fits", "tokens/s", "hours", "hours"],
+]
+_NUMBERS = (2, 4, 7, 8, 9)
+"""Columns that are flush right."""
+
 
 def render(planned: dict[str, Any]) -> str:
     """What `plan` returned, as text."""
@@ -13,9 +21,7 @@ def render(planned: dict[str, Any]) -> str:
     if planned["steps"] is not None:
         steps = f"{formatting.count(planned['steps'])} steps"
     header = f"{planned['name']} on {gpus}, at {share} of their 16-bit speed; {steps}"
-    columns = ["placement", "base", "microbatch", "checkpointing", "peak", "most in", "fits"]
-    columns += ["tokens/s", "hours", "GPU hours"]
-    table = _aligned([columns, *(_row(row) for row in planned["placements"])])
+    table = _aligned([*_HEADINGS, *(_row(row) for row in planned["placements"])])
     if planned["best"] is not None:
         chosen = " ".join(f"--set {setting}" for setting in planned["best"])
         end = f"with the best, {_host(planned['placements'][0])} of host memory\nbest: {chosen}"
@@ -42,7 +48,7 @@ def _row(row: dict[str, Any]) -> list[str]:
         "16 bits" if row["quantize"] == "none" else row["quantize"],
         str(row["micro_batch_size"]),
         "yes" if row["gradient_checkpointing"] else "no",
-        f"{row['peak'] / 2**30:.1f} GiB",
+        f"{row['peak'] / 2**30:.1f}",
         phase,
         "no" if not row["fits"] else "tight" if row["is_tight"] else "yes",
         formatting.count(round(row["tokens_per_second"])),
@@ -56,12 +62,17 @@ def _hours(hours: float | None) -> str:
         return ""
     if hours < 1e-4:
         return "<0.0001"
-    return f"{hours:,.2f}" if hours >= 0.1 else f"{hours:.4f}"
+    if hours < 0.1:
+        return f"{hours:.4f}"
+    return f"{hours:,.2f}" if hours < 100 else f"{hours:,.0f}"
 
 
 def _aligned(rows: list[list[str]]) -> list[str]:
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     return [
-        "  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip()
+        "  ".join(
+            text.rjust(width) if column in _NUMBERS else text.ljust(width)
+            for column, (text, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
         for row in rows
     ]

@@ -342,8 +342,19 @@ def test_placements_of_a_small_model(tiny_model: Path, chat_file: Path) -> None:
     assert best["gpu_hours"] == pytest.approx(best["hours"] * best["workers"])
     # The settings are those of a recipe that is valid.
     assert plan(values(tiny_model, chat_file), planned["best"], gpu="l4:2")["best"]
-    text = render({**planned, "placements": [{**best, "hours": 0.0008, "gpu_hours": 1234.5}]})
-    assert text.split("\n\n")[1].endswith("  0.0008  1,234.50")
+    text = render({**planned, "placements": [{**best, "hours": 0.0008, "gpu_hours": 1234.4}]})
+    assert text.split("\n\n")[1].endswith("  0.0008  1,234")
+    large = {
+        **best,
+        "workers": 64,
+        "strategy": "fsdp",
+        "peak": 141 * 2**30,
+        "hours": 1234.5,
+        "gpu_hours": 79_008.0,
+    }
+    text = render({**planned, "placements": [{**large, "tokens_per_second": 1_234_567.0}]})
+    table = text.split("\n\n")[1].splitlines()
+    assert max(map(len, table)) <= 80 and len(table) == 3
     text = render(planned)
     assert text.startswith("run on 2 x L4 24 GB, at 40% of their 16-bit speed; ")
     assert "with the best, a worker takes up to 8.0 GiB of host memory" in text
