@@ -38,6 +38,8 @@ class Batch:
     """Row numbers in the source data."""
     documents: Documents | None = None
     """The documents in the single row of a flat batch."""
+    sizes: torch.Tensor | None = None
+    """Tokens of each sequence of a padded batch, (sequences,)."""
     extra: dict[str, torch.Tensor] = field(default_factory=dict)
     """Further tensors that the method's loss needs."""
 
@@ -57,6 +59,7 @@ class Batch:
             targets=moved(self.targets, device),
             trained=moved(self.trained, device),
             documents=None if self.documents is None else self.documents.to(device),
+            sizes=None if self.sizes is None else moved(self.sizes, device),
             extra=all_moved(self.extra),
         )
 
@@ -111,6 +114,7 @@ def collate(sequences: Rows, pad: int = 0) -> Batch:
         tokens=sum(int(s.lengths.sum()) for s in sequences if s.rows.size),
         loss_units=int((targets != IGNORED).sum()),
         rows=np.concatenate([sequence.rows for sequence in sequences]),
+        sizes=torch.tensor([len(sequence.input_ids) for sequence in sequences]),
     )
 
 
