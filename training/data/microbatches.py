@@ -32,9 +32,7 @@ class Division:
     that is beside them."""
 
     @classmethod
-    def of(
-        cls, recipe: Recipe, *, is_flat: bool, packs: bool, border: int | None = None
-    ) -> Self:
+    def of(cls, recipe: Recipe, *, is_flat: bool, packs: bool, border: int | None = None) -> Self:
         """As a recipe asks for.
 
         Args:
