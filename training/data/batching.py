@@ -84,7 +84,7 @@ def collate(sequences: Rows, pad: int = 0) -> Batch:
     document's own tokens do not attend to it.
 
     Args:
-        sequences: at least one row.
+        sequences: at least one row. The first token of no document is trained.
         pad: id of the padding token.
     """
     # The target of a column is in the next one.
@@ -97,6 +97,7 @@ def collate(sequences: Rows, pad: int = 0) -> Batch:
         size = len(sequence.input_ids)
         input_ids[row, :size] = sequence.input_ids
         labels[row, :size] = np.where(sequence.trainable, sequence.input_ids, IGNORED)
+        labels[row, np.cumsum(sequence.lengths) - sequence.lengths] = IGNORED
         positions[row] = _positions(sequence.lengths, longest)
     following = labels[:, 1:]
     columns = np.flatnonzero((following != IGNORED).any(axis=0))

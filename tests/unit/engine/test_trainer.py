@@ -1,6 +1,7 @@
 """The loss and its gradient, against independent computations."""
 
 import copy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from support.steps import Gradients, gradients, make_sequences
 from transformers import AutoModelForCausalLM
 
 from finray.training.config.recipe import Recipe
-from finray.training.data.batching import IGNORED, Batch, collate
+from finray.training.data.batching import IGNORED, Batch, collate, collate_flat
 from finray.training.data.stream import Sequence
 from finray.training.engine.methods import objective_of
 from finray.training.engine.trainer import StreamTrainer
@@ -94,6 +95,15 @@ def test_packed_equals_unpacked(tiny_model: Path, attention: str) -> None:
     expected.backward()
     torch.testing.assert_close(loss, expected, atol=1e-5, rtol=1e-5)
     assert_close(packed, gradients(model))
+
+
+def test_the_first_token_of_a_document_is_no_target() -> None:
+    """Nothing predicts it, however the row marks it and whichever way rows share a pass."""
+    (row,) = make_sequences(1, seed=3)
+    assert len(row.lengths) > 1
+    marked = replace(row, trainable=np.ones_like(row.trainable))
+    expected = row.lengths.sum() - len(row.lengths)
+    assert {collate([marked]).loss_units, collate_flat([marked]).loss_units} == {expected}
 
 
 def test_a_neighbour_changes_nothing(model: Any) -> None:
