@@ -81,7 +81,8 @@ def collate(sequences: Rows, pad: int = 0) -> Batch:
 
     Positions restart at 0 in every document, which makes transformers isolate the documents; there
     is no attention mask. Padding continues the last document: attention is causal, so the
-    document's own tokens do not attend to it.
+    document's own tokens do not attend to it. It counts no further than the longest document: the
+    largest position may decide how a model computes all of them.
 
     Args:
         sequences: at least one row. The first token of no document is trained.
@@ -89,6 +90,7 @@ def collate(sequences: Rows, pad: int = 0) -> Batch:
     """
     # The target of a column is in the next one.
     longest = max(2, *(len(sequence.input_ids) for sequence in sequences))
+    document = max(2, *(int(sequence.lengths.max()) for sequence in sequences))
     shape = (len(sequences), longest)
     input_ids = np.full(shape, pad, np.int64)
     labels = np.full(shape, IGNORED, np.int64)
@@ -98,7 +100,7 @@ def collate(sequences: Rows, pad: int = 0) -> Batch:
         input_ids[row, :size] = sequence.input_ids
         labels[row, :size] = np.where(sequence.trainable, sequence.input_ids, IGNORED)
         labels[row, np.cumsum(sequence.lengths) - sequence.lengths] = IGNORED
-        positions[row] = _positions(sequence.lengths, longest)
+        positions[row] = _positions(sequence.lengths, longest) % document
     following = labels[:, 1:]
     columns = np.flatnonzero((following != IGNORED).any(axis=0))
     if not columns.size:

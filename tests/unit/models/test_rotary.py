@@ -60,7 +60,7 @@ def rows_of(*lengths: list[int]) -> list[Sequence]:
 
 
 @pytest.mark.parametrize("micro", [{"micro_batch_size": 3}, {"micro_batch_tokens": 64}], ids=str)
-@pytest.mark.parametrize("way", ["documents", None])
+@pytest.mark.parametrize("way", ["documents", "positions", "mask", None])
 def test_a_long_document_leaves_short_ones_beside_it_as_they_are(
     way: Isolation | None, micro: dict[str, int], tmp_path: Path
 ) -> None:
