@@ -296,6 +296,7 @@ def step(
     return float(cast(Tensor, total).detach()), gradients(model)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", METHODS)
 def test_every_text_is_computed_as_if_alone(tiny_model: Path, tmp_path: Path, name: str) -> None:
     method, formula = METHODS[name]
