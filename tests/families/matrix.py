@@ -141,7 +141,7 @@ def make_base(kind: str, tokenizer: Path, folder: Path) -> Path:
     own = AutoTokenizer.from_pretrained(tokenizer)
     whole = CONFIG_MAPPING[kind](**FIELDS.get(kind, {}))
     small = shrink(whole, vocabulary=len(own))
-    _without_dropout(small)
+    without_dropout(small)
     text = small.get_text_config()
     for config in {id(small): small, id(text): text}.values():
         config.pad_token_id, config.eos_token_id = own.pad_token_id, own.eos_token_id
@@ -152,10 +152,10 @@ def make_base(kind: str, tokenizer: Path, folder: Path) -> Path:
     return folder
 
 
-def _without_dropout(config: PretrainedConfig) -> None:
+def without_dropout(config: PretrainedConfig) -> None:
     """Losses are compared with another program's."""
     for name, value in vars(config).items():
         if isinstance(value, PretrainedConfig):
-            _without_dropout(value)
+            without_dropout(value)
         elif isinstance(value, float) and any(part in name for part in ("drop", "jitter")):
             setattr(config, name, 0.0)

@@ -96,7 +96,8 @@ class Trained:
         )
         self.trainer.train()
 
-    def _after_step(self, _: StepMeasures) -> bool:
-        self.losses.append(self.trainer.take_loss(1)[0])
-        self.measures.append(self.trainer.take_measures())
+    def _after_step(self, step: StepMeasures) -> bool:
+        logged = self.trainer.take_logged(1, step.grad_norm)
+        self.losses.append(logged.loss)
+        self.measures.append(logged.measures)
         return False

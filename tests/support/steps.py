@@ -82,8 +82,9 @@ def one_step(
     own_rows = rows[first : first + share(len(rows), rank, world_size)]
     logged: dict[str, float] = {}
 
-    def after_step(_: StepMeasures) -> bool:
-        logged.update(loss=trainer.take_loss(1)[0], **trainer.take_measures())
+    def after_step(step: StepMeasures) -> bool:
+        taken = trainer.take_logged(1, step.grad_norm)
+        logged.update(loss=taken.loss, **taken.measures)
         return False
 
     setup = make_setup(settings, model, scratch, rank, world_size)

@@ -38,6 +38,8 @@ class Batch:
     """Row numbers in the source data."""
     documents: Documents | None = None
     """The documents in the single row of a flat batch."""
+    sizes: torch.Tensor | None = None
+    """Tokens of each sequence of a padded batch, (sequences,)."""
     extra: dict[str, torch.Tensor] = field(default_factory=dict)
     """Further tensors that the method's loss needs."""
 
@@ -57,6 +59,7 @@ class Batch:
             targets=moved(self.targets, device),
             trained=moved(self.trained, device),
             documents=None if self.documents is None else self.documents.to(device),
+            sizes=None if self.sizes is None else moved(self.sizes, device),
             extra=all_moved(self.extra),
         )
 
@@ -78,14 +81,16 @@ def collate(sequences: Rows, pad: int = 0) -> Batch:
 
     Positions restart at 0 in every document, which makes transformers isolate the documents; there
     is no attention mask. Padding continues the last document: attention is causal, so the
-    document's own tokens do not attend to it.
+    document's own tokens do not attend to it. It counts no further than the longest document: the
+    largest position may decide how a model computes all of them.
 
     Args:
-        sequences: at least one row.
+        sequences: at least one row. The first token of no document is trained.
         pad: id of the padding token.
     """
     # The target of a column is in the next one.
     longest = max(2, *(len(sequence.input_ids) for sequence in sequences))
+    document = max(2, *(int(sequence.lengths.max()) for sequence in sequences))
     shape = (len(sequences), longest)
     input_ids = np.full(shape, pad, np.int64)
     labels = np.full(shape, IGNORED, np.int64)
@@ -94,7 +99,8 @@ def collate(sequences: Rows, pad: int = 0) -> Batch:
         size = len(sequence.input_ids)
         input_ids[row, :size] = sequence.input_ids
         labels[row, :size] = np.where(sequence.trainable, sequence.input_ids, IGNORED)
-        positions[row] = _positions(sequence.lengths, longest)
+        labels[row, np.cumsum(sequence.lengths) - sequence.lengths] = IGNORED
+        positions[row] = _positions(sequence.lengths, longest) % document
     following = labels[:, 1:]
     columns = np.flatnonzero((following != IGNORED).any(axis=0))
     if not columns.size:
@@ -111,6 +117,7 @@ def collate(sequences: Rows, pad: int = 0) -> Batch:
         tokens=sum(int(s.lengths.sum()) for s in sequences if s.rows.size),
         loss_units=int((targets != IGNORED).sum()),
         rows=np.concatenate([sequence.rows for sequence in sequences]),
+        sizes=torch.tensor([len(sequence.input_ids) for sequence in sequences]),
     )
 
 

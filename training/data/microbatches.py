@@ -1,7 +1,7 @@
 """Divides the rows of an optimizer step into those of its forward passes."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Self
 
@@ -27,23 +27,29 @@ class Division:
     """Texts of a row, each of which has a row of its own in a padded part."""
     keeps_order: bool = False
     """The result depends on which rows share a part, so they do not change places."""
+    border: int | None = None
+    """Texts of more tokens share no part with others: the model computes them otherwise, and all
+    that is beside them."""
 
     @classmethod
-    def of(cls, recipe: Recipe, *, is_flat: bool, packs: bool) -> Self:
+    def of(cls, recipe: Recipe, *, is_flat: bool, packs: bool, border: int | None = None) -> Self:
         """As a recipe asks for.
 
         Args:
             recipe: the run's recipe.
             is_flat: True if its batches are not padded.
             packs: True if its rows are packed, and therefore full.
+            border: the model's, which longer texts pass.
         """
         method = recipe.method
+        passes = border is not None and recipe.data.max_length > border
         return cls(
             recipe.microbatch,
             None if packs else recipe.optim.micro_batch_tokens,
             is_flat,
             method.sequences_per_row,
             packs or method.averages_by_pass,
+            border if passes and not method.averages_by_pass else None,
         )
 
     def divided(self, parts: int) -> Self:
@@ -57,23 +63,44 @@ class Division:
         Without a budget, only what would be padded changes its order: rows of like length share a
         part. With one, parts have as few free places as possible.
         """
-        if not rows:
-            return []
+        kinds: list[list[int]] = [[], []]
+        for place, row in enumerate(rows):
+            kinds[self._passes(row)].append(place)
+        return [part for kind in kinds if kind for part in self._parts(kind, rows)]
+
+    def _parts(self, places: list[int], rows: Rows) -> list[list[int]]:
         if self.is_flat and self.tokens is not None:
-            sizes = np.array([len(row.input_ids) for row in rows], np.int32)
+            sizes = np.array([len(rows[place].input_ids) for place in places], np.int32)
             bins = pack(sizes, max(self.tokens, int(sizes.max(initial=0))))
-            return [part.tolist() for part in np.split(bins.documents, bins.offsets[1:-1])]
-        places = list(range(len(rows)))
+            parts = np.split(np.array(places)[bins.documents], bins.offsets[1:-1])
+            return [part.tolist() for part in parts]
         if not (self.is_flat or self.keeps_order):
-            places.sort(key=lambda place: -self._longest(rows[place]))
+            places = sorted(places, key=lambda place: -self._longest(rows[place]))
         return list(self._grouped((place, rows[place]) for place in places))
+
+    def split(self, rows: Iterable[Sequence]) -> Iterator[Sequence]:
+        """The rows, each with documents on one side of the border."""
+        for row in rows:
+            passes = row.lengths > (self.border or row.lengths.max())
+            if self.texts > 1 or passes.all() or not passes.any():
+                yield row
+                continue
+            for side in (passes, ~passes):
+                of_side = np.repeat(side, row.lengths)
+                yield replace(
+                    row,
+                    input_ids=row.input_ids[of_side],
+                    lengths=row.lengths[side],
+                    trainable=row.trainable[of_side],
+                    rows=row.rows[side],
+                )
 
     def in_order(self, rows: Iterator[Sequence]) -> Iterator[Rows]:
         """Parts of rows that follow each other."""
         held: dict[int, Sequence] = {}
 
         def noted() -> Iterator[tuple[int, Sequence]]:
-            for place, row in enumerate(rows):
+            for place, row in enumerate(self.split(rows)):
                 held[place] = row
                 yield place, row
 
@@ -83,17 +110,23 @@ class Division:
     def _grouped(self, rows: Iterator[tuple[int, Sequence]]) -> Iterator[list[int]]:
         part: list[int] = []
         longest = total = 0
+        passes = False
         for place, row in rows:
             longest, total = max(longest, self._longest(row)), total + len(row.input_ids)
             count = len(part) + 1
             size = total if self.is_flat else count * self.texts * longest
             is_full = count > self.rows if self.tokens is None else size > self.tokens
-            if part and is_full:
+            differs, passes = self._passes(row) != passes, self._passes(row)
+            if part and (is_full or differs):
                 yield part
                 part, longest, total = [], self._longest(row), len(row.input_ids)
             part.append(place)
         if part:
             yield part
+
+    def _passes(self, row: Sequence) -> bool:
+        """True if a text of the row passes the border."""
+        return self.border is not None and int(row.lengths.max()) > self.border
 
     def _longest(self, row: Sequence) -> int:
         """Tokens of the row's longest text; documents that share a row are one."""

@@ -1,13 +1,13 @@
 """Measures how evenly tokens are sent to the experts of a mixture of experts."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
+from ..models.devices import sum_type
 from ..models.matrices import expert_modules
 
 MEASURES = ("expert_load", "idle_experts")
@@ -46,32 +46,40 @@ class ExpertLoad:
         for value in (*args, *kwargs.values()):
             if isinstance(value, torch.Tensor) and value.dtype in (torch.int64, torch.int32):
                 experts, chosen = self._experts[layer], value.flatten().long()
-                added = torch.zeros(experts + 1, dtype=torch.float64, device=value.device)
+                wide = sum_type(value.device)
+                added = torch.zeros(experts + 1, dtype=wide, device=value.device)
                 # Numbers beyond the experts stand for tokens that are sent to none.
-                added.scatter_add_(0, chosen.clamp(0, experts), torch.ones_like(chosen).double())
+                added.scatter_add_(0, chosen.clamp(0, experts), torch.ones_like(chosen, dtype=wide))
                 before = self._counts.get(layer)
                 self._counts[layer] = added if before is None else before + added
                 return
 
-    def take(self, world_size: int, device: torch.device) -> dict[str, float]:
-        """The measures of all that was counted, which all ranks take together.
+    def take(self, device: torch.device) -> torch.Tensor:
+        """What this worker counted since the last call, of all layers, to be added up over workers.
 
         Args:
-            world_size: number of workers.
-            device: the device of this worker.
+            device: of this worker.
+
+        Returns:
+            Equally many numbers on every worker; none if the model has no experts.
+        """
+        wide = sum_type(device)
+        nothing = [torch.zeros(count + 1, dtype=wide) for count in self._experts]
+        every = [self._counts.get(n, zeros).to(device) for n, zeros in enumerate(nothing)]
+        self._counts = {}
+        return torch.cat(every) if every else torch.zeros(0, dtype=wide, device=device)
+
+    def measures(self, taken: Sequence[float]) -> dict[str, float]:
+        """The measures of what was counted.
+
+        Args:
+            taken: sums over all workers of what each of them took.
 
         Returns:
             Empty if nothing was counted, as some models do not hand on whom they choose.
         """
-        if not self._experts:
-            return {}
-        nothing = [torch.zeros(count + 1, dtype=torch.float64) for count in self._experts]
-        every = [self._counts.get(n, zeros).to(device) for n, zeros in enumerate(nothing)]
-        self._counts = {}
-        joined = torch.cat(every)
-        if world_size > 1:
-            dist.all_reduce(joined)
-        parts = torch.split(joined.cpu(), [len(zeros) for zeros in nothing])
+        sizes = [count + 1 for count in self._experts]
+        parts = torch.split(torch.tensor(taken, dtype=torch.float64), sizes) if sizes else ()
         counts = [part[:-1] for part in parts if part.sum() > 0]
         if not counts:
             return {}

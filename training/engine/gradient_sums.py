@@ -50,11 +50,16 @@ class GradientSums:
     def _give_back(self) -> None:
         sums, self._sums = self._sums, {}
         if self._world_size > 1 and sums:
-            joined = torch.cat([total.flatten() for total in sums.values()])
+            # All of them, in their order: a worker's rows may leave some without a gradient.
+            for index, weight in enumerate(self._weights):
+                if index not in sums:
+                    sums[index] = torch.zeros_like(weight, dtype=torch.float32)
+            joined = torch.cat([sums[index].flatten() for index in range(len(self._weights))])
             dist.all_reduce(joined)
-            parts = torch.split(joined / self._world_size, [t.numel() for t in sums.values()])
-            pairs = zip(sums.items(), parts, strict=True)
-            sums = {index: part.view(total.shape) for (index, total), part in pairs}
+            sizes = [weight.numel() for weight in self._weights]
+            parts = torch.split(joined / self._world_size, sizes)
+            pairs = zip(self._weights, parts, strict=True)
+            sums = {index: part.view(weight.shape) for index, (weight, part) in enumerate(pairs)}
         for index, total in sums.items():
             weight = self._weights[index]
             weight.grad = total if weight.grad is None else total.add_(weight.grad)

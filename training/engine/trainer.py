@@ -23,6 +23,7 @@ from transformers.trainer import OPTIMIZER_NAME, SCALER_NAME, SCHEDULER_NAME, TR
 
 from ..data.batching import Batch, Rows
 from ..models.cpu_group import cpu_group
+from ..models.devices import sum_type
 from ..models.loading import Model
 from ..models.sharding import defer_gradient_reduction, full_tensors, is_sharded
 from ..models.weights import gather_weights, load_weights, save_weights
@@ -55,11 +56,25 @@ class Counts:
 
 @dataclass(frozen=True)
 class StepMeasures:
-    """Measures of an optimizer step; `take_loss` fetches the loss, on logged steps only."""
+    """Measures of an optimizer step; `take_logged` fetches the others, on logged steps only."""
 
     step: int
     learning_rate: float
     grad_norm: float | torch.Tensor | None
+
+
+@dataclass(frozen=True)
+class Logged:
+    """What a log line says of the steps since the last one, over all workers."""
+
+    loss: float
+    """Mean of the steps that were not skipped; NaN if all were."""
+    grad_norm: float
+    """Of the last step; NaN if it has none."""
+    measures: dict[str, float]
+    """Means of the objective's measures in the last step, and the load of its experts."""
+    skipped: list[int]
+    """The skipped steps."""
 
 
 class StreamTrainer(Trainer):
@@ -304,19 +319,38 @@ class StreamTrainer(Trainer):
         if self._after_step(StepMeasures(step, learning_rate, grad_norm)):
             self.control.should_training_stop = True
 
-    def take_loss(self, steps: int) -> tuple[float, list[int]]:
-        """Mean loss of the last `steps` steps over all workers, and the skipped steps.
+    def take_logged(self, steps: int, grad_norm: float | torch.Tensor | None) -> Logged:
+        """What is logged after the last `steps` steps; the next call starts new means.
 
-        The mean leaves out the skipped steps; it is NaN if all steps were skipped. The next call
-        starts a new mean.
+        The workers exchange it at once, and the host waits for one copy of it.
+
+        Args:
+            steps: number of steps since the last call.
+            grad_norm: of `StepMeasures`.
         """
         self.skipped.read_flags(self.state.global_step)
-        total, skipped = self.skipped.take_loss(), self.skipped.take_steps()
-        if self.args.world_size > 1:
-            dist.all_reduce(total)
-            total = total / self.args.world_size
-        taken = steps - len(skipped)
-        return (float(total) / taken if taken else math.nan), skipped
+        skipped = self.skipped.take_steps()
+        device, workers = self.args.device, self.args.world_size
+        measured = torch.stack(self._measured).sum(0) if self._measured else torch.zeros(0, 2)
+        self._measured = []
+        parts = [self.skipped.take_loss(), measured, self._load.take(device)]
+        wide = sum_type(device)
+        sums = torch.cat([part.flatten().to(device, wide) for part in parts])
+        if workers > 1:
+            dist.all_reduce(sums)
+        norm = math.nan if grad_norm is None else grad_norm
+        if isinstance(norm, torch.Tensor):
+            loss, *values, norm = torch.cat([sums, norm.reshape(1).to(wide)]).tolist()
+        else:
+            loss, *values = sums.tolist()
+        size, taken = measured.numel(), steps - len(skipped)
+        means = _means(self._objective.measures, values[:size]) if size else {}
+        return Logged(
+            loss / workers / taken if taken else math.nan,
+            norm,
+            means | self._load.measures(values[size:]),
+            skipped,
+        )
 
     def take_empty_steps(self) -> list[int]:
         """The steps since the last call in which there was nothing to learn."""
@@ -327,17 +361,6 @@ class StreamTrainer(Trainer):
         """Mean over the last `steps` steps of `Counts.data_wait`; the next call starts at zero."""
         total, self._data_wait = self._data_wait, 0.0
         return total / max(1, steps)
-
-    def take_measures(self) -> dict[str, float]:
-        """Means of the objective's measures in the logged step, over all workers, and the load."""
-        load = self._load.take(self.args.world_size, self.args.device)
-        if not self._measured:
-            return load
-        total = torch.stack(self._measured).sum(0)
-        self._measured = []
-        if self.args.world_size > 1:
-            dist.all_reduce(total)
-        return _means(self._objective.measures, total) | load
 
     def write_state(self, folder: Path) -> None:
         """Write this rank's part of a checkpoint that `train` can resume from.
@@ -425,7 +448,8 @@ class StreamTrainer(Trainer):
         if self.args.world_size > 1:
             dist.all_reduce(total)
         names = ("loss", *self._objective.measures)
-        return {f"eval_{name}": mean for name, mean in _means(names, total).items()}
+        means = _means(names, total.flatten().tolist())
+        return {f"eval_{name}": mean for name, mean in means.items()}
 
 
 def check_state(checkpoint: Path, step: int) -> None:
@@ -440,15 +464,15 @@ def check_state(checkpoint: Path, step: int) -> None:
             raise ValueError(f"it is of step {state.global_step}")
 
 
-def _means(names: tuple[str, ...], total: torch.Tensor) -> dict[str, float]:
+def _means(names: tuple[str, ...], totals: list[float]) -> dict[str, float]:
     """Mean of each measure with values.
 
     Args:
         names: the measures.
-        total: (measures, 2), sum and count of each.
+        totals: sum and count of each, one after the other.
     """
-    pairs = zip(names, total.tolist(), strict=True)
-    return {name: sum_ / count for name, (sum_, count) in pairs if count > 0}
+    each = zip(names, totals[::2], totals[1::2], strict=True)
+    return {name: total / count for name, total, count in each if count > 0}
 
 
 class _Steps:

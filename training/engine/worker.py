@@ -46,7 +46,7 @@ from ..models.targets import coverage_of
 from ..models.weights import gather_weights, save_result
 from ..objectives.objective import Setup
 from ..records import checkpoint
-from ..records.recorder import RunRecorder, as_number
+from ..records.recorder import RunRecorder
 from ..records.run_folder import CHECKPOINTS_FOLDER
 from .checkpointer import Checkpointer, SaveState
 from .context import WorkerContext
@@ -389,19 +389,19 @@ class TrainingWorker:
 
     def _log(self, measures: StepMeasures) -> None:
         steps = measures.step - self.timer.step
-        loss, skipped = self.trainer.take_loss(steps)
-        empty, measured = self.trainer.take_empty_steps(), self.trainer.take_measures()
+        logged = self.trainer.take_logged(steps, measures.grad_norm)
+        skipped, empty = logged.skipped, self.trainer.take_empty_steps()
         speed = self.timer.tick(self.progress)
         line = {
             "step": measures.step,
             "epoch": self.rows.epoch_at(self.progress.step),
-            "loss": loss,
+            "loss": logged.loss,
             "learning_rate": measures.learning_rate,
-            "grad_norm": as_number(measures.grad_norm),
+            "grad_norm": logged.grad_norm,
             "tokens_per_second": round(speed, 1),
             "data_wait": round(self.trainer.take_data_wait(steps), 6),
             "seconds": round(self.progress.seconds, 3),
-            **measured,
+            **logged.measures,
             **({"skipped": len(skipped)} if skipped else {}),
             **({"unrewarded": len(empty)} if empty else {}),
         }

@@ -70,6 +70,9 @@ def outputs_of(
     if isolation is None:
         accepted -= {"position_ids"}
     values: dict[str, Any] = {name: value for name, value in inputs.items() if name in accepted}
+    takes_mask = isolation is None and "attention_mask" in accepted
+    if takes_mask and batch.sizes is not None and _balances(config):
+        values["attention_mask"] = _mask_of_padding(inputs["input_ids"], batch.sizes)
     if batch.documents is not None:
         if batch.documents.shared is None:
             values.update(_borders(batch.documents))
@@ -84,9 +87,19 @@ def outputs_of(
 
 def _mask_without_borders(ids: Tensor, config: Any) -> Tensor:
     """Of a flat row; the auxiliary loss of a mixture of experts reads it token by token."""
-    if config is not None and getattr(config.get_text_config(), "output_router_logits", False):
-        return all_tokens(ids.shape[1], ids.device)
-    return no_mask(ids.device)
+    return all_tokens(ids.shape[1], ids.device) if _balances(config) else no_mask(ids.device)
+
+
+def _mask_of_padding(ids: Tensor, sizes: Tensor) -> Tensor:
+    """Of padded rows, whose padding that loss leaves out."""
+    return torch.arange(ids.shape[1], device=ids.device) < sizes[:, None]
+
+
+def _balances(config: Any) -> bool:
+    """True if a mixture of experts computes its auxiliary loss."""
+    if config is None:
+        return False
+    return bool(getattr(config.get_text_config(), "output_router_logits", False))
 
 
 def _block_mask(config: Any, inputs: Mapping[str, Tensor], dtype: torch.dtype) -> Any:

@@ -146,6 +146,8 @@ def find_head(model: Model, run: Callable[[], Tensor]) -> OutputHead | None:
         width = logits.shape[-1]
         numbers = torch.linspace(-_WIDEST, _WIDEST, 2 * width, device=logits.device)
         made.append(numbers.to(logits.dtype).view(1, 2, width).expand(len(logits), -1, -1))
+        # What follows has a graph if it is trained: it would not stay what it is now.
+        torch.set_grad_enabled(True)
         return made[0].clone()
 
     hooks = (
@@ -157,7 +159,7 @@ def find_head(model: Model, run: Callable[[], Tensor]) -> OutputHead | None:
     with random_state(model.device), torch.no_grad(), suppress(Exception):
         logits = run()
         is_usual = len(states) == len(made) == 1 and logits.shape[:-1] == made[0].shape[:-1]
-        if is_usual and states[0].dim() == 3:
+        if is_usual and states[0].dim() == 3 and not logits.requires_grad:
             finish = _explain(made[0][0], logits[0], base.config.to_dict())
     for hook in hooks:
         hook.remove()

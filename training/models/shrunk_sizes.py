@@ -286,14 +286,14 @@ class _Part:
                     new[width] = int(times) * self.small // min(self.heads, _HEADS)
 
     def _cut_rope(self, rope: Values) -> None:
-        """Cut the lists of rotary positions to the new width of a head."""
+        """Give the lists of rotary positions the new width of a head, which may be a wider one."""
         new = self.values
         width = number(new.get("qk_rope_head_dim")) or number(new.get("head_dim"))
-        width = width or self.small // _HEADS
+        width = width or self.small // (_first(new, _MAIN_HEADS) or _HEADS)
         turned = int(width * self._rotary_factor(rope)) // 2
         for key in ("short_factor", "long_factor"):
             if isinstance(rope.get(key), list):
-                rope[key] = rope[key][:turned]
+                rope[key] = (rope[key] + rope[key][-1:] * turned)[:turned]
         if sections := rope.get("mrope_section"):
             cut = [max(1, turned * size // sum(sections)) for size in sections]
             single = next((i for i, size in enumerate(sections) if sections.count(size) == 1), 0)

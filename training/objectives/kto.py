@@ -113,7 +113,7 @@ class KtoObjective(Objective):
         sums = torch.stack([divergences.double().sum(), count])
         if self.world_size > 1:
             dist.all_reduce(sums)
-        return (sums[0] / sums[1].clamp(min=1)).clamp(min=0).float()
+        return (sums[0] / sums[1].clamp(min=1)).clamp(min=0)
 
     @torch.no_grad()
     def _measure(
@@ -149,8 +149,9 @@ def answer_losses(
         settings: beta and weights.
     """
     sign = torch.where(desirable, 1.0, -1.0)
-    weight = torch.where(desirable, settings.desirable_weight, settings.undesirable_weight)
-    return weight * (1 - torch.sigmoid(settings.beta * sign * (ratios - baseline)))
+    losses = 1 - torch.sigmoid(settings.beta * (sign * (ratios - baseline)))
+    good, bad = settings.desirable_weight * losses, settings.undesirable_weight * losses
+    return torch.where(desirable, good, bad)
 
 
 def _mismatched(rows: Rows, last: Sequence, max_length: int) -> Rows:

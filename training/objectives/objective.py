@@ -19,6 +19,7 @@ from ..models.devices import sum_type
 from ..models.isolation import kept_columns, outputs_of
 from ..models.loading import Model, forward_arguments
 from ..models.output_head import OutputHead, find_head
+from ..models.rotary import length_border
 from ..models.sharding import shard
 from .logprobs import cross_entropies
 
@@ -104,12 +105,14 @@ class Objective:
             setup.recipe,
             is_flat=setup.isolation in FLAT,
             packs=setup.recipe.packs and setup.isolation is not None,
+            border=length_border(setup.model.config),
         )
         """How the rows of a step are divided into forward passes."""
         self.evaluated = self.division.divided(setup.evaluation_parts)
         """How held-out rows are."""
         # The CPUs exchange the numbers of parts, so that a GPU never waits for them.
-        needs_group = self.division.tokens is not None and setup.world_size > 1
+        varies = self.division.tokens is not None or self.division.border is not None
+        needs_group = varies and setup.world_size > 1
         self._cpus = cpu_group() if needs_group else None
         if setup.isolation == "documents":
             attend_by_documents(setup.model)
@@ -136,7 +139,7 @@ class Objective:
             most = torch.tensor(len(parts))
             dist.all_reduce(most, dist.ReduceOp.MAX, group=self._cpus)
             number = int(most)
-        elif self.division.tokens is not None:
+        elif self.division.tokens is not None or self.division.border is not None:
             number = len(parts)
         else:
             recipe, per_step = self.recipe, self.recipe.rows_per_step
@@ -160,6 +163,7 @@ class Objective:
             step: the step, counted from 0.
             rows: the step's rows on this worker, in their order.
         """
+        rows = list(self.division.split(rows))
         return [
             self.collate([rows[place] for place in part] or [PADDING_ROW])
             for part in self.parts(rows)

@@ -84,7 +84,7 @@ class PairObjective(Objective):
         counts = [sum(batch.loss_units for batch in batches), sum(map(_imitated, batches))]
         ratio = moved(torch.tensor(counts, dtype=sum_type(self.device)), self.device)
         ratio = self._sum_over_workers(ratio)
-        share = (ratio[0] / ratio[1].clamp(min=1)).float()
+        share = ratio[0] / ratio[1].clamp(min=1)
         return [batch.having(pairs_per_token=share) for batch in batches]
 
     def loss(self, model: torch.nn.Module, batch: Batch, measured: bool) -> Loss:
@@ -96,7 +96,7 @@ class PairObjective(Objective):
         total = compared.losses.sum()
         if self._imitation_weight > 0:
             weight = self._imitation_weight * batch.extra["pairs_per_token"]
-            total = total + weight * compared.imitation
+            total = total + weight.to(total.dtype) * compared.imitation
         return Loss(total, preference_measures(compared) if measured else None)
 
     def evaluate_held_out(self, microbatches: Iterator[Rows], device: torch.device) -> torch.Tensor:

@@ -17,6 +17,7 @@ from torch.nn.functional import logsigmoid
 from ..common.errors import InputError
 from ..config.methods import RewardMethod
 from ..data.batching import Batch, Rows, collate_pairs, texts_of
+from ..models.devices import sum_type
 from ..models.isolation import outputs_of
 from ..models.loading import Model, forward_arguments
 from .objective import Setup
@@ -54,14 +55,16 @@ class RewardObjective(PairObjective):
         ends = torch.from_numpy(first + last)
         if batch.documents is not None:
             ends = batch.documents.places(ends)
-        return batch.having(margin=torch.tensor(margins), ends=ends)
+        margin = torch.tensor(margins, dtype=sum_type(self.device))
+        return batch.having(margin=margin, ends=ends)
 
     def compare(self, model: torch.nn.Module, batch: Batch) -> Comparison:
         """Losses of the pairs; the reward is the model's score."""
         scores = self._scores(model, batch)
         scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
         chosen, rejected = (half[: batch.loss_units] for half in scores.chunk(2))
-        losses = -logsigmoid(chosen - rejected - batch.extra["margin"])
+        margin = batch.extra["margin"].to(scores.dtype)
+        losses = -logsigmoid(chosen - rejected - margin)
         if self._centre > 0:
             losses = losses + self._centre * (chosen + rejected) ** 2
         return Comparison(losses, chosen, rejected, imitation=losses.new_zeros(()))

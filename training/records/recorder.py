@@ -235,8 +235,3 @@ def update_run(folder: Folder, change: Callable[[Record], None]) -> None:
 def now() -> str:
     """The current time as ISO 8601 in UTC, in milliseconds: short runs are sorted by it, too."""
     return datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
-
-
-def as_number(value: Any) -> float:
-    """The value of a tensor or number as float; NaN for None."""
-    return math.nan if value is None else float(value)

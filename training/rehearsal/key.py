@@ -8,6 +8,7 @@ small copy, and a learning rate is not used.
 import hashlib
 import importlib.util
 import json
+import re
 from functools import lru_cache
 from importlib.metadata import version
 from pathlib import Path
@@ -22,9 +23,11 @@ from ..config.recipe import Recipe
 from ..config.weight_checks import embedding_rows
 from ..config.weight_files import read_header
 
+_SCALE = re.compile(r'"floor_scale": *(\d+)')
+_USUAL_SCALE = "8192"
 RANK = 4
 """Largest rank in a small copy."""
-_VERSION = 8
+_VERSION = 9
 """Increase it when the same recipe would have another outcome."""
 _KERNELS = ("causal_conv1d", "mamba_ssm", "fla")
 _UNIMPORTANT = ("base", "revision", "dtype")
@@ -50,7 +53,8 @@ def key_of(recipe: Recipe, folder: Path) -> str:
     facts: dict[str, Any] = {
         "version": _VERSION,
         **_libraries(),
-        "config": (folder / "config.json").read_text("utf-8"),
+        "config": (config := (folder / "config.json").read_text("utf-8")),
+        "scaled": [recipe.data.max_length >= size for size in _scaling_lengths(config)],
         "code": _code(folder) if recipe.model.trust_remote_code else None,
         "model": model,
         "tokens": _added(recipe, folder) if recipe.model.add_tokens else None,
@@ -61,6 +65,15 @@ def key_of(recipe: Recipe, folder: Path) -> str:
         "sharded": recipe.scale.strategy == "fsdp",
     }
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _scaling_lengths(config: str) -> list[int]:
+    """Tokens of a row from which on some layers compute otherwise (Llama 4).
+
+    Args:
+        config: text of config.json, which may leave out the usual value.
+    """
+    return [int(size) for size in _SCALE.findall(config) or [_USUAL_SCALE]]
 
 
 @lru_cache(maxsize=1)

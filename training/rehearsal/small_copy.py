@@ -30,6 +30,8 @@ _SHORT = re.compile(
     r".*(window|topk|top_k|chunk|block_size|pool|conv_l|conv_kernel|d_conv).*", re.I
 )
 _LONGEST_SHORT = 64
+_SCALE, _EARLY = "floor_scale", 8
+"""Llama 4 counts the tokens of a row, not of a document, and scales queries from this number on."""
 _NOISE = re.compile(r".*(drop|pdrop|jitter).*", re.I)
 
 
@@ -73,6 +75,8 @@ def make_copy(recipe: Recipe, folder: Path, *, all_layers: bool = False) -> Smal
     small = shrink(config, vocabulary=VOCABULARY, all_layers=all_layers)
     for part in _parts(small):
         _quiet(part)
+        if 0 < getattr(part, _SCALE, 0) <= recipe.data.max_length:
+            setattr(part, _SCALE, _EARLY)
     trust = settings.trust_remote_code
     model = random_copy(small, seed=recipe.seed, trust_remote_code=trust)
     model.config.get_text_config().use_cache = False

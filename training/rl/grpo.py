@@ -47,14 +47,14 @@ class GrpoObjective(OnlineObjective):
         old = batch.extra.get("old", now.detach())
         gain, outside = clipped_gain(
             (now - old).exp(),
-            batch.extra["advantages"][:, None],
+            batch.extra["advantages"].to(now.dtype)[:, None],
             self._own.epsilon,
             self._own.clip_high,
         )
         losses = -gain
         if self._own.beta > 0:
             losses = losses + self._own.beta * divergence(now, batch.extra["reference"])
-        total = (losses * batch.extra["weights"]).sum()
+        total = (losses * batch.extra["weights"].to(now.dtype)).sum()
         if not measured:
             return Loss(total, None)
         clipped = outside.float().masked_fill(batch.targets == IGNORED, torch.nan)

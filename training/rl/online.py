@@ -96,7 +96,7 @@ class OnlineObjective(Objective):
         parts = [self._part([sequences[place] for place in part]) for part in places]
         rewards = scores.total.to(self.device).view(-1, generations)
         deviations = standard_deviation(rewards)
-        advantages = self.advantages(rewards, _divergences(parts, places)).flatten().float()
+        advantages = self.advantages(rewards, _divergences(parts, places)).flatten()
         sampled = measure(scores, deviations.cpu(), rollouts).to(self.device)
         self._keep_examples(requests, scores, advantages)
         return [
@@ -185,7 +185,7 @@ class OnlineObjective(Objective):
         self, part: Batch, advantages: torch.Tensor, sampled: torch.Tensor
     ) -> Batch:
         count = len(part.targets)
-        mask = (part.targets != IGNORED).float()
+        mask = (part.targets != IGNORED).to(advantages.dtype)
         weights, units = self.weigh(mask, len(part.trained), len(advantages))
         padded = torch.cat([advantages, advantages.new_zeros(count - len(advantages))])
         extra = {"advantages": padded, "weights": weights, "sampled": sampled}

@@ -37,7 +37,7 @@ class RlooObjective(OnlineObjective):
         """Sum of the completions' clipped losses."""
         now = self.log_probabilities(model, batch)
         old = batch.extra.get("old", now.detach())
-        advantages = batch.extra["advantages"]
+        advantages = batch.extra["advantages"].to(now.dtype)
         gain, outside = clipped_gain(
             (now - old).sum(1).exp(), advantages, self._own.epsilon, self._own.clip_high
         )

@@ -69,8 +69,8 @@ def trained(
             state |= {f"{index}.{name}": copy.deepcopy(value) for name, value in moments.items()}
         state |= {f"master.{i}": item.clone() for i, item in enumerate(saved.get("masters", []))}
         states.append(state)
-        loss, skipped = trainer.take_loss(1)
-        logged.append((measures.learning_rate, loss, skipped))
+        taken = trainer.take_logged(1, measures.grad_norm)
+        logged.append((measures.learning_rate, taken.loss, taken.skipped))
         return False
 
     objective = objective_of(steps.make_setup(settings, model, scratch, rank, world_size))

@@ -1,6 +1,7 @@
 """The loss and its gradient, against independent computations."""
 
 import copy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,9 @@ from support.steps import Gradients, gradients, make_sequences
 from transformers import AutoModelForCausalLM
 
 from finray.training.config.recipe import Recipe
-from finray.training.data.batching import IGNORED, Batch, collate
+from finray.training.data.batching import IGNORED, Batch, collate, collate_flat
 from finray.training.data.stream import Sequence
+from finray.training.engine.gradient_sums import GradientSums
 from finray.training.engine.methods import objective_of
 from finray.training.engine.trainer import StreamTrainer
 from finray.training.engine.trainer_arguments import training_arguments
@@ -94,6 +96,15 @@ def test_packed_equals_unpacked(tiny_model: Path, attention: str) -> None:
     expected.backward()
     torch.testing.assert_close(loss, expected, atol=1e-5, rtol=1e-5)
     assert_close(packed, gradients(model))
+
+
+def test_the_first_token_of_a_document_is_no_target() -> None:
+    """Nothing predicts it, however the row marks it and whichever way rows share a pass."""
+    (row,) = make_sequences(1, seed=3)
+    assert len(row.lengths) > 1
+    marked = replace(row, trainable=np.ones_like(row.trainable))
+    expected = row.lengths.sum() - len(row.lengths)
+    assert {collate([marked]).loss_units, collate_flat([marked]).loss_units} == {expected}
 
 
 def test_a_neighbour_changes_nothing(model: Any) -> None:
@@ -206,6 +217,27 @@ def summed_gradients(model: Any, settings: Recipe, folder: Path) -> Gradients:
         for name, gradient in gradients(model).items():
             total[name] = total.get(name, 0.0) + gradient.float()
     return total
+
+
+def test_workers_add_up_gradients_that_some_of_them_lack(tmp_path: Path) -> None:
+    """Such as those of an expert that no token of a microbatch is sent to."""
+
+    def work(rank: int, world_size: int) -> dict[str, Any]:
+        weights = [torch.nn.Parameter(torch.zeros(2, dtype=torch.bfloat16)) for _ in range(3)]
+        sums = GradientSums(weights, world_size)
+        for microbatch in range(3):
+            for number, weight in enumerate(weights):
+                is_last = microbatch == 2
+                if is_last or number != rank + microbatch:
+                    value = 0.0 if is_last else float(10**number)
+                    weight.grad = torch.full((2,), value, dtype=torch.bfloat16)
+            sums.add(is_last)
+        return {"gradients": torch.stack([each.grad for each in weights if each.grad is not None])}
+
+    # Of four microbatches one leaves out the first, two the second, one the third; halved.
+    expected = torch.tensor([[1.5, 1.5], [10.0, 10.0], [150.0, 150.0]])
+    for saved in steps.by_workers(2, tmp_path, work):
+        torch.testing.assert_close(saved["gradients"], expected, rtol=0.0, atol=0.0)
 
 
 def test_gradients_of_bfloat16_are_added_up_in_float32(tiny_model: Path, tmp_path: Path) -> None:

@@ -468,11 +468,11 @@ def test_the_load_of_experts() -> None:
     peaks = [float(count.max() * 4 / count.sum()) for count in counts]
     idle = float(torch.cat(counts).eq(0).double().mean())
     cpu = torch.device("cpu")
-    assert load.take(1, cpu) == pytest.approx(
+    assert load.measures(load.take(cpu).tolist()) == pytest.approx(
         {"expert_load": sum(peaks) / len(peaks), "idle_experts": idle}
     )
     logits(model)  # nothing is counted outside
-    assert load.take(1, cpu) == {}
+    assert load.measures(load.take(cpu).tolist()) == {}
 
 
 def test_the_estimate_counts_the_sums(tmp_path: Path) -> None:
@@ -522,6 +522,34 @@ def test_auxiliary_losses_are_trained(tmp_path: Path, isolation: Isolation) -> N
     with torch.no_grad():  # what is measured is the cross-entropy alone
         held_out = objective.loss(model, batch, measured=False).total / batch.loss_units
     assert torch.allclose(held_out, expected.loss - 0.1 * expected.aux_loss, atol=1e-5)
+
+
+def test_auxiliary_losses_do_not_count_padding(tmp_path: Path) -> None:
+    """Of documents of a row each, with that of transformers and its mask of padding."""
+    more = {"output_router_logits": True, "router_aux_loss_coef": 0.5}
+    base = saved_mixture("qwen3_moe", tmp_path / "base", vocab_size=256, **more)
+    settings = recipe(base)
+    model = load_model(settings)
+    rows = [
+        replace(row, lengths=row.lengths.sum(keepdims=True)) for row in make_sequences(4, seed=1)
+    ]
+    sizes = [len(row.input_ids) for row in rows]
+    assert max(sizes) > 2 * min(sizes)
+    setup = replace(make_setup(settings, model, tmp_path, 0, 1), isolation=None)
+    objective = objective_of(setup)
+    batch = objective.collate(rows)
+    loss = objective.loss(model, batch, measured=False).total / batch.loss_units
+    ids = torch.zeros(4, max(sizes), dtype=torch.long)
+    labels, mask = torch.full_like(ids, -100), torch.zeros_like(ids)
+    for place, row in enumerate(rows):
+        own = torch.from_numpy(row.input_ids).long()
+        ids[place, : len(own)], mask[place, : len(own)] = own, 1
+        labels[place, : len(own)] = own.where(torch.from_numpy(row.trainable), -100)
+    plain = AutoModelForCausalLM.from_pretrained(base)
+    expected = plain(input_ids=ids, attention_mask=mask, labels=labels).loss
+    without = plain(input_ids=ids, labels=labels).loss
+    assert abs(float((without - expected).detach())) > 1e-4
+    assert torch.allclose(loss, expected, atol=1e-6)
 
 
 def test_auxiliary_losses_do_not_keep_documents_from_being_packed_by_their_borders(

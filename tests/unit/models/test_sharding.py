@@ -210,9 +210,10 @@ def train(
             yield own
 
     def after_step(measures: StepMeasures) -> bool:
-        losses.append(trainer.take_loss(1)[0])
         assert not isinstance(measures.grad_norm, DTensor)
-        norms.append(float(measures.grad_norm))
+        logged = trainer.take_logged(1, measures.grad_norm)
+        losses.append(logged.loss)
+        norms.append(logged.grad_norm)
         return measures.step == steps.stop
 
     trainer = StreamTrainer(

@@ -101,6 +101,39 @@ def test_sizes_keep_their_relations() -> None:
     assert inner == granite.mamba_expand * granite.hidden_size
 
 
+@pytest.mark.parametrize("heads", [2, 8])
+def test_a_model_smaller_than_copies_keeps_a_factor_for_each_of_its_rotary_positions(
+    heads: int,
+) -> None:
+    width = 32 // heads // 2
+    rope = {
+        "rope_type": "longrope",
+        "rope_theta": 10000.0,
+        "original_max_position_embeddings": 16,
+        "short_factor": [1.0] * width,
+        "long_factor": [2.0] * width,
+    }
+    whole = CONFIG_MAPPING["phi3"](
+        vocab_size=96,
+        pad_token_id=0,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=heads,
+        num_key_value_heads=1,
+        max_position_embeddings=64,
+        rope_parameters=rope,
+    )
+    small = shrink(whole, vocabulary=96)
+    turned = small.hidden_size // small.num_attention_heads // 2
+    assert [len(small.rope_parameters[key]) for key in ("short_factor", "long_factor")] == [
+        turned,
+        turned,
+    ]
+    model = random_copy(small, seed=0)
+    assert model(torch.arange(3, 25)[None]).logits.isfinite().all()
+
+
 def test_special_tokens_lie_in_the_vocabulary_each_at_its_own_place() -> None:
     whole = published("GLM-4.5-Air")
     small = shrink(whole, vocabulary=VOCABULARY)

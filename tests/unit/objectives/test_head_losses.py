@@ -94,6 +94,21 @@ class _Masking(LlamaForCausalLM):  # type: ignore[misc]
         return outputs
 
 
+class _Scaling(LlamaForCausalLM):  # type: ignore[misc]
+    """Multiplies logits by a number that is trained, and starts at 1."""
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        self.logit_scale = torch.nn.Parameter(torch.ones(()))
+
+    def forward(
+        self, input_ids: Any = None, position_ids: Any = None, use_cache: Any = None, **_: Any
+    ) -> Any:
+        outputs = super().forward(input_ids, position_ids=position_ids, use_cache=use_cache)
+        outputs.logits = outputs.logits * self.logit_scale
+        return outputs
+
+
 class _Cutting(LlamaForCausalLM):  # type: ignore[misc]
     """Scales, caps and drops the last logits; computes those of all columns."""
 
@@ -126,9 +141,10 @@ KINDS: dict[str, Callable[[], Any]] = {
     "divided": lambda: GraniteForCausalLM(GraniteConfig(**SIZES, logits_scaling=1.7)),
     "quantised": quantised_head,
     "masked": lambda: adapted(_Masking(LlamaConfig(**SIZES))),
+    "scaled": lambda: _Scaling(LlamaConfig(**SIZES)),
     "cut": lambda: _Cutting(LlamaConfig(**SIZES, output_multiplier=1.9, softcap={"of_head": 2.5})),
 }
-OWN_FORWARD = {"masked"}
+OWN_FORWARD = {"masked", "scaled"}
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 3e-2}
 
 

@@ -33,6 +33,16 @@ def test_by_positions(rehearsed: Rehearsed, tmp_path: Path, kind: str, attention
     assert outcome.isolation == "positions" and outcome.status == "ok", outcome
 
 
+@pytest.mark.parametrize(("longest", "isolation"), [(8191, "positions"), (8192, None)])
+def test_rows_in_which_llama_4_scales_queries_hold_one_document(
+    rehearsed: Rehearsed, longest: int, isolation: str | None
+) -> None:
+    """It counts the tokens of the row, so that a document is scaled by where it lies."""
+    data = {"train": [{"path": "/x"}], "max_length": longest}
+    outcome = rehearsed("llama4_text", adapter=None, freeze={"train": ["norm|ln_"]}, data=data)
+    assert outcome.isolation == isolation and outcome.status == "ok", outcome
+
+
 @pytest.mark.parametrize(("kind", "attention"), [("falcon", "auto"), ("gpt_oss", "eager")])
 def test_by_a_block_mask(rehearsed: Rehearsed, tmp_path: Path, kind: str, attention: str) -> None:
     """Falcon's attention cannot be replaced."""

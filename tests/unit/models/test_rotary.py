@@ -1,0 +1,108 @@
+"""Texts whose length changes the positions of a whole forward pass, beside others."""
+
+from copy import deepcopy
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from support.steps import gradients, make_setup
+from torch.nn.functional import cross_entropy
+from transformers import LlamaConfig, Phi3Config, Phi3ForCausalLM
+
+from finray.training.config.recipe import recipe_from_dict
+from finray.training.config.sections import Isolation
+from finray.training.data.stream import Sequence
+from finray.training.engine.methods import objective_of
+from finray.training.models.rotary import length_border
+
+BORDER = 8
+SIZES: dict[str, Any] = {
+    "vocab_size": 64,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "pad_token_id": 0,
+}
+LONG = {
+    "rope_type": "longrope",
+    "rope_theta": 10000.0,
+    "short_factor": [1.0, 1.1, 1.2, 1.3],
+    "long_factor": [2.0, 4.0, 8.0, 16.0],
+}
+
+
+def phi3() -> Any:
+    config = Phi3Config(
+        **SIZES,
+        rope_parameters=dict(LONG),
+        max_position_embeddings=64,
+        original_max_position_embeddings=BORDER,
+    )
+    return Phi3ForCausalLM(config).double()
+
+
+def rows_of(*lengths: list[int]) -> list[Sequence]:
+    random = np.random.default_rng(0)
+    rows = []
+    for own in lengths:
+        size = sum(own)
+        trained = random.random(size) < 0.7
+        trained[np.cumsum([0, *own[:-1]])] = False
+        ids = random.integers(3, 64, size).astype(np.int32)
+        numbers = np.arange(len(own), dtype=np.int64)
+        rows.append(Sequence(ids, np.array(own, np.int32), trained, numbers))
+    return rows
+
+
+@pytest.mark.parametrize("micro", [{"micro_batch_size": 3}, {"micro_batch_tokens": 64}], ids=str)
+@pytest.mark.parametrize("way", ["documents", "positions", "mask", None])
+def test_a_long_document_leaves_short_ones_beside_it_as_they_are(
+    way: Isolation | None, micro: dict[str, int], tmp_path: Path
+) -> None:
+    """Of LongRoPE, in which it changes the frequencies of all."""
+    torch.manual_seed(0)
+    model = phi3()
+    packed = [[5, 20, BORDER, BORDER + 1], [3, 2], [30]]
+    alone = [[size] for row in packed for size in row]
+    rows = rows_of(*(packed if way else alone))
+    ours, expected = deepcopy(model), torch.zeros((), dtype=torch.float64)
+    for row in rows:
+        borders = np.cumsum(row.lengths)[:-1]
+        parts = (np.split(each, borders) for each in (row.input_ids, row.trainable))
+        for own, trained in zip(*parts, strict=True):
+            ids = torch.from_numpy(own.astype(np.int64))
+            logits = model(ids[None], use_cache=False).logits[0, :-1]
+            losses = cross_entropy(logits, ids[1:], reduction="none")
+            expected = expected + losses[torch.from_numpy(trained[1:].copy())].sum()
+    torch.autograd.backward(expected)
+    recipe = recipe_from_dict(
+        {
+            "name": "x",
+            "model": {"base": str(tmp_path)},
+            "data": {"train": [{"path": "/x"}], "max_length": 64, "packing": way is not None},
+            "optim": {"batch_size": 8, **micro},
+        }
+    )
+    objective = objective_of(replace(make_setup(recipe, ours, tmp_path, 0, 1), isolation=way))
+    batches = objective.batches(0, rows)
+    assert sum(batch.tokens for batch in batches) == sum(map(sum, packed))
+    total = sum(objective.loss(ours, batch, measured=False).total for batch in batches)
+    torch.autograd.backward(total)
+    assert float(total.detach()) == pytest.approx(float(expected.detach()), rel=1e-10)
+    torch.testing.assert_close(gradients(ours), gradients(model), rtol=0.0, atol=1e-10)
+    with torch.no_grad():
+        parts = objective.evaluated.in_order(iter(rows))
+        measured = objective.evaluate_held_out(parts, torch.device("cpu"))
+    assert float(measured[0, 0]) == pytest.approx(float(expected.detach()), rel=1e-10)
+
+
+def test_borders_of_configurations() -> None:
+    dynamic = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}
+    assert length_border(phi3().config) == BORDER
+    configs = [LlamaConfig(**SIZES, max_position_embeddings=32, rope_parameters=dynamic)]
+    assert [length_border(config) for config in (*configs, LlamaConfig(**SIZES))] == [32, None]
