@@ -12,4 +12,4 @@ def plan(options: argparse.Namespace) -> None:
     planned = make_plan(
         options.recipe, options.overrides, gpu=options.gpu, utilisation=options.utilisation
     )
-    print(json.dumps(planned, indent=2) if options.json else render(planned))
+    print(json.dumps(planned, indent=2) if options.json else render(planned, options.overrides))

@@ -1,5 +1,7 @@
 """What `finray plan` prints."""
 
+import shlex
+from collections.abc import Sequence
 from typing import Any
 
 from ...training.common import formatting
@@ -13,8 +15,13 @@ _NUMBERS = (2, 4, 7, 8, 9)
 """Columns that are flush right."""
 
 
-def render(planned: dict[str, Any]) -> str:
-    """What `plan` returned, as text."""
+def render(planned: dict[str, Any], changes: Sequence[str] = ()) -> str:
+    """What `plan` returned, as text.
+
+    Args:
+        planned: that.
+        changes: the `key=value` settings that it was given, which belong to the best ones.
+    """
     gpus = f"{planned['gpus']} x {planned['gpu']}"
     share = f"{100 * planned['utilisation']:g}%"
     steps = "steps unknown, as the data is not on this machine"
@@ -23,7 +30,9 @@ def render(planned: dict[str, Any]) -> str:
     header = f"{planned['name']} on {gpus}, at {share} of their 16-bit speed; {steps}"
     table = _aligned([*_HEADINGS, *(_row(row) for row in planned["placements"])])
     if planned["best"] is not None:
-        chosen = " ".join(f"--set {setting}" for setting in planned["best"])
+        decided = {setting.partition("=")[0] for setting in planned["best"]}
+        given = [change for change in changes if change.partition("=")[0] not in decided]
+        chosen = " ".join(f"--set {shlex.quote(one)}" for one in [*given, *planned["best"]])
         end = f"with the best, {_host(planned['placements'][0])} of host memory\nbest: {chosen}"
     elif planned["nearest"] is not None:
         end = f"none fits; the nearest that would: {planned['nearest']}"

@@ -596,6 +596,12 @@ def test_the_command(
     assert main(["plan", str(file), "--gpu", "h100", "--json"]) == 0
     planned = json.loads(capsys.readouterr().out)
     assert planned["gpu"] == "H100 80 GB" and planned["gpus"] == 1
+    changes = ["--set", "optim.learning_rate=1e-3", "--set", "scale.workers=1"]
+    assert main(["plan", str(file), "--gpu", "h100", *changes]) == 0
+    # Copied alone, the last line gives the run that was planned.
+    settings = " ".join(f"--set {setting}" for setting in planned["best"])
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last == f"best: --set optim.learning_rate=1e-3 {settings}"
     assert main(["plan", str(file), "--gpu", "h100", "--utilisation", "40"]) == 2
     assert "--utilisation 40.0: expected a share above 0 and up to 1" in capsys.readouterr().err
     assert main(["plan", str(file)]) == 2
