@@ -60,6 +60,23 @@ SIZES: dict[str, Any] = {
 EXPERTS = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 96}
 LOCAL = {"num_local_experts": 8, "num_experts_per_tok": 2}
 MAMBA = {"mamba_n_heads": 16, "mamba_d_head": 16, "mamba_d_state": 32}
+LATENT = {
+    "kv_lora_rank": 32,
+    "q_lora_rank": 48,
+    "qk_rope_head_dim": 16,
+    "qk_nope_head_dim": 16,
+    "v_head_dim": 16,
+    "num_key_value_heads": 8,
+    "n_shared_experts": 1,
+    "topk_group": 1,
+}
+LINEAR = {
+    "linear_num_key_heads": 4,
+    "linear_num_value_heads": 8,
+    "linear_key_head_dim": 16,
+    "linear_value_head_dim": 16,
+}
+FULL = "full_attention"
 KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", {}),
     "qwen3": ("qwen3", {}),
@@ -79,6 +96,19 @@ KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "mamba2": ("mamba2", {"num_heads": 16, "head_dim": 16, "state_size": 32, "n_groups": 1}),
     "lfm2": ("lfm2", {}),
+    "qwen3, tied": ("qwen3", {"tie_word_embeddings": True}),
+    "gemma2, large vocabulary": (
+        "gemma2",
+        {"sliding_window": 128, "query_pre_attn_scalar": 16, "vocab_size": 2**16},
+    ),
+    "deepseek_v3": (
+        "deepseek_v3",
+        {**LATENT, **EXPERTS, "n_routed_experts": 8, "first_k_dense_replace": 1, "n_group": 2},
+    ),
+    "qwen3_5": ("qwen3_5_text", {**LINEAR, "layer_types": [*3 * ["linear_attention"], FULL]}),
+    "bamba": ("bamba", {**MAMBA, "attn_layer_indices": [1, 3], "mamba_n_groups": 1}),
+    "bloom": ("bloom", {}),
+    "minimax": ("minimax", {**LOCAL, "layer_types": 2 * ["linear_attention", FULL]}),
 }
 LOW: dict[str, Any] = {"adapter": {"rank": 8}, "model": {"dtype": "bfloat16"}}
 FLOAT: dict[str, Any] = {"adapter": {"rank": 8}, "model": {"dtype": "float32"}}
@@ -111,6 +141,31 @@ def cases() -> dict[str, tuple[str, dict[str, Any]]]:
     for kind in ("llama", "qwen3", "mixtral", "granite hybrid", "large vocabulary"):
         made[f"{kind}, checkpointing"] = kind, merged(LOW, model={"gradient_checkpointing": True})
         made[f"{kind}, all weights"] = kind, WHOLE
+    for kind in ("bloom", "qwen3_5", "deepseek_v3", "bamba", "gpt_oss", "mamba2"):
+        made[f"{kind}, checkpointing"] = kind, merged(LOW, model={"gradient_checkpointing": True})
+    for kind in ("llama", "qwen3, tied", "gemma2, large vocabulary", "granite hybrid"):
+        whole = merged(WHOLE, model={"gradient_checkpointing": True})
+        made[f"{kind}, all weights, checkpointing"] = kind, whole
+    wide = {"model": {"dtype": "float32", "gradient_checkpointing": True}}
+    made["qwen3, tied, all weights, float32, checkpointing"] = "qwen3, tied", wide
+    made["qwen3_moe, autocast, checkpointing"] = (
+        "qwen3_moe",
+        merged(CASTS, model={"gradient_checkpointing": True}),
+    )
+    saved = merged(LOW, adapter={"modules_to_save": ["embed_tokens", "lm_head"]})
+    made["large vocabulary, embedding and head saved"] = "large vocabulary", saved
+    made["llama, DoRA"] = "llama", merged(LOW, adapter={"dora": True})
+    made["llama, nf4"] = "llama", merged(LOW, model={"quantize": "nf4"})
+    made["llama, head alone"] = "llama", {**WHOLE, "freeze": {"train": ["lm_head"]}}
+    made["llama, sdpa"] = "llama", merged(LOW, model={"attention": "sdpa"})
+    made["llama, reward of all weights"] = "llama", {**WHOLE, "method": {"kind": "reward"}}
+    made["llama, dropout, checkpointing, microbatch 4"] = (
+        "llama",
+        {
+            **merged(LOW, adapter={"dropout": 0.1}, model={"gradient_checkpointing": True}),
+            "optim": {"micro_batch_size": 4},
+        },
+    )
     made["llama, float32"] = "llama", FLOAT
     made["llama, autocast"] = "llama", CASTS
     made["llama, dropout"] = "llama", merged(LOW, adapter={"dropout": 0.1})
@@ -221,6 +276,9 @@ def most_held(recipe: Recipe, model: Model, way: Isolation | None) -> int:
     if recipe.model.checkpoints:
         model.enable_input_require_grads()
         model.gradient_checkpointing_enable({"use_reentrant": False})
+    for weight in model.parameters():
+        if weight.requires_grad:
+            weight.grad = torch.zeros_like(weight)
     gc.collect()
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
         with torch.autocast("cpu", torch.bfloat16, enabled=casts):

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from finray.training.config.model_folder import tokenizer_files
+from finray.training.models.logit_memory import HeadFacts
 from finray.training.models.memory_estimate import Sizes
 
 LLAMA_8B_CONFIG: dict[str, Any] = {
@@ -76,6 +77,7 @@ LLAMA_8B = Sizes(
     cached_values=2 * 1024,
     cached=32 * (None,),
     largest=4096 * 14336,
+    head=HeadFacts(values=128_256 * 4096),
 )
 """Sizes of Llama 8B with an adapter of rank 16 on every linear layer."""
 

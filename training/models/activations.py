@@ -5,8 +5,8 @@ count holds for every architecture, adapter and type, and takes neither memory n
 """
 
 import logging
-from collections.abc import Callable, Hashable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Container, Hashable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from typing import Any, Literal
@@ -17,6 +17,7 @@ from peft import PeftModel
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.functional import pad
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
@@ -27,6 +28,7 @@ from .attention import attention as by_rows
 from .attention import for_all_heads, replace_attention
 from .dtypes import DtypeName, torch_dtype
 from .freezing import decoder_layers
+from .live import Beyond, Live, beyond_kept, detached, end_of
 from .loading import Model, build_meta_model, forward_arguments
 from .repeated_layers import form_of, kinds_of
 
@@ -49,22 +51,23 @@ class Kept:
 
     layers: tuple[int, ...]
     """Bytes of each decoder layer."""
-    outside: int
-    """Of everything else, such as low-precision copies of weights."""
+    before: int
+    """Of what comes before the layers, or is no layer's own."""
+    after: int
+    """Of what follows them, such as the last norm and a low-precision copy of the head."""
     inputs: int
     """Of the layers' inputs, which checkpointing keeps instead."""
-    passing: int = 0
-    """Most that a layer saves beyond what it keeps, as for DoRA's norms, which have no gradient."""
+    given: int
+    """Of what else they are given and do not keep, which checkpointing does: masks, for example."""
+    beyond: tuple[Beyond, ...] | None
+    """What each layer holds for a while; None where gradients cannot be followed."""
+    tail: int
+    """Most that is held of what follows the layers, or of its gradients; as far as it is known."""
 
     @property
     def whole(self) -> int:
         """Bytes of the whole model."""
-        return sum(self.layers) + self.outside
-
-    @property
-    def largest(self) -> int:
-        """Bytes of the layer that keeps most."""
-        return max(self.layers, default=0)
+        return sum(self.layers) + self.before + self.after
 
 
 _OF_THE_MODEL = {"kind", "init", "reference_model", "rollout"}
@@ -136,7 +139,9 @@ class _GroupedProducts(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         if func is torch.ops.aten._grouped_mm.default:
-            return args[0].new_empty((args[0].shape[0], args[1].shape[-1]))
+            ends = args[2] if len(args) > 2 else kwargs["offs"]
+            groups = (len(ends),) if args[0].dim() == args[1].dim() == 2 else ()
+            return args[0].new_empty((*groups, args[0].shape[-2], args[1].shape[-1]))
         return func(*args, **(kwargs or {}))
 
 
@@ -153,7 +158,12 @@ def _without_values(
         if is_weight and dtype.is_floating_point:
             dtype = torch_dtype(trained) if tensor.requires_grad else base
         new = torch.empty(tensor.shape, dtype=dtype, device="cpu")
-        return torch.nn.Parameter(new, requires_grad=tensor.requires_grad) if is_weight else new
+        if not is_weight:
+            return new
+        weight = torch.nn.Parameter(new, requires_grad=tensor.requires_grad)
+        if weight.requires_grad:
+            weight.grad = torch.empty_like(weight)
+        return weight
 
     with mode:
         for module in model.modules():
@@ -234,6 +244,10 @@ class _Fused(torch.autograd.Function):
         ctx.save_for_backward(*inputs, computed, norms)
         return computed
 
+    @staticmethod
+    def backward(ctx: Any, *_: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return tuple(torch.empty_like(tensor) for tensor in ctx.saved_tensors[:3])
+
 
 def _no_mask(*_: Any, **__: Any) -> None:
     return None
@@ -252,37 +266,49 @@ def _transformer(model: Model) -> PreTrainedModel:
 
 
 def _forward(model: Model, rows: int, tokens: int, compute: DtypeName, trained: DtypeName) -> Kept:
-    own = {tensor.untyped_storage()._cdata for tensor in (*model.parameters(), *model.buffers())}
-    kept: WeakSet[_Saved] = WeakSet()
-
-    def keep(tensor: torch.Tensor) -> "_Saved":
-        saved = _Saved(tensor)
-        if saved.storage not in own:
-            kept.add(saved)
-            layers.most = max(layers.most, total())
-        return saved
-
-    def total() -> int:
-        return sum({saved.storage: saved.bytes for saved in kept}.values())
-
-    layers = _Layers(total)
+    store = _Store((*model.parameters(), *model.buffers()))
+    layers = _Layers(store)
     ids = torch.zeros((rows, tokens), dtype=torch.long)
     accepted = forward_arguments(model)
     values: dict[str, Any] = {"input_ids": ids, "use_cache": False}
-    if "logits_to_keep" in accepted:
-        values["logits_to_keep"] = 1
     if "position_ids" in accepted:
         values["position_ids"] = torch.arange(tokens).expand(rows, -1)
     casts = compute not in (trained, "float32")
     with (
         layers.watched(model),
-        torch.autograd.graph.saved_tensors_hooks(keep, lambda saved: saved.tensor),
+        _without_logits(model),
+        torch.autograd.graph.saved_tensors_hooks(store.keep, lambda saved: saved.tensor),
         torch.autocast("cpu", torch_dtype(compute), enabled=casts),
     ):
         outputs = model(**values)  # whose graph holds what is kept
-        outside = total() - layers.followed
-    del outputs
-    return Kept(tuple(layers.kept), outside, layers.inputs, layers.passing)
+        after = store.bytes() - layers.total
+        tail = layers.follow_tail(outputs)
+    beyond = [one for one in layers.beyond if one is not None]
+    is_whole = len(beyond) == len(layers.kept)
+    return Kept(
+        layers=tuple(layers.kept),
+        before=layers.total - layers.followed,
+        after=after,
+        inputs=layers.inputs,
+        given=layers.given,
+        beyond=tuple(beyond) if is_whole else None,
+        tail=max(after, tail),
+    )
+
+
+@contextmanager
+def _without_logits(model: Model) -> Iterator[None]:
+    """Inside, the output layer hands on a number, as the loss computes the logits."""
+    head = _transformer(model).get_output_embeddings()
+    if head is None:
+        yield
+        return
+    own = head.forward
+    head.forward = lambda states, *_, **__: states[:, :1, :1].clone()
+    try:
+        yield
+    finally:
+        head.forward = own
 
 
 class _Saved:
@@ -294,23 +320,54 @@ class _Saved:
         self.storage, self.bytes = storage._cdata, storage.nbytes()
 
 
+class _Store:
+    """What the graph keeps, beside the model's own tensors."""
+
+    def __init__(self, own: Iterable[torch.Tensor]) -> None:
+        self._own = {tensor.untyped_storage()._cdata for tensor in own}
+        self._kept: WeakSet[_Saved] = WeakSet()
+
+    def keep(self, tensor: torch.Tensor) -> _Saved:
+        """What stands for a tensor in the graph."""
+        saved = _Saved(tensor)
+        if saved.storage not in self._own:
+            self._kept.add(saved)
+        return saved
+
+    def bytes(self, without: Container[int] = ()) -> int:
+        """Bytes that are kept; storages of some numbers may not count."""
+        of_storages = {saved.storage: saved.bytes for saved in self._kept}
+        return sum(size for key, size in of_storages.items() if key not in without)
+
+    def given(self, tensors: Iterable[torch.Tensor]) -> dict[int, int]:
+        """Bytes by storage, without the model's own."""
+        storages = [tensor.untyped_storage() for tensor in tensors]
+        return {one._cdata: one.nbytes() for one in storages if one._cdata not in self._own}
+
+
 class _Layers:
     """Follows how much is kept inside each decoder layer.
 
-    The first two of each kind run: the first one keeps what the others share with it. Those after
-    them keep as much as the second, and hand on what they get.
+    The first two of each kind run. Those after them keep as much as the second, and hand on what
+    they get. What layers are given is no layer's own.
     """
 
-    def __init__(self, total: Callable[[], int]) -> None:
+    def __init__(self, store: _Store) -> None:
         self.kept: list[int] = []
         self.followed = 0
         """Bytes of the layers that ran."""
         self.inputs = 0
-        self.most = 0
-        """Most bytes that were saved at a time, in the layer that runs."""
-        self.passing = 0
-        self._total = total
-        self._repeated: dict[Hashable, list[int]] = {}
+        self.beyond: list[Beyond | None] = []
+        self.total = 0
+        """Bytes that were kept when the last layer ended."""
+        self.given = 0
+        """Of what layers are given beside their input, and do not keep."""
+        self._store = store
+        self._given: dict[int, int] = {}
+        self._alive: list[Any] = []
+        """What keeps its storage, so that no other gets its number."""
+        self._tail, self._open = Live(), ExitStack()
+        self._repeated: dict[Hashable, list[tuple[int, Beyond | None]]] = {}
 
     @contextmanager
     def watched(self, model: Model) -> Iterator[None]:
@@ -321,25 +378,58 @@ class _Layers:
         kinds = kinds_of(layers, transformer.config.get_text_config())
         for layer, kind in zip(layers, kinds, strict=True):
             layer.forward = partial(self._pass, layer.forward, kind)
+        layers[-1].forward = partial(self._end, layers[-1].forward)
         try:
             yield
         finally:
+            self._open.close()
             for layer, forward in zip(layers, own, strict=True):
                 layer.forward = forward
+
+    def _end(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """The last layer's pass, with whose result another graph begins."""
+        last = forward(*args, **kwargs)
+        self._alive.append(last)
+        self.total = self._store.bytes()
+        saved = self.total - self._store.bytes(without=self._given)
+        self.given = sum(self._given.values()) - saved
+        self._open.enter_context(self._tail)
+        return tree_map(detached, last)
+
+    def follow_tail(self, outputs: Any) -> int:
+        """Most bytes of what follows the layers; 0 where its gradients cannot be followed."""
+        last = [one for one in tree_leaves(self._alive.pop()) if isinstance(one, torch.Tensor)]
+        storages = self._store.given(last)
+        saved = self._store.bytes() - self._store.bytes(without=storages)
+        end = end_of(outputs.logits)
+        outputs.clear()
+        of_pass = self._tail.most
+        self._tail.begin_backward()
+        with suppress(RuntimeError, NotImplementedError, ValueError, TypeError):
+            end.backward()  # type: ignore[no-untyped-call]
+        self._open.close()
+        return max(of_pass, self._tail.most) + saved
 
     def _pass(self, forward: Callable[..., Any], kind: Hashable, *args: Any, **kwargs: Any) -> Any:
         hidden = args[0] if args else kwargs["hidden_states"]
         self.inputs += hidden.untyped_storage().nbytes()
         followed = self._repeated.setdefault((kind, form_of((args, *sorted(kwargs.items())))), [])
         if len(followed) > 1:
-            self.kept.append(followed[-1])
+            self._add(*followed[-1])
             return hidden.clone()
-        before = self.most = self._total()
+        given = [one for one in tree_leaves((args, kwargs)) if isinstance(one, torch.Tensor)]
+        self._alive += given
+        self._given |= self._store.given(one for one in given if one is not hidden)
+        beyond = beyond_kept(forward, args, kwargs)
+        before = self._store.bytes(without=self._given)
         output = forward(*args, **kwargs)
-        after = self._total()
-        self.kept.append(after - before)
-        self.passing = max(self.passing, self.most - after)
-        self.followed += self.kept[-1]
+        kept = self._store.bytes(without=self._given) - before
+        self._add(kept, beyond)
+        self.followed += kept
         if isinstance(output, torch.Tensor) and form_of(output) == form_of(hidden):
-            followed.append(self.kept[-1])
+            followed.append((kept, beyond))
         return output
+
+    def _add(self, kept: int, beyond: Beyond | None) -> None:
+        self.kept.append(kept)
+        self.beyond.append(beyond)

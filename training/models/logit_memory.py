@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from peft import PeftModel
+from peft.utils.other import ModulesToSaveWrapper
 from transformers import PreTrainedModel
 
 from .loading import Model
@@ -29,6 +30,11 @@ class HeadFacts:
     """Those that are added for the gradient by the layer's own logits."""
     in_parts: bool = True
     """False if the model hands over the logits of all tokens."""
+    values: int = 0
+    """Values of the output layer."""
+    tied: int = 0
+    """Trained values that are the embedding's, too: their gradient waits for that of the
+    embedding."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +48,8 @@ class LossSizes:
     """Bytes of a logit."""
     of_state: int
     """Bytes of a value of a hidden state."""
+    of_copy: int = 0
+    """Bytes of the output layer's copy in the type of the logits."""
 
 
 def head_facts(model: Model) -> HeadFacts:
@@ -50,10 +58,17 @@ def head_facts(model: Model) -> HeadFacts:
     layer = base.get_output_embeddings()
     if layer is None:
         return HeadFacts(in_parts=False)
-    trained = sum(weight.numel() for weight in layer.parameters() if weight.requires_grad)
+    values = sum(weight.numel() for weight in layer.parameters())
+    leaves = [weight for weight in layer.parameters() if weight.requires_grad]
+    trained = sum(weight.numel() for weight in leaves)
+    shared = {id(weight) for weight in base.get_input_embeddings().parameters()}
+    tied = sum(weight.numel() for weight in leaves if id(weight) in shared)
+    if isinstance(layer, ModulesToSaveWrapper):  # the logits once, and the gradient by them
+        return HeadFacts(trained, 2, 0, values=values, tied=tied)
     if type(layer) is not torch.nn.Linear:  # its adapter's logits too, and those of the part before
-        return HeadFacts(trained, 2, 2)
-    return HeadFacts(trained, *_finishing(base.config.get_text_config().to_dict()))
+        return HeadFacts(trained, 2, 2, values=values)
+    results, gradients = _finishing(base.config.get_text_config().to_dict())
+    return HeadFacts(trained, results, gradients, values=values, tied=tied)
 
 
 def _finishing(settings: dict[str, Any]) -> tuple[int, int]:
@@ -91,7 +106,7 @@ def loss_bytes(head: HeadFacts, sizes: LossSizes, kind: str, trains: bool = True
     states = sizes.tokens * sizes.hidden * sizes.of_state
     converted = rows * sizes.hidden * sizes.width if sizes.of_state != sizes.width else 0
     if not trains:
-        return states + converted + min(head.results, 2) * part + softmax
+        return states + converted + sizes.of_copy + min(head.results, 2) * part + softmax
     # The gradient by the weight is added up in float32; its part has the type of the logits.
     of_weight = head.trained * sizes.width if sizes.width != 4 else 0
     if kind == "cpu" and of_weight:  # which converts it before the sum
@@ -99,5 +114,9 @@ def loss_bytes(head: HeadFacts, sizes: LossSizes, kind: str, trains: bool = True
     product = max(of_weight, rows * sizes.hidden * sizes.width)
     if kind == "cpu" and sizes.width == 4 and head.results == 1:
         softmax, product = 0, 2 * product  # in place; a step that is logged has a slice more
-    of_part = head.results * part + max(softmax, head.gradients * part + product)
-    return 2 * states + converted + 4 * head.trained + of_part
+    # What a cap adds to the logits is gone before the products.
+    beside = 0 if head.results > 2 else head.gradients
+    of_part = head.results * part
+    of_part += max(softmax, head.gradients * part, beside * part + product)
+    # The model's own, those of the trained tokens, and the gradient by these.
+    return 3 * states + converted + sizes.of_copy + 4 * head.trained + of_part

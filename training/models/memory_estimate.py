@@ -2,12 +2,15 @@
 
 Every phase of a run has a peak of its own: loading, a step, generation, vLLM beside it, evaluation.
 A step counts weights, gradients, optimizer states, the activations that the model keeps for its
-backward pass (`activations`), and its loss (`logit_memory`). Not counted: the overhead of the GPU's
-allocator, and what LLM.int8() keeps beyond a plain linear layer. The formula for a sharded model
-(FSDP) is not measured.
+backward pass (`activations`), what a layer and its gradients hold for a while (`live`), and its
+loss (`logit_memory`). Not counted: the overhead of the GPU's allocator, and what LLM.int8() keeps
+beyond a plain linear layer. The formula for a sharded model (FSDP) is not measured.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
+from operator import add
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -21,6 +24,7 @@ from ..config.recipe import Recipe
 from ..config.sections import ANSWERS_AT_ONCE
 from .activations import Attention, Kept, kept_by
 from .dtypes import DtypeName
+from .live import Beyond
 from .loading import Model, build_meta_model
 from .logit_memory import HeadFacts, LossSizes, head_facts, loss_bytes
 from .matrices import Matrix, matrices, own_name
@@ -441,12 +445,10 @@ class _Held(NamedTuple):
 
     always: int
     """Bytes that are held until the backward pass ends."""
-    layer: int
-    """Of the layer that keeps most, which checkpointing computes again when it is its turn."""
-    layers: int
-    """Of all layers."""
-    passing: int = 0
-    """Most that a layer holds beyond that while it computes."""
+    with_loss: int
+    """Of what else is kept while the loss is computed."""
+    most: int
+    """Most beside `always` while the layers, what follows them, or their gradients are computed."""
 
 
 def _step_activations(recipe: Recipe, sizes: Sizes, compute: DtypeName, device: str) -> int:
@@ -464,19 +466,16 @@ def _step_activations(recipe: Recipe, sizes: Sizes, compute: DtypeName, device: 
         held = _followed(recipe, sizes, rows, compute, own_type, device)
     if held is None:
         held = _of_a_llama(recipe, sizes, tokens, compute, kind, device)
-        held = held._replace(always=held.always + _copies(recipe, sizes, compute))
+        held = held._replace(always=held.always + _copies(recipe, compute, sizes.cast))
     logits = _logits_bytes(recipe, sizes, compute, device, tokens)
-    # Gradients inside a layer exist when those of the logits are gone.
-    backward = _BACKWARD * tokens * sizes.inner * _width(compute)
-    if recipe.model.checkpoints:
-        return held.always + max(logits, held.layer + max(backward, held.passing))
-    return held.always + held.layers + max(logits, backward, held.passing)
+    # The gradient of a tied head waits for that of the embedding.
+    return held.always + max(held.with_loss + logits, held.most + 4 * sizes.head.tied)
 
 
-def _copies(recipe: Recipe, sizes: Sizes, compute: DtypeName) -> int:
-    """Bytes of autocast's copies of trained weights."""
+def _copies(recipe: Recipe, compute: DtypeName, values: int) -> int:
+    """Bytes of autocast's copies of so many trained values."""
     casts = compute != "float32" and _trained_width(recipe, compute) == 4
-    return 2 * sizes.cast if casts and not _gathers_low(recipe) else 0
+    return 2 * values if casts and not _gathers_low(recipe) else 0
 
 
 def _gathers_low(recipe: Recipe) -> bool:
@@ -497,9 +496,14 @@ def _followed(
     size = recipe.longest_document if attention in ("borders", "groups") else tokens
 
     def held(kept: Kept) -> _Held:
-        count = len(kept.layers)  # the last one's output stays, too
-        inputs = kept.inputs * (count + 1) // count if recipe.model.checkpoints and count else 0
-        return _Held(kept.outside + inputs, kept.largest, sum(kept.layers), kept.passing)
+        default = Beyond(0, 0, _of_gradients(sizes, size, compute))
+        beyond = kept.beyond or (default,) * len(kept.layers)
+        if recipe.model.checkpoints:
+            copies = _copies(recipe, compute, sizes.cast - sizes.head.trained)
+            return _recomputed(kept, beyond, copies)
+        layers = sum(kept.layers)
+        most = max(map(add, accumulate(kept.layers), map(max, beyond)), default=0)
+        return _Held(kept.before, layers + kept.after, max(layers + kept.tail, most))
 
     kept = kept_by(recipe, size, compute, trained, attention)
     if kept is None:
@@ -509,6 +513,24 @@ def _followed(
     of_rows = _Held(*(round(a + beyond * (b - a)) for a, b in zip(one, two, strict=True)))
     masks = _masks(sizes, attention, size, device) * size**2 * _width(compute)
     return of_rows._replace(always=of_rows.always + masks)
+
+
+def _recomputed(kept: Kept, beyond: Sequence[Beyond], copies: int) -> _Held:
+    """What is held where each layer is computed again when its gradient has come.
+
+    Args:
+        kept, beyond: what the layers keep, and hold for a while.
+        copies: bytes of autocast's copies of the layers' weights, which it drops after the loss.
+    """
+    of_layers = (max(one.again, one.backward) for one in beyond)
+    most = max(map(add, kept.layers, of_layers), default=0)
+    always = kept.before + kept.inputs + kept.given
+    return _Held(always, kept.after + copies, max(most, kept.tail))
+
+
+def _of_gradients(sizes: Sizes, tokens: int, compute: DtypeName) -> int:
+    """Bytes of the gradients inside a layer, which exist when those of the logits are gone."""
+    return _BACKWARD * tokens * sizes.inner * _width(compute)
 
 
 def _masks(sizes: Sizes, attention: Attention, size: int, device: str) -> int:
@@ -545,11 +567,10 @@ def _of_a_llama(
     sums = sizes.added * width
     count = trained_layers(recipe, sizes)
     inputs = tokens * sizes.hidden * (width if recipe.trains_adapter else 4) * count
-    return _Held(
-        always=inputs if recipe.model.checkpoints else 0,
-        layer=layer + sums // count,
-        layers=layer * count + sums,
-    )
+    gradients = _of_gradients(sizes, tokens, compute)
+    if recipe.model.checkpoints:
+        return _Held(inputs, 0, layer + sums // count + gradients)
+    return _Held(0, layer * count + sums, layer * count + sums + gradients)
 
 
 def trained_layers(recipe: Recipe, sizes: Sizes) -> int:
@@ -576,8 +597,16 @@ def _logits_bytes(
 
 def _loss_sizes(recipe: Recipe, sizes: Sizes, compute: DtypeName, tokens: int) -> LossSizes:
     width = _width(compute)
-    of_state = width if recipe.trains_adapter or _gathers_low(recipe) else 4
-    return LossSizes(tokens, sizes.vocabulary, sizes.hidden, width, of_state)
+    is_wide = not recipe.trains_adapter and not _gathers_low(recipe)
+    copies = is_wide or (sizes.head.trained > 0 and _trained_width(recipe, compute) == 4)
+    return LossSizes(
+        tokens,
+        sizes.vocabulary,
+        sizes.hidden,
+        width,
+        of_state=4 if is_wide else width,
+        of_copy=width * sizes.head.values if copies and width != 4 else 0,
+    )
 
 
 def cache_bytes(sizes: Sizes, compute: DtypeName, tokens: int) -> int:
@@ -604,7 +633,7 @@ def _generated(recipe: Recipe, sizes: Sizes, compute: DtypeName, answers: int) -
     of_one = _generating(sizes, compute, recipe.data.max_length)
     sampled = _OF_TOP_P if recipe.method.samples_top_p else _SAMPLED_LOGIT
     logits = sizes.vocabulary * (sampled + _width(compute))
-    return _copies(recipe, sizes, compute) + answers * (of_one + logits)
+    return _copies(recipe, compute, sizes.cast) + answers * (of_one + logits)
 
 
 def _evaluation(recipe: Recipe, sizes: Sizes, compute: DtypeName, kind: str) -> int:
@@ -618,7 +647,7 @@ def _evaluation(recipe: Recipe, sizes: Sizes, compute: DtypeName, kind: str) -> 
     rows = recipe.microbatch * recipe.tokens_per_row  # held-out data fills them in any case
     measured = max(rows, recipe.optim.micro_batch_tokens or 0)
     loss = _logits_bytes(recipe, sizes, compute, kind, measured, trains=False)
-    return max(generated, loss) + _copies(recipe, sizes, compute)
+    return max(generated, loss) + _copies(recipe, compute, sizes.cast)
 
 
 def vllm_bytes(recipe: Recipe, sizes: Sizes, compute: DtypeName) -> tuple[int, int]:

@@ -20,7 +20,7 @@ from finray.cluster.screens.plan import render
 from finray.training.common.errors import InputError
 from finray.training.config.recipe import Recipe, load_recipe, recipe_from_dict
 from finray.training.models.devices import Room
-from finray.training.models.memory_estimate import estimate
+from finray.training.models.memory_estimate import estimate, sizes_of
 from finray.training.models.speed import Device, seconds_per_step, training_flops
 
 # peft calls a name that transformers has renamed.
@@ -419,6 +419,35 @@ def test_the_best_settings_are_valid_in_the_recipe(tiny_model: Path, chat_file: 
     settled = load_recipe(recipe, planned["best"])
     assert (settled.scale.workers, settled.scale.strategy) == (1, "ddp")
     assert settled.scale.gpus_per_worker == "auto"
+
+
+@pytest.mark.parametrize(
+    ("gpu", "changes"),
+    [
+        ("l4:3", {}),
+        ("h100:1000", {"optim": {"batch_size": 7, "micro_batch_tokens": 200}}),
+        ("v100:2", {"method": {"kind": "dpo"}, "scale": {"workers": [2, 6]}}),
+    ],
+    ids=["odd count", "more than rows", "elastic"],
+)
+def test_every_placement_is_planned_again_to_the_same_figures(
+    tiny_model: Path, gpu: str, changes: dict[str, Any]
+) -> None:
+    """With its settings in the recipe: the same peak, and hours that fit it."""
+    recipe = values(tiny_model, Path("/missing.jsonl"), **changes)
+    recipe["optim"] = {"batch_size": 8, **changes.get("optim", {}), "max_steps": 90}
+    planned = plan(recipe, gpu=gpu)
+    card, count = parse_gpus(gpu)
+    compute = "bfloat16" if card.has_bfloat16 else "float16"
+    assert planned["steps"] == 90
+    for row in planned["placements"]:
+        assert row["workers"] <= count
+        assert row["hours"] == pytest.approx(90 * row["seconds_per_step"] / 3600)
+        assert row["gpu_hours"] == pytest.approx(row["hours"] * row["workers"])
+        settled = load_recipe(recipe, row["settings"])
+        assert settled.microbatch == row["micro_batch_size"]
+        assert estimate(settled, sizes_of(settled), compute).peak == row["peak"]
+    assert plan(recipe, planned["best"], gpu=gpu)["placements"][0] == planned["placements"][0]
 
 
 def test_what_cannot_be_sharded_in_4_bits(tmp_path: Path, chat_file: Path) -> None:

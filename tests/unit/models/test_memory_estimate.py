@@ -159,6 +159,16 @@ def bytes_kept(
     return sum(storages.values())
 
 
+def whole(settings: Recipe) -> int:
+    """Bytes that are kept by the estimate."""
+    compute: DtypeName = "float32" if settings.model.dtype == "float32" else "bfloat16"
+    trained = next(w.dtype for w in load_model(settings).parameters() if w.requires_grad)
+    trained_name: DtypeName = "float32" if trained == torch.float32 else "bfloat16"
+    kept = kept_by(settings, TOKENS, compute, trained_name, "plain")
+    assert kept is not None
+    return kept[0].whole
+
+
 def estimated_bytes(settings: Recipe) -> int:
     """Bytes of a microbatch's activations and logits on a CPU."""
     return estimate(settings, sizes_of(settings), kind="cpu").activations
@@ -169,9 +179,7 @@ def estimated_bytes(settings: Recipe) -> int:
 def test_two_layers_keep_the_estimated_bytes(bases: dict[int, Path], case: str) -> None:
     """The values are equal; embedding, head and logits are the same in both models."""
     single, three = (recipe(bases[layers], **CASES[case]) for layers in (1, 3))
-    assert estimated_bytes(three) - estimated_bytes(single) == bytes_kept(three) - bytes_kept(
-        single
-    )
+    assert whole(three) - whole(single) == bytes_kept(three) - bytes_kept(single)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -240,11 +248,11 @@ def test_what_multiplies_it(bases: dict[int, Path]) -> None:
     plain = recipe(bases[3], **LORA)
     assert estimated_bytes(
         recipe(bases[3], **LORA, optim={"micro_batch_size": 3})
-    ) == pytest.approx(3 * estimated_bytes(plain), rel=0.01)
+    ) == pytest.approx(3 * estimated_bytes(plain), rel=0.03)
     # With few logits, the gradients inside a layer are the most that there is beside what is kept.
     for kind in ("simpo", "reward"):
         pairs = recipe(bases[3], **LORA, method={"kind": kind})
-        assert estimated_bytes(pairs) == pytest.approx(2 * estimated_bytes(plain), rel=0.01)
+        assert estimated_bytes(pairs) == pytest.approx(2 * estimated_bytes(plain), rel=0.03)
     full = recipe(bases[3], method={"kind": "dpo"})
     without = recipe(bases[3], method={"kind": "dpo", "precompute_reference": True})
     sizes = sizes_of(full)
@@ -534,7 +542,10 @@ def test_scores_of_packed_rows_are_those_of_their_documents(kind: str, tmp_path:
     assert packed.with_longest(9999).longest_document == TOKENS
     sizes = sizes_of(packed)
     own, bound = (estimate(each, sizes).activations for each in (shorter, packed))
-    assert own == bound if kind == "llama" else own < bound
+    if kind == "llama":
+        assert own == pytest.approx(bound, abs=8)
+    else:
+        assert own < bound
     values = {**packed.model_dump(mode="json"), "data": {"train": [{"path": "/x"}]}}
     values["data"] |= {"max_length": TOKENS // 4, "packing": True}
     values["optim"] = {"micro_batch_size": 4}
@@ -653,8 +664,11 @@ def test_what_dora_holds_for_a_moment(tmp_path: Path) -> None:
             held += event.nbytes()
             most = max(most, held)
     kept = kept_by(settings, TOKENS, "bfloat16", "bfloat16", "plain")
-    assert logits.requires_grad and kept is not None and kept[0].passing > 2 * 2048**2
-    expected = kept[0].whole + kept[0].passing + estimate(settings, sizes).transient
+    assert logits.requires_grad and kept is not None and kept[0].beyond is not None
+    beyond = max(one.forward for one in kept[0].beyond)
+    unpacked = 2 * sizes.largest
+    assert beyond > 6 * sizes.largest and estimate(settings, sizes).transient == 4 * unpacked
+    expected = kept[0].whole + beyond + unpacked
     assert most == pytest.approx(expected, rel=0.03)
 
 
@@ -777,3 +791,21 @@ def test_float16_is_not_sharded() -> None:
     half = {**text, "model": {"base": "/m", "dtype": "float16"}}
     with pytest.raises(ValidationError, match=r"fsdp: model.dtype float16 scales its gradients"):
         recipe_from_dict({**half, "scale": {"workers": 2, "strategy": "fsdp"}})
+
+
+@pytest.mark.parametrize("method", ["sft", "dpo", "reward"])
+def test_larger_parts_never_need_less(bases: dict[int, Path], method: str) -> None:
+    """Of rows, tokens and shards; checkpointing never needs more."""
+
+    def peaks(*changes: dict[str, Any]) -> list[int]:
+        made = [recipe(bases[3], **{"method": {"kind": method}, **each}) for each in changes]
+        return [estimate(each, sizes_of(each)).peak for each in made]
+
+    for base in (LORA, {}):
+        rows = peaks(*({**base, "optim": {"micro_batch_size": count}} for count in (1, 2, 4)))
+        assert rows == sorted(rows)
+        shards = [{"workers": count, "strategy": "fsdp"} for count in (8, 4, 2)]
+        sharded = peaks(*({**base, "scale": scale} for scale in shards))
+        assert sharded == sorted(sharded)
+        ways = peaks(*({**base, "model": {"gradient_checkpointing": on}} for on in (True, False)))
+        assert ways == sorted(ways)
