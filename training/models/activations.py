@@ -149,8 +149,8 @@ def _without_values(
     recipe: Recipe, mode: FakeTensorMode, compute: DtypeName, trained: DtypeName
 ) -> Model:
     """The model to train, on a CPU of which only shapes and types exist."""
-    model = build_meta_model(recipe, recipe.method.head)
     base = torch_dtype(compute) if recipe.trains_adapter else torch.float32
+    model = build_meta_model(recipe, recipe.method.head, dtype=base)  # of which buffers keep types
     made: dict[int, torch.Tensor] = {}
 
     def fake(tensor: torch.Tensor, is_weight: bool) -> torch.Tensor:

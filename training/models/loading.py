@@ -290,12 +290,16 @@ def count_parameters(model: torch.nn.Module) -> dict[str, int]:
 
 @locates
 def build_meta_model(
-    recipe: Recipe, head: Head = "causal", left_out: Collection[str] = ()
+    recipe: Recipe,
+    head: Head = "causal",
+    left_out: Collection[str] = (),
+    dtype: torch.dtype | None = None,
 ) -> Model:
     """The model to train on the meta device: built from its configuration, without weights.
 
     Args:
         recipe, head, left_out: as in `load_model`.
+        dtype: what its weights are loaded in; None as its configuration says.
 
     Raises:
         InputError: transformers has no such model with this head, or a name of a module or
@@ -305,7 +309,8 @@ def build_meta_model(
     trust = recipe.model.trust_remote_code
     added = AddedTokens.of(recipe)
     with torch.device("meta"):
-        base = model_from_config(config, head, "model.base", trust_remote_code=trust)
+        own = {} if dtype is None else {"dtype": dtype}
+        base = model_from_config(config, head, "model.base", trust_remote_code=trust, **own)
         model: Model = base
         make_room(base, added.trained, added.fresh)
         _check_quantisation(base, recipe)
