@@ -249,7 +249,7 @@ def machine(session: Session) -> dict[str, Any]:
     seen: dict[str, Any] = {"torch": torch.__version__, "python": sys.version.split()[0]}
     for name in ("transformers", "peft", "accelerate", "bitsandbytes"):
         seen[name] = metadata.version(name)
-    seen["grad_dtype"] = hasattr(torch.Tensor, "grad_dtype")
+    seen["grad_dtype"] = "grad_dtype" in dir(torch.Tensor)
     if not torch.cuda.is_available():
         return seen
     seen |= {"gpu": torch.cuda.get_device_name(), "cuda": torch.version.cuda}

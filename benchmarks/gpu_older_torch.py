@@ -1,5 +1,5 @@
 """Lets every process of an environment run with torch 2.11, whose attention by documents takes
-grouped heads without being told. `gpu_carry.sh` carries it as `sitecustomize.py`."""
+grouped heads by itself. `gpu_carry.sh` carries it as `sitecustomize.py`."""
 
 import sys
 from importlib.machinery import ModuleSpec, PathFinder

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Self
 
 import numpy as np
@@ -65,7 +65,7 @@ class Division:
         """
         kinds: list[list[int]] = [[], []]
         for place, row in enumerate(rows):
-            kinds[self._passes(row)].append(place)
+            kinds[self.passes_border(row)].append(place)
         return [part for kind in kinds if kind for part in self._parts(kind, rows)]
 
     def _parts(self, places: list[int], rows: Rows) -> list[list[int]]:
@@ -95,8 +95,14 @@ class Division:
                     rows=row.rows[side],
                 )
 
+    def sides(self, rows: Rows) -> list[Rows]:
+        """The rows of each side of the border, if there is one: equally many parts anywhere."""
+        if self.border is None:
+            return [rows]
+        return [[row for row in rows if self.passes_border(row) == side] for side in (False, True)]
+
     def in_order(self, rows: Iterator[Sequence]) -> Iterator[Rows]:
-        """Parts of rows that follow each other."""
+        """Parts of rows that follow each other, on either side of the border."""
         held: dict[int, Sequence] = {}
 
         def noted() -> Iterator[tuple[int, Sequence]]:
@@ -108,29 +114,38 @@ class Division:
             yield [held.pop(place) for place in part]
 
     def _grouped(self, rows: Iterator[tuple[int, Sequence]]) -> Iterator[list[int]]:
-        part: list[int] = []
-        longest = total = 0
-        passes = False
+        parts = _Part(), _Part()  # of either side of the border
         for place, row in rows:
-            longest, total = max(longest, self._longest(row)), total + len(row.input_ids)
-            count = len(part) + 1
+            part = parts[self.passes_border(row)]
+            longest = max(part.longest, self._longest(row))
+            total, count = part.total + len(row.input_ids), len(part.places) + 1
             size = total if self.is_flat else count * self.texts * longest
             is_full = count > self.rows if self.tokens is None else size > self.tokens
-            differs, passes = self._passes(row) != passes, self._passes(row)
-            if part and (is_full or differs):
-                yield part
-                part, longest, total = [], self._longest(row), len(row.input_ids)
-            part.append(place)
-        if part:
-            yield part
+            if part.places and is_full:
+                yield part.places
+                part.places, longest, total = [], self._longest(row), len(row.input_ids)
+            part.places.append(place)
+            part.longest, part.total = longest, total
+        yield from (part.places for part in parts if part.places)
 
-    def _passes(self, row: Sequence) -> bool:
+    def passes_border(self, row: Sequence) -> bool:
         """True if a text of the row passes the border."""
         return self.border is not None and int(row.lengths.max()) > self.border
 
     def _longest(self, row: Sequence) -> int:
         """Tokens of the row's longest text; documents that share a row are one."""
         return int(row.lengths.max()) if self.texts > 1 else len(row.input_ids)
+
+
+@dataclass
+class _Part:
+    """Rows of a forward pass that may take more."""
+
+    places: list[int] = field(default_factory=list)
+    longest: int = 0
+    """Tokens of the longest text."""
+    total: int = 0
+    """Tokens of all."""
 
 
 def number_of_parts(

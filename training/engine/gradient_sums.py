@@ -32,12 +32,15 @@ class GradientSums:
             weight.grad_dtype = None  # the gradient may have any type
         self._world_size = world_size
         self._sums: dict[int, torch.Tensor] = {}
+        self._added = 0
+        """Microbatches of this step so far, the same on all workers."""
 
     def add(self, is_last: bool) -> None:
         """Take the gradients of a microbatch; after the last one the weights have their sums."""
         if is_last:
             self._give_back()
             return
+        self._added += 1
         for index, weight in enumerate(self._weights):
             if weight.grad is None:
                 continue
@@ -49,7 +52,8 @@ class GradientSums:
 
     def _give_back(self) -> None:
         sums, self._sums = self._sums, {}
-        if self._world_size > 1 and sums:
+        added, self._added = self._added, 0
+        if self._world_size > 1 and added and self._weights:
             # All of them, in their order: a worker's rows may leave some without a gradient.
             for index, weight in enumerate(self._weights):
                 if index not in sums:

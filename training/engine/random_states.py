@@ -31,15 +31,20 @@ def save_random_state(file: Path, device: torch.device) -> None:
         "python": random.getstate(),
         "numpy": np.random.get_state(),
         "cpu": of_cpu,
-        "device": of_device,
     }
+    if of_device is not None:
+        state[device.type] = of_device
     torch.save(state, file)
 
 
 def load_random_state(file: Path, device: torch.device) -> None:
-    """Continue with the states in a file; those of transformers have none of the own GPU."""
+    """Continue with the states in a file; one of transformers holds a list of all GPUs' states, of
+    which the own is known only if there is a single one."""
     with safe_globals():
         state = torch.load(file, "cpu", weights_only=True)
     random.setstate(state["python"])
     np.random.set_state(state["numpy"])
-    set_random_state(device, (state["cpu"], state.get("device")))
+    own = None if device.type == "cpu" else state.get(device.type)
+    if isinstance(own, list):
+        own = own[0] if len(own) == 1 else None
+    set_random_state(device, (state["cpu"], own))

@@ -10,6 +10,7 @@ import torch
 
 from ..data.rendering import Document
 from ..models.out_of_memory import in_fitting_parts
+from ..models.rotary import length_border
 from ..objectives.logprobs import cross_entropies
 from .answering import windows
 from .opened import Opened
@@ -81,7 +82,8 @@ def loss_of(opened: Opened, rows: Sequence[PromptRow]) -> LossSum:
     documents = [document for one in rendered for document in one.documents]
     result.left_out = len(rows) - sum(bool(one.documents) for one in rendered)
     at_once = _TOKENS_AT_ONCE.get(opened.device.type, _ACCELERATOR_TOKENS)
-    for batch in _batches(documents, at_once):
+    border = length_border(opened.model.config)
+    for batch in _batches(documents, at_once, border):
         sums, _ = in_fitting_parts(
             *(batch, len(batch), lambda part: _sums(opened, part)),
             what="rows",
@@ -92,11 +94,16 @@ def loss_of(opened: Opened, rows: Sequence[PromptRow]) -> LossSum:
     return result
 
 
-def _batches(documents: Sequence[Document], tokens: int) -> Iterator[list[Document]]:
-    """Documents of similar length, of at most so many tokens with their padding."""
+def _batches(
+    documents: Sequence[Document], tokens: int, border: int | None
+) -> Iterator[list[Document]]:
+    """Documents of similar length, of at most so many tokens with their padding, on one side of the
+    border."""
     batch: list[Document] = []
     for document in sorted(documents, key=lambda one: len(one.input_ids)):
-        if batch and (len(batch) + 1) * len(document.input_ids) > tokens:
+        size = len(document.input_ids)
+        passes = border is not None and bool(batch) and len(batch[0].input_ids) <= border < size
+        if batch and (passes or (len(batch) + 1) * size > tokens):
             yield batch
             batch = []
         batch.append(document)

@@ -18,9 +18,6 @@ _VARIABLES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
 _BACKENDS = {"cuda": "nccl", "xpu": "xccl"}
 _MEETING_SECONDS = 600
 """Time in which all workers must come."""
-_LONGEST = timedelta(days=1)
-"""Time after which a collective fails: workers wait for one whose storage is slow; one that ends or
-hangs (scale.hang_timeout) ends the others long before."""
 
 
 @dataclass(frozen=True)
@@ -49,6 +46,8 @@ def join_group(place: Place, own_address: str) -> None:
     """
     import torch.distributed as dist
 
+    from ..models.cpu_group import LONGEST
+
     _choose_interface(own_address)
     places = {
         "RANK": place.rank,
@@ -76,10 +75,10 @@ def join_group(place: Place, own_address: str) -> None:
         store=store,
         rank=place.rank,
         world_size=place.world_size,
-        timeout=_LONGEST,
+        timeout=LONGEST,
     )
     # NCCL's workers meet here once more, at their first collective.
-    store.set_timeout(_LONGEST)
+    store.set_timeout(LONGEST)
 
 
 def interface_of(address: str) -> str | None:

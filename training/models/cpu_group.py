@@ -5,8 +5,8 @@ from datetime import timedelta
 import torch.distributed as dist
 
 LONGEST = timedelta(days=1)
-"""Time for which workers wait for the slowest, such as one that writes to a slow storage; one that
-ends or hangs (scale.hang_timeout) ends the others long before."""
+"""Time for which workers wait for the slowest, such as one that writes to a slow storage. One that
+ends, or hangs, ends the others long before, unless scale.hang_timeout is null."""
 
 
 def cpu_group() -> dist.ProcessGroup:

@@ -250,8 +250,8 @@ def get_random_state(device: "torch.device") -> RandomState:
 
 
 def set_random_state(device: "torch.device", state: RandomState) -> None:
-    """Set the generators to a state of `get_random_state`; one of another kind of device sets the
-    CPU's alone."""
+    """Set the generators to a state of `get_random_state` for the same kind of device; without a
+    GPU's, to the CPU's alone."""
     import torch
 
     of_cpu, own = state

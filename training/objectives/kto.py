@@ -68,17 +68,21 @@ class KtoObjective(Objective):
         ratios = [torch.zeros(0, device=device)]
         labels = [torch.zeros(0, dtype=torch.bool, device=device)]
         divergences = [torch.zeros(0, device=device)]
-        last: Sequence | None = None
+        last: dict[bool, Sequence] = {}  # on each side of the border
         for rows in microbatches:
             batch = self.collate(rows).to(device)
             ratios.append(self._sums(self.model, batch) - self._reference(self._sums, batch))
             labels.append(batch.extra["desirable"])
             if self._settings.loss == "kto":
                 real = [row for row in rows if row.rows.size]
-                later = real if last is not None else real[1:]
-                before = _mismatched(later, last or real[0], self._max_length) if later else []
-                divergences.append(self._divergences(before))
-                last = real[-1] if real else last
+                before: Rows = []
+                if real:
+                    side = self.division.passes_border(real[0])
+                    later = real if side in last else real[1:]
+                    if later:
+                        before = _mismatched(later, last.get(side, real[0]), self._max_length)
+                    last[side] = real[-1]
+                divergences += [self._divergences(part) for part in self.division.sides(before)]
         baseline = self._mean(torch.cat(divergences))
         ratio, desirable = torch.cat(ratios), torch.cat(labels)
         losses = answer_losses(ratio, desirable, baseline, self._settings).double()

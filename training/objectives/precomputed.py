@@ -29,7 +29,7 @@ from .objective import Setup
 from .preference import Split
 from .references import Compute, Reference
 
-_VERSION = 4
+_VERSION = 5
 """Increase it when the same reference would give other values."""
 
 _PLACES = {"base", "revision", "adapter"}

@@ -92,6 +92,20 @@ def test_no_rows_are_no_parts(is_flat: bool, tokens: int | None) -> None:
     assert Division(4, tokens, is_flat).parts([]) == []
 
 
+def test_rows_that_pass_the_border_share_no_part_with_others() -> None:
+    """And parts of either side fill up, however rows alternate."""
+    rows = rows_of([(5,), (20,)] * 8)
+    division = Division(4, None, True, 1, border=8)
+    for parts in (
+        list(division.in_order(iter(rows))),
+        [[rows[place] for place in part] for part in division.parts(rows)],
+    ):
+        sizes = sorted([len(row.input_ids) for row in part] for part in parts)
+        assert sizes == [[5] * 4, [5] * 4, [20] * 4, [20] * 4]
+        assert sorted(int(row.rows[0]) for part in parts for row in part) == list(range(16))
+    assert [len(side) for side in division.sides(rows[:3])] == [2, 1]
+
+
 def test_a_row_above_the_budget_has_a_part_of_its_own() -> None:
     rows = rows_of([(50,), (9,), (9,)])
     for is_flat in (False, True):

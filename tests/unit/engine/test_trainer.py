@@ -232,10 +232,17 @@ def test_workers_add_up_gradients_that_some_of_them_lack(tmp_path: Path) -> None
                     value = 0.0 if is_last else float(10**number)
                     weight.grad = torch.full((2,), value, dtype=torch.bfloat16)
             sums.add(is_last)
-        return {"gradients": torch.stack([each.grad for each in weights if each.grad is not None])}
+        # One whose worker has none at all, before the last.
+        lone = torch.nn.Parameter(torch.zeros(2, dtype=torch.bfloat16))
+        alone = GradientSums([lone], world_size)
+        lone.grad = torch.full_like(lone, 3.0) if rank == 0 else None
+        alone.add(False)
+        lone.grad = torch.zeros_like(lone)
+        alone.add(True)
+        return {"gradients": torch.stack([e.grad for e in (*weights, lone) if e.grad is not None])}
 
     # Of four microbatches one leaves out the first, two the second, one the third; halved.
-    expected = torch.tensor([[1.5, 1.5], [10.0, 10.0], [150.0, 150.0]])
+    expected = torch.tensor([[1.5, 1.5], [10.0, 10.0], [150.0, 150.0], [1.5, 1.5]])
     for saved in steps.by_workers(2, tmp_path, work):
         torch.testing.assert_close(saved["gradients"], expected, rtol=0.0, atol=0.0)
 

@@ -1,5 +1,6 @@
 """Texts whose length changes the positions of a whole forward pass, beside others."""
 
+import json
 from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
@@ -14,9 +15,16 @@ from transformers import LlamaConfig, Phi3Config, Phi3ForCausalLM
 
 from finray.training.config.recipe import recipe_from_dict
 from finray.training.config.sections import Isolation
+from finray.training.data.rendering import Document
 from finray.training.data.stream import Sequence
 from finray.training.engine.methods import objective_of
+from finray.training.evaluation.losses import _batches
+from finray.training.models.loading import load_model
 from finray.training.models.rotary import length_border
+from finray.training.objectives.kto import KtoObjective
+
+# peft calls a name that transformers has renamed.
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 
 BORDER = 8
 SIZES: dict[str, Any] = {
@@ -99,6 +107,60 @@ def test_a_long_document_leaves_short_ones_beside_it_as_they_are(
         parts = objective.evaluated.in_order(iter(rows))
         measured = objective.evaluate_held_out(parts, torch.device("cpu"))
     assert float(measured[0, 0]) == pytest.approx(float(expected.detach()), rel=1e-10)
+
+
+def test_held_out_answers_are_measured_apart(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """KTO's, whose baseline is of answers to other prompts: the same for any microbatch."""
+    # Without its lower bound, below which random weights are.
+    monkeypatch.setattr(KtoObjective, "_mean", lambda _, divergences: divergences.double().mean())
+    torch.manual_seed(0)
+    phi3().float().save_pretrained(tmp_path)
+    # (tokens, those of the prompt): a short text of two long ones, and the other way round.
+    sizes = [(5, 2), (9, 7), (6, 3), (20, 2), (7, 4), (30, 3), (BORDER, 5)]
+    rows = [
+        replace(row, trainable=np.arange(size) >= prompt, extra=json.dumps({"label": prompt > 3}))
+        for (size, prompt), row in zip(sizes, rows_of(*([size] for size, _ in sizes)), strict=True)
+    ]
+
+    def measured(micro: int) -> torch.Tensor:
+        recipe = recipe_from_dict(
+            {
+                "name": "x",
+                "model": {"base": str(tmp_path), "dtype": "float32"},
+                "adapter": {"rank": 2},
+                "method": {"kind": "kto", "beta": 2.0},
+                "data": {"train": [{"path": "/x"}], "max_length": 64},
+                "optim": {"batch_size": 8, "micro_batch_size": micro},
+            }
+        )
+        torch.manual_seed(1)
+        model = load_model(recipe).eval()
+        for name, weight in model.named_parameters():
+            if "lora_B" in name:
+                torch.nn.init.normal_(weight)
+        setup = make_setup(recipe, model, tmp_path, 0, 1)
+        objective = objective_of(replace(setup, isolation="documents"))
+        parts = objective.evaluated.in_order(iter(rows))
+        with torch.no_grad():
+            return objective.evaluate_held_out(parts, torch.device("cpu"))
+
+    single, several = measured(1), measured(4)
+    assert single[0, 1] == len(rows) and single[3, 0] < 0  # the baseline
+    torch.testing.assert_close(several, single, rtol=5e-5, atol=1e-6)
+
+
+def test_evaluated_answers_share_no_batch_across_the_border() -> None:
+    trained = np.ones(30, np.bool_)
+    documents = [
+        Document(np.full(size, 3, np.int32), trained[:size], (size,))
+        for size in (20, 5, BORDER + 1, BORDER, 3)
+    ]
+    sizes = [[len(one.input_ids) for one in batch] for batch in _batches(documents, 1000, BORDER)]
+    assert sizes == [[3, 5, BORDER], [BORDER + 1, 20]]
+    (whole,) = _batches(documents, 1000, None)
+    assert len(whole) == len(documents)
 
 
 def test_borders_of_configurations() -> None:
