@@ -28,7 +28,7 @@ class Watch:
     def __init__(self) -> None:
         self.facts: dict[str, Any] = {}
         self._caught: Any = None
-        self._found: list[Any] = []
+        self._warnings: list[Any] = []
         self._profile: Any = None
 
     def install(self) -> None:
@@ -60,7 +60,7 @@ class Watch:
         import torch
 
         self._caught = warnings.catch_warnings(record=True)
-        self._found = self._caught.__enter__()
+        self._warnings = self._caught.__enter__()
         warnings.simplefilter("always")
         if torch.cuda.is_available():
             torch.cuda.set_sync_debug_mode("warn")
@@ -73,7 +73,7 @@ class Watch:
         self._caught.__exit__(None, None, None)
         places = Counter(
             f"{'/'.join(Path(one.filename).parts[-2:])}:{one.lineno}"
-            for one in self._found
+            for one in self._warnings
             if "synchroniz" in str(one.message)
         )
         self.facts["waits_per_step"] = places.total() / (WAITS[1] - WAITS[0])

@@ -237,7 +237,7 @@ def test_less_memory_than_a_worker_needs_is_noted() -> None:
 
     for memory in ("29Gi", "32G", "32000000k", "30000Mi", "64"):
         assert f"--memory {memory} is less than 30Gi" in (note(memory) or "")
-    for memory in ("30Gi", "33G", "33000000K", "31000Mi", "1T", "1Ti", str(30 * 2**30), None):
+    for memory in ("30Gi", "33G", "33000000k", "31000Mi", "1T", "1Ti", str(30 * 2**30), None):
         assert note(memory) is None
     with pytest.raises(InputError, match="--gpu: the overlay cpu has no GPUs"):
         rendered(recipe(), "cpu", least_memory=1)
