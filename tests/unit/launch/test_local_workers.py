@@ -57,10 +57,18 @@ def started(
     settings, others = ScaleSettings(workers=2, **scale), worker_processes()
     request = WorkerRequest(2, 2, 1.0, 0.0)
     with LocalLauncher(settings, request, 2, Stop(), env, verbose=False) as workers:
-        children = [child for child in worker_processes() if child not in others]
-        assert len(children) == 2
-        yield workers, children
-    assert not any(child.is_running() for child in children)
+        yield workers, two_beside(others)
+    assert not any(child.is_running() for child in worker_processes() if child not in others)
+
+
+def two_beside(others: list[psutil.Process]) -> list[psutil.Process]:
+    """The two workers; a forked one takes its name when it begins."""
+    deadline = time.monotonic() + DEADLINE
+    while len(own := [child for child in worker_processes() if child not in others]) < 2:
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    assert len(own) == 2
+    return own
 
 
 def prepare_again() -> None:
