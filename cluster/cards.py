@@ -73,10 +73,14 @@ _BESIDE = re.compile(
 """Words that drivers write beside a card's name."""
 _KINDS = ("nvl", "pcie")
 """Those that make another card of some: an H100 NVL has more memory than an H100."""
-_COUNTED = re.compile(r"\s*(\d+)\s*[x*:]\s*(\S.*)|\s*(.*\S)\s*[x*]\s*(\d+)\s*", re.IGNORECASE)
+_COUNTED = (
+    re.compile(r"\s*(?P<number>\d+)\s*[x*:]\s*(?P<name>\S.*)", re.IGNORECASE),
+    re.compile(r"\s*(?P<name>.*\S)\s*[x*]\s*(?P<number>\d+)\s*", re.IGNORECASE),
+)
 """8xh100 and h100x8, which are written h100:8."""
 _SLICE = re.compile(r"\bmig\b|\b\d+g\.\d+gb\b")
 """A part of a card has such a name: MIG 1g.10gb."""
+_SERIES = re.compile(r"(?P<letters>[a-z ]*)(?P<number>\d+)")
 _SIZE = r"(\d+)(?:g|gb|gib)?"
 _LIKE = 0.1
 """Two sizes of memory that differ by this share are one: of 80 GB a driver may call 81."""
@@ -95,10 +99,10 @@ def parse_gpus(text: str) -> tuple[Card, int]:
         raise InputError(f"--gpu {text}: a plan takes whole cards, and no MIG slices of one")
     card = _named(name)
     if card is None:
-        near = _rewritten(text) or _nearest("".join(_own_words(name)))
+        near = _rewritten(text) or _nearest(_own_words(name))
         hint = f"; did you mean {near}?" if near else ""
         raise InputError(f"--gpu {text}: there is no such card{hint} ({', '.join(CARDS)})")
-    if separator and not (number.isdecimal() and 1 <= int(number) <= _MOST):
+    if separator and not _is_count(number):
         raise InputError(
             f"--gpu {text}: expected the number of GPUs, 1 to {_MOST}, behind the colon: {name}:8"
         )
@@ -119,10 +123,15 @@ def _named(name: str) -> Card | None:
 
 def _rewritten(text: str) -> str | None:
     """`h100:8` for 8xh100 and h100x8."""
-    if (match := _COUNTED.fullmatch(text)) is None:
-        return None
-    card, number = _named(match[2] or match[3]), match[1] or match[4]
-    return f"{card.name}:{number}" if card else None
+    for pattern in _COUNTED:  # 4090x2 is both
+        match = pattern.fullmatch(text)
+        if match and (card := _named(match["name"])) and _is_count(match["number"]):
+            return f"{card.name}:{int(match['number'])}"
+    return None
+
+
+def _is_count(number: str) -> bool:
+    return number.isdecimal() and len(number) < 10 and 1 <= int(number) <= _MOST
 
 
 def _names() -> dict[str, list[Card]]:
@@ -151,20 +160,39 @@ def _like(cards: Collection[Card], gigabytes: int) -> list[Card]:
     return [card for card in cards if abs(card.gigabytes / max(gigabytes, 1) - 1) <= _LIKE]
 
 
-def _nearest(plain: str) -> str | None:
-    """The card whose name is most like a text; one of its memory, if the text says how much."""
+def _nearest(words: list[str]) -> str | None:
+    """The card of the same number whose name is most like these words; one of their memory, if they
+    say how much."""
+    plain = "".join(words)
     size = re.search(r"(\d+)(?:gb|gib)$", plain)
     alike = _like(CARDS.values(), int(size[1])) if size else []
     start = max((name for name in _names() if plain.startswith(name)), key=len, default="")
     of_start = _names().get(start, ())
     chosen = [
-        card for card in alike or CARDS.values() if card.name.startswith(start) or card in of_start
+        card
+        for card in alike or CARDS.values()
+        if (card.name.startswith(start) or card in of_start)
+        and _is_of_series(" ".join(words), card)
     ]
+    if not chosen:
+        return None
     if size and start and not alike:
         chosen = [min(chosen, key=lambda card: abs(card.gigabytes - int(size[1])))]
     names = [card.name for card in chosen]
     near = difflib.get_close_matches(plain, names, 1, 0.0 if alike or start else 0.6)
     return near[0] if near else None
+
+
+def _is_of_series(name: str, card: Card) -> bool:
+    """True if a name has the card's number behind its letter: of rtx and pro, which are longer, one
+    may be misspelt."""
+    typed, own = _SERIES.match(name), _SERIES.match(card.name)
+    if typed is None or own is None or typed["number"] != own["number"]:
+        return False
+    letters, of_card = (match["letters"].replace(" ", "") for match in (typed, own))
+    if letters.removeprefix("rtx") == of_card.removeprefix("rtx"):
+        return True
+    return min(len(letters), len(of_card)) > 1
 
 
 def link_of(card: Card, workers: int) -> float:

@@ -95,9 +95,7 @@ def inspect_recipe(recipe: Recipe, *, trains_here: bool = True, trains: bool = T
         inspected[split] = []
         for index, source in enumerate(sources):
             with about(f"data.{split}.{index}"):
-                rows = inspect_source(
-                    source, recipe.method, recipe.data.max_row_bytes, count_all, tokenizer
-                )
+                rows = inspect_source(source, recipe.method, recipe.data.max_row_bytes, count_all)
             inspected[split].append(rows)
     _check_template(recipe, folder, tokenizer, [*inspected["train"], *inspected["eval"]])
     if trains:

@@ -15,9 +15,9 @@ from .sweep_folder import lineage
 
 _STYLES = {"finished": "trial", "pruned": "trial-pruned", "failed": "trial-pruned"}
 _ENOUGH = 2
+"""Number of finished trials that a comparison needs."""
 _ENOUGH_TO_EXPLAIN = 10
 """Trials; of fewer, the share of a setting is mostly chance."""
-"""Number of finished trials that a comparison needs."""
 
 
 def progress_charts(record: Record) -> list[Chart]:

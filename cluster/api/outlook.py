@@ -11,7 +11,7 @@ from ...training.data.prepare import find_prepared
 from ...training.data.prepared import CUT, STREAMED, Prepared, remarks
 from ...training.data.rendering import OVERLONG
 from ...training.data.resolve import resolve_data
-from ...training.data.sample import measure_sample
+from ...training.data.sample import SampleFigures, measure_sample
 from ...training.data.window_plan import WindowPlan
 from ...training.inspection import Inspection, check_log, check_storage, inspect_recipe
 from ...training.records.resume import RunState
@@ -143,6 +143,7 @@ def _estimated(recipe: Recipe, inspection: Inspection) -> dict[str, Any]:
     values: dict[str, Any] = {"is_exact": False, "tokens": None, "sequences": None}
     if inspection.model_folder is not None:
         figures = measure_sample(recipe)
+        values |= _totals(recipe, inspection, figures)
         values |= {
             "sample": figures.rows,
             "trained_share": figures.trained_share,
@@ -155,16 +156,24 @@ def _estimated(recipe: Recipe, inspection: Inspection) -> dict[str, Any]:
         values |= {"streams": True, "notes": [*values.get("notes", ()), STREAMED]}
     if recipe.data.is_curated:
         values["notes"] = [*values.get("notes", ()), _BEFORE_CURATION]
-    weights = [source.weight * (1 - recipe.data.held_out_share) for source in recipe.data.train]
-    pairs = list(zip(inspection.train, weights, strict=True))
-    counts = [source.tokens for source, _ in pairs]
-    if None in counts:
-        return values
-    tokens = round(sum((source.tokens or 0) * weight for source, weight in pairs))
-    rows = round(sum(source.rows * weight for source, weight in pairs))
+    return values
+
+
+def _totals(recipe: Recipe, inspection: Inspection, figures: SampleFigures) -> dict[str, Any]:
+    """Tokens and sequences of all rows, as many to a row as the first ones have; none if no first
+    row fits."""
+    tokens = documents = 0.0
+    sources = zip(recipe.data.train, inspection.train, figures.train, strict=True)
+    for source, inspected, first in sources:
+        share = source.weight * (1 - recipe.data.held_out_share)
+        of_one = share * inspected.rows / max(1, first.rows)
+        tokens += first.tokens * of_one
+        documents += first.documents * of_one
+    if not documents:
+        return {}
     packed = max(1, round(tokens / (recipe.data.max_length * _TYPICAL_FILL)))
-    sequences = min(packed, rows) if recipe.packs else rows
-    return {**values, "tokens": tokens, "sequences": sequences}
+    whole = max(1, round(documents))
+    return {"tokens": round(tokens), "sequences": min(packed, whole) if recipe.packs else whole}
 
 
 @locates

@@ -157,7 +157,7 @@ def _work(recipe: Recipe, card: Card) -> dict[str, Any]:
         work["note"] = str(error)
     if recipe.model.dtype == "bfloat16" and not card.has_bfloat16:
         slow = f"model.dtype: {card.title} emulates bfloat16, many times slower; auto takes float16"
-        work["note"] = slow if work["note"] is None else f"{work['note']}; {slow}"
+        work["note"] = slow if work["note"] is None else f"{work['note']}\n{slow}"
     if data["sequences"]:
         work |= {
             "steps": recipe.total_steps(data["sequences"]),

@@ -18,8 +18,8 @@ def render(outlook: dict[str, Any]) -> str:
         rows.append(
             (
                 source["split"],
-                f"{source['path']}: {words}{formatting.count(source['rows'])} rows of "
-                f"{source['format']}, {source['files']} file{'s'[: source['files'] != 1]}",
+                f"{source['path']}: {words}{formatting.counted(source['rows'], 'row')} of "
+                f"{source['format']}, {formatting.counted(source['files'], 'file')}",
             )
         )
     if data["tokens"] is not None:
@@ -27,7 +27,7 @@ def render(outlook: dict[str, Any]) -> str:
             (
                 "tokens",
                 f"{about}{formatting.count(data['tokens'])} in "
-                f"{formatting.count(data['sequences'])} sequences" + _how_to_measure(data),
+                f"{formatting.counted(data['sequences'], 'sequence')}" + _how_to_measure(data),
             )
         )
     rows += _of_rows(data)
@@ -35,8 +35,8 @@ def render(outlook: dict[str, Any]) -> str:
     rows += [("note", note) for note in data.get("notes", ())]
     rows += _unread(outlook["sources"])
     if outlook["steps"] is not None:
-        steps = f"{about}{formatting.count(outlook['steps'])}"
-        rows.append(("steps", f"{steps} of {outlook['batch_size']} sequences"))
+        each = formatting.counted(outlook["batch_size"], "sequence")
+        rows.append(("steps", f"{about}{formatting.count(outlook['steps'])} of {each}"))
     if parameters is not None:
         share = parameters["trainable"] / parameters["total"]
         rows.append(
@@ -85,12 +85,9 @@ def _of_rows(data: dict[str, Any]) -> list[tuple[str, str]]:
         rows.append(("trained", f"{formatting.percent(data['trained_share'])} of the tokens{of}"))
     if data["overlong"]:
         limit = formatting.count(data["max_length"])
-        rows.append(
-            (
-                "note",
-                f"{formatting.count(data['overlong'])} rows are longer than {limit} tokens{of}",
-            )
-        )
+        longer = formatting.counted(data["overlong"], "row")
+        verb = "is" if data["overlong"] == 1 else "are"
+        rows.append(("note", f"{longer} {verb} longer than {limit} tokens{of}"))
     return rows
 
 

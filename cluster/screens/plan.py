@@ -24,9 +24,9 @@ def render(planned: dict[str, Any], changes: Sequence[str] = ()) -> str:
     """
     gpus = f"{planned['gpus']} x {planned['gpu']}"
     share = f"{100 * planned['utilisation']:g}%"
-    steps = "steps unknown, as the data is not on this machine"
+    steps = "steps unknown"
     if planned["steps"] is not None:
-        steps = f"{formatting.count(planned['steps'])} steps"
+        steps = formatting.counted(planned["steps"], "step")
     header = f"{planned['name']} on {gpus}, at {share} of their 16-bit speed; {steps}"
     table = _aligned([*_HEADINGS, *(_row(row) for row in planned["placements"])])
     if planned["best"] is not None:
@@ -38,7 +38,7 @@ def render(planned: dict[str, Any], changes: Sequence[str] = ()) -> str:
         end = f"none fits; the nearest that would: {planned['nearest']}"
     else:
         end = "none fits, nor would a shorter data.max_length, or up to 64 GPUs of another card"
-    notes = [] if planned["note"] is None else [f"note: {planned['note']}"]
+    notes = [f"note: {line}" for line in (planned["note"] or "").splitlines()]
     return "\n".join([header, *notes, "", *table, "", end])
 
 

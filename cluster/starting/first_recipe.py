@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ...training.common.errors import InputError
-from ...training.common.formatting import count, percent
+from ...training.common.formatting import count, counted, percent
 from ...training.common.yaml_text import load_yaml
 from ...training.config.methods import METHODS
 from ...training.config.model_folder import model_folder
@@ -81,7 +81,8 @@ class FirstRecipe:
     values: dict[str, Any]
     """The recipe's settings, as `finray.check` and `finray.train` take them; paths are absolute."""
     fault: str | None = None
-    """Why the recipe cannot be used yet: the model's chat template does not take the rows."""
+    """Why the recipe cannot be used yet: the model's chat template does not take the rows, or all
+    are longer than it takes."""
 
 
 def first_recipe(
@@ -131,10 +132,10 @@ def first_recipe(
         method_settings["max_completion"] = _completion(_positions(folder))
         start["optim"] = {"batch_size": 8}
     look = look_at_rows(load_recipe(start), folder)
-    if look.longer > _FEW:
+    if look.longer > _FEW and not look.leaves_all_out:
         notes.append(
             f"{percent(look.longer)} of the first rows are longer than the model takes, and left "
-            "out; data.overlong: truncate cuts them instead"
+            f"out; {_cutting(kind)} cuts them instead"
         )
     _data(choices, place, look, kind, folder, target)
     _adapter(choices, kind)
@@ -153,10 +154,26 @@ def first_recipe(
     if rewards:
         files = [{"file": resolve_path(name, Path.cwd())} for name in rewards]
         absolute["method"]["rewards"] = files
-    fault = None
-    if look.unrendered > recipe.data.max_bad_rows:
-        fault = f"{_unrendered(look)} of the rows cannot be used with {base}: {look.fault}"
+    fault = _fault(look, kind, base, recipe.data.max_bad_rows)
     return FirstRecipe(text, base, kind, folder is not None, tuple(notes), absolute, fault)
+
+
+def _fault(look: RowsLook, kind: str, base: str, max_bad_rows: float) -> str | None:
+    """Why the rows cannot be used with the model; None if they can."""
+    if look.unrendered > max_bad_rows:
+        return f"{_unrendered(look, ' of the rows')} with {base}: {look.fault}"
+    if look.leaves_all_out:
+        return (
+            f"all of the first rows are longer than {base} takes, and left out; "
+            f"{_cutting(kind)} cuts them instead"
+        )
+    return None
+
+
+def _cutting(kind: str) -> str:
+    """The setting that cuts long rows; of a prompt, the end is the request itself."""
+    side = "truncate_left" if METHODS[kind].samples_online else "truncate"
+    return f"data.overlong: {side}"
 
 
 def _kind(method: str | None, likely: str, shape: str, rewards: Sequence[str]) -> str:
@@ -214,7 +231,7 @@ def _name(data: str, kind: str) -> str:
 
 def _rows(look: RowsLook) -> str:
     about_ = "" if look.is_exact else "about "
-    return f"{about_}{count(look.rows)} rows of {look.format}"
+    return f"{about_}{counted(look.rows, 'row')} of {look.format}"
 
 
 def _method(
@@ -264,7 +281,11 @@ def _data(
     own = min(most, _rounded(look.lengths["0.99"] or most))
     length = min(most, max(own, 1024)) if packs else own
     lines = _lengths(look)
-    if packs:
+    if look.leaves_all_out:
+        lines = "All of the first rows are longer than the model takes."
+    elif look.is_split:
+        lines = f"Texts are split into pieces of up to {count(length)} tokens."
+    if packs and not look.leaves_all_out:
         lines += " Short ones share a sequence, isolated from each other."
     if METHODS[kind].samples_online:
         completion = _completion(most)
@@ -272,9 +293,11 @@ def _data(
         choices.choose("method.max_completion", completion, "Longest answer, in tokens.")
         lines += " Prompt and answer share it."
     longest = look.lengths["1"]
-    if longest is None or longest > length:
-        cut = "left out, and counted; data.overlong: truncate cuts them instead"
-        lines += f" Longer ones are {'split' if look.format == 'text' else cut}."
+    if look.format == "text":
+        if not look.is_split and (longest is None or longest > length):
+            lines += f" Longer ones are split into pieces of up to {count(length)} tokens."
+    elif longest is None or longest > length:
+        lines += f" Longer ones are left out, and counted; {_cutting(kind)} cuts them instead."
     choices.choose("data.max_length", length, lines)
     if look.lacks_template:
         why = "The tokenizer has no chat template. Its marks get rows of their own."
@@ -315,12 +338,14 @@ def _of_rows(look: RowsLook, source: dict[str, Any], kind: str) -> str:
     if look.bad:
         lines += f" Of the first {look.bad + look.usable}, {look.bad} cannot be used."
     if look.fault:
-        lines += f" {_unrendered(look)} cannot be used with this model: {look.fault}."
+        lines += f" {_unrendered(look)} with this model: {look.fault}."
     return lines
 
 
-def _unrendered(look: RowsLook) -> str:
-    return "All" if look.unrendered == 1 else percent(look.unrendered)
+def _unrendered(look: RowsLook, of: str = "") -> str:
+    if look.unrendered == 1:
+        return f"None{of} can be used"
+    return f"{percent(look.unrendered)}{of} cannot be used"
 
 
 def _completion(most: int) -> int:
@@ -365,13 +390,11 @@ def _duration(choices: Choices, look: RowsLook, kind: str, workers: int) -> None
     least = 2 if kind == "kto" else 1
     wished = max(least, min(16, 2 ** int(math.log2(max(1, sequences / _STEPS)))))
     batch = min(max(wished, workers), max(least, sequences))
-    unit = "packed sequences" if METHODS[kind].packs else "rows"
     steps = max(1, math.ceil(epochs * sequences / batch))
-    choices.choose(
-        "optim.batch_size", batch,
-        f"About {count(sequences)} {unit} make {count(steps)} steps. LoRA learns well from small "
-        "batches.",
-    )  # fmt: skip
+    units = counted(sequences, "packed sequence" if METHODS[kind].packs else "row")
+    makes = f"About {units} make{'s'[: sequences == 1]} {counted(steps, 'step')}. "
+    why = "LoRA learns well from small batches."
+    choices.choose("optim.batch_size", batch, why if look.leaves_all_out else makes + why)
 
 
 def _provisional(choices: Choices, start: dict[str, Any]) -> dict[str, Any]:
@@ -490,8 +513,8 @@ def _held_out_share(look: RowsLook) -> float:
 def _sequences(choices: Choices, look: RowsLook, kind: str) -> int:
     """Sequences of an epoch, about."""
     share = 1 - _held_out_share(look)
-    rows = round(look.rows * (1 - look.longer) * share)
-    if METHODS[kind].packs:
+    rows = round(look.kept * share)
+    if METHODS[kind].packs and not look.leaves_all_out:
         packed = math.ceil(look.tokens * share / choices.values["data"]["max_length"])
         rows = packed if look.format == "text" else min(rows, packed)
     return max(1, rows)
@@ -501,8 +524,10 @@ def _held_out(choices: Choices, look: RowsLook, kind: str) -> None:
     share = _held_out_share(look)
     if not share:
         return
-    rows = max(1, round(look.rows * share))
-    why = f"About {count(rows)} rows measure whether the model still learns, or only memorises."
+    rows = max(1, round(look.kept * share))
+    verb = f"measure{'s'[: rows == 1]}"
+    what = f"About {counted(rows, 'row')} {verb}"
+    why = f"{what} whether the model still learns, or only memorises."
     choices.choose("data.holdout", share, why)
     optim = choices.values["optim"]
     per_step = optim["batch_size"] // choices.values["method"].get("generations", 1)

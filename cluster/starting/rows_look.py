@@ -79,12 +79,26 @@ class RowsLook:
     """Share of the first rows that it cannot render."""
     longer: float = 0.0
     """Share of the first rows that are left out, as they are longer than the model takes."""
+    is_split: bool = False
+    """True if a measured text is longer than the model takes: the lengths are those of pieces."""
     bad: int = 0
     """Of the first rows, those that cannot be used."""
     usable: int = 0
     """Of the first rows, those that can be used."""
     is_verbatim: bool = False
     """True if texts are read as they are, without the chat template."""
+
+    @property
+    def kept(self) -> float:
+        """Rows that are neither left out nor impossible to render, about; all where none is left,
+        as settings then have to change."""
+        share = 1 - self.longer - self.unrendered
+        return self.rows * (share if share > 0 else 1.0)
+
+    @property
+    def leaves_all_out(self) -> bool:
+        """True if each of the first rows is longer than the model takes."""
+        return self.longer == 1
 
 
 def place_of_data(data: str) -> dict[str, Any]:
@@ -177,7 +191,7 @@ def look_at_rows(recipe: Recipe, folder: Path | None) -> RowsLook:
     size = sum(file.size for file in source.files)
     with about(_OPTION):
         inspected = inspect_source(
-            source, recipe.method, recipe.data.max_row_bytes, size <= _COUNTED_BYTES, None
+            source, recipe.method, recipe.data.max_row_bytes, size <= _COUNTED_BYTES
         )
     inspection = inspected.inspection
     texts = [sum(map(len, example.contents)) for example in inspected.examples]
@@ -191,11 +205,13 @@ def look_at_rows(recipe: Recipe, folder: Path | None) -> RowsLook:
             lacks_template = True
     lengths: Lengths = _quantiles([math.ceil(text / _CHARACTERS) for text in texts])
     of_row = sum(texts) / len(texts) / _CHARACTERS
-    longer, unrendered, is_measured = 0.0, 0.0, False
+    longer, unrendered, is_measured, is_split = 0.0, 0.0, False, False
     if figures is not None and figures.rows:
         longer, unrendered = figures.overlong / figures.rows, figures.unrendered / figures.rows
         if is_measured := bool(figures.lengths):
             lengths, of_row = figures.lengths, figures.tokens / figures.rows
+        [first] = figures.train
+        is_split = inspection.format == "text" and first.documents > first.rows
     return RowsLook(
         inspection.format,
         inspection.rows,
@@ -207,6 +223,7 @@ def look_at_rows(recipe: Recipe, folder: Path | None) -> RowsLook:
         "" if figures is None else figures.fault,
         unrendered,
         longer,
+        is_split,
         len(inspected.bad),
         round(len(inspected.examples) / inspected.per_row),
         all(map(_is_verbatim, inspected.examples)),

@@ -35,6 +35,11 @@ def count(number: Any) -> str:
     return f"{number:,.0f}" if is_number(number) else MISSING
 
 
+def counted(number: float, thing: str) -> str:
+    """1 row, or 2 rows."""
+    return f"{count(number)} {thing}{'s'[: number != 1]}"
+
+
 def short_count(number: Any) -> str:
     """A number with three digits and a unit: 950, 12.3k, 1.23M, 7B."""
     if not is_number(number):

@@ -3,7 +3,6 @@
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from ..common.errors import InputError
 from ..config.method_facts import MethodSettings
@@ -17,8 +16,6 @@ from .sources import file_kind, parquet_metadata
 _ROWS_CHECKED = 200
 _TEXT_CHECKED = 64 * 2**20
 """Characters of JSON in the first rows, which are held in memory together."""
-_ENCODED = 20_000
-"""Characters of a row that are tokenised for the estimate."""
 _TYPICAL_COMPRESSION = 3.0
 
 
@@ -34,8 +31,6 @@ class SourceInspection:
     rows: int
     is_exact: bool
     """True if `rows` is counted; otherwise it is estimated from the first rows."""
-    tokens: int | None
-    """Estimate for all rows, without special tokens; None if there is no tokenizer.json."""
     unread_splits: tuple[str, ...] = ()
     """Splits of the folder or data set that no source reads."""
 
@@ -58,7 +53,6 @@ def inspect_source(
     method: MethodSettings,
     max_row_bytes: int,
     count_all: bool,
-    tokenizer: Any,
 ) -> InspectedRows:
     """Read the first rows of a source, and convert them as the method does.
 
@@ -67,7 +61,6 @@ def inspect_source(
         method: the method's settings.
         max_row_bytes: size of the largest row that is used.
         count_all: read all rows to count them; otherwise their number is estimated.
-        tokenizer: a `tokenizers.Tokenizer` to estimate the number of tokens, or None.
 
     Raises:
         InputError: there are no rows, or none of the first ones is usable.
@@ -86,9 +79,6 @@ def inspect_source(
         count, is_exact = _estimated_rows(source, mean), False
     examples = tuple(example for row in usable for example in row)
     per_row = len(examples) / len(usable)
-    tokens = (
-        None if tokenizer is None else round(_mean_tokens(tokenizer, examples) * per_row * count)
-    )
     inspection = SourceInspection(
         path=source.path,
         files=len(source.files),
@@ -96,7 +86,6 @@ def inspect_source(
         format=source.format,
         rows=count,
         is_exact=is_exact,
-        tokens=tokens,
         unread_splits=source.unread_splits,
     )
     return InspectedRows(inspection, examples, per_row, bad)
@@ -167,13 +156,3 @@ def _estimated_rows(source: ResolvedSource, mean: float) -> int:
         file.size * (_TYPICAL_COMPRESSION if file.is_compressed else 1.0) for file in source.files
     )
     return max(1, round(size / mean))
-
-
-def _mean_tokens(tokenizer: Any, rows: Sequence[Example]) -> float:
-    texts = ["\n".join(row.contents) for row in rows]
-    encodings = tokenizer.encode_batch([text[:_ENCODED] for text in texts])
-    sizes = [
-        len(encoding.ids) * max(1.0, len(text) / _ENCODED)
-        for text, encoding in zip(texts, encodings, strict=True)
-    ]
-    return sum(sizes) / len(sizes)

@@ -22,6 +22,18 @@ ROWS = 200
 
 
 @dataclass(frozen=True)
+class SourceFigures:
+    """Figures of the first rows of one source."""
+
+    rows: int
+    """Usable rows in the sample."""
+    documents: int
+    """Documents of those that fit; a long text has several."""
+    tokens: int
+    """Tokens of these documents."""
+
+
+@dataclass(frozen=True)
 class SampleFigures:
     """Figures of the first rows of each source."""
 
@@ -43,6 +55,8 @@ class SampleFigures:
     """Usable rows whose texts the chat template cannot render."""
     fault: str
     """Why, of the first one; empty without any."""
+    train: tuple[SourceFigures, ...]
+    """Of each source of data.train, in order."""
 
 
 def measure_sample(recipe: Recipe) -> SampleFigures:
@@ -58,9 +72,11 @@ def measure_sample(recipe: Recipe) -> SampleFigures:
     rows = overlong = tokens = trained = 0
     faults: list[str] = []
     digests: dict[str, list[int]] = {"train": [], "eval": []}
+    parts: dict[str, list[SourceFigures]] = {"train": [], "eval": []}
     for split, sources in (("train", data.train), ("eval", data.eval)):
         for source in sources:
             examples: list[Example] = []
+            before, documents = (rows, tokens), 0
             for row, of_row in usable_rows(recipe, source, ROWS):
                 rows += 1
                 examples += of_row
@@ -73,10 +89,12 @@ def measure_sample(recipe: Recipe) -> SampleFigures:
             for rendered in renderer.render(examples):
                 overlong += rendered.dropped == OVERLONG or CUT in rendered.notes
                 faults += [] if rendered.error is None else [str(rendered.error)]
+                documents += len(rendered.documents)
                 for document in rendered.documents:
                     lengths.update(document.lengths)
                     tokens += len(document.input_ids)
                     trained += int(np.count_nonzero(document.trainable))
+            parts[split].append(SourceFigures(rows - before[0], documents, tokens - before[1]))
     train, held_out = (np.array(digests[split], np.uint64) for split in ("train", "eval"))
     longer = overlong * recipe.method.sequences_per_row if recipe.data.overlong == "drop" else 0
     return SampleFigures(
@@ -89,6 +107,7 @@ def measure_sample(recipe: Recipe) -> SampleFigures:
         in_train_too=count_common([train], [held_out]) if data.eval else None,
         unrendered=len(faults),
         fault=faults[0] if faults else "",
+        train=tuple(parts["train"]),
     )
 
 

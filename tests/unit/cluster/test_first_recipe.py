@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from transformers import AutoTokenizer
 
+from finray.cluster.api.outlook import data_outlook
 from finray.cluster.api.recipes import prepare_process
 from finray.cluster.api.starting import init_recipe
 from finray.cluster.cli.main import main
@@ -131,8 +132,58 @@ def test_rows_that_are_longer_than_the_model_takes(tmp_path: Path, tiny_model: P
     assert "the longest" not in text and "data.overlong: truncate" in first.notes[0]
     assert recipe_of(first, tmp_path).data.max_length == 128
     assert "About 36 rows make" in text, "of 40, as a tenth is held out"
+    assert "About 4 rows measure" in text
     file = rows_of({"text": "One comes before two. " * 2000}, tmp_path, 3)
-    assert "Longer ones are split." in made(file, OFFLINE).text.replace("\n  #   ", " ")
+    text = made(file, OFFLINE).text.replace("\n  #   ", " ")
+    assert "Longer ones are split into pieces of up to 8,192 tokens." in text
+
+
+def test_long_texts_are_split(tmp_path: Path, tiny_model: Path) -> None:
+    """The model takes 128 tokens: the lengths of pieces are not those of the texts."""
+    file = rows_of({"text": "One comes before two. " * 200}, tmp_path, 3)
+    first = made(file, tiny_model)
+    text = first.text.replace("\n  #   ", " ")
+    assert "Texts are split into pieces of up to 128 tokens. Short ones share" in text
+    assert "of the rows have up to" not in text and "the longest" not in text
+    assert first.fault is None and "left out" not in text
+    short = made(rows_of(SHAPES["pretrain"], tmp_path), tiny_model).text
+    assert "are split" not in short and "the longest" in short.replace("\n  #   ", " ")
+
+
+def test_samples_are_of_held_out_rows_that_fit(tmp_path: Path, tiny_model: Path) -> None:
+    """Of 12 held-out chats 6 fit."""
+    file = rows_of(SHAPES["sft"], tmp_path)
+    lines = file.read_text(encoding="utf-8").splitlines()
+    long = [line.replace(ANSWER["content"], "after " * 99) for line in lines[:60]]
+    file.write_text("\n".join([*long, *lines[60:]]), encoding="utf-8")
+    first = made(file, tiny_model)
+    assert "About 6 rows measure" in first.text.replace("\n  #   ", " ")
+    assert load_yaml(first.text)["eval"]["samples"] == 6
+
+
+def test_where_no_row_fits_one_message_says_so(
+    tmp_path: Path, tiny_model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With its remedy the recipe passes the check."""
+    long = {**ANSWER, "content": "after " * 99}
+    rows, recipe = rows_of({"messages": [QUESTION, long]}, tmp_path), tmp_path / "recipe.yaml"
+    assert main(["init", "--data", str(rows), "--model", str(tiny_model), "-o", str(recipe)]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(
+        f"finray: all of the first rows are longer than {tiny_model} takes, and left out; "
+        "data.overlong: truncate cuts them instead; "
+    )
+    assert error.count("\n") == 1 and "max_length" not in error
+    text = recipe.read_text(encoding="utf-8").replace("\n  #   ", " ")
+    assert "All of the first rows are longer than the model takes. Longer ones are left" in text
+    assert "Short ones" not in text and "packed sequence" not in text
+    assert data_outlook(load_recipe(recipe, ["data.overlong=truncate"]))["sequences"] > 80
+
+
+def test_one_of_a_thing_is_singular(tmp_path: Path, tiny_model: Path) -> None:
+    text = made(rows_of(SHAPES["sft"], tmp_path, 1), tiny_model).text
+    assert "1 row of messages" in text.replace("\n#   ", " ")
+    assert "About 1 packed sequence makes 3 steps" in text.replace("\n  #   ", " ")
 
 
 def test_a_large_gpu_needs_no_savings(tmp_path: Path, tiny_model: Path) -> None:
@@ -261,10 +312,11 @@ def test_what_a_newcomer_should_know_of_the_rows(tmp_path: Path, tiny_model: Pat
     assert "Of the first 121, 1 cannot be used" in made(file, tiny_model).text
     tool = {"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}
     first = made(rows_of({**SHAPES["sft"], "tools": [tool]}, tmp_path), tiny_model)
-    assert "All cannot be used with this model: the chat template renders no tools" in (
+    assert "None can be used with this model: the chat template renders no tools" in (
         first.text.replace("\n  #  ", "")
     )
-    assert first.fault is not None and "renders no tools" in first.fault
+    assert first.fault is not None
+    assert first.fault.startswith(f"None of the rows can be used with {tiny_model}: the chat")
     assert "by their characters, as the chat template" in first.text.replace("\n  #  ", "")
 
 

@@ -89,9 +89,17 @@ def test_names_of_cards(text: str, expected: tuple[str, int]) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("h10", r"--gpu h10: there is no such card; did you mean h100\? \(a100-40, a100, h100"),
-        ("rtx5080", r"did you mean rtx5090\?"),
-        ("Tesla P100-PCIE-16GB", r"did you mean v100-16\?"),
+        (
+            "rxt4090",
+            r"--gpu rxt4090: there is no such card; did you mean rtx4090\? \(a100-40",
+        ),
+        ("h10", r"--gpu h10: there is no such card \("),
+        ("h800", r"--gpu h800: there is no such card \("),
+        ("b100", r"--gpu b100: there is no such card \("),
+        ("rtx5080", r"--gpu rtx5080: there is no such card \("),
+        ("RTX A1000", r"there is no such card \("),
+        ("Tesla P100-PCIE-16GB", r"there is no such card \("),
+        ("RTX 4090 Ti", r"did you mean rtx4090\?"),
         ("NVIDIA A10", r"did you mean a10g\?"),
         ("NVIDIA A100-SXM4-40GB MIG 1g.5gb:2", "takes whole cards, and no MIG slices of one"),
         ("1g.10gb", "takes whole cards"),
@@ -103,6 +111,10 @@ def test_names_of_cards(text: str, expected: tuple[str, int]) -> None:
         ("h100x8", r"did you mean h100:8\?"),
         ("8 x RTX 4090", r"did you mean rtx4090:8\?"),
         ("4:a100-40", r"did you mean a100-40:4\?"),
+        ("4090x2", r"did you mean rtx4090:2\?"),
+        ("2x4090", r"did you mean rtx4090:2\?"),
+        ("h100x0", r"did you mean h100\?"),
+        ("5000xh100", r"--gpu 5000xh100: there is no such card \("),
         ("8xabacus", r"there is no such card \("),
         (
             "h100:0",
@@ -279,6 +291,19 @@ def test_bfloat16_on_a_card_that_emulates_it_is_noted(tiny_model: Path, chat_fil
     recipe["model"]["dtype"] = "bfloat16"
     assert "emulates bfloat16" in plan(recipe, gpu="t4")["note"]
     assert plan(recipe, gpu="l4")["note"] is None
+
+
+def test_each_note_is_a_line(tiny_model: Path, chat_file: Path, tmp_path: Path) -> None:
+    """Without the tokenizer the data, which is here, has no number of steps."""
+    base = tmp_path / "base"
+    base.mkdir()
+    shutil.copy(tiny_model / "config.json", base)
+    recipe = values(base, chat_file)
+    recipe["model"]["dtype"] = "bfloat16"
+    lines = render(plan(recipe, gpu="t4")).splitlines()
+    assert lines[0] == "run on 1 x T4 16 GB, at 40% of their 16-bit speed; steps unknown"
+    assert lines[1].startswith("note: ") and "without a tokenizer" in lines[1]
+    assert lines[2].startswith("note: model.dtype: ") and lines[3] == ""
 
 
 def test_only_the_configuration_is_needed(

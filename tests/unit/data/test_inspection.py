@@ -36,8 +36,6 @@ def test_result(data: Path, tmp_path: Path, model: Path, make_recipe: MakeRecipe
     assert (train.format, train.files, train.rows, train.is_exact) == ("messages", 1, 50, True)
     assert train.bytes == data.stat().st_size
     assert train.path == str(data)
-    assert train.tokens is not None
-    assert 50 * 3 < train.tokens < 50 * 30
     assert (held_out.format, held_out.rows) == ("text", 9)
     assert inspection.model_folder == model
 
@@ -181,7 +179,6 @@ def test_chatml_without_its_tokens(data: Path, bare_model: Path, make_recipe: Ma
 def test_hub_model_that_is_not_cached_is_skipped(data: Path, make_recipe: MakeRecipe) -> None:
     inspection = inspect_recipe(make_recipe(train=data, base="no-such/model"))
     assert inspection.model_folder is None
-    assert inspection.train[0].tokens is None
 
 
 def test_nothing_heavy_is_imported(data: Path, model: Path) -> None:
