@@ -86,8 +86,10 @@ def test_the_parts_of_the_memory_are_its_sum(memory: dict[str, int], text: str, 
     assert line == text + parts
 
 
-@pytest.mark.parametrize("quantize", ["none", "nf4", "int8"])
-@pytest.mark.parametrize("dora", [True, False])
+@pytest.mark.parametrize(
+    ("quantize", "dora"),
+    [("none", False), ("none", True), ("nf4", False), ("nf4", True), ("int8", False)],
+)
 def test_each_phase_has_parts_that_are_its_peak(quantize: str, dora: bool) -> None:
     """What is named adds up to the peak, to rounding; a step's names are no evaluation's."""
     values = recipe(model={"quantize": quantize}).model_dump(mode="json")
