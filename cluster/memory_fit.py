@@ -32,15 +32,18 @@ def memory_text(memory: "MemoryEstimate", recipe: Recipe) -> str:
     """about 12.3 GiB of a GPU: …"""
     budget, phase = recipe.optim.micro_batch_tokens, memory.largest_phase
     size = f"microbatch {recipe.microbatch}" if budget is None else f"{budget} tokens"
-    of_phase = {"generation": memory.generation, "evaluation": memory.evaluation}.get(phase)
     with_checkpoints = " with gradient checkpointing" if recipe.model.checkpoints else ""
+    names = {
+        "training": "gradients and optimizer",
+        "vllm": "vLLM",
+        "transient": "a weight while it computes",
+        "context": "CUDA itself",
+    }
     parts = [
-        f"weights {amount(memory.weights)}",
-        f"gradients and optimizer {amount(memory.training)}",
-        f"activations {amount(memory.activations)} at {size}{with_checkpoints}",
-        *([f"vLLM {amount(memory.vllm)}"] if memory.vllm else []),
-        *([f"{phase} {amount(of_phase)}"] if of_phase else []),
-        f"CUDA itself {amount(memory.beside)}",
+        f"{names.get(name, name)} {amount(part)}"
+        + (f" at {size}{with_checkpoints}" if name == "activations" else "")
+        for name, part in memory.parts(phase).items()
+        if part
     ]
     most = "" if phase == "step" else f" (most in the {phase})"
     return f"about {amount(memory.peak)} of a GPU{most}: {', '.join(parts)}"

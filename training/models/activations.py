@@ -75,12 +75,21 @@ _OF_THE_MODEL = {"kind", "init", "reference_model", "rollout"}
 
 
 def kept_by(
-    recipe: Recipe, tokens: int, compute: DtypeName, trained: DtypeName, attention: Attention
-) -> tuple[Kept, Kept] | None:
-    """What the forward passes of one row and of two keep; None where they cannot be followed.
+    recipe: Recipe,
+    rows: int,
+    tokens: int,
+    compute: DtypeName,
+    trained: DtypeName,
+    attention: Attention,
+) -> Kept | None:
+    """What the forward pass of so many rows keeps; None where it cannot be followed.
+
+    Many rows take no longer than one. Two tell nothing of many: the most that is held at once is
+    the gradients of weights in few, and activations in many.
 
     Args:
         recipe: the run's recipe, whose model's configuration is on this machine.
+        rows: their number.
         tokens: length of a row.
         compute: type that the model computes in.
         trained: type of the trained weights; if it is wider, autocast computes.
@@ -90,7 +99,7 @@ def kept_by(
         include={"model": True, "adapter": True, "freeze": True, "method": _OF_THE_MODEL},
         exclude={"model": {"gradient_checkpointing", "quantize"}},
     )
-    return _counted(Keyed(relevant, recipe), tokens, compute, trained, attention)
+    return _counted(Keyed(relevant, recipe), rows, tokens, compute, trained, attention)
 
 
 class Keyed:
@@ -106,17 +115,21 @@ class Keyed:
         return hash(self.text)
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=256)
 def _counted(
-    key: Keyed, tokens: int, compute: DtypeName, trained: DtypeName, attention: Attention
-) -> tuple[Kept, Kept] | None:
+    key: Keyed,
+    rows: int,
+    tokens: int,
+    compute: DtypeName,
+    trained: DtypeName,
+    attention: Attention,
+) -> Kept | None:
     limit("torch._subclasses.fake_tensor", logging.CRITICAL)  # what fails is not computed
     limit("transformers", logging.ERROR)  # nor do slow stand-ins for kernels matter here
     try:
         mode, model = _followed_model(key, compute, trained, attention)
         with mode, _GroupedProducts():  # type: ignore[no-untyped-call]
-            one, two = (_forward(model, rows, tokens, compute, trained) for rows in (1, 2))
-            return one, two
+            return _forward(model, rows, tokens, compute, trained)
     except (RuntimeError, NotImplementedError, ValueError, TypeError):
         return None  # the code of some architectures reads values
 

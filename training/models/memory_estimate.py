@@ -44,6 +44,8 @@ _OF_TOP_P = 44
 """The same for top-p: in order with its place, in float64 and as a whole number."""
 _BACKWARD = 4
 """Gradients of a layer's widest tensors that exist at a time."""
+_COUNTED = 2**15
+"""Tokens of the longest microbatch whose forward pass is followed."""
 _OF_NORM = 3
 """Tensors of a weight's size that exist while DoRA's norm of it is computed."""
 _NF4_BYTES = 0.5
@@ -124,10 +126,17 @@ class Sizes:
     """Values of the reward models that score completions."""
     weighs: bool = False
     """Attention computes its scores itself, as it caps them or has sinks, and adds a mask."""
+    drops: bool = False
+    """Attention drops some of its scores in training, which no kernel of documents does."""
     head: HeadFacts = field(default_factory=HeadFacts)
     can_be_followed: bool = field(default=False, compare=False)
     """The model's configuration is at hand: its own forward pass decides on the activations.
     Otherwise a Llama's layers do."""
+
+    @property
+    def keeps_scores(self) -> bool:
+        """True if what attention keeps of a document grows with the square of its length."""
+        return self.weighs or self.drops
 
 
 @dataclass(frozen=True)
@@ -153,20 +162,18 @@ class MemoryEstimate:
     """The least that vLLM takes beside the training, if it samples."""
 
     @property
-    def beside(self) -> int:
-        """CUDA's context, and what is held for a moment, in any phase."""
-        return CONTEXT_BYTES + self.transient
-
-    @property
     def phases(self) -> dict[str, int]:
         """The peak of each phase with CUDA's context, in bytes; only phases that the run has."""
-        trained = self.weights + self.training + self.vllm + self.beside
         optional = {"generation": self.generation, "evaluation": self.evaluation}
-        return {
-            "loading": self.weights + self.beside,
-            "step": trained + self.activations,
-            **{phase: trained + size for phase, size in optional.items() if size},
-        }
+        names = ["loading", "step", *(name for name, size in optional.items() if size)]
+        return {name: sum(self.parts(name).values()) for name in names}
+
+    def parts(self, phase: str) -> dict[str, int]:
+        """What a phase holds at its peak, in bytes, by the fields' names and `context`."""
+        own = {"step": "activations"}.get(phase, phase)
+        trained = [] if phase == "loading" else ["training", own, "vllm"]
+        named = {name: getattr(self, name) for name in ("weights", *trained, "transient")}
+        return {**named, "context": CONTEXT_BYTES}
 
     @property
     def peak(self) -> int:
@@ -232,6 +239,7 @@ def sizes_of(recipe: Recipe, model: Model | None = None) -> Sizes:
         largest=max((matrix.values for matrix in own if matrix.weight in packs), default=0),
         rewards=values_of_rewards(recipe) if recipe.method.samples_online else 0,
         weighs=_weighs(model),
+        drops=_drops(config),
         head=head_facts(model),
         can_be_followed=True,
     )
@@ -254,6 +262,14 @@ def _weighs(model: Model) -> bool:
     """True if a layer caps its scores, or has sinks."""
     caps = model.config.get_text_config().to_dict().get("attn_logit_softcapping")
     return bool(caps) or any(name.endswith(".sinks") for name, _ in model.named_parameters())
+
+
+def _drops(config: Any) -> bool:
+    """True if a setting names a probability with which attention drops scores."""
+    return any(
+        isinstance(value, float) and value > 0 and "drop" in name and "att" in name
+        for name, value in config.to_dict().items()
+    )
 
 
 def _added(model: Model, own: list[Matrix]) -> int:
@@ -454,7 +470,6 @@ class _Held(NamedTuple):
 def _step_activations(recipe: Recipe, sizes: Sizes, compute: DtypeName, device: str) -> int:
     """Bytes that a microbatch's forward pass keeps, and those of its loss."""
     tokens = recipe.microbatch_tokens
-    rows = tokens / recipe.data.max_length
     trained: DtypeName = "float32" if _trained_width(recipe, compute) == 4 else "bfloat16"
     gathers_low = _gathers_low(recipe)
     kind: _Compute = "float32" if compute == "float32" else "low"
@@ -463,7 +478,7 @@ def _step_activations(recipe: Recipe, sizes: Sizes, compute: DtypeName, device: 
     held = None
     if sizes.can_be_followed:
         own_type = compute if gathers_low else trained
-        held = _followed(recipe, sizes, rows, compute, own_type, device)
+        held = _followed(recipe, sizes, tokens, compute, own_type, device)
     if held is None:
         held = _of_a_llama(recipe, sizes, tokens, compute, kind, device)
         held = held._replace(always=held.always + _copies(recipe, compute, sizes.cast))
@@ -484,35 +499,56 @@ def _gathers_low(recipe: Recipe) -> bool:
 
 
 def _followed(
-    recipe: Recipe, sizes: Sizes, rows: float, compute: DtypeName, trained: DtypeName, device: str
+    recipe: Recipe, sizes: Sizes, tokens: int, compute: DtypeName, trained: DtypeName, device: str
 ) -> _Held | None:
     """Bytes by the model's own forward pass; None where it cannot be followed.
 
-    All but copies of weights is as many times as much as there are rows of full length. A row whose
-    documents are computed one at a time counts as so many documents of the longest's length as
-    fill it.
+    A row whose documents are computed one at a time counts as so many documents of the longest's
+    length as fill it, if attention keeps scores. All else computes whole rows.
     """
-    attention, tokens = attention_of(recipe, compute, device), recipe.data.max_length
-    size = recipe.longest_document if attention in ("borders", "groups") else tokens
+    attention, size = attention_of(recipe, compute, device), recipe.data.max_length
+    by_documents = attention in ("borders", "groups")
+    longest = recipe.longest_document if by_documents else size
+    if by_documents and sizes.keeps_scores:
+        size = longest
 
-    def held(kept: Kept) -> _Held:
-        default = Beyond(0, 0, _of_gradients(sizes, size, compute))
-        beyond = kept.beyond or (default,) * len(kept.layers)
-        if recipe.model.checkpoints:
-            copies = _copies(recipe, compute, sizes.cast - sizes.head.trained)
-            return _recomputed(kept, beyond, copies)
-        layers = sum(kept.layers)
-        most = max(map(add, accumulate(kept.layers), map(max, beyond)), default=0)
-        return _Held(kept.before, layers + kept.after, max(layers + kept.tail, most))
+    def held(rows: int) -> _Held | None:
+        kept = kept_by(recipe, rows, size, compute, trained, attention)
+        return None if kept is None else _held(recipe, sizes, kept, rows * size, compute)
 
-    kept = kept_by(recipe, size, compute, trained, attention)
-    if kept is None:
+    few, many = _counted_rows(tokens, size)
+    of_few, of_many = held(few), held(many)
+    if of_few is None or of_many is None:
         return None
-    one, two = map(held, kept)
-    beyond = rows * tokens / size - 1
-    of_rows = _Held(*(round(a + beyond * (b - a)) for a, b in zip(one, two, strict=True)))
-    masks = _masks(sizes, attention, size, device) * size**2 * _width(compute)
-    return of_rows._replace(always=of_rows.always + masks)
+    part = (tokens / size - few) / max(1, many - few)
+    pairs = zip(of_few, of_many, strict=True)
+    of_all = _Held(*(round(less + part * (more - less)) for less, more in pairs))
+    masks = _masks(sizes, attention, longest, device) * longest**2 * _width(compute)
+    return of_all._replace(always=of_all.always + masks)
+
+
+def _counted_rows(tokens: int, size: int) -> tuple[int, int]:
+    """Two numbers of rows of a size, from which those of so many tokens follow.
+
+    They are the same where so many rows are counted themselves. Longer microbatches go on as those
+    of _COUNTED do: a weight's gradient is seldom the most there, and a plan tries many of them.
+    """
+    rows, most = tokens // size, max(2, _COUNTED // size)
+    if rows >= most:
+        return most // 2, most
+    return rows, rows + bool(tokens % size)
+
+
+def _held(recipe: Recipe, sizes: Sizes, kept: Kept, tokens: int, compute: DtypeName) -> _Held:
+    """What is held of what the layers keep, with or without checkpointing."""
+    default = Beyond(0, 0, _of_gradients(sizes, tokens, compute))
+    beyond = kept.beyond or (default,) * len(kept.layers)
+    if recipe.model.checkpoints:
+        copies = _copies(recipe, compute, sizes.cast - sizes.head.trained)
+        return _recomputed(kept, beyond, copies)
+    layers = sum(kept.layers)
+    most = max(map(add, accumulate(kept.layers), map(max, beyond)), default=0)
+    return _Held(kept.before, layers + kept.after, max(layers + kept.tail, most))
 
 
 def _recomputed(kept: Kept, beyond: Sequence[Beyond], copies: int) -> _Held:
@@ -598,7 +634,8 @@ def _logits_bytes(
 def _loss_sizes(recipe: Recipe, sizes: Sizes, compute: DtypeName, tokens: int) -> LossSizes:
     width = _width(compute)
     is_wide = not recipe.trains_adapter and not _gathers_low(recipe)
-    copies = is_wide or (sizes.head.trained > 0 and _trained_width(recipe, compute) == 4)
+    casts = _trained_width(recipe, compute) == 4 and not _gathers_low(recipe)
+    copies = is_wide or (sizes.head.trained > 0 and casts)
     return LossSizes(
         tokens,
         sizes.vocabulary,

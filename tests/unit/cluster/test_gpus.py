@@ -55,19 +55,53 @@ def recipe(**settings: Any) -> Recipe:
     )
 
 
+GIB = 2**30
+
+
 @pytest.mark.parametrize(
-    ("evaluation", "text"),
+    ("memory", "text", "named"),
     [
-        (0, "about 3.1 GiB of a GPU: "),
-        (2**31, "about 4.0 GiB of a GPU (most in the evaluation): "),
+        ({}, "about 3.1 GiB of a GPU: ", "activations 1.1 GiB at microbatch 4"),
+        (
+            {"evaluation": 2 * GIB},
+            "about 4.0 GiB of a GPU (most in the evaluation): ",
+            "evaluation 2.0 GiB",
+        ),
+        (
+            {"vllm": GIB, "generation": 3 * GIB},
+            "about 6.0 GiB of a GPU (most in the generation): ",
+            "generation 3.0 GiB, vLLM 1.0 GiB",
+        ),
+        (
+            {"transient": GIB},
+            "about 4.1 GiB of a GPU: ",
+            "activations 1.1 GiB at microbatch 4, a weight while it computes 1.0 GiB",
+        ),
     ],
 )
-def test_the_parts_of_the_memory_are_its_sum(evaluation: int, text: str) -> None:
-    """In the phase that takes most; what a step keeps is named in any case."""
-    memory = MemoryEstimate(2**30, 2**29, 2**30 + 2**27, evaluation=evaluation)
-    line = memory_text(memory, recipe())
-    assert line.startswith(f"{text}weights 1.0 GiB, gradients and optimizer 512 MiB, activations")
-    assert line.endswith(f"{', evaluation 2.0 GiB' if evaluation else ''}, CUDA itself 512 MiB")
+def test_the_parts_of_the_memory_are_its_sum(memory: dict[str, int], text: str, named: str) -> None:
+    """In the phase that takes most; no part of another phase is named."""
+    line = memory_text(MemoryEstimate(GIB, GIB // 2, GIB + 2**27, **memory), recipe())
+    parts = f"weights 1.0 GiB, gradients and optimizer 512 MiB, {named}, CUDA itself 512 MiB"
+    assert line == text + parts
+
+
+@pytest.mark.parametrize(
+    ("quantize", "dora"),
+    [("none", False), ("none", True), ("nf4", False), ("nf4", True), ("int8", False)],
+)
+def test_each_phase_has_parts_that_are_its_peak(quantize: str, dora: bool) -> None:
+    """What is named adds up to the peak, to rounding; a step's names are no evaluation's."""
+    values = recipe(model={"quantize": quantize}).model_dump(mode="json")
+    settings = recipe_from_dict({**values, "adapter": {"rank": 16, "dora": dora}})
+    memory = replace(estimate(settings, LLAMA_8B), generation=GIB, evaluation=2 * GIB)
+    assert set(memory.phases) == {"loading", "step", "generation", "evaluation"}
+    for phase, peak in memory.phases.items():
+        parts = memory.parts(phase)
+        assert sum(parts.values()) == peak and parts["weights"] == memory.weights
+        assert ("activations" in parts) == (phase == "step")
+        assert ("training" in parts) == (phase != "loading")
+        assert (parts["transient"] > 0) == (quantize != "none" or dora)
 
 
 def test_it_fits() -> None:

@@ -164,9 +164,9 @@ def whole(settings: Recipe) -> int:
     compute: DtypeName = "float32" if settings.model.dtype == "float32" else "bfloat16"
     trained = next(w.dtype for w in load_model(settings).parameters() if w.requires_grad)
     trained_name: DtypeName = "float32" if trained == torch.float32 else "bfloat16"
-    kept = kept_by(settings, TOKENS, compute, trained_name, "plain")
+    kept = kept_by(settings, 1, TOKENS, compute, trained_name, "plain")
     assert kept is not None
-    return kept[0].whole
+    return kept.whole
 
 
 def estimated_bytes(settings: Recipe) -> int:
@@ -204,8 +204,9 @@ def test_checkpointing_keeps_the_layers_inputs(bases: dict[int, Path], dtype: st
         recipe(bases[n], **LORA, model={"dtype": dtype, "gradient_checkpointing": True})
         for n in (1, 3)
     ]
-    kept = [kept_by(one, TOKENS, dtype, dtype, "plain") for one in settings]  # type: ignore[arg-type]
-    (one, _), (three, _) = (each or () for each in kept)
+    kept = [kept_by(one, 1, TOKENS, dtype, dtype, "plain") for one in settings]  # type: ignore[arg-type]
+    one, three = kept
+    assert one is not None and three is not None
     assert three.inputs - one.inputs == live(settings[1]) - live(settings[0])
     size = TOKENS * 48 * (4 if dtype == "float32" else 2)
     assert [one.inputs, three.inputs] == [size, 3 * size]
@@ -330,9 +331,9 @@ def test_a_models_own_pass_is_followed_byte_for_byte(
     model = {"dtype": "bfloat16", "attention": "sdpa"}
     settings = recipe(tmp_path, **LORA, model=model, packing=packed)
     positions = torch.arange(TOKENS)[None] % (TOKENS // 3 if packed else TOKENS)
-    kept = kept_by(settings, TOKENS, "bfloat16", "bfloat16", attention_of(settings))
-    assert kept is not None and len(kept[0].layers) == 8
-    assert kept[0].whole == bytes_kept(settings, positions)
+    kept = kept_by(settings, 1, TOKENS, "bfloat16", "bfloat16", attention_of(settings))
+    assert kept is not None and len(kept.layers) == 8
+    assert kept.whole == bytes_kept(settings, positions)
 
 
 @pytest.mark.parametrize("kind", ["llama", "phi3"])
@@ -343,9 +344,9 @@ def test_documents_keep_what_is_followed(tmp_path: Path, kind: str) -> None:
     config = AutoConfig.for_model(kind, **SMALL)
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
     settings = recipe(tmp_path, **LORA, model={"dtype": "bfloat16"}, packing=True)
-    kept = kept_by(settings, TOKENS, "bfloat16", "bfloat16", "borders")
+    kept = kept_by(settings, 1, TOKENS, "bfloat16", "bfloat16", "borders")
     documents = Documents.of(np.full(3, TOKENS // 3, np.int32))
-    assert kept is not None and kept[0].whole == bytes_kept(settings, documents=documents)
+    assert kept is not None and kept.whole == bytes_kept(settings, documents=documents)
 
 
 def test_documents_without_a_kernel_keep_copies(
@@ -359,27 +360,27 @@ def test_documents_without_a_kernel_keep_copies(
     settings = recipe(tmp_path, **LORA, model={"dtype": "bfloat16"}, packing=True)
     assert attention_of(settings, "float16") == attention_of(settings, "float32") == "groups"
     assert attention_of(settings, "float32", "cpu") == attention_of(settings) == "borders"
-    kept = kept_by(settings, TOKENS, "bfloat16", "bfloat16", "groups")
+    kept = kept_by(settings, 1, TOKENS, "bfloat16", "bfloat16", "groups")
     monkeypatch.setattr("finray.training.models.attention._fits_cpu", lambda *_: False)
     documents = Documents.of(np.full(3, TOKENS // 3, np.int32))
     places = 17 * TOKENS  # in groups and back, for all layers
-    assert kept is not None and kept[0].whole + places == bytes_kept(settings, documents=documents)
+    assert kept is not None and kept.whole + places == bytes_kept(settings, documents=documents)
     fewer = {**SMALL, "num_key_value_heads": 1}
     AutoConfig.for_model("llama", **fewer).save_pretrained(tmp_path / "fewer")
     settings = recipe(tmp_path / "fewer", **LORA, model={"dtype": "bfloat16"}, packing=True)
     every, own = (
-        kept_by(settings, TOKENS, "bfloat16", "bfloat16", way) for way in ("groups", "borders")
+        kept_by(settings, 1, TOKENS, "bfloat16", "bfloat16", way) for way in ("groups", "borders")
     )
     assert every is not None and own is not None
     width, layers = SMALL["hidden_size"], SMALL["num_hidden_layers"]
     copies = layers * TOKENS * (width + 2 * (width - width // 4)) * 2
-    assert every[0].whole - own[0].whole == copies
+    assert every.whole - own.whole == copies
 
 
 def test_a_frozen_base_in_float16_is_not_copied(bases: dict[int, Path]) -> None:
     settings = recipe(bases[3], **LORA)
     low, high = (
-        kept_by(settings, TOKENS, compute, "float32", "plain")
+        kept_by(settings, 1, TOKENS, compute, "float32", "plain")
         for compute in ("float16", "bfloat16")
     )
     assert low is not None
@@ -553,6 +554,106 @@ def test_scores_of_packed_rows_are_those_of_their_documents(kind: str, tmp_path:
     assert own == pytest.approx(alone, abs=8)
 
 
+EXPERTS = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 96}
+SINKS = {"num_local_experts": 8, "num_experts_per_tok": 2, "sliding_window": 8}
+STATES = {"num_heads": 4, "head_dim": 24, "state_size": 8, "n_groups": 1}
+
+
+@pytest.mark.parametrize(
+    ("kind", "config", "whole", "short"),
+    [("qwen3_moe", EXPERTS, (24, TOKENS), False), ("gpt_oss", SINKS, (72, 16), True)],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_many_documents_count_as_many(
+    tmp_path: Path, kind: str, config: dict[str, Any], whole: tuple[int, int], short: bool
+) -> None:
+    """Of the first rows the gradients of experts are the most, so what two rows add says nothing.
+
+    Where attention keeps no scores, rows are whole, whatever their documents.
+    """
+    from transformers import AutoConfig
+
+    AutoConfig.for_model(kind, **{**SMALL, "head_dim": 16, **config}).save_pretrained(tmp_path)
+    model = {"dtype": "bfloat16", "gradient_checkpointing": True}
+    settings = recipe(
+        tmp_path, **LORA, model=model, packing=True, optim={"micro_batch_size": 24}
+    ).with_longest(16)
+    sizes = sizes_of(settings)
+    assert sizes.keeps_scores == short
+    kept = kept_by(settings, *whole, "bfloat16", "bfloat16", "borders")
+    assert kept is not None and kept.beyond is not None
+    layers = [
+        own + max(one.again, one.backward)
+        for own, one in zip(kept.layers, kept.beyond, strict=True)
+    ]
+    held = memory._step_activations(settings, replace(sizes, cached=()), "bfloat16", "cpu")
+    logits = memory._logits_bytes(settings, sizes, "bfloat16", "cpu", 24 * TOKENS)
+    most = max(kept.after + logits, *layers, kept.tail)
+    assert held == kept.before + kept.inputs + kept.given + most
+
+
+def test_short_documents_are_not_padded_for_linear_layers(tmp_path: Path) -> None:
+    """State spaces compute a packed row in chunks, whatever documents it has."""
+    from transformers import AutoConfig
+
+    config = AutoConfig.for_model("mamba2", **{**SMALL, **STATES})
+    config.save_pretrained(tmp_path)
+    packed = recipe(tmp_path, model={"gradient_checkpointing": True}, packing=True)
+    short = packed.with_longest(4)
+    assert attention_of(short) == "borders"
+    assert estimated_bytes(short) == estimated_bytes(packed)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "size", "rows"),
+    [
+        (24 * 48, 48, (24, 24)),
+        (3 * 48, 32, (4, 5)),
+        (4 * 8192, 64, (256, 512)),
+        (4 * 8192, 8192, (2, 4)),
+        (16 * 8192, 8192, (2, 4)),
+        (2**17, 2**17, (1, 1)),
+        (3 * 2**17, 2**17, (1, 2)),
+        (3 * 8192, 8192, (3, 3)),
+    ],
+)
+def test_rows_that_are_counted(tokens: int, size: int, rows: tuple[int, int]) -> None:
+    """All that there are, up to 32,768 tokens, which longer microbatches go on from."""
+    assert memory._counted_rows(tokens, size) == rows
+
+
+def test_a_part_of_a_row_counts_as_such(bases: dict[int, Path]) -> None:
+    """A budget of tokens between those of one pair and of two."""
+    method = {"method": {"kind": "dpo"}, "packing": False}
+
+    def budget(size: int) -> dict[str, Any]:
+        return {"micro_batch_size": None, "micro_batch_tokens": size}
+
+    between, one, two = (
+        estimated_bytes(recipe(bases[3], **LORA, **method, optim=budget(size)))
+        for size in (3 * TOKENS, 2 * TOKENS, 4 * TOKENS)
+    )
+    assert between == pytest.approx((one + two) / 2, rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("kind", "config", "keeps"),
+    [
+        ("llama", {}, False),
+        ("llama", {"attention_dropout": 0.1}, True),
+        ("gemma2", {}, True),
+    ],
+    ids=str,
+)
+def test_attention_that_keeps_scores(
+    tmp_path: Path, kind: str, config: dict[str, Any], keeps: bool
+) -> None:
+    from transformers import AutoConfig
+
+    AutoConfig.for_model(kind, **{**SMALL, "head_dim": 16, **config}).save_pretrained(tmp_path)
+    assert sizes_of(recipe(tmp_path, **LORA)).keeps_scores == keeps
+
+
 @pytest.mark.parametrize(
     ("kind", "config"),
     [
@@ -663,12 +764,12 @@ def test_what_dora_holds_for_a_moment(tmp_path: Path) -> None:
         if event.name() == "[memory]":
             held += event.nbytes()
             most = max(most, held)
-    kept = kept_by(settings, TOKENS, "bfloat16", "bfloat16", "plain")
-    assert logits.requires_grad and kept is not None and kept[0].beyond is not None
-    beyond = max(one.forward for one in kept[0].beyond)
+    kept = kept_by(settings, 1, TOKENS, "bfloat16", "bfloat16", "plain")
+    assert logits.requires_grad and kept is not None and kept.beyond is not None
+    beyond = max(one.forward for one in kept.beyond)
     unpacked = 2 * sizes.largest
     assert beyond > 6 * sizes.largest and estimate(settings, sizes).transient == 4 * unpacked
-    expected = kept[0].whole + beyond + unpacked
+    expected = kept.whole + beyond + unpacked
     assert most == pytest.approx(expected, rel=0.03)
 
 
@@ -767,6 +868,11 @@ def test_the_root_of_shards_holds_its_gradients_to_the_end() -> None:
     )
     last = estimate(recipe_from_dict({**text, **shards, "freeze": {"last_layers": 2}}), frozen)
     assert last.activations < sharded.activations / 8
+    head = replace(LLAMA_8B_FULL.head, trained=128_256 * 4096)
+    full, split = replace(LLAMA_8B_FULL, head=head), recipe_from_dict({**text, **shards})
+    assert memory._loss_sizes(split, full, "bfloat16", 64).of_copy == 0, "gathered in 16 bits"
+    whole = memory._loss_sizes(recipe_from_dict(text), full, "bfloat16", 64)
+    assert whole.of_copy == 2 * head.values > 0
     longer = {**text["data"], "max_length": 32_768}
     long = estimate(recipe_from_dict({**text, **shards, "data": longer}), LLAMA_8B_FULL)
     assert long.activations > sharded.activations
