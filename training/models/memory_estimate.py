@@ -44,7 +44,7 @@ _OF_TOP_P = 44
 """The same for top-p: in order with its place, in float64 and as a whole number."""
 _BACKWARD = 4
 """Gradients of a layer's widest tensors that exist at a time."""
-_COUNTED = 2**15
+_COUNTED = 2**14
 """Tokens of the longest microbatch whose forward pass is followed."""
 _OF_NORM = 3
 """Tensors of a weight's size that exist while DoRA's norm of it is computed."""

@@ -414,7 +414,7 @@ def test_a_figure_that_is_wrong_is_noticed(real: Callable[[str], Real]) -> None:
     optim = recipe.recipe.optim.model_copy(update={"micro_batch_size": 64, "batch_size": 64})
     recipe.recipe = recipe.recipe.model_copy(update={"optim": optim})
     stated = set(FIGURE.findall(comments_of("models/qwen3-4b-lora.yaml")))
-    assert {"1.6 GiB", "21.2 GiB", "32,768 tokens"} == stated - {*recipe.figures()}
+    assert {"1.4 GiB", "21.2 GiB", "32,768 tokens"} == stated - {*recipe.figures()}
     verdict = judge(
         recipe.recipe, {recipe.recipe.model.quantize: recipe.sizes}, [Gpu("24 GB", 24 * 10**9)]
     )
