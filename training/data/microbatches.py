@@ -52,6 +52,11 @@ class Division:
             border if passes and not method.averages_by_pass else None,
         )
 
+    @property
+    def varies(self) -> bool:
+        """True if the number of parts depends on the rows, and not on how many they are alone."""
+        return self.tokens is not None or self.border is not None
+
     def divided(self, parts: int) -> Self:
         """The same in smaller parts, of at least a row."""
         tokens = None if self.tokens is None else max(1, self.tokens // parts)

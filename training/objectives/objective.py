@@ -111,8 +111,7 @@ class Objective:
         self.evaluated = self.division.divided(setup.evaluation_parts)
         """How held-out rows are."""
         # The CPUs exchange the numbers of parts, so that a GPU never waits for them.
-        varies = self.division.tokens is not None or self.division.border is not None
-        needs_group = varies and setup.world_size > 1
+        needs_group = self.division.varies and setup.world_size > 1
         self._cpus = cpu_group() if needs_group else None
         if setup.isolation == "documents":
             attend_by_documents(setup.model)
@@ -139,7 +138,7 @@ class Objective:
             most = torch.tensor(len(parts))
             dist.all_reduce(most, dist.ReduceOp.MAX, group=self._cpus)
             number = int(most)
-        elif self.division.tokens is not None or self.division.border is not None:
+        elif self.division.varies:
             number = len(parts)
         else:
             recipe, per_step = self.recipe, self.recipe.rows_per_step
