@@ -10,7 +10,7 @@ import torch
 
 from ..data.rendering import Document
 from ..models.out_of_memory import in_fitting_parts
-from ..models.rotary import length_border
+from ..models.rotary import length_border, on_either_side
 from ..objectives.logprobs import cross_entropies
 from .answering import windows
 from .opened import Opened
@@ -99,15 +99,17 @@ def _batches(
 ) -> Iterator[list[Document]]:
     """Documents of similar length, of at most so many tokens with their padding, on one side of the
     border."""
-    batch: list[Document] = []
-    for document in sorted(documents, key=lambda one: len(one.input_ids)):
-        size = len(document.input_ids)
-        passes = border is not None and bool(batch) and len(batch[0].input_ids) <= border < size
-        if batch and (passes or (len(batch) + 1) * size > tokens):
-            yield batch
-            batch = []
-        batch.append(document)
-    if batch:
+
+    def size(document: Document) -> int:
+        return len(document.input_ids)
+
+    for side in on_either_side(sorted(documents, key=size), border, size):
+        batch: list[Document] = []
+        for document in side:
+            if batch and (len(batch) + 1) * size(document) > tokens:
+                yield batch
+                batch = []
+            batch.append(document)
         yield batch
 
 

@@ -1,6 +1,9 @@
 """Rotary positions whose frequencies depend on the longest text of a forward pass."""
 
-from typing import Any
+from collections.abc import Callable, Iterable
+from typing import Any, TypeVar
+
+_Text = TypeVar("_Text")
 
 
 def length_border(config: Any) -> int | None:
@@ -25,3 +28,20 @@ def length_border(config: Any) -> int | None:
         elif "dynamic" in kind:
             borders.append(int(text.max_position_embeddings))
     return min(borders, default=None)
+
+
+def on_either_side(
+    texts: Iterable[_Text], border: int | None, size: Callable[[_Text], int]
+) -> list[list[_Text]]:
+    """The texts that share no forward pass, in their order: those up to the border, and those that
+    pass it; without a side that has none.
+
+    Args:
+        texts: any.
+        border: of `length_border`.
+        size: tokens of a text.
+    """
+    sides: list[list[_Text]] = [[], []]
+    for text in texts:
+        sides[border is not None and size(text) > border].append(text)
+    return [side for side in sides if side]

@@ -11,7 +11,12 @@ import pytest
 import torch
 from support.steps import gradients, make_setup
 from torch.nn.functional import cross_entropy
-from transformers import LlamaConfig, Phi3Config, Phi3ForCausalLM
+from transformers import (
+    LlamaConfig,
+    Phi3Config,
+    Phi3ForCausalLM,
+    Phi3ForSequenceClassification,
+)
 
 from finray.training.config.recipe import recipe_from_dict
 from finray.training.config.sections import Isolation
@@ -22,6 +27,7 @@ from finray.training.evaluation.losses import _batches
 from finray.training.models.loading import load_model
 from finray.training.models.rotary import length_border
 from finray.training.objectives.kto import KtoObjective
+from finray.training.rl.rewards.classifiers import Classifier
 
 # peft calls a name that transformers has renamed.
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
@@ -161,6 +167,18 @@ def test_evaluated_answers_share_no_batch_across_the_border() -> None:
     assert sizes == [[3, 5, BORDER], [BORDER + 1, 20]]
     (whole,) = _batches(documents, 1000, None)
     assert len(whole) == len(documents)
+
+
+def test_scores_of_a_reward_model_are_those_of_each_text_alone() -> None:
+    torch.manual_seed(0)
+    config = phi3().config
+    config.num_labels = 1
+    model = Phi3ForSequenceClassification(config).double().eval()
+    texts = [row.input_ids.tolist() for row in rows_of([5], [20], [BORDER], [BORDER + 1], [3])]
+    classifier = Classifier(model, None, 0, "reward", "")
+    alone = [classifier.scores([text])[0] for text in texts]
+    assert classifier.scores(texts) == pytest.approx(alone, rel=1e-6)
+    assert classifier.scores([]) == []
 
 
 def test_borders_of_configurations() -> None:

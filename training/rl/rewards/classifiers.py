@@ -19,6 +19,7 @@ from ...data.shapes import NO_CONTEXT, ChatContext
 from ...models.open_result import open_model, open_result
 from ...models.out_of_memory import in_fitting_parts
 from ...models.pretrained import not_loaded
+from ...models.rotary import length_border, on_either_side
 from ...records.run_folder import finished_run
 from .reward import Completions, RewardValues, Turns
 
@@ -54,13 +55,19 @@ class Classifier:
     @torch.no_grad()
     def scores(self, texts: Sequence[list[int]]) -> list[float]:
         """The logit of each text, in batches of texts of similar length."""
-        order = sorted(range(len(texts)), key=lambda index: len(texts[index]))
-        scores, self._at_once = in_fitting_parts(
-            *([texts[index] for index in order], self._at_once, self._scores),
-            what="texts to score",
-            remedy=self.remedy,
-        )
-        of_text = dict(zip(order, scores, strict=True))
+
+        def size(index: int) -> int:
+            return len(texts[index])
+
+        of_text: dict[int, float] = {}
+        border = length_border(self.model.config)
+        for side in on_either_side(sorted(range(len(texts)), key=size), border, size):
+            scores, self._at_once = in_fitting_parts(
+                *([texts[index] for index in side], self._at_once, self._scores),
+                what="texts to score",
+                remedy=self.remedy,
+            )
+            of_text |= zip(side, scores, strict=True)
         return [of_text[index] for index in range(len(texts))]
 
     @cached_property
